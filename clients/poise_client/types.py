@@ -1,0 +1,313 @@
+"""The nouns of the protocol as plain, immutable dataclasses: numpy in, numpy out. Protobuf never shows.
+
+Shapes: P prompt tokens, T response tokens, n siblings of a prompt, d the model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+PromptContent = str | Sequence[Message] | Sequence[int]
+"""Text as it stands, a conversation to be rendered with the chat template, or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, whose rollouts form a group."""
+
+    group_id: str
+    content: PromptContent
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """Logprobs, entropies and the loss refer to the distribution after it. 0 is greedy, for evaluation only."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means all."""
+    max_tokens: int = 0
+    """0 means the service's default."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; they stay in it."""
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutId:
+    """Names one rollout for ever."""
+
+    run_id: str
+    step: int
+    group_id: str
+    rollout_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Response tokens [start_token, end_token) that one policy version sampled."""
+
+    start_token: int
+    end_token: int
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyStats:
+    """Token entropies over a stretch, nats; zeros for an empty one."""
+
+    mean: float = 0.0
+    last: float = 0.0
+    max: float = 0.0
+    min: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the probe sees of one rollout."""
+
+    prompt_hidden: Floats
+    """[d]"""
+    response_hidden: Floats
+    """[d]"""
+    output_entropy: EntropyStats = EntropyStats()
+    reasoning_entropy: EntropyStats = EntropyStats()
+    answer_entropy: EntropyStats = EntropyStats()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished rollout."""
+
+    id: RolloutId
+    token_ids: Ints
+    """[T], the stop token included when one was sampled."""
+    logprobs: Floats
+    """[T], nats, under the full-vocabulary distribution after temperature."""
+    features: Features
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+    token_entropies: Floats | None = None
+    """[T], nats; only when asked for."""
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The finished siblings of one prompt."""
+
+    group_id: str
+    prompt_token_ids: Ints
+    """[P]"""
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a generation replica serves."""
+
+    instance_id: str
+    lineage_id: str
+    policy_version: int
+    digest: bytes
+    ready: bool
+    not_ready_reason: str
+    engine: str
+    model: str
+    hidden_size: int
+    feature_layer: int
+    max_model_len: int
+    num_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightArray:
+    """One parameter. bfloat16 is held as its raw uint16 bits."""
+
+    array: NDArray[np.generic]
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """What became of a push."""
+
+    policy_version: int
+    already_applied: bool
+    receive_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFeatures:
+    """The features of one prompt's siblings, to be valued."""
+
+    group_id: str
+    domain: str
+    rollouts: tuple[Features, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBaselines:
+    """The answer for one group; the arrays are None while the domain has no probe."""
+
+    group_id: str
+    probe_version: int
+    values: Floats | None
+    """[n], in [0, 1]: g_k(z_i)."""
+    baselines: Floats | None
+    """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledGroup:
+    """A group whose rewards are known."""
+
+    run_id: str
+    step: int
+    group_id: str
+    domain: str
+    rollouts: tuple[Features, ...]
+    rewards: Floats
+    """[n], in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeStatus:
+    """One domain's probe."""
+
+    domain: str
+    probe_version: int
+    num_groups: int
+    num_rows: int
+    num_steps_seen: int
+    warmup_steps: int
+    last_fit_s: float
+    pearson: float
+    brier: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """All probes, and what became of the labels."""
+
+    probes: tuple[ProbeStatus, ...]
+    num_groups_consumed: int
+    num_duplicates: int
+    num_dead_letters: int
+    num_pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRollout:
+    """One rollout with its advantage."""
+
+    id: RolloutId
+    prompt_token_ids: Ints
+    token_ids: Ints
+    logprobs: Floats
+    advantage: float
+    version_spans: tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one training step consumes."""
+
+    run_id: str
+    batch_id: str
+    step: int
+    rollouts: tuple[TrainingRollout, ...]
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Numbers of one training step; means over trained response tokens unless said otherwise."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    mismatch_logprob: float = 0.0
+    mismatch_kl: float = 0.0
+    clip_share: float = 0.0
+    truncated_share: float = 0.0
+    gradient_norm: float = 0.0
+    learning_rate: float = 0.0
+    num_tokens: int = 0
+    num_rollouts: int = 0
+    num_updates: int = 0
+    staleness: Mapping[int, int] = field(default_factory=dict)
+    train_s: float = 0.0
+    publish_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaResult:
+    """How the publishing to one replica went."""
+
+    address: str
+    policy_version: int
+    current: bool
+    error: str
+    push_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The outcome of a batch."""
+
+    policy_version: int
+    duplicate: bool
+    metrics: StepMetrics
+    rejected: tuple[tuple[RolloutId, str], ...]
+    """Rollouts left out, and why: "stale", "duplicate" or "future_version"."""
+    replicas: tuple[ReplicaResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerStatus:
+    """What the learner holds and does."""
+
+    lineage_id: str
+    policy_version: int
+    checkpoint_version: int
+    state: str
+    num_batches: int
+    num_rollouts: int
+    num_rejected: Mapping[str, int]
+    model: str
+    max_staleness: int
+    replicas: tuple[ReplicaResult, ...]
+    digest: bytes
+    last_batch_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExport:
+    """A Hugging Face folder on the learner's file system."""
+
+    path: str
+    policy_version: int

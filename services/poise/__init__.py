@@ -1,0 +1,1 @@
+"""POISE served: online reinforcement learning of language models as microservices over gRPC."""

@@ -1,0 +1,1 @@
+"""Pure mathematics of POISE: features, baselines, advantages, staleness. Knows numpy alone."""

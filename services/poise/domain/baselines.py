@@ -1,0 +1,52 @@
+"""Baselines of a step's groups, and the advantages they give (DESIGN §2).
+
+Every baseline here leaves the gradient unbiased: none of them looks at the reward of the rollout it is for.
+
+Shapes: n siblings of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+def mean_of_others(values_n: Array) -> Array:
+    """Return mean over j ≠ i of values_j, for every i. Needs n ≥ 2.
+
+    Of the siblings' probe values it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`; of their rewards it is
+    RLOO's baseline and the probe's training target.
+
+    Raises:
+        ValueError: n < 2.
+    """
+    n = values_n.shape[0]
+    if n < 2:
+        raise ValueError(f"a group needs at least 2 rollouts for a baseline from its siblings, not {n}")
+    values = values_n.astype(np.float64)
+    return ((values.sum() - values) / (n - 1)).astype(np.float32)
+
+
+def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:
+    """Return, for every rollout, the mean reward over all *other* prompts of the batch.
+
+    Unbiased, since other prompts' rewards are independent of this rollout. A batch of a single prompt has no other:
+    it falls back to `mean_of_others`.
+    """
+    if len(rewards_by_group) < 2:
+        return [mean_of_others(rewards) for rewards in rewards_by_group]
+    sums = np.array([rewards.sum(dtype=np.float64) for rewards in rewards_by_group])
+    counts = np.array([rewards.size for rewards in rewards_by_group])
+    means = (sums.sum() - sums) / (counts.sum() - counts)
+    return [
+        np.full(rewards.shape, mean, np.float32) for rewards, mean in zip(rewards_by_group, means, strict=True)
+    ]
+
+
+def advantages(rewards_n: Array, baselines_n: Array) -> Array:
+    """Return A_i = r_i − b_i, not whitened."""
+    return (rewards_n - baselines_n).astype(np.float32)

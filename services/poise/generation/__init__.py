@@ -1,0 +1,1 @@
+"""The generation service: rollouts, with the features of the very passes that produced them."""

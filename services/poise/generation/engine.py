@@ -1,0 +1,92 @@
+"""The engine interface: what the generation service asks of vLLM or of transformers.
+
+Knows neither gRPC nor protobuf. Implementations: `torch_engine`, `vllm_engine`; one contract suite holds them
+together.
+
+Shapes: P prompt tokens, T response tokens, d the model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What does not change while an engine runs."""
+
+    engine: str
+    model: str
+    hidden_size: int
+    num_layers: int
+    feature_layer: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One rollout to sample."""
+
+    request_id: str
+    """Unique among the running ones."""
+    prompt_token_ids: Sequence[int]
+    """At least one, and leaving room for at least one response token in max_model_len."""
+    sampling: Sampling
+    """max_tokens is resolved: at least 1, and P + max_tokens ≤ max_model_len."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRollout:
+    """One finished rollout."""
+
+    token_ids: Ints
+    logprobs: Floats
+    token_entropies: Floats
+    features: Features
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+    first_token_s: float
+    total_s: float
+
+
+class Engine(Protocol):
+    """A language model that samples rollouts and takes new weights in place."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model. Valid after `start`."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model. Raises `BackendDown` with the reason when it cannot."""
+        ...
+
+    async def stop(self) -> None:
+        """End every process and free the memory. Safe to call twice."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether the engine can still serve; False once its processes died."""
+        ...
+
+    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+        """Return ids of a text as it stands, or of a conversation with its generation prompt."""
+        ...
+
+    async def generate(self, request: EngineRequest) -> EngineRollout:
+        """Sample one rollout. Cancelling the task aborts it in the engine and frees what it held."""
+        ...
+
+    async def update_weights(self, weights: Path, policy_version: int) -> float:
+        """Serve the parameters of a safetensors file from the next step boundary on.
+
+        Running rollouts go on under the new version (their spans say so); prefix caches are dropped. Returns the seconds
+        for which generation stood still. Raises without having changed anything when the file does not fit the model.
+        """
+        ...
