@@ -1,0 +1,1 @@
+"""The labelled-rollout queue: the interface, Redis Streams, in-memory."""

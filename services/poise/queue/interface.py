@@ -1,0 +1,84 @@
+"""The queue of labelled rollouts: what every implementation promises.
+
+Owns the interface and its nouns. Knows neither Redis nor what the entries mean: a payload is bytes.
+
+At-least-once: an entry is delivered again, to the same consumer or to another, until it is acknowledged or
+dead-lettered. Consumers are idempotent by the ids inside the payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One entry handed to a consumer, who now owes an `ack` or a `dead_letter`."""
+
+    entry_id: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An entry that was refused as poison."""
+
+    entry_id: str
+    """The id it had in the queue."""
+    payload: bytes
+    """Cut off after `MAX_DEAD_LETTER_BYTES`."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How much lies where."""
+
+    num_entries: int
+    """Published and not acknowledged: unread and delivered ones together."""
+    num_dead_letters: int
+    """Entries ever dead-lettered, whether or not still kept."""
+
+
+MAX_DEAD_LETTER_BYTES = 1 << 20
+"""Payload kept of a dead letter: enough for a person to see what it was."""
+
+
+class LabelQueue(Protocol):
+    """A bounded, durable queue with acknowledgements. Every method may raise `BackendDown`."""
+
+    async def publish(self, payloads: Sequence[bytes]) -> None:
+        """Append all payloads or none; durable on return.
+
+        Raises:
+            QueueFull: they do not fit under the limit now.
+        """
+        ...
+
+    async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
+        """Return up to `max_entries`: first what this consumer was handed before and still owes, then what dead
+        consumers left behind, then new ones. Waits up to `wait_s` for the first; empty when there is none.
+        """
+        ...
+
+    async def ack(self, entry_ids: Sequence[str]) -> None:
+        """Remove entries for good. Unknown ids are ignored."""
+        ...
+
+    async def dead_letter(self, delivery: Delivery, reason: str) -> None:
+        """Move an entry to the dead letters, in one step."""
+        ...
+
+    async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
+        """Return the newest dead letters, newest first."""
+        ...
+
+    async def depth(self) -> QueueDepth:
+        """Count."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections. Entries delivered and not acknowledged stay owed."""
+        ...

@@ -1,0 +1,118 @@
+"""The queue within one process: for tests and for loops that embed the value service.
+
+Owns nothing durable: what it holds ends with the process. Keeps every other promise of the interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from poise.errors import QueueFull
+from poise.queue.interface import MAX_DEAD_LETTER_BYTES, DeadLetter, Delivery, QueueDepth
+
+
+@dataclass
+class MemoryStream:
+    """What several consumers share: the place of the Redis server."""
+
+    max_entries: int = 8192
+    max_dead_letters: int = 1000
+    claim_idle_s: float = 30.0
+    clock: Callable[[], float] = time.monotonic
+    unread: deque[Delivery] = field(default_factory=deque)
+    pending: dict[str, _Pending] = field(default_factory=dict)
+    dead: deque[DeadLetter] = field(default_factory=deque)
+    num_dead_letters: int = 0
+    ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass
+class _Pending:
+    """An entry delivered and not yet acknowledged."""
+
+    delivery: Delivery
+    consumer: str
+    delivered_at_s: float
+
+
+class MemoryQueue:
+    """One consumer's, or publisher's, handle on a `MemoryStream`."""
+
+    def __init__(self, stream: MemoryStream, consumer: str) -> None:
+        self._stream = stream
+        self._consumer = consumer
+        self._owed_checked = False
+
+    async def publish(self, payloads: Sequence[bytes]) -> None:
+        """See `LabelQueue.publish`."""
+        stream = self._stream
+        held = len(stream.unread) + len(stream.pending)
+        if held + len(payloads) > stream.max_entries:
+            raise QueueFull(
+                f"the label queue holds {held} of {stream.max_entries} entries; {len(payloads)} more do not fit",
+                retry_after_s=1.0,
+            )
+        for payload in payloads:
+            stream.unread.append(Delivery(f"{next(stream.ids)}-0", bytes(payload)))
+        stream.arrived.set()
+
+    async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
+        """See `LabelQueue.read`."""
+        owed = self._take_owed(max_entries)
+        if owed:
+            return owed
+        if not self._stream.unread:
+            self._stream.arrived.clear()
+            try:
+                await asyncio.wait_for(self._stream.arrived.wait(), wait_s)
+            except TimeoutError:
+                return []
+        unread = self._stream.unread
+        return [self._deliver(unread.popleft()) for _ in range(min(max_entries, len(unread)))]
+
+    def _take_owed(self, max_entries: int) -> list[Delivery]:
+        stream = self._stream
+        if not self._owed_checked:
+            owed = [item for item in stream.pending.values() if item.consumer == self._consumer]
+            self._owed_checked = len(owed) <= max_entries
+            if owed:
+                return [self._deliver(item.delivery) for item in owed[:max_entries]]
+        horizon_s = stream.clock() - stream.claim_idle_s
+        abandoned = [item for item in stream.pending.values() if item.delivered_at_s <= horizon_s]
+        return [self._deliver(item.delivery) for item in abandoned[:max_entries]]
+
+    def _deliver(self, delivery: Delivery) -> Delivery:
+        self._stream.pending[delivery.entry_id] = _Pending(delivery, self._consumer, self._stream.clock())
+        return delivery
+
+    async def ack(self, entry_ids: Sequence[str]) -> None:
+        """See `LabelQueue.ack`."""
+        for entry_id in entry_ids:
+            self._stream.pending.pop(entry_id, None)
+
+    async def dead_letter(self, delivery: Delivery, reason: str) -> None:
+        """See `LabelQueue.dead_letter`."""
+        stream = self._stream
+        stream.pending.pop(delivery.entry_id, None)
+        stream.dead.append(DeadLetter(delivery.entry_id, delivery.payload[:MAX_DEAD_LETTER_BYTES], reason))
+        stream.num_dead_letters += 1
+        while len(stream.dead) > stream.max_dead_letters:
+            stream.dead.popleft()
+
+    async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
+        """See `LabelQueue.dead_letters`."""
+        return list(itertools.islice(reversed(self._stream.dead), max_entries))
+
+    async def depth(self) -> QueueDepth:
+        """See `LabelQueue.depth`."""
+        stream = self._stream
+        return QueueDepth(len(stream.unread) + len(stream.pending), stream.num_dead_letters)
+
+    async def close(self) -> None:
+        """See `LabelQueue.close`."""
