@@ -42,9 +42,7 @@ def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:
     sums = np.array([rewards.sum(dtype=np.float64) for rewards in rewards_by_group])
     counts = np.array([rewards.size for rewards in rewards_by_group])
     means = (sums.sum() - sums) / (counts.sum() - counts)
-    return [
-        np.full(rewards.shape, mean, np.float32) for rewards, mean in zip(rewards_by_group, means, strict=True)
-    ]
+    return [np.full(rewards.shape, mean, np.float32) for rewards, mean in zip(rewards_by_group, means, strict=True)]
 
 
 def advantages(rewards_n: Array, baselines_n: Array) -> Array:
