@@ -244,6 +244,17 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchHeader:
+    """What opens a batch on the wire: all of it but its rollouts."""
+
+    run_id: str
+    batch_id: str
+    step: int
+    num_rollouts: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
     """Numbers of one training step; means over trained response tokens unless said otherwise."""
 

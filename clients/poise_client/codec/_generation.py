@@ -1,0 +1,212 @@
+"""Messages of generation.proto: prompts, sampling, rollouts, groups, policies, pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from poise_proto.v1 import common_pb2
+from poise_proto.v1 import generation_pb2 as pb
+
+from poise_client.codec._common import (
+    decode_features,
+    decode_rollout_id,
+    decode_version_span,
+    encode_features,
+    encode_rollout_id,
+    encode_version_span,
+    join,
+    vector,
+)
+from poise_client.codec._tensor import CodecError, from_tensor
+from poise_client.types import FinishReason, Group, Message, Policy, Prompt, Rollout, Sampling, WeightUpdate
+
+_FINISH_NUMBERS: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+    "abort": common_pb2.FINISH_REASON_ABORT,
+}
+_FINISH_NAMES: dict[int, FinishReason] = {number: name for name, number in _FINISH_NUMBERS.items()}
+
+
+def encode_prompt(prompt: Prompt, field: str = "prompt") -> pb.PromptSpec:
+    """Pack a prompt.
+
+    Raises:
+        CodecError: content that is neither text, messages nor token ids; or an empty sequence.
+    """
+    content = prompt.content
+    if isinstance(content, str):
+        return pb.PromptSpec(group_id=prompt.group_id, text=content)
+    items: Sequence[object] = list(content)
+    if not items:
+        raise CodecError(join(field, "content"), "is empty; required: text, at least one message or one token id")
+    if all(isinstance(item, dict) and {"role", "content"} == item.keys() for item in items):
+        turns = [pb.ChatMessage(**cast(Message, item)) for item in items]
+        return pb.PromptSpec(group_id=prompt.group_id, chat=pb.ChatPrompt(messages=turns))
+    try:
+        token_ids = [int(item.__index__()) for item in items]  # type: ignore[attr-defined]
+        return pb.PromptSpec(group_id=prompt.group_id, tokens=pb.TokenPrompt(token_ids=token_ids))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CodecError(
+            join(field, "content"),
+            'required: text, messages of exactly "role" and "content", or token ids from 0 to 2^32 - 1',
+        ) from error
+
+
+def decode_prompt(message: pb.PromptSpec, field: str = "prompt") -> Prompt:
+    """Unpack a prompt. Raises `CodecError` when it asks nothing."""
+    match message.WhichOneof("prompt"):
+        case "text":
+            return Prompt(message.group_id, message.text)
+        case "chat" if message.chat.messages:
+            turns = [Message(role=turn.role, content=turn.content) for turn in message.chat.messages]
+            return Prompt(message.group_id, turns)
+        case "tokens" if message.tokens.token_ids:
+            return Prompt(message.group_id, list(message.tokens.token_ids))
+        case None:
+            raise CodecError(join(field, "prompt"), "is unset; required: text, chat or tokens")
+        case kind:
+            raise CodecError(join(field, kind), "is empty; required: at least one message or token id")
+
+
+def encode_sampling(sampling: Sampling) -> pb.SamplingParams:
+    """Pack sampling parameters."""
+    return pb.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop=sampling.stop,
+        seed=sampling.seed,
+    )
+
+
+def decode_sampling(message: pb.SamplingParams) -> Sampling:
+    """Unpack sampling parameters; what is unset gets its default. Ranges are the servicer's to check."""
+    return Sampling(
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        max_tokens=message.max_tokens,
+        stop=tuple(message.stop),
+        seed=message.seed if message.HasField("seed") else None,
+    )
+
+
+def encode_rollout(rollout: Rollout, field: str = "rollout") -> pb.Trajectory:
+    """Pack a finished rollout."""
+    entropies = rollout.token_entropies
+    return pb.Trajectory(
+        id=encode_rollout_id(rollout.id),
+        token_ids=vector(rollout.token_ids, join(field, "token_ids"), "int32"),
+        logprobs=vector(rollout.logprobs, join(field, "logprobs")),
+        token_entropies=None if entropies is None else vector(entropies, join(field, "token_entropies")),
+        features=encode_features(rollout.features, join(field, "features")),
+        version_spans=[encode_version_span(span) for span in rollout.version_spans],
+        finish_reason=_FINISH_NUMBERS[rollout.finish_reason],
+        text=rollout.text,
+        timings=pb.TrajectoryTimings(first_token_s=rollout.first_token_s, total_s=rollout.total_s),
+    )
+
+
+def decode_rollout(message: pb.Trajectory, field: str = "rollout") -> Rollout:
+    """Unpack a finished rollout. Raises `CodecError` for anything missing or of mismatched length."""
+    token_ids = from_tensor(message.token_ids, dtype="int32", field=join(field, "token_ids"))
+    logprobs = from_tensor(message.logprobs, field=join(field, "logprobs"))
+    entropies = None
+    if message.HasField("token_entropies"):
+        entropies = from_tensor(message.token_entropies, field=join(field, "token_entropies"))
+    for name, array in (("logprobs", logprobs), ("token_entropies", entropies)):
+        if array is not None and array.shape != token_ids.shape:
+            raise CodecError(
+                join(field, name), f"has {array.size} elements for {token_ids.size} tokens; required: one each"
+            )
+    if message.finish_reason not in _FINISH_NAMES:
+        raise CodecError(join(field, "finish_reason"), f"is unset or unknown ({message.finish_reason})")
+    return Rollout(
+        id=decode_rollout_id(message.id),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        features=decode_features(message.features, join(field, "features")),
+        version_spans=tuple(decode_version_span(span) for span in message.version_spans),
+        finish_reason=_FINISH_NAMES[message.finish_reason],
+        text=message.text,
+        token_entropies=entropies,
+        first_token_s=message.timings.first_token_s,
+        total_s=message.timings.total_s,
+    )
+
+
+def encode_group(group: Group, field: str = "group") -> pb.StreamTrajectoriesResponse:
+    """Pack a finished group."""
+    return pb.StreamTrajectoriesResponse(
+        group_id=group.group_id,
+        prompt_token_ids=vector(group.prompt_token_ids, join(field, "prompt_token_ids"), "int32"),
+        trajectories=[
+            encode_rollout(rollout, join(field, f"trajectories[{i}]")) for i, rollout in enumerate(group.rollouts)
+        ],
+    )
+
+
+def decode_group(message: pb.StreamTrajectoriesResponse, field: str = "group") -> Group:
+    """Unpack a finished group."""
+    return Group(
+        message.group_id,
+        from_tensor(message.prompt_token_ids, dtype="int32", field=join(field, "prompt_token_ids")),
+        tuple(
+            decode_rollout(trajectory, join(field, f"trajectories[{i}]"))
+            for i, trajectory in enumerate(message.trajectories)
+        ),
+    )
+
+
+def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
+    """Pack what a replica serves."""
+    return pb.GetPolicyResponse(
+        instance_id=policy.instance_id,
+        lineage_id=policy.lineage_id,
+        policy_version=policy.policy_version,
+        digest=policy.digest,
+        ready=policy.ready,
+        not_ready_reason=policy.not_ready_reason,
+        engine=policy.engine,
+        model=policy.model,
+        hidden_size=policy.hidden_size,
+        feature_layer=policy.feature_layer,
+        max_model_len=policy.max_model_len,
+        num_running=policy.num_running,
+    )
+
+
+def decode_policy(message: pb.GetPolicyResponse) -> Policy:
+    """Unpack what a replica serves."""
+    return Policy(
+        instance_id=message.instance_id,
+        lineage_id=message.lineage_id,
+        policy_version=message.policy_version,
+        digest=message.digest,
+        ready=message.ready,
+        not_ready_reason=message.not_ready_reason,
+        engine=message.engine,
+        model=message.model,
+        hidden_size=message.hidden_size,
+        feature_layer=message.feature_layer,
+        max_model_len=message.max_model_len,
+        num_running=message.num_running,
+    )
+
+
+def encode_weight_update(update: WeightUpdate) -> pb.UpdateWeightsResponse:
+    """Pack the outcome of a push."""
+    return pb.UpdateWeightsResponse(
+        policy_version=update.policy_version,
+        already_applied=update.already_applied,
+        receive_s=update.receive_s,
+        pause_s=update.pause_s,
+    )
+
+
+def decode_weight_update(message: pb.UpdateWeightsResponse) -> WeightUpdate:
+    """Unpack the outcome of a push."""
+    return WeightUpdate(message.policy_version, message.already_applied, message.receive_s, message.pause_s)

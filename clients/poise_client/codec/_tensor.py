@@ -1,0 +1,168 @@
+"""numpy arrays to and from `Tensor` messages: dtype, shape, little-endian bytes in C order.
+
+Knows no message but Tensor. bfloat16, which numpy lacks, is held as its raw uint16 bits.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from poise_proto.v1 import common_pb2 as pb
+
+from poise_client.types import Floats, Ints
+
+DTypeName = Literal["float32", "float64", "bfloat16", "float16", "int32", "int64"]
+
+DTYPE_NUMBERS: Mapping[DTypeName, pb.DType.ValueType] = MappingProxyType(
+    {
+        "float32": pb.DTYPE_FLOAT32,
+        "float64": pb.DTYPE_FLOAT64,
+        "bfloat16": pb.DTYPE_BFLOAT16,
+        "float16": pb.DTYPE_FLOAT16,
+        "int32": pb.DTYPE_INT32,
+        "int64": pb.DTYPE_INT64,
+    }
+)
+"""Names of element types to their numbers on the wire."""
+
+DTYPE_NAMES: Mapping[int, DTypeName] = MappingProxyType({number: name for name, number in DTYPE_NUMBERS.items()})
+"""Numbers on the wire to names of element types; DTYPE_UNSPECIFIED is absent."""
+
+_BY_DTYPE: Mapping[str, DTypeName] = MappingProxyType({name: name for name in DTYPE_NUMBERS if name != "bfloat16"})
+
+MAX_ELEMENTS = 2**20
+"""Most elements `from_tensor` accepts unless told otherwise: as float32 they fill gRPC's default message of 4 MiB."""
+
+
+class CodecError(ValueError):
+    """A value that does not fit its message, or a message that does not hold its value."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        """Path of the field, such as `groups[2].rollouts[0].prompt_hidden`."""
+        self.description = description
+        """What is wrong and what would be right."""
+
+
+def host_dtype(name: DTypeName) -> np.dtype[np.generic]:
+    """Return the numpy dtype that holds elements of type `name` in this host's byte order."""
+    return np.dtype(np.uint16 if name == "bfloat16" else name)
+
+
+def wire_bytes(array: NDArray[np.generic]) -> bytes:
+    """Return the elements as they travel: little-endian, in C order."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def to_tensor(array: ArrayLike, dtype: DTypeName | None = None, *, field: str = "tensor") -> pb.Tensor:
+    """Pack an array.
+
+    Args:
+        array: anything numpy makes an array of, of any shape.
+        dtype: element type on the wire; None takes the array's own. Floats may be rounded to narrower floats and
+            integers stored in other integers that hold them; nothing else is cast. bfloat16 takes its raw uint16 bits.
+        field: what to call the array in errors.
+
+    Raises:
+        CodecError: an element type that does not travel, a cast that would lose more than precision.
+    """
+    try:
+        source = np.asarray(array)
+    except ValueError as error:
+        raise CodecError(field, f"is no array: {error}") from error
+    name = dtype or _BY_DTYPE.get(source.dtype.name)
+    if name is None:
+        hint = 'dtype="bfloat16" for raw bfloat16 bits' if source.dtype == np.uint16 else ", ".join(DTYPE_NUMBERS)
+        raise CodecError(field, f"elements of type {source.dtype.name} do not travel; use {hint}")
+    return pb.Tensor(dtype=DTYPE_NUMBERS[name], shape=source.shape, data=wire_bytes(_cast(source, name, field)))
+
+
+def _cast(source: NDArray[np.generic], dtype: DTypeName, field: str) -> NDArray[np.generic]:
+    target = host_dtype(dtype)
+    if source.dtype == target or source.size == 0:
+        return source.astype(target, copy=False)
+    if dtype == "bfloat16" or source.dtype.kind not in "iuf" or (source.dtype.kind == "f" and target.kind != "f"):
+        wanted = "uint16 bits" if dtype == "bfloat16" else f"elements that {dtype} can hold"
+        raise CodecError(field, f"elements of type {source.dtype.name} cannot be sent as {dtype}; pass {wanted}")
+    if target.kind == "i":
+        limits = np.iinfo(target.name)
+        low, high = int(np.min(source)), int(np.max(source))
+        if low < limits.min or high > limits.max:
+            raise CodecError(field, f"values {low}..{high} exceed {dtype}")
+    try:
+        with np.errstate(over="raise"):
+            return source.astype(target)
+    except FloatingPointError as error:
+        raise CodecError(field, f"values exceed {dtype}") from error
+
+
+@overload
+def from_tensor(
+    tensor: pb.Tensor,
+    *,
+    dtype: Literal["float32"] = "float32",
+    ndim: int = 1,
+    field: str = "tensor",
+    max_elements: int = MAX_ELEMENTS,
+) -> Floats: ...
+@overload
+def from_tensor(
+    tensor: pb.Tensor,
+    *,
+    dtype: Literal["int32"],
+    ndim: int = 1,
+    field: str = "tensor",
+    max_elements: int = MAX_ELEMENTS,
+) -> Ints: ...
+@overload
+def from_tensor(
+    tensor: pb.Tensor, *, dtype: DTypeName, ndim: int = 1, field: str = "tensor", max_elements: int = MAX_ELEMENTS
+) -> NDArray[np.generic]: ...
+def from_tensor(
+    tensor: pb.Tensor,
+    *,
+    dtype: DTypeName = "float32",
+    ndim: int = 1,
+    field: str = "tensor",
+    max_elements: int = MAX_ELEMENTS,
+) -> NDArray[np.generic]:
+    """Unpack a tensor into a read-only array of this host's byte order, checked against what is expected.
+
+    Args:
+        tensor: the message; it is not trusted.
+        dtype: the one element type accepted. bfloat16 comes back as uint16.
+        ndim: the one number of axes accepted.
+        field: path of the tensor, for errors.
+        max_elements: most elements accepted.
+
+    Raises:
+        CodecError: unset, another dtype or number of axes, too large, or data that does not match the shape.
+    """
+    sent = DTYPE_NAMES.get(tensor.dtype)
+    if sent is None:
+        state = f"has unknown dtype {tensor.dtype}" if tensor.dtype else "is unset"
+        raise CodecError(field, f"{state}; required: {dtype} with {ndim} axes")
+    if sent != dtype:
+        raise CodecError(field, f"is {sent}; required: {dtype}")
+    shape = tuple(tensor.shape)
+    if len(shape) != ndim:
+        raise CodecError(field, f"has shape {list(shape)}; required: {ndim} axes")
+    num_elements = math.prod(shape)
+    if num_elements > max_elements:
+        raise CodecError(field, f"has {num_elements} elements; at most {max_elements} are accepted")
+    native = host_dtype(dtype)
+    num_bytes = num_elements * native.itemsize
+    if len(tensor.data) != num_bytes:
+        raise CodecError(field, f"has {len(tensor.data)} bytes; shape {list(shape)} of {dtype} takes {num_bytes}")
+    array = np.frombuffer(tensor.data, native.newbyteorder("<")).reshape(shape)
+    if sys.byteorder == "big":
+        array = array.astype(native)
+        array.flags.writeable = False
+    return array
