@@ -1,0 +1,1 @@
+"""The value service: baselines from a probe that learns online from labelled rollouts."""

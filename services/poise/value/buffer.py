@@ -1,0 +1,56 @@
+"""The sliding window of labelled groups that one domain's probe is fitted on.
+
+Owns which groups are in it. Knows neither ids seen before nor probes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from poise.value.rows import FeatureRows, Floats, LabelledRows
+
+
+class Window:
+    """Whole groups, oldest first, of at most `max_rows` rows: siblings enter and leave together."""
+
+    def __init__(self, max_rows: int, groups: Iterable[LabelledRows] = (), num_added: int = 0) -> None:
+        """Restore from `groups`, oldest first, of which `num_added` in all were ever added."""
+        self._max_rows = max_rows
+        self._groups = deque(groups)
+        self.num_rows = sum(len(group.rows) for group in self._groups)
+        self.num_added = num_added
+        """Groups ever added: the clock by which a probe is out of date."""
+        self._slide()
+
+    def add(self, group: LabelledRows) -> None:
+        """Append a group; the oldest leave."""
+        self._groups.append(group)
+        self.num_rows += len(group.rows)
+        self.num_added += 1
+        self._slide()
+
+    def _slide(self) -> None:
+        while self.num_rows > self._max_rows and len(self._groups) > 1:
+            self.num_rows -= len(self._groups.popleft().rows)
+
+    @property
+    def groups(self) -> tuple[LabelledRows, ...]:
+        """The groups now, oldest first: a copy that later additions do not change."""
+        return tuple(self._groups)
+
+    @property
+    def width(self) -> int | None:
+        """The model's width, set by the first group; None while empty."""
+        return self._groups[0].rows.width if self._groups else None
+
+
+def training_rows(groups: Iterable[LabelledRows]) -> tuple[FeatureRows, Floats]:
+    """Return inputs and targets of groups, to be fitted on. Needs at least one group."""
+    listed = list(groups)
+    return (
+        FeatureRows.concatenate([group.rows for group in listed]),
+        np.concatenate([group.targets for group in listed]),
+    )

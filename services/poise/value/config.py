@@ -1,0 +1,92 @@
+"""The settings of the value service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.value.probe import ProbeInput
+
+
+class QueueConfig(StrictModel):
+    """The queue of labelled rollouts, a Redis Stream."""
+
+    url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """`redis://[user:password@]host:port/db`, `rediss://…` for TLS, or `unix://path`."""
+    stream: str = Field("poise:labels", min_length=1)
+    """Key of the stream. Dead letters go to `<stream>:dead`."""
+    group: str = Field("value", min_length=1)
+    """Consumer group."""
+    max_entries: int = Field(8192, ge=1)
+    """Most groups published and not yet in the durable state; beyond, publishing is refused with QUEUE_FULL."""
+    max_entry_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    """Largest group, serialised."""
+    max_dead_letters: int = Field(1000, ge=1)
+    """Dead letters kept; the oldest go first."""
+    claim_idle_s: float = Field(30.0, gt=0)
+    """After so long without an acknowledgement, entries of another consumer are taken over, s."""
+    batch_entries: int = Field(256, ge=1)
+    """Most groups made durable at a time."""
+
+
+class ProbeConfig(StrictModel):
+    """What the probes see and when they learn."""
+
+    inputs: tuple[ProbeInput, ...] = Field(("prompt_hidden", "response_hidden", "entropy"), min_length=1)
+    """Which features are used; `entropy` is the three mean token entropies."""
+    prompt_components: int = Field(32, ge=1)
+    """PCA dimensions of prompt_hidden, capped by rows and width."""
+    response_components: int = Field(64, ge=1)
+    """PCA dimensions of response_hidden, capped by rows and width."""
+    alpha: float = Field(100.0, gt=0)
+    """Ridge penalty on standardised inputs."""
+    warmup_steps: int = Field(16, ge=1)
+    """Distinct steps whose labels a domain must have consumed before its first fit."""
+    min_rows: int = Field(64, ge=2)
+    """Rollouts a window must hold before the first fit."""
+    window_rows: int = Field(3072, ge=2)
+    """Most rollouts in a domain's sliding window; whole groups leave, oldest first."""
+    window_rows_by_domain: dict[str, int] = Field({"math": 4096})
+    """Exceptions from `window_rows`."""
+    max_domains: int = Field(64, ge=1)
+    """Most domains; each holds a window in memory. Labels of further ones are refused."""
+
+    @model_validator(mode="after")
+    def _windows_hold_a_fit(self) -> Self:
+        sizes = {"window_rows": self.window_rows}
+        sizes |= {f"window_rows_by_domain.{domain}": rows for domain, rows in self.window_rows_by_domain.items()}
+        for name, rows in sizes.items():
+            if rows < self.min_rows:
+                raise ValueError(f"{name} = {rows} is below min_rows = {self.min_rows}: no probe would ever be fitted")
+        return self
+
+    def rows_of(self, domain: str) -> int:
+        """Return the size of a domain's window."""
+        return self.window_rows_by_domain.get(domain, self.window_rows)
+
+
+class ValueConfig(ServiceConfig):
+    """The value service."""
+
+    model_config = SettingsConfigDict(env_prefix="POISE_VALUE_")
+
+    grpc: GrpcConfig = GrpcConfig(port=50052)
+    """Where the gRPC service listens."""
+    admin: AdminConfig = AdminConfig(port=8052)
+    """Where the admin app listens."""
+    state_dir: Path
+    """Folder of the durable state: windows, consumed ids, probes. One service at a time may use it."""
+    queue: QueueConfig = QueueConfig()
+    """The queue of labelled rollouts."""
+    probe: ProbeConfig = ProbeConfig()
+    """The probes."""
+    horizon_steps: int = Field(1024, ge=1)
+    """Steps of a run whose consumed ids are remembered exactly; labels of older steps are dead-lettered."""
+    pinned_steps: int = Field(64, ge=1)
+    """Steps of a run whose probes stay pinned for repeated questions."""
+    max_runs: int = Field(64, ge=1)
+    """Runs remembered in full; of longer unused ones only the last step is, and what is older is refused."""

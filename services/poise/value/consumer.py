@@ -1,0 +1,146 @@
+"""Feeds the labels from the queue to the estimator, so that each is learnt once and none is lost.
+
+Owns the order: learn, make durable, only then acknowledge. A crash in between means that entries come again, and the
+ledger tells that they were learnt. Poison goes to the dead letters and never stops the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from poise.errors import InvalidRequest, PoiseError
+from poise.queue.interface import Delivery, LabelQueue, QueueDepth
+from poise.value.config import QueueConfig
+from poise.value.estimator import BaselineEstimator
+from poise.value.keeper import StateKeeper
+from poise.value.labels import parse_label
+from poise.value.ledger import Admission
+from poise.value.refitter import Refitter
+
+logger = logging.getLogger(__name__)
+
+_READ_WAIT_S = 0.5
+"""How long a read of an empty queue waits: also how soon a stop is noticed."""
+
+_MAX_REASON = 1000
+"""Characters kept of why an entry is poison."""
+
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
+
+
+class LabelConsumer:
+    """One loop over the queue."""
+
+    def __init__(
+        self,
+        queue: LabelQueue,
+        estimator: BaselineEstimator,
+        keeper: StateKeeper,
+        refitter: Refitter,
+        config: QueueConfig,
+    ) -> None:
+        self._queue = queue
+        self._estimator = estimator
+        self._keeper = keeper
+        self._refitter = refitter
+        self._config = config
+        self._stopping = asyncio.Event()
+        self._running = asyncio.Event()
+        self._running.set()
+        self.problem = "the label queue has not been reached yet"
+        """Why nothing can be consumed now; empty while all is well."""
+        self.depth = QueueDepth(0, 0)
+        """Of the queue, as last seen."""
+        self._learnt: list[str] = []
+        self._poison: list[tuple[Delivery, str]] = []
+
+    @property
+    def paused(self) -> bool:
+        """Whether consumption is paused."""
+        return not self._running.is_set()
+
+    def pause(self) -> None:
+        """Consume nothing after the batch in hand."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Consume again."""
+        self._running.set()
+
+    def stop(self) -> None:
+        """End `run` after the batch in hand."""
+        self._stopping.set()
+        self._running.set()
+
+    async def run(self) -> None:
+        """Consume until stopped, over any trouble."""
+        retry_s = _FIRST_RETRY_S
+        while not self._stopping.is_set():
+            try:
+                await self._running.wait()
+                await self._turn()
+                self._report("")
+                retry_s = _FIRST_RETRY_S
+            except Exception as error:
+                self._report(_describe(error), None if isinstance(error, PoiseError | OSError) else error)
+                await self._sleep(retry_s * random.uniform(0.5, 1.0))  # noqa: S311
+                retry_s = min(2 * retry_s, _LAST_RETRY_S)
+
+    def _report(self, problem: str, defect: Exception | None = None) -> None:
+        """Log changes only: a queue that is down for an hour is one line."""
+        if problem and problem != self.problem:
+            logger.error("labels are not consumed: %s", problem, exc_info=defect)
+        elif self.problem and not problem:
+            logger.info("labels are consumed")
+        self.problem = problem
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def _turn(self) -> None:
+        if self._stopping.is_set():
+            return
+        await self._settle()  # what an earlier turn could not
+        for delivery in await self._queue.read(max_entries=self._config.batch_entries, wait_s=_READ_WAIT_S):
+            reason = self._learn(delivery)
+            if reason is None:
+                self._learnt.append(delivery.entry_id)
+            else:
+                logger.warning("label entry %s is dead-lettered: %s", delivery.entry_id, reason)
+                self._poison.append((delivery, reason[:_MAX_REASON]))
+        await self._settle()
+        self.depth = await self._queue.depth()
+
+    async def _settle(self) -> None:
+        """Give the queue what it is owed for the entries in hand. Nothing is forgotten when it fails halfway."""
+        if self._learnt:
+            # Even for duplicates alone: they may have been learnt in this life and not be durable yet.
+            await self._keeper.keep()
+            self._refitter.wake()
+            await self._queue.ack(self._learnt)
+            self._learnt = []
+        while self._poison:
+            await self._queue.dead_letter(*self._poison[0])
+            del self._poison[0]
+
+    def _learn(self, delivery: Delivery) -> str | None:
+        """Learn from one entry; returns why it is poison, or None."""
+        try:
+            label = parse_label(delivery.payload, self._config.max_entry_bytes)
+        except InvalidRequest as error:
+            return error.message
+        refusal = self._estimator.refusal(label.domain, label.rows.width)
+        if refusal is not None:
+            return refusal
+        if self._estimator.learn(label) is Admission.TOO_OLD:
+            return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"
+        return None
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__

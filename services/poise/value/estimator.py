@@ -1,0 +1,184 @@
+"""What the service knows, and the two things it does with it: value rollouts, and learn from labels.
+
+Owns windows, ledger, probes and pins, and keeps them consistent: every method here runs to its end without yielding, on
+the event loop, so no question ever falls between a label's entering a window and its being on the ledger. Knows no
+protobuf, no queue, no files and no threads.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from poise_client.types import GroupBaselines
+
+from poise.domain.baselines import mean_of_others
+from poise.errors import FieldViolation, InvalidRequest
+from poise.value.buffer import Window
+from poise.value.config import ValueConfig
+from poise.value.ledger import Admission, Ledger
+from poise.value.pins import Probes, StepPins, VersionedProbe
+from poise.value.rows import FeatureRows, Floats, LabelledRows
+from poise.value.snapshot import DomainSnapshot, Snapshot
+from poise.value.track_record import TrackRecord
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupRows:
+    """One group to be valued."""
+
+    group_id: str
+    domain: str
+    rows: FeatureRows
+
+
+@dataclass(eq=False)
+class Domain:
+    """What is known of one domain, its current probe apart."""
+
+    window: Window
+    record: TrackRecord
+    num_steps_seen: int = 0
+    num_estimated_rows: int = 0
+
+
+class BaselineEstimator:
+    """The state of the service."""
+
+    def __init__(self, config: ValueConfig, saved: Snapshot | None = None) -> None:
+        self._config = config
+        self.instance_id = saved.instance_id if saved else uuid.uuid4().hex
+        self._ledger = Ledger(config.horizon_steps, config.max_runs)
+        self._pins = StepPins(config.pinned_steps, config.max_runs)
+        self._domains: dict[str, Domain] = {}
+        self.probes: Probes = {}
+        self.num_groups_consumed = saved.num_groups_consumed if saved else 0
+        self.num_duplicates = saved.num_duplicates if saved else 0
+        if saved:
+            self._restore(saved)
+
+    def _restore(self, saved: Snapshot) -> None:
+        self._ledger.restore(saved.ledger)
+        for domain in saved.domains:
+            window = Window(self._config.probe.rows_of(domain.domain), domain.groups, domain.num_added)
+            self._domains[domain.domain] = self._new_domain(domain.domain, window, domain.num_steps_seen)
+        self.probes = {domain.domain: domain.probe for domain in saved.domains if domain.probe is not None}
+
+    def _new_domain(self, name: str, window: Window | None = None, num_steps_seen: int = 0) -> Domain:
+        max_rows = self._config.probe.rows_of(name)
+        return Domain(window or Window(max_rows), TrackRecord(max_rows), num_steps_seen)
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """By name."""
+        return self._domains
+
+    def estimate(self, run_id: str, step: int, groups: Sequence[GroupRows]) -> list[GroupBaselines]:
+        """Value groups of one step with the probes pinned for it, in the order asked.
+
+        Raises:
+            LabelsConsumed: the step is not pinned, and its labels have been consumed or that cannot be ruled out.
+            InvalidRequest: hidden states of another width than the probe's.
+        """
+        labels_consumed = self._ledger.may_have_labels_of(run_id, step)
+        probes = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed)
+        _check_widths(groups, probes)
+        values = _values(groups, probes)
+        answers = []
+        for index, group in enumerate(groups):
+            if index not in values:
+                answers.append(GroupBaselines(group.group_id, 0, None, None))
+                continue
+            baselines = mean_of_others(values[index]) if len(group.rows) > 1 else None
+            answers.append(GroupBaselines(group.group_id, probes[group.domain].version, values[index], baselines))
+            if group.domain in self._domains:
+                self._domains[group.domain].num_estimated_rows += len(group.rows)
+        return answers
+
+    def refusal(self, domain: str, width: int) -> str | None:
+        """Why a label could not be learnt from, as a sentence about its domain or width; None if it could."""
+        known = self._domains.get(domain)
+        if known is None:
+            limit = self._config.probe.max_domains
+            full = len(self._domains) >= limit
+            return f"domain {domain!r} would be one more than probe.max_domains = {limit}" if full else None
+        expected = known.window.width
+        if expected is None or expected == width:
+            return None
+        return (
+            f"hidden states are {width} wide, but domain {domain!r} holds {expected} wide ones; "
+            "give another model's labels another domain"
+        )
+
+    def learn(self, label: LabelledRows) -> Admission:
+        """Add a group to its window, at most once ever. Call `refusal` first."""
+        is_first_of_step = not self._ledger.has_domain_in(label.run_id, label.step, label.domain)
+        admission = self._ledger.admit(label.run_id, label.step, label.group_id, label.domain)
+        if admission is Admission.DUPLICATE:
+            self.num_duplicates += 1
+        if admission is not Admission.NEW:
+            return admission
+        domain = self._domains.setdefault(label.domain, self._new_domain(label.domain))
+        domain.num_steps_seen += is_first_of_step
+        domain.window.add(label)
+        self.num_groups_consumed += 1
+        pinned = (self._pins.pinned(label.run_id, label.step) or {}).get(label.domain)
+        if pinned is not None:
+            domain.record.add(pinned.probe.predict(label.rows), label.targets)
+        return admission
+
+    def is_due(self, name: str) -> bool:
+        """Whether a domain is past its warm-up and holds labels that its probe has not seen."""
+        domain, probe, config = self._domains[name], self.probes.get(name), self._config.probe
+        warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
+        return (probe is not None or warm) and domain.window.num_added > (probe.num_added if probe else 0)
+
+    def install(self, name: str, probe: VersionedProbe) -> None:
+        """Let a probe answer for steps not pinned yet."""
+        self.probes = {**self.probes, name: probe}
+
+    def snapshot(self, fitted: Mapping[str, VersionedProbe] | None = None) -> Snapshot:
+        """Return the state now, with `fitted` in place of the current probes of their domains."""
+        probes = {**self.probes, **(fitted or {})}
+        return Snapshot(
+            self.instance_id,
+            tuple(
+                DomainSnapshot(
+                    name, domain.window.groups, domain.window.num_added, domain.num_steps_seen, probes.get(name)
+                )
+                for name, domain in self._domains.items()
+            ),
+            self._ledger.to_json(),
+            self.num_groups_consumed,
+            self.num_duplicates,
+        )
+
+
+def _check_widths(groups: Sequence[GroupRows], probes: Probes) -> None:
+    violations = []
+    for index, group in enumerate(groups):
+        expected = probes[group.domain].probe.width if group.domain in probes else None
+        if expected is not None and group.rows.width != expected:
+            violations.append(
+                FieldViolation(
+                    f"groups[{index}].rollouts",
+                    f"hidden states are {group.rows.width} wide; the probe of domain {group.domain!r} takes {expected}",
+                )
+            )
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _values(groups: Sequence[GroupRows], probes: Probes) -> dict[int, Floats]:
+    """Return the values of the groups that have a probe, by index: one call a domain."""
+    values: dict[int, Floats] = {}
+    for name in {group.domain for group in groups} & probes.keys():
+        indices = [index for index, group in enumerate(groups) if group.domain == name]
+        batch = probes[name].probe.predict(FeatureRows.concatenate([groups[index].rows for index in indices]))
+        start = 0
+        for index in indices:
+            end = start + len(groups[index].rows)
+            values[index] = batch[start:end]
+            start = end
+    return values

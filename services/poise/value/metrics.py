@@ -1,0 +1,93 @@
+"""The metrics of the value service, declared together.
+
+What the state counts is read from it at scrape time, so counters survive a restart with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from poise.queue.interface import QueueDepth
+from poise.value.estimator import BaselineEstimator
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class ValueMetrics:
+    """What happens, counted when it does."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.fit_seconds = Histogram(
+            "poise_value_fit_seconds", "Time to fit a domain's probe.", ["domain"], buckets=_SECONDS, registry=registry
+        )
+        self.fit_failures = Counter(
+            "poise_value_fit_failures",
+            "Fits that failed; the probe before goes on answering.",
+            ["domain"],
+            registry=registry,
+        )
+        self.state_write_seconds = Histogram(
+            "poise_value_state_write_seconds",
+            "Time to make the whole state durable.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+
+@dataclass(frozen=True)
+class StateCollector(Collector):
+    """What is known, read at scrape time."""
+
+    estimator: BaselineEstimator
+    depth: Callable[[], QueueDepth]
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families."""
+        yield CounterMetricFamily(
+            "poise_value_groups_consumed",
+            "Labelled groups learnt from over the state's whole life, duplicates not counted.",
+            self.estimator.num_groups_consumed,
+        )
+        yield CounterMetricFamily(
+            "poise_value_group_duplicates",
+            "Labelled groups delivered again and ignored.",
+            self.estimator.num_duplicates,
+        )
+        depth = self.depth()
+        yield CounterMetricFamily(
+            "poise_value_dead_letters", "Queue entries refused as poison.", depth.num_dead_letters
+        )
+        yield GaugeMetricFamily(
+            "poise_value_groups_pending", "Groups published and not yet in the durable state.", depth.num_entries
+        )
+        yield from self._by_domain()
+
+    def _by_domain(self) -> Iterator[Metric]:
+        estimated = CounterMetricFamily("poise_value_estimated_rows", "Rollouts valued by a probe.", labels=["domain"])
+        rows = GaugeMetricFamily("poise_value_window_rows", "Rollouts in the sliding window.", labels=["domain"])
+        version = GaugeMetricFamily(
+            "poise_value_probe_version", "Version of the current probe; 0 before the first fit.", labels=["domain"]
+        )
+        pearson = GaugeMetricFamily(
+            "poise_value_pearson",
+            "Correlation of value and sibling-mean reward, over rows valued before their labels were learnt.",
+            labels=["domain"],
+        )
+        brier = GaugeMetricFamily(
+            "poise_value_brier",
+            "Mean squared difference of value and sibling-mean reward, over the same rows.",
+            labels=["domain"],
+        )
+        for name, domain in self.estimator.domains.items():
+            probe = self.estimator.probes.get(name)
+            estimated.add_metric([name], domain.num_estimated_rows)
+            rows.add_metric([name], domain.window.num_rows)
+            version.add_metric([name], probe.version if probe else 0)
+            pearson.add_metric([name], domain.record.pearson())
+            brier.add_metric([name], domain.record.brier())
+        yield from (estimated, rows, version, pearson, brier)

@@ -1,0 +1,74 @@
+"""The order invariant: the baselines of a step are fixed before any label of that step can reach a probe.
+
+The first question about a (run, step) pins every domain's probe of that moment, and all later questions about the
+step are answered from the pin. A pin is only ever made while no label of the step has been consumed, so a pinned probe
+has by construction seen none. A domain without a probe at that moment has none for the whole step: a probe fitted later
+may have seen its labels.
+
+Owns the pins, in memory alone: after a restart a step whose labels were consumed is refused, others are pinned anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from poise.errors import LabelsConsumed
+from poise.value.probe import FittedProbe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VersionedProbe:
+    """A fitted probe and where it stands in its domain's history."""
+
+    version: int
+    """From 1, monotone in a domain."""
+    probe: FittedProbe
+    num_added: int
+    """`Window.num_added` when it was fitted."""
+    fit_s: float
+
+
+Probes = Mapping[str, VersionedProbe]
+"""By domain. Never changed in place: a new probe makes a new mapping, so a pin is a reference."""
+
+
+class StepPins:
+    """Which probes answer for which step. Bounded: the least recently asked about are forgotten."""
+
+    def __init__(self, max_steps: int, max_runs: int) -> None:
+        """Keep at most `max_steps` of each of at most `max_runs`."""
+        self._max_steps = max_steps
+        self._max_runs = max_runs
+        self._runs: OrderedDict[str, OrderedDict[int, Probes]] = OrderedDict()
+
+    def answering(self, run_id: str, step: int, current: Probes, *, labels_consumed: bool) -> Probes:
+        """Return the probes that answer for the step, pinning `current` if it is asked about for the first time.
+
+        Raises:
+            LabelsConsumed: it is, but labels of the step have been consumed, or that cannot be ruled out.
+        """
+        pinned = self.pinned(run_id, step)
+        if pinned is None and labels_consumed:
+            raise LabelsConsumed(
+                f"labels of step {step} of run {run_id!r} have reached the probe, or may have: "
+                "a baseline now would leak them",
+                remedy="Keep the first answer, or use RLOO for this step. A new run needs a new run_id.",
+            )
+        steps = self._runs.setdefault(run_id, OrderedDict())
+        probes = steps.setdefault(step, current) if pinned is None else pinned
+        steps.move_to_end(step)
+        self._runs.move_to_end(run_id)
+        if len(steps) > self._max_steps:
+            steps.popitem(last=False)
+        if len(self._runs) > self._max_runs:
+            self._runs.popitem(last=False)
+        return probes
+
+    def pinned(self, run_id: str, step: int) -> Probes | None:
+        """Return the pin of a step, if it has one."""
+        return self._runs.get(run_id, {}).get(step)
+
+    def __len__(self) -> int:
+        return sum(len(steps) for steps in self._runs.values())

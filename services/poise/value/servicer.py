@@ -1,0 +1,162 @@
+"""ValueService on the wire: protobuf to the estimator and the queue, and back.
+
+Owns validation of requests and the answers' form. Knows no probe and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc.aio
+from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report
+from poise_client.types import ProbeReport, ProbeStatus
+from poise_proto.v1 import value_pb2 as pb
+from poise_proto.v1 import value_pb2_grpc
+
+from poise.errors import BackendDown, Draining, NotFound
+from poise.queue.interface import LabelQueue
+from poise.runtime.validation import Violations
+from poise.value.config import ValueConfig
+from poise.value.estimator import BaselineEstimator, GroupRows
+from poise.value.labels import read_label, read_rollouts
+
+MAX_GROUPS = 4096
+"""Most groups in a request."""
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class ValueServicer(value_pb2_grpc.ValueServiceServicer):
+    """Answers nothing until `open`, and nothing new after `close`."""
+
+    def __init__(self, config: ValueConfig) -> None:
+        self._config = config
+        self._estimator: BaselineEstimator | None = None
+        self._queue: LabelQueue | None = None
+        self._closed = False
+
+    def open(self, estimator: BaselineEstimator, queue: LabelQueue) -> None:
+        """Answer from now on."""
+        self._estimator, self._queue = estimator, queue
+
+    def close(self) -> None:
+        """Refuse new requests with `Draining`."""
+        self._closed = True
+
+    def _parts(self) -> tuple[BaselineEstimator, LabelQueue]:
+        if self._closed:
+            raise Draining("the value service is shutting down", remedy="Try again; another will take over.")
+        if self._estimator is None or self._queue is None:
+            raise BackendDown("the value service is still restoring its state", retry_after_s=1.0)
+        return self._estimator, self._queue
+
+    async def EstimateBaselines(  # noqa: N802
+        self, request: pb.EstimateBaselinesRequest, context: Context
+    ) -> pb.EstimateBaselinesResponse:
+        """See value.proto."""
+        estimator, _ = self._parts()
+        wrong = Violations()
+        wrong.identifier("run_id", request.run_id)
+        _check_count(request.groups, wrong)
+        groups: list[GroupRows] = []
+        widths: list[tuple[int, str, int]] = []
+        for index, group in enumerate(request.groups):
+            path, domain = f"groups[{index}]", group.domain or DEFAULT_DOMAIN
+            wrong.identifier(f"{path}.group_id", group.group_id)
+            wrong.identifier(f"{path}.domain", domain)
+            rows = read_rollouts(group.rollouts, path, wrong)
+            if rows is not None:
+                groups.append(GroupRows(group.group_id, domain, rows))
+                widths.append((index, domain, rows.width))
+        _check_widths(widths, wrong)
+        wrong.raise_if_any()
+        answers = estimator.estimate(request.run_id, request.step, groups)
+        return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
+
+    async def PublishLabels(  # noqa: N802
+        self, request: pb.PublishLabelsRequest, context: Context
+    ) -> pb.PublishLabelsResponse:
+        """See value.proto."""
+        estimator, queue = self._parts()
+        wrong = Violations()
+        _check_count(request.groups, wrong)
+        limit = self._config.queue.max_entries
+        wrong.check(
+            len(request.groups) <= limit,
+            "groups",
+            f"has {len(request.groups)} groups, which never fit the queue of {limit}; publish them in parts",
+        )
+        widths = []
+        for index, group in enumerate(request.groups):
+            path = f"groups[{index}]"
+            label = read_label(group, path, wrong)
+            if label is None:
+                continue
+            refusal = estimator.refusal(label.domain, label.rows.width)
+            wrong.check(refusal is None, f"{path}.rollouts", refusal or "")
+            widths.append((index, label.domain, label.rows.width))
+        _check_widths(widths, wrong)
+        payloads = [group.SerializeToString() for group in request.groups]
+        max_bytes = self._config.queue.max_entry_bytes
+        for index, payload in enumerate(payloads):
+            size = len(payload)
+            wrong.check(size <= max_bytes, f"groups[{index}]", f"is {size} bytes; at most {max_bytes} are accepted")
+        wrong.raise_if_any()
+        await queue.publish(payloads)
+        return pb.PublishLabelsResponse(num_queued=len(payloads))
+
+    async def GetProbe(self, request: pb.GetProbeRequest, context: Context) -> pb.GetProbeResponse:  # noqa: N802
+        """See value.proto."""
+        estimator, queue = self._parts()
+        if request.domain and request.domain not in estimator.domains:
+            known = ", ".join(sorted(estimator.domains)) or "none yet"
+            raise NotFound(
+                f"no label of domain {request.domain!r} has been learnt; known: {known}",
+                remedy="Leave domain empty for all.",
+            )
+        depth = await queue.depth()
+        names = [request.domain] if request.domain else sorted(estimator.domains)
+        return encode_probe_report(
+            ProbeReport(
+                tuple(self._status(estimator, name) for name in names),
+                estimator.num_groups_consumed,
+                estimator.num_duplicates,
+                depth.num_dead_letters,
+                depth.num_entries,
+            )
+        )
+
+    def _status(self, estimator: BaselineEstimator, name: str) -> ProbeStatus:
+        return probe_status(estimator, name, self._config.probe.warmup_steps)
+
+
+def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> ProbeStatus:
+    """Return what is known of one domain's probe."""
+    domain, probe = estimator.domains[name], estimator.probes.get(name)
+    return ProbeStatus(
+        domain=name,
+        probe_version=probe.version if probe else 0,
+        num_groups=len(domain.window.groups),
+        num_rows=domain.window.num_rows,
+        num_steps_seen=domain.num_steps_seen,
+        warmup_steps=warmup_steps,
+        last_fit_s=probe.fit_s if probe else 0.0,
+        pearson=domain.record.pearson(),
+        brier=domain.record.brier(),
+    )
+
+
+def _check_count(groups: Sequence[object], wrong: Violations) -> None:
+    wrong.check(1 <= len(groups) <= MAX_GROUPS, "groups", f"has {len(groups)} groups; 1 to {MAX_GROUPS} are accepted")
+
+
+def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:
+    """Groups of one domain within a request must agree, whatever is known of the domain: (index, domain, width)."""
+    first: dict[str, tuple[int, int]] = {}
+    for index, domain, width in widths:
+        first_index, expected = first.setdefault(domain, (index, width))
+        wrong.check(
+            width == expected,
+            f"groups[{index}].rollouts",
+            f"hidden states are {width} wide, those of groups[{first_index}] of the same domain {expected}",
+        )
