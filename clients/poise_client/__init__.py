@@ -1,5 +1,20 @@
-"""The SDK of POISE served."""
+"""The SDK of POISE served: numpy in, numpy out; async clients and their blocking twins. See docs/sdk.md.
 
+The nouns are in `poise_client.types`, the exceptions in `poise_client.errors`.
+"""
+
+from poise_client._channel import TlsOptions
+from poise_client._generation import AsyncGenerationClient
+from poise_client._learner import AsyncLearnerClient
+from poise_client._retry import RetryPolicy
+from poise_client._value import AsyncValueClient
 from poise_client._weights import weights_digest
 
-__all__ = ["weights_digest"]
+__all__ = [
+    "AsyncGenerationClient",
+    "AsyncLearnerClient",
+    "AsyncValueClient",
+    "RetryPolicy",
+    "TlsOptions",
+    "weights_digest",
+]

@@ -69,7 +69,7 @@ class ProbeFitter(Protocol):
         """Fit to rows [n] and targets [n], n ≥ 2.
 
         Raises:
-            ArithmeticError: the numbers admit no finite fit.
+            ArithmeticError, ValueError: the numbers admit no finite fit.
         """
         ...
 

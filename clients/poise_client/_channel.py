@@ -1,0 +1,84 @@
+"""Opening a channel: TLS, bearer tokens, and the refusal to send a token where anybody may read it."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+MAX_RECEIVED_BYTES = 64 * 2**20
+"""A group of many long rollouts is one message; requests stay under gRPC's default of 4 MiB."""
+
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
+    # A service that restarts is found again within 2 s; gRPC's own back-off grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_retries", 0),  # retries are ours, so that errors can tell of them
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """TLS to the service, and a client certificate where it asks for one."""
+
+    root_certs_file: Path | str | None = None
+    """PEM of the authorities to trust; None trusts those that gRPC ships."""
+    client_cert_file: Path | str | None = None
+    """PEM chain to show to the service."""
+    client_key_file: Path | str | None = None
+    """PEM key of that chain."""
+
+    def __post_init__(self) -> None:
+        if (self.client_cert_file is None) != (self.client_key_file is None):
+            raise ValueError("client_cert_file and client_key_file go together: give both or neither")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises `OSError` naming one that cannot be read."""
+        roots, chain, key = (
+            None if file is None else Path(file).read_bytes()
+            for file in (self.root_certs_file, self.client_cert_file, self.client_key_file)
+        )
+        return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=chain)
+
+
+class Dialer:
+    """Everything needed to open a channel, checked before any call. Its repr shows no token."""
+
+    def __init__(self, target: str, token: str | None, tls: TlsOptions | None, allow_insecure_token: bool) -> None:
+        if not target or "//" in target.removeprefix("unix://").removeprefix("dns:///"):
+            raise ValueError(f"target must be host:port or unix:path, not {target!r}")
+        if token is not None and (not token.isascii() or not token.isprintable() or " " in token or not token):
+            raise ValueError("token must be printable ASCII without spaces; was a file read with its line end?")
+        if token is not None and tls is None and not allow_insecure_token and not is_loopback(target):
+            raise ValueError(
+                f"a token to {target} would travel in the clear; pass tls=TlsOptions(...), or allow_insecure_token=True "
+                "where something else encrypts"
+            )
+        self.target = target
+        self.metadata: tuple[tuple[str, str], ...] = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._credentials = None if tls is None else tls.credentials()
+
+    def open(self) -> grpc.aio.Channel:
+        """Open a channel on the running event loop. Connects at the first call."""
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+        return grpc.aio.secure_channel(self.target, self._credentials, options=_OPTIONS)
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a gRPC target names this very machine."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    for scheme in ("dns:///", "dns:", "ipv4:", "ipv6:"):
+        target = target.removeprefix(scheme)
+    host = target.partition("]")[0].removeprefix("[") if target.startswith("[") else target.rpartition(":")[0] or target
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

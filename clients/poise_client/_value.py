@@ -1,0 +1,136 @@
+"""The client of the value service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from poise_proto.v1 import value_pb2 as pb
+from poise_proto.v1.value_pb2_grpc import ValueServiceStub
+
+from poise_client._client import AsyncClient, encoding, pack
+from poise_client._retry import Attempts
+from poise_client._status import renumber
+from poise_client.codec import (
+    CodecError,
+    decode_group_baselines,
+    decode_probe_report,
+    encode_group_features,
+    encode_labelled_group,
+)
+from poise_client.errors import PoiseClientError
+from poise_client.types import GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport
+
+TIMEOUT_S = 60.0
+"""Of each call, all its requests and retries included."""
+
+
+class AsyncValueClient(AsyncClient):
+    """Asks the value service what reward was to be expected, and tells it what came."""
+
+    service = "ValueService"
+
+    async def estimate_baselines(
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], *, timeout_s: float | None = None
+    ) -> list[GroupBaselines]:
+        """Value a step's rollouts; the answers come in the order of `groups`.
+
+        Must come before `publish_labels` of the same step. The first answer pins the step's probe: asking again gives
+        the same numbers. Many groups are split over requests.
+
+        Args:
+            run_id: the training run.
+            step: step of the run.
+            groups: the features of each prompt's siblings.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            LabelsConsumedError: the probe has learnt from this step, which was not valued before.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        messages = []
+        for i, group in enumerate(groups):
+            with encoding(f"groups[{i}]"):
+                messages.append(encode_group_features(group, f"groups[{i}]"))
+        attempts = self._attempts(timeout_s, TIMEOUT_S)
+        answers: list[GroupBaselines] = []
+        for part in pack(messages):
+            with encoding("request"):
+                request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=[messages[i] for i in part])
+            try:
+                answers += await self._estimate(request, attempts)
+            except PoiseClientError as error:
+                renumber(error, "groups", part)
+                raise
+        return answers
+
+    async def _estimate(self, request: pb.EstimateBaselinesRequest, attempts: Attempts) -> list[GroupBaselines]:
+        def decode(response: pb.EstimateBaselinesResponse) -> list[GroupBaselines]:
+            if [group.group_id for group in response.groups] != [group.group_id for group in request.groups]:
+                raise CodecError("groups", "are not the groups asked for")
+            answers = [decode_group_baselines(group, f"groups[{i}]") for i, group in enumerate(response.groups)]
+            for i, (asked, answer) in enumerate(zip(request.groups, answers, strict=True)):
+                if answer.values is not None and answer.values.size != len(asked.rollouts):
+                    raise CodecError(
+                        f"groups[{i}].values", f"has {answer.values.size} for {len(asked.rollouts)} rollouts"
+                    )
+            return answers
+
+        return await self._call(
+            "EstimateBaselines",
+            attempts,
+            lambda left_s: ValueServiceStub(self._open()).EstimateBaselines(
+                request, timeout=left_s, metadata=self._dialer.metadata
+            ),
+            decode,
+        )
+
+    async def publish_labels(self, groups: Sequence[LabelledGroup], *, timeout_s: float | None = None) -> int:
+        """Queue labelled groups, durably, for the probe to learn from; return how many.
+
+        Publishing a group again does no harm: the probe learns from each once. Many groups are split over requests.
+
+        Args:
+            groups: features and rewards of each prompt's siblings.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            QueueFullError: the probe did not keep up until the deadline.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        messages = []
+        for i, group in enumerate(groups):
+            with encoding(f"groups[{i}]"):
+                messages.append(encode_labelled_group(group, f"groups[{i}]"))
+        attempts = self._attempts(timeout_s, TIMEOUT_S)
+        num_queued = 0
+        for part in pack(messages):
+            request = pb.PublishLabelsRequest(groups=[messages[i] for i in part])
+            try:
+                num_queued += await self._publish(request, attempts)
+            except PoiseClientError as error:
+                renumber(error, "groups", part)
+                raise
+        return num_queued
+
+    async def _publish(self, request: pb.PublishLabelsRequest, attempts: Attempts) -> int:
+        return await self._call(
+            "PublishLabels",
+            attempts,
+            lambda left_s: ValueServiceStub(self._open()).PublishLabels(
+                request, timeout=left_s, metadata=self._dialer.metadata
+            ),
+            lambda response: response.num_queued,
+        )
+
+    async def get_probe(self, domain: str = "", *, timeout_s: float | None = None) -> ProbeReport:
+        """Ask for the state and quality of one domain's probe, or of all."""
+        with encoding("domain"):
+            request = pb.GetProbeRequest(domain=domain)
+        return await self._call(
+            "GetProbe",
+            self._attempts(timeout_s, TIMEOUT_S),
+            lambda left_s: ValueServiceStub(self._open()).GetProbe(
+                request, timeout=left_s, metadata=self._dialer.metadata
+            ),
+            decode_probe_report,
+        )

@@ -1,0 +1,60 @@
+"""Makes labels and settings for the tests of the value service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poise.value.config import ValueConfig
+from poise.value.estimator import GroupRows
+from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
+
+WIDTH = 6
+
+
+class Maker:
+    """Random features whose rewards they explain, from one seed."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+
+    def rows(self, n: int = 2, width: int = WIDTH) -> FeatureRows:
+        def floats(columns: int) -> np.ndarray:
+            return self.random.normal(size=(n, columns)).astype(np.float32)
+
+        return FeatureRows(floats(width), floats(width), floats(NUM_ENTROPIES))
+
+    def label(
+        self,
+        step: int,
+        group_id: str = "g0",
+        *,
+        run_id: str = "run",
+        domain: str = "default",
+        n: int = 2,
+        width: int = WIDTH,
+        rows: FeatureRows | None = None,
+    ) -> LabelledRows:
+        rows = self.rows(n, width) if rows is None else rows
+        rewards = 1 / (1 + np.exp(-rows.prompt_hidden[:, 0]))
+        return LabelledRows(run_id, step, group_id, domain, rows, rewards.astype(np.float32))
+
+    def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupRows:
+        return GroupRows(group_id, domain, self.rows(n, width))
+
+
+@pytest.fixture
+def make() -> Maker:
+    return Maker()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., ValueConfig]:
+    def build(**changes: object) -> ValueConfig:
+        probe = {"warmup_steps": 2, "min_rows": 4, "alpha": 1.0} | changes.pop("probe", {})  # type: ignore[operator]
+        return ValueConfig(**{"state_dir": tmp_path / "state", "probe": probe} | changes)
+
+    return build

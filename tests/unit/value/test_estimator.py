@@ -1,0 +1,359 @@
+"""The order invariant, attacked; and what else the estimator promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from poise.domain.baselines import mean_of_others
+from poise.errors import InvalidRequest, LabelsConsumed
+from poise.value.buffer import training_rows
+from poise.value.config import ValueConfig
+from poise.value.estimator import BaselineEstimator
+from poise.value.ledger import Admission
+from poise.value.pins import VersionedProbe
+from poise.value.probe import RidgeFitter
+from poise.value.rows import LabelledRows
+from poise.value.snapshot import Snapshot
+
+Build = Callable[..., ValueConfig]
+FITTER = RidgeFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 4, 1.0)
+
+
+def refit(estimator: BaselineEstimator, name: str = "default") -> VersionedProbe:
+    before, window = estimator.probes.get(name), estimator.domains[name].window
+    probe = FITTER.fit(*training_rows(window.groups))
+    fitted = VersionedProbe(before.version + 1 if before else 1, probe, window.num_added, 0.1)
+    estimator.install(name, fitted)
+    return fitted
+
+
+@pytest.fixture
+def fitted(config: Build, make) -> BaselineEstimator:
+    """Has learnt steps 0 to 9 of another run."""
+    estimator = BaselineEstimator(config())
+    for step in range(10):
+        estimator.learn(make.label(step, run_id="past"))
+    refit(estimator)
+    return estimator
+
+
+def restart(estimator: BaselineEstimator, config: ValueConfig) -> BaselineEstimator:
+    return BaselineEstimator(config, Snapshot.decode(*estimator.snapshot().encode()))
+
+
+def numbers(answers) -> list[bytes | None]:
+    return [None if answer.values is None else answer.values.tobytes() for answer in answers]
+
+
+# The order invariant.
+
+
+def test_a_step_is_answered_alike_before_and_after_its_labels_were_learnt(fitted, make) -> None:
+    questions = [make.question("a"), make.question("b")]
+    first = fitted.estimate("run", 0, questions)
+    for name, question in zip("ab", questions, strict=True):
+        fitted.learn(make.label(0, name, rows=question.rows))
+    refit(fitted)
+    again = fitted.estimate("run", 0, questions)
+    assert numbers(again) == numbers(first)
+    assert [answer.probe_version for answer in again] == [1, 1]
+    assert fitted.estimate("run", 1, questions)[0].probe_version == 2
+
+
+def test_a_step_first_asked_about_after_one_of_its_labels_is_refused_and_named(fitted, make) -> None:
+    fitted.learn(make.label(3, "g0"))
+    with pytest.raises(LabelsConsumed, match=r"step 3 of run 'run'"):
+        fitted.estimate("run", 3, [make.question("g1")])
+
+
+def test_a_refused_step_stays_refused(fitted, make) -> None:
+    """Asking must not pin what it refuses."""
+    fitted.learn(make.label(3))
+    for _ in range(2):
+        with pytest.raises(LabelsConsumed):
+            fitted.estimate("run", 3, [make.question()])
+
+
+def test_a_label_taints_its_step_in_every_domain_even_before_any_fit(fitted, make) -> None:
+    fitted.learn(make.label(3, domain="new"))
+    with pytest.raises(LabelsConsumed):
+        fitted.estimate("run", 3, [make.question(domain="default")])
+
+
+def test_nothing_is_computed_for_a_refused_request(fitted, make, monkeypatch) -> None:
+    fitted.learn(make.label(3))
+    monkeypatch.setattr("poise.value.probe.FittedProbe.predict", lambda *_: pytest.fail("computed"))
+    with pytest.raises(LabelsConsumed):
+        fitted.estimate("run", 3, [make.question()])
+
+
+def test_labels_of_the_same_step_in_another_run_do_not_taint(fitted, make) -> None:
+    fitted.learn(make.label(3, run_id="other"))
+    assert fitted.estimate("run", 3, [make.question()])[0].values is not None
+
+
+def test_labels_of_other_steps_do_not_taint_in_any_order(fitted, make) -> None:
+    for step in (5, 3):
+        fitted.learn(make.label(step))
+    refit(fitted)
+    for step in (4, 0, 6):
+        assert fitted.estimate("run", step, [make.question()])[0].probe_version == 2
+
+
+def test_a_fit_that_ends_between_two_questions_does_not_change_the_step(fitted, make) -> None:
+    """A request split in parts, with labels of its first part racing ahead of its second."""
+    fitted.estimate("run", 0, [make.question("a")])
+    fitted.learn(make.label(0, "a"))
+    refit(fitted)
+    assert fitted.estimate("run", 0, [make.question("b")])[0].probe_version == 1
+
+
+def test_a_domain_first_seen_late_in_a_pinned_step_is_answered_from_the_pin(fitted, make) -> None:
+    for step in range(4):
+        fitted.learn(make.label(step, run_id="past", group_id="late", domain="late"))
+    before = refit(fitted, "late")
+    fitted.estimate("run", 0, [make.question()])  # no mention of "late"
+    fitted.learn(make.label(0, domain="late"))
+    refit(fitted, "late")
+    assert fitted.estimate("run", 0, [make.question(domain="late")])[0].probe_version == before.version
+
+
+def test_a_domain_without_a_probe_when_the_step_was_pinned_has_none_for_the_whole_step(fitted, make) -> None:
+    question = make.question(domain="new")
+    assert fitted.estimate("run", 0, [question])[0].values is None
+    for step in range(4):
+        fitted.learn(make.label(step, domain="new"))
+    refit(fitted, "new")
+    assert fitted.estimate("run", 0, [question])[0].values is None
+    assert fitted.estimate("run", 9, [question])[0].values is not None
+
+
+def test_after_a_restart_a_step_with_consumed_labels_is_refused(fitted, config, make) -> None:
+    questions = [make.question()]
+    fitted.estimate("run", 0, questions)
+    fitted.estimate("run", 1, questions)
+    fitted.learn(make.label(0))
+    restarted = restart(fitted, config())
+    with pytest.raises(LabelsConsumed):
+        restarted.estimate("run", 0, questions)
+    assert numbers(restarted.estimate("run", 1, questions)) == numbers(fitted.estimate("run", 1, questions))
+
+
+def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted, config, make) -> None:
+    short = restart(fitted, config(horizon_steps=2))
+    for step in (1, 4, 5, 6):
+        short.learn(make.label(step))
+    for step in (0, 1, 4):
+        with pytest.raises(LabelsConsumed):
+            short.estimate("run", step, [make.question()])
+
+
+def test_a_pin_beyond_the_bound_is_refused_once_labels_came_and_repinned_while_none_did(config, make) -> None:
+    estimator = BaselineEstimator(config(pinned_steps=2))
+    for step in range(4):
+        estimator.learn(make.label(step, run_id="past"))
+    refit(estimator)
+    for step in range(4):
+        estimator.estimate("run", step, [make.question()])
+    estimator.learn(make.label(0))
+    with pytest.raises(LabelsConsumed):
+        estimator.estimate("run", 0, [make.question()])
+    assert estimator.estimate("run", 1, [make.question()])[0].values is not None
+
+
+def test_a_dead_lettered_label_does_not_taint_its_step(config, make) -> None:
+    estimator = BaselineEstimator(config(horizon_steps=1))
+    estimator.learn(make.label(7))
+    assert estimator.learn(make.label(5)) is Admission.TOO_OLD
+    assert estimator.estimate("run", 8, [make.question()])[0].values is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step(config, make, seed) -> None:
+    """Questions, labels, fits that begin and end apart, and restarts, at random, against a record of what each probe saw."""
+    random = np.random.default_rng(seed)
+    settings = config(pinned_steps=3, horizon_steps=6, max_runs=2)
+    estimator = BaselineEstimator(settings)
+    seen_by_version: dict[tuple[str, int], set[tuple[str, int]]] = {}
+    versions: dict[str, int] = {}
+    begun: list[tuple[str, tuple[LabelledRows, ...], int]] = []
+    num_answers = num_refusals = 0
+    questions = {domain: make.question(domain=domain) for domain in ("a", "b")}
+    for turn in range(600):
+        run, step, domain = f"run{random.integers(2)}", turn // 60 + int(random.integers(4)), str(random.choice(["a", "b"]))
+        match random.choice(["ask", "learn", "begin fit", "end fit", "restart"], p=[0.4, 0.3, 0.14, 0.14, 0.02]):
+            case "ask":
+                try:
+                    (answer,) = estimator.estimate(run, step, [questions[domain]])
+                except LabelsConsumed:
+                    num_refusals += 1
+                    continue
+                num_answers += answer.values is not None
+                assert (run, step) not in seen_by_version.get((domain, answer.probe_version), set())
+            case "learn":
+                estimator.learn(make.label(step, f"g{turn}", run_id=run, domain=domain))
+            case "begin fit":
+                if domain in estimator.domains:
+                    window = estimator.domains[domain].window
+                    begun.append((domain, window.groups, window.num_added))
+            case "end fit":
+                if begun:
+                    name, groups, num_added = begun.pop(0)
+                    versions[name] = versions.get(name, 0) + 1
+                    probe = FITTER.fit(*training_rows(groups))
+                    seen_by_version[name, versions[name]] = {(group.run_id, group.step) for group in groups}
+                    estimator.install(name, VersionedProbe(versions[name], probe, num_added, 0.0))
+            case "restart":
+                estimator = restart(estimator, settings)
+                answered.clear()
+                begun.clear()
+    assert num_answers > 20
+    assert num_refusals > 20
+
+
+# Values and baselines.
+
+
+def test_baselines_are_the_mean_value_of_the_siblings(fitted, make) -> None:
+    questions = [make.question("a", n=4), make.question("b", n=2)]
+    for question, answer in zip(questions, fitted.estimate("run", 0, questions), strict=True):
+        expected = fitted.probes["default"].probe.predict(question.rows)
+        np.testing.assert_array_equal(answer.values, expected)
+        np.testing.assert_array_equal(answer.baselines, mean_of_others(expected))
+        assert answer.group_id == question.group_id
+
+
+def test_a_single_rollout_has_a_value_and_no_baseline(fitted, make) -> None:
+    (answer,) = fitted.estimate("run", 0, [make.question(n=1)])
+    assert answer.values.shape == (1,)
+    assert answer.baselines is None
+
+
+def test_domains_are_answered_by_their_own_probes_in_the_order_asked(fitted, make) -> None:
+    for step in range(4):
+        fitted.learn(make.label(step, run_id="past", group_id="m", domain="math"))
+    refit(fitted, "math")
+    refit(fitted, "math")
+    order = ["math", "default", "unknown", "math"]
+    answers = fitted.estimate("run", 0, [make.question(str(i), domain=name) for i, name in enumerate(order)])
+    assert [answer.group_id for answer in answers] == ["0", "1", "2", "3"]
+    assert [answer.probe_version for answer in answers] == [2, 1, 0, 2]
+    assert answers[2].values is None
+
+
+def test_the_probe_is_asked_once_a_domain(fitted, make, monkeypatch) -> None:
+    from poise.value.probe import FittedProbe
+
+    sizes = []
+    predict = FittedProbe.predict
+    monkeypatch.setattr(FittedProbe, "predict", lambda self, rows: sizes.append(len(rows)) or predict(self, rows))
+    fitted.estimate("run", 0, [make.question(str(i), n=3) for i in range(5)])
+    assert sizes == [15]
+
+
+def test_another_width_than_the_probes_names_the_group(fitted, make) -> None:
+    with pytest.raises(InvalidRequest, match=r"groups\[1\].rollouts: .* 9 wide; .* takes 6"):
+        fitted.estimate("run", 0, [make.question(), make.question(width=9)])
+
+
+# Learning.
+
+
+def test_a_label_is_learnt_once_over_redelivery_and_restart(config, make) -> None:
+    estimator, label = BaselineEstimator(config()), make.label(0)
+    assert estimator.learn(label) is Admission.NEW
+    assert estimator.learn(label) is Admission.DUPLICATE
+    restarted = restart(estimator, config())
+    assert restarted.learn(label) is Admission.DUPLICATE
+    assert (restarted.num_groups_consumed, restarted.num_duplicates) == (1, 2)
+    assert restarted.domains["default"].window.num_rows == 2
+
+
+def test_the_first_fit_waits_for_distinct_steps_and_rows(config, make) -> None:
+    estimator = BaselineEstimator(config(probe={"warmup_steps": 3, "min_rows": 10}))
+    due = []
+    for step, group in [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (2, "a")]:
+        estimator.learn(make.label(step, group))
+        due.append(estimator.is_due("default"))
+    assert due == [False] * 5 + [True]
+    few_rows = BaselineEstimator(config(probe={"warmup_steps": 1, "min_rows": 4}))
+    few_rows.learn(make.label(0))
+    assert not few_rows.is_due("default")
+    few_rows.learn(make.label(0, "b"))
+    assert few_rows.is_due("default")
+
+
+def test_the_same_step_of_two_runs_are_two_steps(config, make) -> None:
+    estimator = BaselineEstimator(config())
+    estimator.learn(make.label(0, run_id="one"))
+    estimator.learn(make.label(0, run_id="two"))
+    assert estimator.domains["default"].num_steps_seen == 2
+
+
+def test_domains_warm_up_apart(config, make) -> None:
+    estimator = BaselineEstimator(config())
+    for step in range(2):
+        estimator.learn(make.label(step, domain="math"))
+    estimator.learn(make.label(0, "x", domain="code"))
+    assert estimator.is_due("math")
+    assert not estimator.is_due("code")
+
+
+def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make) -> None:
+    assert not fitted.is_due("default")
+    fitted.learn(make.label(0))
+    assert fitted.is_due("default")
+    assert restart(fitted, config()).is_due("default")
+    refit(fitted)
+    assert not restart(fitted, config()).is_due("default")
+
+
+def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:
+    assert fitted.refusal("default", 6) is None
+    assert "9 wide" in (fitted.refusal("default", 9) or "")
+    assert fitted.refusal("another", 9) is None
+
+
+def test_the_number_of_domains_is_bounded(config, make) -> None:
+    estimator = BaselineEstimator(config(probe={"max_domains": 1}))
+    estimator.learn(make.label(0, domain="one"))
+    assert estimator.refusal("one", 6) is None
+    assert "max_domains" in (estimator.refusal("two", 6) or "")
+
+
+def test_windows_are_as_large_as_their_domain_says(config, make) -> None:
+    probe = {"window_rows": 4, "window_rows_by_domain": {"math": 8}}
+    estimator = BaselineEstimator(config(probe=probe))
+    for step in range(10):
+        estimator.learn(make.label(step, "a", domain="math"))
+        estimator.learn(make.label(step, "b"))
+    assert estimator.domains["math"].window.num_rows == 8
+    assert estimator.domains["default"].window.num_rows == 4
+
+
+# The track record.
+
+
+def test_quality_compares_the_pinned_probes_values_with_the_labels_that_came_later(fitted, make) -> None:
+    question = make.question(n=4)
+    (answer,) = fitted.estimate("run", 0, [question])
+    refit(fitted)
+    label = make.label(0, rows=question.rows)
+    assert math.isnan(fitted.domains["default"].record.brier())
+    fitted.learn(label)
+    record = fitted.domains["default"].record
+    assert record.brier() == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
+    assert record.pearson() == pytest.approx(float(np.corrcoef(answer.values, label.targets)[0, 1]), rel=1e-4)
+
+
+def test_labels_of_steps_never_asked_about_and_duplicates_do_not_count(fitted, make) -> None:
+    fitted.learn(make.label(0))
+    fitted.estimate("run", 1, [make.question()])
+    label = make.label(1)
+    fitted.learn(label)
+    fitted.learn(label)
+    assert len(fitted.domains["default"].record) == 2

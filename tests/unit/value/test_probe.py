@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from poise.value.probe import FittedProbe, RidgeFitter
+from poise.value.rows import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows
+
+ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
+
+
+def random_rows(n: int, width: int, seed: int = 0) -> FeatureRows:
+    random = np.random.default_rng(seed)
+    return FeatureRows(
+        random.normal(3, 2, (n, width)).astype(np.float32),
+        random.normal(-1, 5, (n, width)).astype(np.float32),
+        random.gamma(1, 1, (n, NUM_ENTROPIES)).astype(np.float32),
+    )
+
+
+def rewards_of(rows: FeatureRows) -> np.ndarray:
+    return (1 / (1 + np.exp(-(rows.prompt_hidden[:, 0] - 3)))).astype(np.float32)
+
+
+def fitter(**changes: object) -> RidgeFitter:
+    settings = {"inputs": ALL_INPUTS, "prompt_components": 32, "response_components": 64, "alpha": 100.0}
+    return RidgeFitter(**settings | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 100.0])
+def test_predictions_are_those_of_the_reference_pipeline(alpha: float) -> None:
+    train, asked = random_rows(400, 90), random_rows(50, 90, seed=1)
+    targets = rewards_of(train)
+
+    prompt = PCA(32, random_state=0).fit(train.prompt_hidden)
+    response = PCA(64, random_state=0).fit(train.response_hidden)
+
+    def derive(rows: FeatureRows) -> np.ndarray:
+        return np.hstack(
+            [
+                prompt.transform(rows.prompt_hidden),
+                response.transform(rows.response_hidden),
+                rows.entropies[:, [0, 4, 8]],
+            ]
+        ).astype(np.float64)
+
+    scaler = StandardScaler().fit(derive(train))
+    ridge = Ridge(alpha=alpha).fit(scaler.transform(derive(train)), targets)
+    expected = np.clip(ridge.predict(scaler.transform(derive(asked))), 0, 1)
+
+    fitted = fitter(alpha=alpha).fit(train, targets)
+    np.testing.assert_allclose(fitted.predict(asked), expected, atol=2e-5)
+    assert np.ptp(expected) > 0.05  # the comparison had something to compare
+
+
+def test_values_are_clipped_to_the_unit_interval() -> None:
+    train = random_rows(200, 4)
+    fitted = fitter(alpha=1e-3).fit(train, rewards_of(train))
+    extreme = FeatureRows(train.prompt_hidden * 100, train.response_hidden, train.entropies)
+    values = fitted.predict(extreme)
+    assert values.dtype == np.float32
+    assert (values.min(), values.max()) == (0.0, 1.0)
+
+
+def test_a_row_has_the_same_value_to_the_bit_in_any_batch() -> None:
+    train = random_rows(200, 300)
+    fitted = fitter().fit(train, rewards_of(train))
+    together = fitted.predict(train)
+    alone = np.concatenate([fitted.predict(train.part(i, i + 1)) for i in range(len(train))])
+    sevens = np.concatenate([fitted.predict(train.part(i, i + 7)) for i in range(0, len(train), 7)])
+    assert together.tobytes() == alone.tobytes() == sevens.tobytes()
+
+
+def test_fitting_again_gives_the_same_parameters() -> None:
+    train = random_rows(600, 520)  # large enough that scikit-learn would pick a randomised solver
+    one, two = (fitter().fit(train, rewards_of(train)) for _ in range(2))
+    assert all(np.array_equal(one.arrays()[name], two.arrays()[name]) for name in one.arrays())
+
+
+def test_parameters_survive_storing_as_plain_arrays() -> None:
+    train = random_rows(100, 8)
+    fitted = fitter().fit(train, rewards_of(train))
+    arrays = fitted.arrays()
+    assert all(type(array) is np.ndarray and array.dtype == np.float64 for array in arrays.values())
+    assert FittedProbe.from_arrays(arrays).predict(train).tobytes() == fitted.predict(train).tobytes()
+
+
+def test_only_the_chosen_inputs_matter() -> None:
+    train, other = random_rows(100, 8), random_rows(100, 8, seed=9)
+    fitted = fitter(inputs=("entropy",)).fit(train, rewards_of(train))
+    assert fitted.width is None
+    swapped = FeatureRows(other.prompt_hidden, other.response_hidden, train.entropies)
+    assert np.array_equal(fitted.predict(swapped), fitted.predict(train))
+    assert set(fitted.weights) == {"entropy"}
+    assert fitted.weights["entropy"].size == len(ENTROPY_MEANS)
+
+
+@pytest.mark.parametrize(("n", "width"), [(2, 50), (3, 1), (5, 2000), (40, 3)])
+def test_fewer_rows_or_columns_than_components_still_fit(n: int, width: int) -> None:
+    train = random_rows(n, width)
+    values = fitter().fit(train, rewards_of(train)).predict(train)
+    assert np.isfinite(values).all()
+
+
+def test_siblings_sharing_a_prompt_do_not_blow_up_rounding_noise() -> None:
+    """4 prompts of 8 siblings have 3 directions; a 4th component would be noise scaled up to one."""
+    distinct = random_rows(4, 64)
+    train = random_rows(32, 64)
+    train = FeatureRows(np.repeat(distinct.prompt_hidden, 8, axis=0), train.response_hidden, train.entropies)
+    targets = np.repeat(np.array([0.1, 0.9, 0.3, 0.7], np.float32), 8)
+    fitted = fitter(inputs=("prompt_hidden",), alpha=1e-6).fit(train, targets)
+    np.testing.assert_allclose(fitted.predict(train), targets, atol=1e-4)
+    nudged = FeatureRows(train.prompt_hidden * np.float32(1 + 1e-5), train.response_hidden, train.entropies)
+    np.testing.assert_allclose(fitted.predict(nudged), targets, atol=1e-3)
+
+
+def test_inputs_that_never_vary_are_left_out() -> None:
+    train = random_rows(50, 8)
+    constant = FeatureRows(train.prompt_hidden, np.zeros_like(train.response_hidden), train.entropies)
+    fitted = fitter().fit(constant, rewards_of(train))
+    assert not fitted.weights["response_hidden"].any()
+    assert np.array_equal(fitted.predict(train), fitted.predict(constant))
+
+
+def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
+    train = FeatureRows(np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32), np.ones((4, 12), np.float32))
+    targets = np.array([0, 0, 0, 1], np.float32)
+    np.testing.assert_allclose(fitter().fit(train, targets).predict(train), 0.25, atol=1e-6)
+    hidden_only = fitter(inputs=("prompt_hidden",)).fit(train, targets)
+    np.testing.assert_allclose(hidden_only.predict(train), 0.25, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_numbers_that_overflow_are_refused_rather_than_fitted() -> None:
+    train = random_rows(20, 8)
+    huge = FeatureRows(train.prompt_hidden * np.float32(1e38), train.response_hidden, train.entropies)
+    with pytest.raises((ArithmeticError, ValueError)):
+        fitter().fit(huge, rewards_of(train))
