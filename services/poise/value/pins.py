@@ -68,7 +68,8 @@ class StepPins:
 
     def pinned(self, run_id: str, step: int) -> Probes | None:
         """Return the pin of a step, if it has one."""
-        return self._runs.get(run_id, {}).get(step)
+        steps = self._runs.get(run_id)
+        return None if steps is None else steps.get(step)
 
     def __len__(self) -> int:
         return sum(len(steps) for steps in self._runs.values())

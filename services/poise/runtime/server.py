@@ -1,0 +1,219 @@
+"""Running a service: gRPC and admin on one event loop, health, signals, drain.
+
+Owns the life cycle of the process; knows no service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from poise.errors import PoiseError
+from poise.runtime.admin import build_admin_app
+from poise.runtime.app import ServiceApp
+from poise.runtime.auth import BearerAuth, refuse_open_bind
+from poise.runtime.config import ConfigError, GrpcConfig, redacted
+from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.logging import configure_logging
+
+logger = logging.getLogger(__name__)
+
+ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
+"""Names a file to write `{"grpc", "admin", "pid"}` to once both ports are bound: for whoever starts the process."""
+
+_READINESS_EVERY_S = 0.25
+_EXIT_INTERRUPTED = 130
+
+
+def serve(app: ServiceApp) -> int:
+    """Run until a signal or a drain request; return the exit status."""
+    configure_logging(app.config.logging)
+    try:
+        token = app.config.auth.read_token()
+        refuse_open_bind(app.config, token)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    logger.info("settings: %s", json.dumps(redacted(app.config)))
+    return asyncio.run(_Server(app, BearerAuth(token)).run())
+
+
+class _Server:
+    """One run of a service."""
+
+    def __init__(self, app: ServiceApp, auth: BearerAuth) -> None:
+        self._app = app
+        self._auth = auth
+        self._health = HealthServicer()
+        self._leave = asyncio.Event()
+
+    async def run(self) -> int:
+        app = self._app
+        grpc_server = self._build_grpc()
+        try:
+            grpc_address = _bind(grpc_server, app.config.grpc)
+            admin_socket = _listen(app.config.admin.host, app.config.admin.port)
+        except ConfigError as error:
+            logger.error("%s", error)
+            return 2
+        admin = uvicorn.Server(
+            uvicorn.Config(
+                build_admin_app(app, self._auth, self._leave.set),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=2,
+            )
+        )
+        with _signals(self._leave), contextlib.closing(admin_socket):
+            await grpc_server.start()
+            admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin")
+            admin_address = _printable(admin_socket)
+            logger.info("%s: gRPC on %s, admin on http://%s", app.name, grpc_address, admin_address)
+            _announce(grpc_address, admin_address)
+            watcher = asyncio.create_task(self._watch_readiness(), name="readiness")
+            try:
+                return await self._work()
+            finally:
+                watcher.cancel()
+                await grpc_server.stop(grace=1.0)
+                admin.should_exit = True
+                await asyncio.gather(watcher, admin_task, return_exceptions=True)
+                logger.info("%s: stopped", app.name)
+
+    async def _work(self) -> int:
+        app = self._app
+        starting = asyncio.create_task(app.start(), name="start")
+        leaving = asyncio.create_task(self._leave.wait(), name="leave")
+        await asyncio.wait({starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return 0
+            if (error := starting.exception()) is not None:
+                known = isinstance(error, PoiseError | ConfigError | OSError)
+                logger.error(
+                    "%s cannot start: %s", app.name, error or type(error).__name__, exc_info=None if known else error
+                )
+                return 1
+            await leaving
+            await self._drain()
+            return 0
+        finally:
+            leaving.cancel()
+            await app.stop()
+
+    async def _drain(self) -> None:
+        app, limit_s = self._app, self._app.config.drain_timeout_s
+        logger.info("%s: draining, at most %.0f s; a second signal exits at once", app.name, limit_s)
+        await self._health.enter_graceful_shutdown()
+        try:
+            await asyncio.wait_for(app.drain(), limit_s)
+        except TimeoutError:
+            logger.warning("%s: work in hand did not finish within drain_timeout_s = %s", app.name, limit_s)
+
+    def _build_grpc(self) -> grpc.aio.Server:
+        app = self._app
+        server = grpc.aio.server(
+            interceptors=[ServiceInterceptor(app.name, self._auth, app.registry)],
+            maximum_concurrent_rpcs=app.config.grpc.max_concurrent_rpcs,
+            options=[("grpc.so_reuseport", 0)],  # a second service on the same port is an error, not a lottery
+        )
+        app.register(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([*app.grpc_services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        return server
+
+    async def _watch_readiness(self) -> None:
+        said: tuple[bool, str] | None = None
+        while True:
+            readiness = self._app.readiness()
+            if (readiness.ready, readiness.reason) != said:
+                said = (readiness.ready, readiness.reason)
+                logger.info("%s: %s", self._app.name, "ready" if readiness.ready else f"not ready: {readiness.reason}")
+                serving = health_pb2.HealthCheckResponse.ServingStatus
+                for service in ("", *self._app.grpc_services):
+                    await self._health.set(service, serving.SERVING if readiness.ready else serving.NOT_SERVING)
+            await asyncio.sleep(_READINESS_EVERY_S)
+
+
+@contextlib.contextmanager
+def _signals(leave: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if leave.is_set():
+            os._exit(_EXIT_INTERRUPTED)
+        leave.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    target = f"{host}:{config.port}"
+    try:
+        if config.tls_cert_file is not None and config.tls_key_file is not None:
+            pair = (config.tls_key_file.read_bytes(), config.tls_cert_file.read_bytes())
+            port = server.add_secure_port(target, grpc.ssl_server_credentials([pair]))
+        else:
+            port = server.add_insecure_port(target)
+    except OSError as error:
+        raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise ConfigError(
+            f"grpc: cannot listen on {target}; is the port taken? Choose another, or 0 for any"
+        ) from error
+    return f"{host}:{port}"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"admin: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _printable(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _serve_admin(admin: uvicorn.Server, listener: socket.socket) -> None:
+    await admin._serve([listener])  # `serve` would take the signals; they are ours
+
+
+def _announce(grpc_address: str, admin_address: str) -> None:
+    name = os.environ.get(ADDRESS_FILE_ENV)
+    if not name:
+        return
+    path = Path(name)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"grpc": grpc_address, "admin": admin_address, "pid": os.getpid()}))
+    temporary.replace(path)
