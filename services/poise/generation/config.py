@@ -1,0 +1,79 @@
+"""The settings of the generation service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+
+
+class VllmConfig(StrictModel):
+    """Settings of the `vllm` engine."""
+
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Size of the KV cache on a CPU, GiB. On GPUs `gpu_memory_utilization` rules."""
+    enforce_eager: bool = True
+    """Run without torch.compile and CUDA graphs: starts minutes sooner, decodes slower on GPUs."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one replica."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of each GPU's memory that vLLM may take."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the worker; null leaves it to vLLM."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long loading may take, s."""
+
+
+class TorchConfig(StrictModel):
+    """Settings of the `torch` engine."""
+
+    threads: int = Field(1, ge=1)
+    """CPU threads."""
+    device: str = "cpu"
+    """A torch device, such as `cpu` or `cuda:0`."""
+
+
+def _default_staging_dir() -> Path:
+    shared_memory = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
+    return shared_memory if shared_memory.is_dir() else Path("/tmp")  # noqa: S108
+
+
+class GenerationConfig(ServiceConfig):
+    """The generation service."""
+
+    model_config = SettingsConfigDict(env_prefix="POISE_GENERATION_")
+
+    grpc: GrpcConfig = GrpcConfig(port=50051)
+    """Where the gRPC service listens."""
+    admin: AdminConfig = AdminConfig(port=8051)
+    """Where the admin app listens."""
+    model: str
+    """Hugging Face folder of the model, or its name on the hub."""
+    engine: Literal["vllm", "torch"] = "vllm"
+    """`vllm` is fast; `torch` (transformers) is exact and slow, the reference for tests and tiny models."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Element type of weights and activations; `auto` takes the checkpoint's."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Most tokens of prompt and response together; null takes the model's own limit."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Most rollouts sampled at once."""
+    max_queued_rollouts: int = Field(65536, ge=1)
+    """Most rollouts accepted and not finished; beyond, a request is refused with BUSY."""
+    default_max_tokens: int = Field(256, ge=1)
+    """Response tokens of a request that names no limit."""
+    feature_layer: int | None = Field(None, ge=0)
+    """Decoder layer, 0-based, whose output is pooled; null takes `round(0.53 x layers)`."""
+    wait_for_learner: bool = False
+    """Be ready only once a learner has pushed or confirmed the weights: for training, where it must be the same policy."""
+    staging_dir: Path = Field(default_factory=_default_staging_dir)
+    """Where a push is collected before it is applied; memory-backed is fastest. Holds one model at a time."""
+    max_update_bytes: int = Field(64 * 2**30, ge=1)
+    """Largest push."""
+    vllm: VllmConfig = VllmConfig()
+    """The `vllm` engine."""
+    torch: TorchConfig = TorchConfig()
+    """The `torch` engine."""

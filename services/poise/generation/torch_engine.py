@@ -1,0 +1,249 @@
+"""The `torch` engine: transformers, one token of one rollout at a time. Exact and slow: the reference.
+
+Everything that touches the model runs on one thread, a token at a time, so that rollouts interleave, a cancelled one
+stops at the next token, and new weights take effect between two tokens.
+
+Shapes: P prompt tokens, T response tokens, V vocabulary, d the model's width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from poise_client.types import Floats, Message, Sampling, VersionSpan
+from safetensors import SafetensorError, safe_open
+
+from poise.domain.features import POOL_TOKENS, default_feature_layer
+from poise.errors import BackendDown, InvalidRequest
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Running:
+    """One rollout being sampled."""
+
+    request: EngineRequest
+    cache: transformers.DynamicCache
+    generator: torch.Generator
+    started: float
+    prompt_hidden_d: Floats | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    hidden: list[Floats] = field(default_factory=list)
+    """State of each response token that went through the model, [d] each."""
+    versions: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+
+
+class TorchEngine:
+    """See `Engine`."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._model: Any = None
+        self._tokenizer: Tokenizer | None = None
+        self._info: EngineInfo | None = None
+        self._hidden: torch.Tensor | None = None
+        self._version = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `Engine`."""
+        if self._info is None:
+            raise BackendDown("the model is still loading", retry_after_s=1.0)
+        return self._info
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        await self._on_thread(self._load)
+
+    async def stop(self) -> None:
+        """See `Engine`."""
+        self._model = None
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def is_alive(self) -> bool:
+        """See `Engine`."""
+        return self._model is not None
+
+    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+        """See `Engine`."""
+        return self._loaded_tokenizer().encode(content)
+
+    async def generate(self, request: EngineRequest) -> EngineRollout:
+        """See `Engine`."""
+        generator = torch.Generator(self._config.torch.device)
+        if request.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(request.sampling.seed)
+        running = _Running(request, transformers.DynamicCache(), generator, time.monotonic())
+        reason = None
+        while reason is None:
+            reason = await self._on_thread(lambda: self._sample_token(running))
+        return self._finish(running, reason)
+
+    async def update_weights(self, weights: Path, policy_version: int) -> float:
+        """See `Engine`."""
+        return await self._on_thread(lambda: self._load_weights(weights, policy_version))
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise BackendDown("the model is still loading", retry_after_s=1.0)
+        return self._tokenizer
+
+    def _load(self) -> None:
+        settings = self._config.torch
+        torch.set_num_threads(settings.threads)
+        try:
+            tokenizer = Tokenizer.load(self._config.model)
+            model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
+        except (OSError, ValueError) as error:
+            raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
+        model = model.to(settings.device).eval()
+        layers = model.get_decoder().layers
+        layer = self._config.feature_layer
+        layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))
+        layers[layer].register_forward_hook(self._keep_hidden)
+        self._model, self._tokenizer = model, tokenizer
+        self._info = EngineInfo(
+            engine="torch",
+            model=self._config.model,
+            hidden_size=model.config.hidden_size,
+            num_layers=len(layers),
+            feature_layer=layer,
+            max_model_len=model_len(self._config.max_model_len, model.config),
+        )
+
+    def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        self._hidden = states[0].float()
+
+    @torch.inference_mode()
+    def _sample_token(self, running: _Running) -> str | None:
+        """Sample one token; return why the rollout ended, if it did."""
+        first = running.prompt_hidden_d is None
+        ids = list(running.request.prompt_token_ids) if first else running.token_ids[-1:]
+        inputs = torch.tensor([ids], device=self._config.torch.device)
+        logits_V = self._model(inputs, past_key_values=running.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        hidden: Floats = self._hidden_rows()
+        if first:
+            running.prompt_hidden_d = hidden[-POOL_TOKENS:].mean(axis=0, dtype=np.float64).astype(np.float32)
+        else:
+            running.hidden.append(hidden[-1])
+
+        sampling = running.request.sampling
+        logprobs_V = torch.log_softmax(logits_V.float() / (sampling.temperature or 1.0), -1)
+        token = draw(logprobs_V, sampling, running.generator)
+        running.token_ids.append(token)
+        running.logprobs.append(float(logprobs_V[token]))
+        running.entropies.append(float(torch.special.entr(logprobs_V.exp()).sum()))
+        running.versions.append(self._version)
+        if len(running.token_ids) == 1:
+            running.first_token_s = time.monotonic() - running.started
+        return self._why_ended(running)
+
+    def _hidden_rows(self) -> Floats:
+        assert self._hidden is not None  # noqa: S101 (the hook ran in the forward pass)
+        rows: Floats = self._hidden.cpu().numpy()
+        return rows
+
+    def _why_ended(self, running: _Running) -> str | None:
+        tokenizer, sampling = self._loaded_tokenizer(), running.request.sampling
+        if running.token_ids[-1] in tokenizer.stop_token_ids:
+            return "stop"
+        if sampling.stop and any(stop in tokenizer.decode(running.token_ids) for stop in sampling.stop):
+            return "stop"
+        return "length" if len(running.token_ids) >= sampling.max_tokens else None
+
+    def _finish(self, running: _Running, reason: str) -> EngineRollout:
+        tokenizer = self._loaded_tokenizer()
+        window, spans = pooled_response(tokenizer.token_texts(running.token_ids))
+        entropies_T = np.array(running.entropies, np.float32)
+        states_Td = np.stack(running.hidden) if running.hidden else np.zeros((0, self.info.hidden_size), np.float32)
+        assert running.prompt_hidden_d is not None  # noqa: S101 (set with the first token)
+        return EngineRollout(
+            token_ids=np.array(running.token_ids, np.int32),
+            logprobs=np.array(running.logprobs, np.float32),
+            token_entropies=entropies_T,
+            features=build_features(running.prompt_hidden_d, mean_or_zeros(states_Td, window), entropies_T, spans),
+            version_spans=_version_spans(running.versions),
+            finish_reason="stop" if reason == "stop" else "length",
+            text=tokenizer.decode(running.token_ids),
+            first_token_s=running.first_token_s,
+            total_s=time.monotonic() - running.started,
+        )
+
+    def _load_weights(self, weights: Path, policy_version: int) -> float:
+        started = time.monotonic()
+        parameters = dict(self._model.named_parameters())
+        try:
+            with safe_open(weights, framework="pt") as file:
+                new = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
+        check_weights({n: tuple(p.shape) for n, p in parameters.items()}, {n: tuple(t.shape) for n, t in new.items()})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(new[name])
+        self._version = policy_version
+        return time.monotonic() - started
+
+
+def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token: greedy at temperature 0, else among the top-k and the nucleus of mass top_p."""
+    if sampling.temperature == 0:
+        return int(logprobs_V.argmax())
+    probabilities_V = logprobs_V.exp()
+    if sampling.top_k or sampling.top_p < 1:
+        ordered, order = probabilities_V.sort(descending=True)
+        keep = torch.ones_like(ordered, dtype=torch.bool)
+        if sampling.top_k:
+            keep[sampling.top_k :] = False
+        # A token stays while the mass before it is below top_p: the first always does.
+        keep &= ordered.cumsum(0) - ordered < sampling.top_p
+        probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def check_weights(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
+    """Raise `InvalidRequest` naming every parameter that is missing, unknown, or of another shape."""
+    problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
+    problems += [f"{name} is no parameter of this model" for name in given.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {list(given[name])}, the model's has {list(expected[name])}"
+        for name in expected.keys() & given.keys()
+        if given[name] != expected[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InvalidRequest.field("tensors", "; ".join(sorted(problems)[:5]) + more)
+
+
+def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Return the stretches of equal versions."""
+    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
+    ends = [*starts[1:], len(versions)]
+    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))
