@@ -28,7 +28,8 @@ def mean_of_others(values_n: Array) -> Array:
     if n < 2:
         raise ValueError(f"a group needs at least 2 rollouts for a baseline from its siblings, not {n}")
     values = values_n.astype(np.float64)
-    return ((values.sum() - values) / (n - 1)).astype(np.float32)
+    means: Array = ((values.sum() - values) / (n - 1)).astype(np.float32)
+    return means
 
 
 def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:

@@ -68,7 +68,7 @@ class GenerationConfig(ServiceConfig):
     feature_layer: int | None = Field(None, ge=0)
     """Decoder layer, 0-based, whose output is pooled; null takes `round(0.53 x layers)`."""
     wait_for_learner: bool = False
-    """Be ready only once a learner has pushed or confirmed the weights: for training, where it must be the same policy."""
+    """Be ready only once a learner has pushed its weights: for training, where both must hold the same policy."""
     staging_dir: Path = Field(default_factory=_default_staging_dir)
     """Where a push is collected before it is applied; memory-backed is fastest. Holds one model at a time."""
     max_update_bytes: int = Field(64 * 2**30, ge=1)

@@ -26,6 +26,7 @@ class EngineInfo:
     num_layers: int
     feature_layer: int
     max_model_len: int
+    vocabulary_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Engine(Protocol):
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """Serve the parameters of a safetensors file from the next step boundary on.
 
-        Running rollouts go on under the new version (their spans say so); prefix caches are dropped. Returns the seconds
-        for which generation stood still. Raises without having changed anything when the file does not fit the model.
+        Running rollouts go on under the new version (their spans say so); prefix caches are dropped. Returns the
+        seconds for which generation stood still. Raises `InvalidRequest`, with nothing changed, when the file does not
+        fit the model.
         """
         ...

@@ -29,6 +29,7 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
+from poise.generation.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class TorchEngine:
             num_layers=len(layers),
             feature_layer=layer,
             max_model_len=model_len(self._config.max_model_len, model.config),
+            vocabulary_size=model.config.vocab_size,
         )
 
     def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
@@ -226,20 +228,6 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generato
         keep &= ordered.cumsum(0) - ordered < sampling.top_p
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
-
-
-def check_weights(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
-    """Raise `InvalidRequest` naming every parameter that is missing, unknown, or of another shape."""
-    problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
-    problems += [f"{name} is no parameter of this model" for name in given.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {list(given[name])}, the model's has {list(expected[name])}"
-        for name in expected.keys() & given.keys()
-        if given[name] != expected[name]
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InvalidRequest.field("tensors", "; ".join(sorted(problems)[:5]) + more)
 
 
 def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

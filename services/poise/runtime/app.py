@@ -5,6 +5,7 @@ Owns the interface alone; knows neither how it is served nor what any service do
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class ServiceApp(ABC):
 
     config: ServiceConfig
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: str = ""
 
     @property
     @abstractmethod
@@ -66,6 +69,11 @@ class ServiceApp(ABC):
     @abstractmethod
     def status(self) -> dict[str, Any]:
         """JSON-able facts for `/admin/v1/status`."""
+
+    def fail(self, reason: str) -> None:
+        """Give up: the process ends with status 1, for whoever supervises it to start afresh."""
+        self.failure = reason
+        self.failed.set()
 
     async def pause(self) -> None:
         """Refuse new work until `resume`. Work in hand goes on."""

@@ -99,6 +99,7 @@ class _Server:
         app = self._app
         starting = asyncio.create_task(app.start(), name="start")
         leaving = asyncio.create_task(self._leave.wait(), name="leave")
+        failing = asyncio.create_task(app.failed.wait(), name="fail")
         await asyncio.wait({starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         try:
             if not starting.done():
@@ -111,11 +112,15 @@ class _Server:
                     "%s cannot start: %s", app.name, error or type(error).__name__, exc_info=None if known else error
                 )
                 return 1
-            await leaving
+            await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                logger.error("%s ends: %s", app.name, app.failure)
+                return 1
             await self._drain()
             return 0
         finally:
             leaving.cancel()
+            failing.cancel()
             await app.stop()
 
     async def _drain(self) -> None:

@@ -1,0 +1,19 @@
+"""`python -m poise.generation`: run the generation service."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and serve until told to stop."""
+    from poise.generation.app import build
+    from poise.generation.config import GenerationConfig
+    from poise.runtime.main import service_main
+
+    return service_main("generation", GenerationConfig, build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The generation service as a whole: the engine, what is served, and when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc.aio
+from poise_proto.v1 import generation_pb2, generation_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import Engine
+from poise.generation.metrics import GenerationMetrics
+from poise.generation.servicer import GenerationServicer
+from poise.generation.weights import remove_leftovers
+from poise.runtime.app import Readiness, ServiceApp
+
+logger = logging.getLogger(__name__)
+
+_WATCH_EVERY_S = 0.5
+
+
+class GenerationApp(ServiceApp):
+    """The generation service."""
+
+    config: GenerationConfig
+
+    def __init__(self, config: GenerationConfig, engine: Engine) -> None:
+        super().__init__(config, CollectorRegistry())
+        self._engine = engine
+        metrics = GenerationMetrics(
+            self.registry,
+            num_running=lambda: self._servicer.sampler.num_running,
+            num_accepted=lambda: self._servicer.sampler.num_accepted,
+        )
+        self._servicer = GenerationServicer(engine, config, metrics, self._refusal)
+        self._started = False
+        self._paused = False
+        self._draining = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """See `ServiceApp`."""
+        return "generation"
+
+    @property
+    def grpc_services(self) -> Sequence[str]:
+        """See `ServiceApp`."""
+        return [generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name]
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """See `ServiceApp`."""
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Load the model, then watch over the engine."""
+        remove_leftovers(self.config.staging_dir)
+        await self._engine.start()
+        self._started = True
+        self._watcher = asyncio.create_task(self._watch(), name="engine-watcher")
+
+    async def drain(self) -> None:
+        """Refuse new rollouts and let those accepted finish."""
+        self._draining = True
+        await self._servicer.sampler.idle()
+
+    async def stop(self) -> None:
+        """See `ServiceApp`."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._engine.stop()
+
+    def readiness(self) -> Readiness:
+        """Ready when rollouts are accepted, from the policy they should come from."""
+        refusal = self._refusal()
+        return Readiness(not refusal, refusal)
+
+    def status(self) -> dict[str, Any]:
+        """See `ServiceApp`."""
+        policy = self._servicer.policy
+        return {
+            "instance_id": self._servicer.instance_id,
+            "lineage_id": policy.lineage_id,
+            "policy_version": policy.policy_version,
+            "digest": policy.digest.hex(),
+            "num_running": self._servicer.sampler.num_running,
+            "num_accepted": self._servicer.sampler.num_accepted,
+            "paused": self._paused,
+            "engine": dataclasses.asdict(self._engine.info) if self._started else None,
+        }
+
+    async def pause(self) -> None:
+        """Refuse new rollouts until `resume`; those accepted go on."""
+        self._paused = True
+
+    async def resume(self) -> None:
+        """Accept rollouts again."""
+        self._paused = False
+
+    def _refusal(self) -> str:
+        if self._draining:
+            return "the generation service is shutting down"
+        if not self._started:
+            return "the model is still loading"
+        if not self._engine.is_alive():
+            return "the engine died"
+        if self._paused:
+            return "paused; resume by POST /admin/v1/resume"
+        if self.config.wait_for_learner and not self._servicer.policy.lineage_id:
+            return "waiting for a learner to push the weights"
+        return ""
+
+    async def _watch(self) -> None:
+        """End the process when its engine is dead."""
+        while self._engine.is_alive():
+            await asyncio.sleep(_WATCH_EVERY_S)
+        self.fail("the engine died")
+
+
+def build(config: GenerationConfig) -> GenerationApp:
+    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
+    engine: Engine
+    if config.engine == "torch":
+        from poise.generation.torch_engine import TorchEngine
+
+        engine = TorchEngine(config)
+    else:
+        from poise.generation.vllm_engine import VllmEngine
+
+        engine = VllmEngine(config)
+    return GenerationApp(config, engine)

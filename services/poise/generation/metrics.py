@@ -1,0 +1,71 @@
+"""The metrics of the generation service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from poise_client.types import Group
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_SECOND_BUCKETS = (0.01, 0.05, 0.2, 1, 5, 20, 60, 300, 1800)
+
+
+class GenerationMetrics:
+    """Declared once, on the service's own registry."""
+
+    def __init__(self, registry: CollectorRegistry, num_running: Callable[[], int], num_accepted: Callable[[], int]):
+        self._rollouts = Counter(
+            "poise_generation_rollouts", "Rollouts finished, by why they ended.", ["finish_reason"], registry=registry
+        )
+        self._tokens = Counter("poise_generation_response_tokens", "Response tokens sampled.", registry=registry)
+        self._length = Histogram(
+            "poise_generation_response_length_tokens",
+            "Response tokens of a rollout.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "poise_generation_first_token_seconds",
+            "From entering the engine to the first token.",
+            buckets=_SECOND_BUCKETS,
+            registry=registry,
+        )
+        self._rollout_seconds = Histogram(
+            "poise_generation_rollout_seconds",
+            "From entering the engine to the last token.",
+            buckets=_SECOND_BUCKETS,
+            registry=registry,
+        )
+        self._version = Gauge("poise_generation_policy_version", "Policy version served.", registry=registry)
+        self._receive = Histogram(
+            "poise_generation_weights_receive_seconds",
+            "Receiving and checking a push.",
+            buckets=_SECOND_BUCKETS,
+            registry=registry,
+        )
+        self._pause = Histogram(
+            "poise_generation_weights_pause_seconds",
+            "For how long a push made generation stand still.",
+            buckets=_SECOND_BUCKETS,
+            registry=registry,
+        )
+        running = Gauge("poise_generation_running_rollouts", "Rollouts in the engine now.", registry=registry)
+        running.set_function(num_running)
+        waiting = Gauge("poise_generation_accepted_rollouts", "Rollouts accepted, not finished.", registry=registry)
+        waiting.set_function(num_accepted)
+
+    def observe(self, group: Group) -> None:
+        """Count a finished group."""
+        for rollout in group.rollouts:
+            self._rollouts.labels(finish_reason=rollout.finish_reason).inc()
+            self._tokens.inc(rollout.token_ids.size)
+            self._length.observe(rollout.token_ids.size)
+            self._first_token.observe(rollout.first_token_s)
+            self._rollout_seconds.observe(rollout.total_s)
+
+    def weights_applied(self, policy_version: int, receive_s: float, pause_s: float) -> None:
+        """Note an applied push."""
+        self._version.set(policy_version)
+        self._receive.observe(receive_s)
+        self._pause.observe(pause_s)

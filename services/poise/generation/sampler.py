@@ -1,0 +1,178 @@
+"""From prompts to finished groups: limits, seeds, and the order of finishing.
+
+Owns how many rollouts run and wait. Knows engines by their interface and no transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from poise_client.types import Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
+
+from poise.errors import Busy, FieldViolation, InvalidRequest
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import Engine, EngineRequest, EngineRollout
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One group to sample."""
+
+    group_id: str
+    prompt_token_ids: list[int]
+    sampling: Sampling
+
+
+class Sampler:
+    """Runs at most `max_num_seqs` rollouts at a time; refuses beyond `max_queued_rollouts`."""
+
+    def __init__(self, engine: Engine, config: GenerationConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._slots = asyncio.Semaphore(config.max_num_seqs)
+        self._request_ids = itertools.count()
+        self.num_accepted = 0
+        """Rollouts accepted and not finished."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.num_running = 0
+        """Rollouts in the engine."""
+
+    async def sample(
+        self,
+        run_id: str,
+        step: int,
+        prompts: Sequence[Prompt],
+        num_rollouts: int,
+        sampling: Sampling,
+        return_token_entropies: bool,
+    ) -> AsyncGenerator[Group, None]:
+        """Yield each group as its last rollout finishes. Closing the iterator aborts what still runs.
+
+        Raises:
+            InvalidRequest: a prompt that cannot be, or leaves no room for a response.
+            Busy: too many rollouts wait already.
+        """
+        num_new = len(prompts) * num_rollouts
+        limit = self._config.max_queued_rollouts
+        if num_new > limit:
+            raise InvalidRequest.field("prompts", f"ask for {num_new} rollouts; max_queued_rollouts is {limit}")
+        if self.num_accepted + num_new > limit:
+            raise Busy(f"{self.num_accepted} rollouts are waiting, of at most {limit}", retry_after_s=1.0)
+        jobs = self._jobs(prompts, sampling)
+        self.num_accepted += num_new
+        self._idle.clear()
+        tasks = [
+            asyncio.create_task(self._sample_group(run_id, step, job, num_rollouts, return_token_entropies))
+            for job in jobs
+        ]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            await _cancel(tasks)
+            self.num_accepted -= num_new
+            if self.num_accepted == 0:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Return once no accepted rollout is left."""
+        await self._idle.wait()
+
+    def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
+        jobs, violations = [], []
+        for index, prompt in enumerate(prompts):
+            path = f"prompts[{index}]"
+            try:
+                token_ids = self._token_ids(prompt.content)
+                resolved = dataclasses.replace(sampling, max_tokens=self._max_tokens(len(token_ids), sampling))
+                jobs.append(_Job(prompt.group_id, token_ids, resolved))
+            except InvalidRequest as error:
+                violations += [FieldViolation(f"{path}.{v.field}", v.description) for v in error.violations]
+        if violations:
+            raise InvalidRequest(violations)
+        return jobs
+
+    def _token_ids(self, content: PromptContent) -> list[int]:
+        if isinstance(content, str):
+            kind, token_ids = "text", self._engine.tokenize(content)
+        elif content and isinstance(content[0], int):
+            kind, token_ids = "tokens", list(cast(Sequence[int], content))
+            vocabulary = self._engine.info.vocabulary_size
+            if not all(0 <= token < vocabulary for token in token_ids):
+                raise InvalidRequest.field("tokens.token_ids", f"the model's vocabulary is 0 to {vocabulary - 1}")
+        else:
+            kind, token_ids = "chat", self._engine.tokenize(cast(Sequence[Message], content))
+        if not token_ids:
+            raise InvalidRequest.field(kind, "has no tokens; a prompt needs at least one")
+        return token_ids
+
+    def _max_tokens(self, num_prompt_tokens: int, sampling: Sampling) -> int:
+        room = self._engine.info.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise InvalidRequest.field(
+                "prompt",
+                f"has {num_prompt_tokens} tokens; max_model_len is {self._engine.info.max_model_len}, and a response "
+                "needs at least one",
+            )
+        return min(sampling.max_tokens or self._config.default_max_tokens, room)
+
+    async def _sample_group(
+        self, run_id: str, step: int, job: _Job, num_rollouts: int, return_token_entropies: bool
+    ) -> Group:
+        siblings = [asyncio.create_task(self._sample_rollout(job, index)) for index in range(num_rollouts)]
+        try:
+            finished = await asyncio.gather(*siblings)
+        finally:
+            await _cancel(siblings)
+        rollouts = [
+            _rollout(RolloutId(run_id, step, job.group_id, index), done, return_token_entropies)
+            for index, done in enumerate(finished)
+        ]
+        return Group(job.group_id, np.array(job.prompt_token_ids, np.int32), tuple(rollouts))
+
+    async def _sample_rollout(self, job: _Job, index: int) -> EngineRollout:
+        sampling = job.sampling
+        if sampling.seed is not None:
+            sampling = dataclasses.replace(sampling, seed=rollout_seed(sampling.seed, job.group_id, index))
+        async with self._slots:
+            self.num_running += 1
+            try:
+                request = EngineRequest(f"rollout-{next(self._request_ids)}", job.prompt_token_ids, sampling)
+                return await self._engine.generate(request)
+            finally:
+                self.num_running -= 1
+
+
+def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:
+    """Return the seed of one rollout, below 2^63: independent of the order in which rollouts run."""
+    digest = hashlib.sha256(f"{seed}/{rollout_index}/{group_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _rollout(rollout_id: RolloutId, done: EngineRollout, return_token_entropies: bool) -> Rollout:
+    return Rollout(
+        id=rollout_id,
+        token_ids=done.token_ids,
+        logprobs=done.logprobs,
+        features=done.features,
+        version_spans=done.version_spans,
+        finish_reason=done.finish_reason,
+        text=done.text,
+        token_entropies=done.token_entropies if return_token_entropies else None,
+        first_token_s=done.first_token_s,
+        total_s=done.total_s,
+    )
