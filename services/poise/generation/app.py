@@ -117,7 +117,7 @@ class GenerationApp(ServiceApp):
 
     async def _watch(self) -> None:
         """End the process when its engine is dead."""
-        while self._engine.is_alive():
+        while self._engine.is_alive():  # noqa: ASYNC110 (a process dies without an event)
             await asyncio.sleep(_WATCH_EVERY_S)
         self.fail("the engine died")
 

@@ -1,0 +1,1 @@
+"""The learner service: advantages in, policy versions out."""

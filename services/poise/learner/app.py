@@ -1,0 +1,112 @@
+"""The learner service as a whole: the core, its replicas, and when it is ready."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grpc.aio
+from poise_client import AsyncGenerationClient, TlsOptions
+from poise_proto.v1 import learner_pb2, learner_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from poise.errors import Draining
+from poise.learner.config import LearnerConfig
+from poise.learner.core import LearnerCore
+from poise.learner.metrics import LearnerMetrics, ReplicaCollector
+from poise.learner.publisher import Publisher
+from poise.learner.servicer import LearnerServicer
+from poise.runtime.app import Readiness, ServiceApp
+from poise.runtime.config import ConfigError
+
+
+class LearnerApp(ServiceApp):
+    """The learner service."""
+
+    config: LearnerConfig
+
+    def __init__(self, config: LearnerConfig, core: LearnerCore, publisher: Publisher) -> None:
+        super().__init__(config, CollectorRegistry())
+        self._core = core
+        self._publisher = publisher
+        self._servicer = LearnerServicer(config, core, publisher, LearnerMetrics(self.registry))
+        self.registry.register(ReplicaCollector(lambda: publisher.results))
+
+    @property
+    def name(self) -> str:
+        """See `ServiceApp`."""
+        return "learner"
+
+    @property
+    def grpc_services(self) -> Sequence[str]:
+        """See `ServiceApp`."""
+        return [learner_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name]
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """See `ServiceApp`."""
+        learner_pb2_grpc.add_LearnerServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Recover the state; training again on the batches since the last checkpoint may take a while."""
+        await self._servicer.recover()
+
+    async def drain(self) -> None:
+        """Finish the batch in hand and take a checkpoint."""
+        await self._servicer.close()
+        await self._checkpoint_if_behind()
+
+    async def stop(self) -> None:
+        """See `ServiceApp`."""
+        await self._publisher.stop()
+        self._core.close()
+
+    def readiness(self) -> Readiness:
+        """Ready when a batch is accepted."""
+        return Readiness(not self._servicer.refusal, self._servicer.refusal)
+
+    def status(self) -> dict[str, Any]:
+        """See `ServiceApp`."""
+        if self._core.published is None:
+            return {"state": "recovering"}
+        facts = dataclasses.asdict(self._servicer.status())
+        return facts | {"digest": facts["digest"].hex()}
+
+    async def pause(self) -> None:
+        """Accept no batch until `resume`; the one in hand is finished."""
+        self._refuse_unless_recovered()
+        self._servicer.refusal = "paused; resume by POST /admin/v1/resume"
+
+    async def resume(self) -> None:
+        """Accept batches again."""
+        self._refuse_unless_recovered()
+        self._servicer.refusal = ""
+
+    async def checkpoint(self) -> dict[str, Any]:
+        """Take a checkpoint now, after the batch in hand."""
+        self._refuse_unless_recovered()
+        path = await self._servicer.on_thread(self._core.checkpoint)
+        return {"path": str(path), "policy_version": self._core.checkpoint_version}
+
+    async def _checkpoint_if_behind(self) -> None:
+        if self._core.published and self._core.checkpoint_version != self._core.progress.policy_version:
+            await self._servicer.on_thread(self._core.checkpoint)
+
+    def _refuse_unless_recovered(self) -> None:
+        if self._core.published is None:
+            raise Draining("the learner is recovering", retry_after_s=1.0)
+
+
+def build(config: LearnerConfig) -> LearnerApp:
+    """Construct the service. No I/O but the replicas' token and authorities."""
+    token = None
+    if config.replica_token_file is not None:
+        try:
+            token = config.replica_token_file.read_text(encoding="ascii").strip()
+        except OSError as error:
+            raise ConfigError(f"replica_token_file: cannot be read: {error}") from error
+    tls = TlsOptions(root_certs_file=config.replica_ca_file) if config.replica_ca_file else None
+    clients = [
+        AsyncGenerationClient(address, token=token, tls=tls, allow_insecure_token=True) for address in config.replicas
+    ]
+    return LearnerApp(config, LearnerCore(config), Publisher(clients, config.push))

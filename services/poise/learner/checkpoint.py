@@ -1,0 +1,174 @@
+"""Checkpoints: all that training goes on from, in safetensors and JSON, whole or not at all.
+
+    <folder>/lock                            held while a service uses the folder
+    <folder>/lineage                         names the sequence of versions
+    <folder>/checkpoint-00000042/            renamed into place when all in it is durable
+        tensors.safetensors                  parameters and optimiser moments
+        seen.safetensors                     digests of the rollouts trained on
+        state.json                           the rest, with the checksums of both
+
+Owns the files. A damaged checkpoint is named in the log, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from poise.runtime.files import sync_folder, write_file
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+
+
+class StateError(OSError):
+    """The folder cannot be used. The message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state that is no tensor."""
+
+    policy_version: int = 0
+    num_updates: int = 0
+    num_batches: int = 0
+    """Batches journalled and done: the sequence number of the next."""
+    num_rollouts: int = 0
+    num_rejected: dict[str, int] = field(default_factory=dict)
+    last_batch_id: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, read."""
+
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+    seen: set[bytes]
+
+
+class CheckpointStore:
+    """One folder. Not for concurrent use."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Take the folder. Raises `StateError` when another process holds it, or it cannot be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "lock").open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"state_dir {self._folder} is in use by another learner; stop that one, or use another state_dir"
+            ) from None
+        except OSError as error:
+            raise StateError(f"state_dir {self._folder} cannot be used: {error}") from error
+        for leftover in self._folder.glob("writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: set[bytes]) -> Path:
+        """Write a checkpoint, durable on return, and drop all but the newest `keep`.
+
+        Raises:
+            OSError: it could not be written; those before are untouched.
+        """
+        temporary = self._folder / f"writing-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+        digests = np.frombuffer(b"".join(sorted(seen)), np.uint8).reshape(-1, 16)
+        safetensors.numpy.save_file({"seen": digests}, temporary / "seen.safetensors")
+        sums = {name: _sha256(temporary / name) for name in ("tensors.safetensors", "seen.safetensors")}
+        state = {"schema_version": SCHEMA_VERSION, "sha256": sums, "progress": asdict(progress)}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        target = self._path(progress.num_batches)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        sync_folder(self._folder)
+        for old in self.sequences()[: -self._keep]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+        return target
+
+    def lineage(self) -> str:
+        """Return the lineage's name, made at the first call ever."""
+        path = self._folder / "lineage"
+        return path.read_text() if path.exists() else self.new_lineage()
+
+    def new_lineage(self) -> str:
+        """Begin another sequence of versions, and return its name."""
+        name = uuid.uuid4().hex
+        write_file(self._folder / "lineage", name.encode())
+        return name
+
+    def sequences(self) -> list[int]:
+        """Return the batch counts at which checkpoints were taken, oldest first."""
+        names = (path.name.removeprefix("checkpoint-") for path in self._folder.glob("checkpoint-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest undamaged checkpoint; None when there is none at all.
+
+        Raises:
+            StateError: there are some, and all are damaged.
+        """
+        sequences = self.sequences()
+        for sequence in reversed(sequences):
+            path = self._path(sequence)
+            try:
+                return self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                logger.error("checkpoint %s is damaged and refused: %s; trying the one before", path, error)
+        if sequences:
+            raise StateError(
+                f"every checkpoint in state_dir {self._folder} is damaged; restore one from a backup, or use a fresh "
+                "state_dir to start again from the model"
+            )
+        return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {state['schema_version']}; this release reads {SCHEMA_VERSION}")
+        for name, digest in state["sha256"].items():
+            if _sha256(path / name) != digest:
+                raise ValueError(f"the checksum of {name} does not match")
+        digests = safetensors.numpy.load_file(path / "seen.safetensors")["seen"]
+        tensors = safetensors.torch.load_file(path / "tensors.safetensors")
+        return Checkpoint(Progress(**state["progress"]), tensors, {row.tobytes() for row in digests})
+
+    def _path(self, sequence: int) -> Path:
+        return self._folder / f"checkpoint-{sequence:08d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""The settings of the learner service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+
+
+class OptimiserConfig(StrictModel):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """After the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay."""
+    warmup_updates: int = Field(10, ge=0)
+    """Updates over which the learning rate rises linearly."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+
+
+class LossConfig(StrictModel):
+    """Token-mean PPO clip with dual clip and truncated importance sampling."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = Field(0.28, gt=0)
+    """Ratios above 1 + clip_high are clipped."""
+    dual_clip: float = Field(10.0, gt=1)
+    """Bound c of the loss at negative advantages: at most -c x advantage."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Cap C of learner/rollout probability, which corrects for the engine's own arithmetic and for staleness."""
+
+
+class PushConfig(StrictModel):
+    """Publishing weights to the generation replicas."""
+
+    timeout_s: float = Field(60.0, gt=0)
+    """How long a step waits for its replicas, s; one that takes longer catches up behind it."""
+    reconcile_every_s: float = Field(1.0, gt=0)
+    """How often each replica is asked what it serves, s."""
+
+
+class LearnerConfig(ServiceConfig):
+    """The learner service."""
+
+    model_config = SettingsConfigDict(env_prefix="POISE_LEARNER_")
+
+    grpc: GrpcConfig = GrpcConfig(port=50053)
+    """Where the gRPC service listens."""
+    admin: AdminConfig = AdminConfig(port=8053)
+    """Where the admin app listens."""
+    model: str
+    """Hugging Face folder of the model to start from, or its name on the hub."""
+    state_dir: Path
+    """Folder of the durable state: checkpoints and the journal of batches. One service at a time may use it."""
+    export_dir: Path | None = None
+    """Where exports go; null takes `<state_dir>/exports`."""
+    replicas: tuple[str, ...] = ()
+    """Generation replicas, `host:port`, that get every version."""
+    replica_token_file: Path | None = None
+    """File holding the bearer token of the replicas."""
+    replica_ca_file: Path | None = None
+    """PEM of the authorities that sign the replicas' certificates; set it to speak TLS to them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Element type of the weights trained, and pushed."""
+    device: str = "cpu"
+    """A torch device, such as `cpu` or `cuda:0`."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; null leaves it to torch."""
+    seed: int = 0
+    """Seeds torch: for models with dropout."""
+    max_staleness: int = Field(0, ge=0)
+    """Versions a rollout may be old; 0 is on-policy."""
+    mini_batch_prompts: int = Field(32, ge=1)
+    """Prompts an optimiser step trains on."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Tokens, padding included, that go through the model at once; bounds memory and changes nothing else."""
+    checkpoint_every_steps: int = Field(10, ge=1)
+    """Batches between checkpoints; those after the last one are trained again at a restart."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """The optimiser."""
+    loss: LossConfig = LossConfig()
+    """The policy loss."""
+    push: PushConfig = PushConfig()
+    """Publishing weights."""

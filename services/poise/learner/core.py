@@ -1,0 +1,240 @@
+"""The learner without its wire: batches in order, each once, over any crash.
+
+A batch is journalled, then trained on, then answered; a checkpoint follows every few. A restart loads the last
+checkpoint and trains again on the batches journalled since: the same versions, the same weights.
+
+Owns versions, what was trained on, and what was answered. Knows neither gRPC nor replicas. All its methods block and
+must be called from one thread at a time, but for the read-only properties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from poise_client import weights_digest
+from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
+
+from poise.domain.staleness import staleness
+from poise.errors import Conflict
+from poise.learner.checkpoint import CheckpointStore, Progress
+from poise.learner.config import LearnerConfig
+from poise.learner.journal import Answer, Journal, batch_content
+from poise.learner.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+ANSWERS_KEPT = 4096
+"""Answers remembered; a batch resubmitted later than that finds all its rollouts duplicates."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One version's weights, as they are to be served. Never changed once made."""
+
+    lineage_id: str
+    policy_version: int
+    weights: dict[str, WeightArray]
+    digest: bytes
+
+
+class LearnerCore:
+    """The learner's state, in memory and on disk."""
+
+    def __init__(self, config: LearnerConfig) -> None:
+        self._config = config
+        self._trainer = Trainer(config)
+        self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
+        self._journal = Journal(config.state_dir / "journal")
+        self._answers: dict[tuple[str, str], Answer] = {}
+        self._seen: set[bytes] = set()
+        self.progress = Progress()
+        self.checkpoint_version = 0
+        self.published: Published | None = None
+        """The current version; None until recovered."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of prompt and response together."""
+        return self._trainer.max_tokens
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below it."""
+        return self._trainer.vocabulary_size
+
+    def recover(self) -> None:
+        """Take the state folder and bring the policy to where it was.
+
+        Raises:
+            StateError: the folder is in use, or damaged beyond its spares.
+            BackendDown: the model cannot be loaded.
+            ValueError: a batch journalled after the last good checkpoint is damaged.
+        """
+        self._store.open()
+        self._journal.open()
+        self._trainer.load()
+        lineage_id = self._store.lineage()
+        checkpoint = self._store.load()
+        if checkpoint is not None:
+            self._trainer.restore(checkpoint.tensors, checkpoint.progress.num_updates)
+            self.progress, self._seen = checkpoint.progress, checkpoint.seen
+            self.checkpoint_version = self.progress.policy_version
+        answered = dict(self._journal.answers())
+        first = self.progress.num_batches
+        for sequence, answer in answered.items():
+            if sequence < first:
+                self._answers[answer.run_id, answer.batch_id] = answer
+        self._publish(lineage_id)
+        while (batch := self._journal.read_batch(self.progress.num_batches)) is not None:
+            sequence = self.progress.num_batches
+            logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
+            answer = self._train(batch, batch_content(batch), lineage_id)
+            before = answered.get(sequence)
+            if before is not None and before.digest != answer.digest:
+                # Another machine, library or setting: the versions that were served are not these.
+                lineage_id = self._store.new_lineage()
+                self._publish(lineage_id)
+                logger.warning(
+                    "training again gave other weights for version %d: they go out as new lineage %s",
+                    answer.policy_version,
+                    lineage_id[:8],
+                )
+
+    def close(self) -> None:
+        """Let go of the state folder."""
+        self._store.close()
+
+    def answer_of(self, batch: Batch) -> Answer | None:
+        """Return the stored answer of a batch that was trained on.
+
+        Raises:
+            Conflict: its id was used for other content.
+        """
+        return self._known(batch, hashlib.sha256(batch_content(batch)).hexdigest())
+
+    def submit(self, batch: Batch) -> tuple[Answer, bool]:
+        """Train on a batch unless it was trained on; return the answer, durable, and whether it is a stored one.
+
+        Raises:
+            Conflict: its id was used for other content.
+            OSError: it cannot be journalled; nothing has changed.
+        """
+        content = batch_content(batch)
+        known = self._known(batch, hashlib.sha256(content).hexdigest())
+        if known is not None:
+            return known, True
+        assert self.published is not None  # noqa: S101 (recovered)
+        self._journal.write_batch(self.progress.num_batches, content)
+        answer = self._train(batch, content, self.published.lineage_id)
+        if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
+            self.checkpoint()
+        return answer, False
+
+    def checkpoint(self) -> Path:
+        """Make the state of now durable by itself, and forget what it makes superfluous. Returns its folder."""
+        tensors, num_updates = self._trainer.state()
+        self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
+        path = self._store.save(self.progress, tensors, self._seen)
+        self.checkpoint_version = self.progress.policy_version
+        self._journal.prune(
+            before_batch=self._store.sequences()[0], before_answer=self.progress.num_batches - ANSWERS_KEPT
+        )
+        return path
+
+    def export(self, name: str) -> ModelExport:
+        """Write the policy as a Hugging Face folder; one of the same name is replaced."""
+        folder = self._config.export_dir or self._config.state_dir / "exports"
+        folder.mkdir(parents=True, exist_ok=True)
+        target, writing, old = folder / name, folder / f".{name}.writing", folder / f".{name}.old"
+        for leftover in (writing, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._trainer.save_model(str(writing))
+        if target.exists():
+            target.rename(old)
+        writing.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        return ModelExport(str(target.resolve()), self.progress.policy_version)
+
+    def _known(self, batch: Batch, content: str) -> Answer | None:
+        known = self._answers.get((batch.run_id, batch.batch_id))
+        if known is not None and known.content != content:
+            raise Conflict(
+                f"batch {batch.batch_id} of run {batch.run_id} was trained on with other content",
+                remedy="Give every batch an id of its own; a resumed run must resubmit what it submitted.",
+            )
+        return known
+
+    def _train(self, batch: Batch, content: bytes, lineage_id: str) -> Answer:
+        """Train on what of a journalled batch may be trained on, and keep the answer."""
+        progress = self.progress
+        accepted, rejected, ages = self._admit(batch)
+        metrics = StepMetrics()
+        version = progress.policy_version
+        if accepted:
+            metrics = self._trainer.train(accepted, batch.temperature)
+            metrics = dataclasses.replace(metrics, staleness=dict(ages))
+            version += 1
+        self._seen |= {_digest(rollout.id) for rollout in accepted}
+        reasons = Counter(progress.num_rejected) + Counter(reason for _, reason in rejected)
+        self.progress = Progress(
+            policy_version=version,
+            num_updates=progress.num_updates + metrics.num_updates,
+            num_batches=progress.num_batches + 1,
+            num_rollouts=progress.num_rollouts + len(accepted),
+            num_rejected=dict(reasons),
+            last_batch_id=batch.batch_id,
+        )
+        published = self._publish(lineage_id) if accepted else self.published
+        assert published is not None  # noqa: S101 (recovered)
+        answer = Answer(
+            run_id=batch.run_id,
+            batch_id=batch.batch_id,
+            content=hashlib.sha256(content).hexdigest(),
+            policy_version=version,
+            digest=published.digest.hex(),
+            metrics=metrics,
+            rejected=tuple(rejected),
+        )
+        self._journal.write_answer(progress.num_batches, answer)
+        self._answers[batch.run_id, batch.batch_id] = answer
+        if len(self._answers) > ANSWERS_KEPT:
+            del self._answers[next(iter(self._answers))]
+        return answer
+
+    def _admit(self, batch: Batch) -> tuple[list[TrainingRollout], list[tuple[RolloutId, str]], Counter[int]]:
+        """Split a batch into what may be trained on and what not, by name; and count ages in versions."""
+        accepted: list[TrainingRollout] = []
+        rejected: list[tuple[RolloutId, str]] = []
+        ages: Counter[int] = Counter()
+        now: set[bytes] = set()
+        for rollout in batch.rollouts:
+            age = staleness((span.policy_version for span in rollout.version_spans), self.progress.policy_version)
+            name = _digest(rollout.id)
+            if name in self._seen or name in now:
+                rejected.append((rollout.id, "duplicate"))
+            elif age < 0:
+                rejected.append((rollout.id, "future_version"))
+            elif age > self._config.max_staleness:
+                rejected.append((rollout.id, "stale"))
+            else:
+                now.add(name)
+                ages[age] += 1
+                accepted.append(rollout)
+        return accepted, rejected, ages
+
+    def _publish(self, lineage_id: str) -> Published:
+        weights = self._trainer.weights()
+        self.published = Published(lineage_id, self.progress.policy_version, weights, weights_digest(weights))
+        return self.published
+
+
+def _digest(rollout_id: RolloutId) -> bytes:
+    """Return 16 bytes that stand for the rollout."""
+    text = f"{rollout_id.run_id}\0{rollout_id.step}\0{rollout_id.group_id}\0{rollout_id.rollout_index}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

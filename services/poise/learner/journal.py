@@ -1,0 +1,135 @@
+"""The journal: every batch on disk before it is trained on, and every answer before it is given.
+
+    <folder>/batch-00000042.pb      the batch as it came: length-delimited messages of learner.proto, then a checksum
+    <folder>/answer-00000042.json   what came of it
+
+Owns the files. A restart trains again on the batches after the last checkpoint, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
+from poise_client.codec import (
+    decode_batch_header,
+    decode_training_rollout,
+    encode_batch_header,
+    encode_training_rollout,
+)
+from poise_client.types import Batch, RolloutId, StepMetrics
+from poise_proto.v1 import learner_pb2 as pb
+
+from poise.runtime.files import write_file
+
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one batch."""
+
+    run_id: str
+    batch_id: str
+    content: str
+    """SHA-256 of the batch, hexadecimal: the same id with other content is a conflict."""
+    policy_version: int
+    """After it."""
+    digest: str
+    """Of the weights after it, hexadecimal."""
+    metrics: StepMetrics
+    rejected: tuple[tuple[RolloutId, str], ...]
+
+    def to_json(self) -> str:
+        """Serialise."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Answer:
+        """Deserialise. Raises `ValueError`, `KeyError` or `TypeError` for what `to_json` did not write."""
+        values: dict[str, Any] = json.loads(text)
+        metrics = values.pop("metrics")
+        metrics["staleness"] = {int(age): count for age, count in metrics["staleness"].items()}
+        rejected = tuple((RolloutId(**rollout), reason) for rollout, reason in values.pop("rejected"))
+        return Answer(**values, metrics=StepMetrics(**metrics), rejected=rejected)
+
+
+def batch_content(batch: Batch) -> bytes:
+    """Return the batch as bytes: the same for the same batch."""
+    out = io.BytesIO()
+    serialize_length_prefixed(pb.SubmitAdvantagesRequest(header=encode_batch_header(batch)), out)
+    for rollout in batch.rollouts:
+        serialize_length_prefixed(pb.SubmitAdvantagesRequest(rollout=encode_training_rollout(rollout)), out)
+    return out.getvalue()
+
+
+def parse_batch(content: bytes) -> Batch:
+    """Rebuild a batch from its bytes. Raises `ValueError` when they are not what `batch_content` gives."""
+    stream = io.BytesIO(content)
+    first = parse_length_prefixed(pb.SubmitAdvantagesRequest, stream)
+    if first is None or first.WhichOneof("part") != "header":
+        raise ValueError("a batch begins with its header")
+    header = decode_batch_header(first.header)
+    rollouts = []
+    while (message := parse_length_prefixed(pb.SubmitAdvantagesRequest, stream)) is not None:
+        rollouts.append(decode_training_rollout(message.rollout))
+    return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
+
+
+class Journal:
+    """One folder of batches and answers, numbered from 0."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self) -> None:
+        """Make the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write_batch(self, sequence: int, content: bytes) -> None:
+        """Keep a batch, durable on return."""
+        write_file(self._batch(sequence), content + hashlib.sha256(content).digest())
+
+    def read_batch(self, sequence: int) -> Batch | None:
+        """Return a batch; None when there is none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            data = self._batch(sequence).read_bytes()
+        except FileNotFoundError:
+            return None
+        content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError(f"{self._batch(sequence)} is damaged: its checksum does not match")
+        return parse_batch(content)
+
+    def write_answer(self, sequence: int, answer: Answer) -> None:
+        """Keep an answer, durable on return."""
+        write_file(self._answer(sequence), answer.to_json().encode())
+
+    def answers(self) -> Iterator[tuple[int, Answer]]:
+        """Yield all answers kept, oldest first."""
+        for path in sorted(self._folder.glob("answer-*.json")):
+            yield int(path.stem.removeprefix("answer-")), Answer.from_json(path.read_text())
+
+    def prune(self, before_batch: int, before_answer: int) -> None:
+        """Drop batches and answers of lower sequence numbers."""
+        for pattern, limit in (("batch-*.pb", before_batch), ("answer-*.json", before_answer)):
+            for path in self._folder.glob(pattern):
+                if int(path.stem.partition("-")[2]) < limit:
+                    path.unlink(missing_ok=True)
+
+    def _batch(self, sequence: int) -> Path:
+        return self._folder / f"batch-{sequence:08d}.pb"
+
+    def _answer(self, sequence: int) -> Path:
+        return self._folder / f"answer-{sequence:08d}.json"

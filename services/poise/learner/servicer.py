@@ -1,0 +1,221 @@
+"""LearnerService on the wire: protobuf to the learner's core, and back.
+
+Owns validation of requests and the order of batches: one at a time. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc.aio
+from poise_client.codec import (
+    CodecError,
+    decode_batch_header,
+    decode_training_rollout,
+    encode_learner_status,
+    encode_model_export,
+    encode_step_result,
+)
+from poise_client.types import Batch, BatchHeader, LearnerStatus, StepResult, TrainingRollout
+from poise_proto.v1 import learner_pb2 as pb
+from poise_proto.v1 import learner_pb2_grpc
+
+from poise.errors import BackendDown, Draining, InvalidRequest
+from poise.learner.config import LearnerConfig
+from poise.learner.core import LearnerCore
+from poise.learner.metrics import LearnerMetrics
+from poise.learner.publisher import Publisher
+from poise.runtime.validation import Violations
+
+MAX_ROLLOUTS = 65536
+MAX_BATCH_TOKENS = 64 * 2**20
+
+T = TypeVar("T")
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
+    """Answers nothing until `open`, and trains on nothing while paused or closed."""
+
+    def __init__(self, config: LearnerConfig, core: LearnerCore, publisher: Publisher, metrics: LearnerMetrics) -> None:
+        self._config = config
+        self._core = core
+        self._publisher = publisher
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._batches = asyncio.Lock()
+        self.refusal = "recovering"
+        """Why no batch is accepted; empty when one is."""
+        self.state = "recovering"
+
+    async def recover(self) -> None:
+        """Bring the core to where it was, offer its version to the replicas, and answer from now on."""
+        await self.on_thread(self._core.recover)
+        assert self._core.published is not None  # noqa: S101 (recovered)
+        self._publisher.start()
+        offering = asyncio.create_task(self._publisher.publish(self._core.published))
+        offering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.refusal = ""
+        self.state = "idle"
+
+    async def close(self) -> None:
+        """Refuse further batches; return when the one in hand is done."""
+        self.refusal = "the learner is shutting down"
+        async with self._batches:
+            pass
+
+    async def on_thread(self, work: Callable[[], T]) -> T:
+        """Run what touches the core, one call at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def SubmitAdvantages(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.SubmitAdvantagesRequest], context: Context
+    ) -> pb.SubmitAdvantagesResponse:
+        """See learner.proto."""
+        self._refuse_unless_open()
+        batch = await self._read_batch(request_iterator)
+        # Whoever leaves now finds the answer when they ask again: training goes on.
+        return encode_step_result(await asyncio.shield(asyncio.create_task(self._step(batch))))
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        """See learner.proto."""
+        return encode_learner_status(self.status())
+
+    async def ExportModel(self, request: pb.ExportModelRequest, context: Context) -> pb.ExportModelResponse:  # noqa: N802
+        """See learner.proto."""
+        wrong = Violations()
+        wrong.folder_name("name", request.name)
+        wrong.raise_if_any()
+        if self._core.published is None:
+            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+        return encode_model_export(await self.on_thread(lambda: self._core.export(request.name)))
+
+    def status(self) -> LearnerStatus:
+        """What the learner holds and does."""
+        published = self._core.published
+        if published is None:
+            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+        progress = self._core.progress
+        paused = self.refusal and self.state == "idle"
+        return LearnerStatus(
+            lineage_id=published.lineage_id,
+            policy_version=progress.policy_version,
+            checkpoint_version=self._core.checkpoint_version,
+            state="paused" if paused else self.state,
+            num_batches=progress.num_batches,
+            num_rollouts=progress.num_rollouts,
+            num_rejected=progress.num_rejected,
+            model=self._config.model,
+            max_staleness=self._config.max_staleness,
+            replicas=self._publisher.results,
+            digest=published.digest,
+            last_batch_id=progress.last_batch_id,
+        )
+
+    def _refuse_unless_open(self) -> None:
+        if self.refusal:
+            raise Draining(self.refusal, retry_after_s=1.0)
+
+    async def _step(self, batch: Batch) -> StepResult:
+        async with self._batches:
+            self._refuse_unless_open()
+            self.state = "training"
+            try:
+                answer, duplicate = await self.on_thread(lambda: self._core.submit(batch))
+                self.state = "publishing"
+                started = time.monotonic()
+                published = self._core.published
+                assert published is not None  # noqa: S101 (recovered)
+                if not duplicate and answer.metrics.num_rollouts:
+                    await self._publisher.publish(published)
+                publish_s = time.monotonic() - started
+            finally:
+                self.state = "idle"
+        metrics = answer.metrics if duplicate else dataclasses.replace(answer.metrics, publish_s=publish_s)
+        result = StepResult(answer.policy_version, duplicate, metrics, answer.rejected, self._publisher.results)
+        self._metrics.observe(result)
+        return result
+
+    async def _read_batch(self, requests: AsyncIterator[pb.SubmitAdvantagesRequest]) -> Batch:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidRequest.field("part", "the first message of a batch must be `header`")
+        header = decode_batch_header(first.header)
+        _check_header(header)
+        wrong = Violations()
+        rollouts: list[TrainingRollout] = []
+        index = num_tokens = 0
+        async for message in requests:
+            path = f"rollouts[{index}]"
+            if message.WhichOneof("part") != "rollout":
+                raise InvalidRequest.field("part", "after `header` come rollouts alone")
+            if index >= header.num_rollouts:
+                raise InvalidRequest.field("header.num_rollouts", f"is {header.num_rollouts}; more rollouts came")
+            try:
+                rollout = decode_training_rollout(message.rollout, path)
+            except CodecError as error:
+                wrong.add(error.field, error.description)
+            else:
+                num_tokens += rollout.prompt_token_ids.size + rollout.token_ids.size
+                self._check_rollout(rollout, path, wrong)
+                rollouts.append(rollout)
+            if num_tokens > MAX_BATCH_TOKENS:
+                raise InvalidRequest.field(
+                    "rollouts", f"hold more than {MAX_BATCH_TOKENS} tokens; send smaller batches"
+                )
+            index += 1
+        wrong.check(
+            index == header.num_rollouts,
+            "header.num_rollouts",
+            f"is {header.num_rollouts}; {index} rollouts came: the stream was cut, and nothing was trained on",
+        )
+        wrong.raise_if_any()
+        return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
+
+    def _check_rollout(self, rollout: TrainingRollout, path: str, wrong: Violations) -> None:
+        num_prompt, num_response = rollout.prompt_token_ids.size, rollout.token_ids.size
+        wrong.identifier(f"{path}.id.run_id", rollout.id.run_id)
+        wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
+        wrong.check(math.isfinite(rollout.advantage), f"{path}.advantage", f"is {rollout.advantage}; required: finite")
+        limit = self._core.max_tokens
+        for name, token_ids in (("prompt", rollout.prompt_token_ids), ("response", rollout.token_ids)):
+            field = f"{path}.{name}_token_ids"
+            if wrong.check(token_ids.size > 0, field, "is empty; required: at least one token"):
+                inside = int(token_ids.min()) >= 0 and int(token_ids.max()) < self._core.vocabulary_size
+                wrong.check(inside, field, f"the model's vocabulary is 0 to {self._core.vocabulary_size - 1}")
+        wrong.check(
+            num_prompt + num_response <= limit,
+            f"{path}.response_token_ids",
+            f"prompt and response have {num_prompt + num_response} tokens; the model holds {limit}",
+        )
+        finite = all(math.isfinite(value) and value <= 1e-3 for value in rollout.logprobs.tolist())
+        wrong.check(finite, f"{path}.rollout_logprobs", "required: finite, and not above 0")
+        ends = [0, *(span.end_token for span in rollout.version_spans)]
+        covers = ends[-1] == num_response and all(
+            span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)
+        )
+        wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
+
+
+def _check_header(header: BatchHeader) -> None:
+    wrong = Violations()
+    wrong.identifier("header.run_id", header.run_id)
+    wrong.identifier("header.batch_id", header.batch_id)
+    wrong.check(
+        1 <= header.num_rollouts <= MAX_ROLLOUTS,
+        "header.num_rollouts",
+        f"is {header.num_rollouts}; required: 1 to {MAX_ROLLOUTS}",
+    )
+    wrong.check(
+        math.isfinite(header.temperature) and 0 < header.temperature <= 100,
+        "header.temperature",
+        f"is {header.temperature}; required: above 0 (greedy rollouts cannot be trained on), at most 100",
+    )
+    wrong.raise_if_any()
