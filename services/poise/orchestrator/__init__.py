@@ -1,0 +1,1 @@
+"""The orchestrator: drives the services through training steps, and records what happened."""

@@ -1,0 +1,10 @@
+"""What people see of a run: its summary, its report and its TensorBoard curves, all from the files in its folder.
+
+Knows no service and no loop: it reads a run folder, at any moment, finished or not.
+"""
+
+from poise.orchestrator.report.html import write_report
+from poise.orchestrator.report.summary import summarise, write_summary
+from poise.orchestrator.report.tensorboard import TensorBoardLog
+
+__all__ = ["TensorBoardLog", "summarise", "write_report", "write_summary"]

@@ -1,0 +1,70 @@
+"""Intervals of held-out rewards. Prompts are the unit: the rollouts of one prompt are not independent of each other.
+
+A prompt's rewards count as their mean, so that prompts weigh alike however many rollouts they have. Intervals are
+percentile bootstraps over prompts, which covers both sources of chance, the prompts and the sampling of their rollouts.
+Where all prompts did exactly alike (every reward 0, say) there is no spread to resample and the interval has no width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and the bounds it is believed to lie in."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    rewards_by_prompt: Sequence[Sequence[float]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Return the mean reward over prompts with its interval. Prompts without rewards are left out.
+
+    Raises:
+        ValueError: no prompt has a reward.
+    """
+    means_P = _prompt_means(rewards_by_prompt)
+    return _interval(means_P[~np.isnan(means_P)], confidence, resamples, seed)
+
+
+def paired_interval(
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of after − before over the same prompts, in the same order, with its interval.
+
+    Pairing removes the spread between easy and hard prompts. Prompts without rewards on either side are left out.
+
+    Raises:
+        ValueError: the two differ in their number of prompts, or no prompt has rewards on both sides.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"a paired difference needs the same prompts: {len(before)} before and {len(after)} after")
+    differences_P = _prompt_means(after) - _prompt_means(before)
+    return _interval(differences_P[~np.isnan(differences_P)], confidence, resamples, seed)
+
+
+def _prompt_means(rewards_by_prompt: Sequence[Sequence[float]]) -> Doubles:
+    return np.array([np.mean(rewards) if len(rewards) else np.nan for rewards in rewards_by_prompt], np.float64)
+
+
+def _interval(values_P: Doubles, confidence: float, resamples: int, seed: int) -> Interval:
+    if values_P.size == 0:
+        raise ValueError("an interval needs at least one prompt with a reward")
+    draws_RP = np.random.default_rng(seed).integers(0, values_P.size, (resamples, values_P.size))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values_P[draws_RP].mean(axis=1), [tail, 1 - tail])
+    return Interval(float(values_P.mean()), float(low), float(high))
