@@ -259,7 +259,7 @@ def _step_axis(axes: Axes) -> None:
     left, right = axes.get_xlim()
     if right - left < 1.5:
         axes.set_xlim(left - 1, right + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
 
 
 def _from_zero(axes: Axes, least_top: float = 0.0) -> None:
@@ -308,7 +308,7 @@ def _svg(figure: Figure, label: str) -> str:
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None  # noqa: S101  (matplotlib always writes one)
     text = f'<svg {view_box[0]} role="img" aria-label="{label}">' + text[text.index(">") + 1 :]
-    text = re.sub(r'<g id="[A-Za-z_]+_?\d+">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
