@@ -15,7 +15,8 @@ import yaml
 
 from poise.orchestrator.report import figures
 from poise.orchestrator.report.curves import Row, RunRecord, load_run, number
-from poise.orchestrator.report.summary import summarise_record, write_atomically
+from poise.orchestrator.report.summary import summarise_record
+from poise.runtime.files import write_file
 
 _ESSENTIALS = (
     "model",
@@ -27,6 +28,9 @@ _ESSENTIALS = (
     "num_steps",
     "prompts_per_step",
     "rollouts_per_prompt",
+    "name",
+    "domain",
+    "weight",
     "temperature",
     "top_p",
     "max_tokens",
@@ -68,17 +72,18 @@ def write_report(run_dir: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"decimal": _decimal, "signed": _signed, "duration": _duration, "thousands": _thousands}
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
-    settings = _settings(run_dir / "config.yaml")
     text = template.render(
         name=_run_name(run_dir),
         summary=summary,
         verdict=_verdict(summary["held_out"]),
         figures={name: Markup(svg) if svg else None for name, svg in drawings.items()},  # noqa: S704  (our own SVG)
-        settings=settings,
+        settings=_settings(run_dir / "config.yaml"),
         trajectories=_samples(record),
         domains=_domains(summary["held_out"]),
     )
-    return write_atomically(run_dir / "report.html", text)
+    path = run_dir / "report.html"
+    write_file(path, text.encode(errors="replace"))  # JSON can hold halves of surrogate pairs
+    return path
 
 
 def _verdict(held_out: dict[str, Any] | None) -> str:
@@ -120,6 +125,7 @@ def _samples(record: RunRecord) -> list[dict[str, Any]]:
             "domain": row.get("domain"),
             "prompt": _shortened(_text(row.get("prompt"))),
             "response": _shortened(_text(row.get("response"))),
+            "answer": _shortened(_text(row.get("answer"))),
             **{key: _finite(row, key) for key in ("reward", "value", "advantage")},
         }
         for row in rows

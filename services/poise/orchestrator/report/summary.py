@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from poise.orchestrator.report.curves import (
     smoothing_window,
 )
 from poise.orchestrator.report.statistics import paired_interval
+from poise.runtime.files import write_file
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -82,14 +82,8 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
 
 def write_summary(run_dir: Path) -> Path:
     """Write summary.json into the run folder, whole or not at all, and return its path."""
-    return write_atomically(run_dir / "summary.json", json.dumps(summarise(run_dir), indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> Path:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    path = run_dir / "summary.json"
+    write_file(path, (json.dumps(summarise(run_dir), indent=2, allow_nan=False) + "\n").encode())
     return path
 
 

@@ -134,14 +134,23 @@ def test_headline_says_what_is_known(
 def test_texts_of_the_run_are_escaped(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     hostile = "</pre><script>alert('x')</script>"
-    row = {"step": 1, "domain": hostile, "prompt": [{"role": "user", "content": hostile}], "response": hostile}
+    prompt = [{"role": "user", "content": hostile}]
+    row = {"step": 1, "domain": hostile, "prompt": prompt, "response": hostile, "answer": hostile}
     (run_dir / "trajectories.jsonl").write_text(json.dumps(row | {"reward": 1.0, "value": None, "advantage": -0.5}))
     (run_dir / "config.yaml").write_text(json.dumps({"run_id": hostile, "model": hostile}))
     text, page = read(run_dir)
     assert "script" not in page.tags
     assert page.texts["pre"] == [f"user: {hostile}", hostile]
     assert page.texts["h1"] == [hostile]
+    assert f"Expected: {hostile}" in page.texts["p"]
     assert "advantage −0.50" in text
+
+
+def test_half_a_surrogate_pair_does_not_cost_the_report(make_run: Callable[..., Path]) -> None:
+    run_dir = make_run()
+    (run_dir / "trajectories.jsonl").write_text('{"step": 0, "prompt": "why", "response": "half \\ud83d"}')
+    _, page = read(run_dir)
+    assert page.texts["pre"] == ["why", "half ?"]
 
 
 def test_long_texts_are_shortened_and_say_so(make_run: Callable[..., Path]) -> None:
@@ -172,8 +181,9 @@ def test_settings_show_essentials_and_never_secrets(make_run: Callable[..., Path
     text, page = read(run_dir)
     assert "hunter" not in text
     assert page.texts["h1"] == ["sums"]
-    settings = dict(zip(page.texts["th"][-4:], page.texts["td"][-4:], strict=True))
+    settings = dict(zip(page.texts["th"][-5:], page.texts["td"][-5:], strict=True))
     assert settings == {
+        "run.name": "sums",
         "model": "hub://…@host/m",
         "learner.optimiser.learning_rate": "0.0001",
         "train.algorithm": "poise",
