@@ -1,0 +1,239 @@
+"""The `vllm` engine: AsyncLLM in child processes, our recorder in its workers.
+
+Owns the life of a rollout in vLLM, from submitting it to freeing what the worker kept, and the exchange of weights.
+
+Shapes: T response tokens, d the model's width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
+from safetensors import SafetensorError, safe_open
+
+from poise.domain.features import POOL_TOKENS
+from poise.errors import BackendDown, InvalidRequest
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.pooling import build_features, pooled_response
+from poise.generation.tokens import Tokenizer
+from poise.generation.vllm_collector import Collector
+from poise.generation.vllm_launch import ModelFacts, check_version, launch, num_slots, read_model
+from poise.generation.weights import check_weights
+
+logger = logging.getLogger(__name__)
+
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class VllmEngine:
+    """See `Engine`."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self._facts: ModelFacts | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._engine: Any = None
+        self._collector: Collector | None = None
+        self._broken = False
+        self._slots = asyncio.Semaphore(num_slots(config))
+        self._rollout_ids = itertools.count()
+        self._updating = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `Engine`."""
+        if self._facts is None or self._engine is None:
+            raise _loading()
+        return self._facts.info
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        check_version()
+        self._facts = await asyncio.to_thread(read_model, self._config)
+        self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        try:
+            engine = await asyncio.to_thread(launch, self._config, self._facts)
+        except Exception as error:  # whatever vLLM raises; its processes have logged the reason
+            raise BackendDown(f"vLLM did not start: {error}") from error
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await engine.update_weight_version("0")
+        self._collector = Collector(engine)
+        self._engine = engine
+
+    async def stop(self) -> None:
+        """See `Engine`."""
+        engine, self._engine, self._collector = self._engine, None, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+
+    def is_alive(self) -> bool:
+        """See `Engine`."""
+        return self._engine is not None and not self._broken and not self._engine.errored
+
+    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+        """See `Engine`."""
+        return self._loaded_tokenizer().encode(content)
+
+    async def generate(self, request: EngineRequest) -> EngineRollout:
+        """See `Engine`."""
+        return await self._in_slot(request.prompt_token_ids, request.sampling, POOL_TOKENS)
+
+    async def update_weights(self, weights: Path, policy_version: int) -> float:
+        """See `Engine`."""
+        if self._facts is None or not self.is_alive():
+            raise _loading()
+        check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
+        async with self._updating:
+            return await self._exchange_weights(weights, policy_version)
+
+    async def num_open_rollouts(self) -> int:
+        """Return for how many rollouts the worker holds memory."""
+        counts: list[int] = await self._engine.collective_rpc("poise_num_open")
+        return max(counts)
+
+    async def _in_slot(
+        self, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
+    ) -> EngineRollout:
+        """Sample a rollout. However this ends, vLLM and the worker are rid of it before its slot is given on."""
+        if self._collector is None or not self.is_alive():
+            raise _loading()
+        rollout_id = f"poise-{next(self._rollout_ids)}"
+        await self._slots.acquire()
+        try:
+            rollout = await self._sample(rollout_id, prompt_token_ids, sampling, num_pooled_prompt_tokens)
+        except BaseException:
+            task = asyncio.create_task(self._clean_up(rollout_id), name=f"clean-up-{rollout_id}")
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+            raise
+        self._slots.release()
+        return rollout
+
+    async def _clean_up(self, rollout_id: str) -> None:
+        try:
+            if self._collector is not None and self.is_alive():
+                # Again: a task cancelled while it was submitting may have left the request running.
+                await self._engine.abort(rollout_id)
+                await self._collector.drop(rollout_id)
+        except Exception:
+            if self.is_alive():
+                logger.exception("freeing %s failed", rollout_id)
+        finally:
+            self._slots.release()
+
+    async def _sample(
+        self, rollout_id: str, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
+    ) -> EngineRollout:
+        started = time.monotonic()
+        token_ids: list[int] = []
+        first_token_s = 0.0
+        last = None
+        try:
+            async for output in self._engine.generate(
+                {"prompt_token_ids": list(prompt_token_ids)},
+                self._sampling_params(rollout_id, sampling, num_pooled_prompt_tokens),
+                request_id=rollout_id,
+            ):
+                last = output.outputs[0]
+                first_token_s = first_token_s or time.monotonic() - started
+                token_ids += last.token_ids
+        except Exception as error:
+            if self.is_alive():
+                raise
+            raise BackendDown(f"vLLM died: {error}", retry_after_s=1.0) from error
+        if last is None or last.finish_reason not in _FINISH_REASONS:
+            raise BackendDown(f"vLLM ended {rollout_id} with {last and last.finish_reason}")
+
+        tokenizer = self._loaded_tokenizer()
+        window, spans = pooled_response(tokenizer.token_texts(token_ids))
+        assert self._collector is not None  # noqa: S101 (checked before)
+        record = await self._collector.collect(rollout_id, len(token_ids), window)
+        if record is None:
+            raise BackendDown(f"the worker kept nothing of {rollout_id}")
+        prompt_hidden_d, response_hidden_d, logprobs_T, entropies_T = (np.frombuffer(r, np.float32) for r in record)
+        if not response_hidden_d.size:
+            num_pooled = window.end - window.start
+            prefix = [*prompt_token_ids, *token_ids[: window.end]]
+            response_hidden_d = await self._pool_again(rollout_id, prefix, num_pooled)
+        return EngineRollout(
+            token_ids=np.array(token_ids, np.int32),
+            logprobs=logprobs_T,
+            token_entropies=entropies_T,
+            features=build_features(prompt_hidden_d, response_hidden_d, entropies_T, spans),
+            version_spans=tuple(VersionSpan(s.start, s.end, int(s.version)) for s in last.weight_versions or ()),
+            finish_reason=_FINISH_REASONS[last.finish_reason],
+            text=tokenizer.decode(token_ids),
+            first_token_s=first_token_s,
+            total_s=time.monotonic() - started,
+        )
+
+    async def _pool_again(self, rollout_id: str, token_ids: Sequence[int], num_pooled: int) -> Floats:
+        """Return the pooled states of the last tokens by another pass: vLLM ran on too far past a stop string."""
+        again = await self._sample(rollout_id, token_ids, Sampling(temperature=0.0, max_tokens=1), num_pooled)
+        return again.features.prompt_hidden
+
+    def _sampling_params(self, rollout_id: str, sampling: Sampling, num_pooled_prompt_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=sorted(self._loaded_tokenizer().stop_token_ids),
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"poise_id": rollout_id, "poise_pool_tokens": num_pooled_prompt_tokens},
+        )
+
+    async def _exchange_weights(self, weights: Path, policy_version: int) -> float:
+        """Exchange all parameters at a step boundary. A failure in between leaves a mix: the engine counts as dead."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        started = time.monotonic()
+        try:
+            # Running rollouts are frozen; they begin again from their tokens so far, under the new weights.
+            await self._engine.pause_generation(mode="keep")
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+            await self._engine.finish_weight_update(weight_version=str(policy_version))
+            await self._engine.resume_generation()
+        except BaseException as error:
+            self._broken = True
+            if isinstance(error, Exception):
+                raise BackendDown(f"an update broke off halfway, the engine must restart: {error}") from error
+            raise
+        return time.monotonic() - started
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise _loading()
+        return self._tokenizer
+
+
+def _loading() -> BackendDown:
+    return BackendDown("the model is loading, or the engine died", retry_after_s=1.0)
+
+
+def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error

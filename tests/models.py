@@ -1,0 +1,62 @@
+"""Models small enough to be made in a second, that transformers and vLLM load alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WORDS = ("<think>", "</think>", "<answer>", "</answer>", "</thi", "nk>")
+"""Tokens of several characters, so that a random model writes tags whole and in halves."""
+
+SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tiny_llama(folder: Path, *, seed: int = 0, max_position_embeddings: int = 512) -> Path:
+    """Write a random float32 Llama (width 64, 4 layers, tied head) with a byte-level tokenizer; return its folder."""
+    import torch
+    import transformers
+
+    tokenizer = _byte_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM's attention takes
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        initializer_range=0.15,  # enough for the next token to depend on the last ones
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer():  # type: ignore[no-untyped-def]
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_tokens(list(WORDS))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=SPECIALS[0], additional_special_tokens=list(SPECIALS[1:])
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
