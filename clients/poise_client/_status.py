@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -94,7 +94,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
 
 def _details(error: grpc.aio.AioRpcError) -> Sequence[Any]:
     """Return the packed details of the rich status; none where it is absent, malformed or of another code."""
-    for key, value in error.trailing_metadata() or ():
+    trailing = cast(Sequence[tuple[str, str | bytes]], error.trailing_metadata() or ())  # the stubs know no tuple
+    for key, value in trailing:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             try:
                 status = status_pb2.Status.FromString(value)

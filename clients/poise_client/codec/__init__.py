@@ -13,6 +13,7 @@ from poise_client.codec._common import (
     encode_rollout_id,
     encode_version_span,
 )
+from poise_client.codec._files import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.codec._generation import (
     decode_group,
     decode_policy,
@@ -94,6 +95,8 @@ __all__ = [
     "decode_training_rollout",
     "decode_version_span",
     "decode_weight_update",
+    "dump_batch",
+    "dump_labels",
     "encode_batch_header",
     "encode_features",
     "encode_group",
@@ -116,6 +119,8 @@ __all__ = [
     "encode_weight_update",
     "from_tensor",
     "host_dtype",
+    "load_batch",
+    "load_labels",
     "to_tensor",
     "wire_bytes",
 ]

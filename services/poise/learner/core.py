@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise_client import weights_digest
+from poise_client.codec import dump_batch
 from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
 
 from poise.domain.staleness import staleness
 from poise.errors import Conflict
 from poise.learner.checkpoint import CheckpointStore, Progress
 from poise.learner.config import LearnerConfig
-from poise.learner.journal import Answer, Journal, batch_content
+from poise.learner.journal import Answer, Journal
 from poise.learner.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class LearnerCore:
         while (batch := self._journal.read_batch(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
-            answer = self._train(batch, batch_content(batch), lineage_id)
+            answer = self._train(batch, dump_batch(batch), lineage_id)
             before = answered.get(sequence)
             if before is not None and before.digest != answer.digest:
                 # Another machine, library or setting: the versions that were served are not these.
@@ -116,7 +117,7 @@ class LearnerCore:
         Raises:
             Conflict: its id was used for other content.
         """
-        return self._known(batch, hashlib.sha256(batch_content(batch)).hexdigest())
+        return self._known(batch, hashlib.sha256(dump_batch(batch)).hexdigest())
 
     def submit(self, batch: Batch) -> tuple[Answer, bool]:
         """Train on a batch unless it was trained on; return the answer, durable, and whether it is a stored one.
@@ -125,7 +126,7 @@ class LearnerCore:
             Conflict: its id was used for other content.
             OSError: it cannot be journalled; nothing has changed.
         """
-        content = batch_content(batch)
+        content = dump_batch(batch)
         known = self._known(batch, hashlib.sha256(content).hexdigest())
         if known is not None:
             return known, True

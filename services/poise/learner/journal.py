@@ -10,22 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
-from poise_client.codec import (
-    decode_batch_header,
-    decode_training_rollout,
-    encode_batch_header,
-    encode_training_rollout,
-)
+from poise_client.codec import load_batch
 from poise_client.types import Batch, RolloutId, StepMetrics
-from poise_proto.v1 import learner_pb2 as pb
 
 from poise.runtime.files import write_file
 
@@ -61,28 +53,6 @@ class Answer:
         return Answer(**values, metrics=StepMetrics(**metrics), rejected=rejected)
 
 
-def batch_content(batch: Batch) -> bytes:
-    """Return the batch as bytes: the same for the same batch."""
-    out = io.BytesIO()
-    serialize_length_prefixed(pb.SubmitAdvantagesRequest(header=encode_batch_header(batch)), out)
-    for rollout in batch.rollouts:
-        serialize_length_prefixed(pb.SubmitAdvantagesRequest(rollout=encode_training_rollout(rollout)), out)
-    return out.getvalue()
-
-
-def parse_batch(content: bytes) -> Batch:
-    """Rebuild a batch from its bytes. Raises `ValueError` when they are not what `batch_content` gives."""
-    stream = io.BytesIO(content)
-    first = parse_length_prefixed(pb.SubmitAdvantagesRequest, stream)
-    if first is None or first.WhichOneof("part") != "header":
-        raise ValueError("a batch begins with its header")
-    header = decode_batch_header(first.header)
-    rollouts = []
-    while (message := parse_length_prefixed(pb.SubmitAdvantagesRequest, stream)) is not None:
-        rollouts.append(decode_training_rollout(message.rollout))
-    return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
-
-
 class Journal:
     """One folder of batches and answers, numbered from 0."""
 
@@ -110,7 +80,7 @@ class Journal:
         content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
             raise ValueError(f"{self._batch(sequence)} is damaged: its checksum does not match")
-        return parse_batch(content)
+        return load_batch(content)
 
     def write_answer(self, sequence: int, answer: Answer) -> None:
         """Keep an answer, durable on return."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from poise_client.types import ReplicaResult, StepResult
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.05, 0.2, 1, 5, 20, 60, 300, 1800)
 _STALENESS = (0, 1, 2, 4, 8, 16, 32)

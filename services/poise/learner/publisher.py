@@ -27,13 +27,24 @@ class Version(Protocol):
     """What is to be served."""
 
     @property
-    def lineage_id(self) -> str: ...
+    def lineage_id(self) -> str:
+        """Names the sequence of versions."""
+        ...
+
     @property
-    def policy_version(self) -> int: ...
+    def policy_version(self) -> int:
+        """Its number."""
+        ...
+
     @property
-    def weights(self) -> dict[str, WeightArray]: ...
+    def weights(self) -> dict[str, WeightArray]:
+        """Every parameter by its Hugging Face name. Never changed."""
+        ...
+
     @property
-    def digest(self) -> bytes: ...
+    def digest(self) -> bytes:
+        """Of the weights."""
+        ...
 
 
 class Replica:

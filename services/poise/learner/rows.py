@@ -97,16 +97,7 @@ def build_micro_batch(rows: Sequence[GroupRow], device: str) -> MicroBatch:
         predictors_N=torch.tensor(predictors, device=device),
         targets_N=_joined(rows, "token_ids").long().to(device),
         rollout_logprobs_N=_joined(rows, "logprobs").to(device),
-        advantages_N=torch.tensor(
-            np.concatenate(
-                [
-                    np.full(rollout.token_ids.size, rollout.advantage, np.float32)
-                    for row in rows
-                    for rollout in row.rollouts
-                ]
-            ),
-            device=device,
-        ),
+        advantages_N=_advantages(rows).to(device),
     )
 
 
@@ -121,3 +112,9 @@ def _mask(segments_BL: torch.Tensor) -> torch.Tensor:
 
 def _joined(rows: Sequence[GroupRow], name: str) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([getattr(rollout, name) for row in rows for rollout in row.rollouts]))
+
+
+def _advantages(rows: Sequence[GroupRow]) -> torch.Tensor:
+    rollouts = [rollout for row in rows for rollout in row.rollouts]
+    advantages = np.array([rollout.advantage for rollout in rollouts], np.float32)
+    return torch.from_numpy(np.repeat(advantages, [rollout.token_ids.size for rollout in rollouts]))

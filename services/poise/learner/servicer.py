@@ -167,9 +167,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 self._check_rollout(rollout, path, wrong)
                 rollouts.append(rollout)
             if num_tokens > MAX_BATCH_TOKENS:
-                raise InvalidRequest.field(
-                    "rollouts", f"hold more than {MAX_BATCH_TOKENS} tokens; send smaller batches"
-                )
+                raise InvalidRequest.field("rollouts", f"hold more than {MAX_BATCH_TOKENS} tokens; send fewer")
             index += 1
         wrong.check(
             index == header.num_rollouts,

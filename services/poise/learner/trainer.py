@@ -187,9 +187,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimiser.gradient_clip))
         totals.gradient_norm += norm
         if not np.isfinite(norm):
-            logger.error(
-                "a gradient is not finite: this mini-batch changes nothing; look at its advantages and logprobs"
-            )
+            logger.error("a gradient is not finite: this mini-batch changes nothing; look at its advantages")
             return
         for group in optimiser.param_groups:
             group["lr"] = self._learning_rate(self._num_updates)

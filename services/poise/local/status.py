@@ -1,0 +1,55 @@
+"""`poise status`: what each service says of itself, and how far the run is."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from poise.local.run_file import SERVICES, LocalRun
+from poise.runtime.config import AuthConfig
+
+_TIMEOUT_S = 3.0
+
+
+def show_status(run: LocalRun, as_json: bool) -> int:
+    """Print the state of all services and the run; return 0 when all are ready, else 1."""
+    services = {name: _ask(run, name) for name in SERVICES}
+    state_file = run.dir / "state.json"
+    state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    if as_json:
+        print(json.dumps({"run": state, "services": services}, indent=2))
+    else:
+        print(f"run {run.name}: step {state.get('next_step', 0)} of {run.train.num_steps}, folder {run.dir}")
+        for name, facts in services.items():
+            print(f"{name:11} {run.admin_address(name):22} {_line(name, facts)}")
+    return 0 if all(facts.get("ready") for facts in services.values()) else 1
+
+
+def _ask(run: LocalRun, name: str) -> dict[str, Any]:
+    auth: AuthConfig = getattr(run, name).auth
+    request = urllib.request.Request(f"http://{run.admin_address(name)}/admin/v1/status")  # noqa: S310 (http alone)
+    if token := auth.read_token():
+        request.add_header("authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (http alone)
+            facts: dict[str, Any] = json.load(answer)
+            return facts
+    except urllib.error.HTTPError as error:
+        return {"ready": False, "reason": f"refused: {error}"}
+    except OSError:
+        return {"ready": False, "reason": "is not up; start it with `poise up`"}
+
+
+def _line(name: str, facts: dict[str, Any]) -> str:
+    if not facts["ready"]:
+        return f"not ready: {facts['reason']}"
+    if name == "generation":
+        return f"ready, policy version {facts['policy_version']}, {facts['num_running']} rollouts running"
+    if name == "learner":
+        current = sum(replica["current"] for replica in facts["replicas"])
+        replicas = f"{current} of {len(facts['replicas'])} replicas current"
+        return f"{facts['state']}, policy version {facts['policy_version']}, {replicas}"
+    probes = ", ".join(f"{probe['domain']} v{probe['probe_version']}" for probe in facts["probes"]) or "none yet"
+    return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt, probes: {probes}"

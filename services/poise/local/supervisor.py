@@ -1,0 +1,200 @@
+"""All processes of a run on one machine: started in order, restarted when they die, stopped in order.
+
+Knows processes by their specifications alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit, kill_group
+
+logger = logging.getLogger(__name__)
+
+WRONG_SETTINGS = 2
+"""Exit status of a program that refuses its settings: starting it again would not help."""
+
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
+_STEADY_S = 30.0
+"""A process that lived this long is restarted at once when it dies."""
+_MAX_DEATHS = 6
+"""Deaths in a row, none after living `_STEADY_S`, before giving up."""
+_STOP_TIMEOUT_S = 40.0
+_POLL_S = 0.1
+_SAY_EVERY_S = 15.0
+
+
+class SupervisorError(Exception):
+    """A process cannot be kept running. The message names it, and its log."""
+
+
+class Supervisor:
+    """Keeps processes running. Use as an async context manager; leaving it stops them, the last started first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: dict[str, SupervisedProcess] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._lock: IO[bytes] | None = None
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Raises `SupervisorError` once a process cannot be kept running."""
+        self.num_restarts: dict[str, int] = {}
+
+    async def __aenter__(self) -> Supervisor:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / "supervisor.lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise SupervisorError(
+                f"the services of {self._folder.parent} are up already; use them with `poise train`, or stop them first"
+            ) from None
+        await asyncio.to_thread(_stop_orphans, self._pids_file)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        for process in reversed(self._processes.values()):
+            await process.stop(_STOP_TIMEOUT_S)
+        self._pids_file.unlink(missing_ok=True)
+        if not self.failed.done():
+            self.failed.cancel()
+        elif not self.failed.cancelled():
+            self.failed.exception()  # whoever waited has seen it
+        if self._lock is not None:
+            self._lock.close()
+
+    async def start(self, specs: Sequence[ProcessSpec]) -> None:
+        """Start processes and keep them running."""
+        for spec in specs:
+            self._processes[spec.name] = await SupervisedProcess.start(spec)
+            self._keepers[spec.name] = asyncio.create_task(self._keep(spec), name=f"keep-{spec.name}")
+        self._write_pids()
+
+    async def wait_ready(self, names: Sequence[str]) -> None:
+        """Return when all of `names` say that they work.
+
+        Raises:
+            SupervisorError: one cannot be kept running.
+        """
+        waiting = set(names)
+        said = time.monotonic()
+        while waiting:
+            if self.failed.done():
+                self.failed.result()
+            states = {name: await self._processes[name].is_ready() for name in sorted(waiting)}
+            for name, (ready, _) in states.items():
+                if ready:
+                    waiting.discard(name)
+                    logger.info("%s is ready", name)
+            if waiting and time.monotonic() - said > _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info("waiting for %s", "; ".join(f"{n}: {why}" for n, (ok, why) in states.items() if not ok))
+            await asyncio.sleep(_POLL_S)
+
+    async def run_to_end(self, spec: ProcessSpec) -> int:
+        """Run a process until it exits by itself, starting it again when a signal kills it; return its status.
+
+        Raises:
+            SupervisorError: another process cannot be kept running.
+        """
+        while True:
+            process = self._processes[spec.name] = await SupervisedProcess.start(spec)
+            self._write_pids()
+            ended = asyncio.create_task(process.wait())
+            await asyncio.wait({ended, self.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                ended.cancel()
+                self.failed.result()
+            status = ended.result()
+            if status >= 0:
+                return status
+            self._note_death(spec, status)
+
+    def signal(self, name: str) -> None:
+        """Ask a process to drain."""
+        process = self._processes.get(name)
+        if process is not None and process.is_running:
+            process.process.send_signal(process.spec.stop_signal)
+
+    def kill_all(self) -> None:
+        """Kill everything at once."""
+        for process in self._processes.values():
+            kill_group(process.pid)
+
+    async def _keep(self, spec: ProcessSpec) -> None:
+        deaths = 0
+        while True:
+            process = self._processes[spec.name]
+            status = await process.wait()
+            lived_s = time.monotonic() - process.started
+            deaths = 1 if lived_s > _STEADY_S else deaths + 1
+            if status == WRONG_SETTINGS or deaths > _MAX_DEATHS:
+                error = SupervisorError(
+                    f"{spec.name} {describe_exit(status)}{'' if deaths == 1 else f', {deaths} times in a row'}; the end of "
+                    f"its log, {spec.log}:\n{process.log_tail()}"
+                )
+                if not self.failed.done():
+                    self.failed.set_exception(error)
+                return
+            self._note_death(spec, status)
+            if deaths > 1:
+                await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LAST_BACKOFF_S))
+            self._processes[spec.name] = await SupervisedProcess.start(spec)
+            self._write_pids()
+
+    def _note_death(self, spec: ProcessSpec, status: int) -> None:
+        self.num_restarts[spec.name] = self.num_restarts.get(spec.name, 0) + 1
+        log = f"; its log: {spec.log}" if spec.log else ""
+        logger.warning("%s %s and is started again%s", spec.name, describe_exit(status), log)
+
+    @property
+    def _pids_file(self) -> Path:
+        return self._folder / "pids.json"
+
+    def _write_pids(self) -> None:
+        facts = {}
+        for name, process in self._processes.items():
+            if process.is_running:
+                try:
+                    facts[name] = [process.pid, psutil.Process(process.pid).create_time()]
+                except psutil.NoSuchProcess:
+                    continue
+        temporary = self._pids_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(facts))
+        temporary.replace(self._pids_file)
+
+
+def _stop_orphans(pids_file: Path) -> None:
+    """End what a supervisor that was killed left running."""
+    if not pids_file.exists():
+        return
+    orphans = []
+    for pid, created in json.loads(pids_file.read_text() or "{}").values():
+        try:
+            process = psutil.Process(pid)
+            if abs(process.create_time() - created) < 1 and process.pid != os.getpid():
+                process.terminate()
+                orphans.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    if orphans:
+        logger.info("ending %d processes that an earlier supervisor left behind", len(orphans))
+    psutil.wait_procs(orphans, timeout=_STOP_TIMEOUT_S)
+    for pid, _ in json.loads(pids_file.read_text() or "{}").values():
+        if any(process.pid == pid for process in orphans):
+            kill_group(pid)
+    pids_file.unlink(missing_ok=True)

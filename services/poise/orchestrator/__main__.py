@@ -1,0 +1,30 @@
+"""`python -m poise.orchestrator`: drive a training run against running services."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and train."""
+    from poise.orchestrator.config import OrchestratorConfig
+    from poise.orchestrator.job import train
+    from poise.runtime.config import ConfigError, load_config
+
+    parser = argparse.ArgumentParser(prog="python -m poise.orchestrator", description=main.__doc__)
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings, YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    options = parser.parse_args(argv)
+    try:
+        config = load_config(OrchestratorConfig, options.config, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from poise.orchestrator.tasks.config import TaskConfig
+from poise.orchestrator.verifiers.config import VerifierConfig
+from poise.runtime.config import LoggingConfig, Settings, StrictModel
+
+
+class EndpointsConfig(StrictModel):
+    """Where the services are."""
+
+    generation: tuple[str, ...] = Field(("127.0.0.1:50051",), min_length=1)
+    """Generation replicas, `host:port`; prompts are spread over them."""
+    value: str = "127.0.0.1:50052"
+    """Value service, `host:port`."""
+    learner: str = "127.0.0.1:50053"
+    """Learner service, `host:port`."""
+    token_file: Path | None = None
+    """File holding the bearer token of the services."""
+    ca_file: Path | None = None
+    """PEM of the authorities that sign the services' certificates; set it to speak TLS."""
+
+
+class SamplingConfig(StrictModel):
+    """How rollouts are sampled for training."""
+
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Of sampling, and of the loss."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
+    max_tokens: int = Field(256, ge=1)
+    """Most response tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+
+
+class EvaluationConfig(StrictModel):
+    """Measuring the policy on prompts it never trains on."""
+
+    num_prompts: int = Field(128, ge=0)
+    """Held-out prompts; 0 evaluates nothing."""
+    rollouts_per_prompt: int = Field(4, ge=1, le=256)
+    """Responses to each."""
+    temperature: float = Field(1.0, ge=0, le=100)
+    """0 is greedy."""
+    every_steps: int = Field(0, ge=0)
+    """Evaluate after every so many steps, too; 0 means before and after training alone."""
+
+
+class OrchestratorConfig(Settings):
+    """A training run."""
+
+    model_config = SettingsConfigDict(env_prefix="POISE_TRAIN_")
+
+    run_id: str = Field("run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+    """Names the run in every rollout id. A new run needs a new name; the same name resumes."""
+    run_dir: Path
+    """Folder of the run: metrics, samples, journal, report."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """The prompts of a step, and the seeds of its rollouts, follow from it and the step alone."""
+    num_steps: int = Field(500, ge=1)
+    """Steps of the whole run."""
+    prompts_per_step: int = Field(256, ge=1, le=4096)
+    """Prompts a step samples."""
+    rollouts_per_prompt: int = Field(2, ge=2, le=256)
+    """Rollouts of each prompt; two are enough for a cross-rollout baseline."""
+    algorithm: Literal["poise", "rloo"] = "poise"
+    """`poise`: the probe's cross-rollout baselines; `rloo`: the mean reward of the siblings, without a value service."""
+    bootstrap: Literal["rloo", "batch_mean"] = "rloo"
+    """Baseline of a domain while it has no probe: the siblings' mean reward, or that of the other prompts."""
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """What is trained on; a mixture by weight."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How rollouts are sampled."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out measurements."""
+    verifier: VerifierConfig = VerifierConfig()
+    """Where and for how long answers are checked."""
+    endpoints: EndpointsConfig = EndpointsConfig()
+    """Where the services are."""
+    samples_per_step: int = Field(4, ge=0)
+    """Groups a step writes to trajectories.jsonl, for people to read."""
+    logging: LoggingConfig = LoggingConfig()
+    """What is logged."""
+
+    @model_validator(mode="after")
+    def _batch_mean_needs_other_prompts(self) -> Self:
+        if self.bootstrap == "batch_mean" and self.prompts_per_step < 2:
+            raise ValueError("bootstrap: batch_mean needs prompts_per_step of at least 2")
+        return self

@@ -1,0 +1,88 @@
+"""What people see while a run goes: a line a step, and on a terminal a live line below it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+_RECENT_STEPS = 10
+_HEADER = f"{'step':>6} {'reward':>7} {'mean10':>7} {'baseline':>9} {'r':>6} {'var/none':>8} {'stale':>5} {'tok/s':>7} {'s/step':>7} {'left':>8}"
+
+
+class ConsoleWatcher:
+    """Shows a run on a terminal, or line by line where there is none. Use as a context manager."""
+
+    def __init__(self, num_steps: int, first_step: int, console: Console) -> None:
+        self._num_steps = num_steps
+        self._console = console
+        self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._headed = False
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("starting", total=num_steps, completed=first_step)
+
+    def __enter__(self) -> ConsoleWatcher:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the live one."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def phase(self, step: int, name: str) -> None:
+        """See `Watcher`."""
+        self._progress.update(self._task, description=f"step {step}: {name}")
+
+    def step_done(self, numbers: dict[str, Any]) -> None:
+        """See `Watcher`."""
+        if not self._headed:
+            self._headed = True
+            self.say(_HEADER)
+        self._rewards.append(numbers["reward"]["mean"])
+        self._seconds.append(numbers["time_s"]["total"])
+        self._progress.update(self._task, completed=numbers["step"] + 1)
+        self.say(self._line(numbers))
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        """See `Watcher`."""
+        from poise.orchestrator.report.statistics import bootstrap_interval
+
+        interval = bootstrap_interval(line["rewards"])
+        when = {"before": "before training", "after": "after training"}.get(line["when"], f"at step {line['step']}")
+        self.say(
+            f"held-out reward {when}: {interval.mean:.3f} (95 % interval {interval.low:.3f} to {interval.high:.3f}; "
+            f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']}, {line['seconds']:.0f} s)"
+        )
+
+    def _line(self, numbers: dict[str, Any]) -> str:
+        baseline, variance = numbers["baseline"], numbers["advantage_variance"]
+        correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
+        ratio = variance["used"] / variance["none"] if variance["none"] else float("nan")
+        mean_s = sum(self._seconds) / len(self._seconds)
+        left_s = mean_s * (self._num_steps - numbers["step"] - 1)
+        return (
+            f"{numbers['step']:>6} {numbers['reward']['mean']:>7.3f} {sum(self._rewards) / len(self._rewards):>7.3f} "
+            f"{baseline['source']:>9} {correlation:>6} {ratio:>8.2f} {numbers['staleness']['mean']:>5.1f} "
+            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(left_s):>8}"
+        )
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,181 @@
+"""The folder of a run: what is shown, what is resumed from.
+
+    run.lock            held while the run is driven
+    config.yaml         the settings
+    state.json          how far it is
+    journal/            the step in hand: its labels, its batch, its numbers
+    metrics.jsonl       a line a step
+    values.jsonl        a line a step: predicted and realised values
+    trajectories.jsonl  some groups of each step, to read
+    evaluations.jsonl   a line an evaluation
+
+Owns the files. A step's journal is complete before any label or advantage of it leaves; a restart takes up there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
+from poise_client.types import Batch, LabelledGroup
+
+from poise.runtime.files import sync_folder, write_file
+
+
+class RunError(Exception):
+    """The run cannot go on as asked. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """How far a run is."""
+
+    next_step: int = 0
+    wall_s: float = 0.0
+    """Spent in steps so far, over all restarts."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledStep:
+    """A step whose rollouts are verified and valued, before any of it leaves."""
+
+    step: int
+    labels: list[LabelledGroup]
+    batch: Batch
+    numbers: dict[str, Any]
+    """Its line of metrics.jsonl, as far as known."""
+    values: dict[str, Any]
+    """Its line of values.jsonl."""
+    samples: list[dict[str, Any]]
+    """Its lines of trajectories.jsonl."""
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[bytes] | None = None
+
+    def open(self, run_id: str, settings: Mapping[str, Any]) -> RunState:
+        """Take the folder and return how far the run is.
+
+        Raises:
+            RunError: another process drives it, or it holds another run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "run.lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.path} is being driven by another process; wait for it, or stop it") from None
+        state = self._read_state(run_id)
+        write_file(self.path / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False).encode())
+        self._forget_after(state.next_step)
+        return state
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_journal(self, step: JournalledStep) -> None:
+        """Keep a step, durable and whole on return."""
+        target, writing = self._journal(step.step), self.path / "journal" / "writing"
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        write_file(writing / "labels.pb", dump_labels(step.labels))
+        write_file(writing / "batch.pb", dump_batch(step.batch))
+        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples}
+        write_file(writing / "step.json", json.dumps(about).encode())
+        writing.rename(target)
+        sync_folder(target.parent)
+
+    def read_journal(self, step: int) -> JournalledStep | None:
+        """Return a step that was journalled; None when it was not.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        path = self._journal(step)
+        if not path.exists():
+            return None
+        try:
+            about = json.loads((path / "step.json").read_text())
+            labels = load_labels((path / "labels.pb").read_bytes())
+            batch = load_batch((path / "batch.pb").read_bytes())
+        except (OSError, ValueError, CodecError) as error:
+            raise RunError(
+                f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
+                "else start a new run"
+            ) from error
+        return JournalledStep(step, labels, batch, about["numbers"], about["values"], about["samples"])
+
+    def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any], run_id: str, wall_s: float) -> None:
+        """Write a finished step's lines, move on, and drop its journal."""
+        self._append("metrics.jsonl", [numbers])
+        self._append("values.jsonl", [step.values] if step.values["predicted"] else [])
+        self._append("trajectories.jsonl", step.samples)
+        state = RunState(step.step + 1, wall_s)
+        write_file(self.path / "state.json", json.dumps({"run_id": run_id} | asdict(state)).encode())
+        shutil.rmtree(self._journal(step.step), ignore_errors=True)
+
+    def write_evaluation(self, line: Mapping[str, Any]) -> None:
+        """Append an evaluation."""
+        self._append("evaluations.jsonl", [line])
+
+    def evaluated(self, when: str, step: int) -> bool:
+        """Whether an evaluation is there already."""
+        return any((line["when"], line["step"]) == (when, step) for line in self._lines("evaluations.jsonl"))
+
+    def _journal(self, step: int) -> Path:
+        return self.path / "journal" / f"step-{step:08d}"
+
+    def _read_state(self, run_id: str) -> RunState:
+        path = self.path / "state.json"
+        if not path.exists():
+            return RunState()
+        try:
+            values = json.loads(path.read_text())
+            owner = values.pop("run_id")
+            state = RunState(**values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged: {error}; restore it, or use another run folder") from error
+        if owner != run_id:
+            raise RunError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
+        return state
+
+    def _forget_after(self, next_step: int) -> None:
+        """Drop lines of a step that was being finished when the process died: it is finished again."""
+        for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [json.dumps(line) + "\n" for line in self._lines(name) if line["step"] < next_step]
+                write_file(path, "".join(kept).encode())
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / name
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # cut off by a crash: the last
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        if text:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())

@@ -1,0 +1,181 @@
+"""The arithmetic of a step: from rollouts, rewards and values to labels, advantages and numbers to show.
+
+Pure. Knows neither services nor files. Shapes: n siblings of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from poise_client.types import (
+    Batch,
+    Floats,
+    Group,
+    GroupBaselines,
+    GroupFeatures,
+    LabelledGroup,
+    StepResult,
+    TrainingRollout,
+)
+
+from poise.domain.baselines import advantages, batch_mean, mean_of_others
+from poise.domain.quality import mean_squared_error, pearson
+
+Bootstrap = Literal["rloo", "batch_mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A finished group whose rewards are known."""
+
+    group: Group
+    domain: str
+    rewards: Floats
+    """[n], in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBaselines:
+    """The baselines of a step, by group."""
+
+    baselines: list[Floats]
+    """[n] each."""
+    values: list[Floats | None]
+    """[n] each: what the probe expected; None where a domain has no probe."""
+    probe_versions: dict[str, int]
+    """By domain."""
+
+
+def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
+    """Return what the value service is asked."""
+    return [
+        GroupFeatures(item.group.group_id, item.domain, tuple(rollout.features for rollout in item.group.rollouts))
+        for item in scored
+    ]
+
+
+def choose_baselines(
+    scored: Sequence[ScoredGroup], answers: Sequence[GroupBaselines] | None, bootstrap: Bootstrap
+) -> StepBaselines:
+    """Take the probe's baselines where it gave any, else the bootstrap's. `answers` None means no probe was asked."""
+    rewards = [item.rewards for item in scored]
+    fallback = batch_mean(rewards) if bootstrap == "batch_mean" else [mean_of_others(r) for r in rewards]
+    if answers is None:
+        return StepBaselines(fallback, [None] * len(scored), {})
+    baselines = [
+        spare if answer.baselines is None else answer.baselines
+        for answer, spare in zip(answers, fallback, strict=True)
+    ]
+    versions = {item.domain: answer.probe_version for item, answer in zip(scored, answers, strict=True)}
+    return StepBaselines(baselines, [answer.values for answer in answers], versions)
+
+
+def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:
+    """Return what the probe learns from."""
+    return [
+        LabelledGroup(run_id, step, features.group_id, features.domain, features.rollouts, item.rewards)
+        for features, item in zip(group_features(scored), scored, strict=True)
+    ]
+
+
+def training_batch(
+    run_id: str, step: int, scored: Sequence[ScoredGroup], baselines: StepBaselines, temperature: float
+) -> Batch:
+    """Return what the learner trains on."""
+    rollouts = []
+    for item, baseline_n in zip(scored, baselines.baselines, strict=True):
+        advantages_n = advantages(item.rewards, baseline_n)
+        rollouts += [
+            TrainingRollout(
+                id=rollout.id,
+                prompt_token_ids=item.group.prompt_token_ids,
+                token_ids=rollout.token_ids,
+                logprobs=rollout.logprobs,
+                advantage=float(advantage),
+                version_spans=rollout.version_spans,
+            )
+            for rollout, advantage in zip(item.group.rollouts, advantages_n, strict=True)
+        ]
+    return Batch(run_id, f"step-{step:08d}", step, tuple(rollouts), temperature)
+
+
+def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy_version: int) -> dict[str, Any]:
+    """Return what metrics.jsonl says of the rollouts of a step, sampled for version `policy_version`."""
+    rewards = [item.rewards for item in scored]
+    lengths = [rollout.token_ids.size for item in scored for rollout in item.group.rollouts]
+    ages = [
+        policy_version - min(span.policy_version for span in rollout.version_spans)
+        for item in scored
+        for rollout in item.group.rollouts
+    ]
+    predicted, realised = predictions(scored, baselines)
+    num_rollouts = len(lengths)
+    return {
+        "reward": {
+            "mean": float(np.concatenate(rewards).mean()),
+            "by_domain": {name: float(value) for name, value in _mean_by_domain(scored).items()},
+        },
+        "baseline": {
+            "source": _source(baselines),
+            "probe_share": len(predicted) / num_rollouts,
+            "probe_version": baselines.probe_versions,
+            "pearson": finite_or_none(pearson(predicted, realised)),
+            "brier": finite_or_none(mean_squared_error(predicted, realised)),
+        },
+        "advantage_variance": {
+            "used": _mean_square(rewards, baselines.baselines),
+            "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
+            "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]),
+            "batch_mean": _mean_square(rewards, batch_mean(rewards)),
+        },
+        "response_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths), "total": sum(lengths)},
+        "staleness": {"mean": float(np.mean(ages)), "max": max(ages)},
+        "num_groups": len(scored),
+        "num_rollouts": num_rollouts,
+    }
+
+
+def predictions(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> tuple[list[float], list[float]]:
+    """Return the probe's value of each rollout, and the mean reward of its siblings, where there was a probe."""
+    predicted: list[float] = []
+    realised: list[float] = []
+    for item, values_n in zip(scored, baselines.values, strict=True):
+        if values_n is not None:
+            predicted += values_n.tolist()
+            realised += mean_of_others(item.rewards).tolist()
+    return predicted, realised
+
+
+def learner_numbers(result: StepResult) -> dict[str, Any]:
+    """Return what metrics.jsonl says of the learner's answer."""
+    metrics = {name: getattr(result.metrics, name) for name in type(result.metrics).__dataclass_fields__}
+    metrics["staleness"] = {str(age): count for age, count in result.metrics.staleness.items()}
+    rejected: dict[str, int] = {}
+    for _, reason in result.rejected:
+        rejected[reason] = rejected.get(reason, 0) + 1
+    finite = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in metrics.items()}
+    return {"policy_version": result.policy_version, "num_rejected": rejected, "learner": finite}
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the value; None where JSON has no word for it."""
+    return value if np.isfinite(value) else None
+
+
+def _source(baselines: StepBaselines) -> str:
+    num_probed = sum(values is not None for values in baselines.values)
+    return "probe" if num_probed == len(baselines.values) else "mixed" if num_probed else "bootstrap"
+
+
+def _mean_square(rewards: Sequence[Floats], baselines: Sequence[Floats]) -> float:
+    return float(np.mean((np.concatenate(rewards) - np.concatenate(baselines)) ** 2, dtype=np.float64))
+
+
+def _mean_by_domain(scored: Sequence[ScoredGroup]) -> Mapping[str, float]:
+    by_domain: dict[str, list[Floats]] = {}
+    for item in scored:
+        by_domain.setdefault(item.domain, []).append(item.rewards)
+    return {domain: float(np.concatenate(rewards).mean()) for domain, rewards in sorted(by_domain.items())}
