@@ -7,6 +7,7 @@ from poise_client._channel import TlsOptions
 from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
+from poise_client._sync import GenerationClient, GroupStream, LearnerClient, ValueClient
 from poise_client._value import AsyncValueClient
 from poise_client._weights import weights_digest
 
@@ -14,7 +15,11 @@ __all__ = [
     "AsyncGenerationClient",
     "AsyncLearnerClient",
     "AsyncValueClient",
+    "GenerationClient",
+    "GroupStream",
+    "LearnerClient",
     "RetryPolicy",
     "TlsOptions",
+    "ValueClient",
     "weights_digest",
 ]

@@ -55,8 +55,8 @@ class Dialer:
             raise ValueError("token must be printable ASCII without spaces; was a file read with its line end?")
         if token is not None and tls is None and not allow_insecure_token and not is_loopback(target):
             raise ValueError(
-                f"a token to {target} would travel in the clear; pass tls=TlsOptions(...), or allow_insecure_token=True "
-                "where something else encrypts"
+                f"a token to {target} would travel in the clear; pass tls=TlsOptions(...), or "
+                "allow_insecure_token=True where something else encrypts"
             )
         self.target = target
         self.metadata: tuple[tuple[str, str], ...] = () if token is None else (("authorization", f"Bearer {token}"),)

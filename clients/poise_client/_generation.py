@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
@@ -37,7 +38,7 @@ class AsyncGenerationClient(AsyncClient):
         return_token_entropies: bool = False,
         min_policy_version: int | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         """Sample `num_rollouts` responses to each prompt; yield each group once, in order of finishing.
 
         When the service fails midway, the groups not yet yielded are asked for again. Closing the iterator (leaving an
@@ -78,15 +79,16 @@ class AsyncGenerationClient(AsyncClient):
                 request = pb.StreamTrajectoriesRequest(prompts=[specs[i] for i in indices])
                 request.MergeFrom(base)
                 try:
-                    async for group in self._stream_once(request, unfinished, attempts):
-                        yield group
+                    async with aclosing(self._stream_once(request, unfinished, attempts)) as groups:
+                        async for group in groups:
+                            yield group
                 except PoiseClientError as error:
                     renumber(error, "prompts", indices)
                     await attempts.wait_after(error)
 
     async def _stream_once(
         self, request: pb.StreamTrajectoriesRequest, unfinished: dict[str, int], attempts: Attempts
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         """Yield the groups of one attempt, crossing them off; raise unless none is left."""
         method = "StreamTrajectories"
         with self._translated(method):

@@ -76,7 +76,7 @@ class Attempts:
         self._num_fruitless = 0
 
     async def wait_after(self, error: PoiseClientError) -> None:
-        """Wait until the next attempt is due, or raise `error`, marked with what was tried, when there is to be none."""
+        """Wait until the next attempt is due; raise `error`, marked with what was tried, when there is to be none."""
         self._num_attempts += 1
         self._num_fruitless += 1
         error.attempts, error.elapsed_s = self._num_attempts, self._elapsed_s()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from poise_proto.v1 import errors_pb2
 
@@ -99,7 +100,7 @@ def _details(error: grpc.aio.AioRpcError) -> Sequence[Any]:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             try:
                 status = status_pb2.Status.FromString(value)
-            except ValueError:
+            except DecodeError:
                 return ()
             return status.details if status.code == error.code().value[0] else ()
     return ()

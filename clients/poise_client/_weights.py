@@ -18,6 +18,8 @@ from poise_client.types import WeightArray
 CHUNK_BYTES = 2**20
 """Parameters travel in chunks of 1 MiB."""
 
+_DTYPES = frozenset({"float32", "float64", "float16", "bfloat16"})
+
 
 def wire_view(weight: WeightArray, name: str) -> memoryview:
     """Return a parameter's bytes as they travel, without copying what already lies so in memory.
@@ -25,7 +27,7 @@ def wire_view(weight: WeightArray, name: str) -> memoryview:
     Raises:
         CodecError: the array's element type is not what `weight.dtype` says.
     """
-    if weight.dtype not in DTYPE_NUMBERS or weight.array.dtype != host_dtype(weight.dtype):
+    if weight.dtype not in _DTYPES or weight.array.dtype != host_dtype(weight.dtype):
         raise CodecError(
             f"weights[{name!r}]",
             f"holds {weight.array.dtype.name} and says {weight.dtype}; required: float32, float64, float16, "

@@ -15,8 +15,8 @@
     ├── DeadlineExceededError   no answer within `timeout_s`                          was waited for
     └── InternalError           a defect: the service's log has the traceback         do not retry
 
-What is `retryable` was retried for as long as the deadline and the `RetryPolicy` allowed: `attempts` and `elapsed_s` say
-how often and how long.
+What is `retryable` was retried for as long as the deadline and the `RetryPolicy` allowed: `attempts` and `elapsed_s`
+say how often and how long.
 """
 
 from __future__ import annotations

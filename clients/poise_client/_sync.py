@@ -1,0 +1,364 @@
+"""The blocking twins of the async clients: the same calls, for scripts, notebooks and threads.
+
+Each wraps its async client and waits for it; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from poise_client import _background
+from poise_client._channel import TlsOptions
+from poise_client._client import AsyncClient
+from poise_client._generation import AsyncGenerationClient
+from poise_client._learner import AsyncLearnerClient
+from poise_client._retry import RetryPolicy
+from poise_client._value import AsyncValueClient
+from poise_client.errors import UnavailableError
+from poise_client.types import (
+    Batch,
+    Group,
+    GroupBaselines,
+    GroupFeatures,
+    LabelledGroup,
+    LearnerStatus,
+    ModelExport,
+    Policy,
+    ProbeReport,
+    Prompt,
+    Sampling,
+    StepResult,
+    WeightArray,
+    WeightUpdate,
+)
+
+T = TypeVar("T")
+C = TypeVar("C", bound=AsyncClient)
+
+
+class SyncClient(Generic[C]):
+    """Base of the blocking clients. May be used by several threads at once.
+
+    An interrupted call (Ctrl-C) is cancelled in the service too. The arguments are those of the async clients.
+
+    Args:
+        target: `host:port`, or `unix:path`.
+        token: bearer token; refused over plaintext to another machine unless `allow_insecure_token`.
+        tls: how to encrypt; None means plaintext.
+        timeout_s: deadline of every call, retries included; None takes each method's own default.
+        retries: how retryable errors are retried.
+        allow_insecure_token: send the token in the clear, because something else encrypts.
+
+    Raises:
+        ValueError: a target, token or combination that cannot be.
+        OSError: a TLS file that cannot be read.
+    """
+
+    service: ClassVar[str]
+    """Name of the gRPC service, for errors."""
+    _twin: type[C]
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: TlsOptions | None = None,
+        timeout_s: float | None = None,
+        retries: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
+        allow_insecure_token: bool = False,
+    ) -> None:
+        self._client = self._twin(
+            target,
+            token=token,
+            tls=tls,
+            timeout_s=timeout_s,
+            retries=retries,
+            allow_insecure_token=allow_insecure_token,
+        )
+        self._lock = threading.Lock()
+        self._background: _background.Background | None = None
+        self._running: set[Future[Any]] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.target!r})"
+
+    @property
+    def target(self) -> str:
+        """Where the service is."""
+        return self._client.target
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs in any thread and close the channel. Safe to call twice; a closed client stays closed."""
+        with self._lock:
+            self._closed = True
+            background, self._background = self._background, None
+            running = tuple(self._running)
+        if background is None:
+            return
+        for future in running:
+            future.cancel()
+        try:
+            if background.is_alive():
+                background.submit(self._client.close()).result()
+        finally:
+            _background.shared.release(background)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine on the background loop; cancel it when the wait is interrupted."""
+        try:
+            future = self._submit(coroutine)
+        except BaseException:
+            coroutine.close()
+            raise
+        try:
+            return future.result()
+        except CancelledError as error:
+            if not self._closed:
+                raise
+            raise UnavailableError(
+                "the client was closed during the call", call=f"{self.service} at {self.target}"
+            ) from error
+        finally:
+            future.cancel()
+            with self._lock:
+                self._running.discard(future)
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self!r} is closed; make a new one")
+            if self._background is None:
+                self._background = _background.shared.acquire()
+            elif not self._background.is_alive():
+                raise RuntimeError(f"{self!r} was used before this process was forked; make a new one after the fork")
+            future = self._background.submit(coroutine)
+            self._running.add(future)
+            return future
+
+
+class GroupStream(Iterator[Group]):
+    """Groups as they finish. Closing it, or dropping it early, cancels what still runs in the service.
+
+    Several threads may iterate over one: each group goes to one of them.
+    """
+
+    def __init__(self, client: SyncClient[Any], groups: AsyncGenerator[Group, None]) -> None:
+        self._client = client
+        self._groups = groups
+        self._lock = asyncio.Lock()  # of the loop's tasks; a generator cannot be advanced by two at once
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __next__(self) -> Group:
+        if self._closed:
+            raise StopIteration
+        try:
+            group = self._client._run(self._advance())
+        except CancelledError:
+            if self._closed:
+                raise StopIteration from None
+            raise
+        if group is None:
+            raise StopIteration
+        return group
+
+    def close(self) -> None:
+        """Cancel the stream; iterating over it ends. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            if not self._client._closed:
+                self._client._run(self._abort())
+
+    async def _advance(self) -> Group | None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 (for the type)
+        self._waiting.add(task)
+        try:
+            async with self._lock:
+                return await anext(self._groups, None)
+        finally:
+            self._waiting.discard(task)
+
+    async def _abort(self) -> None:
+        for task in self._waiting:
+            task.cancel()
+        async with self._lock:
+            await self._groups.aclose()
+
+
+class GenerationClient(SyncClient[AsyncGenerationClient]):
+    """Samples rollouts from one generation replica, and gives it new weights. Blocks; see `AsyncGenerationClient`."""
+
+    service = AsyncGenerationClient.service
+    _twin = AsyncGenerationClient
+
+    def stream_trajectories(
+        self,
+        run_id: str,
+        step: int,
+        prompts: Sequence[Prompt],
+        *,
+        num_rollouts: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        return_token_entropies: bool = False,
+        min_policy_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> GroupStream:
+        """Sample `num_rollouts` responses to each prompt; yield each group once, in order of finishing.
+
+        Nothing is sent before the first `next`. When the service fails midway, the groups not yet yielded are asked for
+        again. Closing the iterator, or leaving a `for` early, cancels what still runs in the service.
+
+        Args:
+            run_id: the training run.
+            step: step of the run.
+            prompts: what to ask; their group ids must differ.
+            num_rollouts: responses to each, 1..256.
+            sampling: how tokens are drawn.
+            return_token_entropies: fill `Rollout.token_entropies`.
+            min_policy_version: raise `VersionMismatchError` unless at least this version is served.
+            timeout_s: deadline of the whole stream; 30 minutes by default.
+
+        Raises:
+            PoiseClientError: see `poise_client.errors`.
+        """
+        groups = self._client.stream_trajectories(
+            run_id,
+            step,
+            prompts,
+            num_rollouts=num_rollouts,
+            sampling=sampling,
+            return_token_entropies=return_token_entropies,
+            min_policy_version=min_policy_version,
+            timeout_s=timeout_s,
+        )
+        return GroupStream(self, groups)
+
+    def get_policy(self, *, timeout_s: float | None = None) -> Policy:
+        """Ask which policy is served, and what the engine can do."""
+        return self._run(self._client.get_policy(timeout_s=timeout_s))
+
+    def update_weights(
+        self,
+        *,
+        lineage_id: str,
+        policy_version: int,
+        weights: Mapping[str, WeightArray],
+        timeout_s: float | None = None,
+    ) -> WeightUpdate:
+        """Serve these parameters as `policy_version`: all of them, or none when anything fails.
+
+        Args:
+            lineage_id: the learner that numbers the versions.
+            policy_version: must exceed the one served, within a lineage.
+            weights: every parameter by its Hugging Face name, tied ones once. Must not change during the call.
+            timeout_s: deadline; 5 minutes by default.
+
+        Raises:
+            ConflictError: the version is taken by other weights, or lower than the one served.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(
+            self._client.update_weights(
+                lineage_id=lineage_id, policy_version=policy_version, weights=weights, timeout_s=timeout_s
+            )
+        )
+
+
+class ValueClient(SyncClient[AsyncValueClient]):
+    """Asks the value service what reward was to be expected, and tells it what came. Blocks; see `AsyncValueClient`."""
+
+    service = AsyncValueClient.service
+    _twin = AsyncValueClient
+
+    def estimate_baselines(
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], *, timeout_s: float | None = None
+    ) -> list[GroupBaselines]:
+        """Value a step's rollouts, before its labels are published; the answers come in the order of `groups`.
+
+        Args:
+            run_id: the training run.
+            step: step of the run.
+            groups: the features of each prompt's siblings.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            LabelsConsumedError: the probe has learnt from this step, which was not valued before.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.estimate_baselines(run_id, step, groups, timeout_s=timeout_s))
+
+    def publish_labels(self, groups: Sequence[LabelledGroup], *, timeout_s: float | None = None) -> int:
+        """Queue labelled groups, durably, for the probe to learn from; return how many.
+
+        Publishing a group again does no harm: the probe learns from each once.
+
+        Args:
+            groups: features and rewards of each prompt's siblings.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            QueueFullError: the probe did not keep up until the deadline.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.publish_labels(groups, timeout_s=timeout_s))
+
+    def get_probe(self, domain: str = "", *, timeout_s: float | None = None) -> ProbeReport:
+        """Ask for the state and quality of one domain's probe, or of all."""
+        return self._run(self._client.get_probe(domain, timeout_s=timeout_s))
+
+
+class LearnerClient(SyncClient[AsyncLearnerClient]):
+    """Gives the learner advantages to train on. Blocks; see `AsyncLearnerClient`."""
+
+    service = AsyncLearnerClient.service
+    _twin = AsyncLearnerClient
+
+    def submit_advantages(self, batch: Batch, *, timeout_s: float | None = None) -> StepResult:
+        """Train on a batch; return after its weights were offered to every replica.
+
+        A batch id that was trained on gets its stored answer, with `duplicate` set: submitting again is safe.
+
+        Args:
+            batch: the rollouts with their advantages.
+            timeout_s: deadline; 30 minutes by default.
+
+        Raises:
+            ConflictError: the batch id was trained on with other content.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.submit_advantages(batch, timeout_s=timeout_s))
+
+    def get_status(self, *, timeout_s: float | None = None) -> LearnerStatus:
+        """Ask what the learner holds and does."""
+        return self._run(self._client.get_status(timeout_s=timeout_s))
+
+    def export_model(self, name: str, *, timeout_s: float | None = None) -> ModelExport:
+        """Write the current policy as a Hugging Face folder `name` on the learner's file system.
+
+        An export of the same name is replaced. `timeout_s` is 5 minutes by default.
+        """
+        return self._run(self._client.export_model(name, timeout_s=timeout_s))
