@@ -1,0 +1,386 @@
+"""One suite for every engine: what they return is held against one forward pass of transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+import warnings
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+import transformers
+from poise.domain.features import POOL_TOKENS
+from poise.errors import InvalidRequest
+from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
+from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.tokens import Tokenizer
+from poise_client.types import Sampling
+from safetensors.torch import load_file, save_file
+
+from tests.models import make_tiny_llama
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+
+MAX_MODEL_LEN = 512
+TOLERANCE = 1e-4
+DEADLINE_S = 60.0
+
+REQUEST_IDS = itertools.count()
+"""Versions must rise over the whole module, so that each test can push."""
+VERSIONS = itertools.count(1)
+
+
+class Reference:
+    """The model in transformers, with weights of its own that tests push."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = Tokenizer.load(str(folder))
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+    def use(self, weights: Path) -> None:
+        missing = self._model.load_state_dict(load_file(weights), strict=False).missing_keys
+        assert missing in ([], ["lm_head.weight"])
+
+    def write_weights(self, path: Path, *, seed: int, scale: float = 0.1) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        save_file(
+            {
+                name: parameter.detach() * (1 + scale * torch.randn(parameter.shape, generator=generator))
+                for name, parameter in self._model.named_parameters()
+            },
+            path,
+        )
+        return path
+
+    @torch.inference_mode()
+    def check(self, prompt: list[int], sampling: Sampling, rollout: EngineRollout, layer: int) -> None:
+        """Hold all numbers of a rollout against a separate pass over it."""
+        token_ids = rollout.token_ids.tolist()
+        outputs = self._model(torch.tensor([prompt + token_ids]), output_hidden_states=True)
+        logprobs = torch.log_softmax(outputs.logits[0, len(prompt) - 1 : -1] / (sampling.temperature or 1.0), -1)
+        expected = logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids)].numpy()
+        entropies = torch.special.entr(logprobs.exp()).sum(-1).numpy()
+        np.testing.assert_allclose(rollout.logprobs, expected, atol=TOLERANCE)
+        np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE)
+
+        states = outputs.hidden_states[layer + 1][0].numpy()
+        window, spans = pooled_response(self.tokenizer.token_texts(token_ids))
+        expected_features = build_features(
+            states[max(0, len(prompt) - POOL_TOKENS) : len(prompt)].mean(axis=0),
+            mean_or_zeros(states[len(prompt) :], window),
+            entropies,
+            spans,
+        )
+        assert_close(rollout.features.prompt_hidden, expected_features.prompt_hidden)
+        assert_close(rollout.features.response_hidden, expected_features.response_hidden)
+        for part in ("output_entropy", "reasoning_entropy", "answer_entropy"):
+            found, wanted = getattr(rollout.features, part), getattr(expected_features, part)
+            for statistic in ("mean", "last", "max", "min"):
+                assert getattr(found, statistic) == pytest.approx(getattr(wanted, statistic), abs=TOLERANCE)
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    assert np.linalg.norm(found - wanted) <= TOLERANCE * max(np.linalg.norm(wanted), 1e-6)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(make_tiny_llama(tmp_path_factory.mktemp("tiny"), max_position_embeddings=MAX_MODEL_LEN))
+
+
+def make_engine(kind: str, folder: Path) -> Engine:
+    config = GenerationConfig(
+        model=str(folder),
+        max_num_seqs=8,
+        # Too small for eight long rollouts: vLLM has to preempt some, and to compute their tokens anew.
+        vllm=VllmConfig(kv_cache_gib=2 / 1024, threads=1),
+        torch=TorchConfig(threads=1),
+    )
+    if kind == "torch":
+        from poise.generation.torch_engine import TorchEngine
+
+        return TorchEngine(config)
+    from poise.generation.vllm_engine import VllmEngine
+
+    return VllmEngine(config)
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
+async def started(request: pytest.FixtureRequest, reference: Reference) -> AsyncIterator[Engine]:
+    engine = make_engine(request.param, reference.folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of vLLM's imports
+        await engine.start()
+    yield engine
+    await engine.stop()
+    assert not engine.is_alive()
+    await engine.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(started: Engine, reference: Reference) -> AsyncIterator[Engine]:
+    """The started engine, serving the weights of the folder, and free of rollouts before and after."""
+    yield started
+    await assert_nothing_open(started)
+    if next(VERSIONS) > 1:
+        original = reference.folder / "model.safetensors"
+        await started.update_weights(original, next(VERSIONS))
+        reference.use(original)
+
+
+async def assert_nothing_open(engine: Engine) -> None:
+    if not hasattr(engine, "num_open_rollouts"):
+        return
+    deadline = time.monotonic() + DEADLINE_S
+    while await engine.num_open_rollouts():
+        assert time.monotonic() < deadline, f"{await engine.num_open_rollouts()} rollouts are never freed"
+        await asyncio.sleep(0.05)
+
+
+async def sample(engine: Engine, prompt: list[int], sampling: Sampling) -> EngineRollout:
+    return await engine.generate(EngineRequest(f"request-{next(REQUEST_IDS)}", prompt, sampling))
+
+
+async def sample_all(engine: Engine, prompts: list[list[int]], samplings: list[Sampling]) -> list[EngineRollout]:
+    return await asyncio.gather(*(sample(engine, p, s) for p, s in zip(prompts, samplings, strict=True)))
+
+
+def long_prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, num_tokens).tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=40, seed=1),
+        Sampling(max_tokens=40, seed=1, temperature=0.7),
+        Sampling(max_tokens=40, seed=1, top_p=0.5),
+        Sampling(max_tokens=40, seed=1, temperature=1.3, top_p=0.8, top_k=20),
+        Sampling(max_tokens=40, seed=1, top_k=3),
+        Sampling(max_tokens=40, temperature=0.0),
+    ],
+    ids=str,
+)
+async def test_rollout_agrees_with_a_separate_pass(engine: Engine, reference: Reference, sampling: Sampling) -> None:
+    prompt = engine.tokenize("What is the capital of France?")
+    rollout = await sample(engine, prompt, sampling)
+    assert 1 <= rollout.token_ids.size <= sampling.max_tokens
+    assert rollout.logprobs.dtype == rollout.token_entropies.dtype == np.float32
+    assert rollout.features.prompt_hidden.dtype == rollout.features.response_hidden.dtype == np.float32
+    assert 0 < rollout.first_token_s <= rollout.total_s
+    reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_rollouts_of_mixed_sampling_share_steps(engine: Engine, reference: Reference) -> None:
+    samplings = [
+        Sampling(max_tokens=30, seed=i, temperature=t, top_p=p)
+        for i, (t, p) in enumerate(itertools.product((0.0, 0.7, 1.0), (0.6, 1.0)))
+    ]
+    prompts = [long_prompt(length, seed=length) for length in (1, 3, 9, 10, 11, 140)]
+    for prompt, sampling, rollout in zip(prompts, samplings, await sample_all(engine, prompts, samplings), strict=True):
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_repeated_prompts_and_siblings_have_their_prompts_states(engine: Engine, reference: Reference) -> None:
+    prompt = long_prompt(300)
+    sampling = Sampling(max_tokens=3, seed=0)
+    alone = [await sample(engine, prompt, sampling) for _ in range(2)]
+    siblings = await sample_all(engine, [prompt] * 4, [Sampling(max_tokens=3, seed=i) for i in range(4)])
+    for rollout in [*alone, *siblings]:
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_more_long_seeded_prompts_than_a_step_holds(engine: Engine, reference: Reference) -> None:
+    prompts = [long_prompt(400, seed=i) for i in range(10)]
+    samplings = [Sampling(max_tokens=4, seed=i) for i in range(10)]
+    for prompt, sampling, rollout in zip(prompts, samplings, await sample_all(engine, prompts, samplings), strict=True):
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_more_rollouts_than_fit_at_once(engine: Engine, reference: Reference) -> None:
+    prompts = [long_prompt(200, seed=i) for i in range(8)]
+    samplings = [Sampling(max_tokens=300, seed=i) for i in range(8)]
+    rollouts = await sample_all(engine, prompts, samplings)
+    assert sum(rollout.token_ids.size for rollout in rollouts) > 2048 - 8 * 200
+    for prompt, sampling, rollout in zip(prompts, samplings, rollouts, strict=True):
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_prompt_of_one_token(engine: Engine, reference: Reference) -> None:
+    sampling = Sampling(max_tokens=1, seed=0)
+    rollout = await sample(engine, [65], sampling)
+    assert not rollout.features.response_hidden.any()
+    reference.check([65], sampling, rollout, engine.info.feature_layer)
+
+
+async def test_prompt_that_leaves_room_for_one_token(engine: Engine, reference: Reference) -> None:
+    assert engine.info.max_model_len == MAX_MODEL_LEN
+    prompt = long_prompt(MAX_MODEL_LEN - 1)
+    sampling = Sampling(max_tokens=1, seed=0)
+    rollout = await sample(engine, prompt, sampling)
+    assert rollout.token_ids.size == 1
+    reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_why_a_rollout_ended(engine: Engine, reference: Reference) -> None:
+    samplings = [Sampling(max_tokens=150, seed=i) for i in range(12)]
+    rollouts = await sample_all(engine, [[65, 66]] * 12, samplings)
+    stops = reference.tokenizer.stop_token_ids
+    for rollout in rollouts:
+        stopped = int(rollout.token_ids[-1]) in stops
+        assert not set(rollout.token_ids[:-1].tolist()) & stops
+        assert rollout.finish_reason == ("stop" if stopped else "length")
+        assert stopped or rollout.token_ids.size == 150
+        assert rollout.text == reference.tokenizer.decode(rollout.token_ids.tolist())
+        assert "<|end|>" not in rollout.text
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+
+
+async def test_seed_alone_decides_the_rollout(engine: Engine) -> None:
+    prompt = engine.tokenize("seeds")
+    sampling = Sampling(max_tokens=30, seed=7)
+    alone = await sample(engine, prompt, sampling)
+    among = await sample_all(engine, [prompt] * 5, [Sampling(max_tokens=30, seed=i) for i in (3, 7, 7, 9, 11)])
+    texts = [rollout.token_ids.tolist() for rollout in among]
+    assert texts[1] == texts[2] == alone.token_ids.tolist()
+    assert len({tuple(text) for text in texts}) == 4
+
+
+async def test_rollouts_without_a_seed_differ(engine: Engine) -> None:
+    rollouts = await sample_all(engine, [[65, 66]] * 6, [Sampling(max_tokens=20)] * 6)
+    assert len({tuple(rollout.token_ids.tolist()) for rollout in rollouts}) == 6
+
+
+async def test_stop_string_ends_the_rollout_and_stays_in_it(engine: Engine, reference: Reference) -> None:
+    prompt = engine.tokenize("stop here")
+    free = await sample(engine, prompt, Sampling(max_tokens=60, seed=2))
+    ascii_pairs = [free.text[i : i + 2] for i in range(15, len(free.text) - 1) if free.text[i : i + 2].isascii()]
+    stop = ascii_pairs[0]
+    sampling = Sampling(max_tokens=60, seed=2, stop=("never in there", stop))
+    rollout = await sample(engine, prompt, sampling)
+    length = rollout.token_ids.size
+    assert rollout.finish_reason == "stop"
+    assert length < free.token_ids.size
+    assert rollout.token_ids.tolist() == free.token_ids[:length].tolist()
+    assert stop in rollout.text
+    assert stop not in reference.tokenizer.decode(rollout.token_ids[:-1].tolist())
+    reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_states_before_the_end_of_the_reasoning_are_pooled(engine: Engine, reference: Reference) -> None:
+    """Random rollouts hold the tag by chance, whole and in halves; enough of them are taken for many to."""
+    samplings = [Sampling(max_tokens=120, seed=i) for i in range(24)]
+    rollouts = await sample_all(engine, [[65, 66, 67]] * 24, samplings)
+    num_early_windows = 0
+    for sampling, rollout in zip(samplings, rollouts, strict=True):
+        reference.check([65, 66, 67], sampling, rollout, engine.info.feature_layer)
+        window, _ = pooled_response(reference.tokenizer.token_texts(rollout.token_ids.tolist()))
+        num_early_windows += window.end < rollout.token_ids.size - 1
+    assert num_early_windows >= 3
+
+
+async def test_new_weights_are_served_exactly(engine: Engine, reference: Reference, tmp_path: Path) -> None:
+    prompt = engine.tokenize("new weights")
+    sampling = Sampling(max_tokens=20, seed=0)
+    for seed in (1, 2, 3):
+        version = next(VERSIONS)
+        weights = reference.write_weights(tmp_path / f"{seed}.safetensors", seed=seed)
+        assert 0 < await engine.update_weights(weights, version) < DEADLINE_S
+        reference.use(weights)
+        rollout = await sample(engine, prompt, sampling)
+        assert [span.policy_version for span in rollout.version_spans] == [version]
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+@pytest.mark.parametrize("damage", ["wrong shape", "missing", "unknown", "cut off", "no file"])
+async def test_weights_that_do_not_fit_change_nothing(
+    engine: Engine, reference: Reference, tmp_path: Path, damage: str
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=5)
+    tensors = load_file(weights)
+    named = name
+    match damage:
+        case "wrong shape":
+            tensors[name] = tensors[name].T.contiguous()
+        case "missing":
+            del tensors[name]
+        case "unknown":
+            named = "model.layers.9.mlp.up_proj.weight"
+            tensors[named] = tensors[name].clone()
+    save_file(tensors, weights)
+    if damage == "cut off":
+        named = "weights"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if damage == "no file":
+        named = "weights"
+        weights.unlink()
+    with pytest.raises(InvalidRequest, match=named):
+        await engine.update_weights(weights, next(VERSIONS))
+    assert engine.is_alive()
+    sampling = Sampling(max_tokens=10, seed=0)
+    reference.check([65, 66], sampling, await sample(engine, [65, 66], sampling), engine.info.feature_layer)
+
+
+async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference: Reference, tmp_path: Path) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=6)
+    original = reference.folder / "model.safetensors"
+    deadline = time.monotonic() + DEADLINE_S
+    for seed in itertools.count():
+        assert time.monotonic() < deadline, "no rollout was long enough to see the update"
+        before, after = next(VERSIONS), next(VERSIONS)
+        await engine.update_weights(original, before)
+        running = [
+            asyncio.create_task(sample(engine, [65, 66], Sampling(max_tokens=500, seed=100 * seed + i)))
+            for i in range(4)
+        ]
+        await asyncio.sleep(0.3)
+        await engine.update_weights(weights, after)
+        rollouts = await asyncio.gather(*running)
+        crossing = [rollout for rollout in rollouts if len(rollout.version_spans) > 1]
+        for rollout in rollouts:
+            assert rollout.version_spans[0].start_token == 0
+            assert rollout.version_spans[-1].end_token == rollout.token_ids.size
+        if crossing:
+            break
+    for rollout in crossing:
+        old, new = rollout.version_spans
+        assert (old.policy_version, new.policy_version) == (before, after)
+        assert 0 < old.end_token == new.start_token
+        assert rollout.logprobs.size == rollout.token_entropies.size == rollout.token_ids.size
+
+
+async def test_cancelled_rollouts_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
+    sampling = Sampling(max_tokens=60, seed=3)
+    kept = asyncio.create_task(sample(engine, [65, 66], sampling))
+    doomed = [
+        asyncio.create_task(sample(engine, [65, 67], Sampling(max_tokens=500, seed=i, temperature=0.0)))
+        for i in range(30)
+    ]
+    for count, task in enumerate(doomed):
+        if count % 3 == 0:
+            await asyncio.sleep(0.02)
+        task.cancel()
+    for task in doomed:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    reference.check([65, 66], sampling, await kept, engine.info.feature_layer)
+    await assert_nothing_open(engine)
+    reference.check([65, 66], sampling, await sample(engine, [65, 66], sampling), engine.info.feature_layer)
+
+
+async def test_text_is_taken_as_it_stands_and_chat_is_rendered(engine: Engine, reference: Reference) -> None:
+    chat = engine.tokenize([{"role": "user", "content": "hi"}])
+    assert chat == engine.tokenize("<|user|>hi<|end|><|assistant|>")
+    assert len(engine.tokenize("hi")) == 2
