@@ -1,0 +1,338 @@
+import asyncio
+import hashlib
+import time
+from contextlib import aclosing
+
+import grpc
+import numpy as np
+import pytest
+from poise_client import (
+    AsyncGenerationClient,
+    AsyncLearnerClient,
+    AsyncValueClient,
+    RetryPolicy,
+    errors,
+    weights_digest,
+)
+from poise_client.types import (
+    Batch,
+    Features,
+    GroupFeatures,
+    LabelledGroup,
+    Prompt,
+    RolloutId,
+    TrainingRollout,
+    WeightArray,
+)
+from poise_proto.v1 import value_pb2
+
+QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+PROMPTS = [Prompt(name, "?") for name in "abcd"]
+
+
+@pytest.fixture
+async def generation(target):
+    async with AsyncGenerationClient(target, retries=QUICK, timeout_s=20) as client:
+        yield client
+
+
+@pytest.fixture
+async def value(target):
+    async with AsyncValueClient(target, retries=QUICK, timeout_s=20) as client:
+        yield client
+
+
+@pytest.fixture
+async def learner(target):
+    async with AsyncLearnerClient(target, retries=QUICK, timeout_s=20) as client:
+        yield client
+
+
+def asked(service):
+    return [[prompt.group_id for prompt in request.prompts] for request in service.requests]
+
+
+async def collect(stream):
+    return [group async for group in stream]
+
+
+async def test_groups_come_as_they_finish_with_all_their_rollouts(generation, generation_service):
+    generation_service.script = [generation_service.stream("c", "a", "d", "b")]
+    groups = await collect(generation.stream_trajectories("run", 7, PROMPTS, num_rollouts=2))
+    assert [group.group_id for group in groups] == ["c", "a", "d", "b"]
+    assert [rollout.id for rollout in groups[0].rollouts] == [RolloutId("run", 7, "c", 0), RolloutId("run", 7, "c", 1)]
+
+
+async def test_a_broken_stream_resumes_with_the_unfinished_groups_alone(generation, generation_service, unavailable):
+    generation_service.script = [
+        generation_service.stream("b", "d", then=unavailable),
+        generation_service.stream(then=unavailable),
+        generation_service.stream("c", "b", "a"),  # b comes again: it was finished
+    ]
+    groups = await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
+    assert [group.group_id for group in groups] == ["b", "d", "c", "a"]
+    assert asked(generation_service) == [list("abcd"), list("ac"), list("ac")]
+
+
+async def test_a_stream_that_ends_early_without_an_error_is_resumed_too(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", "b", "c")]
+    groups = await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
+    assert [group.group_id for group in groups] == list("abcd")
+    assert asked(generation_service) == [list("abcd"), ["d"]]
+
+
+async def test_a_final_error_mid_stream_is_raised_with_the_callers_own_indices(
+    generation, generation_service, failing, unavailable
+):
+    wrong = failing(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        reason="INVALID_REQUEST",
+        retryable=False,
+        violations=[("prompts[1].text", "is too long")],
+    )
+    generation_service.script = [
+        generation_service.stream("a", "c", then=unavailable),
+        generation_service.stream(then=wrong),
+    ]
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
+    assert caught.value.violations == (("prompts[3].text", "is too long"),)
+    assert caught.value.attempts == 2
+
+
+async def test_many_prompts_are_split_and_come_once_each(generation, generation_service):
+    prompts = [Prompt(f"g{i}", "x" * 400_000) for i in range(10)]
+    groups = await collect(generation.stream_trajectories("run", 0, prompts, num_rollouts=1))
+    assert [group.group_id for group in groups] == [f"g{i}" for i in range(10)]
+    assert len(generation_service.requests) == 2
+
+
+async def test_closing_a_stream_cancels_it_in_the_service(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
+    async with aclosing(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)) as groups:
+        assert (await anext(groups)).group_id == "a"
+        assert not generation_service.cancelled.is_set()
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_cancelling_a_task_cancels_the_call_in_the_service(value, value_service):
+    value_service.script = [value_service.hang]
+    call = asyncio.create_task(value.get_probe())
+    await asyncio.wait_for(value_service.started.wait(), 10)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+    assert len(value_service.requests) == 1
+
+
+async def test_closing_the_client_ends_its_calls_with_an_error(value, value_service):
+    value_service.script = [value_service.hang]
+    call = asyncio.create_task(value.get_probe())
+    await asyncio.wait_for(value_service.started.wait(), 10)
+    await value.close()
+    with pytest.raises(errors.UnavailableError, match="closed during the call"):
+        await call
+
+
+async def test_what_is_unavailable_is_tried_again(value, value_service, unavailable):
+    value_service.script = [unavailable, unavailable]
+    assert (await value.get_probe()).num_pending == 4
+    assert len(value_service.requests) == 3
+
+
+async def test_a_service_that_is_not_up_yet_is_waited_for_and_then_given_up(unused_port):
+    async with AsyncValueClient(f"127.0.0.1:{unused_port}", retries=QUICK, timeout_s=0.5) as client:
+        with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)) as caught:
+            await client.get_probe()
+    assert caught.value.attempts > 1
+    assert caught.value.elapsed_s <= 2
+
+
+async def test_the_wait_that_a_full_queue_asks_for_is_kept(value, value_service, failing):
+    value_service.script = [failing(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after_s=0.3)]
+    started_s = time.monotonic()
+    assert await value.publish_labels([labelled("g")]) == 1
+    assert time.monotonic() - started_s >= 0.3
+    assert len(value_service.requests) == 2
+
+
+async def test_a_queue_that_stays_full_is_given_up_before_the_deadline(value, value_service, failing):
+    full = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after_s=30)
+    value_service.script = [full]
+    with pytest.raises(errors.QueueFullError) as caught:
+        await value.publish_labels([labelled("g")], timeout_s=5)
+    assert (caught.value.retry_after_s, caught.value.attempts) == (30, 1)
+
+
+async def test_the_limit_of_attempts_is_kept(target, value_service, unavailable):
+    value_service.script = [unavailable] * 3
+    async with AsyncValueClient(target, retries=RetryPolicy(max_attempts=2, initial_backoff_s=0.01)) as client:
+        with pytest.raises(errors.UnavailableError) as caught:
+            await client.get_probe()
+    assert caught.value.attempts == 2
+    assert caught.value.reason == "DRAINING"
+    assert caught.value.call == f"ValueService.GetProbe at {target}"
+
+
+async def test_what_is_final_is_not_tried_again(value, value_service, failing):
+    value_service.script = [
+        failing(grpc.StatusCode.FAILED_PRECONDITION, reason="LABELS_CONSUMED", retryable=False),
+    ]
+    with pytest.raises(errors.LabelsConsumedError):
+        await value.estimate_baselines("run", 0, [unlabelled("g")])
+    assert len(value_service.requests) == 1
+
+
+async def test_no_answer_in_time_is_a_deadline_and_ends_the_call_in_the_service(value, value_service):
+    value_service.script = [value_service.hang]
+    with pytest.raises(errors.DeadlineExceededError, match=r"no answer within 0\.2 s"):
+        await value.get_probe(timeout_s=0.2)
+    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+
+
+async def test_the_deadline_bounds_a_stream_that_keeps_breaking(generation, generation_service, unavailable):
+    generation_service.script = [generation_service.stream(then=unavailable)] * 1000
+    started_s = time.monotonic()
+    with pytest.raises(errors.PoiseClientError):
+        await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1, timeout_s=0.3))
+    assert time.monotonic() - started_s < 5
+
+
+async def test_the_token_travels_as_a_bearer(target, value_service):
+    async with AsyncValueClient(target, token="t0ken") as client:
+        await client.get_probe()
+    assert value_service.metadata[0]["authorization"] == "Bearer t0ken"
+
+
+async def test_a_call_the_server_does_not_know_says_so(target):
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with AsyncValueClient(f"127.0.0.1:{port}") as client:
+        with pytest.raises(errors.NotFoundError, match="this service's gRPC port"):
+            await client.get_probe()
+    await server.stop(None)
+
+
+WIDE = np.zeros(2560, np.float32)
+
+
+def unlabelled(group_id, width=2):
+    return GroupFeatures(group_id, "math", (Features(WIDE[:width], WIDE[:width]),) * 2)
+
+
+def labelled(group_id, width=2):
+    siblings = (Features(WIDE[:width], WIDE[:width]),) * 2
+    return LabelledGroup("run", 0, group_id, "math", siblings, np.zeros(2, np.float32))
+
+
+async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, value_service):
+    names = [f"g{i}" for i in range(256)]
+    answers = await value.estimate_baselines("run", 5, [unlabelled(name, 2560) for name in names])
+    assert [answer.group_id for answer in answers] == names
+    assert len(value_service.requests) == 4
+    for request in value_service.requests:
+        assert request.ByteSize() <= 3 * 2**20
+        assert (request.run_id, request.step) == ("run", 5)
+    sent = [group.group_id for request in value_service.requests for group in request.groups]
+    assert sent == names
+
+
+async def test_many_labels_are_split_and_counted(value, value_service, unavailable):
+    names = [f"g{i}" for i in range(256)]
+    value_service.script = [unavailable]
+    assert await value.publish_labels([labelled(name, 2560) for name in names]) == 256
+    assert len(value_service.requests) == 5  # four, and one of them again
+    assert max(request.ByteSize() for request in value_service.requests) <= 3 * 2**20
+
+
+async def test_an_error_in_a_later_part_names_the_callers_own_group(value, value_service, failing):
+    async def fine(request, context):
+        return None
+
+    wrong = failing(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        reason="INVALID_REQUEST",
+        retryable=False,
+        violations=[("groups[1].domain", "is empty")],
+    )
+    value_service.script = [fine, wrong]
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await value.publish_labels([labelled(f"g{i}", 2560) for i in range(256)])
+    first = len(value_service.requests[0].groups)
+    assert caught.value.violations == ((f"groups[{first + 1}].domain", "is empty"),)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(value_pb2.EstimateBaselinesResponse(), id="none"),
+        pytest.param(
+            value_pb2.EstimateBaselinesResponse(groups=[value_pb2.GroupBaselines(group_id="h", status=2)]),
+            id="another group",
+        ),
+        pytest.param(
+            value_pb2.EstimateBaselinesResponse(groups=[value_pb2.GroupBaselines(group_id="g", status=1)]),
+            id="no numbers",
+        ),
+    ],
+)
+async def test_an_answer_that_makes_no_sense_is_an_error(value, value_service, answer):
+    async def nonsense(request, context):
+        return answer
+
+    value_service.script = [nonsense]
+    with pytest.raises(errors.InternalError, match="makes no sense"):
+        await value.estimate_baselines("run", 0, [unlabelled("g")])
+
+
+async def test_weights_arrive_in_chunks_with_offsets_and_digests(generation, generation_service, unavailable):
+    rng = np.random.default_rng(0)
+    weights = {
+        "b": WeightArray(rng.integers(0, 2**16, (700, 1000), dtype=np.uint16), "bfloat16"),
+        "a": WeightArray(rng.standard_normal((300, 1000)).astype(np.float32), "float32"),
+    }
+    generation_service.script = [unavailable]
+    update = await generation.update_weights(lineage_id="l", policy_version=4, weights=weights)
+    assert update.policy_version == 4
+    assert len(generation_service.requests) == 2
+    for messages in generation_service.requests:
+        begin, commit = messages[0].begin, messages[-1].commit
+        received = bytearray()
+        for message in messages[1:-1]:
+            assert message.chunk.offset == len(received)
+            assert 0 < len(message.chunk.data) <= 2**20
+            received += message.chunk.data
+        assert commit.total_bytes == len(received)
+        assert bytes(received) == weights["b"].array.tobytes() + weights["a"].array.tobytes()
+        assert [tensor.name for tensor in begin.tensors] == ["b", "a"]
+        assert begin.tensors[0].sha256 == hashlib.sha256(weights["b"].array.tobytes()).digest()
+        assert begin.digest == weights_digest(weights)
+
+
+async def test_a_batch_travels_as_a_header_and_its_rollouts_again_on_a_retry(learner, learner_service, unavailable):
+    ids = np.arange(3, dtype=np.int32)
+    rollouts = tuple(
+        TrainingRollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), 0.5 - i, ()) for i in range(2)
+    )
+    learner_service.script = [unavailable]
+    result = await learner.submit_advantages(Batch("run", "step-2", 2, rollouts))
+    assert result.policy_version == 9
+    assert learner_service.requests[0] == learner_service.requests[1]
+    header, *rest = learner_service.requests[1]
+    assert (header.header.batch_id, header.header.num_rollouts) == ("step-2", 2)
+    assert [message.rollout.advantage for message in rest] == [0.5, -0.5]
+
+
+async def test_the_learner_answers_status_and_export(learner):
+    assert (await learner.get_status()).state == "idle"
+    assert (await learner.export_model("final")).path == "/exports/final"
+
+
+async def test_a_client_stays_with_the_loop_that_used_it_first(target):
+    client = AsyncValueClient(target)
+    await client.get_probe()
+    with pytest.raises(RuntimeError, match="one client per loop"):
+        await asyncio.to_thread(lambda: asyncio.run(client.get_probe()))
+    await client.close()

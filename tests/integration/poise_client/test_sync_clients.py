@@ -1,0 +1,235 @@
+"""The blocking clients run in threads here: the server needs the test's own loop."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from poise_client import GenerationClient, LearnerClient, RetryPolicy, ValueClient, errors
+from poise_client.types import Batch, Prompt, RolloutId, TrainingRollout, WeightArray
+
+QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+PROMPTS = [Prompt(name, "?") for name in "abcd"]
+
+
+@pytest.fixture
+async def generation(target):
+    client = GenerationClient(target, retries=QUICK, timeout_s=20)
+    yield client
+    await asyncio.to_thread(client.close)
+
+
+@pytest.fixture
+async def value(target):
+    client = ValueClient(target, retries=QUICK, timeout_s=20)
+    yield client
+    await asyncio.to_thread(client.close)
+
+
+async def test_the_calls_answer_as_the_async_ones_do(target, generation, value):
+    ids = np.arange(2, dtype=np.int32)
+    rollout = TrainingRollout(RolloutId("run", 0, "g", 0), ids, ids, np.zeros(2, np.float32), 0.5, ())
+    weights = {"w": WeightArray(np.ones(3, np.float32), "float32")}
+
+    def calls():
+        with LearnerClient(target) as learner:
+            assert learner.get_status().state == "idle"
+            assert learner.submit_advantages(Batch("run", "b", 0, (rollout,))).policy_version == 9
+            assert learner.export_model("final").policy_version == 9
+        assert generation.get_policy().policy_version == 3
+        assert generation.update_weights(lineage_id="l", policy_version=5, weights=weights).policy_version == 5
+        assert value.get_probe().num_pending == 4
+        assert value.estimate_baselines("run", 0, []) == []
+        assert value.publish_labels([]) == 0
+
+    await asyncio.to_thread(calls)
+
+
+async def test_a_stream_is_a_plain_iterator_that_survives_a_break(generation, generation_service, unavailable):
+    generation_service.script = [generation_service.stream("b", then=unavailable)]
+    groups = await asyncio.to_thread(
+        lambda: [group.group_id for group in generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)]
+    )
+    assert groups == ["b", "a", "c", "d"]
+
+
+async def test_errors_are_raised_where_the_call_was_made(value, value_service, unavailable):
+    value_service.script = [unavailable] * 100_000
+    with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)) as caught:
+        await asyncio.to_thread(value.get_probe, timeout_s=0.2)
+    assert caught.value.attempts > 1
+
+
+async def test_closing_a_stream_cancels_it_in_the_service_and_ends_it(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
+
+    def consume():
+        groups = generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)
+        assert next(groups).group_id == "a"
+        groups.close()
+        groups.close()
+        assert list(groups) == []
+
+    await asyncio.to_thread(consume)
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_leaving_a_for_early_cancels_the_stream_in_the_service(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
+
+    def consume():
+        for _ in generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1):
+            break
+
+    await asyncio.to_thread(consume)
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_a_stream_closed_by_another_thread_ends(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
+    groups = generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)
+    consumer = asyncio.create_task(asyncio.to_thread(list, groups))
+    await asyncio.wait_for(generation_service.started.wait(), 10)
+    await asyncio.to_thread(groups.close)
+    assert len(await asyncio.wait_for(consumer, 10)) <= 1
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_several_threads_share_a_client_and_a_stream(generation, value):
+    prompts = [Prompt(f"g{i}", "?") for i in range(40)]
+    groups = generation.stream_trajectories("run", 0, prompts, num_rollouts=1)
+
+    def work(_):
+        return [(group.group_id, value.get_probe().num_pending) for group in groups]
+
+    def all_work():
+        with ThreadPoolExecutor(4) as pool:
+            return [item for part in pool.map(work, range(4)) for item in part]
+
+    items = await asyncio.to_thread(all_work)
+    assert sorted(items) == sorted((prompt.group_id, 4) for prompt in prompts)
+
+
+async def test_closing_the_client_ends_calls_of_other_threads(value, value_service):
+    value_service.script = [value_service.hang]
+    call = asyncio.create_task(asyncio.to_thread(value.get_probe))
+    await asyncio.wait_for(value_service.started.wait(), 10)
+    await asyncio.to_thread(value.close)
+    with pytest.raises(errors.UnavailableError, match="closed during the call"):
+        await asyncio.wait_for(call, 10)
+    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+    await asyncio.to_thread(value.close)
+
+
+async def test_no_thread_is_left_when_all_clients_are_closed(generation, value):
+    def use():
+        value.get_probe()
+        generation.get_policy()
+        value.close()
+        generation.close()
+        return [thread for thread in threading.enumerate() if thread.name == "poise_client"]
+
+    assert await asyncio.to_thread(use) == []
+
+
+def script(target, body):
+    code = f"from poise_client import *\nfrom poise_client.types import Prompt\ntarget = {target!r}\n"
+    return [sys.executable, "-c", code + textwrap.dedent(body)]
+
+
+async def communicate(command, signal_when=None):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        if signal_when is not None:
+            await asyncio.wait_for(signal_when.wait(), 60)
+            process.send_signal(signal.SIGINT)
+        output, problems = await asyncio.to_thread(process.communicate, timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output, problems
+
+
+async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(target, value_service):
+    value_service.script = [value_service.hang]
+    code, output, problems = await communicate(
+        script(
+            target,
+            """
+            with ValueClient(target) as client:
+                try:
+                    client.get_probe()
+                except KeyboardInterrupt:
+                    print("interrupted")
+                print(client.get_probe().num_pending)
+            """,
+        ),
+        value_service.started,
+    )
+    assert (code, output.split(), problems) == (0, ["interrupted", "4"], "")
+    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+
+
+async def test_ctrl_c_interrupts_a_stream_at_once_and_cancels_it_in_the_service(target, generation_service):
+    generation_service.script = [generation_service.stream(then=generation_service.hang)]
+    code, output, problems = await communicate(
+        script(
+            target,
+            """
+            with GenerationClient(target) as client:
+                try:
+                    for group in client.stream_trajectories("run", 0, [Prompt("a", "?")], num_rollouts=1):
+                        print(group)
+                except KeyboardInterrupt:
+                    print("interrupted")
+            """,
+        ),
+        generation_service.started,
+    )
+    assert (code, output.split(), problems) == (0, ["interrupted"], "")
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_a_script_that_never_closes_its_clients_ends_quietly(target):
+    code, output, problems = await communicate(
+        script(
+            target,
+            """
+            value, generation = ValueClient(target), GenerationClient(target)
+            groups = generation.stream_trajectories("run", 0, [Prompt("a", "?"), Prompt("b", "?")], num_rollouts=1)
+            print(value.get_probe().num_pending, next(groups).group_id)
+            """,
+        )
+    )
+    assert (code, output.split(), problems) == (0, ["4", "a"], "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+async def test_a_client_used_before_a_fork_refuses_to_hang_after_it(target):
+    code, output, problems = await communicate(
+        script(
+            target,
+            """
+            import os
+            client = ValueClient(target)
+            client.get_probe()
+            child = os.fork()
+            if not child:
+                try:
+                    client.get_probe()
+                except RuntimeError as error:
+                    print(error, flush=True)
+                client.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            client.close()
+            """,
+        )
+    )
+    assert code == 0, problems
+    assert "make a new one after the fork" in output
