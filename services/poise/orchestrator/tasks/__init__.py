@@ -1,0 +1,1 @@
+"""What a run trains on: where problems come from, and how they are mixed and held out."""

@@ -1,0 +1,1 @@
+"""How responses earn their rewards: rules, and the processes that apply them."""
