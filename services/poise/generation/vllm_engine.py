@@ -31,6 +31,9 @@ from poise.generation.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
+_SHUTDOWN_S = 10.0
+"""How long vLLM's processes may take to end before they are killed."""
+
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -62,21 +65,18 @@ class VllmEngine:
         self._facts = await asyncio.to_thread(read_model, self._config)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
         try:
-            engine = await asyncio.to_thread(launch, self._config, self._facts)
+            self._engine = await asyncio.to_thread(launch, self._config, self._facts)
+            await self._prepare_updates()
         except Exception as error:  # whatever vLLM raises; its processes have logged the reason
+            await self.stop()
             raise BackendDown(f"vLLM did not start: {error}") from error
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        await engine.update_weight_version("0")
-        self._collector = Collector(engine)
-        self._engine = engine
+        self._collector = Collector(self._engine)
 
     async def stop(self) -> None:
         """See `Engine`."""
         engine, self._engine, self._collector = self._engine, None, None
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+            await asyncio.to_thread(engine.shutdown, _SHUTDOWN_S)
 
     def is_alive(self) -> bool:
         """See `Engine`."""
@@ -136,13 +136,15 @@ class VllmEngine:
     async def _sample(
         self, rollout_id: str, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
     ) -> EngineRollout:
+        from vllm.inputs import tokens_input
+
         started = time.monotonic()
         token_ids: list[int] = []
         first_token_s = 0.0
         last = None
         try:
             async for output in self._engine.generate(
-                {"prompt_token_ids": list(prompt_token_ids)},
+                tokens_input(list(prompt_token_ids)),
                 self._sampling_params(rollout_id, sampling, num_pooled_prompt_tokens),
                 request_id=rollout_id,
             ):
@@ -201,6 +203,12 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
             extra_args={"poise_id": rollout_id, "poise_pool_tokens": num_pooled_prompt_tokens},
         )
+
+    async def _prepare_updates(self) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self._engine.update_weight_version("0")
 
     async def _exchange_weights(self, weights: Path, policy_version: int) -> float:
         """Exchange all parameters at a step boundary. A failure in between leaves a mix: the engine counts as dead."""

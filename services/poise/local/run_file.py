@@ -56,13 +56,13 @@ class RunFile(StrictModel):
     """A known name (see `poise models`), a Hugging Face folder, or a name on the hub."""
     engine: Literal["vllm", "torch"] = "vllm"
     """What samples: vLLM, or transformers (exact and slow)."""
-    generation: dict[str, Any] = {}
+    generation: dict[str, Any] = Field({})
     """Settings of the generation service."""
-    value: dict[str, Any] = {}
+    value: dict[str, Any] = Field({})
     """Settings of the value service."""
-    learner: dict[str, Any] = {}
+    learner: dict[str, Any] = Field({})
     """Settings of the learner service."""
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field({})
     """Settings of the training run."""
 
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -115,14 +115,25 @@ class Supervisor:
             process = self._processes[spec.name] = await SupervisedProcess.start(spec)
             self._write_pids()
             ended = asyncio.create_task(process.wait())
-            await asyncio.wait({ended, self.failed}, return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
+            try:
+                await self.first_of(ended)
+            finally:
                 ended.cancel()
-                self.failed.result()
             status = ended.result()
             if status >= 0:
                 return status
             self._note_death(spec, status)
+
+    async def first_of(self, task: asyncio.Task[Any]) -> None:
+        """Return when `task` is done.
+
+        Raises:
+            SupervisorError: a process cannot be kept running, before that.
+        """
+        waited: set[asyncio.Future[Any]] = {task, self.failed}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            self.failed.result()
 
     def signal(self, name: str) -> None:
         """Ask a process to drain."""
@@ -143,9 +154,9 @@ class Supervisor:
             lived_s = time.monotonic() - process.started
             deaths = 1 if lived_s > _STEADY_S else deaths + 1
             if status == WRONG_SETTINGS or deaths > _MAX_DEATHS:
+                times = "" if deaths == 1 else f", {deaths} times in a row"
                 error = SupervisorError(
-                    f"{spec.name} {describe_exit(status)}{'' if deaths == 1 else f', {deaths} times in a row'}; the end of "
-                    f"its log, {spec.log}:\n{process.log_tail()}"
+                    f"{spec.name} {describe_exit(status)}{times}; the end of its log, {spec.log}:\n{process.log_tail()}"
                 )
                 if not self.failed.done():
                     self.failed.set_exception(error)

@@ -50,9 +50,7 @@ async def _supervise(run: LocalRun, train: bool) -> int:
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train`, stop with Ctrl-C")
-            await asyncio.wait({stopped, supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
-            if supervisor.failed.done():
-                supervisor.failed.result()
+            await supervisor.first_of(stopped)
             return 0
 
 

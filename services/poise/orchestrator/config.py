@@ -72,7 +72,7 @@ class OrchestratorConfig(Settings):
     rollouts_per_prompt: int = Field(2, ge=2, le=256)
     """Rollouts of each prompt; two are enough for a cross-rollout baseline."""
     algorithm: Literal["poise", "rloo"] = "poise"
-    """`poise`: the probe's cross-rollout baselines; `rloo`: the mean reward of the siblings, without a value service."""
+    """`poise`: the probe's cross-rollout baselines; `rloo`: the siblings' mean reward, without a value service."""
     bootstrap: Literal["rloo", "batch_mean"] = "rloo"
     """Baseline of a domain while it has no probe: the siblings' mean reward, or that of the other prompts."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)

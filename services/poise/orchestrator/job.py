@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def evaluate(config: OrchestratorConfig) -> int:
     return _guarded(config, _evaluate)
 
 
-def _guarded(config: OrchestratorConfig, work: Any) -> int:
+def _guarded(
+    config: OrchestratorConfig, work: Callable[[OrchestratorConfig, Mixture], Coroutine[Any, Any, int]]
+) -> int:
     configure_logging(config.logging)
     try:
         mixture = Mixture(config.tasks, config.seed)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 _RECENT_STEPS = 10
-_HEADER = f"{'step':>6} {'reward':>7} {'mean10':>7} {'baseline':>9} {'r':>6} {'var/none':>8} {'stale':>5} {'tok/s':>7} {'s/step':>7} {'left':>8}"
+_HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/step     left"
+"""r: correlation of predicted and realised value; var/none: advantage variance, as a share of that without baseline."""
 
 
 class ConsoleWatcher:

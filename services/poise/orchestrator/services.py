@@ -89,7 +89,7 @@ class Services:
                         min_policy_version=min_policy_version,
                         timeout_s=_STREAM_TIMEOUT_S,
                     )
-                    async with contextlib.aclosing(groups):  # type: ignore[type-var]
+                    async with contextlib.aclosing(groups):
                         async for group in groups:
                             del left[group.group_id]
                             finished.put_nowait(group)
@@ -123,13 +123,9 @@ class Services:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures]
-    ) -> list[GroupBaselines]:
+    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
         """See `AsyncValueClient`."""
-        return await _persist(
-            lambda: self._value.estimate_baselines(run_id, step, groups, timeout_s=_CALL_TIMEOUT_S)
-        )
+        return await _persist(lambda: self._value.estimate_baselines(run_id, step, groups, timeout_s=_CALL_TIMEOUT_S))
 
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
         """See `AsyncValueClient`."""

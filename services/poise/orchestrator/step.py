@@ -66,8 +66,7 @@ def choose_baselines(
     if answers is None:
         return StepBaselines(fallback, [None] * len(scored), {})
     baselines = [
-        spare if answer.baselines is None else answer.baselines
-        for answer, spare in zip(answers, fallback, strict=True)
+        spare if answer.baselines is None else answer.baselines for answer, spare in zip(answers, fallback, strict=True)
     ]
     versions = {item.domain: answer.probe_version for item, answer in zip(scored, answers, strict=True)}
     return StepBaselines(baselines, [answer.values for answer in answers], versions)

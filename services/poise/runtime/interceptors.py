@@ -57,7 +57,7 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message[:1000], details=packed)
 
 
-class ServiceInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Authenticates, times and translates the errors of every RPC."""
 
     def __init__(self, service: str, auth: BearerAuth, registry: CollectorRegistry) -> None:

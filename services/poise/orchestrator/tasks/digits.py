@@ -1,34 +1,34 @@
 """Elementary skills on three digits, for a model small enough to be made on the spot.
 
-A prompt is the skill's name, three digits and an equals sign, such as `rev 482=`; the answer is `284`.
+A prompt is the skill's name, three digits and an equals sign, such as `max482=`; the answer is `8`.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from random import Random
 
 SKILLS: dict[str, Callable[[str], str]] = {
-    "copy": lambda digits: digits,
-    "first": lambda digits: digits[0],
-    "last": lambda digits: digits[-1],
-    "max": lambda digits: max(digits),
-    "min": lambda digits: min(digits),
-    "rev": lambda digits: digits[::-1],
-    "inc": lambda digits: "".join(str((int(digit) + 1) % 10) for digit in digits),
-    "dec": lambda digits: "".join(str((int(digit) - 1) % 10) for digit in digits),
+    "fst": lambda digits: digits[0],
+    "mid": lambda digits: digits[1],
+    "lst": lambda digits: digits[2],
+    "max": max,
+    "min": min,
+    "inc": lambda digits: str((int(digits[2]) + 1) % 10),
+    "dec": lambda digits: str((int(digits[0]) - 1) % 10),
+    "two": lambda digits: digits[:2],
+    "rev": lambda digits: digits[2] + digits[1],
 }
 """The answer of each skill."""
 
-ALPHABET = "".join(sorted({*"0123456789= ", *"".join(SKILLS)}))
+ALPHABET = "".join(sorted({*"0123456789=", *"".join(SKILLS)}))
 """Every character of prompts and answers."""
 
-ANSWER_TOKENS = 4
-"""Characters of the longest answer, and its end."""
+PROMPT_CHARS = 7
+MAX_ANSWER_CHARS = 2
 
 
-def draw(skills: tuple[str, ...], random_source: random.Random) -> tuple[str, str, str]:
-    """Return (skill, prompt, answer)."""
-    skill = random_source.choice(skills)
-    digits = f"{random_source.randrange(1000):03d}"
-    return skill, f"{skill} {digits}=", SKILLS[skill](digits)
+def draw(skill: str, source: Random) -> tuple[str, str]:
+    """Return a prompt of the skill, and its answer."""
+    digits = f"{source.randrange(1000):03d}"
+    return f"{skill}{digits}=", SKILLS[skill](digits)
