@@ -30,6 +30,9 @@ from tests.models import make_tiny_llama
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 MAX_MODEL_LEN = 512
+NUM_BLOCK_TOKENS = 128
+"""Of vLLM's KV cache on a CPU."""
+
 TOLERANCE = 1e-4
 DEADLINE_S = 60.0
 
@@ -62,12 +65,21 @@ class Reference:
         return path
 
     @torch.inference_mode()
+    def logprobs(self, prompt: list[int], sampling: Sampling, token_ids: list[int]) -> np.ndarray:
+        _, logprobs = self._forward(prompt, sampling, token_ids)
+        return _of_tokens(logprobs, token_ids)
+
+    def _forward(self, prompt: list[int], sampling: Sampling, token_ids: list[int]) -> tuple[Any, torch.Tensor]:
+        outputs = self._model(torch.tensor([prompt + token_ids]), output_hidden_states=True)
+        logits = outputs.logits[0, len(prompt) - 1 : -1]
+        return outputs, torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+
+    @torch.inference_mode()
     def check(self, prompt: list[int], sampling: Sampling, rollout: EngineRollout, layer: int) -> None:
         """Hold all numbers of a rollout against a separate pass over it."""
         token_ids = rollout.token_ids.tolist()
-        outputs = self._model(torch.tensor([prompt + token_ids]), output_hidden_states=True)
-        logprobs = torch.log_softmax(outputs.logits[0, len(prompt) - 1 : -1] / (sampling.temperature or 1.0), -1)
-        expected = logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids)].numpy()
+        outputs, logprobs = self._forward(prompt, sampling, token_ids)
+        expected = _of_tokens(logprobs, token_ids)
         entropies = torch.special.entr(logprobs.exp()).sum(-1).numpy()
         np.testing.assert_allclose(rollout.logprobs, expected, atol=TOLERANCE)
         np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE)
@@ -88,6 +100,10 @@ class Reference:
                 assert getattr(found, statistic) == pytest.approx(getattr(wanted, statistic), abs=TOLERANCE)
 
 
+def _of_tokens(logprobs: torch.Tensor, token_ids: list[int]) -> np.ndarray:
+    return logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids)].numpy()
+
+
 def assert_close(found: Any, wanted: Any) -> None:
     assert np.linalg.norm(found - wanted) <= TOLERANCE * max(np.linalg.norm(wanted), 1e-6)
 
@@ -101,8 +117,7 @@ def make_engine(kind: str, folder: Path) -> Engine:
     config = GenerationConfig(
         model=str(folder),
         max_num_seqs=8,
-        # Too small for eight long rollouts: vLLM has to preempt some, and to compute their tokens anew.
-        vllm=VllmConfig(kv_cache_gib=2 / 1024, threads=1),
+        vllm=VllmConfig(kv_cache_gib=2 / 1024, threads=1),  # 15 blocks
         torch=TorchConfig(threads=1),
     )
     if kind == "torch":
@@ -209,10 +224,11 @@ async def test_more_long_seeded_prompts_than_a_step_holds(engine: Engine, refere
 
 
 async def test_more_rollouts_than_fit_at_once(engine: Engine, reference: Reference) -> None:
-    prompts = [long_prompt(200, seed=i) for i in range(8)]
-    samplings = [Sampling(max_tokens=300, seed=i) for i in range(8)]
+    """vLLM takes in eight prompts of a block each, finds no second block for all, and preempts one of them."""
+    prompts = [long_prompt(NUM_BLOCK_TOKENS - 3, seed=i) for i in range(8)]
+    samplings = [Sampling(max_tokens=150, seed=i) for i in range(8)]
     rollouts = await sample_all(engine, prompts, samplings)
-    assert sum(rollout.token_ids.size for rollout in rollouts) > 2048 - 8 * 200
+    assert all(rollout.token_ids.size > 3 for rollout in rollouts)
     for prompt, sampling, rollout in zip(prompts, samplings, rollouts, strict=True):
         reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 

@@ -1,0 +1,156 @@
+"""What only the `vllm` engine can get wrong: processes of its own, steps that run ahead, caches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+from poise.domain.features import response_window
+from poise.errors import BackendDown
+from poise.generation.config import GenerationConfig, VllmConfig
+from poise.generation.engine import EngineRequest
+from poise.generation.vllm_engine import VllmEngine
+from poise.generation.vllm_recorder import RING_TOKENS
+from poise_client.types import Sampling
+
+from tests.contract.test_engines import Reference
+from tests.models import make_tiny_llama
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+on_engines_loop = pytest.mark.asyncio(loop_scope="module")
+
+DEADLINE_S = 60.0
+
+SERVER = """
+import asyncio, sys, warnings
+warnings.simplefilter("ignore")
+
+async def serve(model):
+    from poise.generation.config import GenerationConfig, VllmConfig
+    from poise.generation.vllm_engine import VllmEngine
+
+    await VllmEngine(GenerationConfig(model=model, max_num_seqs=2, vllm=VllmConfig(kv_cache_gib=0.01))).start()
+    print("READY", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
+    # The last test kills it: tests run in the order of this file.
+    engine = VllmEngine(
+        GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        await engine.start()
+    yield engine
+    await engine.stop()
+
+
+@on_engines_loop
+async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: VllmEngine, reference: Reference) -> None:
+    prompt = engine.tokenize("run on")
+    free = await engine.generate(EngineRequest("free", prompt, Sampling(max_tokens=400, seed=4)))
+    stop = next(free.text[i : i + 2] for i in range(8, 60) if free.text[i : i + 2].isascii())
+    sampling = Sampling(max_tokens=400, seed=4, stop=(stop,))
+    task = asyncio.create_task(engine.generate(EngineRequest("stopped", prompt, sampling)))
+    await asyncio.sleep(0)  # once to submit, then nobody listens while the engine goes on
+    for _ in range(3):
+        await asyncio.sleep(0.001)
+        time.sleep(0.4)
+    rollout = await task
+    num_tokens = rollout.token_ids.size
+    assert free.token_ids.size > num_tokens + RING_TOKENS, "the free rollout must be long enough to run on"
+    assert response_window(num_tokens, None).end == num_tokens - 1
+    assert rollout.token_ids.tolist() == free.token_ids[:num_tokens].tolist()
+    reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+@on_engines_loop
+async def test_tokens_after_an_update_come_from_the_new_weights_alone(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
+) -> None:
+    """Not from the new ones reading keys and values that the old ones left in the cache."""
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=8)
+    sampling = Sampling(max_tokens=400, seed=4)
+    running = asyncio.create_task(engine.generate(EngineRequest("running", [65, 66], sampling)))
+    await asyncio.sleep(0.3)
+    await engine.update_weights(weights, 1)
+    rollout = await running
+    old, new = rollout.version_spans
+    assert 0 < old.end_token == new.start_token < new.end_token == rollout.token_ids.size
+    for span, served in ((old, folder / "model.safetensors"), (new, weights)):
+        reference.use(served)
+        expected = reference.logprobs([65, 66], sampling, rollout.token_ids.tolist())
+        part = slice(span.start_token, span.end_token)
+        assert abs(rollout.logprobs[part] - expected[part]).max() < 1e-4
+    await engine.update_weights(folder / "model.safetensors", 2)
+
+
+@on_engines_loop
+async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
+    assert engine.is_alive()
+    running = asyncio.create_task(engine.generate(EngineRequest("doomed", [65, 66], Sampling(max_tokens=400))))
+    await asyncio.sleep(0.1)
+    worker = max(psutil.Process().children(recursive=True), key=lambda process: process.memory_info().rss)
+    worker.kill()
+    with pytest.raises(BackendDown):
+        await asyncio.wait_for(running, DEADLINE_S)
+    assert not engine.is_alive()
+    with pytest.raises(BackendDown):
+        await engine.generate(EngineRequest("late", [65, 66], Sampling(max_tokens=4)))
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, script, folder], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_no_process_outlives_a_killed_server(server: subprocess.Popen[str]) -> None:
+    assert server.stdout is not None
+    for line in server.stdout:
+        if line.startswith("READY"):
+            break
+    else:
+        pytest.fail("the server did not start")
+    children = psutil.Process(server.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.kill(server.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
