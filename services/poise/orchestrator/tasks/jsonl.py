@@ -82,10 +82,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _problem(task: JsonlTask, line: bytes) -> Problem:
     fields = _parse(line)
-    if unknown := [name for name in fields if name not in _FIELDS]:
-        raise _Wrong("; ".join(_unknown(name, fields) for name in unknown))
-    if missing := [name for name in ("prompt", "answer") if name not in fields]:
-        raise _Wrong("; ".join(f"{name}: missing; every line needs prompt and answer" for name in missing))
+    wrong = [_unknown(name, fields) for name in fields if name not in _FIELDS]
+    wrong += [f"{name}: missing; every line needs prompt and answer" for name in _FIELDS[:2] if name not in fields]
+    if wrong:
+        raise _Wrong("; ".join(wrong))
     domain = fields.get("domain", task.domain)
     if not isinstance(domain, str):
         raise _Wrong(f"domain: is {_kind(domain)}; must be text")
