@@ -111,12 +111,17 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise _Wrong(f"line: is not JSON at column {error.colno} ({error.msg}); {hint}") from None
     except RecursionError:
         raise _Wrong("line: is nested too deep; put one flat object on each line") from None
+    except _Wrong:
+        raise
+    except ValueError:
+        raise _Wrong("line: holds a number of thousands of digits; write it as text") from None
     if not isinstance(fields, dict):
         raise _Wrong(f'line: is {_kind(fields)}; must be an object, {{"prompt": ..., "answer": ...}}')
-    try:
-        text.encode("utf-8") if "\\u" not in text else json.dumps(fields, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Wrong("line: holds half of a surrogate pair (\\ud800 to \\udfff); write the character itself") from None
+    if "\\u" in text:
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _Wrong("line: holds half of a surrogate pair (\\ud800 to \\udfff); write the character") from None
     return fields
 
 

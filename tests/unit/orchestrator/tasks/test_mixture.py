@@ -1,0 +1,183 @@
+"""What a step trains on, and what it never does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from poise.orchestrator.tasks.config import DigitsTask, JsonlTask, PrimerTask
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.problem import TaskError
+
+
+def keys(problems):
+    return [problem.key for problem in problems]
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(num, name="own.jsonl", prefix="", **settings):
+        path = tmp_path / name
+        lines = [{"prompt": f"{prefix}{index}+1=", "answer": index + 1} for index in range(num)]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        return JsonlTask(path=path, **settings)
+
+    return write
+
+
+def test_problems_follow_from_seed_and_step_alone(file):
+    tasks = [PrimerTask(), DigitsTask(weight=2), file(100)]
+    mixture = Mixture(tasks, 7)
+    steps = [keys(mixture.problems(step, 12)) for step in range(6)]
+    fresh = Mixture(tasks, 7)
+    assert keys(fresh.problems(5, 12)) == steps[5]
+    assert keys(fresh.problems(2, 12)) == steps[2]
+    assert len({tuple(step) for step in steps}) == 6
+    assert keys(Mixture(tasks, 8).problems(5, 12)) != steps[5]
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "from poise.orchestrator.tasks.mixture import Mixture\n"
+        "from poise.orchestrator.tasks.config import PrimerTask\n"
+        "mixture = Mixture([PrimerTask()], 3)\n"
+        "print(*(p.key for p in mixture.problems(4, 8) + mixture.held_out(8)))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    mixture = Mixture([PrimerTask()], 3)
+    assert output.stdout.split() == keys(mixture.problems(4, 8) + mixture.held_out(8))
+
+
+def test_tasks_are_drawn_by_weight():
+    mixture = Mixture([PrimerTask(), DigitsTask(weight=3)], 0)
+    domains = Counter(problem.domain for step in range(4) for problem in mixture.problems(step, 200))
+    assert domains["digits"] / 800 == pytest.approx(0.75, abs=0.06)
+    order = [problem.domain for problem in mixture.problems(0, 40)]
+    assert order != sorted(order)
+
+
+@pytest.mark.parametrize("tasks", [[PrimerTask()], [DigitsTask(), PrimerTask()], [PrimerTask(), PrimerTask()]])
+def test_problems_of_a_step_are_distinct(tasks):
+    mixture = Mixture(tasks, 1)
+    for step in range(3):
+        assert len(set(keys(mixture.problems(step, 256)))) == 256
+
+
+def test_too_small_a_task_repeats_itself_instead_of_failing():
+    problems = Mixture([PrimerTask(skills=("copy",))], 0).problems(0, 80)
+    assert len(problems) == 80
+    assert 40 < len(set(keys(problems))) <= 58
+
+
+def test_no_step_trains_on_what_is_held_out(file):
+    mixture = Mixture([PrimerTask(), DigitsTask(), file(400)], 0)
+    held_out = mixture.held_out(96)
+    assert len(set(keys(held_out))) == 96
+    trained = {problem.prompt_key for step in range(40) for problem in mixture.problems(step, 64)}
+    assert not trained & {problem.prompt_key for problem in held_out}
+
+
+def test_held_out_problems_are_shared_out_by_weight_and_the_same_for_every_seed(file):
+    tasks = [PrimerTask(), DigitsTask(weight=2), file(1000)]
+    held_out = Mixture(tasks, 0).held_out(41)
+    assert Counter(problem.domain for problem in held_out) == {"primer": 10, "digits": 21, "default": 10}
+    assert keys(Mixture(tasks, 9).held_out(41)) == keys(held_out)
+
+
+def test_about_an_eighth_is_held_out(file):
+    mixture = Mixture([file(4000)], 0)
+    trained = set(keys(mixture.problems(0, 4000)))
+    assert len(trained) / 4000 == pytest.approx(7 / 8, abs=0.02)
+
+
+def test_too_few_held_out_problems_are_told(file):
+    task = file(40)
+    with pytest.raises(TaskError) as caught:
+        Mixture([PrimerTask(), task], 0).held_out(128)
+    said = str(caught.value)
+    assert f"tasks[1] (jsonl), {task.path}: has " in said
+    assert "its share of 128 is 64; lower evaluation.num_prompts" in said
+
+
+def test_tasks_that_share_problems_hold_out_distinct_ones():
+    tasks = [DigitsTask(skills=("max",)), DigitsTask(skills=("max",))]
+    assert len(set(keys(Mixture(tasks, 0).held_out(100)))) == 100
+
+
+@pytest.mark.parametrize("others", [[], [DigitsTask(weight=1.5)]])
+def test_every_problem_of_a_file_comes_once_an_epoch(file, others):
+    mixture = Mixture([file(48, eval_path=file(5, "eval.jsonl", "9").path), *others], 0)
+    given = [p.key for step in range(80) for p in mixture.problems(step, 7) if p.domain == "default"]
+    epochs = [given[start : start + 48] for start in range(0, len(given) - 47, 48)]
+    assert len(epochs) >= 4
+    for epoch in epochs:
+        assert len(set(epoch)) == 48
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_step_that_holds_the_end_of_an_epoch_and_the_beginning_of_the_next_repeats_nothing(file):
+    mixture = Mixture([file(31, eval_path=file(5, "eval.jsonl", "9").path)], 0)
+    for step in range(120):
+        assert len(set(keys(mixture.problems(step, 10)))) == 10
+
+
+def test_eval_file_is_what_is_held_out_and_nothing_else_is(file):
+    task = file(60, eval_path=file(20, "eval.jsonl").path)  # its prompts are in the training file, too
+    mixture = Mixture([task], 0)
+    held_out = {problem.prompt for problem in mixture.held_out(20)}
+    assert held_out == {f"{index}+1=" for index in range(20)}
+    trained = {problem.prompt for problem in mixture.problems(0, 40)}
+    assert trained == {f"{index}+1=" for index in range(20, 60)}
+
+
+def test_no_task_trains_on_what_another_holds_out_of_its_file(file):
+    split = file(200)
+    whole = file(200, "same.jsonl", eval_path=file(5, "eval.jsonl", "9").path)
+    mixture = Mixture([split, whole], 0)
+    held_out = {p.prompt_key for p in mixture.held_out(10)}
+    trained = {p.prompt_key for step in range(8) for p in mixture.problems(step, 100)}
+    assert not trained & held_out
+
+
+def test_file_of_which_nothing_is_left_to_train_on_is_refused(file):
+    with pytest.raises(TaskError, match="no problem is left to train on"):
+        Mixture([file(3, eval_path=file(5, "eval.jsonl").path)], 0)
+
+
+def test_wrong_lines_of_any_task_are_told_before_anything_runs(file, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}")
+    with pytest.raises(TaskError, match=r"bad\.jsonl:1: prompt: missing"):
+        Mixture([PrimerTask(), JsonlTask(path=bad)], 0)
+
+
+def test_verifier_that_is_not_there_is_told_before_anything_runs(file):
+    with pytest.raises(TaskError, match=r"tasks\[0\] \(jsonl\): verifier: .*module nowhere_at_all cannot be imported"):
+        Mixture([file(10, verifier="nowhere_at_all:check")], 0)
+
+
+def test_file_stops_being_read_at_max_prompts(file):
+    path = file(3).path
+    path.write_text(path.read_text() + "\nnot JSON")
+    task = JsonlTask(path=path, max_prompts=3, eval_path=file(5, "eval.jsonl", "9").path)
+    assert len(set(keys(Mixture([task], 0).problems(0, 3)))) == 3
+
+
+def test_no_tasks_are_refused():
+    with pytest.raises(TaskError, match="name at least one"):
+        Mixture([], 0)
+
+
+def test_tasks_need_no_torch():
+    code = (
+        "import sys; import poise.orchestrator.tasks.mixture, poise.orchestrator.verifiers.pool\n"
+        "print({'torch', 'transformers', 'vllm', 'reasoning_gym', 'math_verify'} & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "set()"
