@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def generate(target: Path) -> None:
                 *sources,
             ],
             check=True,
+            # The plugins lie beside this interpreter, whether or not its environment is active.
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"},
         )
         out = target / "v1"
         out.mkdir(parents=True, exist_ok=True)

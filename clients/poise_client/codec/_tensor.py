@@ -19,7 +19,7 @@ from poise_client.types import Floats, Ints
 
 DTypeName = Literal["float32", "float64", "bfloat16", "float16", "int32", "int64"]
 
-DTYPE_NUMBERS: Mapping[DTypeName, pb.DType.ValueType] = MappingProxyType(
+DTYPE_NUMBERS: Mapping[DTypeName, pb.Dtype.ValueType] = MappingProxyType(
     {
         "float32": pb.DTYPE_FLOAT32,
         "float64": pb.DTYPE_FLOAT64,

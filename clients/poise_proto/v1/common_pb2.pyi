@@ -19,45 +19,45 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _DType:
+class _Dtype:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
+    DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
     """Never valid on the wire: a sender that leaves it unset is refused."""
-    DTYPE_FLOAT32: _DType.ValueType  # 1
+    DTYPE_FLOAT32: _Dtype.ValueType  # 1
     """IEEE 754 binary32."""
-    DTYPE_FLOAT64: _DType.ValueType  # 2
+    DTYPE_FLOAT64: _Dtype.ValueType  # 2
     """IEEE 754 binary64."""
-    DTYPE_BFLOAT16: _DType.ValueType  # 3
+    DTYPE_BFLOAT16: _Dtype.ValueType  # 3
     """bfloat16; numpy holds it as its raw uint16 bits."""
-    DTYPE_FLOAT16: _DType.ValueType  # 4
+    DTYPE_FLOAT16: _Dtype.ValueType  # 4
     """IEEE 754 binary16."""
-    DTYPE_INT32: _DType.ValueType  # 5
+    DTYPE_INT32: _Dtype.ValueType  # 5
     """Two's complement, 32 bits."""
-    DTYPE_INT64: _DType.ValueType  # 6
+    DTYPE_INT64: _Dtype.ValueType  # 6
     """Two's complement, 64 bits."""
 
-class DType(_DType, metaclass=_DTypeEnumTypeWrapper):
+class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Element type of a Tensor."""
 
-DTYPE_UNSPECIFIED: DType.ValueType  # 0
+DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 """Never valid on the wire: a sender that leaves it unset is refused."""
-DTYPE_FLOAT32: DType.ValueType  # 1
+DTYPE_FLOAT32: Dtype.ValueType  # 1
 """IEEE 754 binary32."""
-DTYPE_FLOAT64: DType.ValueType  # 2
+DTYPE_FLOAT64: Dtype.ValueType  # 2
 """IEEE 754 binary64."""
-DTYPE_BFLOAT16: DType.ValueType  # 3
+DTYPE_BFLOAT16: Dtype.ValueType  # 3
 """bfloat16; numpy holds it as its raw uint16 bits."""
-DTYPE_FLOAT16: DType.ValueType  # 4
+DTYPE_FLOAT16: Dtype.ValueType  # 4
 """IEEE 754 binary16."""
-DTYPE_INT32: DType.ValueType  # 5
+DTYPE_INT32: Dtype.ValueType  # 5
 """Two's complement, 32 bits."""
-DTYPE_INT64: DType.ValueType  # 6
+DTYPE_INT64: Dtype.ValueType  # 6
 """Two's complement, 64 bits."""
-Global___DType: _TypeAlias = DType  # noqa: Y015
+Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -96,7 +96,7 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     """Element type. Required."""
     data: _builtins.bytes
     """Little-endian elements in C order; its length must be product(shape) x the element size."""
@@ -107,7 +107,7 @@ class Tensor(_message.Message):
     def __init__(
         self,
         *,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...

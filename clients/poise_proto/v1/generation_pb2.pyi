@@ -386,7 +386,7 @@ class WeightTensor(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its Hugging Face state-dict name. Required."""
-    dtype: _common_pb2.DType.ValueType
+    dtype: _common_pb2.Dtype.ValueType
     """Element type."""
     sha256: _builtins.bytes
     """SHA-256 of its bytes, 32 bytes."""
@@ -398,7 +398,7 @@ class WeightTensor(_message.Message):
         self,
         *,
         name: _builtins.str = ...,
-        dtype: _common_pb2.DType.ValueType = ...,
+        dtype: _common_pb2.Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         sha256: _builtins.bytes = ...,
     ) -> None: ...

@@ -107,7 +107,7 @@ async def ask_ready(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, s
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(f"GET /readyz HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-            answer = (await reader.read(65536)).decode(errors="replace")
+            answer = (await reader.read()).decode(errors="replace")
             writer.close()
     except (OSError, TimeoutError):
         return False, "does not answer yet"

