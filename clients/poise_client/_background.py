@@ -1,6 +1,6 @@
 """The event loop under the blocking clients: one thread, shared by all of them, alive while any of them is in use.
 
-Shared, because gRPC's asyncio layer has one completion queue a process: event loops of several threads race for it.
+Shared, because gRPC's asyncio layer has one completion queue a process: a loop for each client would gain nothing.
 Knows no client.
 """
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -75,8 +74,9 @@ async def test_closing_a_stream_cancels_it_in_the_service_and_ends_it(generation
         groups.close()
         groups.close()
         assert list(groups) == []
+        return groups
 
-    await asyncio.to_thread(consume)
+    _kept_alive = await asyncio.to_thread(consume)
     await asyncio.wait_for(generation_service.cancelled.wait(), 10)
 
 
@@ -127,6 +127,19 @@ async def test_closing_the_client_ends_calls_of_other_threads(value, value_servi
     await asyncio.to_thread(value.close)
 
 
+async def test_closing_the_client_ends_calls_that_wait_for_their_next_attempt(
+    target, generation, unavailable, value_service
+):
+    await asyncio.to_thread(generation.get_policy)  # the loop goes on: another client uses it
+    value_service.script = [unavailable] * 2
+    client = ValueClient(target, retries=RetryPolicy(initial_backoff_s=60, max_backoff_s=60), timeout_s=600)
+    call = asyncio.create_task(asyncio.to_thread(client.get_probe))
+    await asyncio.wait_for(value_service.started.wait(), 10)
+    await asyncio.to_thread(client.close)
+    with pytest.raises(errors.UnavailableError, match="closed during the call"):
+        await asyncio.wait_for(call, 10)
+
+
 async def test_no_thread_is_left_when_all_clients_are_closed(generation, value):
     def use():
         value.get_probe()
@@ -143,21 +156,20 @@ def script(target, body):
     return [sys.executable, "-c", code + textwrap.dedent(body)]
 
 
-async def communicate(command, signal_when=None):
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        if signal_when is not None:
-            await asyncio.wait_for(signal_when.wait(), 60)
-            process.send_signal(signal.SIGINT)
-        output, problems = await asyncio.to_thread(process.communicate, timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, output, problems
+async def finish(process):
+    """Return a script's exit code and what it wrote to stdout and stderr."""
+    output, problems = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, output.decode(), problems.decode()
+
+
+async def start(command):
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(target, value_service):
     value_service.script = [value_service.hang]
-    code, output, problems = await communicate(
+    process = await start(
         script(
             target,
             """
@@ -166,44 +178,54 @@ async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(ta
                     client.get_probe()
                 except KeyboardInterrupt:
                     print("interrupted")
+                input()
                 print(client.get_probe().num_pending)
             """,
-        ),
-        value_service.started,
+        )
     )
-    assert (code, output.split(), problems) == (0, ["interrupted", "4"], "")
+    await asyncio.wait_for(value_service.started.wait(), 60)
+    process.send_signal(signal.SIGINT)
     await asyncio.wait_for(value_service.cancelled.wait(), 10)
+    process.stdin.write(b"\n")
+    assert await finish(process) == (0, "interrupted\n4\n", "")
 
 
 async def test_ctrl_c_interrupts_a_stream_at_once_and_cancels_it_in_the_service(target, generation_service):
     generation_service.script = [generation_service.stream(then=generation_service.hang)]
-    code, output, problems = await communicate(
+    process = await start(
         script(
             target,
             """
             with GenerationClient(target) as client:
+                groups = client.stream_trajectories("run", 0, [Prompt("a", "?")], num_rollouts=1)
                 try:
-                    for group in client.stream_trajectories("run", 0, [Prompt("a", "?")], num_rollouts=1):
+                    for group in groups:
                         print(group)
                 except KeyboardInterrupt:
                     print("interrupted")
+                input()
+                print(list(groups))
             """,
-        ),
-        generation_service.started,
+        )
     )
-    assert (code, output.split(), problems) == (0, ["interrupted"], "")
+    await asyncio.wait_for(generation_service.started.wait(), 60)
+    process.send_signal(signal.SIGINT)
     await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+    process.stdin.write(b"\n")
+    assert await finish(process) == (0, "interrupted\n[]\n", "")
 
 
 async def test_a_script_that_never_closes_its_clients_ends_quietly(target):
-    code, output, problems = await communicate(
-        script(
-            target,
-            """
+    code, output, problems = await finish(
+        await start(
+            script(
+                target,
+                """
             value, generation = ValueClient(target), GenerationClient(target)
             groups = generation.stream_trajectories("run", 0, [Prompt("a", "?"), Prompt("b", "?")], num_rollouts=1)
             print(value.get_probe().num_pending, next(groups).group_id)
             """,
+            )
         )
     )
     assert (code, output.split(), problems) == (0, ["4", "a"], "")
@@ -211,10 +233,11 @@ async def test_a_script_that_never_closes_its_clients_ends_quietly(target):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 async def test_a_client_used_before_a_fork_refuses_to_hang_after_it(target):
-    code, output, problems = await communicate(
-        script(
-            target,
-            """
+    code, output, problems = await finish(
+        await start(
+            script(
+                target,
+                """
             import os
             client = ValueClient(target)
             client.get_probe()
@@ -229,6 +252,7 @@ async def test_a_client_used_before_a_fork_refuses_to_hang_after_it(target):
             os.waitpid(child, 0)
             client.close()
             """,
+            )
         )
     )
     assert code == 0, problems
