@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 from poise_proto.v1 import learner_pb2, value_pb2
 
@@ -17,7 +18,9 @@ from poise_client.codec._learner import (
 )
 from poise_client.codec._tensor import CodecError
 from poise_client.codec._value import decode_labelled_group, encode_labelled_group
-from poise_client.types import Batch, LabelledGroup, TrainingRollout
+from poise_client.types import Batch, LabelledGroup
+
+M = TypeVar("M", bound=Message)
 
 
 def dump_batch(batch: Batch) -> bytes:
@@ -32,17 +35,12 @@ def dump_batch(batch: Batch) -> bytes:
 
 def load_batch(content: bytes) -> Batch:
     """Rebuild a batch. Raises `CodecError` when the bytes are not what `dump_batch` gives."""
-    stream = io.BytesIO(content)
-    try:
-        first = parse_length_prefixed(learner_pb2.SubmitAdvantagesRequest, stream)
-        if first is None or first.WhichOneof("part") != "header":
-            raise CodecError("header", "is missing; a batch begins with it")
-        header = decode_batch_header(first.header)
-        rollouts: list[TrainingRollout] = []
-        while (message := parse_length_prefixed(learner_pb2.SubmitAdvantagesRequest, stream)) is not None:
-            rollouts.append(decode_training_rollout(message.rollout, f"rollouts[{len(rollouts)}]"))
-    except DecodeError as error:
-        raise CodecError("batch", f"is no batch: {error}") from error
+    messages = _parse(learner_pb2.SubmitAdvantagesRequest, content, "batch")
+    first = next(messages, None)
+    if first is None or first.WhichOneof("part") != "header":
+        raise CodecError("header", "is missing; a batch begins with it")
+    header = decode_batch_header(first.header)
+    rollouts = [decode_training_rollout(message.rollout, f"rollouts[{i}]") for i, message in enumerate(messages)]
     if len(rollouts) != header.num_rollouts:
         raise CodecError("header.num_rollouts", f"is {header.num_rollouts}; {len(rollouts)} follow")
     return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
@@ -58,11 +56,18 @@ def dump_labels(groups: Sequence[LabelledGroup]) -> bytes:
 
 def load_labels(content: bytes) -> list[LabelledGroup]:
     """Rebuild labelled groups. Raises `CodecError` when the bytes are not what `dump_labels` gives."""
+    messages = _parse(value_pb2.LabelledGroup, content, "labels")
+    return [decode_labelled_group(message, f"groups[{i}]") for i, message in enumerate(messages)]
+
+
+def _parse(kind: type[M], content: bytes, field: str) -> Iterator[M]:
+    """Yield the messages that lie one after another. Raises `CodecError` for bytes that are cut short or none."""
     stream = io.BytesIO(content)
-    groups: list[LabelledGroup] = []
-    try:
-        while (message := parse_length_prefixed(value_pb2.LabelledGroup, stream)) is not None:
-            groups.append(decode_labelled_group(message, f"groups[{len(groups)}]"))
-    except DecodeError as error:
-        raise CodecError("labels", f"are no labelled groups: {error}") from error
-    return groups
+    while True:
+        try:
+            message = parse_length_prefixed(kind, stream)
+        except (DecodeError, ValueError) as error:  # protobuf raises the latter for what is cut short
+            raise CodecError(field, f"cannot be read: {error}") from error
+        if message is None:
+            return
+        yield message

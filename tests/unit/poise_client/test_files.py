@@ -1,0 +1,58 @@
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from poise_client import codec
+from poise_client.codec import CodecError
+from poise_client.types import Batch, Features, LabelledGroup, RolloutId, TrainingRollout
+
+IDS, LOGPROBS = np.arange(3, dtype=np.int32), np.array([-0.5, -1, 0], np.float32)
+BATCH = Batch(
+    "run",
+    "step-1",
+    1,
+    tuple(TrainingRollout(RolloutId("run", 1, "g", i), IDS, IDS + i, LOGPROBS, 0.25 * i, ()) for i in range(2)),
+    temperature=0.5,
+)
+STATE = Features(LOGPROBS, LOGPROBS)
+LABELS = [LabelledGroup("run", 1, name, "math", (STATE, STATE), np.array([0, 1], np.float32)) for name in "gh"]
+
+
+def test_a_batch_survives_its_bytes():
+    back = codec.load_batch(codec.dump_batch(BATCH))
+    assert (back.run_id, back.batch_id, back.step, back.temperature) == ("run", "step-1", 1, 0.5)
+    assert [rollout.id for rollout in back.rollouts] == [rollout.id for rollout in BATCH.rollouts]
+    assert [rollout.token_ids.tolist() for rollout in back.rollouts] == [[0, 1, 2], [1, 2, 3]]
+    assert [rollout.advantage for rollout in back.rollouts] == [0, 0.25]
+    assert codec.dump_batch(back) == codec.dump_batch(BATCH)
+
+
+def test_labels_survive_their_bytes():
+    back = codec.load_labels(codec.dump_labels(LABELS))
+    assert [group.group_id for group in back] == ["g", "h"]
+    assert codec.dump_labels(back) == codec.dump_labels(LABELS)
+    assert codec.load_labels(b"") == []
+
+
+def test_no_part_of_a_batch_passes_for_a_batch():
+    content = codec.dump_batch(BATCH)
+    for length in range(len(content)):
+        with pytest.raises(CodecError):
+            codec.load_batch(content[:length])
+
+
+def test_no_broken_label_passes():
+    content = codec.dump_labels(LABELS)
+    half = len(content) // 2  # the two are of one length
+    for length in {*range(1, len(content))} - {half}:
+        with pytest.raises(CodecError):
+            codec.load_labels(content[:length])
+
+
+@given(st.binary(max_size=64))
+def test_arbitrary_bytes_raise_nothing_but_a_codec_error(content):
+    for load in (codec.load_batch, codec.load_labels):
+        with contextlib.suppress(CodecError):  # a batch of no rollouts is one too
+            load(content)
