@@ -26,7 +26,7 @@ from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
 from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_collector import Collector
-from poise.generation.vllm_launch import ModelFacts, check_version, launch, num_slots, read_model
+from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class VllmEngine:
         self._facts = await asyncio.to_thread(read_model, self._config)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
         try:
+            await asyncio.to_thread(import_vllm, self._config)
             self._engine = await asyncio.to_thread(launch, self._config, self._facts)
             await self._prepare_updates()
         except Exception as error:  # whatever vLLM raises; its processes have logged the reason
@@ -76,6 +77,8 @@ class VllmEngine:
         """See `Engine`."""
         engine, self._engine, self._collector = self._engine, None, None
         if engine is not None:
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # or it would report the end of the engine as an error
             await asyncio.to_thread(engine.shutdown, _SHUTDOWN_S)
 
     def is_alive(self) -> bool:

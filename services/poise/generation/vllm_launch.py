@@ -1,7 +1,8 @@
-"""Starting vLLM: which version, with which settings, on which hardware. vLLM is imported late, by `launch`."""
+"""Starting vLLM: which version, with which settings, on which hardware. vLLM is imported late, by `import_vllm`."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 from dataclasses import dataclass
@@ -83,9 +84,18 @@ def read_model(config: GenerationConfig) -> ModelFacts:
     return ModelFacts(info, "float32" if float32 else config.dtype, shapes)
 
 
+def import_vllm(config: GenerationConfig) -> None:
+    """Import vLLM, with the environment that it reads at that moment; takes seconds.
+
+    Not in `launch`: a failed import that something among the modules keeps would keep that call's frame, and with it
+    the engine, until the interpreter is half gone.
+    """
+    _set_environment(config)
+    importlib.import_module("vllm.v1.engine.async_llm")
+
+
 def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
     """Start vLLM and wait until the model is loaded; blocks. Returns its `AsyncLLM`."""
-    _set_environment(config)
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
