@@ -40,6 +40,13 @@ def test_problems_follow_from_seed_and_step_alone(file):
     assert keys(Mixture(tasks, 8).problems(5, 12)) != steps[5]
 
 
+def test_another_seed_gives_other_problems_in_another_order_of_tasks():
+    one, other = (Mixture([DigitsTask()], seed).problems(0, 20) for seed in (0, 1))
+    assert not set(keys(one)) >= set(keys(other))
+    one, other = (Mixture([DigitsTask(), PrimerTask()], seed).problems(0, 20) for seed in (0, 1))
+    assert [problem.domain for problem in one] != [problem.domain for problem in other]
+
+
 def test_another_process_draws_the_same():
     code = (
         "from poise.orchestrator.tasks.mixture import Mixture\n"
