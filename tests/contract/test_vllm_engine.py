@@ -24,7 +24,7 @@ from poise.generation.vllm_engine import VllmEngine
 from poise.generation.vllm_recorder import RING_TOKENS
 from poise_client.types import Sampling
 
-from tests.contract.test_engines import Reference
+from tests.contract.test_engines import Reference, stop_quietly
 from tests.models import make_tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -69,7 +69,7 @@ async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
         warnings.simplefilter("ignore")
         await engine.start()
     yield engine
-    await engine.stop()
+    await stop_quietly(engine)
 
 
 @on_engines_loop
@@ -115,12 +115,17 @@ async def test_tokens_after_an_update_come_from_the_new_weights_alone(
 @on_engines_loop
 async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
     assert engine.is_alive()
-    running = asyncio.create_task(engine.generate(EngineRequest("doomed", [65, 66], Sampling(max_tokens=400))))
-    await asyncio.sleep(0.1)
+    running = [
+        asyncio.create_task(engine.generate(EngineRequest(f"doomed-{i}", [65, 66], Sampling(max_tokens=400))))
+        for i in range(8)
+    ]
+    await asyncio.sleep(0.05)
     worker = max(psutil.Process().children(recursive=True), key=lambda process: process.memory_info().rss)
     worker.kill()
-    with pytest.raises(BackendDown):
-        await asyncio.wait_for(running, DEADLINE_S)
+    outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), DEADLINE_S)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert failures, "all were done before the worker died"
+    assert all(isinstance(failure, BackendDown) for failure in failures)
     assert not engine.is_alive()
     with pytest.raises(BackendDown):
         await engine.generate(EngineRequest("late", [65, 66], Sampling(max_tokens=4)))
