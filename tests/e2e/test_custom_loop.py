@@ -1,0 +1,40 @@
+"""The example in docs/ is what it says: complete, short, and it trains."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.running import services_up, write_run_file
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "custom_loop.py"
+NUM_STEPS = 12
+
+
+def test_the_example_is_short() -> None:
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_the_example_trains(tmp_path: Path) -> None:
+    settings = {
+        "model": "tiny",
+        "engine": "torch",
+        "value": {"probe": {"warmup_steps": 4}},
+        "learner": {"threads": 1, "optimiser": {"learning_rate": 1e-3, "warmup_updates": 2}},
+        "train": {"tasks": [{"kind": "digits"}]},
+    }
+    with services_up(write_run_file(tmp_path, settings)) as run:
+        endpoints = run.train.endpoints
+        addresses = [endpoints.generation[0], endpoints.value, endpoints.learner]
+        done = subprocess.run(
+            [sys.executable, EXAMPLE, *addresses, str(NUM_STEPS)], capture_output=True, text=True, timeout=200
+        )
+    assert done.returncode == 0, done.stderr
+    rewards = [float(number) for number in re.findall(r"reward ([\d.]+)", done.stdout)]
+    assert len(rewards) == NUM_STEPS
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
+    assert f"policy version {NUM_STEPS}" in done.stdout

@@ -1,0 +1,58 @@
+"""Real services in real processes, for tests that need the whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.local.process import ask_ready
+from poise.local.run_file import SERVICES, LocalRun, load_run
+
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 90.0
+
+
+def write_run_file(folder: Path, values: dict[str, Any]) -> Path:
+    """Write a run.yaml whose run lies beside it."""
+    values = {"run": {"name": "test", "dir": str(folder / "run")}} | values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def poise(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user would."""
+    command = [sys.executable, "-c", "from poise.cli import main; main()", *arguments]
+    return subprocess.Popen(command, text=True, **options)
+
+
+@contextlib.contextmanager
+def services_up(run_file: Path) -> Iterator[LocalRun]:
+    """Run `poise up` until the services are ready, and stop it afterwards as Ctrl-C does."""
+    log = run_file.with_suffix(".up.log")
+    with log.open("w") as output:
+        process = poise("up", "-c", str(run_file), stdout=output, stderr=output)
+    run = load_run(run_file)
+    try:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not all(asyncio.run(ask_ready(run.admin_address(name)))[0] for name in SERVICES):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield run
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
