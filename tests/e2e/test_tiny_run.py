@@ -1,4 +1,4 @@
-"""`poise run --preset tiny` with every process killed once: it finishes by itself, and nothing is lost or counted twice."""
+"""`poise run --preset tiny` with every process killed once: it finishes by itself, nothing lost or counted twice."""
 
 from __future__ import annotations
 

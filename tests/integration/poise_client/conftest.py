@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
+
 from poise_client import codec
 from poise_client.types import Features, Group, Rollout, RolloutId
 from poise_proto.v1 import errors_pb2

@@ -6,6 +6,7 @@ from contextlib import aclosing
 import grpc
 import numpy as np
 import pytest
+
 from poise_client import (
     AsyncGenerationClient,
     AsyncLearnerClient,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, ValueClient, errors
 from poise_client.types import Batch, Prompt, RolloutId, TrainingRollout, WeightArray
 

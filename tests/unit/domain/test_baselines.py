@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
 
 REWARDS = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from poise.domain.quality import mean_squared_error, pearson
 
 

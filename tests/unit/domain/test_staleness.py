@@ -1,6 +1,7 @@
 """Age of a rollout in versions."""
 
 import pytest
+
 from poise.domain.staleness import staleness
 
 

@@ -4,11 +4,11 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+from tests.models import make_tiny_llama
+
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig
 from poise.generation.vllm_launch import check_version, read_model
-
-from tests.models import make_tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from poise.domain.features import POOL_TOKENS
 from poise.generation.vllm_recorder import RING_TOKENS, Recorder
 from poise.generation.vllm_think import think_close_table

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from poise.domain.features import locate_spans
 from poise.generation.vllm_think import ENDED, NUM_STATES, think_close_table
 

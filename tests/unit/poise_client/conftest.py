@@ -1,6 +1,7 @@
 """A clock that tests own."""
 
 import pytest
+
 from poise_client._retry import Clock
 
 

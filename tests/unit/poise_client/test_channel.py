@@ -1,4 +1,5 @@
 import pytest
+
 from poise_client import AsyncGenerationClient, GenerationClient, TlsOptions
 from poise_client._channel import is_loopback
 

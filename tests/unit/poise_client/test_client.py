@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient
 from poise_client._client import MAX_ENTRIES, MAX_REQUEST_BYTES, pack
 from poise_client.errors import InvalidRequestError

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
 from poise_client import codec, types
 from poise_client.codec import CodecError
 from poise_proto.v1 import common_pb2, generation_pb2, learner_pb2, value_pb2

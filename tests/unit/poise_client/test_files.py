@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from poise_client import codec
 from poise_client.codec import CodecError
 from poise_client.types import Batch, Features, LabelledGroup, RolloutId, TrainingRollout

@@ -1,4 +1,5 @@
 import pytest
+
 from poise_client._retry import Attempts, RetryPolicy
 from poise_client.errors import BusyError, DeadlineExceededError, InvalidRequestError, UnavailableError
 

@@ -3,6 +3,7 @@ import pytest
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
+
 from poise_client import errors
 from poise_client._status import error_from_rpc, renumber
 from poise_proto.v1 import errors_pb2

@@ -4,6 +4,7 @@ import typing
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+
 from poise_client import (
     AsyncGenerationClient,
     AsyncLearnerClient,

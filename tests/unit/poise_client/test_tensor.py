@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
 from poise_client.codec import DTYPE_NUMBERS, CodecError, from_tensor, host_dtype, to_tensor
 from poise_proto.v1 import common_pb2 as pb
 

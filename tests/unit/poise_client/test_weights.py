@@ -2,6 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 from poise_client import weights_digest
 from poise_client._weights import Push
 from poise_client.codec import CodecError

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from poise.orchestrator.report.curves import (
     CalibrationBin,
     calibration,

@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+
 from poise.orchestrator.report.html import write_report
 
 Evaluation = Callable[..., dict[str, Any]]

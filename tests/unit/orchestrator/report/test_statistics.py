@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from poise.orchestrator.report.statistics import bootstrap_interval, paired_interval
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from poise.orchestrator.report.summary import summarise, write_summary
 
 Evaluation = Callable[..., dict[str, Any]]

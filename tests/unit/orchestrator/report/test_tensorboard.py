@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from poise.orchestrator.report.tensorboard import TensorBoardLog
 
 Metrics = Callable[..., dict[str, Any]]

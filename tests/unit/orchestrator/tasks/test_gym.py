@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.gym import drawer
 from poise.orchestrator.tasks.problem import TaskError

@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+
 from poise.orchestrator.tasks.config import JsonlTask
 from poise.orchestrator.tasks.jsonl import MAX_LINE_BYTES, read_problems
 from poise.orchestrator.tasks.problem import TaskError

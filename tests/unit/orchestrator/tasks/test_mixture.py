@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
+
 from poise.orchestrator.tasks.config import DigitsTask, JsonlTask, PrimerTask
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError

@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+
 from poise.orchestrator.tasks import primer
 
 OPERATIONS = {

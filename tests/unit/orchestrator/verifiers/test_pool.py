@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.orchestrator.verifiers.pool import VerifierPool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.rules import bind, checked, exact, final_part, numeric, regex, resolve
 
