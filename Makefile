@@ -73,7 +73,6 @@ $(VENV)/.cpu: requirements/cpu.txt pyproject.toml | $(BIN)/python
 	@echo "installing torch and the services (about a minute)"
 	$(PIP) $(TORCH)
 	$(PIP) --no-deps -r requirements/cpu.txt
-	$(PIP) hatchling editables
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
