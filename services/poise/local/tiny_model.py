@@ -36,6 +36,7 @@ _LENGTH = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
 
 def make_tiny_model(folder: Path, seed: int = 0) -> None:
     """Train the model and write it, with its tokenizer, as a Hugging Face folder. About 30 s."""
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # tiny matrices: more threads wait for each other
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
