@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 import poise
-from poise.errors import InvalidRequest, PoiseError
+from poise.errors import FieldViolation, InvalidRequest, PoiseError
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth
 from poise.runtime.config import redacted
@@ -27,6 +30,33 @@ _HTTP_STATUS = {
 }
 
 
+class WrongField(BaseModel):
+    """One wrong field of a request."""
+
+    field: str = Field(description="Where: a query parameter, or a path within the body.")
+    description: str = Field(description="What is wrong and what would be right.")
+
+
+class ErrorAnswer(BaseModel):
+    """What every refusal holds."""
+
+    reason: str = Field(description="Which error, as in `poise.v1.ErrorReason` without its prefix.")
+    message: str = Field(description="What happened.")
+    remedy: str = Field(description="What to do about it. May be empty.")
+    violations: list[WrongField] = Field([], description="Of INVALID_REQUEST: every wrong field.")
+
+
+_ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in {
+        401: "No bearer token, or a wrong one.",
+        422: "A field is wrong, or this service cannot do that.",
+        500: "A defect; the service's log holds the traceback.",
+        503: "The service is starting or shutting down, or something it stands on does not answer.",
+    }.items()
+}
+
+
 def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[], None]) -> FastAPI:
     """Construct the app. `/healthz`, `/readyz` and `/metrics` are open; `/admin` needs the token when there is one."""
     rest = FastAPI(
@@ -37,12 +67,15 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
         redoc_url=None,
     )
     rest.add_exception_handler(PoiseError, _answer_error)
+    rest.add_exception_handler(RequestValidationError, _answer_wrong_request)
+    rest.add_exception_handler(HTTPException, _answer_http_error)
+    rest.add_exception_handler(Exception, _answer_defect)
     rest.include_router(_probes(app), tags=["health"])
 
     def authenticate(request: Request) -> None:
         auth.check(request.headers.get("authorization"))
 
-    admin = APIRouter(prefix="/admin/v1", dependencies=[Depends(authenticate)])
+    admin = APIRouter(prefix="/admin/v1", dependencies=[Depends(authenticate)], responses=_ADMIN_ERRORS)
     admin.include_router(_operations(app, request_drain))
     extra = app.admin_routes()
     if extra is not None:
@@ -58,7 +91,12 @@ def _probes(app: ServiceApp) -> APIRouter:
     async def healthz() -> str:
         return "ok"
 
-    @router.get("/readyz", summary="Whether work is accepted now; 503 says why not.", response_class=PlainTextResponse)
+    @router.get(
+        "/readyz",
+        summary="Whether work is accepted now; 503 says why not.",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "Why not.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def readyz(response: Response) -> str:
         readiness = app.readiness()
         if readiness.ready:
@@ -66,7 +104,7 @@ def _probes(app: ServiceApp) -> APIRouter:
         response.status_code = 503
         return readiness.reason
 
-    @router.get("/metrics", summary="Prometheus metrics.")
+    @router.get("/metrics", summary="Prometheus metrics.", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(app.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -112,12 +150,38 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PoiseError)  # noqa: S101 (registered for it alone)
-    body: dict[str, Any] = {"reason": error.reason, "message": error.message, "remedy": error.remedy}
-    if isinstance(error, InvalidRequest):
-        body["violations"] = [{"field": v.field, "description": v.description} for v in error.violations]
+    violations = error.violations if isinstance(error, InvalidRequest) else ()
+    answer = ErrorAnswer(
+        reason=error.reason,
+        message=error.message,
+        remedy=error.remedy,
+        violations=[WrongField(field=violation.field, description=violation.description) for violation in violations],
+    )
     headers = {}
     if error.status == "UNAUTHENTICATED":
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-    return JSONResponse(body, _HTTP_STATUS.get(error.status, 500), headers)
+    return JSONResponse(answer.model_dump(), _HTTP_STATUS.get(error.status, 500), headers)
+
+
+async def _answer_wrong_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 (registered for it alone)
+    violations = [
+        FieldViolation(".".join(str(part) for part in problem["loc"][1:]), problem["msg"]) for problem in error.errors()
+    ]
+    return await _answer_error(request, InvalidRequest(violations))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """An unknown path, or a method that it does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101 (registered for it alone)
+    reason = "NOT_FOUND" if error.status_code == 404 else "INVALID_REQUEST"
+    answer = ErrorAnswer(reason=reason, message=error.detail, remedy="See /docs for what there is.")
+    return JSONResponse(answer.model_dump(), error.status_code, error.headers)
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    """Say nothing of it: uvicorn logs the traceback."""
+    answer = ErrorAnswer(reason="INTERNAL", message="a defect in the service; its log holds the traceback", remedy="")
+    return JSONResponse(answer.model_dump(), 500)

@@ -39,12 +39,14 @@ def refuse_open_bind(config: ServiceConfig, token: str | None) -> None:
     """Raise `ConfigError` for a listener beyond this machine that asks for no token, unless that was asked for."""
     if token is not None or config.auth.allow_open_bind:
         return
-    for section, host in (("grpc", config.grpc.host), ("admin", config.admin.host)):
-        if not _is_loopback(host):
-            raise ConfigError(
-                f"{section}.host: {host} can be reached from other machines and no token is set; set auth.token_file, "
-                "or auth.allow_open_bind: true where something else guards the port"
-            )
+    problems = [
+        f"{section}.host: {host} can be reached from other machines and no token is set; set auth.token_file, "
+        "or auth.allow_open_bind: true where something else guards the port"
+        for section, host in (("grpc", config.grpc.host), ("admin", config.admin.host))
+        if not _is_loopback(host)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _is_loopback(host: str) -> bool:

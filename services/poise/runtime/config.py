@@ -6,19 +6,24 @@ knows no service's settings.
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from poise.runtime.config_tree import hint, holds_secret, misspelt_variables
+
 MAX_FILE_BYTES = 1024 * 1024
+
+_SENDABLE = re.compile(r"[!-~]+")
+_SENDABLE_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"
 
 C = TypeVar("C", bound="Settings")
 
@@ -75,6 +80,13 @@ class AuthConfig(StrictModel):
     allow_open_bind: bool = False
     """Listen beyond this machine without a token, because something else (a mesh, a network policy) guards it."""
 
+    @field_validator("token")
+    @classmethod
+    def _can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not _SENDABLE.fullmatch(token.get_secret_value()):
+            raise ValueError(_SENDABLE_RULE)  # an empty one would let everybody in
+        return token
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.token is not None and self.token_file is not None:
@@ -85,7 +97,7 @@ class AuthConfig(StrictModel):
         """Return the token in force; None when there is none.
 
         Raises:
-            ConfigError: the file cannot be read, or is empty.
+            ConfigError: the file cannot be read, or holds no token.
         """
         if self.token is not None:
             return self.token.get_secret_value()
@@ -95,8 +107,8 @@ class AuthConfig(StrictModel):
             token = self.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"auth.token_file: {self.token_file} cannot be read: {error}") from error
-        if not token:
-            raise ConfigError(f"auth.token_file: {self.token_file} is empty; put the token on its first line")
+        if not _SENDABLE.fullmatch(token):
+            raise ConfigError(f"auth.token_file: what {self.token_file} holds {_SENDABLE_RULE}")
         return token
 
 
@@ -172,22 +184,27 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) 
 def parse_config(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "") -> C:
     """Build the settings from what a file held. See `load_config`."""
     tree = parse_overrides(overrides)
+    prefix = cls.model_config.get("env_prefix", "")
     for place in (values, tree):
-        if isinstance(auth := place.get("auth"), Mapping) and "token" in auth:
+        if isinstance(auth := place.get("auth"), Mapping) and auth.get("token") is not None:
             raise ConfigError(
                 "auth.token: secrets do not belong in files or on command lines; name a file in auth.token_file, "
-                f"or set {cls.model_config.get('env_prefix', '')}AUTH__TOKEN"
+                f"or set {prefix}AUTH__TOKEN"
             )
+    problems = list(misspelt_variables(cls, prefix, os.environ)) if prefix else []
     context = _file_values.set(values)
     try:
-        return cls(**tree)
+        settings = cls(**tree)
     except ValidationError as error:
         where = f"{source}: " if source else ""
-        raise ConfigError("\n".join(where + line for line in explain(error, cls))) from None
+        problems[:0] = [where + line for line in explain(error, cls)]
     except ValueError as error:  # an environment variable that is no JSON where a list or a map is needed
-        raise ConfigError(f"environment: {error}") from error
+        problems.append(f"environment: {error}")
     finally:
         _file_values.reset(context)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -198,12 +215,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; brackets without end
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `name: value` lines at its top, not a {type(values).__name__}")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{path}: {odd[0]!r} is no name of a setting; YAML reads on, off, yes and no as booleans")
     return values
 
 
@@ -221,7 +240,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {override!r}: must look like section.field=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {name}: {text!r} is not a YAML value; quote it") from error
         node = tree
         for part in parts[:-1]:
@@ -235,38 +254,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def explain(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
     """Yield one line a problem: `field.path: what is wrong`, with the nearest known name for an unknown one."""
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        name = ".".join(path) or "settings"
+        path = problem["loc"]
+        name = ".".join(map(str, path)) or "settings"
         if problem["type"] == "extra_forbidden":
-            known = _fields_at(cls, path[:-1])
-            near = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            yield f"{name}: unknown; {hint}"
+            yield f"{name}: unknown{hint(cls, path)}"
         elif problem["type"] == "missing":
             yield f"{name}: required, and set nowhere"
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            secret = any(word in path[-1:] for word in ("token", "url", "password"))
-            given = "" if secret or isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-            yield f"{name}: {message}{given}"
-
-
-def _fields_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
-    model = cls
-    for part in path:
-        field = model.model_fields.get(part)
-        nested = None if field is None else _model_of(field.annotation)
-        if nested is None:
-            return []
-        model = nested
-    return list(model.model_fields)
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+            hidden = isinstance(problem["input"], dict) or holds_secret(cls, path)
+            yield f"{name}: {message}" + ("" if hidden else f" (given: {problem['input']!r})")
 
 
 def redacted(config: BaseModel) -> dict[str, Any]:
@@ -277,28 +274,21 @@ def redacted(config: BaseModel) -> dict[str, Any]:
 
 def defaults_yaml(cls: type[BaseModel], indent: int = 0) -> str:
     """Return all settings with their defaults and their descriptions, as YAML to start a file from."""
+    defaults = {
+        name: None if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in cls.model_fields.items()
+    }
+    return _section_yaml(cls, defaults, indent)
+
+
+def _section_yaml(cls: type[BaseModel], values: Mapping[str, Any], indent: int) -> str:
     lines: list[str] = []
     pad = "  " * indent
     for name, field in cls.model_fields.items():
         lines += [f"{pad}# {line}" for line in (field.description or "").splitlines()]
-        nested = _model_of(field.annotation)
-        if nested is not None and isinstance(field.default, BaseModel):
-            lines += [f"{pad}{name}:", _section_yaml(field.default, indent + 1)]
-        elif field.is_required():
-            lines.append(f"{pad}{name}:  # required")
-        else:
-            lines.append(f"{pad}{name}: {_yaml_value(field.get_default(call_default_factory=True))}")
-    return "\n".join(lines)
-
-
-def _section_yaml(section: BaseModel, indent: int) -> str:
-    lines: list[str] = []
-    pad = "  " * indent
-    for name, field in type(section).model_fields.items():
-        lines += [f"{pad}# {line}" for line in (field.description or "").splitlines()]
-        value = getattr(section, name)
+        value = values[name]
         if isinstance(value, BaseModel):
-            lines += [f"{pad}{name}:", _section_yaml(value, indent + 1)]
+            lines += [f"{pad}{name}:", _section_yaml(type(value), dict(value), indent + 1)]
         elif field.is_required() and value is None:
             lines.append(f"{pad}{name}:  # required")
         else:

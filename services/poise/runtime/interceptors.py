@@ -6,9 +6,10 @@ Owns the one mapping of the PoiseError family to the wire.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -16,16 +17,21 @@ import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from poise_proto.v1 import errors_pb2
 from prometheus_client import CollectorRegistry, Histogram
 
-from poise.errors import InvalidRequest, PoiseError
+from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.runtime.auth import BearerAuth
+from poise_proto.v1 import errors_pb2
 
 logger = logging.getLogger(__name__)
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 _BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300)
+_BUSY_RETRY_S = 1.0
+
+# A client refuses headers of more than 8 KiB and then sees no error of ours at all. The message goes there twice, once
+# with every byte beyond ASCII tripled; the details grow by a third.
+_MESSAGE_BYTES, _REMEDY_BYTES, _FIELD_BYTES, _VIOLATIONS_BYTES = 600, 300, 400, 2500
 
 Handler = Any  # a grpc.RpcMethodHandler; its stubs know the blocking API alone
 
@@ -36,15 +42,11 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
         errors_pb2.PoiseErrorDetail(
             reason=errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
             retryable=error.retryable,
-            remedy=error.remedy,
+            remedy=_shortened(error.remedy, _REMEDY_BYTES),
         )
     ]
     if isinstance(error, InvalidRequest):
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-            for violation in error.violations[:100]
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
+        details.append(_bad_request(error))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
@@ -53,15 +55,42 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    # Headers have room for about 8 KiB in all.
-    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message[:1000], details=packed)
+    message = _shortened(error.message, _MESSAGE_BYTES)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message, details=packed)
+
+
+def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
+    """Name as many violations as there is room for, and say how many more there are."""
+    answer = error_details_pb2.BadRequest()
+    for index, violation in enumerate(error.violations):
+        answer.field_violations.add(
+            field=_shortened(violation.field, _FIELD_BYTES),
+            description=_shortened(violation.description, _FIELD_BYTES),
+        )
+        if answer.ByteSize() > _VIOLATIONS_BYTES and index > 0:
+            left_out = len(error.violations) - index
+            answer.field_violations[index].CopyFrom(
+                error_details_pb2.BadRequest.FieldViolation(description=f"and {left_out} more wrong fields")
+            )
+            break
+    return answer
+
+
+def _shortened(text: str, limit_bytes: int) -> str:
+    """Return what can be sent of `text`, cut to so many bytes of UTF-8."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit_bytes:
+        return data.decode()
+    return data[: limit_bytes - len("…".encode())].decode(errors="ignore") + "…"
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Authenticates, times and translates the errors of every RPC."""
+    """Authenticates, counts, times and translates the errors of every RPC."""
 
-    def __init__(self, service: str, auth: BearerAuth, registry: CollectorRegistry) -> None:
+    def __init__(self, service: str, auth: BearerAuth, registry: CollectorRegistry, max_concurrent_rpcs: int) -> None:
         self._auth = auth
+        self._max_rpcs = max_concurrent_rpcs
+        self._num_rpcs = 0
         self._seconds = Histogram(
             f"poise_{service}_rpc_seconds",
             "Time from accepting an RPC to its end.",
@@ -96,10 +125,29 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
             around.stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
         )
 
-    def authenticate(self, details: grpc.HandlerCallDetails) -> None:
-        """Raise `Unauthenticated` unless the call may be made."""
+    @contextlib.contextmanager
+    def admitted(self, details: grpc.HandlerCallDetails) -> Iterator[None]:
+        """Hold a place for the call. Raises `Unauthenticated`, or `Busy` when all places are taken.
+
+        Health answers whoever asks, however busy the service: else a probe would kill it for being in demand.
+        """
         if details.method.startswith(_OPEN_SERVICES):
+            yield
             return
+        self._authenticate(details)
+        if self._num_rpcs >= self._max_rpcs:
+            raise Busy(
+                f"{self._max_rpcs} calls are being served, the most at a time",
+                remedy="Call again later, or raise grpc.max_concurrent_rpcs.",
+                retry_after_s=_BUSY_RETRY_S,
+            )
+        self._num_rpcs += 1
+        try:
+            yield
+        finally:
+            self._num_rpcs -= 1
+
+    def _authenticate(self, details: grpc.HandlerCallDetails) -> None:
         values = [value for key, value in details.invocation_metadata or () if key == "authorization"]
         given = values[0] if values else None
         self._auth.check(given.decode("latin-1") if isinstance(given, bytes) else given)
@@ -120,8 +168,8 @@ class _Around:
     def answer(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             try:
-                self._interceptor.authenticate(self._details)
-                response = await behaviour(request, context)
+                with self._interceptor.admitted(self._details):
+                    response = await behaviour(request, context)
             except BaseException as error:
                 await self._fail(error, context)
             self._done("OK")
@@ -129,16 +177,19 @@ class _Around:
 
         return call
 
-    def stream(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+    def stream(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+        # Writes to the context instead of yielding: a generator that gRPC abandons, because the client went away
+        # during a write, is closed at the next garbage collection only, and the handler would work on until then.
+        async def call(request: Any, context: Any) -> None:
             try:
-                self._interceptor.authenticate(self._details)
-                responses = behaviour(request, context)
-                if hasattr(responses, "__aiter__"):
-                    async for response in responses:
-                        yield response
-                else:
-                    await responses  # handlers that write to the context, such as reflection's
+                with self._interceptor.admitted(self._details):
+                    responses = behaviour(request, context)
+                    if hasattr(responses, "__aiter__"):
+                        async with contextlib.aclosing(responses):
+                            async for response in responses:
+                                await _write(context, response)
+                    else:
+                        await responses  # handlers that write to the context, such as reflection's
             except BaseException as error:
                 await self._fail(error, context)
             self._done("OK")
@@ -149,11 +200,15 @@ class _Around:
         self._interceptor.observe(self._details.method, code, time.monotonic() - self._started)
 
     async def _fail(self, error: BaseException, context: Any) -> NoReturn:
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if isinstance(error, _ClientGone) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
             self._done("CANCELLED")
-            raise error
+            raise asyncio.CancelledError
+        if isinstance(error, asyncio.CancelledError):
+            # Something that the handler waited for was cancelled. Passed on, gRPC would never answer the call.
+            logger.warning("%s: its work was cancelled within the service", self._details.method)
+            error = BackendDown("the work was cancelled within the service", remedy="Call again.")
         if isinstance(error, grpc.aio.AbortError):
-            self._done(str(context.code()))
+            self._done(context.code().name)
             raise error
         if isinstance(error, PoiseError):
             self._done(error.status)
@@ -164,3 +219,20 @@ class _Around:
             status = rich_status(PoiseError("a defect in the service; its log holds the traceback"))
         await context.abort_with_status(rpc_status.to_status(status))
         raise AssertionError("abort_with_status raises")
+
+
+class _ClientGone(Exception):
+    """There is nobody to write to."""
+
+
+async def _write(context: Any, response: Any) -> None:
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError as error:
+        raise _ClientGone from error
+
+
+def _is_cancelled() -> bool:
+    """Whether the RPC itself was cancelled, rather than something it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -40,8 +40,8 @@ def service_main(
         print(defaults_yaml(config_cls))
         return 0
     try:
-        config = load_config(config_cls, options.config, options.overrides)
+        app = build(load_config(config_cls, options.config, options.overrides))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return serve(build(config))
+    return serve(app)

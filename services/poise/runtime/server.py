@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class _Server:
             )
         )
         with _signals(self._leave), contextlib.closing(admin_socket):
+            await self._say_health(serving=False)
             await grpc_server.start()
             admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin")
             admin_address = _printable(admin_socket)
@@ -100,12 +102,12 @@ class _Server:
         starting = asyncio.create_task(app.start(), name="start")
         leaving = asyncio.create_task(self._leave.wait(), name="leave")
         failing = asyncio.create_task(app.failed.wait(), name="fail")
-        await asyncio.wait({starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         try:
+            await asyncio.wait({starting, leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
-                return 0
+                return 0 if leaving.done() else self._given_up()
             if (error := starting.exception()) is not None:
                 known = isinstance(error, PoiseError | ConfigError | OSError)
                 logger.error(
@@ -113,17 +115,17 @@ class _Server:
                 )
                 return 1
             await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
-            if failing.done():
-                logger.error("%s ends: %s", app.name, app.failure)
-                return 1
-            await self._drain()
-            return 0
+            return await self._drain() if leaving.done() else self._given_up()
         finally:
             leaving.cancel()
             failing.cancel()
             await app.stop()
 
-    async def _drain(self) -> None:
+    def _given_up(self) -> int:
+        logger.error("%s ends: %s", self._app.name, self._app.failure)
+        return 1
+
+    async def _drain(self) -> int:
         app, limit_s = self._app, self._app.config.drain_timeout_s
         logger.info("%s: draining, at most %.0f s; a second signal exits at once", app.name, limit_s)
         await self._health.enter_graceful_shutdown()
@@ -131,12 +133,15 @@ class _Server:
             await asyncio.wait_for(app.drain(), limit_s)
         except TimeoutError:
             logger.warning("%s: work in hand did not finish within drain_timeout_s = %s", app.name, limit_s)
+        except Exception as error:
+            logger.error("%s cannot drain: %s", app.name, error or type(error).__name__, exc_info=error)
+            return 1
+        return 0
 
     def _build_grpc(self) -> grpc.aio.Server:
         app = self._app
         server = grpc.aio.server(
-            interceptors=[ServiceInterceptor(app.name, self._auth, app.registry)],
-            maximum_concurrent_rpcs=app.config.grpc.max_concurrent_rpcs,
+            interceptors=[ServiceInterceptor(app.name, self._auth, app.registry, app.config.grpc.max_concurrent_rpcs)],
             options=[("grpc.so_reuseport", 0)],  # a second service on the same port is an error, not a lottery
         )
         app.register(server)
@@ -151,19 +156,24 @@ class _Server:
             if (readiness.ready, readiness.reason) != said:
                 said = (readiness.ready, readiness.reason)
                 logger.info("%s: %s", self._app.name, "ready" if readiness.ready else f"not ready: {readiness.reason}")
-                serving = health_pb2.HealthCheckResponse.ServingStatus
-                for service in ("", *self._app.grpc_services):
-                    await self._health.set(service, serving.SERVING if readiness.ready else serving.NOT_SERVING)
+                await self._say_health(serving=readiness.ready)
             await asyncio.sleep(_READINESS_EVERY_S)
+
+    async def _say_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for service in ("", *self._app.grpc_services):
+            await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
 
 @contextlib.contextmanager
 def _signals(leave: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
+    signalled = asyncio.Event()  # not `leave`: a drain asked for over REST, then SIGTERM, is how Kubernetes stops a pod
 
     def on_signal() -> None:
-        if leave.is_set():
+        if signalled.is_set():
             os._exit(_EXIT_INTERRUPTED)
+        signalled.set()
         leave.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -180,17 +190,25 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     target = f"{host}:{config.port}"
     try:
         if config.tls_cert_file is not None and config.tls_key_file is not None:
+            # gRPC would take anything, and then fail every handshake.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                config.tls_cert_file, config.tls_key_file, _no_password
+            )
             pair = (config.tls_key_file.read_bytes(), config.tls_cert_file.read_bytes())
             port = server.add_secure_port(target, grpc.ssl_server_credentials([pair]))
         else:
             port = server.add_insecure_port(target)
-    except OSError as error:
-        raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # of which ssl.SSLError is one
+        raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be used: {error}") from error
     except RuntimeError as error:
         raise ConfigError(
             f"grpc: cannot listen on {target}; is the port taken? Choose another, or 0 for any"
         ) from error
     return f"{host}:{port}"
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; gRPC needs it in the clear")
 
 
 def _listen(host: str, port: int) -> socket.socket:

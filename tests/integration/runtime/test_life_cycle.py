@@ -1,0 +1,225 @@
+import json
+import signal
+import socket
+import ssl
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.integration.runtime.process import TIMEOUT_S, eventually
+
+from poise_proto.v1 import value_pb2, value_pb2_grpc
+
+CERTIFICATE = Path(__file__).parent / "data" / "localhost.crt"
+KEY = CERTIFICATE.with_suffix(".key")
+
+
+def probe(channel, domain="", **options):
+    return value_pb2_grpc.ValueServiceStub(channel).GetProbe(
+        value_pb2.GetProbeRequest(domain=domain), timeout=TIMEOUT_S, **options
+    )
+
+
+def health_of(channel, service=""):
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def test_free_ports_are_announced_in_the_file_and_in_the_log(stage):
+    running = stage()
+    addresses = running.addresses()
+    running.wait_until_ready()
+    assert addresses["pid"] == running.process.pid
+    assert f"gRPC on {addresses['grpc']}, admin on http://{addresses['admin']}" in running.log
+    assert not addresses["grpc"].endswith(":0")
+    with running.channel() as channel:
+        assert probe(channel).num_pending == 7
+
+
+def test_a_service_that_is_starting_answers_that_it_is_not_ready(stage):
+    running = stage("start=hang")
+    with running.channel() as channel, running.rest() as rest:
+        assert health_of(channel) == health_of(channel, "poise.v1.ValueService") == "NOT_SERVING"
+        assert rest.get("/healthz").status_code == 200
+        answer = rest.get("/readyz")
+        assert (answer.status_code, answer.text) == (503, "starting")
+
+
+def test_a_signal_during_the_start_ends_it(stage):
+    running = stage("start=hang")
+    running.addresses()
+    running.wait_for_log("not ready: starting")
+    running.signal()
+    assert running.exit_status() == 0
+    assert "released everything" in running.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_lets_accepted_work_finish(stage, number):
+    running = stage()
+    with running.channel() as channel:
+        call = value_pb2_grpc.ValueServiceStub(channel).GetProbe.future(
+            value_pb2.GetProbeRequest(domain="until-draining"), timeout=TIMEOUT_S
+        )
+        running.wait_for_event("waiting")
+        running.signal(number)
+        assert call.result().num_pending == 7
+        assert running.exit_status() == 0
+    assert running.log.index("draining, at most 30 s") < running.log.index("released everything")
+    assert not running.error_lines()
+
+
+def test_health_says_not_serving_while_draining(stage, tmp_path):
+    running = stage("drain=until-released", f"release={tmp_path / 'release'}")
+    running.wait_until_ready()
+    with running.channel() as channel:
+        eventually(lambda: health_of(channel) == "SERVING")
+        running.signal()
+        running.wait_for_log("draining")
+        eventually(lambda: health_of(channel, "poise.v1.ValueService") == "NOT_SERVING")
+        (tmp_path / "release").touch()
+        assert running.exit_status() == 0
+
+
+def test_the_second_signal_exits_at_once(stage):
+    running = stage("drain=hang")
+    running.wait_until_ready()
+    running.signal()
+    running.wait_for_log("draining")
+    running.signal()
+    assert running.exit_status() == 130
+    assert "released everything" not in running.log
+
+
+def test_a_signal_after_a_drain_request_is_the_first_signal(stage, tmp_path):
+    running = stage("drain=until-released", f"release={tmp_path / 'release'}")
+    running.wait_until_ready()
+    with running.rest() as rest:
+        assert rest.post("/admin/v1/drain").status_code == 202
+        running.wait_for_log("draining")
+        running.signal()
+        assert rest.get("/healthz").text == "ok"
+    (tmp_path / "release").touch()
+    assert running.exit_status() == 0
+
+
+def test_work_that_does_not_finish_is_left_after_the_drain_timeout(stage):
+    running = stage("drain=hang", "drain_timeout_s=0.1")
+    running.wait_until_ready()
+    running.signal()
+    assert running.exit_status() == 0
+    assert "did not finish within drain_timeout_s = 0.1" in running.log
+    assert "released everything" in running.log
+
+
+def test_a_drain_that_fails_is_said_and_gives_status_1(stage):
+    running = stage("drain=defect")
+    running.wait_until_ready()
+    running.signal()
+    assert running.exit_status() == 1
+    assert "stage cannot drain: a slip of the pen" in running.log
+    assert "released everything" in running.log
+
+
+def test_a_start_that_fails_for_a_known_reason_is_one_line_and_status_1(stage):
+    running = stage("start=backend-down")
+    assert running.exit_status() == 1
+    assert [line.partition("poise.runtime.server: ")[2] for line in running.error_lines()] == [
+        "stage cannot start: the cupboard does not answer"
+    ]
+    assert "Traceback" not in running.log
+    assert "released everything" in running.log
+
+
+def test_a_start_that_fails_for_a_defect_leaves_its_traceback(stage):
+    running = stage("start=defect")
+    assert running.exit_status() == 1
+    assert running.log.count("RuntimeError: a slip of the pen") == 1
+
+
+def test_a_service_that_gives_up_while_starting_ends_with_status_1(stage):
+    running = stage("start=give-up")
+    assert running.exit_status() == 1
+    assert "stage ends: the engine died while it was loading" in running.log
+
+
+def test_a_service_that_gives_up_later_ends_with_status_1(stage):
+    running = stage()
+    running.wait_until_ready()
+    with running.channel() as channel:
+        probe(channel, "fail")
+    assert running.exit_status() == 1
+    assert "stage ends: the engine died" in running.log
+    assert "released everything" in running.log
+
+
+@pytest.mark.parametrize("section", ["grpc", "admin"])
+def test_a_taken_port_is_one_line_and_status_2(stage, section):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        running = stage(f"{section}.port={port}")
+        assert running.exit_status() == 2
+    [line] = running.error_lines()
+    assert f"{section}: cannot listen on 127.0.0.1:{port}" in line
+    assert "or 0 for any" in line
+    assert len(running.log.splitlines()) == 2, running.log  # and the settings
+
+
+def test_two_services_cannot_share_a_port(stage):
+    port = stage().addresses()["grpc"].rpartition(":")[2]
+    assert stage(f"grpc.port={port}").exit_status() == 2
+
+
+def test_wrong_settings_are_named_all_at_once_with_status_2(stage):
+    running = stage("grpc.prot=1", "start=never", "drain_timeout_s=0")
+    assert running.exit_status() == 2
+    lines = running.log.splitlines()
+    assert len(lines) == 3, running.log
+    assert any("grpc.prot: unknown; did you mean 'port'?" in line for line in lines)
+
+
+@pytest.mark.parametrize("section", ["grpc", "admin"])
+def test_listening_beyond_this_machine_without_a_token_is_refused(stage, section):
+    running = stage(f"{section}.host=0.0.0.0")
+    assert running.exit_status() == 2
+    assert f"{section}.host: 0.0.0.0 can be reached from other machines" in running.log
+
+
+def test_the_token_is_in_no_log_line_and_json_logs_are_json(stage):
+    running = stage("logging.format=json", "logging.level=DEBUG", token="hunter2-hunter2")
+    running.wait_until_ready()
+    with running.channel() as channel:
+        probe(channel, metadata=[("authorization", "Bearer hunter2-hunter2")])
+        with pytest.raises(grpc.RpcError):
+            probe(channel, "defect", metadata=[("authorization", "Bearer hunter2-hunter2")])
+        with pytest.raises(grpc.RpcError):
+            probe(channel, metadata=[("authorization", "Bearer hunter3")])
+    running.signal()
+    assert running.exit_status() == 0
+    entries = [json.loads(line) for line in running.log.splitlines() if line != "released everything"]
+    assert [entry["traceback"].splitlines()[-1] for entry in entries if "traceback" in entry] == [
+        "RuntimeError: the s3cret of the pharaohs"
+    ]
+    assert "hunter" not in running.log
+
+
+def test_tls_is_spoken_when_there_is_a_certificate(stage):
+    running = stage(f"grpc.tls_cert_file={CERTIFICATE}", f"grpc.tls_key_file={KEY}")
+    target = running.addresses()["grpc"]
+    with grpc.secure_channel(target, grpc.ssl_channel_credentials(CERTIFICATE.read_bytes())) as channel:
+        assert probe(channel).num_pending == 7
+    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as refused:
+        probe(channel)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert ssl.get_server_certificate(("127.0.0.1", int(target.rpartition(":")[2]))).startswith("-----BEGIN")
+
+
+@pytest.mark.parametrize("certificate", ["missing.pem", str(KEY)])
+def test_a_certificate_that_cannot_be_used_is_one_line_and_status_2(stage, certificate):
+    running = stage(f"grpc.tls_cert_file={certificate}", f"grpc.tls_key_file={KEY}")
+    assert running.exit_status() == 2
+    [line] = running.error_lines()
+    assert "grpc.tls_cert_file, grpc.tls_key_file: cannot be used" in line
+    assert "Traceback" not in running.log
