@@ -185,13 +185,14 @@ def parse_config(cls: type[C], values: Mapping[str, Any], overrides: Sequence[st
     """Build the settings from what a file held. See `load_config`."""
     tree = parse_overrides(overrides)
     prefix = cls.model_config.get("env_prefix", "")
-    for place in (values, tree):
-        if isinstance(auth := place.get("auth"), Mapping) and auth.get("token") is not None:
-            raise ConfigError(
-                "auth.token: secrets do not belong in files or on command lines; name a file in auth.token_file, "
-                f"or set {prefix}AUTH__TOKEN"
-            )
     problems = list(misspelt_variables(cls, prefix, os.environ)) if prefix else []
+    if any(
+        isinstance(auth := place.get("auth"), Mapping) and auth.get("token") is not None for place in (values, tree)
+    ):
+        problems.append(
+            "auth.token: secrets do not belong in files or on command lines; name a file in auth.token_file, "
+            f"or set {prefix}AUTH__TOKEN"
+        )
     context = _file_values.set(values)
     try:
         settings = cls(**tree)
@@ -210,11 +211,15 @@ def parse_config(cls: type[C], values: Mapping[str, Any], overrides: Sequence[st
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping. Raises `ConfigError` that names the file, and the line where there is one."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it the right file?")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode() if len(content) <= MAX_FILE_BYTES else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if text is None:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+    try:
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; brackets without end
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if values is None:

@@ -1,0 +1,62 @@
+import pytest
+
+from poise.errors import Unauthenticated
+from poise.runtime import auth
+from poise.runtime.auth import BearerAuth, refuse_open_bind
+from poise.runtime.config import ConfigError, ServiceConfig
+
+
+def config(**values):
+    return ServiceConfig(**values)
+
+
+@pytest.mark.parametrize("given", [None, "", "Bearer x", "anything"])
+def test_without_a_token_everybody_passes(given):
+    checks = BearerAuth(None)
+    checks.check(given)
+    assert not checks.required
+
+
+@pytest.mark.parametrize("given", ["Bearer hunter2", "bearer hunter2", "BEARER hunter2"])
+def test_the_token_passes_whatever_the_case_of_its_scheme(given):
+    checks = BearerAuth("hunter2")
+    checks.check(given)
+    assert checks.required
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer ", "Bearer  hunter2", "Bearer hunter", "Bearer hunter22", "hunter2",
+              "Basic hunter2", "Bearer HUNTER2", "Bearer hünter2", "Bearer \udcff"]
+)  # fmt: skip
+def test_anything_else_is_refused_with_a_remedy_and_without_the_token(given):
+    with pytest.raises(Unauthenticated) as refused:
+        BearerAuth("hunter2").check(given)
+    assert refused.value.remedy
+    assert "hunter2" not in str(refused.value)
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    checks = BearerAuth("hunter2")
+    checks.check("Bearer hunter2")
+    with pytest.raises(Unauthenticated):
+        checks.check("Bearer x")
+    assert compared == [(b"hunter2", b"hunter2"), (b"x", b"hunter2")]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_listening_on_this_machine_needs_no_token(host):
+    refuse_open_bind(config(grpc={"host": host}, admin={"host": host}), None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"])
+def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
+    beyond = {"grpc": {"host": host}, "admin": {"host": host}}
+    with pytest.raises(ConfigError) as refused:
+        refuse_open_bind(config(**beyond), None)
+    lines = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["grpc.host", "admin.host"]
+    assert all("auth.token_file" in line and "auth.allow_open_bind" in line for line in lines)
+    refuse_open_bind(config(**beyond), "hunter2")
+    refuse_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)

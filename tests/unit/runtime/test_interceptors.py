@@ -1,0 +1,210 @@
+"""The interceptor's parts that need no wire; the rest is in tests/integration/runtime."""
+
+import asyncio
+import types
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from poise.errors import Busy, Unauthenticated
+from poise.runtime.auth import BearerAuth
+from poise.runtime.interceptors import ServiceInterceptor
+
+
+class Context:
+    """Notes what a call ended with."""
+
+    def __init__(self):
+        self.written, self.status = [], None
+
+    async def write(self, message):
+        self.written.append(message)
+
+    async def abort_with_status(self, status):
+        self.status = status
+        raise grpc.aio.AbortError
+
+    def code(self):
+        return grpc.StatusCode.DATA_LOSS
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def wrapped(registry):
+    """Wraps a behaviour as the server would have it."""
+    interceptor = ServiceInterceptor("oven", BearerAuth("hunter2"), registry, max_concurrent_rpcs=2)
+
+    def wrap(behaviour, kind="unary_unary", method="/poise.Oven/Bake", metadata=(("authorization", "Bearer hunter2"),)):
+        handler = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, str.encode, bytes.decode)
+        details = types.SimpleNamespace(method=method, invocation_metadata=metadata)
+
+        async def continuation(_):
+            return handler
+
+        async def call(request=None, context=None):
+            around = await interceptor.intercept_service(continuation, details)
+            assert (around.request_deserializer, around.response_serializer) == (str.encode, bytes.decode)
+            return await getattr(around, kind)(request, context or Context())
+
+        return call
+
+    return wrap
+
+
+def num_calls(registry, code, method="Bake"):
+    return registry.get_sample_value("poise_oven_rpc_seconds_count", {"method": method, "code": code}) or 0
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "stream_unary"])
+async def test_an_answer_passes_and_is_timed(wrapped, registry, kind):
+    async def bake(request, context):
+        return request + " baked"
+
+    assert await wrapped(bake, kind)("bread") == "bread baked"
+    assert num_calls(registry, "OK") == 1
+
+
+@pytest.mark.parametrize("kind", ["unary_stream", "stream_stream"])
+async def test_a_stream_is_written_in_order(wrapped, registry, kind):
+    async def bake(request, context):
+        for number in range(3):
+            yield number
+
+    async def bake_by_writing(request, context):
+        for number in range(3):
+            await context.write(number)
+
+    for behaviour in (bake, bake_by_writing):
+        context = Context()
+        await wrapped(behaviour, kind)(None, context)
+        assert context.written == [0, 1, 2]
+    assert num_calls(registry, "OK") == 2
+
+
+async def test_a_method_that_does_not_exist_is_left_to_grpc(registry):
+    async def continuation(_):
+        return None
+
+    interceptor = ServiceInterceptor("oven", BearerAuth(None), registry, 1)
+    assert await interceptor.intercept_service(continuation, types.SimpleNamespace(method="/x/Y")) is None
+
+
+async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, registry):
+    reached = asyncio.Event()
+
+    async def bake(request, context):
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            reached.set()
+            raise
+
+    context = Context()
+    task = asyncio.create_task(wrapped(bake)(None, context))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert reached.is_set()
+    assert context.status is None
+    assert num_calls(registry, "CANCELLED") == 1
+
+
+async def test_a_stream_whose_client_is_gone_is_closed_before_the_call_ends(wrapped, registry):
+    closed = []
+
+    class Gone(Context):
+        async def write(self, message):
+            raise grpc.aio.InternalError("nobody reads")
+
+    async def bake(request, context):
+        try:
+            yield 1
+        finally:
+            closed.append(True)
+
+    with pytest.raises(asyncio.CancelledError):
+        await wrapped(bake, "unary_stream")(None, Gone())
+    assert closed == [True]
+    assert num_calls(registry, "CANCELLED") == 1
+
+
+async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, registry):
+    async def bake(request, context):
+        yield 1
+        raise Busy("too hot")
+
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(bake, "unary_stream")(None, context)
+    assert context.written == [1]
+    assert context.status.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert num_calls(registry, "RESOURCE_EXHAUSTED") == 1
+
+
+async def test_a_status_that_a_handler_chose_is_kept(wrapped, registry):
+    async def bake(request, context):
+        raise grpc.aio.AbortError
+
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(bake)(None, context)
+    assert context.status is None
+    assert num_calls(registry, "DATA_LOSS") == 1
+
+
+async def test_a_place_is_given_back_however_a_call_ends(wrapped):
+    async def bake(request, context):
+        if request == "defect":
+            raise RuntimeError("burnt")
+        if request == "refused":
+            raise Busy("too hot")
+        return "baked"
+
+    for request in ("defect", "refused", "bread") * 3:
+        context = Context()
+        if request == "bread":
+            assert await wrapped(bake)(request, context) == "baked"
+        else:
+            with pytest.raises(grpc.aio.AbortError):
+                await wrapped(bake)(request, context)
+            assert (context.status.code == grpc.StatusCode.INTERNAL) == (request == "defect")
+
+
+async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, registry):
+    async def bake(request, context):
+        raise AssertionError("it was reached")
+
+    for metadata in ((), None, (("authorization", "Bearer x"),), (("authorization", b"Bearer x"),)):
+        context = Context()
+        with pytest.raises(grpc.aio.AbortError):
+            await wrapped(bake, metadata=metadata)(None, context)
+        assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
+    assert num_calls(registry, Unauthenticated.status) == 4
+
+
+async def test_health_needs_neither_token_nor_place(wrapped):
+    hot = asyncio.Event()
+
+    async def bake(request, context):
+        await hot.wait()
+
+    async def check(request, context):
+        return "healthy"
+
+    baking = [asyncio.create_task(wrapped(bake)()) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check)()
+    assert await wrapped(check, method="/grpc.health.v1.Health/Check", metadata=())() == "healthy"
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check, method="/grpc.health.v1.HealthX/Check", metadata=())()
+    hot.set()
+    await asyncio.gather(*baking)
+    assert await wrapped(check)() == "healthy"
