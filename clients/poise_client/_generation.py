@@ -6,9 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
-from poise_proto.v1 import generation_pb2 as pb
-from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
-
 from poise_client._client import AsyncClient, encoding, pack
 from poise_client._retry import Attempts
 from poise_client._status import renumber
@@ -16,6 +13,8 @@ from poise_client._weights import Push
 from poise_client.codec import decode_group, decode_policy, decode_weight_update, encode_prompt, encode_sampling
 from poise_client.errors import InvalidRequestError, PoiseClientError, UnavailableError
 from poise_client.types import Group, Policy, Prompt, Sampling, WeightArray, WeightUpdate
+from poise_proto.v1 import generation_pb2 as pb
+from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
 STREAM_TIMEOUT_S = 1800.0
 UPDATE_TIMEOUT_S = 300.0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from poise_proto.v1 import learner_pb2 as pb
-from poise_proto.v1.learner_pb2_grpc import LearnerServiceStub
-
 from poise_client._client import AsyncClient, encoding
 from poise_client.codec import (
     decode_learner_status,
@@ -14,6 +11,8 @@ from poise_client.codec import (
     encode_training_rollout,
 )
 from poise_client.types import Batch, LearnerStatus, ModelExport, StepResult
+from poise_proto.v1 import learner_pb2 as pb
+from poise_proto.v1.learner_pb2_grpc import LearnerServiceStub
 
 SUBMIT_TIMEOUT_S = 1800.0
 EXPORT_TIMEOUT_S = 300.0

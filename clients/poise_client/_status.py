@@ -8,10 +8,10 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
-from poise_proto.v1 import errors_pb2
 
 from poise_client import errors
 from poise_client.errors import PoiseClientError
+from poise_proto.v1 import errors_pb2
 
 _BY_REASON: dict[int, type[PoiseClientError]] = {
     errors_pb2.ERROR_REASON_INVALID_REQUEST: errors.InvalidRequestError,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from poise_proto.v1 import value_pb2 as pb
-from poise_proto.v1.value_pb2_grpc import ValueServiceStub
-
 from poise_client._client import AsyncClient, encoding, pack
 from poise_client._retry import Attempts
 from poise_client._status import renumber
@@ -19,6 +16,8 @@ from poise_client.codec import (
 )
 from poise_client.errors import PoiseClientError
 from poise_client.types import GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport
+from poise_proto.v1 import value_pb2 as pb
+from poise_proto.v1.value_pb2_grpc import ValueServiceStub
 
 TIMEOUT_S = 60.0
 """Of each call, all its requests and retries included."""

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from poise_proto.v1 import generation_pb2 as pb
 
 from poise_client.codec import DTYPE_NUMBERS, CodecError, host_dtype
 from poise_client.types import WeightArray
+from poise_proto.v1 import generation_pb2 as pb
 
 CHUNK_BYTES = 2**20
 """Parameters travel in chunks of 1 MiB."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from numpy.typing import ArrayLike
-from poise_proto.v1 import common_pb2 as pb
 
 from poise_client.codec._tensor import CodecError, DTypeName, from_tensor, to_tensor
 from poise_client.types import EntropyStats, Features, RolloutId, VersionSpan
+from poise_proto.v1 import common_pb2 as pb
 
 DEFAULT_DOMAIN = "default"
 """The domain of a group that names none."""

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
-from poise_proto.v1 import learner_pb2, value_pb2
 
 from poise_client.codec._learner import (
     decode_batch_header,
@@ -19,6 +18,7 @@ from poise_client.codec._learner import (
 from poise_client.codec._tensor import CodecError
 from poise_client.codec._value import decode_labelled_group, encode_labelled_group
 from poise_client.types import Batch, LabelledGroup
+from poise_proto.v1 import learner_pb2, value_pb2
 
 M = TypeVar("M", bound=Message)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from poise_proto.v1 import common_pb2
-from poise_proto.v1 import generation_pb2 as pb
-
 from poise_client.codec._common import (
     decode_features,
     decode_rollout_id,
@@ -20,6 +17,8 @@ from poise_client.codec._common import (
 )
 from poise_client.codec._tensor import CodecError, from_tensor
 from poise_client.types import FinishReason, Group, Message, Policy, Prompt, Rollout, Sampling, WeightUpdate
+from poise_proto.v1 import common_pb2
+from poise_proto.v1 import generation_pb2 as pb
 
 _FINISH_NUMBERS: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     "stop": common_pb2.FINISH_REASON_STOP,

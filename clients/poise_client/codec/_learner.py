@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from poise_proto.v1 import learner_pb2 as pb
-
 from poise_client.codec._common import (
     decode_rollout_id,
     decode_version_span,
@@ -23,6 +21,7 @@ from poise_client.types import (
     StepResult,
     TrainingRollout,
 )
+from poise_proto.v1 import learner_pb2 as pb
 
 
 def encode_batch_header(batch: Batch) -> pb.BatchHeader:

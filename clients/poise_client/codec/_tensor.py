@@ -13,9 +13,9 @@ from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from poise_proto.v1 import common_pb2 as pb
 
 from poise_client.types import Floats, Ints
+from poise_proto.v1 import common_pb2 as pb
 
 DTypeName = Literal["float32", "float64", "bfloat16", "float16", "int32", "int64"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-from poise_proto.v1 import common_pb2
-from poise_proto.v1 import value_pb2 as pb
 
 from poise_client.codec._common import DEFAULT_DOMAIN, decode_features, encode_features, join, vector
 from poise_client.codec._tensor import CodecError, from_tensor
 from poise_client.types import Features, GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport, ProbeStatus
+from poise_proto.v1 import common_pb2
+from poise_proto.v1 import value_pb2 as pb
 
 LABEL_SCHEMA_VERSION = 1
 """Schema of LabelledGroup that this code writes, and the only one it reads."""

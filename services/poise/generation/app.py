@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
-from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from poise.generation.config import GenerationConfig
@@ -18,6 +17,7 @@ from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
 from poise.generation.weights import remove_leftovers
 from poise.runtime.app import Readiness, ServiceApp
+from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from poise_client.types import Group
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from poise_client.types import Group
 
 _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 _SECOND_BUCKETS = (0.01, 0.05, 0.2, 1, 5, 20, 60, 300, 1800)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from poise_client.types import EntropyStats, Features, Floats
 
 from poise.domain.features import ResponseSpans, Span, entropy_stats, locate_spans, response_window
+from poise_client.types import EntropyStats, Features, Floats
 
 
 def pooled_response(token_texts: Sequence[str]) -> tuple[Span, ResponseSpans]:

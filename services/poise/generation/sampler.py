@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from poise_client.types import Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
 
 from poise.errors import Busy, FieldViolation, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise_client.types import Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc.aio
+
+from poise.errors import BackendDown, Busy, Draining, InvalidRequest, PoiseError, VersionMismatch
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import Engine
+from poise.generation.metrics import GenerationMetrics
+from poise.generation.policy import ServedPolicy, admit_push
+from poise.generation.sampler import Sampler
+from poise.generation.weights import ExpectedTensor, StagedWeights, check_announcement, policy_digest
+from poise.runtime.validation import Violations
 from poise_client.codec import (
     DTYPE_NAMES,
     CodecError,
@@ -26,15 +35,6 @@ from poise_client.codec import (
 from poise_client.types import Policy, Prompt, Sampling, WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1 import generation_pb2_grpc
-
-from poise.errors import BackendDown, Busy, Draining, InvalidRequest, PoiseError, VersionMismatch
-from poise.generation.config import GenerationConfig
-from poise.generation.engine import Engine
-from poise.generation.metrics import GenerationMetrics
-from poise.generation.policy import ServedPolicy, admit_push
-from poise.generation.sampler import Sampler
-from poise.generation.weights import ExpectedTensor, StagedWeights, check_announcement, policy_digest
-from poise.runtime.validation import Violations
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from poise_client.types import Message
-
 from poise.errors import BackendDown, InvalidRequest
+from poise_client.types import Message
 
 
 class Tokenizer:

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import transformers
-from poise_client.types import Floats, Message, Sampling, VersionSpan
 from safetensors import SafetensorError, safe_open
 
 from poise.domain.features import POOL_TOKENS, default_feature_layer
@@ -30,6 +29,7 @@ from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.weights import check_weights
+from poise_client.types import Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
 

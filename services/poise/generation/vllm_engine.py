@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 from safetensors import SafetensorError, safe_open
 
 from poise.domain.features import POOL_TOKENS
@@ -28,6 +27,7 @@ from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.weights import check_weights
+from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
 

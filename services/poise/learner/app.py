@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
-from poise_client import AsyncGenerationClient, TlsOptions
-from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from poise.errors import Draining
@@ -19,6 +17,8 @@ from poise.learner.publisher import Publisher
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
 from poise.runtime.config import ConfigError
+from poise_client import AsyncGenerationClient, TlsOptions
+from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 
 
 class LearnerApp(ServiceApp):

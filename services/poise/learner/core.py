@@ -17,16 +17,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise_client import weights_digest
-from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
-
 from poise.domain.staleness import staleness
 from poise.errors import Conflict
 from poise.learner.checkpoint import CheckpointStore, Progress
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
 from poise.learner.trainer import Trainer
+from poise_client import weights_digest
+from poise_client.codec import dump_batch
+from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.runtime.files import write_file
 from poise_client.codec import load_batch
 from poise_client.types import Batch, RolloutId, StepMetrics
-
-from poise.runtime.files import write_file
 
 _DIGEST_BYTES = 32
 

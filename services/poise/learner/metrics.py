@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from poise_client.types import ReplicaResult, StepResult
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from poise_client.types import ReplicaResult, StepResult
 
 _SECONDS = (0.05, 0.2, 1, 5, 20, 60, 300, 1800)
 _STALENESS = (0, 1, 2, 4, 8, 16, 32)

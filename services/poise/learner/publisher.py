@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from poise.learner.config import PushConfig
 from poise_client import AsyncGenerationClient
 from poise_client.errors import PoiseClientError
 from poise_client.types import ReplicaResult, WeightArray
-
-from poise.learner.config import PushConfig
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from poise_client.types import Ints, TrainingRollout
 
 

@@ -14,6 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import grpc.aio
+
+from poise.errors import BackendDown, Draining, InvalidRequest
+from poise.learner.config import LearnerConfig
+from poise.learner.core import LearnerCore
+from poise.learner.metrics import LearnerMetrics
+from poise.learner.publisher import Publisher
+from poise.runtime.validation import Violations
 from poise_client.codec import (
     CodecError,
     decode_batch_header,
@@ -25,13 +32,6 @@ from poise_client.codec import (
 from poise_client.types import Batch, BatchHeader, LearnerStatus, StepResult, TrainingRollout
 from poise_proto.v1 import learner_pb2 as pb
 from poise_proto.v1 import learner_pb2_grpc
-
-from poise.errors import BackendDown, Draining, InvalidRequest
-from poise.learner.config import LearnerConfig
-from poise.learner.core import LearnerCore
-from poise.learner.metrics import LearnerMetrics
-from poise.learner.publisher import Publisher
-from poise.runtime.validation import Violations
 
 MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
 from poise.errors import BackendDown
 from poise.learner.config import LearnerConfig
 from poise.learner.losses import policy_losses
 from poise.learner.rows import GroupRow, MicroBatch, build_micro_batch, group_rows, micro_batches
+from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
 logger = logging.getLogger(__name__)
 

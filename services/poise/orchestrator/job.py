@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from poise_client.errors import PoiseClientError
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
@@ -31,6 +30,7 @@ from poise.orchestrator.tasks.problem import TaskError
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.runtime.config import ConfigError, redacted
 from poise.runtime.logging import configure_logging
+from poise_client.errors import PoiseClientError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from poise_client.errors import LabelsConsumedError
-from poise_client.types import Group, GroupBaselines, Prompt, Sampling
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
@@ -35,6 +33,8 @@ from poise.orchestrator.step import (
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.pool import VerifierPool
+from poise_client.errors import LabelsConsumedError
+from poise_client.types import Group, GroupBaselines, Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
-from poise_client.types import Batch, LabelledGroup
 
 from poise.runtime.files import sync_folder, write_file
+from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
+from poise_client.types import Batch, LabelledGroup
 
 
 class RunError(Exception):

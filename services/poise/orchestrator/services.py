@@ -11,6 +11,8 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from poise.orchestrator.config import EndpointsConfig
+from poise.runtime.config import ConfigError
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError, VersionMismatchError
 from poise_client.types import (
@@ -25,9 +27,6 @@ from poise_client.types import (
     Sampling,
     StepResult,
 )
-
-from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+
+from poise.domain.baselines import advantages, batch_mean, mean_of_others
+from poise.domain.quality import mean_squared_error, pearson
 from poise_client.types import (
     Batch,
     Floats,
@@ -20,9 +23,6 @@ from poise_client.types import (
     StepResult,
     TrainingRollout,
 )
-
-from poise.domain.baselines import advantages, batch_mean, mean_of_others
-from poise.domain.quality import mean_squared_error, pearson
 
 Bootstrap = Literal["rloo", "batch_mean"]
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import grpc.aio
 from fastapi import APIRouter, Query
-from poise_proto.v1 import value_pb2, value_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from poise.errors import BackendDown, Draining
@@ -27,6 +26,7 @@ from poise.value.probe import ProbeFitter, RidgeFitter
 from poise.value.refitter import Refitter
 from poise.value.servicer import ValueServicer, probe_status
 from poise.value.state import StateStore
+from poise_proto.v1 import value_pb2, value_pb2_grpc
 
 QueueFactory = Callable[[str], LabelQueue]
 """Makes the queue for a consumer of the given name."""

@@ -11,8 +11,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from poise_client.types import GroupBaselines
-
 from poise.domain.baselines import mean_of_others
 from poise.errors import FieldViolation, InvalidRequest
 from poise.value.buffer import Window
@@ -22,6 +20,7 @@ from poise.value.pins import Probes, StepPins, VersionedProbe
 from poise.value.rows import FeatureRows, Floats, LabelledRows
 from poise.value.snapshot import DomainSnapshot, Snapshot
 from poise.value.track_record import TrackRecord
+from poise_client.types import GroupBaselines
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from poise_client.codec import DEFAULT_DOMAIN, LABEL_SCHEMA_VERSION, CodecError, decode_features, from_tensor
-from poise_client.types import EntropyStats, Features
-from poise_proto.v1 import common_pb2, value_pb2
 
 from poise.errors import InvalidRequest
 from poise.runtime.validation import Violations
 from poise.value.rows import FeatureRows, Floats, LabelledRows
+from poise_client.codec import DEFAULT_DOMAIN, LABEL_SCHEMA_VERSION, CodecError, decode_features, from_tensor
+from poise_client.types import EntropyStats, Features
+from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
 """Fewer rollouts give no reward of others to learn."""

@@ -8,10 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import grpc.aio
-from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report
-from poise_client.types import ProbeReport, ProbeStatus
-from poise_proto.v1 import value_pb2 as pb
-from poise_proto.v1 import value_pb2_grpc
 
 from poise.errors import BackendDown, Draining, NotFound
 from poise.queue.interface import LabelQueue
@@ -19,6 +15,10 @@ from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.labels import read_label, read_rollouts
+from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report
+from poise_client.types import ProbeReport, ProbeStatus
+from poise_proto.v1 import value_pb2 as pb
+from poise_proto.v1 import value_pb2_grpc
 
 MAX_GROUPS = 4096
 """Most groups in a request."""

@@ -174,7 +174,7 @@ def test_a_dead_lettered_label_does_not_taint_its_step(config, make) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step(config, make, seed) -> None:
-    """Questions, labels, fits that begin and end apart, and restarts, at random, against a record of what each probe saw."""
+    """Questions, labels, fits that begin and end apart, and restarts, against a record of what each probe saw."""
     random = np.random.default_rng(seed)
     settings = config(pinned_steps=3, horizon_steps=6, max_runs=2)
     estimator = BaselineEstimator(settings)

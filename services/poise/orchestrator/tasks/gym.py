@@ -12,11 +12,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from poise_client.types import Message
-
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.verifiers.rules import pack
+from poise_client.types import Message
 
 
 def drawer(task: GymTask) -> Callable[[random.Random], Problem]:

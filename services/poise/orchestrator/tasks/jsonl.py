@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from poise_client.types import Message
-
 from poise.orchestrator.tasks.config import JsonlTask, domain_problem
 from poise.orchestrator.tasks.problem import Problem, TaskError
+from poise_client.types import Message
 
 MAX_LINE_BYTES = 1024 * 1024
 MAX_REPORTED = 20

@@ -9,9 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from poise_client.types import Message
-
 from poise.orchestrator.tasks.problem import Problem
+from poise_client.types import Message
 
 SYSTEM = "Answer."
 """The system message."""
