@@ -152,7 +152,12 @@ class _Server:
     async def _watch_readiness(self) -> None:
         said: tuple[bool, str] | None = None
         while True:
-            readiness = self._app.readiness()
+            try:
+                readiness = self._app.readiness()
+            except Exception:
+                logger.exception("%s: a defect in its readiness", self._app.name)
+                self._app.fail("whether it is ready cannot be told")
+                return
             if (readiness.ready, readiness.reason) != said:
                 said = (readiness.ready, readiness.reason)
                 logger.info("%s: %s", self._app.name, "ready" if readiness.ready else f"not ready: {readiness.reason}")

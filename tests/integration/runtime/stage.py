@@ -26,7 +26,7 @@ class StageConfig(ServiceConfig):
 
     model_config = SettingsConfigDict(env_prefix="POISE_STAGE_")
 
-    start: Literal["ok", "hang", "give-up", "backend-down", "defect"] = "ok"
+    start: Literal["ok", "hang", "give-up", "backend-down", "defect", "unreadable"] = "ok"
     drain: Literal["ok", "hang", "defect", "until-released"] = "ok"
     release: Path | None = None
 
@@ -80,6 +80,8 @@ class StageApp(value_pb2_grpc.ValueServiceServicer, generation_pb2_grpc.Generati
         print("released everything", file=sys.stderr)
 
     def readiness(self) -> Readiness:
+        if self.config.start == "unreadable":
+            raise RuntimeError("a slip of the pen")
         return Readiness(not self.state, self.state)
 
     def status(self) -> dict[str, Any]:

@@ -145,6 +145,13 @@ def test_a_service_that_gives_up_while_starting_ends_with_status_1(stage):
     assert "stage ends: the engine died while it was loading" in running.log
 
 
+def test_a_service_that_cannot_tell_its_readiness_gives_up(stage):
+    running = stage("start=unreadable")
+    assert running.exit_status() == 1
+    assert "RuntimeError: a slip of the pen" in running.log
+    assert "stage ends: whether it is ready cannot be told" in running.log
+
+
 def test_a_service_that_gives_up_later_ends_with_status_1(stage):
     running = stage()
     running.wait_until_ready()

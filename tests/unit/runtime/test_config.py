@@ -1,7 +1,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -64,7 +64,7 @@ class BakeryConfig(ServiceConfig):
     """Its oven.
 
     Of stone."""
-    doughs: tuple[CakeConfig | BreadConfig, ...] = ()
+    doughs: tuple[Annotated[CakeConfig | BreadConfig, Field(discriminator="kind")], ...] = ()
     """What is baked."""
     shelf: Path = Path("/srv/shelf")
     """Where it lies."""
@@ -146,7 +146,9 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(values, said):
 
 def test_a_near_miss_is_found_within_the_chosen_kind_of_a_list():
     lines = problems_of({"doughs": [{"kind": "bread", "rye_shar": 1}]})
-    assert "doughs.0.BreadConfig.rye_shar: unknown; did you mean 'rye_share'?" in lines
+    assert "doughs.0.bread.rye_shar: unknown; did you mean 'rye_share'?" in lines
+    lines = problems_of({"doughs": [{"kind": "bread", "sugar": 1}]})
+    assert "doughs.0.bread.sugar: unknown; known: kind, rye_share" in lines
 
 
 def test_a_required_setting_is_named():
