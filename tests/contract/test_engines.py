@@ -384,6 +384,13 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
         assert (old.policy_version, new.policy_version) == (before, after)
         assert 0 < old.end_token == new.start_token
         assert rollout.logprobs.size == rollout.token_entropies.size == rollout.token_ids.size
+        # Each token is of the weights of its span alone, as if the whole sequence had gone through them.
+        token_ids = rollout.token_ids.tolist()
+        for span, path in ((old, original), (new, weights)):
+            reference.use(path)
+            expected = reference.logprobs([65, 66], Sampling(), token_ids)[span.start_token : span.end_token]
+            found = rollout.logprobs[span.start_token : span.end_token]
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
 async def test_cancelled_rollouts_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:

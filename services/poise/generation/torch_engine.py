@@ -41,9 +41,11 @@ class _Running:
     """One rollout being sampled."""
 
     request: EngineRequest
-    cache: transformers.DynamicCache
     generator: torch.Generator
     started: float
+    cache: transformers.DynamicCache | None = None
+    cache_version: int | None = None
+    """Policy version whose keys and values `cache` holds."""
     prompt_hidden_d: Floats | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -97,7 +99,7 @@ class TorchEngine:
             generator.seed()
         else:
             generator.manual_seed(request.sampling.seed)
-        running = _Running(request, transformers.DynamicCache(), generator, time.monotonic())
+        running = _Running(request, generator, time.monotonic())
         reason = None
         while reason is None:
             reason = await self._on_thread(lambda: self._sample_token(running))
@@ -147,7 +149,12 @@ class TorchEngine:
     def _sample_token(self, running: _Running) -> str | None:
         """Sample one token; return why the rollout ended, if it did."""
         first = running.prompt_hidden_d is None
-        ids = list(running.request.prompt_token_ids) if first else running.token_ids[-1:]
+        if running.cache_version != self._version:
+            # What the old weights cached is not what the new ones would have: the sequence goes through them again.
+            running.cache, running.cache_version = transformers.DynamicCache(), self._version
+            ids = [*running.request.prompt_token_ids, *running.token_ids]
+        else:
+            ids = running.token_ids[-1:]
         inputs = torch.tensor([ids], device=self._config.torch.device)
         logits_V = self._model(inputs, past_key_values=running.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         hidden: Floats = self._hidden_rows()
