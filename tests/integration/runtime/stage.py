@@ -64,7 +64,6 @@ class StageApp(value_pb2_grpc.ValueServiceServicer, generation_pb2_grpc.Generati
         self.state = ""
 
     async def drain(self) -> None:
-        self.state = "draining"
         self.draining.set()
         match self.config.drain:
             case "hang":

@@ -71,7 +71,7 @@ def test_the_first_signal_lets_accepted_work_finish(stage, number):
     assert not running.error_lines()
 
 
-def test_health_says_not_serving_while_draining(stage, tmp_path):
+def test_health_says_not_serving_while_draining_whatever_the_service_thinks(stage, tmp_path):
     running = stage("drain=until-released", f"release={tmp_path / 'release'}")
     running.wait_until_ready()
     with running.channel() as channel:
