@@ -20,9 +20,10 @@ from poise.runtime.app import Readiness, ServiceApp
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.consumer import LabelConsumer
 from poise.value.estimator import BaselineEstimator
+from poise.value.gram import GramFitter
 from poise.value.keeper import StateKeeper
 from poise.value.metrics import StateCollector, ValueMetrics
-from poise.value.probe import ProbeFitter, RidgeFitter
+from poise.value.probe import ProbeFitter
 from poise.value.refitter import Refitter
 from poise.value.servicer import ValueServicer, probe_status
 from poise.value.state import StateStore
@@ -53,12 +54,12 @@ class ValueApp(ServiceApp):
         self,
         config: ValueConfig,
         make_queue: QueueFactory,
-        fitter: ProbeFitter,
+        make_fitter: Callable[[], ProbeFitter],
         registry: CollectorRegistry | None = None,
     ) -> None:
         super().__init__(config, registry or CollectorRegistry())
         self._make_queue = make_queue
-        self._fitter = fitter
+        self._make_fitter = make_fitter
         self._store = StateStore(config.state_dir)
         self._metrics = ValueMetrics(self.registry)
         self._servicer = ValueServicer(config)
@@ -87,7 +88,7 @@ class ValueApp(ServiceApp):
         if saved is None:
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
-        refitter = Refitter(estimator, self._fitter, keeper, self._metrics)
+        refitter = Refitter(estimator, self._make_fitter, keeper, self._metrics)
         consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue)
         self.registry.register(StateCollector(estimator, lambda: consumer.depth))
         tasks = (
@@ -191,10 +192,13 @@ class ValueApp(ServiceApp):
 
 
 def build(config: ValueConfig) -> ValueApp:
-    """Construct the service on Redis Streams and scikit-learn. No I/O."""
+    """Construct the service on Redis Streams. No I/O."""
     probe = config.probe
-    fitter = RidgeFitter(probe.inputs, probe.prompt_components, probe.response_components, probe.alpha)
-    return ValueApp(config, lambda consumer: redis_queue(config.queue, consumer), fitter)
+    return ValueApp(
+        config,
+        lambda consumer: redis_queue(config.queue, consumer),
+        lambda: GramFitter(probe.inputs, probe.prompt_components, probe.response_components, probe.alpha),
+    )
 
 
 def redis_queue(config: QueueConfig, consumer: str) -> RedisQueue:

@@ -7,14 +7,14 @@ for each input column and a bias, and predicting is a product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.value.rows import ENTROPY_MEANS, FeatureRows, Floats
+from poise.value.rows import ENTROPY_MEANS, FeatureRows, Floats, LabelledRows
 
 ProbeInput = Literal["prompt_hidden", "response_hidden", "entropy"]
 
@@ -63,10 +63,10 @@ class FittedProbe:
 
 
 class ProbeFitter(Protocol):
-    """Fits probes. Called in a thread of its own, beside queries."""
+    """Fits the probes of one domain, one after the other. Called in a thread of its own, beside queries."""
 
-    def fit(self, rows: FeatureRows, targets: Floats) -> FittedProbe:
-        """Fit to rows [n] and targets [n], n ≥ 2.
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        """Fit to the groups of a window, at least one. May keep them, and what it made of them, for the next fit.
 
         Raises:
             ArithmeticError, ValueError: the numbers admit no finite fit.
@@ -76,7 +76,7 @@ class ProbeFitter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RidgeFitter:
-    """The paper's probe, by scikit-learn. Deterministic."""
+    """The paper's probe from scratch, by scikit-learn: what faster fitters are held to. Deterministic."""
 
     inputs: tuple[ProbeInput, ...]
     prompt_components: int
@@ -84,7 +84,11 @@ class RidgeFitter:
     alpha: float
 
     def fit(self, rows: FeatureRows, targets: Floats) -> FittedProbe:
-        """See `ProbeFitter.fit`. PCA dimensions are capped by rows and width."""
+        """Fit to rows [n] and targets [n], n ≥ 2. PCA dimensions are capped by rows and width.
+
+        Raises:
+            ArithmeticError, ValueError: the numbers admit no finite fit.
+        """
         from sklearn.linear_model import Ridge
         from sklearn.preprocessing import StandardScaler
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
-from poise.value.buffer import training_rows
 from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
 from poise.value.metrics import ValueMetrics
 from poise.value.pins import VersionedProbe
-from poise.value.probe import FittedProbe, ProbeFitter
-from poise.value.rows import LabelledRows
+from poise.value.probe import ProbeFitter
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +27,15 @@ class Refitter:
     """One loop, one fit at a time."""
 
     def __init__(
-        self, estimator: BaselineEstimator, fitter: ProbeFitter, keeper: StateKeeper, metrics: ValueMetrics
+        self,
+        estimator: BaselineEstimator,
+        make_fitter: Callable[[], ProbeFitter],
+        keeper: StateKeeper,
+        metrics: ValueMetrics,
     ) -> None:
         self._estimator = estimator
-        self._fitter = fitter
+        self._make_fitter = make_fitter
+        self._fitters: dict[str, ProbeFitter] = {}
         self._keeper = keeper
         self._metrics = metrics
         self._wake = asyncio.Event()
@@ -66,9 +70,11 @@ class Refitter:
     async def _refit(self, name: str) -> None:
         window, before = self._estimator.domains[name].window, self._estimator.probes.get(name)
         num_added = window.num_added
+        if name not in self._fitters:
+            self._fitters[name] = self._make_fitter()
         started_s = time.perf_counter()
         try:
-            probe = await asyncio.to_thread(self._fit, window.groups)
+            probe = await asyncio.to_thread(self._fitters[name].fit, window.groups)
             fit_s = time.perf_counter() - started_s
             version = before.version + 1 if before else 1
             await self._keeper.install(name, VersionedProbe(version, probe, num_added, fit_s))
@@ -82,7 +88,3 @@ class Refitter:
         else:
             self._metrics.fit_seconds.labels(name).observe(fit_s)
             logger.info("probe of domain %r: version %d in %.2f s", name, version, fit_s)
-
-    def _fit(self, groups: tuple[LabelledRows, ...]) -> FittedProbe:
-        rows, targets = training_rows(groups)
-        return self._fitter.fit(rows, targets)
