@@ -153,7 +153,11 @@ async def test_no_thread_is_left_when_all_clients_are_closed(generation, value):
 
 
 def script(target, body):
-    code = f"from poise_client import *\nfrom poise_client.types import Prompt\ntarget = {target!r}\n"
+    code = (
+        "import signal\nfrom poise_client import *\nfrom poise_client.types import Prompt\n"
+        # A job that a shell put in the background is born deaf to Ctrl-C, and so are its children.
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\ntarget = {target!r}\n"
+    )
     return [sys.executable, "-c", code + textwrap.dedent(body)]
 
 
