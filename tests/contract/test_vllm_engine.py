@@ -40,7 +40,8 @@ async def serve(model):
     from poise.generation.config import GenerationConfig, VllmConfig
     from poise.generation.vllm_engine import VllmEngine
 
-    await VllmEngine(GenerationConfig(model=model, max_num_seqs=2, vllm=VllmConfig(kv_cache_gib=0.01))).start()
+    engine = VllmEngine(GenerationConfig(model=model, max_num_seqs=2, vllm=VllmConfig(kv_cache_gib=0.01)))
+    await engine.start()
     print("READY", flush=True)
     await asyncio.sleep(600)
 
