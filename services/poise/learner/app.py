@@ -17,7 +17,7 @@ from poise.learner.publisher import Publisher
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
 from poise.runtime.config import ConfigError
-from poise_client import AsyncGenerationClient, TlsOptions
+from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 
 
@@ -30,7 +30,7 @@ class LearnerApp(ServiceApp):
         super().__init__(config, CollectorRegistry())
         self._core = core
         self._publisher = publisher
-        self._servicer = LearnerServicer(config, core, publisher, LearnerMetrics(self.registry))
+        self._servicer = LearnerServicer(config, core, publisher, LearnerMetrics(self.registry), self.fail)
         self.registry.register(ReplicaCollector(lambda: publisher.results))
 
     @property
@@ -59,7 +59,7 @@ class LearnerApp(ServiceApp):
     async def stop(self) -> None:
         """See `ServiceApp`."""
         await self._publisher.stop()
-        self._core.close()
+        await self._servicer.stop()
 
     def readiness(self) -> Readiness:
         """Ready when a batch is accepted."""
@@ -75,12 +75,12 @@ class LearnerApp(ServiceApp):
     async def pause(self) -> None:
         """Accept no batch until `resume`; the one in hand is finished."""
         self._refuse_unless_recovered()
-        self._servicer.refusal = "paused; resume by POST /admin/v1/resume"
+        self._servicer.paused = True
 
     async def resume(self) -> None:
         """Accept batches again."""
         self._refuse_unless_recovered()
-        self._servicer.refusal = ""
+        self._servicer.paused = False
 
     async def checkpoint(self) -> dict[str, Any]:
         """Take a checkpoint now, after the batch in hand."""
@@ -89,7 +89,11 @@ class LearnerApp(ServiceApp):
         return {"path": str(path), "policy_version": self._core.checkpoint_version}
 
     async def _checkpoint_if_behind(self) -> None:
-        if self._core.published and self._core.checkpoint_version != self._core.progress.policy_version:
+        if (
+            self._core.published
+            and not self._core.failure
+            and self._core.checkpoint_version != self._core.progress.policy_version
+        ):
             await self._servicer.on_thread(self._core.checkpoint)
 
     def _refuse_unless_recovered(self) -> None:
@@ -107,6 +111,13 @@ def build(config: LearnerConfig) -> LearnerApp:
             raise ConfigError(f"replica_token_file: cannot be read: {error}") from error
     tls = TlsOptions(root_certs_file=config.replica_ca_file) if config.replica_ca_file else None
     clients = [
-        AsyncGenerationClient(address, token=token, tls=tls, allow_insecure_token=True) for address in config.replicas
+        AsyncGenerationClient(
+            address,
+            token=token,
+            tls=tls,
+            retries=RetryPolicy(max_attempts=1),  # the publisher tries again by itself, and a step waits for one try
+            allow_insecure_token=True,
+        )
+        for address in config.replicas
     ]
     return LearnerApp(config, LearnerCore(config), Publisher(clients, config.push))

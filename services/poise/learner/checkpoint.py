@@ -5,9 +5,9 @@
     <folder>/checkpoint-00000042/            renamed into place when all in it is durable
         tensors.safetensors                  parameters and optimiser moments
         seen.safetensors                     digests of the rollouts trained on
-        state.json                           the rest, with the checksums of both
+        state.json                           the rest, with checksums of all
 
-Owns the files. A damaged checkpoint is named in the log, and the one before is used.
+Owns the files. A damaged checkpoint is named in the log and renamed to damaged-…, and the one before is used.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from poise.runtime.files import sync_folder, write_file
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+
+_FILES = ("tensors.safetensors", "seen.safetensors")
 
 
 class StateError(OSError):
@@ -69,6 +71,8 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
         self._lock: IO[bytes] | None = None
+        self._good: int | None = None
+        """Batch count of the checkpoint known to be whole: written or read here."""
 
     def open(self) -> None:
         """Take the folder. Raises `StateError` when another process holds it, or it cannot be written."""
@@ -77,6 +81,7 @@ class CheckpointStore:
             self._lock = (self._folder / "lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise StateError(
                 f"state_dir {self._folder} is in use by another learner; stop that one, or use another state_dir"
             ) from None
@@ -92,28 +97,33 @@ class CheckpointStore:
             self._lock = None
 
     def save(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: set[bytes]) -> Path:
-        """Write a checkpoint, durable on return, and drop all but the newest `keep`.
+        """Write a checkpoint, durable on return, and drop all but the newest `keep`. Returns its folder.
+
+        The state after so many batches is one: what is kept of it already is not written again.
 
         Raises:
             OSError: it could not be written; those before are untouched.
         """
+        target = self._path(progress.num_batches)
+        if progress.num_batches == self._good:
+            return target
         temporary = self._folder / f"writing-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
         digests = np.frombuffer(b"".join(sorted(seen)), np.uint8).reshape(-1, 16)
         safetensors.numpy.save_file({"seen": digests}, temporary / "seen.safetensors")
-        sums = {name: _sha256(temporary / name) for name in ("tensors.safetensors", "seen.safetensors")}
+        sums = {name: _sha256(temporary / name) for name in _FILES} | {"progress": _sha256_of(asdict(progress))}
         state = {"schema_version": SCHEMA_VERSION, "sha256": sums, "progress": asdict(progress)}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
-        target = self._path(progress.num_batches)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync_folder(self._folder)
+        self._good = progress.num_batches
         for old in self.sequences()[: -self._keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return target
@@ -138,16 +148,23 @@ class CheckpointStore:
         """Return the newest undamaged checkpoint; None when there is none at all.
 
         Raises:
-            StateError: there are some, and all are damaged.
+            StateError: there are some, and all are damaged; or the newest is of another release.
         """
-        sequences = self.sequences()
-        for sequence in reversed(sequences):
+        for sequence in reversed(self.sequences()):
             path = self._path(sequence)
             try:
-                return self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                checkpoint = self._read(path)
+            except StateError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 logger.error("checkpoint %s is damaged and refused: %s; trying the one before", path, error)
-        if sequences:
+                aside = self._folder / f"damaged-{path.name}"  # so that it is never counted among those to keep
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                continue
+            self._good = sequence
+            return checkpoint
+        if any(self._folder.glob("damaged-*")):
             raise StateError(
                 f"every checkpoint in state_dir {self._folder} is damaged; restore one from a backup, or use a fresh "
                 "state_dir to start again from the model"
@@ -157,10 +174,15 @@ class CheckpointStore:
     def _read(self, path: Path) -> Checkpoint:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {state['schema_version']}; this release reads {SCHEMA_VERSION}")
-        for name, digest in state["sha256"].items():
-            if _sha256(path / name) != digest:
+            raise StateError(
+                f"{path} has schema_version {state['schema_version']}; this release reads {SCHEMA_VERSION}: use the "
+                "release that wrote it, or a fresh state_dir to start again from the model"
+            )
+        for name in _FILES:
+            if _sha256(path / name) != state["sha256"][name]:
                 raise ValueError(f"the checksum of {name} does not match")
+        if _sha256_of(state["progress"]) != state["sha256"]["progress"]:
+            raise ValueError("the checksum of progress does not match")
         digests = safetensors.numpy.load_file(path / "seen.safetensors")["seen"]
         tensors = safetensors.torch.load_file(path / "tensors.safetensors")
         return Checkpoint(Progress(**state["progress"]), tensors, {row.tobytes() for row in digests})
@@ -172,3 +194,7 @@ class CheckpointStore:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

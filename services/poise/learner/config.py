@@ -70,7 +70,8 @@ class LearnerConfig(ServiceConfig):
     replica_ca_file: Path | None = None
     """PEM of the authorities that sign the replicas' certificates; set it to speak TLS to them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type of the weights trained, and pushed."""
+    """Element type that the policy computes in, and is pushed in. The optimiser moves float32 weights all the same: in
+    bfloat16 its steps would round to nothing."""
     device: str = "cpu"
     """A torch device, such as `cpu` or `cuda:0`."""
     threads: int | None = Field(None, ge=1)

@@ -1,7 +1,8 @@
 """The learner without its wire: batches in order, each once, over any crash.
 
 A batch is journalled, then trained on, then answered; a checkpoint follows every few. A restart loads the last
-checkpoint and trains again on the batches journalled since: the same versions, the same weights.
+checkpoint and trains again on the batches journalled since: the same versions, the same weights. What fails between
+journal and answer leaves the memory in doubt, not the disk: the core refuses all from then on, for a restart to mend.
 
 Owns versions, what was trained on, and what was answered. Knows neither gRPC nor replicas. All its methods block and
 must be called from one thread at a time, but for the read-only properties.
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.domain.staleness import staleness
-from poise.errors import Conflict
-from poise.learner.checkpoint import CheckpointStore, Progress
+from poise.errors import BackendDown, Conflict
+from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
 from poise.learner.trainer import Trainer
@@ -53,10 +54,14 @@ class LearnerCore:
         self._journal = Journal(config.state_dir / "journal")
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
+        self._weights: dict[str, WeightArray] = {}
+        self._digest = b""
         self.progress = Progress()
         self.checkpoint_version = 0
         self.published: Published | None = None
         """The current version; None until recovered."""
+        self.failure = ""
+        """Why the state in memory is not to be trusted any more; empty while it is."""
 
     @property
     def max_tokens(self) -> int:
@@ -74,7 +79,6 @@ class LearnerCore:
         Raises:
             StateError: the folder is in use, or damaged beyond its spares.
             BackendDown: the model cannot be loaded.
-            ValueError: a batch journalled after the last good checkpoint is damaged.
         """
         self._store.open()
         self._journal.open()
@@ -88,23 +92,25 @@ class LearnerCore:
         answered = dict(self._journal.answers())
         first = self.progress.num_batches
         for sequence, answer in answered.items():
-            if sequence < first:
+            if sequence < first and answer is not None:
                 self._answers[answer.run_id, answer.batch_id] = answer
-        self._publish(lineage_id)
-        while (batch := self._journal.read_batch(self.progress.num_batches)) is not None:
+        self._take_weights()
+        while (batch := self._journalled(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
-            answer = self._train(batch, dump_batch(batch), lineage_id)
+            again = self._train(batch, dump_batch(batch))
             before = answered.get(sequence)
-            if before is not None and before.digest != answer.digest:
-                # Another machine, library or setting: the versions that were served are not these.
+            if sequence in answered and (before is None or before.digest != again.digest):
+                # Another machine, library or setting: the versions that were served are not these, or may not be.
+                # Before the new answer hides it: a restart in between must see it again.
                 lineage_id = self._store.new_lineage()
-                self._publish(lineage_id)
                 logger.warning(
                     "training again gave other weights for version %d: they go out as new lineage %s",
-                    answer.policy_version,
+                    again.policy_version,
                     lineage_id[:8],
                 )
+            self._keep(sequence, again)
+        self._publish(lineage_id)
 
     def close(self) -> None:
         """Let go of the state folder."""
@@ -123,21 +129,45 @@ class LearnerCore:
 
         Raises:
             Conflict: its id was used for other content.
-            OSError: it cannot be journalled; nothing has changed.
+            BackendDown: it cannot be journalled, and nothing has changed; or `failure` says what went wrong.
         """
+        self._refuse_if_failed()
         content = dump_batch(batch)
         known = self._known(batch, hashlib.sha256(content).hexdigest())
         if known is not None:
             return known, True
         assert self.published is not None  # noqa: S101 (recovered)
-        self._journal.write_batch(self.progress.num_batches, content)
-        answer = self._train(batch, content, self.published.lineage_id)
+        sequence = self.progress.num_batches
+        try:
+            self._journal.write_batch(sequence, content)
+        except OSError as error:
+            raise BackendDown(
+                f"state_dir cannot be written, and nothing was trained on: {error}", remedy="Make room for it."
+            ) from error
+        try:
+            answer = self._train(batch, content)
+            self._keep(sequence, answer)
+        except Exception as error:
+            self.failure = f"training on batch {batch.batch_id} failed midway: {error}"
+            logger.exception("training on batch %s failed midway", batch.batch_id)
+            self._refuse_if_failed()
+        if answer.policy_version != self.published.policy_version:
+            self._publish(self.published.lineage_id)
         if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
-            self.checkpoint()
+            try:
+                self.checkpoint()
+            except OSError as error:
+                logger.error("no checkpoint was taken, and the journal goes on without: %s", error)
         return answer, False
 
     def checkpoint(self) -> Path:
-        """Make the state of now durable by itself, and forget what it makes superfluous. Returns its folder."""
+        """Make the state of now durable by itself, and forget what it makes superfluous. Returns its folder.
+
+        Raises:
+            BackendDown: see `failure`.
+            OSError: it cannot be written; nothing is lost.
+        """
+        self._refuse_if_failed()
         tensors, num_updates = self._trainer.state()
         self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
         path = self._store.save(self.progress, tensors, self._seen)
@@ -148,7 +178,8 @@ class LearnerCore:
         return path
 
     def export(self, name: str) -> ModelExport:
-        """Write the policy as a Hugging Face folder; one of the same name is replaced."""
+        """Write the policy as a Hugging Face folder; one of the same name is replaced. Raises as `checkpoint` does."""
+        self._refuse_if_failed()
         folder = self._config.export_dir or self._config.state_dir / "exports"
         folder.mkdir(parents=True, exist_ok=True)
         target, writing, old = folder / name, folder / f".{name}.writing", folder / f".{name}.old"
@@ -170,8 +201,21 @@ class LearnerCore:
             )
         return known
 
-    def _train(self, batch: Batch, content: bytes, lineage_id: str) -> Answer:
-        """Train on what of a journalled batch may be trained on, and keep the answer."""
+    def _journalled(self, sequence: int) -> Batch | None:
+        try:
+            return self._journal.read_batch(sequence)
+        except ValueError as error:
+            raise StateError(
+                f"{error}; restore it from a backup, or delete it, those after it and the file lineage beside the "
+                "checkpoints: the learner then goes on from before it"
+            ) from error
+
+    def _refuse_if_failed(self) -> None:
+        if self.failure:
+            raise BackendDown(self.failure, remedy="The learner restarts and trains on it again.", retry_after_s=1.0)
+
+    def _train(self, batch: Batch, content: bytes) -> Answer:
+        """Train on what of a journalled batch may be trained on."""
         progress = self.progress
         accepted, rejected, ages = self._admit(batch)
         metrics = StepMetrics()
@@ -190,22 +234,23 @@ class LearnerCore:
             num_rejected=dict(reasons),
             last_batch_id=batch.batch_id,
         )
-        published = self._publish(lineage_id) if accepted else self.published
-        assert published is not None  # noqa: S101 (recovered)
-        answer = Answer(
+        if accepted:
+            self._take_weights()
+        return Answer(
             run_id=batch.run_id,
             batch_id=batch.batch_id,
             content=hashlib.sha256(content).hexdigest(),
             policy_version=version,
-            digest=published.digest.hex(),
+            digest=self._digest.hex(),
             metrics=metrics,
             rejected=tuple(rejected),
         )
-        self._journal.write_answer(progress.num_batches, answer)
-        self._answers[batch.run_id, batch.batch_id] = answer
+
+    def _keep(self, sequence: int, answer: Answer) -> None:
+        self._journal.write_answer(sequence, answer)
+        self._answers[answer.run_id, answer.batch_id] = answer
         if len(self._answers) > ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]
-        return answer
 
     def _admit(self, batch: Batch) -> tuple[list[TrainingRollout], list[tuple[RolloutId, str]], Counter[int]]:
         """Split a batch into what may be trained on and what not, by name; and count ages in versions."""
@@ -228,10 +273,13 @@ class LearnerCore:
                 accepted.append(rollout)
         return accepted, rejected, ages
 
-    def _publish(self, lineage_id: str) -> Published:
-        weights = self._trainer.weights()
-        self.published = Published(lineage_id, self.progress.policy_version, weights, weights_digest(weights))
-        return self.published
+    def _take_weights(self) -> None:
+        self._weights = {}  # let go of the last ones first: these are as large as the model
+        self._weights = self._trainer.weights()
+        self._digest = weights_digest(self._weights)
+
+    def _publish(self, lineage_id: str) -> None:
+        self.published = Published(lineage_id, self.progress.policy_version, self._weights, self._digest)
 
 
 def _digest(rollout_id: RolloutId) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from poise.runtime.files import write_file
 from poise_client.codec import load_batch
 from poise_client.types import Batch, RolloutId, StepMetrics
+
+logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
 
@@ -44,12 +47,15 @@ class Answer:
 
     @staticmethod
     def from_json(text: str) -> Answer:
-        """Deserialise. Raises `ValueError`, `KeyError` or `TypeError` for what `to_json` did not write."""
+        """Deserialise. Raises `ValueError` for what `to_json` never wrote."""
         values: dict[str, Any] = json.loads(text)
-        metrics = values.pop("metrics")
-        metrics["staleness"] = {int(age): count for age, count in metrics["staleness"].items()}
-        rejected = tuple((RolloutId(**rollout), reason) for rollout, reason in values.pop("rejected"))
-        return Answer(**values, metrics=StepMetrics(**metrics), rejected=rejected)
+        try:
+            metrics = values.pop("metrics")
+            metrics["staleness"] = {int(age): count for age, count in metrics["staleness"].items()}
+            rejected = tuple((RolloutId(**rollout), reason) for rollout, reason in values.pop("rejected"))
+            return Answer(**values, metrics=StepMetrics(**metrics), rejected=rejected)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{error!r} in what should be an answer") from error
 
 
 class Journal:
@@ -85,10 +91,15 @@ class Journal:
         """Keep an answer, durable on return."""
         write_file(self._answer(sequence), answer.to_json().encode())
 
-    def answers(self) -> Iterator[tuple[int, Answer]]:
-        """Yield all answers kept, oldest first."""
+    def answers(self) -> Iterator[tuple[int, Answer | None]]:
+        """Yield all answers kept, oldest first; None in place of one that is damaged, which the log names."""
         for path in sorted(self._folder.glob("answer-*.json")):
-            yield int(path.stem.removeprefix("answer-")), Answer.from_json(path.read_text())
+            answer = None
+            try:
+                answer = Answer.from_json(path.read_text())
+            except ValueError as error:
+                logger.error("%s is damaged and of no use: %s", path, error)
+            yield int(path.stem.removeprefix("answer-")), answer
 
     def prune(self, before_batch: int, before_answer: int) -> None:
         """Drop batches and answers of lower sequence numbers."""

@@ -39,7 +39,8 @@ def policy_losses(
 
     `old` is the learner before the step's first update, `rollout` what the engine said when it sampled.
     """
-    ratios = torch.exp(logprobs_N - old_logprobs_N)
+    # e^20 is beyond every bound; infinity would make the gradient of what is bounded NaN.
+    ratios = torch.exp((logprobs_N - old_logprobs_N).clamp(max=20))
     plain = -advantages_N * ratios
     bounded = -advantages_N * ratios.clamp(1 - config.clip_low, 1 + config.clip_high)
     losses = torch.maximum(plain, bounded)

@@ -51,6 +51,10 @@ class LearnerMetrics:
             )
         }
 
+    def recovered(self, policy_version: int) -> None:
+        """Record the version that the service goes on from."""
+        self._version.set(policy_version)
+
     def observe(self, result: StepResult) -> None:
         """Record an answered batch."""
         self._batches.labels(duplicate=str(result.duplicate).lower()).inc()

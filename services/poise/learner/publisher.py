@@ -59,11 +59,12 @@ class Replica:
         """How it stands, as far as known."""
 
     async def want(self, version: Version) -> None:
-        """Push `version` from now on; return when it is served, or an attempt to push it has failed."""
+        """Push `version` from now on; return when it is served, or the last attempt to push it has failed."""
         async with self._settled:
-            self._wanted = version
-            self.result = _changed(self.result, current=False, error="")
-            self._wake.set()
+            if version is not self._wanted:
+                self._wanted = version
+                self.result = _changed(self.result, current=False, error="")
+                self._wake.set()
             await self._settled.wait_for(
                 lambda: self._wanted is not version or self.result.current or self.result.error
             )
@@ -95,6 +96,7 @@ class Replica:
                 wanted.digest,
             ):
                 return _changed(before, policy_version=wanted.policy_version, current=True, error="")
+            before = _changed(before, policy_version=policy.policy_version, current=False, error="")
             started = time.monotonic()
             update = await self._client.update_weights(
                 lineage_id=wanted.lineage_id,

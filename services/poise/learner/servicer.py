@@ -9,11 +9,12 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
+import numpy as np
 
 from poise.errors import BackendDown, Draining, InvalidRequest
 from poise.learner.config import LearnerConfig
@@ -35,6 +36,8 @@ from poise_proto.v1 import learner_pb2_grpc
 
 MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20
+MAX_LOGPROB = 1e-3
+"""Engines round: a certain token may come out a little above 0."""
 
 T = TypeVar("T")
 
@@ -42,34 +45,58 @@ Context = grpc.aio.ServicerContext[object, object]
 
 
 class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
-    """Answers nothing until `open`, and trains on nothing while paused or closed."""
+    """Answers nothing until `recover`, and trains on nothing while paused or closed."""
 
-    def __init__(self, config: LearnerConfig, core: LearnerCore, publisher: Publisher, metrics: LearnerMetrics) -> None:
+    def __init__(
+        self,
+        config: LearnerConfig,
+        core: LearnerCore,
+        publisher: Publisher,
+        metrics: LearnerMetrics,
+        fail: Callable[[str], None],
+    ) -> None:
         self._config = config
         self._core = core
         self._publisher = publisher
         self._metrics = metrics
+        self._fail = fail
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._batches = asyncio.Lock()
-        self.refusal = "recovering"
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._activity = "recovering"
+        self._closed = False
+        self.paused = False
+
+    @property
+    def refusal(self) -> str:
         """Why no batch is accepted; empty when one is."""
-        self.state = "recovering"
+        if self._closed:
+            return "the learner is shutting down"
+        if self._activity == "recovering":
+            return "recovering"
+        if self._core.failure:
+            return self._core.failure
+        return "paused; resume by POST /admin/v1/resume" if self.paused else ""
 
     async def recover(self) -> None:
         """Bring the core to where it was, offer its version to the replicas, and answer from now on."""
         await self.on_thread(self._core.recover)
         assert self._core.published is not None  # noqa: S101 (recovered)
+        self._metrics.recovered(self._core.published.policy_version)
         self._publisher.start()
-        offering = asyncio.create_task(self._publisher.publish(self._core.published))
-        offering.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self.refusal = ""
-        self.state = "idle"
+        self._start(self._publisher.publish(self._core.published))
+        self._activity = "idle"
 
     async def close(self) -> None:
         """Refuse further batches; return when the one in hand is done."""
-        self.refusal = "the learner is shutting down"
+        self._closed = True
         async with self._batches:
             pass
+
+    async def stop(self) -> None:
+        """Let go of the state folder: after the work in hand, for it writes there."""
+        await self.on_thread(self._core.close)
+        self._thread.shutdown()
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run what touches the core, one call at a time."""
@@ -82,7 +109,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._refuse_unless_open()
         batch = await self._read_batch(request_iterator)
         # Whoever leaves now finds the answer when they ask again: training goes on.
-        return encode_step_result(await asyncio.shield(asyncio.create_task(self._step(batch))))
+        return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """See learner.proto."""
@@ -97,18 +124,24 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             raise BackendDown("the learner is recovering", retry_after_s=1.0)
         return encode_model_export(await self.on_thread(lambda: self._core.export(request.name)))
 
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run what nobody may wait for to its end: the event loop itself keeps no hold of it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     def status(self) -> LearnerStatus:
         """What the learner holds and does."""
         published = self._core.published
         if published is None:
             raise BackendDown("the learner is recovering", retry_after_s=1.0)
         progress = self._core.progress
-        paused = self.refusal and self.state == "idle"
         return LearnerStatus(
             lineage_id=published.lineage_id,
-            policy_version=progress.policy_version,
+            policy_version=published.policy_version,
             checkpoint_version=self._core.checkpoint_version,
-            state="paused" if paused else self.state,
+            state="paused" if self.paused and self._activity == "idle" else self._activity,
             num_batches=progress.num_batches,
             num_rollouts=progress.num_rollouts,
             num_rejected=progress.num_rejected,
@@ -126,18 +159,19 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
     async def _step(self, batch: Batch) -> StepResult:
         async with self._batches:
             self._refuse_unless_open()
-            self.state = "training"
+            self._activity = "training"
             try:
                 answer, duplicate = await self.on_thread(lambda: self._core.submit(batch))
-                self.state = "publishing"
+                self._activity = "publishing"
                 started = time.monotonic()
                 published = self._core.published
                 assert published is not None  # noqa: S101 (recovered)
-                if not duplicate and answer.metrics.num_rollouts:
-                    await self._publisher.publish(published)
+                await self._publisher.publish(published)  # a stored answer, too, may be ahead of the replicas
                 publish_s = time.monotonic() - started
             finally:
-                self.state = "idle"
+                self._activity = "idle"
+                if self._core.failure:
+                    self._fail(self._core.failure)
         metrics = answer.metrics if duplicate else dataclasses.replace(answer.metrics, publish_s=publish_s)
         result = StepResult(answer.policy_version, duplicate, metrics, answer.rejected, self._publisher.results)
         self._metrics.observe(result)
@@ -193,8 +227,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             f"{path}.response_token_ids",
             f"prompt and response have {num_prompt + num_response} tokens; the model holds {limit}",
         )
-        finite = all(math.isfinite(value) and value <= 1e-3 for value in rollout.logprobs.tolist())
-        wrong.check(finite, f"{path}.rollout_logprobs", "required: finite, and not above 0")
+        finite = np.isfinite(rollout.logprobs).all() and (rollout.logprobs <= MAX_LOGPROB).all()
+        wrong.check(bool(finite), f"{path}.rollout_logprobs", "required: finite, and not above 0")
         ends = [0, *(span.end_token for span in rollout.version_spans)]
         covers = ends[-1] == num_response and all(
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from poise.errors import BackendDown
 from poise.learner.config import LearnerConfig
@@ -24,7 +25,7 @@ from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
 logger = logging.getLogger(__name__)
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -53,17 +54,18 @@ class Trainer:
         """Optimiser steps ever taken: the learning rate follows it."""
 
     def load(self) -> None:
-        """Load the model to start from. Raises `BackendDown` when it cannot be."""
+        """Load the model to start from. Raises `BackendDown` when it cannot be, or cannot be trained."""
         config = self._config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+                config.model, dtype=torch.float32, attn_implementation="sdpa"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        _refuse_unless_all_attend_to_all(model.config, config.model)
         self._model = model.to(config.device).train()
         settings = config.optimiser
         self._optimiser = torch.optim.AdamW(
@@ -100,7 +102,7 @@ class Trainer:
             self._update(mini_batch, old_logprobs, temperature, totals)
         tokens = totals.num_tokens
         return StepMetrics(
-            loss=totals.loss / len(mini_batches),
+            loss=totals.loss / tokens,
             entropy=totals.entropy / tokens,
             mismatch_logprob=totals.mismatch_logprob / tokens,
             mismatch_kl=totals.mismatch_kl / tokens,
@@ -116,7 +118,11 @@ class Trainer:
 
     def weights(self) -> dict[str, WeightArray]:
         """Return a copy of every parameter by its Hugging Face name, tied ones once."""
-        return {name: _to_array(parameter.detach()) for name, parameter in self._model.named_parameters()}
+        dtype = getattr(torch, self._config.dtype)
+        return {
+            name: _to_array(parameter.detach().to("cpu", dtype, copy=True))
+            for name, parameter in self._model.named_parameters()
+        }
 
     def save_model(self, folder: str) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder."""
@@ -127,8 +133,8 @@ class Trainer:
         """Return all that training goes on from: tensors by name, and the count of updates. Not copies."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
         for name, parameter in self._model.named_parameters():
-            moments = self._adam().state.get(parameter, {})
-            tensors |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS if moment in moments}
+            # A parameter that never had a gradient has no state.
+            tensors |= {f"{kind}.{name}": value for kind, value in self._adam().state.get(parameter, {}).items()}
         return tensors, self._num_updates
 
     @torch.no_grad()
@@ -141,13 +147,11 @@ class Trainer:
         optimiser = self._adam()
         for name, parameter in self._model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-            if num_updates:
-                moments: dict[str, torch.Tensor] = {
-                    moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in _MOMENTS
+            optimiser.state.pop(parameter, None)
+            if f"{_ADAM_STATE[0]}.{name}" in tensors:
+                optimiser.state[parameter] = {
+                    kind: tensors[f"{kind}.{name}"].to(parameter.device, copy=True) for kind in _ADAM_STATE
                 }
-                optimiser.state[parameter] = {"step": torch.tensor(float(num_updates)), **moments}
-            else:
-                optimiser.state.pop(parameter, None)
         self._num_updates = num_updates
 
     def _adam(self) -> torch.optim.AdamW:
@@ -177,7 +181,7 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 difference = before - batch.rollout_logprobs_N
-                totals.loss += float(loss)
+                totals.loss += float(tokens.losses_N.sum())
                 totals.entropy += float(torch.special.entr(logprobs_NV.exp()).sum())
                 totals.mismatch_logprob += float(difference.abs().sum())
                 totals.mismatch_kl += float((difference.exp() - 1 - difference).sum())
@@ -213,19 +217,32 @@ class Trainer:
 
     def _logits(self, batch: MicroBatch, temperature: float) -> torch.Tensor:
         """Return float32 logits, after temperature, where response tokens are predicted, [N, V]."""
-        states_BLd = self._model.get_decoder()(
-            input_ids=batch.token_ids_BL,
-            attention_mask=batch.mask_B1LL,
-            position_ids=batch.positions_BL,
-            use_cache=False,
-        ).last_hidden_state
-        states_Nd = states_BLd.flatten(0, 1)[batch.predictors_N]
-        logits: torch.Tensor = self._model.get_output_embeddings()(states_Nd).float() / temperature
-        return logits
+        dtype = getattr(torch, self._config.dtype)
+        with torch.autocast(torch.device(self._config.device).type, dtype, enabled=dtype != torch.float32):
+            states_BLd = self._model.get_decoder()(
+                input_ids=batch.token_ids_BL,
+                attention_mask=batch.mask_B1LL,
+                position_ids=batch.positions_BL,
+                use_cache=False,
+            ).last_hidden_state
+            states_Nd = states_BLd.flatten(0, 1)[batch.predictors_N]
+            logits: torch.Tensor = self._model.get_output_embeddings()(states_Nd)
+        return logits.float() / temperature
+
+
+def _refuse_unless_all_attend_to_all(config: Any, model: str) -> None:
+    """Rows of siblings replace the model's own mask: one that looks back over a window, or recurs, would be wrong."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        kinds = {"sliding_attention"}
+    if others := sorted(kinds - {"full_attention"}):
+        raise BackendDown(
+            f"model {model} has layers of {', '.join(others)}; the learner trains models of full attention alone"
+        )
 
 
 def _to_array(tensor: torch.Tensor) -> WeightArray:
     if tensor.dtype == torch.bfloat16:
-        bits: NDArray[np.generic] = tensor.cpu().view(torch.uint16).numpy().copy()
+        bits: NDArray[np.generic] = tensor.view(torch.uint16).numpy()
         return WeightArray(bits, "bfloat16")
-    return WeightArray(tensor.cpu().numpy().copy(), "float32")
+    return WeightArray(tensor.numpy(), "float32")

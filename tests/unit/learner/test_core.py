@@ -1,0 +1,473 @@
+import dataclasses
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from tests.unit.learner.batches import make_batch, make_config
+
+from poise.errors import BackendDown, Conflict
+from poise.learner.checkpoint import CheckpointStore, StateError
+from poise.learner.core import LearnerCore
+from poise.learner.journal import Journal
+from poise.learner.trainer import Trainer
+from poise_client import weights_digest
+from poise_client.types import VersionSpan
+
+
+class Killed(BaseException):
+    """What a kill leaves undone."""
+
+
+@pytest.fixture
+def start(config) -> Iterator[Callable[..., LearnerCore]]:
+    """Starts a learner on a state folder, as a new process would after the death of the one before."""
+    running: dict[Path, LearnerCore] = {}
+
+    def start(**changes: object) -> LearnerCore:
+        settings = config(**{"checkpoint_every_steps": 2} | changes)
+        if settings.state_dir in running:
+            running[settings.state_dir].close()
+        core = running[settings.state_dir] = LearnerCore(settings)
+        core.recover()
+        return core
+
+    yield start
+    for core in running.values():
+        core.close()
+
+
+@pytest.fixture(scope="module")
+def digests(model, tmp_path_factory) -> list[bytes]:
+    """Of versions 0 to 5, when nothing goes wrong."""
+    core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed")))
+    core.recover()
+    answers = [core.published.digest]
+    for step in range(5):
+        core.submit(make_batch(step))
+        answers.append(core.published.digest)
+    core.close()
+    return answers
+
+
+def files(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def test_every_batch_makes_a_version(start):
+    core = start()
+    assert core.published.policy_version == 0
+    for step in range(3):
+        answer, duplicate = core.submit(make_batch(step))
+        assert (answer.policy_version, duplicate) == (step + 1, False)
+        assert answer.metrics.num_rollouts == 6
+        assert answer.metrics.staleness == {0: 6}
+        assert answer.digest == core.published.digest.hex() == weights_digest(core.published.weights).hex()
+    assert core.progress.num_rollouts == 18
+    assert core.progress.last_batch_id == "step-00000002"
+    assert core.published.policy_version == 3
+
+
+def test_a_batch_submitted_again_gets_its_stored_answer(start):
+    core = start()
+    answer, _ = core.submit(make_batch(0))
+    core.submit(make_batch(1))
+    published = core.published
+    assert core.submit(make_batch(0)) == (answer, True)
+    assert core.published is published
+    assert core.progress.num_batches == 2
+    # and so it does after a restart, from before the checkpoint as from after it
+    core.submit(make_batch(2))
+    again = start()
+    for step in range(3):
+        assert again.submit(make_batch(step))[1]
+    assert again.submit(make_batch(0)) == (answer, True)
+    assert again.progress.policy_version == 3
+
+
+def test_a_batch_id_used_for_other_content_is_a_conflict_and_changes_nothing(start):
+    core = start()
+    core.submit(make_batch(0))
+    published, progress = core.published, core.progress
+    with pytest.raises(Conflict, match="step-00000000 of run run was trained on with other content"):
+        core.submit(make_batch(0, temperature=0.5))
+    assert (core.published, core.progress) == (published, progress)
+    other_run = dataclasses.replace(make_batch(1), run_id="other", batch_id="step-00000000")
+    assert not core.submit(other_run)[1]  # ids are the run's own
+
+
+def with_versions(batch, *versions):
+    spans = tuple(VersionSpan(i, i + 1, version) for i, version in enumerate(versions))
+    return dataclasses.replace(
+        batch, rollouts=tuple(dataclasses.replace(r, version_spans=spans) for r in batch.rollouts)
+    )
+
+
+def test_rollouts_are_rejected_by_name_and_the_rest_is_trained_on(start):
+    core = start(max_staleness=1)
+    for step in range(3):
+        core.submit(make_batch(step))  # now at version 3
+    fine, older, stale, future = (
+        make_batch(step, version=version, num_prompts=1).rollouts for step, version in ((3, 3), (4, 2), (5, 1), (6, 4))
+    )
+    trained = make_batch(1).rollouts[:1]
+    batch = dataclasses.replace(make_batch(7), rollouts=(*stale, *fine, *future, *trained, *older, *fine[:1]))
+    answer, _ = core.submit(batch)
+    assert answer.rejected == (
+        *((r.id, "stale") for r in stale),
+        *((r.id, "future_version") for r in future),
+        (trained[0].id, "duplicate"),
+        (fine[0].id, "duplicate"),
+    )
+    assert answer.metrics.num_rollouts == 4
+    assert answer.metrics.staleness == {0: 2, 1: 2}
+    assert answer.policy_version == 4
+    assert core.progress.num_rejected == {"stale": 2, "future_version": 2, "duplicate": 2}
+    alone = start(max_staleness=1, state_dir=core._config.state_dir.with_name("alone"))
+    for step in range(3):
+        alone.submit(make_batch(step))
+    alone.submit(dataclasses.replace(make_batch(7), rollouts=(*fine, *older)))
+    assert alone.published.digest == core.published.digest  # the rejected left no trace
+
+
+def test_a_rollout_is_as_old_as_its_oldest_token(start):
+    core = start(max_staleness=1)
+    core.submit(make_batch(0))
+    core.submit(make_batch(1))
+    assert core.submit(with_versions(make_batch(2), 2, 1))[0].metrics.staleness == {1: 6}
+    answer, _ = core.submit(with_versions(make_batch(3), 3, 1))
+    assert {reason for _, reason in answer.rejected} == {"stale"}
+    answer, _ = core.submit(with_versions(make_batch(4), 3, 4))
+    assert {reason for _, reason in answer.rejected} == {"future_version"}
+
+
+def test_a_batch_whose_rollouts_are_all_rejected_leaves_the_version(start):
+    core = start()
+    core.submit(make_batch(0))
+    published = core.published
+    answer, _ = core.submit(make_batch(1, version=0))
+    assert answer.policy_version == 1
+    assert len(answer.rejected) == 6
+    assert answer.metrics.num_rollouts == answer.metrics.num_updates == 0
+    assert core.published is published
+    again = start()
+    assert again.progress.num_batches == 2
+    assert again.submit(make_batch(1, version=0)) == (answer, True)
+    # What was rejected was not trained on: it may come again, under another id of batch.
+    renamed = dataclasses.replace(make_batch(1, version=1), batch_id="once more")
+    assert not again.submit(renamed)[0].rejected
+
+
+def at_entry(target: type, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Dies when `name` is called."""
+
+    def arm(patch: pytest.MonkeyPatch) -> None:
+        def die(*args: object, **kwargs: object) -> None:
+            raise Killed
+
+        patch.setattr(target, name, die)
+
+    return arm
+
+
+def after(target: type, name: str, calls: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
+    """Dies when `name` has returned so often."""
+
+    def arm(patch: pytest.MonkeyPatch) -> None:
+        work, left = getattr(target, name), [calls]
+
+        def die(*args: object, **kwargs: object) -> object:
+            answer = work(*args, **kwargs)
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            return answer
+
+        patch.setattr(target, name, die)
+
+    return arm
+
+
+KILLS = {
+    "before the journal": at_entry(Journal, "write_batch"),
+    "after the journal, before training": after(Journal, "write_batch"),
+    "between two mini-batches": after(Trainer, "_update"),
+    "after training, before the answer": at_entry(Journal, "write_answer"),
+    "after the answer, before the checkpoint": after(Journal, "write_answer"),
+    "at the checkpoint's beginning": at_entry(CheckpointStore, "save"),
+    "when the checkpoint is not yet in place": at_entry(Path, "rename"),
+    "after the checkpoint, before pruning": after(CheckpointStore, "save"),
+    "after pruning": after(Journal, "prune"),
+}
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests, monkeypatch, point):
+    core = start(keep_checkpoints=1)
+    lineage = core.published.lineage_id
+    for step in range(3):
+        core.submit(make_batch(step))
+    with monkeypatch.context() as patch:
+        KILLS[point](patch)
+        with pytest.raises(Killed):
+            core.submit(make_batch(3))
+    again = start(keep_checkpoints=1)
+    version = again.published.policy_version
+    assert version in ({3} if point == "before the journal" else {4})
+    assert again.published.digest == digests[version]
+    answer, duplicate = again.submit(make_batch(3))  # the caller asks again
+    assert duplicate == (version == 4)
+    assert answer.policy_version == 4
+    assert answer.metrics.num_updates == 2
+    assert answer.digest == digests[4].hex()
+    again.submit(make_batch(4))
+    assert again.published.digest == digests[5]
+    assert again.published.lineage_id == lineage
+    assert again.progress.num_rollouts == 30
+    for step in range(5):
+        assert not again.submit(make_batch(step))[0].rejected
+
+
+def test_many_batches_are_trained_on_again_when_the_newest_checkpoint_is_damaged(start, digests):
+    core = start()
+    for step in range(5):
+        core.submit(make_batch(step))
+    folder = core._config.state_dir
+    assert files(folder, "checkpoint-*") == ["checkpoint-00000002", "checkpoint-00000004"]
+    (folder / "checkpoint-00000004" / "tensors.safetensors").write_bytes(b"")
+    again = start()
+    assert again.published.digest == digests[5]
+    assert again.published.lineage_id == core.published.lineage_id
+    assert again.checkpoint_version == 2
+    assert again.submit(make_batch(4))[1]
+
+
+def test_without_any_checkpoint_all_is_trained_on_again_from_the_model(start, digests):
+    core = start(checkpoint_every_steps=100)
+    for step in range(3):
+        core.submit(make_batch(step))
+    assert start(checkpoint_every_steps=100).published.digest == digests[3]
+
+
+def test_what_is_not_needed_any_more_is_dropped_and_nothing_else(start):
+    core = start(keep_checkpoints=2)
+    folder = core._config.state_dir
+    for step in range(7):
+        core.submit(make_batch(step))
+    assert files(folder, "checkpoint-*") == ["checkpoint-00000004", "checkpoint-00000006"]
+    assert files(folder / "journal", "batch-*") == [f"batch-{i:08d}.pb" for i in (4, 5, 6)]
+    assert files(folder / "journal", "answer-*") == [f"answer-{i:08d}.json" for i in range(7)]
+
+
+def test_answers_are_forgotten_oldest_first_and_then_their_rollouts_are_duplicates(start, monkeypatch):
+    monkeypatch.setattr("poise.learner.core.ANSWERS_KEPT", 2)
+    core = start()
+    for step in range(4):
+        core.submit(make_batch(step))
+    assert files(core._config.state_dir / "journal", "answer-*") == ["answer-00000002.json", "answer-00000003.json"]
+    for learner in (core, start()):
+        assert learner.submit(make_batch(3))[1]
+        answer, duplicate = learner.submit(make_batch(0))
+        assert not duplicate
+        assert {reason for _, reason in answer.rejected} == {"duplicate"}
+        assert answer.policy_version == 4
+
+
+def test_other_weights_after_training_again_go_out_as_a_new_lineage(start, caplog):
+    core = start()
+    for step in range(3):
+        core.submit(make_batch(step))
+    lineage, digest = core.published.lineage_id, core.published.digest
+    again = start(optimiser={"learning_rate": 2e-3})
+    assert again.published.policy_version == 3
+    assert again.published.digest != digest
+    assert again.published.lineage_id != lineage
+    assert "training again gave other weights for version 3" in caplog.text
+    # From now on this is the truth.
+    settled = start(optimiser={"learning_rate": 2e-3})
+    assert settled.published.lineage_id == again.published.lineage_id
+    assert settled.published.digest == again.published.digest
+
+
+@pytest.mark.parametrize("point", [at_entry(Journal, "write_answer"), at_entry(CheckpointStore, "new_lineage")])
+def test_a_kill_while_other_weights_come_out_still_ends_in_a_new_lineage(start, monkeypatch, point):
+    core = start()
+    core.submit(make_batch(0))
+    with monkeypatch.context() as patch:
+        point(patch)
+        with pytest.raises(Killed):
+            start(optimiser={"learning_rate": 2e-3})
+    again = start(optimiser={"learning_rate": 2e-3})
+    assert again.published.lineage_id != core.published.lineage_id
+
+
+def test_a_damaged_answer_after_the_checkpoint_makes_a_new_lineage_and_one_before_is_forgotten(start):
+    """What was served under the version cannot be told any more."""
+    core = start()
+    for step in range(3):
+        core.submit(make_batch(step))
+    journal = core._config.state_dir / "journal"
+    (journal / "answer-00000002.json").write_text("")
+    (journal / "answer-00000000.json").write_text("")
+    again = start()
+    assert again.published.digest == core.published.digest
+    assert again.published.lineage_id != core.published.lineage_id
+    assert again.submit(make_batch(2))[1]
+    assert {reason for _, reason in again.submit(make_batch(0))[0].rejected} == {"duplicate"}
+
+
+def test_a_damaged_batch_after_the_checkpoint_is_named_with_a_way_on(start, digests):
+    core = start()
+    for step in range(3):
+        core.submit(make_batch(step))
+    folder = core._config.state_dir
+    path = folder / "journal" / "batch-00000002.pb"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        StateError, match=r"batch-00000002\.pb is damaged.*delete it, those after it and the file lineage"
+    ):
+        start()
+    path.unlink()
+    (folder / "lineage").unlink()
+    again = start()
+    assert (again.published.policy_version, again.published.digest) == (2, digests[2])
+    assert again.published.lineage_id != core.published.lineage_id
+    assert not again.submit(make_batch(2))[1]
+    assert again.published.digest == digests[3]
+
+
+def test_a_journal_that_cannot_be_written_changes_nothing_and_may_be_tried_again(start, digests, monkeypatch):
+    core = start()
+    core.submit(make_batch(0))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write_batch", full)
+        with pytest.raises(BackendDown, match=r"nothing was trained on.*No space left"):
+            core.submit(make_batch(1))
+    assert not core.failure
+    assert not core.submit(make_batch(1))[1]
+    assert core.published.digest == digests[2]
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, monkeypatch, caplog):
+    core = start()
+    core.submit(make_batch(0))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", full)
+        assert core.submit(make_batch(1))[0].policy_version == 2
+    assert "no checkpoint was taken" in caplog.text
+    assert core.checkpoint_version == 0
+    assert start().published.digest == digests[2]
+
+
+@pytest.mark.parametrize("point", [(Trainer, "_update"), (Journal, "write_answer")])
+def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start, digests, monkeypatch, point):
+    """Out of memory in the second mini-batch: the policy in memory is no version."""
+    core = start()
+    core.submit(make_batch(0))
+    work, calls = getattr(*point), []
+
+    def fail(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2 or point[0] is Journal:
+            raise RuntimeError("out of memory")
+        return work(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*point, fail)
+        with pytest.raises(BackendDown, match="step-00000001 failed midway: out of memory"):
+            core.submit(make_batch(1))
+    assert "out of memory" in core.failure
+    assert core.published.digest == digests[1]
+    for refused in (lambda: core.submit(make_batch(2)), core.checkpoint, lambda: core.export("x")):
+        with pytest.raises(BackendDown, match="out of memory"):
+            refused()
+    again = start()
+    assert again.published.digest == digests[2]
+    assert again.submit(make_batch(1))[1]
+
+
+def test_nothing_is_published_before_all_is_recovered(start, monkeypatch):
+    core = start()
+    core.submit(make_batch(0))
+    seen = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda *args: (seen.append(again.published), train(*args))[1])
+    core.close()
+    again = LearnerCore(core._config)
+    again.recover()
+    again.close()
+    assert seen == [None]
+    assert again.published.policy_version == 1
+
+
+def test_published_versions_never_change(start):
+    core = start()
+    versions = [core.published]
+    for step in range(3):
+        core.submit(make_batch(step))
+        versions.append(core.published)
+    assert [version.policy_version for version in versions] == [0, 1, 2, 3]
+    assert len({version.digest for version in versions}) == 4
+    for version in versions:
+        assert weights_digest(version.weights) == version.digest
+
+
+def test_a_checkpoint_before_the_first_batch_is_one_too(start):
+    core = start()
+    assert core.checkpoint().is_dir()
+    again = start()
+    assert again.published.digest == core.published.digest
+    assert again.progress.num_batches == 0
+
+
+def logits(folder: Path) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("a model", return_tensors="pt").input_ids
+    return model(ids).logits.detach().numpy()
+
+
+def test_an_export_is_what_transformers_loads(start, model):
+    core = start()
+    core.submit(make_batch(0))
+    export = core.export("mine")
+    assert export.policy_version == 1
+    folder = Path(export.path)
+    assert folder == core._config.state_dir.resolve() / "exports" / "mine"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in loaded.named_parameters():
+        np.testing.assert_array_equal(parameter.detach(), core.published.weights[name].array)
+    assert (logits(folder) != logits(model)).any()
+
+
+def test_an_export_replaces_one_of_its_name_whole_or_not_at_all(start, monkeypatch, tmp_path):
+    core = start(export_dir=tmp_path / "exports")
+    core.export("mine")
+    before = logits(tmp_path / "exports" / "mine")
+    core.submit(make_batch(0))
+    with monkeypatch.context() as patch:
+        after(Trainer, "save_model")(patch)
+        with pytest.raises(Killed):
+            core.export("mine")
+    np.testing.assert_array_equal(logits(tmp_path / "exports" / "mine"), before)
+    core.export("mine")
+    assert (logits(tmp_path / "exports" / "mine") != before).any()
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["mine"]
+
+
+def test_bfloat16_state_recovers_bit_for_bit(start):
+    core = start(dtype="bfloat16")
+    for step in range(3):
+        core.submit(make_batch(step))
+    again = start(dtype="bfloat16")
+    assert again.published.digest == core.published.digest
+    assert {weight.dtype for weight in again.published.weights.values()} == {"bfloat16"}
