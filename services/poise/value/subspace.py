@@ -61,7 +61,8 @@ class Subspace:
         """Over all rows, in the last rebuild."""
         self._image: Doubles = np.zeros((0, 0))
         self._sum: Doubles = np.zeros(0)
-        self._further: Floats = np.zeros((0, 0), np.float32)
+        self._rotation: Doubles = np.zeros((0, 0))
+        self._mean: Doubles = np.zeros(0)
         self._misfit = self._misfit_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
@@ -113,20 +114,19 @@ class Subspace:
             raise ArithmeticError("the hidden states are too large to be fitted")
         variances, rotation = np.linalg.eigh(scatter)
         variances, rotation = variances[::-1], rotation[:, ::-1]
-        further = (self._image - np.outer(self._sum, mean)) @ rotation
-        self._further = further.astype(np.float32)
+        self._rotation, self._mean = rotation, mean
         leading = variances[: min(self._wanted, num_rows - 1)]
         num_kept = int((leading > NEGLIGIBLE_VARIANCE * variances[:1]).sum())
         # The squared sine between a component and its image: 0 if it is one of the rows, not only within the basis.
-        lengths = np.linalg.norm(further[:, :num_kept], axis=0)
+        lengths = np.linalg.norm(self._further(num_kept), axis=0)
         sines = 1 - np.minimum(1.0, variances[:num_kept] / lengths) ** 2
         self._misfit = float(sines.mean()) if num_kept else 0.0
         return rotation[:, :num_kept]
 
     def rebuild(self, parts: Sequence[Floats]) -> Doubles:
         """Make the basis anew for these rows, from the one so far, and return their coordinates [n, l]."""
-        self.origin = _mean(parts)
         start, previous = self._start(parts), np.inf
+        self.origin = _mean(parts)
         for self.num_passes in range(1, _MAX_PASSES + 1):
             self.basis = _orthonormal(start)
             self._image, self._sum = np.zeros(self.basis.shape), np.zeros(len(self.origin))
@@ -137,7 +137,7 @@ class Subspace:
             self.rotation(scatter, mean, len(centred))
             if self._misfit < _CONVERGED or self._misfit > _STALLED * previous:
                 break
-            start, previous = self._further, self._misfit
+            start, previous = self._further(self.basis.shape[1]), self._misfit
         # Where the basis spans everything, what is outside is rounding.
         self._outside_rebuilt = self._outside + _ROUNDING * float(np.trace(scatter)) / len(centred)
         self._misfit_rebuilt = self._misfit
@@ -145,11 +145,16 @@ class Subspace:
 
     def _start(self, parts: Sequence[Floats]) -> Floats:
         """Return what to start a rebuild from, [d, l]: the basis so far and the newest rows, or anything at first."""
-        num_columns, width = self._num_columns(parts), len(self.origin)
-        if self._further.shape[0] != width or self._further.shape[1] < num_columns:
+        num_columns, width = self._num_columns(parts), parts[0].shape[1]
+        if self.basis.shape[0] != width or self.basis.shape[1] < num_columns:
             return np.random.default_rng(0).standard_normal((width, num_columns), np.float32)
         newest = np.concatenate(parts[-_NUM_FRESH:])[-min(_NUM_FRESH, num_columns) :] - self.origin
-        return np.concatenate([self._further[:, : num_columns - len(newest)], newest.T], axis=1)
+        return np.concatenate([self._further(num_columns - len(newest)), newest.T], axis=1)
+
+    def _further(self, num_columns: int) -> Floats:
+        """Return the images of the leading components, and of what follows them within the span, [d, num_columns]."""
+        image = (self._image - np.outer(self._sum, self._mean)).astype(np.float32)
+        return image @ self._rotation[:, :num_columns].astype(np.float32)
 
     def _num_columns(self, parts: Sequence[Floats]) -> int:
         if not any((part != parts[0][0]).any() for part in parts):  # as when no response went through the model
