@@ -1,0 +1,114 @@
+"""A generation replica without a model: it takes pushes as the service does, and fails on demand."""
+
+# ruff: noqa: N802 (gRPC names the methods)
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from poise.errors import BackendDown
+from poise.generation.policy import ServedPolicy, admit_push
+from poise.runtime.auth import BearerAuth
+from poise.runtime.interceptors import ServiceInterceptor
+from poise_client import RetryPolicy
+from poise_proto.v1 import generation_pb2 as pb
+from poise_proto.v1 import generation_pb2_grpc
+
+TIMEOUT_S = 60.0
+
+NO_RETRIES = RetryPolicy(max_attempts=1)
+
+
+async def eventually(condition: Callable[[], Any]) -> Any:
+    """Return the first truth that `condition` answers."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, "it never came to pass"
+        await asyncio.sleep(0.01)
+    return answer
+
+
+def interceptors(service: str, registry: CollectorRegistry) -> list[grpc.aio.ServerInterceptor]:
+    return [ServiceInterceptor(service, BearerAuth(None), registry, 64)]
+
+
+class Replica(generation_pb2_grpc.GenerationServiceServicer):
+    """One replica at an address of its own, where it can die and come back."""
+
+    def __init__(self) -> None:
+        self.policy = ServedPolicy()
+        self.tensors: dict[str, bytes] = {}
+        self.applied: list[int] = []
+        """Versions, in order."""
+        self.num_asked = self.num_pushes = 0
+        self.release = asyncio.Event()
+        """Unset, a push hangs."""
+        self.release.set()
+        self.breaks = False
+        """Whether a push fails midway."""
+        self.address = "127.0.0.1:0"
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> Replica:
+        self._server = grpc.aio.server(
+            interceptors=interceptors("generation", CollectorRegistry()), options=[("grpc.so_reuseport", 0)]
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(self.address)
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+        return self
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def restart(self, policy: ServedPolicy = ServedPolicy()) -> None:  # noqa: B008 (frozen)
+        """Die, forget, and serve `policy`: the model as it was loaded unless told otherwise."""
+        await self.stop()
+        self.policy, self.tensors = policy, {}
+        await self.start()
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
+        self.num_asked += 1
+        return pb.GetPolicyResponse(
+            lineage_id=self.policy.lineage_id,
+            policy_version=self.policy.policy_version,
+            digest=self.policy.digest,
+            ready=True,
+        )
+
+    async def UpdateWeights(self, requests: Any, context: Any) -> pb.UpdateWeightsResponse:
+        self.num_pushes += 1
+        begin = (await anext(aiter(requests))).begin
+        pushed = ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest)
+        if not admit_push(self.policy, pushed):
+            return pb.UpdateWeightsResponse(policy_version=pushed.policy_version, already_applied=True)
+        if self.breaks:
+            raise BackendDown("the engine died")
+        data = b"".join([message.chunk.data async for message in requests])
+        await self.release.wait()
+        sizes = {"DTYPE_FLOAT32": 4, "DTYPE_BFLOAT16": 2}
+        offset, tensors = 0, {}
+        for tensor in begin.tensors:
+            size = sizes[
+                pb.WeightTensor.DESCRIPTOR.fields_by_name["dtype"].enum_type.values_by_number[tensor.dtype].name
+            ]
+            for extent in tensor.shape:
+                size *= extent
+            tensors[tensor.name] = data[offset : offset + size]
+            assert hashlib.sha256(tensors[tensor.name]).digest() == tensor.sha256
+            offset += size
+        assert offset == len(data)
+        self.policy, self.tensors = pushed, tensors
+        self.applied.append(pushed.policy_version)
+        return pb.UpdateWeightsResponse(policy_version=pushed.policy_version, pause_s=0.25)

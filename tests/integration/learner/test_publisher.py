@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import pytest
+from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, Replica, eventually
+
+from poise.generation.policy import ServedPolicy
+from poise.learner import publisher as module
+from poise.learner.config import PushConfig
+from poise.learner.core import Published
+from poise.learner.publisher import Publisher
+from poise_client import AsyncGenerationClient, weights_digest
+from poise_client.types import WeightArray
+
+
+def version(number: int, lineage: str = "lineage") -> Published:
+    """Weights that tell of their version, of more than one chunk."""
+    weights = {
+        "b.weight": WeightArray(np.full((1024, 300), number, np.float32), "float32"),
+        "a.weight": WeightArray(np.arange(7, dtype=np.uint16) + number, "bfloat16"),
+    }
+    return Published(lineage, number, weights, weights_digest(weights))
+
+
+def served(published: Published) -> ServedPolicy:
+    return ServedPolicy(published.lineage_id, published.policy_version, published.digest)
+
+
+@pytest.fixture
+async def publisher() -> AsyncIterator[Callable[..., Publisher]]:
+    """Starts a publisher to these replicas; its own limits are far off, so that a test sees what it waits for."""
+    started: list[Publisher] = []
+
+    def start(*replicas: Replica, timeout_s: float = TIMEOUT_S) -> Publisher:
+        clients = [AsyncGenerationClient(replica.address, retries=NO_RETRIES) for replica in replicas]
+        started.append(Publisher(clients, PushConfig(timeout_s=timeout_s, reconcile_every_s=0.02)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        await one.stop()
+
+
+async def test_every_replica_serves_a_version_when_its_publishing_returns(replica, publisher):
+    replicas = [await replica() for _ in range(3)]
+    sender = publisher(*replicas)
+    for number in range(3):
+        await sender.publish(version(number))
+        for one, result in zip(replicas, sender.results, strict=True):
+            assert one.policy == served(version(number))
+            assert (result.address, result.policy_version, result.current, result.error) == (
+                one.address,
+                number,
+                True,
+                "",
+            )
+            assert result.push_s > 0
+            assert result.pause_s == 0.25
+    assert replicas[0].tensors["b.weight"] == version(2).weights["b.weight"].array.tobytes()
+    assert replicas[0].tensors["a.weight"] == version(2).weights["a.weight"].array.tobytes()
+    assert replicas[0].applied == [0, 1, 2]
+
+
+async def test_what_a_replica_serves_already_is_not_pushed(replica, publisher):
+    one = await replica()
+    one.policy = served(version(4))
+    sender = publisher(one)
+    await sender.publish(version(4))
+    assert one.num_pushes == 0
+    assert sender.results[0].current
+
+
+async def test_publishing_a_version_again_waits_for_nothing_that_is_done(replica, publisher):
+    one, current = await replica(), version(1)
+    sender = publisher(one)
+    await sender.publish(current)
+    one.release.clear()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(current)
+    assert one.num_pushes == 1
+
+
+async def test_without_replicas_there_is_nothing_to_wait_for(publisher):
+    await publisher().publish(version(0))
+
+
+async def test_a_replica_that_is_down_delays_nobody_and_catches_up_by_itself(replica, publisher, monkeypatch):
+    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    up, down = await replica(), await replica()
+    await down.stop()
+    sender = publisher(up, down, timeout_s=10 * TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(0))
+        await sender.publish(version(1))
+    assert up.policy == served(version(1))
+    assert [result.current for result in sender.results] == [True, False]
+    assert "GetPolicy" in sender.results[1].error
+    await down.start()
+    await eventually(lambda: sender.results[1].current)
+    assert down.applied == [1]  # what it missed is not made up for
+
+
+@pytest.mark.parametrize(
+    "other",
+    [ServedPolicy(), ServedPolicy("another", 9, b"x"), ServedPolicy("lineage", 2, b"x")],
+    ids=["as loaded", "another lineage", "behind"],
+)
+async def test_a_replica_that_comes_back_with_something_else_is_brought_up_unasked(replica, publisher, other):
+    one, current = await replica(), version(3)
+    sender = publisher(one)
+    await sender.publish(current)
+    await one.restart(other)
+    await eventually(lambda: one.policy == served(current))
+    await eventually(lambda: sender.results[0].current)
+
+
+async def test_a_push_that_hangs_is_given_up_in_time_and_holds_up_no_other(replica, publisher):
+    stuck, well = await replica(), await replica()
+    stuck.release.clear()
+    sender = publisher(stuck, well, timeout_s=1.0)
+    publishing = asyncio.create_task(sender.publish(version(1)))
+    await eventually(lambda: well.policy == served(version(1)))
+    async with asyncio.timeout(TIMEOUT_S):
+        await publishing
+    assert not sender.results[0].current
+    await eventually(lambda: sender.results[1].current)
+    assert stuck.policy == ServedPolicy()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(2))
+    await eventually(lambda: well.policy == served(version(2)))
+    stuck.release.set()
+    await eventually(lambda: sender.results[0].current)
+    assert stuck.policy == served(version(2))
+    assert stuck.applied[-1] == 2
+
+
+async def test_a_push_that_breaks_midway_says_why_and_is_tried_again(replica, publisher):
+    one = await replica()
+    one.breaks = True
+    sender = publisher(one)
+    await sender.publish(version(1))
+    assert not sender.results[0].current
+    assert "the engine died" in sender.results[0].error
+    one.breaks = False
+    await eventually(lambda: sender.results[0].current)
+    assert sender.results[0].error == ""
+
+
+async def test_a_conflict_is_told_once_with_what_is_served_until_it_is_mended(replica, publisher, caplog):
+    one = await replica()
+    one.policy = ServedPolicy("lineage", 7, b"x")
+    sender = publisher(one)
+    await sender.publish(version(3))
+    result = sender.results[0]
+    assert (result.policy_version, result.current) == (7, False)
+    assert "version 3 is older than version 7" in result.error
+    asked = one.num_asked
+    await eventually(lambda: one.num_asked > asked + 3)
+    assert caplog.text.count("is not current") == 1
+    await sender.publish(version(8))
+    assert one.policy == served(version(8))
+    assert sender.results[0].error == ""
+
+
+async def test_a_defect_in_publishing_ends_no_loop(replica, publisher, caplog):
+    one = await replica()
+    sender = publisher(one)
+    broken = Published("lineage", 1, {"a": object()}, b"x")  # type: ignore[dict-item]
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(broken)
+    assert sender.results[0].error
+    await sender.publish(version(2))
+    assert one.policy == served(version(2))
+
+
+async def test_stopping_ends_a_push_that_hangs(replica, publisher):
+    one = await replica()
+    one.release.clear()
+    sender = publisher(one)
+    publishing = asyncio.create_task(sender.publish(version(1)))
+    await eventually(lambda: one.num_pushes)
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.stop()
+    publishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await publishing
