@@ -90,6 +90,10 @@ class LocalRun:
         """A process's log."""
         return self.dir / "logs" / f"{process}.log"
 
+    def grpc_address(self, service: str) -> str:
+        """host:port of a service's gRPC."""
+        return _address(self.trees[service])
+
     def admin_address(self, service: str) -> str:
         """host:port of a service's admin app."""
         config: GenerationConfig | ValueConfig | LearnerConfig = getattr(self, service)
@@ -122,16 +126,14 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     folder = (file.run.dir or Path("runs") / file.run.name).resolve()
     model = model_folder(file.model)
     trees = _fill_in(file, folder, str(model), _ports(folder), socket_path := _socket_path(folder))
-    return LocalRun(
-        name=file.run.name,
-        dir=folder,
-        generation=_resolve(GenerationConfig, trees, "generation", path),
-        value=_resolve(ValueConfig, trees, "value", path),
-        learner=_resolve(LearnerConfig, trees, "learner", path),
-        train=_resolve(OrchestratorConfig, trees, "train", path),
-        trees=trees,
-        socket=socket_path,
-    )
+    problems: list[str] = []
+    generation = _resolve(GenerationConfig, trees, "generation", path, problems)
+    value = _resolve(ValueConfig, trees, "value", path, problems)
+    learner = _resolve(LearnerConfig, trees, "learner", path, problems)
+    train = _resolve(OrchestratorConfig, trees, "train", path, problems)
+    if generation is None or value is None or learner is None or train is None:
+        raise ConfigError("\n".join(problems))
+    return LocalRun(file.run.name, folder, generation, value, learner, train, trees, socket_path)
 
 
 def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunFile:
@@ -188,8 +190,13 @@ def _address(tree: Mapping[str, Any]) -> str:
     return f"{tree['grpc'].get('host', '127.0.0.1')}:{tree['grpc']['port']}"
 
 
-def _resolve(cls: type[C], trees: Mapping[str, Any], name: str, path: Path) -> C:
-    return parse_config(cls, trees[name], source=f"{path}: {name}")
+def _resolve(cls: type[C], trees: Mapping[str, Any], name: str, path: Path, problems: list[str]) -> C | None:
+    """Return a program's settings; None, with what is wrong added to `problems`, when they cannot be."""
+    try:
+        return parse_config(cls, trees[name], source=f"{path}: {name}")
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def show_status(run: LocalRun, as_json: bool) -> int:
     else:
         print(f"run {run.name}: step {state.get('next_step', 0)} of {run.train.num_steps}, folder {run.dir}")
         for name, facts in services.items():
-            print(f"{name:11} {run.admin_address(name):22} {_line(name, facts)}")
+            print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -45,6 +46,19 @@ def train(config: OrchestratorConfig) -> int:
 def evaluate(config: OrchestratorConfig) -> int:
     """Measure the policy served now on the held-out prompts, and print it; return the exit status."""
     return _guarded(config, _evaluate)
+
+
+def show_finished(config: OrchestratorConfig) -> bool:
+    """Whether a run had come to its end before; if so, say what came of it and how to start anew."""
+    state_file, report = config.run_dir / "state.json", config.run_dir / "report.html"
+    if not (state_file.exists() and report.exists()):
+        return False
+    if json.loads(state_file.read_text()).get("next_step", 0) < config.num_steps:
+        return False
+    console = Console(file=sys.stdout)
+    _say_summary(console, config, str(config.run_dir / "model"), report)
+    console.print("\nThis run is finished. For another, give it another name: --set run.name=...", highlight=False)
+    return True
 
 
 def _guarded(
@@ -86,6 +100,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         async with Services(config.endpoints) as services:
             loop = TrainingLoop(config, folder, services, mixture, verifiers, watcher)
             with watcher, contextlib.closing(board), _signals(loop, watcher):
+                await services.wait_until_up(with_value=config.algorithm == "poise")
                 await verifiers.start()
                 try:
                     if state.next_step:
@@ -111,6 +126,7 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
     async with Services(config.endpoints) as services:
         loop = TrainingLoop(config, RunFolder(config.run_dir), services, mixture, verifiers, watcher)
         with watcher:
+            await services.wait_until_up(with_value=False)
             await verifiers.start()
             try:
                 status = await services.learner_status()

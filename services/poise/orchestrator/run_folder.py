@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,12 @@ import yaml
 from poise.runtime.files import sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
+
+
+logger = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = frozenset({"endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
+"""Settings that change nothing of what a step learns."""
 
 
 class RunError(Exception):
@@ -41,6 +48,10 @@ class RunState:
     next_step: int = 0
     wall_s: float = 0.0
     """Spent in steps so far, over all restarts."""
+    policy_version: int = 0
+    """The learner's, after the last finished step."""
+    is_reported: bool = False
+    """Whether the model was exported and the report written after the last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +74,57 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._run_id = ""
         self._lock: IO[bytes] | None = None
 
     def open(self, run_id: str, settings: Mapping[str, Any]) -> RunState:
-        """Take the folder and return how far the run is.
+        """Take the folder and return how far the run is. Settings that changed since are told in the log.
 
         Raises:
-            RunError: another process drives it, or it holds another run.
+            RunError: another process drives it, it holds another run, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "run.lock").open("ab")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "run.lock").open("ab")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be used as the run's folder: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state = self.read_state(run_id)
         except BlockingIOError:
+            self.close()
             raise RunError(f"{self.path} is being driven by another process; wait for it, or stop it") from None
-        state = self._read_state(run_id)
+        except RunError:
+            self.close()
+            raise
+        self._run_id = run_id
+        if state.next_step and (changes := list(_changes(self._read_settings(), settings))):
+            logger.warning(
+                "settings changed since this run began; from step %d on it follows the new ones: %s",
+                state.next_step,
+                "; ".join(changes),
+            )
         write_file(self.path / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False).encode())
-        self._forget_after(state.next_step)
+        self._tidy(state.next_step)
+        return state
+
+    def read_state(self, run_id: str) -> RunState:
+        """Return how far the run is, without taking the folder.
+
+        Raises:
+            RunError: it holds another run, or is damaged.
+        """
+        path = self.path / "state.json"
+        if not path.exists():
+            return RunState()
+        try:
+            values = json.loads(path.read_bytes())
+            owner = values.pop("run_id")
+            state = RunState(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} is damaged: {error}; restore it, or use another run folder") from error
+        if owner != run_id:
+            raise RunError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
         return state
 
     def close(self) -> None:
@@ -120,14 +165,17 @@ class RunFolder:
             ) from error
         return JournalledStep(step, labels, batch, about["numbers"], about["values"], about["samples"])
 
-    def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any], run_id: str, wall_s: float) -> None:
-        """Write a finished step's lines, move on, and drop its journal."""
+    def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any]) -> None:
+        """Write a finished step's lines, move on, and drop its journal. `numbers` is its line of metrics.jsonl."""
         self._append("metrics.jsonl", [numbers])
         self._append("values.jsonl", [step.values] if step.values["predicted"] else [])
         self._append("trajectories.jsonl", step.samples)
-        state = RunState(step.step + 1, wall_s)
-        write_file(self.path / "state.json", json.dumps({"run_id": run_id} | asdict(state)).encode())
+        self._write_state(RunState(step.step + 1, numbers["wall_s"], numbers["policy_version"]))
         shutil.rmtree(self._journal(step.step), ignore_errors=True)
+
+    def mark_reported(self) -> None:
+        """Tell that nothing is left to do after the last finished step."""
+        self._write_state(replace(self.read_state(self._run_id), is_reported=True))
 
     def write_evaluation(self, line: Mapping[str, Any]) -> None:
         """Append an evaluation."""
@@ -140,37 +188,40 @@ class RunFolder:
     def _journal(self, step: int) -> Path:
         return self.path / "journal" / f"step-{step:08d}"
 
-    def _read_state(self, run_id: str) -> RunState:
-        path = self.path / "state.json"
-        if not path.exists():
-            return RunState()
-        try:
-            values = json.loads(path.read_text())
-            owner = values.pop("run_id")
-            state = RunState(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: {error}; restore it, or use another run folder") from error
-        if owner != run_id:
-            raise RunError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
-        return state
+    def _write_state(self, state: RunState) -> None:
+        write_file(self.path / "state.json", json.dumps({"run_id": self._run_id} | asdict(state)).encode())
 
-    def _forget_after(self, next_step: int) -> None:
-        """Drop lines of a step that was being finished when the process died: it is finished again."""
-        for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl"):
-            path = self.path / name
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            values = yaml.safe_load((self.path / "config.yaml").read_bytes())
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def _tidy(self, next_step: int) -> None:
+        """Drop what a process left halfway: lines cut off, lines of a step that is finished again, old journals."""
+        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "evaluations.jsonl")
+        for path in (self.path / name for name in names):
             if path.exists():
-                kept = [json.dumps(line) + "\n" for line in self._lines(name) if line["step"] < next_step]
+                kept = [
+                    json.dumps(line, ensure_ascii=False) + "\n"
+                    for line in self._lines(path.name)
+                    if line["step"] < next_step or path.name == "evaluations.jsonl"
+                ]
                 write_file(path, "".join(kept).encode())
+        for path in (self.path / "journal").glob("*"):
+            if path != self._journal(next_step):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.path / name
         if not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # texts hold other line ends than this one
             try:
                 yield json.loads(line)
             except ValueError:
-                return  # cut off by a crash: the last
+                return  # the end, or cut off by a crash
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
@@ -179,3 +230,12 @@ class RunFolder:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """Yield `name: before -> now` for every setting that differs, where both are known."""
+    for name in sorted((before.keys() & now.keys()) - (frozenset() if section else _FREE_TO_CHANGE)):
+        if isinstance(before[name], dict) and isinstance(now[name], dict):
+            yield from _changes(before[name], now[name], f"{section}{name}.")
+        elif before[name] != now[name]:
+            yield f"{section}{name}: {before[name]} -> {now[name]}"

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from poise.orchestrator.config import EndpointsConfig
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_EVERY_S = 1.0
+_ASK_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _STREAM_TIMEOUT_S = 3600.0
 _SUBMIT_TIMEOUT_S = 3600.0
@@ -62,6 +64,28 @@ class Services:
     async def __aexit__(self, *exception: object) -> None:
         for client in (*self._generation, self._value, self._learner):
             await client.close()
+
+    async def wait_until_up(self, *, with_value: bool) -> None:
+        """Return once every service answers; say at once, and again, which one is waited for."""
+        asked: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+            (f"learner at {self._learner.target}", lambda: self._learner.get_status(timeout_s=_ASK_TIMEOUT_S)),
+            *(
+                (f"generation at {client.target}", partial(client.get_policy, timeout_s=_ASK_TIMEOUT_S))
+                for client in self._generation
+            ),
+        ]
+        if with_value:
+            asked.append((f"value at {self._value.target}", lambda: self._value.get_probe(timeout_s=_ASK_TIMEOUT_S)))
+        for name, ask in asked:
+            while True:
+                try:
+                    await ask()
+                    break
+                except PoiseClientError as error:
+                    if not error.retryable:
+                        raise
+                    logger.warning("waiting for %s: %s. `poise up` starts services", name, error.message)
+                    await asyncio.sleep(_RETRY_EVERY_S)
 
     async def sample(
         self,
