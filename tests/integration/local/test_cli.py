@@ -1,0 +1,71 @@
+"""The command as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-c", "from poise.cli import main; main()"]
+
+
+def poise(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "poise run --preset tiny" in poise("--help").stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5  # of processor time: a busy machine does not count
+    code = (
+        "import sys, poise.cli; print([m for m in ('torch', 'vllm', 'grpc', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "config", "models"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = poise(command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "give either -c FILE or --preset NAME"),
+        (["run", "--preset", "tiny", "-c", "run.yaml"], "give either -c FILE or --preset NAME"),
+        (["run", "--preset", "huge"], "preset 'huge' is unknown; there are: smollm2, tiny"),
+        (["up", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["up", "-c", "broken.yaml"], "broken.yaml: is not YAML"),
+        (["up", "-c", "list.yaml"], "list.yaml: must hold `name: value` lines"),
+        (["train", "-c", "good.yaml", "--set", "train.num_steps"], "must look like section.field=value"),
+        (["train", "-c", "good.yaml", "--set", "train.num_steps=many"], "train: num_steps"),
+        (["models", "gpt"], "model 'gpt' is unknown; there are: tiny"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "broken.yaml").write_text("run: [")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "good.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
+    done = poise(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
+    done = poise("status", "-c", "run.yaml", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("is not up; start it with `poise up`") == 3
+    facts = json.loads(poise("status", "-c", "run.yaml", "--json", folder=tmp_path).stdout)
+    assert facts["services"]["learner"]["ready"] is False

@@ -1,0 +1,118 @@
+"""From one run.yaml to what each process is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from poise.local.run_file import LocalRun, load_run, preset_names, preset_path
+from poise.local.settings import defaults_text, resolved_text
+from poise.runtime.config import ConfigError
+
+MINIMAL: dict[str, Any] = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
+
+
+def load(folder: Path, values: dict[str, Any] = MINIMAL, *overrides: str) -> LocalRun:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"run": {"name": "mine", "dir": str(folder / "run")}} | values))
+    return load_run(path, overrides)
+
+
+def test_programs_find_each_other(tmp_path: Path) -> None:
+    run = load(tmp_path)
+    ports = {name: getattr(run, name).grpc.port for name in ("generation", "value", "learner")}
+    assert len({*ports.values()}) == 3
+    assert run.learner.replicas == (f"127.0.0.1:{ports['generation']}",)
+    assert run.train.endpoints.generation == run.learner.replicas
+    assert run.train.endpoints.value == f"127.0.0.1:{ports['value']}" == run.grpc_address("value")
+    assert run.value.queue.url.get_secret_value() == f"unix://{run.socket}"
+    assert run.generation.wait_for_learner is True
+    assert run.generation.model == run.learner.model == "org/model"
+    assert (run.train.run_id, run.train.run_dir) == ("mine", run.dir)
+
+
+def test_ports_are_chosen_once(tmp_path: Path) -> None:
+    assert load(tmp_path).generation.grpc.port == load(tmp_path).generation.grpc.port
+
+
+def test_a_port_of_ones_own_is_told_to_all(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL | {"generation": {"grpc": {"port": 50999}}})
+    assert run.generation.grpc.port == 50999
+    assert run.learner.replicas == run.train.endpoints.generation == ("127.0.0.1:50999",)
+
+
+def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
+    values = MINIMAL | {"learner": {"optimiser": {"learning_rate": 0.5}}, "engine": "torch"}
+    run = load(tmp_path, values, "learner.optimiser.weight_decay=0.25", "run.seed=7", "train.num_steps=3")
+    assert (run.learner.optimiser.learning_rate, run.learner.optimiser.weight_decay) == (0.5, 0.25)
+    assert (run.train.seed, run.learner.seed, run.train.num_steps) == (7, 7, 3)
+    assert run.generation.engine == "torch"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (MINIMAL | {"lerner": {}}, "lerner: unknown; did you mean 'learner'"),
+        (MINIMAL | {"value": {"probe": {"alhpa": 1}}}, "value: probe.alhpa: unknown; did you mean 'alpha'"),
+        (MINIMAL | {"run": {"name": "a/b"}}, "run.name"),
+        ({"model": "m"}, "train: tasks: required"),
+        (MINIMAL | {"engine": "jax"}, "engine"),
+        (MINIMAL | {"model": "./nowhere"}, "folder ./nowhere does not exist"),
+        (MINIMAL | {"generation": {"auth": {"token": "secret"}}}, "auth.token: secrets do not belong"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.").replace("?", r"\?")) as caught:
+        load(tmp_path, values)
+    assert "secret" not in str(caught.value).replace("secrets", "")
+
+
+def test_problems_of_all_programs_are_told_at_once(tmp_path: Path) -> None:
+    values = {"model": "m", "generation": {"max_num_seqs": 0}, "train": {"tasks": [{"kind": "digits"}], "num_steps": 0}}
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, values)
+    assert "generation: max_num_seqs" in str(caught.value)
+    assert "train: num_steps" in str(caught.value)
+
+
+def test_the_socket_path_is_short_however_long_the_folder(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100) / ("y" * 100)
+    deep.mkdir(parents=True)
+    assert len(str(load(deep).socket)) < 100
+
+
+def test_presets_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path))
+    for name in ("tiny", "smollm2-135m-instruct"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    assert preset_names() == ["smollm2", "tiny"]
+    for name in preset_names():
+        run = load_run(preset_path(name), [f"run.dir={tmp_path / name / 'run'}"])
+        assert run.name == name
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="preset 'huge' is unknown; there are: smollm2, tiny"):
+        preset_path("huge")
+
+
+def test_the_defaults_shown_are_a_file_that_loads(tmp_path: Path) -> None:
+    values = yaml.safe_load(defaults_text(None))
+    values |= {"model": "org/model", "run": {"name": "mine", "dir": str(tmp_path / "run")}}
+    for section, names in (("generation", ["model"]), ("value", ["state_dir"]), ("learner", ["model", "state_dir"])):
+        for name in names:
+            del values[section][name]  # required of the program, and filled in
+    del values["train"]["run_dir"]
+    values["train"]["tasks"] = [{"kind": "digits"}]
+    assert load(tmp_path, values).train.num_steps == 500
+
+
+def test_what_is_shown_hides_secrets(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL | {"value": {"queue": {"url": "redis://user:pa55word@host:1/0"}}})
+    shown = resolved_text(run, None)
+    assert "pa55word" not in shown
+    assert yaml.safe_load(shown)["train"]["run_id"] == "mine"

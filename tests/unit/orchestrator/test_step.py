@@ -1,0 +1,84 @@
+"""The arithmetic of a step, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poise.orchestrator.step import (
+    ScoredGroup,
+    choose_baselines,
+    labelled_groups,
+    predictions,
+    step_numbers,
+    training_batch,
+)
+from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
+
+
+def group(name: str, rewards: list[float], version: int = 3) -> ScoredGroup:
+    def rollout(index: int) -> Rollout:
+        tokens = np.arange(index + 1, dtype=np.int32)
+        return Rollout(
+            id=RolloutId("run", 7, name, index),
+            token_ids=tokens,
+            logprobs=-tokens.astype(np.float32),
+            features=Features(np.full(2, index, np.float32), np.zeros(2, np.float32)),
+            version_spans=(VersionSpan(0, index + 1, version),),
+            finish_reason="stop",
+            text="",
+        )
+
+    rollouts = tuple(rollout(index) for index in range(len(rewards)))
+    return ScoredGroup(Group(name, np.array([1, 2], np.int32), rollouts), "d", np.array(rewards, np.float32))
+
+
+SCORED = [group("a", [1.0, 0.0]), group("b", [1.0, 1.0])]
+
+
+def answer(name: str, values: list[float] | None) -> GroupBaselines:
+    if values is None:
+        return GroupBaselines(name, 0, None, None)
+    return GroupBaselines(name, 5, np.array(values, np.float32), np.array(values[::-1], np.float32))
+
+
+def test_without_a_probe_the_baseline_is_the_siblings_or_the_other_prompts_mean() -> None:
+    rloo = choose_baselines(SCORED, [answer("a", None), answer("b", None)], "rloo")
+    assert [b.tolist() for b in rloo.baselines] == [[0.0, 1.0], [1.0, 1.0]]
+    mean = choose_baselines(SCORED, None, "batch_mean")
+    assert [b.tolist() for b in mean.baselines] == [[1.0, 1.0], [0.5, 0.5]]
+    assert mean.probe_versions == {}
+
+
+def test_a_probe_is_preferred_where_there_is_one() -> None:
+    chosen = choose_baselines(SCORED, [answer("a", [0.25, 0.75]), answer("b", None)], "rloo")
+    assert [b.tolist() for b in chosen.baselines] == [[0.75, 0.25], [1.0, 1.0]]
+    assert predictions(SCORED, chosen) == ([0.25, 0.75], [0.0, 1.0])
+    numbers = step_numbers(SCORED, chosen, 4)
+    assert numbers["baseline"]["source"] == "mixed"
+    assert numbers["baseline"]["probe_share"] == 0.5
+    assert numbers["baseline"]["brier"] == pytest.approx((0.25**2 + 0.25**2) / 2)
+    assert numbers["advantage_variance"]["used"] == pytest.approx((0.25**2 + 0.25**2) / 4)
+    assert numbers["advantage_variance"]["none"] == pytest.approx(3 / 4)
+    assert numbers["advantage_variance"]["rloo"] == pytest.approx(2 / 4)
+    assert numbers["advantage_variance"]["batch_mean"] == pytest.approx((0 + 1 + 0.25 + 0.25) / 4)
+    assert numbers["reward"] == {"mean": 0.75, "by_domain": {"d": 0.75}}
+    assert numbers["response_tokens"] == {"mean": 1.5, "max": 2, "total": 6}
+    assert numbers["staleness"] == {"mean": 1.0, "max": 1}
+
+
+def test_the_batch_carries_reward_minus_baseline_and_nothing_whitened() -> None:
+    chosen = choose_baselines(SCORED, [answer("a", [0.25, 0.75]), answer("b", [0.5, 1.0])], "rloo")
+    batch = training_batch("run", 7, SCORED, chosen, 0.8)
+    assert (batch.batch_id, batch.step, batch.temperature) == ("step-00000007", 7, 0.8)
+    assert [rollout.advantage for rollout in batch.rollouts] == [0.25, -0.25, 0.0, 0.5]
+    assert [rollout.id.group_id for rollout in batch.rollouts] == ["a", "a", "b", "b"]
+
+
+def test_labels_carry_features_and_rewards_of_whole_groups() -> None:
+    labels = labelled_groups("run", 7, SCORED)
+    assert [(label.group_id, label.domain, label.rewards.tolist()) for label in labels] == [
+        ("a", "d", [1.0, 0.0]),
+        ("b", "d", [1.0, 1.0]),
+    ]
+    assert labels[0].rollouts[1].prompt_hidden.tolist() == [1.0, 1.0]
