@@ -1,0 +1,146 @@
+"""The gradient under cross-rollout baselines is unbiased, tested with power against one that is not.
+
+A softmax policy over a few answers to a few prompts, small enough for the exact gradient. Rollouts carry features that
+tell both prompt and answer; a probe is fitted on earlier rollouts. The estimator's mean over many groups must match the
+exact gradient within its own error, and a baseline that looks at its own rollout must be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from poise.domain.baselines import advantages, batch_mean, mean_of_others
+from poise.value.probe import RidgeFitter
+from poise.value.rows import NUM_ENTROPIES, FeatureRows
+from scipy import stats
+
+NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
+SIBLINGS = 2
+
+Array = NDArray[np.float64]
+Baseline = Callable[["Rollouts"], Array]
+
+
+class World:
+    """Policy, rewards and features, all fixed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.random = random
+        logits = random.normal(size=(NUM_PROMPTS, NUM_ANSWERS))
+        self.policy = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        self.reward_chance = random.uniform(size=(NUM_PROMPTS, NUM_ANSWERS))
+        self.prompt_states = random.normal(size=(NUM_PROMPTS, WIDTH))
+        self.answer_states = random.normal(size=(NUM_PROMPTS, NUM_ANSWERS, WIDTH))
+        self.answer_entropies = random.uniform(size=(NUM_PROMPTS, NUM_ANSWERS))
+
+    def exact_gradient(self) -> Array:
+        """Of the expected reward, by the logits: p(x)·π(y|x)·(r(x, y) − Σ_y' π(y'|x)·r(x, y'))."""
+        expected = (self.policy * self.reward_chance).sum(1, keepdims=True)
+        return self.policy * (self.reward_chance - expected) / NUM_PROMPTS
+
+    def sample(self, num_groups: int) -> Rollouts:
+        prompts = self.random.integers(NUM_PROMPTS, size=num_groups)
+        draws = self.random.random((num_groups, SIBLINGS, 1))
+        answers = (draws > self.policy.cumsum(1)[prompts][:, None, :-1]).sum(-1)
+        chances = self.reward_chance[prompts[:, None], answers]
+        rewards = (self.random.random(chances.shape) < chances).astype(np.float32)
+        return Rollouts(self, prompts, answers, rewards)
+
+
+class Rollouts:
+    """Groups of siblings: prompts [G], answers and rewards [G, n]."""
+
+    def __init__(self, world: World, prompts: NDArray[np.int64], answers: NDArray[np.int64], rewards: Array) -> None:
+        self.world, self.prompts, self.answers, self.rewards = world, prompts, answers, rewards
+
+    def rows(self) -> FeatureRows:
+        prompts, answers = np.repeat(self.prompts, SIBLINGS), self.answers.reshape(-1)
+        entropies = np.zeros((len(prompts), NUM_ENTROPIES), np.float32)
+        entropies[:, 0] = self.world.answer_entropies[prompts, answers]
+        return FeatureRows(
+            self.world.prompt_states[prompts].astype(np.float32),
+            self.world.answer_states[prompts, answers].astype(np.float32),
+            entropies,
+        )
+
+    def others(self, per_rollout: Array) -> Array:
+        return np.stack([mean_of_others(row) for row in per_rollout.astype(np.float32)])
+
+    def gradients(self, baselines: Array) -> Array:
+        """One estimate a group, [G, prompts x answers]: the mean over its siblings of A·∇log π."""
+        weights = advantages(self.rewards, baselines.astype(np.float32)) / SIBLINGS
+        score = np.eye(NUM_ANSWERS)[self.answers] - self.world.policy[self.prompts][:, None]
+        own = (weights[:, :, None] * score).sum(1)
+        whole = np.zeros((len(self.prompts), NUM_PROMPTS, NUM_ANSWERS))
+        whole[np.arange(len(self.prompts)), self.prompts] = own
+        return whole.reshape(len(self.prompts), -1)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(scope="module")
+def probe(world: World):
+    earlier = world.sample(2000)
+    targets = earlier.others(earlier.rewards).reshape(-1)
+    return RidgeFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 8, 1.0).fit(earlier.rows(), targets)
+
+
+@pytest.fixture(scope="module")
+def groups(world: World) -> Rollouts:
+    return world.sample(NUM_GROUPS)
+
+
+def values(probe, groups: Rollouts) -> Array:
+    return probe.predict(groups.rows()).reshape(-1, SIBLINGS)
+
+
+def p_value(groups: Rollouts, baselines: Array) -> float:
+    """How likely so large a distance from the exact gradient is by chance (Hotelling's T², which is χ² at this size)."""
+    estimates = groups.gradients(baselines)
+    difference = estimates.mean(0) - groups.world.exact_gradient().reshape(-1)
+    covariance = np.cov(estimates.T) / len(estimates)
+    distance = difference @ np.linalg.pinv(covariance, rcond=1e-10, hermitian=True) @ difference
+    return float(stats.chi2.sf(distance, NUM_PROMPTS * (NUM_ANSWERS - 1)))
+
+
+def test_the_siblings_probe_value_keeps_the_gradient_unbiased(probe, groups) -> None:
+    assert p_value(groups, groups.others(values(probe, groups))) > 1e-3
+
+
+def test_so_does_a_value_that_knows_the_siblings_reward_too(probe, groups) -> None:
+    """b_i = mean over j ≠ i of g(z_j, r_j): (z_j, r_j) is as independent of y_i, given the prompt, as z_j alone."""
+    informed = values(probe, groups) + 0.4 * (groups.rewards - 0.5)
+    assert p_value(groups, groups.others(informed)) > 1e-3
+
+
+def test_so_do_the_bootstrap_baselines(groups) -> None:
+    assert p_value(groups, groups.others(groups.rewards)) > 1e-3
+    few = Rollouts(groups.world, groups.prompts[:20_000], groups.answers[:20_000], groups.rewards[:20_000])
+    assert p_value(few, np.stack(batch_mean([*few.rewards]))) > 1e-3
+
+
+def test_a_baseline_from_the_own_reward_is_told_apart(probe, groups) -> None:
+    leaky = 0.9 * groups.others(values(probe, groups)) + 0.1 * groups.rewards
+    assert p_value(groups, leaky) < 1e-9
+
+
+def test_a_baseline_from_the_own_features_is_told_apart(probe, groups) -> None:
+    assert p_value(groups, values(probe, groups)) < 1e-9
+
+
+def test_the_probe_is_worth_it(probe, groups) -> None:
+    """It lowers the variance of the advantages below no baseline's and RLOO's."""
+
+    def variance(baselines: Array) -> float:
+        return float(np.mean((groups.rewards - baselines) ** 2))
+
+    used = variance(groups.others(values(probe, groups)))
+    assert used < 0.8 * variance(groups.others(groups.rewards))
+    assert used < 0.8 * variance(np.zeros_like(groups.rewards))
