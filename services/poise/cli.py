@@ -53,11 +53,11 @@ def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> No
     Ctrl-C stops after the step in hand; the same command resumes.
     """
     from poise.local.up import run_services
-    from poise.orchestrator.job import show_finished
+    from poise.orchestrator.job import settle
 
     local_run = _load(path, preset, overrides)
-    if not show_finished(local_run.train):
-        sys.exit(run_services(local_run, train=True))
+    status = settle(local_run.train)
+    sys.exit(run_services(local_run, train=True) if status is None else status)
 
 
 @main.command()

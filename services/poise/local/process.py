@@ -106,13 +106,14 @@ async def ask_ready(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, s
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(f"GET /readyz HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-            answer = (await reader.read()).decode(errors="replace")
-            writer.close()
+            with contextlib.closing(writer):
+                writer.write(f"GET /readyz HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                answer = (await reader.read()).decode(errors="replace")
     except (OSError, TimeoutError):
         return False, "does not answer yet"
     head, _, body = answer.partition("\r\n\r\n")
-    return " 200 " in head.splitlines()[0] + " ", body
+    status = head.split(maxsplit=2)[1:2]  # empty where it hung up without a word
+    return status == ["200"], body or "does not answer yet"
 
 
 def kill_group(pid: int) -> None:

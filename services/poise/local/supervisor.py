@@ -49,6 +49,8 @@ class Supervisor:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Raises `SupervisorError` once a process cannot be kept running."""
         self.num_restarts: dict[str, int] = {}
+        self._ending: set[str] = set()
+        """Processes asked to end, which are not started again."""
 
     async def __aenter__(self) -> Supervisor:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +82,8 @@ class Supervisor:
     async def start(self, specs: Sequence[ProcessSpec]) -> None:
         """Start processes and keep them running."""
         for spec in specs:
-            self._processes[spec.name] = await SupervisedProcess.start(spec)
-            self._keepers[spec.name] = asyncio.create_task(self._keep(spec), name=f"keep-{spec.name}")
-        self._write_pids()
+            process = await self._start(spec)
+            self._keepers[spec.name] = asyncio.create_task(self._keep(process), name=f"keep-{spec.name}")
 
     async def wait_ready(self, names: Sequence[str]) -> None:
         """Return when all of `names` say that they work.
@@ -105,15 +106,18 @@ class Supervisor:
                 logger.info("waiting for %s", "; ".join(f"{n}: {why}" for n, (ok, why) in states.items() if not ok))
             await asyncio.sleep(_POLL_S)
 
-    async def run_to_end(self, spec: ProcessSpec) -> int:
+    async def run_to_end(self, spec: ProcessSpec) -> int | None:
         """Run a process until it exits by itself, starting it again when a signal kills it; return its status.
 
+        Once it was asked to `end`, whatever its status then is; None when it never started.
+
         Raises:
-            SupervisorError: another process cannot be kept running.
+            SupervisorError: it, or another process, cannot be kept running.
         """
-        while True:
-            process = self._processes[spec.name] = await SupervisedProcess.start(spec)
-            self._write_pids()
+        status: int | None = None
+        deaths = _Deaths(spec)
+        while spec.name not in self._ending:
+            process = await self._start(spec)
             ended = asyncio.create_task(process.wait())
             try:
                 await self.first_of(ended)
@@ -121,8 +125,10 @@ class Supervisor:
                 ended.cancel()
             status = ended.result()
             if status >= 0:
-                return status
-            self._note_death(spec, status)
+                break
+            if spec.name not in self._ending:
+                await asyncio.sleep(self._note_death(process, deaths, status))
+        return status
 
     async def first_of(self, task: asyncio.Task[Any]) -> None:
         """Return when `task` is done.
@@ -135,8 +141,9 @@ class Supervisor:
         if not task.done():
             self.failed.result()
 
-    def signal(self, name: str) -> None:
-        """Ask a process to drain."""
+    def end(self, name: str) -> None:
+        """Ask a process to drain, and do not start it again, or at all."""
+        self._ending.add(name)
         process = self._processes.get(name)
         if process is not None and process.is_running:
             process.process.send_signal(process.spec.stop_signal)
@@ -146,31 +153,33 @@ class Supervisor:
         for process in self._processes.values():
             kill_group(process.pid)
 
-    async def _keep(self, spec: ProcessSpec) -> None:
-        deaths = 0
-        while True:
-            process = self._processes[spec.name]
-            status = await process.wait()
-            lived_s = time.monotonic() - process.started
-            deaths = 1 if lived_s > _STEADY_S else deaths + 1
-            if status == WRONG_SETTINGS or deaths > _MAX_DEATHS:
-                times = "" if deaths == 1 else f", {deaths} times in a row"
-                error = SupervisorError(
-                    f"{spec.name} {describe_exit(status)}{times}; the end of its log, {spec.log}:\n{process.log_tail()}"
-                )
-                if not self.failed.done():
-                    self.failed.set_exception(error)
-                return
-            self._note_death(spec, status)
-            if deaths > 1:
-                await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LAST_BACKOFF_S))
-            self._processes[spec.name] = await SupervisedProcess.start(spec)
-            self._write_pids()
+    async def _start(self, spec: ProcessSpec) -> SupervisedProcess:
+        try:
+            process = self._processes[spec.name] = await SupervisedProcess.start(spec)
+        except OSError as error:
+            raise SupervisorError(f"{spec.name} cannot be started: {error}") from error
+        self._write_pids()
+        return process
 
-    def _note_death(self, spec: ProcessSpec, status: int) -> None:
-        self.num_restarts[spec.name] = self.num_restarts.get(spec.name, 0) + 1
-        log = f"; its log: {spec.log}" if spec.log else ""
-        logger.warning("%s %s and is started again%s", spec.name, describe_exit(status), log)
+    async def _keep(self, process: SupervisedProcess) -> None:
+        deaths = _Deaths(process.spec)
+        try:
+            while True:
+                status = await process.wait()
+                await asyncio.sleep(self._note_death(process, deaths, status))
+                process = await self._start(process.spec)
+        except SupervisorError as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+    def _note_death(self, process: SupervisedProcess, deaths: _Deaths, status: int) -> float:
+        """Return how long to wait before it is started again, s. Raises `SupervisorError` when it is not to be."""
+        pause_s = deaths.add(process, status)
+        name, log = process.spec.name, process.spec.log
+        self.num_restarts[name] = self.num_restarts.get(name, 0) + 1
+        at_log = f"; its log: {log}" if log else ""
+        logger.warning("%s %s and is started again%s", name, describe_exit(status), at_log)
+        return pause_s
 
     @property
     def _pids_file(self) -> Path:
@@ -187,6 +196,28 @@ class Supervisor:
         temporary = self._pids_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(facts))
         temporary.replace(self._pids_file)
+
+
+class _Deaths:
+    """How often a process died in a row."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self._spec = spec
+        self._num = 0
+
+    def add(self, process: SupervisedProcess, status: int) -> float:
+        """Return how long to wait before the next start, s.
+
+        Raises:
+            SupervisorError: starting it again would not help.
+        """
+        lived_s = time.monotonic() - process.started
+        self._num = 1 if lived_s > _STEADY_S else self._num + 1
+        if status == WRONG_SETTINGS or self._num > _MAX_DEATHS:
+            times = "" if self._num == 1 else f", {self._num} times in a row"
+            log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
+            raise SupervisorError(f"{self._spec.name} {describe_exit(status)}{times}{log}")
+        return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
 
 
 def _stop_orphans(pids_file: Path) -> None:

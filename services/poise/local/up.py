@@ -20,7 +20,7 @@ from poise.local.valkey import valkey_command
 
 logger = logging.getLogger(__name__)
 
-_KILLED = 130
+_INTERRUPTED = 130
 
 
 def run_services(run: LocalRun, *, train: bool) -> int:
@@ -45,10 +45,11 @@ async def _supervise(run: LocalRun, train: bool) -> int:
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return 0
+                return _INTERRUPTED if train else 0
             ready.result()
             if train:
-                return await supervisor.run_to_end(_training(run))
+                status = await supervisor.run_to_end(_training(run))
+                return _INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train`, stop with Ctrl-C")
@@ -63,10 +64,10 @@ def _signals(supervisor: Supervisor, stopping: asyncio.Event) -> Iterator[None]:
     def on_signal() -> None:
         if stopping.is_set():
             supervisor.kill_all()
-            os._exit(_KILLED)
+            os._exit(_INTERRUPTED)
         stopping.set()
         logger.info("stopping; again to kill everything at once")
-        supervisor.signal("train")
+        supervisor.end("train")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)

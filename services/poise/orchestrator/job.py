@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.progress import ConsoleWatcher, clock
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.report.statistics import bootstrap_interval
-from poise.orchestrator.run_folder import RunError, RunFolder
+from poise.orchestrator.run_folder import RunError, RunFolder, RunState
 from poise.orchestrator.services import Services
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
@@ -35,39 +34,45 @@ from poise_client.errors import PoiseClientError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 OK, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 130
 
 
 def train(config: OrchestratorConfig) -> int:
     """Run, or resume, to the end or until a signal; return the exit status."""
-    return _guarded(config, _train)
+    return _guarded(config, lambda: asyncio.run(_train(config, Mixture(config.tasks, config.seed))))
 
 
 def evaluate(config: OrchestratorConfig) -> int:
     """Measure the policy served now on the held-out prompts, and print it; return the exit status."""
-    return _guarded(config, _evaluate)
+    return _guarded(config, lambda: asyncio.run(_evaluate(config, Mixture(config.tasks, config.seed))))
 
 
-def show_finished(config: OrchestratorConfig) -> bool:
-    """Whether a run had come to its end before; if so, say what came of it and how to start anew."""
-    state_file, report = config.run_dir / "state.json", config.run_dir / "report.html"
-    if not (state_file.exists() and report.exists()):
-        return False
-    if json.loads(state_file.read_text()).get("next_step", 0) < config.num_steps:
-        return False
-    console = Console(file=sys.stdout)
-    _say_summary(console, config, str(config.run_dir / "model"), report)
-    console.print("\nThis run is finished. For another, give it another name: --set run.name=...", highlight=False)
-    return True
+def settle(config: OrchestratorConfig) -> int | None:
+    """Return the exit status of a run that needs no services: finished before, or wrong. None for all others.
+
+    Says why, and of a finished run what came of it.
+    """
+
+    def look() -> int | None:
+        mixture = Mixture(config.tasks, config.seed)
+        mixture.held_out(config.evaluation.num_prompts)
+        state = RunFolder(config.run_dir).read_state(config.run_id)
+        if not state.is_finished(config.num_steps):
+            return None
+        _say_finished(Console(file=sys.stdout), config, state)
+        return OK
+
+    return _guarded(config, look)
 
 
-def _guarded(
-    config: OrchestratorConfig, work: Callable[[OrchestratorConfig, Mixture], Coroutine[Any, Any, int]]
-) -> int:
+def _guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
     configure_logging(config.logging)
     try:
-        mixture = Mixture(config.tasks, config.seed)
-        return asyncio.run(work(config, mixture))
+        return work()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ConfigError, TaskError) as error:
         logger.error("%s", error)
         return WRONG_SETTINGS
@@ -95,6 +100,9 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
     console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     with contextlib.closing(folder):
+        if state.is_finished(config.num_steps):
+            _say_finished(console, config, state)
+            return OK
         board = TensorBoardLog(config.run_dir / "tensorboard")
         watcher = _Watcher(board, config.num_steps, state.next_step, console)
         async with Services(config.endpoints) as services:
@@ -105,7 +113,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
                 try:
                     if state.next_step:
                         watcher.say(f"resuming at step {state.next_step} of {config.num_steps}")
-                    finished = await loop.run(state.next_step, state.wall_s)
+                    finished = await loop.run(state)
                     if not finished:
                         watcher.say(f"stopped before the end; the same command resumes. Run folder: {config.run_dir}")
                         return INTERRUPTED
@@ -115,11 +123,14 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         _keep_model(Path(export.path), config.run_dir / "model")
         write_summary(config.run_dir)
         report = write_report(config.run_dir)
+        folder.mark_reported()
     _say_summary(console, config, export.path, report)
     return OK
 
 
 async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
+    if not config.evaluation.num_prompts:
+        raise ConfigError("evaluation.num_prompts: is 0, which leaves nothing to measure; set it to 1 or more")
     console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     watcher = ConsoleWatcher(1, 0, console)
@@ -172,6 +183,16 @@ def _keep_model(exported: Path, target: Path) -> None:
         shutil.copytree(exported, target)
 
 
+def _say_finished(console: Console, config: OrchestratorConfig, state: RunState) -> None:
+    _say_summary(console, config, str(config.run_dir / "model"), config.run_dir / "report.html")
+    console.print(
+        f"\nThis run is finished: {state.next_step} steps. A higher num_steps goes on with it; another name and folder "
+        "start anew.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _say_summary(console: Console, config: OrchestratorConfig, model: str, report: Path) -> None:
     summary = summarise(config.run_dir)
 
@@ -179,7 +200,7 @@ def _say_summary(console: Console, config: OrchestratorConfig, model: str, repor
         console.print(text, highlight=False, soft_wrap=True)
 
     say("")
-    say(f"run {config.run_id}: {config.num_steps} steps in {clock(summary['wall_s'])}")
+    say(f"run {config.run_id}: {summary['num_steps']} steps in {clock(summary['wall_s'])}")
     if held_out := summary.get("held_out"):
         say(f"held-out reward  {describe_held_out(held_out)}")
     say(f"report           {report}")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
+from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder, RunState
 from poise.orchestrator.services import Services
 from poise.orchestrator.step import (
     ScoredGroup,
@@ -97,8 +97,8 @@ class TrainingLoop:
         self.stopping = asyncio.Event()
         """Set to stop after the step in hand."""
 
-    async def run(self, first_step: int, wall_s: float) -> bool:
-        """Go on from `first_step` to the end; return whether the end was reached.
+    async def run(self, state: RunState) -> bool:
+        """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
             RunError: the services hold another history than this run.
@@ -107,8 +107,9 @@ class TrainingLoop:
         config = self._config
         status = await self._services.learner_status()
         policy_version = status.policy_version
+        first_step, wall_s = state.next_step, state.wall_s
         journalled = self._folder.read_journal(first_step)
-        self._check_history(first_step, policy_version, journalled is not None)
+        self._check_history(state, policy_version, journalled is not None)
         if first_step == 0 and journalled is None:
             await self._evaluate("before", 0, policy_version)
         for step in range(first_step, config.num_steps):
@@ -131,7 +132,7 @@ class TrainingLoop:
             wall_s += took_s
             numbers = journalled.numbers | learner_numbers(result)
             numbers |= {"wall_s": wall_s, "time_s": seconds | {"total": took_s}}
-            self._folder.finish_step(journalled, numbers, config.run_id, wall_s)
+            self._folder.finish_step(journalled, numbers)
             self._watcher.step_done(numbers)
             journalled = None
             every = config.evaluation.every_steps
@@ -140,13 +141,19 @@ class TrainingLoop:
         await self._evaluate("after", config.num_steps, policy_version)
         return True
 
-    def _check_history(self, first_step: int, policy_version: int, journalled: bool) -> None:
-        if first_step > 0 and policy_version == 0:
+    def _check_history(self, state: RunState, policy_version: int, journalled: bool) -> None:
+        if state.next_step > self._config.num_steps:
             raise RunError(
-                f"this run is at step {first_step}, and the learner at version 0: its state was lost. Restore the "
-                "learner's state_dir, or start a new run"
+                f"this run is at step {state.next_step} already, beyond num_steps {self._config.num_steps}; set "
+                f"num_steps to {state.next_step} to end it here, or higher to go on"
             )
-        if first_step == 0 and not journalled and policy_version > 0:
+        if policy_version < state.policy_version:
+            raise RunError(
+                f"this run is at step {state.next_step}, which left the policy at version {state.policy_version}, and "
+                f"the learner is at version {policy_version}: its state was lost. Restore the learner's state_dir, or "
+                "start a new run"
+            )
+        if state.next_step == 0 and not journalled and policy_version > 0:
             logger.warning("the learner is at version %d already: this run goes on from there", policy_version)
 
     async def _sample_step(self, step: int, policy_version: int, phases: _Phases) -> JournalledStep:

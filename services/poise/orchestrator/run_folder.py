@@ -30,7 +30,6 @@ from poise.runtime.files import sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
 
-
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = frozenset({"endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
@@ -52,6 +51,10 @@ class RunState:
     """The learner's, after the last finished step."""
     is_reported: bool = False
     """Whether the model was exported and the report written after the last step."""
+
+    def is_finished(self, num_steps: int) -> bool:
+        """Whether nothing is left to do for a run of that many steps."""
+        return self.is_reported and self.next_step >= num_steps
 
 
 @dataclass(frozen=True, slots=True)

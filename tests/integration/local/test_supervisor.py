@@ -65,7 +65,7 @@ async def test_grandchildren_end_with_their_parent(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", parent, tmp_path)])
         await until(lambda: len(pids_of(f"{marker} grandchild")) >= 2)
-    assert not pids_of(marker)
+    await until(lambda: not pids_of(marker))
 
 
 async def test_a_process_that_cannot_live_is_given_up_with_the_end_of_its_log(
