@@ -24,7 +24,7 @@ from poise.orchestrator.progress import ConsoleWatcher, clock
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.report.statistics import bootstrap_interval
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
-from poise.orchestrator.services import Services
+from poise.orchestrator.services import Services, StoppedWaiting
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
 from poise.orchestrator.verifiers.pool import VerifierPool
@@ -105,21 +105,20 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
             return OK
         board = TensorBoardLog(config.run_dir / "tensorboard")
         watcher = _Watcher(board, config.num_steps, state.next_step, console)
-        async with Services(config.endpoints) as services:
-            loop = TrainingLoop(config, folder, services, mixture, verifiers, watcher)
-            with watcher, contextlib.closing(board), _signals(loop, watcher):
-                await services.wait_until_up(with_value=config.algorithm == "poise")
-                await verifiers.start()
+        stopping = asyncio.Event()
+        async with Services(config.endpoints, stopping) as services, verifiers:
+            loop = TrainingLoop(config, folder, services, mixture, verifiers, watcher, stopping)
+            with watcher, contextlib.closing(board), _signals(stopping, watcher):
                 try:
+                    await services.wait_until_up(with_value=config.algorithm == "poise")
                     if state.next_step:
                         watcher.say(f"resuming at step {state.next_step} of {config.num_steps}")
-                    finished = await loop.run(state)
-                    if not finished:
-                        watcher.say(f"stopped before the end; the same command resumes. Run folder: {config.run_dir}")
-                        return INTERRUPTED
-                    export = await services.export_model("model")
-                finally:
-                    await verifiers.stop()
+                    export = await services.export_model("model") if await loop.run(state) else None
+                except StoppedWaiting:
+                    export = None
+                if export is None:
+                    watcher.say(f"stopped before the end; the same command resumes. Run folder: {config.run_dir}")
+                    return INTERRUPTED
         _keep_model(Path(export.path), config.run_dir / "model")
         write_summary(config.run_dir)
         report = write_report(config.run_dir)
@@ -134,16 +133,13 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
     console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     watcher = ConsoleWatcher(1, 0, console)
-    async with Services(config.endpoints) as services:
-        loop = TrainingLoop(config, RunFolder(config.run_dir), services, mixture, verifiers, watcher)
+    stopping = asyncio.Event()  # an interrupt ends it at once
+    async with Services(config.endpoints, stopping) as services, verifiers:
+        loop = TrainingLoop(config, RunFolder(config.run_dir), services, mixture, verifiers, watcher, stopping)
         with watcher:
             await services.wait_until_up(with_value=False)
-            await verifiers.start()
-            try:
-                status = await services.learner_status()
-                line = await loop.measure("now", status.policy_version, status.policy_version)
-            finally:
-                await verifiers.stop()
+            status = await services.learner_status()
+            line = await loop.measure("now", status.policy_version, status.policy_version)
     interval = bootstrap_interval(line["rewards"])
     console.print(
         f"policy version {line['policy_version']}: held-out reward {interval.mean:.3f} "
@@ -158,13 +154,13 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
 
 
 @contextlib.contextmanager
-def _signals(loop: TrainingLoop, watcher: ConsoleWatcher) -> Iterator[None]:
+def _signals(stopping: asyncio.Event, watcher: ConsoleWatcher) -> Iterator[None]:
     running = asyncio.get_running_loop()
 
     def on_signal() -> None:
-        if loop.stopping.is_set():
+        if stopping.is_set():
             os._exit(INTERRUPTED)  # all of a finished step is on disk
-        loop.stopping.set()
+        stopping.set()
         watcher.say("stopping after this step; again to stop at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -87,6 +87,7 @@ class TrainingLoop:
         mixture: Mixture,
         verifiers: VerifierPool,
         watcher: Watcher,
+        stopping: asyncio.Event,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -94,8 +95,7 @@ class TrainingLoop:
         self._mixture = mixture
         self._verifiers = verifiers
         self._watcher = watcher
-        self.stopping = asyncio.Event()
-        """Set to stop after the step in hand."""
+        self._stopping = stopping  # set to stop after the step in hand
 
     async def run(self, state: RunState) -> bool:
         """Go on from where the run is to its end; return whether the end was reached.
@@ -113,7 +113,7 @@ class TrainingLoop:
         if first_step == 0 and journalled is None:
             await self._evaluate("before", 0, policy_version)
         for step in range(first_step, config.num_steps):
-            if self.stopping.is_set():
+            if self._stopping.is_set():
                 return False
             started = time.monotonic()
             phases = _Phases(self._watcher, step)

@@ -1,6 +1,6 @@
 """The three services as the loop sees them: always there in the end.
 
-Owns waiting out restarts, and spreading prompts over generation replicas. Built on the public SDK alone.
+Owns waiting out restarts, saying so, and spreading prompts over generation replicas. Built on the public SDK alone.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError
-from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
+from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
 from poise_client.errors import PoiseClientError, VersionMismatchError
 from poise_client.types import (
     Batch,
@@ -34,16 +35,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_EVERY_S = 1.0
+_SAY_EVERY_S = 15.0
+_PUSH_PATIENCE_S = 5.0
+"""Weights on their way are nothing to speak of for this long."""
+_NO_RETRIES = RetryPolicy(max_attempts=1)
+"""Whoever waits here says so, and can be stopped; the clients would do it in silence."""
 _ASK_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _STREAM_TIMEOUT_S = 3600.0
 _SUBMIT_TIMEOUT_S = 3600.0
 
 
-class Services:
-    """Clients of all services. Use as an async context manager."""
+class StoppedWaiting(Exception):
+    """Stopping was asked for while a service was out of reach."""
 
-    def __init__(self, config: EndpointsConfig) -> None:
+
+class Services:
+    """Clients of all services. Use as an async context manager.
+
+    Every method raises `StoppedWaiting` when `stopping` is set while it waits for a service.
+    """
+
+    def __init__(self, config: EndpointsConfig, stopping: asyncio.Event) -> None:
+        self._stopping = stopping
         token = None
         if config.token_file is not None:
             try:
@@ -52,11 +66,15 @@ class Services:
                 raise ConfigError(f"endpoints.token_file: cannot be read: {error}") from error
         tls = TlsOptions(root_certs_file=config.ca_file) if config.ca_file else None
         self._generation = [
-            AsyncGenerationClient(target, token=token, tls=tls, allow_insecure_token=True)
+            AsyncGenerationClient(target, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES)
             for target in config.generation
         ]
-        self._value = AsyncValueClient(config.value, token=token, tls=tls, allow_insecure_token=True)
-        self._learner = AsyncLearnerClient(config.learner, token=token, tls=tls, allow_insecure_token=True)
+        self._value = AsyncValueClient(
+            config.value, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
+        )
+        self._learner = AsyncLearnerClient(
+            config.learner, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
+        )
 
     async def __aenter__(self) -> Services:
         return self
@@ -67,25 +85,11 @@ class Services:
 
     async def wait_until_up(self, *, with_value: bool) -> None:
         """Return once every service answers; say at once, and again, which one is waited for."""
-        asked: list[tuple[str, Callable[[], Awaitable[object]]]] = [
-            (f"learner at {self._learner.target}", lambda: self._learner.get_status(timeout_s=_ASK_TIMEOUT_S)),
-            *(
-                (f"generation at {client.target}", partial(client.get_policy, timeout_s=_ASK_TIMEOUT_S))
-                for client in self._generation
-            ),
-        ]
+        await self._ask_learner(lambda: self._learner.get_status(timeout_s=_ASK_TIMEOUT_S))
+        for client in self._generation:
+            await self._persist(f"generation at {client.target}", partial(client.get_policy, timeout_s=_ASK_TIMEOUT_S))
         if with_value:
-            asked.append((f"value at {self._value.target}", lambda: self._value.get_probe(timeout_s=_ASK_TIMEOUT_S)))
-        for name, ask in asked:
-            while True:
-                try:
-                    await ask()
-                    break
-                except PoiseClientError as error:
-                    if not error.retryable:
-                        raise
-                    logger.warning("waiting for %s: %s. `poise up` starts services", name, error.message)
-                    await asyncio.sleep(_RETRY_EVERY_S)
+            await self._ask_value(lambda: self._value.get_probe(timeout_s=_ASK_TIMEOUT_S))
 
     async def sample(
         self,
@@ -101,6 +105,7 @@ class Services:
 
         async def drain(client: AsyncGenerationClient, share: Sequence[Prompt]) -> None:
             left = {prompt.group_id: prompt for prompt in share}
+            waiting = _Waiting(f"generation at {client.target}", self._stopping)
             while left:
                 try:
                     groups = client.stream_trajectories(
@@ -115,23 +120,25 @@ class Services:
                     async with contextlib.aclosing(groups):
                         async for group in groups:
                             del left[group.group_id]
+                            waiting.over()
                             finished.put_nowait(group)
-                except VersionMismatchError:
-                    await asyncio.sleep(_RETRY_EVERY_S)  # the learner's push is on its way
+                except VersionMismatchError as error:  # the learner's push is on its way
+                    await waiting.pause(error, patience_s=_PUSH_PATIENCE_S)
                 except PoiseClientError as error:
                     if not error.retryable:
-                        finished.put_nowait(error)
-                        return
-                    _say_waiting(error)
-                    await asyncio.sleep(_RETRY_EVERY_S)
-                except Exception as error:
-                    finished.put_nowait(error)
-                    return
+                        raise
+                    await waiting.pause(error)
+
+        async def report(client: AsyncGenerationClient, share: Sequence[Prompt]) -> None:
+            try:
+                await drain(client, share)
+            except Exception as error:
+                finished.put_nowait(error)
 
         num_replicas = len(self._generation)
         shares = [prompts[index::num_replicas] for index in range(num_replicas)]
         tasks = [
-            asyncio.create_task(drain(client, share))
+            asyncio.create_task(report(client, share))
             for client, share in zip(self._generation, shares, strict=True)
             if share
         ]
@@ -148,36 +155,75 @@ class Services:
 
     async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
         """See `AsyncValueClient`."""
-        return await _persist(lambda: self._value.estimate_baselines(run_id, step, groups, timeout_s=_CALL_TIMEOUT_S))
+        return await self._ask_value(
+            lambda: self._value.estimate_baselines(run_id, step, groups, timeout_s=_CALL_TIMEOUT_S)
+        )
 
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
         """See `AsyncValueClient`."""
-        return await _persist(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
+        return await self._ask_value(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
 
     async def submit_advantages(self, batch: Batch) -> StepResult:
         """See `AsyncLearnerClient`."""
-        return await _persist(lambda: self._learner.submit_advantages(batch, timeout_s=_SUBMIT_TIMEOUT_S))
+        return await self._ask_learner(lambda: self._learner.submit_advantages(batch, timeout_s=_SUBMIT_TIMEOUT_S))
 
     async def learner_status(self) -> LearnerStatus:
         """See `AsyncLearnerClient`."""
-        return await _persist(lambda: self._learner.get_status(timeout_s=_CALL_TIMEOUT_S))
+        return await self._ask_learner(lambda: self._learner.get_status(timeout_s=_CALL_TIMEOUT_S))
 
     async def export_model(self, name: str) -> ModelExport:
         """See `AsyncLearnerClient`."""
-        return await _persist(lambda: self._learner.export_model(name))
+        return await self._ask_learner(lambda: self._learner.export_model(name))
+
+    async def _ask_value(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._persist(f"value at {self._value.target}", call)
+
+    async def _ask_learner(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._persist(f"learner at {self._learner.target}", call)
+
+    async def _persist(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until it succeeds, or fails in a way that waiting does not mend."""
+        waiting = _Waiting(name, self._stopping)
+        while True:
+            try:
+                answer = await call()
+            except PoiseClientError as error:
+                if not error.retryable:
+                    raise
+                await waiting.pause(error)
+            else:
+                waiting.over()
+                return answer
 
 
-async def _persist(call: Callable[[], Awaitable[T]]) -> T:
-    """Call until it succeeds, or fails in a way that waiting does not mend."""
-    while True:
-        try:
-            return await call()
-        except PoiseClientError as error:
-            if not error.retryable:
-                raise
-            _say_waiting(error)
-            await asyncio.sleep(_RETRY_EVERY_S)
+class _Waiting:
+    """Waiting for one service: says so at once and now and then, and when it is over."""
 
+    def __init__(self, name: str, stopping: asyncio.Event) -> None:
+        self._name = name
+        self._stopping = stopping
+        self._since_s: float | None = None
+        self._said_s: float | None = None
 
-def _say_waiting(error: PoiseClientError) -> None:
-    logger.warning("still waiting: %s", error)
+    async def pause(self, error: PoiseClientError, patience_s: float = 0.0) -> None:
+        """Wait until the next attempt is due; `patience_s` is how long to wait before a word of it.
+
+        Raises:
+            StoppedWaiting: stopping was asked for.
+        """
+        now_s = time.monotonic()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        if now_s - self._since_s >= patience_s and (self._said_s is None or now_s - self._said_s >= _SAY_EVERY_S):
+            remedy = "; `poise up` starts the services, `poise status` shows them" if self._said_s is None else ""
+            logger.warning("waiting for %s: %s%s", self._name, error.message, remedy)
+            self._said_s = now_s
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), max(_RETRY_EVERY_S, error.retry_after_s or 0.0))
+        if self._stopping.is_set():
+            raise StoppedWaiting(self._name)
+
+    def over(self) -> None:
+        """The service answered."""
+        if self._said_s is not None and self._since_s is not None:
+            logger.info("%s answers after %.0f s", self._name, time.monotonic() - self._since_s)
+        self._since_s = self._said_s = None
