@@ -141,7 +141,7 @@ def measure(
 
 def kept_bytes(width: int, num_rows: int) -> int:
     """What a fitter keeps between fits; see the docstring of poise.value.gram."""
-    columns = sum(width if width <= 256 else k + 48 for k in COMPONENTS)
+    columns = sum(width if width <= 128 else k + 48 for k in COMPONENTS)
     return (8 * num_rows + 16 * width) * columns
 
 
@@ -161,7 +161,8 @@ def row_of(window_rows: int, width: int, updates: list[Update], first_s: float) 
         "speedup_over_one_thread": statistics.median(
             update.reference_one_thread_s / update.ours_s for update in compared
         ),
-        "speedup_in_total": sum(update.reference_s for update in compared) / sum(update.ours_s for update in compared),
+        "speedup_in_total": statistics.median(update.reference_s for update in compared)
+        / statistics.fmean(update.ours_s for update in updates),
         "ours_brier": statistics.fmean(update.ours_brier for update in compared),
         "reference_brier": statistics.fmean(update.reference_brier for update in compared),
         "brier_gap": statistics.fmean(update.ours_brier - update.reference_brier for update in compared),

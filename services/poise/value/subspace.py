@@ -28,7 +28,7 @@ _NUM_SPARE = 48
 """Columns of the basis beyond the components: the next components come from there, and convergence is faster."""
 _NUM_FRESH = 8
 """Of those, at a rebuild, directions of the newest rows, so that what was never seen before is found."""
-_EXACT_WIDTH = 256
+_EXACT_WIDTH = 128
 """Up to it the basis spans everything, and the components are exact: their whole eigenproblem takes milliseconds."""
 _BLOCK_ROWS = 512
 """Rows multiplied at a time: few enough to stay in the cache between their products."""
@@ -63,7 +63,10 @@ class Subspace:
         self._sum: Doubles = np.zeros(0)
         self._rotation: Doubles = np.zeros((0, 0))
         self._mean: Doubles = np.zeros(0)
-        self._misfit = self._misfit_rebuilt = 0.0
+        self.misfit = 0.0
+        """Mean squared sine between the components and their images under the covariance: 0 if they are the rows' own,
+        and not only the best within the basis."""
+        self._misfit_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
     def fits(self, parts: Sequence[Floats]) -> bool:
@@ -74,7 +77,7 @@ class Subspace:
     def outdated(self) -> bool:
         """Whether the basis fits the rows clearly worse than it did after its rebuild."""
         return (
-            self._misfit > self._misfit_rebuilt + _OUTDATED_MISFIT
+            self.misfit > self._misfit_rebuilt + _OUTDATED_MISFIT
             or self._outside > _OUTDATED_OUTSIDE * self._outside_rebuilt
         )
 
@@ -117,10 +120,9 @@ class Subspace:
         self._rotation, self._mean = rotation, mean
         leading = variances[: min(self._wanted, num_rows - 1)]
         num_kept = int((leading > NEGLIGIBLE_VARIANCE * variances[:1]).sum())
-        # The squared sine between a component and its image: 0 if it is one of the rows, not only within the basis.
         lengths = np.linalg.norm(self._further(num_kept), axis=0)
         sines = 1 - np.minimum(1.0, variances[:num_kept] / lengths) ** 2
-        self._misfit = float(sines.mean()) if num_kept else 0.0
+        self.misfit = float(sines.mean()) if num_kept else 0.0
         return rotation[:, :num_kept]
 
     def rebuild(self, parts: Sequence[Floats]) -> Doubles:
@@ -135,12 +137,12 @@ class Subspace:
             centred = coordinates - mean
             scatter = centred.T @ centred
             self.rotation(scatter, mean, len(centred))
-            if self._misfit < _CONVERGED or self._misfit > _STALLED * previous:
+            if self.misfit < _CONVERGED or self.misfit > _STALLED * previous:
                 break
-            start, previous = self._further(self.basis.shape[1]), self._misfit
+            start, previous = self._further(self.basis.shape[1]), self.misfit
         # Where the basis spans everything, what is outside is rounding.
         self._outside_rebuilt = self._outside + _ROUNDING * float(np.trace(scatter)) / len(centred)
-        self._misfit_rebuilt = self._misfit
+        self._misfit_rebuilt = self.misfit
         return coordinates
 
     def _start(self, parts: Sequence[Floats]) -> Floats:

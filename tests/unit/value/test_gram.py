@@ -151,7 +151,7 @@ def test_fewer_rows_or_columns_than_components_still_fit(num_groups: int, width:
 
 
 def without_responses(group: LabelledRows) -> LabelledRows:
-    rows = FeatureRows(group.rows.prompt_hidden, np.zeros_like(group.rows.response_hidden), group.rows.entropies)
+    rows = FeatureRows(group.rows.prompt_hidden, np.full_like(group.rows.response_hidden, 0.1), group.rows.entropies)
     return LabelledRows(group.run_id, group.step, group.group_id, group.domain, rows, group.rewards)
 
 
