@@ -12,10 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
+
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
 from poise.value.probe import RidgeFitter
 from poise.value.rows import NUM_ENTROPIES, FeatureRows
-from scipy import stats
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2
@@ -101,7 +102,7 @@ def values(probe, groups: Rollouts) -> Array:
     return probe.predict(groups.rows()).reshape(-1, SIBLINGS)
 
 
-def p_value(groups: Rollouts, baselines: Array) -> float:
+    """How likely so large a distance from the exact gradient is by chance: Hotelling's T², which is χ² at this size."""
     """How likely so large a distance from the exact gradient is by chance (Hotelling's T², which is χ² at this size)."""
     estimates = groups.gradients(baselines)
     difference = estimates.mean(0) - groups.world.exact_gradient().reshape(-1)
