@@ -52,21 +52,18 @@ def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> No
 
     Ctrl-C stops after the step in hand; the same command resumes.
     """
-    from poise.local.up import run_services
     from poise.orchestrator.job import settle
 
     local_run = _load(path, preset, overrides)
     status = settle(local_run.train)
-    sys.exit(run_services(local_run, train=True) if status is None else status)
+    sys.exit(_run_services(local_run, train=True) if status is None else status)
 
 
 @main.command()
 @_run_options
 def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Start the services on this machine and stay, starting again what dies. Ctrl-C drains and stops them."""
-    from poise.local.up import run_services
-
-    sys.exit(run_services(_load(path, preset, overrides), train=False))
+    sys.exit(_run_services(_load(path, preset, overrides), train=False))
 
 
 @main.command()
@@ -94,7 +91,8 @@ def status(path: Path | None, preset: str | None, overrides: tuple[str, ...], as
     """Show what each service of the run does, and how far the run is. Status 1 when one is not ready."""
     from poise.local.status import show_status
 
-    sys.exit(show_status(_load(path, preset, overrides), as_json))
+    local_run = _load(path, preset, overrides)
+    sys.exit(_checked(lambda: show_status(local_run, as_json)))
 
 
 @main.command()
@@ -117,13 +115,13 @@ def config(
 @click.argument("name", required=False)
 def models(name: str | None) -> None:
     """List the models that can be made here, or make one in the cache."""
-    from poise.local.models import KNOWN_MODELS, cache_dir, is_ready, model_folder
+    from poise.local.models import KNOWN_MODELS, cache_dir, is_ready, make_model
 
     if name is not None:
         if name not in KNOWN_MODELS:
             _fail(f"model {name!r} is unknown; there are: {', '.join(KNOWN_MODELS)}")
         _log_to_terminal()
-        click.echo(_checked(lambda: model_folder(name)))
+        click.echo(_checked(lambda: make_model(name)))
         return
     for known, about in KNOWN_MODELS.items():
         state = "ready" if is_ready(known) else f"takes about {about.seconds} s"
@@ -141,6 +139,15 @@ def _load(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
     return _checked(lambda: load_run(path or preset_path(str(preset)), overrides))
 
 
+def _run_services(run: LocalRun, *, train: bool) -> int:
+    def work() -> int:
+        from poise.local.up import run_services
+
+        return run_services(run, train=train)
+
+    return _checked(work)
+
+
 def _log_to_terminal() -> None:
     from poise.runtime.config import LoggingConfig
     from poise.runtime.logging import configure_logging
@@ -155,6 +162,8 @@ def _checked(work: Callable[[], T]) -> T:
         return work()
     except ConfigError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; `make setup` installs what every command needs")
 
 
 def _fail(message: str) -> NoReturn:

@@ -62,28 +62,44 @@ def is_ready(name: str) -> bool:
     return (cache_dir() / name / "config.json").exists()
 
 
-def model_folder(name: str) -> Path | str:
-    """Return the folder of a model, made first when it is a known one; other names are taken as they stand.
+def locate_model(name: str) -> Path | str:
+    """Return the folder of a model, made or not when it is a known one; a name on the hub is taken as it stands.
+
+    Raises:
+        ConfigError: a path that does not exist.
+    """
+    if name in KNOWN_MODELS:
+        return cache_dir() / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"model: folder {name} does not exist; known names: {', '.join(KNOWN_MODELS)}")
+    return name
+
+
+def make_model(name: str) -> Path | str:
+    """Return the folder of a model, as `locate_model` does, and make it before when it is a known one.
 
     Raises:
         ConfigError: a path that does not exist, or a model that cannot be made here.
     """
-    known = KNOWN_MODELS.get(name)
-    if known is None:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return path.resolve()
-        if name.startswith((".", "/", "~")):
-            raise ConfigError(f"model: folder {name} does not exist; known names: {', '.join(KNOWN_MODELS)}")
-        return name
-    folder = cache_dir() / name
-    if is_ready(name):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once: the second finds it made
-        if not is_ready(name):
-            _make(name, known, folder)
+    location = locate_model(name)
+    if name not in KNOWN_MODELS or is_ready(name):
+        return location
+    folder = Path(location)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once: the second finds it made
+            if not is_ready(name):
+                _make(name, KNOWN_MODELS[name], folder)
+    except ImportError as error:
+        raise ConfigError(
+            f"model: {name} cannot be made here: {error}; run `make setup`, or name another model"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"model: {name} cannot be made in {folder.parent}: {error}; ${CACHE_ENV} moves it") from error
     return folder
 
 
@@ -93,7 +109,7 @@ def _make(name: str, known: KnownModel, folder: Path) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     try:
         known.make(writing)
-    except ImportError as error:
-        raise ConfigError(f"model: {name} cannot be made here: {error}; run `make setup`, or name another") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)

@@ -10,11 +10,6 @@ Owns the filling-in: addresses, folders, the queue. Starts nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -25,15 +20,24 @@ from pydantic import Field, ValidationError
 
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
-from poise.local.models import model_folder
+from poise.local.addresses import SERVICES, address, run_ports, socket_path
+from poise.local.models import locate_model
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config import ConfigError, Settings, StrictModel, explain, parse_config, parse_overrides, read_yaml
-from poise.runtime.files import write_file
+from poise.runtime.config import (
+    ConfigError,
+    ServiceConfig,
+    Settings,
+    StrictModel,
+    explain,
+    parse_config,
+    parse_overrides,
+    read_yaml,
+)
 from poise.value.config import ValueConfig
 
 C = TypeVar("C", bound=Settings)
 
-SERVICES = ("generation", "value", "learner")
+PROGRAMS = (*SERVICES, "train")
 
 
 class RunSection(StrictModel):
@@ -72,12 +76,16 @@ class LocalRun:
 
     name: str
     dir: Path
+    model: str
+    """As the file names it."""
     generation: GenerationConfig
     value: ValueConfig
     learner: LearnerConfig
     train: OrchestratorConfig
     trees: Mapping[str, Mapping[str, Any]]
     """What each program's settings file holds, by program."""
+    overrides: Mapping[str, Sequence[str]]
+    """What each program's command line says besides, by program."""
     socket: Path
     """Of the embedded Valkey."""
 
@@ -91,13 +99,16 @@ class LocalRun:
         return self.dir / "logs" / f"{process}.log"
 
     def grpc_address(self, service: str) -> str:
-        """host:port of a service's gRPC."""
-        return _address(self.trees[service])
+        """host:port where this machine reaches a service's gRPC."""
+        return address(self._service(service).grpc)
 
     def admin_address(self, service: str) -> str:
-        """host:port of a service's admin app."""
-        config: GenerationConfig | ValueConfig | LearnerConfig = getattr(self, service)
-        return f"{config.admin.host}:{config.admin.port}"
+        """host:port where this machine reaches a service's admin app."""
+        return address(self._service(service).admin)
+
+    def _service(self, name: str) -> ServiceConfig:
+        config: ServiceConfig = getattr(self, name)
+        return config
 
 
 def preset_names() -> list[str]:
@@ -117,86 +128,117 @@ def preset_path(name: str) -> Path:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
-    """Read run.yaml, make its model ready, and resolve every program's settings.
+    """Read run.yaml and resolve every program's settings.
 
     Raises:
         ConfigError: anything wrong, with the field's path and the remedy.
     """
-    file = _parse(read_yaml(path), overrides, str(path))
-    folder = (file.run.dir or Path("runs") / file.run.name).resolve()
-    model = model_folder(file.model)
-    trees = _fill_in(file, folder, str(model), _ports(folder), socket_path := _socket_path(folder))
-    problems: list[str] = []
-    generation = _resolve(GenerationConfig, trees, "generation", path, problems)
-    value = _resolve(ValueConfig, trees, "value", path, problems)
-    learner = _resolve(LearnerConfig, trees, "learner", path, problems)
-    train = _resolve(OrchestratorConfig, trees, "train", path, problems)
-    if generation is None or value is None or learner is None or train is None:
-        raise ConfigError("\n".join(problems))
-    return LocalRun(file.run.name, folder, generation, value, learner, train, trees, socket_path)
-
-
-def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunFile:
-    try:
-        return RunFile(**_merged(values, parse_overrides(overrides)))
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, RunFile))) from None
-
-
-def _fill_in(
-    file: RunFile, folder: Path, model: str, ports: Mapping[str, int], socket_path: Path
-) -> dict[str, dict[str, Any]]:
-    """Return each program's settings: what follows from the run, under what the file says."""
-    services = folder / "services"
+    own, by_program = _split(overrides)
+    file = _parse(read_yaml(path), own, str(path))
+    folder = (file.run.dir or Path("runs") / file.run.name).expanduser().resolve()
+    resolver = _Resolver(file, by_program, str(path))
+    services, model = folder / "services", str(locate_model(file.model))
+    ports, valkey_socket = run_ports(folder), socket_path(folder)
 
     def listens(service: str) -> dict[str, Any]:
         return {"grpc": {"port": ports[f"{service}.grpc"]}, "admin": {"port": ports[f"{service}.admin"]}}
 
-    generation = _merged(
-        listens("generation") | {"model": model, "engine": file.engine, "wait_for_learner": True}, file.generation
+    generation = resolver.resolve(
+        GenerationConfig,
+        "generation",
+        listens("generation") | {"model": model, "engine": file.engine, "wait_for_learner": True},
     )
-    value = _merged(
-        listens("value") | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{socket_path}"}},
-        file.value,
+    value = resolver.resolve(
+        ValueConfig,
+        "value",
+        listens("value") | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}},
     )
-    learner = _merged(
+    learner = resolver.resolve(
+        LearnerConfig,
+        "learner",
         listens("learner")
         | {
             "model": model,
             "state_dir": str(services / "learner"),
             "export_dir": str(folder),
-            "replicas": [_address(generation)],
+            "replicas": [address(generation.grpc)] if generation else [],
             "seed": file.run.seed,
         },
-        file.learner,
     )
-    train = _merged(
+    endpoints = {"value": value, "learner": learner}
+    train = resolver.resolve(
+        OrchestratorConfig,
+        "train",
         {
             "run_id": file.run.name,
             "run_dir": str(folder),
             "seed": file.run.seed,
-            "endpoints": {
-                "generation": [_address(generation)],
-                "value": _address(value),
-                "learner": _address(learner),
-            },
+            "endpoints": {name: address(config.grpc) for name, config in endpoints.items() if config}
+            | ({"generation": [address(generation.grpc)]} if generation else {}),
         },
-        file.train,
     )
-    return {"generation": generation, "value": value, "learner": learner, "train": train}
+    if generation is None or value is None or learner is None or train is None:
+        raise ConfigError("\n".join(resolver.problems))
+    return LocalRun(
+        name=file.run.name,
+        dir=folder,
+        model=file.model,
+        generation=generation,
+        value=value,
+        learner=learner,
+        train=train,
+        trees=resolver.trees,
+        overrides=by_program,
+        socket=valkey_socket,
+    )
 
 
-def _address(tree: Mapping[str, Any]) -> str:
-    return f"{tree['grpc'].get('host', '127.0.0.1')}:{tree['grpc']['port']}"
+class _Resolver:
+    """Each program's settings, and what is wrong in any of them."""
+
+    def __init__(self, file: RunFile, overrides: Mapping[str, Sequence[str]], source: str) -> None:
+        self._file = file
+        self._overrides = overrides
+        self._source = source
+        self.trees: dict[str, dict[str, Any]] = {}
+        self.problems: list[str] = []
+
+    def resolve(self, cls: type[C], name: str, filled_in: Mapping[str, Any]) -> C | None:
+        """Return a program's settings: what the file says over what follows from the run. None when they are wrong."""
+        section: dict[str, Any] = getattr(self._file, name)
+        fields = cls.model_fields
+        # `tasks:` with nothing behind it, as the defaults are shown, sets nothing.
+        given = {k: v for k, v in section.items() if v is not None or k not in fields or not fields[k].is_required()}
+        self.trees[name] = _merged(filled_in, given)
+        try:
+            return parse_config(cls, self.trees[name], self._overrides[name], source=f"{self._source}: {name}")
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return None
 
 
-def _resolve(cls: type[C], trees: Mapping[str, Any], name: str, path: Path, problems: list[str]) -> C | None:
-    """Return a program's settings; None, with what is wrong added to `problems`, when they cannot be."""
+def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the overrides of the run file itself, and those of each program's settings, without its name.
+
+    The latter go to the program as they are: its environment stands between them and the file.
+    """
+    own: list[str] = []
+    by_program: dict[str, list[str]] = {program: [] for program in PROGRAMS}
+    for override in overrides:
+        program, dot, rest = override.strip().partition(".")
+        if dot and program in by_program:
+            by_program[program].append(rest)
+        else:
+            own.append(override)
+    return own, by_program
+
+
+def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunFile:
+    given = {name: value for name, value in values.items() if value is not None}  # `learner:` and nothing below it
     try:
-        return parse_config(cls, trees[name], source=f"{path}: {name}")
-    except ConfigError as error:
-        problems.append(str(error))
-        return None
+        return RunFile(**_merged(given, parse_overrides(overrides)))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, RunFile))) from None
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,29 +248,3 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         known = result.get(key)
         result[key] = _merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
     return result
-
-
-def _ports(folder: Path) -> dict[str, int]:
-    """Return the run's ports: chosen once, so that a restarted process is found where it was."""
-    path = folder / "services" / "ports.json"
-    names = [f"{service}.{kind}" for service in SERVICES for kind in ("grpc", "admin")]
-    if path.exists():
-        try:
-            ports: dict[str, int] = json.loads(path.read_text())
-        except ValueError:
-            ports = {}
-        if ports.keys() == set(names):
-            return ports
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in names]  # all at once: none is chosen twice
-    ports = {name: listener.getsockname()[1] for name, listener in zip(names, listeners, strict=True)}
-    for listener in listeners:
-        listener.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(ports).encode())
-    return ports
-
-
-def _socket_path(folder: Path) -> Path:
-    """Return where the Valkey's socket goes: a path within a socket's limit of about 100 characters."""
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"poise-{os.getuid()}-{name}" / "valkey.sock"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import yaml
 from pydantic import BaseModel
 
@@ -11,6 +13,14 @@ from poise.local.run_file import LocalRun, RunFile
 from poise.orchestrator.config import OrchestratorConfig
 from poise.runtime.config import defaults_yaml, redacted
 from poise.value.config import ValueConfig
+
+_FILLED_IN = {
+    "generation": ("model", "engine", "wait_for_learner", "grpc.port", "admin.port"),
+    "value": ("state_dir", "queue.url", "grpc.port", "admin.port"),
+    "learner": ("model", "state_dir", "export_dir", "replicas", "seed", "grpc.port", "admin.port"),
+    "train": ("run_id", "run_dir", "seed", "endpoints.generation", "endpoints.value", "endpoints.learner"),
+}
+"""What follows from the run, where its file does not say otherwise."""
 
 _PROGRAMS: dict[str, type[BaseModel]] = {
     "generation": GenerationConfig,
@@ -29,7 +39,12 @@ def defaults_text(program: str | None) -> str:
     for name, cls in _PROGRAMS.items():
         while f"# {RunFile.model_fields[name].description}" in top:
             top.remove(f"# {RunFile.model_fields[name].description}")
-        sections += [f"# {RunFile.model_fields[name].description}", f"{name}:", defaults_yaml(cls, indent=1)]
+        sections += [
+            f"# {RunFile.model_fields[name].description}",
+            f"# Filled in where not given: {', '.join(_FILLED_IN[name])}.",
+            f"{name}:",
+            *(f"  {line}" for line in _without(defaults_yaml(cls), _FILLED_IN[name])),
+        ]
     return "\n".join([*top, *sections])
 
 
@@ -37,3 +52,18 @@ def resolved_text(run: LocalRun, program: str | None) -> str:
     """Return a run's settings as its programs see them, secrets masked."""
     names = [program] if program else list(_PROGRAMS)
     return yaml.safe_dump({name: redacted(getattr(run, name)) for name in names}, sort_keys=False).rstrip()
+
+
+def _without(text: str, names: Collection[str]) -> Iterator[str]:
+    """Yield the lines of commented YAML, less some settings, by path, and what is said of them."""
+    path: list[str] = []
+    comments: list[str] = []
+    for line in text.splitlines():
+        name = line.lstrip()
+        if name.startswith("#"):
+            comments.append(line)
+            continue
+        path[(len(line) - len(name)) // 2 :] = [name.partition(":")[0]]
+        if ".".join(path) not in names:
+            yield from (*comments, line)
+        comments.clear()

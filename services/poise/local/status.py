@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from dataclasses import asdict
+from http.client import HTTPException
 from typing import Any
 
-from poise.local.run_file import SERVICES, LocalRun
-from poise.runtime.config import AuthConfig
+from poise.local.addresses import SERVICES
+from poise.local.run_file import LocalRun
+from poise.orchestrator.run_folder import RunError, RunFolder
+from poise.runtime.config import AuthConfig, ConfigError
 
 _TIMEOUT_S = 3.0
 
 
 def show_status(run: LocalRun, as_json: bool) -> int:
-    """Print the state of all services and the run; return 0 when all are ready, else 1."""
+    """Print the state of all services and the run; return 0 when all are ready, else 1.
+
+    Raises:
+        ConfigError: the run's folder, or a token file, cannot be read.
+    """
     services = {name: _ask(run, name) for name in SERVICES}
-    state_file = run.dir / "state.json"
-    state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    try:
+        state = RunFolder(run.dir).read_state(run.train.run_id)
+    except RunError as error:
+        raise ConfigError(str(error)) from error
     if as_json:
-        print(json.dumps({"run": state, "services": services}, indent=2))
+        print(json.dumps({"run": asdict(state), "services": services}, indent=2))
     else:
-        print(f"run {run.name}: step {state.get('next_step', 0)} of {run.train.num_steps}, folder {run.dir}")
+        finished = ", finished" if state.is_finished(run.train.num_steps) else ""
+        print(f"run {run.name}: step {state.next_step} of {run.train.num_steps}{finished}, folder {run.dir}")
         for name, facts in services.items():
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
@@ -34,12 +45,16 @@ def _ask(run: LocalRun, name: str) -> dict[str, Any]:
         request.add_header("authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (http alone)
-            facts: dict[str, Any] = json.load(answer)
+            facts = json.load(answer)
+            if not isinstance(facts, dict) or "ready" not in facts:
+                raise ValueError("not a status")
             return facts
     except urllib.error.HTTPError as error:
         return {"ready": False, "reason": f"refused: {error}"}
     except OSError:
         return {"ready": False, "reason": "is not up; start it with `poise up`"}
+    except (HTTPException, ValueError):
+        return {"ready": False, "reason": f"something else listens at {run.admin_address(name)}; stop it"}
 
 
 def _line(name: str, facts: dict[str, Any]) -> str:

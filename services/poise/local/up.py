@@ -13,10 +13,14 @@ from pathlib import Path
 
 import yaml
 
+from poise.local.addresses import SERVICES
+from poise.local.models import KNOWN_MODELS, locate_model, make_model
 from poise.local.process import ProcessSpec
-from poise.local.run_file import SERVICES, LocalRun
+from poise.local.run_file import LocalRun
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
+from poise.runtime.config import ConfigError
+from poise.runtime.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +28,13 @@ _INTERRUPTED = 130
 
 
 def run_services(run: LocalRun, *, train: bool) -> int:
-    """Start the services; then stay until a signal, or train and stop them. Returns the exit status."""
-    _write_settings(run)
+    """Start the services; then stay until a signal, or train and stop them. Returns the exit status.
+
+    Raises:
+        ConfigError: the model cannot be made, or the folder holds a run of another.
+    """
+    _refuse_other_model(run)
+    make_model(run.model)
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -38,6 +47,7 @@ def run_services(run: LocalRun, *, train: bool) -> int:
 async def _supervise(run: LocalRun, train: bool) -> int:
     stopping = asyncio.Event()
     async with Supervisor(run.services_dir) as supervisor:
+        _write_settings(run)
         with _signals(supervisor, stopping):
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES))
@@ -52,7 +62,7 @@ async def _supervise(run: LocalRun, train: bool) -> int:
                 return _INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
-            logger.info("up; train with `poise train`, stop with Ctrl-C")
+            logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
             await supervisor.first_of(stopped)
             return 0
 
@@ -83,12 +93,32 @@ def _settings_file(run: LocalRun, program: str) -> Path:
 
 
 def _write_settings(run: LocalRun) -> None:
-    """Write each program's settings where it will read them."""
-    run.services_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Write each program's settings where it will read them, and which model the run is of."""
+    write_file(_model_file(run), _model_name(run).encode())
     for program, tree in run.trees.items():
         path = _settings_file(run, program)
         path.touch(mode=0o600)
         path.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
+
+
+def _refuse_other_model(run: LocalRun) -> None:
+    """Keep a run to the model it began with: its states are of no use to another."""
+    model, path = _model_name(run), _model_file(run)
+    began_with = path.read_text() if path.exists() else model
+    if began_with != model and run.learner.state_dir.exists():
+        raise ConfigError(
+            f"{run.dir} holds a run of model {began_with}, not {model}; give the new run a name, or folder, of its "
+            "own: --set run.name=..."
+        )
+
+
+def _model_name(run: LocalRun) -> str:
+    """Return what a run's model goes by, wherever the cache and the current folder are."""
+    return run.model if run.model in KNOWN_MODELS else str(locate_model(run.model))
+
+
+def _model_file(run: LocalRun) -> Path:
+    return run.services_dir / "model"
 
 
 def _valkey(run: LocalRun) -> ProcessSpec:
@@ -96,10 +126,13 @@ def _valkey(run: LocalRun) -> ProcessSpec:
 
 
 def _service(run: LocalRun, name: str) -> ProcessSpec:
-    command = [sys.executable, "-m", f"poise.{name}", "-c", str(_settings_file(run, name))]
-    return ProcessSpec(name, command, run.log(name), run.admin_address(name))
+    return ProcessSpec(name, _command(run, name, f"poise.{name}"), run.log(name), run.admin_address(name))
 
 
 def _training(run: LocalRun) -> ProcessSpec:
-    command = [sys.executable, "-m", "poise.orchestrator", "-c", str(_settings_file(run, "train"))]
-    return ProcessSpec("train", command, None, stop_signal=signal.SIGINT)
+    return ProcessSpec("train", _command(run, "train", "poise.orchestrator"), None, stop_signal=signal.SIGINT)
+
+
+def _command(run: LocalRun, program: str, module: str) -> list[str]:
+    overrides = [part for override in run.overrides[program] for part in ("--set", override)]
+    return [sys.executable, "-m", module, "-c", str(_settings_file(run, program)), *overrides]

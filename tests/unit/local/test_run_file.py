@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from poise.local.run_file import LocalRun, load_run, preset_names, preset_path
+from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.local.settings import defaults_text, resolved_text
 from poise.runtime.config import ConfigError
 
@@ -102,13 +102,15 @@ def test_an_unknown_preset_is_refused() -> None:
 
 def test_the_defaults_shown_are_a_file_that_loads(tmp_path: Path) -> None:
     values = yaml.safe_load(defaults_text(None))
+    with pytest.raises(ConfigError, match=r"model: required, and set nowhere"):
+        load(tmp_path, values)
     values |= {"model": "org/model", "run": {"name": "mine", "dir": str(tmp_path / "run")}}
-    for section, names in (("generation", ["model"]), ("value", ["state_dir"]), ("learner", ["model", "state_dir"])):
-        for name in names:
-            del values[section][name]  # required of the program, and filled in
-    del values["train"]["run_dir"]
+    with pytest.raises(ConfigError, match=r"train: tasks: required, and set nowhere"):
+        load(tmp_path, values)
     values["train"]["tasks"] = [{"kind": "digits"}]
-    assert load(tmp_path, values).train.num_steps == 500
+    shown, bare = load(tmp_path, values), load(tmp_path)
+    for program in PROGRAMS:  # nothing that is filled in was shown with another value
+        assert getattr(shown, program) == getattr(bare, program)
 
 
 def test_what_is_shown_hides_secrets(tmp_path: Path) -> None:
