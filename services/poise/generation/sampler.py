@@ -39,7 +39,7 @@ class Sampler:
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         self._request_ids = itertools.count()
         self.num_accepted = 0
-        """Rollouts accepted and not finished."""
+        """Rollouts accepted, of groups not yet handed over."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_running = 0
@@ -73,14 +73,22 @@ class Sampler:
             asyncio.create_task(self._sample_group(run_id, step, job, num_rollouts, return_token_entropies))
             for job in jobs
         ]
+        num_left = num_new
         try:
             for task in asyncio.as_completed(tasks):
                 yield await task
+                num_left -= num_rollouts
+                self._release(num_rollouts)
         finally:
-            await _cancel(tasks)
-            self.num_accepted -= num_new
-            if self.num_accepted == 0:
-                self._idle.set()
+            try:
+                await _cancel(tasks)
+            finally:  # cancelled once more, they are given up all the same
+                self._release(num_left)
+
+    def _release(self, num_rollouts: int) -> None:
+        self.num_accepted -= num_rollouts
+        if self.num_accepted == 0:
+            self._idle.set()
 
     async def idle(self) -> None:
         """Return once no accepted rollout is left."""

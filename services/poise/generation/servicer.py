@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc.aio
+import numpy as np
 
 from poise.errors import BackendDown, Busy, Draining, InvalidRequest, PoiseError, VersionMismatch
 from poise.generation.config import GenerationConfig
@@ -43,7 +44,10 @@ MAX_ROLLOUTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_CHUNK_BYTES = 2 * 2**20
-MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(0.01)), 100.0
+"""Below the least, which vLLM does not go under, logits overflow; 0 is greedy. As float32, for so it travels."""
+
+ROLES = ("system", "user", "assistant")
 
 _PUSH_IDLE_S = 60.0
 """A push that sends nothing for so long is given up, so that the next may come."""
@@ -81,15 +85,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request.run_id, request.step, prompts, num_rollouts, sampling, request.return_token_entropies
         )
         try:
-            async for group in groups:
-                self._metrics.observe(group)
-                yield encode_group(group)
-        except PoiseError:
-            raise
-        except Exception as error:
-            if self._engine.is_alive():
-                raise
-            raise BackendDown("the engine died; the process restarts", retry_after_s=1.0) from error
+            with self._engine_deaths():
+                async for group in groups:
+                    self._metrics.observe(group)
+                    yield encode_group(group)
         finally:
             await groups.aclose()
 
@@ -98,11 +97,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> pb.UpdateWeightsResponse:
         """See generation.proto."""
         if not self._engine.is_alive():
-            raise BackendDown("the model is still loading", retry_after_s=1.0)
+            raise BackendDown("the engine does not run: it is still loading, or died", retry_after_s=1.0)
         if self._pushing.locked():
             raise Busy("another push is being received or applied", retry_after_s=1.0)
         async with self._pushing:
-            return encode_weight_update(await self._receive_and_apply(request_iterator))
+            with self._engine_deaths():
+                return encode_weight_update(await self._receive_and_apply(request_iterator))
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
         """See generation.proto."""
@@ -129,6 +129,18 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         if refusal := self._refusal():
             raise Draining(refusal, retry_after_s=0.5)
 
+    @contextmanager
+    def _engine_deaths(self) -> Iterator[None]:
+        """Let callers try again later when what they met is the engine's death rather than a defect."""
+        try:
+            yield
+        except PoiseError:
+            raise
+        except Exception as error:
+            if self._engine.is_alive():
+                raise
+            raise BackendDown("the engine died; the process restarts", retry_after_s=1.0) from error
+
     async def _receive_and_apply(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> WeightUpdate:
         started = time.monotonic()
         begin = await _next_part(requests)
@@ -140,7 +152,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         with StagedWeights(tensors, self._config.staging_dir) as staged:
             await _receive(requests, staged)
             receive_s = time.monotonic() - started
-            pause_s = await self._apply(staged.path, pushed)
+            pause_s = await self._apply_to_its_end(staged.path, pushed, receive_s)
+        return WeightUpdate(pushed.policy_version, False, receive_s, pause_s)
+
+    async def _apply(self, path: Path, pushed: ServedPolicy, receive_s: float) -> float:
+        pause_s = await self._engine.update_weights(path, pushed.policy_version)
+        self.policy = pushed
         self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
         logger.info(
             "serving version %d of lineage %s: received in %.2f s, stood still for %.2f s",
@@ -149,15 +166,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             receive_s,
             pause_s,
         )
-        return WeightUpdate(pushed.policy_version, False, receive_s, pause_s)
+        return pause_s
 
-    async def _apply(self, path: Path, pushed: ServedPolicy) -> float:
-        async def apply() -> float:
-            pause_s = await self._engine.update_weights(path, pushed.policy_version)
-            self.policy = pushed
-            return pause_s
-
-        applying = asyncio.create_task(apply())
+    async def _apply_to_its_end(self, path: Path, pushed: ServedPolicy, receive_s: float) -> float:
+        applying = asyncio.create_task(self._apply(path, pushed, receive_s), name="apply-weights")
         try:
             return await asyncio.shield(applying)
         except asyncio.CancelledError:
@@ -227,6 +239,12 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
         wrong.identifier(f"{path}.group_id", spec.group_id)
         wrong.check(spec.group_id not in seen, f"{path}.group_id", f"{spec.group_id!r} names an earlier prompt too")
         seen.add(spec.group_id)
+        for turn, message in enumerate(spec.chat.messages):
+            wrong.check(
+                message.role in ROLES,
+                f"{path}.chat.messages[{turn}].role",
+                f"is {message.role[:40]!r}; required: one of {', '.join(ROLES)}",
+            )
         try:
             prompts.append(decode_prompt(spec, path))
         except CodecError as error:
@@ -237,9 +255,9 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
 def _check_sampling(sampling: Sampling, wrong: Violations) -> None:
     temperature, top_p = sampling.temperature, sampling.top_p
     wrong.check(
-        math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE,
+        temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
         "sampling.temperature",
-        f"is {temperature}; required: 0 (greedy) to {MAX_TEMPERATURE:.0f}",
+        f"is {temperature:g}; required: {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, or 0 (greedy)",
     )
     wrong.check(0 < top_p <= 1, "sampling.top_p", f"is {top_p}; required: above 0, at most 1")
     wrong.check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"has {len(sampling.stop)}; at most {MAX_STOPS}")

@@ -123,9 +123,12 @@ class TorchEngine:
         try:
             tokenizer = Tokenizer.load(self._config.model)
             model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
-        model = model.to(settings.device).eval()
+        try:
+            model = model.to(settings.device).eval()
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+            raise BackendDown(f"torch.device {settings.device} cannot be used: {error}") from error
         layers = model.get_decoder().layers
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))

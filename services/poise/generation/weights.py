@@ -6,23 +6,25 @@ Knows neither gRPC nor an engine.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from poise.errors import InvalidRequest
+from poise.errors import BackendDown, InvalidRequest
 
 SAFETENSORS_DTYPES = {"float32": ("F32", 4), "float64": ("F64", 8), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 """Element types that travel, with their safetensors names and sizes in bytes."""
 
 MAX_TENSORS = 65536
+_PREFIX, _SUFFIX = "poise-weights-", ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
 
 
@@ -81,20 +83,24 @@ class StagedWeights:
         self.total_bytes = sum(tensor.num_bytes for tensor in tensors)
 
     def __enter__(self) -> StagedWeights:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(
-            dir=self._folder, prefix=f"poise-weights-{os.getpid()}-", suffix=".safetensors", delete=False
-        )
         header = json.dumps(self._header()).encode()
         header += b" " * (-len(header) % 8)
-        self._file.write(len(header).to_bytes(8, "little") + header)
+        with self._storing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = _create_locked(self._folder)
+            try:
+                self._file.write(len(header).to_bytes(8, "little") + header)
+            except OSError:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._file is not None  # noqa: S101 (entered)
-        self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
+        assert self._file is not None  # noqa: S101 (entered)
+        with contextlib.suppress(OSError):  # of a full disk: what it had no room for is not wanted any more
+            self._file.close()
 
     @property
     def path(self) -> Path:
@@ -103,13 +109,19 @@ class StagedWeights:
         return Path(self._file.name)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Append a chunk. Raises `InvalidRequest` when it does not follow, exceeds, or completes a damaged tensor."""
+        """Append a chunk.
+
+        Raises:
+            InvalidRequest: it does not follow, exceeds what was announced, or completes a damaged tensor.
+            BackendDown: there is no room for it.
+        """
         assert self._file is not None  # noqa: S101 (entered)
         if offset != self._received:
             raise InvalidRequest.field("chunk.offset", f"is {offset}; {self._received} bytes were received so far")
         if self._received + len(data) > self.total_bytes:
             raise InvalidRequest.field("chunk.data", f"exceeds the {self.total_bytes} bytes announced")
-        self._file.write(data)
+        with self._storing():
+            self._file.write(data)
         self._received += len(data)
         rest = memoryview(data)
         while rest:
@@ -122,14 +134,25 @@ class StagedWeights:
                 self._close_tensor(tensor)
 
     def finish(self, total_bytes: int) -> None:
-        """Check that all was received, and make it readable by others."""
+        """Check that all was received, and make it readable by others. Raises as `write` does."""
         assert self._file is not None  # noqa: S101 (entered)
         if total_bytes != self.total_bytes or self._received != self.total_bytes:
             raise InvalidRequest.field(
                 "commit.total_bytes",
                 f"is {total_bytes}; {self.total_bytes} were announced and {self._received} received",
             )
-        self._file.flush()
+        with self._storing():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BackendDown(
+                f"the push cannot be stored in {self._folder}: {error.strerror}",
+                remedy=f"It takes {self.total_bytes} bytes: make room for them, or name another staging_dir.",
+            ) from error
 
     def _close_tensor(self, tensor: ExpectedTensor) -> None:
         if self._hash.digest() != tensor.sha256:
@@ -151,12 +174,26 @@ class StagedWeights:
         return header
 
 
+def _create_locked(folder: Path) -> IO[bytes]:
+    """Create a file that stays locked for as long as this process has it open."""
+    while True:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=_PREFIX, suffix=_SUFFIX, delete=False)  # noqa: SIM115 (kept)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # a process that was starting took it for a leftover, before it was locked
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that are gone left behind in a staging folder."""
-    for path in folder.glob("poise-weights-*.safetensors"):
-        pid = path.name.split("-")[2]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
+    """Delete what processes that are gone left behind in a staging folder.
+
+    A lock tells who is gone, for it ends with its process. A process id would not: in a container that was killed and
+    started again it is the same one.
+    """
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a push is being received into it
+            path.unlink()
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,183 @@
+"""What the scripted engine of the other tests promises, a real one promises too."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import warnings
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tests.models import make_tiny_llama
+from tests.scripted_engine import PARAMETERS, ScriptedEngine
+
+from poise.errors import BackendDown, InvalidRequest
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.torch_engine import TorchEngine
+from poise_client.types import Sampling
+
+MAX_MODEL_LEN = 64
+DEADLINE_S = 60.0
+
+
+@dataclass
+class Case:
+    """An engine that is not started, and weights that fit it."""
+
+    engine: Engine
+    weights: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), max_position_embeddings=MAX_MODEL_LEN)
+
+
+@pytest.fixture(params=["scripted", "torch"])
+async def case(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Case]:
+    threads = torch.get_num_threads()
+    if request.param == "torch":
+        weights = load_file(folder / "model.safetensors")
+        case = Case(TorchEngine(GenerationConfig(model=str(folder), engine="torch")), weights)
+    else:
+        arrays = {name: np.ones(shape, np.float32) for name, shape in PARAMETERS.items()}
+        case = Case(ScriptedEngine(max_model_len=MAX_MODEL_LEN), arrays)
+    yield case
+    await case.engine.stop()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+async def engine(case: Case) -> Engine:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of transformers' imports
+        await case.engine.start()
+    return case.engine
+
+
+IDS = itertools.count()
+
+
+async def sample(engine: Engine, prompt: list[int], **sampling: object) -> EngineRollout:
+    return await engine.generate(EngineRequest(f"r{next(IDS)}", prompt, Sampling(**sampling)))  # type: ignore[arg-type]
+
+
+async def test_life_goes_from_loading_to_alive_to_stopped(case: Case) -> None:
+    engine = case.engine
+    assert not engine.is_alive()
+    with pytest.raises(BackendDown, match="loading"):
+        _ = engine.info
+    await engine.start()
+    assert engine.is_alive()
+    assert engine.info.max_model_len == MAX_MODEL_LEN
+    await engine.stop()
+    assert not engine.is_alive()
+    await engine.stop()
+    assert engine.info.max_model_len == MAX_MODEL_LEN  # asked for while the process winds down
+
+
+async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engine, tmp_path: Path) -> None:
+    await engine.stop()
+    with pytest.raises(RuntimeError):
+        await sample(engine, [65], max_tokens=2)
+    with pytest.raises(RuntimeError):
+        await engine.update_weights(tmp_path / "weights.safetensors", 1)
+
+
+async def test_prompts_become_ids_of_the_vocabulary(engine: Engine) -> None:
+    chat = engine.tokenize([{"role": "user", "content": "hi"}])
+    text = engine.tokenize("hi")
+    assert engine.tokenize("") == []
+    assert len(text) == 2
+    assert len(chat) > len(text)
+    assert all(isinstance(token, int) and 0 <= token < engine.info.vocabulary_size for token in chat + text)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 30])
+async def test_rollouts_are_whole(engine: Engine, max_tokens: int) -> None:
+    rollout = await sample(engine, [65, 66], max_tokens=max_tokens, seed=1)
+    length = rollout.token_ids.size
+    assert 1 <= length <= max_tokens
+    assert rollout.finish_reason == ("length" if length == max_tokens else "stop")
+    assert rollout.token_ids.dtype == np.int32
+    for values in (rollout.logprobs, rollout.token_entropies):
+        assert (values.shape, values.dtype) == ((length,), np.float32)
+    assert (rollout.logprobs <= 0).all()
+    assert (rollout.token_entropies >= 0).all()
+    features = rollout.features
+    for state in (features.prompt_hidden, features.response_hidden):
+        assert (state.shape, state.dtype) == ((engine.info.hidden_size,), np.float32)
+    assert features.response_hidden.any() == (length > 1)
+    assert features.output_entropy.mean == pytest.approx(rollout.token_entropies.mean(), rel=1e-5)
+    assert features.output_entropy.last == rollout.token_entropies[-1]
+    assert [(span.start_token, span.end_token) for span in rollout.version_spans] == [(0, length)]
+    assert 0 < rollout.first_token_s <= rollout.total_s
+
+
+async def test_room_can_be_filled_to_the_last_token(engine: Engine) -> None:
+    rollout = await sample(engine, [65] * (MAX_MODEL_LEN - 1), max_tokens=1)
+    assert rollout.token_ids.size == 1
+
+
+async def test_seed_decides(engine: Engine) -> None:
+    async def tokens(seed: int | None) -> list[int]:
+        return (await sample(engine, [65, 66], max_tokens=20, seed=seed)).token_ids.tolist()
+
+    assert await tokens(7) == await tokens(7) != await tokens(8)
+    assert await tokens(2**63 - 1)
+    assert await tokens(None) != await tokens(None)
+
+
+async def test_cancelled_rollout_ends_at_once_and_others_do_not(engine: Engine) -> None:
+    if isinstance(engine, ScriptedEngine):
+        engine.before_rollout = lambda request: asyncio.sleep(0.01 if request.sampling.seed else 1000)
+    kept = asyncio.create_task(sample(engine, [65], max_tokens=20, seed=1))
+    doomed = asyncio.create_task(sample(engine, [65], max_tokens=60, seed=0))
+    await asyncio.sleep(0)
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(doomed, DEADLINE_S)
+    assert (await asyncio.wait_for(kept, DEADLINE_S)).token_ids.size > 0
+
+
+async def test_new_weights_are_told_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
+    assert (await sample(engine, [65], max_tokens=3)).version_spans[0].policy_version == 0
+    save_file(case.weights, tmp_path / "weights.safetensors")
+    for version in (3, 4, 1):  # a new lineage may begin anywhere
+        assert await engine.update_weights(tmp_path / "weights.safetensors", version) > 0
+        assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}
+
+
+def drop_one(arrays: dict[str, np.ndarray]) -> None:
+    del arrays[min(arrays)]
+
+
+def add_one(arrays: dict[str, np.ndarray]) -> None:
+    arrays["another.weight"] = np.ones(2, np.float32)
+
+
+def grow_one(arrays: dict[str, np.ndarray]) -> None:
+    arrays[min(arrays)] = np.ones((7, 7, 7), np.float32)
+
+
+@pytest.mark.parametrize("spoil", [drop_one, add_one, grow_one, None])
+async def test_weights_that_do_not_fit_change_nothing(
+    case: Case, engine: Engine, tmp_path: Path, spoil: Callable[[dict[str, np.ndarray]], None] | None
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    arrays = dict(case.weights)
+    if spoil is not None:
+        spoil(arrays)
+    save_file(arrays, path)
+    if spoil is None:
+        path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InvalidRequest):
+        await engine.update_weights(path, 3)
+    assert engine.is_alive()
+    assert (await sample(engine, [65], max_tokens=3)).version_spans[0].policy_version == 0

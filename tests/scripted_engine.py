@@ -1,0 +1,135 @@
+"""An engine without a model: what it samples follows from the seed alone, and tests say when it finishes.
+
+`tests/contract/test_scripted_engine.py` holds it to what the torch engine promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from poise.errors import BackendDown, InvalidRequest
+from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.weights import check_weights
+from poise_client.types import EntropyStats, Features, Message, VersionSpan
+
+WIDTH = 4
+VOCABULARY = 256
+PARAMETERS = {"first.weight": (2, 3), "second.weight": (5,)}
+_SEEDS = itertools.count(10**9)
+
+
+async def at_once(_: object) -> None:
+    """Do not wait."""
+
+
+class ScriptedEngine:
+    """See `Engine`. Tokens are bytes; a response has as many as may be."""
+
+    def __init__(self, *, max_model_len: int = 64) -> None:
+        self.before_rollout: Callable[[EngineRequest], Awaitable[None]] = at_once
+        """Awaited by each rollout while it runs: to hold it back, or to make it fail."""
+        self.before_update: Callable[[Path], Awaitable[None]] = at_once
+        """Awaited by each update before it takes effect."""
+        self.requests: list[EngineRequest] = []
+        """All that were submitted, in order."""
+        self.num_aborted = 0
+        self.most_at_once = 0
+        self._num_running = 0
+        self._max_model_len = max_model_len
+        self._version = 0
+        self._alive = False
+        self._loaded = False
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self._loaded:
+            raise BackendDown("the model is still loading", retry_after_s=1.0)
+        return EngineInfo("torch", "scripted", WIDTH, 3, 1, self._max_model_len, VOCABULARY)
+
+    async def start(self) -> None:
+        self._alive = self._loaded = True
+
+    async def stop(self) -> None:
+        self._alive = False
+
+    def die(self) -> None:
+        """End as an engine does whose processes were killed."""
+        self._alive = False
+
+    def is_alive(self) -> bool:
+        return self._alive
+
+    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+        self._check_alive()
+        if not isinstance(content, str):
+            content = "".join(f"<{turn['role']}>{turn['content']}" for turn in content) + "<assistant>"
+        return list(content.encode())
+
+    async def generate(self, request: EngineRequest) -> EngineRollout:
+        self._check_alive()
+        self.requests.append(request)
+        self._num_running += 1
+        self.most_at_once = max(self.most_at_once, self._num_running)
+        first_version = self._version
+        try:
+            await self.before_rollout(request)
+            self._check_alive()
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+        finally:
+            self._num_running -= 1
+        return self._rollout(request, first_version)
+
+    async def update_weights(self, weights: Path, policy_version: int) -> float:
+        self._check_alive()
+        try:
+            with safe_open(weights, framework="np") as file:
+                shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
+        check_weights(PARAMETERS, shapes)
+        await self.before_update(weights)
+        self._check_alive()
+        self._version = policy_version
+        return 0.001
+
+    def _check_alive(self) -> None:
+        if not self._alive:
+            raise RuntimeError("the engine does not run")
+
+    def _rollout(self, request: EngineRequest, first_version: int) -> EngineRollout:
+        sampling = request.sampling
+        seed = next(_SEEDS) if sampling.seed is None else sampling.seed
+        entropy = hashlib.sha256(f"{seed}/{list(request.prompt_token_ids)}".encode()).digest()
+        random = np.random.default_rng(list(entropy))
+        length = sampling.max_tokens
+        token_ids = random.integers(97, 123, length).astype(np.int32)
+        entropies = random.uniform(0, 2, length).astype(np.float32)
+        spans = [VersionSpan(0, length, first_version)]
+        if self._version != first_version:
+            spans = [VersionSpan(0, 1, first_version), VersionSpan(1, length, self._version)][: min(length, 2)]
+        return EngineRollout(
+            token_ids=token_ids,
+            logprobs=-random.uniform(0, 2, length).astype(np.float32),
+            token_entropies=entropies,
+            features=Features(
+                random.normal(size=WIDTH).astype(np.float32),
+                random.normal(size=WIDTH).astype(np.float32) * (length > 1),
+                EntropyStats(
+                    float(entropies.mean()), float(entropies[-1]), float(entropies.max()), float(entropies.min())
+                ),
+            ),
+            version_spans=tuple(spans),
+            finish_reason="length",
+            text=bytes(token_ids.tolist()).decode(),
+            first_token_s=0.001,
+            total_s=0.002,
+        )

@@ -1,0 +1,314 @@
+"""Limits, seeds, order, and that whatever ends a request frees what it held."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+from tests.scripted_engine import ScriptedEngine
+
+from poise.errors import Busy, InvalidRequest
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import EngineRequest
+from poise.generation.sampler import Sampler, rollout_seed
+from poise_client.types import Group, Prompt, PromptContent, Sampling
+
+Build = Callable[..., GenerationConfig]
+
+
+def start(
+    sampler: Sampler,
+    contents: Sequence[PromptContent],
+    num_rollouts: int = 2,
+    sampling: Sampling | None = None,
+    entropies: bool = False,
+) -> AsyncGenerator[Group, None]:
+    prompts = [Prompt(f"g{i}", content) for i, content in enumerate(contents)]
+    return sampler.sample("run", 3, prompts, num_rollouts, sampling or Sampling(), entropies)
+
+
+async def all_groups(groups: AsyncGenerator[Group, None]) -> dict[str, Group]:
+    return {group.group_id: group async for group in groups}
+
+
+class Gate:
+    """Holds rollouts of a prompt back until it is opened."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
+
+    def open(self, content: str) -> None:
+        self._events.setdefault(content, asyncio.Event()).set()
+
+    async def __call__(self, request: EngineRequest) -> None:
+        await self._events.setdefault(bytes(request.prompt_token_ids).decode(), asyncio.Event()).wait()
+
+
+async def settle() -> None:
+    """Let every task run until it waits for something."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def assert_all_freed(sampler: Sampler, engine: ScriptedEngine, max_num_seqs: int) -> None:
+    assert sampler.num_accepted == sampler.num_running == 0
+    assert sampler._idle.is_set()
+    assert sampler._slots._value == max_num_seqs
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_no_more_rollouts_run_at_once_than_may(engine: ScriptedEngine, config: Build, limit: int) -> None:
+    sampler = Sampler(engine, config(max_num_seqs=limit))
+    running: list[int] = []
+
+    async def note(request: EngineRequest) -> None:
+        running.append(sampler.num_running)
+        await asyncio.sleep(0)
+
+    engine.before_rollout = note
+    groups = await all_groups(start(sampler, ["a", "b", "c", "d"], num_rollouts=3))
+    assert len(groups) == 4
+    assert engine.most_at_once == max(running) == limit
+    assert_all_freed(sampler, engine, limit)
+
+
+async def test_requests_share_the_limit(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    sampler = Sampler(engine, config(max_num_seqs=3))
+    both = [asyncio.create_task(all_groups(start(sampler, [content], num_rollouts=2))) for content in ("a", "b")]
+    await settle()
+    assert (sampler.num_running, sampler.num_accepted) == (3, 4)
+    gate.open("a")
+    gate.open("b")
+    await asyncio.gather(*both)
+    assert engine.most_at_once == 3
+    assert_all_freed(sampler, engine, 3)
+
+
+async def test_groups_come_in_order_of_finishing(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    sampler = Sampler(engine, config(max_num_seqs=6))
+    groups = start(sampler, ["a", "b", "c"])
+    seen = []
+    for content in ("b", "c", "a"):
+        gate.open(content)
+        seen.append((await anext(groups)).group_id)
+    assert seen == ["g1", "g2", "g0"]
+    with pytest.raises(StopAsyncIteration):
+        await anext(groups)
+
+
+async def test_group_holds_its_prompt_and_its_rollouts_in_order(engine: ScriptedEngine, config: Build) -> None:
+    first_done = asyncio.Event()
+
+    async def last_first(request: EngineRequest) -> None:
+        if request.request_id.endswith("-0"):
+            await first_done.wait()
+        first_done.set()
+
+    engine.before_rollout = last_first
+    sampler = Sampler(engine, config())
+    (group,) = (await all_groups(start(sampler, ["hi"], sampling=Sampling(seed=1)))).values()
+    np.testing.assert_array_equal(group.prompt_token_ids, [104, 105])
+    assert [rollout.id.rollout_index for rollout in group.rollouts] == [0, 1]
+    assert {(r.id.run_id, r.id.step, r.id.group_id) for r in group.rollouts} == {("run", 3, "g0")}
+    assert [r.sampling.seed for r in engine.requests] == [rollout_seed(1, "g0", 0), rollout_seed(1, "g0", 1)]
+    assert all(rollout.token_entropies is None for rollout in group.rollouts)
+
+
+async def test_token_entropies_come_when_asked_for(engine: ScriptedEngine, config: Build) -> None:
+    groups = await all_groups(start(Sampler(engine, config()), ["hi"], entropies=True))
+    for rollout in groups["g0"].rollouts:
+        assert rollout.token_entropies is not None
+        assert rollout.token_entropies.size == rollout.token_ids.size
+
+
+async def test_closing_aborts_all_that_runs_or_waits(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    gate.open("a")
+    sampler = Sampler(engine, config(max_num_seqs=3))
+    groups = start(sampler, ["a", "b", "c"])
+    await anext(groups)
+    await settle()
+    await groups.aclose()
+    assert engine.num_aborted == 3
+    assert_all_freed(sampler, engine, 3)
+
+
+async def test_cancelling_aborts_all_even_when_cancelled_twice(engine: ScriptedEngine, config: Build) -> None:
+    async def slow_to_abort(request: EngineRequest) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    engine.before_rollout = slow_to_abort
+    sampler = Sampler(engine, config())
+    task = asyncio.create_task(all_groups(start(sampler, ["a", "b"])))
+    await settle()
+    assert sampler.num_running == 4
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await settle()
+    assert_all_freed(sampler, engine, 4)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 8])
+async def test_failing_rollout_aborts_the_rest(engine: ScriptedEngine, config: Build, max_num_seqs: int) -> None:
+    async def fail_one(request: EngineRequest) -> None:
+        if bytes(request.prompt_token_ids) == b"b":
+            await asyncio.sleep(0)
+            raise RuntimeError("out of luck")
+        if max_num_seqs > 2:
+            await asyncio.Event().wait()
+
+    engine.before_rollout = fail_one
+    sampler = Sampler(engine, config(max_num_seqs=max_num_seqs))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        await all_groups(start(sampler, ["a", "b", "c"]))
+    assert_all_freed(sampler, engine, max_num_seqs)
+    engine.before_rollout = ScriptedEngine().before_rollout
+    assert len(await all_groups(start(sampler, ["a", "b", "c"]))) == 3
+
+
+async def test_request_beyond_what_waits_already_is_told_to_come_again(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    gate.open("b")
+    sampler = Sampler(engine, config(max_num_seqs=16, max_queued_rollouts=8))
+    waiting = asyncio.create_task(all_groups(start(sampler, ["a"], num_rollouts=7)))
+    await settle()
+    with pytest.raises(Busy, match="7 rollouts are waiting, of at most 8") as caught:
+        await all_groups(start(sampler, ["b"], num_rollouts=2))
+    assert caught.value.retry_after_s
+    assert sampler.num_accepted == 7
+    assert len(await all_groups(start(sampler, ["b"], num_rollouts=1))) == 1
+    gate.open("a")
+    await waiting
+    assert_all_freed(sampler, engine, 16)
+
+
+async def test_groups_handed_over_make_room(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    gate.open("a")
+    sampler = Sampler(engine, config(max_queued_rollouts=4))
+    groups = start(sampler, ["a", "b"])
+    await anext(groups)
+    assert sampler.num_accepted == 4  # the caller may not have taken it yet
+    waiting = asyncio.create_task(anext(groups))
+    await settle()
+    assert sampler.num_accepted == 2
+    assert len(await all_groups(start(sampler, ["a"]))) == 1
+    gate.open("b")
+    await waiting
+    await groups.aclose()
+    assert_all_freed(sampler, engine, 4)
+
+
+async def test_request_larger_than_the_queue_can_never_be(engine: ScriptedEngine, config: Build) -> None:
+    sampler = Sampler(engine, config(max_queued_rollouts=8))
+    with pytest.raises(InvalidRequest, match="prompts: ask for 9 rollouts; max_queued_rollouts is 8"):
+        await all_groups(start(sampler, ["a", "b", "c"], num_rollouts=3))
+    assert len(await all_groups(start(sampler, ["a", "b"], num_rollouts=4))) == 2
+
+
+async def test_idle_waits_for_the_last_rollout(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    sampler = Sampler(engine, config())
+    await asyncio.wait_for(sampler.idle(), 10)
+    groups = asyncio.create_task(all_groups(start(sampler, ["a", "b"])))
+    await settle()
+    idle = asyncio.create_task(sampler.idle())
+    gate.open("a")
+    await settle()
+    assert not idle.done()
+    gate.open("b")
+    await asyncio.wait_for(idle, 10)
+    await groups
+
+
+async def sampled(engine: ScriptedEngine, config: GenerationConfig, contents: dict[str, str], seed: int | None) -> dict:
+    """Return the tokens of every rollout by group and index."""
+    prompts = [Prompt(group_id, content) for group_id, content in contents.items()]
+    groups = Sampler(engine, config).sample("run", 0, prompts, 3, Sampling(seed=seed), False)
+    async with aclosing(groups):
+        return {(g.group_id, r.id.rollout_index): r.token_ids.tolist() async for g in groups for r in g.rollouts}
+
+
+async def test_seeded_rollouts_depend_on_no_order_and_no_company(engine: ScriptedEngine, config: Build) -> None:
+    contents = {"g0": "x", "g1": "x", "g2": "y"}
+    together = await sampled(engine, config(max_num_seqs=1), contents, 5)
+    reordered = await sampled(engine, config(max_num_seqs=9), dict(reversed(contents.items())), 5)
+    alone = await sampled(engine, config(), {"g1": "x"}, 5)
+    assert together == reordered
+    assert alone == {key: tokens for key, tokens in together.items() if key[0] == "g1"}
+    assert len({tuple(tokens) for tokens in together.values()}) == 9
+    assert await sampled(engine, config(), contents, 6) != together
+
+
+async def test_rollouts_without_a_seed_get_none(engine: ScriptedEngine, config: Build) -> None:
+    await sampled(engine, config(), {"g0": "x"}, None)
+    assert {request.sampling.seed for request in engine.requests} == {None}
+
+
+def test_seeds_differ_between_siblings_groups_and_requests() -> None:
+    seeds = {rollout_seed(s, g, i) for s in (0, 1, 2**64 - 1) for g in ("a", "b", "1/a") for i in range(4)}
+    assert len(seeds) == 36
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+async def test_running_requests_have_different_ids(engine: ScriptedEngine, config: Build) -> None:
+    sampler = Sampler(engine, config())
+    await asyncio.gather(*(all_groups(start(sampler, ["a", "b"])) for _ in range(3)))
+    assert len({request.request_id for request in engine.requests}) == 12
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_prompt_tokens", "given"),
+    [(0, 10, 8), (5, 10, 5), (500, 10, 54), (0, 60, 4), (500, 63, 1)],
+)
+async def test_response_length_is_the_default_the_asked_or_the_room(
+    engine: ScriptedEngine, config: Build, asked: int, num_prompt_tokens: int, given: int
+) -> None:
+    sampling = Sampling(max_tokens=asked)
+    await all_groups(start(Sampler(engine, config()), ["x" * num_prompt_tokens], 1, sampling))
+    assert engine.requests[0].sampling.max_tokens == given
+
+
+async def test_prompts_without_room_are_all_named_with_the_limit(engine: ScriptedEngine, config: Build) -> None:
+    sampler = Sampler(engine, config())
+    contents: list[PromptContent] = ["x" * 64, "fine", [65] * 70, "x" * 63]
+    with pytest.raises(InvalidRequest) as caught:
+        await all_groups(start(sampler, contents))
+    found = {violation.field: violation.description for violation in caught.value.violations}
+    assert found.keys() == {"prompts[0].prompt", "prompts[2].prompt"}
+    assert "has 64 tokens; max_model_len is 64" in found["prompts[0].prompt"]
+    assert "has 70 tokens; max_model_len is 64" in found["prompts[2].prompt"]
+    assert engine.requests == []
+    assert_all_freed(sampler, engine, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [("", "prompts[0].text"), ([0, 256], "prompts[0].tokens.token_ids"), ([2**32 - 1], "prompts[0].tokens.token_ids")],
+)
+async def test_prompt_that_cannot_be_is_named(
+    engine: ScriptedEngine, config: Build, content: PromptContent, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await all_groups(start(Sampler(engine, config()), [content]))
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+async def test_text_chat_and_tokens_reach_the_engine(engine: ScriptedEngine, config: Build) -> None:
+    contents: list[PromptContent] = ["hi", [{"role": "user", "content": "hi"}], [0, 255]]
+    groups = await all_groups(start(Sampler(engine, config()), contents, 1))
+    assert groups["g0"].prompt_token_ids.tolist() == [104, 105]
+    assert groups["g1"].prompt_token_ids.tolist() == list(b"<user>hi<assistant>")
+    assert groups["g2"].prompt_token_ids.tolist() == [0, 255]

@@ -1,0 +1,445 @@
+"""Requests are checked field by field, and pushes are taken whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from tests.pushes import push_messages
+from tests.scripted_engine import PARAMETERS, ScriptedEngine
+
+from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
+from poise.generation import servicer as servicer_module
+from poise.generation.config import GenerationConfig
+from poise.generation.metrics import GenerationMetrics
+from poise.generation.servicer import GenerationServicer
+from poise_client.codec import decode_group, decode_policy
+from poise_client.types import Group, Policy
+from poise_proto.v1 import generation_pb2 as pb
+
+Build = Callable[..., GenerationConfig]
+CONTEXT: Any = None
+"""The servicer asks nothing of it."""
+
+
+class Service:
+    """A servicer called without a network."""
+
+    def __init__(self, engine: ScriptedEngine, config: GenerationConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.refusal = ""
+        self.registry = CollectorRegistry()
+        metrics = GenerationMetrics(
+            self.registry, lambda: self.servicer.sampler.num_running, lambda: self.servicer.sampler.num_accepted
+        )
+        self.servicer = GenerationServicer(engine, config, metrics, lambda: self.refusal)
+
+    async def stream(self, request: pb.StreamTrajectoriesRequest) -> list[Group]:
+        return [decode_group(group) async for group in self.servicer.StreamTrajectories(request, CONTEXT)]
+
+    async def push(self, messages: Iterable[pb.UpdateWeightsRequest]) -> pb.UpdateWeightsResponse:
+        async def sent() -> AsyncIterator[pb.UpdateWeightsRequest]:
+            for message in messages:
+                yield message
+
+        return await self.servicer.UpdateWeights(sent(), CONTEXT)
+
+    async def policy(self) -> Policy:
+        return decode_policy(await self.servicer.GetPolicy(pb.GetPolicyRequest(), CONTEXT))
+
+    def staged(self) -> list[Path]:
+        folder = self.config.staging_dir
+        return list(folder.iterdir()) if folder.exists() else []
+
+    def metric(self, name: str) -> float | None:
+        return self.registry.get_sample_value(f"poise_generation_{name}")
+
+
+@pytest.fixture
+def service(engine: ScriptedEngine, config: Build) -> Service:
+    return Service(engine, config())
+
+
+def request_of(**changes: Any) -> pb.StreamTrajectoriesRequest:
+    prompts = [pb.PromptSpec(group_id="g0", text="hi"), pb.PromptSpec(group_id="g1", text="ho")]
+    return pb.StreamTrajectoriesRequest(**{"run_id": "run", "prompts": prompts} | changes)
+
+
+def weights(seed: float = 0.0) -> dict[str, np.ndarray]:
+    return {name: np.full(shape, seed, np.float32) for name, shape in PARAMETERS.items()}
+
+
+def prompts(*specs: dict[str, Any]) -> list[pb.PromptSpec]:
+    return [pb.PromptSpec(**{"group_id": f"g{i}", "text": "x"} | spec) for i, spec in enumerate(specs)]
+
+
+def chat(*roles: str) -> pb.ChatPrompt:
+    return pb.ChatPrompt(messages=[pb.ChatMessage(role=role, content="x") for role in roles])
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return {"sampling": pb.SamplingParams(**fields)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"run_id": ""}, ["run_id"]),
+        ({"run_id": "a b"}, ["run_id"]),
+        ({"run_id": "x" * 129}, ["run_id"]),
+        ({"num_rollouts": 257}, ["num_rollouts"]),
+        ({"prompts": []}, ["prompts"]),
+        ({"prompts": prompts(*[{}] * 4097)}, ["prompts"]),
+        ({"prompts": prompts({}, {"group_id": ""})}, ["prompts[1].group_id"]),
+        ({"prompts": prompts({}, {"group_id": "no spaces"})}, ["prompts[1].group_id"]),
+        ({"prompts": prompts({}, {"group_id": "g0"})}, ["prompts[1].group_id"]),
+        ({"prompts": [pb.PromptSpec(group_id="g")]}, ["prompts[0].prompt"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat())]}, ["prompts[0].chat"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", tokens=pb.TokenPrompt())]}, ["prompts[0].tokens"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", text="")]}, ["prompts[0].text"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", tokens={"token_ids": [256]})]}, ["prompts[0].tokens.token_ids"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat("user", ""))]}, ["prompts[0].chat.messages[1].role"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat("pope"))]}, ["prompts[0].chat.messages[0].role"]),
+        (sampling(temperature=-0.1), ["sampling.temperature"]),
+        (sampling(temperature=0.0099), ["sampling.temperature"]),
+        (sampling(temperature=100.1), ["sampling.temperature"]),
+        (sampling(temperature=float("nan")), ["sampling.temperature"]),
+        (sampling(temperature=float("inf")), ["sampling.temperature"]),
+        (sampling(top_p=0.0), ["sampling.top_p"]),
+        (sampling(top_p=1.01), ["sampling.top_p"]),
+        (sampling(top_p=float("nan")), ["sampling.top_p"]),
+        (sampling(stop=["x"] * 17), ["sampling.stop"]),
+        (sampling(stop=["x", ""]), ["sampling.stop[1]"]),
+        (sampling(stop=["x" * 257]), ["sampling.stop[0]"]),
+        (
+            {"run_id": "", "num_rollouts": 999, "prompts": prompts({"group_id": ""})}
+            | sampling(top_p=2, temperature=-1),
+            ["run_id", "num_rollouts", "prompts[0].group_id", "sampling.temperature", "sampling.top_p"],
+        ),
+    ],
+)
+async def test_wrong_fields_are_all_named(service: Service, changes: dict[str, Any], fields: list[str]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await service.stream(request_of(**changes))
+    assert [violation.field for violation in caught.value.violations] == fields
+    assert service.engine.requests == []
+    assert service.servicer.sampler.num_accepted == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_id": "x" * 128},
+        {"run_id": "A/b:c_d.e-9"},
+        {"num_rollouts": 256},
+        {"prompts": [pb.PromptSpec(group_id="g", chat=chat("system", "user", "assistant"))]},
+        {"prompts": [pb.PromptSpec(group_id="g", tokens={"token_ids": [0, 255]})]},
+        sampling(temperature=0.0),
+        sampling(temperature=0.01),
+        sampling(temperature=100.0),
+        sampling(top_p=1e-6, top_k=2**32 - 1, max_tokens=2**32 - 1, seed=2**64 - 1),
+        sampling(stop=["x" * 256] * 16),
+        {"step": 2**64 - 1},
+    ],
+)
+async def test_values_at_the_limits_are_accepted(service: Service, changes: dict[str, Any]) -> None:
+    assert await service.stream(request_of(**changes))
+
+
+async def test_as_many_prompts_as_may_be_are_accepted(service: Service) -> None:
+    assert len(await service.stream(request_of(prompts=prompts(*[{}] * 4096)))) == 4096
+
+
+async def test_unset_fields_take_their_defaults(service: Service) -> None:
+    groups = await service.stream(request_of())
+    assert [len(group.rollouts) for group in groups] == [1, 1]
+    asked = service.engine.requests[0].sampling
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.stop, asked.seed) == (1.0, 1.0, 0, (), None)
+    assert asked.max_tokens == service.config.default_max_tokens
+
+
+async def test_sampling_reaches_the_engine(service: Service) -> None:
+    await service.stream(request_of(**sampling(temperature=0.5, top_p=0.25, top_k=3, max_tokens=5, stop=["a", "b"])))
+    asked = service.engine.requests[0].sampling
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.max_tokens) == (0.5, 0.25, 3, 5)
+    assert asked.stop == ("a", "b")
+
+
+async def test_refusal_is_told_with_its_reason(service: Service) -> None:
+    service.refusal = "paused for tea"
+    with pytest.raises(Draining, match="paused for tea") as caught:
+        await service.stream(request_of())
+    assert caught.value.retry_after_s
+    policy = await service.policy()
+    assert (policy.ready, policy.not_ready_reason) == (False, "paused for tea")
+
+
+async def test_min_policy_version_is_checked_against_the_served(service: Service) -> None:
+    assert len(await service.stream(request_of(min_policy_version=0))) == 2
+    with pytest.raises(VersionMismatch, match="version 0 is served; min_policy_version is 3"):
+        await service.stream(request_of(min_policy_version=3))
+    await service.push(push_messages(weights(), 3))
+    (group, _) = await service.stream(request_of(min_policy_version=3))
+    assert group.rollouts[0].version_spans[0].policy_version == 3
+    with pytest.raises(VersionMismatch):
+        await service.stream(request_of(min_policy_version=4))
+
+
+async def test_finished_groups_are_counted(service: Service) -> None:
+    await service.stream(request_of(num_rollouts=3))
+    assert service.registry.get_sample_value("poise_generation_rollouts_total", {"finish_reason": "length"}) == 6
+    assert service.metric("response_tokens_total") == 6 * 8
+    assert service.metric("running_rollouts") == service.metric("accepted_rollouts") == 0
+
+
+async def test_death_of_the_engine_is_worth_another_try_and_a_defect_is_not(service: Service) -> None:
+    async def fail(_: object) -> None:
+        raise RuntimeError("a slip of the pen")
+
+    async def die(_: object) -> None:
+        service.engine.die()
+        raise RuntimeError("broken pipe")
+
+    for call in (lambda: service.stream(request_of()), lambda: service.push(push_messages(weights(), 1))):
+        service.engine.before_rollout = service.engine.before_update = fail
+        with pytest.raises(RuntimeError, match="slip"):
+            await call()
+        service.engine.before_rollout = service.engine.before_update = die
+        with pytest.raises(BackendDown, match="died") as caught:
+            await call()
+        assert caught.value.retry_after_s
+        await service.engine.start()
+    assert service.servicer.policy.policy_version == 0
+    assert service.staged() == []
+
+
+async def test_what_is_served_is_told(service: Service) -> None:
+    before = await service.policy()
+    assert (before.lineage_id, before.policy_version, before.digest, before.ready) == ("", 0, b"", True)
+    assert (before.model, before.hidden_size, before.feature_layer, before.max_model_len) == ("scripted", 4, 1, 64)
+    messages = push_messages(weights(), 7, lineage="a")
+    await service.push(messages)
+    after = await service.policy()
+    assert (after.lineage_id, after.policy_version, after.digest) == ("a", 7, messages[0].begin.digest)
+    assert after.instance_id == before.instance_id
+    assert service.metric("policy_version") == 7
+
+
+async def test_policy_of_a_loading_model_is_not_told(config: Build) -> None:
+    service = Service(ScriptedEngine(), config())
+    with pytest.raises(BackendDown, match="loading"):
+        await service.policy()
+    with pytest.raises(BackendDown, match="loading"):
+        await service.push(push_messages(weights(), 1))
+
+
+async def test_push_is_applied_once(service: Service) -> None:
+    applied: list[Path] = []
+
+    async def note(path: Path) -> None:
+        applied.append(path)
+
+    service.engine.before_update = note
+    first = await service.push(push_messages(weights(), 1))
+    assert (first.policy_version, first.already_applied) == (1, False)
+    assert first.pause_s > 0
+    again = await service.push(push_messages(weights(), 1))
+    assert (again.policy_version, again.already_applied) == (1, True)
+    assert len(applied) == 1
+    assert service.staged() == []
+
+
+@pytest.mark.parametrize(("version", "value"), [(5, 1.0), (4, 0.0), (0, 0.0)])
+async def test_version_that_is_taken_or_past_is_a_conflict(service: Service, version: int, value: float) -> None:
+    await service.push(push_messages(weights(), 5))
+    with pytest.raises(Conflict):
+        await service.push(push_messages(weights(value), version))
+    assert service.servicer.policy.policy_version == 5
+    assert (await service.push(push_messages(weights(), version, lineage="another"))).policy_version == version
+
+
+def broken(how: str) -> list[pb.UpdateWeightsRequest]:
+    """Return the messages of a push that is wrong in one way."""
+    arrays = weights(1.0)
+    if how == "wrong shape":
+        arrays["second.weight"] = np.ones(6, np.float32)
+    if how == "missing parameter":
+        del arrays["second.weight"]
+    if how == "unknown parameter":
+        arrays["third.weight"] = np.ones(1, np.float32)
+    begin, *chunks, commit = push_messages(arrays, 9, chunk_bytes=16)
+    match how:
+        case "damaged":
+            chunks[1].chunk.data = b"\xff" + chunks[1].chunk.data[1:]
+        case "wrong digest":
+            begin.begin.digest = b"x" * 32
+        case "no lineage":
+            begin.begin.lineage_id = ""
+        case "nothing":
+            return []
+        case "no begin":
+            return [*chunks, commit]
+        case "begin twice":
+            return [begin, begin, *chunks, commit]
+        case "no part":
+            chunks[1] = pb.UpdateWeightsRequest()
+        case "cut off in the chunks":
+            return [begin, *chunks[:-1]]
+        case "cut off before the commit":
+            return [begin, *chunks]
+        case "committed early":
+            return [begin, *chunks[:-1], commit]
+        case "wrong total":
+            commit.commit.total_bytes += 1
+        case "out of order":
+            chunks[0], chunks[1] = chunks[1], chunks[0]
+        case "chunk left out":
+            del chunks[1]
+        case "too much":
+            chunks.append(pb.UpdateWeightsRequest(chunk={"offset": commit.commit.total_bytes, "data": b"x"}))
+        case "empty chunk":
+            chunks.insert(1, pb.UpdateWeightsRequest(chunk={"offset": 16, "data": b""}))
+        case "large chunk":
+            chunks[0].chunk.data = bytes(2 * 2**20 + 1)
+        case "no tensors":
+            begin.begin.ClearField("tensors")
+        case "wrong dtype":
+            begin.begin.tensors[0].dtype = 5
+        case "larger than may be":
+            begin.begin.tensors[0].shape[:] = [2**20, 2**20]
+    return [begin, *chunks, commit]
+
+
+@pytest.mark.parametrize(
+    ("how", "field"),
+    [
+        ("damaged", "begin.tensors[0].sha256"),
+        ("wrong digest", "begin.digest"),
+        ("no lineage", "begin.lineage_id"),
+        ("nothing", "part"),
+        ("no begin", "part"),
+        ("begin twice", "part"),
+        ("no part", "part"),
+        ("cut off in the chunks", "part"),
+        ("cut off before the commit", "part"),
+        ("committed early", "commit.total_bytes"),
+        ("wrong total", "commit.total_bytes"),
+        ("out of order", "chunk.offset"),
+        ("chunk left out", "chunk.offset"),
+        ("too much", "chunk.data"),
+        ("empty chunk", "chunk.data"),
+        ("large chunk", "chunk.data"),
+        ("no tensors", "begin.tensors"),
+        ("wrong dtype", "begin.tensors[0].dtype"),
+        ("larger than may be", "begin.tensors"),
+        ("wrong shape", "tensors"),
+        ("missing parameter", "tensors"),
+        ("unknown parameter", "tensors"),
+    ],
+)
+async def test_broken_push_changes_nothing_and_leaves_nothing(
+    engine: ScriptedEngine, config: Build, how: str, field: str
+) -> None:
+    service = Service(engine, config(max_update_bytes=1000))
+    await service.push(push_messages(weights(), 5))
+    applied: list[Path] = []
+
+    async def note(path: Path) -> None:
+        applied.append(path)
+
+    engine.before_update = note
+    with pytest.raises(InvalidRequest) as caught:
+        await service.push(broken(how))
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert applied == []
+    assert service.servicer.policy.policy_version == 5
+    assert service.staged() == []
+    groups = await service.stream(request_of())
+    assert {span.policy_version for g in groups for r in g.rollouts for span in r.version_spans} == {5}
+    assert (await service.push(push_messages(weights(1.0), 9))).policy_version == 9
+
+
+async def test_silent_push_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servicer_module, "_PUSH_IDLE_S", 0.01)
+
+    async def silent() -> AsyncIterator[pb.UpdateWeightsRequest]:
+        yield push_messages(weights(), 1)[0]
+        await asyncio.Event().wait()
+
+    with pytest.raises(InvalidRequest, match="given up"):
+        await service.servicer.UpdateWeights(silent(), CONTEXT)
+    assert service.staged() == []
+    assert (await service.push(push_messages(weights(), 1))).policy_version == 1
+
+
+async def test_second_push_at_once_is_told_to_come_again(service: Service) -> None:
+    release = asyncio.Event()
+
+    async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
+        begin, *rest = push_messages(weights(), 1)
+        yield begin
+        await release.wait()
+        for message in rest:
+            yield message
+
+    first = asyncio.create_task(service.servicer.UpdateWeights(halting(), CONTEXT))
+    while not service.staged():
+        await asyncio.sleep(0)
+    with pytest.raises(Busy) as caught:
+        await service.push(push_messages(weights(), 2))
+    assert caught.value.retry_after_s
+    release.set()
+    assert (await first).policy_version == 1
+    assert (await service.push(push_messages(weights(), 2))).policy_version == 2
+
+
+async def test_push_cancelled_while_it_is_received_is_forgotten(service: Service) -> None:
+    async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
+        yield push_messages(weights(), 1)[0]
+        await asyncio.Event().wait()
+
+    push = asyncio.create_task(service.servicer.UpdateWeights(halting(), CONTEXT))
+    while not service.staged():
+        await asyncio.sleep(0)
+    push.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await push
+    assert service.staged() == []
+    assert (await service.push(push_messages(weights(), 1))).policy_version == 1
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_push_cancelled_while_it_is_applied_ends_before_the_next(service: Service, works: bool) -> None:
+    applying, release = asyncio.Event(), asyncio.Event()
+    there: list[bool] = []
+
+    async def hold(path: Path) -> None:
+        applying.set()
+        await release.wait()
+        there.append(path.exists())
+        if not works:
+            raise InvalidRequest.field("weights", "do not please")
+
+    service.engine.before_update = hold
+    push = asyncio.create_task(service.push(push_messages(weights(), 1)))
+    await applying.wait()
+    push.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not push.done()
+    with pytest.raises(Busy):
+        await service.push(push_messages(weights(), 2))
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await push
+    assert there == [True]
+    assert service.staged() == []
+    assert service.servicer.policy.policy_version == int(works)
+    assert service.metric("policy_version") == int(works)
+    assert (await service.policy()).policy_version == int(works)
