@@ -102,8 +102,8 @@ def values(probe, groups: Rollouts) -> Array:
     return probe.predict(groups.rows()).reshape(-1, SIBLINGS)
 
 
-    """How likely so large a distance from the exact gradient is by chance: Hotelling's T², which is χ² at this size."""
-    """How likely so large a distance from the exact gradient is by chance (Hotelling's T², which is χ² at this size)."""
+def p_value(groups: Rollouts, baselines: Array) -> float:
+    """How likely so large a distance from the exact gradient is by chance: Hotelling's T², as good as χ² here."""
     estimates = groups.gradients(baselines)
     difference = estimates.mean(0) - groups.world.exact_gradient().reshape(-1)
     covariance = np.cov(estimates.T) / len(estimates)
