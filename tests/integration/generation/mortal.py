@@ -1,0 +1,25 @@
+"""The generation service with the scripted engine, which dies on a prompt that says so: run as a process."""
+
+import sys
+
+from tests.scripted_engine import ScriptedEngine
+
+from poise.generation.app import GenerationApp
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import EngineRequest
+from poise.runtime.main import service_main
+
+
+def build(config: GenerationConfig) -> GenerationApp:
+    engine = ScriptedEngine()
+
+    async def obey(request: EngineRequest) -> None:
+        if bytes(request.prompt_token_ids) == b"die":
+            engine.die()
+
+    engine.before_rollout = obey
+    return GenerationApp(config, engine)
+
+
+if __name__ == "__main__":
+    sys.exit(service_main("generation", GenerationConfig, build))

@@ -1,0 +1,17 @@
+"""Waiting for what must come to pass."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+DEADLINE_S = 60.0
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Return once `condition` holds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not await condition():
+        assert time.monotonic() < deadline, f"it never came to pass: {what}"
+        await asyncio.sleep(0.005)
