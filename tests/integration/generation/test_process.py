@@ -157,6 +157,7 @@ def test_process_killed_during_a_push_leaves_nothing_to_the_next(tmp_path: Path)
         assert not any(staging.iterdir())
 
 
+@pytest.mark.slow
 def test_torch_engine_serves_until_told_to_stop(tmp_path: Path, reference: Reference) -> None:
     command = (sys.executable, "-m", "poise.generation", "--set", f"model={reference.folder}")
     with run(tmp_path / "run", *command) as process:
@@ -168,6 +169,7 @@ def test_torch_engine_serves_until_told_to_stop(tmp_path: Path, reference: Refer
         assert "Traceback" not in process.log
 
 
+@pytest.mark.slow
 def test_model_that_is_not_there_ends_the_process_with_one_line(tmp_path: Path) -> None:
     with run(tmp_path / "run", sys.executable, "-m", "poise.generation", "--set", "model=/nowhere/at/all") as process:
         assert process.exit_status() == 1
