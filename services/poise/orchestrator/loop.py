@@ -110,14 +110,13 @@ class TrainingLoop:
         first_step, wall_s = state.next_step, state.wall_s
         journalled = self._folder.read_journal(first_step)
         self._check_history(state, policy_version, journalled is not None)
-        if first_step == 0 and journalled is None:
-            await self._evaluate("before", 0, policy_version)
         for step in range(first_step, config.num_steps):
             if self._stopping.is_set():
                 return False
             started = time.monotonic()
             phases = _Phases(self._watcher, step)
             if journalled is None:
+                await self._evaluate_if_due(step, policy_version)
                 journalled = await self._sample_step(step, policy_version, phases)
             with phases("publish"):
                 if config.algorithm == "poise":
@@ -135,9 +134,6 @@ class TrainingLoop:
             self._folder.finish_step(journalled, numbers)
             self._watcher.step_done(numbers)
             journalled = None
-            every = config.evaluation.every_steps
-            if every and (step + 1) % every == 0 and step + 1 < config.num_steps:
-                await self._evaluate("step", step + 1, policy_version)
         await self._evaluate("after", config.num_steps, policy_version)
         return True
 
@@ -264,6 +260,14 @@ class TrainingLoop:
                     }
                 )
         return lines
+
+    async def _evaluate_if_due(self, step: int, policy_version: int) -> None:
+        """Measure the policy that the steps before `step` made, where that is asked for."""
+        every = self._config.evaluation.every_steps
+        if step == 0:
+            await self._evaluate("before", step, policy_version)
+        elif every and step % every == 0:
+            await self._evaluate("step", step, policy_version)
 
     async def _evaluate(self, when: str, step: int, policy_version: int) -> None:
         config = self._config.evaluation

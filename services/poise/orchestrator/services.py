@@ -16,7 +16,7 @@ from typing import TypeVar
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
-from poise_client.errors import PoiseClientError, VersionMismatchError
+from poise_client.errors import DeadlineExceededError, PoiseClientError, VersionMismatchError
 from poise_client.types import (
     Batch,
     Group,
@@ -125,7 +125,7 @@ class Services:
                 except VersionMismatchError as error:  # the learner's push is on its way
                     await waiting.pause(error, patience_s=_PUSH_PATIENCE_S)
                 except PoiseClientError as error:
-                    if not error.retryable:
+                    if not _may_pass(error):
                         raise
                     await waiting.pause(error)
 
@@ -188,12 +188,17 @@ class Services:
             try:
                 answer = await call()
             except PoiseClientError as error:
-                if not error.retryable:
+                if not _may_pass(error):
                     raise
                 await waiting.pause(error)
             else:
                 waiting.over()
                 return answer
+
+
+def _may_pass(error: PoiseClientError) -> bool:
+    """Whether the same call may succeed later: also after a service hung, as on a busy machine it may."""
+    return error.retryable or isinstance(error, DeadlineExceededError)
 
 
 class _Waiting:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,100 @@ def test_lines_written_before_a_crash_that_lost_the_state_are_written_once(folde
     for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl"):
         steps = [json.loads(line)["step"] for line in (folder.path / name).read_text().splitlines()]
         assert steps == [0, 1], name
+
+
+def test_texts_of_any_characters_come_back_whole(folder: RunFolder) -> None:
+    texts = ["one\u2028two", "three\x85four", "five\r\nsix", "\ud800é"[1:], '"{}']
+    for step, text in enumerate(texts):
+        done = replace(journalled(step), samples=[{"step": step, "response": text}])
+        folder.write_journal(done)
+        folder.finish_step(done, done.numbers | {"wall_s": 1.0, "policy_version": step + 1})
+    before = (folder.path / "trajectories.jsonl").read_bytes()
+    _, next_step = again(folder)
+    assert next_step == len(texts)
+    assert (folder.path / "trajectories.jsonl").read_bytes() == before
+    assert [json.loads(line)["response"] for line in before.split(b"\n")[:-1]] == texts
+
+
+def test_a_line_cut_off_within_a_character_is_dropped(folder: RunFolder) -> None:
+    finish(folder, 0)
+    path = folder.path / "trajectories.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 0, "response": "é'.encode()[:-1])
+    again(folder)
+    assert path.read_bytes() == whole
+
+
+def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFolder) -> None:
+    folder.write_evaluation({"when": "before", "step": 0})
+    with (folder.path / "evaluations.jsonl").open("a") as file:
+        file.write('{"when": "step", "st')
+    successor, _ = again(folder)
+    successor.write_evaluation({"when": "step", "step": 2})
+    assert successor.evaluated("before", 0)
+    assert successor.evaluated("step", 2)
+
+
+def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
+    folder.write_journal(journalled(0))
+    kept = folder.path / "journal" / "step-00000000"
+    left_over = folder.path / "journal" / "step-00000007"
+    shutil.copytree(kept, left_over)
+    (folder.path / "journal" / "writing").mkdir()
+    again(folder)
+    assert list(left_over.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '"x"', '{"run_id": "run", "unheard_of": 1}', "{}"])
+def test_a_damaged_state_is_named_and_not_taken_for_a_new_run(folder: RunFolder, content: str) -> None:
+    (folder.path / "state.json").write_text(content)
+    with pytest.raises(RunError, match=r"state\.json is damaged: .*restore it, or use another run folder"):
+        again(folder)
+
+
+def test_a_refused_folder_is_let_go(folder: RunFolder) -> None:
+    finish(folder, 0)
+    with pytest.raises(RunError):
+        again(folder, "other")
+    assert again(folder)[1] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file/run cannot be used as the run's folder"):
+        RunFolder(tmp_path / "file" / "run").open("run", {})
+
+
+def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"seed": 0, "num_steps": 3, "sampling": {"max_tokens": 4, "top_p": 1.0}, "endpoints": {"value": "a:1"}}
+    folder = RunFolder(tmp_path)
+    folder.open("run", settings)
+    finish(folder, 0)
+    folder.close()
+    changed = {"seed": 1, "num_steps": 9, "sampling": {"max_tokens": 8, "top_p": 1.0}, "endpoints": {"value": "b:2"}}
+    folder.open("run", changed)
+    folder.close()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "settings changed since this run began; from step 1 on it follows the new ones: "
+        "sampling.max_tokens: 4 -> 8; seed: 0 -> 1"
+    )
+    caplog.clear()
+    folder.open("run", changed)
+    folder.close()
+    assert not caplog.records
+
+
+def test_a_run_is_finished_once_it_was_reported_for_as_many_steps(folder: RunFolder) -> None:
+    finish(folder, 0)
+    assert not folder.read_state("run").is_finished(1)
+    folder.mark_reported()
+    state = folder.read_state("run")
+    assert state.is_finished(1)
+    assert not state.is_finished(2)
+    assert (state.wall_s, state.policy_version) == (2.0, 1)
+    finish(folder, 1)
+    assert not folder.read_state("run").is_finished(2)
 
 
 def test_two_processes_cannot_drive_a_run(folder: RunFolder) -> None:

@@ -1,0 +1,106 @@
+"""What is found out about a run before any service is needed, and how its end is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.orchestrator.test_run_folder import finish
+
+from poise.orchestrator import job
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(job, "configure_logging", lambda _: None)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def settings(folder: Path, **values: Any) -> OrchestratorConfig:
+    return OrchestratorConfig(**({"run_dir": folder, "num_steps": 1, "tasks": [{"kind": "digits"}]} | values))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    folder = RunFolder(tmp_path / "run")
+    folder.open("run", {})
+    finish(folder, 0)
+    folder.mark_reported()
+    folder.close()
+    return folder.path
+
+
+def test_a_new_run_and_one_in_the_middle_go_on(tmp_path: Path) -> None:
+    assert job.settle(settings(tmp_path / "run")) is None
+    assert not (tmp_path / "run").exists()
+    folder = RunFolder(tmp_path / "run")
+    folder.open("run", {})
+    finish(folder, 0)
+    folder.close()
+    assert job.settle(settings(tmp_path / "run")) is None  # all steps are done; nothing is exported nor reported
+
+
+@pytest.mark.parametrize("work", [job.settle, job.train])
+def test_a_finished_run_says_so_and_what_came_of_it_without_any_service(
+    finished: Path, work: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert work(settings(finished)) == job.OK
+    said = capsys.readouterr().out
+    assert "run run: 1 steps in 0m02s" in said
+    assert str(finished / "report.html") in said
+    assert "This run is finished: 1 steps. A higher num_steps goes on with it; another name and folder start" in said
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished: Path) -> None:
+    assert job.settle(settings(finished, num_steps=2)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "message"),
+    [
+        ({"run_id": "other"}, job.FAILED, "holds run 'run', not 'other'"),
+        ({"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}, job.WRONG_SETTINGS, "absent.jsonl: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told_at_once(
+    finished: Path, logged: pytest.LogCaptureFixture, values: dict[str, Any], status: int, message: str
+) -> None:
+    assert job.settle(settings(finished, **values)) == status
+    assert message in logged.text
+
+
+def test_too_few_held_out_problems_are_told_at_once(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)))
+    tasks = [{"kind": "jsonl", "path": str(problems), "verifier": "exact"}]
+    config = settings(tmp_path / "run", tasks=tasks, evaluation={"num_prompts": 500})
+    assert job.settle(config) == job.WRONG_SETTINGS, logged.text
+
+
+def test_evaluating_no_prompts_is_refused(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    assert job.evaluate(settings(tmp_path, evaluation={"num_prompts": 0})) == job.WRONG_SETTINGS
+    assert "evaluation.num_prompts: is 0" in logged.text
+
+
+def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "Mixture", interrupted)
+    assert job.evaluate(settings(tmp_path)) == job.INTERRUPTED
+
+
+def test_held_out_change_is_described() -> None:
+    def interval(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    held_out = {"before": interval(0.25), "after": interval(0.5), "difference": interval(0.25)}
+    assert job.describe_held_out(held_out) == (
+        "0.250 (0.150 to 0.350) -> 0.500 (0.400 to 0.600), change +0.250 (+0.150 to +0.350)"
+    )
+    assert job.describe_held_out(held_out | {"after": None}) == "was not measured both before and after"

@@ -1,0 +1,182 @@
+"""The loop's order, what a crash anywhere leaves of it, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.orchestrator.world import Crash, World, drive, settings
+
+from poise.orchestrator.run_folder import RunError
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes die here, machines do not."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
+
+
+async def test_baselines_are_asked_before_and_labels_leave_after_all_is_on_disk(tmp_path: Path) -> None:
+    world = World()
+    assert await drive(settings(tmp_path, num_steps=1, evaluation={"num_prompts": 0}), world)
+    assert world.events == [
+        "sample run 0",
+        *["verify"] * 4,
+        "baselines 0",
+        "journalling 0",
+        "journal 0",
+        "publish 0",
+        "submit 0",
+        "append metrics.jsonl",
+        "append values.jsonl",
+        "append trajectories.jsonl",
+        "state 1",
+        "shown 0",
+    ]
+
+
+async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(tmp_path: Path) -> None:
+    undisturbed = World()
+    assert await drive(settings(tmp_path / "undisturbed"), undisturbed)
+    assert sorted(undisturbed.batches) == [f"step-{step:08d}" for step in range(3)]
+    reference = tmp_path / "undisturbed"
+    for crash_at, event in enumerate(undisturbed.events):
+        world = World()
+        world.crash_at = crash_at
+        config = settings(tmp_path / str(crash_at))
+        with pytest.raises(Crash):
+            await drive(config, world)
+        assert await drive(config, world), event
+        assert repr(world.batches) == repr(undisturbed.batches), event
+        assert repr(world.labels) == repr(undisturbed.labels), event
+        assert world.version == 3
+        for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "evaluations.jsonl"):
+            found, expected = lines(config.run_dir, name), lines(reference, name)
+            for line in (*found, *expected):
+                for clock in ("time_s", "wall_s", "tokens_per_s", "seconds"):
+                    line.pop(clock, None)
+            assert found == expected, (event, name)
+        assert not list((config.run_dir / "journal").iterdir()), event
+
+
+async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: Path) -> None:
+    world, config = World(), settings(tmp_path, num_steps=4)
+    await drive(config, world)
+    await drive(config, world)
+    found = [(line["when"], line["step"], line["policy_version"]) for line in lines(tmp_path, "evaluations.jsonl")]
+    assert found == [("before", 0, 0), ("step", 2, 2), ("after", 4, 4)]
+
+
+async def test_evaluations_ask_alike_each_time_and_under_a_name_that_never_trains(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path), world)
+    asked = [call for call in world.asked if call[0] != "run"]
+    assert {call[0] for call in asked} == {"run:evaluation"}
+    assert len({(call[2], call[3], call[4]) for call in asked}) == 1
+    trained = {call[2][0].content for call in world.asked if call[0] == "run"}
+    assert not trained & {prompt.content for prompt in asked[0][2]}
+    assert not any(":evaluation" in repr(batch) for batch in world.batches.values())
+
+
+async def test_a_stop_ends_the_run_after_the_step_in_hand(tmp_path: Path) -> None:
+    class Stopper(World):
+        async def publish_labels(self, groups: Any) -> int:
+            stopping.set()
+            return await super().publish_labels(groups)
+
+    world, stopping = Stopper(), asyncio.Event()
+    assert not await drive(settings(tmp_path), world, stopping)
+    assert list(world.batches) == ["step-00000000"]
+    assert [line["step"] for line in lines(tmp_path, "metrics.jsonl")] == [0]
+    assert await drive(settings(tmp_path), world)
+    assert len(world.batches) == 3
+
+
+async def test_rloo_asks_and_tells_the_value_service_nothing(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path, algorithm="rloo"), world)
+    assert not [event for event in world.events if event.startswith(("baselines", "publish"))]
+    assert not world.labels
+    assert len(world.batches) == 3
+    assert all(line["baseline"]["source"] == "bootstrap" for line in lines(tmp_path, "metrics.jsonl"))
+
+
+async def test_a_name_that_another_run_used_is_refused(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path / "first"), world)
+    with pytest.raises(RunError, match=r"learnt from step 0 of run 'run' before.*another run_id"):
+        await drive(settings(tmp_path / "second"), world)
+
+
+async def test_a_learner_that_lost_its_state_is_not_trained_on(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path), world)
+    batches = dict(world.batches)
+    for version in (0, 2):  # lost altogether, or set back
+        world.version = version
+        with pytest.raises(RunError, match=rf"at step 3.*learner is at version {version}: its state was lost"):
+            await drive(settings(tmp_path, num_steps=5), world)
+    assert world.batches == batches
+    world.version = 3
+    assert await drive(settings(tmp_path, num_steps=5), world)
+
+
+async def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path), world)
+    with pytest.raises(RunError, match=r"at step 3 already, beyond num_steps 2; set num_steps to 3"):
+        await drive(settings(tmp_path, num_steps=2), world)
+
+
+async def test_prompts_and_seeds_follow_from_seed_and_step_alone(tmp_path: Path) -> None:
+    def asked(world: World) -> dict[int, tuple[Any, Any]]:
+        return {call[1]: (call[2], call[4]) for call in world.asked if call[0] == "run"}
+
+    whole, late, other = World(), World(), World()
+    await drive(settings(tmp_path / "whole"), whole)
+    late.version = 7  # whatever happened before
+    late.probed = False
+    await drive(settings(tmp_path / "late", run_id="late", evaluation={"num_prompts": 0}), late)
+    assert asked(whole) == {call[1]: (call[2], call[4]) for call in late.asked}
+    await drive(settings(tmp_path / "other", seed=1), other)
+    assert all(asked(whole)[step] != asked(other)[step] for step in range(3))
+    seeds = {sampling.seed for _, sampling in asked(whole).values()}
+    assert len(seeds) == 3
+    assert all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
+
+
+async def test_groups_are_taken_in_the_order_of_their_prompts(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path, prompts_per_step=5, num_steps=1), world)
+    (batch,) = world.batches.values()
+    ids = [(rollout.id.group_id, rollout.id.rollout_index) for rollout in batch.rollouts]
+    assert ids == [(f"{group:05d}", sibling) for group in range(5) for sibling in range(2)]
+
+
+async def test_the_probes_baselines_are_subtracted(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path, num_steps=2), world)
+    labels = [world.labels[1, f"{group:05d}"] for group in range(2)]
+    expected = [float(r - b) for label in labels for r, b in zip(label.rewards, (0.75, 0.25), strict=True)]
+    assert [rollout.advantage for rollout in world.batches["step-00000001"].rollouts] == expected
+    line = lines(tmp_path, "metrics.jsonl")[1]
+    assert (line["baseline"]["source"], line["baseline"]["probe_version"]) == ("probe", {"digits": 1})
+
+
+async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Path) -> None:
+    class Failing(World):
+        async def verify(self, problem: Any, response: str) -> Any:
+            return replace(await super().verify(problem, "0"), error="crashed")
+
+    world = Failing()
+    await drive(settings(tmp_path, num_steps=1), world)
+    assert lines(tmp_path, "metrics.jsonl")[0]["verifier_errors"] == 4
+    assert lines(tmp_path, "evaluations.jsonl")[0]["verifier_errors"] == 4

@@ -1,0 +1,216 @@
+"""Waiting for services: aloud, for as long as it takes, and no longer than asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from poise.orchestrator import services as module
+from poise.orchestrator.config import EndpointsConfig
+from poise.orchestrator.services import Services, StoppedWaiting
+from poise.runtime.config import ConfigError
+from poise_client.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    PoiseClientError,
+    UnavailableError,
+    VersionMismatchError,
+)
+from poise_client.types import Group, Prompt, Sampling
+
+DOWN = UnavailableError("nobody answers", retryable=True)
+PROMPTS = [Prompt(f"g{index}", "?") for index in range(5)]
+
+
+class Script:
+    """A service's client: each call takes the next of `outcomes`, the last one for ever."""
+
+    def __init__(self, target: str, outcomes: Sequence[Any]) -> None:
+        self.target = target
+        self.outcomes = list(outcomes)
+        self.calls: list[list[str]] = []
+
+    def _next(self) -> Any:
+        return self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+
+    async def get_status(self, *_: Any, **__: Any) -> Any:
+        self.calls.append([])
+        outcome = self._next()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    get_probe = get_policy = publish_labels = export_model = submit_advantages = estimate_baselines = get_status
+
+    async def stream_trajectories(
+        self, run_id: str, step: int, prompts: Sequence[Prompt], **_: Any
+    ) -> AsyncIterator[Group]:
+        self.calls.append([prompt.group_id for prompt in prompts])
+        outcome = self._next()
+        if callable(outcome):
+            outcome = outcome(prompts)
+        for item in outcome:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    async def close(self) -> None:
+        pass
+
+
+def group(prompt: Prompt) -> Group:
+    return Group(prompt.group_id, np.array([1], np.int32), ())
+
+
+def all_of(prompts: Sequence[Prompt]) -> list[Group]:
+    return [group(prompt) for prompt in prompts]
+
+
+Make = Callable[..., Services]
+
+
+@pytest.fixture
+def stopping() -> asyncio.Event:
+    return asyncio.Event()
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, stopping: asyncio.Event) -> Make:
+    """Services by scripts, whose pauses are short."""
+    monkeypatch.setattr(module, "_RETRY_EVERY_S", 0.001)
+
+    def make(generation: Sequence[Script] = (), value: Script | None = None, learner: Script | None = None) -> Services:
+        clients = {script.target: script for script in (*generation, value, learner) if script}
+        endpoints = EndpointsConfig(
+            generation=[script.target for script in generation] or ["none:1"], value="value:1", learner="learner:1"
+        )
+        for name in ("AsyncGenerationClient", "AsyncValueClient", "AsyncLearnerClient"):
+            monkeypatch.setattr(module, name, lambda target, **_: clients.get(target, Script(target, [DOWN])))
+        return Services(endpoints, stopping)
+
+    return make
+
+
+async def sampled(services: Services, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
+    groups = services.sample("run", 0, prompts, 2, Sampling(), 0)
+    return [found.group_id async for found in groups]
+
+
+async def test_a_service_that_is_down_is_waited_for_and_told_of_once(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    learner = Script("learner:1", [DOWN, DOWN, DOWN, "status"])
+    assert await make(learner=learner).learner_status() == "status"
+    assert len(learner.calls) == 4
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "waiting for learner at learner:1: nobody answers; `poise up` starts the services, `poise status` shows them",
+        "learner at learner:1 answers after 0 s",
+    ]
+
+
+async def test_waiting_is_told_of_again_and_again(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SAY_EVERY_S", 0.0)
+    await make(value=Script("value:1", [DOWN, DOWN, 3])).publish_labels([])
+    assert len([record for record in caplog.records if "waiting for value at value:1" in record.getMessage()]) == 2
+
+
+async def test_what_waiting_does_not_mend_is_raised_at_once(make: Make) -> None:
+    learner = Script("learner:1", [InvalidRequestError("no")])
+    with pytest.raises(InvalidRequestError):
+        await make(learner=learner).learner_status()
+    assert len(learner.calls) == 1
+
+
+async def test_a_service_that_hangs_for_a_while_is_asked_again(make: Make) -> None:
+    hangs = DeadlineExceededError("no answer within 60 s")
+    assert await make(learner=Script("learner:1", [hangs, "status"])).learner_status() == "status"
+    assert len(await sampled(make([Script("a:1", [[hangs], all_of])]))) == 5
+
+
+async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RETRY_EVERY_S", 600.0)
+    waiting = asyncio.create_task(make(learner=Script("learner:1", [DOWN])).learner_status())
+    await asyncio.sleep(0)
+    stopping.set()
+    with pytest.raises(StoppedWaiting):
+        await asyncio.wait_for(waiting, 10)
+
+
+async def test_a_stop_ends_the_waiting_for_rollouts(make: Make, stopping: asyncio.Event) -> None:
+    stopping.set()
+    with pytest.raises(StoppedWaiting):
+        await sampled(make([Script("a:1", [[DOWN]])]))
+
+
+async def test_a_stop_lets_a_call_that_is_answered_finish(make: Make, stopping: asyncio.Event) -> None:
+    stopping.set()
+    assert await make(learner=Script("learner:1", ["status"])).learner_status() == "status"
+
+
+async def test_up_means_that_all_services_answer(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    generation, value = Script("a:1", [DOWN, "policy"]), Script("value:1", [DOWN, "report"])
+    learner = Script("learner:1", [DOWN, "status"])
+    await make([generation], value, learner).wait_until_up(with_value=True)
+    waited_for = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert waited_for == ["waiting for learner at learner", "waiting for generation at a", "waiting for value at value"]
+
+
+async def test_up_without_the_value_service_where_it_is_not_needed(make: Make) -> None:
+    value = Script("value:1", [DOWN])
+    await make([Script("a:1", ["policy"])], value, Script("learner:1", ["status"])).wait_until_up(with_value=False)
+    assert not value.calls
+
+
+async def test_prompts_are_spread_over_replicas_and_each_group_comes_once(make: Make) -> None:
+    replicas = [Script("a:1", [all_of]), Script("b:1", [all_of])]
+    assert sorted(await sampled(make(replicas))) == [prompt.group_id for prompt in PROMPTS]
+    assert [replica.calls for replica in replicas] == [[["g0", "g2", "g4"]], [["g1", "g3"]]]
+
+
+async def test_a_replica_without_a_share_is_left_alone(make: Make) -> None:
+    idle = Script("b:1", [DOWN])
+    assert await sampled(make([Script("a:1", [all_of]), idle]), PROMPTS[:1]) == ["g0"]
+    assert not idle.calls
+
+
+async def test_only_what_is_unfinished_is_asked_again(make: Make) -> None:
+    replica = Script("a:1", [[group(PROMPTS[3]), DOWN], all_of])
+    assert sorted(await sampled(make([replica]))) == [prompt.group_id for prompt in PROMPTS]
+    assert replica.calls == [["g0", "g1", "g2", "g3", "g4"], ["g0", "g1", "g2", "g4"]]
+
+
+@pytest.mark.parametrize(("patience_s", "told"), [(600.0, 0), (0.0, 1)])
+async def test_weights_on_their_way_are_waited_for_in_silence_for_a_while(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, patience_s: float, told: int
+) -> None:
+    monkeypatch.setattr(module, "_PUSH_PATIENCE_S", patience_s)
+    behind = VersionMismatchError("serves version 0, not 1")
+    assert len(await sampled(make([Script("a:1", [[behind], [behind], all_of])]))) == 5
+    assert len([record for record in caplog.records if "serves version 0" in record.getMessage()]) == told
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("too long"), KeyError("an unheard-of group")])
+async def test_a_replicas_refusal_ends_the_sampling(make: Make, error: Exception) -> None:
+    replicas = [Script("a:1", [[group(PROMPTS[0]), error]]), Script("b:1", [[DOWN]])]
+    with pytest.raises(type(error)):
+        await asyncio.wait_for(sampled(make(replicas)), 10)
+
+
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"endpoints\.token_file: cannot be read"):
+        Services(EndpointsConfig(token_file=tmp_path / "absent"), asyncio.Event())
+
+
+def test_the_errors_scripted_here_are_as_the_client_marks_them() -> None:
+    assert isinstance(DOWN, PoiseClientError)
+    assert not VersionMismatchError("x").retryable
+    assert not DeadlineExceededError("x").retryable

@@ -1,0 +1,189 @@
+"""Services, verifiers and a run folder as scripted doubles, that keep what outlives the orchestrator's process."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.loop import TrainingLoop
+from poise.orchestrator.run_folder import JournalledStep, RunFolder, RunState
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.problem import Problem
+from poise.orchestrator.verifiers.pool import Verdict
+from poise_client.errors import LabelsConsumedError
+from poise_client.types import (
+    Batch,
+    Features,
+    Group,
+    GroupBaselines,
+    GroupFeatures,
+    LabelledGroup,
+    LearnerStatus,
+    Prompt,
+    Rollout,
+    RolloutId,
+    Sampling,
+    StepMetrics,
+    StepResult,
+    VersionSpan,
+)
+
+
+class Crash(BaseException):
+    """The process dies. No handler of the code under test may see it."""
+
+
+class World:
+    """What is outside of the orchestrator. Every event is noted, and may be the last before a crash."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.crash_at: int | None = None
+        self.version = 0
+        self.batches: dict[str, Batch] = {}
+        self.labels: dict[tuple[int, str], LabelledGroup] = {}
+        self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
+        self.probed = True
+        self.shown: list[Any] = []
+
+    def note(self, event: str) -> None:
+        self.events.append(event)
+        if self.crash_at == len(self.events) - 1:
+            raise Crash(event)
+
+    # Services
+
+    async def sample(
+        self,
+        run_id: str,
+        step: int,
+        prompts: Sequence[Prompt],
+        num_rollouts: int,
+        sampling: Sampling,
+        min_policy_version: int,
+    ) -> AsyncGenerator[Group, None]:
+        assert min_policy_version == self.version
+        self.asked.append((run_id, step, tuple(prompts), num_rollouts, sampling, min_policy_version))
+        self.note(f"sample {run_id} {step}")
+        for prompt in reversed(prompts):  # they finish in any order
+            await asyncio.sleep(0)
+            yield self._group(run_id, step, prompt, num_rollouts, sampling)
+
+    def _group(self, run_id: str, step: int, prompt: Prompt, num_rollouts: int, sampling: Sampling) -> Group:
+        rollouts = []
+        for index in range(num_rollouts):
+            digest = hashlib.sha256(f"{prompt.content}/{sampling.seed}/{index}/{self.version}".encode()).digest()
+            length = 1 + digest[0] % 3
+            rollouts.append(
+                Rollout(
+                    id=RolloutId(run_id, step, prompt.group_id, index),
+                    token_ids=np.frombuffer(digest[:length], np.uint8).astype(np.int32),
+                    logprobs=np.full(length, -1.5, np.float32),
+                    features=Features(np.full(2, digest[1], np.float32), np.zeros(2, np.float32)),
+                    version_spans=(VersionSpan(0, length, self.version),),
+                    finish_reason="stop",
+                    text=str(digest[2] % 2),
+                )
+            )
+        return Group(prompt.group_id, np.array([7], np.int32), tuple(rollouts))
+
+    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
+        self.note(f"baselines {step}")
+        if any(published == step for published, _ in self.labels):
+            raise LabelsConsumedError("a baseline now would leak them")
+        if not self.probed or step == 0:
+            return [GroupBaselines(group.group_id, 0, None, None) for group in groups]
+        values = np.array([0.25, 0.75], np.float32)
+        return [GroupBaselines(group.group_id, step, values, values[::-1]) for group in groups]
+
+    async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
+        for group in groups:
+            known = self.labels.setdefault((group.step, group.group_id), group)
+            assert same(known, group), "other labels for the same group"
+        self.note(f"publish {groups[0].step}")
+        return len(groups)
+
+    async def submit_advantages(self, batch: Batch) -> StepResult:
+        known = self.batches.get(batch.batch_id)
+        assert known is None or same(known, batch), "another batch of the same name"
+        if known is None:
+            self.batches[batch.batch_id] = batch
+            self.version += 1
+        self.note(f"submit {batch.step}")
+        return StepResult(self.version, known is not None, StepMetrics(publish_s=0.0, num_rollouts=4), (), ())
+
+    async def learner_status(self) -> LearnerStatus:
+        return LearnerStatus("lineage", self.version, 0, "idle", 0, 0, {}, "m", 0, (), b"", "")
+
+    # Verifiers
+
+    async def verify(self, problem: Problem, response: str) -> Verdict:
+        await asyncio.sleep(0)
+        self.note("verify")
+        return Verdict(float(response), None, 0.0)
+
+    # Watcher
+
+    def phase(self, step: int, name: str) -> None:
+        self.shown.append((step, name))
+
+    def step_done(self, numbers: dict[str, Any]) -> None:
+        self.note(f"shown {numbers['step']}")
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        self.note(f"evaluated {line['when']} {line['step']}")
+
+
+class NotedFolder(RunFolder):
+    """A real run folder, every write of which may be the last before a crash."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        super().__init__(path)
+        self._world = world
+
+    def write_journal(self, step: JournalledStep) -> None:
+        self._world.note(f"journalling {step.step}")
+        super().write_journal(step)
+        self._world.note(f"journal {step.step}")
+
+    def _append(self, name: str, lines: Any) -> None:
+        super()._append(name, lines)
+        self._world.note(f"append {name}")
+
+    def _write_state(self, state: RunState) -> None:
+        super()._write_state(state)
+        self._world.note(f"state {state.next_step}")
+
+
+def settings(folder: Path, **values: Any) -> OrchestratorConfig:
+    defaults: dict[str, Any] = {
+        "run_dir": folder,
+        "num_steps": 3,
+        "prompts_per_step": 2,
+        "tasks": [{"kind": "digits"}],
+        "evaluation": {"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 2},
+    }
+    return OrchestratorConfig(**(defaults | values))
+
+
+async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Event | None = None) -> bool:
+    """One process's work: open the folder, drive the run until its end, a stop or a crash."""
+    folder = NotedFolder(config.run_dir, world)
+    state = folder.open(config.run_id, {})
+    mixture = Mixture(config.tasks, config.seed)
+    try:
+        loop = TrainingLoop(config, folder, world, mixture, world, world, stopping or asyncio.Event())
+        return await loop.run(state)
+    finally:
+        folder.close()
+
+
+def same(left: object, right: object) -> bool:
+    """Whether two of the SDK's dataclasses hold the same, arrays included."""
+    return repr(left) == repr(right)
