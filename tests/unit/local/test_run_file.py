@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from poise.local.addresses import run_ports
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.local.settings import defaults_text, resolved_text
 from poise.runtime.config import ConfigError
@@ -38,6 +41,62 @@ def test_ports_are_chosen_once(tmp_path: Path) -> None:
     assert load(tmp_path).generation.grpc.port == load(tmp_path).generation.grpc.port
 
 
+def test_two_commands_at_once_choose_the_same_ports(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def choose(_: int) -> dict[str, int]:
+        together.wait()
+        return run_ports(tmp_path)
+
+    with ThreadPoolExecutor(4) as threads:
+        chosen = list(threads.map(choose, range(4)))
+    assert all(ports == chosen[0] for ports in chosen)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"value.grpc": 1}'])
+def test_damaged_ports_are_chosen_anew(tmp_path: Path, content: str) -> None:
+    before = run_ports(tmp_path)
+    (tmp_path / "services" / "ports.json").write_text(content)
+    again = run_ports(tmp_path)
+    assert again.keys() == before.keys()
+    assert again == run_ports(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir: .*/run cannot be used"):
+        load(tmp_path)
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"tasks": [{"kind": "digits"}], "num_steps": 2, "prompts_per_step": 2, "samples_per_step": 2}
+    monkeypatch.setenv("POISE_TRAIN_NUM_STEPS", "3")
+    monkeypatch.setenv("POISE_TRAIN_PROMPTS_PER_STEP", "3")
+    monkeypatch.setenv("POISE_GENERATION_GRPC__PORT", "40003")
+    run = load(tmp_path, {"model": "m", "train": train}, "train.num_steps=4")
+    assert (run.train.num_steps, run.train.prompts_per_step, run.train.samples_per_step) == (4, 3, 2)
+    # What the environment says of one program is what the others are told.
+    assert run.learner.replicas == run.train.endpoints.generation == ("127.0.0.1:40003",)
+    assert run.overrides["train"] == ["num_steps=4"]
+
+
+def test_what_listens_everywhere_is_reached_at_home(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL | {"value": {"grpc": {"host": "0.0.0.0", "port": 50998}}})
+    assert run.train.endpoints.value == "127.0.0.1:50998"
+
+
+def test_a_section_with_nothing_in_it_sets_nothing(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL | {"learner": None, "run": None}, f"run.dir={tmp_path}").learner.max_staleness == 0
+
+
+def test_resolving_makes_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    assert load(tmp_path, MINIMAL | {"model": "tiny"}).learner.model == str(tmp_path / "cache" / "tiny")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_port_of_ones_own_is_told_to_all(tmp_path: Path) -> None:
     run = load(tmp_path, MINIMAL | {"generation": {"grpc": {"port": 50999}}})
     assert run.generation.grpc.port == 50999
@@ -58,6 +117,10 @@ def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
         (MINIMAL | {"lerner": {}}, "lerner: unknown; did you mean 'learner'"),
         (MINIMAL | {"value": {"probe": {"alhpa": 1}}}, "value: probe.alhpa: unknown; did you mean 'alpha'"),
         (MINIMAL | {"run": {"name": "a/b"}}, "run.name"),
+        (MINIMAL | {"run": {"nmae": "a"}}, "run.nmae: unknown; did you mean 'name'"),
+        (MINIMAL | {"learner": {"optimizer": {}}}, "learner: optimizer: unknown; did you mean 'optimiser'"),
+        (MINIMAL | {"generation": {"grpc": 3}}, "generation: grpc"),
+        (MINIMAL | {"value": 3}, "value"),
         ({"model": "m"}, "train: tasks: required"),
         (MINIMAL | {"engine": "jax"}, "engine"),
         (MINIMAL | {"model": "./nowhere"}, "folder ./nowhere does not exist"),

@@ -1,0 +1,122 @@
+"""`poise status`, from what the admin apps answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.error
+import urllib.request
+from http.client import RemoteDisconnected
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.local.test_run_file import load
+from tests.unit.orchestrator.test_run_folder import finish
+
+from poise.local.run_file import LocalRun
+from poise.local.status import show_status
+from poise.orchestrator.run_folder import RunFolder
+from poise.runtime.config import ConfigError
+
+READY: dict[str, dict[str, Any]] = {
+    "generation": {"ready": True, "policy_version": 4, "num_running": 3},
+    "value": {
+        "ready": True,
+        "state": "serving",
+        "num_groups_consumed": 12,
+        "probes": [{"domain": "math", "probe_version": 2}],
+    },
+    "learner": {
+        "ready": True,
+        "state": "idle",
+        "policy_version": 4,
+        "replicas": [{"current": True}, {"current": False}],
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> LocalRun:
+    return load(tmp_path)
+
+
+class Admins:
+    """Answers in place of the admin apps; an exception is raised."""
+
+    def __init__(self, run: LocalRun) -> None:
+        self.answers: dict[str, Any] = {run.admin_address(name): facts for name, facts in READY.items()}
+        self.headers: list[dict[str, str]] = []
+
+    def __call__(self, request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        self.headers.append(dict(request.header_items()))
+        answer = self.answers[request.host]
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+
+@pytest.fixture
+def admins(run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> Admins:
+    admins = Admins(run)
+    monkeypatch.setattr(urllib.request, "urlopen", admins)
+    return admins
+
+
+def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_status(run, as_json=False) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
+    assert said[1].endswith("ready, policy version 4, 3 rollouts running")
+    assert said[2].endswith("serving, 12 groups learnt, probes: math v2")
+    assert said[3].endswith("idle, policy version 4, 1 of 2 replicas current")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"ready": False, "reason": "the model is loading"}, "not ready: the model is loading"),
+        (ConnectionRefusedError(), "not ready: is not up; start it with `poise up`"),
+        (TimeoutError(), "not ready: is not up"),
+        (urllib.error.HTTPError("", 401, "Unauthorized", {}, None), "not ready: refused: HTTP Error 401"),  # type: ignore[arg-type]
+        (RemoteDisconnected("gone"), "is not up"),
+        (b"<html>", "not ready: something else listens at"),
+        ([1], "not ready: something else listens at"),
+        ({}, "not ready: something else listens at"),
+    ],
+)
+def test_a_service_that_does_not_work_is_told_of_and_shows_in_the_status(
+    run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str], answer: Any, reason: str
+) -> None:
+    admins.answers[run.admin_address("learner")] = answer
+    assert show_status(run, as_json=False) == 1
+    assert reason in capsys.readouterr().out.splitlines()[3]
+
+
+def test_json_holds_all_that_is_told(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_status(run, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["services"] == READY
+    assert told["run"]["next_step"] == 0
+
+
+def test_how_far_the_run_is(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(run.dir)
+    folder.open("mine", {})
+    finish(folder, 0)
+    folder.close()
+    show_status(run, as_json=False)
+    assert "step 1 of 500, folder" in capsys.readouterr().out
+    (run.dir / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"state\.json is damaged"):
+        show_status(run, as_json=False)
+
+
+def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("open-sesame\n")
+    base = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
+    run = load(tmp_path, base | {"value": {"auth": {"token_file": str(tmp_path / "token")}}})
+    admins = Admins(run)
+    monkeypatch.setattr(urllib.request, "urlopen", admins)
+    show_status(run, as_json=True)
+    assert [headers.get("Authorization") for headers in admins.headers] == [None, "Bearer open-sesame", None]
