@@ -178,6 +178,20 @@ async def test_failing_rollout_aborts_the_rest(engine: ScriptedEngine, config: B
     assert len(await all_groups(start(sampler, ["a", "b", "c"]))) == 3
 
 
+async def test_failing_rollout_aborts_its_siblings(engine: ScriptedEngine, config: Build) -> None:
+    async def fail_first(request: EngineRequest) -> None:
+        if request.request_id.endswith("-0"):
+            raise RuntimeError("out of luck")
+        await asyncio.Event().wait()
+
+    engine.before_rollout = fail_first
+    sampler = Sampler(engine, config())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        await all_groups(start(sampler, ["a"], num_rollouts=4))
+    assert engine.num_aborted == 3
+    assert_all_freed(sampler, engine, 4)
+
+
 async def test_request_beyond_what_waits_already_is_told_to_come_again(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     gate.open("b")

@@ -16,6 +16,7 @@ from tests.scripted_engine import PARAMETERS, ScriptedEngine
 from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
 from poise.generation import servicer as servicer_module
 from poise.generation.config import GenerationConfig
+from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
 from poise_client.codec import decode_group, decode_policy
@@ -189,6 +190,19 @@ async def test_min_policy_version_is_checked_against_the_served(service: Service
     assert group.rollouts[0].version_spans[0].policy_version == 3
     with pytest.raises(VersionMismatch):
         await service.stream(request_of(min_policy_version=4))
+
+
+async def test_closed_stream_frees_the_engine_before_it_returns(service: Service) -> None:
+    async def hold_second(request: EngineRequest) -> None:
+        if bytes(request.prompt_token_ids) == b"ho":
+            await asyncio.Event().wait()
+
+    service.engine.before_rollout = hold_second
+    groups = service.servicer.StreamTrajectories(request_of(), CONTEXT)
+    await anext(groups)
+    await groups.aclose()  # type: ignore[attr-defined]
+    assert service.engine.num_aborted == 1
+    assert service.servicer.sampler.num_accepted == 0
 
 
 async def test_finished_groups_are_counted(service: Service) -> None:
