@@ -49,6 +49,13 @@ def test_every_command_explains_itself(command: str) -> None:
         (["up", "-c", "list.yaml"], "list.yaml: must hold `name: value` lines"),
         (["train", "-c", "good.yaml", "--set", "train.num_steps"], "must look like section.field=value"),
         (["train", "-c", "good.yaml", "--set", "train.num_steps=many"], "train: num_steps"),
+        (["config", "-c", "good.yaml", "--set", "trian.num_steps=3"], "trian: unknown; did you mean 'train'?"),
+        (["config", "-c", "good.yaml", "--set", "generation.grpc=3"], "generation: grpc"),
+        (["status", "-c", "good.yaml", "--set", "run.dir=/dev/null/x"], "run.dir: /dev/null/x cannot be used"),
+        (
+            ["status", "-c", "good.yaml", "--set", "value.auth.token_file=gone"],
+            "auth.token_file: gone cannot be read",
+        ),
         (["models", "gpt"], "model 'gpt' is unknown; there are: tiny"),
     ],
 )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from poise.local.process import ProcessSpec
+from poise.local.process import ProcessSpec, ask_ready
 from poise.local.supervisor import Supervisor, SupervisorError
 
 DEADLINE_S = 30.0
@@ -133,3 +135,147 @@ async def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> N
         await until(lambda: bool(pids_of(f"{marker} child")))
         process.kill()
     await until(lambda: not pids_of(f"{marker} child"))
+
+
+async def test_training_that_keeps_being_killed_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poise.local.supervisor._LAST_BACKOFF_S", 0.01)
+    killed = ProcessSpec("train", [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], None)
+    async with Supervisor(tmp_path / "services") as supervisor:
+        with pytest.raises(SupervisorError, match="train was killed by SIGSEGV, 7 times in a row"):
+            await asyncio.wait_for(supervisor.run_to_end(killed), DEADLINE_S)
+
+
+async def test_training_asked_to_end_is_not_started_again_although_the_signal_killed_it(tmp_path: Path) -> None:
+    marker = f"# {tmp_path}"
+    async with Supervisor(tmp_path / "services") as supervisor:
+        ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
+        await until(lambda: len(pids_of(marker)) == 1)
+        supervisor.end("train")
+        assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
+        assert supervisor.num_restarts == {}
+
+
+async def test_training_asked_to_end_before_it_began_never_begins(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path / "services") as supervisor:
+        supervisor.end("train")
+        assert await supervisor.run_to_end(spec("train", "print('ran')", tmp_path)) is None
+    assert not (tmp_path / "train.log").exists()
+
+
+async def test_training_ends_when_a_service_is_given_up(tmp_path: Path) -> None:
+    marker = f"# {tmp_path}"
+    async with Supervisor(tmp_path / "services") as supervisor:
+        ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
+        await until(lambda: len(pids_of(marker)) == 1)
+        await supervisor.start([spec("one", "import sys; sys.exit(2)", tmp_path)])
+        with pytest.raises(SupervisorError, match="one exited with status 2"):
+            await asyncio.wait_for(ending, DEADLINE_S)
+    assert not pids_of(marker)
+
+
+async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path / "services") as supervisor:
+        with pytest.raises(SupervisorError, match=r"one cannot be started: .*absent"):
+            await supervisor.start([ProcessSpec("one", [str(tmp_path / "absent")], None)])
+
+
+async def test_a_program_that_vanished_is_given_up(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\n{SLEEPER}")
+    program.chmod(0o755)
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([ProcessSpec("one", [str(program)], None)])
+        program.unlink()
+        supervisor.kill_all()
+        with pytest.raises(SupervisorError, match="one cannot be started"):
+            await asyncio.wait_for(supervisor.failed, DEADLINE_S)
+
+
+async def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = f"# {tmp_path}"
+    deaf = f"import signal; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); {SLEEPER} {marker}"
+    left = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
+    bystander = subprocess.Popen([sys.executable, "-c", f"{SLEEPER} {marker} bystander"], start_new_session=True)
+    try:
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"deaf\n"
+        (tmp_path / "services").mkdir()
+        born = psutil.Process(left.pid).create_time()
+        facts = {"one": [left.pid, born], "reused": [bystander.pid, born - 100], "gone": [2**22 + 1, born]}
+        (tmp_path / "services" / "pids.json").write_text(json.dumps(facts))
+        monkeypatch.setattr("poise.local.supervisor._STOP_TIMEOUT_S", 1.0)
+        async with Supervisor(tmp_path / "services"):
+            assert await asyncio.to_thread(left.wait, DEADLINE_S) == -signal.SIGKILL
+            assert bystander.poll() is None
+    finally:
+        for process in (left, bystander):
+            process.kill()
+            process.communicate()
+
+
+async def test_what_does_not_drain_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poise.local.supervisor._STOP_TIMEOUT_S", 0.5)
+    marker = f"# {tmp_path}"
+    deaf = (
+        f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEPER} {marker}"
+    )
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([spec("one", deaf, tmp_path)])
+        await until(lambda: "deaf" in (tmp_path / "one.log").read_text())
+    assert not pids_of(marker)
+
+
+async def test_processes_end_in_the_order_opposite_to_their_start(tmp_path: Path) -> None:
+    def tells(name: str) -> ProcessSpec:
+        end = f"open({str(tmp_path / 'ends')!r}, 'a').write({name!r}) and sys.exit(0)"
+        code = (
+            f"import signal, sys, time; signal.signal(15, lambda *_: {end}); print('up', flush=True); time.sleep(600)"
+        )
+        return spec(name, code, tmp_path)
+
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([tells("a"), tells("b"), tells("c")])
+        await until(lambda: all("up" in (tmp_path / f"{name}.log").read_text() for name in "abc"))
+    assert (tmp_path / "ends").read_text() == "cba"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\nfine", (True, "fine")),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nloading", (False, "loading")),
+        (b"", (False, "does not answer yet")),
+        (b"\r\n", (False, "does not answer yet")),
+    ],
+)
+async def test_readiness_is_read_from_whatever_answers(answer: bytes, expected: tuple[bool, str]) -> None:
+    async with answering(answer) as address:
+        assert await ask_ready(address) == expected
+    assert await ask_ready(address) == (False, "does not answer yet")
+
+
+async def test_one_that_never_answers_is_not_waited_for() -> None:
+    async with answering(None) as address:
+        assert await ask_ready(address, timeout_s=0.1) == (False, "does not answer yet")
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: bytes | None) -> AsyncIterator[str]:
+    """Serve one request with `answer`, or with silence until the caller hangs up; yield the address."""
+    over = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if answer is None:
+            await reader.read()
+        else:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+        writer.close()
+        await writer.wait_closed()
+        over.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await asyncio.wait_for(over.wait(), DEADLINE_S)

@@ -1,0 +1,108 @@
+"""Starting the services of a run where something stands in the way, and where nothing does but time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.integration.local.test_cli import poise
+from tests.running import poise as poise_process
+
+from poise.local.run_file import load_run
+from poise.local.supervisor import Supervisor
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    values = {"run": {"dir": str(tmp_path / "run")}, "model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+async def test_services_that_are_up_are_neither_started_again_nor_told_other_settings(run_file: Path) -> None:
+    run = load_run(run_file)
+    async with Supervisor(run.services_dir):
+        done = await asyncio.to_thread(poise, "up", "-c", str(run_file), "--set", "value.probe.alpha=7")
+    assert done.returncode == 1
+    assert f"the services of {run.dir} are up already; use them with `poise train`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run.services_dir / "value.yaml").exists()
+
+
+def test_a_run_of_another_model_is_refused_before_anything_starts(run_file: Path) -> None:
+    run = load_run(run_file)
+    (run.services_dir / "learner").mkdir(parents=True)
+    (run.services_dir / "model").write_text("org/other")
+    for command in ("up", "run"):
+        done = poise(command, "-c", str(run_file))
+        assert done.returncode == 2
+        assert f"{run.dir} holds a run of model org/other, not org/model; give the new run a name" in done.stderr
+    assert (run.services_dir / "model").read_text() == "org/other"
+    assert not (run.dir / "logs").exists()
+
+
+def test_a_missing_task_file_is_told_before_anything_starts(run_file: Path) -> None:
+    done = poise("run", "-c", str(run_file), "--set", "train.tasks=[{kind: jsonl, path: absent.jsonl}]")
+    assert done.returncode == 2
+    assert "absent.jsonl: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run_file.parent / "run" / "logs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: Path, command: str) -> None:
+    log = run_file.with_suffix(".log")
+    with log.open("w") as output:
+        process = poise_process(command, "-c", str(run_file), stdout=output, stderr=output)
+    try:
+        wait_for(log, "waiting for learner at", process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130
+    finally:
+        process.kill()
+        process.wait()
+    said = log.read_text()
+    assert "`poise up` starts the services, `poise status` shows them" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_while_the_services_start_stops_them(run_file: Path) -> None:
+    log = run_file.with_suffix(".log")
+    with log.open("w") as output:
+        process = poise_process("up", "-c", str(run_file), "--set", "engine=torch", stdout=output, stderr=output)
+    pids_file = run_file.parent / "run" / "services" / "pids.json"
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (pids_file.exists() and len(json.loads(pids_file.read_text())) == 4):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        pids = [pid for pid, _ in json.loads(pids_file.read_text()).values()]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not pids_file.exists()
+    assert "Traceback" not in log.read_text()
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
