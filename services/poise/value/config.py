@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
@@ -31,6 +32,28 @@ class QueueConfig(StrictModel):
     """After so long without an acknowledgement, entries of another consumer are taken over, s."""
     batch_entries: int = Field(256, ge=1)
     """Most groups made durable at a time."""
+
+    @field_validator("url")
+    @classmethod
+    def _names_a_server(cls, url: SecretStr) -> SecretStr:
+        # Here, for what fails to parse it later may quote it, password and all.
+        if not _names_redis(url.get_secret_value()):
+            raise ValueError(
+                "names no Redis server: must be redis://[user:password@]host:port/db, rediss://… or unix:///path, "
+                "with / ? # @ : in the password percent-encoded"
+            )
+        return url
+
+
+def _names_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            return bool(parts.path)
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, most often because the password holds a / or #
+        return False
+    return parts.scheme in ("redis", "rediss") and has_host and (parts.path[1:] or "0").isdecimal()
 
 
 class ProbeConfig(StrictModel):
@@ -86,7 +109,7 @@ class ValueConfig(ServiceConfig):
     """The probes."""
     horizon_steps: int = Field(1024, ge=1)
     """Steps of a run whose consumed ids are remembered exactly; labels of older steps are dead-lettered."""
-    pinned_steps: int = Field(64, ge=1)
+    pinned_steps: int = Field(16, ge=1)
     """Steps of a run whose probes stay pinned for repeated questions."""
     max_runs: int = Field(64, ge=1)
     """Runs remembered in full; of longer unused ones only the last step is, and what is older is refused."""

@@ -7,6 +7,7 @@ ledger tells that they were learnt. Poison goes to the dead letters and never st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 
@@ -62,7 +63,7 @@ class LabelConsumer:
         return not self._running.is_set()
 
     def pause(self) -> None:
-        """Consume nothing after the batch in hand."""
+        """Consume nothing until `resume`. What a read in progress still brings is held."""
         self._running.clear()
 
     def resume(self) -> None:
@@ -79,13 +80,12 @@ class LabelConsumer:
         retry_s = _FIRST_RETRY_S
         while not self._stopping.is_set():
             try:
-                await self._running.wait()
                 await self._turn()
                 self._report("")
                 retry_s = _FIRST_RETRY_S
             except Exception as error:
                 self._report(_describe(error), None if isinstance(error, PoiseError | OSError) else error)
-                await self._sleep(retry_s * random.uniform(0.5, 1.0))  # noqa: S311
+                await _wait(self._stopping, retry_s * random.uniform(0.5, 1.0))  # noqa: S311
                 retry_s = min(2 * retry_s, _LAST_RETRY_S)
 
     def _report(self, problem: str, defect: Exception | None = None) -> None:
@@ -93,20 +93,17 @@ class LabelConsumer:
         if problem and problem != self.problem:
             logger.error("labels are not consumed: %s", problem, exc_info=defect)
         elif self.problem and not problem:
-            logger.info("labels are consumed")
+            logger.info("labels can be consumed")
         self.problem = problem
 
-    async def _sleep(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return
-
     async def _turn(self) -> None:
+        await self._settle()  # what an earlier turn could not
+        await self._pass_pause()
         if self._stopping.is_set():
             return
-        await self._settle()  # what an earlier turn could not
-        for delivery in await self._queue.read(max_entries=self._config.batch_entries, wait_s=_READ_WAIT_S):
+        deliveries = await self._queue.read(max_entries=self._config.batch_entries, wait_s=_READ_WAIT_S)
+        await self._pass_pause()  # paused while the read waited: what came is held
+        for delivery in deliveries:
             reason = self._learn(delivery)
             if reason is None:
                 self._learnt.append(delivery.entry_id)
@@ -115,6 +112,13 @@ class LabelConsumer:
                 self._poison.append((delivery, reason[:_MAX_REASON]))
         await self._settle()
         self.depth = await self._queue.depth()
+
+    async def _pass_pause(self) -> None:
+        """Wait until resumed, watching the queue meanwhile."""
+        while self.paused:
+            self.depth = await self._queue.depth()
+            self._report("")
+            await _wait(self._running, _READ_WAIT_S)
 
     async def _settle(self) -> None:
         """Give the queue what it is owed for the entries in hand. Nothing is forgotten when it fails halfway."""
@@ -134,12 +138,21 @@ class LabelConsumer:
             label = parse_label(delivery.payload, self._config.max_entry_bytes)
         except InvalidRequest as error:
             return error.message
+        except Exception:
+            # A defect of ours that this entry meets every time: it must not stop those behind it.
+            logger.exception("label entry %s cannot be read", delivery.entry_id)
+            return "a defect in reading it; the log holds the traceback"
         refusal = self._estimator.refusal(label.domain, label.rows.width)
         if refusal is not None:
-            return refusal
+            return f"group.{refusal.field}: {refusal.description}"
         if self._estimator.learn(label) is Admission.TOO_OLD:
             return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"
         return None
+
+
+async def _wait(event: asyncio.Event, at_most_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), at_most_s)
 
 
 def _describe(error: Exception) -> str:

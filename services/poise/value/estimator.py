@@ -49,7 +49,7 @@ class BaselineEstimator:
         self._config = config
         self.instance_id = saved.instance_id if saved else uuid.uuid4().hex
         self._ledger = Ledger(config.horizon_steps, config.max_runs)
-        self._pins = StepPins(config.pinned_steps, config.max_runs)
+        self._pins = StepPins(config.pinned_steps, config.max_runs, saved.pins if saved else ())
         self._domains: dict[str, Domain] = {}
         self.probes: Probes = {}
         self.num_groups_consumed = saved.num_groups_consumed if saved else 0
@@ -95,19 +95,21 @@ class BaselineEstimator:
                 self._domains[group.domain].num_estimated_rows += len(group.rows)
         return answers
 
-    def refusal(self, domain: str, width: int) -> str | None:
-        """Why a label could not be learnt from, as a sentence about its domain or width; None if it could."""
+    def refusal(self, domain: str, width: int) -> FieldViolation | None:
+        """Why a label could not be learnt from, naming its field; None if it could."""
         known = self._domains.get(domain)
         if known is None:
             limit = self._config.probe.max_domains
-            full = len(self._domains) >= limit
-            return f"domain {domain!r} would be one more than probe.max_domains = {limit}" if full else None
+            if len(self._domains) < limit:
+                return None
+            return FieldViolation("domain", f"{domain!r} would be one more than probe.max_domains = {limit}")
         expected = known.window.width
         if expected is None or expected == width:
             return None
-        return (
+        return FieldViolation(
+            "rollouts",
             f"hidden states are {width} wide, but domain {domain!r} holds {expected} wide ones; "
-            "give another model's labels another domain"
+            "give another model's labels another domain",
         )
 
     def learn(self, label: LabelledRows) -> Admission:
@@ -149,6 +151,7 @@ class BaselineEstimator:
                 for name, domain in self._domains.items()
             ),
             self._ledger.to_json(),
+            self._pins.all(),
             self.num_groups_consumed,
             self.num_duplicates,
         )

@@ -101,6 +101,14 @@ def read_rollouts(
     return rows if _check_finite(rows, path, wrong) else None
 
 
+_ENTROPIES = tuple(
+    f"{span}_entropy.{statistic}"
+    for span in ("output", "reasoning", "answer")
+    for statistic in ("mean", "last", "max", "min")
+)
+"""The fields behind the columns of `FeatureRows.entropies`."""
+
+
 def _entropies(features: Features) -> list[float]:
     stats: tuple[EntropyStats, ...] = (
         features.output_entropy,
@@ -115,7 +123,7 @@ def _check_finite(rows: FeatureRows, path: str, wrong: Violations) -> bool:
     for name, columns in (
         ("prompt_hidden", rows.prompt_hidden),
         ("response_hidden", rows.response_hidden),
-        ("entropy", rows.entropies),
+        *((name, rows.entropies[:, [column]]) for column, name in enumerate(_ENTROPIES)),
     ):
         for index in np.flatnonzero(~np.isfinite(columns).all(axis=1)):
             wrong.add(f"{path}.rollouts[{index}].{name}", "holds NaN or infinite numbers")

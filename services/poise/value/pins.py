@@ -5,13 +5,14 @@ step are answered from the pin. A pin is only ever made while no label of the st
 has by construction seen none. A domain without a probe at that moment has none for the whole step: a probe fitted later
 may have seen its labels.
 
-Owns the pins, in memory alone: after a restart a step whose labels were consumed is refused, others are pinned anew.
+Owns the pins. They are saved with the ids of the consumed labels: a step whose pin a crash took had no label consumed
+either, so it is pinned anew and never refused.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from poise.errors import LabelsConsumed
@@ -33,15 +34,20 @@ class VersionedProbe:
 Probes = Mapping[str, VersionedProbe]
 """By domain. Never changed in place: a new probe makes a new mapping, so a pin is a reference."""
 
+Pin = tuple[str, int, Probes]
+"""Run, step, and the probes that answer for it."""
+
 
 class StepPins:
     """Which probes answer for which step. Bounded: the least recently asked about are forgotten."""
 
-    def __init__(self, max_steps: int, max_runs: int) -> None:
-        """Keep at most `max_steps` of each of at most `max_runs`."""
+    def __init__(self, max_steps: int, max_runs: int, pins: Iterable[Pin] = ()) -> None:
+        """Keep at most `max_steps` of each of at most `max_runs`, beginning with `pins`, as `all` gave them."""
         self._max_steps = max_steps
         self._max_runs = max_runs
         self._runs: OrderedDict[str, OrderedDict[int, Probes]] = OrderedDict()
+        for run_id, step, probes in pins:
+            self._pin(run_id, step, probes)
 
     def answering(self, run_id: str, step: int, current: Probes, *, labels_consumed: bool) -> Probes:
         """Return the probes that answer for the step, pinning `current` if it is asked about for the first time.
@@ -56,8 +62,12 @@ class StepPins:
                 "a baseline now would leak them",
                 remedy="Keep the first answer, or use RLOO for this step. A new run needs a new run_id.",
             )
+        return self._pin(run_id, step, current if pinned is None else pinned)
+
+    def _pin(self, run_id: str, step: int, probes: Probes) -> Probes:
+        """Note the answer as the latest given."""
         steps = self._runs.setdefault(run_id, OrderedDict())
-        probes = steps.setdefault(step, current) if pinned is None else pinned
+        steps[step] = probes
         steps.move_to_end(step)
         self._runs.move_to_end(run_id)
         if len(steps) > self._max_steps:
@@ -71,5 +81,6 @@ class StepPins:
         steps = self._runs.get(run_id)
         return None if steps is None else steps.get(step)
 
-    def __len__(self) -> int:
-        return sum(len(steps) for steps in self._runs.values())
+    def all(self) -> tuple[Pin, ...]:
+        """Return the pins, the least recently asked about first."""
+        return tuple((run_id, step, probes) for run_id, steps in self._runs.items() for step, probes in steps.items())

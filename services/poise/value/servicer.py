@@ -93,7 +93,8 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             if label is None:
                 continue
             refusal = estimator.refusal(label.domain, label.rows.width)
-            wrong.check(refusal is None, f"{path}.rollouts", refusal or "")
+            if refusal is not None:
+                wrong.add(f"{path}.{refusal.field}", refusal.description)
             widths.append((index, label.domain, label.rows.width))
         _check_widths(widths, wrong)
         payloads = [group.SerializeToString() for group in request.groups]

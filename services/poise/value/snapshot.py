@@ -1,19 +1,19 @@
 """All that the service must not lose, as one immutable value, and its form as arrays and JSON.
 
-Owns the format. Knows no files. Probes, windows and consumed ids belong together: a probe that survived without the
-ids it has seen could be pinned for a step whose labels it knows. So they are only ever written and read as one.
+Owns the format. Knows no files. Probes, pins, windows and consumed ids belong together: a probe that survived without
+the ids it has seen could be pinned for a step whose labels it knows. So they are only ever written and read as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.value.pins import VersionedProbe
+from poise.value.pins import Pin, VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import FeatureRows, LabelledRows
 
@@ -45,25 +45,42 @@ class Snapshot:
     domains: tuple[DomainSnapshot, ...]
     ledger: dict[str, Any]
     """`Ledger.to_json`."""
+    pins: tuple[Pin, ...]
+    """`StepPins.all`."""
     num_groups_consumed: int
     num_duplicates: int
 
     def encode(self) -> tuple[dict[str, Any], Arrays]:
         """Return a JSON document and the arrays it refers to."""
         arrays: Arrays = {}
-        domains = []
-        for index, domain in enumerate(self.domains):
-            arrays |= _window_arrays(f"{index}.window", domain.groups)
+        probes: dict[int, tuple[str, VersionedProbe]] = {}  # by identity: many pins hold the same
+        for domain in self.domains:
             if domain.probe is not None:
-                arrays |= {f"{index}.probe.{name}": array for name, array in domain.probe.probe.arrays().items()}
-            domains.append(_domain_document(domain))
+                probes[id(domain.probe)] = domain.domain, domain.probe
+        for _, _, pinned in self.pins:
+            probes |= {id(probe): (name, probe) for name, probe in pinned.items()}
+        numbers = {key: number for number, key in enumerate(probes)}
+        for number, (_, probe) in enumerate(probes.values()):
+            arrays |= {f"probe.{number}.{name}": array for name, array in probe.probe.arrays().items()}
+        for index, domain in enumerate(self.domains):
+            arrays |= _window_arrays(f"window.{index}", domain.groups)
         document = {
             "schema_version": SCHEMA_VERSION,
             "instance_id": self.instance_id,
             "num_groups_consumed": self.num_groups_consumed,
             "num_duplicates": self.num_duplicates,
             "ledger": self.ledger,
-            "domains": domains,
+            "probes": [
+                {"domain": name, "version": probe.version, "num_added": probe.num_added, "fit_s": probe.fit_s}
+                for name, probe in probes.values()
+            ],
+            "domains": [
+                _domain_document(domain) | {"probe": domain.probe and numbers[id(domain.probe)]}
+                for domain in self.domains
+            ],
+            "pins": [
+                [run_id, step, [numbers[id(probe)] for probe in pinned.values()]] for run_id, step, pinned in self.pins
+            ],
         }
         return document, arrays
 
@@ -73,14 +90,20 @@ class Snapshot:
 
         Raises:
             ValueError: another schema version.
-            KeyError, TypeError: not what `encode` gives.
+            LookupError, TypeError: not what `encode` gives.
         """
         if document["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {document['schema_version']}; this release reads {SCHEMA_VERSION}")
+        probes = _decode_probes(document["probes"], arrays)
         return Snapshot(
             instance_id=document["instance_id"],
-            domains=tuple(_decode_domain(index, saved, arrays) for index, saved in enumerate(document["domains"])),
+            domains=tuple(
+                _decode_domain(index, saved, arrays, probes) for index, saved in enumerate(document["domains"])
+            ),
             ledger=document["ledger"],
+            pins=tuple(
+                (run_id, step, dict(probes[number] for number in numbers)) for run_id, step, numbers in document["pins"]
+            ),
             num_groups_consumed=document["num_groups_consumed"],
             num_duplicates=document["num_duplicates"],
         )
@@ -99,32 +122,49 @@ def _window_arrays(prefix: str, groups: tuple[LabelledRows, ...]) -> Arrays:
 
 
 def _domain_document(domain: DomainSnapshot) -> dict[str, Any]:
-    probe = domain.probe
     return {
         "domain": domain.domain,
         "num_added": domain.num_added,
         "num_steps_seen": domain.num_steps_seen,
         "groups": [[group.run_id, group.step, group.group_id, len(group.rows)] for group in domain.groups],
-        "probe": probe and {"version": probe.version, "num_added": probe.num_added, "fit_s": probe.fit_s},
     }
 
 
-def _decode_domain(index: int, saved: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> DomainSnapshot:
+def _decode_probes(
+    saved: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]
+) -> list[tuple[str, VersionedProbe]]:
+    """Return each probe with its domain."""
+    parameters: list[dict[str, NDArray[Any]]] = [{} for _ in saved]
+    for name, array in arrays.items():
+        kind, number, parameter = name.split(".")
+        if kind == "probe":
+            parameters[int(number)][parameter] = array
+    return [
+        (
+            each["domain"],
+            VersionedProbe(each["version"], FittedProbe.from_arrays(own), each["num_added"], each["fit_s"]),
+        )
+        for each, own in zip(saved, parameters, strict=True)
+    ]
+
+
+def _decode_domain(
+    index: int,
+    saved: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    probes: Sequence[tuple[str, VersionedProbe]],
+) -> DomainSnapshot:
     groups = []
     start = 0
+    window = {name: arrays[f"window.{index}.{name}"] for name in _WINDOW_ARRAYS if saved["groups"]}
     for run_id, step, group_id, num_rows in saved["groups"]:
-        window = {name: arrays[f"{index}.window.{name}"] for name in _WINDOW_ARRAYS}
-        rewards = window.pop("rewards")
         end = start + num_rows
-        rows = FeatureRows(**window).part(start, end)
-        groups.append(LabelledRows(run_id, step, group_id, saved["domain"], rows, rewards[start:end]))
+        *features, rewards = (window[name][start:end] for name in _WINDOW_ARRAYS)
+        groups.append(LabelledRows(run_id, step, group_id, saved["domain"], FeatureRows(*features), rewards))
         start = end
-    probe = None
-    if saved["probe"] is not None:
-        prefix = f"{index}.probe."
-        parameters = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        probe = VersionedProbe(probe=FittedProbe.from_arrays(parameters), **saved["probe"])
+    probe = None if saved["probe"] is None else probes[saved["probe"]][1]
     return DomainSnapshot(saved["domain"], tuple(groups), saved["num_added"], saved["num_steps_seen"], probe)
 
 
 _WINDOW_ARRAYS = ("prompt_hidden", "response_hidden", "entropies", "rewards")
+"""The first three are those of `FeatureRows`, in its order."""

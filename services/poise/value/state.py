@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +21,7 @@ from typing import IO, Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from poise.runtime.files import commit_file, write_file
 from poise.value.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _KEPT = 2
 
 
-class StateError(Exception):
+class StateError(OSError):
     """The folder cannot be used. The message names the file and the remedy."""
 
 
@@ -46,8 +46,17 @@ class StateStore:
         """Take the folder and return the newest undamaged state; None when there is none at all.
 
         Raises:
-            StateError: another process holds the folder, it cannot be written, or every state in it is damaged.
+            StateError: another process holds the folder, it cannot be written, or every state in it is damaged. The
+                folder is let go of again.
         """
+        try:
+            self._take()
+            return self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / "lock").open("ab")
@@ -58,7 +67,6 @@ class StateStore:
             ) from None
         except OSError as error:
             raise StateError(f"state_dir {self._folder} cannot be used: {error}") from error
-        return self._load()
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -79,12 +87,10 @@ class StateStore:
         temporary = tensors.with_suffix(".tmp")
         safetensors.numpy.save_file(arrays, temporary)
         document["tensors_sha256"] = _file_sha256(temporary)
-        _commit(temporary, tensors)
+        commit_file(temporary, tensors)
 
-        temporary = manifest.with_suffix(".tmp")
         body = json.dumps(document, separators=(",", ":"))
-        temporary.write_text(json.dumps({"sha256": _sha256(body), "body": body}), encoding="utf-8")
-        _commit(temporary, manifest)
+        write_file(manifest, json.dumps({"sha256": _sha256(body), "body": body}).encode())
 
         self._sequence = sequence
         self._good = [*self._good, sequence][-_KEPT:]
@@ -140,18 +146,6 @@ class StateStore:
         for path in self._folder.glob("state-*"):
             if path not in kept:
                 path.unlink(missing_ok=True)
-
-
-def _commit(temporary: Path, target: Path) -> None:
-    """Make a written file durable under its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _sha256(text: str) -> str:

@@ -11,6 +11,9 @@ import pytest
 from poise.value.config import ValueConfig
 from poise.value.estimator import GroupRows
 from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise_client.codec import encode_labelled_group
+from poise_client.types import EntropyStats, Features, LabelledGroup
+from poise_proto.v1 import value_pb2
 
 WIDTH = 6
 
@@ -42,8 +45,25 @@ class Maker:
         rewards = 1 / (1 + np.exp(-rows.prompt_hidden[:, 0]))
         return LabelledRows(run_id, step, group_id, domain, rows, rewards.astype(np.float32))
 
+    def message(self, label: LabelledRows) -> value_pb2.LabelledGroup:
+        """A label as it travels."""
+        return encode_labelled_group(
+            LabelledGroup(label.run_id, label.step, label.group_id, label.domain, features(label.rows), label.rewards)
+        )
+
+    def payload(self, step: int, group_id: str = "g0", **options: object) -> bytes:
+        return self.message(self.label(step, group_id, **options)).SerializeToString()
+
     def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupRows:
         return GroupRows(group_id, domain, self.rows(n, width))
+
+
+def features(rows: FeatureRows) -> tuple[Features, ...]:
+    """Rows as clients hold them."""
+    return tuple(
+        Features(prompt, response, *(EntropyStats(*entropies[i : i + 4].tolist()) for i in (0, 4, 8)))
+        for prompt, response, entropies in zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, strict=True)
+    )
 
 
 @pytest.fixture

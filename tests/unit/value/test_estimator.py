@@ -132,15 +132,27 @@ def test_a_domain_without_a_probe_when_the_step_was_pinned_has_none_for_the_whol
     assert fitted.estimate("run", 9, [question])[0].values is not None
 
 
-def test_after_a_restart_a_step_with_consumed_labels_is_refused(fitted, config, make) -> None:
+def test_a_pinned_step_is_answered_alike_after_labels_refits_and_a_restart(fitted, config, make) -> None:
     questions = [make.question()]
-    fitted.estimate("run", 0, questions)
-    fitted.estimate("run", 1, questions)
+    first = fitted.estimate("run", 0, questions)
     fitted.learn(make.label(0))
+    refit(fitted)
     restarted = restart(fitted, config())
+    assert numbers(restarted.estimate("run", 0, questions)) == numbers(first)
+    assert restarted.estimate("run", 1, questions)[0].probe_version == 2
+
+
+def test_after_a_restart_a_step_not_pinned_with_consumed_labels_is_refused(fitted, config, make) -> None:
+    fitted.learn(make.label(0))
     with pytest.raises(LabelsConsumed):
-        restarted.estimate("run", 0, questions)
-    assert numbers(restarted.estimate("run", 1, questions)) == numbers(fitted.estimate("run", 1, questions))
+        restart(fitted, config()).estimate("run", 0, [make.question()])
+
+
+def test_a_label_learnt_after_a_restart_is_held_against_its_pin(fitted, config, make) -> None:
+    fitted.estimate("run", 0, [make.question()])
+    restarted = restart(fitted, config())
+    restarted.learn(make.label(0))
+    assert len(restarted.domains["default"].record) == 2
 
 
 def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted, config, make) -> None:
@@ -317,7 +329,9 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
 
 def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:
     assert fitted.refusal("default", 6) is None
-    assert "9 wide" in (fitted.refusal("default", 9) or "")
+    refusal = fitted.refusal("default", 9)
+    assert refusal.field == "rollouts"
+    assert "9 wide" in refusal.description
     assert fitted.refusal("another", 9) is None
 
 
@@ -325,7 +339,9 @@ def test_the_number_of_domains_is_bounded(config, make) -> None:
     estimator = BaselineEstimator(config(probe={"max_domains": 1}))
     estimator.learn(make.label(0, domain="one"))
     assert estimator.refusal("one", 6) is None
-    assert "max_domains" in (estimator.refusal("two", 6) or "")
+    refusal = estimator.refusal("two", 6)
+    assert refusal.field == "domain"
+    assert "max_domains = 1" in refusal.description
 
 
 def test_windows_are_as_large_as_their_domain_says(config, make) -> None:

@@ -1,0 +1,82 @@
+"""The service's parts put together over a queue in memory, to be run, crashed and started again by tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from poise.queue.memory_queue import MemoryQueue, MemoryStream
+from poise.value.config import ValueConfig
+from poise.value.consumer import LabelConsumer
+from poise.value.estimator import BaselineEstimator
+from poise.value.keeper import StateKeeper
+from poise.value.metrics import ValueMetrics
+from poise.value.probe import FittedProbe
+from poise.value.refitter import Refitter
+from poise.value.rows import LabelledRows
+from poise.value.state import StateStore
+
+TIMEOUT_S = 30.0
+
+
+class MeanFitter:
+    """Answers the mean reward of what it was fitted on: enough to tell fits apart."""
+
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        rewards = [reward for group in groups for reward in group.rewards.tolist()]
+        return FittedProbe({}, sum(rewards) / len(rewards))
+
+
+class Parts:
+    """One life of the service on a state folder and a stream that outlive it."""
+
+    def __init__(
+        self,
+        config: ValueConfig,
+        stream: MemoryStream,
+        make_fitter: Callable[[], MeanFitter] = MeanFitter,
+    ) -> None:
+        self.store = StateStore(Path(config.state_dir))
+        self.estimator = BaselineEstimator(config, self.store.open())
+        self.metrics = ValueMetrics(CollectorRegistry())
+        self.keeper = StateKeeper(self.estimator, self.store, self.metrics)
+        self.queue = MemoryQueue(stream, "consumer")
+        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics)
+        self.consumer = LabelConsumer(self.queue, self.estimator, self.keeper, self.refitter, config.queue)
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[Parts]:
+        try:
+            yield self
+        finally:
+            self.store.close()
+
+    async def consume_until(self, condition: Callable[[], bool]) -> None:
+        """Run the consumer until `condition`, then stop it. What it raises is raised."""
+        running = asyncio.create_task(self.consumer.run())
+        try:
+            await until(lambda: running.done() or condition())
+        finally:
+            self.consumer.stop()
+            await running
+
+    async def refit_until(self, condition: Callable[[], bool]) -> None:
+        """The same of the refitter."""
+        running = asyncio.create_task(self.refitter.run())
+        try:
+            await until(lambda: running.done() or condition())
+        finally:
+            self.refitter.stop()
+            await running
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to pass"
+        await asyncio.sleep(0.005)

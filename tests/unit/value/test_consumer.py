@@ -1,0 +1,369 @@
+"""Learn, make durable, acknowledge: each label exactly once over crashes anywhere, and none stopped by another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from tests.unit.value.parts import Parts, until
+
+import poise.value.consumer
+from poise.errors import BackendDown, QueueFull
+from poise.queue.memory_queue import MemoryQueue, MemoryStream
+from poise.value.estimator import BaselineEstimator
+from poise.value.keeper import StateKeeper
+
+NUM_LABELS = 10
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(poise.value.consumer, "_READ_WAIT_S", 0.01)
+    monkeypatch.setattr(poise.value.consumer, "_FIRST_RETRY_S", 0.001)
+
+
+@pytest.fixture
+def stream() -> MemoryStream:
+    return MemoryStream(max_entries=50)
+
+
+@pytest.fixture
+def start(config, stream) -> Callable[..., Parts]:
+    return lambda **changes: Parts(config(**{"queue": {"batch_entries": 4}} | changes), stream)
+
+
+async def publish(stream: MemoryStream, *payloads: bytes) -> None:
+    await MemoryQueue(stream, "publisher").publish(payloads)
+
+
+def empty(stream: MemoryStream) -> bool:
+    return not stream.unread and not stream.pending
+
+
+def consumed(parts: Parts) -> Counter[tuple[str, int, str]]:
+    """How often each label is in the window."""
+    return Counter(
+        (group.run_id, group.step, group.group_id)
+        for domain in parts.estimator.domains.values()
+        for group in domain.window.groups
+    )
+
+
+async def test_labels_are_learnt_made_durable_and_acknowledged(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        assert parts.consumer.problem == ""
+    with start().alive() as after:
+        assert consumed(after) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
+
+
+async def test_nothing_is_acknowledged_before_it_is_durable(start, stream, make, monkeypatch) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    order: list[str] = []
+
+    def noted(owner: type, method: str) -> None:
+        real = getattr(owner, method)
+
+        def note(self, *arguments):
+            order.append(method)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(owner, method, note)
+
+    for owner, method in ((BaselineEstimator, "learn"), (StateKeeper, "keep"), (MemoryQueue, "ack")):
+        noted(owner, method)
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+    expected = [*["learn"] * 4, "keep", "ack", *["learn"] * 4, "keep", "ack", *["learn"] * 2, "keep", "ack"]
+    assert order == expected
+
+
+# Crashes.
+
+
+class Crash(BaseException):
+    """Ends the process here; nothing after it runs."""
+
+
+CRASHES: list[tuple[type, str, str]] = [
+    (owner, method, when)
+    for owner, method in (
+        (MemoryQueue, "read"),
+        (BaselineEstimator, "learn"),
+        (StateKeeper, "keep"),
+        (MemoryQueue, "ack"),
+        (MemoryQueue, "dead_letter"),
+        (MemoryQueue, "depth"),
+    )
+    for when in ("before", "after")
+]
+
+
+def crash_once(monkeypatch, owner: type, method: str, when: str, nth: int) -> None:
+    real = getattr(owner, method)
+    calls = 0
+
+    def is_time() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == nth
+
+    if asyncio.iscoroutinefunction(real):
+
+        async def crashing(self, *arguments, **options):
+            now = is_time()
+            if now and when == "before":
+                raise Crash
+            answer = await real(self, *arguments, **options)
+            if now:
+                raise Crash
+            return answer
+    else:
+
+        def crashing(self, *arguments, **options):
+            now = is_time()
+            if now and when == "before":
+                raise Crash
+            answer = real(self, *arguments, **options)
+            if now:
+                raise Crash
+            return answer
+
+    monkeypatch.setattr(owner, method, crashing)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(("owner", "method", "when"), CRASHES, ids=lambda value: getattr(value, "__name__", value))
+async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
+    start, stream, make, monkeypatch, owner, method, when, nth
+) -> None:
+    poison = {2: b"\xff", 5: b"also poison", 9: b""}
+    await publish(stream, *[poison.get(step, make.payload(step)) for step in range(NUM_LABELS + 2)])
+    with monkeypatch.context() as patch, start().alive() as parts:
+        crash_once(patch, owner, method, when, nth)
+        with pytest.raises(Crash):
+            await parts.consume_until(lambda: False)
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        good = [step for step in range(NUM_LABELS + 2) if step not in poison]
+        assert consumed(parts) == Counter({("run", step, "g0"): 1 for step in good})
+        assert parts.estimator.num_groups_consumed == len(good)
+    assert len(stream.dead) == stream.num_dead_letters == len(poison)
+
+
+async def test_a_crash_after_every_single_call_still_ends_with_each_label_once(
+    start, stream, make, monkeypatch
+) -> None:
+    """The service comes up, does one more thing, and dies; again and again."""
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    num_lives = 0
+    for owner, method in ((StateKeeper, "keep"), (MemoryQueue, "ack")) * 2:
+        with monkeypatch.context() as patch, start(queue={"batch_entries": 2}).alive() as parts:
+            crash_once(patch, owner, method, "after", 1)
+            with pytest.raises(Crash):
+                await parts.consume_until(lambda: False)
+            num_lives += 1
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        assert consumed(parts) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
+        # Lives 1 and 3 died with two labels durable and not acknowledged.
+        assert (parts.estimator.num_groups_consumed, parts.estimator.num_duplicates) == (NUM_LABELS, 4)
+
+
+# Trouble that passes.
+
+
+async def test_a_disk_that_is_full_for_a_while_keeps_labels_in_the_queue(start, stream, make, monkeypatch) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().alive() as parts:
+        save, refusals = parts.store.save, iter(range(3))
+
+        def full(snapshot):
+            if next(refusals, None) is not None:
+                assert len(stream.unread) + len(stream.pending) == NUM_LABELS
+                raise OSError(28, "No space left on device")
+            return save(snapshot)
+
+        monkeypatch.setattr(parts.store, "save", full)
+        problems = set()
+        await parts.consume_until(lambda: problems.add(parts.keeper.problem) or empty(stream))
+        assert "the state cannot be written: [Errno 28] No space left on device" in problems
+        assert parts.keeper.problem == parts.consumer.problem == ""
+        assert (parts.estimator.num_groups_consumed, parts.estimator.num_duplicates) == (NUM_LABELS, 0)
+
+
+@pytest.mark.parametrize("method", ["read", "ack", "dead_letter", "depth"])
+async def test_a_queue_that_is_down_is_reported_once_and_consumed_on_when_it_is_back(
+    start, stream, make, monkeypatch, caplog, method
+) -> None:
+    real, down = getattr(MemoryQueue, method), True
+
+    async def failing(self, *arguments, **options):
+        if down:
+            raise BackendDown("Redis at somewhere:1 failed")
+        return await real(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryQueue, method, failing)
+    await publish(stream, make.payload(0), b"\xff", make.payload(1))
+    with caplog.at_level(logging.ERROR), start().alive() as parts:
+        running = asyncio.create_task(parts.consumer.run())
+        await until(lambda: parts.consumer.problem == "Redis at somewhere:1 failed")
+        await asyncio.sleep(0.05)  # several more turns
+        down = False
+        await until(lambda: empty(stream) and not parts.consumer.problem)
+        parts.consumer.stop()
+        await running
+        assert consumed(parts) == Counter({("run", 0, "g0"): 1, ("run", 1, "g0"): 1})
+    assert [record.getMessage() for record in caplog.records] == [
+        "labels are not consumed: Redis at somewhere:1 failed"
+    ]
+    assert len(stream.dead) == 1
+
+
+async def test_until_the_queue_was_reached_there_is_a_problem(start, stream) -> None:
+    with start().alive() as parts:
+        assert "not been reached" in parts.consumer.problem
+        await parts.consume_until(lambda: not parts.consumer.problem)
+
+
+# Poison.
+
+
+async def test_poison_is_dead_lettered_with_its_reason_and_the_rest_goes_on(start, stream, make, monkeypatch) -> None:
+    settings = {"horizon_steps": 1, "probe": {"max_domains": 1}}
+    oversized = make.payload(0, "large", width=2000)
+    entries = [
+        make.payload(7),
+        b"\xff",
+        make.payload(7, "wide", width=9),
+        make.payload(7, "elsewhere", domain="another"),
+        make.payload(6),
+        oversized,
+        make.payload(7, "last"),
+    ]
+    await publish(stream, *entries)
+    with start(**settings, queue={"max_entry_bytes": 1024}).alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        assert consumed(parts) == Counter({("run", 7, "g0"): 1, ("run", 7, "last"): 1})
+    reasons = {letter.payload: letter.reason for letter in stream.dead}
+    assert list(reasons) == [entries[1], entries[2], entries[3], entries[4], oversized]
+    for payload, part in zip(
+        reasons,
+        (
+            "payload: is not a LabelledGroup message",
+            "group.rollouts: hidden states are 9 wide, but domain 'default' holds 6 wide ones",
+            "group.domain: 'another' would be one more than probe.max_domains = 1",
+            "step 6 of run 'run' is older than the deduplication horizon",
+            f"payload: {len(oversized)} bytes; at most 1024 are accepted",
+        ),
+        strict=True,
+    ):
+        assert reasons[payload].startswith(part)
+
+
+async def test_an_entry_that_meets_a_defect_of_ours_does_not_stop_those_behind_it(
+    start, stream, make, monkeypatch, caplog
+) -> None:
+    real = poise.value.consumer.parse_label
+
+    def defective(payload: bytes, max_bytes: int):
+        if payload == b"cursed":
+            raise RuntimeError("a defect")
+        return real(payload, max_bytes)
+
+    monkeypatch.setattr(poise.value.consumer, "parse_label", defective)
+    await publish(stream, b"cursed", make.payload(0))
+    with caplog.at_level(logging.ERROR), start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        assert consumed(parts) == Counter({("run", 0, "g0"): 1})
+    assert ["defect" in letter.reason for letter in stream.dead] == [True]
+    assert "RuntimeError: a defect" in caplog.text
+
+
+async def test_a_reason_is_cut_to_a_readable_length(start, stream, make) -> None:
+    message = make.message(make.label(0, n=40))
+    for rollout in message.rollouts:
+        rollout.prompt_hidden.dtype = 0
+    await publish(stream, message.SerializeToString())
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+    assert len(stream.dead[0].reason) == 1000
+
+
+# Duplicates and limits.
+
+
+async def test_a_group_published_twice_is_learnt_once_whatever_the_copy_says(start, stream, make) -> None:
+    await publish(stream, make.payload(0), make.payload(0), make.payload(0, domain="other"))
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        assert consumed(parts) == Counter({("run", 0, "g0"): 1})
+        assert (parts.estimator.num_groups_consumed, parts.estimator.num_duplicates) == (1, 2)
+
+
+async def test_a_full_queue_refuses_publishers_until_the_consumer_made_room(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(50)])
+    with pytest.raises(QueueFull) as caught:
+        await publish(stream, make.payload(50))
+    assert caught.value.retry_after_s
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+        await publish(stream, make.payload(50))
+
+
+# Pause and stop.
+
+
+async def test_a_paused_consumer_learns_nothing_not_even_what_its_read_was_waiting_for(
+    start, stream, make, monkeypatch
+) -> None:
+    monkeypatch.setattr(poise.value.consumer, "_READ_WAIT_S", 0.3)
+    with start().alive() as parts:
+        running = asyncio.create_task(parts.consumer.run())
+        await until(lambda: not parts.consumer.problem)
+        await until(lambda: not stream.arrived.is_set())  # it waits in a read of the empty queue
+        parts.consumer.pause()
+        await publish(stream, *[make.payload(step) for step in range(3)])
+        await until(lambda: parts.consumer.depth.num_entries == 3)
+        assert parts.consumer.paused
+        assert consumed(parts) == Counter()
+        parts.consumer.resume()
+        await until(lambda: empty(stream))
+        assert sum(consumed(parts).values()) == 3
+        parts.consumer.stop()
+        await running
+
+
+async def test_while_paused_a_queue_that_goes_down_is_a_problem_and_no_longer_when_it_is_back(
+    start, stream, monkeypatch
+) -> None:
+    with start().alive() as parts:
+        running = asyncio.create_task(parts.consumer.run())
+        await until(lambda: not parts.consumer.problem)
+        parts.consumer.pause()
+        with monkeypatch.context() as patch:
+
+            async def down(_):
+                raise BackendDown("down")
+
+            patch.setattr(MemoryQueue, "depth", down)
+            await until(lambda: parts.consumer.problem == "down")
+        await until(lambda: not parts.consumer.problem)
+        parts.consumer.stop()
+        await running
+
+
+async def test_stopping_ends_a_paused_consumer_and_leaves_the_queue_as_it_is(start, stream, make) -> None:
+    await publish(stream, make.payload(0))
+    with start().alive() as parts:
+        parts.consumer.pause()
+        running = asyncio.create_task(parts.consumer.run())
+        await until(lambda: parts.consumer.depth.num_entries == 1)
+        parts.consumer.stop()
+        await asyncio.wait_for(running, 10)
+        assert consumed(parts) == Counter()
+    assert len(stream.unread) == 1

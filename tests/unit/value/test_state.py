@@ -1,0 +1,268 @@
+"""The state folder against damage, crashes and second owners."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from poise.value.snapshot import DomainSnapshot, Snapshot
+from poise.value.state import StateError, StateStore
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "state"
+
+
+@pytest.fixture
+def numbered(make) -> Callable[[int], Snapshot]:
+    """Makes snapshots that are told apart by their number."""
+    domain = DomainSnapshot("default", (make.label(0),), 1, 1, None)
+    return lambda number: Snapshot("instance", (domain,), {"retired": {}, "runs": []}, (), number, 0)
+
+
+def opened(folder: Path) -> tuple[StateStore, int | None]:
+    """Open as a process started afresh would; returns the number of the state found."""
+    store = StateStore(folder)
+    snapshot = store.open()
+    return store, snapshot and snapshot.num_groups_consumed
+
+
+def reopened(folder: Path) -> int | None:
+    store, number = opened(folder)
+    store.close()
+    return number
+
+
+def saved(folder: Path, *snapshots: Snapshot) -> list[Path]:
+    """Open, save and close; returns the committing files."""
+    store, _ = opened(folder)
+    paths = [store.save(snapshot) for snapshot in snapshots]
+    store.close()
+    return paths
+
+
+def test_a_new_folder_is_made_and_holds_nothing(folder) -> None:
+    assert reopened(folder) is None
+    assert reopened(folder) is None
+
+
+def test_the_newest_state_comes_back_with_its_arrays(folder, numbered) -> None:
+    snapshots = [numbered(number) for number in (1, 2, 3)]
+    saved(folder, *snapshots)
+    store = StateStore(folder)
+    again = store.open()
+    store.close()
+    assert again.num_groups_consumed == 3
+    mine, theirs = snapshots[2].domains[0].groups[0], again.domains[0].groups[0]
+    assert mine.rows.prompt_hidden.tobytes() == theirs.rows.prompt_hidden.tobytes()
+    assert mine.rewards.tobytes() == theirs.rewards.tobytes()
+
+
+def test_only_the_last_two_states_are_kept_also_over_restarts(folder, numbered) -> None:
+    for number in range(1, 5):
+        saved(folder, numbered(number))
+    assert {path.name for path in folder.iterdir()} == {
+        "lock",
+        *(f"state-0000000{number}.{suffix}" for number in (3, 4) for suffix in ("json", "safetensors")),
+    }
+
+
+# Damage.
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def tensors(path: Path) -> Path:
+    return path.with_suffix(".safetensors")
+
+
+def of_another_release(path: Path) -> None:
+    envelope = json.loads(path.read_text())
+    body = json.dumps(json.loads(envelope["body"]) | {"schema_version": 2})
+    path.write_text(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}))
+
+
+DAMAGES: dict[str, Damage] = {
+    "manifest flipped": lambda path: flip(path, 200),
+    "manifest cut": lambda path: os.truncate(path, 100),
+    "manifest empty": lambda path: os.truncate(path, 0),
+    "manifest is no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "manifest is another document": lambda path: path.write_text("[1]"),
+    "of another release": of_another_release,
+    "tensors flipped": lambda path: flip(tensors(path), -3),
+    "tensors cut": lambda path: os.truncate(tensors(path), tensors(path).stat().st_size - 1),
+    "tensors empty": lambda path: os.truncate(tensors(path), 0),
+    "tensors missing": lambda path: tensors(path).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(folder, numbered, damage, caplog) -> None:
+    newest = saved(folder, numbered(1), numbered(2))[-1]
+    damage(newest)
+    with caplog.at_level(logging.ERROR):
+        assert reopened(folder) == 1
+    (record,) = caplog.records
+    assert str(newest) in record.getMessage()
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_after_damage_saving_goes_on_and_the_good_state_is_kept_beside(folder, numbered, damage) -> None:
+    damage(saved(folder, numbered(1), numbered(2))[-1])
+    after = saved(folder, numbered(3))[-1]
+    assert reopened(folder) == 3
+    damage(after)
+    assert reopened(folder) == 1
+
+
+def test_only_damaged_states_stop_the_service_with_a_remedy_and_are_left_alone(folder, numbered) -> None:
+    for path in saved(folder, numbered(1), numbered(2)):
+        flip(path, 200)
+    before = {path: path.read_bytes() for path in folder.glob("state-*")}
+    with pytest.raises(StateError, match="restore one from a backup") as caught:
+        opened(folder)
+    assert str(folder) in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.glob("state-*")} == before
+
+
+def test_files_of_others_are_neither_read_nor_dropped(folder, numbered) -> None:
+    saved(folder, numbered(1))
+    (folder / "notes.json").write_text("mine")
+    (folder / "state-latest.json").write_text("{}")
+    assert reopened(folder) == 1
+    saved(folder, numbered(2))
+    assert (folder / "notes.json").read_text() == "mine"
+
+
+# The lock.
+
+
+def test_a_second_service_is_refused_while_the_first_runs_and_not_after(folder) -> None:
+    first, _ = opened(folder)
+    with pytest.raises(StateError, match="in use by another value service") as caught:
+        opened(folder)
+    assert str(folder) in str(caught.value)
+    first.close()
+    reopened(folder)
+
+
+def test_a_refused_service_does_not_take_the_lock_from_the_first(folder) -> None:
+    first, _ = opened(folder)
+    second = StateStore(folder)
+    for _ in range(2):
+        with pytest.raises(StateError):
+            second.open()
+        second.close()
+    with (folder / "lock").open("ab") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    first.close()
+
+
+def test_closing_twice_is_harmless(folder) -> None:
+    store, _ = opened(folder)
+    store.close()
+    store.close()
+
+
+def test_a_path_that_is_no_folder_is_refused_by_name(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="file cannot be used"):
+        opened(tmp_path / "file")
+
+
+# Crashes.
+
+
+class Crash(BaseException):
+    """Ends the process here; nothing after it runs."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, nth: int) -> Callable[[], int]:
+    """Crash instead of the nth call into the file system that matters; returns a counter of the calls."""
+    calls = 0
+
+    def guarded(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise Crash
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", guarded(safetensors.numpy.save_file))
+    monkeypatch.setattr(os, "fsync", guarded(os.fsync))
+    for method in ("replace", "write_bytes", "unlink"):
+        monkeypatch.setattr(Path, method, guarded(getattr(Path, method)))
+    return lambda: calls
+
+
+def calls_of_a_save(tmp_path: Path, numbered: Callable[[int], Snapshot]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        store, _ = opened(tmp_path / "counted")
+        for number in (1, 2):
+            store.save(numbered(number))
+        count = crash_at(patch, 0)
+        store.save(numbered(3))
+        store.close()
+        return count()
+
+
+def test_a_crash_between_any_two_writes_leaves_the_old_state_or_the_new_one(tmp_path, numbered) -> None:
+    num_calls = calls_of_a_save(tmp_path, numbered)
+    assert num_calls >= 10  # tensors, manifest: written, synced, renamed, the folder synced; two old files dropped
+    found = []
+    for nth in range(1, num_calls + 1):
+        folder = tmp_path / str(nth)
+        store, _ = opened(folder)
+        for number in (1, 2):
+            store.save(numbered(number))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+            crash_at(patch, nth)
+            store.save(numbered(3))
+        store.close()
+        found.append(reopened(folder))
+        saved(folder, numbered(4))
+        assert reopened(folder) == 4
+        assert len(list(folder.glob("state-*"))) == 4
+    assert found == sorted(found)  # once committed, it stays
+    assert set(found) == {2, 3}
+
+
+def test_a_half_written_file_is_not_taken_for_a_state_and_is_swept_away(folder, numbered) -> None:
+    saved(folder, numbered(1))
+    leftovers = ("state-00000002.tmp", "state-00000002.safetensors", "state-00000002.json.tmp")
+    for name in leftovers:
+        (folder / name).write_bytes(b"half")
+    assert reopened(folder) == 1
+    saved(folder, numbered(2))
+    assert reopened(folder) == 2
+    assert not [name for name in leftovers if name.endswith(".tmp") and (folder / name).exists()]
+
+
+def test_a_failed_save_leaves_the_state_and_the_next_one_succeeds(folder, numbered, monkeypatch) -> None:
+    store, _ = opened(folder)
+    store.save(numbered(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            store.save(numbered(2))
+    assert store.save(numbered(3)).exists()
+    store.close()
+    assert reopened(folder) == 3
