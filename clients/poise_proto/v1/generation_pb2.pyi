@@ -148,8 +148,8 @@ class SamplingParams(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Unset means 1. Logprobs, entropies and the loss all refer to the distribution after it. 0 is greedy, whose
-    logprobs are those of temperature 1 (an evaluation setting: do not train on it).
+    """Unset means 1; else 0, or 0.01 to 100. Logprobs, entropies and the loss all refer to the distribution after it.
+    0 is greedy, whose logprobs are those of temperature 1 (an evaluation setting: do not train on it).
     """
     top_p: _builtins.float
     """Nucleus mass in (0, 1]. Unset means 1."""
@@ -253,9 +253,9 @@ class TrajectoryTimings(_message.Message):
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
     first_token_s: _builtins.float
-    """From acceptance to the first token."""
+    """From entering the engine to the first token."""
     total_s: _builtins.float
-    """From acceptance to the last token."""
+    """From entering the engine to the last token."""
     def __init__(
         self,
         *,

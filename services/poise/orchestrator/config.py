@@ -31,7 +31,7 @@ class EndpointsConfig(StrictModel):
 class SamplingConfig(StrictModel):
     """How rollouts are sampled for training."""
 
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, ge=0.01, le=100)
     """Of sampling, and of the loss."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
