@@ -65,6 +65,7 @@ class Replica:
                 self._wanted = version
                 self.result = _changed(self.result, current=False, error="")
                 self._wake.set()
+                self._settled.notify_all()  # whoever waits for the version before need not any more
             await self._settled.wait_for(
                 lambda: self._wanted is not version or self.result.current or self.result.error
             )

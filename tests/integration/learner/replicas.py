@@ -49,9 +49,10 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         self.applied: list[int] = []
         """Versions, in order."""
         self.num_asked = self.num_pushes = 0
-        self.release = asyncio.Event()
-        """Unset, a push hangs."""
+        self.release, self.answers = asyncio.Event(), asyncio.Event()
+        """Unset, a push hangs; or being asked what is served."""
         self.release.set()
+        self.answers.set()
         self.breaks = False
         """Whether a push fails midway."""
         self.address = "127.0.0.1:0"
@@ -80,6 +81,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
         self.num_asked += 1
+        await self.answers.wait()
         return pb.GetPolicyResponse(
             lineage_id=self.policy.lineage_id,
             policy_version=self.policy.policy_version,

@@ -78,10 +78,46 @@ async def test_publishing_a_version_again_waits_for_nothing_that_is_done(replica
     one, current = await replica(), version(1)
     sender = publisher(one)
     await sender.publish(current)
-    one.release.clear()
+    one.answers.clear()
+    asked = one.num_asked
+    await eventually(lambda: one.num_asked > asked)
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(current)
+    assert sender.results[0].current
     assert one.num_pushes == 1
+
+
+async def test_a_version_that_follows_a_hanging_one_is_waited_for_itself(replica, publisher):
+    one = await replica()
+    one.release.clear()
+    sender = publisher(one)
+    first = asyncio.create_task(sender.publish(version(1)))
+    await eventually(lambda: one.num_pushes)
+    second = asyncio.create_task(sender.publish(version(2)))
+    await first  # nobody waits for it any more
+    one.release.set()
+    await second
+    assert one.policy == served(version(2))
+    assert one.applied == [1, 2]
+
+
+async def test_a_step_waits_no_longer_than_its_limit_whatever_a_client_does():
+    class Stuck:
+        target = "nowhere:1"
+
+        async def get_policy(self, *, timeout_s: float) -> None:
+            await asyncio.Event().wait()
+
+        async def close(self) -> None:
+            pass
+
+    sender = Publisher([Stuck()], PushConfig(timeout_s=0.1))
+    sender.start()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(1))
+        await sender.publish(version(2))
+    assert not sender.results[0].current
+    await sender.stop()
 
 
 async def test_without_replicas_there_is_nothing_to_wait_for(publisher):

@@ -52,15 +52,20 @@ def test_the_gradient_is_that_of_the_formula_with_the_importance_weight_held_con
         assert float(logprobs.grad[i]) == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-8)
 
 
-def test_no_gradient_reaches_the_old_policy():
+def test_on_policy_the_gradient_is_that_of_reinforce_with_a_truncated_weight():
     _, old, rollout, advantages = tokens()
-    old.requires_grad_()
-    weights = torch.exp(old - rollout)
-    assert weights.requires_grad
-    losses = policy_losses(old, old.detach(), rollout, advantages, CONFIG).losses_N
-    losses.sum().backward()
-    # On-policy the gradient is -A times the truncated weight: REINFORCE.
-    np.testing.assert_allclose(old.grad, -advantages * weights.detach().clamp(max=2), rtol=1e-12)
+    logprobs = old.clone().requires_grad_()
+    policy_losses(logprobs, old, rollout, advantages, CONFIG).losses_N.sum().backward()
+    np.testing.assert_allclose(logprobs.grad, -advantages * torch.exp(old - rollout).clamp(max=2), rtol=1e-12)
+
+
+def test_no_gradient_goes_through_the_importance_weight():
+    logprobs, old, rollout, advantages = tokens()
+    for one in (logprobs, old, rollout):
+        one.requires_grad_()
+    policy_losses(logprobs, old, rollout, advantages, CONFIG).losses_N.sum().backward()
+    np.testing.assert_array_equal(old.grad, -logprobs.grad)  # the ratio's alone
+    assert rollout.grad is None
 
 
 @pytest.mark.parametrize(

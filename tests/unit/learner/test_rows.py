@@ -92,7 +92,7 @@ def test_a_group_id_that_comes_again_with_another_prompt_makes_a_row_of_its_own(
     assert [len(row.rollouts) for row in group_rows([*first, *later])] == [2, 1]
 
 
-@pytest.mark.parametrize(("max_tokens", "wanted"), [(1, 4), (48, 2), (10**6, 1)])
+@pytest.mark.parametrize(("max_tokens", "wanted"), [(1, 4), (40, 3), (48, 2), (10**6, 1)])
 def test_micro_batches_hold_every_row_once_within_their_limit(max_tokens, wanted):
     rows = group_rows(rollouts())
     parts = list(micro_batches(rows, max_tokens))
