@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+
+from poise.runtime.config import ConfigError, load_config
+from poise.value.config import ValueConfig
+
+STATE = ["state_dir=/nowhere"]
+
+
+def loaded(*settings: str) -> ValueConfig:
+    return load_config(ValueConfig, None, [*STATE, *settings])
+
+
+def refusal(*settings: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(*settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "redis://host:6380/3",
+        "redis://:secret@host:1/",
+        "rediss://user:p%2Fss@[::1]:6379/0",
+        "unix:///run/valkey.sock",
+        "unix://user:secret@/run/valkey.sock?db=1",
+    ],
+)
+def test_a_url_that_names_a_server_is_taken(url: str) -> None:
+    assert loaded(f"queue.url={url}").queue.url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3cret",
+        "http://user:s3cret@host",
+        "redis://user:s3cret@",
+        "redis://user:s3cret@host:port",
+        "redis://user:s3cret@host:70000",
+        "redis://user:s3/cret@host:6379",
+        "redis://user:s3cret#@host:6379",
+        "redis://user:s3cret@host:6379/labels",
+        "redis://user:s3cret@[::1:6379",
+        "unix://user:s3cret@",
+    ],
+)
+def test_a_url_that_names_none_is_refused_with_a_remedy_and_never_quoted(url: str) -> None:
+    text = refusal(f"queue.url={url}")
+    assert "queue.url: names no Redis server" in text
+    assert "percent-encoded" in text
+    assert "cret" not in text
+
+
+def test_a_window_in_which_no_probe_could_ever_be_fitted_is_refused_by_name() -> None:
+    assert "window_rows = 10 is below min_rows = 64" in refusal("probe.window_rows=10")
+    text = refusal('probe.window_rows_by_domain={"chess": 63}')
+    assert "window_rows_by_domain.chess = 63 is below min_rows = 64" in text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "queue.max_entries=0",
+        "queue.claim_idle_s=0",
+        "probe.alpha=0",
+        "probe.warmup_steps=0",
+        "probe.min_rows=1",
+        "probe.inputs=[]",
+        'probe.inputs=["entropi"]',
+        "horizon_steps=0",
+        "pinned_steps=0",
+    ],
+)
+def test_values_out_of_range_are_refused_by_path(setting: str) -> None:
+    assert setting.split("=")[0] in refusal(setting)
+
+
+def test_the_state_folder_has_no_default() -> None:
+    with pytest.raises(ConfigError, match="state_dir"):
+        load_config(ValueConfig, None, [])

@@ -1,0 +1,238 @@
+"""What the service refuses before anything is computed or queued, each wrong field by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tests.unit.value.conftest import features
+
+from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
+from poise.queue.memory_queue import MemoryQueue, MemoryStream
+from poise.value.estimator import BaselineEstimator
+from poise.value.pins import VersionedProbe
+from poise.value.probe import FittedProbe
+from poise.value.servicer import MAX_GROUPS, ValueServicer
+from poise_client.codec import decode_group_baselines, decode_probe_report, encode_group_features, to_tensor
+from poise_client.types import GroupFeatures
+from poise_proto.v1 import value_pb2 as pb
+
+
+class Service:
+    """A servicer over a queue in memory."""
+
+    def __init__(self, config, make) -> None:
+        self.make = make
+        self.config = config
+        self.estimator = BaselineEstimator(config)
+        self.stream = MemoryStream(max_entries=config.queue.max_entries)
+        self.servicer = ValueServicer(config)
+        self.servicer.open(self.estimator, MemoryQueue(self.stream, "publisher"))
+
+    def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
+        question = self.make.question(group_id, **options)
+        return encode_group_features(GroupFeatures(question.group_id, question.domain, features(question.rows)))
+
+    def label(self, step: int = 0, group_id: str = "g0", **options) -> pb.LabelledGroup:
+        return self.make.message(self.make.label(step, group_id, **options))
+
+    async def estimate(self, *groups: pb.GroupFeatures, run_id: str = "run", step: int = 0):
+        request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=groups)
+        response = await self.servicer.EstimateBaselines(request, None)
+        return [decode_group_baselines(group, "group") for group in response.groups]
+
+    async def publish(self, *groups: pb.LabelledGroup) -> int:
+        return (await self.servicer.PublishLabels(pb.PublishLabelsRequest(groups=groups), None)).num_queued
+
+    async def probe(self, domain: str = ""):
+        return decode_probe_report(await self.servicer.GetProbe(pb.GetProbeRequest(domain=domain), None))
+
+    def install(self, domain: str = "default", width: int = 6) -> None:
+        probe = FittedProbe({"prompt_hidden": np.full(width, 0.1)}, 0.5)
+        self.estimator.install(domain, VersionedProbe(1, probe, 0, 0.0))
+
+
+@pytest.fixture
+def service(config, make) -> Service:
+    return Service(config(), make)
+
+
+async def fields_of(call) -> list[str]:
+    with pytest.raises(InvalidRequest) as caught:
+        await call
+    assert all(violation.description for violation in caught.value.violations)
+    return [violation.field for violation in caught.value.violations]
+
+
+def with_change(message, change: Callable[[object], object]):
+    change(message)
+    return message
+
+
+# EstimateBaselines.
+
+
+async def test_answers_come_in_the_order_asked_from_the_domains_own_probe(service) -> None:
+    service.install("math")
+    answers = await service.estimate(
+        service.group("a", domain="math"), service.group("b", domain=""), service.group("c", domain="math", n=1)
+    )
+    assert [(answer.group_id, answer.probe_version) for answer in answers] == [("a", 1), ("b", 0), ("c", 1)]
+    assert answers[0].baselines.tolist() == answers[0].values[::-1].tolist()
+    assert answers[1].values is answers[1].baselines is answers[2].baselines is None
+
+
+async def test_an_empty_domain_is_the_default_one(service) -> None:
+    service.install("default")
+    (answer,) = await service.estimate(service.group(domain=""))
+    assert answer.probe_version == 1
+
+
+async def test_everything_wrong_with_a_question_is_named_at_once(service) -> None:
+    narrow = service.group("narrow", width=4)
+    groups = [
+        service.group("good"),
+        service.group(""),
+        service.group("g", domain="a b"),
+        service.group("g", n=2),
+        narrow,
+        service.group("nan"),
+    ]
+    groups[3].ClearField("rollouts")
+    groups[5].rollouts[1].prompt_hidden.CopyFrom(to_tensor(np.full(6, np.nan, np.float32)))
+    assert await fields_of(service.estimate(*groups, run_id="")) == [
+        "run_id",
+        "groups[1].group_id",
+        "groups[2].domain",
+        "groups[3].rollouts",
+        "groups[5].rollouts[1].prompt_hidden",
+        "groups[4].rollouts",
+    ]
+
+
+async def test_a_refused_question_pins_nothing(service) -> None:
+    await fields_of(service.estimate(service.group("a b")))
+    service.estimator.learn(service.make.label(0))
+    with pytest.raises(LabelsConsumed):
+        await service.estimate(service.group())
+
+
+@pytest.mark.parametrize("number", [0, MAX_GROUPS + 1])
+async def test_the_number_of_groups_is_bounded(service, number) -> None:
+    for call in (
+        service.estimate(*[service.group()] * number),
+        service.publish(*[service.label(n=2, width=1)] * number),
+    ):
+        assert "groups" in await fields_of(call)
+
+
+async def test_a_question_of_another_width_than_the_probes_is_refused_by_group(service) -> None:
+    service.install(width=6)
+    wide = service.group("wide", width=9)
+    assert await fields_of(service.estimate(service.group(domain="new"), wide)) == ["groups[1].rollouts"]
+
+
+# PublishLabels.
+
+
+async def test_labels_are_queued_whole_in_order(service) -> None:
+    labels = [service.label(0, "a"), service.label(1, "b")]
+    assert await service.publish(*labels) == 2
+    assert [pb.LabelledGroup.FromString(entry.payload) for entry in service.stream.unread] == labels
+
+
+async def test_everything_wrong_with_labels_is_named_at_once_and_nothing_is_queued(service) -> None:
+    service.estimator.learn(service.make.label(0, domain="known", width=9))
+    labels = [
+        service.label(),
+        with_change(service.label(), lambda label: label.ClearField("schema_version")),
+        with_change(service.label(), lambda label: label.ClearField("run_id")),
+        with_change(service.label(), lambda label: label.rewards.CopyFrom(to_tensor(np.zeros(3, np.float32)))),
+        service.label(domain="known"),
+        service.label(width=4),
+    ]
+    assert await fields_of(service.publish(*labels)) == [
+        "groups[1].schema_version",
+        "groups[2].run_id",
+        "groups[3].rewards",
+        "groups[4].rollouts",
+        "groups[5].rollouts",
+    ]
+    assert not service.stream.unread
+
+
+async def test_a_domain_too_many_is_named(config, make) -> None:
+    service = Service(config(probe={"max_domains": 1}), make)
+    service.estimator.learn(make.label(0, domain="one"))
+    assert await fields_of(service.publish(service.label(domain="two"))) == ["groups[0].domain"]
+
+
+async def test_a_label_too_large_for_the_queue_is_named_before_it_is_queued(config, make) -> None:
+    service = Service(config(queue={"max_entry_bytes": 1024}), make)
+    labels = [service.label(), service.label(0, "large", domain="large", width=200)]
+    assert await fields_of(service.publish(*labels)) == ["groups[1]"]
+    assert not service.stream.unread
+
+
+async def test_more_labels_than_the_queue_ever_holds_are_invalid_rather_than_told_to_wait(config, make) -> None:
+    service = Service(config(queue={"max_entries": 2}), make)
+    assert await fields_of(service.publish(*[service.label(0, str(i)) for i in range(3)])) == ["groups"]
+
+
+async def test_a_full_queue_takes_all_of_a_request_or_nothing(config, make) -> None:
+    service = Service(config(queue={"max_entries": 3}), make)
+    await service.publish(service.label(0, "a"), service.label(0, "b"))
+    with pytest.raises(QueueFull) as caught:
+        await service.publish(service.label(0, "c"), service.label(0, "d"))
+    assert caught.value.retry_after_s
+    assert len(service.stream.unread) == 2
+
+
+# GetProbe.
+
+
+async def test_the_report_counts_what_is_known_and_queued(service) -> None:
+    for step in range(2):
+        service.estimator.learn(service.make.label(step, domain="math"))
+    service.estimator.learn(service.make.label(1, domain="math"))
+    service.estimator.learn(service.make.label(0, "x", domain="code", n=3))
+    service.install("math")
+    await service.publish(service.label(5))
+    report = await service.probe()
+    assert [(each.domain, each.probe_version, each.num_groups, each.num_rows) for each in report.probes] == [
+        ("code", 0, 1, 3),
+        ("math", 1, 2, 4),
+    ]
+    assert [(each.num_steps_seen, each.warmup_steps) for each in report.probes] == [(1, 2), (2, 2)]
+    assert (report.num_groups_consumed, report.num_duplicates, report.num_pending) == (3, 1, 1)
+
+
+async def test_one_domain_is_reported_alone_and_an_unknown_one_is_not_found_by_name(service) -> None:
+    for domain in ("math", "code"):
+        service.estimator.learn(service.make.label(0, domain, domain=domain))
+    assert [each.domain for each in (await service.probe("code")).probes] == ["code"]
+    with pytest.raises(NotFound, match="'chess'.*known: code, math"):
+        await service.probe("chess")
+
+
+# Before and after.
+
+
+async def all_calls(service: Service, error: type[Exception]) -> None:
+    for call in (service.estimate(service.group()), service.publish(service.label()), service.probe()):
+        with pytest.raises(error):
+            await call
+
+
+async def test_nothing_is_answered_before_the_state_is_restored(config) -> None:
+    servicer = ValueServicer(config())
+    for call in (servicer.EstimateBaselines, servicer.PublishLabels, servicer.GetProbe):
+        with pytest.raises(BackendDown, match="restoring"):
+            await call(None, None)
+
+
+async def test_nothing_is_answered_once_closed(service) -> None:
+    service.servicer.close()
+    await all_calls(service, Draining)
+    assert not service.stream.unread
