@@ -119,7 +119,8 @@ def _entropies(features: Features) -> list[float]:
 
 
 def _check_finite(rows: FeatureRows, path: str, wrong: Violations) -> bool:
-    all_finite = True
+    if all(np.isfinite(columns).all() for columns in (rows.prompt_hidden, rows.response_hidden, rows.entropies)):
+        return True
     for name, columns in (
         ("prompt_hidden", rows.prompt_hidden),
         ("response_hidden", rows.response_hidden),
@@ -127,5 +128,4 @@ def _check_finite(rows: FeatureRows, path: str, wrong: Violations) -> bool:
     ):
         for index in np.flatnonzero(~np.isfinite(columns).all(axis=1)):
             wrong.add(f"{path}.rollouts[{index}].{name}", "holds NaN or infinite numbers")
-            all_finite = False
-    return all_finite
+    return False
