@@ -212,7 +212,7 @@ async def test_one_domain_is_reported_alone_and_an_unknown_one_is_not_found_by_n
     for domain in ("math", "code"):
         service.estimator.learn(service.make.label(0, domain, domain=domain))
     assert [each.domain for each in (await service.probe("code")).probes] == ["code"]
-    with pytest.raises(NotFound, match="'chess'.*known: code, math"):
+    with pytest.raises(NotFound, match=r"'chess'.*known: code, math"):
         await service.probe("chess")
 
 

