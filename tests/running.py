@@ -29,10 +29,15 @@ def write_run_file(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+COMMAND = (
+    # A job that a shell put in the background is born deaf to Ctrl-C, and so are its children.
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from poise.cli import main; main()"
+)
+
+
 def poise(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """Start the command as a user would."""
-    command = [sys.executable, "-c", "from poise.cli import main; main()", *arguments]
-    return subprocess.Popen(command, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], text=True, **options)
 
 
 @contextlib.contextmanager
