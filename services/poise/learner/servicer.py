@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import numpy as np
 
-from poise.errors import BackendDown, Draining, InvalidRequest
+from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
@@ -106,8 +106,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self, request_iterator: AsyncIterator[pb.SubmitAdvantagesRequest], context: Context
     ) -> pb.SubmitAdvantagesResponse:
         """See learner.proto."""
-        self._refuse_unless_open()
-        batch = await self._read_batch(request_iterator)
+        try:
+            self._refuse_unless_open()
+            batch = await self._read_batch(request_iterator)
+        except PoiseError:
+            await _read_rest(request_iterator)
+            raise
         # Whoever leaves now finds the answer when they ask again: training goes on.
         return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
 
@@ -234,6 +238,15 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)
         )
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
+
+
+async def _read_rest(requests: AsyncIterator[pb.SubmitAdvantagesRequest]) -> None:
+    """Let the client finish: one that is answered while it sends may see an error of gRPC's own instead of ours."""
+    num_left = MAX_ROLLOUTS
+    async for _ in requests:
+        num_left -= 1
+        if not num_left:
+            return
 
 
 def _check_header(header: BatchHeader) -> None:

@@ -19,6 +19,7 @@ from tests.unit.learner.batches import VOCABULARY, make_batch, make_config
 
 from poise.errors import Draining
 from poise.generation.policy import ServedPolicy
+from poise.learner import publisher
 from poise.learner.app import LearnerApp, build
 from poise.learner.checkpoint import CheckpointStore, StateError
 from poise.learner.trainer import Trainer
@@ -284,6 +285,20 @@ async def test_a_stream_cut_half_way_trains_on_nothing(serve):
     await assert_untouched(service)
 
 
+async def test_a_refusal_reaches_a_caller_that_is_still_sending(serve):
+    service = await serve()
+    await service.app.pause()
+    call = service.stub.SubmitAdvantages()
+    for message in messages(make_batch(0)):
+        await call.write(message)
+        await asyncio.sleep(0.02)  # time enough to be answered too early
+    await call.done_writing()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "paused" in refused.value.details()
+
+
 async def test_a_conflict_is_told_as_one(serve):
     service = await serve()
     await service.client.submit_advantages(make_batch(0))
@@ -447,6 +462,7 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
 ):
     one = await replica()
     service = await serve(replicas=(one.address,))
+    await service.client.submit_advantages(make_batch(0))
     update, calls = Trainer._update, []
 
     def fail(*args: Any) -> None:
@@ -458,18 +474,18 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", fail)
         with pytest.raises(UnavailableError, match="out of memory") as refused:
-            await service.client.submit_advantages(make_batch(0))
+            await service.client.submit_advantages(make_batch(1))
     assert refused.value.retryable
     assert service.app.failed.is_set()
     assert "out of memory" in service.app.readiness().reason
     with pytest.raises(UnavailableError):
-        await service.client.submit_advantages(make_batch(1))
+        await service.client.submit_advantages(make_batch(2))
     await service.app.drain()
     assert not list(service.app.config.state_dir.glob("checkpoint-*"))
     again = await serve(replicas=(one.address,))
-    result = await again.client.submit_advantages(make_batch(0))
-    assert (result.policy_version, result.duplicate) == (1, True)
-    await eventually(lambda: one.policy.policy_version == 1)
+    result = await again.client.submit_advantages(make_batch(1))
+    assert (result.policy_version, result.duplicate) == (2, True)
+    await eventually(lambda: one.policy.policy_version == 2)
 
 
 async def test_a_stored_answer_waits_until_its_weights_were_offered(serve, replica):
@@ -491,6 +507,16 @@ async def test_a_replica_that_restarts_gets_the_version_of_now(serve, replica):
     await one.restart()
     await eventually(lambda: one.policy.policy_version == 1)
     await eventually(lambda: service.app.status()["replicas"][0]["current"])
+
+
+async def test_a_step_does_not_wait_for_a_replica_that_is_down(serve, replica, monkeypatch):
+    monkeypatch.setattr(publisher, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    one = await replica()
+    await one.stop()
+    service = await serve(replicas=(one.address,), push={"timeout_s": 10 * TIMEOUT_S})
+    result = await service.client.submit_advantages(make_batch(0))
+    assert [r.current for r in result.replicas] == [False]
+    assert result.replicas[0].error
 
 
 async def test_nothing_is_answered_while_recovering(serve):
