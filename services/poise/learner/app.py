@@ -16,7 +16,7 @@ from poise.learner.metrics import LearnerMetrics, ReplicaCollector
 from poise.learner.publisher import Publisher
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import ConfigError
+from poise.runtime.config import read_token_file
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 
@@ -103,12 +103,8 @@ class LearnerApp(ServiceApp):
 
 def build(config: LearnerConfig) -> LearnerApp:
     """Construct the service. No I/O but the replicas' token and authorities."""
-    token = None
-    if config.replica_token_file is not None:
-        try:
-            token = config.replica_token_file.read_text(encoding="ascii").strip()
-        except OSError as error:
-            raise ConfigError(f"replica_token_file: cannot be read: {error}") from error
+    token_file = config.replica_token_file
+    token = None if token_file is None else read_token_file(token_file, "replica_token_file")
     tls = TlsOptions(root_certs_file=config.replica_ca_file) if config.replica_ca_file else None
     clients = [
         AsyncGenerationClient(

@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -21,10 +20,9 @@ from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
 from poise.runtime.files import write_file
+from poise.runtime.signals import EXIT_INTERRUPTED, stopping_by_signal
 
 logger = logging.getLogger(__name__)
-
-_INTERRUPTED = 130
 
 
 def run_services(run: LocalRun, *, train: bool) -> int:
@@ -48,18 +46,18 @@ async def _supervise(run: LocalRun, train: bool) -> int:
     stopping = asyncio.Event()
     async with Supervisor(run.services_dir) as supervisor:
         _write_settings(run)
-        with _signals(supervisor, stopping):
+        with stopping_by_signal(partial(_stop, supervisor, stopping), supervisor.kill_all):
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return _INTERRUPTED if train else 0
+                return EXIT_INTERRUPTED if train else 0
             ready.result()
             if train:
                 status = await supervisor.run_to_end(_training(run))
-                return _INTERRUPTED if status is None or status < 0 else status
+                return EXIT_INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
@@ -67,25 +65,10 @@ async def _supervise(run: LocalRun, train: bool) -> int:
             return 0
 
 
-@contextmanager
-def _signals(supervisor: Supervisor, stopping: asyncio.Event) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stopping.is_set():
-            supervisor.kill_all()
-            os._exit(_INTERRUPTED)
-        stopping.set()
-        logger.info("stopping; again to kill everything at once")
-        supervisor.end("train")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
+    stopping.set()
+    logger.info("stopping; again to kill everything at once")
+    supervisor.end("train")
 
 
 def _settings_file(run: LocalRun, program: str) -> Path:

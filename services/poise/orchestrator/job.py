@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +29,15 @@ from poise.orchestrator.tasks.problem import TaskError
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.runtime.config import ConfigError, redacted
 from poise.runtime.logging import configure_logging
+from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
+from poise.runtime.signals import stopping_by_signal
 from poise_client.errors import PoiseClientError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OK, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 
 def train(config: OrchestratorConfig) -> int:
@@ -108,7 +109,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             loop = TrainingLoop(config, folder, services, mixture, verifiers, watcher, stopping)
-            with watcher, contextlib.closing(board), _signals(stopping, watcher):
+            with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
                     await services.wait_until_up(with_value=config.algorithm == "poise")
                     if state.next_step:
@@ -153,23 +154,9 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
     return OK
 
 
-@contextlib.contextmanager
-def _signals(stopping: asyncio.Event, watcher: ConsoleWatcher) -> Iterator[None]:
-    running = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stopping.is_set():
-            os._exit(INTERRUPTED)  # all of a finished step is on disk
-        stopping.set()
-        watcher.say("stopping after this step; again to stop at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        running.add_signal_handler(number, on_signal)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            running.remove_signal_handler(number)
+def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:
+    stopping.set()
+    watcher.say("stopping after this step; again to stop at once")  # all of a finished step is on disk
 
 
 def _keep_model(exported: Path, target: Path) -> None:

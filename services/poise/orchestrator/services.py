@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError
+from poise.runtime.config import read_token_file
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
 from poise_client.errors import DeadlineExceededError, PoiseClientError, VersionMismatchError
 from poise_client.types import (
@@ -58,12 +58,8 @@ class Services:
 
     def __init__(self, config: EndpointsConfig, stopping: asyncio.Event) -> None:
         self._stopping = stopping
-        token = None
-        if config.token_file is not None:
-            try:
-                token = config.token_file.read_text(encoding="ascii").strip()
-            except OSError as error:
-                raise ConfigError(f"endpoints.token_file: cannot be read: {error}") from error
+        token_file = config.token_file
+        token = None if token_file is None else read_token_file(token_file, "endpoints.token_file")
         tls = TlsOptions(root_certs_file=config.ca_file) if config.ca_file else None
         self._generation = [
             AsyncGenerationClient(target, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES)

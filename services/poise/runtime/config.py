@@ -101,15 +101,22 @@ class AuthConfig(StrictModel):
         """
         if self.token is not None:
             return self.token.get_secret_value()
-        if self.token_file is None:
-            return None
-        try:
-            token = self.token_file.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"auth.token_file: {self.token_file} cannot be read: {error}") from error
-        if not _SENDABLE.fullmatch(token):
-            raise ConfigError(f"auth.token_file: what {self.token_file} holds {_SENDABLE_RULE}")
-        return token
+        return None if self.token_file is None else read_token_file(self.token_file, "auth.token_file")
+
+
+def read_token_file(path: Path, field: str) -> str:
+    """Return the bearer token in a file that the setting `field` names.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no token.
+    """
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field}: {path} cannot be read: {error}") from error
+    if not _SENDABLE.fullmatch(token):
+        raise ConfigError(f"{field}: what {path} holds {_SENDABLE_RULE}")
+    return token
 
 
 class LoggingConfig(StrictModel):

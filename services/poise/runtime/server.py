@@ -10,10 +10,8 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -30,6 +28,7 @@ from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.config import ConfigError, GrpcConfig, redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
+from poise.runtime.signals import stopping_by_signal
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,6 @@ ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
 """Names a file to write `{"grpc", "admin", "pid"}` to once both ports are bound: for whoever starts the process."""
 
 _READINESS_EVERY_S = 0.25
-_EXIT_INTERRUPTED = 130
 
 
 def serve(app: ServiceApp) -> int:
@@ -80,7 +78,7 @@ class _Server:
                 timeout_graceful_shutdown=2,
             )
         )
-        with _signals(self._leave), contextlib.closing(admin_socket):
+        with stopping_by_signal(self._leave.set), contextlib.closing(admin_socket):
             await self._say_health(serving=False)
             await grpc_server.start()
             admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin")
@@ -168,26 +166,6 @@ class _Server:
         status = health_pb2.HealthCheckResponse.ServingStatus
         for service in ("", *self._app.grpc_services):
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
-
-
-@contextlib.contextmanager
-def _signals(leave: asyncio.Event) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    signalled = asyncio.Event()  # not `leave`: a drain asked for over REST, then SIGTERM, is how Kubernetes stops a pod
-
-    def on_signal() -> None:
-        if signalled.is_set():
-            os._exit(_EXIT_INTERRUPTED)
-        signalled.set()
-        leave.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
