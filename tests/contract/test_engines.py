@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import time
 import warnings
@@ -139,17 +138,9 @@ async def started(request: pytest.FixtureRequest, reference: Reference) -> Async
         warnings.simplefilter("ignore")  # those of vLLM's imports
         await engine.start()
     yield engine
-    await stop_quietly(engine)
+    await engine.stop()
     assert not engine.is_alive()
     await engine.stop()
-
-
-async def stop_quietly(engine: Engine) -> None:
-    """Stop, and let the garbage collector find now what vLLM leaves to it: a ZeroMQ context."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        await engine.stop()
-        gc.collect()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from tests.contract.test_engines import Reference, stop_quietly
+from tests.contract.test_engines import Reference
 from tests.models import make_tiny_llama
 
 from poise.domain.features import response_window
@@ -70,7 +70,7 @@ async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
         warnings.simplefilter("ignore")
         await engine.start()
     yield engine
-    await stop_quietly(engine)
+    await engine.stop()
 
 
 @on_engines_loop
