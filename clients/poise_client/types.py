@@ -167,6 +167,8 @@ class GroupFeatures:
     group_id: str
     domain: str
     rollouts: tuple[Features, ...]
+    rewards: Floats | None = None
+    """[n], in [0, 1]: for probes with `sibling_reward` among their inputs; others do not use them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,36 @@ def _decode_rollouts(
 
 
 def encode_group_features(group: GroupFeatures, field: str = "group") -> pb.GroupFeatures:
-    """Pack the features of a group that is to be valued."""
+    """Pack the features of a group that is to be valued. Raises `CodecError` unless each rollout has a reward, or none."""
+    rewards = None
+    if group.rewards is not None:
+        rewards = vector(group.rewards, join(field, "rewards"))
+        _check_one_each(rewards.shape[0], len(group.rollouts), field)
     return pb.GroupFeatures(
-        group_id=group.group_id, domain=group.domain, rollouts=_encode_rollouts(group.rollouts, field)
+        group_id=group.group_id,
+        domain=group.domain,
+        rollouts=_encode_rollouts(group.rollouts, field),
+        rewards=rewards,
     )
 
 
 def decode_group_features(message: pb.GroupFeatures, field: str = "group") -> GroupFeatures:
-    """Unpack the features of a group that is to be valued; no domain means "default"."""
-    return GroupFeatures(message.group_id, message.domain or DEFAULT_DOMAIN, _decode_rollouts(message.rollouts, field))
+    """Unpack the features of a group that is to be valued; no domain means "default".
+
+    Raises:
+        CodecError: malformed features, or rewards that are not one a rollout.
+    """
+    rollouts = _decode_rollouts(message.rollouts, field)
+    rewards = None
+    if message.HasField("rewards"):
+        rewards = from_tensor(message.rewards, field=join(field, "rewards"))
+        _check_one_each(rewards.size, len(rollouts), field)
+    return GroupFeatures(message.group_id, message.domain or DEFAULT_DOMAIN, rollouts, rewards)
+
+
+def _check_one_each(num_rewards: int, num_rollouts: int, field: str) -> None:
+    if num_rewards != num_rollouts:
+        raise CodecError(join(field, "rewards"), f"has {num_rewards} elements for {num_rollouts} rollouts")
 
 
 def encode_group_baselines(group: GroupBaselines, field: str = "group") -> pb.GroupBaselines:
@@ -91,8 +112,7 @@ def decode_labelled_group(message: pb.LabelledGroup, field: str = "group") -> La
         )
     rollouts = _decode_rollouts(message.rollouts, field)
     rewards = from_tensor(message.rewards, field=join(field, "rewards"))
-    if rewards.size != len(rollouts):
-        raise CodecError(join(field, "rewards"), f"has {rewards.size} elements for {len(rollouts)} rollouts")
+    _check_one_each(rewards.size, len(rollouts), field)
     return LabelledGroup(
         message.run_id, message.step, message.group_id, message.domain or DEFAULT_DOMAIN, rollouts, rewards
     )

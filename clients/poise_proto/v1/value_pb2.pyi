@@ -53,6 +53,7 @@ class GroupFeatures(_message.Message):
     GROUP_ID_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     ROLLOUTS_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """The group within the step. Required."""
     domain: _builtins.str
@@ -61,16 +62,23 @@ class GroupFeatures(_message.Message):
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.RolloutFeatures]:
         """The siblings' features by rollout_index. At least one."""
 
+    @_builtins.property
+    def rewards(self) -> _common_pb2.Tensor:
+        """float32 [n]: the siblings' own rewards, in [0, 1]. Required where the domain's probe has sibling_reward among its
+        inputs, else checked and not used. Reward j enters value j alone, which only the others' baselines are made of.
+        """
+
     def __init__(
         self,
         *,
         group_id: _builtins.str = ...,
         domain: _builtins.str = ...,
         rollouts: _abc.Iterable[_common_pb2.RolloutFeatures] | None = ...,
+        rewards: _common_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rewards", b"rewards"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "group_id", b"group_id", "rollouts", b"rollouts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "group_id", b"group_id", "rewards", b"rewards", "rollouts", b"rollouts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,8 @@ def mean_of_others(values_n: Array) -> Array:
     """Return mean over j ≠ i of values_j, for every i. Needs n ≥ 2.
 
     Of the siblings' probe values it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`; of their rewards it is
-    RLOO's baseline and the probe's training target.
+    RLOO's baseline and the probe's training target. Element i does not depend on value i in any bit: that value is
+    never added, not added and taken away again.
 
     Raises:
         ValueError: n < 2.
@@ -28,7 +29,10 @@ def mean_of_others(values_n: Array) -> Array:
     if n < 2:
         raise ValueError(f"a group needs at least 2 rollouts for a baseline from its siblings, not {n}")
     values = values_n.astype(np.float64)
-    means: Array = ((values.sum() - values) / (n - 1)).astype(np.float32)
+    before, after = np.zeros(n), np.zeros(n)
+    before[1:] = values[:-1].cumsum()
+    after[:-1] = values[:0:-1].cumsum()[::-1]
+    means: Array = ((before + after) / (n - 1)).astype(np.float32)
     return means
 
 

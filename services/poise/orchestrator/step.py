@@ -52,7 +52,12 @@ class StepBaselines:
 def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
     """Return what the value service is asked."""
     return [
-        GroupFeatures(item.group.group_id, item.domain, tuple(rollout.features for rollout in item.group.rollouts))
+        GroupFeatures(
+            item.group.group_id,
+            item.domain,
+            tuple(rollout.features for rollout in item.group.rollouts),
+            item.rewards,
+        )
         for item in scored
     ]
 

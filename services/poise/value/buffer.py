@@ -51,6 +51,6 @@ def training_rows(groups: Iterable[LabelledRows]) -> tuple[FeatureRows, Floats]:
     """Return inputs and targets of groups, to be fitted on. Needs at least one group."""
     listed = list(groups)
     return (
-        FeatureRows.concatenate([group.rows for group in listed]),
+        FeatureRows.concatenate([group.inputs for group in listed]),
         np.concatenate([group.targets for group in listed]),
     )

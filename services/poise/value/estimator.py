@@ -30,6 +30,7 @@ class GroupRows:
     group_id: str
     domain: str
     rows: FeatureRows
+    """Their rewards are needed where the domain's probe takes them."""
 
 
 @dataclass(eq=False)
@@ -78,11 +79,11 @@ class BaselineEstimator:
 
         Raises:
             LabelsConsumed: the step is not pinned, and its labels have been consumed or that cannot be ruled out.
-            InvalidRequest: hidden states of another width than the probe's.
+            InvalidRequest: hidden states of another width than the probe's, or no rewards for a probe that takes them.
         """
         labels_consumed = self._ledger.may_have_labels_of(run_id, step)
         probes = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed)
-        _check_widths(groups, probes)
+        _check_inputs(groups, probes)
         values = _values(groups, probes)
         answers = []
         for index, group in enumerate(groups):
@@ -126,7 +127,7 @@ class BaselineEstimator:
         self.num_groups_consumed += 1
         pinned = (self._pins.pinned(label.run_id, label.step) or {}).get(label.domain)
         if pinned is not None:
-            domain.record.add(pinned.probe.predict(label.rows), label.targets)
+            domain.record.add(pinned.probe.predict(label.inputs), label.targets)
         return admission
 
     def is_due(self, name: str) -> bool:
@@ -157,15 +158,26 @@ class BaselineEstimator:
         )
 
 
-def _check_widths(groups: Sequence[GroupRows], probes: Probes) -> None:
+def _check_inputs(groups: Sequence[GroupRows], probes: Probes) -> None:
     violations = []
     for index, group in enumerate(groups):
-        expected = probes[group.domain].probe.width if group.domain in probes else None
-        if expected is not None and group.rows.width != expected:
+        if group.domain not in probes:
+            continue
+        probe = probes[group.domain].probe
+        if probe.width is not None and group.rows.width != probe.width:
             violations.append(
                 FieldViolation(
                     f"groups[{index}].rollouts",
-                    f"hidden states are {group.rows.width} wide; the probe of domain {group.domain!r} takes {expected}",
+                    f"hidden states are {group.rows.width} wide; the probe of domain {group.domain!r} takes "
+                    f"{probe.width}",
+                )
+            )
+        if probe.needs_rewards and group.rows.rewards is None:
+            violations.append(
+                FieldViolation(
+                    f"groups[{index}].rewards",
+                    f"is unset, and the probe of domain {group.domain!r} was fitted with sibling_reward among "
+                    "probe.inputs; send each rollout's reward, in [0, 1]",
                 )
             )
     if violations:

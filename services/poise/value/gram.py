@@ -7,7 +7,7 @@ by its few coordinates in those bases, the standardised ridge follows from their
 Kept in memory, and made again from the window after a restart: with l = components + 48, (8·n + 16·d)·l bytes a hidden
 input. At n = 4096, d = 2560 and the default components that is 14 MB a domain; its window is 84 MB.
 
-Shapes: n rows, d the model's width, m coordinates of a row: in the basis of each hidden input, entropy means, target.
+Shapes: n rows, d the model's width, m coordinates of a row: in the basis of each hidden input, scalars, target.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from poise.value.probe import FittedProbe, ProbeInput
+from poise.value.probe import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe, input_columns
 from poise.value.rows import ENTROPY_MEANS, Floats, LabelledRows
 from poise.value.subspace import Doubles, Subspace
+
+_SCALAR_COLUMNS = {"entropy": len(ENTROPY_MEANS), "sibling_reward": 1}
 
 _ROUNDING = 1e-7
 """Of a column's mean: a standard deviation below it is taken for none."""
 
 
 class GramFitter:
-    """The paper's probe of one domain. Deterministic: the same sequence of fits gives the same probes."""
+    """The probe of one domain. Deterministic: the same sequence of fits gives the same probes."""
 
     def __init__(
         self, inputs: tuple[ProbeInput, ...], prompt_components: int, response_components: int, alpha: float
     ) -> None:
         self._inputs = inputs
+        self._scalars = [name for name in inputs if name not in HIDDEN_INPUTS]
         self._prompt_components = prompt_components
         self._response_components = response_components
         self._alpha = alpha
@@ -41,7 +44,7 @@ class GramFitter:
     def _forget(self) -> None:
         components = {"prompt_hidden": self._prompt_components, "response_hidden": self._response_components}
         self._subspaces: dict[str, Subspace] = {
-            name: Subspace(components[name]) for name in self._inputs if name != "entropy"
+            name: Subspace(components[name]) for name in self._inputs if name in HIDDEN_INPUTS
         }
         self._kept: dict[int, tuple[LabelledRows, Doubles]] = {}
         """By identity: the groups of the last fit, each with its rows' coordinates in everything, [n, m]."""
@@ -92,10 +95,8 @@ class GramFitter:
     def _add(self, groups: Sequence[LabelledRows], hidden: Mapping[str, Doubles]) -> None:
         if not groups:
             return
-        scalars: list[Doubles] = []
-        if "entropy" in self._inputs:
-            entropies = np.concatenate([group.rows.entropies for group in groups])
-            scalars = [entropies[:, ENTROPY_MEANS].astype(np.float64)]
+        inputs = [group.inputs for group in groups]
+        scalars = [np.concatenate([input_columns(rows, name) for rows in inputs]) for name in self._scalars]
         targets = np.concatenate([group.targets for group in groups]).astype(np.float64)
         coordinates = np.column_stack([*hidden.values(), *scalars, targets])
         self._count(coordinates, 1)
@@ -121,17 +122,30 @@ class GramFitter:
         self._products = self._products + sign * (coordinates.T @ coordinates)
 
     def _solve(self) -> FittedProbe:
-        """Return the ridge regression of the targets on the standardised components and scalars."""
+        """Return the probe, and the prompt's own, which takes no more than its part of the same sums."""
         mean = self._sum / self._num_rows
         scatter = self._products - self._num_rows * np.outer(mean, mean)
         maps: dict[str, Doubles] = {}
         start = 0
+        prompt_only = None
         for name, subspace in self._subspaces.items():
             here = slice(start, start + subspace.basis.shape[1])
             maps[name] = subspace.rotation(scatter[here, here], mean[here], self._num_rows)
             start = here.stop
-        if "entropy" in self._inputs:
-            maps["entropy"] = np.eye(len(ENTROPY_MEANS))
+            if name == "prompt_hidden":
+                kept = np.r_[here, -1]
+                weights, bias = self._regress({name: maps[name]}, mean[kept], scatter[np.ix_(kept, kept)])
+                prompt_only = PromptProbe(weights[name], bias)
+        maps |= {name: np.eye(_SCALAR_COLUMNS[name]) for name in self._scalars}
+        return FittedProbe(*self._regress(maps, mean, scatter), prompt_only)
+
+    def _regress(
+        self, maps: Mapping[str, Doubles], mean: Doubles, scatter: Doubles
+    ) -> tuple[dict[str, Doubles], float]:
+        """Return weights and bias of the ridge regression of the targets on the standardised components and scalars.
+
+        `maps` holds, of each input, its coordinates' map to them; `mean` [m] and `scatter` [m, m] end with the target.
+        """
         derive = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
         variances = derive.T @ scatter[:-1, :-1] @ derive
         scale = np.sqrt(np.maximum(variances.diagonal(), 0) / self._num_rows)
@@ -146,15 +160,15 @@ class GramFitter:
         for name, rotation in maps.items():
             own = coefficients[start : start + len(rotation)]
             start += len(rotation)
-            if name == "entropy":
-                weights[name] = own
-            else:
+            if name in self._subspaces:
                 subspace = self._subspaces[name]
                 weights[name] = subspace.basis @ own
                 bias -= float(subspace.origin @ weights[name])
+            else:
+                weights[name] = own
         if not np.isfinite(bias) or not all(np.isfinite(array).all() for array in weights.values()):
             raise ArithmeticError("the fit gave parameters that are not finite")
-        return FittedProbe(weights, bias)
+        return weights, bias
 
 
 def _hidden(groups: Sequence[LabelledRows], name: str) -> list[Floats]:

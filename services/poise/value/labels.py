@@ -6,6 +6,7 @@ Owns the translation and the rules; knows no state, so widths against a domain's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -51,23 +52,32 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
     rows = read_rollouts(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
-    rewards = _read_rewards(message, path, wrong)
+    rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if rows is None or rewards is None:
         return None
     return LabelledRows(message.run_id, message.step, message.group_id, domain, rows, rewards)
 
 
-def _read_rewards(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -> Floats | None:
+def read_question(message: value_pb2.GroupFeatures, path: str, wrong: Violations) -> FeatureRows | None:
+    """Read the siblings' features, and their rewards where given; None when something in them is wrong."""
+    rows = read_rollouts(message.rollouts, path, wrong)
+    if not message.HasField("rewards"):
+        return rows
+    rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
+    return None if rows is None or rewards is None else replace(rows, rewards=rewards)
+
+
+def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wrong: Violations) -> Floats | None:
     field = f"{path}.rewards"
     try:
-        rewards = from_tensor(message.rewards, field=field)
+        rewards = from_tensor(message, field=field)
     except CodecError as error:
         wrong.add(error.field, error.description)
         return None
-    if rewards.size != len(message.rollouts):
-        wrong.add(field, f"has {rewards.size} elements for {len(message.rollouts)} rollouts")
+    if rewards.size != num_rollouts:
+        wrong.add(field, f"has {rewards.size} elements for {num_rollouts} rollouts")
     elif not (np.isfinite(rewards) & (rewards >= 0) & (rewards <= 1)).all():
-        wrong.add(field, "must lie in [0, 1]; scale the rewards before publishing them")
+        wrong.add(field, "must lie in [0, 1]; scale the rewards before sending them")
     else:
         return rewards
     return None

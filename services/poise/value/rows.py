@@ -6,7 +6,7 @@ Owns the in-memory layout alone. Shapes: n rows (rollouts), d the model's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ class FeatureRows:
     """[n, d]"""
     entropies: Floats
     """[n, NUM_ENTROPIES], nats."""
+    rewards: Floats | None = None
+    """[n], in [0, 1]: each row's *own* reward; None while it is not known."""
 
     def __len__(self) -> int:
         return len(self.entropies)
@@ -43,16 +45,23 @@ class FeatureRows:
 
     @staticmethod
     def concatenate(parts: Sequence[FeatureRows]) -> FeatureRows:
-        """Stack rows in order. Needs at least one part, all of one width."""
+        """Stack rows in order; their rewards are known if those of all are. Needs at least one part, all of one width."""
+        rewards = [part.rewards for part in parts if part.rewards is not None]
         return FeatureRows(
             np.concatenate([part.prompt_hidden for part in parts]),
             np.concatenate([part.response_hidden for part in parts]),
             np.concatenate([part.entropies for part in parts]),
+            np.concatenate(rewards) if len(rewards) == len(parts) else None,
         )
 
     def part(self, start: int, end: int) -> FeatureRows:
         """Return the rows [start, end) as views."""
-        return FeatureRows(self.prompt_hidden[start:end], self.response_hidden[start:end], self.entropies[start:end])
+        return FeatureRows(
+            self.prompt_hidden[start:end],
+            self.response_hidden[start:end],
+            self.entropies[start:end],
+            None if self.rewards is None else self.rewards[start:end],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +75,11 @@ class LabelledRows:
     rows: FeatureRows
     rewards: Floats
     """[n], in [0, 1], n ≥ 2."""
+
+    @property
+    def inputs(self) -> FeatureRows:
+        """What the probe may see of row i: its features and its own reward, never another's."""
+        return replace(self.rows, rewards=self.rewards)
 
     @property
     def targets(self) -> Floats:

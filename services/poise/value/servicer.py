@@ -14,7 +14,7 @@ from poise.queue.interface import LabelQueue
 from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.labels import read_label, read_rollouts
+from poise.value.labels import read_label, read_question
 from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report
 from poise_client.types import ProbeReport, ProbeStatus
 from poise_proto.v1 import value_pb2 as pb
@@ -64,7 +64,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             path, domain = f"groups[{index}]", group.domain or DEFAULT_DOMAIN
             wrong.identifier(f"{path}.group_id", group.group_id)
             wrong.identifier(f"{path}.domain", domain)
-            rows = read_rollouts(group.rollouts, path, wrong)
+            rows = read_question(group, path, wrong)
             if rows is not None:
                 groups.append(GroupRows(group.group_id, domain, rows))
                 widths.append((index, domain, rows.width))
