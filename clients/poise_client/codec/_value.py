@@ -27,7 +27,7 @@ def _decode_rollouts(
 
 
 def encode_group_features(group: GroupFeatures, field: str = "group") -> pb.GroupFeatures:
-    """Pack the features of a group that is to be valued. Raises `CodecError` unless each rollout has a reward, or none."""
+    """Pack the features of a group that is to be valued. Raises `CodecError` for rewards that are not one a rollout."""
     rewards = None
     if group.rewards is not None:
         rewards = vector(group.rewards, join(field, "rewards"))

@@ -60,8 +60,8 @@ class ProbeConfig(StrictModel):
     """What the probes see and when they learn."""
 
     inputs: tuple[ProbeInput, ...] = Field(("prompt_hidden", "response_hidden", "entropy"), min_length=1)
-    """What a rollout is valued by, of `prompt_hidden`, `response_hidden`, `entropy` (the three mean token entropies) and
-    `sibling_reward` (the rollout's own reward, for its siblings' baselines; then questions must carry rewards)."""
+    """What a rollout is valued by: any of `prompt_hidden`, `response_hidden`, `entropy` (the three mean token
+    entropies) and `sibling_reward` (the rollout's own reward, for its siblings' baselines; questions must carry it)."""
     prompt_components: int = Field(32, ge=1)
     """PCA dimensions of prompt_hidden, capped by rows and width."""
     response_components: int = Field(64, ge=1)

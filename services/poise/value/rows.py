@@ -45,7 +45,7 @@ class FeatureRows:
 
     @staticmethod
     def concatenate(parts: Sequence[FeatureRows]) -> FeatureRows:
-        """Stack rows in order; their rewards are known if those of all are. Needs at least one part, all of one width."""
+        """Stack rows in order, with rewards if all parts have them. Needs at least one part, all of one width."""
         rewards = [part.rewards for part in parts if part.rewards is not None]
         return FeatureRows(
             np.concatenate([part.prompt_hidden for part in parts]),

@@ -8,6 +8,7 @@ import pytest
 from poise.orchestrator.step import (
     ScoredGroup,
     choose_baselines,
+    group_features,
     labelled_groups,
     predictions,
     step_numbers,
@@ -40,6 +41,12 @@ def answer(name: str, values: list[float] | None) -> GroupBaselines:
     if values is None:
         return GroupBaselines(name, 0, None, None)
     return GroupBaselines(name, 5, np.array(values, np.float32), np.array(values[::-1], np.float32))
+
+
+def test_questions_carry_the_rewards() -> None:
+    asked = group_features(SCORED)
+    assert [(item.group_id, item.domain) for item in asked] == [("a", "d"), ("b", "d")]
+    assert [item.rewards.tolist() for item in asked] == [[1.0, 0.0], [1.0, 1.0]]
 
 
 def test_without_a_probe_the_baseline_is_the_siblings_or_the_other_prompts_mean() -> None:

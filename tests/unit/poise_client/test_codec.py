@@ -69,6 +69,13 @@ def rollouts(draw):
 
 
 @st.composite
+def questions(draw):
+    siblings = draw(tuples(features))
+    rewards = draw(st.none() | floats(len(siblings)))
+    return types.GroupFeatures(draw(names), draw(names), siblings, rewards)
+
+
+@st.composite
 def labelled_groups(draw):
     siblings = draw(tuples(features))
     rewards = draw(floats(len(siblings)))
@@ -128,7 +135,7 @@ PAIRS = {
         st.builds(types.WeightUpdate, uint64s, booleans, doubles, doubles),
         generation_pb2.UpdateWeightsResponse,
     ),
-    "group_features": (st.builds(types.GroupFeatures, names, names, tuples(features)), value_pb2.GroupFeatures),
+    "group_features": (questions(), value_pb2.GroupFeatures),
     "group_baselines": (group_baselines(), value_pb2.GroupBaselines),
     "labelled_group": (labelled_groups(), value_pb2.LabelledGroup),
     "probe_report": (
@@ -238,6 +245,12 @@ def whole_labels():
     return message
 
 
+def whole_question():
+    message = value_pb2.GroupFeatures(group_id="g", rollouts=[whole_features()] * 2)
+    message.rewards.CopyFrom(codec.to_tensor([0.0, 1.0], "float32"))
+    return message
+
+
 def whole_baselines():
     numbers = np.array([0.5, 0.25], np.float32)
     return codec.encode_group_baselines(types.GroupBaselines("g", 1, numbers, numbers))
@@ -269,6 +282,8 @@ CASES = [
     (whole_labels, codec.decode_labelled_group, "schema_version", 2),
     (whole_labels, codec.decode_labelled_group, "rewards", None),
     (whole_labels, codec.decode_labelled_group, "rewards", THREE),
+    (whole_question, codec.decode_group_features, "rewards", THREE),
+    (whole_question, codec.decode_group_features, "rewards", codec.to_tensor([1, 2], "int32")),
     (whole_baselines, codec.decode_group_baselines, "status", None),
     (whole_baselines, codec.decode_group_baselines, "status", 77),
     (whole_baselines, codec.decode_group_baselines, "values", None),
@@ -315,6 +330,13 @@ def test_a_prompt_that_asks_nothing_is_refused(message, field):
     with pytest.raises(CodecError) as caught:
         codec.decode_prompt(message, "p")
     assert caught.value.field == field
+
+
+def test_rewards_that_are_not_one_a_rollout_are_not_sent():
+    state = types.Features(np.ones(3, np.float32), np.ones(3, np.float32))
+    with pytest.raises(CodecError, match="1 elements for 2 rollouts") as caught:
+        codec.encode_group_features(types.GroupFeatures("g", "d", (state, state), np.ones(1, np.float32)), "groups[2]")
+    assert caught.value.field == "groups[2].rewards"
 
 
 def test_arrays_of_two_axes_are_not_sent_where_one_is_meant():

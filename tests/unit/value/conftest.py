@@ -57,6 +57,9 @@ class Maker:
     def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupRows:
         return GroupRows(group_id, domain, self.rows(n, width))
 
+    def rewards(self, n: int = 2) -> np.ndarray:
+        return self.random.uniform(size=n).astype(np.float32)
+
 
 def features(rows: FeatureRows) -> tuple[Features, ...]:
     """Rows as clients hold them."""

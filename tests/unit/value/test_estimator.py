@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from poise.domain.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
 from poise.value.buffer import training_rows
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimator import BaselineEstimator, GroupRows
+from poise.value.gram import GramFitter
 from poise.value.ledger import Admission
 from poise.value.pins import VersionedProbe
 from poise.value.probe import RidgeFitter
@@ -273,6 +275,76 @@ def test_the_probe_is_asked_once_a_domain(fitted, make, monkeypatch) -> None:
 def test_another_width_than_the_probes_names_the_group(fitted, make) -> None:
     with pytest.raises(InvalidRequest, match=r"groups\[1\].rollouts: .* 9 wide; .* takes 6"):
         fitted.estimate("run", 0, [make.question(), make.question(width=9)])
+
+
+# The sibling's reward among the inputs.
+
+
+def with_rewards(question: GroupRows, rewards: np.ndarray) -> GroupRows:
+    return replace(question, rows=replace(question.rows, rewards=rewards.astype(np.float32)))
+
+
+@pytest.fixture
+def rewarded(config: Build, make) -> BaselineEstimator:
+    """Its probe takes the siblings' rewards; domain "plain" has one that does not."""
+    estimator = BaselineEstimator(config())
+    for step in range(10):
+        estimator.learn(make.label(step, run_id="past", n=3))
+        estimator.learn(make.label(step, "p", run_id="past", domain="plain"))
+    fitter = GramFitter(("prompt_hidden", "response_hidden", "entropy", "sibling_reward"), 4, 4, 1.0)
+    probe = fitter.fit(estimator.domains["default"].window.groups)
+    estimator.install("default", VersionedProbe(1, probe, 10, 0.0))
+    refit(estimator, "plain")
+    return estimator
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_no_bit_of_a_baseline_depends_on_the_rollouts_own_reward(rewarded, make, n) -> None:
+    question = make.question(n=n)
+    for own in range(n):
+        rewards = make.rewards(n)
+        (before,) = rewarded.estimate("run", 0, [with_rewards(question, rewards)])
+        for changed in (0.0, 1.0, 1e-30, 1 - rewards[own]):
+            rewards[own] = changed
+            (after,) = rewarded.estimate("run", 0, [with_rewards(question, rewards)])
+            assert after.baselines[own].tobytes() == before.baselines[own].tobytes()
+            others = [i for i in range(n) if i != own]
+            assert np.array_equal(after.values[others], before.values[others])
+            assert after.values[own] != before.values[own]
+            assert (after.baselines[others] != before.baselines[others]).all()
+
+
+def test_a_question_without_rewards_is_refused_where_the_probe_takes_them(rewarded, make) -> None:
+    rich = with_rewards(make.question(), make.rewards())
+    with pytest.raises(InvalidRequest) as caught:
+        rewarded.estimate("run", 0, [make.question(domain="plain"), rich, make.question(), make.question(domain="new")])
+    (violation,) = caught.value.violations
+    assert violation.field == "groups[2].rewards"
+    assert "sibling_reward among probe.inputs; send each rollout's reward" in violation.description
+
+
+def test_the_pinned_probe_says_whether_rewards_are_needed(fitted, rewarded, make) -> None:
+    fitted.estimate("run", 0, [make.question()])
+    fitted.install("default", replace(rewarded.probes["default"], version=2))
+    assert fitted.estimate("run", 0, [make.question()])[0].probe_version == 1
+    with pytest.raises(InvalidRequest, match=r"groups\[0\].rewards"):
+        fitted.estimate("run", 1, [make.question()])
+
+
+def test_rewards_change_nothing_where_the_probe_does_not_take_them(rewarded, make) -> None:
+    question = make.question(domain="plain")
+    asked = [question, with_rewards(question, make.rewards()), with_rewards(question, make.rewards())]
+    first, second, third = numbers(rewarded.estimate("run", 0, asked))
+    assert first == second == third
+
+
+def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(rewarded, make) -> None:
+    question = make.question(n=3)
+    label = make.label(0, rows=question.rows)
+    (answer,) = rewarded.estimate("run", 0, [with_rewards(question, label.rewards)])
+    rewarded.learn(label)
+    record = rewarded.domains["default"].record
+    assert record.brier() == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
 
 
 # Learning.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,32 +59,53 @@ def reference(groups: Iterable[LabelledRows], **changes: object) -> FittedProbe:
     configured = {"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
     rows, targets = training_rows(groups)
     # Doubles, because scikit-learn forms covariances about zero: in single precision too coarse far from it.
-    doubles = FeatureRows(rows.prompt_hidden.astype(float), rows.response_hidden.astype(float), rows.entropies)  # type: ignore[arg-type]
+    doubles = replace(
+        rows,
+        prompt_hidden=rows.prompt_hidden.astype(float),  # type: ignore[arg-type]
+        response_hidden=rows.response_hidden.astype(float),  # type: ignore[arg-type]
+    )
     return RidgeFitter(**configured).fit(doubles, targets)  # type: ignore[arg-type]
 
 
 def assert_alike(fitted: FittedProbe, expected: FittedProbe, groups: list[LabelledRows], atol: float) -> None:
     rows, _ = training_rows(groups)
     np.testing.assert_allclose(fitted.predict(rows), expected.predict(rows), atol=atol)
+    if expected.prompt_only is None:
+        assert fitted.prompt_only is None
+        return
+    values = [each.prompt_only.predict(rows.prompt_hidden) for each in (fitted, expected)]  # type: ignore[union-attr]
+    np.testing.assert_allclose(*values, atol=atol)
 
 
-@pytest.mark.parametrize("inputs", [ALL_INPUTS, ("entropy", "response_hidden"), ("prompt_hidden",), ("entropy",)])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ALL_INPUTS,
+        (*ALL_INPUTS, "sibling_reward"),
+        ("sibling_reward", "response_hidden", "prompt_hidden"),
+        ("entropy", "response_hidden"),
+        ("prompt_hidden",),
+        ("entropy",),
+        ("sibling_reward",),
+    ],
+)
 def test_a_first_fit_predicts_as_the_reference(inputs: tuple[str, ...]) -> None:
     source = Source()
     groups, asked = source.groups(150), source.groups(50)
     assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), asked, atol=2e-4)
 
 
-def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch() -> None:
+@pytest.mark.parametrize("inputs", [ALL_INPUTS, ("response_hidden", "sibling_reward", "prompt_hidden")])
+def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch(inputs: tuple[str, ...]) -> None:
     """Wider than what is solved exactly: bases are followed, not computed. All else is single precision."""
-    source, sliding = Source(), fitter()
+    source, sliding = Source(), fitter(inputs=inputs)
     groups, asked = source.groups(120), source.groups(50)
     num_rebuilds = 0
     for update in range(50):
         fitted = sliding.fit(groups)
         num_rebuilds += sliding.num_fits_since_rebuild == 0
         if update % 7 == 0 or update == 49:
-            assert_alike(fitted, reference(groups), asked, atol=5e-4)
+            assert_alike(fitted, reference(groups, inputs=inputs), asked, atol=5e-4)
         groups = groups[10:] + source.groups(10)
     assert 4 <= num_rebuilds <= 6  # 12 updates replace the window
 

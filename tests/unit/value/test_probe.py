@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -56,6 +58,56 @@ def test_predictions_are_those_of_the_reference_pipeline(alpha: float) -> None:
     assert np.ptp(expected) > 0.05  # the comparison had something to compare
 
 
+def test_the_siblings_reward_is_one_more_standardised_column() -> None:
+    random = np.random.default_rng(3)
+    train, asked = (
+        replace(random_rows(n, 40, seed=n), rewards=random.uniform(size=n).astype(np.float32)) for n in (300, 50)
+    )
+    targets = (0.5 * rewards_of(train) + 0.5 * train.rewards).astype(np.float32)
+
+    def derive(rows: FeatureRows) -> np.ndarray:
+        return np.column_stack([rows.entropies[:, ENTROPY_MEANS], rows.rewards]).astype(np.float64)
+
+    scaler = StandardScaler().fit(derive(train))
+    ridge = Ridge(alpha=1.0).fit(scaler.transform(derive(train)), targets)
+    expected = np.clip(ridge.predict(scaler.transform(derive(asked))), 0, 1)
+
+    fitted = fitter(inputs=("entropy", "sibling_reward"), alpha=1.0).fit(train, targets)
+    np.testing.assert_allclose(fitted.predict(asked), expected, atol=1e-6)
+    assert fitted.needs_rewards
+    assert fitted.width is None
+    assert np.ptp(expected) > 0.3
+
+
+def test_rows_without_rewards_have_no_value_where_the_reward_is_an_input() -> None:
+    train = random_rows(30, 4)
+    with_rewards = replace(train, rewards=rewards_of(train))
+    fitted = fitter(inputs=("entropy", "sibling_reward")).fit(with_rewards, rewards_of(train))
+    with pytest.raises(ValueError, match="sibling_reward"):
+        fitted.predict(train)
+    assert not fitter().fit(with_rewards, rewards_of(train)).needs_rewards
+
+
+def test_the_prompts_own_probe_is_one_fitted_to_the_prompt_alone() -> None:
+    train, asked = random_rows(400, 90), random_rows(50, 90, seed=1)
+    targets = rewards_of(train)
+    prompt_only = fitter(alpha=1.0).fit(train, targets).prompt_only
+    alone = fitter(alpha=1.0, inputs=("prompt_hidden",)).fit(train, targets)
+    assert prompt_only is not None
+    values = prompt_only.predict(asked.prompt_hidden)
+    np.testing.assert_allclose(values, alone.predict(asked), atol=1e-6)
+    assert np.ptp(values) > 0.3
+    one_by_one = [prompt_only.predict(asked.prompt_hidden[i : i + 1]) for i in range(50)]
+    assert np.concatenate(one_by_one).tobytes() == values.tobytes()
+    assert prompt_only.predict(100 * asked.prompt_hidden).min() == 0.0
+    assert prompt_only.predict(100 * asked.prompt_hidden).max() == 1.0
+
+
+def test_without_the_prompt_among_the_inputs_there_is_no_probe_of_the_prompt() -> None:
+    train = random_rows(50, 8)
+    assert fitter(inputs=("response_hidden", "entropy")).fit(train, rewards_of(train)).prompt_only is None
+
+
 def test_values_are_clipped_to_the_unit_interval() -> None:
     train = random_rows(200, 4)
     fitted = fitter(alpha=1e-3).fit(train, rewards_of(train))
@@ -81,11 +133,20 @@ def test_fitting_again_gives_the_same_parameters() -> None:
 
 
 def test_parameters_survive_storing_as_plain_arrays() -> None:
-    train = random_rows(100, 8)
-    fitted = fitter().fit(train, rewards_of(train))
-    arrays = fitted.arrays()
-    assert all(type(array) is np.ndarray and array.dtype == np.float64 for array in arrays.values())
-    assert FittedProbe.from_arrays(arrays).predict(train).tobytes() == fitted.predict(train).tobytes()
+    rows = random_rows(100, 8)
+    train = replace(rows, rewards=rewards_of(rows)[::-1])
+    for inputs in (ALL_INPUTS, ("response_hidden", "sibling_reward")):
+        fitted = fitter(inputs=inputs).fit(train, rewards_of(train))
+        arrays = fitted.arrays()
+        assert all(type(array) is np.ndarray and array.dtype == np.float64 for array in arrays.values())
+        again = FittedProbe.from_arrays(arrays)
+        assert again.predict(train).tobytes() == fitted.predict(train).tobytes()
+        assert (again.width, again.needs_rewards) == (8, inputs != ALL_INPUTS)
+        if fitted.prompt_only is None:
+            assert again.prompt_only is None
+        else:
+            prompts = train.prompt_hidden
+            assert again.prompt_only.predict(prompts).tobytes() == fitted.prompt_only.predict(prompts).tobytes()
 
 
 def test_only_the_chosen_inputs_matter() -> None:

@@ -31,8 +31,11 @@ class Service:
         self.servicer.open(self.estimator, MemoryQueue(self.stream, "publisher"))
 
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
+        rewards = options.pop("rewards", None)
         question = self.make.question(group_id, **options)
-        return encode_group_features(GroupFeatures(question.group_id, question.domain, features(question.rows)))
+        return encode_group_features(
+            GroupFeatures(question.group_id, question.domain, features(question.rows), rewards)
+        )
 
     def label(self, step: int = 0, group_id: str = "g0", **options) -> pb.LabelledGroup:
         return self.make.message(self.make.label(step, group_id, **options))
@@ -48,8 +51,11 @@ class Service:
     async def probe(self, domain: str = ""):
         return decode_probe_report(await self.servicer.GetProbe(pb.GetProbeRequest(domain=domain), None))
 
-    def install(self, domain: str = "default", width: int = 6) -> None:
-        probe = FittedProbe({"prompt_hidden": np.full(width, 0.1)}, 0.5)
+    def install(self, domain: str = "default", width: int = 6, reward_weight: float | None = None) -> None:
+        weights = {"prompt_hidden": np.full(width, 0.1)}
+        if reward_weight is not None:
+            weights = {"sibling_reward": np.full(1, reward_weight)}
+        probe = FittedProbe(weights, 0.5)
         self.estimator.install(domain, VersionedProbe(1, probe, 0, 0.0))
 
 
@@ -131,6 +137,25 @@ async def test_a_question_of_another_width_than_the_probes_is_refused_by_group(s
     service.install(width=6)
     wide = service.group("wide", width=9)
     assert await fields_of(service.estimate(service.group(domain="new"), wide)) == ["groups[1].rollouts"]
+
+
+async def test_rewards_reach_a_probe_that_takes_them(service) -> None:
+    service.install(reward_weight=0.25)
+    (answer,) = await service.estimate(service.group(rewards=np.float32([0, 1])))
+    assert answer.values.tolist() == [0.5, 0.75]
+    assert answer.baselines.tolist() == [0.75, 0.5]
+    assert await fields_of(service.estimate(service.group())) == ["groups[0].rewards"]
+
+
+@pytest.mark.parametrize("reward_weight", [None, 0.25])
+@pytest.mark.parametrize(
+    "rewards", [[0.5], [0.5] * 3, [0.5, float("nan")], [float("inf"), 0], [0.5, -0.01], [1.01, 0.5], np.zeros((2, 1))]
+)
+async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, rewards, reward_weight) -> None:
+    service.install(reward_weight=reward_weight)
+    group = service.group()
+    group.rewards.CopyFrom(to_tensor(np.array(rewards, np.float32)))
+    assert await fields_of(service.estimate(service.group(rewards=np.float32([0, 1])), group)) == ["groups[1].rewards"]
 
 
 # PublishLabels.

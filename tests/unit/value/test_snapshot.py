@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from poise.value.pins import VersionedProbe
-from poise.value.probe import FittedProbe
+from poise.value.probe import FittedProbe, PromptProbe
 from poise.value.snapshot import DomainSnapshot, Snapshot
 
 
 def probe(version: int, width: int = 6) -> VersionedProbe:
     weights = {"prompt_hidden": np.arange(width, dtype=np.float64) / version, "entropy": np.full(3, 1 / 3)}
-    return VersionedProbe(version, FittedProbe(weights, 1 / 7), 3 * version, 0.25)
+    prompt_only = PromptProbe(np.full(width, 0.1 * version), 1 / 9)
+    if version == 5:
+        weights["sibling_reward"] = np.full(1, 1 / 11)
+        prompt_only = None
+    return VersionedProbe(version, FittedProbe(weights, 1 / 7, prompt_only), 3 * version, 0.25)
 
 
 @pytest.fixture
@@ -73,6 +77,11 @@ def assert_same_probe(before: VersionedProbe | None, after: VersionedProbe | Non
     assert after.probe.weights.keys() == before.probe.weights.keys()
     for name, weights in before.probe.weights.items():
         np.testing.assert_array_equal(after.probe.weights[name], weights)
+    if before.probe.prompt_only is None:
+        assert after.probe.prompt_only is None
+    else:
+        np.testing.assert_array_equal(after.probe.prompt_only.weights_d, before.probe.prompt_only.weights_d)
+        assert after.probe.prompt_only.bias == before.probe.prompt_only.bias
 
 
 def test_a_probe_that_many_steps_pin_is_stored_once_and_stays_one(snapshot) -> None:

@@ -2,12 +2,14 @@
 
 A softmax policy over a few answers to a few prompts, small enough for the exact gradient. Rollouts carry features that
 tell both prompt and answer; a probe is fitted on earlier rollouts. The estimator's mean over many groups must match the
-exact gradient within its own error, and a baseline that looks at its own rollout must be told apart.
+exact gradient within its own error, and a baseline that looks at its own rollout must be told apart. The baselines of
+the service's own way, from labels by its fitter to its answers, are put to the same test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +17,18 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
-from poise.value.probe import RidgeFitter
-from poise.value.rows import NUM_ENTROPIES, FeatureRows
+from poise.value.estimator import BaselineEstimator, GroupRows
+from poise.value.gram import GramFitter
+from poise.value.pins import VersionedProbe
+from poise.value.probe import ProbeInput, RidgeFitter
+from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2
+NUM_ASKED = 30_000
+"""Of the groups: as many as the service is asked about."""
+
+PAPERS: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 
 Array = NDArray[np.float64]
 Baseline = Callable[["Rollouts"], Array]
@@ -68,6 +77,13 @@ class Rollouts:
             entropies,
         )
 
+    def first(self, number: int) -> Rollouts:
+        return Rollouts(self.world, self.prompts[:number], self.answers[:number], self.rewards[:number])
+
+    def groups(self) -> list[FeatureRows]:
+        whole = replace(self.rows(), rewards=self.rewards.reshape(-1).astype(np.float32))
+        return [whole.part(start, start + SIBLINGS) for start in range(0, len(whole), SIBLINGS)]
+
     def others(self, per_rollout: Array) -> Array:
         return np.stack([mean_of_others(row) for row in per_rollout.astype(np.float32)])
 
@@ -90,7 +106,7 @@ def world() -> World:
 def probe(world: World):
     earlier = world.sample(2000)
     targets = earlier.others(earlier.rewards).reshape(-1)
-    return RidgeFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 8, 1.0).fit(earlier.rows(), targets)
+    return RidgeFitter(PAPERS, 4, 8, 1.0).fit(earlier.rows(), targets)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +139,7 @@ def test_so_does_a_value_that_knows_the_siblings_reward_too(probe, groups) -> No
 
 def test_so_do_the_bootstrap_baselines(groups) -> None:
     assert p_value(groups, groups.others(groups.rewards)) > 1e-3
-    few = Rollouts(groups.world, groups.prompts[:20_000], groups.answers[:20_000], groups.rewards[:20_000])
+    few = groups.first(20_000)
     assert p_value(few, np.stack(batch_mean([*few.rewards]))) > 1e-3
 
 
@@ -134,6 +150,48 @@ def test_a_baseline_from_the_own_reward_is_told_apart(probe, groups) -> None:
 
 def test_a_baseline_from_the_own_features_is_told_apart(probe, groups) -> None:
     assert p_value(groups, values(probe, groups)) < 1e-9
+
+
+class Served:
+    """What the service answers to the first groups, learnt from labels of its own: values and baselines, [G, n]."""
+
+    def __init__(self, config, world: World, groups: Rollouts, inputs: tuple[ProbeInput, ...]) -> None:
+        estimator = BaselineEstimator(config(probe={"inputs": inputs, "window_rows": 4000}))
+        earlier = world.sample(2000)
+        for number, rows in enumerate(earlier.groups()):
+            label = replace(rows, rewards=None)
+            estimator.learn(LabelledRows("past", number, "g", "default", label, rows.rewards))
+        fitter = GramFitter(inputs, 4, 8, 1.0)
+        window = estimator.domains["default"].window
+        estimator.install("default", VersionedProbe(1, fitter.fit(window.groups), window.num_added, 0.0))
+        self.groups = groups.first(NUM_ASKED)
+        asked = [GroupRows("g", "default", rows) for rows in self.groups.groups()]
+        answers = estimator.estimate("run", 0, asked)
+        self.values = np.stack([answer.values for answer in answers])
+        self.baselines = np.stack([answer.baselines for answer in answers])
+
+
+@pytest.fixture(params=[PAPERS, (*PAPERS, "sibling_reward")], ids=["poise", "poise + sibling_reward"])
+def served(request, config, groups) -> Served:
+    return Served(config, World(), groups, request.param)
+
+
+def test_the_baselines_that_the_service_answers_keep_the_gradient_unbiased(served) -> None:
+    assert p_value(served.groups, served.baselines) > 1e-3
+
+
+def test_its_values_as_baselines_of_their_own_rollouts_are_told_apart(served) -> None:
+    """With `sibling_reward` these look at the own reward; the test has the power to see either, and a tenth of it."""
+    assert p_value(served.groups, served.values) < 1e-9
+    assert p_value(served.groups, 0.9 * served.baselines + 0.1 * served.groups.rewards) < 1e-9
+
+
+def test_the_siblings_reward_lowers_the_variance_further(config, groups) -> None:
+    def variance(inputs: tuple[ProbeInput, ...]) -> float:
+        served = Served(config, World(), groups, inputs)
+        return float(np.mean((served.groups.rewards - served.baselines) ** 2))
+
+    assert variance(("sibling_reward", "entropy")) < 0.995 * variance(("entropy",))
 
 
 def test_the_probe_is_worth_it(probe, groups) -> None:
