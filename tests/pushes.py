@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from poise_client._weights import Push
+from poise_client import WeightPush
 from poise_client.types import WeightArray
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -20,4 +20,4 @@ def push_messages(
     arrays: Mapping[str, np.ndarray], version: int, *, lineage: str = "lineage", chunk_bytes: int = 2**20
 ) -> list[pb.UpdateWeightsRequest]:
     """Return the messages of a push as it should be."""
-    return list(Push.prepare(lineage, version, weight_arrays(arrays)).messages(chunk_bytes))
+    return list(WeightPush.prepare(lineage, version, weight_arrays(arrays)).messages(chunk_bytes))

@@ -9,7 +9,7 @@ from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
 from poise_client._sync import GenerationClient, GroupStream, LearnerClient, ValueClient
 from poise_client._value import AsyncValueClient
-from poise_client._weights import weights_digest
+from poise_client._weights import WeightPush, combine_digests, hash_weights, weights_digest
 
 __all__ = [
     "AsyncGenerationClient",
@@ -21,5 +21,8 @@ __all__ = [
     "RetryPolicy",
     "TlsOptions",
     "ValueClient",
+    "WeightPush",
+    "combine_digests",
+    "hash_weights",
     "weights_digest",
 ]

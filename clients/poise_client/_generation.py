@@ -9,7 +9,7 @@ from contextlib import aclosing
 from poise_client._client import AsyncClient, encoding, pack
 from poise_client._retry import Attempts
 from poise_client._status import renumber
-from poise_client._weights import Push
+from poise_client._weights import WeightPush
 from poise_client.codec import decode_group, decode_policy, decode_weight_update, encode_prompt, encode_sampling
 from poise_client.errors import InvalidRequestError, PoiseClientError, UnavailableError
 from poise_client.types import Group, Policy, Prompt, Sampling, WeightArray, WeightUpdate
@@ -146,8 +146,24 @@ class AsyncGenerationClient(AsyncClient):
         """
         attempts = self._attempts(timeout_s, UPDATE_TIMEOUT_S)
         with encoding("weights"):
-            push = await asyncio.to_thread(Push.prepare, lineage_id, policy_version, weights)
+            push = await asyncio.to_thread(WeightPush.prepare, lineage_id, policy_version, weights)
+        return await self._push(push, attempts)
 
+    async def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> WeightUpdate:
+        """Serve a version that was made ready before: for several replicas, deltas, or a body in a shared file.
+
+        Args:
+            push: which parameters, and how they travel.
+            timeout_s: deadline; 5 minutes by default.
+
+        Raises:
+            VersionMismatchError: it is a delta, and its base is not what the replica serves and keeps.
+            ConflictError: the version is taken by other weights, or lower than the one served.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return await self._push(push, self._attempts(timeout_s, UPDATE_TIMEOUT_S))
+
+    async def _push(self, push: WeightPush, attempts: Attempts) -> WeightUpdate:
         return await self._call(
             "UpdateWeights",
             attempts,

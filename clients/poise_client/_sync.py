@@ -19,6 +19,7 @@ from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
 from poise_client._value import AsyncValueClient
+from poise_client._weights import WeightPush
 from poise_client.errors import UnavailableError
 from poise_client.types import (
     Batch,
@@ -286,6 +287,20 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
                 lineage_id=lineage_id, policy_version=policy_version, weights=weights, timeout_s=timeout_s
             )
         )
+
+    def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> WeightUpdate:
+        """Serve a version that was made ready before: for several replicas, deltas, or a body in a shared file.
+
+        Args:
+            push: which parameters, and how they travel.
+            timeout_s: deadline; 5 minutes by default.
+
+        Raises:
+            VersionMismatchError: it is a delta, and its base is not what the replica serves and keeps.
+            ConflictError: the version is taken by other weights, or lower than the one served.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.push_weights(push, timeout_s=timeout_s))
 
 
 class ValueClient(SyncClient[AsyncValueClient]):

@@ -1,4 +1,4 @@
-"""A policy's parameters as they travel: digests, and the messages of a push.
+"""A policy's parameters as they travel: digests, pushes whole and as deltas, and their messages.
 
 Knows neither channels nor retries.
 """
@@ -6,19 +6,37 @@ Knows neither channels nor retries.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from poise_client.codec import DTYPE_NUMBERS, CodecError, host_dtype
+from poise_client.codec import (
+    DTYPE_NAMES,
+    DTYPE_NUMBERS,
+    MAX_DELTA_ELEMENTS,
+    SAFETENSORS_DTYPES,
+    CodecError,
+    host_dtype,
+    make_delta,
+    safetensors_header,
+)
 from poise_client.types import WeightArray
 from poise_proto.v1 import generation_pb2 as pb
 
 CHUNK_BYTES = 2**20
-"""Parameters travel in chunks of 1 MiB."""
+"""Bodies travel in chunks of 1 MiB."""
 
-_DTYPES = frozenset({"float32", "float64", "float16", "bfloat16"})
+MAX_CHANGED_SHARE = 0.25
+"""Where more elements than that changed, a delta gains little, and takes long to make."""
+
+_MAX_THREADS = 4
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def wire_view(weight: WeightArray, name: str) -> memoryview:
@@ -27,7 +45,7 @@ def wire_view(weight: WeightArray, name: str) -> memoryview:
     Raises:
         CodecError: the array's element type is not what `weight.dtype` says.
     """
-    if weight.dtype not in _DTYPES or weight.array.dtype != host_dtype(weight.dtype):
+    if weight.dtype not in SAFETENSORS_DTYPES or weight.array.dtype != host_dtype(weight.dtype):
         raise CodecError(
             f"weights[{name!r}]",
             f"holds {weight.array.dtype.name} and says {weight.dtype}; required: float32, float64, float16, "
@@ -37,35 +55,63 @@ def wire_view(weight: WeightArray, name: str) -> memoryview:
     return little.reshape(-1).view(np.uint8).data
 
 
+def hash_weights(weights: Mapping[str, WeightArray]) -> dict[str, bytes]:
+    """Return the SHA-256 of each parameter. Hashes every byte: half a second a GB and core, on processors of today.
+
+    Raises:
+        CodecError: a parameter is not what its dtype says.
+    """
+    views = [wire_view(weight, name) for name, weight in weights.items()]
+    return dict(zip(weights, _in_threads(_sha256, views), strict=True))
+
+
 def combine_digests(sha256_by_name: Mapping[str, bytes]) -> bytes:
     """Return the digest of a whole policy: SHA-256 over its parameters' SHA-256 in order of name."""
     return hashlib.sha256(b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))).digest()
 
 
 def weights_digest(weights: Mapping[str, WeightArray]) -> bytes:
-    """Return the 32 bytes that name these parameters, as in `Policy.digest`. Hashes every byte: a second or so a GB.
+    """Return the 32 bytes that name these parameters, as in `Policy.digest`. Takes as long as `hash_weights`.
 
     Raises:
         CodecError: a parameter is not what its dtype says.
     """
-    return combine_digests({name: _sha256(weight, name) for name, weight in weights.items()})
-
-
-def _sha256(weight: WeightArray, name: str) -> bytes:
-    return hashlib.sha256(wire_view(weight, name)).digest()
+    return combine_digests(hash_weights(weights))
 
 
 @dataclass(frozen=True, slots=True)
-class Push:
-    """A push made ready: hashed once, sent as often as it takes."""
+class WeightPush:
+    """One version of a policy, made ready: hashed once, sent to as many replicas, and as often, as it takes."""
 
     begin: pb.WeightsBegin
-    views: tuple[memoryview, ...]
+    """What opens it. Not to be changed."""
+    body: tuple[memoryview, ...]
+    """What follows: each parameter whole, in the order announced; or, of a delta, the blocks of those that changed."""
 
     @classmethod
-    def prepare(cls, lineage_id: str, policy_version: int, weights: Mapping[str, WeightArray]) -> Push:
-        """Hash the parameters. Takes as long as `weights_digest`: not for an event loop's own thread."""
-        sha256_by_name = {name: _sha256(weight, name) for name, weight in weights.items()}
+    def prepare(
+        cls,
+        lineage_id: str,
+        policy_version: int,
+        weights: Mapping[str, WeightArray],
+        *,
+        sha256_by_name: Mapping[str, bytes] | None = None,
+        keep: bool = False,
+    ) -> WeightPush:
+        """Make a push of whole parameters.
+
+        Args:
+            lineage_id: the learner that numbers the versions.
+            policy_version: must exceed the one served, within a lineage.
+            weights: every parameter by its Hugging Face name, tied ones once. Must not change as long as this is used.
+            sha256_by_name: what `hash_weights` gave; None hashes them here, which is not for an event loop's thread.
+            keep: ask replicas to keep these weights, so that a `delta` can follow.
+
+        Raises:
+            CodecError: a parameter is not what its dtype says.
+        """
+        if sha256_by_name is None:
+            sha256_by_name = hash_weights(weights)
         begin = pb.WeightsBegin(
             lineage_id=lineage_id,
             policy_version=policy_version,
@@ -79,28 +125,102 @@ class Push:
                 for name, weight in weights.items()
             ],
             digest=combine_digests(sha256_by_name),
+            keep=keep,
         )
         return cls(begin, tuple(wire_view(weight, name) for name, weight in weights.items()))
 
+    @property
+    def is_delta(self) -> bool:
+        """Whether it holds only what changed since `begin.base`."""
+        return self.begin.HasField("base")
+
+    @property
+    def body_bytes(self) -> int:
+        """How much follows `begin`."""
+        return sum(len(part) for part in self.body)
+
+    def delta(self, base: WeightPush) -> WeightPush | None:
+        """Return this push as what changed since `base`; None where the parameters differ or most of them changed.
+
+        Compares every byte: not for an event loop's own thread. Both must be pushes of whole parameters.
+        """
+        if self.is_delta or base.is_delta:
+            raise ValueError("a delta is made of two pushes of whole parameters")
+        if [_form(tensor) for tensor in self.begin.tensors] != [_form(tensor) for tensor in base.begin.tensors]:
+            return None
+        sizes = [SAFETENSORS_DTYPES[DTYPE_NAMES[tensor.dtype]][1] for tensor in self.begin.tensors]
+        triples = list(zip(base.body, self.body, sizes, strict=True))
+        counts = [len(new) // size for _, new, size in triples]
+        if max(counts, default=0) > MAX_DELTA_ELEMENTS:
+            return None
+        if sum(_in_threads(_num_changed, triples)) > MAX_CHANGED_SHARE * sum(counts):
+            return None
+        begin, body = pb.WeightsBegin(), []
+        begin.CopyFrom(self.begin)
+        begin.base.lineage_id, begin.base.policy_version = base.begin.lineage_id, base.begin.policy_version
+        begin.base.digest = base.begin.digest
+        for tensor, (num_changed, block) in zip(begin.tensors, _in_threads(_encode, triples), strict=True):
+            tensor.num_changed, tensor.block_bytes = num_changed, len(block)
+            body.append(memoryview(block))
+        return WeightPush(begin, tuple(body))
+
+    def in_file(self, path: str) -> WeightPush:
+        """Return this push with its body in a file, which must hold `file_parts`."""
+        begin = pb.WeightsBegin()
+        begin.CopyFrom(self.begin)
+        begin.file = path
+        return WeightPush(begin, self.body)
+
+    def file_parts(self) -> Iterator[bytes | memoryview]:
+        """Yield what a file of the body holds: of whole parameters a safetensors file, of a delta its blocks alone."""
+        if not self.is_delta:
+            yield safetensors_header((t.name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in self.begin.tensors)
+        yield from self.body
+
     def messages(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.UpdateWeightsRequest]:
-        """Yield the push: one begin, full chunks and a last one, one commit."""
+        """Yield the push: one begin, full chunks and a last one unless the body lies in a file, one commit."""
         yield pb.UpdateWeightsRequest(begin=self.begin)
         offset = 0
-        for data in self._chunks(chunk_bytes):
+        for data in [] if self.begin.file else self._chunks(chunk_bytes):
             yield pb.UpdateWeightsRequest(chunk=pb.WeightsChunk(offset=offset, data=data))
             offset += len(data)
-        yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=offset))
+        yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.body_bytes))
 
     def _chunks(self, chunk_bytes: int) -> Iterator[bytes]:
-        pending = bytearray()
-        for view in self.views:
+        pending: list[memoryview] = []
+        num_pending = 0
+        for part in self.body:
             start = 0
-            while start < len(view):
-                end = min(len(view), start + chunk_bytes - len(pending))
-                pending += view[start:end]
+            while start < len(part):
+                end = min(len(part), start + chunk_bytes - num_pending)
+                pending.append(part[start:end])
+                num_pending += end - start
                 start = end
-                if len(pending) == chunk_bytes:
-                    yield bytes(pending)
-                    pending.clear()
+                if num_pending == chunk_bytes:
+                    yield b"".join(pending)
+                    pending, num_pending = [], 0
         if pending:
-            yield bytes(pending)
+            yield b"".join(pending)
+
+
+def _sha256(view: memoryview) -> bytes:
+    return hashlib.sha256(view).digest()
+
+
+def _form(tensor: pb.WeightTensor) -> tuple[str, int, tuple[int, ...]]:
+    return tensor.name, tensor.dtype, tuple(tensor.shape)
+
+
+def _num_changed(triple: tuple[memoryview, memoryview, int]) -> int:
+    base, new, size = triple
+    return int(np.count_nonzero(np.frombuffer(base, f"<u{size}") != np.frombuffer(new, f"<u{size}")))
+
+
+def _encode(triple: tuple[memoryview, memoryview, int]) -> tuple[int, bytes]:
+    return make_delta(*triple)
+
+
+def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return what `work`, which lets go of the interpreter for most of its time, makes of each."""
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="poise_client") as pool:
+        return list(pool.map(work, items))

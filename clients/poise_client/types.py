@@ -140,6 +140,8 @@ class Policy:
     feature_layer: int
     max_model_len: int
     num_running: int
+    keeps_base: bool = False
+    """Whether the weights last pushed are kept, for a delta to build on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,10 @@ class ReplicaResult:
     error: str
     push_s: float
     pause_s: float
+    digest: bytes = b""
+    """Of the weights it serves, as far as known; empty before its first push."""
+    sent_bytes: int = 0
+    """Of the last push: a delta's are few; 0 where a file was named instead."""
 
 
 @dataclass(frozen=True, slots=True)

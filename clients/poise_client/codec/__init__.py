@@ -13,6 +13,7 @@ from poise_client.codec._common import (
     encode_rollout_id,
     encode_version_span,
 )
+from poise_client.codec._delta import MAX_DELTA_ELEMENTS, apply_delta, make_delta, max_block_bytes
 from poise_client.codec._files import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.codec._generation import (
     decode_group,
@@ -44,6 +45,7 @@ from poise_client.codec._learner import (
     encode_step_result,
     encode_training_rollout,
 )
+from poise_client.codec._safetensors import SAFETENSORS_DTYPES, safetensors_header
 from poise_client.codec._tensor import (
     DTYPE_NAMES,
     DTYPE_NUMBERS,
@@ -72,9 +74,12 @@ __all__ = [
     "DTYPE_NAMES",
     "DTYPE_NUMBERS",
     "LABEL_SCHEMA_VERSION",
+    "MAX_DELTA_ELEMENTS",
     "MAX_ELEMENTS",
+    "SAFETENSORS_DTYPES",
     "CodecError",
     "DTypeName",
+    "apply_delta",
     "decode_batch_header",
     "decode_features",
     "decode_group",
@@ -121,6 +126,9 @@ __all__ = [
     "host_dtype",
     "load_batch",
     "load_labels",
+    "make_delta",
+    "max_block_bytes",
+    "safetensors_header",
     "to_tensor",
     "wire_bytes",
 ]

@@ -175,6 +175,7 @@ def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
         feature_layer=policy.feature_layer,
         max_model_len=policy.max_model_len,
         num_running=policy.num_running,
+        keeps_base=policy.keeps_base,
     )
 
 
@@ -193,6 +194,7 @@ def decode_policy(message: pb.GetPolicyResponse) -> Policy:
         feature_layer=message.feature_layer,
         max_model_len=message.max_model_len,
         num_running=message.num_running,
+        keeps_base=message.keeps_base,
     )
 
 

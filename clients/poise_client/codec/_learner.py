@@ -126,13 +126,22 @@ def encode_replica_result(result: ReplicaResult) -> pb.ReplicaResult:
         error=result.error,
         push_s=result.push_s,
         pause_s=result.pause_s,
+        digest=result.digest,
+        sent_bytes=result.sent_bytes,
     )
 
 
 def decode_replica_result(message: pb.ReplicaResult) -> ReplicaResult:
     """Unpack how the publishing to a replica went."""
     return ReplicaResult(
-        message.address, message.policy_version, message.current, message.error, message.push_s, message.pause_s
+        address=message.address,
+        policy_version=message.policy_version,
+        current=message.current,
+        error=message.error,
+        push_s=message.push_s,
+        pause_s=message.pause_s,
+        digest=message.digest,
+        sent_bytes=message.sent_bytes,
     )
 
 

@@ -384,12 +384,18 @@ class WeightTensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    NUM_CHANGED_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its Hugging Face state-dict name. Required."""
     dtype: _common_pb2.Dtype.ValueType
     """Element type."""
     sha256: _builtins.bytes
-    """SHA-256 of its bytes, 32 bytes."""
+    """SHA-256 of its bytes, whole and as they will be served, 32 bytes."""
+    num_changed: _builtins.int
+    """Elements that differ from the base's. 0 but in a delta."""
+    block_bytes: _builtins.int
+    """Bytes of its block in the body of a delta; 0 where nothing changed, and 0 but in a delta."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Axis lengths."""
@@ -401,14 +407,46 @@ class WeightTensor(_message.Message):
         dtype: _common_pb2.Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         sha256: _builtins.bytes = ...,
+        num_changed: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "sha256", b"sha256", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "dtype", b"dtype", "name", b"name", "num_changed", b"num_changed", "sha256", b"sha256", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WeightTensor: _TypeAlias = WeightTensor  # noqa: Y015
+
+@_typing.final
+class WeightsBase(_message.Message):
+    """Weights that a replica serves and has kept, for a delta to build on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINEAGE_ID_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    lineage_id: _builtins.str
+    """Learner that numbers the versions. Required."""
+    policy_version: _builtins.int
+    """Their version."""
+    digest: _builtins.bytes
+    """Their digest, 32 bytes. Required."""
+    def __init__(
+        self,
+        *,
+        lineage_id: _builtins.str = ...,
+        policy_version: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lineage_id", b"lineage_id", "policy_version", b"policy_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsBase: _TypeAlias = WeightsBase  # noqa: Y015
 
 @_typing.final
 class WeightsBegin(_message.Message):
@@ -420,15 +458,32 @@ class WeightsBegin(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
     """Learner that numbers the versions; a replica that served another lineage starts over. Required."""
     policy_version: _builtins.int
     """The version that will be served. Must exceed the one served, within a lineage."""
     digest: _builtins.bytes
     """Digest of the whole policy: SHA-256 over the tensors' sha256 in order of name, 32 bytes."""
+    file: _builtins.str
+    """Unset: the body follows in chunks. Set: it lies in this file of the replica's host, within a folder that the
+    replica's `shared_dirs` allows, and no chunks follow. A full body is then a safetensors file: its header first.
+    """
+    keep: _builtins.bool
+    """Whether the sender would like these weights kept as the base of a later delta."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightTensor]:
         """The parameters, in the order their bytes follow. Tied parameters are sent once."""
+
+    @_builtins.property
+    def base(self) -> Global___WeightsBase:
+        """Unset: the body is the tensors' bytes, one after another. Set: it is a delta, the blocks of the tensors that
+        changed since, one after another. A block is a zlib stream of the positions of the changed elements, as each one's
+        distance from the one before (the first's from -1), uint32, and then of what was added to their bits, modulo their
+        size and zigzag-coded; both little-endian and plane by plane: the first bytes of all, then the second, and so on.
+        """
 
     def __init__(
         self,
@@ -437,10 +492,13 @@ class WeightsBegin(_message.Message):
         policy_version: _builtins.int = ...,
         tensors: _abc.Iterable[Global___WeightTensor] | None = ...,
         digest: _builtins.bytes = ...,
+        base: Global___WeightsBase | None = ...,
+        file: _builtins.str = ...,
+        keep: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "digest", b"digest", "file", b"file", "keep", b"keep", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -448,14 +506,14 @@ Global___WeightsBegin: _TypeAlias = WeightsBegin  # noqa: Y015
 
 @_typing.final
 class WeightsChunk(_message.Message):
-    """The next bytes of the concatenated tensors."""
+    """The next bytes of the body."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Byte offset in the concatenation; must equal what was received so far."""
+    """Byte offset in the body; must equal what was received so far."""
     data: _builtins.bytes
     """1 byte .. 2 MiB."""
     def __init__(
@@ -480,7 +538,7 @@ class WeightsCommit(_message.Message):
 
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     total_bytes: _builtins.int
-    """Bytes sent in all."""
+    """Bytes of the body, without a file's header."""
     def __init__(
         self,
         *,
@@ -601,6 +659,7 @@ class GetPolicyResponse(_message.Message):
     FEATURE_LAYER_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    KEEPS_BASE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Made anew at each start of the process."""
     lineage_id: _builtins.str
@@ -625,6 +684,8 @@ class GetPolicyResponse(_message.Message):
     """Most tokens of prompt and response together."""
     num_running: _builtins.int
     """Rollouts running now."""
+    keeps_base: _builtins.bool
+    """Whether the weights last pushed are kept, so that a delta against them is taken."""
     def __init__(
         self,
         *,
@@ -640,10 +701,11 @@ class GetPolicyResponse(_message.Message):
         feature_layer: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
         num_running: _builtins.int = ...,
+        keeps_base: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "keeps_base", b"keeps_base", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

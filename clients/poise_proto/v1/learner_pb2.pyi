@@ -279,6 +279,8 @@ class ReplicaResult(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     PUSH_S_FIELD_NUMBER: _builtins.int
     PAUSE_S_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """host:port."""
     policy_version: _builtins.int
@@ -291,6 +293,10 @@ class ReplicaResult(_message.Message):
     """Seconds the push took."""
     pause_s: _builtins.float
     """Seconds for which the replica stood still."""
+    digest: _builtins.bytes
+    """Digest of the weights it serves, as far as known; empty before its first push."""
+    sent_bytes: _builtins.int
+    """Bytes of the last push as it was sent: a delta's are few. 0 where a file was named instead."""
     def __init__(
         self,
         *,
@@ -300,10 +306,12 @@ class ReplicaResult(_message.Message):
         error: _builtins.str = ...,
         push_s: _builtins.float = ...,
         pause_s: _builtins.float = ...,
+        digest: _builtins.bytes = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "current", b"current", "error", b"error", "pause_s", b"pause_s", "policy_version", b"policy_version", "push_s", b"push_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "current", b"current", "digest", b"digest", "error", b"error", "pause_s", b"pause_s", "policy_version", b"policy_version", "push_s", b"push_s", "sent_bytes", b"sent_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,7 +108,7 @@ metrics = st.builds(
     doubles,
     doubles,
 )
-replicas = st.builds(types.ReplicaResult, names, uint64s, booleans, texts, doubles, doubles)
+replicas = st.builds(types.ReplicaResult, names, uint64s, booleans, texts, doubles, doubles, digests, uint64s)
 probes = st.builds(
     types.ProbeStatus, names, uint64s, uint32s, uint32s, uint32s, uint32s, doubles, st.floats(), st.floats()
 )
@@ -127,7 +127,21 @@ PAIRS = {
     "policy": (
         st.builds(
             types.Policy,
-            *(names, names, uint64s, digests, booleans, texts, names, names, uint32s, uint32s, uint32s, uint32s),
+            *(
+                names,
+                names,
+                uint64s,
+                digests,
+                booleans,
+                texts,
+                names,
+                names,
+                uint32s,
+                uint32s,
+                uint32s,
+                uint32s,
+                booleans,
+            ),
         ),
         generation_pb2.GetPolicyResponse,
     ),

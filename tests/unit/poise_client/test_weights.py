@@ -2,10 +2,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from poise_client import weights_digest
-from poise_client._weights import Push
-from poise_client.codec import CodecError
+from poise_client import WeightPush, combine_digests, hash_weights, weights_digest
+from poise_client.codec import CodecError, apply_delta
 from poise_client.types import WeightArray
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -67,7 +67,7 @@ def test_a_parameter_that_is_not_what_it_says_is_refused_by_name(array, dtype):
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 5, 28, 1000])
 def test_a_push_sends_every_byte_once_in_full_chunks(chunk_bytes):
-    messages = list(Push.prepare("lineage", 7, WEIGHTS).messages(chunk_bytes))
+    messages = list(WeightPush.prepare("lineage", 7, WEIGHTS).messages(chunk_bytes))
     begin, commit = messages[0].begin, messages[-1].commit
     chunks = [message.chunk for message in messages[1:-1]]
     assert [message.WhichOneof("part") for message in messages] == ["begin", *["chunk"] * len(chunks), "commit"]
@@ -88,5 +88,87 @@ def test_a_push_sends_every_byte_once_in_full_chunks(chunk_bytes):
 
 
 def test_a_push_can_be_sent_again():
-    push = Push.prepare("lineage", 7, WEIGHTS)
+    push = WeightPush.prepare("lineage", 7, WEIGHTS)
     assert list(push.messages()) == list(push.messages())
+
+
+def bf16(values):
+    return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def versions(seed=0):
+    """Two versions of which few elements differ: a matrix's, a vector's; and nothing of a third."""
+    random = np.random.default_rng(seed)
+    matrix, vector = bf16(random.normal(size=(60, 50))), random.normal(size=400).astype(np.float32)
+    other, moved = matrix.copy(), vector.copy()
+    other.flat[random.choice(matrix.size, 30, replace=False)] += 1
+    moved[7] = -moved[7]
+    same = WeightArray(np.ones((3, 2), np.float16), "float16")
+    return (
+        {"m": WeightArray(matrix, "bfloat16"), "v": WeightArray(vector, "float32"), "s": same},
+        {"m": WeightArray(other, "bfloat16"), "v": WeightArray(moved, "float32"), "s": same},
+    )
+
+
+def test_a_delta_announces_the_whole_and_carries_what_changed():
+    old, new = versions()
+    base, full = WeightPush.prepare("l", 3, old), WeightPush.prepare("l", 4, new, keep=True)
+    delta = full.delta(base)
+    assert delta is not None
+    assert (delta.is_delta, full.is_delta) == (True, False)
+    assert delta.body_bytes < full.body_bytes / 20
+    assert delta.begin.base == pb.WeightsBase(lineage_id="l", policy_version=3, digest=weights_digest(old))
+    assert [tensor.num_changed for tensor in delta.begin.tensors] == [30, 1, 0]
+    assert [tensor.block_bytes for tensor in delta.begin.tensors] == [len(block) for block in delta.body]
+    assert delta.begin.tensors[2].block_bytes == 0
+    whole = pb.WeightsBegin()
+    whole.CopyFrom(delta.begin)
+    whole.ClearField("base")
+    for tensor in whole.tensors:
+        tensor.num_changed = tensor.block_bytes = 0
+    assert whole == full.begin
+    for block, name, size in zip(delta.body, "mvs", (2, 4, 2), strict=True):
+        rebuilt = bytearray(old[name].array.tobytes())
+        apply_delta(rebuilt, block, len(block) and {"m": 30, "v": 1}[name], size, name)
+        assert rebuilt == new[name].array.tobytes()
+
+
+def test_there_is_no_delta_between_weights_of_another_form_or_where_most_changed():
+    old, new = versions()
+    full = WeightPush.prepare("l", 4, new)
+    reshaped = old | {"m": WeightArray(old["m"].array.reshape(50, 60), "bfloat16")}
+    changed = old | {"m": WeightArray(old["m"].array + np.uint16(1), "bfloat16")}
+    for other in (reshaped, {"m": old["m"], "v": old["v"]}, dict(reversed(old.items())), changed):
+        assert full.delta(WeightPush.prepare("l", 3, other)) is None
+    delta = full.delta(WeightPush.prepare("l", 3, old))
+    with pytest.raises(ValueError, match="whole"):
+        full.delta(delta)
+
+
+def test_a_push_in_a_file_names_it_and_sends_no_chunk(tmp_path):
+    _, new = versions()
+    push = WeightPush.prepare("l", 4, new)
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(push.file_parts()))
+    begin, commit = push.in_file(str(path)).messages()
+    assert begin.begin.file == str(path)
+    assert commit.commit.total_bytes == push.body_bytes
+    assert not push.begin.file
+    with safe_open(path, framework="numpy") as file:
+        assert list(file.keys()) == sorted(new)
+        np.testing.assert_array_equal(file.get_tensor("v"), new["v"].array)
+        assert file.get_slice("m").get_dtype() == "BF16"
+
+
+def test_a_file_of_a_delta_holds_its_blocks_alone():
+    old, new = versions()
+    delta = WeightPush.prepare("l", 4, new).delta(WeightPush.prepare("l", 3, old))
+    assert b"".join(delta.file_parts()) == b"".join(delta.body)
+
+
+def test_hashes_given_are_not_taken_again():
+    given = {name: name.encode().ljust(32) for name in WEIGHTS}
+    push = WeightPush.prepare("l", 4, WEIGHTS, sha256_by_name=given)
+    assert {tensor.name: tensor.sha256 for tensor in push.begin.tensors} == given
+    assert push.begin.digest == combine_digests(given)
+    assert combine_digests(hash_weights(WEIGHTS)) == by_hand()
