@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
-from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.weights import check_weights
-from poise_client.types import EntropyStats, Features, Message, VersionSpan
+from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
 
 WIDTH = 4
 VOCABULARY = 256
@@ -34,7 +34,7 @@ class ScriptedEngine:
 
     def __init__(self, *, max_model_len: int = 64) -> None:
         self.before_rollout: Callable[[EngineRequest], Awaitable[None]] = at_once
-        """Awaited by each rollout while it runs: to hold it back, or to make it fail."""
+        """Awaited by each rollout and encoding while it runs: to hold it back, or to make it fail."""
         self.before_update: Callable[[Path], Awaitable[None]] = at_once
         """Awaited by each update before it takes effect."""
         self.requests: list[EngineRequest] = []
@@ -73,6 +73,15 @@ class ScriptedEngine:
         return list(content.encode())
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
+        first_version = await self._run(request)
+        return self._rollout(request, first_version)
+
+    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+        request = EngineRequest("encode", prompt_token_ids, Sampling(max_tokens=1))
+        return EngineEncoding(_prompt_hidden(prompt_token_ids), await self._run(request))
+
+    async def _run(self, request: EngineRequest) -> int:
+        """Take as long as the test says; return the version served at the start."""
         self._check_alive()
         self.requests.append(request)
         self._num_running += 1
@@ -86,7 +95,7 @@ class ScriptedEngine:
             raise
         finally:
             self._num_running -= 1
-        return self._rollout(request, first_version)
+        return first_version
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         self._check_alive()
@@ -121,7 +130,7 @@ class ScriptedEngine:
             logprobs=-random.uniform(0, 2, length).astype(np.float32),
             token_entropies=entropies,
             features=Features(
-                random.normal(size=WIDTH).astype(np.float32),
+                _prompt_hidden(request.prompt_token_ids),
                 random.normal(size=WIDTH).astype(np.float32) * (length > 1),
                 EntropyStats(
                     float(entropies.mean()), float(entropies[-1]), float(entropies.max()), float(entropies.min())
@@ -133,3 +142,7 @@ class ScriptedEngine:
             first_token_s=0.001,
             total_s=0.002,
         )
+
+
+def _prompt_hidden(prompt_token_ids: Sequence[int]) -> Floats:
+    return np.random.default_rng(list(prompt_token_ids)).normal(size=WIDTH).astype(np.float32)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any, TypeVar
+
+import grpc.aio
 
 from poise_client._client import AsyncClient, encoding, pack
 from poise_client._retry import Attempts
 from poise_client._status import renumber
 from poise_client._weights import WeightPush
-from poise_client.codec import decode_group, decode_policy, decode_weight_update, encode_prompt, encode_sampling
+from poise_client.codec import (
+    decode_encoded_prompt,
+    decode_group,
+    decode_policy,
+    decode_weight_update,
+    encode_prompt,
+    encode_sampling,
+)
 from poise_client.errors import InvalidRequestError, PoiseClientError, UnavailableError
-from poise_client.types import Group, Policy, Prompt, Sampling, WeightArray, WeightUpdate
+from poise_client.types import EncodedPrompt, Group, Policy, Prompt, Sampling, WeightArray, WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
 STREAM_TIMEOUT_S = 1800.0
 UPDATE_TIMEOUT_S = 300.0
+ENCODE_TIMEOUT_S = 300.0
 UNARY_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+M = TypeVar("M", pb.StreamTrajectoriesResponse, pb.EncodePromptsResponse)
 
 
 class AsyncGenerationClient(AsyncClient):
@@ -65,50 +79,97 @@ class AsyncGenerationClient(AsyncClient):
                 return_token_entropies=return_token_entropies,
                 min_policy_version=min_policy_version,
             )
-        specs = []
-        for i, prompt in enumerate(prompts):
-            with encoding(f"prompts[{i}]"):
-                specs.append(encode_prompt(prompt, f"prompts[{i}]"))
-        _refuse_duplicates([spec.group_id for spec in specs])
+        specs = _encode_prompts(prompts)
         attempts = self._attempts(timeout_s, STREAM_TIMEOUT_S)
+
+        def start(part: list[pb.PromptSpec], left_s: float) -> grpc.aio.UnaryStreamCall[Any, Any]:
+            request = pb.StreamTrajectoriesRequest(prompts=part)
+            request.MergeFrom(base)
+            return GenerationServiceStub(self._open()).StreamTrajectories(
+                request, timeout=left_s, metadata=self._dialer.metadata
+            )
+
+        async with aclosing(self._each_once("StreamTrajectories", specs, attempts, start, decode_group)) as groups:
+            async for group in groups:
+                yield group
+
+    async def encode_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[EncodedPrompt]:
+        """Return each prompt's state, by one pass through the model without sampling, in the order of `prompts`.
+
+        What `AsyncValueClient.score_prompts` values prompts by, before any rollout. When the service fails midway, the
+        prompts that it has not answered are asked for again.
+
+        Args:
+            prompts: what to encode; their group ids must differ.
+            timeout_s: deadline of it all; 5 minutes by default.
+
+        Raises:
+            PoiseClientError: see `poise_client.errors`.
+        """
+        specs = _encode_prompts(prompts)
+        attempts = self._attempts(timeout_s, ENCODE_TIMEOUT_S)
+
+        def start(part: list[pb.PromptSpec], left_s: float) -> grpc.aio.UnaryStreamCall[Any, Any]:
+            return GenerationServiceStub(self._open()).EncodePrompts(
+                pb.EncodePromptsRequest(prompts=part), timeout=left_s, metadata=self._dialer.metadata
+            )
+
+        encoded: dict[str, EncodedPrompt] = {}
+        answers = self._each_once("EncodePrompts", specs, attempts, start, decode_encoded_prompt)
+        async with aclosing(answers):
+            async for prompt in answers:
+                encoded[prompt.group_id] = prompt
+        return [encoded[spec.group_id] for spec in specs]
+
+    async def _each_once(
+        self,
+        method: str,
+        specs: Sequence[pb.PromptSpec],
+        attempts: Attempts,
+        start: Callable[[list[pb.PromptSpec], float], grpc.aio.UnaryStreamCall[Any, M]],
+        decode: Callable[[M], T],
+    ) -> AsyncGenerator[T, None]:
+        """Yield the answer to each prompt once, over as many attempts as it takes."""
         for part in pack(specs):
             unfinished = {specs[i].group_id: i for i in part}
             while unfinished:
                 indices = list(unfinished.values())
-                request = pb.StreamTrajectoriesRequest(prompts=[specs[i] for i in indices])
-                request.MergeFrom(base)
+                asked = [specs[i] for i in indices]
                 try:
-                    async with aclosing(self._stream_once(request, unfinished, attempts)) as groups:
-                        async for group in groups:
-                            yield group
+                    async with aclosing(self._attempt(method, asked, unfinished, attempts, start, decode)) as answers:
+                        async for answer in answers:
+                            yield answer
                 except PoiseClientError as error:
                     renumber(error, "prompts", indices)
                     await attempts.wait_after(error)
 
-    async def _stream_once(
-        self, request: pb.StreamTrajectoriesRequest, unfinished: dict[str, int], attempts: Attempts
-    ) -> AsyncGenerator[Group, None]:
-        """Yield the groups of one attempt, crossing them off; raise unless none is left."""
-        method = "StreamTrajectories"
+    async def _attempt(
+        self,
+        method: str,
+        asked: list[pb.PromptSpec],
+        unfinished: dict[str, int],
+        attempts: Attempts,
+        start: Callable[[list[pb.PromptSpec], float], grpc.aio.UnaryStreamCall[Any, M]],
+        decode: Callable[[M], T],
+    ) -> AsyncGenerator[T, None]:
+        """Yield the answers of one attempt, crossing their prompts off; raise unless none is left."""
         with self._translated(method):
-            call = GenerationServiceStub(self._open()).StreamTrajectories(
-                request, timeout=attempts.remaining_s(), metadata=self._dialer.metadata
-            )
+            call = start(asked, attempts.remaining_s())
         try:
             while True:
                 with self._translated(method):
-                    message = await call.read()
-                    if not isinstance(message, pb.StreamTrajectoriesResponse):
+                    message: Any = await call.read()
+                    if not message:  # gRPC's end of the stream; a message is true, even an empty one
                         break
-                    group = decode_group(message)
-                if unfinished.pop(group.group_id, None) is not None:
+                    answer = decode(message)
+                if unfinished.pop(message.group_id, None) is not None:
                     attempts.progressed()
-                    yield group
+                    yield answer
         finally:
             call.cancel()
         if unfinished:
             raise UnavailableError(
-                f"the stream ended with {len(unfinished)} groups missing",
+                f"the stream ended with {len(unfinished)} prompts missing",
                 retryable=True,
                 call=f"{self.service}.{method} at {self.target}",
             )
@@ -172,6 +233,15 @@ class AsyncGenerationClient(AsyncClient):
             ),
             decode_weight_update,
         )
+
+
+def _encode_prompts(prompts: Sequence[Prompt]) -> list[pb.PromptSpec]:
+    specs = []
+    for i, prompt in enumerate(prompts):
+        with encoding(f"prompts[{i}]"):
+            specs.append(encode_prompt(prompt, f"prompts[{i}]"))
+    _refuse_duplicates([spec.group_id for spec in specs])
+    return specs
 
 
 def _refuse_duplicates(group_ids: Sequence[str]) -> None:

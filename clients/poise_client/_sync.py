@@ -23,6 +23,7 @@ from poise_client._weights import WeightPush
 from poise_client.errors import UnavailableError
 from poise_client.types import (
     Batch,
+    EncodedPrompt,
     Group,
     GroupBaselines,
     GroupFeatures,
@@ -32,6 +33,8 @@ from poise_client.types import (
     Policy,
     ProbeReport,
     Prompt,
+    PromptFeatures,
+    PromptScore,
     Sampling,
     StepResult,
     WeightArray,
@@ -258,6 +261,20 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
         )
         return GroupStream(self, groups)
 
+    def encode_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[EncodedPrompt]:
+        """Return each prompt's state, by one pass through the model without sampling, in the order of `prompts`.
+
+        What `ValueClient.score_prompts` values prompts by, before any rollout.
+
+        Args:
+            prompts: what to encode; their group ids must differ.
+            timeout_s: deadline of it all; 5 minutes by default.
+
+        Raises:
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.encode_prompts(prompts, timeout_s=timeout_s))
+
     def get_policy(self, *, timeout_s: float | None = None) -> Policy:
         """Ask which policy is served, and what the engine can do."""
         return self._run(self._client.get_policy(timeout_s=timeout_s))
@@ -325,6 +342,22 @@ class ValueClient(SyncClient[AsyncValueClient]):
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(self._client.estimate_baselines(run_id, step, groups, timeout_s=timeout_s))
+
+    def score_prompts(self, prompts: Sequence[PromptFeatures], *, timeout_s: float | None = None) -> list[PromptScore]:
+        """Value prompts before any rollout, by the current probes; the answers come in the order of `prompts`.
+
+        For choosing what to sample. It pins nothing and may be asked at any time: a step's baselines are
+        `estimate_baselines`' alone.
+
+        Args:
+            prompts: their states, from `GenerationClient.encode_prompts`.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            InvalidRequestError: the service's probes have no `prompt_hidden` among their inputs; or another width.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.score_prompts(prompts, timeout_s=timeout_s))
 
     def publish_labels(self, groups: Sequence[LabelledGroup], *, timeout_s: float | None = None) -> int:
         """Queue labelled groups, durably, for the probe to learn from; return how many.

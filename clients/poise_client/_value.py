@@ -11,11 +11,13 @@ from poise_client.codec import (
     CodecError,
     decode_group_baselines,
     decode_probe_report,
+    decode_prompt_score,
     encode_group_features,
     encode_labelled_group,
+    encode_prompt_features,
 )
 from poise_client.errors import PoiseClientError
-from poise_client.types import GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport
+from poise_client.types import GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport, PromptFeatures, PromptScore
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1.value_pb2_grpc import ValueServiceStub
 
@@ -78,6 +80,52 @@ class AsyncValueClient(AsyncClient):
             "EstimateBaselines",
             attempts,
             lambda left_s: ValueServiceStub(self._open()).EstimateBaselines(
+                request, timeout=left_s, metadata=self._dialer.metadata
+            ),
+            decode,
+        )
+
+    async def score_prompts(
+        self, prompts: Sequence[PromptFeatures], *, timeout_s: float | None = None
+    ) -> list[PromptScore]:
+        """Value prompts before any rollout, by the current probes; the answers come in the order of `prompts`.
+
+        For choosing what to sample. It pins nothing and may be asked at any time: a step's baselines are
+        `estimate_baselines`' alone. Many prompts are split over requests.
+
+        Args:
+            prompts: their states, from `AsyncGenerationClient.encode_prompts`.
+            timeout_s: deadline of it all; a minute by default.
+
+        Raises:
+            InvalidRequestError: the service's probes have no `prompt_hidden` among their inputs; or another width.
+            PoiseClientError: see `poise_client.errors`.
+        """
+        messages = []
+        for i, prompt in enumerate(prompts):
+            with encoding(f"prompts[{i}]"):
+                messages.append(encode_prompt_features(prompt, f"prompts[{i}]"))
+        attempts = self._attempts(timeout_s, TIMEOUT_S)
+        scores: list[PromptScore] = []
+        for part in pack(messages):
+            request = pb.ScorePromptsRequest(prompts=[messages[i] for i in part])
+            try:
+                scores += await self._score(request, attempts)
+            except PoiseClientError as error:
+                renumber(error, "prompts", part)
+                raise
+        return scores
+
+    async def _score(self, request: pb.ScorePromptsRequest, attempts: Attempts) -> list[PromptScore]:
+        def decode(response: pb.ScorePromptsResponse) -> list[PromptScore]:
+            if [prompt.group_id for prompt in response.prompts] != [prompt.group_id for prompt in request.prompts]:
+                raise CodecError("prompts", "are not the prompts asked for")
+            return [decode_prompt_score(prompt, f"prompts[{i}]") for i, prompt in enumerate(response.prompts)]
+
+        return await self._call(
+            "ScorePrompts",
+            attempts,
+            lambda left_s: ValueServiceStub(self._open()).ScorePrompts(
                 request, timeout=left_s, metadata=self._dialer.metadata
             ),
             decode,

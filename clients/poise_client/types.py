@@ -125,6 +125,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt's state, from one pass through the model without sampling."""
+
+    group_id: str
+    num_prompt_tokens: int
+    prompt_hidden: Floats
+    """[d]: what it would be in the features of the prompt's rollouts."""
+    policy_version: int
+    """Whose state it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """What a generation replica serves."""
 
@@ -183,6 +195,26 @@ class GroupBaselines:
     """[n], in [0, 1]: g_k(z_i)."""
     baselines: Floats | None
     """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFeatures:
+    """The state of a prompt that has no rollouts yet, to be valued."""
+
+    group_id: str
+    domain: str
+    prompt_hidden: Floats
+    """[d]"""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScore:
+    """What a prompt's rollouts are expected to get."""
+
+    group_id: str
+    probe_version: int
+    value: float | None
+    """In [0, 1]; None while the domain has no probe."""
 
 
 @dataclass(frozen=True, slots=True)

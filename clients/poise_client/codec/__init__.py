@@ -16,12 +16,14 @@ from poise_client.codec._common import (
 from poise_client.codec._delta import MAX_DELTA_ELEMENTS, apply_delta, make_delta, max_block_bytes
 from poise_client.codec._files import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.codec._generation import (
+    decode_encoded_prompt,
     decode_group,
     decode_policy,
     decode_prompt,
     decode_rollout,
     decode_sampling,
     decode_weight_update,
+    encode_encoded_prompt,
     encode_group,
     encode_policy,
     encode_prompt,
@@ -63,10 +65,14 @@ from poise_client.codec._value import (
     decode_group_features,
     decode_labelled_group,
     decode_probe_report,
+    decode_prompt_features,
+    decode_prompt_score,
     encode_group_baselines,
     encode_group_features,
     encode_labelled_group,
     encode_probe_report,
+    encode_prompt_features,
+    encode_prompt_score,
 )
 
 __all__ = [
@@ -81,6 +87,7 @@ __all__ = [
     "DTypeName",
     "apply_delta",
     "decode_batch_header",
+    "decode_encoded_prompt",
     "decode_features",
     "decode_group",
     "decode_group_baselines",
@@ -91,6 +98,8 @@ __all__ = [
     "decode_policy",
     "decode_probe_report",
     "decode_prompt",
+    "decode_prompt_features",
+    "decode_prompt_score",
     "decode_replica_result",
     "decode_rollout",
     "decode_rollout_id",
@@ -103,6 +112,7 @@ __all__ = [
     "dump_batch",
     "dump_labels",
     "encode_batch_header",
+    "encode_encoded_prompt",
     "encode_features",
     "encode_group",
     "encode_group_baselines",
@@ -113,6 +123,8 @@ __all__ = [
     "encode_policy",
     "encode_probe_report",
     "encode_prompt",
+    "encode_prompt_features",
+    "encode_prompt_score",
     "encode_replica_result",
     "encode_rollout",
     "encode_rollout_id",

@@ -16,7 +16,17 @@ from poise_client.codec._common import (
     vector,
 )
 from poise_client.codec._tensor import CodecError, from_tensor
-from poise_client.types import FinishReason, Group, Message, Policy, Prompt, Rollout, Sampling, WeightUpdate
+from poise_client.types import (
+    EncodedPrompt,
+    FinishReason,
+    Group,
+    Message,
+    Policy,
+    Prompt,
+    Rollout,
+    Sampling,
+    WeightUpdate,
+)
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -157,6 +167,26 @@ def decode_group(message: pb.StreamTrajectoriesResponse, field: str = "group") -
             decode_rollout(trajectory, join(field, f"trajectories[{i}]"))
             for i, trajectory in enumerate(message.trajectories)
         ),
+    )
+
+
+def encode_encoded_prompt(prompt: EncodedPrompt, field: str = "prompt") -> pb.EncodePromptsResponse:
+    """Pack a prompt's state."""
+    return pb.EncodePromptsResponse(
+        group_id=prompt.group_id,
+        num_prompt_tokens=prompt.num_prompt_tokens,
+        prompt_hidden=vector(prompt.prompt_hidden, join(field, "prompt_hidden")),
+        policy_version=prompt.policy_version,
+    )
+
+
+def decode_encoded_prompt(message: pb.EncodePromptsResponse, field: str = "prompt") -> EncodedPrompt:
+    """Unpack a prompt's state."""
+    return EncodedPrompt(
+        message.group_id,
+        message.num_prompt_tokens,
+        from_tensor(message.prompt_hidden, field=join(field, "prompt_hidden")),
+        message.policy_version,
     )
 
 

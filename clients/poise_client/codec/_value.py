@@ -8,7 +8,16 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from poise_client.codec._common import DEFAULT_DOMAIN, decode_features, encode_features, join, vector
 from poise_client.codec._tensor import CodecError, from_tensor
-from poise_client.types import Features, GroupBaselines, GroupFeatures, LabelledGroup, ProbeReport, ProbeStatus
+from poise_client.types import (
+    Features,
+    GroupBaselines,
+    GroupFeatures,
+    LabelledGroup,
+    ProbeReport,
+    ProbeStatus,
+    PromptFeatures,
+    PromptScore,
+)
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import value_pb2 as pb
 
@@ -85,6 +94,42 @@ def decode_group_baselines(message: pb.GroupBaselines, field: str = "group") -> 
         if baselines.shape != values.shape:
             raise CodecError(join(field, "baselines"), f"has {baselines.size} elements for {values.size} values")
     return GroupBaselines(message.group_id, message.probe_version, values, baselines)
+
+
+def encode_prompt_features(prompt: PromptFeatures, field: str = "prompt") -> pb.PromptFeatures:
+    """Pack the state of a prompt that is to be valued."""
+    return pb.PromptFeatures(
+        group_id=prompt.group_id,
+        domain=prompt.domain,
+        prompt_hidden=vector(prompt.prompt_hidden, join(field, "prompt_hidden")),
+    )
+
+
+def decode_prompt_features(message: pb.PromptFeatures, field: str = "prompt") -> PromptFeatures:
+    """Unpack the state of a prompt that is to be valued; no domain means "default"."""
+    prompt_hidden = from_tensor(message.prompt_hidden, field=join(field, "prompt_hidden"))
+    return PromptFeatures(message.group_id, message.domain or DEFAULT_DOMAIN, prompt_hidden)
+
+
+def encode_prompt_score(score: PromptScore) -> pb.PromptScore:
+    """Pack the answer for a prompt."""
+    if score.value is None:
+        return pb.PromptScore(group_id=score.group_id, status=pb.BASELINE_STATUS_NO_PROBE)
+    return pb.PromptScore(
+        group_id=score.group_id,
+        status=pb.BASELINE_STATUS_OK,
+        value=score.value,
+        probe_version=score.probe_version,
+    )
+
+
+def decode_prompt_score(message: pb.PromptScore, field: str = "prompt") -> PromptScore:
+    """Unpack the answer for a prompt. Raises `CodecError` for an unset status."""
+    if message.status == pb.BASELINE_STATUS_NO_PROBE:
+        return PromptScore(message.group_id, 0, None)
+    if message.status != pb.BASELINE_STATUS_OK:
+        raise CodecError(join(field, "status"), f"is unset or unknown ({message.status})")
+    return PromptScore(message.group_id, message.probe_version, message.value)
 
 
 def encode_labelled_group(group: LabelledGroup, field: str = "group") -> pb.LabelledGroup:

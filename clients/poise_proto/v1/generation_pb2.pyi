@@ -375,6 +375,66 @@ class StreamTrajectoriesResponse(_message.Message):
 Global___StreamTrajectoriesResponse: _TypeAlias = StreamTrajectoriesResponse  # noqa: Y015
 
 @_typing.final
+class EncodePromptsRequest(_message.Message):
+    """Prompts to encode."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptSpec]:
+        """The prompts. 1..4096. Each must leave room for one response token."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___PromptSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodePromptsRequest: _TypeAlias = EncodePromptsRequest  # noqa: Y015
+
+@_typing.final
+class EncodePromptsResponse(_message.Message):
+    """One encoded prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_HIDDEN_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.str
+    """The prompt's group."""
+    num_prompt_tokens: _builtins.int
+    """Prompt tokens as the model saw them."""
+    policy_version: _builtins.int
+    """The version whose state it is."""
+    @_builtins.property
+    def prompt_hidden(self) -> _common_pb2.Tensor:
+        """float32 [d]: what prompt_hidden of its rollouts would be."""
+
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.str = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        prompt_hidden: _common_pb2.Tensor | None = ...,
+        policy_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_hidden", b"prompt_hidden"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "num_prompt_tokens", b"num_prompt_tokens", "policy_version", b"policy_version", "prompt_hidden", b"prompt_hidden"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodePromptsResponse: _TypeAlias = EncodePromptsResponse  # noqa: Y015
+
+@_typing.final
 class WeightTensor(_message.Message):
     """One parameter in a push."""
 

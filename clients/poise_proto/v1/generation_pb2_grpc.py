@@ -40,6 +40,11 @@ class GenerationServiceStub(object):
                 request_serializer=poise_dot_v1_dot_generation__pb2.StreamTrajectoriesRequest.SerializeToString,
                 response_deserializer=poise_dot_v1_dot_generation__pb2.StreamTrajectoriesResponse.FromString,
                 _registered_method=True)
+        self.EncodePrompts = channel.unary_stream(
+                '/poise.v1.GenerationService/EncodePrompts',
+                request_serializer=poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.SerializeToString,
+                response_deserializer=poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.FromString,
+                _registered_method=True)
         self.UpdateWeights = channel.stream_unary(
                 '/poise.v1.GenerationService/UpdateWeights',
                 request_serializer=poise_dot_v1_dot_generation__pb2.UpdateWeightsRequest.SerializeToString,
@@ -59,6 +64,14 @@ class GenerationServiceServicer(object):
     def StreamTrajectories(self, request, context):
         """Samples n rollouts for each prompt and streams each group as it finishes, in order of finishing.
         Cancelling the call aborts whatever of it still runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodePrompts(self, request, context):
+        """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
+        ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +99,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamTrajectories,
                     request_deserializer=poise_dot_v1_dot_generation__pb2.StreamTrajectoriesRequest.FromString,
                     response_serializer=poise_dot_v1_dot_generation__pb2.StreamTrajectoriesResponse.SerializeToString,
+            ),
+            'EncodePrompts': grpc.unary_stream_rpc_method_handler(
+                    servicer.EncodePrompts,
+                    request_deserializer=poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.FromString,
+                    response_serializer=poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.SerializeToString,
             ),
             'UpdateWeights': grpc.stream_unary_rpc_method_handler(
                     servicer.UpdateWeights,
@@ -126,6 +144,33 @@ class GenerationService(object):
             '/poise.v1.GenerationService/StreamTrajectories',
             poise_dot_v1_dot_generation__pb2.StreamTrajectoriesRequest.SerializeToString,
             poise_dot_v1_dot_generation__pb2.StreamTrajectoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodePrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/poise.v1.GenerationService/EncodePrompts',
+            poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.SerializeToString,
+            poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

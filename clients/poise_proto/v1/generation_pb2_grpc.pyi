@@ -39,6 +39,10 @@ class GenerationServiceStub:
     """Samples n rollouts for each prompt and streams each group as it finishes, in order of finishing.
     Cancelling the call aborts whatever of it still runs.
     """
+    EncodePrompts: _grpc.UnaryStreamMultiCallable[_generation_pb2.EncodePromptsRequest, _generation_pb2.EncodePromptsResponse]
+    """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
+    ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
+    """
     UpdateWeights: _grpc.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
     breaks leaves the old version serving.
@@ -54,6 +58,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     StreamTrajectories: _aio.UnaryStreamMultiCallable[_generation_pb2.StreamTrajectoriesRequest, _generation_pb2.StreamTrajectoriesResponse]  # type: ignore[assignment]
     """Samples n rollouts for each prompt and streams each group as it finishes, in order of finishing.
     Cancelling the call aborts whatever of it still runs.
+    """
+    EncodePrompts: _aio.UnaryStreamMultiCallable[_generation_pb2.EncodePromptsRequest, _generation_pb2.EncodePromptsResponse]  # type: ignore[assignment]
+    """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
+    ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
     """
     UpdateWeights: _aio.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
@@ -73,6 +81,16 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.StreamTrajectoriesResponse], _abc.AsyncIterator[_generation_pb2.StreamTrajectoriesResponse]]:
         """Samples n rollouts for each prompt and streams each group as it finishes, in order of finishing.
         Cancelling the call aborts whatever of it still runs.
+        """
+
+    @_abc_1.abstractmethod
+    def EncodePrompts(
+        self,
+        request: _generation_pb2.EncodePromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.EncodePromptsResponse], _abc.AsyncIterator[_generation_pb2.EncodePromptsResponse]]:
+        """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
+        ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
         """
 
     @_abc_1.abstractmethod

@@ -183,6 +183,120 @@ class EstimateBaselinesResponse(_message.Message):
 Global___EstimateBaselinesResponse: _TypeAlias = EstimateBaselinesResponse  # noqa: Y015
 
 @_typing.final
+class PromptFeatures(_message.Message):
+    """The state of one prompt that has no rollouts yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    PROMPT_HIDDEN_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.str
+    """The group that the prompt would have. Required."""
+    domain: _builtins.str
+    """Which probe values it. Empty means "default"."""
+    @_builtins.property
+    def prompt_hidden(self) -> _common_pb2.Tensor:
+        """float32 [d]: mean over the last prompt tokens of the residual stream after the feature layer."""
+
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.str = ...,
+        domain: _builtins.str = ...,
+        prompt_hidden: _common_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_hidden", b"prompt_hidden"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "group_id", b"group_id", "prompt_hidden", b"prompt_hidden"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptFeatures: _TypeAlias = PromptFeatures  # noqa: Y015
+
+@_typing.final
+class ScorePromptsRequest(_message.Message):
+    """A batch of prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptFeatures]:
+        """The prompts. 1..4096."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___PromptFeatures] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorePromptsRequest: _TypeAlias = ScorePromptsRequest  # noqa: Y015
+
+@_typing.final
+class PromptScore(_message.Message):
+    """The answer for one prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    PROBE_VERSION_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.str
+    """The prompt's group."""
+    status: Global___BaselineStatus.ValueType
+    """Whether a value follows: BASELINE_STATUS_NO_PROBE while the domain's probe is not fitted yet."""
+    value: _builtins.float
+    """The mean reward to be expected, in [0, 1]. 0 without a probe."""
+    probe_version: _builtins.int
+    """Version of the probe that answered; 0 without one."""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.str = ...,
+        status: Global___BaselineStatus.ValueType = ...,
+        value: _builtins.float = ...,
+        probe_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "probe_version", b"probe_version", "status", b"status", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptScore: _TypeAlias = PromptScore  # noqa: Y015
+
+@_typing.final
+class ScorePromptsResponse(_message.Message):
+    """Answers, in the order asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptScore]:
+        """One a prompt."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___PromptScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorePromptsResponse: _TypeAlias = ScorePromptsResponse  # noqa: Y015
+
+@_typing.final
 class LabelledGroup(_message.Message):
     """A group whose rewards are known. This is also what the queue stores."""
 

@@ -40,6 +40,11 @@ class ValueServiceStub(object):
                 request_serializer=poise_dot_v1_dot_value__pb2.EstimateBaselinesRequest.SerializeToString,
                 response_deserializer=poise_dot_v1_dot_value__pb2.EstimateBaselinesResponse.FromString,
                 _registered_method=True)
+        self.ScorePrompts = channel.unary_unary(
+                '/poise.v1.ValueService/ScorePrompts',
+                request_serializer=poise_dot_v1_dot_value__pb2.ScorePromptsRequest.SerializeToString,
+                response_deserializer=poise_dot_v1_dot_value__pb2.ScorePromptsResponse.FromString,
+                _registered_method=True)
         self.PublishLabels = channel.unary_unary(
                 '/poise.v1.ValueService/PublishLabels',
                 request_serializer=poise_dot_v1_dot_value__pb2.PublishLabelsRequest.SerializeToString,
@@ -60,6 +65,14 @@ class ValueServiceServicer(object):
         """Values each rollout and returns the cross-rollout baselines. The first answer for a step pins the
         probe of each domain for that step; asking again returns the same numbers. Refused with LABELS_CONSUMED once a
         label of the step has reached the probe and the step was not pinned before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScorePrompts(self, request, context):
+        """Values prompts before any rollout, from the prompt's state alone (GenerationService.EncodePrompts), for choosing
+        prompts that the policy neither always nor never solves. By the current probes: pins no step, and gives no baseline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +99,11 @@ def add_ValueServiceServicer_to_server(servicer, server):
                     servicer.EstimateBaselines,
                     request_deserializer=poise_dot_v1_dot_value__pb2.EstimateBaselinesRequest.FromString,
                     response_serializer=poise_dot_v1_dot_value__pb2.EstimateBaselinesResponse.SerializeToString,
+            ),
+            'ScorePrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScorePrompts,
+                    request_deserializer=poise_dot_v1_dot_value__pb2.ScorePromptsRequest.FromString,
+                    response_serializer=poise_dot_v1_dot_value__pb2.ScorePromptsResponse.SerializeToString,
             ),
             'PublishLabels': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishLabels,
@@ -126,6 +144,33 @@ class ValueService(object):
             '/poise.v1.ValueService/EstimateBaselines',
             poise_dot_v1_dot_value__pb2.EstimateBaselinesRequest.SerializeToString,
             poise_dot_v1_dot_value__pb2.EstimateBaselinesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScorePrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/poise.v1.ValueService/ScorePrompts',
+            poise_dot_v1_dot_value__pb2.ScorePromptsRequest.SerializeToString,
+            poise_dot_v1_dot_value__pb2.ScorePromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

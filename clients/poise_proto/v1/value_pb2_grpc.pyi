@@ -38,6 +38,10 @@ class ValueServiceStub:
     probe of each domain for that step; asking again returns the same numbers. Refused with LABELS_CONSUMED once a
     label of the step has reached the probe and the step was not pinned before.
     """
+    ScorePrompts: _grpc.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]
+    """Values prompts before any rollout, from the prompt's state alone (GenerationService.EncodePrompts), for choosing
+    prompts that the policy neither always nor never solves. By the current probes: pins no step, and gives no baseline.
+    """
     PublishLabels: _grpc.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]
     """Queues labelled groups, durably, for the probe. Idempotent by rollout id. Refused with QUEUE_FULL at the limit."""
     GetProbe: _grpc.UnaryUnaryMultiCallable[_value_pb2.GetProbeRequest, _value_pb2.GetProbeResponse]
@@ -52,6 +56,10 @@ class ValueServiceAsyncStub(ValueServiceStub):
     """Values each rollout and returns the cross-rollout baselines. The first answer for a step pins the
     probe of each domain for that step; asking again returns the same numbers. Refused with LABELS_CONSUMED once a
     label of the step has reached the probe and the step was not pinned before.
+    """
+    ScorePrompts: _aio.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]  # type: ignore[assignment]
+    """Values prompts before any rollout, from the prompt's state alone (GenerationService.EncodePrompts), for choosing
+    prompts that the policy neither always nor never solves. By the current probes: pins no step, and gives no baseline.
     """
     PublishLabels: _aio.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]  # type: ignore[assignment]
     """Queues labelled groups, durably, for the probe. Idempotent by rollout id. Refused with QUEUE_FULL at the limit."""
@@ -70,6 +78,16 @@ class ValueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Values each rollout and returns the cross-rollout baselines. The first answer for a step pins the
         probe of each domain for that step; asking again returns the same numbers. Refused with LABELS_CONSUMED once a
         label of the step has reached the probe and the step was not pinned before.
+        """
+
+    @_abc_1.abstractmethod
+    def ScorePrompts(
+        self,
+        request: _value_pb2.ScorePromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_value_pb2.ScorePromptsResponse, _abc.Awaitable[_value_pb2.ScorePromptsResponse]]:
+        """Values prompts before any rollout, from the prompt's state alone (GenerationService.EncodePrompts), for choosing
+        prompts that the policy neither always nor never solves. By the current probes: pins no step, and gives no baseline.
         """
 
     @_abc_1.abstractmethod

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 POOL_TOKENS = 10
-"""Tokens in a pooling window, of the prompt and of the response alike."""
+"""Tokens in a pooling window by default, of the prompt and of the response alike."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -94,13 +94,13 @@ def locate_spans(token_texts: Sequence[str]) -> ResponseSpans:
     return ResponseSpans(reasoning, answer, think_close_end)
 
 
-def prompt_window(num_prompt_tokens: int, pool_tokens: int = POOL_TOKENS) -> Span:
+def prompt_window(num_prompt_tokens: int, pool_tokens: int) -> Span:
     """Return the prompt tokens that `prompt_hidden` averages: the last `pool_tokens`."""
     return Span(max(0, num_prompt_tokens - pool_tokens), num_prompt_tokens)
 
 
-def response_window(num_response_tokens: int, think_close_end: int | None, pool_tokens: int = POOL_TOKENS) -> Span:
-    """Return the response tokens that `response_hidden` averages.
+def response_window(num_response_tokens: int, think_close_end: int | None, pool_tokens: int) -> Span:
+    """Return the response tokens that `response_hidden` averages: at most `pool_tokens`.
 
     The last sampled token never goes through the model, so of T tokens the first T − 1 can be pooled: the one
     difference from a separate forward pass over the whole response.

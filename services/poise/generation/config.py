@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from poise.domain.features import POOL_TOKENS
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
 
 
@@ -67,10 +68,24 @@ class GenerationConfig(ServiceConfig):
     """Response tokens of a request that names no limit."""
     feature_layer: int | None = Field(None, ge=0)
     """Decoder layer, 0-based, whose output is pooled; null takes `round(0.53 x layers)`."""
+    prompt_pool_tokens: int = Field(POOL_TOKENS, ge=1)
+    """How many of the last prompt tokens `prompt_hidden` averages. Changed, it asks for new probes: another domain."""
+    response_pool_tokens: int = Field(POOL_TOKENS, ge=1, le=256)
+    """How many response tokens `response_hidden` averages; `vllm` keeps the states of 22 more, of each rollout."""
     wait_for_learner: bool = False
     """Be ready only once a learner has pushed its weights: for training, where both must hold the same policy."""
     staging_dir: Path = Field(default_factory=_default_staging_dir)
-    """Where a push is collected before it is applied; memory-backed is fastest. Holds one model at a time."""
+    """Where a push is collected before it is applied; memory-backed is fastest. Holds one model at a time, with
+    `keep_base` one always and two during a push."""
+    keep_base: bool = True
+    """Keep the weights last applied in `staging_dir`, so that the next push need only bring what changed. They are kept
+    only if the learner will send deltas and there is room for the next version beside them."""
+    shared_dirs: tuple[Path, ...] = ()
+    """Folders in which a push may name a file, for learners on this host with `push.transport: shared`; none refuses
+    such pushes. Hard links save the copy where `staging_dir` lies on the same disk."""
+    in_flight: Literal["keep", "abort"] = "keep"
+    """What new weights do to the rollouts being sampled: `keep` lets them go on under the new version, as their version
+    spans say; `abort` ends them with finish_reason "abort" and what they have."""
     max_update_bytes: int = Field(64 * 2**30, ge=1)
     """Largest push."""
     vllm: VllmConfig = VllmConfig()

@@ -56,6 +56,15 @@ class EngineRollout:
     total_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class EngineEncoding:
+    """One encoded prompt."""
+
+    prompt_hidden: Floats
+    """[d]"""
+    policy_version: int
+
+
 class Engine(Protocol):
     """A language model that samples rollouts and takes new weights in place."""
 
@@ -82,6 +91,13 @@ class Engine(Protocol):
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
         """Sample one rollout. Cancelling the task aborts it in the engine and frees what it held."""
+        ...
+
+    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+        """Return the `prompt_hidden` that rollouts of a prompt would have, by one pass, for a prompt fit to be sampled.
+
+        Cancelling the task aborts it in the engine and frees what it held.
+        """
         ...
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:

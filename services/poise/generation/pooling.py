@@ -13,10 +13,10 @@ from poise.domain.features import ResponseSpans, Span, entropy_stats, locate_spa
 from poise_client.types import EntropyStats, Features, Floats
 
 
-def pooled_response(token_texts: Sequence[str]) -> tuple[Span, ResponseSpans]:
+def pooled_response(token_texts: Sequence[str], pool_tokens: int) -> tuple[Span, ResponseSpans]:
     """Return which response tokens `response_hidden` averages, and the stretches whose entropies are summarised."""
     spans = locate_spans(token_texts)
-    return response_window(len(token_texts), spans.think_close_end), spans
+    return response_window(len(token_texts), spans.think_close_end, pool_tokens), spans
 
 
 def build_features(

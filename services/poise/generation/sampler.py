@@ -1,4 +1,4 @@
-"""From prompts to finished groups: limits, seeds, and the order of finishing.
+"""From prompts to finished groups, or to their own states: limits, seeds, and the order of finishing.
 
 Owns how many rollouts run and wait. Knows engines by their interface and no transport.
 """
@@ -9,16 +9,19 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from poise.errors import Busy, FieldViolation, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise_client.types import Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
+from poise_client.types import EncodedPrompt, Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,13 @@ class Sampler:
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         self._request_ids = itertools.count()
         self.num_accepted = 0
-        """Rollouts accepted, of groups not yet handed over."""
+        """Rollouts accepted, of groups not yet handed over, and prompts to be encoded."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_running = 0
-        """Rollouts in the engine."""
+        """Rollouts and prompts in the engine."""
 
-    async def sample(
+    def sample(
         self,
         run_id: str,
         step: int,
@@ -60,6 +63,24 @@ class Sampler:
             InvalidRequest: a prompt that cannot be, or leaves no room for a response.
             Busy: too many rollouts wait already.
         """
+        return self._run(
+            prompts,
+            sampling,
+            num_rollouts,
+            lambda job: self._sample_group(run_id, step, job, num_rollouts, return_token_entropies),
+        )
+
+    def encode(self, prompts: Sequence[Prompt]) -> AsyncGenerator[EncodedPrompt, None]:
+        """Yield each prompt's state as it is there, under the limits of as many rollouts. Otherwise as `sample`."""
+        return self._run(prompts, Sampling(max_tokens=1), 1, self._encode)
+
+    async def _run(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        num_rollouts: int,
+        work: Callable[[_Job], Coroutine[Any, Any, T]],
+    ) -> AsyncGenerator[T, None]:
         num_new = len(prompts) * num_rollouts
         limit = self._config.max_queued_rollouts
         if num_new > limit:
@@ -69,10 +90,7 @@ class Sampler:
         jobs = self._jobs(prompts, sampling)
         self.num_accepted += num_new
         self._idle.clear()
-        tasks = [
-            asyncio.create_task(self._sample_group(run_id, step, job, num_rollouts, return_token_entropies))
-            for job in jobs
-        ]
+        tasks = [asyncio.create_task(work(job)) for job in jobs]
         num_left = num_new
         try:
             for task in asyncio.as_completed(tasks):
@@ -91,7 +109,7 @@ class Sampler:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Return once no accepted rollout is left."""
+        """Return once nothing accepted is left."""
         await self._idle.wait()
 
     def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
@@ -150,11 +168,21 @@ class Sampler:
         sampling = job.sampling
         if sampling.seed is not None:
             sampling = dataclasses.replace(sampling, seed=rollout_seed(sampling.seed, job.group_id, index))
+        async with self._slot():
+            request = EngineRequest(f"rollout-{next(self._request_ids)}", job.prompt_token_ids, sampling)
+            return await self._engine.generate(request)
+
+    async def _encode(self, job: _Job) -> EncodedPrompt:
+        async with self._slot():
+            done = await self._engine.encode(job.prompt_token_ids)
+        return EncodedPrompt(job.group_id, len(job.prompt_token_ids), done.prompt_hidden, done.policy_version)
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
         async with self._slots:
             self.num_running += 1
             try:
-                request = EngineRequest(f"rollout-{next(self._request_ids)}", job.prompt_token_ids, sampling)
-                return await self._engine.generate(request)
+                yield
             finally:
                 self.num_running -= 1
 

@@ -22,10 +22,10 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from poise.domain.features import POOL_TOKENS, default_feature_layer
+from poise.domain.features import default_feature_layer, prompt_window
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.weights import check_weights
@@ -105,6 +105,10 @@ class TorchEngine:
             reason = await self._on_thread(lambda: self._sample_token(running))
         return self._finish(running, reason)
 
+    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+        """See `Engine`."""
+        return await self._on_thread(lambda: self._encode(prompt_token_ids))
+
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         return await self._on_thread(lambda: self._load_weights(weights, policy_version))
@@ -162,7 +166,7 @@ class TorchEngine:
         logits_V = self._model(inputs, past_key_values=running.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         hidden: Floats = self._hidden_rows()
         if first:
-            running.prompt_hidden_d = hidden[-POOL_TOKENS:].mean(axis=0, dtype=np.float64).astype(np.float32)
+            running.prompt_hidden_d = self._pool_prompt(hidden)
         else:
             running.hidden.append(hidden[-1])
 
@@ -176,6 +180,15 @@ class TorchEngine:
         if len(running.token_ids) == 1:
             running.first_token_s = time.monotonic() - running.started
         return self._why_ended(running)
+
+    @torch.inference_mode()
+    def _encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+        inputs = torch.tensor([list(prompt_token_ids)], device=self._config.torch.device)
+        self._model(inputs, use_cache=False, logits_to_keep=1)
+        return EngineEncoding(self._pool_prompt(self._hidden_rows()), self._version)
+
+    def _pool_prompt(self, states_Pd: Floats) -> Floats:
+        return mean_or_zeros(states_Pd, prompt_window(len(states_Pd), self._config.prompt_pool_tokens))
 
     def _hidden_rows(self) -> Floats:
         assert self._hidden is not None  # noqa: S101 (the hook ran in the forward pass)
@@ -192,7 +205,8 @@ class TorchEngine:
 
     def _finish(self, running: _Running, reason: str) -> EngineRollout:
         tokenizer = self._loaded_tokenizer()
-        window, spans = pooled_response(tokenizer.token_texts(running.token_ids))
+        texts = tokenizer.token_texts(running.token_ids)
+        window, spans = pooled_response(texts, self._config.response_pool_tokens)
         entropies_T = np.array(running.entropies, np.float32)
         states_Td = np.stack(running.hidden) if running.hidden else np.zeros((0, self.info.hidden_size), np.float32)
         assert running.prompt_hidden_d is not None  # noqa: S101 (set with the first token)

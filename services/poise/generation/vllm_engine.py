@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from poise.domain.features import POOL_TOKENS
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
 from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_collector import Collector
@@ -91,7 +90,12 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
         """See `Engine`."""
-        return await self._in_slot(request.prompt_token_ids, request.sampling, POOL_TOKENS)
+        return await self._in_slot(request.prompt_token_ids, request.sampling)
+
+    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+        """See `Engine`. vLLM samples a token, whose pass is the prompt's own."""
+        rollout = await self._in_slot(prompt_token_ids, Sampling(temperature=0.0, max_tokens=1))
+        return EngineEncoding(rollout.features.prompt_hidden, rollout.version_spans[0].policy_version)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
@@ -106,16 +110,15 @@ class VllmEngine:
         counts: list[int] = await self._engine.collective_rpc("poise_num_open")
         return max(counts)
 
-    async def _in_slot(
-        self, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
-    ) -> EngineRollout:
+    async def _in_slot(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> EngineRollout:
         """Sample a rollout. However this ends, vLLM and the worker are rid of it before its slot is given on."""
         if self._collector is None or not self.is_alive():
             raise _loading()
         rollout_id = f"poise-{next(self._rollout_ids)}"
         await self._slots.acquire()
         try:
-            rollout = await self._sample(rollout_id, prompt_token_ids, sampling, num_pooled_prompt_tokens)
+            num_pooled = self._config.prompt_pool_tokens
+            rollout = await self._sample(rollout_id, prompt_token_ids, sampling, num_pooled)
         except BaseException:
             task = asyncio.create_task(self._clean_up(rollout_id), name=f"clean-up-{rollout_id}")
             self._background.add(task)
@@ -162,7 +165,7 @@ class VllmEngine:
             raise BackendDown(f"vLLM ended {rollout_id} with {last and last.finish_reason}")
 
         tokenizer = self._loaded_tokenizer()
-        window, spans = pooled_response(tokenizer.token_texts(token_ids))
+        window, spans = pooled_response(tokenizer.token_texts(token_ids), self._config.response_pool_tokens)
         assert self._collector is not None  # noqa: S101 (checked before)
         record = await self._collector.collect(rollout_id, len(token_ids), window)
         if record is None:

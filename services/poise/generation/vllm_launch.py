@@ -123,7 +123,11 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
         enable_prefix_caching=False,
         worker_cls="poise.generation.vllm_worker.PoiseWorker",
         weight_transfer_config=WeightTransferConfig(backend="poise_file"),
-        additional_config={"poise_feature_layer": facts.info.feature_layer, "poise_num_slots": num_slots(config)},
+        additional_config={
+            "poise_feature_layer": facts.info.feature_layer,
+            "poise_num_slots": num_slots(config),
+            "poise_response_pool_tokens": config.response_pool_tokens,
+        },
         stream_interval=ONLY_FIRST_AND_LAST,
         generation_config="vllm",
         disable_log_stats=True,

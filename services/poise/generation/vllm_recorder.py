@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from poise.domain.features import POOL_TOKENS
 from poise.generation.vllm_think import ENDED, NUM_STATES
 
-RING_TOKENS = 32
-"""Latest response states kept a rollout: a window, and those that run on before the engine hears of a stop string."""
+RUN_ON_TOKENS = 22
+"""Response states kept a rollout beyond a window: of tokens that run on before the engine hears of a stop string."""
 
 IntArray = NDArray[np.int64]
 
@@ -49,6 +48,7 @@ class Recorder:
         self,
         *,
         num_slots: int,
+        response_pool_tokens: int,
         hidden_size: int,
         max_model_len: int,
         think_table_SV: torch.Tensor,
@@ -71,10 +71,11 @@ class Recorder:
         self._think_end_S = torch.full((rows,), NEVER, dtype=torch.int64, device=device)
         self._think_hidden_Sd = torch.zeros(rows, hidden_size, device=device)
         self._prompt_sum_Sd = torch.zeros(rows, hidden_size, device=device)
-        self._ring = torch.zeros(rows, RING_TOKENS, hidden_size, dtype=dtype, device=device)
+        self._ring_tokens = response_pool_tokens + RUN_ON_TOKENS
+        self._ring = torch.zeros(rows, self._ring_tokens, hidden_size, dtype=dtype, device=device)
         self._logprobs = torch.empty(rows, max_model_len, device=device)
         self._entropies = torch.empty(rows, max_model_len, device=device)
-        self._window = torch.arange(POOL_TOKENS, device=device)
+        self._window = torch.arange(response_pool_tokens, device=device)
 
     @property
     def num_open(self) -> int:
@@ -166,7 +167,7 @@ class Recorder:
         self, slots: torch.Tensor, indices: torch.Tensor, token_ids: torch.Tensor, hidden: torch.Tensor
     ) -> None:
         """Take one response token of each of `slots`, all different: a rollout samples one token a step."""
-        self._ring[slots, indices % RING_TOKENS] = hidden
+        self._ring[slots, indices % self._ring_tokens] = hidden
         moved = self._think_table_SV[self._think_state_S[slots], token_ids].long()
         self._think_state_S[slots] = moved % NUM_STATES
         ended = moved >= ENDED
@@ -176,10 +177,10 @@ class Recorder:
         self._think_end_S[slots] = torch.where(ended, indices + 1, self._think_end_S[slots])
 
     def _pool(self, slots: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the up to POOL_TOKENS states before each end, [len(slots), d]."""
+        """Return the mean of the states in the window before each end, [len(slots), d]."""
         indices = ends[:, None] - 1 - self._window
         held = (indices >= 0).float()
-        states = self._ring[slots[:, None], indices % RING_TOKENS].float()
+        states = self._ring[slots[:, None], indices % self._ring_tokens].float()
         return torch.einsum("rwd,rw->rd", states, held) / held.sum(1, keepdim=True)
 
     def _response_hidden(self, slot: int, start: int, end: int) -> bytes:
@@ -188,9 +189,10 @@ class Recorder:
         if int(self._think_end_S[slot]) == end:
             return _to_bytes(self._think_hidden_Sd[slot])
         num_recorded = int(self._num_seen_S[slot] - self._num_prompt_S[slot])
-        if num_recorded < end or num_recorded - start > RING_TOKENS:
+        if num_recorded < end or num_recorded - start > self._ring_tokens:
             return b""
-        return _to_bytes(self._ring[slot, torch.arange(start, end, device=self._device) % RING_TOKENS].float().mean(0))
+        held = torch.arange(start, end, device=self._device) % self._ring_tokens
+        return _to_bytes(self._ring[slot, held].float().mean(0))
 
     def _slot_of_rollout(self, rollout_id: str) -> int | None:
         request_id = self._request_of_rollout.get(rollout_id)

@@ -81,6 +81,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         texts = tokenizer.token_texts(range(config.get_vocab_size()))
         return Recorder(
             num_slots=self.vllm_config.additional_config["poise_num_slots"],
+            response_pool_tokens=self.vllm_config.additional_config["poise_response_pool_tokens"],
             hidden_size=config.get_hidden_size(),
             max_model_len=config.max_model_len,
             think_table_SV=torch.from_numpy(think_close_table(texts)),

@@ -11,16 +11,19 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from poise.domain.baselines import mean_of_others
 from poise.errors import FieldViolation, InvalidRequest
 from poise.value.buffer import Window
 from poise.value.config import ValueConfig
 from poise.value.ledger import Admission, Ledger
 from poise.value.pins import Probes, StepPins, VersionedProbe
+from poise.value.probe import PromptProbe
 from poise.value.rows import FeatureRows, Floats, LabelledRows
 from poise.value.snapshot import DomainSnapshot, Snapshot
 from poise.value.track_record import TrackRecord
-from poise_client.types import GroupBaselines
+from poise_client.types import GroupBaselines, PromptFeatures, PromptScore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +98,35 @@ class BaselineEstimator:
             if group.domain in self._domains:
                 self._domains[group.domain].num_estimated_rows += len(group.rows)
         return answers
+
+    def score(self, prompts: Sequence[PromptFeatures]) -> list[PromptScore]:
+        """Value prompts from their states alone with the current probes, in the order asked.
+
+        Nothing is pinned: which prompts are sampled may depend on any label, and baselines are not made from this.
+
+        Raises:
+            InvalidRequest: probes do not see prompts here; or states of another width than the probe's.
+        """
+        if "prompt_hidden" not in self._config.probe.inputs:
+            raise InvalidRequest.field(
+                "prompts",
+                f"cannot be valued: probe.inputs is {', '.join(self._config.probe.inputs)}, without prompt_hidden",
+                remedy="Add prompt_hidden to probe.inputs of the value service.",
+            )
+        # None of a probe that was fitted when prompt_hidden was not among the inputs: the next fit brings one.
+        probes = {
+            name: fitted.probe.prompt_only
+            for name, fitted in self.probes.items()
+            if fitted.probe.prompt_only is not None
+        }
+        _check_prompt_widths(prompts, probes)
+        scores = [PromptScore(prompt.group_id, 0, None) for prompt in prompts]
+        for name in {prompt.domain for prompt in prompts} & probes.keys():
+            indices = [index for index, prompt in enumerate(prompts) if prompt.domain == name]
+            values = probes[name].predict(np.stack([prompts[index].prompt_hidden for index in indices]))
+            for index, value in zip(indices, values.tolist(), strict=True):
+                scores[index] = PromptScore(prompts[index].group_id, self.probes[name].version, value)
+        return scores
 
     def refusal(self, domain: str, width: int) -> FieldViolation | None:
         """Why a label could not be learnt from, naming its field; None if it could."""
@@ -180,6 +212,20 @@ def _check_inputs(groups: Sequence[GroupRows], probes: Probes) -> None:
                     "probe.inputs; send each rollout's reward, in [0, 1]",
                 )
             )
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _check_prompt_widths(prompts: Sequence[PromptFeatures], probes: Mapping[str, PromptProbe]) -> None:
+    violations = [
+        FieldViolation(
+            f"prompts[{index}].prompt_hidden",
+            f"is {prompt.prompt_hidden.size} wide; the probe of domain {prompt.domain!r} takes "
+            f"{probes[prompt.domain].weights_d.size}",
+        )
+        for index, prompt in enumerate(prompts)
+        if prompt.domain in probes and prompt.prompt_hidden.size != probes[prompt.domain].weights_d.size
+    ]
     if violations:
         raise InvalidRequest(violations)
 

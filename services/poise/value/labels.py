@@ -14,8 +14,15 @@ from google.protobuf.message import DecodeError
 from poise.errors import InvalidRequest
 from poise.runtime.validation import Violations
 from poise.value.rows import FeatureRows, Floats, LabelledRows
-from poise_client.codec import DEFAULT_DOMAIN, LABEL_SCHEMA_VERSION, CodecError, decode_features, from_tensor
-from poise_client.types import EntropyStats, Features
+from poise_client.codec import (
+    DEFAULT_DOMAIN,
+    LABEL_SCHEMA_VERSION,
+    CodecError,
+    decode_features,
+    decode_prompt_features,
+    from_tensor,
+)
+from poise_client.types import EntropyStats, Features, PromptFeatures
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
@@ -109,6 +116,22 @@ def read_rollouts(
         np.array([_entropies(features) for features in decoded], np.float32),
     )
     return rows if _check_finite(rows, path, wrong) else None
+
+
+def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations) -> PromptFeatures | None:
+    """Read a prompt that is to be valued; None when something in it is wrong, all of which `wrong` then holds."""
+    wrong.identifier(f"{path}.group_id", message.group_id)
+    wrong.identifier(f"{path}.domain", message.domain or DEFAULT_DOMAIN)
+    try:
+        prompt = decode_prompt_features(message, path)
+    except CodecError as error:
+        wrong.add(error.field, error.description)
+        return None
+    if not prompt.prompt_hidden.size:
+        wrong.add(f"{path}.prompt_hidden", "is empty; must have the model's width")
+    elif not np.isfinite(prompt.prompt_hidden).all():
+        wrong.add(f"{path}.prompt_hidden", "holds NaN or infinite numbers")
+    return prompt
 
 
 _ENTROPIES = tuple(

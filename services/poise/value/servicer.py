@@ -14,14 +14,14 @@ from poise.queue.interface import LabelQueue
 from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.labels import read_label, read_question
-from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report
+from poise.value.labels import read_label, read_prompt, read_question
+from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
 from poise_client.types import ProbeReport, ProbeStatus
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
 
 MAX_GROUPS = 4096
-"""Most groups in a request."""
+"""Most groups or prompts in a request."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -72,6 +72,18 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         wrong.raise_if_any()
         answers = estimator.estimate(request.run_id, request.step, groups)
         return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
+
+    async def ScorePrompts(  # noqa: N802
+        self, request: pb.ScorePromptsRequest, context: Context
+    ) -> pb.ScorePromptsResponse:
+        """See value.proto."""
+        estimator, _ = self._parts()
+        wrong = Violations()
+        _check_count(request.prompts, wrong, "prompts")
+        prompts = [read_prompt(prompt, f"prompts[{i}]", wrong) for i, prompt in enumerate(request.prompts[:MAX_GROUPS])]
+        wrong.raise_if_any()
+        scores = estimator.score([prompt for prompt in prompts if prompt is not None])
+        return pb.ScorePromptsResponse(prompts=[encode_prompt_score(score) for score in scores])
 
     async def PublishLabels(  # noqa: N802
         self, request: pb.PublishLabelsRequest, context: Context
@@ -147,8 +159,8 @@ def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> 
     )
 
 
-def _check_count(groups: Sequence[object], wrong: Violations) -> None:
-    wrong.check(1 <= len(groups) <= MAX_GROUPS, "groups", f"has {len(groups)} groups; 1 to {MAX_GROUPS} are accepted")
+def _check_count(items: Sequence[object], wrong: Violations, name: str = "groups") -> None:
+    wrong.check(1 <= len(items) <= MAX_GROUPS, name, f"has {len(items)} {name}; 1 to {MAX_GROUPS} are accepted")
 
 
 def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:

@@ -23,27 +23,29 @@ def test_default_layer_is_at_the_reference_depth(num_layers: int, layer: int) ->
     assert default_feature_layer(num_layers) == layer
 
 
-def test_prompt_window_is_the_last_ten_tokens() -> None:
-    assert prompt_window(45) == Span(35, 45)
-    assert prompt_window(3) == Span(0, 3)
+def test_prompt_window_is_the_last_tokens() -> None:
+    assert prompt_window(45, 10) == Span(35, 45)
+    assert prompt_window(3, 10) == Span(0, 3)
+    assert prompt_window(45, 3) == Span(42, 45)
 
 
 def test_response_window_leaves_out_the_token_that_never_went_through_the_model() -> None:
-    assert response_window(25, None) == Span(14, 24)
-    assert response_window(4, None) == Span(0, 3)
+    assert response_window(25, None, 10) == Span(14, 24)
+    assert response_window(4, None, 10) == Span(0, 3)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_response_window_is_empty_when_nothing_went_through_the_model(num_tokens: int) -> None:
-    assert not response_window(num_tokens, None)
+    assert not response_window(num_tokens, None, 10)
 
 
 def test_response_window_ends_with_the_closing_think_tag() -> None:
-    assert response_window(100, 30) == Span(20, 30)
+    assert response_window(100, 30, 10) == Span(20, 30)
+    assert response_window(100, 30, 4) == Span(26, 30)
 
 
 def test_response_window_stops_before_the_last_token_even_if_it_closes_the_tag() -> None:
-    assert response_window(30, 30) == Span(19, 29)
+    assert response_window(30, 30, 10) == Span(19, 29)
 
 
 def test_spans_of_a_reasoned_answer() -> None:

@@ -9,21 +9,21 @@ from poise_client.types import EntropyStats
 
 
 def test_last_tokens_that_went_through_the_model_are_pooled() -> None:
-    window, spans = pooled_response(["a"] * 30)
+    window, spans = pooled_response(["a"] * 30, POOL_TOKENS)
     assert window == Span(29 - POOL_TOKENS, 29)  # the last token sampled never went through
     assert not spans.reasoning
 
 
 def test_window_ends_with_the_reasoning() -> None:
     texts = ["<think>", *["a"] * 15, "</th", "ink>", *["b"] * 30]
-    window, spans = pooled_response(texts)
+    window, spans = pooled_response(texts, POOL_TOKENS)
     assert window == Span(18 - POOL_TOKENS, 18)
     assert spans.reasoning == Span(1, 16)
     assert spans.answer == Span(18, 48)
 
 
 def test_window_of_a_single_token_is_empty() -> None:
-    window, _ = pooled_response(["a"])
+    window, _ = pooled_response(["a"], POOL_TOKENS)
     assert not window
 
 
@@ -45,7 +45,7 @@ def test_mean_of_many_states_does_not_lose_precision() -> None:
 
 
 def test_features_summarise_the_entropies_of_each_stretch() -> None:
-    _, spans = pooled_response(["<think>", "a", "b", "</think>", "c", "d"])
+    _, spans = pooled_response(["<think>", "a", "b", "</think>", "c", "d"], POOL_TOKENS)
     entropies = np.array([9.0, 1.0, 2.0, 9.0, 3.0, 0.5], np.float32)
     features = build_features(np.ones(2, np.float32), np.zeros(2, np.float32), entropies, spans)
     assert features.output_entropy == EntropyStats(pytest.approx(24.5 / 6), 0.5, 9.0, 0.5)
@@ -56,6 +56,6 @@ def test_features_summarise_the_entropies_of_each_stretch() -> None:
 
 
 def test_empty_stretches_are_zero() -> None:
-    _, spans = pooled_response(["a", "b"])
+    _, spans = pooled_response(["a", "b"], POOL_TOKENS)
     features = build_features(np.ones(2, np.float32), np.ones(2, np.float32), np.ones(2, np.float32), spans)
     assert features.reasoning_entropy == features.answer_entropy == EntropyStats()

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from poise.domain.features import POOL_TOKENS
-from poise.generation.vllm_recorder import RING_TOKENS, Recorder
+from poise.generation.vllm_recorder import RUN_ON_TOKENS, Recorder
 from poise.generation.vllm_think import think_close_table
 
 WIDTH = 3
 TEXTS = ["a", "b", "</think>", "</thi", "nk>"]
 
 
-def make_recorder(num_slots: int = 4) -> Recorder:
+def make_recorder(num_slots: int = 4, pool_tokens: int = POOL_TOKENS) -> Recorder:
     return Recorder(
         num_slots=num_slots,
+        response_pool_tokens=pool_tokens,
         hidden_size=WIDTH,
         max_model_len=400,
         think_table_SV=torch.from_numpy(think_close_table(TEXTS)),
@@ -87,7 +88,8 @@ def mean_states(rollout: Rollout, positions: range) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_schedule_leaves_the_same_record(seed: int) -> None:
     rng = random.Random(seed)
-    recorder = make_recorder()
+    pool_tokens = rng.choice([1, POOL_TOKENS, 40])
+    recorder = make_recorder(pool_tokens=pool_tokens)
     rollouts = [
         open_rollout(recorder, Rollout(i, rng.randint(1, 40), rng.choices([0, 1], k=rng.randint(1, 60))))
         for i in range(4)
@@ -101,7 +103,7 @@ def test_any_schedule_leaves_the_same_record(seed: int) -> None:
     for rollout in rollouts:
         num_tokens = len(rollout.tokens)
         end = num_tokens - 1
-        start = max(0, end - POOL_TOKENS)
+        start = max(0, end - pool_tokens)
         prompt, response, logprobs, entropies = collect(recorder, rollout, start, end)
         first = max(0, rollout.num_prompt - POOL_TOKENS)
         np.testing.assert_allclose(prompt, mean_states(rollout, range(first, rollout.num_prompt)), rtol=1e-5)
@@ -124,14 +126,15 @@ def sample_whole(recorder: Recorder, rollout: Rollout) -> Rollout:
     return rollout
 
 
+@pytest.mark.parametrize("pool_tokens", [3, POOL_TOKENS, 20])
 @pytest.mark.parametrize("tag", [[2], [3, 4]])
-def test_states_before_the_last_tag_are_kept_however_long_the_answer(tag: list[int]) -> None:
-    recorder = make_recorder()
+def test_states_before_the_last_tag_are_kept_however_long_the_answer(tag: list[int], pool_tokens: int) -> None:
+    recorder = make_recorder(pool_tokens=pool_tokens)
     tokens = [*[0] * 4, *tag, *[1] * 20, *tag, *[0] * 200]
     rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, tokens)))
     end = 24 + 2 * len(tag)
-    _, response, _, _ = collect(recorder, rollout, end - POOL_TOKENS, end)
-    np.testing.assert_allclose(response, mean_states(rollout, range(5 + end - POOL_TOKENS, 5 + end)), rtol=1e-5)
+    _, response, _, _ = collect(recorder, rollout, end - pool_tokens, end)
+    np.testing.assert_allclose(response, mean_states(rollout, range(5 + end - pool_tokens, 5 + end)), rtol=1e-5)
 
 
 def test_early_tag_pools_what_there_is() -> None:
@@ -142,7 +145,7 @@ def test_early_tag_pools_what_there_is() -> None:
 
 
 def test_window_that_was_run_over_is_not_answered() -> None:
-    for num_run_on, held in ((RING_TOKENS - POOL_TOKENS, True), (RING_TOKENS - POOL_TOKENS + 1, False)):
+    for num_run_on, held in ((RUN_ON_TOKENS, True), (RUN_ON_TOKENS + 1, False)):
         recorder = make_recorder()
         rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, [0] * (31 + num_run_on))))
         rollout.num_sampled = 31  # where the stop string was; the last sampled token never becomes a state

@@ -124,6 +124,10 @@ PAIRS = {
         st.builds(types.Group, names, ints(2), tuples(rollouts())),
         generation_pb2.StreamTrajectoriesResponse,
     ),
+    "encoded_prompt": (
+        st.integers(0, 3).flatmap(lambda d: st.builds(types.EncodedPrompt, names, uint32s, floats(d), uint64s)),
+        generation_pb2.EncodePromptsResponse,
+    ),
     "policy": (
         st.builds(
             types.Policy,
@@ -151,6 +155,15 @@ PAIRS = {
     ),
     "group_features": (questions(), value_pb2.GroupFeatures),
     "group_baselines": (group_baselines(), value_pb2.GroupBaselines),
+    "prompt_features": (
+        st.integers(0, 3).flatmap(lambda d: st.builds(types.PromptFeatures, names, names, floats(d))),
+        value_pb2.PromptFeatures,
+    ),
+    "prompt_score": (
+        st.builds(types.PromptScore, names, uint64s, singles)
+        | names.map(lambda name: types.PromptScore(name, 0, None)),
+        value_pb2.PromptScore,
+    ),
     "labelled_group": (labelled_groups(), value_pb2.LabelledGroup),
     "probe_report": (
         st.builds(types.ProbeReport, tuples(probes), uint64s, uint64s, uint64s, uint64s),
@@ -214,6 +227,8 @@ def test_what_is_unset_gets_the_documented_default():
     assert codec.decode_sampling(generation_pb2.SamplingParams()) == types.Sampling()
     assert codec.decode_batch_header(learner_pb2.BatchHeader()).temperature == 1.0
     assert codec.decode_group_features(value_pb2.GroupFeatures()).domain == "default"
+    prompt = value_pb2.PromptFeatures(prompt_hidden=codec.to_tensor([1.0], "float32"))
+    assert codec.decode_prompt_features(prompt).domain == "default"
 
 
 def test_greedy_is_told_from_unset():
@@ -265,6 +280,18 @@ def whole_question():
     return message
 
 
+def whole_encoded_prompt():
+    return codec.encode_encoded_prompt(types.EncodedPrompt("g", 3, np.ones(3, np.float32), 1))
+
+
+def whole_prompt_features():
+    return codec.encode_prompt_features(types.PromptFeatures("g", "d", np.ones(3, np.float32)))
+
+
+def whole_score():
+    return codec.encode_prompt_score(types.PromptScore("g", 1, 0.5))
+
+
 def whole_baselines():
     numbers = np.array([0.5, 0.25], np.float32)
     return codec.encode_group_baselines(types.GroupBaselines("g", 1, numbers, numbers))
@@ -302,6 +329,11 @@ CASES = [
     (whole_baselines, codec.decode_group_baselines, "status", 77),
     (whole_baselines, codec.decode_group_baselines, "values", None),
     (whole_baselines, codec.decode_group_baselines, "baselines", THREE),
+    (whole_encoded_prompt, codec.decode_encoded_prompt, "prompt_hidden", None),
+    (whole_prompt_features, codec.decode_prompt_features, "prompt_hidden", None),
+    (whole_prompt_features, codec.decode_prompt_features, "prompt_hidden", codec.to_tensor([1], "int32")),
+    (whole_score, codec.decode_prompt_score, "status", None),
+    (whole_score, codec.decode_prompt_score, "status", 77),
     (whole_training, codec.decode_training_rollout, "prompt_token_ids", None),
     (whole_training, codec.decode_training_rollout, "response_token_ids", None),
     (whole_training, codec.decode_training_rollout, "rollout_logprobs", None),
