@@ -88,7 +88,7 @@ def _elements(data: Buffer, itemsize: int) -> NDArray[np.unsignedinteger]:
 def _zigzag(differences_K: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ...: small steps have small codes, whichever way they go."""
     sign_K = differences_K >> (8 * differences_K.itemsize - 1)
-    codes_K: NDArray[np.unsignedinteger] = (differences_K << 1) ^ -sign_K
+    codes_K: NDArray[np.unsignedinteger] = (differences_K << 1) ^ np.negative(sign_K)
     return codes_K
 
 

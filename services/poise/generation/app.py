@@ -15,7 +15,6 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
-from poise.generation.weights import remove_leftovers
 from poise.runtime.app import Readiness, ServiceApp
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 
@@ -59,7 +58,7 @@ class GenerationApp(ServiceApp):
 
     async def start(self) -> None:
         """Load the model, then watch over the engine."""
-        remove_leftovers(self.config.staging_dir)
+        self._servicer.pushes.remove_leftovers()
         await self._engine.start()
         self._started = True
         self._watcher = asyncio.create_task(self._watch(), name="engine-watcher")
@@ -74,6 +73,7 @@ class GenerationApp(ServiceApp):
         if self._watcher is not None:
             self._watcher.cancel()
         await self._engine.stop()
+        self._servicer.pushes.close()
 
     def readiness(self) -> Readiness:
         """Ready when rollouts are accepted, from the policy they should come from."""
@@ -88,6 +88,7 @@ class GenerationApp(ServiceApp):
             "lineage_id": policy.lineage_id,
             "policy_version": policy.policy_version,
             "digest": policy.digest.hex(),
+            "keeps_base": self._servicer.pushes.keeps_base,
             "num_running": self._servicer.sampler.num_running,
             "num_accepted": self._servicer.sampler.num_accepted,
             "paused": self._paused,

@@ -1,39 +1,36 @@
 """GenerationService on the wire: protobuf to the sampler and the engine, and back.
 
-Owns validation of requests, the push protocol, and which policy is served. Knows neither vLLM nor torch.
+Owns validation of requests. Knows neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import grpc.aio
 import numpy as np
 
-from poise.errors import BackendDown, Busy, Draining, InvalidRequest, PoiseError, VersionMismatch
+from poise.errors import BackendDown, Draining, PoiseError, VersionMismatch
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
-from poise.generation.policy import ServedPolicy, admit_push
+from poise.generation.policy import ServedPolicy
+from poise.generation.pushes import PushReceiver
 from poise.generation.sampler import Sampler
-from poise.generation.weights import ExpectedTensor, StagedWeights, check_announcement, policy_digest
 from poise.runtime.validation import Violations
 from poise_client.codec import (
-    DTYPE_NAMES,
     CodecError,
     decode_prompt,
     decode_sampling,
+    encode_encoded_prompt,
     encode_group,
     encode_policy,
     encode_weight_update,
 )
-from poise_client.types import Policy, Prompt, Sampling, WeightUpdate
+from poise_client.types import Policy, Prompt, Sampling
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1 import generation_pb2_grpc
 
@@ -43,14 +40,10 @@ MAX_PROMPTS = 4096
 MAX_ROLLOUTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
-MAX_CHUNK_BYTES = 2 * 2**20
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(0.01)), 100.0
 """Below the least, which vLLM does not go under, logits overflow; 0 is greedy. As float32, for so it travels."""
 
 ROLES = ("system", "user", "assistant")
-
-_PUSH_IDLE_S = 60.0
-"""A push that sends nothing for so long is given up, so that the next may come."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -65,10 +58,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._config = config
         self._metrics = metrics
         self.sampler = Sampler(engine, config)
+        self.pushes = PushReceiver(engine, config, metrics)
         self.instance_id = uuid.uuid4().hex
-        self.policy = ServedPolicy()
         self._refusal = refusal
-        self._pushing = asyncio.Lock()
 
     async def StreamTrajectories(  # noqa: N802
         self, request: pb.StreamTrajectoriesRequest, context: Context
@@ -92,17 +84,28 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             await groups.aclose()
 
+    async def EncodePrompts(  # noqa: N802
+        self, request: pb.EncodePromptsRequest, context: Context
+    ) -> AsyncIterator[pb.EncodePromptsResponse]:
+        """See generation.proto."""
+        self._refuse_unless_ready()
+        wrong = Violations()
+        prompts = _read_prompts(request.prompts, wrong)
+        wrong.raise_if_any()
+        encoded = self.sampler.encode(prompts)
+        try:
+            with self._engine_deaths():
+                async for prompt in encoded:
+                    yield encode_encoded_prompt(prompt)
+        finally:
+            await encoded.aclose()
+
     async def UpdateWeights(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
     ) -> pb.UpdateWeightsResponse:
         """See generation.proto."""
-        if not self._engine.is_alive():
-            raise BackendDown("the engine does not run: it is still loading, or died", retry_after_s=1.0)
-        if self._pushing.locked():
-            raise Busy("another push is being received or applied", retry_after_s=1.0)
-        async with self._pushing:
-            with self._engine_deaths():
-                return encode_weight_update(await self._receive_and_apply(request_iterator))
+        with self._engine_deaths():
+            return encode_weight_update(await self.pushes.take(request_iterator))
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
         """See generation.proto."""
@@ -122,8 +125,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 feature_layer=info.feature_layer,
                 max_model_len=info.max_model_len,
                 num_running=self.sampler.num_running,
+                keeps_base=self.pushes.keeps_base,
             )
         )
+
+    @property
+    def policy(self) -> ServedPolicy:
+        """What is served."""
+        return self.pushes.policy
 
     def _refuse_unless_ready(self) -> None:
         if refusal := self._refusal():
@@ -141,90 +150,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 raise
             raise BackendDown("the engine died; the process restarts", retry_after_s=1.0) from error
 
-    async def _receive_and_apply(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> WeightUpdate:
-        started = time.monotonic()
-        begin = await _next_part(requests)
-        if begin is None or begin.WhichOneof("part") != "begin":
-            raise InvalidRequest.field("part", "the first message of a push must be `begin`")
-        pushed, tensors = _read_begin(begin.begin, self._config.max_update_bytes)
-        if not admit_push(self.policy, pushed):
-            return WeightUpdate(pushed.policy_version, True, 0.0, 0.0)
-        with StagedWeights(tensors, self._config.staging_dir) as staged:
-            await _receive(requests, staged)
-            receive_s = time.monotonic() - started
-            pause_s = await self._apply_to_its_end(staged.path, pushed, receive_s)
-        return WeightUpdate(pushed.policy_version, False, receive_s, pause_s)
-
-    async def _apply(self, path: Path, pushed: ServedPolicy, receive_s: float) -> float:
-        pause_s = await self._engine.update_weights(path, pushed.policy_version)
-        self.policy = pushed
-        self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
-        logger.info(
-            "serving version %d of lineage %s: received in %.2f s, stood still for %.2f s",
-            pushed.policy_version,
-            pushed.lineage_id[:8],
-            receive_s,
-            pause_s,
-        )
-        return pause_s
-
-    async def _apply_to_its_end(self, path: Path, pushed: ServedPolicy, receive_s: float) -> float:
-        applying = asyncio.create_task(self._apply(path, pushed, receive_s), name="apply-weights")
-        try:
-            return await asyncio.shield(applying)
-        except asyncio.CancelledError:
-            # The caller left; what has begun ends, applied or not, before the next push or the file's deletion.
-            await asyncio.wait({applying})
-            raise
-
-
-async def _next_part(requests: AsyncIterator[pb.UpdateWeightsRequest]) -> pb.UpdateWeightsRequest | None:
-    try:
-        return await asyncio.wait_for(anext(requests), _PUSH_IDLE_S)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError:
-        raise InvalidRequest.field("part", f"no message for {_PUSH_IDLE_S:.0f} s; the push is given up") from None
-
-
-async def _receive(requests: AsyncIterator[pb.UpdateWeightsRequest], staged: StagedWeights) -> None:
-    while (message := await _next_part(requests)) is not None:
-        match message.WhichOneof("part"):
-            case "chunk":
-                size = len(message.chunk.data)
-                if not 1 <= size <= MAX_CHUNK_BYTES:
-                    raise InvalidRequest.field("chunk.data", f"has {size} bytes; required: 1 to {MAX_CHUNK_BYTES}")
-                staged.write(message.chunk.offset, message.chunk.data)
-            case "commit":
-                staged.finish(message.commit.total_bytes)
-                return
-            case other:
-                raise InvalidRequest.field("part", f"is {other or 'unset'}; after `begin` come chunks and one `commit`")
-    raise InvalidRequest.field("part", "the push ended without `commit`; the old version goes on being served")
-
-
-def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> tuple[ServedPolicy, list[ExpectedTensor]]:
-    wrong = Violations()
-    wrong.identifier("begin.lineage_id", begin.lineage_id)
-    wrong.raise_if_any()
-    tensors = [
-        ExpectedTensor(tensor.name, DTYPE_NAMES.get(tensor.dtype, ""), tuple(tensor.shape), tensor.sha256)
-        for tensor in begin.tensors
-    ]
-    check_announcement(tensors, max_bytes)
-    if begin.digest != policy_digest(tensors):
-        raise InvalidRequest.field("begin.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
-    return ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest), tensors
-
 
 def _read_request(request: pb.StreamTrajectoriesRequest) -> tuple[list[Prompt], Sampling, int]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     num_rollouts = request.num_rollouts or 1
     wrong.check(num_rollouts <= MAX_ROLLOUTS, "num_rollouts", f"is {num_rollouts}; required: 1 to {MAX_ROLLOUTS}")
-    num_prompts = len(request.prompts)
-    wrong.check(1 <= num_prompts <= MAX_PROMPTS, "prompts", f"has {num_prompts}; required: 1 to {MAX_PROMPTS}")
-    prompts = _read_prompts(request.prompts[:MAX_PROMPTS], wrong)
+    prompts = _read_prompts(request.prompts, wrong)
     sampling = decode_sampling(request.sampling)
     _check_sampling(sampling, wrong)
     wrong.raise_if_any()
@@ -232,9 +164,10 @@ def _read_request(request: pb.StreamTrajectoriesRequest) -> tuple[list[Prompt], 
 
 
 def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Prompt]:
+    wrong.check(1 <= len(specs) <= MAX_PROMPTS, "prompts", f"has {len(specs)}; required: 1 to {MAX_PROMPTS}")
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for index, spec in enumerate(specs):
+    for index, spec in enumerate(specs[:MAX_PROMPTS]):
         path = f"prompts[{index}]"
         wrong.identifier(f"{path}.group_id", spec.group_id)
         wrong.check(spec.group_id not in seen, f"{path}.group_id", f"{spec.group_id!r} names an earlier prompt too")

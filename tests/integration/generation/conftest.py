@@ -41,8 +41,10 @@ class Running:
         return GenerationServiceStub(self.channel)
 
     def staged(self) -> list[Path]:
-        folder = self.app.config.staging_dir
-        return list(folder.iterdir()) if folder.exists() else []
+        """Return the files of pushes that were not applied."""
+        base = self.app._servicer.pushes._staging.base
+        files = self.app.config.staging_dir.rglob("*.safetensors")
+        return [path for path in files if base is None or path != base.path]
 
 
 class Reference:

@@ -57,14 +57,14 @@ async def test_waits_for_the_learner_only_when_asked_to(config: Build) -> None:
     app = GenerationApp(config(wait_for_learner=True), ScriptedEngine())
     await app.start()
     assert app.readiness() == Readiness(False, "waiting for a learner to push the weights")
-    app._servicer.policy = ServedPolicy("a", 0, b"x" * 32)
+    app._servicer.pushes.policy = ServedPolicy("a", 0, b"x" * 32)
     assert app.readiness().ready
     await app.stop()
 
 
 async def test_status_tells_what_is_served(app: GenerationApp) -> None:
     await app.start()
-    app._servicer.policy = ServedPolicy("a", 4, b"\x01\xff")
+    app._servicer.pushes.policy = ServedPolicy("a", 4, b"\x01\xff")
     status = app.status()
     assert (status["lineage_id"], status["policy_version"], status["digest"]) == ("a", 4, "01ff")
     assert status["engine"]["model"] == "scripted"
@@ -89,8 +89,9 @@ async def test_stop_is_no_death(app: GenerationApp) -> None:
 
 
 async def test_start_clears_what_a_killed_process_left(app: GenerationApp) -> None:
-    app.config.staging_dir.mkdir()
-    (app.config.staging_dir / "poise-weights-9-abc.safetensors").write_bytes(b"x")
+    left = app.config.staging_dir / "poise-weights-abc"
+    left.mkdir(parents=True)
+    (left / "x.safetensors").write_bytes(b"x")
     await app.start()
     assert list(app.config.staging_dir.iterdir()) == []
 

@@ -14,7 +14,7 @@ from tests.pushes import push_messages
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
-from poise.generation import servicer as servicer_module
+from poise.generation import pushes as pushes_module
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
@@ -55,8 +55,7 @@ class Service:
         return decode_policy(await self.servicer.GetPolicy(pb.GetPolicyRequest(), CONTEXT))
 
     def staged(self) -> list[Path]:
-        folder = self.config.staging_dir
-        return list(folder.iterdir()) if folder.exists() else []
+        return list(self.config.staging_dir.rglob("*.safetensors"))
 
     def metric(self, name: str) -> float | None:
         return self.registry.get_sample_value(f"poise_generation_{name}")
@@ -380,7 +379,7 @@ async def test_broken_push_changes_nothing_and_leaves_nothing(
 
 
 async def test_silent_push_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer_module, "_PUSH_IDLE_S", 0.01)
+    monkeypatch.setattr(pushes_module, "_IDLE_S", 0.01)
 
     async def silent() -> AsyncIterator[pb.UpdateWeightsRequest]:
         yield push_messages(weights(), 1)[0]

@@ -1,0 +1,224 @@
+"""Pushes of weights: the protocol of UpdateWeights, and which policy is served.
+
+A push is received beside what is served, checked to the last byte, and only then given to the engine: all or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
+from poise.generation.config import GenerationConfig
+from poise.generation.engine import Engine
+from poise.generation.metrics import GenerationMetrics
+from poise.generation.policy import ServedPolicy, admit_push
+from poise.generation.staging import StagedWeights, Staging
+from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
+from poise.runtime.validation import Violations
+from poise_client.codec import DTYPE_NAMES
+from poise_client.types import WeightUpdate
+from poise_proto.v1 import generation_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+MAX_CHUNK_BYTES = 2 * 2**20
+
+_IDLE_S = 60.0
+"""A push that sends nothing for so long is given up, so that the next may come."""
+
+_MAX_UNREAD = 64
+"""Messages that are still taken of a push that is refused."""
+
+Requests = AsyncIterator[pb.UpdateWeightsRequest]
+
+
+class PushReceiver:
+    """Takes one push at a time. Close it at the end."""
+
+    def __init__(self, engine: Engine, config: GenerationConfig, metrics: GenerationMetrics) -> None:
+        self._engine = engine
+        self._config = config
+        self._metrics = metrics
+        self._staging = Staging(config.staging_dir, keep_base=config.keep_base, shared_dirs=config.shared_dirs)
+        self._pushing = asyncio.Lock()
+        self.policy = ServedPolicy()
+        """What is served."""
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether a delta against what is served is taken."""
+        return self._staging.base is not None and self._staging.base.policy == self.policy
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left in the staging folder."""
+        self._staging.remove_leftovers()
+
+    def close(self) -> None:
+        """Leave nothing in the staging folder."""
+        self._staging.close()
+
+    async def take(self, requests: Requests) -> WeightUpdate:
+        """Receive a push, check it, serve it.
+
+        Raises:
+            PoiseError: why it is not served; what was served before is.
+        """
+        try:
+            if not self._engine.is_alive():
+                raise BackendDown("the engine does not run: it is still loading, or died", retry_after_s=1.0)
+            if self._pushing.locked():
+                raise Busy("another push is being received or applied", retry_after_s=1.0)
+            async with self._pushing:
+                return await self._receive_and_apply(requests)
+        except PoiseError:
+            await _read_rest(requests)
+            raise
+
+    async def _receive_and_apply(self, requests: Requests) -> WeightUpdate:
+        started = time.monotonic()
+        first = await _next_part(requests, _IDLE_S)
+        if first is None or first.WhichOneof("part") != "begin":
+            raise InvalidRequest.field("part", "the first message of a push must be `begin`")
+        announced = _read_begin(first.begin, self._config.max_update_bytes)
+        if not admit_push(self.policy, announced.policy):
+            await _read_rest(requests)
+            return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
+        with self._staging.receive(announced) as staged:
+            await _receive(requests, staged)
+            receive_s = time.monotonic() - started
+            pause_s = await self._apply_to_its_end(staged, announced, receive_s)
+        return WeightUpdate(announced.policy.policy_version, False, receive_s, pause_s)
+
+    async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
+        pushed = announced.policy
+        pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+        self.policy = pushed
+        self._staging.applied(staged, announced)
+        self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
+        logger.info(
+            "serving version %d of lineage %s: %s received in %.2f s, stood still for %.2f s",
+            pushed.policy_version,
+            pushed.lineage_id[:8],
+            "all" if announced.base is None else "what changed",
+            receive_s,
+            pause_s,
+        )
+        return pause_s
+
+    async def _apply_to_its_end(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
+        applying = asyncio.create_task(self._apply(staged, announced, receive_s), name="apply-weights")
+        try:
+            return await asyncio.shield(applying)
+        except asyncio.CancelledError:
+            # The caller left; what has begun ends, applied or not, before the next push or the file's deletion.
+            await asyncio.wait({applying})
+            raise
+
+
+async def _next_part(requests: Requests, patience_s: float) -> pb.UpdateWeightsRequest | None:
+    try:
+        return await asyncio.wait_for(anext(requests), patience_s)
+    except StopAsyncIteration:
+        return None
+    except TimeoutError:
+        raise InvalidRequest.field("part", f"no message for {patience_s:.0f} s; the push is given up") from None
+
+
+async def _read_rest(requests: Requests) -> None:
+    """Let the client finish, if it soon will: else it may see an error of gRPC's own instead of ours."""
+    try:
+        for _ in range(_MAX_UNREAD):
+            if await _next_part(requests, 1.0) is None:
+                return
+    except PoiseError:
+        return
+
+
+async def _receive(requests: Requests, staged: StagedWeights) -> None:
+    """Fill the file. What is stored and hashed is done on a thread, while the next message comes."""
+    storing = _Storing()
+    try:
+        if staged.source is not None:
+            await storing.then(staged.read_source)
+        while (message := await _next_part(requests, _IDLE_S)) is not None:
+            match message.WhichOneof("part"):
+                case "chunk":
+                    chunk = message.chunk
+                    if staged.source is not None:
+                        raise InvalidRequest.field("part", "is chunk; the body lies in a file, and `commit` follows")
+                    if not 1 <= len(chunk.data) <= MAX_CHUNK_BYTES:
+                        raise InvalidRequest.field(
+                            "chunk.data", f"has {len(chunk.data)} bytes; required: 1 to {MAX_CHUNK_BYTES}"
+                        )
+                    await storing.then(partial(staged.write, chunk.offset, chunk.data))
+                case "commit":
+                    await storing.then(partial(staged.finish, message.commit.total_bytes))
+                    await storing.over()
+                    return
+                case other:
+                    raise InvalidRequest.field(
+                        "part", f"is {other or 'unset'}; after `begin` come chunks and one `commit`"
+                    )
+        raise InvalidRequest.field("part", "the push ended without `commit`; the old version goes on being served")
+    finally:
+        await storing.settle()
+
+
+class _Storing:
+    """Work on a thread, one piece after another."""
+
+    def __init__(self) -> None:
+        self._current: asyncio.Future[None] | None = None
+
+    async def then(self, work: Callable[[], None]) -> None:
+        """Start the next piece once the last is done. Raises what that raised."""
+        await self.over()
+        self._current = asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def over(self) -> None:
+        """Return once all is done. Raises what the last piece raised."""
+        if self._current is not None:
+            current, self._current = self._current, None
+            try:
+                await asyncio.shield(current)
+            except asyncio.CancelledError:
+                self._current = current
+                raise
+
+    async def settle(self) -> None:
+        """Return once nothing runs any more, however it ended."""
+        if self._current is not None:
+            await asyncio.wait({self._current})
+            if not self._current.cancelled():
+                self._current.exception()
+
+
+def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
+    wrong = Violations()
+    wrong.identifier("begin.lineage_id", begin.lineage_id)
+    wrong.raise_if_any()
+    announced = Announcement(
+        policy=ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest),
+        tensors=tuple(
+            ExpectedTensor(
+                tensor.name,
+                DTYPE_NAMES.get(tensor.dtype, ""),
+                tuple(tensor.shape),
+                tensor.sha256,
+                tensor.num_changed,
+                tensor.block_bytes,
+            )
+            for tensor in begin.tensors
+        ),
+        base=ServedPolicy(begin.base.lineage_id, begin.base.policy_version, begin.base.digest)
+        if begin.HasField("base")
+        else None,
+        file=begin.file,
+        keep=begin.keep,
+    )
+    check_announcement(announced, max_bytes)
+    return announced
