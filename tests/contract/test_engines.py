@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import make_tiny_llama
 
-from poise.domain.features import POOL_TOKENS
+from poise.domain.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
@@ -33,6 +33,9 @@ MAX_MODEL_LEN = 512
 NUM_BLOCK_TOKENS = 128
 """Of vLLM's KV cache on a CPU."""
 
+POOLED = {"prompt_pool_tokens": 7, "response_pool_tokens": 13}
+"""Not the defaults, which the tests of the `vllm` engine alone run with."""
+
 TOLERANCE = 1e-4
 DEADLINE_S = 60.0
 
@@ -44,8 +47,11 @@ VERSIONS = itertools.count(1)
 class Reference:
     """The model in transformers, with weights of its own that tests push."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, prompt_pool_tokens: int = POOL_TOKENS, response_pool_tokens: int = POOL_TOKENS
+    ) -> None:
         self.folder = folder
+        self._prompt_pool_tokens, self._response_pool_tokens = prompt_pool_tokens, response_pool_tokens
         self.tokenizer = Tokenizer.load(str(folder))
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
@@ -85,9 +91,9 @@ class Reference:
         np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE)
 
         states = outputs.hidden_states[layer + 1][0].numpy()
-        window, spans = pooled_response(self.tokenizer.token_texts(token_ids))
+        window, spans = self.pooled_response(token_ids)
         expected_features = build_features(
-            states[max(0, len(prompt) - POOL_TOKENS) : len(prompt)].mean(axis=0),
+            mean_or_zeros(states, prompt_window(len(prompt), self._prompt_pool_tokens)),
             mean_or_zeros(states[len(prompt) :], window),
             entropies,
             spans,
@@ -98,6 +104,15 @@ class Reference:
             found, wanted = getattr(rollout.features, part), getattr(expected_features, part)
             for statistic in ("mean", "last", "max", "min"):
                 assert getattr(found, statistic) == pytest.approx(getattr(wanted, statistic), abs=TOLERANCE)
+
+    def pooled_response(self, token_ids: list[int]) -> tuple[Span, ResponseSpans]:
+        return pooled_response(self.tokenizer.token_texts(token_ids), self._response_pool_tokens)
+
+    @torch.inference_mode()
+    def prompt_hidden(self, prompt: list[int], layer: int) -> np.ndarray:
+        states = self._model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer + 1][0].numpy()
+        pooled: np.ndarray = states[-self._prompt_pool_tokens :].mean(axis=0)
+        return pooled
 
 
 def _of_tokens(logprobs: torch.Tensor, token_ids: list[int]) -> np.ndarray:
@@ -110,13 +125,14 @@ def assert_close(found: Any, wanted: Any) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(make_tiny_llama(tmp_path_factory.mktemp("tiny"), max_position_embeddings=MAX_MODEL_LEN))
+    return Reference(make_tiny_llama(tmp_path_factory.mktemp("tiny"), max_position_embeddings=MAX_MODEL_LEN), **POOLED)
 
 
 def make_engine(kind: str, folder: Path) -> Engine:
     config = GenerationConfig(
         model=str(folder),
         max_num_seqs=8,
+        **POOLED,
         vllm=VllmConfig(kv_cache_gib=2 / 1024, threads=1),  # 15 blocks
         torch=TorchConfig(threads=1),
     )
@@ -301,9 +317,47 @@ async def test_states_before_the_end_of_the_reasoning_are_pooled(engine: Engine,
     num_early_windows = 0
     for sampling, rollout in zip(samplings, rollouts, strict=True):
         reference.check([65, 66, 67], sampling, rollout, engine.info.feature_layer)
-        window, _ = pooled_response(reference.tokenizer.token_texts(rollout.token_ids.tolist()))
+        window, _ = reference.pooled_response(rollout.token_ids.tolist())
         num_early_windows += window.end < rollout.token_ids.size - 1
     assert num_early_windows >= 3
+
+
+async def test_prompts_are_encoded_as_by_a_separate_pass(engine: Engine, reference: Reference) -> None:
+    """Each length on either side of the window's and of vLLM's blocks, all at once and among rollouts."""
+    prompts = [long_prompt(length, seed=length) for length in (1, 6, 7, 8, 127, 128, 129, 300, MAX_MODEL_LEN - 1)]
+    sampling = Sampling(max_tokens=30, seed=1)
+    rollout, *encodings = await asyncio.gather(
+        sample(engine, prompts[0], sampling), *(engine.encode(prompt) for prompt in prompts)
+    )
+    reference.check(prompts[0], sampling, rollout, engine.info.feature_layer)
+    for prompt, encoding in zip(prompts, encodings, strict=True):
+        assert encoding.prompt_hidden.dtype == np.float32
+        assert_close(encoding.prompt_hidden, reference.prompt_hidden(prompt, engine.info.feature_layer))
+
+
+async def test_prompts_are_encoded_by_the_new_weights(engine: Engine, reference: Reference, tmp_path: Path) -> None:
+    prompt, version = long_prompt(20), next(VERSIONS)
+    before = await engine.encode(prompt)
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
+    await engine.update_weights(weights, version)
+    reference.use(weights)
+    after = await engine.encode(prompt)
+    assert before.policy_version < after.policy_version == version
+    assert_close(after.prompt_hidden, reference.prompt_hidden(prompt, engine.info.feature_layer))
+    assert np.abs(after.prompt_hidden - before.prompt_hidden).max() > 100 * TOLERANCE
+
+
+async def test_cancelled_encodings_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
+    prompt = long_prompt(200)
+    tasks = [asyncio.create_task(engine.encode(prompt)) for _ in range(30)]
+    kept = tasks.pop()
+    for count, task in enumerate(tasks):
+        if count % 10 == 0:
+            await asyncio.sleep(0.01)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert_close((await kept).prompt_hidden, reference.prompt_hidden(prompt, engine.info.feature_layer))
+    await assert_nothing_open(engine)
 
 
 async def test_new_weights_are_served_exactly(engine: Engine, reference: Reference, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engin
     with pytest.raises(RuntimeError):
         await sample(engine, [65], max_tokens=2)
     with pytest.raises(RuntimeError):
+        await engine.encode([65])
+    with pytest.raises(RuntimeError):
         await engine.update_weights(tmp_path / "weights.safetensors", 1)
 
 
@@ -144,6 +146,33 @@ async def test_cancelled_rollout_ends_at_once_and_others_do_not(engine: Engine) 
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(doomed, DEADLINE_S)
     assert (await asyncio.wait_for(kept, DEADLINE_S)).token_ids.size > 0
+
+
+async def test_encoding_is_the_state_that_the_prompts_rollouts_have(engine: Engine) -> None:
+    encodings = [await engine.encode(prompt) for prompt in ([65, 66], [65] * (MAX_MODEL_LEN - 1))]
+    for encoding in encodings:
+        state = encoding.prompt_hidden
+        assert (state.shape, state.dtype, encoding.policy_version) == ((engine.info.hidden_size,), np.float32, 0)
+    rollout = await sample(engine, [65, 66], max_tokens=3)
+    np.testing.assert_allclose(encodings[0].prompt_hidden, rollout.features.prompt_hidden, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(encodings[0].prompt_hidden, encodings[1].prompt_hidden)
+
+
+async def test_encoding_tells_the_version_it_comes_from(case: Case, engine: Engine, tmp_path: Path) -> None:
+    save_file(case.weights, tmp_path / "weights.safetensors")
+    await engine.update_weights(tmp_path / "weights.safetensors", 3)
+    assert (await engine.encode([65, 66])).policy_version == 3
+
+
+async def test_cancelled_encoding_ends_at_once_and_others_do_not(engine: Engine) -> None:
+    if isinstance(engine, ScriptedEngine):
+        engine.before_rollout = lambda request: asyncio.sleep(0.01 if request.prompt_token_ids == [65] else 1000)
+    kept, doomed = (asyncio.create_task(engine.encode(prompt)) for prompt in ([65], [66]))
+    await asyncio.sleep(0)
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(doomed, DEADLINE_S)
+    assert (await asyncio.wait_for(kept, DEADLINE_S)).prompt_hidden.any()
 
 
 async def test_new_weights_are_told_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:

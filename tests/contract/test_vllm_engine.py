@@ -19,12 +19,12 @@ import pytest_asyncio
 from tests.contract.test_engines import Reference
 from tests.models import make_tiny_llama
 
-from poise.domain.features import response_window
+from poise.domain.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.vllm_engine import VllmEngine
-from poise.generation.vllm_recorder import RING_TOKENS
+from poise.generation.vllm_recorder import RUN_ON_TOKENS
 from poise_client.types import Sampling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -86,8 +86,10 @@ async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: Vl
         time.sleep(0.4)
     rollout = await task
     num_tokens = rollout.token_ids.size
-    assert free.token_ids.size > num_tokens + RING_TOKENS, "the free rollout must be long enough to run on"
-    assert response_window(num_tokens, None).end == num_tokens - 1
+    assert free.token_ids.size > num_tokens + POOL_TOKENS + RUN_ON_TOKENS, (
+        "the free rollout must be long enough to run on"
+    )
+    assert response_window(num_tokens, None, POOL_TOKENS).end == num_tokens - 1
     assert rollout.token_ids.tolist() == free.token_ids[:num_tokens].tolist()
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 

@@ -20,6 +20,7 @@ from poise.value.pins import VersionedProbe
 from poise.value.probe import RidgeFitter
 from poise.value.rows import LabelledRows
 from poise.value.snapshot import Snapshot
+from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
 FITTER = RidgeFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 4, 1.0)
@@ -345,6 +346,82 @@ def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(r
     rewarded.learn(label)
     record = rewarded.domains["default"].record
     assert record.brier() == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
+
+
+# Prompts before any rollout.
+
+
+def prompt(make, domain: str = "default", width: int = 6) -> PromptFeatures:
+    return PromptFeatures(f"p{make.random.integers(1000)}", domain, make.rows(1, width).prompt_hidden[0])
+
+
+def test_prompts_are_valued_by_their_domains_own_probes_in_the_order_asked(fitted, make) -> None:
+    for step in range(4):
+        fitted.learn(make.label(step, run_id="past", group_id="m", domain="math"))
+    refit(fitted, "math")
+    refit(fitted, "math")
+    prompts = [prompt(make, domain) for domain in ("math", "default", "unknown", "math")]
+    scores = fitted.score(prompts)
+    assert [(score.group_id, score.probe_version) for score in scores] == [
+        (asked.group_id, version) for asked, version in zip(prompts, (2, 1, 0, 2), strict=True)
+    ]
+    for asked, score in zip(prompts, scores, strict=True):
+        if asked.domain == "unknown":
+            assert score.value is None
+        else:
+            probe = fitted.probes[asked.domain].probe.prompt_only
+            assert score.value == probe.predict(asked.prompt_hidden[None])[0]
+
+
+def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
+    """Rewards follow the first number of the prompt's state, which siblings share."""
+    estimator = BaselineEstimator(config())
+    for step in range(100):
+        rows = make.rows(2)
+        shared = replace(rows, prompt_hidden=np.repeat(rows.prompt_hidden[:1], 2, axis=0))
+        estimator.learn(make.label(step, run_id="past", rows=shared))
+    refit(estimator)
+    easy, hard = (replace(prompt(make), prompt_hidden=np.float32([x, 0, 0, 0, 0, 0])) for x in (2, -2))
+    values = [score.value for score in estimator.score([easy, hard])]
+    assert values[0] > 0.75 > 0.25 > values[1]
+
+
+def test_scoring_pins_nothing_and_asks_the_current_probe(fitted, make) -> None:
+    asked = prompt(make)
+    fitted.estimate("run", 0, [make.question()])
+    (first,) = fitted.score([asked])
+    fitted.learn(make.label(0))
+    refit(fitted)
+    (second,) = fitted.score([asked])
+    assert (first.probe_version, second.probe_version) == (1, 2)
+    assert fitted.estimate("run", 0, [make.question()])[0].probe_version == 1
+    fitted.learn(make.label(5))
+    with pytest.raises(LabelsConsumed):
+        fitted.estimate("run", 5, [make.question()])
+
+
+def test_scores_survive_a_restart_to_the_last_bit(fitted, config, make) -> None:
+    asked = [prompt(make) for _ in range(5)]
+    assert restart(fitted, config()).score(asked) == fitted.score(asked)
+
+
+def test_prompts_of_another_width_are_named(fitted, make) -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompts\[1\].prompt_hidden: is 9 wide; .* takes 6$"):
+        fitted.score([prompt(make), prompt(make, width=9), prompt(make, "unknown", width=9)])
+
+
+def test_prompts_cannot_be_valued_where_the_probe_does_not_see_them(fitted, config, make) -> None:
+    blind = restart(fitted, config(probe={"inputs": ["response_hidden", "entropy"]}))
+    with pytest.raises(InvalidRequest, match=r"probe.inputs is response_hidden, entropy, without prompt_hidden") as e:
+        blind.score([prompt(make)])
+    assert e.value.remedy == "Add prompt_hidden to probe.inputs of the value service."
+
+
+def test_a_probe_from_before_the_prompt_was_an_input_gives_no_score_yet(fitted, make) -> None:
+    fitter = GramFitter(("response_hidden",), 4, 4, 1.0)
+    probe = fitter.fit(fitted.domains["default"].window.groups)
+    fitted.install("default", VersionedProbe(2, probe, 10, 0.0))
+    assert fitted.score([prompt(make)])[0].value is None
 
 
 # Learning.

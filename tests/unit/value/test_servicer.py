@@ -12,10 +12,17 @@ from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, 
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.estimator import BaselineEstimator
 from poise.value.pins import VersionedProbe
-from poise.value.probe import FittedProbe
+from poise.value.probe import FittedProbe, PromptProbe
 from poise.value.servicer import MAX_GROUPS, ValueServicer
-from poise_client.codec import decode_group_baselines, decode_probe_report, encode_group_features, to_tensor
-from poise_client.types import GroupFeatures
+from poise_client.codec import (
+    decode_group_baselines,
+    decode_probe_report,
+    decode_prompt_score,
+    encode_group_features,
+    encode_prompt_features,
+    to_tensor,
+)
+from poise_client.types import GroupFeatures, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 
 
@@ -45,6 +52,10 @@ class Service:
         response = await self.servicer.EstimateBaselines(request, None)
         return [decode_group_baselines(group, "group") for group in response.groups]
 
+    async def score(self, *prompts: pb.PromptFeatures):
+        response = await self.servicer.ScorePrompts(pb.ScorePromptsRequest(prompts=prompts), None)
+        return [decode_prompt_score(score) for score in response.prompts]
+
     async def publish(self, *groups: pb.LabelledGroup) -> int:
         return (await self.servicer.PublishLabels(pb.PublishLabelsRequest(groups=groups), None)).num_queued
 
@@ -55,7 +66,8 @@ class Service:
         weights = {"prompt_hidden": np.full(width, 0.1)}
         if reward_weight is not None:
             weights = {"sibling_reward": np.full(1, reward_weight)}
-        probe = FittedProbe(weights, 0.5)
+        prompt_only = None if reward_weight is not None else PromptProbe(np.full(width, -0.1), 0.7)
+        probe = FittedProbe(weights, 0.5, prompt_only)
         self.estimator.install(domain, VersionedProbe(1, probe, 0, 0.0))
 
 
@@ -158,6 +170,46 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
     assert await fields_of(service.estimate(service.group(rewards=np.float32([0, 1])), group)) == ["groups[1].rewards"]
 
 
+# ScorePrompts.
+
+
+def prompt_message(group_id: str = "p", domain: str = "default", width: int = 6) -> pb.PromptFeatures:
+    return encode_prompt_features(PromptFeatures(group_id, domain, np.full(width, 0.5, np.float32)))
+
+
+async def test_prompts_are_scored_in_the_order_asked(service) -> None:
+    service.install("math")
+    service.install("default", width=4)
+    scores = await service.score(
+        prompt_message("a", "math"), prompt_message("b", "", width=4), prompt_message("c", "unknown")
+    )
+    assert [(score.group_id, score.probe_version) for score in scores] == [("a", 1), ("b", 1), ("c", 0)]
+    assert [score.value for score in scores] == [pytest.approx(0.4), pytest.approx(0.5), None]
+
+
+async def test_everything_wrong_with_prompts_is_named_at_once(service) -> None:
+    service.install()
+    prompts = [prompt_message(), *(prompt_message() for _ in range(5))]
+    prompts[1].group_id = "a b"
+    prompts[2].domain = "mäth"
+    prompts[3].ClearField("prompt_hidden")
+    prompts[4].prompt_hidden.CopyFrom(to_tensor(np.float32([1, np.inf])))
+    prompts[5].prompt_hidden.CopyFrom(to_tensor(np.zeros(0, np.float32)))
+    assert await fields_of(service.score(*prompts)) == [
+        "prompts[1].group_id",
+        "prompts[2].domain",
+        "prompts[3].prompt_hidden",
+        "prompts[4].prompt_hidden",
+        "prompts[5].prompt_hidden",
+    ]
+    assert await fields_of(service.score(prompt_message(), prompt_message(width=9))) == ["prompts[1].prompt_hidden"]
+
+
+@pytest.mark.parametrize("number", [0, MAX_GROUPS + 1])
+async def test_the_number_of_prompts_is_bounded(service, number) -> None:
+    assert await fields_of(service.score(*[prompt_message(width=1)] * number)) == ["prompts"]
+
+
 # PublishLabels.
 
 
@@ -245,14 +297,15 @@ async def test_one_domain_is_reported_alone_and_an_unknown_one_is_not_found_by_n
 
 
 async def all_calls(service: Service, error: type[Exception]) -> None:
-    for call in (service.estimate(service.group()), service.publish(service.label()), service.probe()):
+    calls = service.estimate(service.group()), service.score(prompt_message()), service.publish(service.label())
+    for call in (*calls, service.probe()):
         with pytest.raises(error):
             await call
 
 
 async def test_nothing_is_answered_before_the_state_is_restored(config) -> None:
     servicer = ValueServicer(config())
-    for call in (servicer.EstimateBaselines, servicer.PublishLabels, servicer.GetProbe):
+    for call in (servicer.EstimateBaselines, servicer.ScorePrompts, servicer.PublishLabels, servicer.GetProbe):
         with pytest.raises(BackendDown, match="restoring"):
             await call(None, None)
 
