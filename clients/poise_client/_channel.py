@@ -31,6 +31,8 @@ class TlsOptions:
     """PEM chain to show to the service."""
     client_key_file: Path | str | None = None
     """PEM key of that chain."""
+    server_name: str | None = None
+    """The name that the service's certificate must show; None takes the target's. For targets that are addresses."""
 
     def __post_init__(self) -> None:
         if (self.client_cert_file is None) != (self.client_key_file is None):
@@ -61,12 +63,15 @@ class Dialer:
         self.target = target
         self.metadata: tuple[tuple[str, str], ...] = () if token is None else (("authorization", f"Bearer {token}"),)
         self._credentials = None if tls is None else tls.credentials()
+        self._options = _OPTIONS
+        if tls is not None and tls.server_name is not None:
+            self._options += (("grpc.ssl_target_name_override", tls.server_name),)
 
     def open(self) -> grpc.aio.Channel:
         """Open a channel on the running event loop. Connects at the first call."""
         if self._credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
-        return grpc.aio.secure_channel(self.target, self._credentials, options=_OPTIONS)
+            return grpc.aio.insecure_channel(self.target, options=self._options)
+        return grpc.aio.secure_channel(self.target, self._credentials, options=self._options)
 
 
 def is_loopback(target: str) -> bool:

@@ -13,7 +13,9 @@ from poise.errors import Draining
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics, ReplicaCollector
-from poise.learner.publisher import Publisher
+from poise.learner.publishing.discovery import Address, Discovery
+from poise.learner.publishing.publisher import Publisher
+from poise.learner.publishing.transports import make_transport
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
 from poise.runtime.config import read_token_file
@@ -70,7 +72,8 @@ class LearnerApp(ServiceApp):
         if self._core.published is None:
             return {"state": "recovering"}
         facts = dataclasses.asdict(self._servicer.status())
-        return facts | {"digest": facts["digest"].hex()}
+        replicas = [replica | {"digest": replica["digest"].hex()} for replica in facts["replicas"]]
+        return facts | {"digest": facts["digest"].hex(), "replicas": replicas}
 
     async def pause(self) -> None:
         """Accept no batch until `resume`; the one in hand is finished."""
@@ -105,15 +108,12 @@ def build(config: LearnerConfig) -> LearnerApp:
     """Construct the service. No I/O but the replicas' token and authorities."""
     token_file = config.replica_token_file
     token = None if token_file is None else read_token_file(token_file, "replica_token_file")
-    tls = TlsOptions(root_certs_file=config.replica_ca_file) if config.replica_ca_file else None
-    clients = [
-        AsyncGenerationClient(
-            address,
-            token=token,
-            tls=tls,
-            retries=RetryPolicy(max_attempts=1),  # the publisher tries again by itself, and a step waits for one try
-            allow_insecure_token=True,
-        )
-        for address in config.replicas
-    ]
-    return LearnerApp(config, LearnerCore(config), Publisher(clients, config.push))
+    retries = RetryPolicy(max_attempts=1)  # the publisher tries again by itself, and a step waits for one try
+
+    def connect(address: Address) -> AsyncGenerationClient:
+        authorities = config.replica_ca_file
+        tls = TlsOptions(root_certs_file=authorities, server_name=address.server_name) if authorities else None
+        return AsyncGenerationClient(address.target, token=token, tls=tls, retries=retries, allow_insecure_token=True)
+
+    publisher = Publisher(Discovery(config.replicas), connect, make_transport(config.push), config.push)
+    return LearnerApp(config, LearnerCore(config), publisher)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from poise.learner.publishing.discovery import parse_name
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
 
 
@@ -39,9 +40,22 @@ class LossConfig(StrictModel):
     """Cap C of learner/rollout probability, which corrects for the engine's own arithmetic and for staleness."""
 
 
+def _default_shared_dir() -> Path:
+    shared_memory = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
+    return shared_memory if shared_memory.is_dir() else Path("/tmp")  # noqa: S108
+
+
 class PushConfig(StrictModel):
     """Publishing weights to the generation replicas."""
 
+    transport: Literal["grpc", "shared"] = "grpc"
+    """How weights travel: `grpc` in chunks to anywhere; `shared` through a file, written once for all replicas of this
+    host, which must allow `shared_dir` in their `shared_dirs`."""
+    shared_dir: Path = Field(default_factory=_default_shared_dir)
+    """Where `shared` writes: memory-backed is fastest. Holds two versions of the model while they change."""
+    deltas: bool = True
+    """Send only what changed, without loss, to replicas that keep the version before: in bfloat16 a hundredth of the
+    bytes at the usual learning rates. In float32 nearly everything changes, and everything is sent."""
     timeout_s: float = Field(60.0, gt=0)
     """How long a step waits for its replicas, s; one that takes longer catches up behind it."""
     reconcile_every_s: float = Field(1.0, gt=0)
@@ -64,7 +78,8 @@ class LearnerConfig(ServiceConfig):
     export_dir: Path | None = None
     """Where exports go; null takes `<state_dir>/exports`."""
     replicas: tuple[str, ...] = ()
-    """Generation replicas, `host:port`, that get every version."""
+    """Generation replicas that get every version: `host:port`, or `dns:///name:port` for all addresses that a name has,
+    looked up again every `push.reconcile_every_s`."""
     replica_token_file: Path | None = None
     """File holding the bearer token of the replicas."""
     replica_ca_file: Path | None = None
@@ -94,3 +109,10 @@ class LearnerConfig(ServiceConfig):
     """The policy loss."""
     push: PushConfig = PushConfig()
     """Publishing weights."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _names_can_be_looked_up(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+        for target in replicas:
+            parse_name(target)
+        return replicas

@@ -24,7 +24,7 @@ from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
 from poise.learner.trainer import Trainer
-from poise_client import weights_digest
+from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
 from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
 
@@ -41,6 +41,7 @@ class Published:
     lineage_id: str
     policy_version: int
     weights: dict[str, WeightArray]
+    sha256_by_name: dict[str, bytes]
     digest: bytes
 
 
@@ -55,6 +56,7 @@ class LearnerCore:
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
         self._weights: dict[str, WeightArray] = {}
+        self._sha256_by_name: dict[str, bytes] = {}
         self._digest = b""
         self.progress = Progress()
         self.checkpoint_version = 0
@@ -276,10 +278,13 @@ class LearnerCore:
     def _take_weights(self) -> None:
         self._weights = {}  # let go of the last ones first: these are as large as the model
         self._weights = self._trainer.weights()
-        self._digest = weights_digest(self._weights)
+        self._sha256_by_name = hash_weights(self._weights)
+        self._digest = combine_digests(self._sha256_by_name)
 
     def _publish(self, lineage_id: str) -> None:
-        self.published = Published(lineage_id, self.progress.policy_version, self._weights, self._digest)
+        self.published = Published(
+            lineage_id, self.progress.policy_version, self._weights, self._sha256_by_name, self._digest
+        )
 
 
 def _digest(rollout_id: RolloutId) -> bytes:

@@ -20,7 +20,7 @@ from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
-from poise.learner.publisher import Publisher
+from poise.learner.publishing.publisher import Publisher
 from poise.runtime.validation import Violations
 from poise_client.codec import (
     CodecError,

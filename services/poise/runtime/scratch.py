@@ -24,11 +24,15 @@ class ScratchFolder:
         self._descriptor = -1
 
     def ensure(self) -> Path:
-        """Return the folder, made when it is not there, or no longer: some clean /tmp by age. Raises `OSError`."""
+        """Return the folder, made when it is not there, or no longer: some clean /tmp by age. Raises `OSError`.
+
+        Making it removes what processes that are gone left beside it.
+        """
         if self._path is not None and self._path.is_dir():
             return self._path
         self.close()
         self.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.parent, self._prefix)
         while True:
             path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.parent))
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -47,7 +51,7 @@ class ScratchFolder:
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the scratch folders in `parent` whose processes are gone. To be called when a process starts."""
+    """Remove the scratch folders in `parent` whose processes are gone."""
     for path in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -19,9 +19,9 @@ from tests.unit.learner.batches import VOCABULARY, make_batch, make_config
 
 from poise.errors import Draining
 from poise.generation.policy import ServedPolicy
-from poise.learner import publisher
 from poise.learner.app import LearnerApp, build
 from poise.learner.checkpoint import CheckpointStore, StateError
+from poise.learner.publishing import replica as replica_module
 from poise.learner.trainer import Trainer
 from poise_client import AsyncLearnerClient
 from poise_client._status import error_from_rpc
@@ -510,7 +510,7 @@ async def test_a_replica_that_restarts_gets_the_version_of_now(serve, replica):
 
 
 async def test_a_step_does_not_wait_for_a_replica_that_is_down(serve, replica, monkeypatch):
-    monkeypatch.setattr(publisher, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    monkeypatch.setattr(replica_module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
     one = await replica()
     await one.stop()
     service = await serve(replicas=(one.address,), push={"timeout_s": 10 * TIMEOUT_S})

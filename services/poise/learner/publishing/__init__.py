@@ -1,0 +1,1 @@
+"""Bringing every version of the policy to the generation replicas."""

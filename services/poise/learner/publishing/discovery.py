@@ -1,0 +1,75 @@
+"""Which replicas there are: addresses as given, and those that names stand for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"dns:///([A-Za-z0-9._-]+):([0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica is."""
+
+    target: str
+    """`host:port`, or `unix:path`."""
+    server_name: str | None = None
+    """The name it was found by, which its certificate shows; None where the target says."""
+
+
+def parse_name(target: str) -> tuple[str, int] | None:
+    """Return host and port of a `dns:///` target; None for an address as it stands.
+
+    Raises:
+        ValueError: it begins so, and is no name with a port.
+    """
+    if not target.startswith("dns:"):
+        return None
+    match = _NAME.fullmatch(target)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"{target!r} must look like dns:///name:port")
+    return match[1], int(match[2])
+
+
+async def resolve(host: str, port: int) -> set[str]:
+    """Return the `host:port` of every address that a name stands for. Raises `OSError`."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return {f"[{where[0]}]:{port}" if ":" in str(where[0]) else f"{where[0]}:{port}" for *_, where in found}
+
+
+class Discovery:
+    """Finds replicas. A name that cannot be resolved keeps the addresses it had: replicas do not go when DNS does."""
+
+    def __init__(self, targets: Sequence[str], resolve: Callable[[str, int], Awaitable[set[str]]] = resolve) -> None:
+        self._fixed = [Address(target) for target in targets if parse_name(target) is None]
+        self._names = [name for target in targets if (name := parse_name(target)) is not None]
+        self._resolve = resolve
+        self._found: dict[tuple[str, int], set[str]] = {}
+        self._failing: set[tuple[str, int]] = set()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the answer is always the same."""
+        return not self._names
+
+    async def find(self) -> list[Address]:
+        """Return where replicas are now, each once."""
+        found = {address.target: address for address in self._fixed}
+        for name in self._names:
+            try:
+                self._found[name] = await self._resolve(*name)
+                self._failing.discard(name)
+            except OSError as error:
+                if name not in self._failing:
+                    logger.warning("replicas dns:///%s:%d cannot be looked up: %s", *name, error)
+                    self._failing.add(name)
+            for target in sorted(self._found.get(name, ())):
+                found.setdefault(target, Address(target, server_name=name[0]))
+        return list(found.values())

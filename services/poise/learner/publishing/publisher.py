@@ -1,0 +1,114 @@
+"""Keeps every generation replica at the learner's current version: finds them, and offers each version to all at once.
+
+Knows neither torch nor the learner's state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from poise.learner.config import PushConfig
+from poise.learner.publishing.discovery import Address, Discovery
+from poise.learner.publishing.offer import Offer, Version
+from poise.learner.publishing.replica import Replica
+from poise.learner.publishing.transports import Transport
+from poise_client import AsyncGenerationClient
+from poise_client.types import ReplicaResult
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """All replicas. A slow or dead one holds up neither the others nor, beyond `timeout_s`, the learner."""
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        connect: Callable[[Address], AsyncGenerationClient],
+        transport: Transport,
+        config: PushConfig,
+    ) -> None:
+        self._discovery = discovery
+        self._connect = connect
+        self._transport = transport
+        self._config = config
+        self._replicas: dict[str, Replica] = {}
+        self._loops: dict[str, asyncio.Task[None]] = {}
+        self._looked = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        self._withdrawing: set[asyncio.Task[None]] = set()
+        self._offer: Offer | None = None
+
+    def start(self) -> None:
+        """Begin to look for replicas, and to reconcile them."""
+        self._looking = asyncio.create_task(self._look(), name="replica-discovery")
+
+    async def publish(self, version: Version) -> None:
+        """Offer a version to every replica; return when each serves it or failed once, at most after `timeout_s`."""
+        offer = self._take(version)
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                await self._looked.wait()
+                await asyncio.gather(*(replica.settled(offer) for replica in self._replicas.values()))
+        except TimeoutError:
+            return
+
+    @property
+    def results(self) -> tuple[ReplicaResult, ...]:
+        """How each replica stands."""
+        return tuple(replica.result for replica in self._replicas.values())
+
+    async def stop(self) -> None:
+        """End the loops, close the clients and leave nothing behind."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await asyncio.gather(*(self._forget(target) for target in list(self._replicas)))
+        if self._offer is not None:
+            await self._offer.withdraw()
+        await asyncio.gather(*self._withdrawing)
+        await asyncio.to_thread(self._transport.close)
+
+    def _take(self, version: Version) -> Offer:
+        """Offer a version from now on, unless it is on offer."""
+        before = self._offer
+        if before is not None and before.version is version:
+            offer = before
+        else:
+            offer = self._offer = Offer(version, before, self._transport, deltas=self._config.deltas)
+            if before is not None:
+                withdrawing = asyncio.create_task(before.withdraw(), name="withdraw")
+                self._withdrawing.add(withdrawing)
+                withdrawing.add_done_callback(self._withdrawing.discard)
+        for replica in self._replicas.values():
+            replica.want(offer)
+        return offer
+
+    async def _look(self) -> None:
+        while True:
+            await self._adopt(await self._discovery.find())
+            self._looked.set()
+            if self._discovery.is_fixed:
+                return
+            await asyncio.sleep(self._config.reconcile_every_s)
+
+    async def _adopt(self, addresses: list[Address]) -> None:
+        """Take in the replicas that came, and let go of those that went."""
+        for target in self._replicas.keys() - {address.target for address in addresses}:
+            logger.info("replica %s is gone", target)
+            await self._forget(target)
+        for address in addresses:
+            if address.target in self._replicas:
+                continue
+            replica = self._replicas[address.target] = Replica(self._connect(address), self._config)
+            if self._offer is not None:
+                replica.want(self._offer)
+            self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
+
+    async def _forget(self, target: str) -> None:
+        replica, loop = self._replicas.pop(target), self._loops.pop(target)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        await replica.close()

@@ -1,0 +1,130 @@
+"""One replica, and the loop that keeps it at the version on offer.
+
+It asks what the replica serves, and pushes when that is not what it should be. A new version, a restarted replica, a
+broken push and a replica that was away are all the same case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+from poise.errors import PoiseError
+from poise.learner.config import PushConfig
+from poise.learner.publishing.offer import Offer
+from poise_client import AsyncGenerationClient, WeightPush
+from poise_client.errors import InternalError, InvalidRequestError, PoiseClientError, VersionMismatchError
+from poise_client.types import Policy, ReplicaResult
+
+logger = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_S = 5.0
+
+
+class Replica:
+    """One replica."""
+
+    def __init__(self, client: AsyncGenerationClient, config: PushConfig) -> None:
+        self._client = client
+        self._config = config
+        self._wanted: Offer | None = None
+        self._refuses_delta_of: Offer | None = None
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Condition()
+        self._gone = False
+        self.result = ReplicaResult(client.target, 0, False, "not reached yet", 0.0, 0.0)
+        """How it stands, as far as known."""
+
+    def want(self, offer: Offer) -> None:
+        """Push it from now on."""
+        if offer is not self._wanted:
+            self._wanted = offer
+            self.result = dataclasses.replace(self.result, current=False, error="")
+            self._wake.set()
+
+    async def settled(self, offer: Offer) -> None:
+        """Return when what is wanted is served, was pushed in vain once, or is not wanted any more."""
+        async with self._settled:
+            self._settled.notify_all()  # whoever waits for the version before need not any more
+            await self._settled.wait_for(
+                lambda: self._gone or self._wanted is not offer or self.result.current or bool(self.result.error)
+            )
+
+    async def run(self) -> None:
+        """Reconcile until cancelled."""
+        while True:
+            self._wake.clear()
+            wanted = self._wanted
+            if wanted is not None:
+                result = await self._reconcile(wanted)
+                async with self._settled:
+                    if self._wanted is wanted:
+                        self._say_changes(result)
+                        self.result = result
+                    self._settled.notify_all()
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._config.reconcile_every_s)
+            except TimeoutError:
+                continue
+
+    async def close(self) -> None:
+        """Let nobody wait for it any more; `run` must have ended."""
+        async with self._settled:
+            self._gone = True
+            self._settled.notify_all()
+        await self._client.close()
+
+    async def _reconcile(self, wanted: Offer) -> ReplicaResult:
+        before = self.result
+        try:
+            policy = await self._client.get_policy(timeout_s=_ASK_TIMEOUT_S)
+            served = dataclasses.replace(before, policy_version=policy.policy_version, digest=policy.digest, error="")
+            if wanted.is_served_by(policy):
+                return dataclasses.replace(served, current=True)
+            before = dataclasses.replace(served, current=False)
+            return await self._push(wanted, policy, before)
+        except (PoiseClientError, PoiseError) as error:
+            return dataclasses.replace(before, current=False, error=str(error))
+        except Exception as error:
+            logger.exception("replica %s: a defect in publishing", before.address)
+            return dataclasses.replace(before, current=False, error=f"a defect in publishing: {error}")
+
+    async def _push(self, wanted: Offer, policy: Policy, before: ReplicaResult) -> ReplicaResult:
+        """Push what changed where that is possible, else everything; within the push's time in all."""
+        started = time.monotonic()
+        delta = None if self._refuses_delta_of is wanted else await wanted.delta_for(policy)
+        if delta is not None:
+            try:
+                return await self._send(delta, wanted, before, started)
+            except (VersionMismatchError, InvalidRequestError, InternalError) as error:
+                logger.info("replica %s takes no delta: %s", before.address, error)
+                self._refuses_delta_of = wanted
+        return await self._send(await wanted.whole(), wanted, before, started)
+
+    async def _send(self, push: WeightPush, wanted: Offer, before: ReplicaResult, started: float) -> ReplicaResult:
+        left_s = self._config.timeout_s - (time.monotonic() - started)
+        update = await self._client.push_weights(push, timeout_s=max(left_s, 0.001))
+        return dataclasses.replace(
+            before,
+            policy_version=update.policy_version,
+            digest=wanted.version.digest,
+            current=True,
+            error="",
+            push_s=time.monotonic() - started,
+            pause_s=update.pause_s,
+            sent_bytes=0 if push.begin.file else push.body_bytes,
+        )
+
+    def _say_changes(self, result: ReplicaResult) -> None:
+        if result.error and result.error != self.result.error:
+            logger.warning("replica %s is not current: %s", result.address, result.error)
+        elif result.current and (not self.result.current or result.policy_version != self.result.policy_version):
+            logger.info(
+                "replica %s serves version %d, pushed in %.2f s (%.1f MB)",
+                result.address,
+                result.policy_version,
+                result.push_s,
+                result.sent_bytes / 1e6,
+            )
