@@ -30,7 +30,10 @@ def train(generation: GenerationClient, value: ValueClient, learner: LearnerClie
         mean = float(np.mean(rewards))
 
         # Baselines first: once a step's labels are published, its baselines can no longer be asked for.
-        features = [GroupFeatures(g.group_id, "max", tuple(r.features for r in g.rollouts)) for g in groups]
+        features = [
+            GroupFeatures(g.group_id, "max", tuple(r.features for r in g.rollouts), reward)
+            for g, reward in zip(groups, rewards)
+        ]
         answers = value.estimate_baselines(RUN, step, features)
         labels = [LabelledGroup(RUN, step, *(f.group_id, f.domain, f.rollouts), r) for f, r in zip(features, rewards)]
         value.publish_labels(labels)

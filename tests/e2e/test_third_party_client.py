@@ -1,4 +1,4 @@
-"""`buf curl`, which knows nothing of this project but what reflection tells, drives every unary RPC."""
+"""`buf curl`, which knows nothing of this project but what reflection tells, drives every RPC of one request."""
 
 from __future__ import annotations
 
@@ -57,13 +57,22 @@ def test_generation(tiny_run: LocalRun) -> None:
     assert policy["engine"] == "torch"
     assert policy["ready"] is True
     assert policy["hiddenSize"] == 64
+    encoded = answer(
+        address, "poise.v1.GenerationService/EncodePrompts", {"prompts": [{"groupId": "a", "text": "max123="}]}
+    )
+    assert encoded["groupId"] == "a"
+    assert encoded["promptHidden"]["shape"] == [64]
 
 
 def test_value(tiny_run: LocalRun) -> None:
     address, service = tiny_run.train.endpoints.value, "poise.v1.ValueService"
     groups = [{"groupId": "a", "domain": "curl", "rollouts": [rollout(1), rollout(2)]}]
-    asked = answer(address, f"{service}/EstimateBaselines", {"runId": "curl", "step": 0, "groups": groups})
+    questions = [groups[0] | {"rewards": tensor([0, 1])}]
+    asked = answer(address, f"{service}/EstimateBaselines", {"runId": "curl", "step": 0, "groups": questions})
     assert asked["groups"][0]["status"] == "BASELINE_STATUS_NO_PROBE"
+    prompt = {"groupId": "a", "domain": "curl", "promptHidden": tensor(np.ones(64))}
+    scored = answer(address, f"{service}/ScorePrompts", {"prompts": [prompt]})
+    assert scored["prompts"] == [{"groupId": "a", "status": "BASELINE_STATUS_NO_PROBE"}]
     label = {"schemaVersion": 1, "runId": "curl", "step": 0, **groups[0], "rewards": tensor([0, 1])}
     assert answer(address, f"{service}/PublishLabels", {"groups": [label]}) == {"numQueued": 1}
     report = answer(address, f"{service}/GetProbe", {})

@@ -112,6 +112,51 @@ async def test_abandoned_call_frees_the_engine(tiny: Running, how: str) -> None:
     await client.close()
 
 
+async def test_prompts_are_encoded_in_the_order_asked_as_their_rollouts_are(tiny: Running) -> None:
+    contents = ["two plus two", "x", [{"role": "user", "content": "hi"}]]
+    prompts = [Prompt(f"g{i}", content) for i, content in enumerate(contents)]
+    encoded = await tiny.client.encode_prompts(prompts)
+    groups = await stream(tiny.client, contents)
+    assert [prompt.group_id for prompt in encoded] == ["g0", "g1", "g2"]
+    for prompt in encoded:
+        group = groups[prompt.group_id]
+        assert (prompt.num_prompt_tokens, prompt.policy_version) == (group.prompt_token_ids.size, 0)
+        for rollout in group.rollouts:
+            np.testing.assert_allclose(prompt.prompt_hidden, rollout.features.prompt_hidden, rtol=1e-4, atol=1e-6)
+
+
+async def test_prompt_to_encode_without_room_is_named_by_its_place(tiny: Running) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await tiny.client.encode_prompts([Prompt("a", "x"), Prompt("b", "x" * 512)])
+    ((field, _),) = caught.value.violations
+    assert field == "prompts[1].prompt"
+
+
+async def test_abandoned_encoding_frees_the_engine_and_pause_and_drain_hold_for_it(
+    scripted: tuple[Running, ScriptedEngine],
+) -> None:
+    running, engine = scripted
+    release = asyncio.Event()
+    engine.before_rollout = lambda request: release.wait()
+    abandoned = asyncio.create_task(running.client.encode_prompts([Prompt("a", "a"), Prompt("b", "b")]))
+    await eventually(lambda: _says(running, num_running=2), "prompts are encoded")
+    abandoned.cancel()
+    await eventually(lambda: _says(running, num_running=0), "the engine is free")
+    assert engine.num_aborted == 2
+
+    accepted = asyncio.create_task(running.client.encode_prompts([Prompt("a", "a")]))
+    await eventually(lambda: _says(running, num_running=1), "a prompt is encoded")
+    draining = asyncio.create_task(running.app.drain())
+    await eventually(lambda: _says(running, ready=False), "it drains")
+    async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await hasty.encode_prompts([Prompt("c", "c")])
+    assert not draining.done()
+    release.set()
+    assert len(await asyncio.wait_for(accepted, DEADLINE_S)) == 1
+    await asyncio.wait_for(draining, DEADLINE_S)
+
+
 async def test_prompt_without_room_is_named_by_its_place(tiny: Running) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await stream(tiny.client, ["x", "x" * 512, "y"])

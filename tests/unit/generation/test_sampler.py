@@ -14,7 +14,7 @@ from poise.errors import Busy, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.sampler import Sampler, rollout_seed
-from poise_client.types import Group, Prompt, PromptContent, Sampling
+from poise_client.types import EncodedPrompt, Group, Prompt, PromptContent, Sampling
 
 Build = Callable[..., GenerationConfig]
 
@@ -99,6 +99,67 @@ async def test_groups_come_in_order_of_finishing(engine: ScriptedEngine, config:
     assert seen == ["g1", "g2", "g0"]
     with pytest.raises(StopAsyncIteration):
         await anext(groups)
+
+
+def encode(sampler: Sampler, contents: Sequence[PromptContent]) -> AsyncGenerator[EncodedPrompt, None]:
+    return sampler.encode([Prompt(f"g{i}", content) for i, content in enumerate(contents)])
+
+
+async def test_prompts_are_encoded_as_their_rollouts_would_be(engine: ScriptedEngine, config: Build) -> None:
+    sampler = Sampler(engine, config())
+    encoded = [prompt async for prompt in encode(sampler, ["hi", [1, 2, 3]])]
+    assert [(p.group_id, p.num_prompt_tokens, p.policy_version) for p in encoded] == [("g0", 2, 0), ("g1", 3, 0)]
+    groups = await all_groups(start(sampler, ["hi", [1, 2, 3]]))
+    for prompt in encoded:
+        for rollout in groups[prompt.group_id].rollouts:
+            np.testing.assert_array_equal(prompt.prompt_hidden, rollout.features.prompt_hidden)
+
+
+async def test_encoding_shares_the_limits_of_rollouts(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    sampler = Sampler(engine, config(max_num_seqs=3, max_queued_rollouts=5))
+    rollouts = asyncio.create_task(all_groups(start(sampler, ["a"], num_rollouts=2)))
+    await settle()
+    prompts = encode(sampler, ["b", "c", "d"])
+    first = asyncio.ensure_future(anext(prompts))
+    await settle()
+    assert (sampler.num_running, sampler.num_accepted) == (3, 5)
+    with pytest.raises(Busy, match="of at most 5"):
+        await anext(encode(sampler, ["e"]))
+    with pytest.raises(InvalidRequest, match="max_queued_rollouts is 5"):
+        await anext(encode(sampler, ["e"] * 6))
+    idle = asyncio.ensure_future(sampler.idle())
+    gate.open("a")
+    await rollouts
+    assert not idle.done()
+    for content in "bcd":
+        gate.open(content)
+    assert {(await first).group_id} | {prompt.group_id async for prompt in prompts} == {"g0", "g1", "g2"}
+    await idle
+    assert_all_freed(sampler, engine, 3)
+
+
+async def test_closed_encoding_aborts_what_runs(engine: ScriptedEngine, config: Build) -> None:
+    gate = engine.before_rollout = Gate()
+    sampler = Sampler(engine, config(max_num_seqs=3))
+    gate.open("a")
+    async with aclosing(encode(sampler, "abcd")) as prompts:
+        assert (await anext(prompts)).group_id == "g0"
+        await settle()
+    assert engine.num_aborted == 3
+    assert_all_freed(sampler, engine, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"), [("", "text"), ([256], "tokens.token_ids"), ([1] * 64, "prompt"), ("x" * 64, "prompt")]
+)
+async def test_prompts_that_cannot_be_sampled_are_not_encoded(
+    engine: ScriptedEngine, config: Build, content: PromptContent, field: str
+) -> None:
+    sampler = Sampler(engine, config())
+    with pytest.raises(InvalidRequest, match=rf"^prompts\[1\]\.{field}: "):
+        await anext(encode(sampler, ["x" * 63, content]))
+    assert_all_freed(sampler, engine, config().max_num_seqs)
 
 
 async def test_group_holds_its_prompt_and_its_rollouts_in_order(engine: ScriptedEngine, config: Build) -> None:

@@ -19,8 +19,8 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
-from poise_client.codec import decode_group, decode_policy
-from poise_client.types import Group, Policy
+from poise_client.codec import decode_encoded_prompt, decode_group, decode_policy
+from poise_client.types import EncodedPrompt, Group, Policy
 from poise_proto.v1 import generation_pb2 as pb
 
 Build = Callable[..., GenerationConfig]
@@ -43,6 +43,9 @@ class Service:
 
     async def stream(self, request: pb.StreamTrajectoriesRequest) -> list[Group]:
         return [decode_group(group) async for group in self.servicer.StreamTrajectories(request, CONTEXT)]
+
+    async def encode(self, request: pb.EncodePromptsRequest) -> list[EncodedPrompt]:
+        return [decode_encoded_prompt(prompt) async for prompt in self.servicer.EncodePrompts(request, CONTEXT)]
 
     async def push(self, messages: Iterable[pb.UpdateWeightsRequest]) -> pb.UpdateWeightsResponse:
         async def sent() -> AsyncIterator[pb.UpdateWeightsRequest]:
@@ -191,6 +194,57 @@ async def test_min_policy_version_is_checked_against_the_served(service: Service
         await service.stream(request_of(min_policy_version=4))
 
 
+def encoding_of(*specs: pb.PromptSpec) -> pb.EncodePromptsRequest:
+    return pb.EncodePromptsRequest(prompts=specs)
+
+
+async def test_prompts_are_encoded_with_the_version_served(service: Service) -> None:
+    await service.push(push_messages(weights(), 3))
+    encoded = await service.encode(encoding_of(*prompts({}, {"tokens": {"token_ids": [1, 2]}})))
+    assert [(p.group_id, p.num_prompt_tokens, p.policy_version) for p in encoded] == [("g0", 1, 3), ("g1", 2, 3)]
+    assert [p.prompt_hidden.shape for p in encoded] == [(4,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("specs", "fields"),
+    [
+        ([], ["prompts"]),
+        (prompts(*[{}] * 4097), ["prompts"]),
+        (prompts({}, {"group_id": ""}, {"group_id": "g0"}), ["prompts[1].group_id", "prompts[2].group_id"]),
+        ([pb.PromptSpec(group_id="g")], ["prompts[0].prompt"]),
+        ([pb.PromptSpec(group_id="g", chat=chat("pope"))], ["prompts[0].chat.messages[0].role"]),
+        (prompts({}, {"text": "x" * 64}), ["prompts[1].prompt"]),
+    ],
+)
+async def test_wrong_fields_of_prompts_to_encode_are_all_named(
+    service: Service, specs: list[pb.PromptSpec], fields: list[str]
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await service.encode(encoding_of(*specs))
+    assert [violation.field for violation in caught.value.violations] == fields
+    assert service.engine.requests == []
+
+
+async def test_encoding_is_refused_when_rollouts_are(service: Service) -> None:
+    service.refusal = "paused for tea"
+    with pytest.raises(Draining, match="paused for tea") as caught:
+        await service.encode(encoding_of(*prompts({})))
+    assert caught.value.retry_after_s
+
+
+async def test_closed_encoding_frees_the_engine_before_it_returns(service: Service) -> None:
+    async def hold_second(request: EngineRequest) -> None:
+        if bytes(request.prompt_token_ids) == b"ho":
+            await asyncio.Event().wait()
+
+    service.engine.before_rollout = hold_second
+    encoded = service.servicer.EncodePrompts(encoding_of(*request_of().prompts), CONTEXT)
+    await anext(encoded)
+    await encoded.aclose()  # type: ignore[attr-defined]
+    assert service.engine.num_aborted == 1
+    assert service.servicer.sampler.num_accepted == 0
+
+
 async def test_closed_stream_frees_the_engine_before_it_returns(service: Service) -> None:
     async def hold_second(request: EngineRequest) -> None:
         if bytes(request.prompt_token_ids) == b"ho":
@@ -219,7 +273,11 @@ async def test_death_of_the_engine_is_worth_another_try_and_a_defect_is_not(serv
         service.engine.die()
         raise RuntimeError("broken pipe")
 
-    for call in (lambda: service.stream(request_of()), lambda: service.push(push_messages(weights(), 1))):
+    for call in (
+        lambda: service.stream(request_of()),
+        lambda: service.encode(encoding_of(*prompts({}))),
+        lambda: service.push(push_messages(weights(), 1)),
+    ):
         service.engine.before_rollout = service.engine.before_update = fail
         with pytest.raises(RuntimeError, match="slip"):
             await call()
