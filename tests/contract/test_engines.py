@@ -438,6 +438,43 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
             np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+@pytest.fixture
+def aborting(started: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make updates abort what runs."""
+    monkeypatch.setattr(started, "_config", started._config.model_copy(update={"in_flight": "abort"}))
+
+
+@pytest.mark.usefixtures("aborting")
+async def test_update_that_aborts_ends_running_rollouts_with_what_they_have(
+    engine: Engine, reference: Reference, tmp_path: Path
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=7)
+    original = reference.folder / "model.safetensors"
+    deadline = time.monotonic() + DEADLINE_S
+    for seed in itertools.count():
+        assert time.monotonic() < deadline, "no rollout was long enough to meet the update"
+        before, after = next(VERSIONS), next(VERSIONS)
+        await engine.update_weights(original, before)
+        samplings = [Sampling(max_tokens=500, seed=100 * seed + i) for i in range(12)]  # more than run at once
+        running = [asyncio.create_task(sample(engine, [65, 66], sampling)) for sampling in samplings]
+        await asyncio.sleep(0.3)
+        await engine.update_weights(weights, after)
+        rollouts = list(zip(samplings, await asyncio.gather(*running), strict=True))
+        aborted = [rollout for rollout in rollouts if rollout[1].finish_reason == "abort"]
+        if aborted:
+            break
+    for version, served in ((before, original), (after, weights)):
+        reference.use(served)
+        for sampling, rollout in rollouts:
+            (span,) = rollout.version_spans
+            assert (span.start_token, span.end_token) == (0, rollout.token_ids.size)
+            if span.policy_version == version:
+                reference.check([65, 66], sampling, rollout, engine.info.feature_layer)
+    for _, rollout in aborted:
+        assert rollout.version_spans[0].policy_version == before
+        assert 0 < rollout.token_ids.size < 500
+
+
 async def test_cancelled_rollouts_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
     sampling = Sampling(max_tokens=60, seed=3)
     kept = asyncio.create_task(sample(engine, [65, 66], sampling))

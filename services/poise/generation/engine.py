@@ -103,7 +103,8 @@ class Engine(Protocol):
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """Serve the parameters of a safetensors file from the next step boundary on.
 
-        Running rollouts go on under the new version (their spans say so); prefix caches are dropped. Returns the
+        Running rollouts go on under the new version (their spans say so), or where `in_flight` is `abort` they end with
+        what they have, at least a token, and finish_reason "abort"; prefix caches are dropped. Returns the
         seconds for which generation stood still. Raises `InvalidRequest`, with nothing changed, when the file does not
         fit the model.
         """

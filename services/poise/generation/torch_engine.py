@@ -29,7 +29,7 @@ from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, E
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.weights import check_weights
-from poise_client.types import Floats, Message, Sampling, VersionSpan
+from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class TorchEngine:
         else:
             generator.manual_seed(request.sampling.seed)
         running = _Running(request, generator, time.monotonic())
-        reason = None
+        reason: FinishReason | None = None
         while reason is None:
             reason = await self._on_thread(lambda: self._sample_token(running))
         return self._finish(running, reason)
@@ -153,9 +153,11 @@ class TorchEngine:
         self._hidden = states[0].float()
 
     @torch.inference_mode()
-    def _sample_token(self, running: _Running) -> str | None:
+    def _sample_token(self, running: _Running) -> FinishReason | None:
         """Sample one token; return why the rollout ended, if it did."""
         first = running.prompt_hidden_d is None
+        if self._config.in_flight == "abort" and not first and running.cache_version != self._version:
+            return "abort"
         if running.cache_version != self._version:
             # What the old weights cached is not what the new ones would have: the sequence goes through them again.
             running.cache, running.cache_version = transformers.DynamicCache(), self._version
@@ -195,7 +197,7 @@ class TorchEngine:
         rows: Floats = self._hidden.cpu().numpy()
         return rows
 
-    def _why_ended(self, running: _Running) -> str | None:
+    def _why_ended(self, running: _Running) -> FinishReason | None:
         tokenizer, sampling = self._loaded_tokenizer(), running.request.sampling
         if running.token_ids[-1] in tokenizer.stop_token_ids:
             return "stop"
@@ -203,7 +205,7 @@ class TorchEngine:
             return "stop"
         return "length" if len(running.token_ids) >= sampling.max_tokens else None
 
-    def _finish(self, running: _Running, reason: str) -> EngineRollout:
+    def _finish(self, running: _Running, reason: FinishReason) -> EngineRollout:
         tokenizer = self._loaded_tokenizer()
         texts = tokenizer.token_texts(running.token_ids)
         window, spans = pooled_response(texts, self._config.response_pool_tokens)
@@ -216,7 +218,7 @@ class TorchEngine:
             token_entropies=entropies_T,
             features=build_features(running.prompt_hidden_d, mean_or_zeros(states_Td, window), entropies_T, spans),
             version_spans=_version_spans(running.versions),
-            finish_reason="stop" if reason == "stop" else "length",
+            finish_reason=reason,
             text=tokenizer.decode(running.token_ids),
             first_token_s=running.first_token_s,
             total_s=time.monotonic() - running.started,

@@ -142,31 +142,16 @@ class VllmEngine:
     async def _sample(
         self, rollout_id: str, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
     ) -> EngineRollout:
-        from vllm.inputs import tokens_input
-
         started = time.monotonic()
-        token_ids: list[int] = []
-        first_token_s = 0.0
-        last = None
-        try:
-            async for output in self._engine.generate(
-                tokens_input(list(prompt_token_ids)),
-                self._sampling_params(rollout_id, sampling, num_pooled_prompt_tokens),
-                request_id=rollout_id,
-            ):
-                last = output.outputs[0]
-                first_token_s = first_token_s or time.monotonic() - started
-                token_ids += last.token_ids
-        except Exception as error:
-            if self.is_alive():
-                raise
-            raise BackendDown(f"vLLM died: {error}", retry_after_s=1.0) from error
-        if last is None or last.finish_reason not in _FINISH_REASONS:
-            raise BackendDown(f"vLLM ended {rollout_id} with {last and last.finish_reason}")
-
+        assert self._collector is not None  # noqa: S101 (checked before)
+        params = self._sampling_params(rollout_id, sampling, num_pooled_prompt_tokens)
+        last, token_ids, first_token_s = await self._run(rollout_id, prompt_token_ids, params)
+        while last.finish_reason == "abort" and not token_ids:
+            # New weights came before its first token: nothing is lost by beginning again, under them.
+            await self._collector.drop(rollout_id)
+            last, token_ids, first_token_s = await self._run(rollout_id, prompt_token_ids, params)
         tokenizer = self._loaded_tokenizer()
         window, spans = pooled_response(tokenizer.token_texts(token_ids), self._config.response_pool_tokens)
-        assert self._collector is not None  # noqa: S101 (checked before)
         record = await self._collector.collect(rollout_id, len(token_ids), window)
         if record is None:
             raise BackendDown(f"the worker kept nothing of {rollout_id}")
@@ -186,6 +171,29 @@ class VllmEngine:
             first_token_s=first_token_s,
             total_s=time.monotonic() - started,
         )
+
+    async def _run(self, rollout_id: str, prompt_token_ids: Sequence[int], params: Any) -> tuple[Any, list[int], float]:
+        """Sample in vLLM; return its last output, all tokens, and the time to the first, s."""
+        from vllm.inputs import tokens_input
+
+        started = time.monotonic()
+        token_ids: list[int] = []
+        first_token_s = 0.0
+        last = None
+        try:
+            async for output in self._engine.generate(
+                tokens_input(list(prompt_token_ids)), params, request_id=rollout_id
+            ):
+                last = output.outputs[0]
+                first_token_s = first_token_s or time.monotonic() - started
+                token_ids += last.token_ids
+        except Exception as error:
+            if self.is_alive():
+                raise
+            raise BackendDown(f"vLLM died: {error}", retry_after_s=1.0) from error
+        if last is None or last.finish_reason not in _FINISH_REASONS:
+            raise BackendDown(f"vLLM ended {rollout_id} with {last and last.finish_reason}")
+        return last, token_ids, first_token_s
 
     async def _pool_again(self, rollout_id: str, token_ids: Sequence[int], num_pooled: int) -> Floats:
         """Return the pooled states of the last tokens by another pass: vLLM ran on too far past a stop string."""
@@ -222,8 +230,8 @@ class VllmEngine:
 
         started = time.monotonic()
         try:
-            # Running rollouts are frozen; they begin again from their tokens so far, under the new weights.
-            await self._engine.pause_generation(mode="keep")
+            # Kept rollouts are frozen; they begin again from their tokens so far, under the new weights.
+            await self._engine.pause_generation(mode=self._config.in_flight)
             await self._engine.start_weight_update()
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
             await self._engine.finish_weight_update(weight_version=str(policy_version))
