@@ -96,7 +96,10 @@ class Services:
         sampling: Sampling,
         min_policy_version: int,
     ) -> AsyncGenerator[Group, None]:
-        """Yield every group once, from replicas that serve at least `min_policy_version`."""
+        """Yield every group once, from replicas that serve at least `min_policy_version`.
+
+        Groups that new weights cut off (`in_flight: abort`) are sampled again: nobody is to train on halves.
+        """
         finished: asyncio.Queue[Group | BaseException] = asyncio.Queue()
 
         async def drain(client: AsyncGenerationClient, share: Sequence[Prompt]) -> None:
@@ -115,8 +118,11 @@ class Services:
                     )
                     async with contextlib.aclosing(groups):
                         async for group in groups:
-                            del left[group.group_id]
                             waiting.over()
+                            if _is_cut_off(group):
+                                logger.debug("new weights cut group %s off: it is sampled again", group.group_id)
+                                continue
+                            del left[group.group_id]
                             finished.put_nowait(group)
                 except VersionMismatchError as error:  # the learner's push is on its way
                     await waiting.pause(error, patience_s=_PUSH_PATIENCE_S)
@@ -190,6 +196,10 @@ class Services:
             else:
                 waiting.over()
                 return answer
+
+
+def _is_cut_off(group: Group) -> bool:
+    return any(rollout.finish_reason == "abort" for rollout in group.rollouts)
 
 
 def _may_pass(error: PoiseClientError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -21,9 +22,14 @@ from poise_client.errors import (
     UnavailableError,
     VersionMismatchError,
 )
-from poise_client.types import Group, Prompt, Sampling
+from poise_client.types import Features, Group, Prompt, Rollout, RolloutId, Sampling
 
 DOWN = UnavailableError("nobody answers", retryable=True)
+NOTHING = np.zeros(1, np.float32)
+WHOLE = Rollout(
+    RolloutId("run", 0, "g0", 0), np.array([1], np.int32), NOTHING, Features(NOTHING, NOTHING), (), "stop", "x"
+)
+CUT_OFF = dataclasses.replace(WHOLE, finish_reason="abort")
 PROMPTS = [Prompt(f"g{index}", "?") for index in range(5)]
 
 
@@ -214,3 +220,14 @@ def test_the_errors_scripted_here_are_as_the_client_marks_them() -> None:
     assert isinstance(DOWN, PoiseClientError)
     assert not VersionMismatchError("x").retryable
     assert not DeadlineExceededError("x").retryable
+
+
+async def test_groups_that_new_weights_cut_off_are_sampled_again_and_not_handed_on(make: Make) -> None:
+    def cut_off(prompts: Sequence[Prompt]) -> list[Group]:
+        return [*all_of(prompts)[1:], Group(prompts[0].group_id, np.array([1], np.int32), (WHOLE, CUT_OFF))]
+
+    replica = Script("a:1", [cut_off, cut_off, all_of])
+    found = [one async for one in make([replica]).sample("run", 0, PROMPTS, 2, Sampling(), 0)]
+    assert sorted(one.group_id for one in found) == ["g0", "g1", "g2", "g3", "g4"]
+    assert all(one.rollouts == () for one in found)
+    assert replica.calls == [["g0", "g1", "g2", "g3", "g4"], ["g0"], ["g0"]]
