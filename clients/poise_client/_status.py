@@ -56,12 +56,20 @@ _REMEDIES: dict[grpc.StatusCode, str] = {
 }
 
 
+_CORE = "Internal error from Core"
+"""What gRPC says of itself when a message could not be sent on a call that had just ended."""
+
+
 def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
     """Return the exception for a failed RPC. `call` names it for people."""
     code = error.code()
     message = error.details() or f"failed with {code.name}"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return errors.InvalidRequestError(message, remedy="send less at once", call=call)
+    if code is grpc.StatusCode.INTERNAL and message.startswith(_CORE):
+        return errors.UnavailableError(
+            "the service ended the call while it was being sent, and gRPC lost its answer", retryable=True, call=call
+        )
     kind = _BY_CODE.get(code, errors.InternalError)
     reason, retryable, remedy = "", code in _RETRYABLE_CODES, _REMEDIES.get(code, "")
     violations: list[tuple[str, str]] = []

@@ -35,6 +35,8 @@ def show_status(run: LocalRun, as_json: bool) -> int:
         print(f"run {run.name}: step {state.next_step} of {run.train.num_steps}{finished}, folder {run.dir}")
         for name, facts in services.items():
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
+            for replica in facts.get("replicas", ()):
+                print(f"  replica   {replica['address']:21} {_replica_line(replica)}")
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 
@@ -61,10 +63,21 @@ def _line(name: str, facts: dict[str, Any]) -> str:
     if not facts["ready"]:
         return f"not ready: {facts['reason']}"
     if name == "generation":
-        return f"ready, policy version {facts['policy_version']}, {facts['num_running']} rollouts running"
+        running = f"{facts['num_running']} rollouts running"
+        return f"ready, policy version {facts['policy_version']}{_digest(facts['digest'])}, {running}"
     if name == "learner":
         current = sum(replica["current"] for replica in facts["replicas"])
         replicas = f"{current} of {len(facts['replicas'])} replicas current"
-        return f"{facts['state']}, policy version {facts['policy_version']}, {replicas}"
+        return f"{facts['state']}, policy version {facts['policy_version']}{_digest(facts['digest'])}, {replicas}"
     probes = ", ".join(f"{probe['domain']} v{probe['probe_version']}" for probe in facts["probes"]) or "none yet"
     return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt, probes: {probes}"
+
+
+def _replica_line(replica: dict[str, Any]) -> str:
+    served = f"serves version {replica['policy_version']}{_digest(replica['digest'])}"
+    return f"{served}, {'current' if replica['current'] else replica['error'] or 'being brought up'}"
+
+
+def _digest(digest: str) -> str:
+    """Return what tells weights apart at a glance; nothing before the first push."""
+    return f" ({digest[:8]})" if digest else ""

@@ -20,7 +20,7 @@ from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
 
 READY: dict[str, dict[str, Any]] = {
-    "generation": {"ready": True, "policy_version": 4, "num_running": 3},
+    "generation": {"ready": True, "policy_version": 4, "digest": "", "num_running": 3},
     "value": {
         "ready": True,
         "state": "serving",
@@ -31,7 +31,12 @@ READY: dict[str, dict[str, Any]] = {
         "ready": True,
         "state": "idle",
         "policy_version": 4,
-        "replicas": [{"current": True}, {"current": False}],
+        "digest": "0123456789abcdef",
+        "replicas": [
+            {"address": "host:1", "policy_version": 4, "digest": "0123456789abcdef", "current": True, "error": ""},
+            {"address": "host:2", "policy_version": 3, "digest": "fedcba98", "current": False, "error": "it is slow"},
+            {"address": "host:3", "policy_version": 0, "digest": "", "current": False, "error": ""},
+        ],
     },
 }
 
@@ -69,7 +74,12 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
     assert said[2].endswith("serving, 12 groups learnt, probes: math v2")
-    assert said[3].endswith("idle, policy version 4, 1 of 2 replicas current")
+    assert said[3].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
+    assert [line.split() for line in said[4:7]] == [
+        "replica host:1 serves version 4 (01234567), current".split(),
+        "replica host:2 serves version 3 (fedcba98), it is slow".split(),
+        "replica host:3 serves version 0, being brought up".split(),
+    ]
 
 
 @pytest.mark.parametrize(

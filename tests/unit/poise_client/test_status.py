@@ -156,3 +156,10 @@ def test_fields_are_renumbered_to_the_callers_own():
     renumber(error, "groups", [10, 11])
     assert [field for field, _ in error.violations] == ["groups[11].domain", "run_id", "groups[9].domain"]
     assert error.message == "groups[11].domain: is empty"
+
+
+def test_what_grpc_says_when_an_answer_crosses_what_is_being_sent_may_be_tried_again():
+    error = error_from_rpc(bare_error(grpc.StatusCode.INTERNAL, "Internal error from Core (ExecuteBatchError)"), CALL)
+    assert type(error) is errors.UnavailableError
+    assert error.retryable
+    assert type(error_from_rpc(bare_error(grpc.StatusCode.INTERNAL, "a defect"), CALL)) is errors.InternalError
