@@ -75,10 +75,10 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
     assert said[2].endswith("serving, 12 groups learnt, probes: math v2")
     assert said[3].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
-    assert [line.split() for line in said[4:7]] == [
-        "replica host:1 serves version 4 (01234567), current".split(),
-        "replica host:2 serves version 3 (fedcba98), it is slow".split(),
-        "replica host:3 serves version 0, being brought up".split(),
+    assert [" ".join(line.split()) for line in said[4:7]] == [
+        "replica host:1 serves version 4 (01234567), current",
+        "replica host:2 serves version 3 (fedcba98), it is slow",
+        "replica host:3 serves version 0, being brought up",
     ]
 
 
