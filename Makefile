@@ -46,6 +46,7 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
+	$(BIN)/python tools/generate_chart_docs.py --check
 
 .PHONY: format
 format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
@@ -55,6 +56,10 @@ format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
 .PHONY: protos
 protos: $(PROTOS_VENV)/.done  ## Generate clients/poise_proto from protos/.
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+.PHONY: chart
+chart: $(VENV)/.dev  ## Generate the chart's schema and table of settings from its values.yaml.
+	$(BIN)/python tools/generate_chart_docs.py
 
 .PHONY: setup
 setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.

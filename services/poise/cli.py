@@ -97,6 +97,19 @@ def status(path: Path | None, preset: str | None, overrides: tuple[str, ...], as
 
 @main.command()
 @_run_options
+def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
+    """Do the services work, and with each other? Samples, values, compares weights; leaves no trace.
+
+    It waits for services that are starting. `poise status` only shows what they say of themselves.
+    """
+    from poise.orchestrator.check import CheckConfig, run_check
+
+    run = _load(path, preset, overrides)
+    sys.exit(run_check(CheckConfig(endpoints=run.train.endpoints)))
+
+
+@main.command()
+@_run_options
 @click.option("--show-defaults", is_flag=True, help="Print every setting with its default and what it means.")
 @click.argument("program", required=False, type=click.Choice(PROGRAMS))
 def config(

@@ -31,7 +31,7 @@ def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "config", "models"])
+@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "check", "config", "models"])
 def test_every_command_explains_itself(command: str) -> None:
     done = poise(command, "--help")
     assert done.returncode == 0

@@ -1,0 +1,27 @@
+# All roles on CPUs, with the `torch` engine: to try things on a laptop. The command says which role.
+FROM python:3.11.14-slim-bookworm AS wheel
+WORKDIR /src
+RUN pip install --no-cache-dir build==1.3.0
+COPY pyproject.toml README.md LICENSE ./
+COPY services services
+COPY clients clients
+RUN python -m build --wheel --outdir /wheels
+
+FROM python:3.11.14-slim-bookworm
+COPY requirements/cpu.txt /tmp/lock.txt
+# The lock is complete but for torch. PyPI's build carries CUDA; a smaller one comes by
+# --build-arg TORCH="torch==2.13.0+cpu --index-url ...".
+ARG TORCH="torch==2.13.0"
+# hadolint ignore=DL3013,SC2086
+RUN --mount=from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir ${TORCH} && \
+    pip install --no-cache-dir --no-deps -r /tmp/lock.txt && \
+    pip install --no-cache-dir --no-deps /wheels/*.whl && \
+    rm /tmp/lock.txt
+RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
+USER 10001:10001
+ENV PYTHONUNBUFFERED=1
+# Which port there is to ask depends on the role: compose.yaml and the chart say it.
+HEALTHCHECK NONE
+ENTRYPOINT ["python3", "-m"]
+CMD ["poise.value"]

@@ -1,0 +1,64 @@
+{{/* Each program's settings: the user's tree, and over it what only the chart knows. */}}
+
+{{- define "poise.serviceConfig" -}}
+{{- $drain := dict "generation" 120 "value" 30 "learner" 300 -}}
+grpc:
+  host: 0.0.0.0
+  port: {{ include "poise.grpcPort" .role }}
+  {{- if .root.Values.tls.enabled }}
+  tls_cert_file: /etc/poise/tls/tls.crt
+  tls_key_file: /etc/poise/tls/tls.key
+  {{- end }}
+admin:
+  host: 0.0.0.0
+  port: {{ include "poise.adminPort" .role }}
+auth:
+  token_file: /etc/poise/auth/token
+drain_timeout_s: {{ (index .root.Values .role).config.drain_timeout_s | default (get $drain .role) }}
+logging:
+  format: json
+{{- end }}
+
+{{- define "poise.generationConfig" -}}
+{{- $own := dict "model" (include "poise.modelPath" .) "wait_for_learner" true -}}
+{{- if gt (int .Values.generation.gpus) 0 -}}
+{{- $_ := set $own "vllm" (dict "tensor_parallel_size" (int .Values.generation.gpus)) -}}
+{{- end -}}
+{{- $common := include "poise.serviceConfig" (dict "root" . "role" "generation") | fromYaml -}}
+{{- mergeOverwrite (deepCopy .Values.generation.config) $common $own | toYaml -}}
+{{- end }}
+
+{{- define "poise.valueConfig" -}}
+{{- $common := include "poise.serviceConfig" (dict "root" . "role" "value") | fromYaml -}}
+{{- mergeOverwrite (deepCopy .Values.value.config) $common (dict "state_dir" "/state") | toYaml -}}
+{{- end }}
+
+{{- define "poise.learnerConfig" -}}
+{{- $own := dict "model" (include "poise.modelPath" .) "state_dir" "/state" "replica_token_file" "/etc/poise/auth/token" -}}
+{{- $_ := set $own "replicas" (include "poise.generationAddresses" . | fromJsonArray) -}}
+{{- if .Values.tls.enabled -}}{{- $_ := set $own "replica_ca_file" "/etc/poise/tls/ca.crt" -}}{{- end -}}
+{{- if gt (int .Values.learner.gpusPerNode) 0 -}}{{- $_ := set $own "device" "cuda" -}}{{- end -}}
+{{- $common := include "poise.serviceConfig" (dict "root" . "role" "learner") | fromYaml -}}
+{{- mergeOverwrite (deepCopy .Values.learner.config) $common $own | toYaml -}}
+{{- end }}
+
+{{/* Where the services are, as the SDK's users are told. */}}
+{{- define "poise.endpoints" -}}
+{{- $endpoints := dict "token_file" "/etc/poise/auth/token" "generation" (include "poise.generationAddresses" . | fromJsonArray) -}}
+{{- $_ := set $endpoints "value" (include "poise.podAddress" (dict "root" . "role" "value" "index" 0)) -}}
+{{- $_ := set $endpoints "learner" (include "poise.podAddress" (dict "root" . "role" "learner" "index" 0)) -}}
+{{- if .Values.tls.enabled -}}{{- $_ := set $endpoints "ca_file" "/etc/poise/tls/ca.crt" -}}{{- end -}}
+{{- toYaml $endpoints -}}
+{{- end }}
+
+{{- define "poise.trainConfig" -}}
+{{- $own := dict "run_dir" "/runs/run" "endpoints" (include "poise.endpoints" . | fromYaml) "logging" (dict "format" "json") -}}
+{{- mergeOverwrite (dict "run_id" .Release.Name) (deepCopy .Values.train.config) $own | toYaml -}}
+{{- end }}
+
+{{- define "poise.config" -}}
+{{- if eq .role "generation" }}{{ include "poise.generationConfig" .root }}
+{{- else if eq .role "value" }}{{ include "poise.valueConfig" .root }}
+{{- else if eq .role "learner" }}{{ include "poise.learnerConfig" .root }}
+{{- else }}{{ include "poise.trainConfig" .root }}{{ end }}
+{{- end }}

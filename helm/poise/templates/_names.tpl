@@ -1,0 +1,77 @@
+{{/* Names, labels and addresses. Every helper takes the root context, or a dict of root and role. */}}
+
+{{- define "poise.fullname" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{/* Of a role: dict "root" $ "role" "value". */}}
+{{- define "poise.name" -}}
+{{ include "poise.fullname" .root }}-{{ .role }}
+{{- end }}
+
+{{- define "poise.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .role }}
+{{- end }}
+
+{{- define "poise.labels" -}}
+{{ include "poise.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: {{ .root.Chart.Name }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "poise.image" -}}
+{{- $image := index .root.Values.images .role -}}
+{{- if contains ":" $image }}{{ .root.Values.images.prefix }}{{ $image }}
+{{- else }}{{ .root.Values.images.prefix }}{{ $image }}:{{ .root.Values.images.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- define "poise.grpcPort" -}}
+{{- get (dict "generation" 50051 "value" 50052 "learner" 50053) . -}}
+{{- end }}
+
+{{- define "poise.adminPort" -}}
+{{- get (dict "generation" 8051 "value" 8052 "learner" 8053) . -}}
+{{- end }}
+
+{{/* The address of one pod of a role: dict "root" $ "role" "learner" "index" 0. */}}
+{{- define "poise.podAddress" -}}
+{{- $name := include "poise.name" . -}}
+{{ $name }}-{{ .index }}.{{ $name }}.{{ .root.Release.Namespace }}.svc:{{ include "poise.grpcPort" .role }}
+{{- end }}
+
+{{- define "poise.authSecret" -}}
+{{ .Values.auth.existingSecret | default (printf "%s-auth" (include "poise.fullname" .)) }}
+{{- end }}
+
+{{- define "poise.tlsSecret" -}}
+{{ .Values.tls.existingSecret | default (printf "%s-tls" (include "poise.fullname" .)) }}
+{{- end }}
+
+{{- define "poise.queueSecret" -}}
+{{- if .Values.valkey.enabled }}{{ include "poise.fullname" . }}-valkey{{ else }}{{ .Values.valkey.externalSecret }}{{ end }}
+{{- end }}
+
+{{/* The model's folder inside the pods. */}}
+{{- define "poise.modelPath" -}}
+{{- if .Values.model.builtin }}/models/{{ .Values.model.builtin }}
+{{- else if hasPrefix "/" .Values.model.path }}{{ .Values.model.path }}
+{{- else }}/models/{{ .Values.model.path }}{{ end }}
+{{- end }}
+
+{{- define "poise.hasModelVolume" -}}
+{{- if or .Values.model.claim .Values.model.download.repository .Values.model.builtin }}yes{{ end }}
+{{- end }}
+
+{{/* The replicas that exist while nothing scales: addresses, one each. */}}
+{{- define "poise.generationAddresses" -}}
+{{- $addresses := list -}}
+{{- range $index := until (int .Values.generation.replicas) -}}
+{{- $addresses = append $addresses (include "poise.podAddress" (dict "root" $ "role" "generation" "index" $index)) -}}
+{{- end -}}
+{{- toJson $addresses -}}
+{{- end }}

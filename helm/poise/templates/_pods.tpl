@@ -1,0 +1,175 @@
+{{/* The parts that every pod of the release shares. All take dict "root" $ "role" "…". */}}
+
+{{- define "poise.podMetadata" -}}
+labels:
+  {{- include "poise.labels" . | nindent 2 }}
+  {{- with .root.Values.pods.labels }}{{ toYaml . | nindent 2 }}{{ end }}
+annotations:
+  {{- if ne .role "valkey" }}
+  checksum/config: {{ include "poise.config" . | sha256sum }}
+  {{- end }}
+  kubectl.kubernetes.io/default-container: {{ .role }}
+  {{- with .root.Values.pods.annotations }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+
+{{/* As whom the pod runs. */}}
+{{- define "poise.podIdentity" -}}
+serviceAccountName: {{ include "poise.fullname" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ .root.Values.pods.userId }}
+  runAsGroup: {{ .root.Values.pods.userId }}
+  fsGroup: {{ .root.Values.pods.userId }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .root.Values.images.pullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* As whom the pod runs, and where it may. */}}
+{{- define "poise.podSpec" -}}
+{{- include "poise.podIdentity" . }}
+{{- $own := index .root.Values .role }}
+{{- with $own.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $own.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $own.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $own.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "poise.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n. */}}
+{{- define "poise.resources" -}}
+{{- $gpus := dict -}}
+{{- if gt (int .gpus) 0 -}}{{- $gpus = dict "limits" (dict "nvidia.com/gpu" (toString .gpus)) "requests" (dict "nvidia.com/gpu" (toString .gpus)) -}}{{- end -}}
+{{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" "10Gi") -}}
+resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | nindent 2 }}
+{{- end }}
+
+{{- define "poise.commonMounts" -}}
+- {name: config, mountPath: /etc/poise/config, readOnly: true}
+- {name: auth, mountPath: /etc/poise/auth, readOnly: true}
+{{- if .root.Values.tls.enabled }}
+- {name: tls, mountPath: /etc/poise/tls, readOnly: true}
+{{- end }}
+- {name: tmp, mountPath: /tmp}
+{{- end }}
+
+{{- define "poise.commonVolumes" -}}
+- name: config
+  configMap: {name: {{ include "poise.name" . }}}
+- name: auth
+  secret: {secretName: {{ include "poise.authSecret" .root }}, items: [{key: token, path: token}]}
+{{- if .root.Values.tls.enabled }}
+- name: tls
+  secret: {secretName: {{ include "poise.tlsSecret" .root }}}
+{{- end }}
+- name: tmp
+  emptyDir: {sizeLimit: 8Gi}
+{{- end }}
+
+{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use. */}}
+{{- define "poise.probes" -}}
+startupProbe:
+  httpGet: {path: /healthz, port: admin}
+  periodSeconds: 2
+  failureThreshold: 900
+readinessProbe:
+  {{- if .root.Values.tls.enabled }}
+  httpGet: {path: /readyz, port: admin}
+  {{- else }}
+  grpc: {port: {{ include "poise.grpcPort" .role }}, service: poise.v1.{{ title .role }}Service}
+  {{- end }}
+  periodSeconds: 2
+  timeoutSeconds: 5
+livenessProbe:
+  httpGet: {path: /healthz, port: admin}
+  periodSeconds: 10
+  timeoutSeconds: 10
+  failureThreshold: 6
+{{- end }}
+
+{{- define "poise.ports" -}}
+ports:
+  - {name: grpc, containerPort: {{ include "poise.grpcPort" .role }}, protocol: TCP}
+  - {name: admin, containerPort: {{ include "poise.adminPort" .role }}, protocol: TCP}
+{{- end }}
+
+{{/* Time to drain, and to write the state after it. */}}
+{{- define "poise.grace" -}}
+{{- $config := include "poise.config" . | fromYaml -}}
+terminationGracePeriodSeconds: {{ add (int $config.drain_timeout_s) 30 }}
+{{- end }}
+
+{{/* The model: mounted, or fetched by an init container. dict "root" $ "role" … */}}
+{{- define "poise.modelMount" -}}
+{{- if include "poise.hasModelVolume" .root }}
+- {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "poise.modelVolume" -}}
+{{- if .root.Values.model.claim }}
+- name: model
+  persistentVolumeClaim: {claimName: {{ .root.Values.model.claim }}, readOnly: true}
+{{- else if include "poise.hasModelVolume" .root }}
+- name: model
+  emptyDir: {sizeLimit: {{ .root.Values.model.download.size }}}
+{{- end }}
+{{- end }}
+
+{{- define "poise.modelInit" -}}
+{{- $model := .root.Values.model -}}
+{{- if or $model.download.repository $model.builtin }}
+initContainers:
+  - name: model
+    image: {{ include "poise.image" . }}
+    imagePullPolicy: {{ .root.Values.images.pullPolicy }}
+    {{- if $model.builtin }}
+    command: [poise, models, {{ $model.builtin }}]
+    {{- else }}
+    command: [hf, download, {{ $model.download.repository | quote }}, --revision, {{ $model.download.revision | quote }}, --local-dir, {{ include "poise.modelPath" .root }}]
+    {{- end }}
+    env:
+      - {name: HOME, value: /tmp}
+      - {name: POISE_CACHE, value: /models}
+      {{- with $model.download.tokenSecret }}
+      - name: HF_TOKEN
+        valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
+      {{- end }}
+    {{- include "poise.resources" (dict "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) "gpus" 0) | nindent 4 }}
+    {{- include "poise.containerSecurity" . | nindent 4 }}
+    volumeMounts:
+      - {name: model, mountPath: /models}
+      - {name: tmp, mountPath: /tmp}
+{{- end }}
+{{- end }}
+
+{{/* A claim of a StatefulSet: dict "name" … "storage" …. */}}
+{{- define "poise.claim" -}}
+- metadata: {name: {{ .name }}}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- with .storage.className }}
+    storageClassName: {{ . }}
+    {{- end }}
+    resources: {requests: {storage: {{ .storage.size }}}}
+{{- end }}

@@ -1,0 +1,143 @@
+"""`python -m poise.orchestrator.check`: do the services work, and with each other? Asked as a user would, with the SDK.
+
+Samples from every generation replica, values what was sampled, and compares what the replicas serve with what the
+learner holds. Leaves no trace: no label is published, nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+
+from poise.orchestrator.config import EndpointsConfig
+from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
+from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
+from poise_client.errors import PoiseClientError
+from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
+
+_CALL_TIMEOUT_S = 30.0
+_NUM_ROLLOUTS, _NUM_TOKENS = 2, 4
+
+
+class CheckConfig(Settings):
+    """What is checked."""
+
+    model_config = SettingsConfigDict(env_prefix="POISE_CHECK_")
+
+    endpoints: EndpointsConfig = EndpointsConfig()
+    """Where the services are."""
+    timeout_s: float = Field(300.0, gt=0)
+    """How long services may take to answer, s: those that are starting are waited for."""
+
+
+class CheckFailed(Exception):
+    """The services answer, and do not agree."""
+
+
+async def check(config: CheckConfig, console: Console) -> None:
+    """Check everything, saying each thing that is right.
+
+    Raises:
+        CheckFailed, PoiseClientError: what is not.
+        TimeoutError: it took more than `timeout_s`.
+        ConfigError: the token cannot be read.
+    """
+    endpoints = config.endpoints
+    token = None if endpoints.token_file is None else read_token_file(endpoints.token_file, "endpoints.token_file")
+    tls = TlsOptions(root_certs_file=endpoints.ca_file) if endpoints.ca_file else None
+    async with asyncio.timeout(config.timeout_s):
+        async with AsyncLearnerClient(endpoints.learner, token=token, tls=tls, allow_insecure_token=True) as learner:
+            status = await learner.get_status(timeout_s=config.timeout_s)
+        console.print(f"learner {endpoints.learner}: version {status.policy_version}, {status.state}")
+        groups: list[GroupFeatures] = []
+        for address in endpoints.generation:
+            async with AsyncGenerationClient(address, token=token, tls=tls, allow_insecure_token=True) as generation:
+                group = await _sample(generation, config.timeout_s)
+                policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
+            compare(address, policy, status)
+            groups.append(GroupFeatures(address, "default", tuple(rollout.features for rollout in group.rollouts)))
+            console.print(
+                f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
+                f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"
+            )
+        async with AsyncValueClient(endpoints.value, token=token, tls=tls, allow_insecure_token=True) as value:
+            answers = await value.estimate_baselines(_run_id(), 0, groups)
+            report = await value.get_probe(timeout_s=_CALL_TIMEOUT_S)
+        probes = ", ".join(f"{probe.domain} v{probe.probe_version}" for probe in report.probes) or "none yet"
+        console.print(f"value {endpoints.value}: answered {len(answers)} groups, probes: {probes}")
+
+
+def _run_id() -> str:
+    """Return a run of its own: nothing that is asked here is mistaken for a training run's."""
+    return f"check-{uuid.uuid4().hex[:12]}"
+
+
+async def _sample(client: AsyncGenerationClient, timeout_s: float) -> Group:
+    groups = client.stream_trajectories(
+        _run_id(),
+        0,
+        [Prompt("check", "1 + 1 =")],
+        num_rollouts=_NUM_ROLLOUTS,
+        sampling=Sampling(max_tokens=_NUM_TOKENS),
+        timeout_s=timeout_s,
+    )
+    async for group in groups:
+        if len(group.rollouts) == _NUM_ROLLOUTS and all(rollout.token_ids.size for rollout in group.rollouts):
+            return group
+    raise CheckFailed(f"generation {client.target}: no whole group came back")
+
+
+def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
+    """Raise `CheckFailed` for a replica that serves what the learner never made. One that is behind is none."""
+    if policy.lineage_id != status.lineage_id:
+        raise CheckFailed(
+            f"generation {address} serves weights that the learner never pushed; is it among learner.replicas?"
+        )
+    if policy.policy_version == status.policy_version and policy.digest != status.digest:
+        raise CheckFailed(
+            f"generation {address} serves version {policy.policy_version} with other weights than the learner's"
+        )
+
+
+def run_check(config: CheckConfig) -> int:
+    """Check, say what came of it, and return the exit status."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        asyncio.run(check(config, console))
+    except ConfigError as error:
+        console.print(str(error))
+        return 2
+    except TimeoutError:
+        console.print(f"[red]failed[/red]: not all services answered within {config.timeout_s:.0f} s")
+        return 1
+    except (CheckFailed, PoiseClientError) as error:
+        console.print(f"[red]failed[/red]: {error}")
+        return 1
+    console.print("[green]all is well[/green]")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and check."""
+    parser = argparse.ArgumentParser(prog="python -m poise.orchestrator.check", description=__doc__)
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings, YAML: `endpoints`, `timeout_s`")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    options = parser.parse_args(argv)
+    try:
+        config = load_config(CheckConfig, options.config, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return run_check(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

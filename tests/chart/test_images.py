@@ -1,0 +1,143 @@
+"""The images hold what the chart and compose.yaml run in them, and everything that they are built from is there."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.chart.rendering import VALUES, render, values_of
+
+from poise.generation.config import GenerationConfig
+from poise.learner.config import LearnerConfig
+from poise.orchestrator.config import OrchestratorConfig
+from poise.runtime.config import load_config
+from poise.value.config import ValueConfig
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+DOCKERFILES = sorted(DEPLOY.glob("*.Dockerfile"))
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+CONFIGS = {
+    "poise.generation": GenerationConfig,
+    "poise.value": ValueConfig,
+    "poise.learner": LearnerConfig,
+    "poise.orchestrator": OrchestratorConfig,
+}
+
+
+def instructions(dockerfile: Path) -> list[tuple[str, str]]:
+    """Instruction and argument, lines joined, comments left out."""
+    lines = [line for line in dockerfile.read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def entry_point(image: str) -> list[str]:
+    """Of one of our images, by its name in compose.yaml or the chart."""
+    dockerfile = DEPLOY / f"{image.removeprefix('poise-').split(':')[0]}.Dockerfile"
+    (entry,) = (argument for instruction, argument in instructions(dockerfile) if instruction == "ENTRYPOINT")
+    listed = json.loads(entry)
+    assert isinstance(listed, list)
+    return listed
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    subprocess.run([hadolint, *DOCKERFILES], check=True)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_all_that_is_copied_is_there_and_in_the_context(dockerfile: Path) -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for instruction, argument in instructions(dockerfile):
+        if instruction == "COPY":
+            for source in argument.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(fnmatch.fnmatch(source.split("/")[0], pattern) for pattern in allowed), source
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_images_end_as_a_user_without_rights_and_name_real_extras(dockerfile: Path) -> None:
+    steps = instructions(dockerfile)
+    assert [argument for instruction, argument in steps if instruction == "USER"] == ["10001:10001"]
+    last = max(index for index, (instruction, _) in enumerate(steps) if instruction == "USER")
+    assert not [argument for instruction, argument in steps[last:] if instruction in ("RUN", "COPY", "ADD")]
+    assert [argument for instruction, argument in steps if instruction == "HEALTHCHECK"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for _, argument in steps:
+        for extra in re.findall(r"\$\{wheel\}\[(\w+)\]", argument):
+            assert extra in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_base_images_are_pinned(dockerfile: Path) -> None:
+    bases = [argument.split()[0] for instruction, argument in instructions(dockerfile) if instruction == "FROM"]
+    assert all(re.search(r":v?\d+\.\d+\.\d+", base) for base in bases), bases
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_entry_points_exist(dockerfile: Path) -> None:
+    python, option, *module = entry_point(dockerfile.stem)
+    assert (python, option) == ("python3", "-m")
+    assert all(importlib.util.find_spec(f"{name}.__main__") for name in module)
+
+
+def test_every_command_of_the_chart_is_one_that_its_image_has() -> None:
+    scripts = {"poise", "torchrun", "hf"}  # of poise, torch and huggingface_hub
+    for name in VALUES:
+        for _, pod in render(values_of(name)).pods():
+            for container in (*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]):
+                image = container["image"].split(":")[0]
+                if image.startswith("valkey/"):
+                    assert container["command"] == ["valkey-server"]
+                    continue
+                assert (DEPLOY / f"{image.removeprefix('poise-')}.Dockerfile").exists(), image
+                if container["command"][0] == "python3":
+                    assert importlib.util.find_spec(container["command"][2])
+                else:
+                    assert container["command"][0] in scripts
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_every_service_of_compose_is_given_settings_that_it_accepts(name: str) -> None:
+    service = COMPOSE["services"][name]
+    if not service["image"].startswith("poise-") or "entrypoint" in service:
+        return
+    assert (DEPLOY / service["build"]["dockerfile"].removeprefix("deploy/")).exists()
+    module, option, path = [*entry_point(service["image"]), *service["command"]][-3:]
+    assert option == "-c"
+    load_config(CONFIGS[module], DEPLOY / "compose" / path.removeprefix("/config/"))
+
+
+def test_compose_writes_nowhere_but_into_volumes_and_gives_no_rights() -> None:
+    for service in COMPOSE["services"].values():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+        volumes = [volume.split(":")[0] for volume in service.get("volumes", ())]
+        assert all(volume in COMPOSE["volumes"] or volume.startswith("./") for volume in volumes)
+
+
+def test_the_services_of_compose_find_each_other() -> None:
+    for profile in ("cpu", "gpu"):
+        names = {
+            alias
+            for name, service in COMPOSE["services"].items()
+            if profile in service["profiles"]
+            for alias in (name, *aliases(service))
+        }
+        train = yaml.safe_load((DEPLOY / "compose" / f"train-{profile}.yaml").read_text())["endpoints"]
+        addresses = [*train["generation"], train["value"], train["learner"]]
+        assert {address.split(":")[0] for address in addresses} <= names
+
+
+def aliases(service: dict[str, object]) -> list[str]:
+    networks = service.get("networks", {})
+    default = networks.get("default") if isinstance(networks, dict) else None
+    return list((default or {}).get("aliases", ()))

@@ -1,0 +1,238 @@
+"""What the chart renders is what Kubernetes accepts, what the services accept, and as safe as it can be."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from tests.chart.rendering import CHART, NAMESPACE, VALUES, Manifest, Release, merged, render, values_of
+
+from poise.generation.config import GenerationConfig
+from poise.learner.config import LearnerConfig
+from poise.orchestrator.check import CheckConfig
+from poise.orchestrator.config import OrchestratorConfig
+from poise.runtime.config import parse_config
+from poise.value.config import ValueConfig
+
+SWITCHES: dict[str, Manifest] = {
+    "loop of one's own": {"train": {"enabled": False}},
+    "another queue": {"valkey": {"enabled": False, "externalSecret": "redis"}},
+    "own token": {"auth": {"existingSecret": "token"}},
+    "own certificate": {"tls": {"enabled": True, "existingSecret": "certificate"}},
+    "cert-manager": {"tls": {"enabled": True, "issuer": {"name": "ca", "kind": "ClusterIssuer"}}},
+    "no policies": {"networkPolicy": {"enabled": False}},
+    "no replica": {"generation": {"replicas": 0}, "train": {"enabled": False}},
+    "watched": {"monitoring": {"podMonitor": True, "labels": {"team": "rl"}}},
+    "own data": {"train": {"dataConfigMap": "problems", "dataClaim": ""}},
+    "callers": {"networkPolicy": {"clients": [{"namespaceSelector": {}}], "monitors": [{"namespaceSelector": {}}]}},
+    "labelled": {"pods": {"labels": {"team": "rl"}, "annotations": {"note": "x"}}, "images": {"pullSecrets": ["pull"]}},
+}
+
+CONFIGS = {"generation": GenerationConfig, "value": ValueConfig, "learner": LearnerConfig, "train": OrchestratorConfig}
+
+ALL = [*VALUES, *itertools.product(["cluster"], SWITCHES)]
+
+
+@pytest.fixture(scope="module", params=ALL, ids=str)
+def release(request: pytest.FixtureRequest) -> Release:
+    name, switch = request.param if isinstance(request.param, tuple) else (request.param, None)
+    return render(merged(values_of(name), SWITCHES[switch] if switch else {}))
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_every_manifest_is_what_kubernetes_accepts(release: Release, version: str) -> None:
+    for manifest in release.manifests:
+        if manifest["apiVersion"].split("/")[0] in ("cert-manager.io", "monitoring.coreos.com"):
+            continue  # of operators, whose schemas are their own
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_every_manifest_has_a_name_of_its_own_and_the_releases_labels(release: Release) -> None:
+    names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in release.manifests]
+    assert len(set(names)) == len(names)
+    for manifest in release.manifests:
+        assert manifest["metadata"]["namespace"] == NAMESPACE
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == "run"
+
+
+def test_every_service_accepts_its_rendered_config(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What comes from a secret at run time.
+    monkeypatch.setenv("POISE_VALUE_QUEUE__URL", "redis://poise:x@queue:6379/0")
+    roles = [role for role in CONFIGS if role != "train" or release.all("Job")]
+    for role in roles:
+        parse_config(CONFIGS[role], release.config(role))
+    if release.config("test")["endpoints"]["generation"]:
+        parse_config(CheckConfig, release.config("test"))
+
+
+def test_all_that_is_mounted_exists_and_all_that_configs_name_is_mounted(release: Release) -> None:
+    made = {
+        kind: {manifest["metadata"]["name"] for manifest in release.all(kind)}
+        for kind in ("ConfigMap", "Secret", "PersistentVolumeClaim")
+    }
+    outside = {"redis", "token", "certificate", "problems", "models", "math-problems", "run-poise-tls"}
+    for owner, pod in release.pods():
+        claims = {claim["metadata"]["name"] for claim in owner["spec"].get("volumeClaimTemplates", ())}
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        for volume in volumes.values():
+            name = (
+                volume.get("configMap", {}).get("name")
+                or volume.get("secret", {}).get("secretName")
+                or volume.get("persistentVolumeClaim", {}).get("claimName")
+            )
+            assert name is None or name in outside or any(name in names for names in made.values()), name
+        for container in containers(pod):
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert set(mounts.values()) <= volumes.keys() | claims
+            paths = re.findall(r"/(?:etc/poise|state|runs|models|data)\b[^\s\"',\]]*", str(config_of(release, pod)))
+            for path in paths if container in pod["spec"]["containers"] else ():
+                assert any(path.startswith(mount) for mount in mounts), f"{path} lies in no volume"
+
+
+def test_no_container_is_root_or_can_become_it_or_writes_outside_its_volumes(release: Release) -> None:
+    for _, pod in release.pods():
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        for container in containers(pod):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in container["resources"]["limits"] or container["resources"]["limits"]["nvidia.com/gpu"]
+            assert container["resources"]["requests"]["ephemeral-storage"]
+
+
+def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Release) -> None:
+    secrets = release.all("Secret")
+    hidden = [value for secret in secrets for value in secret.get("stringData", {}).values()]
+    hidden += [value for secret in secrets for value in secret.get("data", {}).values()]
+    others = str([manifest for manifest in release.manifests if manifest["kind"] != "Secret"])
+    assert not any(value in others for value in hidden)
+
+
+def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
+    before = render(values_of("laptop"))
+    after = render(merged(values_of("laptop"), {"value": {"config": {"horizon_steps": 7}}}))
+    changed = {
+        owner["metadata"]["name"]
+        for (owner, pod), (_, other) in zip(before.pods(), after.pods(), strict=True)
+        if pod["metadata"].get("annotations", {}).get("checksum/config")
+        != other["metadata"].get("annotations", {}).get("checksum/config")
+    }
+    assert changed == {"run-poise-value"}
+
+
+def test_a_job_with_other_settings_is_another_job_on_the_same_folder() -> None:
+    before, after = (
+        render(merged(values_of("laptop"), {"train": {"config": {"num_steps": steps}}})).all("Job")[0]
+        for steps in (5, 6)
+    )
+    assert before["metadata"]["name"] != after["metadata"]["name"]
+    assert before["spec"]["template"]["spec"]["volumes"] == after["spec"]["template"]["spec"]["volumes"]
+
+
+def test_pods_live_longer_than_their_services_drain(release: Release) -> None:
+    for role in ("generation", "value", "learner"):
+        pod = release.one("StatefulSet", f"run-poise-{role}")["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] >= release.config(role)["drain_timeout_s"] + 30
+
+
+ARROWS = {
+    ("train", "generation"),
+    ("train", "value"),
+    ("train", "learner"),
+    ("learner", "generation"),
+    ("value", "valkey"),
+    ("test", "generation"),
+    ("test", "value"),
+    ("test", "learner"),
+}
+"""Who may call whom."""
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_network_policies_allow_exactly_the_arrows_of_the_design(name: str) -> None:
+    release = render(values_of(name))
+    called, calling = set(), set()
+    for policy in release.all("NetworkPolicy"):
+        role = policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+        called |= {(other, role) for rule in policy["spec"]["ingress"] or () for other in components(rule["from"])}
+        calling |= {(role, other) for rule in policy["spec"]["egress"] for other in components(rule.get("to", ()))}
+    several = {("learner", "learner")} if values_of(name)["learner"].get("nodes", 1) > 1 else set()
+    assert called == calling == ARROWS | several
+
+
+def test_every_pod_of_the_release_is_under_a_policy() -> None:
+    release = render(values_of("laptop"))
+    guarded = {
+        policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        for policy in release.all("NetworkPolicy")
+    }
+    assert {pod["metadata"]["labels"]["app.kubernetes.io/component"] for _, pod in release.pods()} == guarded
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"generation": {"replica": 2}}, "replica"),
+        ({"generation": {"replicas": "two"}}, "replicas"),
+        ({"generation": {"replicas": -1}}, "replicas"),
+        ({"learner": {"nodes": 0}}, "nodes"),
+        ({"value": {"storage": {"size": "5 GB"}}}, "size"),
+        ({"images": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
+        ({"pods": {"userId": 0}}, "userId"),
+        ({"model": {"claim": "models"}}, "keep one"),
+        ({"model": {"builtin": ""}}, "no model"),
+        ({"train": {"config": {"tasks": []}}}, "train.config.tasks"),
+        ({"valkey": {"enabled": False}}, "no queue"),
+        ({"tls": {"enabled": True}}, "tls.issuer.name"),
+        ({"train": {"dataClaim": "a", "dataConfigMap": "b"}}, "keep one"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused_by_name(changes: Manifest, complaint: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=complaint):
+        render(merged(values_of("laptop"), changes))
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_helm_lint_finds_nothing(name: str) -> None:
+    report = helm_python.lint(str(CHART), values_of(name), strict=True)
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+def test_every_value_is_described() -> None:
+    def undescribed(schema: dict[str, Any], path: str) -> list[str]:
+        missing = [path] if path and not schema.get("description") else []
+        return missing + [
+            name
+            for key, child in schema.get("properties", {}).items()
+            if (path, key) != ("", "global")
+            for name in undescribed(child, f"{path}.{key}")
+        ]
+
+    assert undescribed(yaml.safe_load((CHART / "values.schema.json").read_text()), "") == []
+
+
+def containers(pod: Manifest) -> list[Manifest]:
+    return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
+
+
+def config_of(release: Release, pod: Manifest) -> Manifest:
+    role = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+    return {} if role == "valkey" else release.config(role)
+
+
+def components(peers: list[Manifest]) -> set[str]:
+    return {
+        peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in peers if "podSelector" in peer
+    }

@@ -1,0 +1,49 @@
+"""The chart really starts the system: its rendered manifests, run as processes, train."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.chart.cluster import Cluster
+from tests.chart.rendering import merged, render, values_of
+
+from poise.local.models import make_model
+
+SHORT = {"train": {"config": {"num_steps": 6, "evaluation": {"num_prompts": 16}}}}
+SERVICES = ("run-poise-valkey-0", "run-poise-value-0", "run-poise-learner-0", "run-poise-generation-0")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(render(merged(values_of("laptop"), SHORT)), tmp_path, "127.77.0")
+    for name in SERVICES:
+        if "/models" in cluster.pods[name].mounts:  # made once for all tests: each pod would take half a minute
+            shutil.copytree(make_model("tiny"), cluster.pods[name].mounts["/models"] / "tiny")
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def test_the_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
+    (job,) = (name for name in cluster.pods if name.startswith("run-poise-train"))
+    for name in (*SERVICES, job):  # in no order: none may need another to be there first
+        cluster.start(name)
+    cluster.wait_ready(*SERVICES)
+    cluster.wait_success(job)
+    lines = (tmp_path / "claims" / "run-poise-train" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(6))
+
+    cluster.start("run-poise-test")
+    cluster.wait_success("run-poise-test")
+    assert "all is well" in cluster.pods["run-poise-test"].log.read_text()
+
+    for name in reversed(SERVICES):
+        cluster.terminate(name)
+    assert sum(pod.num_restarts for pod in cluster.pods.values()) == 0, cluster.logs()
