@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from poise.value.probe import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe, input_columns
+from poise.value.probe import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
 from poise.value.rows import ENTROPY_MEANS, Floats, LabelledRows
 from poise.value.subspace import Doubles, Subspace
 
@@ -95,8 +95,7 @@ class GramFitter:
     def _add(self, groups: Sequence[LabelledRows], hidden: Mapping[str, Doubles]) -> None:
         if not groups:
             return
-        inputs = [group.inputs for group in groups]
-        scalars = [np.concatenate([input_columns(rows, name) for rows in inputs]) for name in self._scalars]
+        scalars = [_scalars(groups, name) for name in self._scalars]
         targets = np.concatenate([group.targets for group in groups]).astype(np.float64)
         coordinates = np.column_stack([*hidden.values(), *scalars, targets])
         self._count(coordinates, 1)
@@ -175,6 +174,12 @@ def _hidden(groups: Sequence[LabelledRows], name: str) -> list[Floats]:
     if name == "prompt_hidden":
         return [group.rows.prompt_hidden for group in groups]
     return [group.rows.response_hidden for group in groups]
+
+
+def _scalars(groups: Sequence[LabelledRows], name: str) -> Floats:
+    if name == "entropy":
+        return np.concatenate([group.rows.entropies for group in groups])[:, ENTROPY_MEANS]
+    return np.concatenate([group.rewards for group in groups])[:, None]
 
 
 def _block_diagonal(blocks: Sequence[Doubles]) -> Doubles:

@@ -84,7 +84,7 @@ class FittedProbe:
         """
         values = np.full(len(rows), self.bias)
         for name, weights in self.weights.items():
-            values += _products(input_columns(rows, name), weights)
+            values += _products(_columns(rows, name), weights)
         return np.clip(values, 0.0, 1.0).astype(np.float32)
 
     def arrays(self) -> dict[str, Doubles]:
@@ -147,7 +147,7 @@ class RidgeFitter:
         # Of each input: the map to its derived columns, x ↦ (x − mean) @ projection.
         maps = {name: self._derive(rows, name) for name in self.inputs}
         derived = np.concatenate(
-            [(input_columns(rows, name) - mean) @ projection for name, (mean, projection) in maps.items()], axis=1
+            [(_columns(rows, name) - mean) @ projection for name, (mean, projection) in maps.items()], axis=1
         )
         if derived.shape[1] == 0:  # nothing varies: the best guess is the mean
             return {name: np.zeros(len(mean)) for name, (mean, _) in maps.items()}, float(targets.mean())
@@ -168,7 +168,7 @@ class RidgeFitter:
         return weights, bias
 
     def _derive(self, rows: FeatureRows, name: ProbeInput) -> tuple[Doubles, Doubles]:
-        columns = input_columns(rows, name)
+        columns = _columns(rows, name)
         if name not in HIDDEN_INPUTS:
             return np.zeros(columns.shape[1]), np.eye(columns.shape[1])
         if not np.ptp(columns, axis=0).any():  # as when no response went through the model
@@ -181,7 +181,7 @@ class RidgeFitter:
         return pca.mean_.astype(np.float64), pca.components_[kept].T.astype(np.float64)
 
 
-def input_columns(rows: FeatureRows, name: str) -> Floats:
+def _columns(rows: FeatureRows, name: str) -> Floats:
     """Return what a `ProbeInput` sees of the rows, [n, its columns].
 
     Raises:
