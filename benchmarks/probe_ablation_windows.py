@@ -1,0 +1,96 @@
+"""How the probe's fit bears small windows: α and dimensions, and whether cross-validation in the window finds them.
+
+Owns the fits that `probe_ablation` tries, and the windows that it tries them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from critic import Floats
+from probe_ablation_data import Domain
+from probe_ablation_estimators import ALPHA, COMPONENTS, INPUTS, REFERENCE, asked, fitted
+from probe_ablation_metrics import Doubles, other_half, row_sums
+from probe_ablation_report import Report, gap_text, report
+from rich.table import Table
+
+from poise.value.rows import LabelledRows
+
+WINDOWS = (64, 128, 256, 768)
+"""Rows a domain."""
+ALPHAS = (10.0, 30.0, 100.0, 300.0, 1000.0)
+SIZES = ((4, 4), (8, 8), (16, 16), COMPONENTS)
+NUM_WINDOWS = 4
+"""Random windows of each size that the training prompts hold more than one of."""
+NUM_FOLDS = 4
+CHOSEN = "the paper's three, α and dimensions cross-validated"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to fit."""
+
+    inputs: str = REFERENCE
+    components: tuple[int, int] = COMPONENTS
+    alpha: float = ALPHA
+
+    def __str__(self) -> str:
+        return f"{self.inputs}, α {self.alpha:g}, {self.components[0]} + {self.components[1]}"
+
+    def values(self, window: Sequence[LabelledRows], groups: Sequence[LabelledRows]) -> Floats:
+        """Return the values, [P, n], of groups by a probe of the window."""
+        return asked(fitted(window, INPUTS[self.inputs], self.components, self.alpha), groups)
+
+
+TRIED = [Fit(components=size, alpha=alpha) for alpha in ALPHAS for size in SIZES]
+OTHERS = [Fit(inputs) for inputs in INPUTS if inputs != REFERENCE]
+
+
+def on_windows(domains: Sequence[Domain], num_rows: int) -> Report:
+    """Return how probes of random windows of a size fare on new prompts, by fit; all windows' rows together."""
+    sums: dict[str, list[Doubles]] = {}
+    for domain in domains:
+        rewards, windows = domain.held_out.rewards, random_windows(domain, num_rows)
+        told = {str(fit): [fit.values(w, domain.held_out.groups) for w in windows] for fit in (*TRIED, *OTHERS)}
+        told[CHOSEN] = [told[str(cross_validated(window))][place] for place, window in enumerate(windows)]
+        for name, values in told.items():
+            sums.setdefault(name, []).append(
+                np.sum([row_sums(v, rewards, other_half(rewards.shape[1])) for v in values], axis=0)
+            )
+    return report(sums, str(Fit()))
+
+
+def random_windows(domain: Domain, num_rows: int) -> list[list[LabelledRows]]:
+    source = np.random.default_rng(num_rows)
+    groups = domain.training.groups
+    if num_rows == domain.training.rewards.size:
+        return [groups]
+    num_groups = num_rows // domain.training.rewards.shape[1]
+    return [[groups[i] for i in source.permutation(len(groups))[:num_groups]] for _ in range(NUM_WINDOWS)]
+
+
+def cross_validated(window: Sequence[LabelledRows]) -> Fit:
+    """Return the fit of `TRIED` with the least squared advantage on groups of the window that it was not fitted on."""
+    losses = np.zeros(len(TRIED))
+    for fold in range(NUM_FOLDS):
+        left_out = window[fold::NUM_FOLDS]
+        kept = [group for place, group in enumerate(window) if place % NUM_FOLDS != fold]
+        targets = np.stack([group.targets for group in left_out])
+        losses += [((fit.values(kept, left_out) - targets) ** 2).sum() for fit in TRIED]
+    return TRIED[int(losses.argmin())]
+
+
+def windows_table(found: Mapping[int, Report]) -> Table:
+    table = Table(title="windows, on new prompts", caption="best: of all tried, by these very prompts")
+    for head in ("rows", "fit", "Pearson", "mean A²", "more A² than the paper's fit"):
+        table.add_column(head, justify="left" if head == "fit" else "right")
+    for num_rows, of_window in found.items():
+        best = min(map(str, TRIED), key=lambda name: of_window[name]["squared_advantage"].value)
+        shown = {str(fit): str(fit) for fit in (Fit(), *OTHERS)} | {CHOSEN: CHOSEN, best: f"best: {best}"}
+        for name, label in shown.items():
+            squared, pearson = of_window[name]["squared_advantage"], of_window[name]["pearson"]
+            table.add_row(str(num_rows), label, f"{pearson.value:.3f}", f"{squared.value:.4f}", gap_text(squared))
+        table.add_section()
+    return table
