@@ -77,10 +77,11 @@ def test_no_value_is_held_against_its_own_reward(judged) -> None:
 
 
 def test_a_constant_has_no_correlation_but_errors(source: np.random.Generator) -> None:
-    rewards = source.random((4, 4), np.float32)
-    found = figures(row_sums(np.full_like(rewards, 0.3), rewards, others(4)).sum(axis=0))
-    assert np.isnan(found["pearson"]) and np.isnan(found["pearson_sibling"])
-    assert found["mae"] > 0
+    rewards = source.random((7, 6), np.float32)
+    for value in np.linspace(0.1, 0.9, 17):  # of some, the covariance is not 0 but rounding
+        found = figures(row_sums(np.full_like(rewards, value), rewards, others(6)).sum(axis=0))
+        assert np.isnan(found["pearson"]) and np.isnan(found["pearson_sibling"])
+        assert found["mae"] > 0
 
 
 def test_the_best_baseline_leaves_the_variance_within_prompts(source: np.random.Generator) -> None:
