@@ -1,7 +1,5 @@
 """The critic: a batch says what each prompt alone would get, and training teaches it to tell prompts apart."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
