@@ -35,6 +35,7 @@ class AsyncLearnerClient(AsyncClient):
 
         Raises:
             ConflictError: the batch id was trained on with other content.
+            TrainingStoppedError: the last updates in a row were not finite, and nothing is trained on.
             PoiseClientError: see `poise_client.errors`.
         """
         with encoding("batch"):

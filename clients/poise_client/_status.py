@@ -21,6 +21,7 @@ _BY_REASON: dict[int, type[PoiseClientError]] = {
     errors_pb2.ERROR_REASON_VERSION_MISMATCH: errors.VersionMismatchError,
     errors_pb2.ERROR_REASON_NOT_LOADED: errors.NotLoadedError,
     errors_pb2.ERROR_REASON_LABELS_CONSUMED: errors.LabelsConsumedError,
+    errors_pb2.ERROR_REASON_TRAINING_STOPPED: errors.TrainingStoppedError,
     errors_pb2.ERROR_REASON_CONFLICT: errors.ConflictError,
     errors_pb2.ERROR_REASON_QUEUE_FULL: errors.QueueFullError,
     errors_pb2.ERROR_REASON_BUSY: errors.BusyError,

@@ -396,6 +396,7 @@ class LearnerClient(SyncClient[AsyncLearnerClient]):
 
         Raises:
             ConflictError: the batch id was trained on with other content.
+            TrainingStoppedError: the last updates in a row were not finite, and nothing is trained on.
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(self._client.submit_advantages(batch, timeout_s=timeout_s))

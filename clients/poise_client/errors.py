@@ -8,6 +8,7 @@
     ├── VersionMismatchError    another policy version is served than asked for       mend, then retry
     ├── NotLoadedError          the service holds no model or weights yet             mend, then retry
     ├── LabelsConsumedError     the probe has learnt from this step already           do not retry
+    ├── TrainingStoppedError    the learner's last updates were not finite            look, then go on
     ├── ConflictError           same id, other content; or two writers at once        re-read, then retry
     ├── QueueFullError          a bounded queue stayed full                           was retried
     ├── BusyError               the service stayed at its limit                       was retried
@@ -112,6 +113,12 @@ class LabelsConsumedError(PoiseClientError):
     """Labels of the step have reached the probe: a baseline now would leak them."""
 
     default_reason = "LABELS_CONSUMED"
+
+
+class TrainingStoppedError(PoiseClientError):
+    """The learner trains on nothing until someone has looked: its last updates in a row were not finite."""
+
+    default_reason = "TRAINING_STOPPED"
 
 
 class ConflictError(PoiseClientError):

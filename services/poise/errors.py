@@ -8,6 +8,7 @@
     ├── VersionMismatch     FAILED_PRECONDITION
     ├── NotLoaded           FAILED_PRECONDITION
     ├── LabelsConsumed      FAILED_PRECONDITION
+    ├── TrainingStopped     FAILED_PRECONDITION
     ├── Conflict            ABORTED
     ├── QueueFull           RESOURCE_EXHAUSTED, retry later
     ├── Busy                RESOURCE_EXHAUSTED, retry later
@@ -98,6 +99,12 @@ class LabelsConsumed(PoiseError):
     """Labels of the step have reached the probe: a baseline now would leak them."""
 
     status, reason = "FAILED_PRECONDITION", "LABELS_CONSUMED"
+
+
+class TrainingStopped(PoiseError):
+    """Nothing is trained on until someone has looked: the last updates in a row were not finite."""
+
+    status, reason = "FAILED_PRECONDITION", "TRAINING_STOPPED"
 
 
 class Conflict(PoiseError):

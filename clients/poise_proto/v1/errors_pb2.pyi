@@ -51,6 +51,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: something the service stands on (Redis, the engine) does not answer."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """INTERNAL: a defect; the service's log holds the traceback."""
+    ERROR_REASON_TRAINING_STOPPED: _ErrorReason.ValueType  # 14
+    """FAILED_PRECONDITION: the learner trains on nothing until someone has looked: its last updates in a row were not
+    finite.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Which error of the PoiseError family it was. Each owns one gRPC status."""
@@ -83,6 +87,10 @@ ERROR_REASON_BACKEND_DOWN: ErrorReason.ValueType  # 12
 """UNAVAILABLE: something the service stands on (Redis, the engine) does not answer."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """INTERNAL: a defect; the service's log holds the traceback."""
+ERROR_REASON_TRAINING_STOPPED: ErrorReason.ValueType  # 14
+"""FAILED_PRECONDITION: the learner trains on nothing until someone has looked: its last updates in a row were not
+finite.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

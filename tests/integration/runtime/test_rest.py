@@ -95,6 +95,7 @@ def test_checkpoint_answers_what_was_written(rest):
         ("VersionMismatch", 409, "VERSION_MISMATCH"),
         ("NotLoaded", 409, "NOT_LOADED"),
         ("LabelsConsumed", 409, "LABELS_CONSUMED"),
+        ("TrainingStopped", 409, "TRAINING_STOPPED"),
         ("Conflict", 409, "CONFLICT"),
         ("QueueFull", 429, "QUEUE_FULL"),
         ("Busy", 429, "BUSY"),

@@ -39,6 +39,7 @@ def bare_error(code, message="it broke"):
         ("VERSION_MISMATCH", errors.VersionMismatchError),
         ("NOT_LOADED", errors.NotLoadedError),
         ("LABELS_CONSUMED", errors.LabelsConsumedError),
+        ("TRAINING_STOPPED", errors.TrainingStoppedError),
         ("CONFLICT", errors.ConflictError),
         ("QUEUE_FULL", errors.QueueFullError),
         ("BUSY", errors.BusyError),

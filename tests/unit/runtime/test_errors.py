@@ -19,6 +19,7 @@ WIRE = {
     "VersionMismatch": ("FAILED_PRECONDITION", "VERSION_MISMATCH", False),
     "NotLoaded": ("FAILED_PRECONDITION", "NOT_LOADED", False),
     "LabelsConsumed": ("FAILED_PRECONDITION", "LABELS_CONSUMED", False),
+    "TrainingStopped": ("FAILED_PRECONDITION", "TRAINING_STOPPED", False),
     "Conflict": ("ABORTED", "CONFLICT", False),
     "QueueFull": ("RESOURCE_EXHAUSTED", "QUEUE_FULL", True),
     "Busy": ("RESOURCE_EXHAUSTED", "BUSY", True),
