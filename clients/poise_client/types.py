@@ -231,6 +231,45 @@ class LabelledGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """Rollouts whose rewards were predicted alike, and what became of them."""
+
+    predicted: float
+    """Mean value."""
+    realised: float
+    """Mean reward of their siblings."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeQuality:
+    """How good the values of a domain were, over the last rollouts valued before their labels were learnt.
+
+    Values are held against the mean reward of the siblings. NaN where a number is not defined, as before the first row.
+    """
+
+    num_rows: int
+    pearson: float
+    """Correlation."""
+    brier: float
+    """Mean squared difference."""
+    brier_skill: float
+    """1 − brier / brier of always predicting the mean: 1 is perfect, below 0 is worse than that constant."""
+    bias: float
+    """Mean of value − reward: above 0, too much was expected."""
+    share_clipped: float
+    """Share of values at 0 or 1."""
+    variance_vs_none: float
+    """Mean squared advantage, as a share of that without a baseline."""
+    variance_vs_rloo: float
+    """The same, of that with the siblings' mean reward as baseline."""
+    variance_vs_batch_mean: float
+    """The same, of that with the mean reward of the step's other prompts as baseline."""
+    calibration: tuple[CalibrationBin, ...]
+    """By value, in tenths of [0, 1]; empty ones left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeStatus:
     """One domain's probe."""
 
@@ -241,8 +280,9 @@ class ProbeStatus:
     num_steps_seen: int
     warmup_steps: int
     last_fit_s: float
-    pearson: float
-    brier: float
+    label_lag_s: float
+    """From publishing to the durable state, of the label learnt last; NaN before the first since the start."""
+    quality: ProbeQuality
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +348,19 @@ class StepMetrics:
     staleness: Mapping[int, int] = field(default_factory=dict)
     train_s: float = 0.0
     publish_s: float = 0.0
+    reference_kl: float = 0.0
+    """To the model that training started from; 0 where it is not in the loss."""
+    clip_low_share: float = 0.0
+    clip_high_share: float = 0.0
+    dual_clip_share: float = 0.0
+    num_skipped_updates: int = 0
+    """Mini-batches that changed nothing, because their loss or gradient was not finite."""
+    num_model_tokens: int = 0
+    """That went through the model: responses, and prompts once for the siblings of a row."""
+    tokens_per_s: float = 0.0
+    """Of these, while training."""
+    mfu: float = 0.0
+    """Share of the device's peak arithmetic; 0 where the peak is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,12 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from poise_client.codec._common import DEFAULT_DOMAIN, decode_features, encode_features, join, vector
 from poise_client.codec._tensor import CodecError, from_tensor
 from poise_client.types import (
+    CalibrationBin,
     Features,
     GroupBaselines,
     GroupFeatures,
     LabelledGroup,
+    ProbeQuality,
     ProbeReport,
     ProbeStatus,
     PromptFeatures,
@@ -163,6 +165,32 @@ def decode_labelled_group(message: pb.LabelledGroup, field: str = "group") -> La
     )
 
 
+def _encode_quality(quality: ProbeQuality) -> pb.ProbeQuality:
+    bins = [
+        pb.CalibrationBin(predicted=one.predicted, realised=one.realised, count=one.count)
+        for one in quality.calibration
+    ]
+    return pb.ProbeQuality(calibration=bins, **{name: getattr(quality, name) for name in _QUALITY_NUMBERS})
+
+
+def _decode_quality(message: pb.ProbeQuality) -> ProbeQuality:
+    bins = tuple(CalibrationBin(one.predicted, one.realised, one.count) for one in message.calibration)
+    return ProbeQuality(calibration=bins, **{name: getattr(message, name) for name in _QUALITY_NUMBERS})
+
+
+_QUALITY_NUMBERS = (
+    "num_rows",
+    "pearson",
+    "brier",
+    "brier_skill",
+    "bias",
+    "share_clipped",
+    "variance_vs_none",
+    "variance_vs_rloo",
+    "variance_vs_batch_mean",
+)
+
+
 def _encode_probe_status(status: ProbeStatus) -> pb.ProbeStatus:
     return pb.ProbeStatus(
         domain=status.domain,
@@ -172,8 +200,8 @@ def _encode_probe_status(status: ProbeStatus) -> pb.ProbeStatus:
         num_steps_seen=status.num_steps_seen,
         warmup_steps=status.warmup_steps,
         last_fit_s=status.last_fit_s,
-        pearson=status.pearson,
-        brier=status.brier,
+        label_lag_s=status.label_lag_s,
+        quality=_encode_quality(status.quality),
     )
 
 
@@ -186,8 +214,8 @@ def _decode_probe_status(message: pb.ProbeStatus) -> ProbeStatus:
         num_steps_seen=message.num_steps_seen,
         warmup_steps=message.warmup_steps,
         last_fit_s=message.last_fit_s,
-        pearson=message.pearson,
-        brier=message.brier,
+        label_lag_s=message.label_lag_s,
+        quality=_decode_quality(message.quality),
     )
 
 

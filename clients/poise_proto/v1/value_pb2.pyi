@@ -415,6 +415,98 @@ class GetProbeRequest(_message.Message):
 Global___GetProbeRequest: _TypeAlias = GetProbeRequest  # noqa: Y015
 
 @_typing.final
+class CalibrationBin(_message.Message):
+    """Rollouts whose rewards were predicted alike, and what became of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    REALISED_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    predicted: _builtins.float
+    """Mean value."""
+    realised: _builtins.float
+    """Mean reward of their siblings."""
+    count: _builtins.int
+    """Rollouts."""
+    def __init__(
+        self,
+        *,
+        predicted: _builtins.float = ...,
+        realised: _builtins.float = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "predicted", b"predicted", "realised", b"realised"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrationBin: _TypeAlias = CalibrationBin  # noqa: Y015
+
+@_typing.final
+class ProbeQuality(_message.Message):
+    """How good the values of a domain were, over the last rollouts valued before their labels were learnt, held against the
+    mean reward of the siblings. NaN where a number is not defined.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    PEARSON_FIELD_NUMBER: _builtins.int
+    BRIER_FIELD_NUMBER: _builtins.int
+    BRIER_SKILL_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    SHARE_CLIPPED_FIELD_NUMBER: _builtins.int
+    VARIANCE_VS_NONE_FIELD_NUMBER: _builtins.int
+    VARIANCE_VS_RLOO_FIELD_NUMBER: _builtins.int
+    VARIANCE_VS_BATCH_MEAN_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    num_rows: _builtins.int
+    """Rollouts it is about."""
+    pearson: _builtins.float
+    """Pearson correlation."""
+    brier: _builtins.float
+    """Mean squared difference."""
+    brier_skill: _builtins.float
+    """1 - brier / brier of always predicting the mean: 1 is perfect, below 0 is worse than that constant."""
+    bias: _builtins.float
+    """Mean of value - reward: above 0, too much was expected."""
+    share_clipped: _builtins.float
+    """Share of values at 0 or 1."""
+    variance_vs_none: _builtins.float
+    """Mean squared advantage, as a share of that without a baseline."""
+    variance_vs_rloo: _builtins.float
+    """The same, of that with the siblings' mean reward as baseline."""
+    variance_vs_batch_mean: _builtins.float
+    """The same, of that with the mean reward of the step's other prompts as baseline."""
+    @_builtins.property
+    def calibration(self) -> _containers.RepeatedCompositeFieldContainer[Global___CalibrationBin]:
+        """By value, in tenths of [0, 1]; empty ones left out."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: _builtins.int = ...,
+        pearson: _builtins.float = ...,
+        brier: _builtins.float = ...,
+        brier_skill: _builtins.float = ...,
+        bias: _builtins.float = ...,
+        share_clipped: _builtins.float = ...,
+        variance_vs_none: _builtins.float = ...,
+        variance_vs_rloo: _builtins.float = ...,
+        variance_vs_batch_mean: _builtins.float = ...,
+        calibration: _abc.Iterable[Global___CalibrationBin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "brier", b"brier", "brier_skill", b"brier_skill", "calibration", b"calibration", "num_rows", b"num_rows", "pearson", b"pearson", "share_clipped", b"share_clipped", "variance_vs_batch_mean", b"variance_vs_batch_mean", "variance_vs_none", b"variance_vs_none", "variance_vs_rloo", b"variance_vs_rloo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeQuality: _TypeAlias = ProbeQuality  # noqa: Y015
+
+@_typing.final
 class ProbeStatus(_message.Message):
     """One domain's probe."""
 
@@ -427,8 +519,8 @@ class ProbeStatus(_message.Message):
     NUM_STEPS_SEEN_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     LAST_FIT_S_FIELD_NUMBER: _builtins.int
-    PEARSON_FIELD_NUMBER: _builtins.int
-    BRIER_FIELD_NUMBER: _builtins.int
+    LABEL_LAG_S_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
     """The domain."""
     probe_version: _builtins.int
@@ -443,10 +535,12 @@ class ProbeStatus(_message.Message):
     """Steps before the first fit."""
     last_fit_s: _builtins.float
     """Seconds the last fit took."""
-    pearson: _builtins.float
-    """Pearson correlation of prediction and sibling-mean reward, over rows valued before their labels were learnt. NaN until known."""
-    brier: _builtins.float
-    """Mean squared difference of prediction and sibling-mean reward over the same rows. NaN until known."""
+    label_lag_s: _builtins.float
+    """Seconds from publishing to the durable state, of the label learnt last. NaN before the first since the start."""
+    @_builtins.property
+    def quality(self) -> Global___ProbeQuality:
+        """How good its values were."""
+
     def __init__(
         self,
         *,
@@ -457,12 +551,12 @@ class ProbeStatus(_message.Message):
         num_steps_seen: _builtins.int = ...,
         warmup_steps: _builtins.int = ...,
         last_fit_s: _builtins.float = ...,
-        pearson: _builtins.float = ...,
-        brier: _builtins.float = ...,
+        label_lag_s: _builtins.float = ...,
+        quality: Global___ProbeQuality | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["brier", b"brier", "domain", b"domain", "last_fit_s", b"last_fit_s", "num_groups", b"num_groups", "num_rows", b"num_rows", "num_steps_seen", b"num_steps_seen", "pearson", b"pearson", "probe_version", b"probe_version", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "label_lag_s", b"label_lag_s", "last_fit_s", b"last_fit_s", "num_groups", b"num_groups", "num_rows", b"num_rows", "num_steps_seen", b"num_steps_seen", "probe_version", b"probe_version", "quality", b"quality", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

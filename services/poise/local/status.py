@@ -37,6 +37,8 @@ def show_status(run: LocalRun, as_json: bool) -> int:
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
             for replica in facts.get("replicas", ()):
                 print(f"  replica   {replica['address']:21} {_replica_line(replica)}")
+            if probes := facts.get("probes"):
+                print("\n".join([_PROBE_HEADER, *map(_probe_line, probes)]))
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 
@@ -69,8 +71,38 @@ def _line(name: str, facts: dict[str, Any]) -> str:
         current = sum(replica["current"] for replica in facts["replicas"])
         replicas = f"{current} of {len(facts['replicas'])} replicas current"
         return f"{facts['state']}, policy version {facts['policy_version']}{_digest(facts['digest'])}, {replicas}"
-    probes = ", ".join(f"{probe['domain']} v{probe['probe_version']}" for probe in facts["probes"]) or "none yet"
-    return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt, probes: {probes}"
+    waiting = f", {facts['num_pending']} waiting" if facts["num_pending"] else ""
+    dead = f", {facts['num_dead_letters']} dead letters" if facts["num_dead_letters"] else ""
+    return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt{waiting}{dead}, {_count(facts['probes'])}"
+
+
+def _count(probes: list[dict[str, Any]]) -> str:
+    fitted = sum(probe["probe_version"] > 0 for probe in probes)
+    return f"{fitted} of {len(probes)} domains have a probe"
+
+
+_PROBE_HEADER = (
+    f"  {'domain':20} {'version':>7} {'rows':>6} {'steps':>7} {'r':>6} {'skill':>6} {'bias':>7} {'clipped':>7} "
+    f"{'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
+)
+"""r, skill, bias: of values against the siblings' rewards; /none, /rloo, /batch: advantage variance, as a share of that
+of other baselines; lag: from publishing a label to its being durable."""
+
+
+def _probe_line(probe: dict[str, Any]) -> str:
+    quality = probe["quality"]
+    steps = f"{probe['num_steps_seen']}/{probe['warmup_steps']}"
+    return (
+        f"  {probe['domain']:20} {probe['probe_version']:>7} {probe['num_rows']:>6} {steps:>7} "
+        f"{_number(quality['pearson']):>6} {_number(quality['brier_skill']):>6} {_number(quality['bias'], '+.3f'):>7} "
+        f"{_number(quality['share_clipped']):>7} {_number(quality['variance_vs_none']):>6} "
+        f"{_number(quality['variance_vs_rloo']):>6} {_number(quality['variance_vs_batch_mean']):>6} "
+        f"{_number(probe['label_lag_s'], '.2f', ' s'):>8} {_number(probe['last_fit_s'], '.3f', ' s'):>8}"
+    )
+
+
+def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def _replica_line(replica: dict[str, Any]) -> str:

@@ -176,7 +176,7 @@ class TrainingLoop:
             "verifier_errors": errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
-        predicted, realised = predictions(scored, baselines)
+        predicted, realised, domains = predictions(scored, baselines)
         with phases("journal"):
             numbers["time_s"] = phases.seconds
             journalled = JournalledStep(
@@ -184,7 +184,7 @@ class TrainingLoop:
                 labels=labelled_groups(config.run_id, step, scored),
                 batch=training_batch(config.run_id, step, scored, baselines, config.sampling.temperature),
                 numbers=numbers,
-                values={"step": step, "predicted": predicted, "realised": realised},
+                values={"step": step, "predicted": predicted, "realised": realised, "domain": domains},
                 samples=self._samples(step, problems, scored, baselines),
             )
             # The time of all this counts although the process may die before the step is finished.

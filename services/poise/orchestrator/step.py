@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
-from poise.domain.quality import mean_squared_error, pearson
+from poise.domain.quality import bias, brier_skill, mean_squared_error, pearson
 from poise_client.types import (
     Batch,
     Floats,
@@ -115,7 +115,7 @@ def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy
         for item in scored
         for rollout in item.group.rollouts
     ]
-    predicted, realised = predictions(scored, baselines)
+    predicted, realised, domains = predictions(scored, baselines)
     num_rollouts = len(lengths)
     return {
         "reward": {
@@ -126,8 +126,10 @@ def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy
             "source": _source(baselines),
             "probe_share": len(predicted) / num_rollouts,
             "probe_version": baselines.probe_versions,
-            "pearson": finite_or_none(pearson(predicted, realised)),
-            "brier": finite_or_none(mean_squared_error(predicted, realised)),
+            **_quality(predicted, realised),
+            "by_domain": {
+                domain: _quality(*_of_domain(domain, predicted, realised, domains)) for domain in sorted(set(domains))
+            },
         },
         "advantage_variance": {
             "used": _mean_square(rewards, baselines.baselines),
@@ -142,15 +144,33 @@ def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy
     }
 
 
-def predictions(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> tuple[list[float], list[float]]:
-    """Return the probe's value of each rollout, and the mean reward of its siblings, where there was a probe."""
+def predictions(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> tuple[list[float], list[float], list[str]]:
+    """Return, where there was a probe, its value of each rollout, the mean reward of the siblings, and the domain."""
     predicted: list[float] = []
     realised: list[float] = []
+    domains: list[str] = []
     for item, values_n in zip(scored, baselines.values, strict=True):
         if values_n is not None:
             predicted += values_n.tolist()
             realised += mean_of_others(item.rewards).tolist()
-    return predicted, realised
+            domains += [item.domain] * len(values_n)
+    return predicted, realised, domains
+
+
+def _of_domain(
+    domain: str, predicted: Sequence[float], realised: Sequence[float], domains: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    inside = [index for index, name in enumerate(domains) if name == domain]
+    return [predicted[index] for index in inside], [realised[index] for index in inside]
+
+
+def _quality(predicted: Sequence[float], realised: Sequence[float]) -> dict[str, float | None]:
+    return {
+        "pearson": finite_or_none(pearson(predicted, realised)),
+        "brier": finite_or_none(mean_squared_error(predicted, realised)),
+        "brier_skill": finite_or_none(brier_skill(predicted, realised)),
+        "bias": finite_or_none(bias(predicted, realised)),
+    }
 
 
 def learner_numbers(result: StepResult) -> dict[str, Any]:

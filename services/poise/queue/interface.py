@@ -19,6 +19,8 @@ class Delivery:
 
     entry_id: str
     payload: bytes
+    published_s: float
+    """When it was published, by the queue's clock, s since 1970."""
 
 
 @dataclass(frozen=True, slots=True)

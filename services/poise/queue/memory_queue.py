@@ -59,7 +59,7 @@ class MemoryQueue:
                 retry_after_s=1.0,
             )
         for payload in payloads:
-            stream.unread.append(Delivery(f"{next(stream.ids)}-0", bytes(payload)))
+            stream.unread.append(Delivery(f"{next(stream.ids)}-0", bytes(payload), time.time()))
         stream.arrived.set()
 
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:

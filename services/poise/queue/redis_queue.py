@@ -173,7 +173,7 @@ class RedisQueue:
         gone = [entry_id for entry_id, fields in entries if not fields]
         if gone:
             await self._redis.xack(self._stream, self._group, *gone)
-        return [Delivery(entry_id.decode(), fields.get(_PAYLOAD, b"")) for entry_id, fields in entries if fields]
+        return [_delivery(entry_id.decode(), fields) for entry_id, fields in entries if fields]
 
     async def ack(self, entry_ids: Sequence[str]) -> None:
         """See `LabelQueue.ack`."""
@@ -223,3 +223,8 @@ class RedisQueue:
     async def close(self) -> None:
         """See `LabelQueue.close`."""
         await self._redis.aclose()
+
+
+def _delivery(entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
+    published_ms = int(entry_id.split("-")[0])  # Redis makes the ids of the time
+    return Delivery(entry_id, fields.get(_PAYLOAD, b""), published_ms / 1000)

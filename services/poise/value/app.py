@@ -89,7 +89,7 @@ class ValueApp(ServiceApp):
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
         refitter = Refitter(estimator, self._make_fitter, keeper, self._metrics)
-        consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue)
+        consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue, self._metrics)
         self.registry.register(StateCollector(estimator, lambda: consumer.depth))
         tasks = (
             asyncio.create_task(consumer.run(), name="value-consumer"),
@@ -148,9 +148,10 @@ class ValueApp(ServiceApp):
         }
 
     def _probe_facts(self, estimator: BaselineEstimator, name: str) -> dict[str, Any]:
-        facts = dataclasses.asdict(probe_status(estimator, name, self.config.probe.warmup_steps))
-        # JSON has no NaN.
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in facts.items()}
+        facts: dict[str, Any] = _without_nan(
+            dataclasses.asdict(probe_status(estimator, name, self.config.probe.warmup_steps))
+        )
+        return facts
 
     async def pause(self) -> None:
         """Consume no labels until `resume`; questions are answered and labels queued meanwhile."""
@@ -189,6 +190,13 @@ class ValueApp(ServiceApp):
         if self._running is None or self._draining:
             raise Draining("the value service is starting or shutting down", retry_after_s=1.0)
         return self._running
+
+
+def _without_nan(facts: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(facts, dict):
+        return {key: _without_nan(value) for key, value in facts.items()}
+    return None if isinstance(facts, float) and math.isnan(facts) else facts
 
 
 def build(config: ValueConfig) -> ValueApp:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 
 from poise.errors import InvalidRequest, PoiseError
 from poise.queue.interface import Delivery, LabelQueue, QueueDepth
@@ -18,6 +19,7 @@ from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
 from poise.value.labels import parse_label
 from poise.value.ledger import Admission
+from poise.value.metrics import ValueMetrics
 from poise.value.refitter import Refitter
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ class LabelConsumer:
         keeper: StateKeeper,
         refitter: Refitter,
         config: QueueConfig,
+        metrics: ValueMetrics,
     ) -> None:
         self._queue = queue
         self._estimator = estimator
         self._keeper = keeper
         self._refitter = refitter
         self._config = config
+        self._metrics = metrics
         self._stopping = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()
@@ -55,6 +59,8 @@ class LabelConsumer:
         self.depth = QueueDepth(0, 0)
         """Of the queue, as last seen."""
         self._learnt: list[str] = []
+        self._fresh: list[tuple[str, float]] = []
+        """Domain and time of publishing of the labels that are new and not durable yet."""
         self._poison: list[tuple[Delivery, str]] = []
 
     @property
@@ -125,12 +131,21 @@ class LabelConsumer:
         if self._learnt:
             # Even for duplicates alone: they may have been learnt in this life and not be durable yet.
             await self._keeper.keep()
+            self._tell_lag()
             self._refitter.wake()
             await self._queue.ack(self._learnt)
             self._learnt = []
         while self._poison:
             await self._queue.dead_letter(*self._poison[0])
             del self._poison[0]
+
+    def _tell_lag(self) -> None:
+        now_s = time.time()
+        for domain, published_s in self._fresh:
+            lag_s = max(0.0, now_s - published_s)  # another clock than ours may be ahead
+            self._estimator.domains[domain].label_lag_s = lag_s
+            self._metrics.label_lag.labels(domain).observe(lag_s)
+        self._fresh = []
 
     def _learn(self, delivery: Delivery) -> str | None:
         """Learn from one entry; returns why it is poison, or None."""
@@ -145,8 +160,11 @@ class LabelConsumer:
         refusal = self._estimator.refusal(label.domain, label.rows.width)
         if refusal is not None:
             return f"group.{refusal.field}: {refusal.description}"
-        if self._estimator.learn(label) is Admission.TOO_OLD:
+        admission = self._estimator.learn(label)
+        if admission is Admission.TOO_OLD:
             return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"
+        if admission is Admission.NEW:
+            self._fresh.append((label.domain, delivery.published_s))
         return None
 
 

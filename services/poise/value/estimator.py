@@ -7,6 +7,7 @@ protobuf, no queue, no files and no threads.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from poise.value.pins import Probes, StepPins, VersionedProbe
 from poise.value.probe import PromptProbe
 from poise.value.rows import FeatureRows, Floats, LabelledRows
 from poise.value.snapshot import DomainSnapshot, Snapshot
-from poise.value.track_record import TrackRecord
+from poise.value.track_record import TrackRecord, ValuedGroup
 from poise_client.types import GroupBaselines, PromptFeatures, PromptScore
 
 
@@ -44,6 +45,8 @@ class Domain:
     record: TrackRecord
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
+    label_lag_s: float = math.nan
+    """From publishing to the durable state, of the label learnt last."""
 
 
 class BaselineEstimator:
@@ -65,12 +68,14 @@ class BaselineEstimator:
         self._ledger.restore(saved.ledger)
         for domain in saved.domains:
             window = Window(self._config.probe.rows_of(domain.domain), domain.groups, domain.num_added)
-            self._domains[domain.domain] = self._new_domain(domain.domain, window, domain.num_steps_seen)
+            record = TrackRecord(self._config.probe.rows_of(domain.domain), domain.record)
+            self._domains[domain.domain] = Domain(window, record, domain.num_steps_seen)
         self.probes = {domain.domain: domain.probe for domain in saved.domains if domain.probe is not None}
 
-    def _new_domain(self, name: str, window: Window | None = None, num_steps_seen: int = 0) -> Domain:
+    def _add_domain(self, name: str) -> Domain:
         max_rows = self._config.probe.rows_of(name)
-        return Domain(window or Window(max_rows), TrackRecord(max_rows), num_steps_seen)
+        domain = self._domains[name] = Domain(Window(max_rows), TrackRecord(max_rows))
+        return domain
 
     @property
     def domains(self) -> Mapping[str, Domain]:
@@ -153,13 +158,13 @@ class BaselineEstimator:
             self.num_duplicates += 1
         if admission is not Admission.NEW:
             return admission
-        domain = self._domains.setdefault(label.domain, self._new_domain(label.domain))
+        domain = self._domains.get(label.domain) or self._add_domain(label.domain)
         domain.num_steps_seen += is_first_of_step
         domain.window.add(label)
         self.num_groups_consumed += 1
         pinned = (self._pins.pinned(label.run_id, label.step) or {}).get(label.domain)
         if pinned is not None:
-            domain.record.add(pinned.probe.predict(label.inputs), label.targets)
+            domain.record.add(ValuedGroup(label.run_id, label.step, pinned.probe.predict(label.inputs), label.rewards))
         return admission
 
     def is_due(self, name: str) -> bool:
@@ -179,7 +184,12 @@ class BaselineEstimator:
             self.instance_id,
             tuple(
                 DomainSnapshot(
-                    name, domain.window.groups, domain.window.num_added, domain.num_steps_seen, probes.get(name)
+                    name,
+                    domain.window.groups,
+                    domain.window.num_added,
+                    domain.num_steps_seen,
+                    probes.get(name),
+                    domain.record.groups,
                 )
                 for name, domain in self._domains.items()
             ),

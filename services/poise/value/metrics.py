@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from poise.queue.interface import QueueDepth
 from poise.value.estimator import BaselineEstimator
 
+_LAG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -29,6 +30,13 @@ class ValueMetrics:
             "poise_value_fit_failures",
             "Fits that failed; the probe before goes on answering.",
             ["domain"],
+            registry=registry,
+        )
+        self.label_lag = Histogram(
+            "poise_value_label_lag_seconds",
+            "Time from publishing a labelled group to its being in the durable state.",
+            ["domain"],
+            buckets=_LAG_SECONDS,
             registry=registry,
         )
         self.state_write_seconds = Histogram(
@@ -73,21 +81,43 @@ class StateCollector(Collector):
         version = GaugeMetricFamily(
             "poise_value_probe_version", "Version of the current probe; 0 before the first fit.", labels=["domain"]
         )
-        pearson = GaugeMetricFamily(
-            "poise_value_pearson",
-            "Correlation of value and sibling-mean reward, over rows valued before their labels were learnt.",
-            labels=["domain"],
-        )
-        brier = GaugeMetricFamily(
-            "poise_value_brier",
-            "Mean squared difference of value and sibling-mean reward, over the same rows.",
-            labels=["domain"],
-        )
+        qualities = {
+            name: GaugeMetricFamily(f"poise_value_{name}", text, labels=["domain"]) for name, text in _QUALITIES.items()
+        }
+        bins = {
+            name: GaugeMetricFamily(f"poise_value_calibration_{name}", text, labels=["domain", "tenth"])
+            for name, text in _CALIBRATION.items()
+        }
         for name, domain in self.estimator.domains.items():
             probe = self.estimator.probes.get(name)
             estimated.add_metric([name], domain.num_estimated_rows)
             rows.add_metric([name], domain.window.num_rows)
             version.add_metric([name], probe.version if probe else 0)
-            pearson.add_metric([name], domain.record.pearson())
-            brier.add_metric([name], domain.record.brier())
-        yield from (estimated, rows, version, pearson, brier)
+            quality = domain.record.quality()
+            for field, family in qualities.items():
+                family.add_metric([name], getattr(quality, field))
+            for one in quality.calibration:
+                tenth = str(min(int(one.predicted * 10), 9))
+                for field, family in bins.items():
+                    family.add_metric([name, tenth], getattr(one, field))
+        yield from (estimated, rows, version, *qualities.values(), *bins.values())
+
+
+_QUALITIES = {
+    "pearson": "Correlation of value and sibling-mean reward, over rows valued before their labels were learnt.",
+    "brier": "Mean squared difference of value and sibling-mean reward, over the same rows.",
+    "brier_skill": "1 - brier / brier of always predicting the mean; below 0 is worse than that constant.",
+    "bias": "Mean of value - sibling-mean reward, over the same rows.",
+    "share_clipped": "Share of values at 0 or 1, over the same rows.",
+    "variance_vs_none": "Mean squared advantage as a share of that without a baseline.",
+    "variance_vs_rloo": "Mean squared advantage as a share of that of the siblings' mean reward.",
+    "variance_vs_batch_mean": "Mean squared advantage as a share of that of the other prompts' mean reward.",
+}
+"""Fields of `ProbeQuality`."""
+
+_CALIBRATION = {
+    "predicted": "Mean value of the rows whose value lies in this tenth of [0, 1], counted from 0.",
+    "realised": "Mean reward of the siblings of the same rows.",
+    "count": "Those rows.",
+}
+"""Fields of `CalibrationBin`."""

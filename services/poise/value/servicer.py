@@ -154,8 +154,8 @@ def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> 
         num_steps_seen=domain.num_steps_seen,
         warmup_steps=warmup_steps,
         last_fit_s=probe.fit_s if probe else 0.0,
-        pearson=domain.record.pearson(),
-        brier=domain.record.brier(),
+        label_lag_s=domain.label_lag_s,
+        quality=domain.record.quality(),
     )
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from poise.value.pins import Pin, VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import FeatureRows, LabelledRows
+from poise.value.track_record import ValuedGroup
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -34,6 +35,8 @@ class DomainSnapshot:
     num_steps_seen: int
     """Distinct (run, step) with a consumed label of this domain."""
     probe: VersionedProbe | None
+    record: tuple[ValuedGroup, ...] = ()
+    """`TrackRecord.groups`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +66,9 @@ class Snapshot:
         for number, (_, probe) in enumerate(probes.values()):
             arrays |= {f"probe.{number}.{name}": array for name, array in probe.probe.arrays().items()}
         for index, domain in enumerate(self.domains):
-            arrays |= _window_arrays(f"window.{index}", domain.groups)
+            arrays |= _window_arrays(f"window.{index}", domain.groups) | _record_arrays(
+                f"record.{index}", domain.record
+            )
         document = {
             "schema_version": SCHEMA_VERSION,
             "instance_id": self.instance_id,
@@ -121,12 +126,22 @@ def _window_arrays(prefix: str, groups: tuple[LabelledRows, ...]) -> Arrays:
     }
 
 
+def _record_arrays(prefix: str, groups: tuple[ValuedGroup, ...]) -> Arrays:
+    if not groups:
+        return {}
+    return {
+        f"{prefix}.values": np.concatenate([group.values for group in groups]),
+        f"{prefix}.rewards": np.concatenate([group.rewards for group in groups]),
+    }
+
+
 def _domain_document(domain: DomainSnapshot) -> dict[str, Any]:
     return {
         "domain": domain.domain,
         "num_added": domain.num_added,
         "num_steps_seen": domain.num_steps_seen,
         "groups": [[group.run_id, group.step, group.group_id, len(group.rows)] for group in domain.groups],
+        "record": [[group.run_id, group.step, len(group.values)] for group in domain.record],
     }
 
 
@@ -162,8 +177,17 @@ def _decode_domain(
         *features, rewards = (window[name][start:end] for name in _WINDOW_ARRAYS)
         groups.append(LabelledRows(run_id, step, group_id, saved["domain"], FeatureRows(*features), rewards))
         start = end
+    record = []
+    start = 0
+    for run_id, step, num_rows in saved["record"]:
+        end = start + num_rows
+        values, rewards = (arrays[f"record.{index}.{name}"][start:end] for name in ("values", "rewards"))
+        record.append(ValuedGroup(run_id, step, values, rewards))
+        start = end
     probe = None if saved["probe"] is None else probes[saved["probe"]][1]
-    return DomainSnapshot(saved["domain"], tuple(groups), saved["num_added"], saved["num_steps_seen"], probe)
+    return DomainSnapshot(
+        saved["domain"], tuple(groups), saved["num_added"], saved["num_steps_seen"], probe, tuple(record)
+    )
 
 
 _WINDOW_ARRAYS = ("prompt_hidden", "response_hidden", "entropies", "rewards")

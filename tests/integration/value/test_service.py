@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis.asyncio
+from prometheus_client.parser import text_string_to_metric_families
 from tests.integration.value.conftest import DURABLE
 from tests.integration.value.service import (
     TIMEOUT_S,
@@ -194,10 +195,18 @@ async def test_dead_letters_are_listed_newest_first_with_their_reasons(shared, c
 # GetProbe and wrong labels.
 
 
+async def scraped(service: ValueService) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """What Prometheus would see."""
+    answer = await service.get("/metrics")
+    assert answer is not None
+    samples = (sample for family in text_string_to_metric_families(answer.text) for sample in family.samples)
+    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
+
+
 async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(shared, client, make) -> None:
     await warm_up(client, make, "quality")
     (before,) = (await client.get_probe("quality")).probes
-    assert math.isnan(before.pearson) and math.isnan(before.brier)
+    assert math.isnan(before.quality.pearson) and math.isnan(before.quality.brier)
     questions = [make.question(f"g{i}", "quality") for i in range(20)]
     answers = await client.estimate_baselines("quality", 0, questions)
     labels = [make.label("quality", 0, question) for question in questions]
@@ -210,12 +219,26 @@ async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(sha
         for answer, label in zip(answers, labels, strict=True)
         for value, target in zip(answer.values, label.rewards[::-1], strict=True)
     ]
-    assert after.brier == pytest.approx(sum(errors) / len(errors), rel=1e-4)
-    assert -1 <= after.pearson <= 1
+    quality = after.quality
+    assert quality.brier == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert -1 <= quality.pearson <= 1
+    assert quality.num_rows == sum(one.count for one in quality.calibration) == 40
+    assert 0 <= after.label_lag_s < 60
     assert (after.num_groups, after.num_rows) == (before.num_groups + 20, before.num_rows + 40)
     assert after.last_fit_s > 0
     facts = {each["domain"]: each for each in (await shared.status())["probes"]}["quality"]
-    assert facts["brier"] == pytest.approx(after.brier)
+    assert facts["quality"]["brier"] == pytest.approx(quality.brier)
+    metrics = await scraped(shared)
+    assert metrics["poise_value_brier_skill", (("domain", "quality"),)] == pytest.approx(quality.brier_skill)
+    assert metrics["poise_value_variance_vs_rloo", (("domain", "quality"),)] == pytest.approx(quality.variance_vs_rloo)
+    counts = [
+        count
+        for (name, labels), count in metrics.items()
+        if name == "poise_value_calibration_count" and ("domain", "quality") in labels
+    ]
+    assert sum(counts) == 40
+    # Learnt one by one as they came: each label's way is timed.
+    assert metrics["poise_value_label_lag_seconds_count", (("domain", "quality"),)] >= 20
     with pytest.raises(NotFoundError, match="chess"):
         await client.get_probe("chess")
 

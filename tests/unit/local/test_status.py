@@ -25,7 +25,48 @@ READY: dict[str, dict[str, Any]] = {
         "ready": True,
         "state": "serving",
         "num_groups_consumed": 12,
-        "probes": [{"domain": "math", "probe_version": 2}],
+        "num_pending": 0,
+        "num_dead_letters": 0,
+        "probes": [
+            {
+                "domain": "math",
+                "probe_version": 2,
+                "num_rows": 512,
+                "num_steps_seen": 9,
+                "warmup_steps": 4,
+                "last_fit_s": 0.0314,
+                "label_lag_s": 0.25,
+                "quality": {
+                    "pearson": 0.871,
+                    "brier_skill": -0.5,
+                    "bias": 0.012,
+                    "share_clipped": 0.0,
+                    "variance_vs_none": 0.3,
+                    "variance_vs_rloo": 0.4,
+                    "variance_vs_batch_mean": 0.5,
+                },
+            },
+            {
+                "domain": "new",
+                "probe_version": 0,
+                "num_rows": 2,
+                "num_steps_seen": 1,
+                "warmup_steps": 4,
+                "last_fit_s": 0.0,
+                "label_lag_s": None,
+                "quality": dict.fromkeys(
+                    (
+                        "pearson",
+                        "brier_skill",
+                        "bias",
+                        "share_clipped",
+                        "variance_vs_none",
+                        "variance_vs_rloo",
+                        "variance_vs_batch_mean",
+                    )
+                ),
+            },
+        ],
     },
     "learner": {
         "ready": True,
@@ -73,9 +114,27 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
-    assert said[2].endswith("serving, 12 groups learnt, probes: math v2")
-    assert said[3].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
-    assert [" ".join(line.split()) for line in said[4:7]] == [
+    assert said[2].endswith("serving, 12 groups learnt, 1 of 2 domains have a probe")
+    header, math, new = (line.split() for line in said[3:6])
+    facts = dict(zip(header, " ".join(math).replace(" s", "s").split(), strict=True))
+    assert facts == {
+        "domain": "math",
+        "version": "2",
+        "rows": "512",
+        "steps": "9/4",
+        "r": "0.87",
+        "skill": "-0.50",
+        "bias": "+0.012",
+        "clipped": "0.00",
+        "/none": "0.30",
+        "/rloo": "0.40",
+        "/batch": "0.50",
+        "lag": "0.25s",
+        "fit": "0.031s",
+    }
+    assert new[4:12] == ["–"] * 8
+    assert said[6].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
+    assert [" ".join(line.split()) for line in said[7:10]] == [
         "replica host:1 serves version 4 (01234567), current",
         "replica host:2 serves version 3 (fedcba98), it is slow",
         "replica host:3 serves version 0, being brought up",
@@ -100,7 +159,8 @@ def test_a_service_that_does_not_work_is_told_of_and_shows_in_the_status(
 ) -> None:
     admins.answers[run.admin_address("learner")] = answer
     assert show_status(run, as_json=False) == 1
-    assert reason in capsys.readouterr().out.splitlines()[3]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("learner"))
+    assert reason in line
 
 
 def test_json_holds_all_that_is_told(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,3 +190,9 @@ def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(urllib.request, "urlopen", admins)
     show_status(run, as_json=True)
     assert [headers.get("Authorization") for headers in admins.headers] == [None, "Bearer open-sesame", None]
+
+
+def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+    admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
+    show_status(run, as_json=False)
+    assert "12 groups learnt, 7 waiting, 2 dead letters, 1 of 2 domains" in capsys.readouterr().out

@@ -57,14 +57,19 @@ def test_without_a_probe_the_baseline_is_the_siblings_or_the_other_prompts_mean(
     assert mean.probe_versions == {}
 
 
+QUALITY = ("pearson", "brier", "brier_skill", "bias")
+
+
 def test_a_probe_is_preferred_where_there_is_one() -> None:
     chosen = choose_baselines(SCORED, [answer("a", [0.25, 0.75]), answer("b", None)], "rloo")
     assert [b.tolist() for b in chosen.baselines] == [[0.75, 0.25], [1.0, 1.0]]
-    assert predictions(SCORED, chosen) == ([0.25, 0.75], [0.0, 1.0])
+    assert predictions(SCORED, chosen) == ([0.25, 0.75], [0.0, 1.0], ["d", "d"])
     numbers = step_numbers(SCORED, chosen, 4)
     assert numbers["baseline"]["source"] == "mixed"
     assert numbers["baseline"]["probe_share"] == 0.5
     assert numbers["baseline"]["brier"] == pytest.approx((0.25**2 + 0.25**2) / 2)
+    assert numbers["baseline"]["bias"] == pytest.approx(0)
+    assert numbers["baseline"]["by_domain"] == {"d": {k: numbers["baseline"][k] for k in QUALITY}}
     assert numbers["advantage_variance"]["used"] == pytest.approx((0.25**2 + 0.25**2) / 4)
     assert numbers["advantage_variance"]["none"] == pytest.approx(3 / 4)
     assert numbers["advantage_variance"]["rloo"] == pytest.approx(2 / 4)

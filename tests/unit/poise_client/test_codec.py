@@ -105,12 +105,17 @@ metrics = st.builds(
     uint32s,
     uint32s,
     st.dictionaries(uint32s, uint32s, max_size=3),
+    *[doubles] * 6,
+    uint32s,
+    uint64s,
     doubles,
     doubles,
 )
 replicas = st.builds(types.ReplicaResult, names, uint64s, booleans, texts, doubles, doubles, digests, uint64s)
+calibration_bins = st.builds(types.CalibrationBin, doubles, doubles, uint32s)
+qualities = st.builds(types.ProbeQuality, uint32s, *[st.floats()] * 8, tuples(calibration_bins))
 probes = st.builds(
-    types.ProbeStatus, names, uint64s, uint32s, uint32s, uint32s, uint32s, doubles, st.floats(), st.floats()
+    types.ProbeStatus, names, uint64s, uint32s, uint32s, uint32s, uint32s, doubles, st.floats(), qualities
 )
 
 PAIRS = {

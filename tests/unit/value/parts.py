@@ -47,7 +47,9 @@ class Parts:
         self.keeper = StateKeeper(self.estimator, self.store, self.metrics)
         self.queue = MemoryQueue(stream, "consumer")
         self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics)
-        self.consumer = LabelConsumer(self.queue, self.estimator, self.keeper, self.refitter, config.queue)
+        self.consumer = LabelConsumer(
+            self.queue, self.estimator, self.keeper, self.refitter, config.queue, self.metrics
+        )
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[Parts]:

@@ -156,6 +156,8 @@ def test_a_label_learnt_after_a_restart_is_held_against_its_pin(fitted, config, 
     restarted = restart(fitted, config())
     restarted.learn(make.label(0))
     assert len(restarted.domains["default"].record) == 2
+    before = restarted.domains["default"].record.quality()
+    assert restart(restarted, config()).domains["default"].record.quality() == before
 
 
 def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted, config, make) -> None:
@@ -345,7 +347,7 @@ def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(r
     (answer,) = rewarded.estimate("run", 0, [with_rewards(question, label.rewards)])
     rewarded.learn(label)
     record = rewarded.domains["default"].record
-    assert record.brier() == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
+    assert record.quality().brier == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
 
 
 # Prompts before any rollout.
@@ -511,11 +513,11 @@ def test_quality_compares_the_pinned_probes_values_with_the_labels_that_came_lat
     (answer,) = fitted.estimate("run", 0, [question])
     refit(fitted)
     label = make.label(0, rows=question.rows)
-    assert math.isnan(fitted.domains["default"].record.brier())
+    assert math.isnan(fitted.domains["default"].record.quality().brier)
     fitted.learn(label)
     record = fitted.domains["default"].record
-    assert record.brier() == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
-    assert record.pearson() == pytest.approx(float(np.corrcoef(answer.values, label.targets)[0, 1]), rel=1e-4)
+    assert record.quality().brier == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
+    assert record.quality().pearson == pytest.approx(float(np.corrcoef(answer.values, label.targets)[0, 1]), rel=1e-4)
 
 
 def test_labels_of_steps_never_asked_about_and_duplicates_do_not_count(fitted, make) -> None:

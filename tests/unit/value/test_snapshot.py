@@ -7,7 +7,7 @@ import pytest
 
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe, PromptProbe
-from poise.value.snapshot import DomainSnapshot, Snapshot
+from poise.value.snapshot import SCHEMA_VERSION, DomainSnapshot, Snapshot
 
 
 def probe(version: int, width: int = 6) -> VersionedProbe:
@@ -104,7 +104,7 @@ def test_a_service_that_knows_nothing_yet_can_be_saved() -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"schema_version": 2}, ValueError),
+        ({"schema_version": SCHEMA_VERSION + 1}, ValueError),
         ({"domains": None}, TypeError),
         ({"probes": []}, LookupError),
         ({"pins": [["run", 0, [99]]]}, LookupError),

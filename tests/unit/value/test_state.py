@@ -93,7 +93,7 @@ def tensors(path: Path) -> Path:
 
 def of_another_release(path: Path) -> None:
     envelope = json.loads(path.read_text())
-    body = json.dumps(json.loads(envelope["body"]) | {"schema_version": 2})
+    body = json.dumps(json.loads(envelope["body"]) | {"schema_version": 999})
     path.write_text(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}))
 
 

@@ -67,15 +67,6 @@ class RunRecord:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationBin:
-    """Values predicted alike, and what became of them."""
-
-    predicted: float
-    realised: float
-    count: int
-
-
 def load_run(run_dir: Path) -> RunRecord:
     """Read what is there; a missing file is an empty one."""
     metrics, bad_metrics = _read_rows(run_dir / "metrics.jsonl")
@@ -144,19 +135,19 @@ def prediction_pairs(rows: Iterable[Row]) -> tuple[Doubles, Doubles]:
     return array[:, 0], array[:, 1]
 
 
+def prediction_pairs_by_domain(rows: Iterable[Row]) -> dict[str, tuple[Doubles, Doubles]]:
+    """Return `prediction_pairs` of each domain, in order of its name."""
+    by_domain: dict[str, list[Row]] = {}
+    for row in rows:
+        pairs = zip(row.get("predicted") or (), row.get("realised") or (), row.get("domain") or (), strict=False)
+        for predicted, realised, domain in pairs:
+            by_domain.setdefault(str(domain), []).append({"predicted": [predicted], "realised": [realised]})
+    return {domain: prediction_pairs(by_domain[domain]) for domain in sorted(by_domain)}
+
+
 def second_half(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of the later half, where a probe has had data to learn from; of an odd number the larger half."""
     return list(rows[len(rows) // 2 :])
-
-
-def calibration(predicted: Doubles, realised: Doubles, num_bins: int = 10) -> list[CalibrationBin]:
-    """Return the means of both sides in bins of equal width of the predicted value over [0, 1], empty ones left out."""
-    bins = np.clip((predicted * num_bins).astype(int), 0, num_bins - 1)
-    return [
-        CalibrationBin(float(predicted[inside].mean()), float(realised[inside].mean()), int(inside.sum()))
-        for index in range(num_bins)
-        if (inside := bins == index).any()
-    ]
 
 
 def thinned(steps: Doubles, values: Doubles, max_points: int) -> tuple[Doubles, Doubles]:

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poise.domain.quality import pearson
+from poise.domain.quality import CalibrationBin, calibration, pearson
 from poise.orchestrator.report.curves import (
     BASELINES,
     PHASES,
-    CalibrationBin,
     Doubles,
     Evaluation,
     Row,
     RunRecord,
-    calibration,
     moving_mean,
     prediction_pairs,
     running_mean,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from poise.domain.quality import mean_squared_error, pearson
+from poise.domain.quality import bias, brier_skill, mean_squared_error, pearson, share_clipped
 from poise.orchestrator.report.curves import (
     BASELINES,
     PHASES,
+    Doubles,
     Evaluation,
     Row,
     RunRecord,
@@ -23,6 +24,7 @@ from poise.orchestrator.report.curves import (
     nan_mean,
     number,
     prediction_pairs,
+    prediction_pairs_by_domain,
     second_half,
     series,
     smoothing_window,
@@ -149,12 +151,23 @@ def _probe(rows: Sequence[Row]) -> dict[str, Any] | None:
     predicted, realised = prediction_pairs(later)
     if not predicted.size:
         return None
+    by_domain = prediction_pairs_by_domain(later)
     return {
         "from_step": later[0]["step"],
+        **_quality(predicted, realised),
+        "brier_of_constant": float(np.var(realised)),
+        "by_domain": {domain: _quality(*pairs) for domain, pairs in by_domain.items()},
+    }
+
+
+def _quality(predicted: Doubles, realised: Doubles) -> dict[str, Any]:
+    return {
         "num_pairs": int(predicted.size),
         "pearson": pearson(predicted, realised),
         "brier": mean_squared_error(predicted, realised),
-        "brier_of_constant": float(np.var(realised)),
+        "brier_skill": brier_skill(predicted, realised),
+        "bias": bias(predicted, realised),
+        "share_clipped": share_clipped(predicted),
     }
 
 

@@ -79,7 +79,12 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         write_rows(
             run_dir / "values.jsonl",
             (
-                {"step": step, "predicted": [0.1, 0.4, 0.6, 0.9], "realised": [0.0, 0.0, 1.0, 1.0]}
+                {
+                    "step": step,
+                    "predicted": [0.1, 0.4, 0.6, 0.9],
+                    "realised": [0.0, 0.0, 1.0, 1.0],
+                    "domain": ["math", "math", "code <x>", "code <x>"],
+                }
                 for step, answered in enumerate(answers)
                 if answered
             ),

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from poise.orchestrator.report.curves import (
-    CalibrationBin,
-    calibration,
     load_run,
     moving_mean,
     nan_mean,
@@ -118,15 +116,6 @@ def test_pairs_with_a_missing_side_are_left_out() -> None:
     ]
     predicted, realised = prediction_pairs(rows)
     assert (predicted.tolist(), realised.tolist()) == ([0.1, 0.7], [0.0, 1.0])
-
-
-def test_calibration_bins_hold_the_means_of_both_sides() -> None:
-    predicted, realised = np.array([0.02, 0.04, 0.55, 1.0]), np.array([0.0, 1.0, 1.0, 0.5])
-    assert calibration(predicted, realised) == [
-        CalibrationBin(pytest.approx(0.03), 0.5, 2),
-        CalibrationBin(0.55, 1.0, 1),
-        CalibrationBin(1.0, 0.5, 1),
-    ]
 
 
 def test_second_half_of_an_odd_number_is_the_larger_half() -> None:

@@ -65,6 +65,15 @@ def test_full_run_is_told_in_one_page(make_run: Callable[..., Path], new_evaluat
     assert "poise · 30 steps in 1 min" in text
 
 
+def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:
+    page = write_report(make_run(6)).read_text(encoding="utf-8")
+    rows = re.findall(r"<tr><td>(math|code &lt;x&gt;)</td>(.*?)</tr>", page[page.index("Brier skill") :])
+    assert [(domain, re.findall(r">([^<]*)</td>", cells)) for domain, cells in rows] == [
+        ("code &lt;x&gt;", ["4", "–", "0.085", "–", "−0.250", "0.00"]),
+        ("math", ["4", "–", "0.085", "–", "+0.250", "0.00"]),
+    ]
+
+
 def test_page_needs_nothing_else(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     text, page = read(make_run(evaluations=[new_evaluation("before", 0, [[0.0]])]))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)

@@ -37,14 +37,24 @@ def test_advantage_variance_is_also_given_for_the_probe_alone(make_run: Callable
 
 def test_probe_is_judged_on_the_later_half_of_its_steps(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(6)
-    early, late = '{"step": 2, "predicted": [0.0, 1.0], "realised": [1.0, 0.0]}', '{"step": 3, "predicted": [0.2, 0.7]'
-    (run_dir / "values.jsonl").write_text(f'{early}\n{late}, "realised": [0.0, 1.0]}}\n')
+    early = '{"step": 2, "predicted": [0.0, 1.0], "realised": [1.0, 0.0], "domain": ["a", "a"]}'
+    late = '{"step": 3, "predicted": [0.2, 0.7], "realised": [0.0, 1.0], "domain": ["b", "a"]}'
+    (run_dir / "values.jsonl").write_text(f"{early}\n{late}\n")
+    brier = (0.2**2 + 0.3**2) / 2
+    alone = {"num_pairs": 1, "pearson": None, "brier_skill": None, "share_clipped": 0.0}
     assert summarise(run_dir)["probe"] == {
         "from_step": 3,
         "num_pairs": 2,
         "pearson": pytest.approx(1.0),
-        "brier": pytest.approx((0.2**2 + 0.3**2) / 2),
+        "brier": pytest.approx(brier),
+        "brier_skill": pytest.approx(1 - brier / 0.25),
+        "bias": pytest.approx(-0.05),
+        "share_clipped": 0.0,
         "brier_of_constant": 0.25,
+        "by_domain": {
+            "a": alone | {"brier": pytest.approx(0.09), "bias": pytest.approx(-0.3)},
+            "b": alone | {"brier": pytest.approx(0.04), "bias": pytest.approx(0.2)},
+        },
     }
 
 
