@@ -225,6 +225,62 @@ async def test_a_defect_in_publishing_ends_no_loop(replica, publisher, caplog):
     assert one.policy == served(version(2))
 
 
+async def test_replicas_that_a_name_comes_to_stand_for_are_found_and_those_it_leaves_let_go(replica):
+    first, second, third = [await replica() for _ in range(3)]
+    known = {first.address}
+
+    async def resolve(host, port):
+        return set(known)
+
+    config = PushConfig(timeout_s=TIMEOUT_S, reconcile_every_s=0.02)
+    sender = Publisher(
+        Discovery([third.address, "dns:///replicas:1"], resolve), connect, make_transport(config), config
+    )
+    sender.start()
+    await sender.publish(version(1))
+    assert [result.address for result in sender.results] == [third.address, first.address]
+    assert first.policy == third.policy == served(version(1))
+    known.add(second.address)
+    await eventually(lambda: second.policy == served(version(1)))
+    known.remove(first.address)
+    await eventually(lambda: len(sender.results) == 2)
+    await sender.publish(version(2))
+    assert (first.applied, second.applied, third.applied) == ([1], [1, 2], [1, 2])
+    await sender.stop()
+
+
+async def test_a_replica_that_goes_in_the_midst_of_a_push_is_waited_for_by_nobody(replica):
+    going = await replica()
+    going.release.clear()
+    known = {going.address}
+
+    async def resolve(host, port):
+        return set(known)
+
+    config = PushConfig(timeout_s=10 * TIMEOUT_S, reconcile_every_s=0.02)
+    sender = Publisher(Discovery(["dns:///replicas:1"], resolve), connect, make_transport(config), config)
+    sender.start()
+    publishing = asyncio.create_task(sender.publish(version(1)))
+    await eventually(lambda: going.num_pushes)
+    known.clear()
+    async with asyncio.timeout(TIMEOUT_S):
+        await publishing
+    assert sender.results == ()
+    await sender.stop()
+
+
+async def test_a_name_that_is_never_answered_holds_a_step_up_no_longer_than_its_limit():
+    async def resolve(host, port):
+        await asyncio.Event().wait()
+
+    config = PushConfig(timeout_s=0.05)
+    sender = Publisher(Discovery(["dns:///replicas:1"], resolve), connect, make_transport(config), config)
+    sender.start()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(1))
+    await sender.stop()
+
+
 async def test_stopping_ends_a_push_that_hangs(replica, publisher):
     one = await replica()
     one.release.clear()

@@ -1,0 +1,219 @@
+"""Real generation replicas, and a proxy before each that mistreats the pushes which pass through it."""
+
+# ruff: noqa: N802 (gRPC names the methods)
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tests.integration.learner.replicas import interceptors
+
+from poise.generation.app import GenerationApp, build
+from poise.generation.config import GenerationConfig
+from poise.generation.torch_engine import TorchEngine
+from poise.learner.core import Published
+from poise_client import combine_digests, hash_weights
+from poise_client.types import WeightArray
+from poise_proto.v1 import generation_pb2 as pb
+from poise_proto.v1 import generation_pb2_grpc
+
+NUM_PIECES = 10
+"""The proxy cuts each chunk into so many, so that there is something to mix up."""
+
+FAULTS = ("drop", "truncate", "swap", "swap in place", "flip a bit", "cut the connection", "repeat")
+
+
+def published_versions(folder: Path, count: int) -> list[Published]:
+    """Return versions 0 to `count` - 1 of a model, in bfloat16: in each, a hundredth of the elements moved."""
+    arrays = {
+        name: tensor.to(torch.bfloat16).view(torch.uint16).numpy()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    random = np.random.default_rng(0)
+    versions = []
+    for number in range(count):
+        weights = {name: WeightArray(bits, "bfloat16") for name, bits in arrays.items()}
+        hashes = hash_weights(weights)
+        versions.append(Published("lineage", number, weights, hashes, combine_digests(hashes)))
+        arrays = {name: bits + (random.random(bits.shape) < 0.01).astype(np.uint16) for name, bits in arrays.items()}
+    return versions
+
+
+def served_values(version: Published) -> bytes:
+    """Return what tells an engine's float32 parameters when it serves a version whole."""
+    return _fingerprint({name: to_float32(weight) for name, weight in version.weights.items()})
+
+
+def to_float32(weight: WeightArray) -> np.ndarray:
+    """Return bfloat16 bits as the values they stand for."""
+    return (weight.array.astype(np.uint32) << 16).view(np.float32)
+
+
+def _fingerprint(arrays: dict[str, np.ndarray]) -> bytes:
+    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).digest()
+
+
+class LiveReplica:
+    """The generation service with the torch engine, on a port of this process."""
+
+    def __init__(self, model: Path, staging_dir: Path, **settings: Any) -> None:
+        self._settings = {"model": str(model), "engine": "torch", "dtype": "float32", "staging_dir": staging_dir}
+        self._settings |= settings
+        self.address = "127.0.0.1:0"
+        self.app: GenerationApp | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> LiveReplica:
+        self.app = build(GenerationConfig(**self._settings))
+        self._server = grpc.aio.server(
+            interceptors=interceptors("generation", self.app.registry), options=[("grpc.so_reuseport", 0)]
+        )
+        self.app.register(self._server)
+        await self.app.start()
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(self.address)}"
+        await self._server.start()
+        return self
+
+    async def stop(self) -> None:
+        """Die in the midst of whatever it does."""
+        if self._server is not None and self.app is not None:
+            await self._server.stop(None)
+            await self.app.stop()
+            self._server = None
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def serves(self) -> bytes:
+        """Return the fingerprint of its parameters, between two steps of the engine."""
+        assert self.app is not None
+        engine = self.app._engine
+        assert isinstance(engine, TorchEngine)
+
+        def look() -> bytes:
+            return _fingerprint({name: p.detach().numpy() for name, p in engine._model.named_parameters()})
+
+        return await engine._on_thread(look)
+
+
+class Proxy(generation_pb2_grpc.GenerationServiceServicer):
+    """Passes calls on to a replica. Stopped, it is a replica that is down."""
+
+    def __init__(self, replica: Callable[[], str], seed: int) -> None:
+        self._replica = replica
+        self._random = random.Random(seed)
+        self.faults: list[str] = []
+        """What the next pushes meet, each one; nothing where it is empty or they are exhausted."""
+        self.open = asyncio.Event()
+        """Unset, pushes get through to their middle and no further."""
+        self.open.set()
+        self.num_deltas = 0
+        self.address = "127.0.0.1:0"
+        self._server: grpc.aio.Server | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    async def start(self) -> Proxy:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(self.address)}"
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        self._channel = grpc.aio.insecure_channel(self._replica(), options=options)
+        await self._server.start()
+        return self
+
+    async def stop(self) -> None:
+        if self._server is not None and self._channel is not None:
+            await self._server.stop(None)
+            await self._channel.close()
+            self._server = None
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
+        return await self._pass_on(self._stub().GetPolicy(request), context)
+
+    async def UpdateWeights(self, requests: Any, context: Any) -> pb.UpdateWeightsResponse:
+        fault = self.faults.pop(0) if self.faults else ""
+        begin = await anext(aiter(requests))
+        self.num_deltas += begin.begin.HasField("base")
+        pieces = [piece async for message in requests for piece in _pieces(message)]
+        sent, cut = _mistreated(pieces, fault, self._random), asyncio.Event()
+        call = self._stub().UpdateWeights(self._sent(begin, sent, cut if fault == "cut the connection" else None))
+        if fault == "cut the connection":
+            await cut.wait()
+            call.cancel()
+        return await self._pass_on(call, context)
+
+    async def _sent(
+        self, begin: pb.UpdateWeightsRequest, rest: list[pb.UpdateWeightsRequest], cut: asyncio.Event | None
+    ) -> AsyncIterator[pb.UpdateWeightsRequest]:
+        yield begin
+        for index, message in enumerate(rest):
+            if index == len(rest) // 2:
+                await self.open.wait()
+                if cut is not None:
+                    cut.set()
+                    await asyncio.Event().wait()
+            yield message
+
+    def _stub(self) -> generation_pb2_grpc.GenerationServiceStub:
+        assert self._channel is not None
+        return generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    async def _pass_on(self, call: Any, context: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        except asyncio.CancelledError:
+            if not call.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was cut")
+
+
+def _pieces(message: pb.UpdateWeightsRequest) -> list[pb.UpdateWeightsRequest]:
+    if message.WhichOneof("part") != "chunk":
+        return [message]
+    chunk = message.chunk
+    size = -(-len(chunk.data) // NUM_PIECES)
+    return [_chunk(chunk.offset + start, chunk.data[start : start + size]) for start in range(0, len(chunk.data), size)]
+
+
+def _chunk(offset: int, data: bytes) -> pb.UpdateWeightsRequest:
+    return pb.UpdateWeightsRequest(chunk=pb.WeightsChunk(offset=offset, data=data))
+
+
+def _mistreated(
+    pieces: list[pb.UpdateWeightsRequest], fault: str, chance: random.Random
+) -> list[pb.UpdateWeightsRequest]:
+    """Return the messages after `begin`, the last of them the commit, as a bad network or a defect would have them."""
+    *chunks, commit = pieces
+    if not chunks:
+        return [] if fault == "truncate" else pieces
+    first, second = chance.sample(range(len(chunks)), 2) if len(chunks) > 1 else (0, 0)
+    match fault:
+        case "drop":
+            del chunks[first]
+        case "truncate":
+            return chunks[:first]
+        case "swap":
+            chunks[first], chunks[second] = chunks[second], chunks[first]
+        case "swap in place":  # only checksums tell
+            a, b = chunks[first].chunk, chunks[second].chunk
+            chunks[first], chunks[second] = _chunk(a.offset, b.data), _chunk(b.offset, a.data)
+        case "flip a bit":
+            data = bytearray(chunks[first].chunk.data)
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            chunks[first] = _chunk(chunks[first].chunk.offset, bytes(data))
+        case "repeat":
+            chunks.insert(first, chunks[first])
+    return [*chunks, commit]
