@@ -30,8 +30,8 @@ MAX_CHUNK_BYTES = 2 * 2**20
 _IDLE_S = 60.0
 """A push that sends nothing for so long is given up, so that the next may come."""
 
-_MAX_UNREAD = 64
-"""Messages that are still taken of a push that is refused."""
+_MAX_UNREAD = 1024
+"""Messages that are still taken of a push that is refused: a GiB or so."""
 
 Requests = AsyncIterator[pb.UpdateWeightsRequest]
 

@@ -92,13 +92,13 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
     async def UpdateWeights(self, requests: Any, context: Any) -> pb.UpdateWeightsResponse:
         self.num_pushes += 1
         begin = (await anext(aiter(requests))).begin
+        data = b"".join([message.chunk.data async for message in requests])
         pushed = ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest)
         if not admit_push(self.policy, pushed):
             return pb.UpdateWeightsResponse(policy_version=pushed.policy_version, already_applied=True)
+        await self.release.wait()
         if self.breaks:
             raise BackendDown("the engine died")
-        data = b"".join([message.chunk.data async for message in requests])
-        await self.release.wait()
         sizes = {"DTYPE_FLOAT32": 4, "DTYPE_BFLOAT16": 2}
         offset, tensors = 0, {}
         for tensor in begin.tensors:
