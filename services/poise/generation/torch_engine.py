@@ -111,7 +111,8 @@ class TorchEngine:
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
-        return await self._on_thread(lambda: self._load_weights(weights, policy_version))
+        new = await asyncio.to_thread(self._read_weights, weights)
+        return await self._on_thread(lambda: self._exchange_weights(new, policy_version))
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -224,8 +225,8 @@ class TorchEngine:
             total_s=time.monotonic() - running.started,
         )
 
-    def _load_weights(self, weights: Path, policy_version: int) -> float:
-        started = time.monotonic()
+    def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
+        """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
         parameters = dict(self._model.named_parameters())
         try:
             with safe_open(weights, framework="pt") as file:
@@ -233,9 +234,12 @@ class TorchEngine:
         except (OSError, SafetensorError) as error:
             raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
         check_weights({n: tuple(p.shape) for n, p in parameters.items()}, {n: tuple(t.shape) for n, t in new.items()})
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(new[name])
+        return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
+
+    def _exchange_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:
+        started = time.monotonic()
+        for name, parameter in self._model.named_parameters():
+            parameter.data = new.pop(name).to(parameter.device)
         self._version = policy_version
         return time.monotonic() - started
 
