@@ -10,6 +10,7 @@ Shapes: P prompts, d the model's width.
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Trained:
     values: list[Floats]
     """[held-out prompts], an epoch each."""
     seconds: list[float]
-    """From the start to the end of each epoch's training, without these answers."""
+    """Of training until the end of each epoch: updates so far × the median one, whatever else the machine did."""
 
 
 def train(
@@ -98,11 +99,11 @@ def train(
         optimiser, lambda update: min((update + 1) / warmup, (num_updates - update) / (num_updates - warmup))
     )
     trained = Trained([], [])
-    spent_s = 0.0
+    update_s: list[float] = []
     for epoch in range(num_epochs):
-        started_s = time.perf_counter()
         batches = _shuffled(prompts, source)
         for indices in tqdm(batches, desc=f"critic, epoch {epoch + 1} of {num_epochs}", unit="update"):
+            started_s = time.perf_counter()
             targets = torch.from_numpy(mean_rewards[indices])
             loss = binary_cross_entropy_with_logits(critic([prompts[index] for index in indices]), targets)
             optimiser.zero_grad()
@@ -110,8 +111,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-        spent_s += time.perf_counter() - started_s
-        trained.seconds.append(spent_s)
+            update_s.append(time.perf_counter() - started_s)
+        trained.seconds.append(len(update_s) * statistics.median(update_s))
         trained.values.append(critic.values(held_out))
     return trained
 

@@ -38,4 +38,3 @@ def test_it_learns_which_prompts_are_rewarded(folder: str) -> None:
     assert len(trained.values) == len(trained.seconds) == 8
     good, bad = trained.values[-1]
     assert good - bad > 0.3
-    assert sorted(trained.seconds) == trained.seconds
