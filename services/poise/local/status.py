@@ -72,7 +72,7 @@ def _line(name: str, facts: dict[str, Any]) -> str:
         replicas = f"{current} of {len(facts['replicas'])} replicas current"
         return f"{facts['state']}, policy version {facts['policy_version']}{_digest(facts['digest'])}, {replicas}"
     waiting = f", {facts['num_pending']} waiting" if facts["num_pending"] else ""
-    dead = f", {facts['num_dead_letters']} dead letters" if facts["num_dead_letters"] else ""
+    dead = f", {facts['num_dead_letters']} refused (see poise queue)" if facts["num_dead_letters"] else ""
     return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt{waiting}{dead}, {_count(facts['probes'])}"
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from poise.errors import InvalidRequest, NotFound
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -27,11 +29,14 @@ class Delivery:
 class DeadLetter:
     """An entry that was refused as poison."""
 
+    letter_id: str
+    """Names it among the dead letters."""
     entry_id: str
     """The id it had in the queue."""
     payload: bytes
-    """Cut off after `MAX_DEAD_LETTER_BYTES`."""
     reason: str
+    is_whole: bool
+    """Whether the payload is all of it: what exceeds `MAX_DEAD_LETTER_BYTES` is cut off, and cannot be replayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,8 @@ class QueueDepth:
     """Entries ever dead-lettered, whether or not still kept."""
 
 
-MAX_DEAD_LETTER_BYTES = 1 << 20
-"""Payload kept of a dead letter: enough for a person to see what it was."""
+MAX_DEAD_LETTER_BYTES = 4 << 20
+"""Payload kept of a dead letter: all of whatever fits a gRPC message."""
 
 
 class LabelQueue(Protocol):
@@ -77,6 +82,20 @@ class LabelQueue(Protocol):
         """Return the newest dead letters, newest first."""
         ...
 
+    async def replay(self, letter_ids: Sequence[str]) -> None:
+        """Move dead letters back to the end of the queue, as new entries: all of them in one step, or none.
+
+        Raises:
+            NotFound: there is no such letter any more.
+            InvalidRequest: a letter that was cut off.
+            QueueFull: they do not fit under the limit now.
+        """
+        ...
+
+    async def discard(self, letter_ids: Sequence[str]) -> int:
+        """Delete dead letters for good. Returns how many there were; unknown ids are ignored."""
+        ...
+
     async def depth(self) -> QueueDepth:
         """Count."""
         ...
@@ -84,3 +103,19 @@ class LabelQueue(Protocol):
     async def close(self) -> None:
         """Release connections. Entries delivered and not acknowledged stay owed."""
         ...
+
+
+def no_such_letter(letter_id: str) -> NotFound:
+    """Return the error of `replay` for a letter that is not there."""
+    return NotFound(
+        f"there is no dead letter {letter_id!r}: it was replayed, discarded, or pushed out by newer ones",
+        remedy="List the dead letters for those that are kept.",
+    )
+
+
+def letter_was_cut(letter_id: str) -> InvalidRequest:
+    """Return the error of `replay` for a letter that is not whole."""
+    return InvalidRequest.field(
+        "ids",
+        f"dead letter {letter_id!r} was cut off after {MAX_DEAD_LETTER_BYTES} bytes and cannot be replayed",
+    )

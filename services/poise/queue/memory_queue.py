@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from poise.errors import QueueFull
-from poise.queue.interface import MAX_DEAD_LETTER_BYTES, DeadLetter, Delivery, QueueDepth
+from poise.queue.interface import (
+    MAX_DEAD_LETTER_BYTES,
+    DeadLetter,
+    Delivery,
+    QueueDepth,
+    letter_was_cut,
+    no_such_letter,
+)
 
 
 @dataclass
@@ -100,7 +107,9 @@ class MemoryQueue:
         """See `LabelQueue.dead_letter`."""
         stream = self._stream
         stream.pending.pop(delivery.entry_id, None)
-        stream.dead.append(DeadLetter(delivery.entry_id, delivery.payload[:MAX_DEAD_LETTER_BYTES], reason))
+        kept = delivery.payload[:MAX_DEAD_LETTER_BYTES]
+        is_whole = len(kept) == len(delivery.payload)
+        stream.dead.append(DeadLetter(f"{next(stream.ids)}-0", delivery.entry_id, kept, reason, is_whole))
         stream.num_dead_letters += 1
         while len(stream.dead) > stream.max_dead_letters:
             stream.dead.popleft()
@@ -108,6 +117,26 @@ class MemoryQueue:
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""
         return list(itertools.islice(reversed(self._stream.dead), max_entries))
+
+    async def replay(self, letter_ids: Sequence[str]) -> None:
+        """See `LabelQueue.replay`."""
+        stream = self._stream
+        kept = {letter.letter_id: letter for letter in stream.dead}
+        wanted = list(dict.fromkeys(letter_ids))
+        for letter_id in wanted:
+            if letter_id not in kept:
+                raise no_such_letter(letter_id)
+            if not kept[letter_id].is_whole:
+                raise letter_was_cut(letter_id)
+        await self.publish([kept[letter_id].payload for letter_id in wanted])
+        await self.discard(wanted)
+
+    async def discard(self, letter_ids: Sequence[str]) -> int:
+        """See `LabelQueue.discard`."""
+        stream, unwanted = self._stream, set(letter_ids)
+        before = len(stream.dead)
+        stream.dead = deque(letter for letter in stream.dead if letter.letter_id not in unwanted)
+        return before - len(stream.dead)
 
     async def depth(self) -> QueueDepth:
         """See `LabelQueue.depth`."""

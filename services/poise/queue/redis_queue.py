@@ -8,6 +8,7 @@ accept losing the last second with `everysec`).
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,21 +20,21 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from poise.errors import BackendDown, QueueFull
-from poise.queue.interface import MAX_DEAD_LETTER_BYTES, DeadLetter, Delivery, QueueDepth
+from poise.queue.interface import (
+    MAX_DEAD_LETTER_BYTES,
+    DeadLetter,
+    Delivery,
+    QueueDepth,
+    letter_was_cut,
+    no_such_letter,
+)
+from poise.queue.redis_scripts import PUBLISH, REPLAY
 
-_PAYLOAD, _REASON, _ENTRY_ID = b"group", b"reason", b"entry_id"
+_PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
 _CONNECT_TIMEOUT_S = 2.0
 _REPLY_TIMEOUT_S = 10.0
 _RETRY_AFTER_S = 1.0
-
-# The whole batch or nothing, and never over the limit: only the server can check and append in one step.
-_PUBLISH_LUA = """
-local length = redis.call('XLEN', KEYS[1])
-if length + #ARGV - 1 > tonumber(ARGV[1]) then return {0, length} end
-for i = 2, #ARGV do redis.call('XADD', KEYS[1], '*', 'group', ARGV[i]) end
-return {1, length + #ARGV - 1}
-"""
 
 
 class RedisQueue:
@@ -101,14 +102,17 @@ class RedisQueue:
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
         with self._errors():
-            reply = self._redis.eval(_PUBLISH_LUA, 1, self._stream, self._max_entries, *payloads)
+            reply = self._redis.eval(PUBLISH, 1, self._stream, self._max_entries, *payloads)
             accepted, length = await cast(Awaitable[list[int]], reply)
         if not accepted:
-            raise QueueFull(
-                f"the label queue holds {length} of {self._max_entries} entries; {len(payloads)} more do not fit",
-                remedy="Wait for the value service to consume, or raise queue.max_entries.",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+            raise self._full(length, len(payloads))
+
+    def _full(self, length: int, num_more: int) -> QueueFull:
+        return QueueFull(
+            f"the label queue holds {length} of {self._max_entries} entries; {num_more} more do not fit",
+            remedy="Wait for the value service to consume, or raise queue.max_entries.",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
         """See `LabelQueue.read`."""
@@ -191,6 +195,7 @@ class RedisQueue:
             _PAYLOAD: delivery.payload[:MAX_DEAD_LETTER_BYTES],
             _REASON: reason,
             _ENTRY_ID: delivery.entry_id,
+            _IS_WHOLE: int(len(delivery.payload) <= MAX_DEAD_LETTER_BYTES),
         }
         with self._errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
@@ -204,9 +209,37 @@ class RedisQueue:
         with self._errors():
             entries = await self._redis.xrevrange(self._dead_stream, count=max_entries)
         return [
-            DeadLetter(fields[_ENTRY_ID].decode(), fields[_PAYLOAD], fields[_REASON].decode())
-            for _, fields in cast(list[Any], entries)
+            DeadLetter(
+                letter_id.decode(),
+                fields[_ENTRY_ID].decode(),
+                fields[_PAYLOAD],
+                fields[_REASON].decode(),
+                fields[_IS_WHOLE] == b"1",
+            )
+            for letter_id, fields in cast(list[Any], entries)
         ]
+
+    async def replay(self, letter_ids: Sequence[str]) -> None:
+        """See `LabelQueue.replay`."""
+        wanted = list(dict.fromkeys(letter_ids))
+        _check_letter_ids(wanted)
+        with self._errors():
+            reply = self._redis.eval(REPLAY, 2, self._stream, self._dead_stream, self._max_entries, *wanted)
+            outcome, *detail = await cast(Awaitable[list[Any]], reply)
+        if outcome == 0:
+            raise self._full(detail[0], len(wanted))
+        if outcome == -1:
+            raise no_such_letter(detail[0].decode())
+        if outcome == -2:
+            raise letter_was_cut(detail[0].decode())
+
+    async def discard(self, letter_ids: Sequence[str]) -> int:
+        """See `LabelQueue.discard`."""
+        known = [letter_id for letter_id in letter_ids if _LETTER_ID.fullmatch(letter_id)]
+        if not known:
+            return 0
+        with self._errors():
+            return int(await self._redis.xdel(self._dead_stream, *known))
 
     async def depth(self) -> QueueDepth:
         """See `LabelQueue.depth`."""
@@ -223,6 +256,16 @@ class RedisQueue:
     async def close(self) -> None:
         """See `LabelQueue.close`."""
         await self._redis.aclose()
+
+
+_LETTER_ID = re.compile(r"\d{1,20}-\d{1,20}")
+
+
+def _check_letter_ids(letter_ids: Sequence[str]) -> None:
+    """What is no id of Redis's names no letter: the server would call it an error in the script."""
+    for letter_id in letter_ids:
+        if not _LETTER_ID.fullmatch(letter_id):
+            raise no_such_letter(letter_id)
 
 
 def _delivery(entry_id: str, fields: dict[bytes, bytes]) -> Delivery:

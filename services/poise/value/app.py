@@ -7,10 +7,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import grpc.aio
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from prometheus_client import CollectorRegistry
 
 from poise.errors import BackendDown, Draining
@@ -19,6 +19,7 @@ from poise.queue.redis_queue import RedisQueue
 from poise.runtime.app import Readiness, ServiceApp
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.consumer import LabelConsumer
+from poise.value.dead_letters import dead_letter_routes
 from poise.value.estimator import BaselineEstimator
 from poise.value.gram import GramFitter
 from poise.value.keeper import StateKeeper
@@ -173,18 +174,8 @@ class ValueApp(ServiceApp):
         return {"path": str(path), "num_groups_consumed": running.estimator.num_groups_consumed}
 
     def admin_routes(self) -> APIRouter:
-        """`GET /admin/v1/dead-letters`: what was refused, and why."""
-        router = APIRouter()
-
-        @router.get("/dead-letters", summary="The newest label entries refused as poison, newest first.")
-        async def dead_letters(limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> list[dict[str, Any]]:
-            letters = await self._parts().queue.dead_letters(max_entries=limit)
-            return [
-                {"entry_id": letter.entry_id, "reason": letter.reason, "kept_bytes": len(letter.payload)}
-                for letter in letters
-            ]
-
-        return router
+        """See `dead_letters`."""
+        return dead_letter_routes(lambda: self._parts().queue)
 
     def _parts(self) -> _Running:
         if self._running is None or self._draining:

@@ -31,7 +31,7 @@ def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "check", "config", "models"])
+@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "check", "queue", "config", "models"])
 def test_every_command_explains_itself(command: str) -> None:
     done = poise(command, "--help")
     assert done.returncode == 0
@@ -57,6 +57,15 @@ def test_every_command_explains_itself(command: str) -> None:
             "auth.token_file: gone cannot be read",
         ),
         (["models", "gpt"], "model 'gpt' is unknown; there are: tiny"),
+        (["queue", "list"], "give either -c FILE or --preset NAME"),
+        (["queue", "list", "--admin", "http://127.0.0.1:1"], "does not answer"),
+        (["queue", "list", "--admin", "file:///etc"], "must be http://host:port"),
+        (
+            ["queue", "list", "--admin", "http://127.0.0.1:1", "--token-file", "gone"],
+            "--token-file: gone cannot be read",
+        ),
+        (["queue", "replay", "--admin", "http://127.0.0.1:1"], "name the ids of `poise queue list`, or give --all"),
+        (["queue", "discard", "1-1", "--all", "--admin", "http://127.0.0.1:1"], "name the ids"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:

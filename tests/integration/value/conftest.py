@@ -26,8 +26,8 @@ def build(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator
     """Makes services of the test's own, on streams of their own."""
     made: list[ValueService] = []
 
-    def one(*settings: str, url: str = valkey_url) -> ValueService:
-        folder = tmp_path_factory.mktemp("value")
+    def one(*settings: str, url: str = valkey_url, folder: Path | None = None) -> ValueService:
+        folder = folder or tmp_path_factory.mktemp("value")
         made.append(ValueService(folder, url, f"queue.stream={folder.name}", *settings))
         return made[-1]
 

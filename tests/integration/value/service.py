@@ -127,6 +127,14 @@ class ValueService:
         return {(line["domain"], line["version"]): {(run, step) for run, step in line["seen"]} for line in lines}
 
 
+def poise(*arguments: str) -> str:
+    """Run the command; return what it prints."""
+    command = [sys.executable, "-c", "from poise.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 class Maker:
     """Random features, from one seed."""
 

