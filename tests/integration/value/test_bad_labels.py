@@ -1,4 +1,4 @@
-"""Labels that are wrong in every way come by both doors: each is refused by name or dead-lettered; the rest is learnt."""
+"""Labels that are wrong in every way come by both doors: each is refused by name or dead-lettered, never learnt."""
 
 from __future__ import annotations
 
