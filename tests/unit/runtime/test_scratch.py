@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def test_link_in_place_of_a_leftover_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x")
     (tmp_path / "parent").mkdir()
-    os.symlink(tmp_path / "precious", tmp_path / "parent" / "ours-x")
+    (tmp_path / "parent" / "ours-x").symlink_to(tmp_path / "precious")
     scratch.remove_leftovers(tmp_path / "parent", "ours-")
     assert (tmp_path / "precious" / "file").exists()
 
