@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from probe_ablation_data import collect, default_folder, load
 from probe_ablation_estimators import (
+    CONSTANT,
     CRITIC,
     PASSES,
     REFERENCE,
@@ -69,7 +70,7 @@ def collect_command(folder: Path) -> None:
 @click.pass_obj
 def evaluate(folder: Path) -> None:
     """Fit, compare, print, write."""
-    console = Console(width=170)
+    console = Console(width=180)
     domains = load(folder)
     console.print(domains_table(domains))
     rewards = [domain.held_out.rewards for domain in domains]
@@ -139,7 +140,7 @@ def key_figures(
         "pearson_critic": new[CRITIC]["pearson"].value,
         "squared_advantage_of_rloo": squared(RLOO),
         "squared_advantage_of_batch_mean": squared("batch mean"),
-        "squared_advantage_of_constant": squared("constant"),
+        "squared_advantage_of_constant": squared(CONSTANT),
         "squared_advantage_of_critic": squared(CRITIC),
         "squared_advantage_with_sibling_reward": squared("probe: three + sibling's reward"),
         "squared_advantage_at_best": best,

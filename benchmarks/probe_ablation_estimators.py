@@ -27,7 +27,9 @@ from poise.value.rows import FeatureRows, LabelledRows
 
 PAPER: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 INPUTS: dict[str, tuple[ProbeInput, ...]] = {
+    "probe: sibling's reward": ("sibling_reward",),
     "probe: entropy": ("entropy",),
+    "probe: entropy + sibling's reward": ("entropy", "sibling_reward"),
     "probe: response": ("response_hidden",),
     "probe: prompt": ("prompt_hidden",),
     "probe: the paper's three": PAPER,
@@ -37,8 +39,9 @@ REFERENCE = "probe: the paper's three"
 COMPONENTS = (32, 64)
 ALPHA = 100.0
 
+CONSTANT = "constant"
 RLOO = "sibling's reward (RLOO of 2)"
-SEEN = "probe: the paper's three, past in its window"
+SEEN = "probe, past in its window"
 
 DISCOUNTS = (1.0, 0.875)
 """Of the tracker: none, which is best while the policy stands still; and one that keeps 8 visits in mind."""
@@ -117,9 +120,9 @@ def on_new_prompts(domains: Sequence[Domain], folder: Path) -> tuple[dict[str, l
     values = {
         "no baseline": [np.zeros_like(r) for r in rewards],
         RLOO: rewards,
-        "tracker, which has its prior alone": [np.full_like(r, BetaTracker.prior(0.5, 2).value) for r in rewards],
+        "tracker, prior alone": [np.full_like(r, BetaTracker.prior(0.5, 2).value) for r in rewards],
         "batch mean": batch_means(domains),
-        "constant": [np.full_like(r, mean) for r, mean in zip(rewards, means, strict=True)],
+        CONSTANT: [np.full_like(r, mean) for r, mean in zip(rewards, means, strict=True)],
     }
     probe_s = 0.0
     for name, inputs in INPUTS.items():

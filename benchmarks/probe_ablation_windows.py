@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from critic import Floats
 from probe_ablation_data import Domain
-from probe_ablation_estimators import ALPHA, COMPONENTS, INPUTS, REFERENCE, asked, fitted
+from probe_ablation_estimators import ALPHA, COMPONENTS, CONSTANT, INPUTS, REFERENCE, asked, fitted
 from probe_ablation_metrics import Doubles, other_half, row_sums
 from probe_ablation_report import Report, gap_text, report
 from rich.table import Table
@@ -25,7 +25,6 @@ SIZES = ((4, 4), (8, 8), (16, 16), COMPONENTS)
 NUM_WINDOWS = 4
 """Random windows of each size that the training prompts hold more than one of."""
 NUM_FOLDS = 4
-CHOSEN = "the paper's three, α and dimensions cross-validated"
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,17 @@ class Fit:
         return asked(fitted(window, INPUTS[self.inputs], self.components, self.alpha), groups)
 
 
-TRIED = [Fit(components=size, alpha=alpha) for alpha in ALPHAS for size in SIZES]
-OTHERS = [Fit(inputs) for inputs in INPUTS if inputs != REFERENCE]
+def tried(inputs: str) -> list[Fit]:
+    return [Fit(inputs, size, alpha) for alpha in ALPHAS for size in SIZES]
+
+
+SEARCHED = (REFERENCE, "probe: three + sibling's reward")
+"""Inputs of which α and dimensions are searched."""
+FITS = [*(fit for inputs in SEARCHED for fit in tried(inputs)), *(Fit(name) for name in INPUTS if name not in SEARCHED)]
+
+
+def chosen(inputs: str) -> str:
+    return f"{inputs}, cross-validated"
 
 
 def on_windows(domains: Sequence[Domain], num_rows: int) -> Report:
@@ -53,8 +61,11 @@ def on_windows(domains: Sequence[Domain], num_rows: int) -> Report:
     sums: dict[str, list[Doubles]] = {}
     for domain in domains:
         rewards, windows = domain.held_out.rewards, random_windows(domain, num_rows)
-        told = {str(fit): [fit.values(w, domain.held_out.groups) for w in windows] for fit in (*TRIED, *OTHERS)}
-        told[CHOSEN] = [told[str(cross_validated(window))][place] for place, window in enumerate(windows)]
+        told = {str(fit): [fit.values(window, domain.held_out.groups) for window in windows] for fit in FITS}
+        for inputs in SEARCHED:
+            by_window = [str(cross_validated(inputs, window)) for window in windows]
+            told[chosen(inputs)] = [told[fit][place] for place, fit in enumerate(by_window)]
+        told[CONSTANT] = [np.full_like(rewards, np.mean([g.rewards for g in window])) for window in windows]
         for name, values in told.items():
             sums.setdefault(name, []).append(
                 np.sum([row_sums(v, rewards, other_half(rewards.shape[1])) for v in values], axis=0)
@@ -71,15 +82,16 @@ def random_windows(domain: Domain, num_rows: int) -> list[list[LabelledRows]]:
     return [[groups[i] for i in source.permutation(len(groups))[:num_groups]] for _ in range(NUM_WINDOWS)]
 
 
-def cross_validated(window: Sequence[LabelledRows]) -> Fit:
-    """Return the fit of `TRIED` with the least squared advantage on groups of the window that it was not fitted on."""
-    losses = np.zeros(len(TRIED))
+def cross_validated(inputs: str, window: Sequence[LabelledRows]) -> Fit:
+    """Return the fit tried that leaves the least squared advantage on groups of the window that it did not see."""
+    fits = tried(inputs)
+    losses = np.zeros(len(fits))
     for fold in range(NUM_FOLDS):
         left_out = window[fold::NUM_FOLDS]
         kept = [group for place, group in enumerate(window) if place % NUM_FOLDS != fold]
         targets = np.stack([group.targets for group in left_out])
-        losses += [((fit.values(kept, left_out) - targets) ** 2).sum() for fit in TRIED]
-    return TRIED[int(losses.argmin())]
+        losses += [((fit.values(kept, left_out) - targets) ** 2).sum() for fit in fits]
+    return fits[int(losses.argmin())]
 
 
 def windows_table(found: Mapping[int, Report]) -> Table:
@@ -87,8 +99,9 @@ def windows_table(found: Mapping[int, Report]) -> Table:
     for head in ("rows", "fit", "Pearson", "mean A²", "more A² than the paper's fit"):
         table.add_column(head, justify="left" if head == "fit" else "right")
     for num_rows, of_window in found.items():
-        best = min(map(str, TRIED), key=lambda name: of_window[name]["squared_advantage"].value)
-        shown = {str(fit): str(fit) for fit in (Fit(), *OTHERS)} | {CHOSEN: CHOSEN, best: f"best: {best}"}
+        best = min(map(str, tried(REFERENCE)), key=lambda name: of_window[name]["squared_advantage"].value)
+        shown = {CONSTANT: CONSTANT} | {str(Fit(inputs)): str(Fit(inputs)) for inputs in INPUTS}
+        shown |= {chosen(inputs): chosen(inputs) for inputs in SEARCHED} | {best: f"best: {best}"}
         for name, label in shown.items():
             squared, pearson = of_window[name]["squared_advantage"], of_window[name]["pearson"]
             table.add_row(str(num_rows), label, f"{pearson.value:.3f}", f"{squared.value:.4f}", gap_text(squared))
