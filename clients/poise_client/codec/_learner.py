@@ -94,6 +94,14 @@ def encode_step_metrics(metrics: StepMetrics) -> pb.StepMetrics:
         staleness=metrics.staleness,
         train_s=metrics.train_s,
         publish_s=metrics.publish_s,
+        reference_kl=metrics.reference_kl,
+        clip_low_share=metrics.clip_low_share,
+        clip_high_share=metrics.clip_high_share,
+        dual_clip_share=metrics.dual_clip_share,
+        num_skipped_updates=metrics.num_skipped_updates,
+        num_model_tokens=metrics.num_model_tokens,
+        tokens_per_s=metrics.tokens_per_s,
+        mfu=metrics.mfu,
     )
 
 
@@ -114,6 +122,14 @@ def decode_step_metrics(message: pb.StepMetrics) -> StepMetrics:
         staleness=dict(message.staleness),
         train_s=message.train_s,
         publish_s=message.publish_s,
+        reference_kl=message.reference_kl,
+        clip_low_share=message.clip_low_share,
+        clip_high_share=message.clip_high_share,
+        dual_clip_share=message.dual_clip_share,
+        num_skipped_updates=message.num_skipped_updates,
+        num_model_tokens=message.num_model_tokens,
+        tokens_per_s=message.tokens_per_s,
+        mfu=message.mfu,
     )
 
 

@@ -183,20 +183,32 @@ class StepMetrics(_message.Message):
     STALENESS_FIELD_NUMBER: _builtins.int
     TRAIN_S_FIELD_NUMBER: _builtins.int
     PUBLISH_S_FIELD_NUMBER: _builtins.int
+    REFERENCE_KL_FIELD_NUMBER: _builtins.int
+    CLIP_LOW_SHARE_FIELD_NUMBER: _builtins.int
+    CLIP_HIGH_SHARE_FIELD_NUMBER: _builtins.int
+    DUAL_CLIP_SHARE_FIELD_NUMBER: _builtins.int
+    NUM_SKIPPED_UPDATES_FIELD_NUMBER: _builtins.int
+    NUM_MODEL_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    MFU_FIELD_NUMBER: _builtins.int
     loss: _builtins.float
     """Policy loss."""
     entropy: _builtins.float
     """Entropy of the learner's distribution, nats."""
     mismatch_logprob: _builtins.float
-    """Mean |logprob by the learner before the update - by the rollout engine|, nats."""
+    """Mean |logprob by the learner before the update - by the rollout engine|, nats. With old log-probabilities from the
+    engine, over the first mini-batch alone: what the others met had been updated already.
+    """
     mismatch_kl: _builtins.float
-    """KL(rollout || learner before the update), estimated as mean(exp(d) - 1 - d) with d = learner - rollout logprob, nats."""
+    """KL(rollout || learner before the update), estimated as mean(exp(d) - 1 - d) with d = learner - rollout logprob,
+    nats; over the same tokens.
+    """
     clip_share: _builtins.float
-    """Share of tokens whose ratio was clipped."""
+    """Share of tokens whose ratio was clipped: the sum of the three shares by bound."""
     truncated_share: _builtins.float
-    """Share of tokens whose importance weight was truncated."""
+    """Share of tokens whose importance weight was truncated; 0 with old log-probabilities from the engine."""
     gradient_norm: _builtins.float
-    """Norm of the gradient before clipping; mean over the mini-batches."""
+    """Norm of the gradient before clipping; mean over the mini-batches, not finite if one of them is not."""
     learning_rate: _builtins.float
     """Learning rate of the last mini-batch."""
     num_tokens: _builtins.int
@@ -209,6 +221,24 @@ class StepMetrics(_message.Message):
     """Seconds computing."""
     publish_s: _builtins.float
     """Seconds publishing the weights."""
+    reference_kl: _builtins.float
+    """KL(learner || the model that training started from), estimated as mean(exp(d) - 1 - d) with d = reference - learner
+    logprob, nats; 0 where no such KL is in the loss.
+    """
+    clip_low_share: _builtins.float
+    """Share of tokens clipped at the lower bound of the ratio."""
+    clip_high_share: _builtins.float
+    """Share of tokens clipped at the upper bound of the ratio."""
+    dual_clip_share: _builtins.float
+    """Share of tokens clipped by the dual clip."""
+    num_skipped_updates: _builtins.int
+    """Mini-batches that changed nothing, because their loss or gradient was not finite."""
+    num_model_tokens: _builtins.int
+    """Tokens that went through the model forward and back: responses, and prompts once for the siblings of a row."""
+    tokens_per_s: _builtins.float
+    """num_model_tokens by train_s."""
+    mfu: _builtins.float
+    """Share of the device's peak arithmetic that the model's own took; 0 where the peak is not known."""
     @_builtins.property
     def staleness(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
         """Rollouts by how many versions old they were."""
@@ -230,10 +260,18 @@ class StepMetrics(_message.Message):
         staleness: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         train_s: _builtins.float = ...,
         publish_s: _builtins.float = ...,
+        reference_kl: _builtins.float = ...,
+        clip_low_share: _builtins.float = ...,
+        clip_high_share: _builtins.float = ...,
+        dual_clip_share: _builtins.float = ...,
+        num_skipped_updates: _builtins.int = ...,
+        num_model_tokens: _builtins.int = ...,
+        tokens_per_s: _builtins.float = ...,
+        mfu: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_share", b"clip_share", "entropy", b"entropy", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "mismatch_kl", b"mismatch_kl", "mismatch_logprob", b"mismatch_logprob", "num_rollouts", b"num_rollouts", "num_tokens", b"num_tokens", "num_updates", b"num_updates", "publish_s", b"publish_s", "staleness", b"staleness", "train_s", b"train_s", "truncated_share", b"truncated_share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_high_share", b"clip_high_share", "clip_low_share", b"clip_low_share", "clip_share", b"clip_share", "dual_clip_share", b"dual_clip_share", "entropy", b"entropy", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "mfu", b"mfu", "mismatch_kl", b"mismatch_kl", "mismatch_logprob", b"mismatch_logprob", "num_model_tokens", b"num_model_tokens", "num_rollouts", b"num_rollouts", "num_skipped_updates", b"num_skipped_updates", "num_tokens", b"num_tokens", "num_updates", b"num_updates", "publish_s", b"publish_s", "reference_kl", b"reference_kl", "staleness", b"staleness", "tokens_per_s", b"tokens_per_s", "train_s", b"train_s", "truncated_share", b"truncated_share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

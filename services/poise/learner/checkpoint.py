@@ -53,6 +53,8 @@ class Progress:
     num_rollouts: int = 0
     num_rejected: dict[str, int] = field(default_factory=dict)
     last_batch_id: str = ""
+    num_skipped_in_a_row: int = 0
+    """Mini-batches since the last that changed the policy."""
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,33 @@ class OptimiserConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Token-mean PPO clip with dual clip and truncated importance sampling."""
+    """The policy loss. poise.learner.losses has the formulas."""
 
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    policy: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """`ppo`: clip-higher and dual clip, token by token; `gspo`: one ratio for a rollout, clipped as a whole: take
+    `sequence_mean`, and bounds of about 3e-4 and 4e-4; `cispo`: a clipped ratio as a constant weight, so that every
+    token keeps its gradient: take a `clip_low` of 1, which bounds nothing."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """The mean of a mini-batch: over its tokens; over its rollouts, of the means over their tokens; or over its
+    rollouts, of the sums over their tokens divided by `normaliser_tokens`."""
+    normaliser_tokens: int = Field(1024, ge=1)
+    """What `constant` divides by: the most tokens that a response may have."""
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """What ratios are taken to. `rollout`: what the engine said when it sampled, without another forward pass: the
+    ratio corrects for the engine's own arithmetic and for staleness at once, and the clip bounds both. `recompute`: the
+    policy before the step's first update, by another forward pass where a step has several mini-batches; the clip
+    bounds the step alone, and a weight of at most `importance_cap` corrects for the rest."""
+    clip_low: float = Field(0.2, gt=0, le=1)
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(0.28, gt=0)
     """Ratios above 1 + clip_high are clipped."""
     dual_clip: float = Field(10.0, gt=1)
-    """Bound c of the loss at negative advantages: at most -c x advantage."""
+    """Bound c of the `ppo` loss at negative advantages: at most -c x advantage."""
     importance_cap: float = Field(2.0, gt=0)
-    """Cap C of learner/rollout probability, which corrects for the engine's own arithmetic and for staleness."""
+    """Cap C of learner/rollout probability with `recompute`."""
+    kl_coefficient: float = Field(0.0, ge=0)
+    """Weight of the KL divergence to the model that training started from; above 0 that model is held beside the
+    policy, and computes every batch once more."""
 
 
 def _default_shared_dir() -> Path:
@@ -98,7 +115,21 @@ class LearnerConfig(ServiceConfig):
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts an optimiser step trains on."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Tokens, padding included, that go through the model at once; bounds memory and changes nothing else."""
+    """Tokens that go through the model at once, packed without padding; a longer rollout goes alone. Bounds memory and
+    changes nothing else."""
+    logprob_chunk_tokens: int = Field(256, ge=1)
+    """Tokens whose logits are held at once. Bounds memory and changes nothing else."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of the layers alone, and compute the rest again for the gradient: a fraction of the memory for
+    about a third more time."""
+    peak_flops: float | None = Field(None, gt=0)
+    """Operations a second that a device does at most, for the MFU among the numbers of a step; null takes what is known
+    of common GPUs in bfloat16."""
+    max_nonfinite_in_a_row: int = Field(3, ge=1)
+    """Updates in a row, skipped because their loss or gradient was not finite, after which the learner trains on
+    nothing until it is started with other settings."""
+    keep_nonfinite: int = Field(8, ge=1)
+    """Batches with such updates kept for inspection in `<state_dir>/nonfinite`."""
     checkpoint_every_steps: int = Field(10, ge=1)
     """Batches between checkpoints; those after the last one are trained again at a restart."""
     keep_checkpoints: int = Field(2, ge=1)

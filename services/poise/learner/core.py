@@ -18,15 +18,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.domain.staleness import staleness
-from poise.errors import BackendDown, Conflict
+from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.learner.admission import admit
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
+from poise.learner.nonfinite import NonfiniteBatches
 from poise.learner.trainer import Trainer
 from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, TrainingRollout, WeightArray
+from poise_client.types import Batch, ModelExport, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class LearnerCore:
         self._trainer = Trainer(config)
         self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
         self._journal = Journal(config.state_dir / "journal")
+        self._nonfinite = NonfiniteBatches(config.state_dir / "nonfinite", config.keep_nonfinite)
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
         self._weights: dict[str, WeightArray] = {}
@@ -89,6 +91,7 @@ class LearnerCore:
         checkpoint = self._store.load()
         if checkpoint is not None:
             self._trainer.restore(checkpoint.tensors, checkpoint.progress.num_updates)
+            self._trainer.num_skipped_in_a_row = checkpoint.progress.num_skipped_in_a_row
             self.progress, self._seen = checkpoint.progress, checkpoint.seen
             self.checkpoint_version = self.progress.policy_version
         answered = dict(self._journal.answers())
@@ -131,6 +134,7 @@ class LearnerCore:
 
         Raises:
             Conflict: its id was used for other content.
+            TrainingStopped: the last updates in a row were not finite; nothing has changed.
             BackendDown: it cannot be journalled, and nothing has changed; or `failure` says what went wrong.
         """
         self._refuse_if_failed()
@@ -138,6 +142,7 @@ class LearnerCore:
         known = self._known(batch, hashlib.sha256(content).hexdigest())
         if known is not None:
             return known, True
+        self._refuse_if_stopped()
         assert self.published is not None  # noqa: S101 (recovered)
         sequence = self.progress.num_batches
         try:
@@ -216,27 +221,45 @@ class LearnerCore:
         if self.failure:
             raise BackendDown(self.failure, remedy="The learner restarts and trains on it again.", retry_after_s=1.0)
 
+    def _refuse_if_stopped(self) -> None:
+        in_a_row = self.progress.num_skipped_in_a_row
+        if in_a_row >= self._config.max_nonfinite_in_a_row:
+            raise TrainingStopped(
+                f"the last {in_a_row} updates were not finite, and nothing is trained on any more",
+                remedy=f"Look at the log, and at the batches in {self._nonfinite.folder}. Start the learner with a "
+                "lower optimiser.learning_rate, or, where batches are to blame, with a higher max_nonfinite_in_a_row.",
+            )
+
     def _train(self, batch: Batch, content: bytes) -> Answer:
         """Train on what of a journalled batch may be trained on."""
         progress = self.progress
-        accepted, rejected, ages = self._admit(batch)
+        split = admit(batch, self._seen, progress.policy_version, self._config.max_staleness)
         metrics = StepMetrics()
         version = progress.policy_version
-        if accepted:
-            metrics = self._trainer.train(accepted, batch.temperature)
-            metrics = dataclasses.replace(metrics, staleness=dict(ages))
+        if split.accepted:
+            metrics = self._trainer.train(split.accepted, batch.temperature)
+            metrics = dataclasses.replace(metrics, staleness=dict(split.ages))
             version += 1
-        self._seen |= {_digest(rollout.id) for rollout in accepted}
-        reasons = Counter(progress.num_rejected) + Counter(reason for _, reason in rejected)
+        if metrics.num_skipped_updates:
+            logger.error(
+                "batch %s: %d of its mini-batches changed nothing, for their loss or gradient was not finite; it is "
+                "kept as %s",
+                batch.batch_id,
+                metrics.num_skipped_updates,
+                self._nonfinite.save(progress.num_batches, content) or "nothing",
+            )
+        self._seen |= split.names
+        reasons = Counter(progress.num_rejected) + Counter(reason for _, reason in split.rejected)
         self.progress = Progress(
             policy_version=version,
             num_updates=progress.num_updates + metrics.num_updates,
             num_batches=progress.num_batches + 1,
-            num_rollouts=progress.num_rollouts + len(accepted),
+            num_rollouts=progress.num_rollouts + len(split.accepted),
             num_rejected=dict(reasons),
             last_batch_id=batch.batch_id,
+            num_skipped_in_a_row=self._trainer.num_skipped_in_a_row,
         )
-        if accepted:
+        if split.accepted:
             self._take_weights()
         return Answer(
             run_id=batch.run_id,
@@ -245,7 +268,7 @@ class LearnerCore:
             policy_version=version,
             digest=self._digest.hex(),
             metrics=metrics,
-            rejected=tuple(rejected),
+            rejected=tuple(split.rejected),
         )
 
     def _keep(self, sequence: int, answer: Answer) -> None:
@@ -253,27 +276,6 @@ class LearnerCore:
         self._answers[answer.run_id, answer.batch_id] = answer
         if len(self._answers) > ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]
-
-    def _admit(self, batch: Batch) -> tuple[list[TrainingRollout], list[tuple[RolloutId, str]], Counter[int]]:
-        """Split a batch into what may be trained on and what not, by name; and count ages in versions."""
-        accepted: list[TrainingRollout] = []
-        rejected: list[tuple[RolloutId, str]] = []
-        ages: Counter[int] = Counter()
-        now: set[bytes] = set()
-        for rollout in batch.rollouts:
-            age = staleness((span.policy_version for span in rollout.version_spans), self.progress.policy_version)
-            name = _digest(rollout.id)
-            if name in self._seen or name in now:
-                rejected.append((rollout.id, "duplicate"))
-            elif age < 0:
-                rejected.append((rollout.id, "future_version"))
-            elif age > self._config.max_staleness:
-                rejected.append((rollout.id, "stale"))
-            else:
-                now.add(name)
-                ages[age] += 1
-                accepted.append(rollout)
-        return accepted, rejected, ages
 
     def _take_weights(self) -> None:
         self._weights = {}  # let go of the last ones first: these are as large as the model
@@ -285,9 +287,3 @@ class LearnerCore:
         self.published = Published(
             lineage_id, self.progress.policy_version, self._weights, self._sha256_by_name, self._digest
         )
-
-
-def _digest(rollout_id: RolloutId) -> bytes:
-    """Return 16 bytes that stand for the rollout."""
-    text = f"{rollout_id.run_id}\0{rollout_id.step}\0{rollout_id.group_id}\0{rollout_id.rollout_index}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

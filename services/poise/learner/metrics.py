@@ -31,6 +31,11 @@ class LearnerMetrics:
         self._rejected = Counter(
             "poise_learner_rejected_rollouts", "Rollouts not trained on, by reason.", ["reason"], registry=registry
         )
+        self._skipped = Counter(
+            "poise_learner_skipped_updates",
+            "Mini-batches that changed nothing, because their loss or gradient was not finite.",
+            registry=registry,
+        )
         self._train = Histogram("poise_learner_train_seconds", "Computing a step.", buckets=_SECONDS, registry=registry)
         self._publish = Histogram(
             "poise_learner_publish_seconds", "Publishing a version.", buckets=_SECONDS, registry=registry
@@ -46,8 +51,14 @@ class LearnerMetrics:
                 ("mismatch_logprob", "mismatch_logprob_nats", "Mean |learner - engine logprob| of the last step."),
                 ("mismatch_kl", "mismatch_kl_nats", "KL(engine || learner) of the last step."),
                 ("clip_share", "clip_ratio", "Share of the last step's tokens that were clipped."),
+                ("clip_low_share", "clip_low_ratio", "Share of the last step's tokens clipped at the lower bound."),
+                ("clip_high_share", "clip_high_ratio", "Share of the last step's tokens clipped at the upper bound."),
+                ("dual_clip_share", "dual_clip_ratio", "Share of the last step's tokens clipped by the dual clip."),
                 ("truncated_share", "truncated_ratio", "Share of the last step's tokens whose weight was truncated."),
                 ("gradient_norm", "gradient_norm", "Norm of the last step's gradient before clipping."),
+                ("reference_kl", "reference_kl_nats", "KL(policy || reference) of the last step; 0 without one."),
+                ("tokens_per_s", "tokens_per_second", "Tokens through the model by seconds of training, last step."),
+                ("mfu", "mfu_ratio", "Share of the device's peak arithmetic in the last step; 0 where unknown."),
             )
         }
 
@@ -68,6 +79,7 @@ class LearnerMetrics:
             return
         self._rollouts.inc(metrics.num_rollouts)
         self._tokens.inc(metrics.num_tokens)
+        self._skipped.inc(metrics.num_skipped_updates)
         self._train.observe(metrics.train_s)
         self._publish.observe(metrics.publish_s)
         for age, count in metrics.staleness.items():

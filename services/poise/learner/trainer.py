@@ -1,14 +1,16 @@
 """The policy and its optimiser: one batch in, the numbers of the step out.
 
 Owns the model in memory. Knows no versions, no files but the model's, no transport.
+
+Shapes: N response tokens of a packed row.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from poise.errors import BackendDown
+from poise.learner import attention
+from poise.learner.accumulation import Before, Sums, accumulate
 from poise.learner.config import LearnerConfig
-from poise.learner.losses import policy_losses
-from poise.learner.rows import GroupRow, MicroBatch, build_micro_batch, group_rows, micro_batches
+from poise.learner.flops import ModelSize, model_size, peak_flops
+from poise.learner.logprobs import token_logprobs
+from poise.learner.losses import denominator
+from poise.learner.packing import PackedRow, PromptGroup, build_row, group_by_prompt, pack
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
 logger = logging.getLogger(__name__)
@@ -28,30 +34,23 @@ logger = logging.getLogger(__name__)
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-@dataclass
-class _Totals:
-    """Sums over the tokens of a step."""
-
-    loss: float = 0.0
-    entropy: float = 0.0
-    mismatch_logprob: float = 0.0
-    mismatch_kl: float = 0.0
-    clipped: float = 0.0
-    truncated: float = 0.0
-    num_tokens: int = 0
-    gradient_norm: float = 0.0
-    num_updates: int = 0
-
-
 class Trainer:
     """Full fine-tuning in one process. Its calls must not overlap."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
+        self._device = torch.device(config.device)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._model: Any = None
+        self._reference: Any = None
+        """The model that training started from; None where the loss does not look at it."""
         self._optimiser: torch.optim.AdamW | None = None
         self._num_updates = 0
         """Optimiser steps ever taken: the learning rate follows it."""
+        self.num_skipped_in_a_row = 0
+        """Mini-batches since the last one that changed the policy."""
+        self._size: ModelSize | None = None
+        self._peak_flops = config.peak_flops or peak_flops(self._device, self._dtype)
 
     def load(self) -> None:
         """Load the model to start from. Raises `BackendDown` when it cannot be, or cannot be trained."""
@@ -59,14 +58,12 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
-        _refuse_unless_all_attend_to_all(model.config, config.model)
-        self._model = model.to(config.device).train()
+        self._model = self._load_model().train()
+        self._size = model_size(self._model)
+        if config.gradient_checkpointing:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.loss.kl_coefficient:
+            self._reference = self._load_model().eval().requires_grad_(False)
         settings = config.optimiser
         self._optimiser = torch.optim.AdamW(
             self._model.parameters(),
@@ -89,31 +86,50 @@ class Trainer:
         return size
 
     def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
-        """Take one optimiser step for each mini-batch of prompts, one epoch. Needs at least one rollout."""
+        """Take one optimiser step for each mini-batch of prompts, one epoch. Needs at least one rollout.
+
+        A mini-batch whose loss or gradient is not finite changes nothing, and has no part in the means.
+        """
         started = time.monotonic()
-        rows = group_rows(rollouts)
+        groups = group_by_prompt(rollouts)
         size = self._config.mini_batch_prompts
-        mini_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        # With one mini-batch the policy before the step is the policy of its only forward pass.
-        old = self._logprobs(mini_batches[1:], temperature) if len(mini_batches) > 1 else iter(())
-        old_by_mini_batch = [None, *old]
-        totals = _Totals()
-        for mini_batch, old_logprobs in zip(mini_batches, old_by_mini_batch, strict=True):
-            self._update(mini_batch, old_logprobs, temperature, totals)
-        tokens = totals.num_tokens
+        mini_batches = [self._rows(groups[start : start + size]) for start in range(0, len(groups), size)]
+        # The policy before the step is that of the first mini-batch's only forward pass.
+        recompute = self._config.loss.old_logprobs == "recompute"
+        before = [self._before(rows, temperature, policy=recompute and i > 0) for i, rows in enumerate(mini_batches)]
+        totals, units, norms = Sums(), 0, []
+        num_updates = self._num_updates
+        for index, rows in enumerate(mini_batches):
+            sums, norm = self._update(rows, before[index], temperature, first=index == 0)
+            norms.append(norm)
+            if self.num_skipped_in_a_row == 0:
+                totals += sums
+                units += self._denominator(rows)
+        num_updates = self._num_updates - num_updates
+        train_s = time.monotonic() - started
+        num_model_tokens = sum(row.num_tokens for rows in mini_batches for row in rows)
+        clips = (totals.clip_low, totals.clip_high, totals.dual_clip)
         return StepMetrics(
-            loss=totals.loss / tokens,
-            entropy=totals.entropy / tokens,
-            mismatch_logprob=totals.mismatch_logprob / tokens,
-            mismatch_kl=totals.mismatch_kl / tokens,
-            clip_share=totals.clipped / tokens,
-            truncated_share=totals.truncated / tokens,
-            gradient_norm=totals.gradient_norm / len(mini_batches),
+            loss=_mean(totals.loss, units),
+            entropy=_mean(totals.entropy, totals.num_tokens),
+            mismatch_logprob=_mean(totals.mismatch_logprob, totals.num_compared),
+            mismatch_kl=_mean(totals.mismatch_kl, totals.num_compared),
+            clip_share=_mean(sum(clips), totals.num_tokens),
+            clip_low_share=_mean(totals.clip_low, totals.num_tokens),
+            clip_high_share=_mean(totals.clip_high, totals.num_tokens),
+            dual_clip_share=_mean(totals.dual_clip, totals.num_tokens),
+            truncated_share=_mean(totals.truncated, totals.num_tokens),
+            reference_kl=_mean(totals.reference_kl, totals.num_tokens),
+            gradient_norm=_mean(sum(norms), len(norms)),
             learning_rate=self._learning_rate(max(0, self._num_updates - 1)),
-            num_tokens=tokens,
+            num_tokens=int(totals.num_tokens),
             num_rollouts=len(rollouts),
-            num_updates=totals.num_updates,
-            train_s=time.monotonic() - started,
+            num_updates=num_updates,
+            num_skipped_updates=len(mini_batches) - num_updates,
+            num_model_tokens=num_model_tokens,
+            train_s=train_s,
+            tokens_per_s=num_model_tokens / train_s,
+            mfu=self._mfu(mini_batches, train_s),
         )
 
     def weights(self) -> dict[str, WeightArray]:
@@ -165,69 +181,102 @@ class Trainer:
         return settings.learning_rate
 
     def _update(
-        self, rows: Sequence[GroupRow], old: list[torch.Tensor] | None, temperature: float, totals: _Totals
-    ) -> None:
-        """One optimiser step on the mean loss over the mini-batch's tokens."""
+        self, rows: Sequence[PackedRow], before: Sequence[Before], temperature: float, *, first: bool
+    ) -> tuple[Sums, float]:
+        """Take one optimiser step on the loss of a mini-batch; return its sums, and the gradient's norm."""
         optimiser = self._adam()
-        num_tokens = sum(rollout.token_ids.size for row in rows for rollout in row.rollouts)
         optimiser.zero_grad(set_to_none=True)
-        for index, batch in enumerate(self._batches(rows)):
-            logits = self._logits(batch, temperature)
-            logprobs_NV = torch.log_softmax(logits, -1)
-            logprobs = logprobs_NV.gather(-1, batch.targets_N[:, None])[:, 0]
-            before = logprobs.detach() if old is None else old[index]
-            tokens = policy_losses(logprobs, before, batch.rollout_logprobs_N, batch.advantages_N, self._config.loss)
-            loss = tokens.losses_N.sum() / num_tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                difference = before - batch.rollout_logprobs_N
-                totals.loss += float(tokens.losses_N.sum())
-                totals.entropy += float(torch.special.entr(logprobs_NV.exp()).sum())
-                totals.mismatch_logprob += float(difference.abs().sum())
-                totals.mismatch_kl += float((difference.exp() - 1 - difference).sum())
-                totals.clipped += float(tokens.clipped_N.sum())
-                totals.truncated += float(tokens.truncated_N.sum())
-        totals.num_tokens += num_tokens
+        sums = Sums()
+        for row, known in zip(rows, before, strict=True):
+            sums += accumulate(
+                lambda row: self._logprobs(self._model, row, temperature),
+                row,
+                known,
+                first=first,
+                denominator=self._denominator(rows),
+                config=self._config.loss,
+            )
         norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimiser.gradient_clip))
-        totals.gradient_norm += norm
-        if not np.isfinite(norm):
-            logger.error("a gradient is not finite: this mini-batch changes nothing; look at its advantages")
-            return
+        if not (math.isfinite(norm) and math.isfinite(sums.loss)):
+            logger.error(
+                "a mini-batch changes nothing: its loss is %s, the norm of its gradient %s; look at its advantages",
+                sums.loss,
+                norm,
+            )
+            optimiser.zero_grad(set_to_none=True)
+            self.num_skipped_in_a_row += 1
+            return sums, norm
         for group in optimiser.param_groups:
             group["lr"] = self._learning_rate(self._num_updates)
         optimiser.step()
         self._num_updates += 1
-        totals.num_updates += 1
+        self.num_skipped_in_a_row = 0
+        return sums, norm
 
     @torch.no_grad()
-    def _logprobs(self, mini_batches: Sequence[Sequence[GroupRow]], temperature: float) -> Iterator[list[torch.Tensor]]:
-        """Return, for each mini-batch, the log-probabilities of its micro-batches' targets by the policy of now."""
-        answers = []
-        for rows in mini_batches:
-            answer = []
-            for batch in self._batches(rows):
-                logprobs_NV = torch.log_softmax(self._logits(batch, temperature), -1)
-                answer.append(logprobs_NV.gather(-1, batch.targets_N[:, None])[:, 0])
-            answers.append(answer)
-        return iter(answers)
+    def _before(self, rows: Sequence[PackedRow], temperature: float, *, policy: bool) -> list[Before]:
+        """Ask the policy, if so told, and the reference, if there is one, of the tokens of a mini-batch."""
+        return [
+            Before(
+                self._logprobs(self._model, row, temperature)[0] if policy else None,
+                self._logprobs(self._reference, row, temperature)[0] if self._reference is not None else None,
+            )
+            for row in rows
+        ]
 
-    def _batches(self, rows: Sequence[GroupRow]) -> Iterator[MicroBatch]:
-        for part in micro_batches(rows, self._config.micro_batch_tokens):
-            yield build_micro_batch(part, self._config.device)
+    def _rows(self, groups: Sequence[PromptGroup]) -> list[PackedRow]:
+        packed = pack(groups, self._config.micro_batch_tokens)
+        return [build_row(row, self._device, self._dtype) for row in packed]
 
-    def _logits(self, batch: MicroBatch, temperature: float) -> torch.Tensor:
-        """Return float32 logits, after temperature, where response tokens are predicted, [N, V]."""
-        dtype = getattr(torch, self._config.dtype)
-        with torch.autocast(torch.device(self._config.device).type, dtype, enabled=dtype != torch.float32):
-            states_BLd = self._model.get_decoder()(
-                input_ids=batch.token_ids_BL,
-                attention_mask=batch.mask_B1LL,
-                position_ids=batch.positions_BL,
+    def _denominator(self, rows: Sequence[PackedRow]) -> int:
+        num_tokens = sum(row.targets_N.numel() for row in rows)
+        num_rollouts = sum(row.lengths_R.numel() for row in rows)
+        return denominator(num_tokens, num_rollouts, self._config.loss)
+
+    def _logprobs(self, model: Any, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and entropies of a row's targets, [N] each."""
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            states_1Ld = model.get_decoder()(
+                input_ids=row.token_ids_1L,
+                position_ids=row.positions_1L,
+                attention_spans=row.spans,
                 use_cache=False,
             ).last_hidden_state
-            states_Nd = states_BLd.flatten(0, 1)[batch.predictors_N]
-            logits: torch.Tensor = self._model.get_output_embeddings()(states_Nd)
-        return logits.float() / temperature
+        return token_logprobs(
+            states_1Ld[0].index_select(0, row.predictors_N),
+            model.get_output_embeddings(),
+            row.targets_N,
+            temperature,
+            self._config.logprob_chunk_tokens,
+            self._dtype,
+        )
+
+    def _mfu(self, mini_batches: Sequence[Sequence[PackedRow]], train_s: float) -> float:
+        if self._peak_flops is None or self._size is None:
+            return 0.0
+        flops = sum(
+            self._size.training_flops(row.num_tokens, row.targets_N.numel(), row.num_attended)
+            for rows in mini_batches
+            for row in rows
+        )
+        return flops / train_s / self._peak_flops
+
+    def _load_model(self) -> Any:
+        config = self._config
+        attention.register()
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=torch.float32, attn_implementation=attention.PACKED
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        _refuse_unless_all_attend_to_all(model.config, config.model)
+        return model.to(self._device)
+
+
+def _mean(total: float, count: float) -> float:
+    """Over nothing, not a number."""
+    return total / count if count else math.nan
 
 
 def _refuse_unless_all_attend_to_all(config: Any, model: str) -> None:

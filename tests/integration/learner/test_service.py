@@ -465,11 +465,11 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
     await service.client.submit_advantages(make_batch(0))
     update, calls = Trainer._update, []
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        update(*args)
+        return update(*args, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", fail)

@@ -8,13 +8,14 @@ import pytest
 import transformers
 from tests.unit.learner.batches import make_batch, make_config
 
-from poise.errors import BackendDown, Conflict
+from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.checkpoint import CheckpointStore, StateError
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
 from poise.learner.trainer import Trainer
 from poise_client import weights_digest
-from poise_client.types import VersionSpan
+from poise_client.codec import dump_batch, load_batch
+from poise_client.types import Batch, VersionSpan
 
 
 class Killed(BaseException):
@@ -376,11 +377,11 @@ def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start
     core.submit(make_batch(0))
     work, calls = getattr(*point), []
 
-    def fail(*args: object) -> object:
+    def fail(*args: object, **named: object) -> object:
         calls.append(1)
         if len(calls) == 2 or point[0] is Journal:
             raise RuntimeError("out of memory")
-        return work(*args)
+        return work(*args, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(*point, fail)
@@ -394,6 +395,34 @@ def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start
     again = start()
     assert again.published.digest == digests[2]
     assert again.submit(make_batch(1))[1]
+
+
+def poisoned(step: int) -> Batch:
+    """A batch whose every mini-batch overflows."""
+    batch = make_batch(step)
+    return dataclasses.replace(batch, rollouts=tuple(dataclasses.replace(r, advantage=3e38) for r in batch.rollouts))
+
+
+def test_batches_that_change_nothing_are_kept_and_stop_training_in_the_end(start, caplog):
+    core = start(max_nonfinite_in_a_row=4, keep_nonfinite=1)
+    before = core.published.digest
+    for step in range(2):  # of two mini-batches each
+        answer, _ = core.submit(poisoned(step))
+        assert (answer.metrics.num_updates, answer.metrics.num_skipped_updates) == (0, 2)
+        assert answer.policy_version == step + 1
+    assert core.published.digest == before
+    folder = core._config.state_dir / "nonfinite"
+    assert files(folder, "*") == ["batch-00000001.pb"]
+    kept = load_batch((folder / "batch-00000001.pb").read_bytes())
+    assert dump_batch(kept) == dump_batch(poisoned(1))
+    assert "batch step-00000001: 2 of its mini-batches changed nothing" in caplog.text
+
+    for restarted in (core, start(max_nonfinite_in_a_row=4, checkpoint_every_steps=1)):
+        with pytest.raises(TrainingStopped, match="last 4 updates were not finite") as stopped:
+            restarted.submit(make_batch(2))
+        assert str(folder) in stopped.value.remedy
+        assert restarted.submit(poisoned(1))[1]  # what is answered stays answered
+    assert start(max_nonfinite_in_a_row=5).submit(make_batch(2))[0].metrics.num_skipped_updates == 0
 
 
 def test_nothing_is_published_before_all_is_recovered(start, monkeypatch):

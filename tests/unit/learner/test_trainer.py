@@ -58,23 +58,29 @@ class PlainLoop:
 
     def train(self, mini_batches: list[list[TrainingRollout]], temperature: float) -> dict[str, float]:
         with torch.no_grad():
-            old = {r.id: self.logprobs(r, temperature) for rollouts in mini_batches for r in rollouts}
-        losses, entropies, mismatches, norms, clipped = [], [], [], [], []
+            before = {r.id: self.logprobs(r, temperature)[0] for rollouts in mini_batches for r in rollouts}
+        losses, entropies, mismatches, norms, clipped, truncated = [], [], [], [], [], []
         c = self.config.loss
-        for mini_batch in mini_batches:
+        for index, mini_batch in enumerate(mini_batches):
             self.optimiser.zero_grad()
             mini_losses = []
             for r in mini_batch:
                 logprobs, entropy = self.logprobs(r, temperature)
-                before, rollout_logprobs = old[r.id][0], torch.from_numpy(r.logprobs)
-                ratio = (logprobs - before).exp()
+                rollout_logprobs = torch.from_numpy(r.logprobs)
+                old = before[r.id] if c.old_logprobs == "recompute" else rollout_logprobs
+                ratio = (logprobs - old).exp()
                 loss = torch.maximum(-r.advantage * ratio, -r.advantage * ratio.clamp(1 - c.clip_low, 1 + c.clip_high))
-                clipped.append(loss.detach() != (-r.advantage * ratio).detach())
+                decided = loss.detach() != (-r.advantage * ratio).detach()
                 if r.advantage < 0:
+                    decided |= loss.detach() > -r.advantage * c.dual_clip
                     loss = loss.clamp(max=-r.advantage * c.dual_clip)
-                mini_losses.append(loss * (before - rollout_logprobs).exp().clamp(max=c.importance_cap))
+                clipped.append(decided)
+                weight = (old - rollout_logprobs).exp()
+                truncated.append(weight > c.importance_cap)
+                mini_losses.append(loss * weight.clamp(max=c.importance_cap))
                 entropies.append(entropy.detach())
-                mismatches.append(before - rollout_logprobs)
+                if index == 0 or c.old_logprobs == "recompute":
+                    mismatches.append(before[r.id] - rollout_logprobs)
             torch.cat(mini_losses).mean().backward()
             losses += [loss.detach() for loss in mini_losses]
             norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.gradient_clip))
@@ -86,7 +92,7 @@ class PlainLoop:
             "entropy": float(torch.cat(entropies).mean()),
             "mismatch_logprob": float(d.abs().mean()),
             "mismatch_kl": float((d.exp() - 1 - d).mean()),
-            "truncated_share": float((d.exp() > c.importance_cap).float().mean()),
+            "truncated_share": float(torch.cat(truncated).float().mean()),
             "clip_share": float(torch.cat(clipped).float().mean()),
             "gradient_norm": float(torch.stack(norms).mean()),
         }
@@ -104,8 +110,9 @@ def assert_close(trainer: Trainer, loop: PlainLoop, start: dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_step_is_that_of_a_plain_torch_loop(config, temperature):
-    settings = config(mini_batch_prompts=8, micro_batch_tokens=40)
+@pytest.mark.parametrize("old_logprobs", ["rollout", "recompute"])
+def test_a_step_is_that_of_a_plain_torch_loop(config, temperature, old_logprobs):
+    settings = config(mini_batch_prompts=8, micro_batch_tokens=40, loss={"old_logprobs": old_logprobs})
     trainer, loop = loaded(settings), PlainLoop(settings)
     start = weights(trainer)
     metrics = trainer.train(rollouts(), temperature)
@@ -114,15 +121,17 @@ def test_a_step_is_that_of_a_plain_torch_loop(config, temperature):
         assert getattr(metrics, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert metrics.num_tokens == sum(r.token_ids.size for r in rollouts())
     assert (metrics.num_rollouts, metrics.num_updates, metrics.learning_rate) == (8, 1, 1e-3)
-    assert metrics.truncated_share > 0
+    assert (metrics.truncated_share > 0) == (old_logprobs == "recompute")
+    assert (metrics.clip_share > 0) == (old_logprobs == "rollout")
     assert_close(trainer, loop, start, 1e-3)
 
 
-def test_several_mini_batches_are_bounded_by_the_policy_before_the_step_and_follow_the_warm_up(config):
+@pytest.mark.parametrize("old_logprobs", ["rollout", "recompute"])
+def test_several_mini_batches_are_bounded_by_the_policy_before_them_and_follow_the_warm_up(config, old_logprobs):
     """Two steps of two mini-batches each: ratios, moments, learning rate and decay all carry over."""
     settings = config(
         optimiser={"learning_rate": 4e-3, "warmup_updates": 3, "gradient_clip": 0.5},
-        loss={"clip_low": 0.01, "clip_high": 0.02},
+        loss={"clip_low": 0.01, "clip_high": 0.02, "old_logprobs": old_logprobs},
     )
     trainer, loop = loaded(settings), PlainLoop(settings)
     start = weights(trainer)
@@ -166,14 +175,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(config, caplog):
     metrics = trainer.train(poisoned, 1.0)
     assert metrics.num_updates == 0
     assert not math.isfinite(metrics.gradient_norm)
-    assert "not finite" in caplog.text
+    assert "a mini-batch changes nothing" in caplog.text
+    assert (metrics.num_skipped_updates, trainer.num_skipped_in_a_row) == (2, 2)
     assert_same(weights(trainer), before)
     assert trainer.state()[0].keys() == state[0].keys()
     assert trainer.state()[1] == 0
     # The other mini-batch of the step is trained on, and the next step is as if nothing had been.
     mixed = [*poisoned[:4], *rollouts()[4:]]
     fresh = loaded(config(mini_batch_prompts=2))
-    assert trainer.train(mixed, 1.0).num_updates == 1
+    metrics = trainer.train(mixed, 1.0)
+    assert (metrics.num_updates, metrics.num_skipped_updates, trainer.num_skipped_in_a_row) == (1, 1, 0)
     fresh.train(mixed[4:], 1.0)
     assert_same(weights(trainer), weights(fresh))
 

@@ -1,0 +1,78 @@
+"""How much arithmetic training takes, and how much a device could do.
+
+Counts what the model needs: what is computed again to save memory, and the softmaxes, are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_PEAKS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 9.89e14,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100 NVL": 8.35e14,
+    "H100": 9.89e14,
+    "H20": 1.48e14,
+    "A100": 3.12e14,
+    "A30": 1.65e14,
+    "A10": 1.25e14,
+    "L40S": 3.62e14,
+    "L40": 1.81e14,
+    "L4": 1.21e14,
+    "RTX 4090": 1.65e14,
+    "RTX 3090": 7.1e13,
+}
+"""Dense bfloat16 operations a second by a part of the device's name, as its maker says; the first that is in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What the arithmetic of a token depends on."""
+
+    decoder_flops: int
+    """Of matrix products with the decoder's weights, a token, forward and back."""
+    head_flops: int
+    """The same of the head."""
+    attended_flops: int
+    """Of attention, a pair of tokens, forward and back."""
+
+    def training_flops(self, num_tokens: int, num_targets: int, num_attended: int) -> int:
+        """Return what a forward and a backward pass take over so many tokens, of which so many are predicted."""
+        return num_tokens * self.decoder_flops + num_targets * self.head_flops + num_attended * self.attended_flops
+
+
+def model_size(model: Any) -> ModelSize | None:
+    """Measure a causal language model of transformers; None where experts leave open what a token takes."""
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    head = model.get_output_embeddings().weight
+    tables = {id(head), id(model.get_input_embeddings().weight)}
+    weights = [weight for weight in model.parameters() if weight.dim() == 2 and id(weight) not in tables]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSize(
+        decoder_flops=sum(_product_flops(weight) for weight in weights),
+        head_flops=_product_flops(head),
+        # Scores and sums of values, 2 operations a product, and twice that for the gradient.
+        attended_flops=12 * head_dim * config.num_attention_heads * config.num_hidden_layers,
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return how many operations a second a device does at most; None where that is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def _product_flops(weight: torch.Tensor) -> int:
+    """2 operations an element: forward, for the gradient of the input and, where it is trained, of the weight."""
+    return (6 if weight.requires_grad else 4) * weight.numel()
