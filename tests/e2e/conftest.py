@@ -27,7 +27,14 @@ def tiny_settings(model: Path) -> dict[str, object]:
         "model": str(model),
         "engine": "torch",
         "value": {
-            "probe": {"warmup_steps": 1, "min_rows": 16, "prompt_components": 4, "response_components": 6, "alpha": 2.0}
+            "probe": {
+                "warmup_steps": 1,
+                "min_rows": 16,
+                "prompt_components": 4,
+                "response_components": 6,
+                "rows_per_component": 1,
+                "alpha": 2.0,
+            }
         },
         "learner": {
             "threads": 1,

@@ -41,8 +41,8 @@ class Run:
 
     def steps(self) -> list[int]:
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]  # the last may be half written
 
     def pid(self, name: str) -> int:
         return int(json.loads((self.folder / "services" / "pids.json").read_text())[name][0])

@@ -196,7 +196,13 @@ def build(config: ValueConfig) -> ValueApp:
     return ValueApp(
         config,
         lambda consumer: redis_queue(config.queue, consumer),
-        lambda: GramFitter(probe.inputs, probe.prompt_components, probe.response_components, probe.alpha),
+        lambda: GramFitter(
+            probe.inputs,
+            probe.prompt_components,
+            probe.response_components,
+            probe.alpha,
+            probe.rows_per_component,
+        ),
     )
 
 

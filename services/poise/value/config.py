@@ -63,9 +63,12 @@ class ProbeConfig(StrictModel):
     """What a rollout is valued by: any of `prompt_hidden`, `response_hidden`, `entropy` (the three mean token
     entropies) and `sibling_reward` (the rollout's own reward, for its siblings' baselines; questions must carry it)."""
     prompt_components: int = Field(32, ge=1)
-    """PCA dimensions of prompt_hidden, capped by rows and width."""
+    """Most PCA dimensions of prompt_hidden."""
     response_components: int = Field(64, ge=1)
-    """PCA dimensions of response_hidden, capped by rows and width."""
+    """Most PCA dimensions of response_hidden."""
+    rows_per_component: int = Field(64, ge=1)
+    """Rows that a PCA dimension takes: a hidden state has no more dimensions than the window's rows by this, but four
+    in any case. While a window fills, more would fit its noise. 1 is the paper's: as many as there are rows."""
     alpha: float = Field(100.0, gt=0)
     """Ridge penalty on standardised inputs."""
     warmup_steps: int = Field(16, ge=1)

@@ -31,20 +31,26 @@ class GramFitter:
     """The probe of one domain. Deterministic: the same sequence of fits gives the same probes."""
 
     def __init__(
-        self, inputs: tuple[ProbeInput, ...], prompt_components: int, response_components: int, alpha: float
+        self,
+        inputs: tuple[ProbeInput, ...],
+        prompt_components: int,
+        response_components: int,
+        alpha: float,
+        rows_per_component: int = 1,
     ) -> None:
         self._inputs = inputs
         self._scalars = [name for name in inputs if name not in HIDDEN_INPUTS]
         self._prompt_components = prompt_components
         self._response_components = response_components
         self._alpha = alpha
+        self._rows_per_component = rows_per_component
         self._threads = ThreadpoolController()
         self._forget()
 
     def _forget(self) -> None:
         components = {"prompt_hidden": self._prompt_components, "response_hidden": self._response_components}
         self._subspaces: dict[str, Subspace] = {
-            name: Subspace(components[name]) for name in self._inputs if name in HIDDEN_INPUTS
+            name: Subspace(components[name], self._rows_per_component) for name in self._inputs if name in HIDDEN_INPUTS
         }
         self._kept: dict[int, tuple[LabelledRows, Doubles]] = {}
         """By identity: the groups of the last fit, each with its rows' coordinates in everything, [n, m]."""

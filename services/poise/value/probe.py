@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.value.rows import ENTROPY_MEANS, FeatureRows, Floats, LabelledRows
+from poise.value.subspace import affordable_components
 
 ProbeInput = Literal["prompt_hidden", "response_hidden", "entropy", "sibling_reward"]
 
@@ -126,9 +127,10 @@ class RidgeFitter:
     prompt_components: int
     response_components: int
     alpha: float
+    rows_per_component: int = 1
 
     def fit(self, rows: FeatureRows, targets: Floats) -> FittedProbe:
-        """Fit to rows [n] and targets [n], n ≥ 2. PCA dimensions are capped by rows and width.
+        """Fit to rows [n] and targets [n], n ≥ 2. PCA dimensions are capped by what rows can bear, and by width.
 
         Raises:
             ArithmeticError, ValueError: the numbers admit no finite fit; or rows without rewards that are an input.
@@ -176,7 +178,8 @@ class RidgeFitter:
         from sklearn.decomposition import PCA
 
         wanted = self.prompt_components if name == "prompt_hidden" else self.response_components
-        pca = PCA(n_components=min(wanted, len(columns) - 1, columns.shape[1]), random_state=0).fit(columns)
+        affordable = affordable_components(wanted, len(columns), self.rows_per_component)
+        pca = PCA(n_components=min(affordable, columns.shape[1]), random_state=0).fit(columns)
         kept = pca.explained_variance_ > _NEGLIGIBLE_VARIANCE * pca.explained_variance_[0]
         return pca.mean_.astype(np.float64), pca.components_[kept].T.astype(np.float64)
 

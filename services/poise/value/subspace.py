@@ -24,6 +24,8 @@ Doubles = NDArray[np.float64]
 NEGLIGIBLE_VARIANCE = 1e-10
 """Of a component, as a share of the first one's: below it is rounding noise, which standardising would blow up."""
 
+_FEWEST_COMPONENTS = 4
+
 _NUM_SPARE = 48
 """Columns of the basis beyond the components: the next components come from there, and convergence is faster."""
 _NUM_FRESH = 8
@@ -45,14 +47,23 @@ _OUTDATED_OUTSIDE = 2.0
 """Rebuild when new rows have so many times as much outside the basis as the rows had that it was made for."""
 
 
+def affordable_components(wanted: int, num_rows: int, rows_per_component: int) -> int:
+    """Return how many components so many rows can bear: more would fit their noise.
+
+    One for every `rows_per_component` rows, but four in any case, capped by `wanted` and by the rows themselves.
+    """
+    return min(wanted, max(_FEWEST_COMPONENTS, num_rows // rows_per_component), num_rows - 1)
+
+
 class Subspace:
     """A basis that holds the components of one hidden state, and what it takes to move it.
 
     Deterministic: the same sequence of calls gives the same results.
     """
 
-    def __init__(self, num_components: int) -> None:
+    def __init__(self, num_components: int, rows_per_component: int) -> None:
         self._wanted = num_components
+        self._rows_per_component = rows_per_component
         self.origin: Floats = np.zeros(0, np.float32)
         """[d]"""
         self.basis: Floats = np.zeros((0, 0), np.float32)
@@ -107,7 +118,7 @@ class Subspace:
     def rotation(self, scatter: Doubles, mean: Doubles, num_rows: int) -> Doubles:
         """Return the components within the span, of falling variance: columns of the basis' coordinates, [l, k].
 
-        They are as many as wanted, capped by rows and width, less those of negligible variance: none if nothing varies.
+        They are as many as wanted and affordable, less those of negligible variance: none if nothing varies.
         `scatter` [l, l] is the sum of squares of the rows' coordinates about their `mean` [l].
 
         Raises:
@@ -118,7 +129,7 @@ class Subspace:
         variances, rotation = np.linalg.eigh(scatter)
         variances, rotation = variances[::-1], rotation[:, ::-1]
         self._rotation, self._mean = rotation, mean
-        leading = variances[: min(self._wanted, num_rows - 1)]
+        leading = variances[: affordable_components(self._wanted, num_rows, self._rows_per_component)]
         num_kept = int((leading > NEGLIGIBLE_VARIANCE * variances[:1]).sum())
         lengths = np.linalg.norm(self._further(num_kept), axis=0)
         sines = 1 - np.minimum(1.0, variances[:num_kept] / lengths) ** 2

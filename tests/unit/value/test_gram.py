@@ -95,6 +95,16 @@ def test_a_first_fit_predicts_as_the_reference(inputs: tuple[str, ...]) -> None:
     assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), asked, atol=2e-4)
 
 
+def test_a_window_that_fills_is_fitted_with_the_components_it_can_bear() -> None:
+    source, filling = Source(), fitter(rows_per_component=40)
+    groups, asked = source.groups(50), source.groups(50)
+    for num_components in (4, 5, 10, 12):  # of 100, 200, 400 and 800 rows
+        expected = reference(groups, prompt_components=num_components, response_components=num_components)
+        assert_alike(filling.fit(groups), expected, asked, atol=5e-4)
+        assert_alike(reference(groups, rows_per_component=40), expected, asked, atol=1e-6)
+        groups = groups + source.groups(len(groups))
+
+
 @pytest.mark.parametrize("inputs", [ALL_INPUTS, ("response_hidden", "sibling_reward", "prompt_hidden")])
 def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch(inputs: tuple[str, ...]) -> None:
     """Wider than what is solved exactly: bases are followed, not computed. All else is single precision."""
