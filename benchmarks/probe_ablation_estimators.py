@@ -21,21 +21,26 @@ from poise.domain.baselines import batch_mean
 from poise.domain.tracker import BetaTracker
 from poise.local.models import make_model
 from poise.runtime.files import write_file
+from poise.value.config import ProbeConfig
 from poise.value.gram import GramFitter
 from poise.value.probe import FittedProbe, ProbeInput
 from poise.value.rows import FeatureRows, LabelledRows
 
 PAPER: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
+REFERENCE = "probe: the paper's three"
+WITH_REWARD = "probe: three + sibling's reward"
 INPUTS: dict[str, tuple[ProbeInput, ...]] = {
     "probe: sibling's reward": ("sibling_reward",),
     "probe: entropy": ("entropy",),
     "probe: entropy + sibling's reward": ("entropy", "sibling_reward"),
     "probe: response": ("response_hidden",),
     "probe: prompt": ("prompt_hidden",),
-    "probe: the paper's three": PAPER,
-    "probe: three + sibling's reward": (*PAPER, "sibling_reward"),
+    REFERENCE: PAPER,
+    WITH_REWARD: (*PAPER, "sibling_reward"),
 }
-REFERENCE = "probe: the paper's three"
+ROWS_PER_COMPONENT = ProbeConfig().rows_per_component
+FRUGAL = {name: f"{name}, {ROWS_PER_COMPONENT} rows a dimension" for name in (REFERENCE, WITH_REWARD)}
+"""Inputs that are tried with as few dimensions as the service takes by default, and what that is called."""
 COMPONENTS = (32, 64)
 ALPHA = 100.0
 
@@ -58,8 +63,9 @@ def fitted(
     inputs: tuple[ProbeInput, ...] = PAPER,
     components: tuple[int, int] = COMPONENTS,
     alpha: float = ALPHA,
+    rows_per_component: int = 1,
 ) -> FittedProbe:
-    return GramFitter(inputs, *components, alpha).fit(groups)
+    return GramFitter(inputs, *components, alpha, rows_per_component).fit(groups)
 
 
 def asked(probe: FittedProbe, groups: Sequence[LabelledRows]) -> Floats:
@@ -131,6 +137,9 @@ def on_new_prompts(domains: Sequence[Domain], folder: Path) -> tuple[dict[str, l
         if name == REFERENCE:
             probe_s = time.perf_counter() - started_s
         values[name] = [asked(p, domain.held_out.groups) for p, domain in zip(probes, domains, strict=True)]
+    for name, frugal in FRUGAL.items():
+        probes = [fitted(d.training.groups, INPUTS[name], rows_per_component=ROWS_PER_COMPONENT) for d in domains]
+        values[frugal] = [asked(p, domain.held_out.groups) for p, domain in zip(probes, domains, strict=True)]
     by_epoch, critic_s = critic_values(domains, folder)
     for epoch, by_domain in enumerate(by_epoch, 1):
         values[f"critic, epoch {epoch}"] = [repeated(v, r.shape[1]) for v, r in zip(by_domain, rewards, strict=True)]

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 from critic import Floats
 from probe_ablation_data import Domain
-from probe_ablation_estimators import ALPHA, COMPONENTS, CONSTANT, INPUTS, REFERENCE, asked, fitted
+from probe_ablation_estimators import (
+    ALPHA,
+    COMPONENTS,
+    CONSTANT,
+    INPUTS,
+    REFERENCE,
+    ROWS_PER_COMPONENT,
+    WITH_REWARD,
+    asked,
+    fitted,
+)
 from probe_ablation_metrics import Doubles, other_half, row_sums
 from probe_ablation_report import Report, gap_text, report
 from rich.table import Table
@@ -34,22 +44,31 @@ class Fit:
     inputs: str = REFERENCE
     components: tuple[int, int] = COMPONENTS
     alpha: float = ALPHA
+    rows_per_component: int = 1
 
     def __str__(self) -> str:
+        if self.rows_per_component > 1:
+            return f"{self.inputs}, α {self.alpha:g}, {self.rows_per_component} rows a dimension"
         return f"{self.inputs}, α {self.alpha:g}, {self.components[0]} + {self.components[1]}"
 
     def values(self, window: Sequence[LabelledRows], groups: Sequence[LabelledRows]) -> Floats:
         """Return the values, [P, n], of groups by a probe of the window."""
-        return asked(fitted(window, INPUTS[self.inputs], self.components, self.alpha), groups)
+        probe = fitted(window, INPUTS[self.inputs], self.components, self.alpha, self.rows_per_component)
+        return asked(probe, groups)
 
 
 def tried(inputs: str) -> list[Fit]:
     return [Fit(inputs, size, alpha) for alpha in ALPHAS for size in SIZES]
 
 
-SEARCHED = (REFERENCE, "probe: three + sibling's reward")
+SEARCHED = (REFERENCE, WITH_REWARD)
 """Inputs of which α and dimensions are searched."""
-FITS = [*(fit for inputs in SEARCHED for fit in tried(inputs)), *(Fit(name) for name in INPUTS if name not in SEARCHED)]
+FRUGAL = [Fit(inputs, rows_per_component=ROWS_PER_COMPONENT) for inputs in SEARCHED]
+FITS = [
+    *(fit for inputs in SEARCHED for fit in tried(inputs)),
+    *(Fit(name) for name in INPUTS if name not in SEARCHED),
+    *FRUGAL,
+]
 
 
 def chosen(inputs: str) -> str:
@@ -101,6 +120,7 @@ def windows_table(found: Mapping[int, Report]) -> Table:
     for num_rows, of_window in found.items():
         best = min(map(str, tried(REFERENCE)), key=lambda name: of_window[name]["squared_advantage"].value)
         shown = {CONSTANT: CONSTANT} | {str(Fit(inputs)): str(Fit(inputs)) for inputs in INPUTS}
+        shown |= {str(fit): str(fit) for fit in FRUGAL}
         shown |= {chosen(inputs): chosen(inputs) for inputs in SEARCHED} | {best: f"best: {best}"}
         for name, label in shown.items():
             squared, pearson = of_window[name]["squared_advantage"], of_window[name]["pearson"]

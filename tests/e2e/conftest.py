@@ -28,6 +28,7 @@ def tiny_settings(model: Path) -> dict[str, object]:
         "engine": "torch",
         "value": {
             "probe": {
+                "inputs": ["prompt_hidden", "response_hidden", "entropy"],
                 "warmup_steps": 1,
                 "min_rows": 16,
                 "prompt_components": 4,

@@ -59,7 +59,9 @@ def _names_redis(url: str) -> bool:
 class ProbeConfig(StrictModel):
     """What the probes see and when they learn."""
 
-    inputs: tuple[ProbeInput, ...] = Field(("prompt_hidden", "response_hidden", "entropy"), min_length=1)
+    inputs: tuple[ProbeInput, ...] = Field(
+        ("prompt_hidden", "response_hidden", "entropy", "sibling_reward"), min_length=1
+    )
     """What a rollout is valued by: any of `prompt_hidden`, `response_hidden`, `entropy` (the three mean token
     entropies) and `sibling_reward` (the rollout's own reward, for its siblings' baselines; questions must carry it)."""
     prompt_components: int = Field(32, ge=1)

@@ -149,13 +149,15 @@ class Maker:
         return tuple(one() for _ in range(n))
 
     def question(self, group_id: str = "g0", domain: str = "default", **options: Any) -> GroupFeatures:
-        return GroupFeatures(group_id, domain, self.rollouts(**options))
+        """With rewards that the features explain."""
+        rollouts = self.rollouts(**options)
+        rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in rollouts]))
+        return GroupFeatures(group_id, domain, rollouts, rewards.astype(np.float32))
 
     def label(self, run_id: str, step: int, question: GroupFeatures | None = None, **options: Any) -> LabelledGroup:
-        """Rewards that the features explain."""
         group = question or self.question(**options)
-        rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in group.rollouts]))
-        return LabelledGroup(run_id, step, group.group_id, group.domain, group.rollouts, rewards.astype(np.float32))
+        assert group.rewards is not None
+        return LabelledGroup(run_id, step, group.group_id, group.domain, group.rollouts, group.rewards)
 
 
 def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:

@@ -303,11 +303,11 @@ async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(sha
 
 
 async def test_rewards_among_the_inputs_are_asked_for_used_and_kept_over_a_kill(build, make) -> None:
-    service: ValueService = build("probe.inputs=[prompt_hidden, response_hidden, entropy, sibling_reward]")
+    service: ValueService = build()
     service.start()
     await service.ready()
     async with service.client() as client:
-        bare = make.question("a")
+        bare = replace(make.question("a"), rewards=None)
         assert (await client.estimate_baselines("early", 0, [bare]))[0].values is None  # no probe, nothing to ask for
         await warm_up(client, make)
         with pytest.raises(InvalidRequestError, match="with sibling_reward among") as caught:
