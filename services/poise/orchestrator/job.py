@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.progress import ConsoleWatcher, clock
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.report.statistics import bootstrap_interval
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
+from poise.orchestrator.sampling import StepSampler
+from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services, StoppedWaiting
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
@@ -108,7 +111,10 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         watcher = _Watcher(board, config.num_steps, state.next_step, console)
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
-            loop = TrainingLoop(config, folder, services, mixture, verifiers, watcher, stopping)
+            scorer = Scorer(services, verifiers)
+            sampler = StepSampler(config, folder, services, mixture, scorer)
+            evaluator = Evaluator(config, folder, mixture, scorer, watcher)
+            loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
                     await services.wait_until_up(with_value=config.algorithm == "poise")
@@ -136,11 +142,12 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
     watcher = ConsoleWatcher(1, 0, console)
     stopping = asyncio.Event()  # an interrupt ends it at once
     async with Services(config.endpoints, stopping) as services, verifiers:
-        loop = TrainingLoop(config, RunFolder(config.run_dir), services, mixture, verifiers, watcher, stopping)
+        scorer = Scorer(services, verifiers)
+        evaluator = Evaluator(config, RunFolder(config.run_dir), mixture, scorer, watcher)
         with watcher:
             await services.wait_until_up(with_value=False)
             status = await services.learner_status()
-            line = await loop.measure("now", status.policy_version, status.policy_version)
+            line = await evaluator.measure("now", status.policy_version, status.policy_version)
     interval = bootstrap_interval(line["rewards"])
     console.print(
         f"policy version {line['policy_version']}: held-out reward {interval.mean:.3f} "

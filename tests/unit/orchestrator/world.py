@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.run_folder import JournalledStep, RunFolder, RunState
+from poise.orchestrator.sampling import StepSampler
+from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.pool import Verdict
@@ -178,7 +181,10 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
     state = folder.open(config.run_id, {})
     mixture = Mixture(config.tasks, config.seed)
     try:
-        loop = TrainingLoop(config, folder, world, mixture, world, world, stopping or asyncio.Event())
+        scorer = Scorer(world, world)
+        sampler = StepSampler(config, folder, world, mixture, scorer)
+        evaluator = Evaluator(config, folder, mixture, scorer, world)
+        loop = TrainingLoop(config, folder, world, sampler, evaluator, world, stopping or asyncio.Event())
         return await loop.run(state)
     finally:
         folder.close()

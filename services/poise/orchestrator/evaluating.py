@@ -1,0 +1,82 @@
+"""Measuring the policy on prompts it never trains on, once each time that it is due."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.run_folder import RunFolder
+from poise.orchestrator.scoring import Scorer, sampling_seed
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.watcher import Phases, Watcher
+from poise_client.types import Sampling
+
+EVALUATION_SUFFIX = ":evaluation"
+"""Rollouts of evaluations belong to a run of their own name: none of them can be taken for training data."""
+
+
+class Evaluator:
+    """Measures one run's policy."""
+
+    def __init__(
+        self, config: OrchestratorConfig, folder: RunFolder, mixture: Mixture, scorer: Scorer, watcher: Watcher
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._mixture = mixture
+        self._scorer = scorer
+        self._watcher = watcher
+
+    def due(self, step: int) -> str | None:
+        """Return as what the policy that the steps before `step` made is to be measured; None where it is not."""
+        every = self._config.evaluation.every_steps
+        when = "before" if step == 0 else "step" if every and step % every == 0 else None
+        return None if when is None or self._is_settled(when, step) else when
+
+    async def evaluate(self, when: str, step: int, policy_version: int) -> None:
+        """Measure and write it down, unless it was done before or is not asked for."""
+        if self._is_settled(when, step):
+            return
+        line = await self.measure(when, step, policy_version)
+        self._folder.write_evaluation(line)
+        self._watcher.evaluated(line)
+
+    async def measure(self, when: str, step: int, policy_version: int) -> dict[str, Any]:
+        """Sample the held-out prompts and return their rewards, a line of evaluations.jsonl."""
+        config = self._config.evaluation
+        problems = self._mixture.held_out(config.num_prompts)
+        sampling = Sampling(
+            temperature=config.temperature,
+            max_tokens=self._config.sampling.max_tokens,
+            stop=self._config.sampling.stop,
+            seed=sampling_seed(self._config.seed, "evaluation", 0),
+        )
+        phases = Phases(self._watcher, step)
+        scored, errors = await self._scorer.score(
+            self._config.run_id + EVALUATION_SUFFIX,
+            step,
+            problems,
+            config.rollouts_per_prompt,
+            sampling,
+            policy_version,
+            phases,
+        )
+        by_domain: dict[str, list[float]] = {}
+        for item in scored:
+            by_domain.setdefault(item.domain, []).append(float(item.rewards.mean()))
+        return {
+            "when": when,
+            "step": step,
+            "policy_version": policy_version,
+            "num_prompts": len(problems),
+            "rollouts_per_prompt": config.rollouts_per_prompt,
+            "rewards": [item.rewards.tolist() for item in scored],
+            "by_domain": {name: float(np.mean(means)) for name, means in sorted(by_domain.items())},
+            "verifier_errors": errors,
+            "seconds": sum(phases.seconds.values()),
+        }
+
+    def _is_settled(self, when: str, step: int) -> bool:
+        return not self._config.evaluation.num_prompts or self._folder.evaluated(when, step)

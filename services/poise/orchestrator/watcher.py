@@ -1,0 +1,43 @@
+"""Whoever is shown how a run goes, and where the seconds of a step go."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+
+class Watcher(Protocol):
+    """Whoever is shown how a run goes."""
+
+    def phase(self, step: int, name: str) -> None:
+        """A phase of a step begins."""
+        ...
+
+    def step_done(self, numbers: dict[str, Any]) -> None:
+        """A step is finished; `numbers` is its line of metrics.jsonl."""
+        ...
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        """An evaluation is finished."""
+        ...
+
+
+class Phases:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self, watcher: Watcher, step: int) -> None:
+        self._watcher = watcher
+        self._step = step
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Show and time the phase that the block is."""
+        self._watcher.phase(self._step, name)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
