@@ -69,6 +69,7 @@ class _Server:
         except ConfigError as error:
             logger.error("%s", error)
             return 2
+        app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
                 build_admin_app(app, self._auth, self._leave.set),

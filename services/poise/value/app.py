@@ -21,12 +21,14 @@ from poise.value.config import QueueConfig, ValueConfig
 from poise.value.consumer import LabelConsumer
 from poise.value.dead_letters import dead_letter_routes
 from poise.value.estimator import BaselineEstimator
+from poise.value.gateway import ValueGateway
 from poise.value.gram import GramFitter
 from poise.value.keeper import StateKeeper
 from poise.value.metrics import StateCollector, ValueMetrics
 from poise.value.probe import ProbeFitter
 from poise.value.refitter import Refitter
 from poise.value.servicer import ValueServicer, probe_status
+from poise.value.standby import Standby
 from poise.value.state import StateStore
 from poise_proto.v1 import value_pb2, value_pb2_grpc
 
@@ -64,6 +66,7 @@ class ValueApp(ServiceApp):
         self._store = StateStore(config.state_dir)
         self._metrics = ValueMetrics(self.registry)
         self._servicer = ValueServicer(config)
+        self._standby = Standby(config.standby, self._store)
         self._running: _Running | None = None
         self._draining = False
 
@@ -79,11 +82,15 @@ class ValueApp(ServiceApp):
 
     def register(self, server: grpc.aio.Server) -> None:
         """See `ServiceApp`."""
-        value_pb2_grpc.add_ValueServiceServicer_to_server(self._servicer, server)
+        gateway = ValueGateway(self._servicer, self._standby)
+        value_pb2_grpc.add_ValueServiceServicer_to_server(gateway, server)
 
     async def start(self) -> None:
-        """Restore the state and begin to consume. A queue that is down delays consuming, not answering."""
-        saved = await asyncio.to_thread(self._store.open)
+        """Restore the state and begin to consume. A queue that is down delays consuming, not answering.
+
+        A standby passes calls on until the state is its own.
+        """
+        saved = await self._standby.open_state(self.grpc_address)
         estimator = BaselineEstimator(self.config, saved)
         keeper = StateKeeper(estimator, self._store, self._metrics)
         if saved is None:
@@ -98,6 +105,7 @@ class ValueApp(ServiceApp):
         )
         self._running = _Running(queue, estimator, keeper, refitter, consumer, tasks)
         self._servicer.open(estimator, queue)
+        await self._standby.end()
 
     async def drain(self) -> None:
         """Refuse requests, finish the batch and the fit in hand, make all of it durable."""
@@ -119,6 +127,7 @@ class ValueApp(ServiceApp):
                 task.cancel()
             await asyncio.gather(*self._running.tasks, return_exceptions=True)
             await self._running.queue.close()
+        await self._standby.end()
         self._store.close()
 
     def readiness(self) -> Readiness:
@@ -126,6 +135,8 @@ class ValueApp(ServiceApp):
         if self._draining:
             return Readiness(False, "draining")
         running = self._running
+        if self._standby.relay is not None:
+            return Readiness(not self._standby.problem, self._standby.problem)
         if running is None:
             return Readiness(False, "the state is being restored")
         problem = running.keeper.problem or running.consumer.problem
@@ -134,6 +145,8 @@ class ValueApp(ServiceApp):
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""
         running = self._running
+        if self._standby.relay is not None:
+            return {"state": "standby", "holder": self._standby.relay.target, "problem": self._standby.problem}
         if running is None:
             return {"state": "starting"}
         estimator = running.estimator
@@ -178,6 +191,11 @@ class ValueApp(ServiceApp):
         return dead_letter_routes(lambda: self._parts().queue)
 
     def _parts(self) -> _Running:
+        if self._standby.relay is not None:
+            raise BackendDown(
+                f"this replica is a standby; the one at {self._standby.relay.target} holds the state",
+                remedy="Ask that one's admin port.",
+            )
         if self._running is None or self._draining:
             raise Draining("the value service is starting or shutting down", retry_after_s=1.0)
         return self._running

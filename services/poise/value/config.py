@@ -98,6 +98,20 @@ class ProbeConfig(StrictModel):
         return self.window_rows_by_domain.get(domain, self.window_rows)
 
 
+class StandbyConfig(StrictModel):
+    """Several replicas on one `state_dir`: one holds it, the others pass calls on to that one, ready to take over."""
+
+    enabled: bool = False
+    """Wait while another service holds `state_dir`, instead of refusing to start. The folder's file system must keep
+    locks between the replicas: a disk of their own machine does, and NFS 4 between machines."""
+    address: str = ""
+    """host:port at which the other replicas reach this one; empty takes the one that is bound."""
+    ca_file: Path | None = None
+    """PEM of the authorities that sign the other replicas' certificates; set it where they speak TLS."""
+    server_name: str | None = None
+    """The name that those certificates show; null takes the address."""
+
+
 class ValueConfig(ServiceConfig):
     """The value service."""
 
@@ -108,7 +122,9 @@ class ValueConfig(ServiceConfig):
     admin: AdminConfig = AdminConfig(port=8052)
     """Where the admin app listens."""
     state_dir: Path
-    """Folder of the durable state: windows, consumed ids, probes. One service at a time may use it."""
+    """Folder of the durable state: windows, consumed ids, probes. One service at a time may use it; see `standby`."""
+    standby: StandbyConfig = StandbyConfig()
+    """Replicas that wait for `state_dir`."""
     queue: QueueConfig = QueueConfig()
     """The queue of labelled rollouts."""
     probe: ProbeConfig = ProbeConfig()

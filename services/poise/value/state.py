@@ -1,6 +1,7 @@
 """The state folder: snapshots written whole, never half, and read back checked.
 
     <folder>/lock                          held while a service uses the folder
+    <folder>/holder.json                   where that service is
     <folder>/state-00000042.safetensors    arrays
     <folder>/state-00000042.json           everything else, with the checksum of both; renamed last: it is the commit
 
@@ -33,6 +34,10 @@ class StateError(OSError):
     """The folder cannot be used. The message names the file and the remedy."""
 
 
+class StateInUseError(StateError):
+    """Another process holds the folder."""
+
+
 class StateStore:
     """One folder. Not for concurrent saves."""
 
@@ -46,8 +51,8 @@ class StateStore:
         """Take the folder and return the newest undamaged state; None when there is none at all.
 
         Raises:
-            StateError: another process holds the folder, it cannot be written, or every state in it is damaged. The
-                folder is let go of again.
+            StateInUseError: another process holds the folder.
+            StateError: it cannot be written, or every state in it is damaged. The folder is let go of again.
         """
         try:
             self._take()
@@ -62,8 +67,9 @@ class StateStore:
             self._lock = (self._folder / "lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(
-                f"state_dir {self._folder} is in use by another value service; stop that one, or use another state_dir"
+            raise StateInUseError(
+                f"state_dir {self._folder} is in use by another value service; stop that one, use another state_dir, "
+                "or set standby.enabled to wait for it"
             ) from None
         except OSError as error:
             raise StateError(f"state_dir {self._folder} cannot be used: {error}") from error
@@ -73,6 +79,18 @@ class StateStore:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def announce(self, address: str) -> None:
+        """Say where the service that holds the folder is. Raises `OSError`."""
+        write_file(self._folder / "holder.json", json.dumps({"address": address}).encode())
+
+    def holder(self) -> str | None:
+        """Return where the service is that holds the folder, or held it last; None if none ever said."""
+        try:
+            address = json.loads((self._folder / "holder.json").read_text())["address"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return address if isinstance(address, str) else None
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write a state, durable on return, and drop all but the last two. Returns the file that committed it.

@@ -1,0 +1,58 @@
+"""Is every label learnt once, however often the value service and Valkey are killed, and whenever?
+
+Labels are published in rounds, in each of which the value service, Valkey or both die by kill -9 after a random time:
+during publishing, consuming, fitting or checkpointing. In the end the state on disk is compared with what was
+published. Prints a table, writes results/value_chaos.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from tests.integration.value.chaos import VICTIMS, run_chaos  # noqa: E402
+
+
+@click.command()
+@click.option("--rounds", default=50, show_default=True, help="Kills, of one victim or both.")
+@click.option("--seed", default=0, show_default=True, help="Of victims and moments.")
+def main(rounds: int, seed: int) -> None:
+    """Kill, count, write."""
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="poise-benchmark-") as folder:
+        outcome = asyncio.run(run_chaos(Path(folder), rounds, seed))
+    figures = {
+        "rounds": rounds,
+        **{f"kills_of_{victim}": outcome.kills[victim] for victim in VICTIMS},
+        "messages_published_again": outcome.num_retries,
+        "labels_published": len(outcome.published),
+        "labels_in_the_state": sum(outcome.learnt.values()),
+        "labels_lost": len(outcome.lost),
+        "labels_doubled": len(outcome.doubled),
+        "copies_recognised": outcome.num_duplicates,
+        "fits": outcome.num_fits,
+        "seconds": round(time.monotonic() - started_s, 1),
+    }
+    table = Table(title="labels over kill -9", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)
+    path = HERE / "results/value_chaos.json"
+    path.write_text(json.dumps({"figures": figures, "seed": seed}, indent=2) + "\n")
+    if outcome.lost or outcome.doubled:
+        raise SystemExit("labels were lost or doubled")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Exactly once over kill -9 of the value service and of Valkey. `benchmarks/value_chaos.py` does it fifty times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.integration.value.chaos import GROUPS_A_MESSAGE, MESSAGES_A_ROUND, run_chaos
+
+
+async def test_every_label_is_learnt_once_whatever_is_killed_when(tmp_path: Path) -> None:
+    outcome = await run_chaos(tmp_path, num_rounds=5, seed=3)
+    assert len(outcome.published) == 5 * MESSAGES_A_ROUND * GROUPS_A_MESSAGE
+    assert outcome.kills["value"] and outcome.kills["valkey"] and outcome.kills["both"]
+    assert not outcome.lost
+    assert not outcome.doubled
+    assert set(outcome.learnt) == outcome.ledger == outcome.published
