@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -98,7 +99,7 @@ class CheckpointStore:
             self._lock.close()
             self._lock = None
 
-    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: set[bytes]) -> Path:
+    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: Set[bytes]) -> Path:
         """Write a checkpoint, durable on return, and drop all but the newest `keep`. Returns its folder.
 
         The state after so many batches is one: what is kept of it already is not written again.

@@ -131,7 +131,8 @@ class LearnerConfig(ServiceConfig):
     keep_nonfinite: int = Field(8, ge=1)
     """Batches with such updates kept for inspection in `<state_dir>/nonfinite`."""
     checkpoint_every_steps: int = Field(10, ge=1)
-    """Batches between checkpoints; those after the last one are trained again at a restart."""
+    """Batches between checkpoints, which are copied and then written beside training; those after the last one are
+    trained again at a restart, to the same weights."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept."""
     optimiser: OptimiserConfig = OptimiserConfig()

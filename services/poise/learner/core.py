@@ -21,6 +21,7 @@ from pathlib import Path
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.admission import admit
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
+from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
 from poise.learner.nonfinite import NonfiniteBatches
@@ -30,10 +31,6 @@ from poise_client.codec import dump_batch
 from poise_client.types import Batch, ModelExport, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
-
-ANSWERS_KEPT = 4096
-"""Answers remembered; a batch resubmitted later than that finds all its rollouts duplicates."""
-
 
 @dataclass(frozen=True)
 class Published:
@@ -54,6 +51,7 @@ class LearnerCore:
         self._trainer = Trainer(config)
         self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
         self._journal = Journal(config.state_dir / "journal")
+        self._checkpoints = Checkpointer(self._store, self._journal)
         self._nonfinite = NonfiniteBatches(config.state_dir / "nonfinite", config.keep_nonfinite)
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
@@ -61,11 +59,15 @@ class LearnerCore:
         self._sha256_by_name: dict[str, bytes] = {}
         self._digest = b""
         self.progress = Progress()
-        self.checkpoint_version = 0
         self.published: Published | None = None
         """The current version; None until recovered."""
         self.failure = ""
         """Why the state in memory is not to be trusted any more; empty while it is."""
+
+    @property
+    def checkpoint_version(self) -> int:
+        """The policy version of the last durable checkpoint."""
+        return self._checkpoints.version
 
     @property
     def max_tokens(self) -> int:
@@ -93,7 +95,7 @@ class LearnerCore:
             self._trainer.restore(checkpoint.tensors, checkpoint.progress.num_updates)
             self._trainer.num_skipped_in_a_row = checkpoint.progress.num_skipped_in_a_row
             self.progress, self._seen = checkpoint.progress, checkpoint.seen
-            self.checkpoint_version = self.progress.policy_version
+            self._checkpoints.version = self.progress.policy_version
         answered = dict(self._journal.answers())
         first = self.progress.num_batches
         for sequence, answer in answered.items():
@@ -118,7 +120,8 @@ class LearnerCore:
         self._publish(lineage_id)
 
     def close(self) -> None:
-        """Let go of the state folder."""
+        """Let go of the state folder, after the checkpoint that is being written."""
+        self._checkpoints.close()
         self._store.close()
 
     def answer_of(self, batch: Batch) -> Answer | None:
@@ -161,28 +164,26 @@ class LearnerCore:
         if answer.policy_version != self.published.policy_version:
             self._publish(self.published.lineage_id)
         if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
-            try:
-                self.checkpoint()
-            except OSError as error:
-                logger.error("no checkpoint was taken, and the journal goes on without: %s", error)
+            self._begin_checkpoint()
         return answer, False
 
     def checkpoint(self) -> Path:
-        """Make the state of now durable by itself, and forget what it makes superfluous. Returns its folder.
+        """Make the state of now durable by itself; return its folder.
 
         Raises:
             BackendDown: see `failure`.
             OSError: it cannot be written; nothing is lost.
         """
         self._refuse_if_failed()
+        self._begin_checkpoint()
+        path = self._checkpoints.finish()
+        assert path is not None  # noqa: S101 (begun)
+        return path
+
+    def _begin_checkpoint(self) -> None:
         tensors, num_updates = self._trainer.state()
         self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
-        path = self._store.save(self.progress, tensors, self._seen)
-        self.checkpoint_version = self.progress.policy_version
-        self._journal.prune(
-            before_batch=self._store.sequences()[0], before_answer=self.progress.num_batches - ANSWERS_KEPT
-        )
-        return path
+        self._checkpoints.begin(self.progress, tensors, self._seen)
 
     def export(self, name: str) -> ModelExport:
         """Write the policy as a Hugging Face folder; one of the same name is replaced. Raises as `checkpoint` does."""

@@ -214,6 +214,7 @@ def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests
         KILLS[point](patch)
         with pytest.raises(Killed):
             core.submit(make_batch(3))
+            core._checkpoints.finish()  # what is written beside has died as well
     again = start(keep_checkpoints=1)
     version = again.published.policy_version
     assert version in ({3} if point == "before the journal" else {4})
@@ -264,9 +265,11 @@ def test_what_is_not_needed_any_more_is_dropped_and_nothing_else(start):
 
 def test_answers_are_forgotten_oldest_first_and_then_their_rollouts_are_duplicates(start, monkeypatch):
     monkeypatch.setattr("poise.learner.core.ANSWERS_KEPT", 2)
+    monkeypatch.setattr("poise.learner.checkpointing.ANSWERS_KEPT", 2)
     core = start()
     for step in range(4):
         core.submit(make_batch(step))
+    core._checkpoints.finish()
     assert files(core._config.state_dir / "journal", "answer-*") == ["answer-00000002.json", "answer-00000003.json"]
     for learner in (core, start()):
         assert learner.submit(make_batch(3))[1]
@@ -365,6 +368,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, mon
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "save", full)
         assert core.submit(make_batch(1))[0].policy_version == 2
+        core._checkpoints.close()
     assert "no checkpoint was taken" in caplog.text
     assert core.checkpoint_version == 0
     assert start().published.digest == digests[2]

@@ -1,0 +1,47 @@
+"""The learner, which dies by kill -9 at a point of its second batch: run by the tests as a process.
+
+Usage: mortal.py POINT [options of poise.learner]. POINT "nowhere" lets it live.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from poise.learner import app, checkpoint
+from poise.learner.config import LearnerConfig
+from poise.learner.trainer import Trainer
+from poise.runtime.main import service_main
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def die_after(owner: Any, name: str, num_calls: int) -> None:
+    """Let a function work so many times, and die with the last of them done."""
+    work, calls = getattr(owner, name), []
+
+    def counted(*args: Any, **named: Any) -> Any:
+        answer = work(*args, **named)
+        calls.append(1)
+        if len(calls) == num_calls:
+            die()
+        return answer
+
+    setattr(owner, name, counted)
+
+
+POINTS = {
+    "nowhere": lambda: None,
+    "between two updates of a batch": lambda: die_after(Trainer, "_update", 3),
+    "trained on, not yet answered": lambda: die_after(Trainer, "train", 2),
+    "answered, the checkpoint half written": lambda: die_after(checkpoint, "_sha256", 1),
+}
+
+if __name__ == "__main__":
+    POINTS[sys.argv[1]]()
+    sys.exit(service_main("learner", LearnerConfig, app.build, sys.argv[2:]))

@@ -1,0 +1,99 @@
+"""Exact resume of a real process: killed at any point and started again, it ends in the weights of one never killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.integration.learner.mortal import POINTS
+from tests.unit.learner.batches import make_batch, make_config
+
+from poise.learner.core import LearnerCore
+from poise_client import AsyncLearnerClient, RetryPolicy
+from poise_client.errors import PoiseClientError
+from poise_client.types import Batch, StepResult
+
+SCRIPT = Path(__file__).with_name("mortal.py")
+NUM_BATCHES = 4
+DEADLINE_S = 120.0
+
+
+class Learner:
+    """A learner's process, over several lives."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder = folder
+        settings = make_config(model, folder / "state", checkpoint_every_steps=2).model_dump(mode="json")
+        settings |= {"grpc": {"port": 0}, "admin": {"port": 0}}
+        (folder / "learner.yaml").write_text(json.dumps(settings))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, point: str) -> None:
+        (self.folder / "address.json").unlink(missing_ok=True)
+        environment = os.environ | {"POISE_ADDRESS_FILE": str(self.folder / "address.json"), "OMP_NUM_THREADS": "1"}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, SCRIPT, point, "-c", self.folder / "learner.yaml"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    async def submit(self, batch: Batch) -> StepResult:
+        """Submit until it is answered; where the process dies, start one that lives."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                assert self.process is not None
+                if self.process.poll() is not None:
+                    assert self.process.returncode == -9, (self.folder / "log").read_text()[-3000:]
+                    self.start("nowhere")
+                try:
+                    address = json.loads((self.folder / "address.json").read_text())["grpc"]
+                    async with AsyncLearnerClient(address, retries=RetryPolicy(max_attempts=1)) as client:
+                        return await client.submit_advantages(batch)
+                except (PoiseClientError, FileNotFoundError):
+                    await asyncio.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Digests of the versions, where nothing goes wrong."""
+    core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed")))
+    core.recover()
+    digests = []
+    for step in range(NUM_BATCHES):
+        core.submit(make_batch(step))
+        assert core.published is not None
+        digests.append(core.published.digest)
+    core.close()
+    return digests
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point != "nowhere"])
+async def test_a_learner_killed_and_started_again_ends_in_the_weights_of_one_that_lived(
+    model: Path, tmp_path: Path, expected: list[bytes], point: str
+) -> None:
+    learner = Learner(model, tmp_path)
+    learner.start(point)
+    first = learner.process
+    assert first is not None
+    try:
+        for step in range(NUM_BATCHES):
+            result = await learner.submit(make_batch(step))
+            assert result.policy_version == step + 1
+            assert not result.rejected
+        assert first.poll() == -9, "it was not killed"
+        address = json.loads((tmp_path / "address.json").read_text())["grpc"]
+        async with AsyncLearnerClient(address) as client:
+            status = await client.get_status()
+        assert status.digest == expected[-1]
+        assert status.num_rollouts == 6 * NUM_BATCHES
+    finally:
+        assert learner.process is not None
+        learner.process.kill()
+        learner.process.wait(DEADLINE_S)
