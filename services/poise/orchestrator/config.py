@@ -75,6 +75,9 @@ class OrchestratorConfig(Settings):
     """`poise`: the probe's cross-rollout baselines; `rloo`: the siblings' mean reward, without a value service."""
     bootstrap: Literal["rloo", "batch_mean"] = "rloo"
     """Baseline of a domain while it has no probe: the siblings' mean reward, or that of the other prompts."""
+    max_staleness: int = Field(0, ge=0, le=64)
+    """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
+    trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """What is trained on; a mixture by weight."""
     sampling: SamplingConfig = SamplingConfig()

@@ -112,7 +112,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             scorer = Scorer(services, verifiers)
-            sampler = StepSampler(config, folder, services, mixture, scorer)
+            sampler = StepSampler(config, folder, services, mixture, scorer, watcher)
             evaluator = Evaluator(config, folder, mixture, scorer, watcher)
             loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
@@ -163,7 +163,7 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
 
 def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:
     stopping.set()
-    watcher.say("stopping after this step; again to stop at once")  # all of a finished step is on disk
+    watcher.say("stopping after what is in hand; again to stop at once")  # all of a sampled step is on disk
 
 
 def _keep_model(exported: Path, target: Path) -> None:

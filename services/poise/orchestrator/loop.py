@@ -1,21 +1,25 @@
-"""The training loop: sample, publish, submit, step by step; resumed where it stopped.
+"""The training loop: steps are sampled, up to `max_staleness` of them ahead; published, submitted, in order; resumed.
 
-Owns the order of steps. How one is sampled is `sampling`'s, how the policy is measured `evaluating`'s.
+Owns the order of steps. How one is sampled is `sampling`'s, which are in hand `pipeline`'s, how the policy is measured
+`evaluating`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
+from functools import partial
+from typing import Any
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
-from poise.orchestrator.run_folder import RunError, RunFolder, RunState
+from poise.orchestrator.pipeline import Pipeline
+from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
 from poise.orchestrator.step import learner_numbers
-from poise.orchestrator.watcher import Phases, Watcher
+from poise.orchestrator.watcher import Phases, RunClock, Watcher
+from poise_client.types import LearnerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -39,48 +43,76 @@ class TrainingLoop:
         self._sampler = sampler
         self._evaluator = evaluator
         self._watcher = watcher
-        self._stopping = stopping  # set to stop after the step in hand
+        self._stopping = stopping  # set to stop after the steps in hand
 
     async def run(self, state: RunState) -> bool:
         """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
-            RunError: the services hold another history than this run.
+            RunError: the services hold another history than this run, or the learner takes no rollouts as old.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
         status = await self._services.learner_status()
-        policy_version = status.policy_version
-        first_step, wall_s = state.next_step, state.wall_s
-        journalled = self._folder.read_journal(first_step)
-        self._check_history(state, policy_version, journalled is not None)
-        for step in range(first_step, config.num_steps):
-            if self._stopping.is_set():
-                return False
-            started = time.monotonic()
-            phases = Phases(self._watcher, step)
-            if journalled is None:
+        pending = self._pending(state.next_step)
+        self._check_history(state, status.policy_version, bool(pending))
+        self._check_staleness(status)
+        policy_version, finished_s = status.policy_version, state.wall_s
+        clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
+        pipeline = Pipeline(partial(self._sampler.sample, clock=clock), pending)
+        try:
+            for step in range(state.next_step, config.num_steps):
+                if self._stopping.is_set() and step not in pipeline:
+                    return False
                 if when := self._evaluator.due(step):
                     await self._evaluator.evaluate(when, step, policy_version)
-                journalled = await self._sampler.sample(step, policy_version, phases)
-            with phases("publish"):
-                if config.algorithm == "poise":
-                    await self._services.publish_labels(journalled.labels)
-            with phases("train"):
-                result = await self._services.submit_advantages(journalled.batch)
-            phases.seconds["weights"] = result.metrics.publish_s
-            phases.seconds["train"] = max(0.0, phases.seconds["train"] - result.metrics.publish_s)
-            policy_version = result.policy_version
-            seconds = journalled.numbers["time_s"] | phases.seconds
-            took_s = journalled.numbers["time_s"].get("total", 0.0) + time.monotonic() - started
-            wall_s += took_s
-            numbers = journalled.numbers | learner_numbers(result)
-            numbers |= {"wall_s": wall_s, "time_s": seconds | {"total": took_s}}
-            self._folder.finish_step(journalled, numbers)
-            self._watcher.step_done(numbers)
-            journalled = None
+                num_ahead = 0 if self._stopping.is_set() else config.max_staleness
+                pipeline.begin(range(step, min(step + 1 + num_ahead, config.num_steps)), policy_version)
+                free_s = clock.now_s()
+                journalled = await pipeline.take(step)
+                waited_s = clock.now_s() - free_s
+                numbers = await self._train(journalled)
+                wall_s = clock.now_s()
+                seconds = {"learner_waited": waited_s, "total": wall_s - finished_s}
+                numbers |= {"wall_s": wall_s, "time_s": numbers["time_s"] | seconds}
+                self._folder.finish_step(journalled, numbers)
+                self._watcher.step_done(numbers)
+                policy_version, finished_s = numbers["policy_version"], wall_s
+        finally:
+            await pipeline.close()
         await self._evaluator.evaluate("after", config.num_steps, policy_version)
         return True
+
+    async def _train(self, journalled: JournalledStep) -> dict[str, Any]:
+        """Let a step's labels go to the probe and its advantages to the learner; return its numbers."""
+        phases = Phases(self._watcher, journalled.step)
+        with phases("publish"):
+            if self._config.algorithm == "poise":
+                await self._services.publish_labels(journalled.labels)
+        with phases("train"):
+            result = await self._services.submit_advantages(journalled.batch)
+        phases.seconds["weights"] = result.metrics.publish_s
+        phases.seconds["train"] = max(0.0, phases.seconds["train"] - result.metrics.publish_s)
+        seconds = journalled.numbers["time_s"] | phases.seconds
+        return journalled.numbers | learner_numbers(result) | {"time_s": seconds}
+
+    def _pending(self, next_step: int) -> dict[int, JournalledStep]:
+        """Return the steps that an earlier process sampled, without those that are further ahead than is now allowed.
+
+        Of `next_step` labels or advantages may have left: it stays as it is. Nothing of the others has.
+        """
+        pending = self._folder.read_pending(next_step)
+        too_far = [
+            step
+            for step, journalled in pending.items()
+            if step > next_step and journalled.numbers["steps_ahead"] > self._config.max_staleness
+        ]
+        if too_far:
+            for step in range(max(pending), too_far[0] - 1, -1):  # from the end: a crash leaves no gap
+                self._folder.drop_journal(step)
+                del pending[step]
+            logger.info("steps from %d on were sampled further ahead than max_staleness: again", too_far[0])
+        return pending
 
     def _check_history(self, state: RunState, policy_version: int, journalled: bool) -> None:
         if state.next_step > self._config.num_steps:
@@ -96,3 +128,12 @@ class TrainingLoop:
             )
         if state.next_step == 0 and not journalled and policy_version > 0:
             logger.warning("the learner is at version %d already: this run goes on from there", policy_version)
+
+    def _check_staleness(self, status: LearnerStatus) -> None:
+        wanted = self._config.max_staleness
+        if status.max_staleness < wanted:
+            raise RunError(
+                f"max_staleness of this run is {wanted}, and the learner's own is {status.max_staleness}: it would "
+                f"reject what is sampled ahead. Set the learner's max_staleness (`learner.max_staleness` in run.yaml) "
+                f"to {wanted}, or the run's (`train.max_staleness`) to {status.max_staleness}"
+            )

@@ -3,7 +3,7 @@
     run.lock            held while the run is driven
     config.yaml         the settings
     state.json          how far it is
-    journal/            the step in hand: its labels, its batch, its numbers
+    journal/            the steps in hand: their labels, their batches, their numbers
     metrics.jsonl       a line a step
     values.jsonl        a line a step: predicted and realised values
     trajectories.jsonl  some groups of each step, to read
@@ -168,6 +168,19 @@ class RunFolder:
             ) from error
         return JournalledStep(step, labels, batch, about["numbers"], about["values"], about["samples"])
 
+    def read_pending(self, first_step: int) -> dict[int, JournalledStep]:
+        """Return the steps in hand, from `first_step` on without a gap. Raises as `read_journal` does."""
+        pending: dict[int, JournalledStep] = {}
+        step = first_step
+        while (journalled := self.read_journal(step)) is not None:
+            pending[step] = journalled
+            step += 1
+        return pending
+
+    def drop_journal(self, step: int) -> None:
+        """Forget a step none of which has left: it will be sampled anew."""
+        shutil.rmtree(self._journal(step))
+
     def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any]) -> None:
         """Write a finished step's lines, move on, and drop its journal. `numbers` is its line of metrics.jsonl."""
         self._append("metrics.jsonl", [numbers])
@@ -212,8 +225,12 @@ class RunFolder:
                     if line["step"] < next_step or path.name == "evaluations.jsonl"
                 ]
                 write_file(path, "".join(kept).encode())
+        kept_step = next_step
+        while self._journal(kept_step).exists():
+            kept_step += 1
+        in_hand = {self._journal(step) for step in range(next_step, kept_step)}
         for path in (self.path / "journal").glob("*"):
-            if path != self._journal(next_step):
+            if path not in in_hand:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,7 @@ Owns that order. Knows neither the learner nor the labels' way to the probe.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from poise.orchestrator.config import OrchestratorConfig
@@ -26,7 +25,7 @@ from poise.orchestrator.step import (
 )
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.watcher import Phases
+from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import GroupBaselines, Sampling
 
@@ -35,28 +34,38 @@ class StepSampler:
     """Makes the steps of one run."""
 
     def __init__(
-        self, config: OrchestratorConfig, folder: RunFolder, services: Services, mixture: Mixture, scorer: Scorer
+        self,
+        config: OrchestratorConfig,
+        folder: RunFolder,
+        services: Services,
+        mixture: Mixture,
+        scorer: Scorer,
+        watcher: Watcher,
     ) -> None:
         self._config = config
         self._folder = folder
         self._services = services
         self._mixture = mixture
         self._scorer = scorer
+        self._watcher = watcher
 
-    async def sample(self, step: int, policy_version: int, phases: Phases) -> JournalledStep:
+    async def sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:
         """Sample a step from `policy_version` or newer, verify and value it, and journal all of it.
+
+        `num_ahead` is how many steps before it the learner has yet to train on.
 
         Raises:
             RunError: the probe has learnt from a step of this name before.
         """
         config = self._config
-        started = time.monotonic()
+        phases = Phases(self._watcher, step)
         problems, scored, errors = await self._groups(step, policy_version, phases)
         with phases("baselines"):
             baselines = await self._value(step, scored)
         numbers = {"step": step, "algorithm": config.algorithm} | step_numbers(scored, baselines, policy_version)
         generate_s = phases.seconds["generate"]
         numbers |= {
+            "steps_ahead": num_ahead,
             "verifier_errors": errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
@@ -72,9 +81,8 @@ class StepSampler:
                 samples=self._samples(step, problems, scored, baselines),
             )
             # The time of all this counts although the process may die before the step is finished.
-            numbers["time_s"] = phases.seconds | {"total": time.monotonic() - started}
-            await asyncio.to_thread(self._folder.write_journal, journalled)
-        numbers["time_s"].pop("total")
+            numbers["wall_s"] = clock.now_s()
+            await _to_its_end(asyncio.to_thread(self._folder.write_journal, journalled))
         return journalled
 
     async def _groups(
@@ -131,6 +139,16 @@ class StepSampler:
                     }
                 )
         return lines
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await what cannot be interrupted, also when cancelled: whoever lets go of the folder then is the last to."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _readable(problem: Problem) -> str:

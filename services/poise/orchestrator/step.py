@@ -181,7 +181,11 @@ def learner_numbers(result: StepResult) -> dict[str, Any]:
     for _, reason in result.rejected:
         rejected[reason] = rejected.get(reason, 0) + 1
     finite = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in metrics.items()}
-    return {"policy_version": result.policy_version, "num_rejected": rejected, "learner": finite}
+    numbers = {"policy_version": result.policy_version, "num_rejected": rejected, "learner": finite}
+    if ages := result.metrics.staleness:  # of what was trained on, when it was: newer weights came since it was sampled
+        mean = sum(age * count for age, count in ages.items()) / sum(ages.values())
+        numbers["staleness"] = {"mean": mean, "max": max(ages)}
+    return numbers
 
 
 def finite_or_none(value: float) -> float | None:

@@ -24,6 +24,18 @@ class Watcher(Protocol):
         ...
 
 
+class RunClock:
+    """Seconds that a run has taken, over all its processes."""
+
+    def __init__(self, spent_s: float) -> None:
+        self._spent_s = spent_s
+        self._started_s = time.monotonic()
+
+    def now_s(self) -> float:
+        """Return the seconds up to now."""
+        return self._spent_s + time.monotonic() - self._started_s
+
+
 class Phases:
     """Seconds spent in each phase of a step."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,24 @@ class World:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.crash_at: int | None = None
+        self.crashed = False
         self.version = 0
+        self.max_staleness = 0
         self.batches: dict[str, Batch] = {}
+        self.ages: dict[str, Counter[int]] = {}
+        self.slowness = 0
+        """Milliseconds that the learner needs for a step, at least."""
         self.labels: dict[tuple[int, str], LabelledGroup] = {}
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
         self.shown: list[Any] = []
 
     def note(self, event: str) -> None:
+        if self.crashed:
+            raise Crash("the dead do nothing")
         self.events.append(event)
         if self.crash_at == len(self.events) - 1:
+            self.crashed = True
             raise Crash(event)
 
     # Services
@@ -71,7 +80,7 @@ class World:
         sampling: Sampling,
         min_policy_version: int,
     ) -> AsyncGenerator[Group, None]:
-        assert min_policy_version == self.version
+        assert self.version - self.max_staleness <= min_policy_version <= self.version
         self.asked.append((run_id, step, tuple(prompts), num_rollouts, sampling, min_policy_version))
         self.note(f"sample {run_id} {step}")
         for prompt in reversed(prompts):  # they finish in any order
@@ -116,13 +125,24 @@ class World:
         known = self.batches.get(batch.batch_id)
         assert known is None or same(known, batch), "another batch of the same name"
         if known is None:
-            self.batches[batch.batch_id] = batch
-            self.version += 1
-        self.note(f"submit {batch.step}")
-        return StepResult(self.version, known is not None, StepMetrics(publish_s=0.0, num_rollouts=4), (), ())
+            assert not self.crashed
+            ages = Counter(
+                self.version - span.policy_version for rollout in batch.rollouts for span in rollout.version_spans
+            )
+            assert 0 <= min(ages) <= max(ages) <= self.max_staleness
+            self.batches[batch.batch_id], self.ages[batch.batch_id] = batch, ages
+        try:
+            self.note(f"submit {batch.step}")
+            for _ in range(self.slowness):
+                await asyncio.sleep(0.001)
+        finally:  # whoever asked may be gone: the learner goes on
+            self.version += known is None
+        metrics = StepMetrics(publish_s=0.0, num_rollouts=4, staleness=self.ages[batch.batch_id])
+        self.note(f"trained {batch.step}")
+        return StepResult(self.version, known is not None, metrics, (), ())
 
     async def learner_status(self) -> LearnerStatus:
-        return LearnerStatus("lineage", self.version, 0, "idle", 0, 0, {}, "m", 0, (), b"", "")
+        return LearnerStatus("lineage", self.version, 0, "idle", 0, 0, {}, "m", self.max_staleness, (), b"", "")
 
     # Verifiers
 
@@ -182,7 +202,7 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
     mixture = Mixture(config.tasks, config.seed)
     try:
         scorer = Scorer(world, world)
-        sampler = StepSampler(config, folder, world, mixture, scorer)
+        sampler = StepSampler(config, folder, world, mixture, scorer, world)
         evaluator = Evaluator(config, folder, mixture, scorer, world)
         loop = TrainingLoop(config, folder, world, sampler, evaluator, world, stopping or asyncio.Event())
         return await loop.run(state)
