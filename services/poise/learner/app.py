@@ -13,12 +13,12 @@ from poise.errors import Draining
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics, ReplicaCollector
-from poise.learner.publishing.discovery import Address, Discovery
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
 from poise.runtime.config import read_token_file
+from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from poise.learner.publishing.discovery import parse_name
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.runtime.discovery import parse_name
 
 
 class OptimiserConfig(StrictModel):
@@ -55,6 +55,17 @@ class LossConfig(StrictModel):
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the model that training started from; above 0 that model is held beside the
     policy, and computes every batch once more."""
+
+
+class LoraSettings(StrictModel):
+    """Train low-rank adapters, and hold the model itself still."""
+
+    rank: int = Field(32, ge=1)
+    """Columns of an adapter's matrices."""
+    alpha: int = Field(64, ge=1)
+    """What an adapter adds is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the modules that get one; `all-linear` is all but the head."""
 
 
 def _default_shared_dir() -> Path:
@@ -112,6 +123,10 @@ class LearnerConfig(ServiceConfig):
     """Seeds torch: for models with dropout."""
     max_staleness: int = Field(0, ge=0)
     """Versions a rollout may be old; 0 is on-policy."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the whole model: a fraction of the memory for moments and checkpoints. Replicas get the
+    model with the adapters merged; an export holds that and, in `adapter`, the adapters alone. Takes learning rates ten
+    to a hundred times those of whole models."""
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts an optimiser step trains on."""
     micro_batch_tokens: int = Field(4096, ge=1)

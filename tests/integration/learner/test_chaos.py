@@ -24,9 +24,9 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 
 from poise.learner.config import PushConfig
 from poise.learner.core import Published
-from poise.learner.publishing.discovery import Discovery
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
+from poise.runtime.discovery import Discovery
 from poise_client import AsyncGenerationClient
 from poise_client.types import Prompt, Sampling
 

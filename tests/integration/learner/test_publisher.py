@@ -12,9 +12,9 @@ from poise.generation.policy import ServedPolicy
 from poise.learner.config import PushConfig
 from poise.learner.core import Published
 from poise.learner.publishing import replica as module
-from poise.learner.publishing.discovery import Address, Discovery
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
+from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, combine_digests, hash_weights
 from poise_client.types import WeightArray
 

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from poise.learner.publishing import discovery as module
-from poise.learner.publishing.discovery import Address, Discovery, parse_name
+from poise.runtime import discovery as module
+from poise.runtime.discovery import Address, Discovery, parse_name
 
 
 def test_names_are_told_from_addresses():
