@@ -19,6 +19,7 @@ from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
+from poise.runtime.discovery import Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
@@ -58,8 +59,13 @@ async def check(config: CheckConfig, console: Console) -> None:
             status = await learner.get_status(timeout_s=config.timeout_s)
         console.print(f"learner {endpoints.learner}: version {status.policy_version}, {status.state}")
         groups: list[GroupFeatures] = []
-        for address in endpoints.generation:
-            async with AsyncGenerationClient(address, token=token, tls=tls, allow_insecure_token=True) as generation:
+        replicas = await Discovery(endpoints.generation).find()
+        if not replicas:
+            raise CheckFailed(f"no generation replica is found at {', '.join(endpoints.generation)}")
+        for found in replicas:
+            address = found.target
+            named = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
+            async with AsyncGenerationClient(address, token=token, tls=named, allow_insecure_token=True) as generation:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from poise.orchestrator.tasks.config import TaskConfig
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel
+from poise.runtime.discovery import parse_name
 
 
 class EndpointsConfig(StrictModel):
     """Where the services are."""
 
     generation: tuple[str, ...] = Field(("127.0.0.1:50051",), min_length=1)
-    """Generation replicas, `host:port`; prompts are spread over them."""
+    """Generation replicas: `host:port`, or `dns:///name:port` for all addresses that a name has, looked up again and
+    again: replicas may come and go while a run is driven. Prompts go to whichever has the fewest tokens to do."""
+    rollouts_per_replica: int = Field(256, ge=1)
+    """Rollouts that a replica is given at a time. More than it samples at once keep it busy; those beyond wait for the
+    replica that is free first."""
     value: str = "127.0.0.1:50052"
     """Value service, `host:port`."""
     learner: str = "127.0.0.1:50053"
@@ -26,6 +31,13 @@ class EndpointsConfig(StrictModel):
     """File holding the bearer token of the services."""
     ca_file: Path | None = None
     """PEM of the authorities that sign the services' certificates; set it to speak TLS."""
+
+    @field_validator("generation")
+    @classmethod
+    def _names_can_be_looked_up(cls, generation: tuple[str, ...]) -> tuple[str, ...]:
+        for target in generation:
+            parse_name(target)
+        return generation
 
 
 class SamplingConfig(StrictModel):

@@ -26,10 +26,11 @@ from poise.orchestrator.report.statistics import bootstrap_interval
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.services import Services, StoppedWaiting
+from poise.orchestrator.services import Services
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
 from poise.orchestrator.verifiers.pool import VerifierPool
+from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError, redacted
 from poise.runtime.logging import configure_logging
 from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED

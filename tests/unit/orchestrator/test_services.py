@@ -1,4 +1,4 @@
-"""Waiting for services: aloud, for as long as it takes, and no longer than asked."""
+"""Waiting for services: aloud, for as long as it takes, and no longer than asked; rollouts from whoever is there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from poise.orchestrator import dispatch, replicas, waiting
 from poise.orchestrator import services as module
 from poise.orchestrator.config import EndpointsConfig
-from poise.orchestrator.services import Services, StoppedWaiting
+from poise.orchestrator.services import Services
+from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
+from poise.runtime.discovery import Discovery
 from poise_client.errors import (
+    BusyError,
     DeadlineExceededError,
     InvalidRequestError,
     PoiseClientError,
     UnavailableError,
     VersionMismatchError,
 )
-from poise_client.types import Features, Group, Prompt, Rollout, RolloutId, Sampling
+from poise_client.types import Features, Group, Policy, Prompt, Rollout, RolloutId, Sampling
 
 DOWN = UnavailableError("nobody answers", retryable=True)
 NOTHING = np.zeros(1, np.float32)
@@ -33,13 +37,20 @@ CUT_OFF = dataclasses.replace(WHOLE, finish_reason="abort")
 PROMPTS = [Prompt(f"g{index}", "?") for index in range(5)]
 
 
+def policy(version: int = 10, reason: str = "") -> Policy:
+    return Policy("instance", "lineage", version, b"", not reason, reason, "torch", "model", 4, 1, 64, 0)
+
+
 class Script:
     """A service's client: each call takes the next of `outcomes`, the last one for ever."""
 
-    def __init__(self, target: str, outcomes: Sequence[Any]) -> None:
+    def __init__(self, target: str, outcomes: Sequence[Any], policies: Sequence[Any] = ()) -> None:
         self.target = target
         self.outcomes = list(outcomes)
+        self.policies = list(policies) or [policy()]
         self.calls: list[list[str]] = []
+        self.num_asked = 0
+        self.is_closed = False
 
     def _next(self) -> Any:
         return self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
@@ -51,7 +62,14 @@ class Script:
             raise outcome
         return outcome
 
-    get_probe = get_policy = publish_labels = export_model = submit_advantages = estimate_baselines = get_status
+    async def get_policy(self, **_: Any) -> Policy:
+        self.num_asked += 1
+        policy = self.policies.pop(0) if len(self.policies) > 1 else self.policies[0]
+        if isinstance(policy, BaseException):
+            raise policy
+        return policy
+
+    get_probe = publish_labels = export_model = submit_advantages = estimate_baselines = get_status
 
     async def stream_trajectories(
         self, run_id: str, step: int, prompts: Sequence[Prompt], **_: Any
@@ -66,7 +84,7 @@ class Script:
             yield item
 
     async def close(self) -> None:
-        pass
+        self.is_closed = True
 
 
 def group(prompt: Prompt) -> Group:
@@ -88,13 +106,19 @@ def stopping() -> asyncio.Event:
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, stopping: asyncio.Event) -> Make:
     """Services by scripts, whose pauses are short."""
-    monkeypatch.setattr(module, "_RETRY_EVERY_S", 0.001)
+    monkeypatch.setattr(waiting, "_RETRY_EVERY_S", 0.001)
+    monkeypatch.setattr(replicas, "_LOOK_EVERY_S", 0.0)
 
-    def make(generation: Sequence[Script] = (), value: Script | None = None, learner: Script | None = None) -> Services:
+    def make(
+        generation: Sequence[Script] = (),
+        value: Script | None = None,
+        learner: Script | None = None,
+        found_at: str = "",
+        **settings: Any,
+    ) -> Services:
         clients = {script.target: script for script in (*generation, value, learner) if script}
-        endpoints = EndpointsConfig(
-            generation=[script.target for script in generation] or ["none:1"], value="value:1", learner="learner:1"
-        )
+        targets = [found_at] if found_at else [script.target for script in generation] or ["none:1"]
+        endpoints = EndpointsConfig(**({"generation": targets, "value": "value:1", "learner": "learner:1"} | settings))
         for name in ("AsyncGenerationClient", "AsyncValueClient", "AsyncLearnerClient"):
             monkeypatch.setattr(module, name, lambda target, **_: clients.get(target, Script(target, [DOWN])))
         return Services(endpoints, stopping)
@@ -124,7 +148,7 @@ async def test_a_service_that_is_down_is_waited_for_and_told_of_once(
 async def test_waiting_is_told_of_again_and_again(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(waiting, "_SAY_EVERY_S", 0.0)
     await make(value=Script("value:1", [DOWN, DOWN, 3])).publish_labels([])
     assert len([record for record in caplog.records if "waiting for value at value:1" in record.getMessage()]) == 2
 
@@ -143,18 +167,18 @@ async def test_a_service_that_hangs_for_a_while_is_asked_again(make: Make) -> No
 
 
 async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RETRY_EVERY_S", 600.0)
-    waiting = asyncio.create_task(make(learner=Script("learner:1", [DOWN])).learner_status())
+    monkeypatch.setattr(waiting, "_RETRY_EVERY_S", 600.0)
+    asking = asyncio.create_task(make(learner=Script("learner:1", [DOWN])).learner_status())
     await asyncio.sleep(0)
     stopping.set()
     with pytest.raises(StoppedWaiting):
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(asking, 10)
 
 
 async def test_a_stop_ends_the_waiting_for_rollouts(make: Make, stopping: asyncio.Event) -> None:
     stopping.set()
     with pytest.raises(StoppedWaiting):
-        await sampled(make([Script("a:1", [[DOWN]])]))
+        await sampled(make([Script("a:1", [[DOWN]], [DOWN])]))
 
 
 async def test_a_stop_lets_a_call_that_is_answered_finish(make: Make, stopping: asyncio.Event) -> None:
@@ -163,7 +187,7 @@ async def test_a_stop_lets_a_call_that_is_answered_finish(make: Make, stopping: 
 
 
 async def test_up_means_that_all_services_answer(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    generation, value = Script("a:1", [DOWN, "policy"]), Script("value:1", [DOWN, "report"])
+    generation, value = Script("a:1", [], [DOWN, policy()]), Script("value:1", [DOWN, "report"])
     learner = Script("learner:1", [DOWN, "status"])
     await make([generation], value, learner).wait_until_up(with_value=True)
     waited_for = [record.getMessage().split(":")[0] for record in caplog.records]
@@ -172,14 +196,14 @@ async def test_up_means_that_all_services_answer(make: Make, caplog: pytest.LogC
 
 async def test_up_without_the_value_service_where_it_is_not_needed(make: Make) -> None:
     value = Script("value:1", [DOWN])
-    await make([Script("a:1", ["policy"])], value, Script("learner:1", ["status"])).wait_until_up(with_value=False)
+    await make([Script("a:1", [])], value, Script("learner:1", ["status"])).wait_until_up(with_value=False)
     assert not value.calls
 
 
 async def test_prompts_are_spread_over_replicas_and_each_group_comes_once(make: Make) -> None:
-    replicas = [Script("a:1", [all_of]), Script("b:1", [all_of])]
-    assert sorted(await sampled(make(replicas))) == [prompt.group_id for prompt in PROMPTS]
-    assert [replica.calls for replica in replicas] == [[["g0", "g2", "g4"]], [["g1", "g3"]]]
+    scripts = [Script("a:1", [all_of]), Script("b:1", [all_of])]
+    assert sorted(await sampled(make(scripts))) == [prompt.group_id for prompt in PROMPTS]
+    assert [script.calls for script in scripts] == [[["g0", "g2", "g4"]], [["g1", "g3"]]]
 
 
 async def test_a_replica_without_a_share_is_left_alone(make: Make) -> None:
@@ -198,17 +222,18 @@ async def test_only_what_is_unfinished_is_asked_again(make: Make) -> None:
 async def test_weights_on_their_way_are_waited_for_in_silence_for_a_while(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, patience_s: float, told: int
 ) -> None:
-    monkeypatch.setattr(module, "_PUSH_PATIENCE_S", patience_s)
+    monkeypatch.setattr(dispatch, "_PUSH_PATIENCE_S", patience_s)
     behind = VersionMismatchError("serves version 0, not 1")
-    assert len(await sampled(make([Script("a:1", [[behind], [behind], all_of])]))) == 5
-    assert len([record for record in caplog.records if "serves version 0" in record.getMessage()]) == told
+    replica = Script("a:1", [[behind], all_of], [policy(1), policy(0), policy(0), policy(1)])
+    assert len([one async for one in make([replica]).sample("run", 0, PROMPTS, 2, Sampling(), 1)]) == 5
+    assert len([record for record in caplog.records if "serves version" in record.getMessage()]) == told
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("too long"), KeyError("an unheard-of group")])
 async def test_a_replicas_refusal_ends_the_sampling(make: Make, error: Exception) -> None:
-    replicas = [Script("a:1", [[group(PROMPTS[0]), error]]), Script("b:1", [[DOWN]])]
+    scripts = [Script("a:1", [[group(PROMPTS[0]), error]]), Script("b:1", [[DOWN]])]
     with pytest.raises(type(error)):
-        await asyncio.wait_for(sampled(make(replicas)), 10)
+        await asyncio.wait_for(sampled(make(scripts)), 10)
 
 
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
@@ -231,3 +256,138 @@ async def test_groups_that_new_weights_cut_off_are_sampled_again_and_not_handed_
     assert sorted(one.group_id for one in found) == ["g0", "g1", "g2", "g3", "g4"]
     assert all(one.rollouts == () for one in found)
     assert replica.calls == [["g0", "g1", "g2", "g3", "g4"], ["g0"], ["g0"]]
+
+
+# Replicas that come and go
+
+
+async def taken(services: Services, min_policy_version: int = 0, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
+    groups = services.sample("run", 0, prompts, 2, Sampling(max_tokens=8), min_policy_version)
+    return sorted([found.group_id async for found in asyncio_limited(groups)])
+
+
+async def asyncio_limited(groups: AsyncIterator[Group]) -> AsyncIterator[Group]:
+    async with asyncio.timeout(20):
+        async for found in groups:
+            yield found
+
+
+ALL = [prompt.group_id for prompt in PROMPTS]
+
+
+async def test_what_a_lost_replica_leaves_undone_is_sampled_by_another_and_counts_once(make: Make) -> None:
+    lost = Script("a:1", [[group(PROMPTS[0]), DOWN]], [policy(), DOWN])
+    other = Script("b:1", [all_of])
+    assert await taken(make([lost, other])) == ALL
+    assert lost.calls == [["g0", "g2", "g4"]]
+    assert other.calls == [["g1", "g3"], ["g2", "g4"]]
+
+
+async def test_a_replica_that_drains_gets_nothing_new_and_may_finish_what_it_has(make: Make) -> None:
+    services = make([draining := Script("a:1", [all_of], [policy(), policy(10, "draining")]), Script("b:1", [all_of])])
+    assert await taken(services) == ALL
+    draining.outcomes = [[UnavailableError("draining", retryable=True)]]
+    assert await taken(services) == ALL
+    assert len(draining.calls) == 2
+    assert await taken(services) == ALL
+    assert len(draining.calls) == 2  # it is known by now
+
+
+async def test_a_replica_that_comes_gets_prompts_once_it_serves_current_weights(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"1.1.1.1:5"}
+
+    async def resolve(host: str, port: int) -> set[str]:
+        return found
+
+    monkeypatch.setattr(module, "Discovery", lambda targets: Discovery(targets, resolve))
+    first = Script("1.1.1.1:5", [all_of])
+    late = Script("1.1.1.2:5", [all_of], [policy(0), policy(2, "catching up"), policy(2), policy(3)])
+    services = make([first, late], found_at="dns:///replicas:5")
+    assert await taken(services, 3) == ALL
+    found.add(late.target)
+    while late.num_asked < 3:  # it is asked, and given nothing
+        assert await taken(services, 3) == ALL
+        assert not late.calls
+    while not late.calls:
+        assert await taken(services, 3) == ALL
+    assert late.num_asked >= 4
+    found.remove(first.target)  # and the other goes
+    while not first.is_closed:
+        assert await taken(services, 3) == ALL
+    assert services.served_tokens.keys() == {late.target}
+
+
+async def test_replicas_that_are_behind_are_passed_over_for_those_that_are_not(make: Make) -> None:
+    behind = Script("a:1", [[VersionMismatchError("serves version 0")]], [policy(1), policy(0)])
+    current = Script("b:1", [all_of], [policy(1)])
+    services = make([behind, current])
+    assert await taken(services, 1) == ALL
+    assert behind.calls == [["g0", "g2", "g4"]]
+    assert current.calls == [["g1", "g3"], ["g0", "g2", "g4"]]
+
+
+async def test_prompts_go_where_the_fewest_tokens_are_to_do(make: Make) -> None:
+    long, *short = [Prompt("long", "x" * 400), *(Prompt(f"s{index}", "x" * 4) for index in range(6))]
+    scripts = [Script("a:1", [all_of]), Script("b:1", [all_of])]
+    await taken(make(scripts), prompts=[long, *short])
+    # 100 tokens of prompt against one each, and two responses of up to eight for all.
+    assert [script.calls for script in scripts] == [[["long"]], [[f"s{index}" for index in range(6)]]]
+
+
+async def test_the_fastest_replica_takes_most_of_what_waits(make: Make) -> None:
+    stuck = asyncio.Event()
+
+    class Slow(Script):
+        async def stream_trajectories(self, *arguments: Any, **settings: Any) -> AsyncIterator[Group]:
+            await stuck.wait()
+            async for one in super().stream_trajectories(*arguments, **settings):
+                yield one
+
+    slow, fast = Slow("a:1", [all_of]), Script("b:1", [all_of])
+    services = make([slow, fast], rollouts_per_replica=2)
+    found = []
+    async for one in services.sample("run", 0, PROMPTS, 2, Sampling(max_tokens=8), 0):
+        found.append(one.group_id)
+        if len(found) == 4:
+            stuck.set()
+    assert sorted(found) == ALL
+    assert (slow.calls, fast.calls) == ([["g0"]], [["g1"], ["g2"], ["g3"], ["g4"]])
+
+
+async def test_a_replica_with_enough_to_do_is_left_alone_for_as_long_as_it_asks(make: Make) -> None:
+    busy = Script("a:1", [[BusyError("65536 rollouts are waiting", retryable=True, retry_after_s=600.0)]])
+    other = Script("b:1", [all_of])
+    assert await taken(make([busy, other])) == ALL
+    assert len(busy.calls) == 1
+
+
+async def test_a_replica_that_falls_silent_loses_its_work(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Script):
+        async def stream_trajectories(self, *arguments: Any, **settings: Any) -> AsyncIterator[Group]:
+            yield group(PROMPTS[0])
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(replicas, "_SILENCE_S", 0.05)
+    silent = Silent("a:1", [], [policy(), DOWN])
+    other = Script("b:1", [all_of])
+    assert await taken(make([silent, other])) == ALL
+    assert other.calls == [["g1", "g3"], ["g2", "g4"]]
+
+
+async def test_leaving_early_ends_what_runs(make: Make) -> None:
+    ended = asyncio.Event()
+
+    class Endless(Script):
+        async def stream_trajectories(self, *arguments: Any, **settings: Any) -> AsyncIterator[Group]:
+            try:
+                yield group(PROMPTS[0])
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    groups = make([Endless("a:1", [])]).sample("run", 0, PROMPTS, 2, Sampling(), 0)
+    assert (await anext(groups)).group_id == "g0"
+    await groups.aclose()
+    assert ended.is_set()
