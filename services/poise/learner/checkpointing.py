@@ -62,7 +62,5 @@ class Checkpointer:
     def _write(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: Set[bytes]) -> Path:
         path = self._store.save(progress, tensors, seen)
         self.version = progress.policy_version
-        self._journal.prune(
-            before_batch=self._store.sequences()[0], before_answer=progress.num_batches - ANSWERS_KEPT
-        )
+        self._journal.prune(before_batch=self._store.sequences()[0], before_answer=progress.num_batches - ANSWERS_KEPT)
         return path

@@ -25,12 +25,13 @@ from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.journal import Answer, Journal
 from poise.learner.nonfinite import NonfiniteBatches
-from poise.learner.trainer import Trainer
+from poise.learner.team import make_trainer
 from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
 from poise_client.types import Batch, ModelExport, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -48,7 +49,7 @@ class LearnerCore:
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
-        self._trainer = Trainer(config)
+        self._trainer = make_trainer(config)
         self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
         self._journal = Journal(config.state_dir / "journal")
         self._checkpoints = Checkpointer(self._store, self._journal)
@@ -122,6 +123,7 @@ class LearnerCore:
     def close(self) -> None:
         """Let go of the state folder, after the checkpoint that is being written."""
         self._checkpoints.close()
+        self._trainer.close()
         self._store.close()
 
     def answer_of(self, batch: Batch) -> Answer | None:

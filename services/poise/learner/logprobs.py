@@ -47,7 +47,10 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `token_logprobs`."""
-        logprobs_N, entropies_N, normalisers_N = states_Nd.new_empty((3, len(targets_N)), dtype=torch.float32)
+        # Each on its own: views of one tensor would lose FSDP's hooks at the first change in place.
+        logprobs_N, entropies_N, normalisers_N = (
+            states_Nd.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
+        )
         with torch.autocast(states_Nd.device.type, enabled=False):
             for chunk, logits_CV in _logits(states_Nd, weight_Vd, bias_V, temperature, chunk_tokens, dtype):
                 normalisers_N[chunk] = torch.logsumexp(logits_CV, -1)

@@ -1,6 +1,7 @@
-"""The policy and its optimiser: one batch in, the numbers of the step out.
+"""The policy's optimiser: one batch in, the numbers of the step out.
 
-Owns the model in memory. Knows no versions, no files but the model's, no transport.
+Knows no versions, no files but the model's, no transport. With several processes each runs one, with the same calls;
+each computes its share of the rows, and all come to the same numbers.
 
 Shapes: N response tokens of a packed row.
 """
@@ -11,22 +12,18 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-import transformers
-from numpy.typing import NDArray
-from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
-from poise.errors import BackendDown
-from poise.learner import attention
 from poise.learner.accumulation import Before, Sums, accumulate
 from poise.learner.config import LearnerConfig
 from poise.learner.flops import ModelSize, model_size, peak_flops
-from poise.learner.logprobs import token_logprobs
 from poise.learner.losses import denominator
 from poise.learner.packing import PackedRow, PromptGroup, build_row, group_by_prompt, pack
+from poise.learner.policy import PackedForward, Policy, load_reference
+from poise.learner.world import World, join, leave
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
 logger = logging.getLogger(__name__)
@@ -34,15 +31,29 @@ logger = logging.getLogger(__name__)
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class _MiniBatch:
+    """What an optimiser step trains on."""
+
+    rows: list[PackedRow]
+    """This process's share; as many in every process, for each pass is one of all of them."""
+    num_own: int
+    """Rows that count; those after them only keep the others company."""
+    denominator: int
+    """Of all processes' rows."""
+    num_tokens: int
+    """Through the model, in all processes."""
+
+
 class Trainer:
-    """Full fine-tuning in one process. Its calls must not overlap."""
+    """One process's part in the training. Its calls must not overlap."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
-        self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._model: Any = None
-        self._reference: Any = None
+        self._world = World(torch.device(config.device))
+        self._policy: Policy | None = None
+        self._reference: PackedForward | None = None
         """The model that training started from; None where the loss does not look at it."""
         self._optimiser: torch.optim.AdamW | None = None
         self._num_updates = 0
@@ -50,39 +61,42 @@ class Trainer:
         self.num_skipped_in_a_row = 0
         """Mini-batches since the last one that changed the policy."""
         self._size: ModelSize | None = None
-        self._peak_flops = config.peak_flops or peak_flops(self._device, self._dtype)
 
-    def load(self) -> None:
-        """Load the model to start from. Raises `BackendDown` when it cannot be, or cannot be trained."""
+    def load(self) -> World:
+        """Meet the other processes and load the model to start from.
+
+        Raises:
+            BackendDown: it cannot be loaded, or cannot be trained.
+        """
         config = self._config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self._model = self._load_model().train()
-        self._size = model_size(self._model)
-        if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._world = join(config.device)
+        self._policy = Policy(config, self._world)
+        self._size = model_size(self._policy.model)
         if config.loss.kl_coefficient:
-            self._reference = self._load_model().eval().requires_grad_(False)
+            self._reference = load_reference(config, self._world)
         settings = config.optimiser
         self._optimiser = torch.optim.AdamW(
-            self._model.parameters(),
+            [parameter for _, parameter in self._policy.trained()],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        return self._world
 
     @property
     def max_tokens(self) -> int:
         """Most tokens of prompt and response together."""
-        limit: int = self._model.config.max_position_embeddings
+        limit: int = self.policy.model.config.max_position_embeddings
         return limit
 
     @property
     def vocabulary_size(self) -> int:
         """Ids are below it."""
-        size: int = self._model.config.vocab_size
+        size: int = self.policy.model.config.vocab_size
         return size
 
     def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
@@ -93,21 +107,23 @@ class Trainer:
         started = time.monotonic()
         groups = group_by_prompt(rollouts)
         size = self._config.mini_batch_prompts
-        mini_batches = [self._rows(groups[start : start + size]) for start in range(0, len(groups), size)]
+        mini_batches = [self._mini_batch(groups[start : start + size]) for start in range(0, len(groups), size)]
         # The policy before the step is that of the first mini-batch's only forward pass.
         recompute = self._config.loss.old_logprobs == "recompute"
-        before = [self._before(rows, temperature, policy=recompute and i > 0) for i, rows in enumerate(mini_batches)]
+        before = [
+            self._before(each.rows, temperature, policy=recompute and i > 0) for i, each in enumerate(mini_batches)
+        ]
         totals, units, norms = Sums(), 0, []
         num_updates = self._num_updates
-        for index, rows in enumerate(mini_batches):
-            sums, norm = self._update(rows, before[index], temperature, first=index == 0)
+        for index, mini_batch in enumerate(mini_batches):
+            sums, norm = self._update(mini_batch, before[index], temperature, first=index == 0)
             norms.append(norm)
             if self.num_skipped_in_a_row == 0:
                 totals += sums
-                units += self._denominator(rows)
+                units += mini_batch.denominator
         num_updates = self._num_updates - num_updates
         train_s = time.monotonic() - started
-        num_model_tokens = sum(row.num_tokens for rows in mini_batches for row in rows)
+        num_model_tokens = sum(mini_batch.num_tokens for mini_batch in mini_batches)
         clips = (totals.clip_low, totals.clip_high, totals.dual_clip)
         return StepMetrics(
             loss=_mean(totals.loss, units),
@@ -133,24 +149,21 @@ class Trainer:
         )
 
     def weights(self) -> dict[str, WeightArray]:
-        """Return a copy of every parameter by its Hugging Face name, tied ones once."""
-        dtype = getattr(torch, self._config.dtype)
-        return {
-            name: _to_array(parameter.detach().to("cpu", dtype, copy=True))
-            for name, parameter in self._model.named_parameters()
-        }
+        """See `Policy.weights`."""
+        return self.policy.weights()
 
     def save_model(self, folder: str) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder."""
-        self._model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(self._config.model).save_pretrained(folder)
+        """See `Policy.save`."""
+        self.policy.save(folder)
 
     def state(self) -> tuple[dict[str, torch.Tensor], int]:
         """Return all that training goes on from: tensors by name, and the count of updates. Not copies."""
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
-        for name, parameter in self._model.named_parameters():
+        tensors, whole = {}, self.policy.whole
+        for name, parameter in self.policy.trained():
+            tensors[f"model.{name}"] = whole(parameter)
             # A parameter that never had a gradient has no state.
-            tensors |= {f"{kind}.{name}": value for kind, value in self._adam().state.get(parameter, {}).items()}
+            moments = self._adam().state.get(parameter, {})
+            tensors |= {f"{kind}.{name}": whole(value) for kind, value in moments.items()}
         return tensors, self._num_updates
 
     @torch.no_grad()
@@ -160,15 +173,25 @@ class Trainer:
         Raises:
             KeyError: a parameter is missing. The trainer is then half restored: load it again.
         """
-        optimiser = self._adam()
-        for name, parameter in self._model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+        optimiser, part_of = self._adam(), self.policy.part_of
+        for name, parameter in self.policy.trained():
+            parameter.copy_(part_of(parameter, tensors[f"model.{name}"]))
             optimiser.state.pop(parameter, None)
             if f"{_ADAM_STATE[0]}.{name}" in tensors:
-                optimiser.state[parameter] = {
-                    kind: tensors[f"{kind}.{name}"].to(parameter.device, copy=True) for kind in _ADAM_STATE
-                }
+                step, *moments = (tensors[f"{kind}.{name}"] for kind in _ADAM_STATE)
+                values = [step.to(parameter.device, copy=True), *(part_of(parameter, moment) for moment in moments)]
+                optimiser.state[parameter] = dict(zip(_ADAM_STATE, values, strict=True))
         self._num_updates = num_updates
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        leave()
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained; loaded."""
+        assert self._policy is not None  # noqa: S101 (loaded)
+        return self._policy
 
     def _adam(self) -> torch.optim.AdamW:
         assert self._optimiser is not None  # noqa: S101 (loaded)
@@ -181,22 +204,25 @@ class Trainer:
         return settings.learning_rate
 
     def _update(
-        self, rows: Sequence[PackedRow], before: Sequence[Before], temperature: float, *, first: bool
+        self, mini_batch: _MiniBatch, before: Sequence[Before], temperature: float, *, first: bool
     ) -> tuple[Sums, float]:
         """Take one optimiser step on the loss of a mini-batch; return its sums, and the gradient's norm."""
         optimiser = self._adam()
         optimiser.zero_grad(set_to_none=True)
         sums = Sums()
-        for row, known in zip(rows, before, strict=True):
-            sums += accumulate(
-                lambda row: self._logprobs(self._model, row, temperature),
+        for index, (row, known) in enumerate(zip(mini_batch.rows, before, strict=True)):
+            counts = index < mini_batch.num_own
+            of_row = accumulate(
+                lambda row: self.policy.logprobs(row, temperature),
                 row,
                 known,
                 first=first,
-                denominator=self._denominator(rows),
+                denominator=mini_batch.denominator if counts else math.inf,
                 config=self._config.loss,
             )
-        norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimiser.gradient_clip))
+            sums += of_row if counts else Sums()
+        sums = Sums.from_tensor(self._world.sum(sums.to_tensor(self._world.device)))
+        norm = self._clip_gradient()
         if not (math.isfinite(norm) and math.isfinite(sums.loss)):
             logger.error(
                 "a mini-batch changes nothing: its loss is %s, the norm of its gradient %s; look at its advantages",
@@ -213,85 +239,54 @@ class Trainer:
         self.num_skipped_in_a_row = 0
         return sums, norm
 
+    def _clip_gradient(self) -> float:
+        """Bound the norm of the gradient; return what it was."""
+        parameters = [parameter for _, parameter in self.policy.trained()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.optimiser.gradient_clip)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
     @torch.no_grad()
     def _before(self, rows: Sequence[PackedRow], temperature: float, *, policy: bool) -> list[Before]:
         """Ask the policy, if so told, and the reference, if there is one, of the tokens of a mini-batch."""
+        reference = self._reference
         return [
             Before(
-                self._logprobs(self._model, row, temperature)[0] if policy else None,
-                self._logprobs(self._reference, row, temperature)[0] if self._reference is not None else None,
+                self.policy.logprobs(row, temperature)[0] if policy else None,
+                reference(row, temperature)[0] if reference is not None else None,
             )
             for row in rows
         ]
 
-    def _rows(self, groups: Sequence[PromptGroup]) -> list[PackedRow]:
+    def _mini_batch(self, groups: Sequence[PromptGroup]) -> _MiniBatch:
+        """Pack groups into rows, and take every so manieth."""
+        world = self._world
         packed = pack(groups, self._config.micro_batch_tokens)
-        return [build_row(row, self._device, self._dtype) for row in packed]
-
-    def _denominator(self, rows: Sequence[PackedRow]) -> int:
-        num_tokens = sum(row.targets_N.numel() for row in rows)
-        num_rollouts = sum(row.lengths_R.numel() for row in rows)
-        return denominator(num_tokens, num_rollouts, self._config.loss)
-
-    def _logprobs(self, model: Any, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probabilities and entropies of a row's targets, [N] each."""
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            states_1Ld = model.get_decoder()(
-                input_ids=row.token_ids_1L,
-                position_ids=row.positions_1L,
-                attention_spans=row.spans,
-                use_cache=False,
-            ).last_hidden_state
-        return token_logprobs(
-            states_1Ld[0].index_select(0, row.predictors_N),
-            model.get_output_embeddings(),
-            row.targets_N,
-            temperature,
-            self._config.logprob_chunk_tokens,
-            self._dtype,
+        own = packed[world.rank :: world.size]
+        num_rows = -(-len(packed) // world.size)
+        rows = [build_row(row, world.device, self._dtype) for row in (*own, *([packed[0]] * (num_rows - len(own))))]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        num_tokens = sum(int(rollout.token_ids.size) for rollout in rollouts)
+        return _MiniBatch(
+            rows,
+            len(own),
+            denominator(num_tokens, len(rollouts), self._config.loss),
+            sum(piece.num_tokens for row in packed for piece in row),
         )
 
-    def _mfu(self, mini_batches: Sequence[Sequence[PackedRow]], train_s: float) -> float:
-        if self._peak_flops is None or self._size is None:
+    def _mfu(self, mini_batches: Sequence[_MiniBatch], train_s: float) -> float:
+        world = self._world
+        peak = self._config.peak_flops or peak_flops(world.device, self._dtype)
+        if peak is None or self._size is None:
             return 0.0
-        flops = sum(
+        own = sum(
             self._size.training_flops(row.num_tokens, row.targets_N.numel(), row.num_attended)
-            for rows in mini_batches
-            for row in rows
+            for mini_batch in mini_batches
+            for row in mini_batch.rows[: mini_batch.num_own]
         )
-        return flops / train_s / self._peak_flops
-
-    def _load_model(self) -> Any:
-        config = self._config
-        attention.register()
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=torch.float32, attn_implementation=attention.PACKED
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
-        _refuse_unless_all_attend_to_all(model.config, config.model)
-        return model.to(self._device)
+        flops = float(world.sum(torch.tensor(float(own), device=world.device)))
+        return flops / train_s / (world.size * peak)
 
 
 def _mean(total: float, count: float) -> float:
     """Over nothing, not a number."""
     return total / count if count else math.nan
-
-
-def _refuse_unless_all_attend_to_all(config: Any, model: str) -> None:
-    """Rows of siblings replace the model's own mask: one that looks back over a window, or recurs, would be wrong."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds and getattr(config, "sliding_window", None) is not None:
-        kinds = {"sliding_attention"}
-    if others := sorted(kinds - {"full_attention"}):
-        raise BackendDown(
-            f"model {model} has layers of {', '.join(others)}; the learner trains models of full attention alone"
-        )
-
-
-def _to_array(tensor: torch.Tensor) -> WeightArray:
-    if tensor.dtype == torch.bfloat16:
-        bits: NDArray[np.generic] = tensor.view(torch.uint16).numpy()
-        return WeightArray(bits, "bfloat16")
-    return WeightArray(tensor.numpy(), "float32")

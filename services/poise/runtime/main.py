@@ -10,15 +10,24 @@ from typing import TypeVar
 
 from poise.runtime.app import ServiceApp
 from poise.runtime.config import ConfigError, ServiceConfig, defaults_yaml, load_config
+from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 
 C = TypeVar("C", bound=ServiceConfig)
 
 
 def service_main(
-    name: str, config_cls: type[C], build: Callable[[C], ServiceApp], argv: Sequence[str] | None = None
+    name: str,
+    config_cls: type[C],
+    build: Callable[[C], ServiceApp],
+    argv: Sequence[str] | None = None,
+    *,
+    run: Callable[[C], int] | None = None,
 ) -> int:
-    """Parse the command line, load the settings, serve. Returns the exit status; 2 means wrong settings."""
+    """Parse the command line, load the settings, serve; or `run` something else with them.
+
+    Returns the exit status; 2 means wrong settings.
+    """
     prefix = config_cls.model_config.get("env_prefix", "")
     parser = argparse.ArgumentParser(
         prog=f"python -m poise.{name}",
@@ -40,7 +49,11 @@ def service_main(
         print(defaults_yaml(config_cls))
         return 0
     try:
-        app = build(load_config(config_cls, options.config, options.overrides))
+        config = load_config(config_cls, options.config, options.overrides)
+        if run is not None:
+            configure_logging(config.logging)
+            return run(config)
+        app = build(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

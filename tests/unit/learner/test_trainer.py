@@ -229,7 +229,7 @@ def test_the_state_before_the_first_update_restores_to_no_moments(config):
 
 def test_a_parameter_that_never_had_a_gradient_is_restored_without_moments(config):
     trainer = loaded(config())
-    idle = trainer._model.get_decoder().layers[0].mlp.down_proj.weight.requires_grad_(False)
+    idle = trainer.policy.model.get_decoder().layers[0].mlp.down_proj.weight.requires_grad_(False)
     trainer.train(rollouts(0), 1.0)
     tensors, num_updates = trainer.state()
     assert not any(name.endswith("layers.0.mlp.down_proj.weight") and "exp" in name for name in tensors)

@@ -1,0 +1,75 @@
+"""LoRA through peft: the adapters inside a model, and the way back to plain parameters.
+
+The weights that replicas get are plain ones with the adapters merged: what samples is what is trained, whatever engine
+it is. Knows no processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from poise.learner.config import LoraSettings
+
+_ADAPTER = "default"
+_BASE = ".base_layer"
+_PREFIX = "base_model.model."
+"""How peft calls the model that an adapter belongs to, in its files."""
+
+
+def inject(model: Any, settings: LoraSettings) -> None:
+    """Put adapters into a model, in place, and hold everything else still. Deterministic after `torch.manual_seed`."""
+    import peft
+
+    peft.inject_adapter_in_model(_peft_config(settings), model)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of the model is an adapter's."""
+    return ".lora_" in name
+
+
+def merged(model: Any, whole: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter of the model by the name it had before `inject`, adapters merged: W + (α / r)·B·A.
+
+    `whole` gives all of a parameter that is sharded; it is called for all parameters in the same order everywhere.
+    """
+    with torch.no_grad():
+        modules = dict(model.named_modules())
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                continue
+            tensor = whole(parameter)
+            if name.endswith(f"{_BASE}.weight"):
+                layer = modules[name.removesuffix(f"{_BASE}.weight")]
+                up, down = (whole(side[_ADAPTER].weight) for side in (layer.lora_B, layer.lora_A))
+                tensor = tensor + layer.scaling[_ADAPTER] * (up @ down)
+            yield name.replace(_BASE, ""), tensor
+
+
+def save(tensors: Mapping[str, torch.Tensor], settings: LoraSettings, model: str, folder: str) -> None:
+    """Write the adapters as peft reads them, into `<folder>/adapter`, on top of the model they belong to."""
+    target = Path(folder) / "adapter"
+    target.mkdir()
+    config = _peft_config(settings)
+    config.base_model_name_or_path = model
+    config.inference_mode = True
+    config.save_pretrained(str(target))
+    named = {f"{_PREFIX}{name.replace(f'.{_ADAPTER}', '')}": tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(named, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_config(settings: LoraSettings) -> Any:
+    import peft
+
+    modules = settings.target_modules
+    return peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        task_type="CAUSAL_LM",
+    )

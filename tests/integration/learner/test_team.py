@@ -1,0 +1,140 @@
+"""Two processes under torchrun train as one does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.unit.learner.batches import make_batch, make_config
+
+from poise.learner.core import LearnerCore
+from poise_client import AsyncLearnerClient, RetryPolicy
+from poise_client.errors import PoiseClientError
+from poise_client.types import Batch, StepResult
+
+DEADLINE_S = 120.0
+RECOMPUTED = {"policy": "cispo", "aggregation": "constant", "normaliser_tokens": 16, "old_logprobs": "recompute"}
+CASES: dict[str, dict[str, object]] = {
+    "ppo": {"loss": {"policy": "ppo"}},
+    "gspo": {"loss": {"policy": "gspo", "aggregation": "sequence_mean", "kl_coefficient": 0.1}},
+    "cispo": {"loss": RECOMPUTED},
+    "adapters": {"lora": {"rank": 4, "alpha": 8}},
+}
+"""The three ratios, the three means, both kinds of old log-probabilities, a KL, and LoRA."""
+SETTINGS = {
+    "mini_batch_prompts": 2,
+    "micro_batch_tokens": 24,  # rows that do not divide by two
+    "optimiser": {"learning_rate": 1e-3, "weight_decay": 0.0},
+    "checkpoint_every_steps": 2,
+    "gradient_checkpointing": True,
+}
+
+
+class Team:
+    """A learner of two processes, over several lives."""
+
+    def __init__(self, model: Path, folder: Path, **changes: object) -> None:
+        self.folder = folder
+        settings = make_config(model, folder / "state", **(SETTINGS | changes)).model_dump(mode="json")
+        (folder / "learner.yaml").write_text(json.dumps(settings | {"grpc": {"port": 0}, "admin": {"port": 0}}))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        (self.folder / "address.json").unlink(missing_ok=True)
+        environment = os.environ | {"POISE_ADDRESS_FILE": str(self.folder / "address.json"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += ["-m", "poise.learner", "-c", str(self.folder / "learner.yaml")]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    async def ask(self, question: Callable[[AsyncLearnerClient], object]) -> object:
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                assert self.process is not None
+                assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+                try:
+                    address = json.loads((self.folder / "address.json").read_text())["grpc"]
+                    async with AsyncLearnerClient(address, retries=RetryPolicy(max_attempts=1)) as client:
+                        return await question(client)  # type: ignore[misc]
+                except (PoiseClientError, FileNotFoundError):
+                    await asyncio.sleep(0.1)
+
+    async def submit(self, batch: Batch) -> StepResult:
+        answer = await self.ask(lambda client: client.submit_advantages(batch))
+        assert isinstance(answer, StepResult)
+        return answer
+
+    async def stop(self) -> None:
+        """Drain. What torchrun makes of a signal is its own affair: it exits with a traceback."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(self.process.wait, DEADLINE_S)
+        assert "learner: stopped" in (self.folder / "log").read_text()
+
+
+@asynccontextmanager
+async def started(team: Team) -> AsyncIterator[Team]:
+    team.start()
+    try:
+        yield team
+    finally:
+        assert team.process is not None
+        if team.process.poll() is None:
+            await team.stop()
+
+
+@pytest.fixture
+def alone(model: Path, tmp_path: Path) -> Iterator[Callable[..., LearnerCore]]:
+    """Makes learners of one process."""
+    made: list[LearnerCore] = []
+
+    def make(**changes: object) -> LearnerCore:
+        core = LearnerCore(make_config(model, tmp_path / f"alone-{len(made)}", **(SETTINGS | changes)))
+        core.recover()
+        made.append(core)
+        return core
+
+    yield make
+    for core in made:
+        core.close()
+
+
+def weights_of(exported: str | Path) -> dict[str, np.ndarray]:
+    return load_file(Path(exported) / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_two_processes_train_as_one_over_a_restart(
+    alone: Callable[..., LearnerCore], model: Path, tmp_path: Path, case: str
+) -> None:
+    one = alone(**CASES[case])
+    start = weights_of(model)
+    async with started(Team(model, tmp_path, **CASES[case])) as team:
+        for step in range(3):
+            if step == 2 and case in ("ppo", "adapters"):
+                await team.stop()
+                team.start()
+            mine = (await team.submit(make_batch(step))).metrics
+            theirs = one.submit(make_batch(step))[0].metrics
+            for name in ("loss", "entropy", "gradient_norm", "mismatch_kl", "reference_kl", "clip_share"):
+                assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6), name
+            assert (mine.num_tokens, mine.num_updates) == (theirs.num_tokens, theirs.num_updates)
+            assert mine.num_model_tokens == theirs.num_model_tokens
+        exported = await team.ask(lambda client: client.export_model("mine"))
+        mine_after, theirs_after = weights_of(exported.path), weights_of(one.export("theirs").path)  # type: ignore[attr-defined]
+    assert mine_after.keys() == theirs_after.keys()
+    for name, values in theirs_after.items():
+        difference = np.abs(mine_after[name] - values)
+        assert np.quantile(difference, 0.99) < 2e-6, name
+        assert case == "adapters" or np.abs(values - start[name]).max() > 5e-4, name
+    assert any(np.abs(values - start[name]).max() > 1e-5 for name, values in theirs_after.items())
