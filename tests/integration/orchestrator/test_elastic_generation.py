@@ -1,4 +1,4 @@
-"""Generation replicas killed, added and drained while a run is driven: nothing is lost, doubled, or left to one alone."""
+"""Generation replicas killed, added and drained while a run is driven: nothing is lost, doubled or left to one alone."""
 
 from __future__ import annotations
 
