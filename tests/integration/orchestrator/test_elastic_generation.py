@@ -1,4 +1,4 @@
-"""Generation replicas killed, added and drained while a run is driven: nothing is lost, doubled or left to one alone."""
+"""Generation replicas killed, added and drained while a run is driven: nothing lost or doubled, the work shared."""
 
 from __future__ import annotations
 
