@@ -22,6 +22,7 @@ class ConsoleWatcher:
         self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._headed = False
+        self._phases: dict[int, str] = {}
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -46,7 +47,9 @@ class ConsoleWatcher:
 
     def phase(self, step: int, name: str) -> None:
         """See `Watcher`."""
-        self._progress.update(self._task, description=f"step {step}: {name}")
+        self._phases[step] = name
+        shown = ", ".join(f"step {at}: {phase}" for at, phase in sorted(self._phases.items()))
+        self._progress.update(self._task, description=shown)
 
     def step_done(self, numbers: dict[str, Any]) -> None:
         """See `Watcher`."""
@@ -55,6 +58,7 @@ class ConsoleWatcher:
             self.say(_HEADER)
         self._rewards.append(numbers["reward"]["mean"])
         self._seconds.append(numbers["time_s"]["total"])
+        self._phases.pop(numbers["step"], None)
         self._progress.update(self._task, completed=numbers["step"] + 1)
         self.say(self._line(numbers))
 

@@ -90,12 +90,12 @@ async def test_order_holds_within_each_step_and_steps_train_in_order(tmp_path: P
 
 
 async def test_a_crash_anywhere_trains_on_nothing_twice_and_loses_nothing(tmp_path: Path) -> None:
-    undisturbed = slow_world(2, slowness=2)
+    undisturbed = slow_world(2, slowness=1)
     evaluation = {"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 2}
     assert await drive(ahead(tmp_path / "undisturbed", 2, evaluation=evaluation), undisturbed)
     asked = {call[1]: call[2:5] for call in undisturbed.asked if call[0] == "run"}
     for crash_at in range(len(undisturbed.events)):
-        world = slow_world(2, slowness=2)
+        world = slow_world(2, slowness=1)
         world.crash_at = crash_at
         config = ahead(tmp_path / str(crash_at), 2, evaluation=evaluation)
         try:

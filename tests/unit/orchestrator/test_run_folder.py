@@ -147,6 +147,19 @@ def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFo
     assert successor.evaluated("step", 2)
 
 
+def test_all_steps_in_hand_are_found_up_to_a_gap(folder: RunFolder) -> None:
+    finish(folder, 0)
+    for step in (1, 2, 4):
+        folder.write_journal(journalled(step))
+    successor, next_step = again(folder)
+    assert next_step == 1
+    assert {step: found.batch.step for step, found in successor.read_pending(1).items()} == {1: 1, 2: 2}
+    names = sorted(path.name for path in (folder.path / "journal").iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    successor.drop_journal(2)
+    assert list(successor.read_pending(1)) == [1]
+
+
 def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
     folder.write_journal(journalled(0))
     kept = folder.path / "journal" / "step-00000000"

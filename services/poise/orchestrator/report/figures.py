@@ -150,7 +150,7 @@ def variance_figure(rows: list[Row]) -> str | None:
 
 
 def time_figure(rows: list[Row]) -> str | None:
-    """Draw the seconds of every step, stacked by phase."""
+    """Draw the seconds of every step, stacked by phase. Of steps sampled ahead they overlap those of others."""
     times = {phase: np.nan_to_num(series(rows, "time_s", phase)) for phase in PHASES}
     total = sum(values.sum() for values in times.values())
     if not total:

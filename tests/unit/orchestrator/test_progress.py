@@ -1,0 +1,48 @@
+"""What the live line says while several steps are in hand."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from poise.orchestrator.progress import ConsoleWatcher, clock
+
+
+def numbers(step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "reward": {"mean": 0.5},
+        "time_s": {"total": 2.0},
+        "baseline": {"pearson": None, "source": "bootstrap"},
+        "advantage_variance": {"used": 0.1, "none": 0.2},
+        "staleness": {"mean": 1.25, "max": 2},
+        "tokens_per_s": 100.0,
+    }
+
+
+def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
+    written = io.StringIO()
+    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200))
+
+    def shown() -> str:
+        return str(watcher._progress.tasks[0].description)
+
+    watcher.phase(3, "train")
+    watcher.phase(4, "generate")
+    assert shown() == "step 3: train, step 4: generate"
+    watcher.phase(4, "verify")
+    assert shown() == "step 3: train, step 4: verify"
+    watcher.step_done(numbers(3))
+    watcher.phase(4, "train")
+    assert shown() == "step 4: train"
+    header, line = written.getvalue().splitlines()
+    assert line.split()[header.split().index("stale")] == "1.2"
+    assert line.split()[-1] == "0m12s"  # six steps of two seconds
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])
+def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
+    assert clock(seconds) == said
