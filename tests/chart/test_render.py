@@ -27,7 +27,7 @@ SWITCHES: dict[str, Manifest] = {
     "cert-manager": {"tls": {"enabled": True, "issuer": {"name": "ca", "kind": "ClusterIssuer"}}},
     "no policies": {"networkPolicy": {"enabled": False}},
     "no replica": {"generation": {"replicas": 0}, "train": {"enabled": False}},
-    "watched": {"monitoring": {"podMonitor": True, "labels": {"team": "rl"}}},
+    "watched": {"monitoring": {"podMonitor": True, "rules": True, "dashboard": True, "labels": {"team": "rl"}}},
     "own data": {"train": {"dataConfigMap": "problems", "dataClaim": ""}},
     "callers": {"networkPolicy": {"clients": [{"namespaceSelector": {}}], "monitors": [{"namespaceSelector": {}}]}},
     "labelled": {"pods": {"labels": {"team": "rl"}, "annotations": {"note": "x"}}, "images": {"pullSecrets": ["pull"]}},

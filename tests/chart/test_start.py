@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.chart.cluster import Cluster
+from tests.chart.monitoring import DASHBOARD, Prometheus, promtool
 from tests.chart.rendering import merged, render, values_of
 
 from poise.local.models import make_model
 
 SHORT = {"train": {"config": {"num_steps": 6, "evaluation": {"num_prompts": 16}}}}
 SERVICES = ("run-poise-valkey-0", "run-poise-value-0", "run-poise-learner-0", "run-poise-generation-0")
+
+ADMIN = {"value": 8052, "learner": 8053, "generation": 8051}
+"""Where metrics are."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,12 +36,23 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cluster.close()
 
 
-def test_the_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
     (job,) = (name for name in cluster.pods if name.startswith("run-poise-train"))
     for name in (*SERVICES, job):  # in no order: none may need another to be there first
         cluster.start(name)
     cluster.wait_ready(*SERVICES)
-    cluster.wait_success(job)
+    scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
+    prometheus = Prometheus(tmp_path / "prometheus", "127.77.1.1:9090", scraped)
+    try:
+        cluster.wait_success(job)
+        for address in scraped.values():
+            with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+                promtool("check", "metrics", text=answer.read().decode())
+        for panel in json.loads(DASHBOARD.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                prometheus.wait_for(target["expr"])
+    finally:
+        prometheus.stop()
     lines = (tmp_path / "claims" / "run-poise-train" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
 

@@ -85,8 +85,8 @@ class StateCollector(Collector):
             name: GaugeMetricFamily(f"poise_value_{name}", text, labels=["domain"]) for name, text in _QUALITIES.items()
         }
         bins = {
-            name: GaugeMetricFamily(f"poise_value_calibration_{name}", text, labels=["domain", "tenth"])
-            for name, text in _CALIBRATION.items()
+            field: GaugeMetricFamily(f"poise_value_calibration_{name}", text, labels=["domain", "tenth"])
+            for field, (name, text) in _CALIBRATION.items()
         }
         for name, domain in self.estimator.domains.items():
             probe = self.estimator.probes.get(name)
@@ -116,8 +116,8 @@ _QUALITIES = {
 """Fields of `ProbeQuality`."""
 
 _CALIBRATION = {
-    "predicted": "Mean value of the rows whose value lies in this tenth of [0, 1], counted from 0.",
-    "realised": "Mean reward of the siblings of the same rows.",
-    "count": "Those rows.",
+    "predicted": ("predicted", "Mean value of the rows whose value lies in this tenth of [0, 1], counted from 0."),
+    "realised": ("realised", "Mean reward of the siblings of the same rows."),
+    "count": ("rows", "Those rows."),
 }
-"""Fields of `CalibrationBin`."""
+"""By field of `CalibrationBin`: name and help."""

@@ -290,7 +290,7 @@ async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(sha
     counts = [
         count
         for (name, labels), count in metrics.items()
-        if name == "poise_value_calibration_count" and ("domain", "quality") in labels
+        if name == "poise_value_calibration_rows" and ("domain", "quality") in labels
     ]
     assert sum(counts) == 40
     # Learnt one by one as they came: each label's way is timed.

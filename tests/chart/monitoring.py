@@ -1,0 +1,94 @@
+"""A real Prometheus, and its promtool."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALERTS = ROOT / "helm" / "poise" / "files" / "alerts.yaml"
+DASHBOARD = ROOT / "helm" / "poise" / "files" / "dashboard.json"
+DEADLINE_S = 60.0
+
+
+def program(name: str) -> str:
+    """Return where `prometheus` or `promtool` is; without it the test is skipped."""
+    unpacked = Path(sys.executable).parents[1] / "prometheus" / "usr" / "bin" / name
+    found = str(unpacked) if unpacked.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not here; `make .venv/.prometheus` fetches it where there is apt-get")
+    return found
+
+
+def promtool(*arguments: str, text: str | None = None) -> str:
+    """Run promtool; return what it says. It must be content."""
+    done = subprocess.run(
+        [program("promtool"), *arguments], input=text, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+class Prometheus:
+    """One server, which scrapes every half second."""
+
+    def __init__(self, folder: Path, address: str, targets: Mapping[str, str]) -> None:
+        """Scrape `targets`, host:port by job."""
+        jobs = [
+            {
+                "job_name": job,
+                "scrape_interval": "500ms",
+                "scrape_timeout": "500ms",
+                "static_configs": [{"targets": [t]}],
+            }
+            for job, t in targets.items()
+        ]
+        folder.mkdir()
+        (folder / "prometheus.yml").write_text(json.dumps({"rule_files": [str(ALERTS)], "scrape_configs": jobs}))
+        self._url = f"http://{address}"
+        with (folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    program("prometheus"),
+                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address={address}",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Return the samples of an instant query that are numbers."""
+        url = f"{self._url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+        return [sample for sample in result if sample["value"][1] != "NaN"]
+
+    def wait_for(self, expression: str) -> list[dict[str, Any]]:
+        """Return the samples of a query once there are any."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                if found := self.query(expression):
+                    return found
+            except (urllib.error.URLError, ConnectionError):
+                pass
+            assert time.monotonic() < deadline, f"no data: {expression}"
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(DEADLINE_S)

@@ -1,0 +1,62 @@
+"""Alerts that fire when they must and only then, each with a section in the runbook; and what the chart makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.chart.monitoring import ALERTS, DASHBOARD, ROOT, promtool
+from tests.chart.rendering import merged, render, values_of
+
+RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+METRICS = set(re.findall(r"`(poise_\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
+
+
+def test_alerts_fire_when_they_must_and_only_then() -> None:
+    assert f"{len(RULES)} rules found" in promtool("check", "rules", str(ALERTS))
+    assert "SUCCESS" in promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yaml")))
+
+
+def test_every_alert_is_tried_both_ways() -> None:
+    groups = yaml.safe_load(Path(__file__).with_name("alerts_test.yaml").read_text())["tests"]
+    silent = {each["alertname"] for each in groups[0]["alert_rule_test"] if each["exp_alerts"] == []}
+    firing = re.findall(r'alertname="(\w+)"', str(groups[1]["promql_expr_test"]))
+    assert silent == set(firing) == {rule["alert"] for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_every_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    titles = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert rule["alert"] in titles
+    assert anchor == str(rule["alert"]).lower()
+    assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+@pytest.mark.parametrize("expression", [*expressions(), *(str(rule["expr"]) for rule in RULES)])
+def test_whatever_is_asked_for_is_a_metric(expression: str) -> None:
+    for name in re.findall(r"\bpoise_\w+", expression):
+        assert re.sub(r"_(bucket|sum|count)$", "", name) in METRICS, name
+
+
+def test_the_chart_brings_the_alerts_and_the_dashboard_where_they_are_wanted() -> None:
+    switches = {"monitoring": {"rules": True, "dashboard": True, "labels": {"release": "mine"}}}
+    rendered = render(merged(values_of("laptop"), switches))
+    (rules,) = rendered.all("PrometheusRule")
+    assert rules["metadata"]["labels"]["release"] == "mine"
+    assert [rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"]] == [
+        r["alert"] for r in RULES
+    ]
+    (board,) = [one for one in rendered.all("ConfigMap") if one["metadata"]["name"].endswith("-dashboard")]
+    assert json.loads(board["data"]["poise.json"]) == json.loads(DASHBOARD.read_text())
+    plain = render(values_of("laptop"))
+    assert not plain.all("PrometheusRule")
+    assert not [one for one in plain.all("ConfigMap") if one["metadata"]["name"].endswith("-dashboard")]

@@ -1,0 +1,88 @@
+"""Generates docs/metrics.md: every metric of every service, from the services' own registries.
+
+generate_metrics_docs.py           write it
+generate_metrics_docs.py --check   fail if it is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
+
+from poise.generation.app import build as build_generation
+from poise.generation.config import GenerationConfig
+from poise.learner.app import build as build_learner
+from poise.learner.config import LearnerConfig
+from poise.queue.interface import QueueDepth
+from poise.runtime.auth import BearerAuth
+from poise.runtime.interceptors import ServiceInterceptor
+from poise.value.app import build as build_value
+from poise.value.config import ValueConfig
+from poise.value.estimator import BaselineEstimator
+from poise.value.metrics import StateCollector
+
+TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+HEAD = """# Metrics
+
+Every service answers `GET /metrics` on its admin port. Generated from the services' registries by `make chart`.
+Histograms have `_bucket`, `_sum` and `_count`. Alerts on them are explained in the [runbook](runbook.md); a Grafana
+dashboard comes with the chart (`monitoring.dashboard`).
+"""
+
+
+def registries() -> dict[str, CollectorRegistry]:
+    """Return each service's registry, with nothing started."""
+    nowhere = Path("/nonexistent")
+    value_config = ValueConfig(state_dir=nowhere)
+    found = {
+        "generation": build_generation(GenerationConfig(model="model", engine="torch")).registry,
+        "value": build_value(value_config).registry,
+        "learner": build_learner(LearnerConfig(model="model", state_dir=nowhere)).registry,
+    }
+    found["value"].register(StateCollector(BaselineEstimator(value_config), lambda: QueueDepth(0, 0)))
+    for name, registry in found.items():
+        ServiceInterceptor(name, BearerAuth(None), registry, 1)
+    return found
+
+
+def rows(registry: CollectorRegistry) -> list[tuple[str, str, str, str]]:
+    """Return name, type, labels and help of each metric, by name."""
+    found = set()
+    collectors: list[Collector] = list(registry._collector_to_names)
+    for collector in collectors:
+        own_labels = getattr(collector, "_labelnames", ())
+        for family in collector.collect():
+            if family.name.startswith("poise_"):
+                labels = own_labels or getattr(family, "_labelnames", ())
+                name = f"{family.name}_total" if family.type == "counter" else family.name
+                found.add((name, family.type, ", ".join(labels), family.documentation))
+    return sorted(found)
+
+
+def document() -> str:
+    """Return the whole page."""
+    parts = [HEAD]
+    for service, registry in registries().items():
+        parts.append(f"\n## {service}\n\n| metric | type | labels | |\n|---|---|---|---|\n")
+        parts += [f"| `{name}` | {kind} | {labels} | {about} |\n" for name, kind, labels, about in rows(registry)]
+    return "".join(parts)
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    text = document()
+    if "--check" in sys.argv[1:]:
+        if not TARGET.exists() or TARGET.read_text() != text:
+            print(f"{TARGET} is out of date: run `make chart`", file=sys.stderr)
+            return 1
+        return 0
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
