@@ -68,12 +68,14 @@ class Source:
         return Features(hidden[0], hidden[1], EntropyStats(mean=float(self.random.random())))
 
     def question(self, name: str) -> GroupFeatures:
-        return GroupFeatures(name, "default", (self.features(), self.features()))
-
-    def label(self, step: int, name: str) -> LabelledGroup:
         pair = (self.features(), self.features())
         rewards = np.array([float(f.prompt_hidden[0] > 0) for f in pair], np.float32)
-        return LabelledGroup("benchmark", step, name, "default", pair, rewards)
+        return GroupFeatures(name, "default", pair, rewards)
+
+    def label(self, step: int, name: str) -> LabelledGroup:
+        asked = self.question(name)
+        assert asked.rewards is not None
+        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards)
 
 
 def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
