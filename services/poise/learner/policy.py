@@ -74,7 +74,7 @@ class Policy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.logprobs = PackedForward(self.model, config)
         """Of a packed row: the forward pass."""
-        if world.size > 1:
+        if world.is_sharded:
             _shard(self.logprobs, self.model)
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -98,11 +98,11 @@ class Policy:
     def save(self, folder: str) -> None:
         """Write the policy, adapters merged, with its tokenizer as a Hugging Face folder; and the adapters beside."""
         lora = self._config.lora
-        if lora is None and self._world.size == 1:
+        if lora is None and not self._world.is_sharded:
             self.model.save_pretrained(folder)
         else:
-            tensors = dict(adapters.merged(self.model, self.whole))
-            own = {name: self.whole(parameter) for name, parameter in self.trained()}
+            tensors = {name: self.kept(tensor) for name, tensor in adapters.merged(self.model, self.whole)}
+            own = {name: self.kept(self.whole(parameter)) for name, parameter in self.trained()}
             if self._world.rank > 0:
                 return
             plain = load_model(self._config)  # of the names and shapes that the folder is to have
@@ -118,6 +118,16 @@ class Policy:
         """Return all of a parameter, or of a moment of its shape, wherever its parts lie."""
         tensor = tensor.detach()
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def kept(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return what this process is to keep of what `whole` gave, while it asks for more.
+
+        Where parameters lie in parts, their device has no room for all of them at once: the first process keeps them
+        outside it, and the others none.
+        """
+        if not self._world.is_sharded:
+            return whole
+        return whole.cpu() if self._world.rank == 0 else whole.new_empty(0)
 
     def part_of(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """Return this process's part of what the first process has whole, laid out as `parameter`."""

@@ -157,13 +157,16 @@ class Trainer:
         self.policy.save(folder)
 
     def state(self) -> tuple[dict[str, torch.Tensor], int]:
-        """Return all that training goes on from: tensors by name, and the count of updates. Not copies."""
-        tensors, whole = {}, self.policy.whole
-        for name, parameter in self.policy.trained():
-            tensors[f"model.{name}"] = whole(parameter)
+        """Return all that training goes on from: tensors by name, and the count of updates. Not copies.
+
+        The tensors are empty on all processes but the first.
+        """
+        tensors, policy = {}, self.policy
+        for name, parameter in policy.trained():
+            tensors[f"model.{name}"] = policy.kept(policy.whole(parameter))
             # A parameter that never had a gradient has no state.
             moments = self._adam().state.get(parameter, {})
-            tensors |= {f"{kind}.{name}": whole(value) for kind, value in moments.items()}
+            tensors |= {f"{kind}.{name}": policy.kept(policy.whole(value)) for kind, value in moments.items()}
         return tensors, self._num_updates
 
     @torch.no_grad()

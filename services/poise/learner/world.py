@@ -26,7 +26,12 @@ class World:
     rank: int = 0
     size: int = 1
     control: Any = None
-    """The group in which the first tells the others what to do; None where there are no others."""
+    """The group in which the first tells the others what to do; None without torchrun."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters lie in parts: under torchrun, even with one process, whose part is then all."""
+        return self.control is not None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes; alone, the tensor itself."""
@@ -47,7 +52,7 @@ def rank() -> int:
 
 def join(device: str) -> World:
     """Meet the other processes, if there are any, as torchrun's environment tells. Blocks until all are there."""
-    if world_size() == 1:
+    if world_size() == 1 and not dist.is_torchelastic_launched():
         return World(torch.device(device))
     own = torch.device(device)
     if own.type == "cuda":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tests.unit.learner.batches import make_batch, make_config
 
@@ -138,3 +139,26 @@ async def test_two_processes_train_as_one_over_a_restart(
         assert np.quantile(difference, 0.99) < 2e-6, name
         assert case == "adapters" or np.abs(values - start[name]).max() > 5e-4, name
     assert any(np.abs(values - start[name]).max() > 1e-5 for name, values in theirs_after.items())
+
+
+def test_one_process_under_torchrun_trains_as_without(
+    alone: Callable[..., LearnerCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = alone()
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "TORCHELASTIC_RUN_ID": "one",
+    }.items():
+        monkeypatch.setenv(name, value)
+    sharded = alone()
+    assert torch.distributed.is_initialized()
+    for step in range(2):
+        mine, theirs = (core.submit(make_batch(step))[0].metrics for core in (sharded, without))
+        assert (mine.loss, mine.gradient_norm) == pytest.approx((theirs.loss, theirs.gradient_norm), rel=1e-4)
+    assert list(sharded.checkpoint().parent.glob("checkpoint-*"))
+    mine_after, theirs_after = (weights_of(core.export("mine").path) for core in (sharded, without))
+    for name, values in theirs_after.items():
+        assert np.quantile(np.abs(mine_after[name] - values), 0.99) < 2e-6, name
