@@ -433,6 +433,9 @@ def main(
         print(f"torch engine: {sampled['tokens_per_s']:.1f} tokens/s over {sampled['tokens']} tokens")
         learners = [run_learner(root, arguments, number) for number in (0, processes)]
         show_learners(learners)
+        for number in ("loss", "gradient_norm"):
+            if not np.isclose(learners[0][number], learners[1][number], rtol=0.02, atol=1e-4):
+                raise SystemExit(f"FSDP2 computes another {number}")
         pushes = asyncio.run(push(root, device, repeats))
         show_pushes(pushes)
     by_name = {row["name"]: row for row in pushes["pushes"]}
