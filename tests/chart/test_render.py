@@ -28,6 +28,10 @@ SWITCHES: dict[str, Manifest] = {
     "no policies": {"networkPolicy": {"enabled": False}},
     "no replica": {"generation": {"replicas": 0}, "train": {"enabled": False}},
     "watched": {"monitoring": {"podMonitor": True, "rules": True, "dashboard": True, "labels": {"team": "rl"}}},
+    "autoscaled": {"generation": {"autoscaling": {"enabled": True}}, "monitoring": {"rules": True}},
+    "autoscaled by KEDA": {
+        "generation": {"autoscaling": {"enabled": True, "through": "keda", "prometheusUrl": "http://prometheus:9090"}}
+    },
     "own data": {"train": {"dataConfigMap": "problems", "dataClaim": ""}},
     "callers": {"networkPolicy": {"clients": [{"namespaceSelector": {}}], "monitors": [{"namespaceSelector": {}}]}},
     "labelled": {"pods": {"labels": {"team": "rl"}, "annotations": {"note": "x"}}, "images": {"pullSecrets": ["pull"]}},
@@ -47,7 +51,7 @@ def release(request: pytest.FixtureRequest) -> Release:
 @pytest.mark.parametrize("version", ["1.29", "1.37"])
 def test_every_manifest_is_what_kubernetes_accepts(release: Release, version: str) -> None:
     for manifest in release.manifests:
-        if manifest["apiVersion"].split("/")[0] in ("cert-manager.io", "monitoring.coreos.com"):
+        if manifest["apiVersion"].split("/")[0] in ("cert-manager.io", "keda.sh", "monitoring.coreos.com"):
             continue  # of operators, whose schemas are their own
         kubernetes_validate.validate(manifest, version, strict=True)
 
@@ -236,3 +240,34 @@ def components(peers: list[Manifest]) -> set[str]:
     return {
         peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in peers if "podSelector" in peer
     }
+
+
+@pytest.mark.parametrize("through", ["hpa", "keda"])
+def test_generation_scales_with_the_time_that_the_learner_waits(through: str) -> None:
+    scaling = {"enabled": True, "through": through, "prometheusUrl": "http://prometheus:9090", "maxReplicas": 5}
+    values = merged(values_of("cluster"), {"generation": {"autoscaling": scaling}, "monitoring": {"rules": True}})
+    release = render(values)
+    generation = release.one("StatefulSet", "run-poise-generation")
+    assert "replicas" not in generation["spec"], "the chart would undo what the autoscaler did"
+    (scaler,) = release.all("HorizontalPodAutoscaler" if through == "hpa" else "ScaledObject")
+    assert scaler["spec"]["scaleTargetRef"]["name"] == generation["metadata"]["name"]
+    text = yaml.safe_dump(scaler)
+    assert "stabilizationWindowSeconds: 900" in text
+    assert ("value: 200m" in text) if through == "hpa" else ("threshold: '0.2'" in text)
+    # Whoever comes later is found by name.
+    name = ["dns:///run-poise-generation.rl.svc:50051"]
+    assert release.config("learner")["replicas"] == release.config("train")["endpoints"]["generation"] == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"maxReplicas": 1, "minReplicas": 2}, "maxReplicas is below minReplicas"),
+        ({"through": "keda"}, "set generation.autoscaling.prometheusUrl"),
+        ({}, "set monitoring.rules"),
+    ],
+)
+def test_an_autoscaler_that_could_not_work_is_refused(changes: Manifest, remedy: str) -> None:
+    scaling = {"generation": {"autoscaling": {"enabled": True} | changes}}
+    with pytest.raises(Exception, match=remedy):
+        render(merged(values_of("cluster"), scaling))

@@ -17,6 +17,16 @@
 {{- if and $values.train.enabled (not $values.train.config.tasks) -}}
 {{- fail "train.config.tasks is empty: say what to train on, or set train.enabled: false" -}}
 {{- end -}}
+{{- $scaling := $values.generation.autoscaling -}}
+{{- if and $scaling.enabled (lt (int $scaling.maxReplicas) (int $scaling.minReplicas)) -}}
+{{- fail "generation.autoscaling.maxReplicas is below minReplicas" -}}
+{{- end -}}
+{{- if and $scaling.enabled (eq $scaling.through "keda") (not $scaling.prometheusUrl) -}}
+{{- fail "generation.autoscaling.through is keda: set generation.autoscaling.prometheusUrl, which it asks" -}}
+{{- end -}}
+{{- if and $scaling.enabled (eq $scaling.through "hpa") (not $values.monitoring.rules) -}}
+{{- fail "generation.autoscaling goes by a recorded metric: set monitoring.rules, and let a Prometheus adapter serve poise_learner_waiting_ratio" -}}
+{{- end -}}
 {{- if and $values.train.dataConfigMap $values.train.dataClaim -}}
 {{- fail "train.dataConfigMap and train.dataClaim are both set: keep one, /data is mounted once" -}}
 {{- end -}}

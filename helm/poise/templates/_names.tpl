@@ -70,8 +70,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* The replicas that exist while nothing scales: addresses, one each. */}}
 {{- define "poise.generationAddresses" -}}
 {{- $addresses := list -}}
+{{- if .Values.generation.autoscaling.enabled -}}
+{{- $name := include "poise.name" (dict "root" . "role" "generation") -}}
+{{- $addresses = append $addresses (printf "dns:///%s.%s.svc:%s" $name .Release.Namespace (include "poise.grpcPort" "generation")) -}}
+{{- else -}}
 {{- range $index := until (int .Values.generation.replicas) -}}
 {{- $addresses = append $addresses (include "poise.podAddress" (dict "root" $ "role" "generation" "index" $index)) -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $addresses -}}
 {{- end }}
