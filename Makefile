@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PROTOS_VENV := .venv-protos
+SCAN_VENV := .venv-scan
 
 # vLLM is set up only for what samples with it.
 ifeq ($(PRESET)$(if $(filter vllm,$(ENGINE)),vllm),tiny)
@@ -50,6 +51,10 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	$(BIN)/python tools/generate_metrics_docs.py --check
 	$(BIN)/python tools/generate_dashboard.py --check
 
+.PHONY: scan
+scan: $(VENV)/.dev $(SCAN_VENV)/.done  ## Scan the rendered chart for what Kubernetes policies object to.
+	$(BIN)/python tools/scan_chart.py $(SCAN_VENV)/bin/checkov
+
 .PHONY: format
 format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
 	$(BIN)/ruff check --fix .
@@ -70,7 +75,7 @@ setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.
 
 .PHONY: clean
 clean:  ## Remove what set-up made. Runs stay.
-	rm -rf $(VENV) $(PROTOS_VENV)
+	rm -rf $(VENV) $(PROTOS_VENV) $(SCAN_VENV)
 
 $(BIN)/python:
 	@echo "setting up $(VENV)"
@@ -106,4 +111,10 @@ $(VENV)/.prometheus: | $(BIN)/python
 $(PROTOS_VENV)/.done: requirements/protos.txt $(VENV)/.dev
 	$(PYTHON) -m venv $(PROTOS_VENV)
 	$(PROTOS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/protos.txt
+	@touch $@
+
+$(SCAN_VENV)/.done: requirements/scan.txt | $(BIN)/python
+	@echo "setting up checkov"
+	$(PYTHON) -m venv $(SCAN_VENV)
+	$(SCAN_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/scan.txt
 	@touch $@

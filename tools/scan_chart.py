@@ -1,0 +1,78 @@
+"""Scans the chart, rendered with each values file, for what Kubernetes policies object to, with checkov.
+
+    scan_chart.py PATH_OF_CHECKOV
+
+Findings fail, but for those in EXPLAINED.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.chart.rendering import VALUES, merged, render, values_of
+
+EXPLAINED = {
+    "CKV_K8S_11": "CPU limits throttle what is latency-bound, and requests share CPUs fairly without them",
+    "CKV_K8S_15": "tags are of versions, which do not change; pulling tens of GB of CUDA at every restart would",
+    "CKV_K8S_43": "images are the user's own; images.*.tag takes a digest",
+    "CKV_K8S_35": "the URL of the queue holds its password; settings come from the environment or from ConfigMaps",
+}
+OF_TEST_POD = {
+    "CKV_K8S_8": "the pod of `helm test` runs once, to its end",
+    "CKV_K8S_9": "the pod of `helm test` runs once, to its end",
+}
+EVERYTHING = {
+    "tls": {"enabled": True, "existingSecret": "certificate"},
+    "monitoring": {"podMonitor": True, "rules": True, "dashboard": True},
+    "generation": {"autoscaling": {"enabled": True}},
+}
+"""Switched on besides, for one more round."""
+
+
+def findings(checkov: str, folder: Path) -> list[dict[str, Any]]:
+    """Return checkov's failed checks of the manifests in a folder."""
+    command = [checkov, "--directory", str(folder), "--framework", "kubernetes", "--output", "json", "--quiet"]
+    done = subprocess.run([*command, "--skip-download"], capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise SystemExit(f"checkov failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}") from None
+    answer = answer[0] if isinstance(answer, list) else answer
+    if answer["summary"]["passed"] == 0 or answer["summary"]["parsing_errors"]:
+        raise SystemExit(f"checkov understood nothing: {answer['summary']}")
+    failed: list[dict[str, Any]] = answer["results"]["failed_checks"]
+    print(f"checkov: {answer['summary']['passed']} checks passed, {len(failed)} did not")
+    return failed
+
+
+def is_explained(finding: dict[str, Any]) -> bool:
+    """Whether a finding is as it should be."""
+    check: str = finding["check_id"]
+    return check in EXPLAINED or (check in OF_TEST_POD and finding["resource"].endswith("-test"))
+
+
+def main() -> int:
+    """Render, scan, tell."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in VALUES:
+            for suffix, changes in (("", {}), ("-everything", EVERYTHING)):
+                manifests = render(merged(values_of(name), changes)).manifests
+                path = Path(folder) / f"{name}{suffix}.yaml"
+                path.write_text("---\n".join(yaml.safe_dump(manifest) for manifest in manifests))
+        left = [finding for finding in findings(sys.argv[1], Path(folder)) if not is_explained(finding)]
+    for finding in left:
+        print(f"{finding['check_id']} {finding['check_name']}: {finding['resource']}", file=sys.stderr)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
