@@ -4,8 +4,8 @@ Real runs of the `tiny` preset, each with services of its own: `max_staleness` 0
 1, for the same number of updates. Cases:
 
 - `preset`: as it is. Sampling takes most of a step, so there is little to overlap.
-- `balanced`: shorter responses, more updates a step, and a learner that saves memory by small micro-batches and gradient
-  checkpointing, so that both sides take more nearly as long: where asynchrony gives most.
+- `balanced`: shorter responses, more updates a step, and a learner that saves memory (small micro-batches, gradient
+  checkpointing), so that both sides take more nearly as long: where asynchrony gives most.
 - `slow_environment`: answers take their time, as in a sandbox or before a judge, while no core is busy.
 
 Generation and learner share this machine's cores, with the orchestrator and the queue besides: the ceiling, what
