@@ -73,7 +73,7 @@ SIZES = {
     "tiny": Size({**_qwen3(64, 128, 2, 4), "num_key_value_heads": 2, "head_dim": 16}, 512, (10, 40), (50, 200), 1024),
     "0.6b": Size(_qwen3(1024, 3072, 28, 16)),
     "1.7b": Size(_qwen3(2048, 6144, 28, 16)),
-    "4b": Size(_qwen3(2560, 9728, 36, 32)),
+    "4b": Size(_qwen3(2560, 9728, 36, 32), micro_batch_tokens=8192),
 }
 
 
@@ -98,6 +98,8 @@ def make_model(folder: Path, size: Size, device: str) -> None:
     with torch.device(device):
         model = transformers.Qwen3ForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # all of the GPU is the others'
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w1")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), eos_token="w0", clean_up_tokenization_spaces=False
@@ -162,12 +164,11 @@ def learn(folder: Path, size: Size, device: str, num_prompts: int, num_steps: in
         peak_bytes = (
             torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
-        versions, gather_s = [], 0.0
-        for _ in range(2):
-            started_s = time.perf_counter()
-            versions.append(trainer.weights())
-            gather_s = time.perf_counter() - started_s
-            trainer.train(rollouts, 1.0)
+        versions = [trainer.weights()]
+        trainer.train(rollouts, 1.0)
+        started_s = time.perf_counter()
+        versions.append(trainer.weights())
+        gather_s = time.perf_counter() - started_s
         sharded = any(isinstance(parameter, DTensor) for _, parameter in trainer.policy.trained())
         if world.rank > 0:
             return

@@ -75,7 +75,7 @@ class Policy:
         self.logprobs = PackedForward(self.model, config)
         """Of a packed row: the forward pass."""
         if world.is_sharded:
-            _shard(self.logprobs, self.model)
+            _shard(self.logprobs, self.model, world)
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters that training goes on from: all of them, or the adapters'."""
@@ -156,12 +156,14 @@ def load_reference(config: LearnerConfig, world: World) -> PackedForward:
     return PackedForward(model, config)
 
 
-def _shard(forward: PackedForward, model: Any) -> None:
+def _shard(forward: PackedForward, model: Any, world: World) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    mesh = init_device_mesh(world.device.type, (world.size,))  # else a GPU that is there is taken for `device: cpu` too
     for layer in model.get_decoder().layers:
-        fully_shard(layer)
-    fully_shard(forward, reshard_after_forward=False)  # the head's weights are needed for the gradient at once
+        fully_shard(layer, mesh=mesh)
+    fully_shard(forward, mesh=mesh, reshard_after_forward=False)  # the gradient needs the head's weights at once
     for module in forward.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are divided by what all processes have together
