@@ -8,10 +8,13 @@ from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
 from poise_client._sync import GenerationClient, GroupStream, LearnerClient, ValueClient
+from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
 from poise_client._value import AsyncValueClient
 from poise_client._weights import WeightPush, combine_digests, hash_weights, weights_digest
 
 __all__ = [
+    "TRACEPARENT",
+    "TRACEPARENT_KEY",
     "AsyncGenerationClient",
     "AsyncLearnerClient",
     "AsyncValueClient",

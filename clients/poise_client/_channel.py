@@ -8,6 +8,8 @@ from pathlib import Path
 
 import grpc
 
+from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
+
 MAX_RECEIVED_BYTES = 64 * 2**20
 """A group of many long rollouts is one message; requests stay under gRPC's default of 4 MiB."""
 
@@ -61,11 +63,17 @@ class Dialer:
                 "allow_insecure_token=True where something else encrypts"
             )
         self.target = target
-        self.metadata: tuple[tuple[str, str], ...] = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._token = () if token is None else (("authorization", f"Bearer {token}"),)
         self._credentials = None if tls is None else tls.credentials()
         self._options = _OPTIONS
         if tls is not None and tls.server_name is not None:
             self._options += (("grpc.ssl_target_name_override", tls.server_name),)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with a call: the token, and the trace it belongs to."""
+        trace = TRACEPARENT.get()
+        return (*self._token, (TRACEPARENT_KEY, trace)) if trace else self._token
 
     def open(self) -> grpc.aio.Channel:
         """Open a channel on the running event loop. Connects at the first call."""

@@ -28,6 +28,10 @@ SWITCHES: dict[str, Manifest] = {
     "no policies": {"networkPolicy": {"enabled": False}},
     "no replica": {"generation": {"replicas": 0}, "train": {"enabled": False}},
     "watched": {"monitoring": {"podMonitor": True, "rules": True, "dashboard": True, "labels": {"team": "rl"}}},
+    "traced": {
+        "tracing": {"otlpEndpoint": "http://collector:4318"},
+        "networkPolicy": {"collectors": [{"namespaceSelector": {}}]},
+    },
     "autoscaled": {"generation": {"autoscaling": {"enabled": True}}, "monitoring": {"rules": True}},
     "autoscaled by KEDA": {
         "generation": {"autoscaling": {"enabled": True, "through": "keda", "prometheusUrl": "http://prometheus:9090"}}
@@ -271,3 +275,11 @@ def test_an_autoscaler_that_could_not_work_is_refused(changes: Manifest, remedy:
     scaling = {"generation": {"autoscaling": {"enabled": True} | changes}}
     with pytest.raises(Exception, match=remedy):
         render(merged(values_of("cluster"), scaling))
+
+
+def test_every_program_sends_its_traces_to_the_collector_and_may() -> None:
+    release = render(merged(values_of("cluster"), SWITCHES["traced"]))
+    for role in CONFIGS:
+        assert release.config(role)["tracing"] == {"otlp_endpoint": "http://collector:4318"}
+        (policy,) = (one for one in release.all("NetworkPolicy") if one["metadata"]["name"] == f"run-poise-{role}")
+        assert [{"port": 4318, "protocol": "TCP"}] in [rule["ports"] for rule in policy["spec"]["egress"]]

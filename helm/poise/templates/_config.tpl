@@ -17,6 +17,8 @@ auth:
 drain_timeout_s: {{ (index .root.Values .role).config.drain_timeout_s | default (get $drain .role) }}
 logging:
   format: json
+tracing:
+  otlp_endpoint: {{ .root.Values.tracing.otlpEndpoint | quote }}
 {{- end }}
 
 {{- define "poise.generationConfig" -}}
@@ -53,6 +55,7 @@ logging:
 
 {{- define "poise.trainConfig" -}}
 {{- $own := dict "run_dir" "/runs/run" "endpoints" (include "poise.endpoints" . | fromYaml) "logging" (dict "format" "json") -}}
+{{- $_ := set $own "tracing" (dict "otlp_endpoint" .Values.tracing.otlpEndpoint) -}}
 {{- mergeOverwrite (dict "run_id" .Release.Name) (deepCopy .Values.train.config) $own | toYaml -}}
 {{- end }}
 

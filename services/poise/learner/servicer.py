@@ -6,6 +6,7 @@ Owns validation of requests and the order of batches: one at a time. Knows no to
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import math
 import time
@@ -21,6 +22,7 @@ from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
 from poise.learner.publishing.publisher import Publisher
+from poise.runtime.logging import log_ids
 from poise.runtime.validation import Violations
 from poise_client.codec import (
     CodecError,
@@ -99,8 +101,9 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._thread.shutdown()
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Run what touches the core, one call at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Run what touches the core, one call at a time, with the ids that logs and traces go by."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
 
     async def SubmitAdvantages(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.SubmitAdvantagesRequest], context: Context
@@ -113,7 +116,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             await _read_rest(request_iterator)
             raise
         # Whoever leaves now finds the answer when they ask again: training goes on.
-        return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
+        with log_ids(run=batch.run_id, batch=batch.batch_id, step=batch.step):
+            return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """See learner.proto."""

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from poise.orchestrator.tasks.config import TaskConfig
 from poise.orchestrator.verifiers.config import VerifierConfig
-from poise.runtime.config import LoggingConfig, Settings, StrictModel
+from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
 from poise.runtime.discovery import parse_name
 
 
@@ -104,6 +104,8 @@ class OrchestratorConfig(Settings):
     """Groups a step writes to trajectories.jsonl, for people to read."""
     logging: LoggingConfig = LoggingConfig()
     """What is logged."""
+    tracing: TracingConfig = TracingConfig()
+    """What is traced."""
 
     @model_validator(mode="after")
     def _batch_mean_needs_other_prompts(self) -> Self:

@@ -35,6 +35,7 @@ from poise.runtime.config import ConfigError, redacted
 from poise.runtime.logging import configure_logging
 from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
 from poise.runtime.signals import stopping_by_signal
+from poise.runtime.tracing import configure_tracing
 from poise_client.errors import PoiseClientError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def settle(config: OrchestratorConfig) -> int | None:
 
 def _guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
     configure_logging(config.logging)
+    configure_tracing(config.tracing, "train")
     try:
         return work()
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
 from poise.orchestrator.step import learner_numbers
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
+from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class TrainingLoop:
         self._check_staleness(status)
         policy_version, finished_s = status.policy_version, state.wall_s
         clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
-        pipeline = Pipeline(partial(self._sampler.sample, clock=clock), pending)
+        pipeline = Pipeline(partial(self._sample, clock=clock), pending)
         try:
             for step in range(state.next_step, config.num_steps):
                 if self._stopping.is_set() and step not in pipeline:
@@ -83,14 +84,19 @@ class TrainingLoop:
         await self._evaluator.evaluate("after", config.num_steps, policy_version)
         return True
 
+    async def _sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:
+        with step_span("sample", self._config.run_id, step):
+            return await self._sampler.sample(step, policy_version, num_ahead, clock)
+
     async def _train(self, journalled: JournalledStep) -> dict[str, Any]:
         """Let a step's labels go to the probe and its advantages to the learner; return its numbers."""
         phases = Phases(self._watcher, journalled.step)
-        with phases("publish"):
-            if self._config.algorithm == "poise":
-                await self._services.publish_labels(journalled.labels)
-        with phases("train"):
-            result = await self._services.submit_advantages(journalled.batch)
+        with step_span("train", self._config.run_id, journalled.step):
+            with phases("publish"):
+                if self._config.algorithm == "poise":
+                    await self._services.publish_labels(journalled.labels)
+            with phases("train"):
+                result = await self._services.submit_advantages(journalled.batch)
         phases.seconds["weights"] = result.metrics.publish_s
         phases.seconds["train"] = max(0.0, phases.seconds["train"] - result.metrics.publish_s)
         seconds = journalled.numbers["time_s"] | phases.seconds

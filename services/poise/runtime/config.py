@@ -128,6 +128,13 @@ class LoggingConfig(StrictModel):
     """`json` writes one object a line, for log collectors."""
 
 
+class TracingConfig(StrictModel):
+    """Traces, one for each step, by OpenTelemetry."""
+
+    otlp_endpoint: str = Field("", pattern=r"^(https?://.+)?$")
+    """Where a collector takes OTLP over HTTP, such as `http://collector:4318`; empty records nothing."""
+
+
 class Settings(BaseSettings):
     """Base of a program's whole tree."""
 
@@ -164,6 +171,8 @@ class ServiceConfig(Settings):
     """Who may call."""
     logging: LoggingConfig = LoggingConfig()
     """What is logged."""
+    tracing: TracingConfig = TracingConfig()
+    """What is traced."""
     drain_timeout_s: float = Field(30.0, gt=0)
     """How long shutting down waits for work in hand, s."""
 

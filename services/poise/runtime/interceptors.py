@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.runtime.auth import BearerAuth
+from poise.runtime.tracing import call_span
 from poise_proto.v1 import errors_pb2
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class _Around:
     def answer(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             try:
-                with self._interceptor.admitted(self._details):
+                with self._interceptor.admitted(self._details), self._traced():
                     response = await behaviour(request, context)
             except BaseException as error:
                 await self._fail(error, context)
@@ -182,7 +183,7 @@ class _Around:
         # during a write, is closed at the next garbage collection only, and the handler would work on until then.
         async def call(request: Any, context: Any) -> None:
             try:
-                with self._interceptor.admitted(self._details):
+                with self._interceptor.admitted(self._details), self._traced():
                     responses = behaviour(request, context)
                     if hasattr(responses, "__aiter__"):
                         async with contextlib.aclosing(responses):
@@ -195,6 +196,12 @@ class _Around:
             self._done("OK")
 
         return call
+
+    def _traced(self) -> contextlib.AbstractContextManager[None]:
+        method = self._details.method
+        if method.startswith(_OPEN_SERVICES):
+            return contextlib.nullcontext()
+        return call_span(method.removeprefix("/"), tuple(self._details.invocation_metadata or ()))
 
     def _done(self, code: str) -> None:
         self._interceptor.observe(self._details.method, code, time.monotonic() - self._started)

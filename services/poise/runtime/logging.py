@@ -6,8 +6,25 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
 
 from poise.runtime.config import LoggingConfig
+
+_IDS: ContextVar[Mapping[str, Any]] = ContextVar("poise_log_ids", default=MappingProxyType({}))
+
+
+@contextmanager
+def log_ids(**ids: Any) -> Iterator[None]:
+    """Put ids, such as a step's, into every JSON line that is logged inside."""
+    token = _IDS.set({**_IDS.get(), **ids})
+    try:
+        yield
+    finally:
+        _IDS.reset(token)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -19,6 +36,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **_IDS.get(),
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

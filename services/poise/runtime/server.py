@@ -29,6 +29,7 @@ from poise.runtime.config import ConfigError, GrpcConfig, redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.signals import stopping_by_signal
+from poise.runtime.tracing import configure_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _READINESS_EVERY_S = 0.25
 def serve(app: ServiceApp) -> int:
     """Run until a signal or a drain request; return the exit status."""
     configure_logging(app.config.logging)
+    configure_tracing(app.config.tracing, app.name)
     try:
         token = app.config.auth.read_token()
         refuse_open_bind(app.config, token)
