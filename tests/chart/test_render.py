@@ -282,4 +282,4 @@ def test_every_program_sends_its_traces_to_the_collector_and_may() -> None:
     for role in CONFIGS:
         assert release.config(role)["tracing"] == {"otlp_endpoint": "http://collector:4318"}
         (policy,) = (one for one in release.all("NetworkPolicy") if one["metadata"]["name"] == f"run-poise-{role}")
-        assert [{"port": 4318, "protocol": "TCP"}] in [rule["ports"] for rule in policy["spec"]["egress"]]
+        assert [{"port": 4318, "protocol": "TCP"}] in [rule.get("ports") for rule in policy["spec"]["egress"]]
