@@ -193,6 +193,7 @@ async def measure(seconds: float) -> dict[str, object]:
             "p50_ms": by_load["small", True]["p50_ms"],
             "p99_ms": by_load["small", True]["p99_ms"],
             "max_query_during_refit_ms": by_load["small", True]["max_ms"],
+            "max_echo_during_refit_ms": by_load["small", True]["echo_max_ms"],
             "max_query_idle_ms": by_load["small", False]["max_ms"],
         },
         "machine": {"python": platform.python_version(), "processors": os.cpu_count()},

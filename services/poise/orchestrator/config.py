@@ -83,8 +83,10 @@ class OrchestratorConfig(Settings):
     """Prompts a step samples."""
     rollouts_per_prompt: int = Field(2, ge=2, le=256)
     """Rollouts of each prompt; two are enough for a cross-rollout baseline."""
-    algorithm: Literal["poise", "rloo"] = "poise"
-    """`poise`: the probe's cross-rollout baselines; `rloo`: the siblings' mean reward, without a value service."""
+    algorithm: Literal["poise", "rloo", "grpo", "dr_grpo", "opo", "reinforce_pp"] = "poise"
+    """What advantages are made of. `poise`: the probe's cross-rollout baselines. Without a value service: `rloo`, the
+    siblings' mean reward; `grpo`, the group's mean, divided by its standard deviation; `dr_grpo`, the same undivided;
+    `opo`, the mean weighted by length; `reinforce_pp`, whitened over the batch. docs/algorithms.md has the formulas."""
     bootstrap: Literal["rloo", "batch_mean"] = "rloo"
     """Baseline of a domain while it has no probe: the siblings' mean reward, or that of the other prompts."""
     max_staleness: int = Field(0, ge=0, le=64)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from poise.domain.rivals import RIVALS
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
@@ -20,6 +21,7 @@ from poise.orchestrator.step import (
     group_features,
     labelled_groups,
     predictions,
+    rival_baselines,
     step_numbers,
     training_batch,
 )
@@ -105,11 +107,11 @@ class StepSampler:
 
     async def _value(self, step: int, scored: Sequence[ScoredGroup]) -> StepBaselines:
         """Return the step's baselines: by the algorithm, from what is known before any label of it has left."""
+        if self._config.algorithm != "poise":
+            return rival_baselines(scored, RIVALS[self._config.algorithm])
         return choose_baselines(scored, await self._ask_baselines(step, scored), self._config.bootstrap)
 
-    async def _ask_baselines(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines] | None:
-        if self._config.algorithm == "rloo":
-            return None
+    async def _ask_baselines(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines]:
         try:
             return await self._services.estimate_baselines(self._config.run_id, step, group_features(scored))
         except LabelsConsumedError as error:
@@ -123,7 +125,8 @@ class StepSampler:
     ) -> list[dict[str, Any]]:
         lines = []
         for index in range(min(self._config.samples_per_step, len(scored))):
-            item, values_n, baseline_n = scored[index], baselines.values[index], baselines.baselines[index]
+            item, values_n = scored[index], baselines.values[index]
+            advantages_n = baselines.advantages(index, item.rewards)
             for sibling, rollout in enumerate(item.group.rollouts):
                 lines.append(
                     {
@@ -135,7 +138,7 @@ class StepSampler:
                         "response": rollout.text,
                         "reward": float(item.rewards[sibling]),
                         "value": None if values_n is None else float(values_n[sibling]),
-                        "advantage": float(item.rewards[sibling] - baseline_n[sibling]),
+                        "advantage": float(advantages_n[sibling]),
                     }
                 )
         return lines

@@ -13,6 +13,7 @@ import numpy as np
 
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
 from poise.domain.quality import bias, brier_skill, mean_squared_error, pearson
+from poise.domain.rivals import Rival
 from poise_client.types import (
     Batch,
     Floats,
@@ -47,6 +48,20 @@ class StepBaselines:
     """[n] each: what the probe expected; None where a domain has no probe."""
     probe_versions: dict[str, int]
     """By domain."""
+    scales: list[Floats] | None = None
+    """[n] each: what reward − baseline is divided by; None divides by nothing."""
+
+    def advantages(self, index: int, rewards: Floats) -> Floats:
+        """Return the advantages of the group at `index`, [n]."""
+        centred = advantages(rewards, self.baselines[index])
+        return centred if self.scales is None else (centred / self.scales[index]).astype(np.float32)
+
+
+def rival_baselines(scored: Sequence[ScoredGroup], rival: Rival) -> StepBaselines:
+    """Return the baselines of an algorithm that asks no probe."""
+    lengths = [np.array([r.token_ids.size for r in item.group.rollouts], np.float32) for item in scored]
+    centring = rival([item.rewards for item in scored], lengths)
+    return StepBaselines(centring.baselines, [None] * len(scored), {}, centring.scales)
 
 
 def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
@@ -63,13 +78,11 @@ def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
 
 
 def choose_baselines(
-    scored: Sequence[ScoredGroup], answers: Sequence[GroupBaselines] | None, bootstrap: Bootstrap
+    scored: Sequence[ScoredGroup], answers: Sequence[GroupBaselines], bootstrap: Bootstrap
 ) -> StepBaselines:
-    """Take the probe's baselines where it gave any, else the bootstrap's. `answers` None means no probe was asked."""
+    """Take the probe's baselines where it gave any, else the bootstrap's."""
     rewards = [item.rewards for item in scored]
     fallback = batch_mean(rewards) if bootstrap == "batch_mean" else [mean_of_others(r) for r in rewards]
-    if answers is None:
-        return StepBaselines(fallback, [None] * len(scored), {})
     baselines = [
         spare if answer.baselines is None else answer.baselines for answer, spare in zip(answers, fallback, strict=True)
     ]
@@ -90,8 +103,8 @@ def training_batch(
 ) -> Batch:
     """Return what the learner trains on."""
     rollouts = []
-    for item, baseline_n in zip(scored, baselines.baselines, strict=True):
-        advantages_n = advantages(item.rewards, baseline_n)
+    for index, item in enumerate(scored):
+        advantages_n = baselines.advantages(index, item.rewards)
         rollouts += [
             TrainingRollout(
                 id=rollout.id,

@@ -110,6 +110,7 @@ class LabelConsumer:
         deliveries = await self._queue.read(max_entries=self._config.batch_entries, wait_s=_READ_WAIT_S)
         await self._pass_pause()  # paused while the read waited: what came is held
         for delivery in deliveries:
+            await asyncio.sleep(0)  # questions that wait are answered between two labels
             reason = self._learn(delivery)
             if reason is None:
                 self._learnt.append(delivery.entry_id)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
+from poise.domain.rivals import RIVALS
 from poise.orchestrator.run_folder import RunError
 
 
@@ -102,9 +103,10 @@ async def test_a_stop_ends_the_run_after_the_step_in_hand(tmp_path: Path) -> Non
     assert len(world.batches) == 3
 
 
-async def test_rloo_asks_and_tells_the_value_service_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", RIVALS)
+async def test_rivals_ask_and_tell_the_value_service_nothing(tmp_path: Path, algorithm: str) -> None:
     world = World()
-    await drive(settings(tmp_path, algorithm="rloo"), world)
+    await drive(settings(tmp_path, algorithm=algorithm), world)
     assert not [event for event in world.events if event.startswith(("baselines", "publish"))]
     assert not world.labels
     assert len(world.batches) == 3

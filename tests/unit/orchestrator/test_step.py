@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from poise.domain.rivals import RIVALS
+from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.step import (
     ScoredGroup,
     choose_baselines,
     group_features,
     labelled_groups,
     predictions,
+    rival_baselines,
     step_numbers,
     training_batch,
 )
@@ -52,9 +57,8 @@ def test_questions_carry_the_rewards() -> None:
 def test_without_a_probe_the_baseline_is_the_siblings_or_the_other_prompts_mean() -> None:
     rloo = choose_baselines(SCORED, [answer("a", None), answer("b", None)], "rloo")
     assert [b.tolist() for b in rloo.baselines] == [[0.0, 1.0], [1.0, 1.0]]
-    mean = choose_baselines(SCORED, None, "batch_mean")
+    mean = choose_baselines(SCORED, [answer("a", None), answer("b", None)], "batch_mean")
     assert [b.tolist() for b in mean.baselines] == [[1.0, 1.0], [0.5, 0.5]]
-    assert mean.probe_versions == {}
 
 
 QUALITY = ("pearson", "brier", "brier_skill", "bias")
@@ -94,3 +98,17 @@ def test_labels_carry_features_and_rewards_of_whole_groups() -> None:
         ("b", "d", [1.0, 1.0]),
     ]
     assert labels[0].rollouts[1].prompt_hidden.tolist() == [1.0, 1.0]
+
+
+def test_a_rivals_advantages_reach_the_batch_divided() -> None:
+    chosen = rival_baselines(SCORED, RIVALS["grpo"])
+    batch = training_batch("run", 7, SCORED, chosen, 1.0)
+    assert [rollout.advantage for rollout in batch.rollouts] == pytest.approx([0.7070, -0.7070, 0, 0], abs=1e-4)
+    numbers = step_numbers(SCORED, chosen, 4)
+    assert numbers["baseline"]["source"] == "bootstrap"
+    assert numbers["advantage_variance"]["used"] == pytest.approx(2 * 0.25 / 4)
+
+
+def test_every_rival_may_be_named_and_nothing_else() -> None:
+    named = get_args(OrchestratorConfig.model_fields["algorithm"].annotation)
+    assert set(named) == {"poise", *RIVALS}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from tests.unit.value.parts import Parts, until
@@ -367,3 +368,28 @@ async def test_stopping_ends_a_paused_consumer_and_leaves_the_queue_as_it_is(sta
         await asyncio.wait_for(running, 10)
         assert consumed(parts) == Counter()
     assert len(stream.unread) == 1
+
+
+async def test_questions_are_answered_between_the_labels_of_one_batch(start, stream, make, monkeypatch) -> None:
+    """A batch takes as long as a refit; nobody is to wait for all of it."""
+    await publish(stream, *[make.payload(step) for step in range(4)])
+    order: list[str] = []
+    learn = BaselineEstimator.learn
+
+    def noted(self, label):
+        order.append("label")
+        return learn(self, label)
+
+    async def questions() -> None:
+        while len(order) < 100:
+            if order:
+                order.append("question")
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(BaselineEstimator, "learn", noted)
+    asking = asyncio.create_task(questions())
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+    asking.cancel()
+    labels = [place for place, event in enumerate(order) if event == "label"]
+    assert all("question" in order[one:other] for one, other in pairwise(labels))
