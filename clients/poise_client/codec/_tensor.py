@@ -159,9 +159,10 @@ def from_tensor(
         raise CodecError(field, f"has {num_elements} elements; at most {max_elements} are accepted")
     native = host_dtype(dtype)
     num_bytes = num_elements * native.itemsize
-    if len(tensor.data) != num_bytes:
-        raise CodecError(field, f"has {len(tensor.data)} bytes; shape {list(shape)} of {dtype} takes {num_bytes}")
-    array = np.frombuffer(tensor.data, native.newbyteorder("<")).reshape(shape)
+    data = tensor.data  # protobuf copies at every look
+    if len(data) != num_bytes:
+        raise CodecError(field, f"has {len(data)} bytes; shape {list(shape)} of {dtype} takes {num_bytes}")
+    array = np.frombuffer(data, native.newbyteorder("<")).reshape(shape)
     if sys.byteorder == "big":
         array = array.astype(native)
         array.flags.writeable = False
