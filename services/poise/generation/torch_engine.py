@@ -227,7 +227,10 @@ class TorchEngine:
 
     def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
         """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
-        parameters = dict(self._model.named_parameters())
+        model = self._model
+        if model is None:
+            raise RuntimeError("the engine was stopped")
+        parameters = dict(model.named_parameters())
         try:
             with safe_open(weights, framework="pt") as file:
                 new = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
