@@ -17,7 +17,7 @@ from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import read_token_file
+from poise.runtime.config import check_readable, read_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
@@ -108,6 +108,7 @@ def build(config: LearnerConfig) -> LearnerApp:
     """Construct the service. No I/O but the replicas' token and authorities."""
     token_file = config.replica_token_file
     token = None if token_file is None else read_token_file(token_file, "replica_token_file")
+    check_readable(config.replica_ca_file, "replica_ca_file")
     retries = RetryPolicy(max_attempts=1)  # the publisher tries again by itself, and a step waits for one try
 
     def connect(address: Address) -> AsyncGenerationClient:

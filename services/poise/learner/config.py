@@ -159,7 +159,7 @@ class LearnerConfig(ServiceConfig):
 
     @field_validator("replicas")
     @classmethod
-    def _names_can_be_looked_up(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+    def _replicas_can_be_found(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
         for target in replicas:
             parse_name(target)
         return replicas

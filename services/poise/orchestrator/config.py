@@ -34,7 +34,7 @@ class EndpointsConfig(StrictModel):
 
     @field_validator("generation")
     @classmethod
-    def _names_can_be_looked_up(cls, generation: tuple[str, ...]) -> tuple[str, ...]:
+    def _replicas_can_be_found(cls, generation: tuple[str, ...]) -> tuple[str, ...]:
         for target in generation:
             parse_name(target)
         return generation

@@ -119,6 +119,19 @@ def read_token_file(path: Path, field: str) -> str:
     return token
 
 
+def check_readable(path: Path | None, field: str) -> None:
+    """Read a file that the setting `field` names, where it names one, before anything depends on it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        if path is not None:
+            path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{field}: {path} cannot be read: {error}") from error
+
+
 class LoggingConfig(StrictModel):
     """What is logged, to standard error."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"dns:///([A-Za-z0-9._-]+):([0-9]{1,5})")
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,21 @@ def parse_name(target: str) -> tuple[str, int] | None:
     """Return host and port of a `dns:///` target; None for an address as it stands.
 
     Raises:
-        ValueError: it begins so, and is no name with a port.
+        ValueError: it is neither: what it would have to look like.
     """
-    if not target.startswith("dns:"):
-        return None
-    match = _NAME.fullmatch(target)
-    if match is None or not 0 < int(match[2]) < 65536:
-        raise ValueError(f"{target!r} must look like dns:///name:port")
-    return match[1], int(match[2])
+    if target.startswith("dns:"):
+        match = _NAME.fullmatch(target)
+        if match is None or not _is_port(match[2]):
+            raise ValueError(f"{target!r} must look like dns:///name:port")
+        return match[1], int(match[2])
+    match = _ADDRESS.fullmatch(target)
+    if not target.startswith("unix:") and (match is None or not _is_port(match[1])):
+        raise ValueError(f"{target!r} must look like host:port, unix:path or dns:///name:port")
+    return None
+
+
+def _is_port(digits: str) -> bool:
+    return 0 < int(digits) < 65536
 
 
 async def resolve(host: str, port: int) -> set[str]:
@@ -66,7 +74,7 @@ class Discovery:
             try:
                 self._found[name] = await self._resolve(*name)
                 self._failing.discard(name)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter: no name that could be asked for
                 if name not in self._failing:
                     logger.warning("replicas dns:///%s:%d cannot be looked up: %s", *name, error)
                     self._failing.add(name)

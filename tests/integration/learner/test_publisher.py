@@ -290,3 +290,53 @@ async def test_stopping_ends_a_push_that_hangs(replica, publisher):
     async with asyncio.timeout(TIMEOUT_S):
         await sender.stop()
         await publishing
+
+
+async def test_a_replica_that_no_client_can_be_made_for_says_why_holds_up_nobody_and_is_tried_again(replica, caplog):
+    well, unread, broken = [await replica() for _ in range(3)]
+    problems = {unread.address: FileNotFoundError("ca.pem"), broken.address: RuntimeError("a defect")}
+
+    def connect_or_not(address: Address) -> AsyncGenerationClient:
+        if address.target in problems:
+            raise problems[address.target]
+        return connect(address)
+
+    config = PushConfig(timeout_s=10 * TIMEOUT_S, reconcile_every_s=0.02)
+    targets = [unread.address, well.address, broken.address]
+    sender = publisher_to(targets, config, connect_or_not)
+    sender.start()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(1))
+    assert well.policy == served(version(1))
+    by_address = {result.address: result for result in sender.results}
+    assert by_address.keys() == set(targets)
+    assert (by_address[unread.address].current, by_address[unread.address].error) == (
+        False,
+        "no connection can be made: ca.pem",
+    )
+    assert "a defect" in by_address[broken.address].error
+    problems.clear()
+    await eventually(lambda: all(result.current for result in sender.results))
+    assert unread.policy == broken.policy == served(version(1))
+    assert caplog.text.count("no connection can be made") == 2
+    await sender.stop()
+
+
+async def test_looking_that_fails_is_told_holds_up_nobody_and_goes_on(replica, caplog):
+    one = await replica()
+    answers: list[Any] = [RuntimeError("a defect"), {one.address}]
+
+    async def resolve(host, port):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    config = PushConfig(timeout_s=10 * TIMEOUT_S, reconcile_every_s=0.02)
+    sender = Publisher(Discovery(["dns:///replicas:1"], resolve), connect, make_transport(config), config)
+    sender.start()
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(1))
+    await eventually(lambda: one.policy == served(version(1)))
+    assert "a defect in looking for replicas" in caplog.text
+    await sender.stop()

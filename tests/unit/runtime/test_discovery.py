@@ -23,6 +23,22 @@ def test_what_is_no_name_is_refused(target):
         parse_name(target)
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["http://gen:50051", "gen", "gen:", "gen:http", ":50051", "gen:0", "gen:70000", "a b:1", "[::1]", "::1:5", ""],
+)
+def test_what_is_neither_a_name_nor_an_address_is_refused(target):
+    with pytest.raises(ValueError, match="must look like host:port, unix:path or dns:///name:port"):
+        parse_name(target)
+
+
+async def test_a_name_that_cannot_even_be_asked_for_keeps_the_others():
+    names = Names(a=["10.0.0.1"])
+    names.answers["a..b"] = UnicodeError("label empty or too long")
+    found = await Discovery(["dns:///a..b:5", "dns:///a:5"], names).find()
+    assert [address.target for address in found] == ["10.0.0.1:5"]
+
+
 class Names:
     """A name server that answers what a test says."""
 

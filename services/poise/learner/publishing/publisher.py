@@ -36,6 +36,8 @@ class Publisher:
         self._config = config
         self._replicas: dict[str, Replica] = {}
         self._loops: dict[str, asyncio.Task[None]] = {}
+        self._unconnected: dict[str, ReplicaResult] = {}
+        """Those that no client could be made for, and why: tried again with every look."""
         self._looked = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self._withdrawing: set[asyncio.Task[None]] = set()
@@ -58,7 +60,7 @@ class Publisher:
     @property
     def results(self) -> tuple[ReplicaResult, ...]:
         """How each replica stands."""
-        return tuple(replica.result for replica in self._replicas.values())
+        return (*(replica.result for replica in self._replicas.values()), *self._unconnected.values())
 
     async def stop(self) -> None:
         """End the loops, close the clients and leave nothing behind."""
@@ -88,24 +90,49 @@ class Publisher:
 
     async def _look(self) -> None:
         while True:
-            await self._adopt(await self._discovery.find())
+            is_done = False
+            try:
+                await self._adopt(await self._discovery.find())
+                is_done = self._discovery.is_fixed and not self._unconnected
+            except Exception:
+                # Whatever it is, it must not end the looking: nobody would get what is learnt from then on.
+                logger.exception("a defect in looking for replicas; they are looked for again")
             self._looked.set()
-            if self._discovery.is_fixed:
+            if is_done:
                 return
             await asyncio.sleep(self._config.reconcile_every_s)
 
     async def _adopt(self, addresses: list[Address]) -> None:
         """Take in the replicas that came, and let go of those that went."""
-        for target in self._replicas.keys() - {address.target for address in addresses}:
+        targets = {address.target for address in addresses}
+        for target in self._unconnected.keys() - targets:
+            del self._unconnected[target]
+        for target in self._replicas.keys() - targets:
             logger.info("replica %s is gone", target)
             await self._forget(target)
         for address in addresses:
             if address.target in self._replicas:
                 continue
-            replica = self._replicas[address.target] = Replica(self._connect(address), self._config)
+            client = self._client_of(address)
+            if client is None:
+                continue
+            replica = self._replicas[address.target] = Replica(client, self._config)
             if self._offer is not None:
                 replica.want(self._offer)
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
+
+    def _client_of(self, address: Address) -> AsyncGenerationClient | None:
+        """Return a client for a replica; None where none can be made, which is told as how that replica stands."""
+        try:
+            client = self._connect(address)
+        except Exception as error:  # authorities that cannot be read; an address that is none
+            told = ReplicaResult(address.target, 0, False, f"no connection can be made: {error}", 0.0, 0.0)
+            if told != self._unconnected.get(address.target):
+                logger.warning("replica %s is not current: %s", address.target, told.error)
+            self._unconnected[address.target] = told
+            return None
+        self._unconnected.pop(address.target, None)
+        return client
 
     async def _forget(self, target: str) -> None:
         replica, loop = self._replicas.pop(target), self._loops.pop(target)

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+
+from poise.learner.app import build
+from poise.runtime.config import ConfigError
+
+
+@pytest.mark.parametrize("target", ["http://gen:50051", "gen", "dns:gen:1"])
+def test_a_replica_that_cannot_be_an_address_is_refused(config, target):
+    with pytest.raises(ValueError, match=r"replicas[\s\S]*must look like"):
+        config(replicas=("gen:50051", target))
+
+
+def test_authorities_that_cannot_be_read_are_refused_at_the_start(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"replica_ca_file: .*ca\.pem cannot be read"):
+        build(config(replicas=("gen:50051",), replica_ca_file=tmp_path / "ca.pem"))
+    (tmp_path / "ca.pem").write_text("")
+    build(config(replicas=("gen:50051",), replica_ca_file=tmp_path / "ca.pem"))
