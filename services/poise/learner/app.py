@@ -60,8 +60,10 @@ class LearnerApp(ServiceApp):
 
     async def stop(self) -> None:
         """See `ServiceApp`."""
-        await self._publisher.stop()
-        await self._servicer.stop()
+        try:
+            await self._publisher.stop()
+        finally:
+            await self._servicer.stop()
 
     def readiness(self) -> Readiness:
         """Ready when a batch is accepted."""

@@ -112,17 +112,14 @@ class CheckpointStore:
             return target
         temporary = self._folder / f"writing-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
-        digests = np.frombuffer(b"".join(sorted(seen)), np.uint8).reshape(-1, 16)
-        safetensors.numpy.save_file({"seen": digests}, temporary / "seen.safetensors")
-        sums = {name: _sha256(temporary / name) for name in _FILES} | {"progress": _sha256_of(asdict(progress))}
-        state = {"schema_version": SCHEMA_VERSION, "sha256": sums, "progress": asdict(progress)}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(temporary)
+        try:
+            _write(temporary, progress, tensors, seen)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"{temporary} cannot be written: {error}") from error
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full: not of this
+            raise
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync_folder(self._folder)
@@ -192,6 +189,21 @@ class CheckpointStore:
 
     def _path(self, sequence: int) -> Path:
         return self._folder / f"checkpoint-{sequence:08d}"
+
+
+def _write(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], seen: Set[bytes]) -> None:
+    """Make the folder of a checkpoint, durable on return. Raises `OSError` or `SafetensorError`."""
+    folder.mkdir()
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tensors.safetensors")
+    digests = np.frombuffer(b"".join(sorted(seen)), np.uint8).reshape(-1, 16)
+    safetensors.numpy.save_file({"seen": digests}, folder / "seen.safetensors")
+    sums = {name: _sha256(folder / name) for name in _FILES} | {"progress": _sha256_of(asdict(progress))}
+    state = {"schema_version": SCHEMA_VERSION, "sha256": sums, "progress": asdict(progress)}
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -50,8 +50,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """End, after what is being written."""
-        self._settle()
-        self._thread.shutdown()
+        try:
+            self._settle()
+        finally:
+            self._thread.shutdown()
 
     def _settle(self) -> None:
         try:

@@ -10,6 +10,7 @@ must be called from one thread at a time, but for the read-only properties.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -122,9 +123,10 @@ class LearnerCore:
 
     def close(self) -> None:
         """Let go of the state folder, after the checkpoint that is being written."""
-        self._checkpoints.close()
-        self._trainer.close()
-        self._store.close()
+        with contextlib.ExitStack() as last:  # each, whatever becomes of the one before
+            last.callback(self._store.close)
+            last.callback(self._trainer.close)
+            self._checkpoints.close()
 
     def answer_of(self, batch: Batch) -> Answer | None:
         """Return the stored answer of a batch that was trained on.

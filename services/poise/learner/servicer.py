@@ -97,8 +97,10 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
     async def stop(self) -> None:
         """Let go of the state folder: after the work in hand, for it writes there."""
-        await self.on_thread(self._core.close)
-        self._thread.shutdown()
+        try:
+            await self.on_thread(self._core.close)
+        finally:
+            self._thread.shutdown()
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run what touches the core, one call at a time, with the ids that logs and traces go by."""

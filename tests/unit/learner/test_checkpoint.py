@@ -1,7 +1,9 @@
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,27 @@ def test_a_lineage_is_named_once_until_a_new_one_begins(store, open_store):
     newer = store.new_lineage()
     assert newer != name
     assert open_store().lineage() == newer
+
+
+@contextmanager
+def no_room_beyond(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: writing more is an error of the system's own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [100, 4096], ids=["tensors", "seen"])
+def test_a_disk_that_is_full_is_an_os_error_and_leaves_nothing_of_the_new(store, folder, limit):
+    store.save(*content(1))
+    progress, tensors, seen = content(2)
+    seen = {i.to_bytes(16) for i in range(1000)}
+    with no_room_beyond(limit), pytest.raises(OSError, match="File too large"):
+        store.save(progress, tensors, seen)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-00000001", "lock"]
+    assert_holds(store, 1)
+    store.save(*content(2))
+    assert_holds(store, 2)

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from safetensors import SafetensorError
 from tests.unit.learner.batches import make_batch, make_config
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.learner import checkpoint as checkpoint_module
 from poise.learner.checkpoint import CheckpointStore, StateError
+from poise.learner.checkpointing import Checkpointer
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
 from poise.learner.trainer import Trainer
@@ -372,6 +375,40 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, mon
     assert "no checkpoint was taken" in caplog.text
     assert core.checkpoint_version == 0
     assert start().published.digest == digests[2]
+
+
+def test_a_checkpoint_on_a_full_disk_costs_no_answer_and_closing_lets_go_of_everything(
+    start, config, digests, monkeypatch, caplog
+):
+    core = start()
+    core.submit(make_batch(0))
+
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.safetensors.torch, "save_file", full)
+        for step in (1, 2, 3):
+            assert core.submit(make_batch(step))[0].policy_version == step + 1
+        core.close()
+    assert caplog.text.count("no checkpoint was taken") == 2
+    assert start().published.digest == digests[4]  # the folder was free
+
+
+def test_closing_lets_go_of_the_folder_though_what_comes_before_fails(start, config, monkeypatch):
+    core = start()
+    for owner, name in ((Checkpointer, "close"), (Trainer, "close")):
+        with monkeypatch.context() as patch:
+
+            def broken(*args: object) -> None:
+                raise RuntimeError("the others are gone")
+
+            patch.setattr(owner, name, broken)
+            with pytest.raises(RuntimeError, match="the others are gone"):
+                core.close()
+        other = CheckpointStore(config().state_dir, keep=1)
+        other.open()
+        other.close()
 
 
 @pytest.mark.parametrize("point", [(Trainer, "_update"), (Journal, "write_answer")])
