@@ -387,7 +387,8 @@ class StepResult:
     duplicate: bool
     metrics: StepMetrics
     rejected: tuple[tuple[RolloutId, str], ...]
-    """Rollouts left out, and why: "stale", "duplicate" or "future_version"."""
+    """Rollouts left out, and why: "stale", "duplicate", "future_version", or "failed" where training on the
+    batch failed again and again."""
     replicas: tuple[ReplicaResult, ...]
 
 

@@ -286,7 +286,7 @@ class RejectedRollout(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """"stale", "duplicate" or "future_version"."""
+    """"stale", "duplicate" or "future_version"; "failed" where training on the batch failed again and again."""
     @_builtins.property
     def id(self) -> _common_pb2.RolloutId:
         """Which."""

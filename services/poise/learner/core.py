@@ -3,6 +3,7 @@
 A batch is journalled, then trained on, then answered; a checkpoint follows every few. A restart loads the last
 checkpoint and trains again on the batches journalled since: the same versions, the same weights. What fails between
 journal and answer leaves the memory in doubt, not the disk: the core refuses all from then on, for a restart to mend.
+A batch on which training fails again and again is set aside, and changes nothing.
 
 Owns versions, what was trained on, and what was answered. Knows neither gRPC nor replicas. All its methods block and
 must be called from one thread at a time, but for the read-only properties.
@@ -14,22 +15,24 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.admission import admit
+from poise.learner.attempts import Attempts
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
-from poise.learner.journal import Answer, Journal
-from poise.learner.nonfinite import NonfiniteBatches
+from poise.learner.exporting import replace_folder
+from poise.learner.journal import FAILED, Answer, Journal
+from poise.learner.kept import KeptBatches
 from poise.learner.team import make_trainer
 from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, StepMetrics, WeightArray
+from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,8 @@ class LearnerCore:
         self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
         self._journal = Journal(config.state_dir / "journal")
         self._checkpoints = Checkpointer(self._store, self._journal)
-        self._nonfinite = NonfiniteBatches(config.state_dir / "nonfinite", config.keep_nonfinite)
+        self._nonfinite = KeptBatches(config.state_dir / "nonfinite", config.keep_nonfinite)
+        self._attempts = Attempts(self._journal, KeptBatches(config.state_dir / "failed", config.keep_nonfinite))
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
         self._weights: dict[str, WeightArray] = {}
@@ -86,7 +90,7 @@ class LearnerCore:
 
         Raises:
             StateError: the folder is in use, or damaged beyond its spares.
-            BackendDown: the model cannot be loaded.
+            BackendDown: the model cannot be loaded, or training again failed.
         """
         self._store.open()
         self._journal.open()
@@ -107,8 +111,8 @@ class LearnerCore:
         while (batch := self._journalled(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
-            again = self._train(batch, dump_batch(batch))
             before = answered.get(sequence)
+            again = self._try(batch, dump_batch(batch), before)
             if sequence in answered and (before is None or before.digest != again.digest):
                 # Another machine, library or setting: the versions that were served are not these, or may not be.
                 # Before the new answer hides it: a restart in between must see it again.
@@ -127,14 +131,6 @@ class LearnerCore:
             last.callback(self._store.close)
             last.callback(self._trainer.close)
             self._checkpoints.close()
-
-    def answer_of(self, batch: Batch) -> Answer | None:
-        """Return the stored answer of a batch that was trained on.
-
-        Raises:
-            Conflict: its id was used for other content.
-        """
-        return self._known(batch, hashlib.sha256(dump_batch(batch)).hexdigest())
 
     def submit(self, batch: Batch) -> tuple[Answer, bool]:
         """Train on a batch unless it was trained on; return the answer, durable, and whether it is a stored one.
@@ -159,11 +155,12 @@ class LearnerCore:
                 f"state_dir cannot be written, and nothing was trained on: {error}", remedy="Make room for it."
             ) from error
         try:
-            answer = self._train(batch, content)
+            answer = self._try(batch, content)
             self._keep(sequence, answer)
         except Exception as error:
-            self.failure = f"training on batch {batch.batch_id} failed midway: {error}"
-            logger.exception("training on batch %s failed midway", batch.batch_id)
+            trained = not isinstance(error, BackendDown)
+            self.failure = f"the answer to batch {batch.batch_id} cannot be kept: {error}" if trained else str(error)
+            logger.exception("batch %s came to no answer", batch.batch_id)
             self._refuse_if_failed()
         if answer.policy_version != self.published.policy_version:
             self._publish(self.published.lineage_id)
@@ -192,16 +189,8 @@ class LearnerCore:
     def export(self, name: str) -> ModelExport:
         """Write the policy as a Hugging Face folder; one of the same name is replaced. Raises as `checkpoint` does."""
         self._refuse_if_failed()
-        folder = self._config.export_dir or self._config.state_dir / "exports"
-        folder.mkdir(parents=True, exist_ok=True)
-        target, writing, old = folder / name, folder / f".{name}.writing", folder / f".{name}.old"
-        for leftover in (writing, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._trainer.save_model(str(writing))
-        if target.exists():
-            target.rename(old)
-        writing.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        target = (self._config.export_dir or self._config.state_dir / "exports") / name
+        replace_folder(target, self._trainer.save_model)
         return ModelExport(str(target.resolve()), self.progress.policy_version)
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
@@ -235,16 +224,25 @@ class LearnerCore:
                 "lower optimiser.learning_rate, or, where batches are to blame, with a higher max_nonfinite_in_a_row.",
             )
 
+    def _try(self, batch: Batch, content: bytes, answered: Answer | None = None) -> Answer:
+        """Train on a journalled batch, or set it aside. Raises `BackendDown`, counted, where training fails."""
+        sequence = self.progress.num_batches
+        if self._attempts.are_over(sequence, content, answered):
+            self._attempts.set_aside(sequence, batch, content)
+            return self._count(batch, content, StepMetrics(), [(rollout.id, FAILED) for rollout in batch.rollouts])
+        try:
+            return self._train(batch, content)
+        except Exception as error:
+            raise self._attempts.failed(sequence, batch, content, error) from error
+
     def _train(self, batch: Batch, content: bytes) -> Answer:
         """Train on what of a journalled batch may be trained on."""
         progress = self.progress
         split = admit(batch, self._seen, progress.policy_version, self._config.max_staleness)
         metrics = StepMetrics()
-        version = progress.policy_version
         if split.accepted:
             metrics = self._trainer.train(split.accepted, batch.temperature)
             metrics = dataclasses.replace(metrics, staleness=dict(split.ages))
-            version += 1
         if metrics.num_skipped_updates:
             logger.error(
                 "batch %s: %d of its mini-batches changed nothing, for their loss or gradient was not finite; it is "
@@ -254,26 +252,33 @@ class LearnerCore:
                 self._nonfinite.save(progress.num_batches, content) or "nothing",
             )
         self._seen |= split.names
-        reasons = Counter(progress.num_rejected) + Counter(reason for _, reason in split.rejected)
+        if split.accepted:
+            self._take_weights()
+        return self._count(batch, content, metrics, split.rejected)
+
+    def _count(
+        self, batch: Batch, content: bytes, metrics: StepMetrics, rejected: Sequence[tuple[RolloutId, str]]
+    ) -> Answer:
+        """Go on past a batch, to the next version where any of it was trained on; return what came of it."""
+        progress = self.progress
+        num_accepted = len(batch.rollouts) - len(rejected)
         self.progress = Progress(
-            policy_version=version,
+            policy_version=progress.policy_version + (num_accepted > 0),
             num_updates=progress.num_updates + metrics.num_updates,
             num_batches=progress.num_batches + 1,
-            num_rollouts=progress.num_rollouts + len(split.accepted),
-            num_rejected=dict(reasons),
+            num_rollouts=progress.num_rollouts + num_accepted,
+            num_rejected=dict(Counter(progress.num_rejected) + Counter(reason for _, reason in rejected)),
             last_batch_id=batch.batch_id,
             num_skipped_in_a_row=self._trainer.num_skipped_in_a_row,
         )
-        if split.accepted:
-            self._take_weights()
         return Answer(
             run_id=batch.run_id,
             batch_id=batch.batch_id,
             content=hashlib.sha256(content).hexdigest(),
-            policy_version=version,
+            policy_version=self.progress.policy_version,
             digest=self._digest.hex(),
             metrics=metrics,
-            rejected=tuple(split.rejected),
+            rejected=tuple(rejected),
         )
 
     def _keep(self, sequence: int, answer: Answer) -> None:

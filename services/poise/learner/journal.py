@@ -2,6 +2,7 @@
 
     <folder>/batch-00000042.pb      the batch as it came: length-delimited messages of learner.proto, then a checksum
     <folder>/answer-00000042.json   what came of it
+    <folder>/failures-00000042.json how often training on it failed, where it did
 
 Owns the files. A restart trains again on the batches after the last checkpoint, in order.
 """
@@ -23,6 +24,9 @@ from poise_client.types import Batch, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
 
+FAILED = "failed"
+"""Why the rollouts of a batch are rejected on which training failed for good."""
+
 _DIGEST_BYTES = 32
 
 
@@ -40,6 +44,11 @@ class Answer:
     """Of the weights after it, hexadecimal."""
     metrics: StepMetrics
     rejected: tuple[tuple[RolloutId, str], ...]
+
+    @property
+    def is_set_aside(self) -> bool:
+        """Whether training on the batch failed for good."""
+        return any(reason == FAILED for _, reason in self.rejected)
 
     def to_json(self) -> str:
         """Serialise."""
@@ -91,6 +100,21 @@ class Journal:
         """Keep an answer, durable on return."""
         write_file(self._answer(sequence), answer.to_json().encode())
 
+    def num_failures(self, sequence: int, content: bytes) -> int:
+        """Return how often training on a batch has failed. Its number alone may have been another batch's once."""
+        try:
+            failures: dict[str, Any] = json.loads(self._failures(sequence).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+        return int(failures["count"]) if failures["content"] == hashlib.sha256(content).hexdigest() else 0
+
+    def add_failure(self, sequence: int, content: bytes, why: str) -> int:
+        """Count one more, durable on return; return how many there are."""
+        count = self.num_failures(sequence, content) + 1
+        failures = {"content": hashlib.sha256(content).hexdigest(), "count": count, "last": why}
+        write_file(self._failures(sequence), json.dumps(failures).encode())
+        return count
+
     def answers(self) -> Iterator[tuple[int, Answer | None]]:
         """Yield all answers kept, oldest first; None in place of one that is damaged, which the log names."""
         for path in sorted(self._folder.glob("answer-*.json")):
@@ -102,14 +126,21 @@ class Journal:
             yield int(path.stem.removeprefix("answer-")), answer
 
     def prune(self, before_batch: int, before_answer: int) -> None:
-        """Drop batches and answers of lower sequence numbers."""
-        for pattern, limit in (("batch-*.pb", before_batch), ("answer-*.json", before_answer)):
+        """Drop batches, with their failures, and answers of lower sequence numbers."""
+        for pattern, limit in (
+            ("batch-*.pb", before_batch),
+            ("failures-*.json", before_batch),
+            ("answer-*.json", before_answer),
+        ):
             for path in self._folder.glob(pattern):
                 if int(path.stem.partition("-")[2]) < limit:
                     path.unlink(missing_ok=True)
 
     def _batch(self, sequence: int) -> Path:
         return self._folder / f"batch-{sequence:08d}.pb"
+
+    def _failures(self, sequence: int) -> Path:
+        return self._folder / f"failures-{sequence:08d}.json"
 
     def _answer(self, sequence: int) -> Path:
         return self._folder / f"answer-{sequence:08d}.json"

@@ -1,6 +1,6 @@
 import dataclasses
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from poise.learner.journal import Journal
 from poise.learner.trainer import Trainer
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
-from poise_client.types import Batch, VersionSpan
+from poise_client.types import Batch, TrainingRollout, VersionSpan
 
 
 class Killed(BaseException):
@@ -426,7 +426,10 @@ def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start
 
     with monkeypatch.context() as patch:
         patch.setattr(*point, fail)
-        with pytest.raises(BackendDown, match="step-00000001 failed midway: out of memory"):
+        what = (
+            "cannot be kept: out of memory" if point[0] is Journal else "failed midway: out of memory .failure 1 of 2"
+        )
+        with pytest.raises(BackendDown, match=f"step-00000001 {what}"):
             core.submit(make_batch(1))
     assert "out of memory" in core.failure
     assert core.published.digest == digests[1]
@@ -436,6 +439,101 @@ def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start
     again = start()
     assert again.published.digest == digests[2]
     assert again.submit(make_batch(1))[1]
+
+
+def out_of_memory_at(step: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Training on the batch of a step fails in its second mini-batch; returns the attempts, each a number."""
+    train, attempts, marked = Trainer.train, [], make_batch(step).rollouts[-1].id
+
+    def fail(self: Trainer, rollouts: Sequence[TrainingRollout], temperature: float) -> object:
+        if rollouts[-1].id == marked:
+            attempts.append(len(attempts))
+            train(self, rollouts[:4], temperature)
+            raise RuntimeError("out of memory")
+        return train(self, rollouts, temperature)
+
+    patch.setattr(Trainer, "train", fail)
+    return attempts
+
+
+def test_a_batch_that_training_always_fails_on_is_set_aside_and_changes_nothing(start, monkeypatch, caplog):
+    core = start(keep_checkpoints=1)
+    core.submit(make_batch(0))
+    attempts = out_of_memory_at(1, monkeypatch)
+    with pytest.raises(BackendDown, match="failure 1 of 2") as refused:
+        core.submit(make_batch(1))
+    with pytest.raises(BackendDown, match="failure 2 of 2") as refused_again:
+        start(keep_checkpoints=1)
+    for error in (refused, refused_again):
+        assert "lower micro_batch_tokens or set gradient_checkpointing" in str(error.value)
+
+    again = start(keep_checkpoints=1)
+    assert len(attempts) == 2
+    assert again.published.digest == core.published.digest
+    assert (again.progress.policy_version, again.progress.num_batches, again.progress.num_rollouts) == (1, 2, 6)
+    answer, duplicate = again.submit(make_batch(1))
+    assert duplicate
+    assert answer.rejected == tuple((rollout.id, "failed") for rollout in make_batch(1).rollouts)
+    assert (answer.policy_version, answer.metrics.num_updates) == (1, 0)
+    assert again.progress.num_rejected == {"failed": 6}
+    kept = again._config.state_dir / "failed" / "batch-00000001.pb"
+    assert dump_batch(load_batch(kept.read_bytes())) == dump_batch(make_batch(1))
+    assert "step-00000001 failed 2 times: its rollouts are rejected, and it is kept as" in caplog.text
+    assert "lower micro_batch_tokens" in caplog.text
+
+    # Training goes on as if it had never been, over restarts before and after a checkpoint.
+    without = start(state_dir=core._config.state_dir.with_name("without"))
+    for step in (0, 2, 3, 4):
+        without.submit(make_batch(step, version=0 if step == 0 else step - 1))
+    for step in (2, 3, 4):
+        again.submit(make_batch(step, version=step - 1))
+        again = start(keep_checkpoints=1)
+        assert again.submit(make_batch(1)) == (answer, True)
+    assert again.published.digest == without.published.digest
+    assert len(attempts) == 2
+
+
+def test_a_batch_that_failed_once_and_then_not_is_trained_on_like_any_other(start, digests, monkeypatch):
+    core = start()
+    core.submit(make_batch(0))
+    with monkeypatch.context() as patch:
+        out_of_memory_at(1, patch)
+        with pytest.raises(BackendDown):
+            core.submit(make_batch(1))
+    again = start()
+    assert again.published.digest == digests[2]
+    assert not again.submit(make_batch(1))[0].rejected
+
+
+def test_a_batch_that_was_trained_on_is_never_set_aside(start, digests, monkeypatch):
+    """Its effect was served: settings under which it fails again are to blame, and are named."""
+    core = start(checkpoint_every_steps=100)
+    for step in range(2):
+        core.submit(make_batch(step))
+    with monkeypatch.context() as patch:
+        out_of_memory_at(1, patch)
+        for _ in range(4):
+            with pytest.raises(BackendDown, match="step-00000001 failed midway"):
+                start(checkpoint_every_steps=100)
+    assert start(checkpoint_every_steps=100).published.digest == digests[2]
+
+
+def test_failures_that_cannot_be_noted_set_nothing_aside(start, digests, monkeypatch):
+    core = start()
+    core.submit(make_batch(0))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        out_of_memory_at(1, patch)
+        patch.setattr(Journal, "add_failure", full)
+        with pytest.raises(BackendDown, match=r"out of memory; and this cannot be noted: .*No space left"):
+            core.submit(make_batch(1))
+        for _ in range(3):
+            with pytest.raises(BackendDown, match="cannot be noted"):
+                start()
+    assert start().published.digest == digests[2]
 
 
 def poisoned(step: int) -> Batch:

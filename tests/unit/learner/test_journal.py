@@ -68,3 +68,22 @@ def test_what_was_left_half_written_is_no_entry(journal, tmp_path):
     assert journal.read_batch(0) is None
     assert list(journal.answers()) == []
     journal.prune(before_batch=9, before_answer=9)
+
+
+def test_failures_are_counted_for_a_batch_and_not_for_another_of_its_number(journal):
+    first, other = dump_batch(make_batch(0)), dump_batch(make_batch(1))
+    assert journal.num_failures(3, first) == 0
+    assert [journal.add_failure(3, first, "out of memory") for _ in range(2)] == [1, 2]
+    assert (journal.num_failures(3, first), journal.num_failures(3, other), journal.num_failures(4, first)) == (2, 0, 0)
+    assert journal.add_failure(3, other, "out of memory") == 1
+    journal.prune(before_batch=4, before_answer=0)
+    assert journal.num_failures(3, other) == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0" * 30])
+def test_a_damaged_count_of_failures_counts_for_nothing(journal, tmp_path, content):
+    batch = dump_batch(make_batch(0))
+    journal.add_failure(0, batch, "out of memory")
+    (tmp_path / "journal" / "failures-00000000.json").write_text(content)
+    assert journal.num_failures(0, batch) == 0
+    assert journal.add_failure(0, batch, "out of memory") == 1

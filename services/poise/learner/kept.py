@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient was not finite, kept for inspection.
+"""Batches kept for inspection: whose loss or gradient was not finite, and those on which training failed for good.
 
 <folder>/batch-00000042.pb      as it came; `poise_client.codec.load_batch` reads it
 """
@@ -13,7 +13,7 @@ from poise.runtime.files import write_file
 logger = logging.getLogger(__name__)
 
 
-class NonfiniteBatches:
+class KeptBatches:
     """One folder, of the last few."""
 
     def __init__(self, folder: Path, keep: int) -> None:
