@@ -85,7 +85,8 @@ class PushConfig(StrictModel):
     """Send only what changed, without loss, to replicas that keep the version before: in bfloat16 a hundredth of the
     bytes at the usual learning rates. In float32 nearly everything changes, and everything is sent."""
     timeout_s: float = Field(60.0, gt=0)
-    """How long a step waits for its replicas, s; one that takes longer catches up behind it."""
+    """How long a step waits for its replicas, s. One that takes longer catches up behind it, and no step waits for it
+    again until it has; its pushes may then take up to eight times as long."""
     reconcile_every_s: float = Field(1.0, gt=0)
     """How often each replica is asked what it serves, s."""
 

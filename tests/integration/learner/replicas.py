@@ -55,6 +55,8 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         self.answers.set()
         self.breaks = False
         """Whether a push fails midway."""
+        self.takes_s = 0.0
+        """Seconds that a push takes at least."""
         self.address = "127.0.0.1:0"
         self._server: grpc.aio.Server | None = None
 
@@ -97,6 +99,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         if not admit_push(self.policy, pushed):
             return pb.UpdateWeightsResponse(policy_version=pushed.policy_version, already_applied=True)
         await self.release.wait()
+        await asyncio.sleep(self.takes_s)
         if self.breaks:
             raise BackendDown("the engine died")
         sizes = {"DTYPE_FLOAT32": 4, "DTYPE_BFLOAT16": 2}

@@ -186,6 +186,64 @@ async def test_a_push_that_hangs_is_given_up_in_time_and_holds_up_no_other(repli
     assert stuck.applied[-1] == 2
 
 
+def wait_long(sender: Publisher) -> None:
+    """From now on a step waits far longer than a test may take, and so do pushes."""
+    sender._config = sender._config.model_copy(update={"timeout_s": 10 * TIMEOUT_S})
+    for one in sender._replicas.values():
+        one._config = sender._config
+
+
+async def test_a_replica_that_let_a_step_wait_in_vain_is_not_waited_for_until_it_has_caught_up(replica, publisher):
+    slow, well = await replica(), await replica()
+    slow.release.clear()
+    sender = publisher(slow, well, timeout_s=0.5)
+    await sender.publish(version(1))  # waits for its limit, once
+    wait_long(sender)
+    async with asyncio.timeout(TIMEOUT_S):
+        for number in range(2, 6):
+            await sender.publish(version(number))
+            assert well.policy == served(version(number))
+    assert [result.current for result in sender.results] == [False, True]
+    slow.release.set()
+    await eventually(lambda: slow.policy == served(version(5)))
+    await eventually(lambda: sender.results[0].current)
+    slow.release.clear()
+    publishing = asyncio.create_task(sender.publish(version(6)))  # and is waited for again
+    pushes = slow.num_pushes
+    await eventually(lambda: slow.num_pushes > pushes and well.policy == served(version(6)))
+    assert not publishing.done()
+    slow.release.set()
+    await publishing
+    assert slow.policy == served(version(6))
+
+
+async def test_a_replica_that_does_not_say_what_it_serves_is_not_waited_for_twice(replica, publisher, monkeypatch):
+    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 0.1)
+    one = await replica()
+    one.answers.clear()
+    sender = publisher(one)
+    await sender.publish(version(1))
+    assert "GetPolicy" in sender.results[0].error
+    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    asked = one.num_asked
+    await eventually(lambda: one.num_asked > asked)  # it is being asked, and does not answer
+    wait_long(sender)
+    async with asyncio.timeout(TIMEOUT_S):
+        await sender.publish(version(2))
+    one.answers.set()
+    await eventually(lambda: one.policy == served(version(2)))
+
+
+async def test_a_replica_that_takes_longer_than_a_step_waits_gets_there_behind_it(replica, publisher):
+    slow = await replica()
+    slow.takes_s = 0.5
+    sender = publisher(slow, timeout_s=0.2)
+    await sender.publish(version(1))
+    assert not sender.results[0].current
+    await eventually(lambda: sender.results[0].current)
+    assert slow.policy == served(version(1))
+
+
 async def test_a_push_that_breaks_midway_says_why_and_is_tried_again(replica, publisher):
     one = await replica()
     one.breaks = True

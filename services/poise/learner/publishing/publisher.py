@@ -48,14 +48,19 @@ class Publisher:
         self._looking = asyncio.create_task(self._look(), name="replica-discovery")
 
     async def publish(self, version: Version) -> None:
-        """Offer a version to every replica; return when each serves it or failed once, at most after `timeout_s`."""
+        """Offer a version to every replica; return when each serves it or failed once, at most after `timeout_s`.
+
+        One that lets this limit pass is behind: no version waits for it until it has caught up.
+        """
         offer = self._take(version)
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 await self._looked.wait()
-                await asyncio.gather(*(replica.settled(offer) for replica in self._replicas.values()))
+                waited_for = [replica for replica in self._replicas.values() if not replica.is_behind]
+                await asyncio.gather(*(replica.settled(offer) for replica in waited_for))
         except TimeoutError:
-            return
+            for replica in self._replicas.values():
+                replica.missed(offer)
 
     @property
     def results(self) -> tuple[ReplicaResult, ...]:

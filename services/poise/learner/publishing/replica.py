@@ -1,7 +1,8 @@
 """One replica, and the loop that keeps it at the version on offer.
 
 It asks what the replica serves, and pushes when that is not what it should be. A new version, a restarted replica, a
-broken push and a replica that was away are all the same case.
+broken push and a replica that was away are all the same case. A push goes on when a newer version is wanted: a replica
+that takes longer than a step would else never get any.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from poise.errors import PoiseError
 from poise.learner.config import PushConfig
 from poise.learner.publishing.offer import Offer
 from poise_client import AsyncGenerationClient, WeightPush
-from poise_client.errors import InternalError, InvalidRequestError, PoiseClientError, VersionMismatchError
+from poise_client.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    PoiseClientError,
+    VersionMismatchError,
+)
 from poise_client.types import Policy, ReplicaResult
 
 logger = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_S = 5.0
+
+_MOST_PATIENCE = 8
+"""Times `timeout_s` that a push may take in the end, to a replica that is behind anyway."""
 
 
 class Replica:
@@ -34,6 +44,10 @@ class Replica:
         self._wake = asyncio.Event()
         self._settled = asyncio.Condition()
         self._gone = False
+        self._patience = 1
+        """Times `timeout_s` that the next push may take: twice as long after each that ran out of time."""
+        self.is_behind = False
+        """Whether it has let a step wait in vain, and was not current since: no step waits for it meanwhile."""
         self.result = ReplicaResult(client.target, 0, False, "not reached yet", 0.0, 0.0)
         """How it stands, as far as known."""
 
@@ -52,6 +66,11 @@ class Replica:
                 lambda: self._gone or self._wanted is not offer or self.result.current or bool(self.result.error)
             )
 
+    def missed(self, offer: Offer) -> None:
+        """Leave it to catch up by itself, unless it served the offer, or failed, by now."""
+        if self._wanted is offer and not self.result.current and not self.result.error:
+            self.is_behind = True
+
     async def run(self) -> None:
         """Reconcile until cancelled."""
         while True:
@@ -61,6 +80,8 @@ class Replica:
                 result = await self._reconcile(wanted)
                 async with self._settled:
                     if self._wanted is wanted:
+                        if result.current:
+                            self.is_behind, self._patience = False, 1
                         self._say_changes(result)
                         self.result = result
                     self._settled.notify_all()
@@ -85,6 +106,9 @@ class Replica:
                 return dataclasses.replace(served, current=True)
             before = dataclasses.replace(served, current=False)
             return await self._push(wanted, policy, before)
+        except DeadlineExceededError as error:
+            self.is_behind = True
+            return dataclasses.replace(before, current=False, error=str(error))
         except (PoiseClientError, PoiseError) as error:
             return dataclasses.replace(before, current=False, error=str(error))
         except Exception as error:
@@ -92,7 +116,11 @@ class Replica:
             return dataclasses.replace(before, current=False, error=f"a defect in publishing: {error}")
 
     async def _push(self, wanted: Offer, policy: Policy, before: ReplicaResult) -> ReplicaResult:
-        """Push what changed where that is possible, else everything; within the push's time in all."""
+        """Push what changed where that is possible, else everything; within the push's time in all.
+
+        A replica that is behind holds up nobody: it gets more time at every attempt, for one that is slow is to get
+        there, and one that hangs is to be given up.
+        """
         started = time.monotonic()
         delta = None if self._refuses_delta_of is wanted else await wanted.delta_for(policy)
         if delta is not None:
@@ -101,10 +129,14 @@ class Replica:
             except (VersionMismatchError, InvalidRequestError, InternalError) as error:
                 logger.info("replica %s takes no delta: %s", before.address, error)
                 self._refuses_delta_of = wanted
-        return await self._send(await wanted.whole(), wanted, before, started)
+        try:
+            return await self._send(await wanted.whole(), wanted, before, started)
+        except DeadlineExceededError:
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            raise
 
     async def _send(self, push: WeightPush, wanted: Offer, before: ReplicaResult, started: float) -> ReplicaResult:
-        left_s = self._config.timeout_s - (time.monotonic() - started)
+        left_s = self._config.timeout_s * self._patience - (time.monotonic() - started)
         update = await self._client.push_weights(push, timeout_s=max(left_s, 0.001))
         return dataclasses.replace(
             before,
