@@ -121,7 +121,7 @@ class LearnerConfig(ServiceConfig):
     threads: int | None = Field(None, ge=1)
     """CPU threads; null leaves it to torch."""
     seed: int = 0
-    """Seeds torch: for models with dropout."""
+    """Seeds torch's random numbers: those that adapters start from, and dropout's, where a model has any."""
     max_staleness: int = Field(0, ge=0)
     """Versions a rollout may be old; 0 is on-policy."""
     lora: LoraSettings | None = None

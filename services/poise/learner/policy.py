@@ -105,7 +105,8 @@ class Policy:
             own = {name: self.kept(self.whole(parameter)) for name, parameter in self.trained()}
             if self._world.rank > 0:
                 return
-            plain = load_model(self._config)  # of the names and shapes that the folder is to have
+            with torch.random.fork_rng(devices=[]):  # saving leaves no trace in what dropout draws next
+                plain = load_model(self._config)  # of the names and shapes that the folder is to have
             with torch.no_grad():
                 for name, parameter in plain.named_parameters():
                     parameter.copy_(tensors[name])

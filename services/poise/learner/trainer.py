@@ -23,6 +23,7 @@ from poise.learner.flops import ModelSize, model_size, peak_flops
 from poise.learner.losses import denominator
 from poise.learner.packing import PackedRow, PromptGroup, build_row, group_by_prompt, pack
 from poise.learner.policy import PackedForward, Policy, load_reference
+from poise.learner.randomness import random_state, restore_random_state
 from poise.learner.world import World, join, leave
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
@@ -167,7 +168,7 @@ class Trainer:
             # A parameter that never had a gradient has no state.
             moments = self._adam().state.get(parameter, {})
             tensors |= {f"{kind}.{name}": policy.kept(policy.whole(value)) for kind, value in moments.items()}
-        return tensors, self._num_updates
+        return tensors | random_state(self._world), self._num_updates
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
@@ -184,6 +185,7 @@ class Trainer:
                 step, *moments = (tensors[f"{kind}.{name}"] for kind in _ADAM_STATE)
                 values = [step.to(parameter.device, copy=True), *(part_of(parameter, moment) for moment in moments)]
                 optimiser.state[parameter] = dict(zip(_ADAM_STATE, values, strict=True))
+        restore_random_state(tensors, self._world)
         self._num_updates = num_updates
 
     def close(self) -> None:

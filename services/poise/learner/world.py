@@ -7,6 +7,7 @@ what is summed here is summed over all.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,22 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return every process's small tensor, in the host's memory, on the first; nothing on the others."""
+        if self.size == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(values, gathered, group=self.control)
+        return gathered or []
+
+    def scatter(self, values: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Return this process's of the small tensors that the first has, all of the shape of `like`."""
+        if self.size == 1:
+            return values[0]
+        own = torch.empty_like(like)
+        dist.scatter(own, [value.contiguous() for value in values] if self.rank == 0 else None, group=self.control)
+        return own
 
 
 def world_size() -> int:

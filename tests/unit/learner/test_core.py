@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors import SafetensorError
 from tests.unit.learner.batches import make_batch, make_config
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner import checkpoint as checkpoint_module
+from poise.learner import policy as policy_module
 from poise.learner.checkpoint import CheckpointStore, StateError
 from poise.learner.checkpointing import Checkpointer
+from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
 from poise.learner.trainer import Trainer
@@ -233,6 +236,39 @@ def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests
     assert again.progress.num_rollouts == 30
     for step in range(5):
         assert not again.submit(make_batch(step))[0].rejected
+
+
+def with_dropout(patch: pytest.MonkeyPatch) -> None:
+    """Let models be loaded with dropout after the embedding."""
+    load = policy_module.load_model
+
+    def load_with_dropout(config: LearnerConfig) -> transformers.PreTrainedModel:
+        model = load(config)
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, _, states: torch.nn.functional.dropout(states, 0.3, module.training)
+        )
+        torch.rand(7)  # as initialising what a checkpoint lacks may
+        return model
+
+    patch.setattr(policy_module, "load_model", load_with_dropout)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_goes_on_as_if_there_had_been_no_kill(start, config, monkeypatch, checkpointed):
+    """One process at a time: random numbers are the process's own."""
+    with_dropout(monkeypatch)
+    settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed}
+    alive = start(state_dir=config().state_dir.with_name("alive"), **settings)
+    expected = [alive.submit(make_batch(step))[0].digest for step in range(5)]
+    killed = start(**settings)
+    for step in range(5):
+        assert killed.submit(make_batch(step))[0].digest == expected[step]
+        killed.export("mine")
+        if step in (1, 2, 4):  # right after a checkpoint, and a batch later
+            killed = start(**settings)
+            assert killed.published.digest.hex() == expected[step]
+    again = [killed._trainer.train(make_batch(5).rollouts, 1.0).loss for _ in range(2)]
+    assert again[0] != again[1]  # dropout it is
 
 
 def test_many_batches_are_trained_on_again_when_the_newest_checkpoint_is_damaged(start, digests):
