@@ -56,6 +56,8 @@ class Progress:
     last_batch_id: str = ""
     num_skipped_in_a_row: int = 0
     """Mini-batches since the last that changed the policy."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What the policy was made of; see `poise.learner.origin`. Empty where it was not remembered yet."""
 
 
 @dataclass(frozen=True)

@@ -17,35 +17,24 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
-from poise.learner.checkpoint import CheckpointStore, Progress, StateError
+from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.exporting import replace_folder
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
+from poise.learner.origin import misfit, origin_of
+from poise.learner.published import HashedWeights, Published
 from poise.learner.team import make_trainer
-from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics, WeightArray
+from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Published:
-    """One version's weights, as they are to be served. Never changed once made."""
-
-    lineage_id: str
-    policy_version: int
-    weights: dict[str, WeightArray]
-    sha256_by_name: dict[str, bytes]
-    digest: bytes
 
 
 class LearnerCore:
@@ -61,9 +50,7 @@ class LearnerCore:
         self._attempts = Attempts(self._journal, KeptBatches(config.state_dir / "failed", config.keep_nonfinite))
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
-        self._weights: dict[str, WeightArray] = {}
-        self._sha256_by_name: dict[str, bytes] = {}
-        self._digest = b""
+        self._weights = HashedWeights({}, {}, b"")
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
@@ -89,25 +76,22 @@ class LearnerCore:
         """Take the state folder and bring the policy to where it was.
 
         Raises:
-            StateError: the folder is in use, or damaged beyond its spares.
+            StateError: the folder is in use, damaged beyond its spares, or of another model or other adapters.
             BackendDown: the model cannot be loaded, or training again failed.
         """
         self._store.open()
         self._journal.open()
         self._trainer.load()
         lineage_id = self._store.lineage()
-        checkpoint = self._store.load()
-        if checkpoint is not None:
-            self._trainer.restore(checkpoint.tensors, checkpoint.progress.num_updates)
-            self._trainer.num_skipped_in_a_row = checkpoint.progress.num_skipped_in_a_row
-            self.progress, self._seen = checkpoint.progress, checkpoint.seen
-            self._checkpoints.version = self.progress.policy_version
+        self._take_weights()
+        self.progress = Progress(origin=origin_of(self._config, self._weights.digest))
+        if (checkpoint := self._store.load()) is not None:
+            self._go_on_from(checkpoint)
         answered = dict(self._journal.answers())
         first = self.progress.num_batches
         for sequence, answer in answered.items():
             if sequence < first and answer is not None:
                 self._answers[answer.run_id, answer.batch_id] = answer
-        self._take_weights()
         while (batch := self._journalled(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
@@ -124,6 +108,20 @@ class LearnerCore:
                 )
             self._keep(sequence, again)
         self._publish(lineage_id)
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        then, origin = checkpoint.progress, self.progress.origin
+        shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}
+        if why := misfit(then.origin, origin, shapes, self._trainer.trained_shapes()):
+            raise StateError(
+                f"the checkpoint in state_dir {self._config.state_dir} cannot be gone on from: {why}; set it back, or "
+                "use a fresh state_dir to start from the model"
+            )
+        self._trainer.restore(checkpoint.tensors, then.num_updates)
+        self._trainer.num_skipped_in_a_row = then.num_skipped_in_a_row
+        self.progress, self._seen = dataclasses.replace(then, origin=origin), checkpoint.seen
+        self._checkpoints.version = then.policy_version
+        self._take_weights()
 
     def close(self) -> None:
         """Let go of the state folder, after the checkpoint that is being written."""
@@ -262,7 +260,8 @@ class LearnerCore:
         """Go on past a batch, to the next version where any of it was trained on; return what came of it."""
         progress = self.progress
         num_accepted = len(batch.rollouts) - len(rejected)
-        self.progress = Progress(
+        self.progress = dataclasses.replace(
+            progress,
             policy_version=progress.policy_version + (num_accepted > 0),
             num_updates=progress.num_updates + metrics.num_updates,
             num_batches=progress.num_batches + 1,
@@ -276,7 +275,7 @@ class LearnerCore:
             batch_id=batch.batch_id,
             content=hashlib.sha256(content).hexdigest(),
             policy_version=self.progress.policy_version,
-            digest=self._digest.hex(),
+            digest=self._weights.digest.hex(),
             metrics=metrics,
             rejected=tuple(rejected),
         )
@@ -288,12 +287,8 @@ class LearnerCore:
             del self._answers[next(iter(self._answers))]
 
     def _take_weights(self) -> None:
-        self._weights = {}  # let go of the last ones first: these are as large as the model
-        self._weights = self._trainer.weights()
-        self._sha256_by_name = hash_weights(self._weights)
-        self._digest = combine_digests(self._sha256_by_name)
+        self._weights = HashedWeights({}, {}, b"")  # let go of the last ones first: these are as large as the model
+        self._weights = HashedWeights.of(self._trainer.weights())
 
     def _publish(self, lineage_id: str) -> None:
-        self.published = Published(
-            lineage_id, self.progress.policy_version, self._weights, self._sha256_by_name, self._digest
-        )
+        self.published = self._weights.as_version(lineage_id, self.progress.policy_version)

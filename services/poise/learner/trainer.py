@@ -157,6 +157,10 @@ class Trainer:
         """See `Policy.save`."""
         self.policy.save(folder)
 
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what `state` gives of the policy itself, by the names it gives them."""
+        return {f"model.{name}": tuple(parameter.shape) for name, parameter in self.policy.trained()}
+
     def state(self) -> tuple[dict[str, torch.Tensor], int]:
         """Return all that training goes on from: tensors by name, and the count of updates. Not copies.
 

@@ -23,7 +23,7 @@ from tests.integration.learner.live_replicas import (
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 
 from poise.learner.config import PushConfig
-from poise.learner.core import Published
+from poise.learner.published import Published
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
 from poise.runtime.discovery import Discovery

@@ -10,7 +10,7 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, Replica, e
 
 from poise.generation.policy import ServedPolicy
 from poise.learner.config import PushConfig
-from poise.learner.core import Published
+from poise.learner.published import Published
 from poise.learner.publishing import replica as module
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport

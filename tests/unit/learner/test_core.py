@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
+from tests.models import make_tiny_llama
 from tests.unit.learner.batches import make_batch, make_config
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
@@ -236,6 +238,61 @@ def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests
     assert again.progress.num_rollouts == 30
     for step in range(5):
         assert not again.submit(make_batch(step))[0].rejected
+
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ({"lora": LORA}, {}, r"made with lora: \{'rank': 4.*, and lora is None now"),
+        ({}, {"lora": LORA}, r"made with lora: None, and lora is \{'rank': 4"),
+        ({"lora": LORA}, {"lora": {"rank": 8, "alpha": 8}}, "lora is .'rank': 8"),
+        ({"lora": LORA}, {"lora": {"rank": 4, "alpha": 16}}, "lora is .*'alpha': 16"),
+    ],
+)
+def test_a_state_of_other_adapters_is_refused_by_name_and_left_as_it_was(start, before, after, why):
+    core = start(**before)
+    for step in range(2):
+        core.submit(make_batch(step))
+    core.close()
+    with pytest.raises(StateError, match=rf"state_dir .* cannot be gone on from.*{why}.*a fresh state_dir"):
+        start(**after)
+    assert start(**before).published.digest == core.published.digest
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": LORA}])
+def test_a_state_of_another_model_is_refused_and_of_the_same_one_elsewhere_is_not(start, model, tmp_path, changes):
+    core = start(**changes)
+    for step in range(2):
+        core.submit(make_batch(step))
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(StateError, match=rf"made from model {model}, and model {other} has other weights"):
+        start(model=str(other), **changes)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    again = start(model=str(moved), **changes)
+    assert again.published.digest == core.published.digest
+    again.submit(make_batch(2))
+    start(model=str(moved), dtype="bfloat16", **changes)  # the same weights, rounded
+
+
+def test_a_checkpoint_that_does_not_remember_what_it_was_made_of_is_told_by_its_shapes(start, config, monkeypatch):
+    monkeypatch.setattr("poise.learner.core.origin_of", lambda *args: {})
+    core = start(lora=LORA)
+    for step in range(2):
+        core.submit(make_batch(step))
+    core.close()
+    for other, why in (
+        (
+            {"lora": {"rank": 8, "alpha": 8}},
+            r"lora_A\.default\.weight is \[4, \d+\] in it and \[8, \d+\] now: model or lora",
+        ),
+        ({}, "is (new|not there): model or lora"),
+    ):
+        with pytest.raises(StateError, match=why):
+            start(**other)
+    assert start(lora=LORA).published.digest == core.published.digest
 
 
 def with_dropout(patch: pytest.MonkeyPatch) -> None:

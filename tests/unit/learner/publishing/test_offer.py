@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from poise.errors import BackendDown
-from poise.learner.core import Published
+from poise.learner.published import Published
 from poise.learner.publishing.offer import Offer
 from poise.learner.publishing.transports import GrpcTransport, SharedTransport
 from poise_client import combine_digests, hash_weights
