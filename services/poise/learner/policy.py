@@ -75,7 +75,7 @@ class Policy:
         self.logprobs = PackedForward(self.model, config)
         """Of a packed row: the forward pass."""
         if world.is_sharded:
-            _shard(self.logprobs, self.model, world)
+            _shard(self.logprobs, self.model, world, keep_head=True)  # the gradient begins with it
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters that training goes on from: all of them, or the adapters'."""
@@ -152,19 +152,23 @@ def load_model(config: LearnerConfig) -> Any:
 
 
 def load_reference(config: LearnerConfig, world: World) -> PackedForward:
-    """Load the model that training started from, held still. Raises `BackendDown`."""
+    """Load the model that training started from, held still, in parts as the policy is. Raises `BackendDown`."""
     model = load_model(config).to(world.device).eval().requires_grad_(False)
-    return PackedForward(model, config)
+    forward = PackedForward(model, config)
+    if world.is_sharded:
+        _shard(forward, model, world, keep_head=False)
+    return forward
 
 
-def _shard(forward: PackedForward, model: Any, world: World) -> None:
+def _shard(forward: PackedForward, model: Any, world: World, *, keep_head: bool) -> None:
+    """Lay a model out in parts; `keep_head` holds the head's weights whole from the forward pass to the gradient."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))  # else a GPU that is there is taken for `device: cpu` too
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(forward, mesh=mesh, reshard_after_forward=False)  # the gradient needs the head's weights at once
+    fully_shard(forward, mesh=mesh, reshard_after_forward=not keep_head)
     for module in forward.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are divided by what all processes have together

@@ -1,0 +1,114 @@
+"""The gradient of a mini-batch before it is clipped, by the learner and by a naive loop over single rollouts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from poise.learner.config import LearnerConfig, LossConfig
+from poise.learner.trainer import Trainer
+from poise_client.types import TrainingRollout
+
+LOSSES = {
+    f"{policy}-{aggregation}{'-kl' if kl else ''}": LossConfig(
+        policy=policy, aggregation=aggregation, kl_coefficient=kl, normaliser_tokens=16, dual_clip=1.5
+    )
+    for policy, aggregation, kl in itertools.product(
+        ("ppo", "gspo", "cispo"), ("token_mean", "sequence_mean", "constant"), (0.0, 0.3)
+    )
+}
+"""Every policy loss, by every aggregation, with and without a KL to the reference."""
+
+TEMPERATURE = 0.8
+
+
+class GradientTrainer(Trainer):
+    """A trainer that is loaded for a KL, has left its reference, and goes no further than a gradient."""
+
+    def __init__(self, config: LearnerConfig) -> None:
+        super().__init__(config.model_copy(update={"loss": LossConfig(kl_coefficient=1.0)}))
+        self._gradients: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def leave_the_reference(self) -> None:
+        random = torch.Generator().manual_seed(1)
+        for _, parameter in self.policy.trained():
+            whole = self.policy.whole(parameter)
+            parameter.copy_(self.policy.part_of(parameter, whole + 0.02 * torch.randn(whole.shape, generator=random)))
+
+    def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
+        reference, config = self._reference, self._config
+        self._config = config.model_copy(update={"loss": loss})
+        self._reference = reference if loss.kl_coefficient else None
+        self.train(rollouts, TEMPERATURE)
+        self._config, self._reference = config, reference
+        return self._gradients
+
+    def _clip_gradient(self) -> float:
+        """Keep what there is; what is not finite changes nothing."""
+        self._gradients = {name: self.policy.whole(p.grad).clone() for name, p in self.policy.trained()}
+        return math.inf
+
+
+class NaiveLoop:
+    """Each rollout goes through the model alone; formulas as in the papers, a rollout at a time."""
+
+    def __init__(self, trainer: GradientTrainer, folder: str) -> None:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self.model, self.reference = (load(folder, dtype=torch.float32) for _ in range(2))
+        self.model.load_state_dict({name: p.detach() for name, p in trainer.policy.trained()}, strict=False)
+
+    def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
+        self.model.zero_grad()
+        num_tokens = sum(rollout.token_ids.size for rollout in rollouts)
+        for rollout in rollouts:
+            losses = self._token_losses(rollout, loss)
+            if loss.aggregation == "token_mean":
+                share = losses.sum() / num_tokens
+            elif loss.aggregation == "sequence_mean":
+                share = losses.mean() / len(rollouts)
+            else:
+                share = losses.sum() / loss.normaliser_tokens / len(rollouts)
+            share.backward()
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+    def _token_losses(self, rollout: TrainingRollout, loss: LossConfig) -> torch.Tensor:
+        logprobs, advantage = _logprobs(self.model, rollout), rollout.advantage
+        log_ratios = logprobs - torch.from_numpy(rollout.logprobs)
+        if loss.policy == "cispo":
+            weights = log_ratios.exp().clamp(1 - loss.clip_low, 1 + loss.clip_high).detach()
+            losses = -weights * advantage * logprobs
+        else:
+            ratios = (log_ratios.mean().expand_as(log_ratios) if loss.policy == "gspo" else log_ratios).exp()
+            clipped = ratios.clamp(1 - loss.clip_low, 1 + loss.clip_high)
+            losses = torch.maximum(-advantage * ratios, -advantage * clipped)
+            if loss.policy == "ppo" and advantage < 0:
+                losses = losses.clamp(max=-advantage * loss.dual_clip)
+        if loss.kl_coefficient:
+            with torch.no_grad():
+                reference = _logprobs(self.reference, rollout)
+            d = reference - logprobs
+            losses = losses + loss.kl_coefficient * (d.exp() - d - 1)
+        return losses
+
+
+def _logprobs(model: transformers.PreTrainedModel, rollout: TrainingRollout) -> torch.Tensor:
+    tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
+    num_prompt = rollout.prompt_token_ids.size
+    logprobs = torch.log_softmax(model(tokens).logits[0, num_prompt - 1 : -1] / TEMPERATURE, -1)
+    return logprobs.gather(-1, tokens[0, num_prompt:, None])[:, 0]
+
+
+def assert_same_gradients(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """To a few float32 roundings of the largest element of each parameter's."""
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(
+            mine[name], gradient, rtol=1e-4, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )

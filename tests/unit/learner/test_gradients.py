@@ -1,0 +1,59 @@
+"""Gradients of packed, accumulated and checkpointed mini-batches, for every loss, beside each rollout alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.learner.batches import make_config, make_group
+from tests.unit.learner.gradients import LOSSES, GradientTrainer, NaiveLoop, assert_same_gradients
+
+from poise_client.types import TrainingRollout
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "one row": {"micro_batch_tokens": 10**6},
+    "many rows": {"micro_batch_tokens": 24, "logprob_chunk_tokens": 5},
+    "many rows, checkpointed": {"micro_batch_tokens": 24, "gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def trainer(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> GradientTrainer:
+    settings = VARIANTS[request.param] | {"mini_batch_prompts": 100}
+    trainer = GradientTrainer(make_config(model, tmp_path_factory.mktemp("state"), **settings))
+    trainer.load()
+    trainer.leave_the_reference()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def naive(trainer: GradientTrainer, model: Path) -> Iterator[NaiveLoop]:
+    yield NaiveLoop(trainer, str(model))
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> list[TrainingRollout]:
+    """Pairs and a group of three, of different lengths; the engine a little off the learner's own."""
+    random = np.random.default_rng(3)
+    lengths = ((3, 8), (4, 7), (5, 6, 1), (6, 5))
+    return [r for i, each in enumerate(lengths) for r in make_group(random, f"g{i}", 1 + i, each)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_mini_batch_has_the_gradient_of_each_rollout_alone(
+    trainer: GradientTrainer, naive: NaiveLoop, rollouts: list[TrainingRollout], loss: str
+) -> None:
+    mine = trainer.gradients(rollouts, LOSSES[loss])
+    assert_same_gradients(mine, naive.gradients(rollouts, LOSSES[loss]))
+
+
+def test_every_loss_has_a_gradient_of_its_own(naive: NaiveLoop, rollouts: list[TrainingRollout]) -> None:
+    """Else the comparison could not tell one from another."""
+    norms = []
+    for loss in LOSSES.values():
+        naive_gradients = naive.gradients(rollouts, loss)
+        norms.append(float(torch.stack([gradient.norm() for gradient in naive_gradients.values()]).norm()))
+    assert len({round(norm, 6) for norm in norms}) == len(LOSSES)
