@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,10 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
         self.open = asyncio.Event()
         """Unset, pushes get through to their middle and no further."""
         self.open.set()
+        self.num_held = 0
+        """Pushes that wait there."""
+        self.piece_s = 0.0
+        """Seconds that each piece takes to pass: a slow network."""
         self.num_deltas = 0
         self.address = "127.0.0.1:0"
         self._server: grpc.aio.Server | None = None
@@ -146,20 +151,26 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
         begin = await anext(aiter(requests))
         self.num_deltas += begin.begin.HasField("base")
         pieces = [piece async for message in requests for piece in _pieces(message)]
-        sent, cut = _mistreated(pieces, fault, self._random), asyncio.Event()
-        call = self._stub().UpdateWeights(self._sent(begin, sent, cut if fault == "cut the connection" else None))
-        if fault == "cut the connection":
-            await cut.wait()
-            call.cancel()
-        return await self._pass_on(call, context)
+        with _mistreated_file(begin.begin, fault, self._random):
+            sent, cut = _mistreated(pieces, fault, self._random), asyncio.Event()
+            call = self._stub().UpdateWeights(self._sent(begin, sent, cut if fault == "cut the connection" else None))
+            if fault == "cut the connection":
+                await cut.wait()
+                call.cancel()
+            return await self._pass_on(call, context)
 
     async def _sent(
         self, begin: pb.UpdateWeightsRequest, rest: list[pb.UpdateWeightsRequest], cut: asyncio.Event | None
     ) -> AsyncIterator[pb.UpdateWeightsRequest]:
         yield begin
         for index, message in enumerate(rest):
+            await asyncio.sleep(self.piece_s)
             if index == len(rest) // 2:
-                await self.open.wait()
+                self.num_held += 1
+                try:
+                    await self.open.wait()
+                finally:
+                    self.num_held -= 1
                 if cut is not None:
                     cut.set()
                     await asyncio.Event().wait()
@@ -178,6 +189,38 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
             if not call.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was cut")
+
+
+@contextlib.contextmanager
+def _mistreated_file(begin: pb.WeightsBegin, fault: str, chance: random.Random) -> Iterator[None]:
+    """Let a push whose body lies in a file name a bad copy of it, as a bad disk or another writer would make it."""
+    if not begin.file or fault in ("", "cut the connection"):
+        yield
+        return
+    data = bytearray(Path(begin.file).read_bytes())
+    size = max(1, len(data) // NUM_PIECES)
+    first, second = (size * number for number in chance.sample(range(NUM_PIECES), 2))
+    match fault:
+        case "drop":
+            del data[first : first + size]
+        case "truncate":
+            del data[first:]
+        case "swap" | "swap in place":
+            data[first : first + size], data[second : second + size] = (
+                data[second : second + size],
+                data[first : first + size],
+            )
+        case "flip a bit":
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        case "repeat":
+            data[first:first] = data[first : first + size]
+    copy = Path(begin.file).with_name(f"bad-{chance.getrandbits(64):x}.safetensors")
+    copy.write_bytes(data)
+    begin.file = str(copy)
+    try:
+        yield
+    finally:
+        copy.unlink()
 
 
 def _pieces(message: pb.UpdateWeightsRequest) -> list[pb.UpdateWeightsRequest]:

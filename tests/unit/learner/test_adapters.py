@@ -118,3 +118,40 @@ def test_a_step_is_peft_and_torch_s_own(config):
     trainer.train(rollouts, 1.0)
     for name, parameter in trainer.policy.trained():
         assert (parameter - theirs[name]).abs().quantile(0.99) < 1e-6, name
+
+
+def served_and_trained(config: LearnerConfig, num_batches: int) -> tuple[dict[str, torch.Tensor], ...]:
+    """Return, of every adapted parameter, what it was, what it was served as, and W + (alpha / r) B A as trained."""
+    trainer = loaded(config)
+    layers = {
+        f"{name}.weight": layer for name, layer in trainer.policy.model.named_modules() if hasattr(layer, "base_layer")
+    }
+    for step in range(num_batches):
+        trainer.train(make_batch(step).rollouts, 1.0)
+    with torch.no_grad():
+        before = {name: layer.base_layer.weight.clone() for name, layer in layers.items()}
+        trained = {name: before[name] + layer.get_delta_weight("default") for name, layer in layers.items()}
+    served = {name: torch.from_numpy(trainer.weights()[name].array) for name in layers}
+    if config.dtype == "bfloat16":
+        served = {name: bits.view(torch.bfloat16).float() for name, bits in served.items()}
+    return before, served, trained
+
+
+def test_in_float32_what_is_served_is_what_is_trained(config):
+    _, served, trained = served_and_trained(config(lora={"rank": 4, "alpha": 8}), 2)
+    for name, weight in trained.items():
+        torch.testing.assert_close(served[name], weight, rtol=2e-7, atol=1e-8)
+
+
+def test_in_bfloat16_what_is_served_is_what_is_trained_rounded_and_small_updates_are_not_served(config):
+    """Half a step of bfloat16 is the most it is off by, and what moved by less may not move there at all."""
+    settings = config(dtype="bfloat16", lora={"rank": 4, "alpha": 8}, optimiser={"learning_rate": 1e-4})
+    before, served, trained = served_and_trained(settings, 2)
+    moved, lost = 0, 0
+    for name, weight in trained.items():
+        assert torch.equal(served[name], weight.to(torch.bfloat16).float())
+        assert ((served[name] - weight).abs() <= weight.abs() * 2**-8).all()
+        has_moved = weight != before[name]
+        moved += int(has_moved.sum())
+        lost += int((has_moved & (served[name] == before[name].to(torch.bfloat16).float())).sum())
+    assert lost > moved / 2
