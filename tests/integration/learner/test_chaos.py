@@ -97,7 +97,7 @@ async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end
         watching = asyncio.create_task(watch(replicas, versions, seen))
         await eventually(lambda: all(seen))
         await publisher.publish(versions[0])
-        assert [result.current for result in publisher.results] == [True, True, True]
+        await eventually(lambda: all(0 in numbers for numbers in seen))
         chance = random.Random(0)
         for proxy in proxies:
             proxy.faults = [fault for _ in range(20) for fault in (chance.choice(FAULTS), "")]
@@ -114,6 +114,8 @@ async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end
                 case 6:
                     proxies[1].piece_s = 0.0
             await publisher.publish(version)
+            # Steps wait for no replica that was late, so this test does for one: else all would skip what is between.
+            await eventually(lambda: any(result.current for result in publisher.results))
             assert not watching.done(), watching.exception()
         flapping.cancel()
         await asyncio.gather(flapping, return_exceptions=True)
@@ -124,6 +126,7 @@ async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end
 
         last = versions[-1]
         await eventually(lambda: all(result.current for result in publisher.results))
+        await eventually(lambda: watching.done() or all(NUM_VERSIONS in numbers for numbers in seen))
         assert not watching.done(), watching.exception()
         watching.cancel()
         for replica, result in zip(replicas, publisher.results, strict=True):
@@ -131,7 +134,6 @@ async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end
             assert await replica.serves() == served_values(last)
             await assert_samples_from(replica, last, model)
         assert sum(proxy.num_deltas for proxy in proxies) > 0
-        assert all(len(numbers - {AS_LOADED}) > 1 for numbers in seen)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
