@@ -120,7 +120,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
             loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
-                    await services.wait_until_up(with_value=config.algorithm == "poise")
+                    await services.wait_until_up(with_value=config.algorithm.needs_probe)
                     if state.next_step:
                         watcher.say(f"resuming at step {state.next_step} of {config.num_steps}")
                     export = await services.export_model("model") if await loop.run(state) else None

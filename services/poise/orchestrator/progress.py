@@ -76,7 +76,7 @@ class ConsoleWatcher:
     def _line(self, numbers: dict[str, Any]) -> str:
         baseline, variance = numbers["baseline"], numbers["advantage_variance"]
         correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
-        ratio = variance["used"] / variance["none"] if variance["none"] else float("nan")
+        ratio = (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
         mean_s = sum(self._seconds) / len(self._seconds)
         left_s = mean_s * (self._num_steps - numbers["step"] - 1)
         return (

@@ -8,6 +8,7 @@
     values.jsonl        a line a step: predicted and realised values
     trajectories.jsonl  some groups of each step, to read
     evaluations.jsonl   a line an evaluation
+    memory.jsonl        a line a step: what the algorithm is to know of it later
 
 Owns the files. A step's journal is complete before any label or advantage of it leaves; a restart takes up there.
 """
@@ -20,7 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +71,8 @@ class JournalledStep:
     """Its line of values.jsonl."""
     samples: list[dict[str, Any]]
     """Its lines of trajectories.jsonl."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Its line of memory.jsonl, without the step."""
 
 
 class RunFolder:
@@ -143,7 +146,7 @@ class RunFolder:
         writing.mkdir(parents=True)
         write_file(writing / "labels.pb", dump_labels(step.labels))
         write_file(writing / "batch.pb", dump_batch(step.batch))
-        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples}
+        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples, "memory": step.memory}
         write_file(writing / "step.json", json.dumps(about).encode())
         writing.rename(target)
         sync_folder(target.parent)
@@ -161,12 +164,12 @@ class RunFolder:
             about = json.loads((path / "step.json").read_text())
             labels = load_labels((path / "labels.pb").read_bytes())
             batch = load_batch((path / "batch.pb").read_bytes())
-        except (OSError, ValueError, CodecError) as error:
+            return JournalledStep(step, labels, batch, **about)
+        except (OSError, ValueError, TypeError, CodecError) as error:
             raise RunError(
                 f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
                 "else start a new run"
             ) from error
-        return JournalledStep(step, labels, batch, about["numbers"], about["values"], about["samples"])
 
     def read_pending(self, first_step: int) -> dict[int, JournalledStep]:
         """Return the steps in hand, from `first_step` on without a gap. Raises as `read_journal` does."""
@@ -186,8 +189,13 @@ class RunFolder:
         self._append("metrics.jsonl", [numbers])
         self._append("values.jsonl", [step.values] if step.values["predicted"] else [])
         self._append("trajectories.jsonl", step.samples)
+        self._append("memory.jsonl", [{"step": step.step, **step.memory}])
         self._write_state(RunState(step.step + 1, numbers["wall_s"], numbers["policy_version"]))
         shutil.rmtree(self._journal(step.step), ignore_errors=True)
+
+    def read_memory(self) -> list[dict[str, Any]]:
+        """Return what the finished steps left to be known, in their order."""
+        return list(self._lines("memory.jsonl"))
 
     def mark_reported(self) -> None:
         """Tell that nothing is left to do after the last finished step."""
@@ -216,7 +224,7 @@ class RunFolder:
 
     def _tidy(self, next_step: int) -> None:
         """Drop what a process left halfway: lines cut off, lines of a step that is finished again, old journals."""
-        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "evaluations.jsonl")
+        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl")
         for path in (self.path / name for name in names):
             if path.exists():
                 kept = [
