@@ -12,6 +12,7 @@ from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.checkpoint import CheckpointStore, StateError
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
+from poise.learner.models import Models
 from poise.learner.trainer import Trainer
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
@@ -194,7 +195,7 @@ def after(target: type, name: str, calls: int = 1) -> Callable[[pytest.MonkeyPat
 KILLS = {
     "before the journal": at_entry(Journal, "write_batch"),
     "after the journal, before training": after(Journal, "write_batch"),
-    "between two mini-batches": after(Trainer, "_update"),
+    "between two mini-batches": after(Models, "update"),
     "after training, before the answer": at_entry(Journal, "write_answer"),
     "after the answer, before the checkpoint": after(Journal, "write_answer"),
     "at the checkpoint's beginning": at_entry(CheckpointStore, "save"),
@@ -374,7 +375,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, mon
     assert start().published.digest == digests[2]
 
 
-@pytest.mark.parametrize("point", [(Trainer, "_update"), (Journal, "write_answer")])
+@pytest.mark.parametrize("point", [(Models, "update"), (Journal, "write_answer")])
 def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start, digests, monkeypatch, point):
     """Out of memory in the second mini-batch: the policy in memory is no version."""
     core = start()
