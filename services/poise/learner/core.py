@@ -23,6 +23,7 @@ from poise.learner.admission import admit
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
+from poise.learner.continuity import check_checkpoint, check_journalled
 from poise.learner.journal import Answer, Journal
 from poise.learner.nonfinite import NonfiniteBatches
 from poise.learner.team import make_trainer
@@ -84,7 +85,8 @@ class LearnerCore:
         """Take the state folder and bring the policy to where it was.
 
         Raises:
-            StateError: the folder is in use, or damaged beyond its spares.
+            StateError: the folder is in use, damaged beyond its spares, or of a training with a critic where there is
+                none now, or the other way round.
             BackendDown: the model cannot be loaded.
         """
         self._store.open()
@@ -93,6 +95,7 @@ class LearnerCore:
         lineage_id = self._store.lineage()
         checkpoint = self._store.load()
         if checkpoint is not None:
+            check_checkpoint(checkpoint.tensors, self._config)
             self._trainer.restore(checkpoint.tensors, checkpoint.progress.num_updates)
             self._trainer.num_skipped_in_a_row = checkpoint.progress.num_skipped_in_a_row
             self.progress, self._seen = checkpoint.progress, checkpoint.seen
@@ -105,6 +108,7 @@ class LearnerCore:
         self._take_weights()
         while (batch := self._journalled(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
+            check_journalled(batch, self._config)
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
             again = self._train(batch, dump_batch(batch))
             before = answered.get(sequence)
