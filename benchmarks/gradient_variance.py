@@ -172,7 +172,7 @@ def still_trainer(config: OrchestratorConfig, learner: LearnerConfig, model: str
     values = learner.model_dump() | {"model": model, "mini_batch_prompts": ROLLOUTS, "measure_gradient_variance": True}
     values |= {
         "optimiser": learner.optimiser.model_dump() | STILL,
-        "loss": learner.loss.model_dump() | settings["loss"],
+        "loss": learner.loss.model_dump() | settings.get("loss", {}),
     }
     trainer = Trainer(LearnerConfig(**(values | {"critic": settings.get("critic")})))
     trainer.load()
