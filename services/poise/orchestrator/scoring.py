@@ -50,6 +50,7 @@ class Scorer:
                     async for group in groups:
                         index = int(group.group_id)
                         verifying[index] = asyncio.create_task(self._verify(problems[index], group))
+                        phases.sampled(len(verifying), len(problems))
             with phases("verify"):
                 verified = [await verifying[index] for index in range(len(problems))]
         finally:

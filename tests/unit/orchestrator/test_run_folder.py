@@ -138,11 +138,11 @@ def test_a_line_cut_off_within_a_character_is_dropped(folder: RunFolder) -> None
 
 
 def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFolder) -> None:
-    folder.write_evaluation({"when": "before", "step": 0})
+    folder.write_evaluation({"when": "before", "step": 0}, [])
     with (folder.path / "evaluations.jsonl").open("a") as file:
         file.write('{"when": "step", "st')
     successor, _ = again(folder)
-    successor.write_evaluation({"when": "step", "step": 2})
+    successor.write_evaluation({"when": "step", "step": 2}, [])
     assert successor.evaluated("before", 0)
     assert successor.evaluated("step", 2)
 
@@ -234,7 +234,7 @@ def test_the_folder_of_another_run_is_refused(folder: RunFolder) -> None:
 
 
 def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
-    folder.write_evaluation({"when": "before", "step": 0})
+    folder.write_evaluation({"when": "before", "step": 0}, [])
     successor, _ = again(folder)
     assert successor.evaluated("before", 0)
     assert not successor.evaluated("after", 0)
