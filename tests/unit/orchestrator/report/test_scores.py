@@ -60,5 +60,6 @@ def test_a_table_is_read_back_and_nothing_else_is() -> None:
     assert read_table(table) == table
     broken = score_table(REWARDS, DOMAINS, TASKS, 1.0)
     broken["by_task"]["aime"]["pass@1"]["low"] = None
-    for other in (None, [], {}, {"overall": table["overall"]}, {"overall": 3}, broken):
+    empty = {"overall": {}, "by_domain": {}, "by_task": {}}
+    for other in (None, [], {}, {"overall": table["overall"]}, {"overall": 3}, empty, broken):
         assert read_table(other) is None
