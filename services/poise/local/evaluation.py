@@ -44,7 +44,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
     """Measure `model`, a checkpoint or, where neither is named, what the run's services serve; return the exit status.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: both are named.
     """
     if model is not None and checkpoint is not None:
         raise ConfigError("give --model or --checkpoint, not both")
@@ -60,14 +60,14 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
             if checkpoint is not None:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".model-", dir=folder)))
                 subject = _export(run, checkpoint, scratch / "model")
-                location = scratch / "model"
+                asyncio.run(_measure_alone(run, mixture, subject, scratch / "model", folder, as_json))
             elif location is not None:
                 subject = Subject(str(location), is_served=False)
+                asyncio.run(_measure_alone(run, mixture, subject, location, folder, as_json))
             else:
                 subject = Subject(f"the policy of run {run.name} as it is served", is_served=True)
                 asyncio.run(measure(run.train, mixture, subject, folder, as_json))
-                return OK
-            return asyncio.run(_measure_alone(run, mixture, subject, location, folder, as_json))
+        return OK
 
     return guarded(run.train, work)
 
@@ -119,7 +119,7 @@ def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
 
 async def _measure_alone(
     run: LocalRun, mixture: Mixture, subject: Subject, model: Path | str, folder: Path, as_json: bool
-) -> int:
+) -> None:
     """Serve a model, measure it, and stop serving it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory(prefix="poise-eval-") as scratch:
@@ -140,7 +140,6 @@ async def _measure_alone(
             ended.cancel()
             await asyncio.gather(measuring, ended, return_exceptions=True)
             await process.stop(_STOP_TIMEOUT_S)
-    return OK
 
 
 async def _when_ready(

@@ -61,7 +61,7 @@ def load_held_out(config: OrchestratorConfig) -> Mixture:
 
 @contextlib.contextmanager
 def evaluation_folder(path: Path) -> Iterator[Path]:
-    """Make the folder that a measurement goes to; an interrupt removes it again, as far as it is new.
+    """Make the folder that a measurement goes to; an interrupt before its end removes what was made.
 
     Raises:
         ConfigError: it cannot be made, or holds a measurement.
@@ -76,7 +76,7 @@ def evaluation_folder(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (KeyboardInterrupt, asyncio.CancelledError):
-        if is_new:
+        if is_new and not (path / "evaluation.json").exists():
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
