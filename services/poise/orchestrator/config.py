@@ -61,9 +61,13 @@ class EvaluationConfig(StrictModel):
     num_prompts: int = Field(128, ge=0)
     """Held-out prompts; 0 evaluates nothing."""
     rollouts_per_prompt: int = Field(4, ge=1, le=256)
-    """Responses to each."""
+    """Responses to each. pass@k is told for k = 1, 2, 4, … up to it."""
     temperature: float = Field(1.0, ge=0, le=100)
     """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass."""
+    pass_threshold: float = Field(1.0, gt=0, le=1)
+    """Reward from which on a response counts as passed, for pass@k."""
     every_steps: int = Field(0, ge=0)
     """Evaluate after every so many steps, too; 0 means before and after training alone."""
 

@@ -9,6 +9,7 @@
     trajectories.jsonl  some groups of each step, to read
     evaluations.jsonl   a line an evaluation
     memory.jsonl        a line a step: what the algorithm is to know of it later
+    generations/        of each evaluation all rollouts, a line each
 
 Owns the files. A step's journal is complete before any label or advantage of it leaves; a restart takes up there.
 """
@@ -27,7 +28,7 @@ from typing import IO, Any
 
 import yaml
 
-from poise.runtime.files import sync_folder, write_file
+from poise.runtime.files import json_line, sync_folder, write_file, write_lines
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
 
@@ -201,9 +202,12 @@ class RunFolder:
         """Tell that nothing is left to do after the last finished step."""
         self._write_state(replace(self.read_state(self._run_id), is_reported=True))
 
-    def write_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Append an evaluation."""
-        self._append("evaluations.jsonl", [line])
+    def write_evaluation(self, line: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> None:
+        """Write an evaluation's rollouts, then its line, which names their file: where it is, they are."""
+        path = self.path / "generations" / f"{line['when']}-{line['step']:08d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_lines(path, generations)
+        self._append("evaluations.jsonl", [dict(line) | {"generations": str(path.relative_to(self.path))}])
 
     def evaluated(self, when: str, step: int) -> bool:
         """Whether an evaluation is there already."""
@@ -233,6 +237,10 @@ class RunFolder:
                     if line["step"] < next_step or path.name == "evaluations.jsonl"
                 ]
                 write_file(path, "".join(kept).encode())
+        told = {line.get("generations") for line in self._lines("evaluations.jsonl")}
+        for path in (self.path / "generations").glob("*"):
+            if str(path.relative_to(self.path)) not in told:
+                path.unlink()
         kept_step = next_step
         while self._journal(kept_step).exists():
             kept_step += 1
@@ -252,7 +260,7 @@ class RunFolder:
                 return  # the end, or cut off by a crash
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        text = "".join(map(json_line, lines))
         if text:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(text)

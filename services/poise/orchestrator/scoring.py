@@ -57,6 +57,7 @@ class Scorer:
                     async for group in groups:
                         index = int(group.group_id) - first_group
                         verifying[index] = asyncio.create_task(self._verify(problems[index], group))
+                        phases.sampled(len(verifying), len(problems))
             with phases("verify"):
                 verified = [await verifying[index] for index in range(len(problems))]
         finally:

@@ -75,6 +75,11 @@ async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(
         ]
         assert len(set(values)) <= 1, event
         assert not list((config.run_dir / "journal").iterdir()), event
+        kept, expected = (
+            {path.name: path.read_text() for path in (folder / "generations").iterdir()}
+            for folder in (config.run_dir, reference)
+        )
+        assert kept == expected, event
 
 
 async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: Path) -> None:
@@ -83,6 +88,35 @@ async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: P
     await drive(config, world)
     found = [(line["when"], line["step"], line["policy_version"]) for line in lines(tmp_path, "evaluations.jsonl")]
     assert found == [("before", 0, 0), ("step", 2, 2), ("after", 4, 4)]
+
+
+async def test_an_evaluation_keeps_every_response_and_how_it_was_sampled(tmp_path: Path) -> None:
+    world = World()
+    tasks = [{"kind": "digits", "domain": "easy"}, {"kind": "digits", "domain": "hard"}]
+    evaluation = {"num_prompts": 4, "rollouts_per_prompt": 2, "temperature": 0.6, "top_p": 0.9}
+    await drive(settings(tmp_path, num_steps=1, tasks=tasks, evaluation=evaluation, sampling={"max_tokens": 9}), world)
+    before, after = lines(tmp_path, "evaluations.jsonl")
+    seed = before["sampling"].pop("seed")
+    assert before["sampling"] == {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "max_tokens": 9, "stop": []}
+    assert after["sampling"]["seed"] == seed == world.asked[0][4].seed
+    for one in (before, after):
+        kept = lines(tmp_path, one["generations"])
+        assert [(line["when"], line["step"]) for line in kept] == [(one["when"], one["step"])] * 8
+        assert [line["reward"] for line in kept] == [reward for prompt in one["rewards"] for reward in prompt]
+        assert [(line["prompt_index"], line["rollout_index"]) for line in kept] == [
+            (p, r) for p in range(4) for r in (0, 1)
+        ]
+        assert [line["task"] for line in kept] == ["digits-1"] * 4 + ["digits-2"] * 4
+        assert [line["domain"] for line in kept] == ["easy"] * 4 + ["hard"] * 4
+        assert [line["prompt"] for line in kept[::2]] == [prompt.content for prompt in world.asked[0][2]]
+        assert all(line["response"] == str(int(line["reward"])) for line in kept)
+        assert {line["finish_reason"] for line in kept} == {"stop"}
+        assert {tuple(line["policy_versions"]) for line in kept} == {(one["policy_version"],)}
+        assert all(1 <= line["num_tokens"] <= 3 for line in kept)
+        assert one["scores"]["overall"]["avg@2"]["mean"] == sum(line["reward"] for line in kept) / 8
+        passed = [max(prompt) for prompt in one["rewards"]]
+        assert one["scores"]["overall"]["pass@2"]["mean"] == sum(passed) / 4
+        assert one["scores"]["by_task"]["digits-2"]["pass@2"]["mean"] == sum(passed[2:]) / 2
 
 
 async def test_evaluations_ask_alike_each_time_and_under_a_name_that_never_trains(tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ class World:
     def phase(self, step: int, name: str) -> None:
         self.shown.append((step, name))
 
+    def sampled(self, step: int, done: int, total: int) -> None:
+        pass
+
     def step_done(self, numbers: dict[str, Any]) -> None:
         self.note(f"shown {numbers['step']}")
 
