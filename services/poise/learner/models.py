@@ -106,16 +106,12 @@ class Models:
                 optimiser.step(number)
             return update
         logger.error(
-            "a mini-batch changes nothing: its loss is %s, the norm of its gradient %s; look at its advantages",
+            "a mini-batch changes nothing: its loss is %s, the norm of its gradient %s%s; look at its %s",
             sums.loss,
             norm,
+            f", those of its critic {sums.value_loss} and {critic_norm[0]}" if critic_norm else "",
+            "rewards" if critic_norm else "advantages",
         )
-        if self.critic is not None:
-            logger.error(
-                "its critic's loss is %s, the norm of that gradient %s; look at its rewards",
-                sums.value_loss,
-                update.critic_norm,
-            )
         for optimiser in optimisers:
             optimiser.clear()
         return update

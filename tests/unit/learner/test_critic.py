@@ -273,6 +273,17 @@ def test_in_bfloat16_its_weights_are_moved_in_float32(config):
     assert metrics.value_loss != wanted.value_loss  # it did compute in bfloat16
 
 
+def test_the_critics_arithmetic_counts_but_for_a_head(config):
+    """A prompt of 3 tokens and a response of 4; layers of 64 and 32 x 64 for heads, and of 3 x 64 x 128."""
+    one = make_group(np.random.default_rng(0), "g", 3, (4,))
+    with_critic, without = loaded(config(critic=CRITIC, peak_flops=1e9)), loaded(config(peak_flops=1e9))
+    decoder = 7 * 6 * 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + (7 * 8 // 2) * 12 * 32 * 2 * 4
+    head = 4 * 6 * 64 * without.vocabulary_size
+    for trainer, flops in ((without, decoder + head), (with_critic, 2 * decoder + head)):
+        metrics = trainer.train(rewarded(Batch("run", "b", 0, tuple(one))).rollouts, 1.0)
+        assert metrics.mfu * metrics.train_s * 1e9 == pytest.approx(flops)
+
+
 def test_a_critic_learns_what_rollouts_are_worth(config):
     """Rewards that the last token of the prompt tells."""
     random = np.random.default_rng(0)
