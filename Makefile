@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PROTOS_VENV := .venv-protos
 SCAN_VENV := .venv-scan
+TRL_VENV := .venv-trl
 
 # vLLM is set up only for what samples with it.
 ifeq ($(PRESET)$(if $(filter vllm,$(ENGINE)),vllm),tiny)
@@ -75,7 +76,7 @@ setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.
 
 .PHONY: clean
 clean:  ## Remove what set-up made. Runs stay.
-	rm -rf $(VENV) $(PROTOS_VENV) $(SCAN_VENV)
+	rm -rf $(VENV) $(PROTOS_VENV) $(SCAN_VENV) $(TRL_VENV)
 
 $(BIN)/python:
 	@echo "setting up $(VENV)"
@@ -117,4 +118,11 @@ $(SCAN_VENV)/.done: requirements/scan.txt | $(BIN)/python
 	@echo "setting up checkov"
 	$(PYTHON) -m venv $(SCAN_VENV)
 	$(SCAN_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/scan.txt
+	@touch $@
+
+# The rival of benchmarks/versus_trl.py.
+$(TRL_VENV)/.done: requirements/trl.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip --disable-pip-version-check install -q $(TORCH)
+	$(TRL_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/trl.txt
 	@touch $@

@@ -30,7 +30,7 @@ class AsyncLearnerClient(AsyncClient):
         A batch id that was trained on gets its stored answer, with `duplicate` set: submitting again is safe.
 
         Args:
-            batch: the rollouts with their advantages.
+            batch: the rollouts with their advantages, or with their rewards where the learner has a critic.
             timeout_s: deadline; 30 minutes by default.
 
         Raises:

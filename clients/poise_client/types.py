@@ -298,14 +298,17 @@ class ProbeReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRollout:
-    """One rollout with its advantage."""
+    """One rollout with its advantage; or with its reward, for a learner whose critic makes the advantages."""
 
     id: RolloutId
     prompt_token_ids: Ints
     token_ids: Ints
     logprobs: Floats
     advantage: float
+    """0 where the learner has a critic."""
     version_spans: tuple[VersionSpan, ...]
+    reward: float | None = None
+    """Required where the learner has a critic, and refused where it has none: see `LearnerStatus.has_critic`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +364,16 @@ class StepMetrics:
     """Of these, while training."""
     mfu: float = 0.0
     """Share of the device's peak arithmetic; 0 where the peak is not known."""
+    value_loss: float = 0.0
+    """Of the critic; 0 without one."""
+    explained_variance: float = 0.0
+    """1 − Var(returns − values) / Var(returns), by the critic before the step; NaN where the returns do not vary, 0
+    without a critic."""
+    critic_gradient_norm: float = 0.0
+    """0 without a critic."""
+    gradient_variance: float = 0.0
+    """Trace of the covariance of a mini-batch's policy gradient, from two halves of it; NaN where no mini-batch has two
+    prompts, 0 where it is not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,6 +421,8 @@ class LearnerStatus:
     replicas: tuple[ReplicaResult, ...]
     digest: bytes
     last_batch_id: str
+    has_critic: bool = False
+    """Whether a critic makes the advantages: rollouts then come with rewards and without advantages."""
 
 
 @dataclass(frozen=True, slots=True)

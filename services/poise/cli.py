@@ -78,11 +78,46 @@ def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 
 @main.command(name="eval")
 @_run_options
-def evaluate(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
-    """Measure the policy served now on the run's held-out prompts. The services must be up."""
-    from poise.orchestrator.job import evaluate as evaluate_job
+@click.option("--model", metavar="MODEL", help="A Hugging Face folder, a name of `poise models`, or one on the hub.")
+@click.option(
+    "--checkpoint",
+    is_flag=False,
+    flag_value="latest",
+    metavar="[FOLDER]",
+    help="A checkpoint of the learner; without FOLDER the run's newest, also while it trains.",
+)
+@click.option("--prompts", type=click.IntRange(1), help="Held-out prompts; else train.evaluation.num_prompts.")
+@click.option("--rollouts", type=click.IntRange(1, 256), help="Responses to each; else rollouts_per_prompt there.")
+@click.option("--temperature", type=click.FloatRange(0, 100), help="Of sampling, 0 is greedy; else temperature there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json, all responses."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of a table.")
+def evaluate(
+    path: Path | None,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    prompts: int | None,
+    rollouts: int | None,
+    temperature: float | None,
+    **what: Any,
+) -> None:
+    """Measure on the run's held-out prompts: avg@n and pass@k with intervals, overall, by task and by domain.
 
-    sys.exit(evaluate_job(_load(path, preset, overrides).train))
+    \b
+    poise eval -c run.yaml                      what the services serve now; they must be up
+    poise eval -c run.yaml --checkpoint         the learner's newest checkpoint
+    poise eval -c run.yaml --model runs/a/model any model; both of these start an engine for themselves
+    poise eval -c run.yaml --model tiny --rollouts 16 --temperature 0.6
+
+    Nothing of it is trained on. All responses are kept in <run folder>/evaluations/, or --out.
+    """
+    from poise.local.evaluation import evaluate_run
+
+    given = {"num_prompts": prompts, "rollouts_per_prompt": rollouts, "temperature": temperature}
+    own = [f"train.evaluation.{name}={value}" for name, value in given.items() if value is not None]
+    run = _load(path, preset, (*overrides, *own))
+    sys.exit(_checked(lambda: evaluate_run(run, **what)))
 
 
 @main.command()

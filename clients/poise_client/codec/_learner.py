@@ -47,7 +47,7 @@ def decode_batch_header(message: pb.BatchHeader) -> BatchHeader:
 
 
 def encode_training_rollout(rollout: TrainingRollout, field: str = "rollout") -> pb.TrainingRollout:
-    """Pack a rollout with its advantage."""
+    """Pack a rollout with its advantage or reward."""
     return pb.TrainingRollout(
         id=encode_rollout_id(rollout.id),
         prompt_token_ids=vector(rollout.prompt_token_ids, join(field, "prompt_token_ids"), "int32"),
@@ -55,11 +55,12 @@ def encode_training_rollout(rollout: TrainingRollout, field: str = "rollout") ->
         rollout_logprobs=vector(rollout.logprobs, join(field, "rollout_logprobs")),
         advantage=rollout.advantage,
         version_spans=[encode_version_span(span) for span in rollout.version_spans],
+        reward=rollout.reward,
     )
 
 
 def decode_training_rollout(message: pb.TrainingRollout, field: str = "rollout") -> TrainingRollout:
-    """Unpack a rollout with its advantage. Raises `CodecError` for malformed arrays or mismatched lengths."""
+    """Unpack a rollout with its advantage or reward. Raises `CodecError` for malformed arrays or mismatched lengths."""
     token_ids = from_tensor(message.response_token_ids, dtype="int32", field=join(field, "response_token_ids"))
     logprobs = from_tensor(message.rollout_logprobs, field=join(field, "rollout_logprobs"))
     if logprobs.shape != token_ids.shape:
@@ -74,6 +75,7 @@ def decode_training_rollout(message: pb.TrainingRollout, field: str = "rollout")
         logprobs=logprobs,
         advantage=message.advantage,
         version_spans=tuple(decode_version_span(span) for span in message.version_spans),
+        reward=message.reward if message.HasField("reward") else None,
     )
 
 
@@ -102,6 +104,10 @@ def encode_step_metrics(metrics: StepMetrics) -> pb.StepMetrics:
         num_model_tokens=metrics.num_model_tokens,
         tokens_per_s=metrics.tokens_per_s,
         mfu=metrics.mfu,
+        value_loss=metrics.value_loss,
+        explained_variance=metrics.explained_variance,
+        critic_gradient_norm=metrics.critic_gradient_norm,
+        gradient_variance=metrics.gradient_variance,
     )
 
 
@@ -130,6 +136,10 @@ def decode_step_metrics(message: pb.StepMetrics) -> StepMetrics:
         num_model_tokens=message.num_model_tokens,
         tokens_per_s=message.tokens_per_s,
         mfu=message.mfu,
+        value_loss=message.value_loss,
+        explained_variance=message.explained_variance,
+        critic_gradient_norm=message.critic_gradient_norm,
+        gradient_variance=message.gradient_variance,
     )
 
 
@@ -198,6 +208,7 @@ def encode_learner_status(status: LearnerStatus) -> pb.GetStatusResponse:
         replicas=[encode_replica_result(replica) for replica in status.replicas],
         digest=status.digest,
         last_batch_id=status.last_batch_id,
+        has_critic=status.has_critic,
     )
 
 
@@ -216,6 +227,7 @@ def decode_learner_status(message: pb.GetStatusResponse) -> LearnerStatus:
         replicas=tuple(decode_replica_result(replica) for replica in message.replicas),
         digest=message.digest,
         last_batch_id=message.last_batch_id,
+        has_critic=message.has_critic,
     )
 
 

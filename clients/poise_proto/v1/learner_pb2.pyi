@@ -61,7 +61,7 @@ Global___BatchHeader: _TypeAlias = BatchHeader  # noqa: Y015
 
 @_typing.final
 class TrainingRollout(_message.Message):
-    """One rollout with its advantage."""
+    """One rollout with its advantage; or with its reward, for a learner whose critic makes the advantages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -71,8 +71,13 @@ class TrainingRollout(_message.Message):
     ROLLOUT_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADVANTAGE_FIELD_NUMBER: _builtins.int
     VERSION_SPANS_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
     advantage: _builtins.float
-    """A_i = r_i - b_i. Finite."""
+    """A_i = r_i - b_i. Finite; 0 where the learner has a critic."""
+    reward: _builtins.float
+    """r_i, from which a critic makes the advantages. Finite. Required where the learner has one, and refused where it has
+    none: see GetStatusResponse.has_critic.
+    """
     @_builtins.property
     def id(self) -> _common_pb2.RolloutId:
         """Its name: a rollout trains the policy at most once."""
@@ -102,12 +107,15 @@ class TrainingRollout(_message.Message):
         rollout_logprobs: _common_pb2.Tensor | None = ...,
         advantage: _builtins.float = ...,
         version_spans: _abc.Iterable[_common_pb2.VersionSpan] | None = ...,
+        reward: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "prompt_token_ids", b"prompt_token_ids", "response_token_ids", b"response_token_ids", "rollout_logprobs", b"rollout_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "id", b"id", "prompt_token_ids", b"prompt_token_ids", "response_token_ids", b"response_token_ids", "reward", b"reward", "rollout_logprobs", b"rollout_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage", b"advantage", "id", b"id", "prompt_token_ids", b"prompt_token_ids", "response_token_ids", b"response_token_ids", "rollout_logprobs", b"rollout_logprobs", "version_spans", b"version_spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "advantage", b"advantage", "id", b"id", "prompt_token_ids", b"prompt_token_ids", "response_token_ids", b"response_token_ids", "reward", b"reward", "rollout_logprobs", b"rollout_logprobs", "version_spans", b"version_spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
+    _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
 
 Global___TrainingRollout: _TypeAlias = TrainingRollout  # noqa: Y015
 
@@ -191,6 +199,10 @@ class StepMetrics(_message.Message):
     NUM_MODEL_TOKENS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     MFU_FIELD_NUMBER: _builtins.int
+    VALUE_LOSS_FIELD_NUMBER: _builtins.int
+    EXPLAINED_VARIANCE_FIELD_NUMBER: _builtins.int
+    CRITIC_GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    GRADIENT_VARIANCE_FIELD_NUMBER: _builtins.int
     loss: _builtins.float
     """Policy loss."""
     entropy: _builtins.float
@@ -239,6 +251,19 @@ class StepMetrics(_message.Message):
     """num_model_tokens by train_s."""
     mfu: _builtins.float
     """Share of the device's peak arithmetic that the model's own took; 0 where the peak is not known."""
+    value_loss: _builtins.float
+    """Loss of the critic: mean of half the clipped squared error of its values; 0 without one."""
+    explained_variance: _builtins.float
+    """1 - Var(returns - values) / Var(returns) over the batch's tokens, by the critic before the step: 1 is perfect, 0 no
+    better than a constant. NaN where the returns do not vary; 0 without a critic.
+    """
+    critic_gradient_norm: _builtins.float
+    """Norm of the critic's gradient before clipping, as gradient_norm; 0 without one."""
+    gradient_variance: _builtins.float
+    """Trace of the covariance of a mini-batch's policy gradient over independent prompts, estimated without bias from two
+    halves of it, before clipping; mean over the mini-batches that changed the policy and have two prompts or more, NaN
+    where none has. 0 where it is not measured.
+    """
     @_builtins.property
     def staleness(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
         """Rollouts by how many versions old they were."""
@@ -268,10 +293,14 @@ class StepMetrics(_message.Message):
         num_model_tokens: _builtins.int = ...,
         tokens_per_s: _builtins.float = ...,
         mfu: _builtins.float = ...,
+        value_loss: _builtins.float = ...,
+        explained_variance: _builtins.float = ...,
+        critic_gradient_norm: _builtins.float = ...,
+        gradient_variance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_high_share", b"clip_high_share", "clip_low_share", b"clip_low_share", "clip_share", b"clip_share", "dual_clip_share", b"dual_clip_share", "entropy", b"entropy", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "mfu", b"mfu", "mismatch_kl", b"mismatch_kl", "mismatch_logprob", b"mismatch_logprob", "num_model_tokens", b"num_model_tokens", "num_rollouts", b"num_rollouts", "num_skipped_updates", b"num_skipped_updates", "num_tokens", b"num_tokens", "num_updates", b"num_updates", "publish_s", b"publish_s", "reference_kl", b"reference_kl", "staleness", b"staleness", "tokens_per_s", b"tokens_per_s", "train_s", b"train_s", "truncated_share", b"truncated_share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_high_share", b"clip_high_share", "clip_low_share", b"clip_low_share", "clip_share", b"clip_share", "critic_gradient_norm", b"critic_gradient_norm", "dual_clip_share", b"dual_clip_share", "entropy", b"entropy", "explained_variance", b"explained_variance", "gradient_norm", b"gradient_norm", "gradient_variance", b"gradient_variance", "learning_rate", b"learning_rate", "loss", b"loss", "mfu", b"mfu", "mismatch_kl", b"mismatch_kl", "mismatch_logprob", b"mismatch_logprob", "num_model_tokens", b"num_model_tokens", "num_rollouts", b"num_rollouts", "num_skipped_updates", b"num_skipped_updates", "num_tokens", b"num_tokens", "num_updates", b"num_updates", "publish_s", b"publish_s", "reference_kl", b"reference_kl", "staleness", b"staleness", "tokens_per_s", b"tokens_per_s", "train_s", b"train_s", "truncated_share", b"truncated_share", "value_loss", b"value_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,6 +483,7 @@ class GetStatusResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     LAST_BATCH_ID_FIELD_NUMBER: _builtins.int
+    HAS_CRITIC_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
     """Names the sequence of versions: made once with the learner's state."""
     policy_version: _builtins.int
@@ -474,6 +504,8 @@ class GetStatusResponse(_message.Message):
     """Digest of the current weights, as in WeightsBegin."""
     last_batch_id: _builtins.str
     """Id of the batch trained on last, or empty."""
+    has_critic: _builtins.bool
+    """Whether a critic makes the advantages: rollouts then come with rewards and without advantages."""
     @_builtins.property
     def num_rejected(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rollouts rejected, by reason."""
@@ -497,10 +529,11 @@ class GetStatusResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaResult] | None = ...,
         digest: _builtins.bytes = ...,
         last_batch_id: _builtins.str = ...,
+        has_critic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "digest", b"digest", "last_batch_id", b"last_batch_id", "lineage_id", b"lineage_id", "max_staleness", b"max_staleness", "model", b"model", "num_batches", b"num_batches", "num_rejected", b"num_rejected", "num_rollouts", b"num_rollouts", "policy_version", b"policy_version", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "digest", b"digest", "has_critic", b"has_critic", "last_batch_id", b"last_batch_id", "lineage_id", b"lineage_id", "max_staleness", b"max_staleness", "model", b"model", "num_batches", b"num_batches", "num_rejected", b"num_rejected", "num_rollouts", b"num_rollouts", "policy_version", b"policy_version", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

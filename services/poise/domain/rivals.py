@@ -1,16 +1,15 @@
 """Baselines of other algorithms, from a step's rewards alone (DESIGN §2, rivals). numpy only.
 
-Each is a function of the rewards and the lengths of all groups of a step, and returns of each rollout what is
-subtracted from its reward and what the difference is divided by: A_i = (r_i − b_i) / s_i. `RIVALS` registers them.
+Each returns, of each rollout, what is subtracted from its reward and what the difference is divided by:
+A_i = (r_i − b_i) / s_i.
 
-Shapes: n siblings of one prompt.
+Shapes: n siblings of one prompt; sequences are over the groups of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -28,27 +27,23 @@ class Centring:
     scales: list[Array]
 
 
-Rival = Callable[[Sequence[Array], Sequence[Array]], Centring]
-"""Of the rewards, in [0, 1], and the response tokens, ≥ 0, of each group: [n] each, n ≥ 2."""
-
-
-def rloo(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
-    """b_i = mean of the siblings' rewards (Ahmadian et al., arXiv 2402.14740). Unbiased."""
+def rloo(rewards: Sequence[Array]) -> Centring:
+    """b_i = mean of the siblings' rewards (Ahmadian et al., arXiv 2402.14740). Unbiased. Needs n ≥ 2."""
     return Centring([mean_of_others(r) for r in rewards], _ones(rewards))
 
 
-def grpo(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
-    """b = mean of the group, s = its standard deviation, with n − 1 (DeepSeekMath, arXiv 2402.03300)."""
-    scales = [_filled(r, r.std(ddof=1, dtype=np.float64) + EPSILON) for r in rewards]
-    return Centring(_group_means(rewards), scales)
+def group_mean(rewards: Sequence[Array], *, divide: bool) -> Centring:
+    """b = mean of the group; where told to `divide`, s = its standard deviation, with n − 1, else 1. Needs n ≥ 2.
+
+    Divided it is GRPO's (DeepSeekMath, arXiv 2402.03300), undivided Dr. GRPO's (arXiv 2503.20783): (n − 1)/n of RLOO's.
+    """
+    baselines = [_filled(r, float(r.mean(dtype=np.float64))) for r in rewards]
+    if not divide:
+        return Centring(baselines, _ones(rewards))
+    return Centring(baselines, [_filled(r, float(r.std(ddof=1, dtype=np.float64)) + EPSILON) for r in rewards])
 
 
-def dr_grpo(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
-    """b = mean of the group, undivided (Dr. GRPO, arXiv 2503.20783): (n − 1)/n of RLOO's advantage."""
-    return Centring(_group_means(rewards), _ones(rewards))
-
-
-def opo(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
+def length_weighted_mean(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
     """b = Σ l_j·r_j / Σ l_j over the group, l the response's tokens (OPO, arXiv 2505.23585): near the optimal baseline.
 
     Where nobody said anything, the plain mean.
@@ -60,21 +55,24 @@ def opo(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
     return Centring(baselines, _ones(rewards))
 
 
-def reinforce_pp(rewards: Sequence[Array], lengths: Sequence[Array]) -> Centring:
-    """Whitened over the whole batch: b its mean, s its standard deviation (REINFORCE++, arXiv 2501.03262)."""
-    together = np.concatenate(rewards).astype(np.float64)
+def whitened(rewards: Sequence[Array], baselines: Sequence[Array] | None = None) -> Centring:
+    """Whiten r − b over the whole batch: its mean goes to the baseline, its standard deviation to s.
+
+    Without baselines it is REINFORCE++'s (arXiv 2501.03262); with a tracker's, SPO's.
+    """
+    own = [np.zeros(r.shape, np.float32) for r in rewards] if baselines is None else baselines
+    together = np.concatenate([r.astype(np.float64) - b for r, b in zip(rewards, own, strict=True)])
     mean, scale = float(together.mean()), float(together.std()) + EPSILON
-    return Centring([_filled(r, mean) for r in rewards], [_filled(r, scale) for r in rewards])
+    return Centring([(b + mean).astype(np.float32) for b in own], [_filled(r, scale) for r in rewards])
 
 
-RIVALS: Mapping[str, Rival] = MappingProxyType(
-    {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "opo": opo, "reinforce_pp": reinforce_pp}
-)
-"""By the name that `algorithm` takes."""
+def overlong_penalty(lengths_n: Array, max_tokens: int, margin_tokens: int) -> Array:
+    """Return what DAPO adds to the rewards of long responses, in [−1, 0] (arXiv 2503.14476, eq. 13).
 
-
-def _group_means(rewards: Sequence[Array]) -> list[Array]:
-    return [_filled(r, float(r.mean(dtype=np.float64))) for r in rewards]
+    0 up to `max_tokens` − `margin_tokens`, from there on falling linearly to −1 at `max_tokens`, where sampling ends.
+    """
+    over_n = lengths_n.astype(np.float64) - (max_tokens - margin_tokens)
+    return (-np.clip(over_n / margin_tokens, 0, 1)).astype(np.float32)
 
 
 def _filled(like_n: Array, value: float) -> Array:

@@ -40,6 +40,8 @@ class Sums:
     """Over those."""
     mismatch_kl: float = 0.0
     """Over those."""
+    value_loss: float = 0.0
+    """That of the critic."""
 
     def to_tensor(self, device: torch.device) -> torch.Tensor:
         """Return all in order, float64."""
@@ -56,6 +58,17 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a critic made of a row's tokens, [N] each."""
+
+    advantages_N: torch.Tensor
+    """For the policy."""
+    values_N: torch.Tensor
+    returns_N: torch.Tensor
+    """What the values should have been."""
+
+
+@dataclass(frozen=True, slots=True)
 class Before:
     """What is known of a row's tokens before the step's first update; None where it is not."""
 
@@ -63,6 +76,8 @@ class Before:
     """By the policy."""
     reference_logprobs_N: torch.Tensor | None = None
     """By the model that training started from."""
+    lesson: Lesson | None = None
+    """By the critic; without one, rollouts bring their advantages."""
 
 
 def accumulate(
@@ -87,7 +102,7 @@ def accumulate(
         old_N,
         row.rollout_logprobs_N,
         before.reference_logprobs_N,
-        row.advantages_N,
+        row.advantages_N if before.lesson is None else before.lesson.advantages_N,
         row.lengths_R,
         config,
     )
@@ -121,5 +136,5 @@ def _sums(
         values["num_compared"] = num_tokens
         values["mismatch_logprob"] = differences_N.abs().sum()
         values["mismatch_kl"] = (differences_N.exp() - 1 - differences_N).sum()
-    # One transfer from the device, not eleven.
+    # One transfer from the device, not twelve.
     return Sums.from_tensor(torch.stack([values.get(field.name, nothing).double() for field in fields(Sums)]))

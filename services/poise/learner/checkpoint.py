@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What reading a damaged checkpoint raises."""
+
+_PREFIX = "checkpoint-"
 _FILES = ("tensors.safetensors", "seen.safetensors")
 
 
@@ -143,8 +148,7 @@ class CheckpointStore:
 
     def sequences(self) -> list[int]:
         """Return the batch counts at which checkpoints were taken, oldest first."""
-        names = (path.name.removeprefix("checkpoint-") for path in self._folder.glob("checkpoint-*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in checkpoint_folders(self._folder))
 
     def load(self) -> Checkpoint | None:
         """Return the newest undamaged checkpoint; None when there is none at all.
@@ -155,10 +159,10 @@ class CheckpointStore:
         for sequence in reversed(self.sequences()):
             path = self._path(sequence)
             try:
-                checkpoint = self._read(path)
+                checkpoint = read_checkpoint(path)
             except StateError:
                 raise
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            except DAMAGE as error:
                 logger.error("checkpoint %s is damaged and refused: %s; trying the one before", path, error)
                 aside = self._folder / f"damaged-{path.name}"  # so that it is never counted among those to keep
                 shutil.rmtree(aside, ignore_errors=True)
@@ -173,24 +177,38 @@ class CheckpointStore:
             )
         return None
 
-    def _read(self, path: Path) -> Checkpoint:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if state["schema_version"] != SCHEMA_VERSION:
-            raise StateError(
-                f"{path} has schema_version {state['schema_version']}; this release reads {SCHEMA_VERSION}: use the "
-                "release that wrote it, or a fresh state_dir to start again from the model"
-            )
-        for name in _FILES:
-            if _sha256(path / name) != state["sha256"][name]:
-                raise ValueError(f"the checksum of {name} does not match")
-        if _sha256_of(state["progress"]) != state["sha256"]["progress"]:
-            raise ValueError("the checksum of progress does not match")
-        digests = safetensors.numpy.load_file(path / "seen.safetensors")["seen"]
-        tensors = safetensors.torch.load_file(path / "tensors.safetensors")
-        return Checkpoint(Progress(**state["progress"]), tensors, {row.tobytes() for row in digests})
-
     def _path(self, sequence: int) -> Path:
-        return self._folder / f"checkpoint-{sequence:08d}"
+        return self._folder / f"{_PREFIX}{sequence:08d}"
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoints in a state folder, oldest first; the folder need not be held, nor exist."""
+    found = {path: path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")}
+    return sorted((path for path, name in found.items() if name.isdecimal()), key=lambda path: int(found[path]))
+
+
+def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
+    """Read one checkpoint, and of its tensors those whose names begin with `prefix`. The folder need not be held.
+
+    Raises:
+        StateError: it is of another release.
+        Any of `DAMAGE`: it is damaged, or gone.
+    """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    if state["schema_version"] != SCHEMA_VERSION:
+        raise StateError(
+            f"{path} has schema_version {state['schema_version']}; this release reads {SCHEMA_VERSION}: use the "
+            "release that wrote it, or a fresh state_dir to start again from the model"
+        )
+    for name in _FILES:
+        if _sha256(path / name) != state["sha256"][name]:
+            raise ValueError(f"the checksum of {name} does not match")
+    if _sha256_of(state["progress"]) != state["sha256"]["progress"]:
+        raise ValueError("the checksum of progress does not match")
+    digests = safetensors.numpy.load_file(path / "seen.safetensors")["seen"]
+    with safetensors.safe_open(path / "tensors.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118 (no mapping)
+    return Checkpoint(Progress(**state["progress"]), tensors, {row.tobytes() for row in digests})
 
 
 def _write(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], seen: Set[bytes]) -> None:

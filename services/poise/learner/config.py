@@ -68,6 +68,25 @@ class LoraSettings(StrictModel):
     """Names of the modules that get one; `all-linear` is all but the head."""
 
 
+class CriticConfig(StrictModel):
+    """A critic as large as the policy: a second model, loaded from `model` with a head of one value, whose generalised
+    advantage estimates (GAE) take the place of the rollouts' advantages. Betas, weight decay and the bound of the
+    gradient are those of `optimiser`."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """After the warm-up."""
+    warmup_updates: int = Field(10, ge=0)
+    """Updates over which the learning rate rises linearly."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """λ: 1 takes a token's advantage from the reward alone, 0 from the value of the next token alone."""
+    discount: float = Field(1.0, gt=0, le=1)
+    """γ: what a reward counts, a token earlier."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far the loss follows a value from what it was before the step; null follows it anywhere."""
+    whiten_advantages: bool = True
+    """Bring the advantages of a batch's tokens to mean 0 and variance 1."""
+
+
 def _default_shared_dir() -> Path:
     shared_memory = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
     return shared_memory if shared_memory.is_dir() else Path("/tmp")  # noqa: S108
@@ -155,6 +174,12 @@ class LearnerConfig(ServiceConfig):
     """The optimiser."""
     loss: LossConfig = LossConfig()
     """The policy loss."""
+    critic: CriticConfig | None = None
+    """Learn a critic beside the policy (PPO): about twice the memory. Rollouts must then come with rewards and without
+    advantages. With `lora` it is trained whole all the same."""
+    measure_gradient_variance: bool = False
+    """Tell how the policy's gradient scatters: each mini-batch is computed in two halves of its prompts, and a copy of
+    the gradient is held in between."""
     push: PushConfig = PushConfig()
     """Publishing weights."""
 

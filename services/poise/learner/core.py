@@ -25,6 +25,7 @@ from poise.learner.attempts import Attempts
 from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
+from poise.learner.continuity import check_checkpoint, check_journalled
 from poise.learner.exporting import replace_folder
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
@@ -76,7 +77,8 @@ class LearnerCore:
         """Take the state folder and bring the policy to where it was.
 
         Raises:
-            StateError: the folder is in use, damaged beyond its spares, or of another model or other adapters.
+            StateError: the folder is in use, damaged beyond its spares, or of another model, other adapters, or a
+                training with a critic where there is none now, or the other way round.
             BackendDown: the model cannot be loaded, or training again failed.
         """
         self._store.open()
@@ -94,6 +96,7 @@ class LearnerCore:
                 self._answers[answer.run_id, answer.batch_id] = answer
         while (batch := self._journalled(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
+            check_journalled(batch, self._config)
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
             before = answered.get(sequence)
             again = self._try(batch, dump_batch(batch), before)
@@ -110,6 +113,7 @@ class LearnerCore:
         self._publish(lineage_id)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        check_checkpoint(checkpoint.tensors, self._config)
         then, origin = checkpoint.progress, self.progress.origin
         shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}
         if why := misfit(then.origin, origin, shapes, self._trainer.trained_shapes()):

@@ -5,7 +5,8 @@ loss of a mini-batch is then the weighted sum of its tokens' losses by `token_we
 the whole mini-batch, so that any split of it into micro-batches, or over processes, gives the same gradient.
 
 Shapes: N response tokens, those of one rollout side by side; R rollouts.
-Letters: ρ = exp(logprob − old), the ratio; A the advantage; ε the clips; C the cap; T the tokens of a rollout.
+Letters: ρ = exp(logprob − old), the ratio; A the advantage; ε the clips; C the cap; T the tokens of a rollout; V a
+value, R what it is to be.
 """
 
 from __future__ import annotations
@@ -140,6 +141,21 @@ def kl_to_reference(logprobs_N: torch.Tensor, reference_logprobs_N: torch.Tensor
     """
     differences_N = reference_logprobs_N - logprobs_N
     return _ratios(differences_N) - differences_N - 1
+
+
+def value_losses(
+    values_N: torch.Tensor, old_values_N: torch.Tensor, returns_N: torch.Tensor, clip: float | None
+) -> torch.Tensor:
+    """Return the critic's loss at each token: L = ½·max((V − R)², (V_old + clip(V − V_old, −c, c) − R)²).
+
+    Without a clip c, ½·(V − R)². A token whose value has already moved by more than c away from V_old, and towards R,
+    has no gradient.
+    """
+    losses_N = (values_N - returns_N).square()
+    if clip is not None:
+        near_N = old_values_N + (values_N - old_values_N).clamp(-clip, clip)
+        losses_N = torch.maximum(losses_N, (near_N - returns_N).square())
+    return losses_N / 2
 
 
 def token_weights(lengths_R: torch.Tensor, config: LossConfig) -> torch.Tensor:

@@ -57,6 +57,10 @@ class LearnerMetrics:
                 ("truncated_share", "truncated_ratio", "Share of the last step's tokens whose weight was truncated."),
                 ("gradient_norm", "gradient_norm", "Norm of the last step's gradient before clipping."),
                 ("reference_kl", "reference_kl_nats", "KL(policy || reference) of the last step; 0 without one."),
+                ("value_loss", "value_loss", "Loss of the critic in the last step; 0 without one."),
+                ("explained_variance", "explained_variance_ratio", "Share of the returns' variance that values told."),
+                ("critic_gradient_norm", "critic_gradient_norm", "Norm of the critic's last gradient before clipping."),
+                ("gradient_variance", "gradient_variance", "Variance of a mini-batch's gradient; 0 if not measured."),
                 ("tokens_per_s", "tokens_per_second", "Tokens through the model by seconds of training, last step."),
                 ("mfu", "mfu_ratio", "Share of the device's peak arithmetic in the last step; 0 where unknown."),
             )

@@ -44,6 +44,8 @@ class PackedRow:
     targets_N: torch.Tensor
     rollout_logprobs_N: torch.Tensor
     advantages_N: torch.Tensor
+    rewards_R: torch.Tensor
+    """Not a number where a rollout has none."""
     lengths_R: torch.Tensor
     """Response tokens of each rollout."""
     num_attended: int
@@ -110,6 +112,7 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([rollout.token_ids.size for rollout in rollouts])
     advantages = np.array([rollout.advantage for rollout in rollouts], np.float32)
+    rewards = np.array([np.nan if rollout.reward is None else rollout.reward for rollout in rollouts], np.float32)
     return PackedRow(
         token_ids_1L=_tensor(np.concatenate(token_ids).astype(np.int64), device)[None],
         positions_1L=_tensor(np.concatenate(positions), device)[None],
@@ -118,6 +121,7 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
         targets_N=_tensor(np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64), device),
         rollout_logprobs_N=_tensor(np.concatenate([rollout.logprobs for rollout in rollouts]), device),
         advantages_N=_tensor(np.repeat(advantages, lengths), device),
+        rewards_R=_tensor(rewards, device),
         lengths_R=_tensor(lengths, device),
         num_attended=sum(span.num_attended for span in spans),
     )

@@ -160,6 +160,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             replicas=self._publisher.results,
             digest=published.digest,
             last_batch_id=progress.last_batch_id,
+            has_critic=self._config.critic is not None,
         )
 
     def _refuse_unless_open(self) -> None:
@@ -225,7 +226,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         num_prompt, num_response = rollout.prompt_token_ids.size, rollout.token_ids.size
         wrong.identifier(f"{path}.id.run_id", rollout.id.run_id)
         wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
-        wrong.check(math.isfinite(rollout.advantage), f"{path}.advantage", f"is {rollout.advantage}; required: finite")
+        self._check_signal(rollout, path, wrong)
         limit = self._core.max_tokens
         for name, token_ids in (("prompt", rollout.prompt_token_ids), ("response", rollout.token_ids)):
             field = f"{path}.{name}_token_ids"
@@ -244,6 +245,21 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)
         )
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
+
+    def _check_signal(self, rollout: TrainingRollout, path: str, wrong: Violations) -> None:
+        """What a rollout is judged by comes with it, or comes of its reward."""
+        advantage, reward = rollout.advantage, rollout.reward
+        if self._config.critic is None:
+            wrong.check(math.isfinite(advantage), f"{path}.advantage", f"is {advantage}; required: finite")
+            wrong.check(
+                reward is None,
+                f"{path}.reward",
+                "is set, and the learner has no critic to use it: leave it unset, or set `critic` in its settings",
+            )
+            return
+        needed = "the learner's critic makes advantages of rewards: send each rollout's, finite, and advantage 0"
+        wrong.check(reward is not None and math.isfinite(reward), f"{path}.reward", f"is {reward}; {needed}")
+        wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 
 
 async def _read_rest(requests: AsyncIterator[pb.SubmitAdvantagesRequest]) -> None:

@@ -137,4 +137,4 @@ def _hear(world: World) -> tuple[_Command, bytes]:
 
 def _steps(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the optimiser's counters, which are the same in all processes."""
-    return {name: float(tensor) for name, tensor in tensors.items() if name.startswith("step.")}
+    return {name: float(tensor) for name, tensor in tensors.items() if name.startswith(("step.", "critic.step."))}

@@ -40,6 +40,15 @@ def run_ports(folder: Path) -> dict[str, int]:
         raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
 
 
+def free_ports(num: int) -> list[int]:
+    """Return distinct ports of this machine that nobody listens on."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]  # all at once: none is chosen twice
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
 def _read_ports(path: Path) -> dict[str, int] | None:
     if not path.exists():
         return None
@@ -51,10 +60,7 @@ def _read_ports(path: Path) -> dict[str, int] | None:
 
 
 def _choose_ports(path: Path) -> dict[str, int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in _PORT_NAMES]  # all at once: none is chosen twice
-    ports = {name: listener.getsockname()[1] for name, listener in zip(_PORT_NAMES, listeners, strict=True)}
-    for listener in listeners:
-        listener.close()
+    ports = dict(zip(_PORT_NAMES, free_ports(len(_PORT_NAMES)), strict=True))
     write_file(path, json.dumps(ports).encode())
     return ports
 

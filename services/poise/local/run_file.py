@@ -33,6 +33,7 @@ from poise.runtime.config import (
     parse_overrides,
     read_yaml,
 )
+from poise.runtime.layers import merged
 from poise.value.config import ValueConfig
 
 C = TypeVar("C", bound=Settings)
@@ -153,18 +154,14 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         "value",
         listens("value") | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}},
     )
-    learner = resolver.resolve(
-        LearnerConfig,
-        "learner",
-        listens("learner")
-        | {
-            "model": model,
-            "state_dir": str(services / "learner"),
-            "export_dir": str(folder),
-            "replicas": [address(generation.grpc)] if generation else [],
-            "seed": file.run.seed,
-        },
-    )
+    of_learner = listens("learner") | {
+        "model": model,
+        "state_dir": str(services / "learner"),
+        "export_dir": str(folder),
+        "replicas": [address(generation.grpc)] if generation else [],
+        "seed": file.run.seed,
+    }
+    learner = resolver.resolve(LearnerConfig, "learner", of_learner)
     endpoints = {"value": value, "learner": learner}
     train = resolver.resolve(
         OrchestratorConfig,
@@ -177,6 +174,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
             | ({"generation": [address(generation.grpc)]} if generation else {}),
         },
     )
+    if learner is not None and train is not None:  # the file goes before what belongs to the algorithm
+        of_algorithm = train.algorithm.learner_settings(train.sampling.max_tokens)
+        learner = resolver.resolve(LearnerConfig, "learner", merged(of_learner, of_algorithm))
     if generation is None or value is None or learner is None or train is None:
         raise ConfigError("\n".join(resolver.problems))
     return LocalRun(
@@ -209,7 +209,7 @@ class _Resolver:
         fields = cls.model_fields
         # `tasks:` with nothing behind it, as the defaults are shown, sets nothing.
         given = {k: v for k, v in section.items() if v is not None or k not in fields or not fields[k].is_required()}
-        self.trees[name] = _merged(filled_in, given)
+        self.trees[name] = merged(filled_in, given)
         try:
             return parse_config(cls, self.trees[name], self._overrides[name], source=f"{self._source}: {name}")
         except ConfigError as error:
@@ -236,15 +236,6 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunFile:
     given = {name: value for name, value in values.items() if value is not None}  # `learner:` and nothing below it
     try:
-        return RunFile(**_merged(given, parse_overrides(overrides)))
+        return RunFile(**merged(given, parse_overrides(overrides)))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, RunFile))) from None
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it, section by section."""
-    result = dict(below)
-    for key, value in above.items():
-        known = result.get(key)
-        result[key] = _merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
-    return result

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from poise.orchestrator.algorithms.poise import PoiseOptions
+from poise.orchestrator.algorithms.registry import AlgorithmConfig
 from poise.orchestrator.tasks.config import TaskConfig
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
@@ -59,9 +61,13 @@ class EvaluationConfig(StrictModel):
     num_prompts: int = Field(128, ge=0)
     """Held-out prompts; 0 evaluates nothing."""
     rollouts_per_prompt: int = Field(4, ge=1, le=256)
-    """Responses to each."""
+    """Responses to each. pass@k is told for k = 1, 2, 4, … up to it."""
     temperature: float = Field(1.0, ge=0, le=100)
     """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass."""
+    pass_threshold: float = Field(1.0, gt=0, le=1)
+    """Reward from which on a response counts as passed, for pass@k."""
     every_steps: int = Field(0, ge=0)
     """Evaluate after every so many steps, too; 0 means before and after training alone."""
 
@@ -81,14 +87,11 @@ class OrchestratorConfig(Settings):
     """Steps of the whole run."""
     prompts_per_step: int = Field(256, ge=1, le=4096)
     """Prompts a step samples."""
-    rollouts_per_prompt: int = Field(2, ge=2, le=256)
-    """Rollouts of each prompt; two are enough for a cross-rollout baseline."""
-    algorithm: Literal["poise", "rloo", "grpo", "dr_grpo", "opo", "reinforce_pp"] = "poise"
-    """What advantages are made of. `poise`: the probe's cross-rollout baselines. Without a value service: `rloo`, the
-    siblings' mean reward; `grpo`, the group's mean, divided by its standard deviation; `dr_grpo`, the same undivided;
-    `opo`, the mean weighted by length; `reinforce_pp`, whitened over the batch. docs/algorithms.md has the formulas."""
-    bootstrap: Literal["rloo", "batch_mean"] = "rloo"
-    """Baseline of a domain while it has no probe: the siblings' mean reward, or that of the other prompts."""
+    rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
+    """Rollouts of each prompt, the group; null takes what the algorithm is used with: 2 for `poise`, 1 for `spo` and
+    `ppo`, 8 for the others."""
+    algorithm: AlgorithmConfig = PoiseOptions()
+    """What advantages are made of: its name, or `kind` and its options. docs/algorithms.md has the formulas."""
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
@@ -109,8 +112,18 @@ class OrchestratorConfig(Settings):
     tracing: TracingConfig = TracingConfig()
     """What is traced."""
 
+    @property
+    def group_size(self) -> int:
+        """Rollouts of each prompt."""
+        return self.rollouts_per_prompt or self.algorithm.usual_rollouts
+
     @model_validator(mode="after")
-    def _batch_mean_needs_other_prompts(self) -> Self:
-        if self.bootstrap == "batch_mean" and self.prompts_per_step < 2:
-            raise ValueError("bootstrap: batch_mean needs prompts_per_step of at least 2")
+    def _algorithm_has_what_it_needs(self) -> Self:
+        algorithm = self.algorithm
+        if self.group_size < algorithm.min_rollouts:
+            raise ValueError(
+                f"rollouts_per_prompt: is {self.group_size}; algorithm {algorithm.kind} needs {algorithm.min_rollouts}"
+            )
+        if isinstance(algorithm, PoiseOptions) and algorithm.bootstrap == "batch_mean" and self.prompts_per_step < 2:
+            raise ValueError("algorithm.bootstrap: batch_mean needs prompts_per_step of at least 2")
         return self

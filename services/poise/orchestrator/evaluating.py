@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
+from poise.orchestrator.step import ScoredGroup
 from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, Watcher
 from poise_client.types import Sampling
 
 EVALUATION_SUFFIX = ":evaluation"
 """Rollouts of evaluations belong to a run of their own name: none of them can be taken for training data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What came of an evaluation."""
+
+    line: dict[str, Any]
+    """A line of evaluations.jsonl."""
+    problems: Sequence[Problem]
+    scored: Sequence[ScoredGroup]
+    """Of each problem."""
+
+    def generations(self) -> Iterator[dict[str, Any]]:
+        """Yield a line of every rollout: what was asked, what was answered, and what that was worth."""
+        for index, (problem, item) in enumerate(zip(self.problems, self.scored, strict=True)):
+            for rollout, reward in zip(item.group.rollouts, item.rewards.tolist(), strict=True):
+                yield {
+                    "when": self.line["when"],
+                    "step": self.line["step"],
+                    "policy_versions": sorted({span.policy_version for span in rollout.version_spans}),
+                    "prompt_index": index,
+                    "rollout_index": rollout.id.rollout_index,
+                    "task": problem.task,
+                    "domain": problem.domain,
+                    "prompt": problem.prompt,
+                    "answer": problem.answer,
+                    "response": rollout.text,
+                    "reward": reward,
+                    "finish_reason": rollout.finish_reason,
+                    "num_tokens": int(rollout.token_ids.size),
+                }
 
 
 class Evaluator:
@@ -39,16 +75,17 @@ class Evaluator:
         """Measure and write it down, unless it was done before or is not asked for."""
         if self._is_settled(when, step):
             return
-        line = await self.measure(when, step, policy_version)
-        self._folder.write_evaluation(line)
-        self._watcher.evaluated(line)
+        measurement = await self.measure(when, step, policy_version)
+        self._folder.write_evaluation(measurement.line, measurement.generations())
+        self._watcher.evaluated(measurement.line)
 
-    async def measure(self, when: str, step: int, policy_version: int) -> dict[str, Any]:
-        """Sample the held-out prompts and return their rewards, a line of evaluations.jsonl."""
+    async def measure(self, when: str, step: int, policy_version: int) -> Measurement:
+        """Sample the held-out prompts from what serves at least `policy_version`, and reward the responses."""
         config = self._config.evaluation
         problems = self._mixture.held_out(config.num_prompts)
         sampling = Sampling(
             temperature=config.temperature,
+            top_p=config.top_p,
             max_tokens=self._config.sampling.max_tokens,
             stop=self._config.sampling.stop,
             seed=sampling_seed(self._config.seed, "evaluation", 0),
@@ -66,17 +103,23 @@ class Evaluator:
         by_domain: dict[str, list[float]] = {}
         for item in scored:
             by_domain.setdefault(item.domain, []).append(float(item.rewards.mean()))
-        return {
+        rewards = [item.rewards.tolist() for item in scored]
+        domains, tasks = [problem.domain for problem in problems], [problem.task for problem in problems]
+        line = {
             "when": when,
             "step": step,
             "policy_version": policy_version,
             "num_prompts": len(problems),
             "rollouts_per_prompt": config.rollouts_per_prompt,
-            "rewards": [item.rewards.tolist() for item in scored],
+            "sampling": asdict(sampling),
+            "pass_threshold": config.pass_threshold,
+            "scores": score_table(rewards, domains, tasks, config.pass_threshold),
+            "rewards": rewards,
             "by_domain": {name: float(np.mean(means)) for name, means in sorted(by_domain.items())},
             "verifier_errors": errors,
             "seconds": sum(phases.seconds.values()),
         }
+        return Measurement(line, problems, scored)
 
     def _is_settled(self, when: str, step: int) -> bool:
         return not self._config.evaluation.num_prompts or self._folder.evaluated(when, step)

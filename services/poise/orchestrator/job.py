@@ -22,7 +22,6 @@ from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.progress import ConsoleWatcher, clock
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
-from poise.orchestrator.report.statistics import bootstrap_interval
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
@@ -47,12 +46,7 @@ OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 def train(config: OrchestratorConfig) -> int:
     """Run, or resume, to the end or until a signal; return the exit status."""
-    return _guarded(config, lambda: asyncio.run(_train(config, Mixture(config.tasks, config.seed))))
-
-
-def evaluate(config: OrchestratorConfig) -> int:
-    """Measure the policy served now on the held-out prompts, and print it; return the exit status."""
-    return _guarded(config, lambda: asyncio.run(_evaluate(config, Mixture(config.tasks, config.seed))))
+    return guarded(config, lambda: asyncio.run(_train(config, Mixture(config.tasks, config.seed))))
 
 
 def settle(config: OrchestratorConfig) -> int | None:
@@ -70,10 +64,11 @@ def settle(config: OrchestratorConfig) -> int | None:
         _say_finished(Console(file=sys.stdout), config, state)
         return OK
 
-    return _guarded(config, look)
+    return guarded(config, look)
 
 
-def _guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
+def guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
+    """Return what `work` does, or the exit status of what kept it from that, which the log tells."""
     configure_logging(config.logging)
     configure_tracing(config.tracing, "train")
     try:
@@ -120,7 +115,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
             loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
-                    await services.wait_until_up(with_value=config.algorithm == "poise")
+                    await services.wait_until_up(with_value=config.algorithm.needs_probe)
                     if state.next_step:
                         watcher.say(f"resuming at step {state.next_step} of {config.num_steps}")
                     export = await services.export_model("model") if await loop.run(state) else None
@@ -134,33 +129,6 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         report = write_report(config.run_dir)
         folder.mark_reported()
     _say_summary(console, config, export.path, report)
-    return OK
-
-
-async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
-    if not config.evaluation.num_prompts:
-        raise ConfigError("evaluation.num_prompts: is 0, which leaves nothing to measure; set it to 1 or more")
-    console = Console(file=sys.stdout)
-    verifiers = VerifierPool(config.verifier)
-    watcher = ConsoleWatcher(1, 0, console)
-    stopping = asyncio.Event()  # an interrupt ends it at once
-    async with Services(config.endpoints, stopping) as services, verifiers:
-        scorer = Scorer(services, verifiers)
-        evaluator = Evaluator(config, RunFolder(config.run_dir), mixture, scorer, watcher)
-        with watcher:
-            await services.wait_until_up(with_value=False)
-            status = await services.learner_status()
-            line = await evaluator.measure("now", status.policy_version, status.policy_version)
-    interval = bootstrap_interval(line["rewards"])
-    console.print(
-        f"policy version {line['policy_version']}: held-out reward {interval.mean:.3f} "
-        f"(95 % interval {interval.low:.3f} to {interval.high:.3f}) on {line['num_prompts']} prompts x "
-        f"{line['rollouts_per_prompt']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for domain, mean in line["by_domain"].items():
-        console.print(f"  {domain}: {mean:.3f}", highlight=False)
     return OK
 
 

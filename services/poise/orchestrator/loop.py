@@ -56,8 +56,10 @@ class TrainingLoop:
         config = self._config
         status = await self._services.learner_status()
         pending = self._pending(state.next_step)
+        self._sampler.recall([*self._folder.read_memory(), *(pending[step].memory for step in sorted(pending))])
         self._check_history(state, status.policy_version, bool(pending))
         self._check_staleness(status)
+        self._check_critic(status)
         policy_version, finished_s = status.policy_version, state.wall_s
         clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
         pipeline = Pipeline(partial(self._sample, clock=clock), pending)
@@ -93,7 +95,7 @@ class TrainingLoop:
         phases = Phases(self._watcher, journalled.step)
         with step_span("train", self._config.run_id, journalled.step):
             with phases("publish"):
-                if self._config.algorithm == "poise":
+                if journalled.labels:
                     await self._services.publish_labels(journalled.labels)
             with phases("train"):
                 result = await self._services.submit_advantages(journalled.batch)
@@ -142,4 +144,18 @@ class TrainingLoop:
                 f"max_staleness of this run is {wanted}, and the learner's own is {status.max_staleness}: it would "
                 f"reject what is sampled ahead. Set the learner's max_staleness (`learner.max_staleness` in run.yaml) "
                 f"to {wanted}, or the run's (`train.max_staleness`) to {status.max_staleness}"
+            )
+
+    def _check_critic(self, status: LearnerStatus) -> None:
+        algorithm = self._config.algorithm.kind
+        needs_critic = self._config.algorithm.needs_critic
+        if needs_critic and not status.has_critic:
+            raise RunError(
+                f"algorithm {algorithm} needs a critic, and the learner has none. Give it one (`learner.critic: {{}}`) "
+                "in a new state_dir"
+            )
+        if status.has_critic and not needs_critic:
+            raise RunError(
+                f"the learner has a critic, which takes rewards; algorithm {algorithm} sends advantages. Start the "
+                "learner without `critic`, in a new state_dir, or take algorithm ppo"
             )

@@ -51,6 +51,10 @@ class ConsoleWatcher:
         shown = ", ".join(f"step {at}: {phase}" for at, phase in sorted(self._phases.items()))
         self._progress.update(self._task, description=shown)
 
+    def sampled(self, step: int, done: int, total: int) -> None:
+        """See `Watcher`."""
+        self.phase(step, f"generate {done}/{total}")
+
     def step_done(self, numbers: dict[str, Any]) -> None:
         """See `Watcher`."""
         if not self._headed:
@@ -76,7 +80,7 @@ class ConsoleWatcher:
     def _line(self, numbers: dict[str, Any]) -> str:
         baseline, variance = numbers["baseline"], numbers["advantage_variance"]
         correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
-        ratio = variance["used"] / variance["none"] if variance["none"] else float("nan")
+        ratio = (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
         mean_s = sum(self._seconds) / len(self._seconds)
         left_s = mean_s * (self._num_steps - numbers["step"] - 1)
         return (
@@ -84,6 +88,26 @@ class ConsoleWatcher:
             f"{baseline['source']:>9} {correlation:>6} {ratio:>8.2f} {numbers['staleness']['mean']:>5.1f} "
             f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(left_s):>8}"
         )
+
+
+class MeasurementWatcher(ConsoleWatcher):
+    """Shows how far a single measurement is: a live bar, or a line each quarter where there is no terminal."""
+
+    def __init__(self, num_prompts: int, console: Console) -> None:
+        super().__init__(num_prompts, 0, console)
+        self._num_said = 0
+
+    def phase(self, step: int, name: str) -> None:
+        """See `Watcher`."""
+        self._progress.update(self._task, description=name)
+
+    def sampled(self, step: int, done: int, total: int) -> None:
+        """See `Watcher`."""
+        self._progress.update(self._task, completed=done)
+        num_quarters = 4 * done // total
+        if not self._console.is_terminal and num_quarters > self._num_said:
+            self._num_said = num_quarters
+            self.say(f"{done} of {total} prompts sampled")
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,8 @@
     values.jsonl        a line a step: predicted and realised values
     trajectories.jsonl  some groups of each step, to read
     evaluations.jsonl   a line an evaluation
+    memory.jsonl        a line a step: what the algorithm is to know of it later
+    generations/        of each evaluation all rollouts, a line each
 
 Owns the files. A step's journal is complete before any label or advantage of it leaves; a restart takes up there.
 """
@@ -20,13 +22,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from poise.runtime.files import sync_folder, write_file
+from poise.runtime.files import json_line, sync_folder, write_file, write_lines
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
 
@@ -70,6 +72,8 @@ class JournalledStep:
     """Its line of values.jsonl."""
     samples: list[dict[str, Any]]
     """Its lines of trajectories.jsonl."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Its line of memory.jsonl, without the step."""
 
 
 class RunFolder:
@@ -143,7 +147,7 @@ class RunFolder:
         writing.mkdir(parents=True)
         write_file(writing / "labels.pb", dump_labels(step.labels))
         write_file(writing / "batch.pb", dump_batch(step.batch))
-        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples}
+        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples, "memory": step.memory}
         write_file(writing / "step.json", json.dumps(about).encode())
         writing.rename(target)
         sync_folder(target.parent)
@@ -161,12 +165,12 @@ class RunFolder:
             about = json.loads((path / "step.json").read_text())
             labels = load_labels((path / "labels.pb").read_bytes())
             batch = load_batch((path / "batch.pb").read_bytes())
-        except (OSError, ValueError, CodecError) as error:
+            return JournalledStep(step, labels, batch, **about)
+        except (OSError, ValueError, TypeError, CodecError) as error:
             raise RunError(
                 f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
                 "else start a new run"
             ) from error
-        return JournalledStep(step, labels, batch, about["numbers"], about["values"], about["samples"])
 
     def read_pending(self, first_step: int) -> dict[int, JournalledStep]:
         """Return the steps in hand, from `first_step` on without a gap. Raises as `read_journal` does."""
@@ -186,16 +190,24 @@ class RunFolder:
         self._append("metrics.jsonl", [numbers])
         self._append("values.jsonl", [step.values] if step.values["predicted"] else [])
         self._append("trajectories.jsonl", step.samples)
+        self._append("memory.jsonl", [{"step": step.step, **step.memory}])
         self._write_state(RunState(step.step + 1, numbers["wall_s"], numbers["policy_version"]))
         shutil.rmtree(self._journal(step.step), ignore_errors=True)
+
+    def read_memory(self) -> list[dict[str, Any]]:
+        """Return what the finished steps left to be known, in their order."""
+        return list(self._lines("memory.jsonl"))
 
     def mark_reported(self) -> None:
         """Tell that nothing is left to do after the last finished step."""
         self._write_state(replace(self.read_state(self._run_id), is_reported=True))
 
-    def write_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Append an evaluation."""
-        self._append("evaluations.jsonl", [line])
+    def write_evaluation(self, line: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> None:
+        """Write an evaluation's rollouts, then its line, which names their file: where it is, they are."""
+        path = self.path / "generations" / f"{line['when']}-{line['step']:08d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_lines(path, generations)
+        self._append("evaluations.jsonl", [dict(line) | {"generations": str(path.relative_to(self.path))}])
 
     def evaluated(self, when: str, step: int) -> bool:
         """Whether an evaluation is there already."""
@@ -216,7 +228,7 @@ class RunFolder:
 
     def _tidy(self, next_step: int) -> None:
         """Drop what a process left halfway: lines cut off, lines of a step that is finished again, old journals."""
-        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "evaluations.jsonl")
+        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl")
         for path in (self.path / name for name in names):
             if path.exists():
                 kept = [
@@ -225,6 +237,10 @@ class RunFolder:
                     if line["step"] < next_step or path.name == "evaluations.jsonl"
                 ]
                 write_file(path, "".join(kept).encode())
+        told = {line.get("generations") for line in self._lines("evaluations.jsonl")}
+        for path in (self.path / "generations").glob("*"):
+            if str(path.relative_to(self.path)) not in told:
+                path.unlink()
         kept_step = next_step
         while self._journal(kept_step).exists():
             kept_step += 1
@@ -244,7 +260,7 @@ class RunFolder:
                 return  # the end, or cut off by a crash
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        text = "".join(map(json_line, lines))
         if text:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(text)

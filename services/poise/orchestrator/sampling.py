@@ -6,10 +6,11 @@ Owns that order. Knows neither the learner nor the labels' way to the probe.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from poise.domain.rivals import RIVALS
+from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
@@ -17,11 +18,9 @@ from poise.orchestrator.services import Services
 from poise.orchestrator.step import (
     ScoredGroup,
     StepBaselines,
-    choose_baselines,
     group_features,
     labelled_groups,
     predictions,
-    rival_baselines,
     step_numbers,
     training_batch,
 )
@@ -32,8 +31,22 @@ from poise_client.errors import LabelsConsumedError
 from poise_client.types import GroupBaselines, Sampling
 
 
+@dataclass(slots=True)
+class _Drawn:
+    """What a step sampled, over all its draws."""
+
+    sampled: list[ScoredGroup] = field(default_factory=list)
+    kept: list[ScoredGroup] = field(default_factory=list)
+    """What is trained on."""
+    problems: dict[str, Problem] = field(default_factory=dict)
+    """By group id."""
+    num_draws: int = 0
+    num_errors: int = 0
+    """Rollouts that could not be verified."""
+
+
 class StepSampler:
-    """Makes the steps of one run."""
+    """Makes the steps of one run, one after the other."""
 
     def __init__(
         self,
@@ -50,6 +63,15 @@ class StepSampler:
         self._mixture = mixture
         self._scorer = scorer
         self._watcher = watcher
+        self._algorithm = config.algorithm.make(config.sampling.max_tokens)
+        self._num_extra_draws = 0
+        """Before the next step: draws of prompts beyond one a step."""
+
+    def recall(self, memories: Iterable[Memory]) -> None:
+        """Take up what the steps before remembered, in their order."""
+        for memory in memories:
+            self._num_extra_draws += memory.get("num_draws", 1) - 1
+            self._algorithm.recall(memory)
 
     async def sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:
         """Sample a step from `policy_version` or newer, verify and value it, and journal all of it.
@@ -61,14 +83,17 @@ class StepSampler:
         """
         config = self._config
         phases = Phases(self._watcher, step)
-        problems, scored, errors = await self._groups(step, policy_version, phases)
+        drawn = await self._draw(step, policy_version, phases)
+        scored = drawn.kept
         with phases("baselines"):
-            baselines = await self._value(step, scored)
-        numbers = {"step": step, "algorithm": config.algorithm} | step_numbers(scored, baselines, policy_version)
+            baselines = await self._algorithm.baselines(scored, lambda: self._ask_probe(step, scored))
+        numbers: dict[str, Any] = {"step": step, "algorithm": config.algorithm.kind}
+        numbers |= step_numbers(drawn.sampled, scored, baselines, policy_version)
         generate_s = phases.seconds["generate"]
         numbers |= {
             "steps_ahead": num_ahead,
-            "verifier_errors": errors,
+            "num_draws": drawn.num_draws,
+            "verifier_errors": drawn.num_errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
         predicted, realised, domains = predictions(scored, baselines)
@@ -76,42 +101,50 @@ class StepSampler:
             numbers["time_s"] = phases.seconds
             journalled = JournalledStep(
                 step=step,
-                labels=labelled_groups(config.run_id, step, scored),
+                labels=labelled_groups(config.run_id, step, scored) if config.algorithm.needs_probe else [],
                 batch=training_batch(config.run_id, step, scored, baselines, config.sampling.temperature),
                 numbers=numbers,
                 values={"step": step, "predicted": predicted, "realised": realised, "domain": domains},
-                samples=self._samples(step, problems, scored, baselines),
+                samples=self._samples(step, drawn.problems, scored, baselines),
+                memory={**self._algorithm.remember(scored), "num_draws": drawn.num_draws},
             )
             # The time of all this counts although the process may die before the step is finished.
             numbers["wall_s"] = clock.now_s()
             await _to_its_end(asyncio.to_thread(self._folder.write_journal, journalled))
+        self.recall([journalled.memory])
         return journalled
 
-    async def _groups(
-        self, step: int, policy_version: int, phases: Phases
-    ) -> tuple[list[Problem], list[ScoredGroup], int]:
-        """Return the step's problems, a group with rewards for each, and how many rollouts could not be verified."""
-        config = self._config
-        problems = self._mixture.problems(step, config.prompts_per_step)
-        sampling = Sampling(
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            max_tokens=config.sampling.max_tokens,
-            stop=config.sampling.stop,
-            seed=sampling_seed(config.seed, "train", step),
-        )
-        scored, errors = await self._scorer.score(
-            config.run_id, step, problems, config.rollouts_per_prompt, sampling, policy_version, phases
-        )
-        return problems, scored, errors
+    async def _draw(self, step: int, policy_version: int, phases: Phases) -> _Drawn:
+        """Sample and verify the step's prompts, and others until there are enough groups that the algorithm keeps.
 
-    async def _value(self, step: int, scored: Sequence[ScoredGroup]) -> StepBaselines:
-        """Return the step's baselines: by the algorithm, from what is known before any label of it has left."""
-        if self._config.algorithm != "poise":
-            return rival_baselines(scored, RIVALS[self._config.algorithm])
-        return choose_baselines(scored, await self._ask_baselines(step, scored), self._config.bootstrap)
+        Where none is kept of all that may be drawn, those of the last draw are: they teach nothing; the run goes on.
+        """
+        config, drawn = self._config, _Drawn()
+        wanted = config.prompts_per_step
+        while drawn.num_draws < self._algorithm.max_draws and len(drawn.kept) < wanted:
+            # Prompts are numbered by draws: a run that drew more for a step before goes on after those.
+            number = step + self._num_extra_draws + drawn.num_draws
+            problems = self._mixture.problems(number, wanted)
+            first = wanted * drawn.num_draws
+            sampling = Sampling(
+                temperature=config.sampling.temperature,
+                top_p=config.sampling.top_p,
+                max_tokens=config.sampling.max_tokens,
+                stop=config.sampling.stop,
+                seed=sampling_seed(config.seed, "train", number),
+            )
+            scored, num_errors = await self._scorer.score(
+                config.run_id, step, problems, config.group_size, sampling, policy_version, phases, first
+            )
+            drawn.sampled += scored
+            drawn.kept += [item for item in scored if self._algorithm.keeps(item)]
+            drawn.problems |= {item.group.group_id: each for item, each in zip(scored, problems, strict=True)}
+            drawn.num_draws += 1
+            drawn.num_errors += num_errors
+        drawn.kept = drawn.kept[:wanted] or drawn.sampled[-wanted:]
+        return drawn
 
-    async def _ask_baselines(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines]:
+    async def _ask_probe(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines]:
         try:
             return await self._services.estimate_baselines(self._config.run_id, step, group_features(scored))
         except LabelsConsumedError as error:
@@ -121,11 +154,12 @@ class StepSampler:
             ) from error
 
     def _samples(
-        self, step: int, problems: Sequence[Problem], scored: Sequence[ScoredGroup], baselines: StepBaselines
+        self, step: int, problems: Mapping[str, Problem], scored: Sequence[ScoredGroup], baselines: StepBaselines
     ) -> list[dict[str, Any]]:
         lines = []
         for index in range(min(self._config.samples_per_step, len(scored))):
-            item, values_n = scored[index], baselines.values[index]
+            item, values_n = scored[index], baselines.value(index)
+            problem = problems[item.group.group_id]
             advantages_n = baselines.advantages(index, item.rewards)
             for sibling, rollout in enumerate(item.group.rollouts):
                 lines.append(
@@ -133,12 +167,12 @@ class StepSampler:
                         "step": step,
                         "group_id": item.group.group_id,
                         "domain": item.domain,
-                        "prompt": _readable(problems[index]),
-                        "answer": problems[index].answer,
+                        "prompt": _readable(problem),
+                        "answer": problem.answer,
                         "response": rollout.text,
                         "reward": float(item.rewards[sibling]),
                         "value": None if values_n is None else float(values_n[sibling]),
-                        "advantage": float(advantages_n[sibling]),
+                        "advantage": None if baselines.by_critic else float(advantages_n[sibling]),
                     }
                 )
         return lines

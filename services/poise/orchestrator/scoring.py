@@ -36,10 +36,17 @@ class Scorer:
         sampling: Sampling,
         policy_version: int,
         phases: Phases,
+        first_group: int = 0,
     ) -> tuple[list[ScoredGroup], int]:
-        """Return the groups in the order of `problems`, and how many rollouts could not be verified."""
+        """Return the groups in the order of `problems`, and how many rollouts could not be verified.
+
+        Groups are named by number, from `first_group` on.
+        """
         prompts = [
-            Prompt(f"{index:05d}", problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt))
+            Prompt(
+                f"{first_group + index:05d}",
+                problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt),
+            )
             for index, problem in enumerate(problems)
         ]
         verifying: dict[int, asyncio.Task[tuple[ScoredGroup, int]]] = {}
@@ -48,8 +55,9 @@ class Scorer:
                 groups = self._services.sample(run_id, step, prompts, num_rollouts, sampling, policy_version)
                 async with contextlib.aclosing(groups):
                     async for group in groups:
-                        index = int(group.group_id)
+                        index = int(group.group_id) - first_group
                         verifying[index] = asyncio.create_task(self._verify(problems[index], group))
+                        phases.sampled(len(verifying), len(problems))
             with phases("verify"):
                 verified = [await verifying[index] for index in range(len(problems))]
         finally:
@@ -60,7 +68,8 @@ class Scorer:
     async def _verify(self, problem: Problem, group: Group) -> tuple[ScoredGroup, int]:
         verdicts = await asyncio.gather(*(self._verifiers.verify(problem, r.text) for r in group.rollouts))
         rewards = np.array([verdict.reward for verdict in verdicts], np.float32)
-        return ScoredGroup(group, problem.domain, rewards), sum(verdict.error is not None for verdict in verdicts)
+        scored = ScoredGroup(group, problem.domain, rewards, problem.prompt_key)
+        return scored, sum(verdict.error is not None for verdict in verdicts)
 
 
 def sampling_seed(seed: int, purpose: str, step: int) -> int:

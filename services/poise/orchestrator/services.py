@@ -18,7 +18,7 @@ from poise.orchestrator.waiting import StoppedWaiting, Waiting, may_pass, pause
 from poise.runtime.config import read_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
-from poise_client.errors import PoiseClientError
+from poise_client.errors import PoiseClientError, UnavailableError
 from poise_client.types import (
     Batch,
     Group,
@@ -85,7 +85,7 @@ class Services:
     async def wait_until_up(self, *, with_value: bool) -> None:
         """Return once all services answer, one replica of generation's; say at once, and again, who is waited for."""
         await self._ask_learner(lambda: self._learner.get_status(timeout_s=_ASK_TIMEOUT_S))
-        await self._wait_for_generation()
+        await self.wait_for_generation()
         if with_value:
             await self._ask_value(lambda: self._value.get_probe(timeout_s=_ASK_TIMEOUT_S))
 
@@ -129,7 +129,18 @@ class Services:
         """See `AsyncLearnerClient`."""
         return await self._ask_learner(lambda: self._learner.export_model(name))
 
-    async def _wait_for_generation(self) -> None:
+    async def is_learner_there(self) -> bool:
+        """Whether anybody answers at the learner's address, ready or not."""
+        try:
+            await self._learner.get_status(timeout_s=_ASK_TIMEOUT_S)
+        except UnavailableError as error:
+            return error.reason != UnavailableError.default_reason
+        except PoiseClientError:
+            pass  # whoever asks again is told
+        return True
+
+    async def wait_for_generation(self) -> None:
+        """Return once a replica is ready; say at once, and again, what is waited for."""
         waiting = Waiting("generation", self._stopping)
         while True:
             await self._replicas.look()

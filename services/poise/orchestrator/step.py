@@ -6,14 +6,14 @@ Pure. Knows neither services nor files. Shapes: n siblings of a prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from poise.domain.baselines import advantages, batch_mean, mean_of_others
 from poise.domain.quality import bias, brier_skill, mean_squared_error, pearson
-from poise.domain.rivals import Rival
+from poise.domain.rivals import Centring
 from poise_client.types import (
     Batch,
     Floats,
@@ -27,6 +27,9 @@ from poise_client.types import (
 
 Bootstrap = Literal["rloo", "batch_mean"]
 
+_NOTHING = 1e-6
+"""Advantages up to it are rounding."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
@@ -36,6 +39,8 @@ class ScoredGroup:
     domain: str
     rewards: Floats
     """[n], in [0, 1]."""
+    prompt_key: str = ""
+    """Identity of the prompt, the same in every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +49,54 @@ class StepBaselines:
 
     baselines: list[Floats]
     """[n] each."""
-    values: list[Floats | None]
-    """[n] each: what the probe expected; None where a domain has no probe."""
-    probe_versions: dict[str, int]
+    source: str
+    """What they are of: "probe", "bootstrap", "mixed" of the two, "group", "batch", "tracker", or "critic"."""
+    values: Sequence[Floats | None] = ()
+    """[n] each: what the probe expected; None where a domain has no probe. Empty where no probe is asked."""
+    probe_versions: Mapping[str, int] = field(default_factory=dict)
     """By domain."""
-    scales: list[Floats] | None = None
-    """[n] each: what reward − baseline is divided by; None divides by nothing."""
+    scales: Sequence[Floats] = ()
+    """[n] each: what reward − baseline is divided by; empty divides by nothing."""
+    penalties: Sequence[Floats] = ()
+    """[n] each: what is added to the rewards before; empty adds nothing."""
+
+    @property
+    def by_critic(self) -> bool:
+        """Whether these are none, and the learner's critic makes the advantages."""
+        return self.source == "critic"
+
+    def value(self, index: int) -> Floats | None:
+        """Return what the probe expected of the group at `index`, [n]; None where there is no probe."""
+        return self.values[index] if self.values else None
 
     def advantages(self, index: int, rewards: Floats) -> Floats:
-        """Return the advantages of the group at `index`, [n]."""
-        centred = advantages(rewards, self.baselines[index])
-        return centred if self.scales is None else (centred / self.scales[index]).astype(np.float32)
+        """Return the advantages of the group at `index`, [n]: (r + penalty − b) / s."""
+        shaped = rewards + self.penalties[index] if self.penalties else rewards
+        centred = advantages(shaped, self.baselines[index])
+        return (centred / self.scales[index]).astype(np.float32) if self.scales else centred
 
 
-def rival_baselines(scored: Sequence[ScoredGroup], rival: Rival) -> StepBaselines:
-    """Return the baselines of an algorithm that asks no probe."""
-    lengths = [np.array([r.token_ids.size for r in item.group.rollouts], np.float32) for item in scored]
-    centring = rival([item.rewards for item in scored], lengths)
-    return StepBaselines(centring.baselines, [None] * len(scored), {}, centring.scales)
+def rewards_of(scored: Sequence[ScoredGroup]) -> list[Floats]:
+    """Return the rewards of each group, [n] each."""
+    return [item.rewards for item in scored]
+
+
+def lengths_of(scored: Sequence[ScoredGroup]) -> list[Floats]:
+    """Return the response tokens of each group's rollouts, [n] each."""
+    return [np.array([r.token_ids.size for r in item.group.rollouts], np.float32) for item in scored]
+
+
+def centred(
+    scored: Sequence[ScoredGroup], source: str, centring: Centring, penalties: Sequence[Floats] | None = None
+) -> StepBaselines:
+    """Return the baselines that a rival's formula gave, one for each group."""
+    assert len(centring.baselines) == len(scored)  # noqa: S101 (the formula saw these groups)
+    return StepBaselines(centring.baselines, source, scales=centring.scales, penalties=penalties or ())
+
+
+def left_to_critic(scored: Sequence[ScoredGroup]) -> StepBaselines:
+    """Return what leaves the advantages to the learner's critic."""
+    return StepBaselines([np.zeros_like(item.rewards) for item in scored], "critic")
 
 
 def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
@@ -86,8 +121,10 @@ def choose_baselines(
     baselines = [
         spare if answer.baselines is None else answer.baselines for answer, spare in zip(answers, fallback, strict=True)
     ]
+    num_probed = sum(answer.values is not None for answer in answers)
+    source = "probe" if num_probed == len(answers) else "mixed" if num_probed else "bootstrap"
     versions = {item.domain: answer.probe_version for item, answer in zip(scored, answers, strict=True)}
-    return StepBaselines(baselines, [answer.values for answer in answers], versions)
+    return StepBaselines(baselines, source, [answer.values for answer in answers], versions)
 
 
 def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:
@@ -102,9 +139,9 @@ def training_batch(
     run_id: str, step: int, scored: Sequence[ScoredGroup], baselines: StepBaselines, temperature: float
 ) -> Batch:
     """Return what the learner trains on."""
-    rollouts = []
+    by_critic, rollouts = baselines.by_critic, []
     for index, item in enumerate(scored):
-        advantages_n = baselines.advantages(index, item.rewards)
+        advantages_n = np.zeros_like(item.rewards) if by_critic else baselines.advantages(index, item.rewards)
         rollouts += [
             TrainingRollout(
                 id=rollout.id,
@@ -113,47 +150,45 @@ def training_batch(
                 logprobs=rollout.logprobs,
                 advantage=float(advantage),
                 version_spans=rollout.version_spans,
+                reward=float(reward) if by_critic else None,
             )
-            for rollout, advantage in zip(item.group.rollouts, advantages_n, strict=True)
+            for rollout, advantage, reward in zip(item.group.rollouts, advantages_n, item.rewards, strict=True)
         ]
     return Batch(run_id, f"step-{step:08d}", step, tuple(rollouts), temperature)
 
 
-def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy_version: int) -> dict[str, Any]:
-    """Return what metrics.jsonl says of the rollouts of a step, sampled for version `policy_version`."""
-    rewards = [item.rewards for item in scored]
-    lengths = [rollout.token_ids.size for item in scored for rollout in item.group.rollouts]
-    ages = [
-        policy_version - min(span.policy_version for span in rollout.version_spans)
-        for item in scored
-        for rollout in item.group.rollouts
-    ]
+def step_numbers(
+    sampled: Sequence[ScoredGroup], scored: Sequence[ScoredGroup], baselines: StepBaselines, policy_version: int
+) -> dict[str, Any]:
+    """Return what metrics.jsonl says of the rollouts of a step, sampled for version `policy_version`.
+
+    Rewards, tokens and ages are those of all that was sampled; baselines and advantages of what is trained on.
+    """
+    rollouts = [rollout for item in sampled for rollout in item.group.rollouts]
+    lengths = [rollout.token_ids.size for rollout in rollouts]
+    ages = [policy_version - min(span.policy_version for span in rollout.version_spans) for rollout in rollouts]
     predicted, realised, domains = predictions(scored, baselines)
-    num_rollouts = len(lengths)
     return {
         "reward": {
-            "mean": float(np.concatenate(rewards).mean()),
-            "by_domain": {name: float(value) for name, value in _mean_by_domain(scored).items()},
+            "mean": float(np.concatenate(rewards_of(sampled)).mean()),
+            "by_domain": {name: float(value) for name, value in _mean_by_domain(sampled).items()},
         },
         "baseline": {
-            "source": _source(baselines),
-            "probe_share": len(predicted) / num_rollouts,
-            "probe_version": baselines.probe_versions,
+            "source": baselines.source,
+            "probe_share": len(predicted) / sum(item.rewards.size for item in scored),
+            "probe_version": dict(baselines.probe_versions),
             **_quality(predicted, realised),
             "by_domain": {
                 domain: _quality(*_of_domain(domain, predicted, realised, domains)) for domain in sorted(set(domains))
             },
         },
-        "advantage_variance": {
-            "used": _mean_square(rewards, baselines.baselines),
-            "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
-            "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]),
-            "batch_mean": _mean_square(rewards, batch_mean(rewards)),
-        },
+        "advantage_variance": _advantage_variance(scored, baselines),
+        "zero_advantage_share": _zero_advantage_share(scored, baselines),
         "response_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths), "total": sum(lengths)},
         "staleness": {"mean": float(np.mean(ages)), "max": max(ages)},
-        "num_groups": len(scored),
-        "num_rollouts": num_rollouts,
+        "num_groups": len(sampled),
+        "num_kept_groups": len(scored),
+        "num_rollouts": len(rollouts),
     }
 
 
@@ -162,7 +197,8 @@ def predictions(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> tupl
     predicted: list[float] = []
     realised: list[float] = []
     domains: list[str] = []
-    for item, values_n in zip(scored, baselines.values, strict=True):
+    for index, item in enumerate(scored):
+        values_n = baselines.value(index)
         if values_n is not None:
             predicted += values_n.tolist()
             realised += mean_of_others(item.rewards).tolist()
@@ -206,9 +242,24 @@ def finite_or_none(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _source(baselines: StepBaselines) -> str:
-    num_probed = sum(values is not None for values in baselines.values)
-    return "probe" if num_probed == len(baselines.values) else "mixed" if num_probed else "bootstrap"
+def _advantage_variance(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, float | None]:
+    """Return the mean squared r − b: of the baselines in use and, on the same rewards, of others; None without them."""
+    rewards = rewards_of(scored)
+    have_siblings = all(r.size > 1 for r in rewards)
+    return {
+        "used": None if baselines.by_critic else _mean_square(rewards, baselines.baselines),
+        "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
+        "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]) if have_siblings else None,
+        "batch_mean": _mean_square(rewards, batch_mean(rewards)) if have_siblings or len(rewards) > 1 else None,
+    }
+
+
+def _zero_advantage_share(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> float | None:
+    """Return the share of groups none of whose rollouts has an advantage; None where the critic makes them."""
+    if baselines.by_critic:
+        return None
+    teaches = [np.abs(baselines.advantages(i, item.rewards)).max() > _NOTHING for i, item in enumerate(scored)]
+    return 1 - float(np.mean(teaches))
 
 
 def _mean_square(rewards: Sequence[Floats], baselines: Sequence[Floats]) -> float:

@@ -15,6 +15,10 @@ class Watcher(Protocol):
         """A phase of a step begins."""
         ...
 
+    def sampled(self, step: int, done: int, total: int) -> None:
+        """So many of the step's prompts have all their rollouts."""
+        ...
+
     def step_done(self, numbers: dict[str, Any]) -> None:
         """A step is finished; `numbers` is its line of metrics.jsonl."""
         ...
@@ -43,6 +47,10 @@ class Phases:
         self._watcher = watcher
         self._step = step
         self.seconds: dict[str, float] = {}
+
+    def sampled(self, done: int, total: int) -> None:
+        """Show that so many of the step's prompts have all their rollouts."""
+        self._watcher.sampled(self._step, done, total)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from poise.runtime.config_tree import hint, holds_secret, misspelt_variables
+from poise.runtime.layers import left_of
 
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -198,7 +199,7 @@ class _FileSource(PydanticBaseSettingsSource):
         return values.get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        return dict(_file_values.get({}))
+        return left_of(_file_values.get({}), self.current_state)
 
 
 def load_config(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def commit_file(temporary: Path, target: Path) -> None:
@@ -19,6 +22,23 @@ def write_file(target: Path, data: bytes) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_bytes(data)
     commit_file(temporary, target)
+
+
+def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, durable on return."""
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(json_line, lines))
+    commit_file(temporary, target)
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Return an object as a line of JSON.
+
+    Raises:
+        ValueError: it holds a number that JSON has no word for.
+    """
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sync_folder(folder: Path) -> None:

@@ -159,6 +159,8 @@ class Subspace:
     def _start(self, parts: Sequence[Floats]) -> Floats:
         """Return what to start a rebuild from, [d, l]: the basis so far and the newest rows, or anything at first."""
         num_columns, width = self._num_columns(parts), parts[0].shape[1]
+        if num_columns == 0:
+            return np.zeros((width, 0), np.float32)
         if self.basis.shape[0] != width or self.basis.shape[1] < num_columns:
             return np.random.default_rng(0).standard_normal((width, num_columns), np.float32)
         newest = np.concatenate(parts[-_NUM_FRESH:])[-min(_NUM_FRESH, num_columns) :] - self.origin

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from poise.learner import app, checkpoint
 from poise.learner.config import LearnerConfig
+from poise.learner.models import Models
 from poise.learner.trainer import Trainer
 from poise.runtime.main import service_main
 
@@ -37,7 +38,7 @@ def die_after(owner: Any, name: str, num_calls: int) -> None:
 
 POINTS = {
     "nowhere": lambda: None,
-    "between two updates of a batch": lambda: die_after(Trainer, "_update", 3),
+    "between two updates of a batch": lambda: die_after(Models, "update", 3),
     "trained on, not yet answered": lambda: die_after(Trainer, "train", 2),
     "answered, the checkpoint half written": lambda: die_after(checkpoint, "_sha256", 1),
 }

@@ -33,8 +33,9 @@ if __name__ == "__main__":
     trainer = GradientTrainer(make_config(Path(model), Path(state_dir), **SETTINGS))
     world = trainer.load()
     assert world.size == 2
-    assert trainer._reference is not None
-    for forward in (trainer.policy.logprobs, trainer._reference):
+    reference = trainer._models._reference
+    assert reference is not None
+    for forward in (trainer.policy.logprobs, reference):
         assert all(isinstance(parameter, DTensor) for parameter in forward.parameters()), "it is not sharded"
     trainer.leave_the_reference()
     gradients = gradients_of_all(trainer)

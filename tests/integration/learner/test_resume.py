@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.learner.mortal import POINTS
-from tests.unit.learner.batches import make_batch, make_config
+from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.learner.core import LearnerCore
 from poise_client import AsyncLearnerClient, RetryPolicy
@@ -20,15 +20,19 @@ from poise_client.types import Batch, StepResult
 
 SCRIPT = Path(__file__).with_name("mortal.py")
 NUM_BATCHES = 4
+CASES: dict[str, dict[str, object]] = {
+    "alone": {},
+    "with a critic": {"critic": {"learning_rate": 1e-3, "warmup_updates": 0}},
+}
 DEADLINE_S = 120.0
 
 
 class Learner:
     """A learner's process, over several lives."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, **changes: object) -> None:
         self.folder = folder
-        settings = make_config(model, folder / "state", checkpoint_every_steps=2).model_dump(mode="json")
+        settings = make_config(model, folder / "state", checkpoint_every_steps=2, **changes).model_dump(mode="json")
         settings |= {"grpc": {"port": 0}, "admin": {"port": 0}}
         (folder / "learner.yaml").write_text(json.dumps(settings))
         self.process: subprocess.Popen[bytes] | None = None
@@ -60,38 +64,44 @@ class Learner:
                     await asyncio.sleep(0.1)
 
 
+def batch_of(case: str, step: int) -> Batch:
+    return rewarded(make_batch(step)) if "critic" in CASES[case] else make_batch(step)
+
+
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Digests of the versions, where nothing goes wrong."""
-    core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed")))
-    core.recover()
-    digests = []
-    for step in range(NUM_BATCHES):
-        core.submit(make_batch(step))
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Digest of the last version, where nothing goes wrong."""
+    digests = {}
+    for case, changes in CASES.items():
+        core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed"), **changes))
+        core.recover()
+        for step in range(NUM_BATCHES):
+            core.submit(batch_of(case, step))
         assert core.published is not None
-        digests.append(core.published.digest)
-    core.close()
+        digests[case] = core.published.digest
+        core.close()
     return digests
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("point", [point for point in POINTS if point != "nowhere"])
 async def test_a_learner_killed_and_started_again_ends_in_the_weights_of_one_that_lived(
-    model: Path, tmp_path: Path, expected: list[bytes], point: str
+    model: Path, tmp_path: Path, expected: dict[str, bytes], point: str, case: str
 ) -> None:
-    learner = Learner(model, tmp_path)
+    learner = Learner(model, tmp_path, **CASES[case])
     learner.start(point)
     first = learner.process
     assert first is not None
     try:
         for step in range(NUM_BATCHES):
-            result = await learner.submit(make_batch(step))
+            result = await learner.submit(batch_of(case, step))
             assert result.policy_version == step + 1
             assert not result.rejected
         assert first.poll() == -9, "it was not killed"
         address = json.loads((tmp_path / "address.json").read_text())["grpc"]
         async with AsyncLearnerClient(address) as client:
             status = await client.get_status()
-        assert status.digest == expected[-1]
+        assert status.digest == expected[case]
         assert status.num_rollouts == 6 * NUM_BATCHES
     finally:
         assert learner.process is not None

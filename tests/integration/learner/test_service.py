@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import transformers
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually, interceptors
-from tests.unit.learner.batches import VOCABULARY, make_batch, make_config
+from tests.unit.learner.batches import VOCABULARY, make_batch, make_config, rewarded
 
 from poise.errors import Draining
 from poise.generation.policy import ServedPolicy
 from poise.learner.app import LearnerApp, build
 from poise.learner.checkpoint import CheckpointStore, StateError
+from poise.learner.models import Models
 from poise.learner.publishing import replica as replica_module
 from poise.learner.trainer import Trainer
 from poise_client import AsyncLearnerClient
@@ -256,6 +257,47 @@ async def test_every_wrong_field_is_named_and_nothing_is_trained_on(serve):
     assert (await service.client.submit_advantages(make_batch(0))).policy_version == 1  # the unchanged one is fine
 
 
+REWARDS_WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] = {
+    "no reward": (broken(lambda r: r.ClearField("reward")), "rollouts[1].reward"),
+    "reward of nothing": (broken(lambda r: setattr(r, "reward", float("nan"))), "rollouts[1].reward"),
+    "reward without end": (broken(lambda r: setattr(r, "reward", -float("inf"))), "rollouts[1].reward"),
+    "an advantage": (broken(lambda r: setattr(r, "advantage", 0.5)), "rollouts[1].advantage"),
+    "no advantage that is": (broken(lambda r: setattr(r, "advantage", float("nan"))), "rollouts[1].advantage"),
+}
+
+
+async def test_a_learner_with_a_critic_takes_rewards_and_no_advantages(serve):
+    service = await serve(critic={})
+    for what, (change, field) in REWARDS_WRONG.items():
+        requests = messages(rewarded(make_batch(0)))
+        change(requests)
+        error = await refusal_of(service, requests)
+        assert isinstance(error, InvalidRequestError), what
+        assert [name for name, _ in error.violations] == [field], (what, error)
+        assert "send each rollout's, finite, and advantage 0" in str(error)
+    await assert_untouched(service)
+    assert (await service.client.get_status()).has_critic
+    result = await service.client.submit_advantages(rewarded(make_batch(0)))
+    assert result.policy_version == 1
+    assert result.metrics.value_loss > 0
+    for name in ("value_loss", "explained_variance_ratio", "critic_gradient_norm"):
+        number = {"explained_variance_ratio": "explained_variance"}.get(name, name)
+        told = service.app.registry.get_sample_value(f"poise_learner_{name}")
+        assert told == getattr(result.metrics, number), name
+
+
+async def test_a_learner_without_a_critic_takes_no_rewards(serve):
+    service = await serve()
+    requests = messages(make_batch(0))
+    requests[2].rollout.reward = 0.0
+    error = await refusal_of(service, requests)
+    assert isinstance(error, InvalidRequestError)
+    assert [name for name, _ in error.violations] == ["rollouts[1].reward"]
+    assert "no critic to use it: leave it unset, or set `critic`" in str(error)
+    await assert_untouched(service)
+    assert not (await service.client.get_status()).has_critic
+
+
 async def test_all_wrong_fields_are_named_at_once(serve):
     service = await serve()
     requests = messages(make_batch(0))
@@ -463,7 +505,7 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
     one = await replica()
     service = await serve(replicas=(one.address,))
     await service.client.submit_advantages(make_batch(0))
-    update, calls = Trainer._update, []
+    update, calls = Models.update, []
 
     def fail(*args: Any, **named: Any) -> Any:
         calls.append(1)
@@ -472,7 +514,7 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
         return update(*args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", fail)
+        patch.setattr(Models, "update", fail)
         with pytest.raises(UnavailableError, match="out of memory") as refused:
             await service.client.submit_advantages(make_batch(1))
     assert refused.value.retryable

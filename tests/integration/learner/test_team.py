@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.unit.learner.batches import make_batch, make_config
+from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.learner.core import LearnerCore
 from poise_client import AsyncLearnerClient, RetryPolicy
@@ -29,9 +29,16 @@ CASES: dict[str, dict[str, object]] = {
     "ppo": {"loss": {"policy": "ppo"}},
     "gspo": {"loss": {"policy": "gspo", "aggregation": "sequence_mean", "kl_coefficient": 0.1}},
     "cispo": {"loss": RECOMPUTED},
+    "critic": {
+        "critic": {"learning_rate": 1e-3, "warmup_updates": 0, "value_clip": 0.05},
+        "measure_gradient_variance": True,
+        "micro_batch_tokens": 13,  # rows in some halves divide by two, in others not
+    },
     "adapters": {"lora": {"rank": 4, "alpha": 8}},
 }
-"""The three ratios, the three means, both kinds of old log-probabilities, a KL, and LoRA."""
+"""The three ratios, the three means, both kinds of old log-probabilities, a KL, a critic, the variance, and LoRA."""
+COMPARED = ("loss", "entropy", "gradient_norm", "mismatch_kl", "reference_kl", "clip_share")
+COMPARED += ("value_loss", "explained_variance", "critic_gradient_norm", "gradient_variance")
 SETTINGS = {
     "mini_batch_prompts": 2,
     "micro_batch_tokens": 24,  # rows that do not divide by two
@@ -122,12 +129,12 @@ async def test_two_processes_train_as_one_over_a_restart(
     start = weights_of(model)
     async with started(Team(model, tmp_path, **CASES[case])) as team:
         for step in range(3):
-            if step == 2 and case in ("ppo", "adapters"):
+            if step == 2 and case in ("ppo", "critic", "adapters"):
                 await team.stop()
                 team.start()
-            mine = (await team.submit(make_batch(step))).metrics
-            theirs = one.submit(make_batch(step))[0].metrics
-            for name in ("loss", "entropy", "gradient_norm", "mismatch_kl", "reference_kl", "clip_share"):
+            batch = rewarded(make_batch(step)) if case == "critic" else make_batch(step)
+            mine, theirs = (await team.submit(batch)).metrics, one.submit(batch)[0].metrics
+            for name in COMPARED:
                 assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6), name
             assert (mine.num_tokens, mine.num_updates) == (theirs.num_tokens, theirs.num_updates)
             assert mine.num_model_tokens == theirs.num_model_tokens

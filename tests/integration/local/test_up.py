@@ -59,11 +59,10 @@ def test_a_missing_task_file_is_told_before_anything_starts(run_file: Path) -> N
     assert not (run_file.parent / "run" / "logs").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: Path, command: str) -> None:
+def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: Path) -> None:
     log = run_file.with_suffix(".log")
     with log.open("w") as output:
-        process = poise_process(command, "-c", str(run_file), stdout=output, stderr=output)
+        process = poise_process("train", "-c", str(run_file), stdout=output, stderr=output)
     try:
         wait_for(log, "waiting for learner at", process)
         process.send_signal(signal.SIGINT)

@@ -92,6 +92,9 @@ class Run:
     def phase(self, step: int, name: str) -> None:
         pass
 
+    def sampled(self, step: int, done: int, total: int) -> None:
+        pass
+
     def step_done(self, numbers: dict[str, Any]) -> None:
         self.num_done += 1
 

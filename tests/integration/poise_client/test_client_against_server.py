@@ -387,7 +387,8 @@ async def test_weights_arrive_in_chunks_with_offsets_and_digests(generation, gen
 async def test_a_batch_travels_as_a_header_and_its_rollouts_again_on_a_retry(learner, learner_service, unavailable):
     ids = np.arange(3, dtype=np.int32)
     rollouts = tuple(
-        TrainingRollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), 0.5 - i, ()) for i in range(2)
+        TrainingRollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), 0.5 - i, (), reward)
+        for i, reward in enumerate((None, 0.0))
     )
     learner_service.script = [unavailable]
     result = await learner.submit_advantages(Batch("run", "step-2", 2, rollouts))
@@ -396,6 +397,7 @@ async def test_a_batch_travels_as_a_header_and_its_rollouts_again_on_a_retry(lea
     header, *rest = learner_service.requests[1]
     assert (header.header.batch_id, header.header.num_rollouts) == ("step-2", 2)
     assert [message.rollout.advantage for message in rest] == [0.5, -0.5]
+    assert [message.rollout.HasField("reward") for message in rest] == [False, True]
 
 
 async def test_the_learner_answers_status_and_export(learner):

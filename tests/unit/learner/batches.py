@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,3 +58,10 @@ def make_batch(
         for rollout in make_group(random, f"g{i}", 3 + i, (4 + i, 6 - i), step=step, version=version)
     ]
     return Batch("run", f"step-{step:08d}", step, tuple(rollouts), temperature)
+
+
+def rewarded(batch: Batch) -> Batch:
+    """The batch for a learner with a critic: rewards of 0 and 1, and no advantages."""
+    random = np.random.default_rng([batch.step, 7])
+    rollouts = [dataclasses.replace(r, advantage=0.0, reward=float(random.integers(0, 2))) for r in batch.rollouts]
+    return dataclasses.replace(batch, rollouts=tuple(rollouts))

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from poise.learner.config import LearnerConfig, LossConfig
+from poise.learner.shards import part_of, whole
 from poise.learner.trainer import Trainer
+from poise.learner.world import World
 from poise_client.types import TrainingRollout
 
 LOSSES = {
@@ -33,24 +35,29 @@ class GradientTrainer(Trainer):
         super().__init__(config.model_copy(update={"loss": LossConfig(kl_coefficient=1.0)}))
         self._gradients: dict[str, torch.Tensor] = {}
 
+    def load(self) -> World:
+        world = super().load()
+        self._models.optimiser.clip = self._keep  # type: ignore[method-assign]
+        return world
+
     @torch.no_grad()
     def leave_the_reference(self) -> None:
         random = torch.Generator().manual_seed(1)
         for _, parameter in self.policy.trained():
-            whole = self.policy.whole(parameter)
-            parameter.copy_(self.policy.part_of(parameter, whole + 0.02 * torch.randn(whole.shape, generator=random)))
+            here = whole(parameter)
+            parameter.copy_(part_of(parameter, here + 0.02 * torch.randn(here.shape, generator=random)))
 
     def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
-        reference, config = self._reference, self._config
-        self._config = config.model_copy(update={"loss": loss})
-        self._reference = reference if loss.kl_coefficient else None
+        models, reference, config = self._models, self._models._reference, self._config
+        self._config = models._config = config.model_copy(update={"loss": loss})
+        models._reference = reference if loss.kl_coefficient else None
         self.train(rollouts, TEMPERATURE)
-        self._config, self._reference = config, reference
+        self._config, models._config, models._reference = config, config, reference
         return self._gradients
 
-    def _clip_gradient(self) -> float:
+    def _keep(self) -> float:
         """Keep what there is; what is not finite changes nothing."""
-        self._gradients = {name: self.policy.whole(p.grad).clone() for name, p in self.policy.trained()}
+        self._gradients = {name: whole(p.grad).clone() for name, p in self.policy.trained()}
         return math.inf
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from tests.models import make_tiny_llama
-from tests.unit.learner.batches import make_batch, make_config
+from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner import checkpoint as checkpoint_module
@@ -20,10 +20,13 @@ from poise.learner.checkpointing import Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
+from poise.learner.models import Models
 from poise.learner.trainer import Trainer
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, TrainingRollout, VersionSpan
+
+CRITIC = {"learning_rate": 1e-3, "warmup_updates": 0}
 
 
 class Killed(BaseException):
@@ -202,7 +205,7 @@ def after(target: type, name: str, calls: int = 1) -> Callable[[pytest.MonkeyPat
 KILLS = {
     "before the journal": at_entry(Journal, "write_batch"),
     "after the journal, before training": after(Journal, "write_batch"),
-    "between two mini-batches": after(Trainer, "_update"),
+    "between two mini-batches": after(Models, "update"),
     "after training, before the answer": at_entry(Journal, "write_answer"),
     "after the answer, before the checkpoint": after(Journal, "write_answer"),
     "at the checkpoint's beginning": at_entry(CheckpointStore, "save"),
@@ -326,6 +329,50 @@ def test_dropout_goes_on_as_if_there_had_been_no_kill(start, config, monkeypatch
             assert killed.published.digest.hex() == expected[step]
     again = [killed._trainer.train(make_batch(5).rollouts, 1.0).loss for _ in range(2)]
     assert again[0] != again[1]  # dropout it is
+
+
+@pytest.mark.parametrize(
+    "point", ["between two mini-batches", "after the answer, before the checkpoint", "after pruning"]
+)
+def test_a_kill_ends_in_the_same_critic_bit_for_bit(start, tmp_path, monkeypatch, point):
+    undisturbed = start(critic=CRITIC, state_dir=tmp_path / "undisturbed")
+    for step in range(5):
+        undisturbed.submit(rewarded(make_batch(step)))
+    core = start(critic=CRITIC)
+    for step in range(3):
+        core.submit(rewarded(make_batch(step)))
+    with monkeypatch.context() as patch:
+        KILLS[point](patch)
+        with pytest.raises(Killed):
+            core.submit(rewarded(make_batch(3)))
+            core._checkpoints.finish()
+    again = start(critic=CRITIC)
+    for step in range(3, 5):
+        again.submit(rewarded(make_batch(step)))
+    assert again.published.digest == undisturbed.published.digest
+    assert again.published.lineage_id == core.published.lineage_id
+    (mine, num_updates), (theirs, num_updates_of_theirs) = (one._trainer.state() for one in (again, undisturbed))
+    assert num_updates == num_updates_of_theirs == 10
+    assert mine.keys() == theirs.keys()
+    assert "critic.exp_avg_sq.head.weight" in mine
+    assert all(bool((mine[name] == theirs[name]).all()) for name in mine)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])  # before the first checkpoint, and after it
+@pytest.mark.parametrize("had_critic", [True, False])
+def test_a_state_is_not_gone_on_from_with_a_critic_where_there_was_none_nor_the_other_way(
+    start, had_critic, num_batches
+):
+    before, after = ({"critic": CRITIC}, {}) if had_critic else ({}, {"critic": CRITIC})
+    core = start(**before)
+    for step in range(num_batches):
+        core.submit(rewarded(make_batch(step)) if had_critic else make_batch(step))
+    what = "checkpoint" if num_batches == 2 else "journalled batch step-00000000"
+    now, was, mend = ("without", "with", "set") if had_critic else ("with", "without", "remove")
+    message = f"from {now} a critic: its {what} is of a training {was} one; {mend} `critic` in the learner's settings"
+    with pytest.raises(StateError, match=message):
+        start(**after)
+    assert start(**before).published.digest == core.published.digest  # and nothing is lost
 
 
 def test_many_batches_are_trained_on_again_when_the_newest_checkpoint_is_damaged(start, digests):
@@ -504,7 +551,7 @@ def test_closing_lets_go_of_the_folder_though_what_comes_before_fails(start, con
         other.close()
 
 
-@pytest.mark.parametrize("point", [(Trainer, "_update"), (Journal, "write_answer")])
+@pytest.mark.parametrize("point", [(Models, "update"), (Journal, "write_answer")])
 def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start, digests, monkeypatch, point):
     """Out of memory in the second mini-batch: the policy in memory is no version."""
     core = start()

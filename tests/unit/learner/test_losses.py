@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from poise.learner.config import LossConfig
-from poise.learner.losses import TokenLosses, denominator, kl_to_reference, policy_losses, token_weights
+from poise.learner.losses import (
+    TokenLosses,
+    denominator,
+    kl_to_reference,
+    policy_losses,
+    token_weights,
+    value_losses,
+)
 
 BOUNDS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "importance_cap": 2.0}
 LENGTHS = (1, 7, 30, 2, 60)
@@ -268,3 +275,47 @@ def test_every_split_of_a_mini_batch_adds_up_to_the_same_loss(aggregation):
     split = [token_weights(torch.tensor(lengths), config) for lengths in (LENGTHS[:2], LENGTHS[2:])]
     assert sum(float((w * part).sum()) for w, part in zip(split, parts, strict=True)) == pytest.approx(whole, rel=1e-6)
     assert whole / denominator(N, 5, config) == pytest.approx(aggregated(losses.tolist(), config), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "gradient"),
+    [  # the value was 1, and is to be 3; the clip is 0.5
+        (1.0, 2.0, -2.0),
+        (1.4, 1.28, -1.6),
+        (1.6, 1.125, 0.0),  # it has come further towards 3 than the step allows
+        (0.6, 2.88, -2.4),
+        (0.4, 3.38, -2.6),  # further away from it: it must come back
+        (3.0, 1.125, 0.0),
+        (4.9, 1.8050, 1.9),  # beyond 3, worse than at the bound: it must come back
+    ],
+)
+def test_a_value_is_followed_no_further_than_the_clip_unless_it_errs_more_than_that(value, loss, gradient):
+    values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+    one, three = torch.tensor([1.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
+    losses = value_losses(values, one, three, 0.5)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss)
+    assert values.grad.item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_the_value_loss_is_its_formula_and_its_gradient_that_of_finite_differences(clip):
+    random = np.random.default_rng(0)
+    old, returns = random.normal(0, 1, (2, N))
+    values = old + random.uniform(-0.5, 0.5, N)
+
+    def reference(values: np.ndarray) -> float:
+        errors = [(v - r) ** 2 for v, r in zip(values, returns, strict=True)]
+        if clip is not None:
+            near = [o + min(max(v - o, -clip), clip) for v, o in zip(values, old, strict=True)]
+            errors = [max(e, (v - r) ** 2) for e, v, r in zip(errors, near, returns, strict=True)]
+        return sum(errors) / 2
+
+    tensor = torch.from_numpy(values).requires_grad_()
+    loss = value_losses(tensor, torch.from_numpy(old), torch.from_numpy(returns), clip).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(reference(values))
+    for i in range(N):
+        step = np.eye(N)[i] * 1e-6
+        difference = (reference(values + step) - reference(values - step)) / 2e-6
+        assert tensor.grad[i].item() == pytest.approx(difference, abs=1e-6)

@@ -234,7 +234,7 @@ def test_a_parameter_that_never_had_a_gradient_is_restored_without_moments(confi
     tensors, num_updates = trainer.state()
     assert not any(name.endswith("layers.0.mlp.down_proj.weight") and "exp" in name for name in tensors)
     trainer.restore({name: tensor.clone() for name, tensor in tensors.items()}, num_updates)
-    assert idle not in trainer._optimiser.state
+    assert idle not in trainer._models.optimiser.adam.state
     assert trainer.train(rollouts(1), 1.0).num_updates == 2
 
 

@@ -181,3 +181,27 @@ def test_what_is_shown_hides_secrets(tmp_path: Path) -> None:
     shown = resolved_text(run, None)
     assert "pa55word" not in shown
     assert yaml.safe_load(shown)["train"]["run_id"] == "mine"
+
+
+def with_train(**values: Any) -> dict[str, Any]:
+    return MINIMAL | {"train": MINIMAL["train"] | values}
+
+
+def test_an_algorithm_brings_its_loss_and_the_file_goes_before_it(tmp_path: Path) -> None:
+    poise, grpo = load(tmp_path).learner, load(tmp_path, with_train(algorithm="grpo")).learner
+    assert (poise.loss.aggregation, poise.loss.clip_high) == ("token_mean", 0.28)
+    assert (grpo.loss.aggregation, grpo.loss.clip_high) == ("sequence_mean", 0.2)
+    own = load(tmp_path, with_train(algorithm="grpo") | {"learner": {"loss": {"clip_high": 0.3}}}).learner
+    assert (own.loss.aggregation, own.loss.clip_high) == ("sequence_mean", 0.3)
+    dr_grpo = load(tmp_path, with_train(algorithm="dr_grpo", sampling={"max_tokens": 77}))
+    assert (dr_grpo.learner.loss.aggregation, dr_grpo.learner.loss.normaliser_tokens) == ("constant", 77)
+    assert load(tmp_path, MINIMAL, "train.algorithm=dr_grpo").trees["learner"]["loss"]["aggregation"] == "constant"
+
+
+def test_options_of_another_algorithm_give_way_with_it(tmp_path: Path) -> None:
+    values = with_train(algorithm={"kind": "poise", "bootstrap": "batch_mean"})
+    assert load(tmp_path, values, "train.algorithm=dapo").train.algorithm.kind == "dapo"
+    dapo = load(tmp_path, values, "train.algorithm={kind: dapo, max_draws: 2}").train.algorithm
+    assert dapo.model_dump()["max_draws"] == 2
+    kept = load(tmp_path, values, "train.algorithm.kind=poise").train.algorithm
+    assert kept.model_dump()["bootstrap"] == "batch_mean"

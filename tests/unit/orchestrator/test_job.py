@@ -82,17 +82,12 @@ def test_too_few_held_out_problems_are_told_at_once(tmp_path: Path, logged: pyte
     assert job.settle(config) == job.WRONG_SETTINGS, logged.text
 
 
-def test_evaluating_no_prompts_is_refused(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
-    assert job.evaluate(settings(tmp_path, evaluation={"num_prompts": 0})) == job.WRONG_SETTINGS
-    assert "evaluation.num_prompts: is 0" in logged.text
-
-
 def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "Mixture", interrupted)
-    assert job.evaluate(settings(tmp_path)) == job.INTERRUPTED
+    assert job.settle(settings(tmp_path)) == job.INTERRUPTED
 
 
 def test_held_out_change_is_described() -> None:

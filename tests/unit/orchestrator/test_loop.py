@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
-from poise.domain.rivals import RIVALS
 from poise.orchestrator.run_folder import RunError
 
 
@@ -40,20 +39,24 @@ async def test_baselines_are_asked_before_and_labels_leave_after_all_is_on_disk(
         "append metrics.jsonl",
         "append values.jsonl",
         "append trajectories.jsonl",
+        "append memory.jsonl",
         "state 1",
         "shown 0",
     ]
 
 
-async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["poise", {"kind": "dapo", "max_draws": 3}, "spo"])
+async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(
+    tmp_path: Path, algorithm: str | dict[str, Any]
+) -> None:
     undisturbed = World()
-    assert await drive(settings(tmp_path / "undisturbed"), undisturbed)
+    assert await drive(settings(tmp_path / "undisturbed", algorithm=algorithm), undisturbed)
     assert sorted(undisturbed.batches) == [f"step-{step:08d}" for step in range(3)]
     reference = tmp_path / "undisturbed"
     for crash_at, event in enumerate(undisturbed.events):
         world = World()
         world.crash_at = crash_at
-        config = settings(tmp_path / str(crash_at))
+        config = settings(tmp_path / str(crash_at), algorithm=algorithm)
         with pytest.raises(Crash):
             await drive(config, world)
         world.crashed = False
@@ -61,13 +64,22 @@ async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(tmp
         assert repr(world.batches) == repr(undisturbed.batches), event
         assert repr(world.labels) == repr(undisturbed.labels), event
         assert world.version == 3
-        for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "evaluations.jsonl"):
+        for name in ("metrics.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl"):
             found, expected = lines(config.run_dir, name), lines(reference, name)
             for line in (*found, *expected):
                 for clock in ("time_s", "wall_s", "tokens_per_s", "seconds"):
                     line.pop(clock, None)
             assert found == expected, (event, name)
+        values = [
+            (folder / "values.jsonl").read_text() for folder in (config.run_dir, reference) if algorithm == "poise"
+        ]
+        assert len(set(values)) <= 1, event
         assert not list((config.run_dir / "journal").iterdir()), event
+        kept, expected = (
+            {path.name: path.read_text() for path in (folder / "generations").iterdir()}
+            for folder in (config.run_dir, reference)
+        )
+        assert kept == expected, event
 
 
 async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: Path) -> None:
@@ -76,6 +88,35 @@ async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: P
     await drive(config, world)
     found = [(line["when"], line["step"], line["policy_version"]) for line in lines(tmp_path, "evaluations.jsonl")]
     assert found == [("before", 0, 0), ("step", 2, 2), ("after", 4, 4)]
+
+
+async def test_an_evaluation_keeps_every_response_and_how_it_was_sampled(tmp_path: Path) -> None:
+    world = World()
+    tasks = [{"kind": "digits", "domain": "easy"}, {"kind": "digits", "domain": "hard"}]
+    evaluation = {"num_prompts": 4, "rollouts_per_prompt": 2, "temperature": 0.6, "top_p": 0.9}
+    await drive(settings(tmp_path, num_steps=1, tasks=tasks, evaluation=evaluation, sampling={"max_tokens": 9}), world)
+    before, after = lines(tmp_path, "evaluations.jsonl")
+    seed = before["sampling"].pop("seed")
+    assert before["sampling"] == {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "max_tokens": 9, "stop": []}
+    assert after["sampling"]["seed"] == seed == world.asked[0][4].seed
+    for one in (before, after):
+        kept = lines(tmp_path, one["generations"])
+        assert [(line["when"], line["step"]) for line in kept] == [(one["when"], one["step"])] * 8
+        assert [line["reward"] for line in kept] == [reward for prompt in one["rewards"] for reward in prompt]
+        assert [(line["prompt_index"], line["rollout_index"]) for line in kept] == [
+            (p, r) for p in range(4) for r in (0, 1)
+        ]
+        assert [line["task"] for line in kept] == ["digits-1"] * 4 + ["digits-2"] * 4
+        assert [line["domain"] for line in kept] == ["easy"] * 4 + ["hard"] * 4
+        assert [line["prompt"] for line in kept[::2]] == [prompt.content for prompt in world.asked[0][2]]
+        assert all(line["response"] == str(int(line["reward"])) for line in kept)
+        assert {line["finish_reason"] for line in kept} == {"stop"}
+        assert {tuple(line["policy_versions"]) for line in kept} == {(one["policy_version"],)}
+        assert all(1 <= line["num_tokens"] <= 3 for line in kept)
+        assert one["scores"]["overall"]["avg@2"]["mean"] == sum(line["reward"] for line in kept) / 8
+        passed = [max(prompt) for prompt in one["rewards"]]
+        assert one["scores"]["overall"]["pass@2"]["mean"] == sum(passed) / 4
+        assert one["scores"]["by_task"]["digits-2"]["pass@2"]["mean"] == sum(passed[2:]) / 2
 
 
 async def test_evaluations_ask_alike_each_time_and_under_a_name_that_never_trains(tmp_path: Path) -> None:
@@ -103,14 +144,76 @@ async def test_a_stop_ends_the_run_after_the_step_in_hand(tmp_path: Path) -> Non
     assert len(world.batches) == 3
 
 
-@pytest.mark.parametrize("algorithm", RIVALS)
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dr_grpo", "dapo", "opo", "reinforce_pp", "spo", "ppo"])
 async def test_rivals_ask_and_tell_the_value_service_nothing(tmp_path: Path, algorithm: str) -> None:
     world = World()
+    world.has_critic = algorithm == "ppo"
     await drive(settings(tmp_path, algorithm=algorithm), world)
     assert not [event for event in world.events if event.startswith(("baselines", "publish"))]
     assert not world.labels
     assert len(world.batches) == 3
-    assert all(line["baseline"]["source"] == "bootstrap" for line in lines(tmp_path, "metrics.jsonl"))
+    assert all(line["algorithm"] == algorithm for line in lines(tmp_path, "metrics.jsonl"))
+
+
+async def test_the_critic_is_sent_rewards(tmp_path: Path) -> None:
+    world = World()
+    world.has_critic = True
+    await drive(settings(tmp_path, algorithm="ppo", num_steps=1), world)
+    (batch,) = world.batches.values()
+    assert len(batch.rollouts) == 2  # one a prompt, as PPO is used
+    assert {rollout.reward for rollout in batch.rollouts} <= {0, 1}
+    assert {rollout.advantage for rollout in batch.rollouts} == {0}
+
+
+@pytest.mark.parametrize(("algorithm", "has_critic"), [("ppo", False), ("poise", True)])
+async def test_a_learner_of_another_kind_is_refused_before_anything_is_sampled(
+    tmp_path: Path, algorithm: str, has_critic: bool
+) -> None:
+    world = World()
+    world.has_critic = has_critic
+    with pytest.raises(RunError, match=rf"algorithm {algorithm} .*critic.*in a new state_dir"):
+        await drive(settings(tmp_path, algorithm=algorithm), world)
+    assert not world.events
+
+
+async def test_dapo_samples_until_it_has_groups_of_unequal_rewards(tmp_path: Path) -> None:
+    world, config = (
+        World(),
+        settings(
+            tmp_path, algorithm={"kind": "dapo", "max_draws": 4}, rollouts_per_prompt=2, prompts_per_step=3, num_steps=6
+        ),
+    )
+    await drive(config, world)
+    metrics = lines(tmp_path, "metrics.jsonl")
+    assert max(line["num_draws"] for line in metrics) > 1
+    assert [line["num_groups"] for line in metrics] == [3 * line["num_draws"] for line in metrics]
+    for line, batch in zip(metrics, world.batches.values(), strict=True):
+        assert line["num_kept_groups"] == 3 or line["num_draws"] == 4
+        by_group: dict[str, list[float]] = {}
+        for rollout in batch.rollouts:
+            by_group.setdefault(rollout.id.group_id, []).append(rollout.advantage)
+        assert len(by_group) == line["num_kept_groups"] <= 3
+        assert all(min(advantages) < 0 < max(advantages) for advantages in by_group.values())
+    # No draw is asked twice, in whatever step: prompts go on after those that were drawn before.
+    asked = [tuple(prompt.content for prompt in call[2]) for call in world.asked if call[0] == "run"]
+    assert len(set(asked)) == len(asked) == sum(line["num_draws"] for line in metrics)
+    seeds = [call[4].seed for call in world.asked if call[0] == "run"]
+    assert len(set(seeds)) == len(seeds)
+    names = [(call[1], prompt.group_id) for call in world.asked if call[0] == "run" for prompt in call[2]]
+    assert len(set(names)) == len(names)
+
+
+async def test_where_nothing_is_worth_keeping_the_last_draw_is_trained_on(tmp_path: Path) -> None:
+    class Failing(World):
+        async def verify(self, problem: Any, response: str) -> Any:
+            return await super().verify(problem, "0")
+
+    world = Failing()
+    await drive(settings(tmp_path, algorithm={"kind": "dapo", "max_draws": 2}, num_steps=1), world)
+    (line,) = lines(tmp_path, "metrics.jsonl")
+    assert (line["num_draws"], line["num_kept_groups"], line["zero_advantage_share"]) == (2, 2, 1)
+    (batch,) = world.batches.values()
+    assert {rollout.advantage for rollout in batch.rollouts} == {0}
 
 
 async def test_a_name_that_another_run_used_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from poise.orchestrator.progress import ConsoleWatcher, clock
+from poise.orchestrator.progress import ConsoleWatcher, MeasurementWatcher, clock
 
 
 def numbers(step: int) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
     watcher.phase(3, "train")
     watcher.phase(4, "generate")
     assert shown() == "step 3: train, step 4: generate"
+    watcher.sampled(4, 7, 64)
+    assert shown() == "step 3: train, step 4: generate 7/64"
     watcher.phase(4, "verify")
     assert shown() == "step 3: train, step 4: verify"
     watcher.step_done(numbers(3))
@@ -41,6 +43,17 @@ def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
     header, line = written.getvalue().splitlines()
     assert line.split()[header.split().index("stale")] == "1.2"
     assert line.split()[-1] == "0m12s"  # six steps of two seconds
+
+
+def test_a_measurement_is_told_by_quarters_where_there_is_no_terminal() -> None:
+    written = io.StringIO()
+    watcher = MeasurementWatcher(6, Console(file=written, width=200))
+    for done in range(1, 7):
+        watcher.sampled(0, done, 6)
+    assert written.getvalue().splitlines() == [f"{done} of 6 prompts sampled" for done in (2, 3, 5, 6)]
+    watcher.phase(0, "verify")
+    (task,) = watcher._progress.tasks
+    assert (task.completed, task.total, task.description) == (6, 6, "verify")
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])

@@ -138,13 +138,40 @@ def test_a_line_cut_off_within_a_character_is_dropped(folder: RunFolder) -> None
 
 
 def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFolder) -> None:
-    folder.write_evaluation({"when": "before", "step": 0})
+    folder.write_evaluation({"when": "before", "step": 0}, [])
     with (folder.path / "evaluations.jsonl").open("a") as file:
         file.write('{"when": "step", "st')
     successor, _ = again(folder)
-    successor.write_evaluation({"when": "step", "step": 2})
+    successor.write_evaluation({"when": "step", "step": 2}, [])
     assert successor.evaluated("before", 0)
     assert successor.evaluated("step", 2)
+
+
+def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.path / "generations" / "step-00000002.jsonl"
+    responses = [{"response": "one\u2028two"}, {"response": "é"}]
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(folder, "_append", die)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_evaluation({"when": "step", "step": 2}, responses[:1])
+    path.with_name("after-00000003.jsonl.tmp").write_text("cut o")
+    successor, _ = again(folder)
+    assert not successor.evaluated("step", 2)
+    assert not list(path.parent.iterdir())
+    successor.write_evaluation({"when": "step", "step": 2}, responses)
+    written = path.read_bytes()
+    assert [json.loads(line) for line in written.split(b"\n")[:-1]] == responses
+    third, _ = again(successor)
+    assert path.read_bytes() == written
+    (line,) = (folder.path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["generations"] == "generations/step-00000002.jsonl"
+    assert third.evaluated("step", 2)
 
 
 def test_all_steps_in_hand_are_found_up_to_a_gap(folder: RunFolder) -> None:
@@ -234,7 +261,7 @@ def test_the_folder_of_another_run_is_refused(folder: RunFolder) -> None:
 
 
 def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
-    folder.write_evaluation({"when": "before", "step": 0})
+    folder.write_evaluation({"when": "before", "step": 0}, [])
     successor, _ = again(folder)
     assert successor.evaluated("before", 0)
     assert not successor.evaluated("after", 0)

@@ -391,3 +391,16 @@ async def test_leaving_early_ends_what_runs(make: Make) -> None:
     assert (await anext(groups)).group_id == "g0"
     await groups.aclose()
     assert ended.is_set()
+
+
+async def test_nobody_at_the_learners_address_is_told_from_a_learner_that_is_not_ready(make: Make) -> None:
+    recovering = UnavailableError("the learner is recovering", reason="DRAINING", retryable=True)
+    for outcome, is_there in (
+        (DOWN, False),
+        (recovering, True),
+        (DeadlineExceededError("late"), True),
+        ("status", True),
+    ):
+        learner = Script("learner:1", [outcome])
+        assert await make(learner=learner).is_learner_there() is is_there
+        assert len(learner.calls) == 1

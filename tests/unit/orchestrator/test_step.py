@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 
-from poise.domain.rivals import RIVALS
-from poise.orchestrator.config import OrchestratorConfig
+from poise.domain.rivals import group_mean, whitened
 from poise.orchestrator.step import (
     ScoredGroup,
+    centred,
     choose_baselines,
     group_features,
     labelled_groups,
+    left_to_critic,
     predictions,
-    rival_baselines,
+    rewards_of,
     step_numbers,
     training_batch,
 )
@@ -68,7 +67,7 @@ def test_a_probe_is_preferred_where_there_is_one() -> None:
     chosen = choose_baselines(SCORED, [answer("a", [0.25, 0.75]), answer("b", None)], "rloo")
     assert [b.tolist() for b in chosen.baselines] == [[0.75, 0.25], [1.0, 1.0]]
     assert predictions(SCORED, chosen) == ([0.25, 0.75], [0.0, 1.0], ["d", "d"])
-    numbers = step_numbers(SCORED, chosen, 4)
+    numbers = step_numbers(SCORED, SCORED, chosen, 4)
     assert numbers["baseline"]["source"] == "mixed"
     assert numbers["baseline"]["probe_share"] == 0.5
     assert numbers["baseline"]["brier"] == pytest.approx((0.25**2 + 0.25**2) / 2)
@@ -101,14 +100,46 @@ def test_labels_carry_features_and_rewards_of_whole_groups() -> None:
 
 
 def test_a_rivals_advantages_reach_the_batch_divided() -> None:
-    chosen = rival_baselines(SCORED, RIVALS["grpo"])
+    chosen = centred(SCORED, "group", group_mean(rewards_of(SCORED), divide=True))
     batch = training_batch("run", 7, SCORED, chosen, 1.0)
     assert [rollout.advantage for rollout in batch.rollouts] == pytest.approx([0.7070, -0.7070, 0, 0], abs=1e-4)
-    numbers = step_numbers(SCORED, chosen, 4)
-    assert numbers["baseline"]["source"] == "bootstrap"
+    assert [rollout.reward for rollout in batch.rollouts] == [None] * 4
+    numbers = step_numbers(SCORED, SCORED, chosen, 4)
+    assert numbers["baseline"]["source"] == "group"
     assert numbers["advantage_variance"]["used"] == pytest.approx(2 * 0.25 / 4)
+    assert numbers["zero_advantage_share"] == 0.5
 
 
-def test_every_rival_may_be_named_and_nothing_else() -> None:
-    named = get_args(OrchestratorConfig.model_fields["algorithm"].annotation)
-    assert set(named) == {"poise", *RIVALS}
+def test_to_a_critic_go_rewards_and_no_advantages() -> None:
+    chosen = left_to_critic(SCORED)
+    batch = training_batch("run", 7, SCORED, chosen, 1.0)
+    assert [rollout.reward for rollout in batch.rollouts] == [1, 0, 1, 1]
+    assert [rollout.advantage for rollout in batch.rollouts] == [0, 0, 0, 0]
+    numbers = step_numbers(SCORED, SCORED, chosen, 4)
+    assert numbers["advantage_variance"]["used"] is None
+    assert numbers["zero_advantage_share"] is None
+
+
+def test_what_was_sampled_in_vain_counts_as_sampled() -> None:
+    kept = SCORED[:1]
+    numbers = step_numbers(SCORED, kept, centred(kept, "group", group_mean(rewards_of(kept), divide=True)), 4)
+    assert numbers["reward"]["mean"] == 0.75
+    assert numbers["response_tokens"]["total"] == 6
+    assert (numbers["num_groups"], numbers["num_kept_groups"], numbers["num_rollouts"]) == (2, 1, 4)
+    assert numbers["advantage_variance"]["none"] == 0.5
+
+
+def test_penalties_are_added_before_the_baseline_is_taken_away() -> None:
+    penalties = [np.array([-0.5, 0], np.float32), np.array([0, -1], np.float32)]
+    shaped = [item.rewards + penalty for item, penalty in zip(SCORED, penalties, strict=True)]
+    chosen = centred(SCORED, "group", group_mean(shaped, divide=False), penalties)
+    assert [chosen.advantages(i, item.rewards).tolist() for i, item in enumerate(SCORED)] == [
+        [0.25, -0.25],
+        [0.5, -0.5],
+    ]
+
+
+def test_a_rollout_without_siblings_is_compared_with_other_prompts_alone() -> None:
+    alone = [group("a", [1.0]), group("b", [0.0])]
+    variance = step_numbers(alone, alone, centred(alone, "batch", whitened(rewards_of(alone))), 4)["advantage_variance"]
+    assert variance == {"used": 0.25, "none": 0.5, "rloo": None, "batch_mean": 1.0}

@@ -52,6 +52,7 @@ class World:
         self.crashed = False
         self.version = 0
         self.max_staleness = 0
+        self.has_critic = False
         self.batches: dict[str, Batch] = {}
         self.ages: dict[str, Counter[int]] = {}
         self.slowness = 0
@@ -142,7 +143,9 @@ class World:
         return StepResult(self.version, known is not None, metrics, (), ())
 
     async def learner_status(self) -> LearnerStatus:
-        return LearnerStatus("lineage", self.version, 0, "idle", 0, 0, {}, "m", self.max_staleness, (), b"", "")
+        return LearnerStatus(
+            "lineage", self.version, 0, "idle", 0, 0, {}, "m", self.max_staleness, (), b"", "", self.has_critic
+        )
 
     # Verifiers
 
@@ -155,6 +158,9 @@ class World:
 
     def phase(self, step: int, name: str) -> None:
         self.shown.append((step, name))
+
+    def sampled(self, step: int, done: int, total: int) -> None:
+        pass
 
     def step_done(self, numbers: dict[str, Any]) -> None:
         self.note(f"shown {numbers['step']}")

@@ -94,7 +94,8 @@ def group_baselines(draw):
 def training_rollouts(draw):
     size = draw(st.integers(0, 4))
     return types.TrainingRollout(
-        draw(rollout_ids), draw(ints(2)), draw(ints(size)), draw(floats(size)), draw(singles), draw(tuples(spans))
+        *(draw(rollout_ids), draw(ints(2)), draw(ints(size)), draw(floats(size)), draw(singles), draw(tuples(spans))),
+        reward=draw(st.none() | singles),
     )
 
 
@@ -108,8 +109,10 @@ metrics = st.builds(
     *[doubles] * 6,
     uint32s,
     uint64s,
+    *[doubles] * 3,
+    st.floats(),
     doubles,
-    doubles,
+    st.floats(),
 )
 replicas = st.builds(types.ReplicaResult, names, uint64s, booleans, texts, doubles, doubles, digests, uint64s)
 calibration_bins = st.builds(types.CalibrationBin, doubles, doubles, uint32s)
@@ -187,7 +190,7 @@ PAIRS = {
         st.builds(
             types.LearnerStatus,
             *(names, uint64s, uint64s, names, uint64s, uint64s, st.dictionaries(names, uint64s, max_size=2), names),
-            *(uint32s, tuples(replicas), digests, names),
+            *(uint32s, tuples(replicas), digests, names, booleans),
         ),
         learner_pb2.GetStatusResponse,
     ),

@@ -14,7 +14,10 @@ BATCH = Batch(
     "run",
     "step-1",
     1,
-    tuple(TrainingRollout(RolloutId("run", 1, "g", i), IDS, IDS + i, LOGPROBS, 0.25 * i, ()) for i in range(2)),
+    tuple(
+        TrainingRollout(RolloutId("run", 1, "g", i), IDS, IDS + i, LOGPROBS, 0.25 * i, (), reward)
+        for i, reward in enumerate((None, 0.0))
+    ),
     temperature=0.5,
 )
 STATE = Features(LOGPROBS, LOGPROBS)
@@ -27,6 +30,7 @@ def test_a_batch_survives_its_bytes():
     assert [rollout.id for rollout in back.rollouts] == [rollout.id for rollout in BATCH.rollouts]
     assert [rollout.token_ids.tolist() for rollout in back.rollouts] == [[0, 1, 2], [1, 2, 3]]
     assert [rollout.advantage for rollout in back.rollouts] == [0, 0.25]
+    assert [rollout.reward for rollout in back.rollouts] == [None, 0.0]  # no reward is not a reward of 0
     assert codec.dump_batch(back) == codec.dump_batch(BATCH)
 
 

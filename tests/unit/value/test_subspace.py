@@ -103,3 +103,11 @@ def test_components_of_rounding_noise_are_left_out() -> None:
 )
 def test_few_rows_have_few_components(num_rows: int, rows_per_component: int, expected: int) -> None:
     assert affordable_components(32, num_rows, rows_per_component) == expected
+
+
+def test_rows_that_stop_varying_leave_no_direction_behind() -> None:
+    subspace = Subspace(WANTED, 1)
+    subspace.rebuild(parts_of(random_rows(100, 1)))
+    coordinates = subspace.rebuild(parts_of(np.full((100, WIDTH), 0.1)))
+    assert coordinates.shape == (100, 0)
+    assert subspace.basis.shape == (WIDTH, 0)

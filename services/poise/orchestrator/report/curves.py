@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.orchestrator.report.scores import read_table
 from poise.orchestrator.report.statistics import Interval, bootstrap_interval
 
 Row = dict[str, Any]
@@ -39,6 +40,8 @@ class Evaluation:
     """By prompt."""
     by_domain: dict[str, float]
     interval: Interval
+    scores: Row | None
+    """See `score_table`; None where the line has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,4 +202,5 @@ def _evaluation(row: Row) -> Evaluation | None:
         rewards=rewards,
         by_domain={str(name): mean for name in by_domain if not math.isnan(mean := number(by_domain, name))},
         interval=bootstrap_interval(rewards),
+        scores=read_table(row.get("scores")),
     )

@@ -15,6 +15,7 @@ import yaml
 
 from poise.orchestrator.report import figures
 from poise.orchestrator.report.curves import Row, RunRecord, load_run, number
+from poise.orchestrator.report.scores import score_names, score_rows
 from poise.orchestrator.report.summary import summarise_record
 from poise.runtime.files import write_file
 
@@ -33,6 +34,7 @@ _ESSENTIALS = (
     "weight",
     "temperature",
     "top_p",
+    "pass_threshold",
     "max_tokens",
     "num_prompts",
     "every_steps",
@@ -80,6 +82,7 @@ def write_report(run_dir: Path) -> Path:
         settings=_settings(run_dir / "config.yaml"),
         trajectories=_samples(record),
         domains=_domains(summary["held_out"]),
+        scores=_scores(summary["held_out"]),
     )
     path = run_dir / "report.html"
     write_file(path, text.encode(errors="replace"))  # JSON can hold halves of surrogate pairs
@@ -111,6 +114,28 @@ def _domains(held_out: dict[str, Any] | None) -> list[tuple[str, float | None, f
     before, after = (held_out[when]["by_domain"] if held_out[when] else {} for when in ("before", "after"))
     names = sorted({*before, *after})
     return [(name, before.get(name), after.get(name)) for name in names] if len(names) > 1 else []
+
+
+def _scores(held_out: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the table of avg@n and pass@k, with the intervals before and after in each cell; None without scores."""
+    tables = [one and one["scores"] for one in (held_out["before"], held_out["after"])] if held_out else []
+    told = [dict(score_rows(table)) for table in tables if table]
+    if not told:
+        return None
+    names = score_names(told[-1]["overall"])
+    rows = [
+        (
+            group,
+            scores["num_prompts"],
+            [[table[group][name] for table in told if _tells(table, group, name)] for name in names],
+        )
+        for group, scores in told[-1].items()
+    ]
+    return {"names": names, "rows": rows}
+
+
+def _tells(table: dict[str, Any], group: str, name: str) -> bool:
+    return name in table.get(group, {})
 
 
 def _samples(record: RunRecord) -> list[dict[str, Any]]:

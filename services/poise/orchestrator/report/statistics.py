@@ -34,7 +34,7 @@ def bootstrap_interval(
         ValueError: no prompt has a reward.
     """
     means_P = _prompt_means(rewards_by_prompt)
-    return _interval(means_P[~np.isnan(means_P)], confidence, resamples, seed)
+    return mean_interval(means_P[~np.isnan(means_P)], confidence, resamples, seed)
 
 
 def paired_interval(
@@ -54,17 +54,22 @@ def paired_interval(
     if len(before) != len(after):
         raise ValueError(f"a paired difference needs the same prompts: {len(before)} before and {len(after)} after")
     differences_P = _prompt_means(after) - _prompt_means(before)
-    return _interval(differences_P[~np.isnan(differences_P)], confidence, resamples, seed)
+    return mean_interval(differences_P[~np.isnan(differences_P)], confidence, resamples, seed)
 
 
-def _prompt_means(rewards_by_prompt: Sequence[Sequence[float]]) -> Doubles:
-    return np.array([np.mean(rewards) if len(rewards) else np.nan for rewards in rewards_by_prompt], np.float64)
+def mean_interval(values_P: Doubles, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Return the mean of one value a prompt with its interval.
 
-
-def _interval(values_P: Doubles, confidence: float, resamples: int, seed: int) -> Interval:
+    Raises:
+        ValueError: there is no value.
+    """
     if values_P.size == 0:
         raise ValueError("an interval needs at least one prompt with a reward")
     draws_RP = np.random.default_rng(seed).integers(0, values_P.size, (resamples, values_P.size))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values_P[draws_RP].mean(axis=1), [tail, 1 - tail])
     return Interval(float(values_P.mean()), float(low), float(high))
+
+
+def _prompt_means(rewards_by_prompt: Sequence[Sequence[float]]) -> Doubles:
+    return np.array([np.mean(rewards) if len(rewards) else np.nan for rewards in rewards_by_prompt], np.float64)

@@ -130,6 +130,7 @@ def _evaluation_tree(evaluation: Evaluation | None) -> dict[str, Any] | None:
         "num_rollouts": sum(map(len, evaluation.rewards)),
         **asdict(evaluation.interval),
         "by_domain": evaluation.by_domain,
+        "scores": evaluation.scores,
     }
 
 

@@ -6,10 +6,12 @@ A pure function of seed and step: a restarted run asks what it would have asked.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
-from poise.orchestrator.tasks.config import TaskConfig
+from poise.orchestrator.tasks.config import GymTask, JsonlTask, TaskConfig
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.sources import make_sources
 
@@ -26,6 +28,7 @@ class Mixture:
         if not tasks:
             raise TaskError("tasks: none given; name at least one")
         self._sources = make_sources(tasks)
+        self._names = task_names(tasks)
         self._weights = [task.weight for task in tasks]
         self._seed = seed
         self._given: dict[int, list[list[int]]] = {}
@@ -47,7 +50,7 @@ class Mixture:
             seed = f"{self._seed}/task/{index}"
             given = source.training(seed, step, before[index], choices.count(index), seen)
             seen.update(problem.key for problem in given)
-            by_task.append(given[::-1])
+            by_task.append([replace(problem, task=self._names[index]) for problem in reversed(given)])
         return [by_task[index].pop() for index in choices]
 
     def held_out(self, n: int) -> list[Problem]:
@@ -58,7 +61,7 @@ class Mixture:
         """
         held_out: list[Problem] = []
         seen: set[str] = set()
-        for source, quota in zip(self._sources, _quotas(self._weights, n), strict=True):
+        for source, name, quota in zip(self._sources, self._names, _quotas(self._weights, n), strict=True):
             fresh = (problem for problem in source.held_out() if problem.key not in seen)
             found = list(islice(fresh, quota))
             if len(found) < quota:
@@ -67,7 +70,7 @@ class Mixture:
                     "evaluation.num_prompts, add problems, or give a jsonl task an eval_path"
                 )
             seen.update(problem.key for problem in found)
-            held_out += found
+            held_out += [replace(problem, task=name) for problem in found]
         return held_out
 
     def _choices(self, step: int, n: int) -> list[int]:
@@ -83,6 +86,26 @@ class Mixture:
             choices = self._choices(earlier, n)
             counts.append([count + choices.count(index) for index, count in enumerate(counts[-1])])
         return counts[step]
+
+
+def task_names(tasks: Sequence[TaskConfig]) -> list[str]:
+    """Return what each task goes by: its file's name, its reasoning-gym name, or its kind.
+
+    Tasks that share one are numbered: "gsm8k", "digits-1", "digits-2".
+    """
+    names = [_task_name(task) for task in tasks]
+    shared, counted = Counter(names), Counter[str]()
+    numbered = []
+    for name in names:
+        counted[name] += 1
+        numbered.append(f"{name}-{counted[name]}" if shared[name] > 1 else name)
+    return numbered
+
+
+def _task_name(task: TaskConfig) -> str:
+    if isinstance(task, JsonlTask):
+        return task.path.stem
+    return task.name if isinstance(task, GymTask) else task.kind
 
 
 def _quotas(weights: Sequence[float], n: int) -> list[int]:

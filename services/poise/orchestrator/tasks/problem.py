@@ -33,6 +33,8 @@ class Problem:
     """`exact`, `numeric`, `regex`, `gym`, or `package.module:function`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the verifier, or a reader, may want to know."""
+    task: str = ""
+    """Which task of the mixture it is of, by the name that evaluations tell it by."""
 
     @property
     def key(self) -> str:

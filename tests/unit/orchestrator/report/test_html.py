@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from poise.orchestrator.report.html import write_report
+from poise.orchestrator.report.scores import score_table
 
 Evaluation = Callable[..., dict[str, Any]]
 
@@ -63,6 +64,24 @@ def test_full_run_is_told_in_one_page(make_run: Callable[..., Path], new_evaluat
     assert "Held-out reward rose beyond the intervals." in text
     assert page.texts["h1"] == ["my-run"]
     assert "poise · 30 steps in 1 min" in text
+
+
+def test_scores_before_and_after_are_shown_by_task_and_domain(
+    make_run: Callable[..., Path], new_evaluation: Evaluation
+) -> None:
+    hostile = "<b>&"
+    evaluations = []
+    for when, step, rewards in (("before", 0, [[0.0, 0.0], [1.0, 0.0]]), ("after", 6, [[1.0, 0.0], [1.0, 1.0]])):
+        table = score_table(rewards, ["d", "d"], ["one", hostile], 1.0)
+        evaluations.append(new_evaluation(when, step, rewards) | {"scores": table})
+    text, page = read(make_run(evaluations=evaluations))
+    assert [name for name in page.texts["th"] if "@" in name] == ["avg@2", "pass@1", "pass@2"]
+    rows = dict(re.findall(r"<tr><td>((?:task|overall|domain)[^<]*)</td>(.*?)</tr>", text))
+    assert list(rows) == ["overall", "task &lt;b&gt;&amp;", "task one", "domain d"]
+    shown = {group: re.findall(r'<td class="n">([^<]+)<br>', cells) for group, cells in rows.items()}
+    assert shown["overall"] == shown["domain d"] == ["0.250 → 0.750", "0.250 → 0.750", "0.500 → 1.000"]
+    assert shown["task one"] == ["0.000 → 0.500", "0.000 → 0.500", "0.000 → 1.000"]
+    assert "Before</th>" not in text  # the table of domains, for runs without scores
 
 
 def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.report.summary import summarise, write_summary
 
 Evaluation = Callable[..., dict[str, Any]]
@@ -115,3 +116,13 @@ def test_writing_leaves_nothing_else_behind(make_run: Callable[..., Path]) -> No
     write_summary(run_dir)
     write_summary(run_dir)
     assert {path.name for path in run_dir.iterdir()} == names | {"summary.json"}
+
+
+def test_scores_are_summarised_as_they_were_told_and_none_where_they_were_not(
+    make_run: Callable[..., Path], new_evaluation: Evaluation
+) -> None:
+    table = score_table([[0.0, 1.0]] * 2, ["a", "b"], ["t", "t"], 1.0)
+    before, after = new_evaluation("before", 0, [[0.0]] * 2), new_evaluation("after", 6, [[0.0, 1.0]] * 2)
+    held_out = summarise(make_run(evaluations=[before, after | {"scores": table}]))["held_out"]
+    assert held_out["before"]["scores"] is None
+    assert held_out["after"]["scores"] == table

@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from poise.orchestrator.tasks.config import DigitsTask, JsonlTask, PrimerTask
-from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.config import DigitsTask, GymTask, JsonlTask, PrimerTask
+from poise.orchestrator.tasks.mixture import Mixture, task_names
 from poise.orchestrator.tasks.problem import TaskError
 
 
@@ -189,3 +189,20 @@ def test_tasks_need_no_torch():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "set()"
+
+
+def test_problems_know_their_task_by_a_name_that_people_gave(file):
+    tasks = [file(64, "gsm8k.jsonl"), DigitsTask(), PrimerTask(), DigitsTask(skills=("fst",))]
+    assert task_names(tasks) == ["gsm8k", "digits-1", "primer", "digits-2"]
+    assert task_names([GymTask(name="spell_backward"), DigitsTask()]) == ["spell_backward", "digits"]
+    mixture = Mixture(tasks, 0)
+    held_out = mixture.held_out(16)
+    assert [problem.task for problem in held_out] == [name for name in task_names(tasks) for _ in range(4)]
+    trained = mixture.problems(0, 200)
+    assert {(problem.task, problem.domain) for problem in trained} == {
+        ("gsm8k", "default"),
+        ("digits-1", "digits"),
+        ("digits-2", "digits"),
+        ("primer", "primer"),
+    }
+    assert {problem.metadata["skill"] for problem in trained if problem.task == "digits-2"} == {"fst"}

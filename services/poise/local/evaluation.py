@@ -1,0 +1,180 @@
+"""`poise eval` on this machine: of the services that are up, or of a model served for as long as it takes.
+
+Owns where a model comes from, and the generation service that is started for it. It has ports and a process group of
+its own: a run that is being trained goes on beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.local.addresses import address, free_ports
+from poise.local.models import KNOWN_MODELS, make_model
+from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
+from poise.local.run_file import LocalRun
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.job import OK, guarded
+from poise.orchestrator.measurement import Subject, evaluation_folder, load_held_out, measure
+from poise.orchestrator.run_folder import RunError
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.runtime.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+"""The value of `--checkpoint` that names the newest of the run's own learner."""
+
+_POLL_S = 0.1
+_STOP_TIMEOUT_S = 20.0
+
+
+def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: Path | None, as_json: bool) -> int:
+    """Measure `model`, a checkpoint or, where neither is named, what the run's services serve; return the exit status.
+
+    Raises:
+        ConfigError: both are named.
+    """
+    if model is not None and checkpoint is not None:
+        raise ConfigError("give --model or --checkpoint, not both")
+
+    def work() -> int:
+        mixture = load_held_out(run.train)
+        location = None if model is None else find_model(model)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
+        target = (run.dir / "evaluations" / f"{what}-{stamp}" if out is None else out.expanduser()).resolve()
+        with ExitStack() as stack:
+            folder = stack.enter_context(evaluation_folder(target))
+            if checkpoint is not None:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".model-", dir=folder)))
+                subject = _export(run, checkpoint, scratch / "model")
+                asyncio.run(_measure_alone(run, mixture, subject, scratch / "model", folder, as_json))
+            elif location is not None:
+                subject = Subject(str(location), is_served=False)
+                asyncio.run(_measure_alone(run, mixture, subject, location, folder, as_json))
+            else:
+                subject = Subject(f"the policy of run {run.name} as it is served", is_served=True)
+                asyncio.run(measure(run.train, mixture, subject, folder, as_json))
+        return OK
+
+    return guarded(run.train, work)
+
+
+def find_model(name: str) -> Path | str:
+    """Return the folder of a model, made before when it is a known one; a name on the hub as it stands.
+
+    Raises:
+        ConfigError: it is neither, or the folder holds no model.
+    """
+    if name in KNOWN_MODELS:
+        return make_model(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            known = ", ".join(KNOWN_MODELS)
+            raise ConfigError(
+                f"--model: {name} does not exist; name a Hugging Face folder, one of {known}, or org/name"
+            )
+        return name
+    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        inside = path / "model"
+        hint = f"did you mean {inside}?" if (inside / "config.json").is_file() else "`--checkpoint` reads checkpoints"
+        raise ConfigError(
+            f"--model: {name} is no Hugging Face model, a folder with config.json, weights and the tokenizer; {hint}"
+        )
+    return path.resolve()
+
+
+def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
+    from poise.errors import BackendDown
+    from poise.learner.checkpoint import StateError
+    from poise.learner.export import export_checkpoint, newest_checkpoint
+
+    folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
+    if checkpoint != LATEST and not folder.is_dir():
+        raise ConfigError(
+            f"--checkpoint: {checkpoint} does not exist; name a checkpoint-… folder, or nothing for the newest"
+        )
+    make_model(run.model)
+    try:
+        path, content = newest_checkpoint(folder)
+        logger.info("exporting %s, policy version %d", path, content.progress.policy_version)
+        export_checkpoint(run.learner, path, content, target)
+    except (StateError, BackendDown) as error:
+        raise RunError(f"--checkpoint: {error}") from error
+    return Subject(str(path.resolve()), is_served=False, policy_version=content.progress.policy_version)
+
+
+async def _measure_alone(
+    run: LocalRun, mixture: Mixture, subject: Subject, model: Path | str, folder: Path, as_json: bool
+) -> None:
+    """Serve a model, measure it, and stop serving it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with tempfile.TemporaryDirectory(prefix="poise-eval-") as scratch:
+        spec, train = _alone(run, model, folder, Path(scratch) / "generation.yaml")
+        logger.info("starting generation for %s; its log: %s", subject.model, spec.log)
+        process = await SupervisedProcess.start(spec)
+        ended = asyncio.create_task(process.wait())
+        measuring = asyncio.create_task(_when_ready(process, train, mixture, subject, folder, as_json))
+        try:
+            await asyncio.wait({measuring, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not measuring.done():
+                raise RunError(
+                    f"generation {describe_exit(ended.result())}; the end of its log, {spec.log}:\n{process.log_tail()}"
+                )
+            measuring.result()
+        finally:
+            measuring.cancel()
+            ended.cancel()
+            await asyncio.gather(measuring, ended, return_exceptions=True)
+            await process.stop(_STOP_TIMEOUT_S)
+
+
+async def _when_ready(
+    process: SupervisedProcess,
+    train: OrchestratorConfig,
+    mixture: Mixture,
+    subject: Subject,
+    folder: Path,
+    as_json: bool,
+) -> None:
+    while True:
+        ready, _ = await process.is_ready()
+        if ready:
+            break
+        await asyncio.sleep(_POLL_S)
+    await measure(train, mixture, subject, folder, as_json)
+
+
+def _alone(run: LocalRun, model: Path | str, folder: Path, settings: Path) -> tuple[ProcessSpec, OrchestratorConfig]:
+    """Return the service to start, of the run's settings but for the model, and the settings to measure it by."""
+    grpc_port, admin_port = free_ports(2)
+    settings.touch(mode=0o600)
+    settings.write_text(yaml.safe_dump(dict(run.trees["generation"]), sort_keys=False))
+    # On the command line, which goes before the environment: it may name the run's own model.
+    own: Mapping[str, Any] = {
+        "model": str(model),
+        "wait_for_learner": False,
+        "grpc.port": grpc_port,
+        "admin.port": admin_port,
+    }
+    overrides = [*run.overrides["generation"], *(f"{name}={json.dumps(value)}" for name, value in own.items())]
+    flags = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", "poise.generation", "-c", str(settings), *flags]
+    admin = address(run.generation.admin.model_copy(update={"port": admin_port}))
+    served = address(run.generation.grpc.model_copy(update={"port": grpc_port}))
+    endpoints = run.train.endpoints.model_copy(update={"generation": (served,)})
+    spec = ProcessSpec("generation", command, folder / "generation.log", admin)
+    return spec, run.train.model_copy(update={"endpoints": endpoints})

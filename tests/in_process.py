@@ -1,0 +1,155 @@
+"""The services' real insides without their wires: engine, estimator and trainer, called by the real loop.
+
+What is left out has tests of its own: gRPC, the queue, files, and processes that come and go. In return a run is
+deterministic, and takes seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from poise.generation.config import GenerationConfig
+from poise.generation.sampler import Sampler
+from poise.generation.torch_engine import TorchEngine
+from poise.learner.trainer import Trainer
+from poise.local.run_file import LocalRun
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.run_folder import JournalledStep
+from poise.orchestrator.sampling import StepSampler
+from poise.orchestrator.scoring import Scorer
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.problem import Problem
+from poise.orchestrator.verifiers.pool import Verdict
+from poise.orchestrator.verifiers.rules import bind
+from poise.orchestrator.watcher import RunClock
+from poise.runtime.validation import Violations
+from poise.value.config import ValueConfig
+from poise.value.estimator import BaselineEstimator, GroupRows
+from poise.value.gram import GramFitter
+from poise.value.labels import parse_label, read_question
+from poise.value.pins import VersionedProbe
+from poise_client.codec import encode_group_features, encode_labelled_group
+from poise_client.types import (
+    Batch,
+    Group,
+    GroupBaselines,
+    GroupFeatures,
+    LabelledGroup,
+    Prompt,
+    Sampling,
+    StepMetrics,
+)
+
+
+class InProcess:
+    """Generation, value and learner of one run; verifiers and run folder besides. Use as an async context manager."""
+
+    def __init__(self, run: LocalRun, folder: Path) -> None:
+        self._weights = folder / "weights.safetensors"
+        generation: GenerationConfig = run.generation
+        self._engine = TorchEngine(generation)
+        self._sampler = Sampler(self._engine, generation)
+        self._trainer = Trainer(run.learner)
+        self._value: ValueConfig = run.value
+        self.estimator = BaselineEstimator(run.value)
+        self._fitters: dict[str, GramFitter] = {}
+        self.version = 0
+
+    async def __aenter__(self) -> InProcess:
+        self._trainer.load()
+        await self._engine.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._engine.stop()
+        self._trainer.close()
+
+    # What the loop asks of services.
+
+    async def sample(
+        self,
+        run_id: str,
+        step: int,
+        prompts: Sequence[Prompt],
+        num_rollouts: int,
+        sampling: Sampling,
+        min_policy_version: int,
+    ) -> AsyncGenerator[Group, None]:
+        assert min_policy_version == self.version
+        async with contextlib.aclosing(
+            self._sampler.sample(run_id, step, prompts, num_rollouts, sampling, False)
+        ) as groups:
+            async for group in groups:
+                yield group
+
+    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
+        wrong, asked = Violations(), []
+        for group in groups:
+            rows = read_question(encode_group_features(group), group.group_id, wrong)
+            wrong.raise_if_any()
+            assert rows is not None
+            asked.append(GroupRows(group.group_id, group.domain, rows))
+        return self.estimator.estimate(run_id, step, asked)
+
+    def learn(self, labels: Sequence[LabelledGroup]) -> None:
+        """Learn labels as the value service does, and refit at once."""
+        for label in labels:
+            payload = encode_labelled_group(label).SerializeToString()
+            self.estimator.learn(parse_label(payload, len(payload)))
+        probe = self._value.probe
+        for name, domain in self.estimator.domains.items():
+            if self.estimator.is_due(name):
+                fitter = self._fitters.setdefault(
+                    name,
+                    GramFitter(
+                        probe.inputs,
+                        probe.prompt_components,
+                        probe.response_components,
+                        probe.alpha,
+                        probe.rows_per_component,
+                    ),
+                )
+                before = self.estimator.probes.get(name)
+                fitted = fitter.fit(domain.window.groups)
+                version = before.version + 1 if before else 1
+                self.estimator.install(name, VersionedProbe(version, fitted, domain.window.num_added, 0.0))
+
+    async def train(self, batch: Batch) -> StepMetrics:
+        """Train on a batch and serve what comes of it."""
+        metrics = await asyncio.to_thread(self._trainer.train, batch.rollouts, batch.temperature)
+        self.version += 1
+        save_file({name: weight.array for name, weight in self._trainer.weights().items()}, self._weights)
+        await self._engine.update_weights(self._weights, self.version)
+        return metrics
+
+    # Verifiers, run folder and watcher.
+
+    async def verify(self, problem: Problem, response: str) -> Verdict:
+        return Verdict(bind(problem)(response), None, 0.0)
+
+    def write_journal(self, step: JournalledStep) -> None: ...
+
+    def phase(self, step: int, name: str) -> None: ...
+
+
+async def learning_curve(run: LocalRun, folder: Path) -> list[float]:
+    """Train for a run's steps; return the mean reward of what each sampled."""
+    config: OrchestratorConfig = run.train
+    rewards = []
+    async with InProcess(run, folder) as world:
+        services: Any = world
+        sampler = StepSampler(
+            config, services, services, Mixture(config.tasks, config.seed), Scorer(services, services), services
+        )
+        for step in range(config.num_steps):
+            journalled = await sampler.sample(step, world.version, 0, RunClock(0))
+            world.learn(journalled.labels)
+            await world.train(journalled.batch)
+            rewards.append(float(journalled.numbers["reward"]["mean"]))
+    return rewards

@@ -1,0 +1,88 @@
+"""`poise eval` where there is nothing to measure, and interrupted: one clear message, and nothing left over."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from tests.integration.local.test_cli import poise
+from tests.integration.local.test_up import DEADLINE_S, wait_for
+from tests.running import poise as poise_process
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run file, and folders that hold no model, or something that only looks like one."""
+    values = {"model": "org/model", "engine": "torch", "train": {"tasks": [{"kind": "digits"}]}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for path in (tmp_path / "run" / "model", tmp_path / "broken"):
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text('{"model_type": "llama"}')
+        (path / "model.safetensors").write_bytes(b"none")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "evaluation.json").write_text("{}")
+    (tmp_path / "checkpoint-00000003").mkdir()
+    (tmp_path / "checkpoint-00000003" / "state.json").write_text(json.dumps({"schema_version": 99}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            [],
+            1,
+            "start the services with `poise up` and the same options, or measure without them: `poise eval --model",
+        ),
+        (["--model", "./absent"], 2, "--model: ./absent does not exist; name a Hugging Face folder, one of tiny,"),
+        (["--model", "runs/a/model"], 2, "--model: runs/a/model does not exist"),
+        (["--model", "run"], 2, "--model: run is no Hugging Face model, a folder with config.json, weights and the"),
+        (["--model", "run"], 2, "did you mean run/model?"),
+        (["--model", "run.yaml"], 2, "`--checkpoint` reads checkpoints"),
+        (["--model", "broken"], 1, "generation exited with status 1; the end of its log, "),
+        (["--model", "broken"], 1, "broken cannot be loaded"),
+        (["--model", "broken", "--checkpoint"], 2, "give --model or --checkpoint, not both"),
+        (["--checkpoint"], 1, "services/learner holds no checkpoint yet: the learner writes one every"),
+        (["--checkpoint", "absent"], 2, "--checkpoint: absent does not exist; name a checkpoint-… folder"),
+        (["--checkpoint", "checkpoint-00000003"], 1, "checkpoint-00000003 has schema_version 99"),
+        (["--out", "done"], 2, "done holds an evaluation already; name another folder"),
+        (["--out", "run.yaml/x"], 2, "run.yaml/x cannot be used"),
+        (
+            ["--set", "train.evaluation.num_prompts=0"],
+            2,
+            "evaluation.num_prompts: is 0, which leaves nothing to measure",
+        ),
+        (["--prompts", "1000000"], 2, "held-out problems, and its share of 1000000 is 1000000; lower"),
+        (["--rollouts", "0"], 2, "0 is not in the range"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(folder: Path, arguments: list[str], status: int, message: str) -> None:
+    done = poise("eval", "-c", "run.yaml", *arguments, folder=folder)
+    assert message in done.stderr
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupt_stops_the_engine_and_leaves_nothing(folder: Path) -> None:
+    log = folder / "log"
+    arguments = ("eval", "-c", "run.yaml", "--model", "broken", "--out", "out")
+    with log.open("w") as output:
+        process = poise_process(*arguments, stdout=output, stderr=output, cwd=folder)
+    try:
+        wait_for(log, "starting generation for", process)
+        while not (engines := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert not any(engine.is_running() for engine in engines)
+    assert not (folder / "out").exists()
+    assert "Traceback" not in log.read_text()

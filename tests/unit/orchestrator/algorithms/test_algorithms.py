@@ -1,0 +1,186 @@
+"""Each algorithm's advantages on a step worked out by hand, edge cases included."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from poise.domain.rivals import EPSILON
+from poise.orchestrator.algorithms.algorithm import AlgorithmOptions
+from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
+from poise.orchestrator.step import ScoredGroup
+from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
+
+MAX_TOKENS = 8
+
+NAMES = {"poise", "rloo", "grpo", "dr_grpo", "dapo", "opo", "reinforce_pp", "spo", "ppo"}
+
+
+def options(value: Any) -> AlgorithmOptions:
+    adapter: TypeAdapter[AlgorithmOptions] = TypeAdapter(AlgorithmConfig)
+    return adapter.validate_python(value)
+
+
+def scored(prompt: str, rewards: list[float], lengths: list[int]) -> ScoredGroup:
+    rollouts = tuple(
+        Rollout(
+            id=RolloutId("run", 0, prompt, index),
+            token_ids=np.zeros(length, np.int32),
+            logprobs=np.zeros(length, np.float32),
+            features=Features(np.zeros(2, np.float32), np.zeros(2, np.float32)),
+            version_spans=(VersionSpan(0, length, 0),),
+            finish_reason="length" if length == MAX_TOKENS else "stop",
+            text="",
+        )
+        for index, length in enumerate(lengths)
+    )
+    return ScoredGroup(Group(prompt, np.array([1], np.int32), rollouts), "d", np.array(rewards, np.float32), prompt)
+
+
+STEP = [scored("a", [1, 0, 0, 1], [2, 6, 4, 8]), scored("b", [1, 1, 1, 1], [0, 2, 3, 4]), scored("c", [0, 1], [5, 5])]
+"""Of the rollouts of b one is empty; the last of a was truncated."""
+
+
+async def no_probe() -> list[GroupBaselines]:
+    return [GroupBaselines(item.group.group_id, 0, None, None) for item in STEP]
+
+
+async def advantages_of(value: Any, groups: list[ScoredGroup]) -> list[list[float]]:
+    baselines = await options(value).make(MAX_TOKENS).baselines(groups, no_probe)
+    return [baselines.advantages(index, item.rewards).tolist() for index, item in enumerate(groups)]
+
+
+STD, PAIR = (1 / 3) ** 0.5 + EPSILON, 0.5**0.5 + EPSILON
+WHITE = (0.7 * 0.3) ** 0.5 + EPSILON
+A, B, C = [1, -1, -1, 1], [0, 0, 0, 0], [-1, 1]
+
+
+def times(signs: list[int], size: float) -> list[float]:
+    return [sign * size for sign in signs]
+
+
+# DAPO with a margin of 4 of 8 tokens: 6 tokens cost 0.5, 8 cost 1: rewards of a 1, -0.5, 0, 0; mean 0.125,
+# squares 0.765625 + 0.390625 + 2 * 0.015625 = 1.1875, with n - 1 = 3. Of c, 5 tokens cost 0.25 each.
+SHAPED = (1.1875 / 3) ** 0.5 + EPSILON
+# SPO, nobody seen before: v = 0.5; what is left is 7 times 0.5 and 3 times -0.5: mean 0.2, deviation 0.458.
+EXPECTED: list[tuple[Any, list[list[float]]]] = [
+    ("poise", [times(A, 2 / 3), B, C]),  # its bootstrap: the siblings
+    ({"kind": "poise", "bootstrap": "batch_mean"}, [[1 / 6, -5 / 6, -5 / 6, 1 / 6], [0.5] * 4, [-0.75, 0.25]]),
+    ("rloo", [times(A, 2 / 3), B, C]),
+    ("grpo", [times(A, 0.5 / STD), B, times(C, 0.5 / PAIR)]),
+    ({"kind": "grpo", "std_normalisation": False}, [times(A, 0.5), B, times(C, 0.5)]),
+    ("dr_grpo", [times(A, 0.5), B, times(C, 0.5)]),
+    ("dapo", [times(A, 0.5 / STD), B, times(C, 0.5 / PAIR)]),
+    ({"kind": "dapo", "std_normalisation": False}, [times(A, 0.5), B, times(C, 0.5)]),
+    (
+        {"kind": "dapo", "overlong_margin_tokens": 4},
+        [[0.875 / SHAPED, -0.625 / SHAPED, -0.125 / SHAPED, -0.125 / SHAPED], B, times(C, 0.5 / PAIR)],
+    ),
+    ("opo", [times(A, 0.5), B, times(C, 0.5)]),
+    (
+        "reinforce_pp",
+        [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]],
+    ),
+    ("spo", [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]]),
+    ({"kind": "spo", "batch_normalisation": False}, [times(A, 0.5), [0.5] * 4, times(C, 0.5)]),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), EXPECTED)
+async def test_advantages_are_those_worked_out_by_hand(value: Any, expected: list[list[float]]) -> None:
+    for mine, theirs in zip(await advantages_of(value, STEP), expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("reward", [0, 1])
+@pytest.mark.parametrize("name", sorted(NAMES - {"ppo"}))
+async def test_equal_rewards_everywhere_teach_nothing(name: str, reward: float) -> None:
+    equal = [scored("a", [reward] * 3, [1, 0, 5]), scored("b", [reward] * 2, [2, 2])]
+    value = {"kind": name, "half_life_visits": 1} if name == "spo" else name
+
+    async def ask() -> list[GroupBaselines]:
+        return [GroupBaselines(item.group.group_id, 0, None, None) for item in equal]
+
+    baselines = await options(value).make(MAX_TOKENS).baselines(equal, ask)
+    for advantages in [baselines.advantages(index, item.rewards).tolist() for index, item in enumerate(equal)]:
+        assert advantages == pytest.approx([0] * len(advantages), abs=1e-6)
+
+
+async def test_ppo_leaves_the_advantages_to_the_critic() -> None:
+    baselines = await options("ppo").make(MAX_TOKENS).baselines(STEP, no_probe)
+    assert baselines.by_critic
+    assert options("ppo").learner_settings(MAX_TOKENS)["critic"] == {}
+
+
+@pytest.mark.parametrize(("name", "least"), [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("rloo", 2), ("poise", 2)])
+def test_each_knows_how_many_rollouts_it_needs(name: str, least: int) -> None:
+    assert options(name).min_rollouts == least <= options(name).usual_rollouts
+
+
+async def test_one_rollout_a_prompt_is_enough_for_those_that_ask_no_siblings() -> None:
+    alone = [scored("a", [1], [2]), scored("b", [0], [0])]
+    for name in ("spo", "reinforce_pp"):
+        assert await advantages_of(name, alone) == [
+            pytest.approx([0.5 / (0.5 + EPSILON)], abs=1e-6),
+            pytest.approx([-0.5 / (0.5 + EPSILON)], abs=1e-6),
+        ]
+
+
+def test_dapo_keeps_groups_of_unequal_rewards_alone_and_draws_again_for_them() -> None:
+    dapo = options({"kind": "dapo", "max_draws": 3}).make(MAX_TOKENS)
+    assert [dapo.keeps(group) for group in STEP] == [True, False, True]
+    assert dapo.max_draws == 3
+    assert options("grpo").make(MAX_TOKENS).keeps(STEP[1])
+
+
+async def test_spo_values_a_prompt_by_its_own_past_and_not_by_the_step_itself() -> None:
+    spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2, "batch_normalisation": False}).make(
+        MAX_TOKENS
+    )
+    groups = [scored("a", [1], [2]), scored("b", [0], [2])]
+
+    async def values() -> list[float]:
+        baselines = await spo.baselines(groups, no_probe)
+        return [float(b[0]) for b in baselines.baselines]
+
+    assert await values() == [0.5, 0.5]
+    memory = spo.remember(groups)
+    assert await values() == [0.5, 0.5]  # not before it is recalled
+    spo.recall(memory)
+    # α = 1, β = 1 and half of both: 0.5 + 1 of 0.5 + 1 + 0.5.
+    assert await values() == pytest.approx([0.75, 0.25])
+    spo.recall(spo.remember(groups))
+    # α = 0.75 + 1, β = 0.25.
+    assert await values() == pytest.approx([0.875, 0.125])
+
+
+async def test_spo_takes_a_prompt_that_comes_twice_in_a_step_for_two_visits() -> None:
+    spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2}).make(MAX_TOKENS)
+    twice = spo.remember([scored("a", [1], [2]), scored("a", [1], [2])])
+    assert twice["trackers"] == {"a": [1.75, 0.25]}
+
+
+def test_every_algorithm_goes_by_one_word_and_no_other() -> None:
+    assert {kind.model_fields["kind"].default for kind in get_args(AnyOptions)} == NAMES
+    for name in NAMES:
+        assert options(name) == options({"kind": name})
+    with pytest.raises(ValueError, match="'grop' found using 'kind' does not match"):
+        options("grop")
+    with pytest.raises(ValueError, match="max_draws"):
+        options({"kind": "grpo", "max_draws": 2})
+
+
+async def test_the_documented_example_is_all_of_an_algorithm() -> None:
+    document = Path(__file__).parents[4] / "docs"
+    example: dict[str, Any] = runpy.run_path(str(document / "best_of.py"))
+    adapter: TypeAdapter[AlgorithmOptions] = TypeAdapter(example["BestOfOptions"])
+    baselines = await adapter.validate_python({"kind": "best_of", "margin": 0.25}).make(8).baselines(STEP, no_probe)
+    assert baselines.advantages(0, STEP[0].rewards).tolist() == [0.25, -0.75, -0.75, 0.25]
+    code = (document / "best_of.py").read_text().partition("class BestOfOptions")[2].splitlines()[1:]
+    shown = (document / "algorithms.md").read_text().splitlines()
+    assert all(not line or f"    {line}" in shown for line in code)
