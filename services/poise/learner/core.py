@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from poise.learner.admission import admit
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
+from poise.learner.exporting import write_export
 from poise.learner.journal import Answer, Journal
 from poise.learner.nonfinite import NonfiniteBatches
 from poise.learner.team import make_trainer
@@ -188,19 +188,16 @@ class LearnerCore:
         self._checkpoints.begin(self.progress, tensors, self._seen)
 
     def export(self, name: str) -> ModelExport:
-        """Write the policy as a Hugging Face folder; one of the same name is replaced. Raises as `checkpoint` does."""
+        """Write the policy as a Hugging Face folder; an earlier export of the same name is replaced.
+
+        Raises:
+            InvalidRequest: something else has that name.
+            BackendDown: see `failure`.
+            OSError: it cannot be written; nothing is lost.
+        """
         self._refuse_if_failed()
-        folder = self._config.export_dir or self._config.state_dir / "exports"
-        folder.mkdir(parents=True, exist_ok=True)
-        target, writing, old = folder / name, folder / f".{name}.writing", folder / f".{name}.old"
-        for leftover in (writing, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._trainer.save_model(str(writing))
-        if target.exists():
-            target.rename(old)
-        writing.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        return ModelExport(str(target.resolve()), self.progress.policy_version)
+        folder, version = self._config.export_dir or self._config.state_dir / "exports", self.progress.policy_version
+        return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
         known = self._answers.get((batch.run_id, batch.batch_id))
