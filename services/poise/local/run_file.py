@@ -94,6 +94,11 @@ class LocalRun:
         """Where the processes keep their settings, state and addresses."""
         return self.dir / "services"
 
+    @property
+    def drain_timeout_s(self) -> float:
+        """How long the services may take to finish their work in hand, s."""
+        return max(self._service(name).drain_timeout_s for name in SERVICES)
+
     def log(self, process: str) -> Path:
         """A process's log."""
         return self.dir / "logs" / f"{process}.log"

@@ -16,6 +16,7 @@ from poise.local.addresses import SERVICES
 from poise.local.models import KNOWN_MODELS, locate_model, make_model
 from poise.local.process import ProcessSpec
 from poise.local.run_file import LocalRun
+from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
@@ -44,11 +45,11 @@ def run_services(run: LocalRun, *, train: bool) -> int:
 
 async def _supervise(run: LocalRun, train: bool) -> int:
     stopping = asyncio.Event()
-    async with Supervisor(run.services_dir) as supervisor:
+    async with Supervisor(run.services_dir, run.drain_timeout_s) as supervisor:
         _write_settings(run)
         with stopping_by_signal(partial(_stop, supervisor, stopping), supervisor.kill_all):
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
-            ready = asyncio.create_task(supervisor.wait_ready(SERVICES))
+            ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():

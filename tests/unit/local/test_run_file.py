@@ -181,3 +181,8 @@ def test_what_is_shown_hides_secrets(tmp_path: Path) -> None:
     shown = resolved_text(run, None)
     assert "pa55word" not in shown
     assert yaml.safe_load(shown)["train"]["run_id"] == "mine"
+
+
+def test_the_service_that_takes_longest_to_drain_says_how_long_all_are_waited_for(tmp_path: Path) -> None:
+    assert load(tmp_path).drain_timeout_s == 30
+    assert load(tmp_path, MINIMAL | {"value": {"drain_timeout_s": 300}}).drain_timeout_s == 300
