@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
+from poise.local.credentials import wanted_by
 from poise.local.models import locate_model
 from poise.orchestrator.config import OrchestratorConfig
 from poise.runtime.config import (
@@ -153,6 +154,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         "generation",
         listens("generation") | {"model": model, "engine": file.engine, "wait_for_learner": True},
     )
+    of_replicas = wanted_by({"generation": generation})
     value = resolver.resolve(
         ValueConfig,
         "value",
@@ -168,9 +170,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
             "export_dir": str(folder),
             "replicas": [address(generation.grpc)] if generation else [],
             "seed": file.run.seed,
-        },
+        }
+        | of_replicas.settings("replica_"),
     )
     endpoints = {"value": value, "learner": learner}
+    of_all = wanted_by({"generation": generation, **endpoints})
     train = resolver.resolve(
         OrchestratorConfig,
         "train",
@@ -179,11 +183,18 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
             "run_dir": str(folder),
             "seed": file.run.seed,
             "endpoints": {name: address(config.grpc) for name, config in endpoints.items() if config}
-            | ({"generation": [address(generation.grpc)]} if generation else {}),
+            | ({"generation": [address(generation.grpc)]} if generation else {})
+            | of_all.settings(),
         },
     )
     if generation is None or value is None or learner is None or train is None:
         raise ConfigError("\n".join(resolver.problems))
+    lacking = [
+        *of_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file),
+        *of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file),
+    ]
+    if lacking:
+        raise ConfigError("\n".join(lacking))
     return LocalRun(
         name=file.run.name,
         dir=folder,
