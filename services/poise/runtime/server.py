@@ -28,6 +28,7 @@ from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.config import ConfigError, GrpcConfig, redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
+from poise.runtime.parsing import MAX_READ_BYTES
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 
@@ -143,7 +144,10 @@ class _Server:
         app = self._app
         server = grpc.aio.server(
             interceptors=[ServiceInterceptor(app.name, self._auth, app.registry, app.config.grpc.max_concurrent_rpcs)],
-            options=[("grpc.so_reuseport", 0)],  # a second service on the same port is an error, not a lottery
+            options=[
+                ("grpc.so_reuseport", 0),  # a second service on the same port is an error, not a lottery
+                ("grpc.max_receive_message_length", MAX_READ_BYTES),
+            ],
         )
         app.register(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
