@@ -69,9 +69,9 @@ class _Server:
         try:
             grpc_address = _bind(grpc_server, app.config.grpc)
             admin_socket = _listen(app.config.admin.host, app.config.admin.port)
-        except ConfigError as error:
+        except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
-            return 2
+            return 1 if isinstance(error, _PortTaken) else 2
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
@@ -175,6 +175,10 @@ class _Server:
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
 
+class _PortTaken(Exception):
+    """Nothing is wrong with the settings: whoever listens there may be gone soon."""
+
+
 def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     target = f"{host}:{config.port}"
@@ -191,8 +195,8 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
         raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be used: {error}") from error
     except RuntimeError as error:
-        raise ConfigError(
-            f"grpc: cannot listen on {target}; is the port taken? Choose another, or 0 for any"
+        raise _PortTaken(
+            f"grpc: cannot listen on {target}; is the port taken? Set another grpc.port, or 0 for any"
         ) from error
     return f"{host}:{port}"
 
@@ -206,8 +210,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(
-            f"admin: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any"
+        raise _PortTaken(
+            f"admin: cannot listen on {host}:{port}: {error}; set another admin.port, or 0 for any"
         ) from error
     listener.setblocking(False)
     return listener

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from poise.local.addresses import run_ports
+from poise.local.addresses import renew_taken_ports, run_ports
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.local.settings import defaults_text, resolved_text
 from poise.runtime.config import ConfigError
@@ -51,6 +52,17 @@ def test_two_commands_at_once_choose_the_same_ports(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         chosen = list(threads.map(choose, range(4)))
     assert all(ports == chosen[0] for ports in chosen)
+
+
+def test_ports_that_others_took_are_chosen_anew_and_the_others_kept(tmp_path: Path) -> None:
+    before = run_ports(tmp_path)
+    assert renew_taken_ports(tmp_path) is False
+    assert run_ports(tmp_path) == before
+    with socket.create_server(("127.0.0.1", before["value.grpc"])):
+        assert renew_taken_ports(tmp_path) is True
+        after = run_ports(tmp_path)
+    assert [name for name in before if after[name] != before[name]] == ["value.grpc"]
+    assert len({*after.values()}) == len(after)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"value.grpc": 1}'])
