@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -61,6 +62,8 @@ class ConsoleWatcher:
         self._phases.pop(numbers["step"], None)
         self._progress.update(self._task, completed=numbers["step"] + 1)
         self.say(self._line(numbers))
+        if rejected := numbers["num_rejected"]:
+            self.say(_rejected(rejected, numbers["num_rollouts"]))
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """See `Watcher`."""
@@ -84,6 +87,20 @@ class ConsoleWatcher:
             f"{baseline['source']:>9} {correlation:>6} {ratio:>8.2f} {numbers['staleness']['mean']:>5.1f} "
             f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(left_s):>8}"
         )
+
+
+_REJECTIONS = {
+    "stale": "from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness",
+    "future_version": "from newer weights than the learner holds: it lost its state, or another pushes to the replicas",
+    "duplicate": "trained on before: give the run a name of its own",
+}
+"""What the learner's reasons mean, and what to do."""
+
+
+def _rejected(num_rejected: Mapping[str, int], num_rollouts: int) -> str:
+    """Say how many rollouts of a step the learner did not train on, why, and what to do about it."""
+    reasons = "; ".join(f"{count} {_REJECTIONS.get(reason, reason)}" for reason, count in num_rejected.items())
+    return f"        {sum(num_rejected.values())} of {num_rollouts} rollouts were not trained on: {reasons}"
 
 
 def clock(seconds: float) -> str:
