@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -33,8 +34,10 @@ def run_services(run: LocalRun, reload: Callable[[], LocalRun], *, train: bool) 
     `reload` returns the run as it is once its ports have changed.
 
     Raises:
-        ConfigError: the model cannot be made, or the folder holds a run of another.
+        ConfigError: the model cannot be made, the folder holds a run of another, or this is no Linux.
     """
+    if platform.system() != "Linux":
+        raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
     _refuse_other_model(run)
     make_model(run.model)
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.

@@ -19,6 +19,8 @@ from tests.running import poise as poise_process
 
 from poise.local.run_file import load_run
 from poise.local.supervisor import Supervisor
+from poise.local.up import run_services
+from poise.runtime.config import ConfigError
 
 DEADLINE_S = 60.0
 
@@ -131,3 +133,10 @@ def wait_until(condition: Callable[[], bool], log: Path, process: subprocess.Pop
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+def test_another_system_than_linux_is_refused(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    run = load_run(run_file)
+    with pytest.raises(ConfigError, match="Linux alone"):
+        run_services(run, lambda: run, train=False)
