@@ -28,6 +28,8 @@ help:  ## List the targets.
 	@echo
 	@echo "PRESET=tiny|smollm2 chooses the run of make train; ENGINE=vllm|torch overrides what samples;"
 	@echo "ARGS='--set train.num_steps=20' passes options on."
+	@echo "TORCH='$(TORCH)' is what pip installs of torch: on some machines the build for CUDA, of several GB. Any other"
+	@echo "requirement goes, such as TORCH='torch==2.13.0+cpu'; where pip looks is set as ever, by PIP_EXTRA_INDEX_URL."
 
 .PHONY: train
 train: $(RUN_NEEDS)  ## Train: services, Valkey, the loop, and a report at the end. Again: resume.
@@ -81,6 +83,7 @@ clean:  ## Remove what set-up made. Runs stay.
 $(BIN)/python:
 	@echo "setting up $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux" and "Linux is needed: processes are supervised by what it alone has")'
 	$(PYTHON) -m venv $(VENV)
 
 # Locks are installed with --no-deps: each is complete, and some packages ask for what has no build or no use here.
@@ -100,13 +103,15 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
-# Debian's package, unpacked without being installed. Without it the tests of alerts and dashboard are skipped, and say so.
+# Debian's package, unpacked without being installed. Without it the tests of alerts and dashboard are skipped, and say
+# so, but under CI; the next time it is fetched again.
 $(VENV)/.prometheus: | $(BIN)/python
 	@echo "fetching prometheus and promtool"
 	@mkdir -p $(VENV)/prometheus
-	@cd $(VENV)/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb \
-		|| echo "they cannot be had here: the tests of alerts and dashboard will be skipped"
-	@touch $@
+	@if (cd $(VENV)/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb); \
+		then touch $@; \
+		else echo "they cannot be had here: the tests of alerts and dashboard will be skipped"; \
+		test "$$CI" != true || command -v promtool; fi
 
 # The generators need an older protobuf than the services: an environment of their own.
 $(PROTOS_VENV)/.done: requirements/protos.txt $(VENV)/.dev

@@ -5,13 +5,15 @@ python docs/custom_loop.py GENERATION VALUE LEARNER [STEPS]      each host:port,
 
 import random
 import sys
+import uuid
 
 import numpy as np
 
 from poise_client import GenerationClient, LearnerClient, ValueClient
 from poise_client.types import Batch, GroupFeatures, LabelledGroup, Prompt, Sampling, TrainingRollout
 
-RUN, PROMPTS = "custom-loop", 32
+RUN = f"custom-loop-{uuid.uuid4().hex[:8]}"  # a run of its own: what a name was used for is never learnt again
+PROMPTS = 32
 
 
 def question(source: random.Random) -> tuple[str, str]:

@@ -55,16 +55,15 @@ def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> No
     """
     from poise.orchestrator.job import settle
 
-    local_run = _load(path, preset, overrides)
-    status = settle(local_run.train)
-    sys.exit(_run_services(local_run, train=True) if status is None else status)
+    status = settle(_load(path, preset, overrides).train)
+    sys.exit(_run_services(path, preset, overrides, train=True) if status is None else status)
 
 
 @main.command()
 @_run_options
 def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Start the services on this machine and stay, starting again what dies. Ctrl-C drains and stops them."""
-    sys.exit(_run_services(_load(path, preset, overrides), train=False))
+    sys.exit(_run_services(path, preset, overrides, train=False))
 
 
 @main.command()
@@ -281,11 +280,14 @@ def _load(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
     return _checked(lambda: load_run(path or preset_path(str(preset)), overrides))
 
 
-def _run_services(run: LocalRun, *, train: bool) -> int:
+def _run_services(path: Path | None, preset: str | None, overrides: tuple[str, ...], *, train: bool) -> int:
+    def load() -> LocalRun:
+        return _load(path, preset, overrides)
+
     def work() -> int:
         from poise.local.up import run_services
 
-        return run_services(run, train=train)
+        return run_services(load(), load, train=train)
 
     return _checked(work)
 

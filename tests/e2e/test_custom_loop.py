@@ -19,7 +19,7 @@ def test_the_example_is_short() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_trains(tmp_path: Path) -> None:
+def test_the_example_trains_and_can_be_run_again(tmp_path: Path) -> None:
     settings = {
         "model": "tiny",
         "engine": "torch",
@@ -30,11 +30,16 @@ def test_the_example_trains(tmp_path: Path) -> None:
     with services_up(write_run_file(tmp_path, settings)) as run:
         endpoints = run.train.endpoints
         addresses = [endpoints.generation[0], endpoints.value, endpoints.learner]
-        done = subprocess.run(
-            [sys.executable, EXAMPLE, *addresses, str(NUM_STEPS)], capture_output=True, text=True, timeout=200
+        done, again = (
+            subprocess.run(
+                [sys.executable, EXAMPLE, *addresses, str(num_steps)], capture_output=True, text=True, timeout=200
+            )
+            for num_steps in (NUM_STEPS, 2)
         )
     assert done.returncode == 0, done.stderr
+    assert again.returncode == 0, again.stderr
     rewards = [float(number) for number in re.findall(r"reward ([\d.]+)", done.stdout)]
     assert len(rewards) == NUM_STEPS
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
     assert f"policy version {NUM_STEPS}" in done.stdout
+    assert f"policy version {NUM_STEPS + 2}" in again.stdout

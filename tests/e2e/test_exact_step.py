@@ -1,4 +1,5 @@
-"""Two steps through the real services equal the same two steps written line by line with plain torch and scikit-learn.
+"""Two steps of the real loop through the real services equal the same two written line by line with plain torch and
+scikit-learn.
 
 The first is a bootstrap step; the second takes its baselines from the probe that learnt from the first.
 """
@@ -6,11 +7,14 @@ The first is a bootstrap step; the second takes its baselines from the probe tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +25,17 @@ from sklearn.preprocessing import StandardScaler
 
 from poise.domain.features import locate_spans
 from poise.local.run_file import LocalRun
-from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient
-from poise_client.types import Batch, Group, GroupFeatures, LabelledGroup, Prompt, Rollout, Sampling, TrainingRollout
+from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.loop import TrainingLoop
+from poise.orchestrator.run_folder import RunFolder
+from poise.orchestrator.sampling import StepSampler
+from poise.orchestrator.scoring import Scorer
+from poise.orchestrator.services import Services
+from poise.orchestrator.tasks.problem import Problem
+from poise.orchestrator.verifiers.pool import Verdict
+from poise_client import AsyncLearnerClient, AsyncValueClient
+from poise_client.types import Batch, Group, GroupBaselines, Prompt, Rollout, Sampling, StepResult
 
 NUM_PROMPTS, TEMPERATURE, MAX_TOKENS = 16, 0.8, 14
 LAYER = 2  # round(0.53 x 4 layers)
@@ -40,13 +53,74 @@ class Reference:
     logprobs: torch.Tensor
 
 
-def prompts(step: int) -> list[Prompt]:
-    return [Prompt(f"g{i}", f"{'abcdefgh'[i % 8] * (1 + i % 5)} {step} {i * 7}") for i in range(NUM_PROMPTS)]
-
-
-def reward(token_ids: Sequence[int], index: int) -> float:
+def reward(response: str, index: int) -> float:
     """Anything that depends on prompt and response."""
-    return float((sum(token_ids) + index) % 5 < 2 + index % 3)
+    return float((sum(response.encode()) + index) % 5 < 2 + index % 3)
+
+
+class Outside:
+    """What a run has around it: its problems, their verifier, and a watcher that looks away."""
+
+    def problems(self, step: int, num_prompts: int) -> list[Problem]:
+        return [
+            Problem("default", f"{'abcdefgh'[i % 8] * (1 + i % 5)} {step} {i * 7}", str(i), "exact")
+            for i in range(num_prompts)
+        ]
+
+    async def verify(self, problem: Problem, response: str) -> Verdict:
+        return Verdict(reward(response, int(problem.answer)), None, 0.0)
+
+    def phase(self, step: int, name: str) -> None: ...
+
+    def step_done(self, numbers: dict[str, Any]) -> None: ...
+
+    def evaluated(self, line: dict[str, Any]) -> None: ...
+
+
+class Overheard(Services):
+    """The services, and what came from them last."""
+
+    groups: list[Group]
+    answers: list[GroupBaselines]
+    result: StepResult
+
+    async def sample(self, *args: Any) -> AsyncGenerator[Group, None]:
+        self.groups = []
+        async for group in super().sample(*args):
+            self.groups.append(group)
+            yield group
+        self.groups.sort(key=lambda group: group.group_id)
+
+    async def estimate_baselines(self, *args: Any) -> list[GroupBaselines]:
+        self.answers = await super().estimate_baselines(*args)
+        return self.answers
+
+    async def submit_advantages(self, batch: Batch) -> StepResult:
+        self.result = await super().submit_advantages(batch)
+        return self.result
+
+
+async def drive(run: LocalRun, services: Overheard, folder: Path, num_steps: int) -> dict[str, Any]:
+    """Have the training loop go on to `num_steps`; return what metrics.jsonl says of the last."""
+    config = OrchestratorConfig(
+        run_id="exact",
+        run_dir=folder,
+        num_steps=num_steps,
+        prompts_per_step=NUM_PROMPTS,
+        bootstrap="batch_mean",
+        tasks=run.train.tasks,
+        sampling={"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS},
+        evaluation={"num_prompts": 0},
+    )
+    outside, run_folder = Outside(), RunFolder(folder)
+    state = run_folder.open("exact", {})
+    with contextlib.closing(run_folder):
+        scorer = Scorer(services, outside)
+        sampler = StepSampler(config, run_folder, services, outside, scorer, outside)
+        evaluator = Evaluator(config, run_folder, outside, scorer, outside)
+        loop = TrainingLoop(config, run_folder, services, sampler, evaluator, outside, asyncio.Event())
+        assert await loop.run(state)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def refer(
@@ -93,8 +167,12 @@ def token_loss(logprob, old, rollout_logprob, advantage):
     return loss * min(math.exp(float(old) - float(rollout_logprob)), 2.0)
 
 
-def reference_step(model, optimiser, groups: Sequence[Group], advantages: np.ndarray, first_update: int) -> None:
-    """Train on mini-batches of eight prompts; `old` is the policy before all of them."""
+def reference_step(model, optimiser, groups: Sequence[Group], advantages: np.ndarray, first_update: int) -> float:
+    """Train on mini-batches of eight prompts; return the mean loss of a token.
+
+    `old` is the policy before all of them.
+    """
+    all_losses: list[float] = []
     old = {
         (group.group_id, rollout.id.rollout_index): refer(
             model, texts_of(rollout), group.prompt_token_ids.tolist(), rollout.token_ids.tolist()
@@ -114,10 +192,12 @@ def reference_step(model, optimiser, groups: Sequence[Group], advantages: np.nda
                 losses += [token_loss(logprobs[t], before[t], rollout.logprobs[t], advantage) for t in range(len(ids))]
         optimiser.zero_grad()
         torch.stack(losses).mean().backward()
+        all_losses += [float(loss.detach()) for loss in losses]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for parameters in optimiser.param_groups:
             parameters["lr"] = 1e-3 * min(1.0, (update + 1) / 4)
         optimiser.step()
+    return float(np.mean(all_losses))
 
 
 def reference_values(
@@ -148,39 +228,8 @@ def reference_values(
     return np.clip(ridge.predict(scaler.transform(derive(asked))), 0, 1).reshape(-1, 2)
 
 
-async def sample(client: AsyncGenerationClient, step: int) -> list[Group]:
-    groups = [
-        group
-        async for group in client.stream_trajectories(
-            "exact",
-            step,
-            prompts(step),
-            num_rollouts=2,
-            sampling=Sampling(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, seed=100 + step),
-            return_token_entropies=True,
-        )
-    ]
-    return sorted(groups, key=lambda group: int(group.group_id[1:]))
-
-
-def labels(step: int, groups: Sequence[Group], rewards: np.ndarray) -> list[LabelledGroup]:
-    return [
-        LabelledGroup("exact", step, g.group_id, "default", tuple(r.features for r in g.rollouts), rewards[i])
-        for i, g in enumerate(groups)
-    ]
-
-
-def batch(step: int, groups: Sequence[Group], advantages: np.ndarray) -> Batch:
-    rollouts = [
-        TrainingRollout(r.id, g.prompt_token_ids, r.token_ids, r.logprobs, float(advantages[i, j]), r.version_spans)
-        for i, g in enumerate(groups)
-        for j, r in enumerate(g.rollouts)
-    ]
-    return Batch("exact", f"step-{step}", step, tuple(rollouts), TEMPERATURE)
-
-
 def rewards_of(groups: Sequence[Group]) -> np.ndarray:
-    rows = [[reward(r.token_ids.tolist(), i) for r in group.rollouts] for i, group in enumerate(groups)]
+    rows = [[reward(r.text, i) for r in group.rollouts] for i, group in enumerate(groups)]
     return np.array(rows, np.float32)
 
 
@@ -207,52 +256,51 @@ def check_rollouts(model, groups: Sequence[Group], version: int) -> list[list[Re
     return references
 
 
-async def test_two_steps_equal_the_same_steps_line_by_line(tiny_run: LocalRun) -> None:
+async def test_two_steps_of_the_loop_equal_the_same_steps_line_by_line(tiny_run: LocalRun, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_run.learner.model, dtype=torch.float32)
     TOKENIZER[:] = [transformers.AutoTokenizer.from_pretrained(tiny_run.learner.model)]
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
     endpoints = tiny_run.train.endpoints
     async with (
-        AsyncGenerationClient(endpoints.generation[0]) as generation,
         AsyncValueClient(endpoints.value) as value,
         AsyncLearnerClient(endpoints.learner) as learner,
+        Overheard(endpoints, asyncio.Event()) as services,
     ):
         # Step 0: no probe yet; the baseline is the other prompts' mean reward.
-        groups = await sample(generation, 0)
+        numbers = await drive(tiny_run, services, tmp_path, 1)
+        groups, result = services.groups, services.result
         first = check_rollouts(model, groups, 0)
-        rewards = rewards_of(groups)
-        assert 0.2 < rewards.mean() < 0.8
-        questions = [GroupFeatures(g.group_id, "default", tuple(r.features for r in g.rollouts)) for g in groups]
-        assert all(answer.values is None for answer in await value.estimate_baselines("exact", 0, questions))
-        others = (rewards.sum() - rewards.sum(1, keepdims=True)) / (rewards.size - 2)
-        advantages = rewards - others
-        await value.publish_labels(labels(0, groups, rewards))
-        result = await learner.submit_advantages(batch(0, groups, advantages))
+        first_rewards = rewards_of(groups)
+        assert 0.2 < first_rewards.mean() < 0.8
+        assert all(answer.values is None for answer in services.answers)
+        others = (first_rewards.sum() - first_rewards.sum(1, keepdims=True)) / (first_rewards.size - 2)
         assert (result.policy_version, result.metrics.num_updates, result.rejected) == (1, 2, ())
         assert all(replica.current for replica in result.replicas)
-        reference_step(model, optimiser, groups, advantages, first_update=0)
+        loss = reference_step(model, optimiser, groups, first_rewards - others, first_update=0)
+        np.testing.assert_allclose(numbers["learner"]["loss"], loss, rtol=1e-4, atol=1e-6)
         await check_weights(learner, model, "after-0")
 
         # Step 1: new weights; baselines from the probe fitted on step 0.
         await probe_fitted(value)
-        groups = await sample(generation, 1)
+        numbers = await drive(tiny_run, services, tmp_path, 2)
+        groups, answers = services.groups, services.answers
         second = check_rollouts(model, groups, 1)
-        questions = [GroupFeatures(g.group_id, "default", tuple(r.features for r in g.rollouts)) for g in groups]
-        answers = await value.estimate_baselines("exact", 1, questions)
-        expected = reference_values(first, rewards, second)
+        expected = reference_values(first, first_rewards, second)
         values = np.stack([answer.values for answer in answers])
         assert values.std() > 0.02
         np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
         baselines = np.stack([answer.baselines for answer in answers])
         np.testing.assert_allclose(baselines, expected[:, ::-1], rtol=1e-3, atol=1e-4)
-        rewards = rewards_of(groups)
-        advantages = rewards - baselines
-        result = await learner.submit_advantages(batch(1, groups, advantages))
-        assert result.policy_version == 2
-        reference_step(model, optimiser, groups, advantages, first_update=2)
+        assert services.result.policy_version == 2
+        loss = reference_step(model, optimiser, groups, rewards_of(groups) - baselines, first_update=2)
+        np.testing.assert_allclose(numbers["learner"]["loss"], loss, rtol=1e-4, atol=1e-6)
         await check_weights(learner, model, "after-1")
-        check_rollouts(model, await sample(generation, 2), 2)
+
+        prompts = [Prompt("00000", "what is served now")]
+        sampling = Sampling(temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
+        async with contextlib.aclosing(services.sample("exact", 2, prompts, 2, sampling, 2)) as served:
+            check_rollouts(model, [group async for group in served], 2)
 
 
 async def probe_fitted(value: AsyncValueClient) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.running import poise
 
@@ -55,6 +56,26 @@ class Run:
             time.sleep(0.05)
 
 
+def assert_each_counted_once(run: Run, num_steps: int) -> None:
+    """Every label was learnt once, every rollout trained on once: as many as were published and submitted, by the
+    states that the services themselves keep."""
+    value = StateStore(run.folder / "services" / "value")
+    labels = value.open()
+    value.close()
+    assert labels is not None
+    assert labels.num_groups_consumed == num_steps * PROMPTS
+    learner = CheckpointStore(run.folder / "services" / "learner", keep=2)
+    learner.open()
+    checkpoint = learner.load()
+    learner.close()
+    assert checkpoint is not None
+    assert checkpoint.progress.num_batches == num_steps
+    assert checkpoint.progress.policy_version == num_steps
+    assert checkpoint.progress.num_rollouts == num_steps * PROMPTS * ROLLOUTS
+    assert checkpoint.progress.num_rejected == {}
+    assert len(checkpoint.seen) == num_steps * PROMPTS * ROLLOUTS
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_run_survives_the_death_of_every_process(tmp_path: Path) -> None:
@@ -76,23 +97,7 @@ def test_run_survives_the_death_of_every_process(tmp_path: Path) -> None:
     # Every step once, in order.
     assert run.steps() == list(range(NUM_STEPS))
 
-    # Every label learnt once, every rollout trained on once: as many as were published and submitted, by the states
-    # that the services themselves keep.
-    value = StateStore(run.folder / "services" / "value")
-    labels = value.open()
-    value.close()
-    assert labels is not None
-    assert labels.num_groups_consumed == NUM_STEPS * PROMPTS
-    learner = CheckpointStore(run.folder / "services" / "learner", keep=2)
-    learner.open()
-    checkpoint = learner.load()
-    learner.close()
-    assert checkpoint is not None
-    assert checkpoint.progress.num_batches == NUM_STEPS
-    assert checkpoint.progress.policy_version == NUM_STEPS
-    assert checkpoint.progress.num_rollouts == NUM_STEPS * PROMPTS * ROLLOUTS
-    assert checkpoint.progress.num_rejected == {}
-    assert len(checkpoint.seen) == NUM_STEPS * PROMPTS * ROLLOUTS
+    assert_each_counted_once(run, NUM_STEPS)
 
     # It learnt: the held-out reward rose far beyond the intervals, and the probe took over from the bootstrap.
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -131,3 +136,26 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_resumes(tmp_path: Path
         again.kill()
     assert f"resuming at step {stopped_at} of 8" in run.log.read_text()
     assert run.steps() == list(range(8))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_own_process_is_killed_goes_on_where_it_was_by_the_same_command(tmp_path: Path) -> None:
+    num_steps = 10
+    run = Run(tmp_path / "run")
+    short = (f"train.num_steps={num_steps}", "train.evaluation.num_prompts=16")
+    process = run.start(*short)
+    try:
+        run.wait_for_steps(4, process)
+    finally:
+        process.kill()
+        process.wait()
+    left = [run.pid(name) for name in VICTIMS]
+    again = run.start(*short)  # at once: what the first one started may still be draining
+    try:
+        assert again.wait(STALL_S) == 0, run.log.read_text()
+    finally:
+        again.kill()
+    assert not any(psutil.pid_exists(pid) for pid in left)
+    assert run.steps() == list(range(num_steps))
+    assert_each_counted_once(run, num_steps)

@@ -38,11 +38,6 @@ class TorchConfig(StrictModel):
     """A torch device, such as `cpu` or `cuda:0`."""
 
 
-def _default_staging_dir() -> Path:
-    shared_memory = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
-    return shared_memory if shared_memory.is_dir() else Path("/tmp")  # noqa: S108
-
-
 class GenerationConfig(ServiceConfig):
     """The generation service."""
 
@@ -74,9 +69,10 @@ class GenerationConfig(ServiceConfig):
     """How many response tokens `response_hidden` averages; `vllm` keeps the states of 22 more, of each rollout."""
     wait_for_learner: bool = False
     """Be ready only once a learner has pushed its weights: for training, where both must hold the same policy."""
-    staging_dir: Path = Field(default_factory=_default_staging_dir)
+    staging_dir: Path | None = None
     """Where a push is collected before it is applied; memory-backed is fastest. Holds one model at a time, with
-    `keep_base` one always and two during a push."""
+    `keep_base` one always and two during a push. Null takes `/dev/shm` where it has room for the model twice, else the
+    folder for temporary files."""
     keep_base: bool = True
     """Keep the weights last applied in `staging_dir`, so that the next push need only bring what changed. They are kept
     only if the learner will send deltas and there is room for the next version beside them."""

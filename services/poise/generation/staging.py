@@ -19,6 +19,7 @@ from typing import IO, Self
 
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
 from poise.generation.policy import ServedPolicy
+from poise.generation.room import choose_folder, refuse_unless_room, staging_folders
 from poise.generation.weights import Announcement, ExpectedTensor
 from poise.runtime.scratch import ScratchFolder, remove_leftovers
 from poise_client.codec import CodecError, apply_delta, safetensors_header
@@ -40,9 +41,9 @@ class Base:
 class Staging:
     """The files of this process: the push being received, and the base. Close it at the end."""
 
-    def __init__(self, parent: Path, *, keep_base: bool, shared_dirs: Sequence[Path]) -> None:
-        self._parent = parent
-        self._folder = ScratchFolder(parent, _PREFIX)
+    def __init__(self, parent: Path | None, *, keep_base: bool, shared_dirs: Sequence[Path]) -> None:
+        self._folders = {path: ScratchFolder(path, _PREFIX) for path in staging_folders(parent)}
+        self._folder = next(iter(self._folders.values()))
         self._keep_base = keep_base
         self._shared_dirs = shared_dirs
         self.base: Base | None = None
@@ -50,12 +51,14 @@ class Staging:
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes left. To be called when the process starts."""
-        remove_leftovers(self._parent, _PREFIX)
+        for parent in self._folders:
+            remove_leftovers(parent, _PREFIX)
 
     def close(self) -> None:
         """Leave nothing behind. Safe to call twice."""
         self.base = None
-        self._folder.close()
+        for folder in self._folders.values():
+            folder.close()
 
     def receive(self, announced: Announcement) -> StagedWeights:
         """Return the file to fill with the body that was announced: a context manager.
@@ -69,6 +72,7 @@ class Staging:
         if base is not None:
             return StagedDelta(announced, self._folder, source, base)
         self.drop_base()  # of whole parameters there is room for one version
+        self._folder = self._folders[choose_folder(tuple(self._folders), announced.total_bytes)]
         return (StagedWeights if source is None else LinkedWeights)(announced, self._folder, source)
 
     def applied(self, staged: StagedWeights, announced: Announcement) -> None:
@@ -184,6 +188,7 @@ class StagedWeights:
 
     def _begin(self) -> None:
         assert self._file is not None  # noqa: S101 (entered)
+        refuse_unless_room(self._folder.parent, self._total_bytes)
         self._file.write(safetensors_header(tensor.form for tensor in self._tensors))
 
     def _take(self, data: bytes) -> None:
@@ -315,6 +320,7 @@ class LinkedWeights(StagedWeights):
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 raise
             with self._storing():
+                refuse_unless_room(self._folder.parent, self._total_bytes)
                 shutil.copyfile(source, self.path)
 
 

@@ -26,7 +26,7 @@ from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, Stat
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
-from poise.learner.exporting import replace_folder
+from poise.learner.exporting import write_export
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
 from poise.learner.origin import misfit, origin_of
@@ -189,11 +189,16 @@ class LearnerCore:
         self._checkpoints.begin(self.progress, tensors, self._seen)
 
     def export(self, name: str) -> ModelExport:
-        """Write the policy as a Hugging Face folder; one of the same name is replaced. Raises as `checkpoint` does."""
+        """Write the policy as a Hugging Face folder; an earlier export of the same name is replaced.
+
+        Raises:
+            InvalidRequest: something else has that name.
+            BackendDown: see `failure`.
+            OSError: it cannot be written; nothing is lost.
+        """
         self._refuse_if_failed()
-        target = (self._config.export_dir or self._config.state_dir / "exports") / name
-        replace_folder(target, self._trainer.save_model)
-        return ModelExport(str(target.resolve()), self.progress.policy_version)
+        folder, version = self._config.export_dir or self._config.state_dir / "exports", self.progress.policy_version
+        return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
         known = self._answers.get((batch.run_id, batch.batch_id))

@@ -32,7 +32,7 @@ from poise_client.codec import (
     encode_model_export,
     encode_step_result,
 )
-from poise_client.types import Batch, BatchHeader, LearnerStatus, StepResult, TrainingRollout
+from poise_client.types import Batch, BatchHeader, LearnerStatus, ModelExport, StepResult, TrainingRollout
 from poise_proto.v1 import learner_pb2 as pb
 from poise_proto.v1 import learner_pb2_grpc
 
@@ -65,6 +65,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._batches = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._exports: dict[str, asyncio.Task[ModelExport]] = {}
+        """Those being written, or waiting for the batch in hand, by name."""
         self._activity = "recovering"
         self._closed = False
         self.paused = False
@@ -132,7 +134,16 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.raise_if_any()
         if self._core.published is None:
             raise BackendDown("the learner is recovering", retry_after_s=1.0)
-        return encode_model_export(await self.on_thread(lambda: self._core.export(request.name)))
+        exporting = self._exports.get(request.name)
+        if exporting is None:  # else whoever asks again joins it: no batch is between the two answers
+            exporting = self._exports[request.name] = self._start(self._export(request.name))
+        return encode_model_export(await asyncio.shield(exporting))
+
+    async def _export(self, name: str) -> ModelExport:
+        try:
+            return await self.on_thread(lambda: self._core.export(name))
+        finally:
+            del self._exports[name]
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run what nobody may wait for to its end: the event loop itself keeps no hold of it."""

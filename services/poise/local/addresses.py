@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import socket
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from poise.runtime.config import AdminConfig, ConfigError, GrpcConfig
 from poise.runtime.files import write_file
+
+logger = logging.getLogger(__name__)
 
 SERVICES = ("generation", "value", "learner")
 
@@ -30,12 +35,40 @@ def run_ports(folder: Path) -> dict[str, int]:
     Raises:
         ConfigError: the folder cannot be written.
     """
+    with _ports_file(folder) as path:
+        ports = _read_ports(path)
+        if ports is None:
+            ports = _choose_ports({})
+            write_file(path, json.dumps(ports).encode())
+        return ports
+
+
+def renew_taken_ports(folder: Path) -> bool:
+    """Choose anew those of the run's ports that another program listens on by now; return whether there were any.
+
+    Nothing of the run itself may be up. Raises as `run_ports` does.
+    """
+    with _ports_file(folder) as path:
+        before = _read_ports(path) or {}
+        ports = _choose_ports(before)
+        if ports == before:
+            return False
+        write_file(path, json.dumps(ports).encode())
+    for name in before:
+        if ports[name] != before[name]:
+            logger.warning("port %d of %s is taken by another program: now %d", before[name], name, ports[name])
+    return True
+
+
+@contextlib.contextmanager
+def _ports_file(folder: Path) -> Iterator[Path]:
+    """Hold the file of ports, so that two commands at once agree."""
     path = folder / "services" / "ports.json"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once agree
-            return _read_ports(path) or _choose_ports(path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield path
     except OSError as error:
         raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
 
@@ -59,10 +92,17 @@ def _read_ports(path: Path) -> dict[str, int] | None:
     return ports if isinstance(ports, dict) and ports.keys() == set(_PORT_NAMES) else None
 
 
-def _choose_ports(path: Path) -> dict[str, int]:
-    ports = dict(zip(_PORT_NAMES, free_ports(len(_PORT_NAMES)), strict=True))
-    write_file(path, json.dumps(ports).encode())
-    return ports
+def _choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
+    """Return a free port for each name: the wanted one where that is free. Raises `OSError`."""
+    with contextlib.ExitStack() as stack:
+        held = {}  # all at once: none is chosen twice
+        for name, port in wanted.items():
+            with contextlib.suppress(OSError):
+                held[name] = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        for name in _PORT_NAMES:
+            if name not in held:
+                held[name] = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        return {name: held[name].getsockname()[1] for name in _PORT_NAMES}
 
 
 def socket_path(folder: Path) -> Path:

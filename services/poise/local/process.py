@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -80,8 +83,11 @@ class SupervisedProcess:
         if self.is_running:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(self.spec.stop_signal)
-            with contextlib.suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(self.process.wait(), timeout_s)
+            except TimeoutError:
+                at_log = f"; its log: {self.spec.log}" if self.spec.log else ""
+                logger.warning("%s did not end within %.0f s and is killed%s", self.spec.name, timeout_s, at_log)
         kill_group(self.pid)
         await self.process.wait()
 

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
+from poise.local.credentials import wanted_by
 from poise.local.models import locate_model
 from poise.orchestrator.config import OrchestratorConfig
 from poise.runtime.config import (
@@ -95,6 +96,11 @@ class LocalRun:
         """Where the processes keep their settings, state and addresses."""
         return self.dir / "services"
 
+    @property
+    def drain_timeout_s(self) -> float:
+        """How long the services may take to finish their work in hand, s."""
+        return max(self._service(name).drain_timeout_s for name in SERVICES)
+
     def log(self, process: str) -> Path:
         """A process's log."""
         return self.dir / "logs" / f"{process}.log"
@@ -149,20 +155,26 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         "generation",
         listens("generation") | {"model": model, "engine": file.engine, "wait_for_learner": True},
     )
+    of_replicas = wanted_by({"generation": generation})
     value = resolver.resolve(
         ValueConfig,
         "value",
         listens("value") | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}},
     )
-    of_learner = listens("learner") | {
-        "model": model,
-        "state_dir": str(services / "learner"),
-        "export_dir": str(folder),
-        "replicas": [address(generation.grpc)] if generation else [],
-        "seed": file.run.seed,
-    }
+    of_learner = (
+        listens("learner")
+        | {
+            "model": model,
+            "state_dir": str(services / "learner"),
+            "export_dir": str(folder),
+            "replicas": [address(generation.grpc)] if generation else [],
+            "seed": file.run.seed,
+        }
+        | of_replicas.settings("replica_")
+    )
     learner = resolver.resolve(LearnerConfig, "learner", of_learner)
     endpoints = {"value": value, "learner": learner}
+    of_all = wanted_by({"generation": generation, **endpoints})
     train = resolver.resolve(
         OrchestratorConfig,
         "train",
@@ -171,7 +183,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
             "run_dir": str(folder),
             "seed": file.run.seed,
             "endpoints": {name: address(config.grpc) for name, config in endpoints.items() if config}
-            | ({"generation": [address(generation.grpc)]} if generation else {}),
+            | ({"generation": [address(generation.grpc)]} if generation else {})
+            | of_all.settings(),
         },
     )
     if learner is not None and train is not None:  # the file goes before what belongs to the algorithm
@@ -179,6 +192,12 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         learner = resolver.resolve(LearnerConfig, "learner", merged(of_learner, of_algorithm))
     if generation is None or value is None or learner is None or train is None:
         raise ConfigError("\n".join(resolver.problems))
+    lacking = [
+        *of_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file),
+        *of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file),
+    ]
+    if lacking:
+        raise ConfigError("\n".join(lacking))
     return LocalRun(
         name=file.run.name,
         dir=folder,

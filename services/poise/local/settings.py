@@ -17,8 +17,14 @@ from poise.value.config import ValueConfig
 _FILLED_IN = {
     "generation": ("model", "engine", "wait_for_learner", "grpc.port", "admin.port"),
     "value": ("state_dir", "queue.url", "grpc.port", "admin.port"),
-    "learner": ("model", "state_dir", "export_dir", "replicas", "seed", "grpc.port", "admin.port"),
-    "train": ("run_id", "run_dir", "seed", "endpoints.generation", "endpoints.value", "endpoints.learner"),
+    "learner": (
+        *("model", "state_dir", "export_dir", "replicas", "replica_token_file", "replica_ca_file", "seed"),
+        *("grpc.port", "admin.port"),
+    ),
+    "train": (
+        *("run_id", "run_dir", "seed", "endpoints.generation", "endpoints.value", "endpoints.learner"),
+        *("endpoints.token_file", "endpoints.ca_file"),
+    ),
 }
 """What follows from the run, where its file does not say otherwise."""
 

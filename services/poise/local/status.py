@@ -42,6 +42,16 @@ def show_status(run: LocalRun, as_json: bool) -> int:
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 
+def push_problems(run: LocalRun) -> str:
+    """Return why the learner's weights do not reach replicas; empty where they do, or nobody says. Blocks for seconds.
+
+    Raises:
+        ConfigError: the learner's token file cannot be read.
+    """
+    replicas = _ask(run, "learner").get("replicas", ())
+    return "; ".join(f"pushing to {one['address']}: {one['error']}" for one in replicas if one["error"])
+
+
 def _ask(run: LocalRun, name: str) -> dict[str, Any]:
     auth: AuthConfig = getattr(run, name).auth
     request = urllib.request.Request(f"http://{run.admin_address(name)}/admin/v1/status")

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,8 @@ _STEADY_S = 30.0
 """A process that lived this long is restarted at once when it dies."""
 _MAX_DEATHS = 6
 """Deaths in a row, none after living `_STEADY_S`, before giving up."""
-_STOP_TIMEOUT_S = 40.0
+_STOP_MARGIN_S = 10.0
+"""What ending takes besides draining."""
 _POLL_S = 0.1
 _SAY_EVERY_S = 15.0
 
@@ -41,8 +42,10 @@ class SupervisorError(Exception):
 class Supervisor:
     """Keeps processes running. Use as an async context manager; leaving it stops them, the last started first."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, drain_timeout_s: float = 30.0) -> None:
+        """`drain_timeout_s`: how long a process may take to finish its work in hand, at most; later it is killed."""
         self._folder = folder
+        self._stop_timeout_s = drain_timeout_s + _STOP_MARGIN_S
         self._processes: dict[str, SupervisedProcess] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._lock: IO[bytes] | None = None
@@ -62,7 +65,7 @@ class Supervisor:
             raise SupervisorError(
                 f"the services of {self._folder.parent} are up already; use them with `poise train`, or stop them first"
             ) from None
-        await asyncio.to_thread(_stop_orphans, self._pids_file)
+        await asyncio.to_thread(_stop_orphans, self._pids_file, self._stop_timeout_s)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -70,7 +73,7 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
         for process in reversed(self._processes.values()):
-            await process.stop(_STOP_TIMEOUT_S)
+            await process.stop(self._stop_timeout_s)
         self._pids_file.unlink(missing_ok=True)
         if not self.failed.done():
             self.failed.cancel()
@@ -85,8 +88,10 @@ class Supervisor:
             process = await self._start(spec)
             self._keepers[spec.name] = asyncio.create_task(self._keep(process), name=f"keep-{spec.name}")
 
-    async def wait_ready(self, names: Sequence[str]) -> None:
+    async def wait_ready(self, names: Sequence[str], problems: Callable[[], str] = str) -> None:
         """Return when all of `names` say that they work.
+
+        What `problems` returns, and it may block, is said beside what is waited for.
 
         Raises:
             SupervisorError: one cannot be kept running.
@@ -103,7 +108,10 @@ class Supervisor:
                     logger.info("%s is ready", name)
             if waiting and time.monotonic() - said > _SAY_EVERY_S:
                 said = time.monotonic()
-                logger.info("waiting for %s", "; ".join(f"{n}: {why}" for n, (ok, why) in states.items() if not ok))
+                reasons = [f"{name}: {why}" for name, (ready, why) in states.items() if not ready]
+                if told := await asyncio.to_thread(problems):
+                    reasons.append(told)
+                logger.info("waiting for %s", "; ".join(reasons))
             await asyncio.sleep(_POLL_S)
 
     async def run_to_end(self, spec: ProcessSpec) -> int | None:
@@ -220,7 +228,7 @@ class _Deaths:
         return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
 
 
-def _stop_orphans(pids_file: Path) -> None:
+def _stop_orphans(pids_file: Path, timeout_s: float) -> None:
     """End what a supervisor that was killed left running."""
     if not pids_file.exists():
         return
@@ -235,7 +243,9 @@ def _stop_orphans(pids_file: Path) -> None:
             continue
     if orphans:
         logger.info("ending %d processes that an earlier supervisor left behind", len(orphans))
-    psutil.wait_procs(orphans, timeout=_STOP_TIMEOUT_S)
+    _, deaf = psutil.wait_procs(orphans, timeout=timeout_s)
+    if deaf:
+        logger.warning("%d of them did not end within %.0f s and are killed", len(deaf), timeout_s)
     for pid, _ in json.loads(pids_file.read_text() or "{}").values():
         if any(process.pid == pid for process in orphans):
             kill_group(pid)

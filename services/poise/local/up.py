@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import yaml
 
-from poise.local.addresses import SERVICES
+from poise.local.addresses import SERVICES, renew_taken_ports
 from poise.local.models import KNOWN_MODELS, locate_model, make_model
 from poise.local.process import ProcessSpec
 from poise.local.run_file import LocalRun
+from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
@@ -25,30 +28,36 @@ from poise.runtime.signals import EXIT_INTERRUPTED, stopping_by_signal
 logger = logging.getLogger(__name__)
 
 
-def run_services(run: LocalRun, *, train: bool) -> int:
+def run_services(run: LocalRun, reload: Callable[[], LocalRun], *, train: bool) -> int:
     """Start the services; then stay until a signal, or train and stop them. Returns the exit status.
 
+    `reload` returns the run as it is once its ports have changed.
+
     Raises:
-        ConfigError: the model cannot be made, or the folder holds a run of another.
+        ConfigError: the model cannot be made, the folder holds a run of another, or this is no Linux.
     """
+    if platform.system() != "Linux":
+        raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
     _refuse_other_model(run)
     make_model(run.model)
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return asyncio.run(_supervise(run, train))
+        return asyncio.run(_supervise(run, reload, train))
     except SupervisorError as error:
         logger.error("%s", error)
         return 1
 
 
-async def _supervise(run: LocalRun, train: bool) -> int:
+async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool) -> int:
     stopping = asyncio.Event()
-    async with Supervisor(run.services_dir) as supervisor:
+    async with Supervisor(run.services_dir, run.drain_timeout_s) as supervisor:
+        if renew_taken_ports(run.dir):
+            run = reload()
         _write_settings(run)
         with stopping_by_signal(partial(_stop, supervisor, stopping), supervisor.kill_all):
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
-            ready = asyncio.create_task(supervisor.wait_ready(SERVICES))
+            ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():

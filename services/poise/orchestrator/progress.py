@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -65,6 +66,8 @@ class ConsoleWatcher:
         self._phases.pop(numbers["step"], None)
         self._progress.update(self._task, completed=numbers["step"] + 1)
         self.say(self._line(numbers))
+        if rejected := numbers["num_rejected"]:
+            self.say(_rejected(rejected, numbers["num_rollouts"]))
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """See `Watcher`."""
@@ -108,6 +111,21 @@ class MeasurementWatcher(ConsoleWatcher):
         if not self._console.is_terminal and num_quarters > self._num_said:
             self._num_said = num_quarters
             self.say(f"{done} of {total} prompts sampled")
+
+
+_REJECTIONS = {
+    "stale": "from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness",
+    "future_version": "from newer weights than the learner holds: it lost its state, or another pushes to the replicas",
+    "duplicate": "trained on before: give the run a name of its own",
+    "failed": "of a batch on which training failed again and again: the log of the learner says why",
+}
+"""What the learner's reasons mean, and what to do."""
+
+
+def _rejected(num_rejected: Mapping[str, int], num_rollouts: int) -> str:
+    """Say how many rollouts of a step the learner did not train on, why, and what to do about it."""
+    reasons = "; ".join(f"{count} {_REJECTIONS.get(reason, reason)}" for reason, count in num_rejected.items())
+    return f"        {sum(num_rejected.values())} of {num_rollouts} rollouts were not trained on: {reasons}"
 
 
 def clock(seconds: float) -> str:

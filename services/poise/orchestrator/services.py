@@ -41,6 +41,7 @@ _NO_RETRIES = RetryPolicy(max_attempts=1)
 _ASK_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
+_EXPORT_TIMEOUT_S = 3600.0
 
 
 class Services:
@@ -127,7 +128,7 @@ class Services:
 
     async def export_model(self, name: str) -> ModelExport:
         """See `AsyncLearnerClient`."""
-        return await self._ask_learner(lambda: self._learner.export_model(name))
+        return await self._ask_learner(lambda: self._learner.export_model(name, timeout_s=_EXPORT_TIMEOUT_S))
 
     async def is_learner_there(self) -> bool:
         """Whether anybody answers at the learner's address, ready or not."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.runtime.auth import BearerAuth
+from poise.runtime.parsing import Parse, ParsedStream, parsed
 from poise.runtime.tracing import call_span
 from poise_proto.v1 import errors_pb2
 
@@ -109,21 +110,23 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # an unknown method: gRPC says so
-        around = _Around(self, handler_call_details)
+        # Without a deserialiser of its own, gRPC hands over bytes: they are parsed once the call is admitted.
+        around = _Around(self, handler_call_details, handler.request_deserializer)
+        serialise = handler.response_serializer
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                around.answer(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                around.answer(handler.unary_unary, around.message), None, serialise
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                around.stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                around.stream(handler.unary_stream, around.message), None, serialise
             )
         if handler.stream_unary:
             return grpc.stream_unary_rpc_method_handler(
-                around.answer(handler.stream_unary), handler.request_deserializer, handler.response_serializer
+                around.answer(handler.stream_unary, around.messages), None, serialise
             )
         return grpc.stream_stream_rpc_method_handler(
-            around.stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
+            around.stream(handler.stream_stream, around.messages), None, serialise
         )
 
     @contextlib.contextmanager
@@ -161,16 +164,27 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
 class _Around:
     """One call."""
 
-    def __init__(self, interceptor: ServiceInterceptor, details: grpc.HandlerCallDetails) -> None:
+    def __init__(self, interceptor: ServiceInterceptor, details: grpc.HandlerCallDetails, parse: Parse) -> None:
         self._interceptor = interceptor
         self._details = details
+        self._parse = parse
         self._started = time.monotonic()
 
-    def answer(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    def message(self, request: bytes) -> Any:
+        """Return the one request. Raises `InvalidRequest`."""
+        return parsed(self._parse, request)
+
+    def messages(self, requests: AsyncIterator[bytes]) -> ParsedStream:
+        """Return the requests of a stream."""
+        return ParsedStream(self._parse, requests)
+
+    def answer(
+        self, behaviour: Callable[[Any, Any], Awaitable[Any]], read: Callable[[Any], Any]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             try:
                 with self._interceptor.admitted(self._details), self._traced():
-                    response = await behaviour(request, context)
+                    response = await behaviour(read(request), context)
             except BaseException as error:
                 await self._fail(error, context)
             self._done("OK")
@@ -178,13 +192,15 @@ class _Around:
 
         return call
 
-    def stream(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+    def stream(
+        self, behaviour: Callable[[Any, Any], Any], read: Callable[[Any], Any]
+    ) -> Callable[[Any, Any], Awaitable[None]]:
         # Writes to the context instead of yielding: a generator that gRPC abandons, because the client went away
         # during a write, is closed at the next garbage collection only, and the handler would work on until then.
         async def call(request: Any, context: Any) -> None:
             try:
                 with self._interceptor.admitted(self._details), self._traced():
-                    responses = behaviour(request, context)
+                    responses = behaviour(read(request), context)
                     if hasattr(responses, "__aiter__"):
                         async with contextlib.aclosing(responses):
                             async for response in responses:

@@ -28,6 +28,7 @@ from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.config import ConfigError, GrpcConfig, redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
+from poise.runtime.parsing import MAX_READ_BYTES
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 
@@ -68,9 +69,9 @@ class _Server:
         try:
             grpc_address = _bind(grpc_server, app.config.grpc)
             admin_socket = _listen(app.config.admin.host, app.config.admin.port)
-        except ConfigError as error:
+        except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
-            return 2
+            return 1 if isinstance(error, _PortTaken) else 2
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
@@ -143,7 +144,10 @@ class _Server:
         app = self._app
         server = grpc.aio.server(
             interceptors=[ServiceInterceptor(app.name, self._auth, app.registry, app.config.grpc.max_concurrent_rpcs)],
-            options=[("grpc.so_reuseport", 0)],  # a second service on the same port is an error, not a lottery
+            options=[
+                ("grpc.so_reuseport", 0),  # a second service on the same port is an error, not a lottery
+                ("grpc.max_receive_message_length", MAX_READ_BYTES),
+            ],
         )
         app.register(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -171,6 +175,10 @@ class _Server:
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
 
+class _PortTaken(Exception):
+    """Nothing is wrong with the settings: whoever listens there may be gone soon."""
+
+
 def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     target = f"{host}:{config.port}"
@@ -187,8 +195,8 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
         raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be used: {error}") from error
     except RuntimeError as error:
-        raise ConfigError(
-            f"grpc: cannot listen on {target}; is the port taken? Choose another, or 0 for any"
+        raise _PortTaken(
+            f"grpc: cannot listen on {target}; is the port taken? Set another grpc.port, or 0 for any"
         ) from error
     return f"{host}:{port}"
 
@@ -202,8 +210,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(
-            f"admin: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any"
+        raise _PortTaken(
+            f"admin: cannot listen on {host}:{port}: {error}; set another admin.port, or 0 for any"
         ) from error
     listener.setblocking(False)
     return listener

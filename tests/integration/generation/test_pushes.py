@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from tests.integration.generation.polling import DEADLINE_S, eventually
 from tests.pushes import push_messages, weight_arrays
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
+from poise.generation import room
 from poise_client import AsyncGenerationClient, RetryPolicy, weights_digest
 from poise_client.errors import BusyError, ConflictError, InvalidRequestError, UnavailableError
 from poise_client.types import Group, Prompt, Sampling, WeightUpdate
@@ -272,7 +274,7 @@ async def test_ready_only_once_a_learner_has_pushed(serve: Callable[..., Any], r
         reference.check(arrays, group.prompt_token_ids.tolist(), group.rollouts[0])
 
 
-async def test_full_staging_folder_is_named(scripted: tuple[Running, ScriptedEngine]) -> None:
+async def test_staging_folder_that_cannot_be_made_is_named(scripted: tuple[Running, ScriptedEngine]) -> None:
     running, _ = scripted
     running.app.config.staging_dir.write_bytes(b"not a folder")
     async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
@@ -281,6 +283,24 @@ async def test_full_staging_folder_is_named(scripted: tuple[Running, ScriptedEng
     assert "staging_dir" in caught.value.remedy
     running.app.config.staging_dir.unlink()
     assert (await push(running.client, small(), 1)).policy_version == 1
+
+
+async def test_push_that_a_full_staging_folder_has_no_room_for_is_refused_with_its_size(
+    scripted: tuple[Running, ScriptedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, _ = scripted
+    num_bytes = sum(array.nbytes for array in small().values())
+    full = shutil.disk_usage("/")._replace(free=num_bytes - 1)
+    async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
+        with monkeypatch.context() as patch:
+            patch.setattr(room.shutil, "disk_usage", lambda _: full)
+            folder = running.app.config.staging_dir
+            said = f"stored in {folder}: it takes {num_bytes} bytes, and {num_bytes - 1} are free"
+            with pytest.raises(UnavailableError, match=said) as caught:
+                await push(hasty, small(), 1)
+        assert "staging_dir" in caught.value.remedy
+        assert (await hasty.get_policy()).policy_version == 0
+        assert (await push(hasty, small(), 1)).policy_version == 1
 
 
 async def _is(condition: bool) -> bool:

@@ -22,8 +22,10 @@ from poise.generation.policy import ServedPolicy
 from poise.learner.app import LearnerApp, build
 from poise.learner.checkpoint import CheckpointStore, StateError
 from poise.learner.models import Models
+from poise.learner.policy import Policy
 from poise.learner.publishing import replica as replica_module
 from poise.learner.trainer import Trainer
+from poise.runtime.validation import Violations
 from poise_client import AsyncLearnerClient
 from poise_client._status import error_from_rpc
 from poise_client.codec import encode_batch_header, encode_training_rollout, to_tensor
@@ -637,3 +639,27 @@ async def test_metrics_count_batches_rollouts_rejections_and_replicas(serve, rep
     assert value("poise_learner_staleness_versions_count") == 7
     assert value("poise_learner_replica_current", {"replica": one.address}) == 1
     assert value("poise_learner_replica_policy_version", {"replica": one.address}) == 2
+
+
+async def test_whoever_asks_again_for_an_export_joins_the_one_in_progress(serve, monkeypatch):
+    service = await serve()
+    saving, asked = Gate(monkeypatch, Policy, "save"), Gate(monkeypatch, Violations, "folder_name")
+    asked.release.set()
+    first = asyncio.create_task(service.client.export_model("mine"))
+    await saving.reached()
+    first.cancel()
+    again = asyncio.create_task(service.client.export_model("mine"))
+    await eventually(lambda: len(asked.threads) == 2)
+    saving.release.set()
+    assert (await again).policy_version == 0
+    assert len(saving.threads) == 1
+    await service.client.submit_advantages(make_batch(0))
+    assert (await service.client.export_model("mine")).policy_version == 1  # an export of its own
+
+
+async def test_an_export_takes_the_place_of_nothing_else(serve, tmp_path):
+    service = await serve(export_dir=tmp_path)  # as a run on one machine has it
+    with pytest.raises(InvalidRequestError, match=r"state is there already and is no export") as refused:
+        await service.client.export_model("state")
+    assert [field for field, _ in refused.value.violations] == ["name"]
+    assert (await service.client.submit_advantages(make_batch(0))).policy_version == 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
+
+from poise.cli import main
 
 COMMAND = [sys.executable, "-c", "from poise.cli import main; main()"]
 
@@ -31,11 +36,23 @@ def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["run", "up", "train", "eval", "status", "check", "queue", "config", "models"])
-def test_every_command_explains_itself(command: str) -> None:
-    done = poise(command, "--help")
-    assert done.returncode == 0
-    assert len(done.stdout) > 100
+def test_every_command_and_option_explains_itself() -> None:
+    known = {"run", "up", "train", "eval", "status", "check", "queue", "config", "models"}
+    assert known <= main.commands.keys()
+    group = main.commands["queue"]
+    assert isinstance(group, click.Group)
+    commands = {(name,): command for name, command in main.commands.items()}
+    commands |= {("queue", name): command for name, command in group.commands.items()}
+    for names, command in commands.items():
+        done = CliRunner().invoke(main, [*names, "--help"], prog_name="poise")
+        assert done.exit_code == 0
+        usage, what, *_ = done.output.split("\n\n")
+        assert usage.startswith(f"Usage: poise {' '.join(names)} ")
+        assert re.search(r"\w{3,} .*[.?:]", " ".join(what.split())), f"{names} says no sentence about itself"
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.opts[-1] in done.output
+                assert option.help and option.help.endswith("."), f"{names}: {option.opts[-1]} is not explained"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -205,8 +206,8 @@ async def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(
         born = psutil.Process(left.pid).create_time()
         facts = {"one": [left.pid, born], "reused": [bystander.pid, born - 100], "gone": [2**22 + 1, born]}
         (tmp_path / "services" / "pids.json").write_text(json.dumps(facts))
-        monkeypatch.setattr("poise.local.supervisor._STOP_TIMEOUT_S", 1.0)
-        async with Supervisor(tmp_path / "services"):
+        monkeypatch.setattr("poise.local.supervisor._STOP_MARGIN_S", 0.5)
+        async with Supervisor(tmp_path / "services", 0.5):
             assert await asyncio.to_thread(left.wait, DEADLINE_S) == -signal.SIGKILL
             assert bystander.poll() is None
     finally:
@@ -215,16 +216,48 @@ async def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(
             process.communicate()
 
 
-async def test_what_does_not_drain_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("poise.local.supervisor._STOP_TIMEOUT_S", 0.5)
+async def test_what_does_not_drain_in_time_is_killed_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("poise.local.supervisor._STOP_MARGIN_S", 0.25)
     marker = f"# {tmp_path}"
     deaf = (
         f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEPER} {marker}"
     )
-    async with Supervisor(tmp_path / "services") as supervisor:
+    async with Supervisor(tmp_path / "services", 0.25) as supervisor:
         await supervisor.start([spec("one", deaf, tmp_path)])
         await until(lambda: "deaf" in (tmp_path / "one.log").read_text())
     assert not pids_of(marker)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"one did not end within 0 s and is killed; its log: {tmp_path / 'one.log'}"]
+
+
+async def test_what_drains_for_as_long_as_it_may_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("poise.local.supervisor._STOP_MARGIN_S", 0.0)
+    drained = tmp_path / "drained"
+    drain = f"time.sleep(1); open({str(drained)!r}, 'w'); sys.exit()"
+    code = f"import signal, sys, time\ndef drain(*_): {drain}\nsignal.signal(15, drain); print('up', flush=True)"
+    async with Supervisor(tmp_path / "services", DEADLINE_S) as supervisor:
+        await supervisor.start([spec("one", f"{code}; time.sleep(600)", tmp_path)])
+        await until(lambda: "up" in (tmp_path / "one.log").read_text())
+    assert drained.exists()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_what_is_known_of_the_problem_is_said_beside_what_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("poise.local.supervisor._SAY_EVERY_S", 0.0)
+    async with answering(b"HTTP/1.1 503 No\r\n\r\nwaiting for weights", b"HTTP/1.1 200 OK\r\n\r\nready") as address:
+        loading = ProcessSpec("one", [sys.executable, "-c", SLEEPER], None, address)
+        async with Supervisor(tmp_path / "services") as supervisor:
+            await supervisor.start([loading])
+            await asyncio.wait_for(supervisor.wait_ready(["one"], lambda: "no room in /dev/shm"), DEADLINE_S)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["waiting for one: waiting for weights; no room in /dev/shm", "one is ready"]
 
 
 async def test_processes_end_in_the_order_opposite_to_their_start(tmp_path: Path) -> None:
@@ -262,11 +295,12 @@ async def test_one_that_never_answers_is_not_waited_for() -> None:
 
 
 @contextlib.asynccontextmanager
-async def answering(answer: bytes | None) -> AsyncIterator[str]:
-    """Serve one request with `answer`, or with silence until the caller hangs up; yield the address."""
-    over = asyncio.Event()
+async def answering(*answers: bytes | None) -> AsyncIterator[str]:
+    """Serve a request with each of `answers`, or with silence until the caller hangs up; yield the address."""
+    left, over = list(answers), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answer = left.pop(0)
         if answer is None:
             await reader.read()
         else:
@@ -274,7 +308,8 @@ async def answering(answer: bytes | None) -> AsyncIterator[str]:
             writer.write(answer)
         writer.close()
         await writer.wait_closed()
-        over.set()
+        if not left:
+            over.set()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from tests.running import poise as poise_process
 
 from poise.local.run_file import load_run
 from poise.local.supervisor import Supervisor
+from poise.local.up import run_services
+from poise.runtime.config import ConfigError
 
 DEADLINE_S = 60.0
 
@@ -75,6 +79,25 @@ def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: 
     assert "Traceback" not in said
 
 
+def test_a_port_that_another_took_meanwhile_is_chosen_anew_for_all_who_use_it(run_file: Path) -> None:
+    log, taken = run_file.with_suffix(".log"), load_run(run_file).generation.grpc.port
+    with socket.create_server(("127.0.0.1", taken)), log.open("w") as output:
+        process = poise_process("up", "-c", str(run_file), "--set", "engine=torch", stdout=output, stderr=output)
+        try:
+            wait_for(log, f"port {taken} of generation.grpc is taken by another program: now ", process)
+            train, learner = (run_file.parent / "run" / "services" / f"{name}.yaml" for name in ("train", "learner"))
+            wait_until(lambda: train.exists() and train.stat().st_size > 0, log, process)
+            run = load_run(run_file)
+            assert run.generation.grpc.port != taken
+            told = yaml.safe_load(train.read_text()), yaml.safe_load(learner.read_text())
+            assert told[0]["endpoints"]["generation"] == told[1]["replicas"] == [run.grpc_address("generation")]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE_S) == 0, log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+
+
 def test_a_signal_while_the_services_start_stops_them(run_file: Path) -> None:
     log = run_file.with_suffix(".log")
     with log.open("w") as output:
@@ -100,8 +123,19 @@ def test_a_signal_while_the_services_start_stops_them(run_file: Path) -> None:
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: text in log.read_text(), log, process)
+
+
+def wait_until(condition: Callable[[], bool], log: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while text not in log.read_text():
+    while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+def test_another_system_than_linux_is_refused(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    run = load_run(run_file)
+    with pytest.raises(ConfigError, match="Linux alone"):
+        run_services(run, lambda: run, train=False)

@@ -163,20 +163,20 @@ def test_a_service_that_gives_up_later_ends_with_status_1(stage):
 
 
 @pytest.mark.parametrize("section", ["grpc", "admin"])
-def test_a_taken_port_is_one_line_and_status_2(stage, section):
+def test_a_taken_port_is_one_line_and_a_status_that_says_try_again(stage, section):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         running = stage(f"{section}.port={port}")
-        assert running.exit_status() == 2
+        assert running.exit_status() == 1
     [line] = running.error_lines()
     assert f"{section}: cannot listen on 127.0.0.1:{port}" in line
-    assert "or 0 for any" in line
+    assert f"et another {section}.port, or 0 for any" in line
     assert len(running.log.splitlines()) == 2, running.log  # and the settings
 
 
 def test_two_services_cannot_share_a_port(stage):
     port = stage().addresses()["grpc"].rpartition(":")[2]
-    assert stage(f"grpc.port={port}").exit_status() == 2
+    assert stage(f"grpc.port={port}").exit_status() == 1
 
 
 def test_wrong_settings_are_named_all_at_once_with_status_2(stage):

@@ -262,3 +262,46 @@ def test_a_method_that_does_not_exist_is_unimplemented(channel):
     with pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/poise.v1.ValueService/Forget")(b"", timeout=TIMEOUT_S, metadata=AUTHORISED)
     assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        ("poise.v1.ValueService/GetProbe", "unary_unary", "poise.v1.GetProbeRequest"),
+        ("poise.v1.GenerationService/StreamTrajectories", "unary_stream", "poise.v1.StreamTrajectoriesRequest"),
+        ("poise.v1.GenerationService/UpdateWeights", "stream_unary", "poise.v1.UpdateWeightsRequest"),
+        ("grpc.health.v1.Health/Check", "unary_unary", "grpc.health.v1.HealthCheckRequest"),
+        (
+            "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            "stream_stream",
+            "grpc.reflection.v1alpha.ServerReflectionRequest",
+        ),
+    ],
+)
+def test_bytes_that_are_no_message_are_refused_by_its_name(running, channel, method, kind, message):
+    def call(metadata):
+        request = iter([b"\xff\xff\xff"]) if kind.startswith("stream") else b"\xff\xff\xff"
+        answer = getattr(channel, kind)(f"/{method}")(request, timeout=TIMEOUT_S, metadata=metadata)
+        return list(answer) if kind.endswith("stream") else answer
+
+    with pytest.raises(grpc.RpcError) as refused:
+        call(AUTHORISED)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = details_of(refused.value)["BadRequest"].field_violations
+    assert violation.field == "request"
+    assert violation.description.startswith(f"is no {message}: ")
+    with running.rest() as rest:
+        counted = f'poise_stage_rpc_seconds_count{{code="INVALID_ARGUMENT",method="{method.rpartition("/")[2]}"}}'
+        assert counted in rest.get("/metrics").text
+    if not method.startswith("grpc.health"):
+        with pytest.raises(grpc.RpcError) as refused:
+            call(())
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_message_beyond_the_limit_is_refused_with_what_to_lower(channel):
+    with pytest.raises(grpc.RpcError) as refused:
+        probe(channel, "x" * (5 * 2**20))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "a message may have 4194304" in refused.value.details()
+    assert "rollouts_per_prompt" in details_of(refused.value)["PoiseErrorDetail"].remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import resource
 import signal
@@ -149,6 +150,50 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, num_tensors: int,
     assert str(size) in caught.value.remedy
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_push_that_cannot_fit_is_refused_before_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=len(DATA) - 1))
+    monkeypatch.setattr(module.os, "link", _across_disks)
+    folder = tmp_path / "staging"
+    refused = pytest.raises(BackendDown, match=f"stored in {folder}: it takes {len(DATA)} bytes, and {len(DATA) - 1} ")
+    with staging_in(folder, shared_dirs=(tmp_path / "shared",)) as staging:
+        if in_file:
+            with staging.receive(announcement(file=shared(tmp_path / "shared"))) as staged, refused as caught:
+                staged.read_source()
+        else:
+            with refused as caught, staging.receive(announcement()):
+                raise AssertionError
+        assert "staging_dir" in caught.value.remedy
+        assert list(folder.rglob("*.safetensors")) == []
+
+
+def _across_disks(*_: object) -> None:
+    raise OSError(errno.EXDEV, "across disks")
+
+
+def test_push_moves_to_the_folder_that_has_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, temporary = tmp_path / "memory", tmp_path / "temporary"
+    monkeypatch.setattr(module, "staging_folders", lambda _: [memory, temporary])
+    monkeypatch.setattr(module, "choose_folder", lambda folders, num_bytes: folders[num_bytes > len(DATA)])
+    for folder in (memory, temporary):
+        folder.mkdir()
+        (folder / "poise-weights-left").mkdir()
+    staging = Staging(None, keep_base=True, shared_dirs=())
+    staging.remove_leftovers()
+    assert list(memory.iterdir()) == list(temporary.iterdir()) == []
+    more = [*TENSORS, dataclasses.replace(TENSORS[0], name="more")]
+    for tensors, data, folder in ((TENSORS, DATA, memory), (more, DATA + DATA[: ENDS[0]], temporary)):
+        with staging.receive(announcement(tensors)) as staged:
+            send(staged, data, len(data))
+            staged.finish(len(data))
+            assert staged.path.is_relative_to(folder)
+    staging.close()
+    assert list(memory.iterdir()) == list(temporary.iterdir()) == []
+
+
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with (
@@ -284,8 +329,9 @@ def test_delta_that_does_not_give_what_it_announced_is_refused_and_the_base_stay
 @pytest.mark.parametrize("why", ["not wanted", "not allowed", "no room"])
 def test_base_is_kept_only_where_it_is_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     if why == "no room":
-        usage = module.shutil.disk_usage(tmp_path)._replace(free=len(DATA) - 1)
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+        usage = module.shutil.disk_usage(tmp_path)
+        free = iter([len(DATA), len(DATA) - 1])  # before the push, and after it
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=next(free)))
     with staging_in(tmp_path, keep_base=why != "not allowed") as staging:
         serve(staging, announcement(keep=why != "not wanted"))
         assert staging.base is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from poise.local.addresses import run_ports
+from poise.local.addresses import renew_taken_ports, run_ports
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.local.settings import defaults_text, resolved_text
 from poise.runtime.config import ConfigError
@@ -51,6 +52,17 @@ def test_two_commands_at_once_choose_the_same_ports(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         chosen = list(threads.map(choose, range(4)))
     assert all(ports == chosen[0] for ports in chosen)
+
+
+def test_ports_that_others_took_are_chosen_anew_and_the_others_kept(tmp_path: Path) -> None:
+    before = run_ports(tmp_path)
+    assert renew_taken_ports(tmp_path) is False
+    assert run_ports(tmp_path) == before
+    with socket.create_server(("127.0.0.1", before["value.grpc"])):
+        assert renew_taken_ports(tmp_path) is True
+        after = run_ports(tmp_path)
+    assert [name for name in before if after[name] != before[name]] == ["value.grpc"]
+    assert len({*after.values()}) == len(after)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"value.grpc": 1}'])
@@ -205,3 +217,62 @@ def test_options_of_another_algorithm_give_way_with_it(tmp_path: Path) -> None:
     assert dapo.model_dump()["max_draws"] == 2
     kept = load(tmp_path, values, "train.algorithm.kind=poise").train.algorithm
     assert kept.model_dump()["bootstrap"] == "batch_mean"
+
+
+def test_the_service_that_takes_longest_to_drain_says_how_long_all_are_waited_for(tmp_path: Path) -> None:
+    assert load(tmp_path).drain_timeout_s == 30
+    assert load(tmp_path, MINIMAL | {"value": {"drain_timeout_s": 300}}).drain_timeout_s == 300
+
+
+def secured(folder: Path, **tokens: str) -> dict[str, Any]:
+    """A file whose services want these tokens, each from a file of its own."""
+    values: dict[str, Any] = dict(MINIMAL)
+    for name, token in tokens.items():
+        (folder / f"{name}.token").write_text(f"{token}\n")
+        values[name] = {"auth": {"token_file": str(folder / f"{name}.token")}}
+    return values
+
+
+def test_callers_show_the_token_that_the_services_want(tmp_path: Path) -> None:
+    run = load(tmp_path, secured(tmp_path, generation="sesame", value="sesame"))
+    assert run.learner.replica_token_file == run.train.endpoints.token_file == tmp_path / "generation.token"
+    run = load(tmp_path, secured(tmp_path, value="sesame"))
+    assert (run.learner.replica_token_file, run.train.endpoints.token_file) == (None, tmp_path / "value.token")
+    assert load(tmp_path).train.endpoints.token_file is None
+
+
+def test_different_tokens_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    values = secured(tmp_path, generation="sesame", learner="rosebud")
+    with pytest.raises(ConfigError, match=r"endpoints\.token_file: .*generation and learner have different tokens"):
+        load(tmp_path, values)
+    by_hand = load(tmp_path, values, f"train.endpoints.token_file={tmp_path / 'learner.token'}")
+    assert by_hand.train.endpoints.token_file == tmp_path / "learner.token"
+    assert by_hand.learner.replica_token_file == tmp_path / "generation.token"
+
+
+def test_a_token_from_the_environment_alone_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POISE_GENERATION_AUTH__TOKEN", "sesame")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path)
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "learner.replica_token_file",
+        "train.endpoints.token_file",
+    ]
+    assert "generation got a token from the environment: write it to a file" in str(caught.value)
+    assert "sesame" not in str(caught.value)
+
+
+def test_callers_trust_the_certificate_that_all_services_show(tmp_path: Path) -> None:
+    files = {"tls_cert_file": str(tmp_path / "crt"), "tls_key_file": str(tmp_path / "key")}
+    secure = MINIMAL | {name: {"grpc": files} for name in ("generation", "value", "learner")}
+    run = load(tmp_path, secure)
+    assert run.learner.replica_ca_file == run.train.endpoints.ca_file == tmp_path / "crt"
+    named = load(tmp_path, secure, "learner.replica_ca_file=a.pem", "train.endpoints.ca_file=b.pem")
+    assert (named.learner.replica_ca_file, named.train.endpoints.ca_file) == (Path("a.pem"), Path("b.pem"))
+    other = secure | {"value": {"grpc": files | {"tls_cert_file": str(tmp_path / "other")}}}
+    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*different certificates: name a file"):
+        load(tmp_path, other)
+    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*generation and learner speak TLS and value not"):
+        load(tmp_path, secure | {"value": {}})

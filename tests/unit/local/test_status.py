@@ -15,7 +15,7 @@ from tests.unit.local.test_run_file import load
 from tests.unit.orchestrator.test_run_folder import finish
 
 from poise.local.run_file import LocalRun
-from poise.local.status import show_status
+from poise.local.status import push_problems, show_status
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
 
@@ -196,3 +196,9 @@ def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys
     admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
     show_status(run, as_json=False)
     assert "12 groups learnt, 7 waiting, 2 refused (see poise queue), 1 of 2 domains" in capsys.readouterr().out
+
+
+def test_why_weights_do_not_arrive_is_told_by_replica(run: LocalRun, admins: Admins) -> None:
+    assert push_problems(run) == "pushing to host:2: it is slow"
+    admins.answers[run.admin_address("learner")] = ConnectionRefusedError()
+    assert push_problems(run) == ""

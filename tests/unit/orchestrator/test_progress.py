@@ -20,6 +20,8 @@ def numbers(step: int) -> dict[str, Any]:
         "advantage_variance": {"used": 0.1, "none": 0.2},
         "staleness": {"mean": 1.25, "max": 2},
         "tokens_per_s": 100.0,
+        "num_rollouts": 8,
+        "num_rejected": {},
     }
 
 
@@ -54,6 +56,20 @@ def test_a_measurement_is_told_by_quarters_where_there_is_no_terminal() -> None:
     watcher.phase(0, "verify")
     (task,) = watcher._progress.tasks
     assert (task.completed, task.total, task.description) == (6, 6, "verify")
+
+
+def test_rollouts_that_the_learner_rejected_are_told_with_what_to_do() -> None:
+    written = io.StringIO()
+    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200))
+    watcher.step_done(numbers(3) | {"num_rejected": {"stale": 3, "duplicate": 1, "new_reason": 1}})
+    watcher.step_done(numbers(4))
+    _, step, rejected, next_step = written.getvalue().splitlines()
+    assert (step.split()[0], next_step.split()[0]) == ("3", "4")
+    assert rejected.strip() == (
+        "5 of 8 rollouts were not trained on: "
+        "3 from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness; "
+        "1 trained on before: give the run a name of its own; 1 new_reason"
+    )
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])

@@ -49,14 +49,16 @@ class Script:
         self.outcomes = list(outcomes)
         self.policies = list(policies) or [policy()]
         self.calls: list[list[str]] = []
+        self.timeouts: list[float | None] = []
         self.num_asked = 0
         self.is_closed = False
 
     def _next(self) -> Any:
         return self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
 
-    async def get_status(self, *_: Any, **__: Any) -> Any:
+    async def get_status(self, *_: Any, timeout_s: float | None = None) -> Any:
         self.calls.append([])
+        self.timeouts.append(timeout_s)
         outcome = self._next()
         if isinstance(outcome, BaseException):
             raise outcome
@@ -164,6 +166,12 @@ async def test_a_service_that_hangs_for_a_while_is_asked_again(make: Make) -> No
     hangs = DeadlineExceededError("no answer within 60 s")
     assert await make(learner=Script("learner:1", [hangs, "status"])).learner_status() == "status"
     assert len(await sampled(make([Script("a:1", [[hangs], all_of])]))) == 5
+
+
+async def test_an_export_is_given_the_time_that_a_large_model_takes(make: Make) -> None:
+    learner = Script("learner:1", ["export"])
+    assert await make(learner=learner).export_model("model") == "export"
+    assert learner.timeouts == [3600.0]
 
 
 async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:

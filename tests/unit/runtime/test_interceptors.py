@@ -5,11 +5,25 @@ import types
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry
 
 from poise.errors import Busy, Unauthenticated
 from poise.runtime.auth import BearerAuth
 from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.parsing import MAX_MESSAGE_BYTES
+
+
+class Order:
+    """What the oven is asked for; like a generated message, it cannot be read from just any bytes."""
+
+    DESCRIPTOR = types.SimpleNamespace(full_name="poise.Order")
+
+    @classmethod
+    def read(cls, data):
+        if data == b"\xff":
+            raise DecodeError("Wire format was corrupt")
+        return data.decode()
 
 
 class Context:
@@ -40,15 +54,15 @@ def wrapped(registry):
     interceptor = ServiceInterceptor("oven", BearerAuth("hunter2"), registry, max_concurrent_rpcs=2)
 
     def wrap(behaviour, kind="unary_unary", method="/poise.Oven/Bake", metadata=(("authorization", "Bearer hunter2"),)):
-        handler = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, str.encode, bytes.decode)
+        handler = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, Order.read, bytes.decode)
         details = types.SimpleNamespace(method=method, invocation_metadata=metadata)
 
         async def continuation(_):
             return handler
 
-        async def call(request=None, context=None):
+        async def call(request=b"", context=None):
             around = await interceptor.intercept_service(continuation, details)
-            assert (around.request_deserializer, around.response_serializer) == (str.encode, bytes.decode)
+            assert (around.request_deserializer, around.response_serializer) == (None, bytes.decode)
             return await getattr(around, kind)(request, context or Context())
 
         return call
@@ -63,10 +77,77 @@ def num_calls(registry, code, method="Bake"):
 @pytest.mark.parametrize("kind", ["unary_unary", "stream_unary"])
 async def test_an_answer_passes_and_is_timed(wrapped, registry, kind):
     async def bake(request, context):
-        return request + " baked"
+        requests = [request] if kind == "unary_unary" else [one async for one in request]
+        return " and ".join(requests) + " baked"
 
-    assert await wrapped(bake, kind)("bread") == "bread baked"
+    if kind == "unary_unary":
+        assert await wrapped(bake, kind)(b"bread") == "bread baked"
+    else:
+        assert await wrapped(bake, kind)(sent(b"bread", b"cake")) == "bread and cake baked"
     assert num_calls(registry, "OK") == 1
+
+
+async def sent(*messages):
+    for message in messages:
+        yield message
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (b"\xff", "request: is no poise.Order: Wire format was corrupt"),
+        (bytes(MAX_MESSAGE_BYTES + 1), "request: has 4194305 bytes; a message may have 4194304"),
+    ],
+)
+async def test_what_cannot_be_parsed_is_refused_and_counted_but_not_told_to_strangers(
+    wrapped, registry, kind, wrong, said
+):
+    async def answer(request, context):
+        if not kind.startswith("stream"):
+            raise AssertionError("it was reached")
+        assert await anext(request) == "bread"
+        await anext(request)
+
+    async def stream(request, context):
+        await answer(request, context)
+        yield
+
+    behaviour = answer if kind.endswith("unary") else stream
+
+    def request():
+        return sent(b"bread", wrong) if kind.startswith("stream") else wrong
+
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(behaviour, kind)(request(), context)
+    assert (context.status.code, context.status.details) == (grpc.StatusCode.INVALID_ARGUMENT, said)
+    assert num_calls(registry, "INVALID_ARGUMENT") == 1
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(behaviour, kind, metadata=())(request(), context)
+    assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_waiting_for_a_message_can_be_given_up_and_taken_up_again(wrapped):
+    came = asyncio.Event()
+
+    class Requests:
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            await came.wait()
+            return b"bread"
+
+    async def bake(requests, context):
+        waiting = asyncio.create_task(anext(requests))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        came.set()
+        return await anext(requests)
+
+    assert await wrapped(bake, "stream_unary")(Requests()) == "bread"
 
 
 @pytest.mark.parametrize("kind", ["unary_stream", "stream_stream"])
@@ -81,7 +162,7 @@ async def test_a_stream_is_written_in_order(wrapped, registry, kind):
 
     for behaviour in (bake, bake_by_writing):
         context = Context()
-        await wrapped(behaviour, kind)(None, context)
+        await wrapped(behaviour, kind)(b"", context)
         assert context.written == [0, 1, 2]
     assert num_calls(registry, "OK") == 2
 
@@ -105,7 +186,7 @@ async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, re
             raise
 
     context = Context()
-    task = asyncio.create_task(wrapped(bake)(None, context))
+    task = asyncio.create_task(wrapped(bake)(b"", context))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     task.cancel()
@@ -130,7 +211,7 @@ async def test_a_stream_whose_client_is_gone_is_closed_before_the_call_ends(wrap
             closed.append(True)
 
     with pytest.raises(asyncio.CancelledError):
-        await wrapped(bake, "unary_stream")(None, Gone())
+        await wrapped(bake, "unary_stream")(b"", Gone())
     assert closed == [True]
     assert num_calls(registry, "CANCELLED") == 1
 
@@ -142,7 +223,7 @@ async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, re
 
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
-        await wrapped(bake, "unary_stream")(None, context)
+        await wrapped(bake, "unary_stream")(b"", context)
     assert context.written == [1]
     assert context.status.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert num_calls(registry, "RESOURCE_EXHAUSTED") == 1
@@ -154,7 +235,7 @@ async def test_a_status_that_a_handler_chose_is_kept(wrapped, registry):
 
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
-        await wrapped(bake)(None, context)
+        await wrapped(bake)(b"", context)
     assert context.status is None
     assert num_calls(registry, "DATA_LOSS") == 1
 
@@ -167,14 +248,14 @@ async def test_a_place_is_given_back_however_a_call_ends(wrapped):
             raise Busy("too hot")
         return "baked"
 
-    for request in ("defect", "refused", "bread") * 3:
+    for request in (b"defect", b"refused", b"bread") * 3:
         context = Context()
-        if request == "bread":
+        if request == b"bread":
             assert await wrapped(bake)(request, context) == "baked"
         else:
             with pytest.raises(grpc.aio.AbortError):
                 await wrapped(bake)(request, context)
-            assert (context.status.code == grpc.StatusCode.INTERNAL) == (request == "defect")
+            assert (context.status.code == grpc.StatusCode.INTERNAL) == (request == b"defect")
 
 
 async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, registry):
@@ -184,7 +265,7 @@ async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, 
     for metadata in ((), None, (("authorization", "Bearer x"),), (("authorization", b"Bearer x"),)):
         context = Context()
         with pytest.raises(grpc.aio.AbortError):
-            await wrapped(bake, metadata=metadata)(None, context)
+            await wrapped(bake, metadata=metadata)(b"", context)
         assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
     assert num_calls(registry, Unauthenticated.status) == 4
 

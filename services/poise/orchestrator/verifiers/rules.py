@@ -93,7 +93,7 @@ def resolve(verifier: str) -> Rule:
         sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself must not end the command in silence
         raise ValueError(f"{verifier!r}: module {module_name} cannot be imported: {error!r}") from error
     function = getattr(module, function_name, None)
     if function is None:

@@ -137,6 +137,7 @@ def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
         ("something", "unknown; name a rule, or package.module:function"),
         ("nowhere.at.all:check", "module nowhere.at.all cannot be imported: ModuleNotFoundError"),
         ("broken_on_import:check", "module broken_on_import cannot be imported: ZeroDivisionError"),
+        ("a_script:check", "module a_script cannot be imported: SystemExit(0)"),
         ("odd_ones:scor", "module odd_ones has no scor; did you mean 'score'?"),
         ("odd_ones:NUMBER", "is a int; must be a function"),
         ("odd_ones:later", "is asynchronous; must be a plain function"),
@@ -146,6 +147,7 @@ def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
 )
 def test_callable_that_cannot_work_is_refused(module, verifier, said):
     module("1 / 0", "broken_on_import")
+    module("import sys\nsys.exit(0)", "a_script")
     module(
         "NUMBER = 3\ndef score(r, a): ...\nasync def later(r, a): ...\ndef one(r): ...\ndef four(r, a, *, extra): ...",
         "odd_ones",
