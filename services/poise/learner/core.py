@@ -26,7 +26,7 @@ from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, Stat
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
-from poise.learner.exporting import write_export
+from poise.learner.export_folder import write_export
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
 from poise.learner.origin import misfit, origin_of

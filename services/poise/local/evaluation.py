@@ -100,7 +100,7 @@ def find_model(name: str) -> Path | str:
 def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
     from poise.errors import BackendDown
     from poise.learner.checkpoint import StateError
-    from poise.learner.export import export_checkpoint, newest_checkpoint
+    from poise.learner.checkpoint_export import export_checkpoint, newest_checkpoint
 
     folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
     if checkpoint != LATEST and not folder.is_dir():

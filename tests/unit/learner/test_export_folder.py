@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from poise.errors import InvalidRequest
-from poise.learner.exporting import write_export
+from poise.learner.export_folder import write_export
 
 
 def save(content: str) -> Callable[[str], None]:
