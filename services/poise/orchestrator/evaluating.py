@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.orchestrator.budget import Spent, passes_multiple
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
@@ -29,17 +30,19 @@ class Evaluator:
         self._scorer = scorer
         self._watcher = watcher
 
-    def due(self, step: int) -> str | None:
-        """Return as what the policy that the steps before `step` made is to be measured; None where it is not."""
-        every = self._config.evaluation.every_steps
-        when = "before" if step == 0 else "step" if every and step % every == 0 else None
+    def due(self, spent: Spent) -> str | None:
+        """Return as what the policy that the steps so far made is to be measured; None where it is not."""
+        step = spent.num_steps
+        when = "before" if step == 0 else "step" if self._is_time(spent) else None
         return None if when is None or self._is_settled(when, step) else when
 
-    async def evaluate(self, when: str, step: int, policy_version: int) -> None:
-        """Measure and write it down, unless it was done before or is not asked for."""
+    async def evaluate(self, when: str, spent: Spent, policy_version: int) -> None:
+        """Measure the policy that so much was spent on and write it down, unless it was done or is not asked for."""
+        step = spent.num_steps
         if self._is_settled(when, step):
             return
         line = await self.measure(when, step, policy_version)
+        line |= {"tokens": spent.tokens, "wall_s": spent.wall_s}
         self._folder.write_evaluation(line)
         self._watcher.evaluated(line)
 
@@ -77,6 +80,17 @@ class Evaluator:
             "verifier_errors": errors,
             "seconds": sum(phases.seconds.values()),
         }
+
+    def _is_time(self, spent: Spent) -> bool:
+        config = self._config.evaluation
+        if config.every_steps and spent.num_steps % config.every_steps == 0:
+            return True
+        if not config.every_tokens and not config.every_wall_s:
+            return False
+        last = self._folder.last_evaluated()
+        return passes_multiple(config.every_tokens, last.tokens, spent.tokens) or passes_multiple(
+            config.every_wall_s, last.wall_s, spent.wall_s
+        )
 
     def _is_settled(self, when: str, step: int) -> bool:
         return not self._config.evaluation.num_prompts or self._folder.evaluated(when, step)
