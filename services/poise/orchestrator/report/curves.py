@@ -39,6 +39,10 @@ class Evaluation:
     """By prompt."""
     by_domain: dict[str, float]
     interval: Interval
+    tokens: float
+    """Response tokens sampled for training before it; NaN where the line has none."""
+    wall_s: float
+    """Seconds of training before it; NaN likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,4 +203,6 @@ def _evaluation(row: Row) -> Evaluation | None:
         rewards=rewards,
         by_domain={str(name): mean for name in by_domain if not math.isnan(mean := number(by_domain, name))},
         interval=bootstrap_interval(rewards),
+        tokens=number(row, "tokens"),
+        wall_s=number(row, "wall_s"),
     )
