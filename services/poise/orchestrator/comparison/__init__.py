@@ -4,6 +4,6 @@ Knows no service and starts nothing: it reads run folders, at any moment, finish
 """
 
 from poise.orchestrator.comparison.report import write_comparison
-from poise.orchestrator.comparison.summary import ComparedRun, Comparison
+from poise.orchestrator.comparison.summary import ComparedRun, Comparison, State
 
-__all__ = ["ComparedRun", "Comparison", "write_comparison"]
+__all__ = ["ComparedRun", "Comparison", "State", "write_comparison"]

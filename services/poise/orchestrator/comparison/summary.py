@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ def _run_tree(seeds: Sequence[_Seed], means: Mapping[str, MeanCurve | None], lev
         "gradient_variance": _over(measured, _gradient_variance),
         "gradient_variance_at_equal_tokens": _over(measured, _variance_at_equal_tokens),
         "zero_advantage_share": _over(measured, lambda record: _mean(record, "zero_advantage_share")),
-        "time_s": {phase: _over(measured, lambda record, p=phase: _total_s(record, p)) for phase in (*PHASES, "total")},
+        "time_s": {phase: _over(measured, partial(_total_s, phase)) for phase in (*PHASES, "total")},
     }
 
 
@@ -198,7 +199,7 @@ def _variance_at_equal_tokens(record: RunRecord) -> float:
     return _gradient_variance(record) * number(record.metrics[-1], "tokens") / len(record.metrics)
 
 
-def _total_s(record: RunRecord, phase: str) -> float:
+def _total_s(phase: str, record: RunRecord) -> float:
     return float(np.nansum(series(record.metrics, "time_s", phase)))
 
 
