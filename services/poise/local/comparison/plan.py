@@ -17,10 +17,13 @@ from poise.local.comparison.file import CompareFile, RunEntry
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
-from poise.runtime.config import ConfigError, redacted
+from poise.runtime.config import ConfigError, read_yaml, redacted
 
 _NO_STEPS = 10**9
 """Steps that no run gets to before it has spent its tokens or seconds."""
+
+_UNLESS_SAID: Mapping[str, Any] = {}
+"""What all runs are told where neither the base nor their own `set` says otherwise, by path."""
 
 _DECIDED = {
     "run": "each run has a name, a folder and a seed of its own",
@@ -149,7 +152,8 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
                 raise ConfigError(f"set: {path}: cannot be a run's own here: {remedy}")
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
-    settings = _decided(file, entry, label, folder, seed) | entry.set
+    spare = {path: value for path, value in _UNLESS_SAID.items() if not _says(read_yaml(base), path)}
+    settings = spare | _decided(file, entry, label, folder, seed) | entry.set
     run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
     _refuse_shared_places(run)
     if not run.train.evaluation.num_prompts:
@@ -189,6 +193,16 @@ def _refuse_shared_places(run: LocalRun) -> None:
     for path, (found, own) in expected.items():
         if str(found) != str(own):
             raise ConfigError(f"{path}: is set in the base, and each run of a comparison needs its own: leave it out")
+
+
+def _says(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a file sets what is at `path`."""
+    here: Any = tree
+    for part in path.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
 
 
 def _within(path: str, section: str) -> bool:
