@@ -82,6 +82,7 @@ class Plan:
     """A comparison, resolved and checked."""
 
     file: CompareFile
+    base: Path
     runs: tuple[PlannedRun, ...]
     """In the order in which they are made: seed by seed, so that what is done is comparable at any time."""
 
@@ -89,6 +90,11 @@ class Plan:
     def dir(self) -> Path:
         """The comparison's folder."""
         return self.file.folder
+
+    def with_free_ports(self, run: PlannedRun) -> PlannedRun:
+        """Return one of the runs on ports that are free now: others may have taken its own since they were chosen."""
+        (run.local.services_dir / "ports.json").unlink(missing_ok=True)
+        return _plan_run(self.file, self.base, run.name, self.file.runs[run.name], run.seed)
 
 
 def make_plan(file: CompareFile, source: Path) -> Plan:
@@ -108,7 +114,7 @@ def make_plan(file: CompareFile, source: Path) -> Plan:
                 problems |= dict.fromkeys(f"{source}: runs.{name}: {line}" for line in str(error).splitlines())
     if problems:
         raise ConfigError("\n".join(problems))
-    return Plan(file, tuple(runs))
+    return Plan(file, base, tuple(runs))
 
 
 def refuse_changes(plan: Plan) -> None:

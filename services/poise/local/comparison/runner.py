@@ -28,7 +28,7 @@ from poise.runtime.signals import EXIT_INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
-OK, FAILED = 0, 1
+OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 _STATES = ("learner", "value", "valkey")
 """Folders of the services that only a run that goes on needs."""
@@ -63,7 +63,7 @@ def _make_all(plan: Plan, console: Console) -> int:
             _say(console, f"{where}: finished before")
         else:
             _say(console, f"{where}: {_how_far(run)}")
-            status = _make(run, where, console)
+            status = _make(plan.with_free_ports(run), where, console)
             if status == EXIT_INTERRUPTED:
                 _report(plan, console)
                 _say(console, "stopped before the end; the same command resumes")
@@ -86,7 +86,11 @@ def _make_all(plan: Plan, console: Console) -> int:
 def _make(run: PlannedRun, where: str, console: Console) -> int:
     _write_record(run, has_failed=False)
     with Follower(run.local, where, console):
-        status = run_services(run.local, train=True, training_log=run.local.log("train"))
+        try:
+            status = run_services(run.local, train=True, training_log=run.local.log("train"))
+        except ConfigError as error:  # what only the machine could tell: the others go on
+            logger.error("%s", error)
+            status = WRONG_SETTINGS
     if status not in (OK, EXIT_INTERRUPTED):
         _write_record(run, has_failed=True)
     return status

@@ -69,8 +69,9 @@ def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
                 cells.append(f"{write(reach['on_mean_curve'])}{against}{_by_seed(reach, write)}")
         rows.append([name, *cells])
     note = (
-        f"Interpolated on the mean curve; × is the ratio to {tree['reference']}, below 1 is less. In brackets the "
-        "least and greatest of the seeds' own curves, and how many of them reached it, where there are several."
+        f"Interpolated on the mean curve, which ends where the first of its seeds does; × is the ratio to "
+        f"{tree['reference']}, below 1 is less. In brackets the least and greatest of the seeds' own curves, and how "
+        "many of them reached it, where there are several."
     )
     return Table(f"{axis.capitalize()} to reach a held-out reward", note, ["run", *map(decimal, tree["levels"])], rows)
 
@@ -145,7 +146,8 @@ def _measured(one: Tree | None) -> str:
     if one is None:
         return UNKNOWN
     against = "" if one["ratio"] is None else f" ×{decimal(one['ratio'], 2)}"
-    return f"{one['mean']:.3g}{against} ({one['low']:.3g} to {one['high']:.3g})"
+    within = f" ({one['low']:.3g} to {one['high']:.3g})" if one["num_seeds"] > 1 else ""
+    return f"{one['mean']:.3g}{against}{within}"
 
 
 def _range(interval: Tree) -> str:

@@ -24,7 +24,6 @@ class Maker:
     def __init__(self) -> None:
         self.made: list[str] = []
         self.outcomes: dict[str, int | type[BaseException]] = {}
-        self.seen_states: list[list[str]] = []
 
     def __call__(self, run: LocalRun, *, train: bool, training_log: Path) -> int:
         assert train
@@ -32,7 +31,7 @@ class Maker:
         self.made.append(run.name)
         outcome = self.outcomes.get(run.name, 0)
         if isinstance(outcome, type):
-            raise outcome
+            raise outcome("model: cannot be made")
         for name in ("learner", "value", "valkey"):
             (run.services_dir / name).mkdir(parents=True)
         num_steps = STEPS if outcome == 0 else 1
@@ -127,6 +126,24 @@ def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
     assert maker.made[2:] == ["rloo-seed0"]
     assert states(path) == {"rloo": "finished", "poise": "finished"}
     assert "run 1 of 2, rloo-seed0: resuming after step 1" in capsys.readouterr().out
+
+
+def test_what_only_the_machine_can_tell_fails_one_run_alone(
+    path: Path, maker: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    maker.outcomes["rloo-seed0"] = ConfigError
+    assert compare(path) == 1
+    assert states(path) == {"rloo": "failed", "poise": "finished"}
+    assert "model: cannot be made" in caplog.text
+
+
+def test_a_run_gets_ports_that_are_free_when_it_starts(path: Path, maker: Maker) -> None:
+    assert compare(path, report_only=True) == 0
+    taken = path.parent / "trial" / "runs" / "rloo-seed0" / "services" / "ports.json"
+    ports = json.loads(taken.read_text())
+    taken.write_text(json.dumps(dict.fromkeys(ports, 1)))
+    assert compare(path) == 0
+    assert 1 not in json.loads(taken.read_text()).values()
 
 
 def test_an_interrupt_ends_the_comparison_and_leaves_a_report_of_what_there_is(path: Path, maker: Maker) -> None:

@@ -52,6 +52,7 @@ def test_the_page_stands_alone_and_holds_the_same_words(make_run: Make, compare:
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "not reached" not in page
     assert "one seed: no spread is known" in page
+    assert row((tmp_path / "comparison.md").read_text(), "Advantages and gradients", "poise")[1] == "0.2 ×1.00"
 
 
 def test_the_same_folders_give_the_same_page(make_run: Make, compare: Compare, tmp_path: Path) -> None:
