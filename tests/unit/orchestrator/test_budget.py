@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,7 +196,14 @@ async def test_a_crash_anywhere_changes_neither_where_a_run_ends_nor_where_it_is
 
 
 async def test_nothing_is_sampled_ahead_while_the_clock_stands_still(tmp_path: Path) -> None:
-    world = slow_world(2)
+    class SlowToSample(World):
+        async def sample(self, run_id: str, *rest: Any) -> Any:
+            async for group in super().sample(run_id, *rest):
+                await asyncio.sleep(0.01 if run_id == "run" else 0.1)
+                yield group
+
+    world = SlowToSample()
+    world.max_staleness = 2
     evaluation = {"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 3}
     assert await drive(settings(tmp_path, num_steps=6, max_staleness=2, evaluation=evaluation), world)
     begun, done = world.events.index("sample run:evaluation 3"), world.events.index("evaluated step 3")

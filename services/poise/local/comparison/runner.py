@@ -119,9 +119,9 @@ def _report(plan: Plan, console: Console | None) -> None:
     """Write the report of what there is; with a console, show its tables."""
     file = plan.file
     runs = tuple(ComparedRun(run.name, run.seed, run.algorithm, run.local.dir, _state(run)) for run in plan.runs)
-    page = write_comparison(Comparison(file.name, file.budget.given, file.reference_name, file.levels, runs), plan.dir)
+    told = write_comparison(Comparison(file.name, file.budget.given, file.reference_name, file.levels, runs), plan.dir)
     if console is not None:
-        _say(console, f"\n{(plan.dir / 'comparison.md').read_text(encoding='utf-8')}\nreport: {page}")
+        _say(console, f"\n{told}")
 
 
 def _state(run: PlannedRun) -> State:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from poise.orchestrator.comparison import figures
 from poise.orchestrator.comparison.summary import AXES, Comparison, summarise_comparison
-from poise.orchestrator.comparison.tables import headline, markdown, tables
+from poise.orchestrator.comparison.tables import headline, markdown, plain, tables
 from poise.orchestrator.report.page import render_page
 from poise.runtime.files import write_file
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write the three files into `folder`, each whole or not at all, and return the path of the page.
+def write_comparison(comparison: Comparison, folder: Path) -> str:
+    """Write the three files into `folder`, each whole or not at all, and return what people are shown of them.
 
     Runs need not be finished, nor begun.
     """
@@ -32,6 +32,5 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     )
     write_file(folder / "comparison.json", (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
     write_file(folder / "comparison.md", markdown(tree).encode())
-    path = folder / "comparison.html"
-    write_file(path, page.encode())
-    return path
+    write_file(folder / "comparison.html", page.encode())
+    return f"{plain(tree)}\n\nreport: {folder / 'comparison.html'}"

@@ -39,10 +39,8 @@ def headline(tree: Tree) -> str:
 
 def tables(tree: Tree) -> list[Table]:
     """Return all of them."""
-    found = [_final(tree)]
-    if tree["levels"]:
-        found += [_to_reach(tree, "tokens", thousands), _to_reach(tree, "seconds", duration)]
-    return [*found, _gradients(tree), _time(tree), _runs(tree)]
+    to_reach = [_to_reach(tree, "tokens", thousands), _to_reach(tree, "seconds", duration)]
+    return [_final(tree), *to_reach, _gradients(tree), _time(tree), _runs(tree)]
 
 
 def _final(tree: Tree) -> Table:
@@ -58,6 +56,7 @@ def _final(tree: Tree) -> Table:
 
 
 def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
+    title = f"{axis.capitalize()} to reach a held-out reward"
     rows = []
     for name, run in tree["runs"].items():
         cells = []
@@ -68,12 +67,14 @@ def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
                 against = "" if reach["ratio"] is None else f" ×{decimal(reach['ratio'], 2)}"
                 cells.append(f"{write(reach['on_mean_curve'])}{against}{_by_seed(reach, write)}")
         rows.append([name, *cells])
+    if not tree["levels"]:
+        return Table(title, "No level is above the common start and reached by all.", ["run"], rows)
     note = (
         f"Interpolated on the mean curve, which ends where the first of its seeds does; × is the ratio to "
         f"{tree['reference']}, below 1 is less. In brackets the least and greatest of the seeds' own curves, and how "
         "many of them reached it, where there are several."
     )
-    return Table(f"{axis.capitalize()} to reach a held-out reward", note, ["run", *map(decimal, tree["levels"])], rows)
+    return Table(title, note, ["run", *map(decimal, tree["levels"])], rows)
 
 
 def _by_seed(reach: Tree, write: Any) -> str:
@@ -122,6 +123,17 @@ def _runs(tree: Tree) -> Table:
 def markdown(tree: Tree) -> str:
     """Return comparison.md."""
     return "\n".join(_markdown_lines(tree)) + "\n"
+
+
+def plain(tree: Tree) -> str:
+    """Return what people are shown when runs are done: the rewards, and the tokens to reach them."""
+    return "\n\n".join([headline(tree), *("\n".join([one.title, *_aligned(one)]) for one in tables(tree)[:2])])
+
+
+def _aligned(table: Table) -> Iterator[str]:
+    rows = [table.head, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _markdown_lines(tree: Tree) -> Iterator[str]:

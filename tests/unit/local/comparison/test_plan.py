@@ -71,9 +71,10 @@ def test_a_run_has_settings_of_its_own(tmp_path: Path) -> None:
 def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
     base = {"model": "org/model", "run": {"name": "other", "seed": 5}, "train": {"tasks": [{"kind": "digits"}]}}
     base["train"] |= {"budget": {"wall_s": 5}, "seed": 3}  # type: ignore[operator]
+    base["learner"] = {"seed": 3}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     run = plan(tmp_path, base="run.yaml").runs[0].local
-    assert (run.model, run.name, run.train.seed) == ("org/model", "rloo-seed0", 0)
+    assert (run.model, run.name, run.train.seed, run.learner.seed) == ("org/model", "rloo-seed0", 0, 0)
     assert run.train.budget.wall_s is None
 
 

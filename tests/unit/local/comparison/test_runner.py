@@ -96,7 +96,7 @@ def test_each_run_is_made_once_and_its_services_state_goes(
     said = capsys.readouterr().out
     assert "run 2 of 2, poise-seed0: starting" in said
     assert "run 2 of 2, poise-seed0: held-out reward 0.200 after 2 steps, 1000 tokens, 0m04s" in said
-    assert "| rloo | rloo | 0.200 |" in said
+    assert "rloo   rloo       0.200" in said
     assert compare(path) == 0
     assert maker.made == ["rloo-seed0", "poise-seed0"]
     assert "run 1 of 2, rloo-seed0: finished before" in capsys.readouterr().out

@@ -46,7 +46,8 @@ def test_the_tables_say_what_was_reached_and_at_what_cost(make_run: Make, compar
 
 def test_the_page_stands_alone_and_holds_the_same_words(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     runs = [make_run("rloo", 0, [0.0, 0.2, 0.4]), make_run("poise", 0, [0.0, 0.6, 0.8])]
-    page = write_comparison(compare(*runs, name="a <b> trial"), tmp_path).read_text()
+    write_comparison(compare(*runs, name="a <b> trial"), tmp_path)
+    page = (tmp_path / "comparison.html").read_text()
     assert page.count("<svg") == 3
     assert "a &lt;b&gt; trial" in page
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -55,15 +56,30 @@ def test_the_page_stands_alone_and_holds_the_same_words(make_run: Make, compare:
     assert row((tmp_path / "comparison.md").read_text(), "Advantages and gradients", "poise")[1] == "0.2 ×1.00"
 
 
+def test_people_are_shown_rewards_and_what_they_took_in_columns(
+    make_run: Make, compare: Compare, tmp_path: Path
+) -> None:
+    runs = [make_run("rloo", 0, [0.0, 0.2, 0.4]), make_run("poise", 0, [0.0, 0.6, 0.8])]
+    told = write_comparison(compare(*runs, levels=[0.4]), tmp_path).splitlines()
+    assert told[0] == "Each run may spend 200 response tokens."
+    header = told[told.index("Tokens to reach a held-out reward") + 1]
+    assert header.split() == ["run", "0.400"]
+    assert told[-3].index("67 ×0.33") == header.index("0.400")
+    assert told[-1] == f"report: {tmp_path / 'comparison.html'}"
+
+
 def test_the_same_folders_give_the_same_page(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     comparison = compare(make_run("rloo", 0, [0.0, 0.2, 0.4]))
-    first = write_comparison(comparison, tmp_path).read_bytes()
-    assert write_comparison(comparison, tmp_path).read_bytes() == first
+    write_comparison(comparison, tmp_path)
+    first = (tmp_path / "comparison.html").read_bytes()
+    write_comparison(comparison, tmp_path)
+    assert (tmp_path / "comparison.html").read_bytes() == first
 
 
 def test_a_comparison_that_has_not_begun_is_a_report_too(compare: Compare, tmp_path: Path) -> None:
     run = ComparedRun("rloo", 0, "rloo", tmp_path / "nowhere", "not begun")
-    page = write_comparison(compare(run), tmp_path).read_text()
+    write_comparison(compare(run), tmp_path)
+    page = (tmp_path / "comparison.html").read_text()
     assert "No run has been evaluated yet." in page
     assert "0 of 1 runs are finished: this is not the end." in page
     assert "not begun" in (tmp_path / "comparison.md").read_text()
