@@ -40,6 +40,7 @@ def main() -> None:
     \b
     Try it:              poise run --preset tiny
     Start your own:      poise config --show-defaults > run.yaml, keep what you change, poise run -c run.yaml
+    Compare algorithms:  poise compare --show-defaults > compare.yaml, poise compare -c compare.yaml
     Services alone:      poise up -c run.yaml, and in another terminal poise train -c run.yaml
 
     The same command resumes a run that was stopped or killed.
@@ -141,6 +142,27 @@ def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 
     run = _load(path, preset, overrides)
     sys.exit(run_check(CheckConfig(endpoints=run.train.endpoints)))
+
+
+@main.command()
+@click.option("-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="The comparison's file.")
+@click.option("--report-only", is_flag=True, help="Report on what there is, and run nothing.")
+@click.option("--show-defaults", is_flag=True, help="Print a compare.yaml to start from, with what each setting means.")
+def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
+    """Train with several algorithms and seeds under one budget, one run after another, and report on them together.
+
+    Ctrl-C stops after the step in hand; the same command resumes. Status 1 when a run failed.
+    """
+    from poise.local.comparison.file import example_text
+    from poise.local.comparison.runner import compare_runs
+
+    if show_defaults:
+        click.echo(example_text())
+        return
+    if path is None:
+        _fail("give -c FILE; `poise compare --show-defaults` prints one to start from")
+    _log_to_terminal()
+    sys.exit(_checked(lambda: compare_runs(path, report_only=report_only)))
 
 
 @main.group()

@@ -31,8 +31,8 @@ def show_status(run: LocalRun, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"run": asdict(state), "services": services}, indent=2))
     else:
-        finished = ", finished" if state.is_finished(run.train.num_steps) else ""
-        print(f"run {run.name}: step {state.next_step} of {run.train.num_steps}{finished}, folder {run.dir}")
+        finished = ", finished" if state.is_finished(run.train.limits) else ""
+        print(f"run {run.name}: {run.train.limits.describe(state.spent)}{finished}, folder {run.dir}")
         for name, facts in services.items():
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
             for replica in facts.get("replicas", ()):

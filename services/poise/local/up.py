@@ -28,10 +28,13 @@ from poise.runtime.signals import EXIT_INTERRUPTED, stopping_by_signal
 logger = logging.getLogger(__name__)
 
 
-def run_services(run: LocalRun, reload: Callable[[], LocalRun], *, train: bool) -> int:
+def run_services(
+    run: LocalRun, reload: Callable[[], LocalRun], *, train: bool, training_log: Path | None = None
+) -> int:
     """Start the services; then stay until a signal, or train and stop them. Returns the exit status.
 
-    `reload` returns the run as it is once its ports have changed.
+    `reload` returns the run as it is once its ports have changed. What the training says goes to `training_log`, else
+    to the terminal.
 
     Raises:
         ConfigError: the model cannot be made, the folder holds a run of another, or this is no Linux.
@@ -43,13 +46,13 @@ def run_services(run: LocalRun, reload: Callable[[], LocalRun], *, train: bool) 
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return asyncio.run(_supervise(run, reload, train))
+        return asyncio.run(_supervise(run, reload, train, training_log))
     except SupervisorError as error:
         logger.error("%s", error)
         return 1
 
 
-async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool) -> int:
+async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool, training_log: Path | None) -> int:
     stopping = asyncio.Event()
     async with Supervisor(run.services_dir, run.drain_timeout_s) as supervisor:
         if renew_taken_ports(run.dir):
@@ -65,7 +68,7 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool)
                 return EXIT_INTERRUPTED if train else 0
             ready.result()
             if train:
-                status = await supervisor.run_to_end(_training(run))
+                status = await supervisor.run_to_end(_training(run, training_log))
                 return EXIT_INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
@@ -121,8 +124,8 @@ def _service(run: LocalRun, name: str) -> ProcessSpec:
     return ProcessSpec(name, _command(run, name, f"poise.{name}"), run.log(name), run.admin_address(name))
 
 
-def _training(run: LocalRun) -> ProcessSpec:
-    return ProcessSpec("train", _command(run, "train", "poise.orchestrator"), None, stop_signal=signal.SIGINT)
+def _training(run: LocalRun, log: Path | None) -> ProcessSpec:
+    return ProcessSpec("train", _command(run, "train", "poise.orchestrator"), log, stop_signal=signal.SIGINT)
 
 
 def _command(run: LocalRun, program: str, module: str) -> list[str]:

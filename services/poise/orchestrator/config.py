@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig
+from poise.orchestrator.budget import Limits
 from poise.orchestrator.tasks.config import TaskConfig
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
@@ -70,6 +71,20 @@ class EvaluationConfig(StrictModel):
     """Reward from which on a response counts as passed, for pass@k."""
     every_steps: int = Field(0, ge=0)
     """Evaluate after every so many steps, too; 0 means before and after training alone."""
+    every_tokens: int = Field(0, ge=0)
+    """Evaluate each time the response tokens sampled for training pass another multiple of this, too; 0 is off. Curves
+    of different algorithms are then measured at the same points."""
+    every_wall_s: float = Field(0.0, ge=0)
+    """Evaluate each time the seconds of training pass another multiple of this, too; 0 is off."""
+
+
+class BudgetConfig(StrictModel):
+    """What the whole run may spend. It ends after the step that reaches this, or `num_steps`."""
+
+    tokens: int | None = Field(None, ge=1)
+    """Response tokens sampled for training, those of groups that an algorithm drops among them; null is no limit."""
+    wall_s: float | None = Field(None, gt=0)
+    """Seconds of training, over all restarts and without evaluations; null is no limit."""
 
 
 class OrchestratorConfig(Settings):
@@ -85,6 +100,8 @@ class OrchestratorConfig(Settings):
     """The prompts of a step, and the seeds of its rollouts, follow from it and the step alone."""
     num_steps: int = Field(500, ge=1)
     """Steps of the whole run."""
+    budget: BudgetConfig = BudgetConfig()
+    """Other limits of the whole run."""
     prompts_per_step: int = Field(256, ge=1, le=4096)
     """Prompts a step samples."""
     rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
@@ -116,6 +133,11 @@ class OrchestratorConfig(Settings):
     def group_size(self) -> int:
         """Rollouts of each prompt."""
         return self.rollouts_per_prompt or self.algorithm.usual_rollouts
+
+    @property
+    def limits(self) -> Limits:
+        """What the run may spend."""
+        return Limits(self.num_steps, self.budget.tokens, self.budget.wall_s)
 
     @model_validator(mode="after")
     def _algorithm_has_what_it_needs(self) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.orchestrator.budget import Spent, passes_multiple
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.run_folder import RunFolder
@@ -65,19 +66,21 @@ class Evaluator:
         self._scorer = scorer
         self._watcher = watcher
 
-    def due(self, step: int) -> str | None:
-        """Return as what the policy that the steps before `step` made is to be measured; None where it is not."""
-        every = self._config.evaluation.every_steps
-        when = "before" if step == 0 else "step" if every and step % every == 0 else None
+    def due(self, spent: Spent) -> str | None:
+        """Return as what the policy that the steps so far made is to be measured; None where it is not."""
+        step = spent.num_steps
+        when = "before" if step == 0 else "step" if self._is_time(spent) else None
         return None if when is None or self._is_settled(when, step) else when
 
-    async def evaluate(self, when: str, step: int, policy_version: int) -> None:
-        """Measure and write it down, unless it was done before or is not asked for."""
+    async def evaluate(self, when: str, spent: Spent, policy_version: int) -> None:
+        """Measure the policy that so much was spent on and write it down, unless it was done or is not asked for."""
+        step = spent.num_steps
         if self._is_settled(when, step):
             return
         measurement = await self.measure(when, step, policy_version)
-        self._folder.write_evaluation(measurement.line, measurement.generations())
-        self._watcher.evaluated(measurement.line)
+        line = measurement.line | {"tokens": spent.tokens, "wall_s": spent.wall_s}
+        self._folder.write_evaluation(line, measurement.generations())
+        self._watcher.evaluated(line)
 
     async def measure(self, when: str, step: int, policy_version: int) -> Measurement:
         """Sample the held-out prompts from what serves at least `policy_version`, and reward the responses."""
@@ -120,6 +123,17 @@ class Evaluator:
             "seconds": sum(phases.seconds.values()),
         }
         return Measurement(line, problems, scored)
+
+    def _is_time(self, spent: Spent) -> bool:
+        config = self._config.evaluation
+        if config.every_steps and spent.num_steps % config.every_steps == 0:
+            return True
+        if not config.every_tokens and not config.every_wall_s:
+            return False
+        last = self._folder.last_evaluated()
+        return passes_multiple(config.every_tokens, last.tokens, spent.tokens) or passes_multiple(
+            config.every_wall_s, last.wall_s, spent.wall_s
+        )
 
     def _is_settled(self, when: str, step: int) -> bool:
         return not self._config.evaluation.num_prompts or self._folder.evaluated(when, step)

@@ -59,7 +59,7 @@ def settle(config: OrchestratorConfig) -> int | None:
         mixture = Mixture(config.tasks, config.seed)
         mixture.held_out(config.evaluation.num_prompts)
         state = RunFolder(config.run_dir).read_state(config.run_id)
-        if not state.is_finished(config.num_steps):
+        if not state.is_finished(config.limits):
             return None
         _say_finished(Console(file=sys.stdout), config, state)
         return OK
@@ -86,8 +86,8 @@ def guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
 class _Watcher(ConsoleWatcher):
     """The terminal, and TensorBoard."""
 
-    def __init__(self, board: TensorBoardLog, num_steps: int, first_step: int, console: Console) -> None:
-        super().__init__(num_steps, first_step, console)
+    def __init__(self, board: TensorBoardLog, config: OrchestratorConfig, first_step: int, console: Console) -> None:
+        super().__init__(config.num_steps, first_step, console, config.budget)
         self._board = board
 
     def step_done(self, numbers: dict[str, Any]) -> None:
@@ -102,11 +102,11 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
     console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     with contextlib.closing(folder):
-        if state.is_finished(config.num_steps):
+        if state.is_finished(config.limits):
             _say_finished(console, config, state)
             return OK
         board = TensorBoardLog(config.run_dir / "tensorboard")
-        watcher = _Watcher(board, config.num_steps, state.next_step, console)
+        watcher = _Watcher(board, config, state.next_step, console)
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             scorer = Scorer(services, verifiers)
@@ -117,7 +117,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
                 try:
                     await services.wait_until_up(with_value=config.algorithm.needs_probe)
                     if state.next_step:
-                        watcher.say(f"resuming at step {state.next_step} of {config.num_steps}")
+                        watcher.say(f"resuming at {config.limits.describe(state.spent)}")
                     export = await services.export_model("model") if await loop.run(state) else None
                 except StoppedWaiting:
                     export = None
@@ -147,8 +147,8 @@ def _keep_model(exported: Path, target: Path) -> None:
 def _say_finished(console: Console, config: OrchestratorConfig, state: RunState) -> None:
     _say_summary(console, config, str(config.run_dir / "model"), config.run_dir / "report.html")
     console.print(
-        f"\nThis run is finished: {state.next_step} steps. A higher num_steps goes on with it; another name and folder "
-        "start anew.",
+        f"\nThis run is finished: {state.next_step} steps. Higher limits (num_steps, budget) go on with it; another "
+        "name and folder start anew.",
         highlight=False,
         soft_wrap=True,
     )

@@ -11,6 +11,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.pipeline import Pipeline
@@ -60,15 +61,18 @@ class TrainingLoop:
         self._check_history(state, status.policy_version, bool(pending))
         self._check_staleness(status)
         self._check_critic(status)
-        policy_version, finished_s = status.policy_version, state.wall_s
+        policy_version, spent, limits = status.policy_version, state.spent, config.limits
         clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
         pipeline = Pipeline(partial(self._sample, clock=clock), pending)
         try:
-            for step in range(state.next_step, config.num_steps):
+            while not limits.are_reached(spent):
+                step = spent.num_steps
                 if self._stopping.is_set() and step not in pipeline:
                     return False
-                if when := self._evaluator.due(step):
-                    await self._evaluator.evaluate(when, step, policy_version)
+                if when := self._evaluator.due(spent):
+                    await pipeline.settle()  # nobody trains for free while the clock stands still
+                    with clock.paused():
+                        await self._evaluator.evaluate(when, spent, policy_version)
                 num_ahead = 0 if self._stopping.is_set() else config.max_staleness
                 pipeline.begin(range(step, min(step + 1 + num_ahead, config.num_steps)), policy_version)
                 free_s = clock.now_s()
@@ -76,14 +80,15 @@ class TrainingLoop:
                 waited_s = clock.now_s() - free_s
                 numbers = await self._train(journalled)
                 wall_s = clock.now_s()
-                seconds = {"learner_waited": waited_s, "total": wall_s - finished_s}
-                numbers |= {"wall_s": wall_s, "time_s": numbers["time_s"] | seconds}
+                seconds = {"learner_waited": waited_s, "total": wall_s - spent.wall_s}
+                spent = Spent(step + 1, spent.tokens + sampled_tokens(numbers), wall_s)
+                numbers |= {"wall_s": wall_s, "tokens": spent.tokens, "time_s": numbers["time_s"] | seconds}
                 self._folder.finish_step(journalled, numbers)
                 self._watcher.step_done(numbers)
-                policy_version, finished_s = numbers["policy_version"], wall_s
+                policy_version = numbers["policy_version"]
         finally:
             await pipeline.close()
-        await self._evaluator.evaluate("after", config.num_steps, policy_version)
+        await self._evaluator.evaluate("after", spent, policy_version)
         return True
 
     async def _sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:

@@ -46,6 +46,11 @@ class Pipeline:
         del self._tasks[step]
         return journalled
 
+    async def settle(self) -> None:
+        """Return when nothing is being sampled. What went wrong is told when the step is taken."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
+
     async def close(self) -> None:
         """Give up what is being sampled. What is journalled is there when the run goes on."""
         for task in self._tasks.values():

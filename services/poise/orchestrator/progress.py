@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from poise.orchestrator.budget import Limits, Spent
+from poise.orchestrator.config import BudgetConfig
+
 _RECENT_STEPS = 10
 _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/step     left"
 """r: correlation of predicted and realised value; var/none: advantage variance, as a share of that without baseline."""
@@ -17,8 +20,9 @@ _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/ste
 class ConsoleWatcher:
     """Shows a run on a terminal, or line by line where there is none. Use as a context manager."""
 
-    def __init__(self, num_steps: int, first_step: int, console: Console) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, first_step: int, console: Console, budget: BudgetConfig | None = None) -> None:
+        budget = budget or BudgetConfig()
+        self._limits = Limits(num_steps, budget.tokens, budget.wall_s)
         self._console = console
         self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -64,8 +68,10 @@ class ConsoleWatcher:
         self._rewards.append(numbers["reward"]["mean"])
         self._seconds.append(numbers["time_s"]["total"])
         self._phases.pop(numbers["step"], None)
-        self._progress.update(self._task, completed=numbers["step"] + 1)
-        self.say(self._line(numbers))
+        num_done = numbers["step"] + 1
+        num_left = self._limits.num_steps_left(Spent(num_done, numbers["tokens"], numbers["wall_s"]))
+        self._progress.update(self._task, completed=num_done, total=num_done + round(num_left))
+        self.say(self._line(numbers, num_left))
         if rejected := numbers["num_rejected"]:
             self.say(_rejected(rejected, numbers["num_rollouts"]))
 
@@ -80,16 +86,15 @@ class ConsoleWatcher:
             f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']}, {line['seconds']:.0f} s)"
         )
 
-    def _line(self, numbers: dict[str, Any]) -> str:
+    def _line(self, numbers: dict[str, Any], num_left: float) -> str:
         baseline, variance = numbers["baseline"], numbers["advantage_variance"]
         correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
         ratio = (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
         mean_s = sum(self._seconds) / len(self._seconds)
-        left_s = mean_s * (self._num_steps - numbers["step"] - 1)
         return (
             f"{numbers['step']:>6} {numbers['reward']['mean']:>7.3f} {sum(self._rewards) / len(self._rewards):>7.3f} "
             f"{baseline['source']:>9} {correlation:>6} {ratio:>8.2f} {numbers['staleness']['mean']:>5.1f} "
-            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(left_s):>8}"
+            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(mean_s * num_left):>8}"
         )
 
 

@@ -28,13 +28,14 @@ from typing import IO, Any
 
 import yaml
 
+from poise.orchestrator.budget import Limits, Spent
 from poise.runtime.files import json_line, sync_folder, write_file, write_lines
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
 
 logger = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = frozenset({"endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
+_FREE_TO_CHANGE = frozenset({"budget", "endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
 """Settings that change nothing of what a step learns."""
 
 
@@ -48,15 +49,22 @@ class RunState:
 
     next_step: int = 0
     wall_s: float = 0.0
-    """Spent in steps so far, over all restarts."""
+    """Spent in steps so far, over all restarts, without evaluations."""
     policy_version: int = 0
     """The learner's, after the last finished step."""
     is_reported: bool = False
     """Whether the model was exported and the report written after the last step."""
+    tokens: int = 0
+    """Response tokens sampled for the finished steps."""
 
-    def is_finished(self, num_steps: int) -> bool:
-        """Whether nothing is left to do for a run of that many steps."""
-        return self.is_reported and self.next_step >= num_steps
+    @property
+    def spent(self) -> Spent:
+        """What the finished steps took."""
+        return Spent(self.next_step, self.tokens, self.wall_s)
+
+    def is_finished(self, limits: Limits) -> bool:
+        """Whether nothing is left to do for a run that may spend so much."""
+        return self.is_reported and limits.are_reached(self.spent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +194,16 @@ class RunFolder:
         shutil.rmtree(self._journal(step))
 
     def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any]) -> None:
-        """Write a finished step's lines, move on, and drop its journal. `numbers` is its line of metrics.jsonl."""
+        """Write a finished step's lines, move on, and drop its journal.
+
+        `numbers` is its line of metrics.jsonl; `wall_s` and `tokens` in it are those of the run so far.
+        """
         self._append("metrics.jsonl", [numbers])
         self._append("values.jsonl", [step.values] if step.values["predicted"] else [])
         self._append("trajectories.jsonl", step.samples)
         self._append("memory.jsonl", [{"step": step.step, **step.memory}])
-        self._write_state(RunState(step.step + 1, numbers["wall_s"], numbers["policy_version"]))
+        version, tokens = numbers["policy_version"], numbers["tokens"]
+        self._write_state(RunState(step.step + 1, numbers["wall_s"], version, tokens=tokens))
         shutil.rmtree(self._journal(step.step), ignore_errors=True)
 
     def read_memory(self) -> list[dict[str, Any]]:
@@ -212,6 +224,13 @@ class RunFolder:
     def evaluated(self, when: str, step: int) -> bool:
         """Whether an evaluation is there already."""
         return any((line["when"], line["step"]) == (when, step) for line in self._lines("evaluations.jsonl"))
+
+    def last_evaluated(self) -> Spent:
+        """Return what had been spent at the last evaluation; nothing where there is none."""
+        spent = Spent()
+        for line in self._lines("evaluations.jsonl"):
+            spent = Spent(line["step"], line["tokens"], line["wall_s"])
+        return spent
 
     def _journal(self, step: int) -> Path:
         return self.path / "journal" / f"step-{step:08d}"

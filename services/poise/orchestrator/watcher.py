@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -37,7 +38,16 @@ class RunClock:
 
     def now_s(self) -> float:
         """Return the seconds up to now."""
-        return self._spent_s + time.monotonic() - self._started_s
+        return self._spent_s + max(0.0, time.monotonic() - self._started_s)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing of the block."""
+        self._spent_s, self._started_s = self.now_s(), math.inf
+        try:
+            yield
+        finally:
+            self._started_s = time.monotonic()
 
 
 class Phases:

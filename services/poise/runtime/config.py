@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from poise.runtime.config_tree import hint, holds_secret, misspelt_variables
-from poise.runtime.layers import left_of
+from poise.runtime.layers import left_of, spelled_out
 
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -213,7 +213,7 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) 
 
 def parse_config(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "") -> C:
     """Build the settings from what a file held. See `load_config`."""
-    tree = parse_overrides(overrides)
+    tree = spelled_out(parse_overrides(overrides), values)
     prefix = cls.model_config.get("env_prefix", "")
     problems = list(misspelt_variables(cls, prefix, os.environ)) if prefix else []
     if any(

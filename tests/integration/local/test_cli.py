@@ -37,7 +37,7 @@ def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
 
 
 def test_every_command_and_option_explains_itself() -> None:
-    known = {"run", "up", "train", "eval", "status", "check", "queue", "config", "models"}
+    known = {"run", "up", "train", "eval", "status", "check", "queue", "compare", "config", "models"}
     assert known <= main.commands.keys()
     group = main.commands["queue"]
     assert isinstance(group, click.Group)
@@ -74,6 +74,10 @@ def test_every_command_and_option_explains_itself() -> None:
             "auth.token_file: gone cannot be read",
         ),
         (["models", "gpt"], "model 'gpt' is unknown; there are: tiny"),
+        (["compare"], "give -c FILE; `poise compare --show-defaults` prints one to start from"),
+        (["compare", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["compare", "-c", "good.yaml"], "good.yaml: name: required, and set nowhere"),
+        (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot be a run's own here"),
         (["queue", "list"], "give either -c FILE or --preset NAME"),
         (["queue", "list", "--admin", "http://127.0.0.1:1"], "does not answer"),
         (["queue", "list", "--admin", "file:///etc"], "must be http://host:port"),
@@ -89,6 +93,9 @@ def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: 
     (tmp_path / "broken.yaml").write_text("run: [")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "good.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
+    (tmp_path / "compare.yaml").write_text(
+        "{name: c, base: tiny, budget: {updates: 1}, runs: {a: {algorithm: rloo, set: {train.num_steps: 2}}}}"
+    )
     done = poise(*arguments, folder=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

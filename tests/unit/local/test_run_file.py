@@ -215,8 +215,9 @@ def test_options_of_another_algorithm_give_way_with_it(tmp_path: Path) -> None:
     assert load(tmp_path, values, "train.algorithm=dapo").train.algorithm.kind == "dapo"
     dapo = load(tmp_path, values, "train.algorithm={kind: dapo, max_draws: 2}").train.algorithm
     assert dapo.model_dump()["max_draws"] == 2
-    kept = load(tmp_path, values, "train.algorithm.kind=poise").train.algorithm
-    assert kept.model_dump()["bootstrap"] == "batch_mean"
+    for same in ("train.algorithm.kind=poise", "train.algorithm=poise"):
+        kept = load(tmp_path, values, same).train.algorithm
+        assert kept.model_dump()["bootstrap"] == "batch_mean"
 
 
 def test_the_service_that_takes_longest_to_drain_says_how_long_all_are_waited_for(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_finished_run_says_so_and_what_came_of_it_without_any_service(
     said = capsys.readouterr().out
     assert "run run: 1 steps in 0m02s" in said
     assert str(finished / "report.html") in said
-    assert "This run is finished: 1 steps. A higher num_steps goes on with it; another name and folder start" in said
+    assert "This run is finished: 1 steps. Higher limits (num_steps, budget) go on with it; another name" in said
 
 
 def test_a_finished_run_goes_on_with_more_steps(finished: Path) -> None:

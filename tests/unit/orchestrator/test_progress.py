@@ -14,6 +14,8 @@ from poise.orchestrator.progress import ConsoleWatcher, MeasurementWatcher, cloc
 def numbers(step: int) -> dict[str, Any]:
     return {
         "step": step,
+        "tokens": 30 * (step + 1),
+        "wall_s": 2.0 * (step + 1),
         "reward": {"mean": 0.5},
         "time_s": {"total": 2.0},
         "baseline": {"pearson": None, "source": "bootstrap"},

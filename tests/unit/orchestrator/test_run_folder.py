@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from poise.orchestrator.budget import Limits, Spent
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
 from poise_client.types import Batch, Features, LabelledGroup, RolloutId, TrainingRollout, VersionSpan
 
@@ -60,7 +61,9 @@ def again(folder: RunFolder, run_id: str = "run") -> tuple[RunFolder, int]:
 def finish(folder: RunFolder, step: int) -> None:
     step_done = journalled(step)
     folder.write_journal(step_done)
-    folder.finish_step(step_done, step_done.numbers | {"wall_s": 2.0, "policy_version": step + 1})
+    folder.finish_step(
+        step_done, step_done.numbers | {"wall_s": 2.0, "tokens": 7 * (step + 1), "policy_version": step + 1}
+    )
 
 
 def test_a_journalled_step_is_found_whole(folder: RunFolder) -> None:
@@ -120,7 +123,7 @@ def test_texts_of_any_characters_come_back_whole(folder: RunFolder) -> None:
     for step, text in enumerate(texts):
         done = replace(journalled(step), samples=[{"step": step, "response": text}])
         folder.write_journal(done)
-        folder.finish_step(done, done.numbers | {"wall_s": 1.0, "policy_version": step + 1})
+        folder.finish_step(done, done.numbers | {"wall_s": 1.0, "tokens": 0, "policy_version": step + 1})
     before = (folder.path / "trajectories.jsonl").read_bytes()
     _, next_step = again(folder)
     assert next_step == len(texts)
@@ -239,14 +242,15 @@ def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_a_run_is_finished_once_it_was_reported_for_as_many_steps(folder: RunFolder) -> None:
     finish(folder, 0)
-    assert not folder.read_state("run").is_finished(1)
+    assert not folder.read_state("run").is_finished(Limits(1))
     folder.mark_reported()
     state = folder.read_state("run")
-    assert state.is_finished(1)
-    assert not state.is_finished(2)
-    assert (state.wall_s, state.policy_version) == (2.0, 1)
+    assert state.is_finished(Limits(1))
+    assert state.is_finished(Limits(2, tokens=7))
+    assert not state.is_finished(Limits(2))
+    assert (state.wall_s, state.policy_version, state.tokens) == (2.0, 1, 7)
     finish(folder, 1)
-    assert not folder.read_state("run").is_finished(2)
+    assert not folder.read_state("run").is_finished(Limits(2))
 
 
 def test_two_processes_cannot_drive_a_run(folder: RunFolder) -> None:
@@ -261,7 +265,10 @@ def test_the_folder_of_another_run_is_refused(folder: RunFolder) -> None:
 
 
 def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
-    folder.write_evaluation({"when": "before", "step": 0}, [])
+    assert folder.last_evaluated() == Spent()
+    folder.write_evaluation({"when": "before", "step": 0, "tokens": 0, "wall_s": 0.0}, [])
+    folder.write_evaluation({"when": "step", "step": 2, "tokens": 30, "wall_s": 1.5}, [])
     successor, _ = again(folder)
     assert successor.evaluated("before", 0)
     assert not successor.evaluated("after", 0)
+    assert successor.last_evaluated() == Spent(2, 30, 1.5)

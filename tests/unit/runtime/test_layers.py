@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from poise.runtime.layers import left_of, merged
+from poise.runtime.layers import left_of, merged, spelled_out
 
 
 def test_sections_are_merged_setting_by_setting() -> None:
@@ -18,3 +18,10 @@ def test_a_section_of_another_kind_gives_way_whole() -> None:
     assert merged(below, {"x": {"a": {"kind": "one", "more": 2}}})["x"]["a"] == {"kind": "one", "of_one": 1, "more": 2}
     assert merged(below, {"x": {"a": {"more": 2}}})["x"]["a"] == {"kind": "one", "of_one": 1, "more": 2}
     assert left_of(below, {"x": {"a": {"kind": "two"}}}) == {"x": {}}
+
+
+def test_a_word_over_a_section_is_its_kind() -> None:
+    below = {"x": {"a": {"kind": "one", "of_one": 1}, "b": "word"}}
+    assert merged(below, {"x": {"a": "one"}}) == below
+    assert merged(below, {"x": {"a": "two", "b": "other"}}) == {"x": {"a": {"kind": "two"}, "b": "other"}}
+    assert spelled_out({"x": {"a": "one"}, "y": "one"}, below) == {"x": {"a": {"kind": "one"}}, "y": "one"}

@@ -42,6 +42,10 @@ class Evaluation:
     interval: Interval
     scores: Row | None
     """See `score_table`; None where the line has none."""
+    tokens: float
+    """Response tokens sampled for training before it; NaN where the line has none."""
+    wall_s: float
+    """Seconds of training before it; NaN likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +207,6 @@ def _evaluation(row: Row) -> Evaluation | None:
         by_domain={str(name): mean for name in by_domain if not math.isnan(mean := number(by_domain, name))},
         interval=bootstrap_interval(rewards),
         scores=read_table(row.get("scores")),
+        tokens=number(row, "tokens"),
+        wall_s=number(row, "wall_s"),
     )

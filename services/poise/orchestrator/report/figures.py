@@ -1,16 +1,7 @@
-"""The plots of the report, as SVG text to be put inline.
-
-Colours are CSS variables of the page (`--ink`, `--faint`, `--series-0` ...), so that one drawing serves light and dark:
-matplotlib draws with stand-in colours that are replaced in its output. Text stays text, in the page's own font.
-Drawn through `Figure` objects, never pyplot, and the same input gives the same bytes.
-"""
+"""The plots of the report: what is drawn in them. How it looks is `drawing`'s."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import StringIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,69 +22,51 @@ from poise.orchestrator.report.curves import (
     smoothing_window,
     thinned,
 )
+from poise.orchestrator.report.drawing import (
+    BLUE,
+    FAINT,
+    GOLD,
+    GREEN,
+    GREY,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    SKY,
+    draw_legend,
+    drawing_style,
+    from_zero,
+    new_figure,
+    to_svg,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_INK, _FAINT, _PAPER = "#010110", "#010111", "#010112"
-_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _PAPER: "--paper"}
-_SERIES = [f"#0101{index:02x}" for index in range(8)]
-_VARIABLES |= {colour: f"--series-{index}" for index, colour in enumerate(_SERIES)}
-_BLUE, _ORANGE, _GREEN, _PURPLE, _ROSE, _SKY, _GOLD, _GREY = _SERIES
 
 _MAX_POINTS = 400
 _MAX_SCATTER = 1500
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.5,
-    "grid.alpha": 0.6,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
 
 
 def reward_figure(record: RunRecord) -> str | None:
     """Draw the training reward of each step, its moving mean, and the held-out rewards with their intervals."""
     if not record.metrics and not record.evaluations:
         return None
-    with _style("reward"):
-        figure = _figure(3.0)
+    with drawing_style("reward"):
+        figure = new_figure(3.0)
         axes = figure.subplots()
         if record.metrics:
             steps, rewards = _steps(record.metrics), series(record.metrics, "reward", "mean")
             smooth = moving_mean(rewards, smoothing_window(len(steps)))
-            axes.plot(
-                *thinned(steps, rewards, _MAX_POINTS), color=_BLUE, alpha=0.35, linewidth=1, marker=_marker(steps)
-            )
+            axes.plot(*thinned(steps, rewards, _MAX_POINTS), color=BLUE, alpha=0.35, linewidth=1, marker=_marker(steps))
             if smoothing_window(len(steps)) > 1:
-                axes.plot(*thinned(steps, smooth, _MAX_POINTS), color=_BLUE, label="training, moving mean")
+                axes.plot(*thinned(steps, smooth, _MAX_POINTS), color=BLUE, label="training, moving mean")
             else:
-                axes.plot([], [], color=_BLUE, alpha=0.5, label="training")
+                axes.plot([], [], color=BLUE, alpha=0.5, label="training")
         _draw_evaluations(axes, record.evaluations)
         axes.set(ylabel="reward")
         _step_axis(axes)
-        _from_zero(axes)
-        _legend(axes)
-        return _svg(figure, "Reward by step")
+        from_zero(axes)
+        draw_legend(axes)
+        return to_svg(figure, "Reward by step")
 
 
 def calibration_figure(rows: list[Row]) -> str | None:
@@ -101,14 +74,14 @@ def calibration_figure(rows: list[Row]) -> str | None:
     predicted, realised = prediction_pairs(second_half(rows))
     if not predicted.size:
         return None
-    with _style("calibration"):
-        figure = _figure(3.4)
+    with drawing_style("calibration"):
+        figure = new_figure(3.4)
         axes = figure.subplots()
         shown = np.unique(np.linspace(0, predicted.size - 1, min(predicted.size, _MAX_SCATTER)).astype(int))
         # Realised values of few siblings fall on few levels: a little noise shows how many points lie on each.
         jitter = np.random.default_rng(0).uniform(-0.02, 0.02, shown.size)
-        axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
-        axes.scatter(predicted[shown], realised[shown] + jitter, s=7, color=_BLUE, alpha=0.22, linewidths=0)
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
+        axes.scatter(predicted[shown], realised[shown] + jitter, s=7, color=BLUE, alpha=0.22, linewidths=0)
         _draw_bins(axes, calibration(predicted, realised))
         axes.set(xlabel="predicted by the probe", ylabel="mean reward of the siblings")
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.06, 1.06))
@@ -116,8 +89,8 @@ def calibration_figure(rows: list[Row]) -> str | None:
         correlation = pearson(predicted, realised)
         if np.isfinite(correlation):
             axes.set_title(f"Pearson r = {correlation:.2f}")
-        _legend(axes)
-        return _svg(figure, "Predicted against realised value")
+        draw_legend(axes)
+        return to_svg(figure, "Predicted against realised value")
 
 
 def variance_figure(rows: list[Row]) -> str | None:
@@ -126,9 +99,9 @@ def variance_figure(rows: list[Row]) -> str | None:
     if all(np.isnan(values).all() for values in variances.values()):
         return None
     labels = {"used": "used", "none": "no baseline", "rloo": "RLOO", "batch_mean": "batch mean"}
-    colours = {"used": _BLUE, "none": _GREY, "rloo": _ORANGE, "batch_mean": _GREEN}
-    with _style("variance"):
-        figure = _figure(3.0)
+    colours = {"used": BLUE, "none": GREY, "rloo": ORANGE, "batch_mean": GREEN}
+    with drawing_style("variance"):
+        figure = new_figure(3.0)
         moving, running = figure.subplots(1, 2, sharey=True)
         steps = _steps(rows)
         window = smoothing_window(len(steps))
@@ -144,9 +117,9 @@ def variance_figure(rows: list[Row]) -> str | None:
         running.set(title="mean of all steps so far")
         _step_axis(moving)
         _step_axis(running)
-        _from_zero(moving)
-        _legend(running)
-        return _svg(figure, "Advantage variance by step")
+        from_zero(moving)
+        draw_legend(running)
+        return to_svg(figure, "Advantage variance by step")
 
 
 def time_figure(rows: list[Row]) -> str | None:
@@ -155,9 +128,9 @@ def time_figure(rows: list[Row]) -> str | None:
     total = sum(values.sum() for values in times.values())
     if not total:
         return None
-    colours = dict(zip(PHASES, (_BLUE, _GOLD, _GREEN, _GREY, _SKY, _ORANGE, _PURPLE), strict=True))
-    with _style("time"):
-        figure = _figure(3.0)
+    colours = dict(zip(PHASES, (BLUE, GOLD, GREEN, GREY, SKY, ORANGE, PURPLE), strict=True))
+    with drawing_style("time"):
+        figure = new_figure(3.0)
         axes = figure.subplots()
         steps = _steps(rows)
         thin = {phase: thinned(steps, values, 120) for phase, values in times.items()}
@@ -172,8 +145,8 @@ def time_figure(rows: list[Row]) -> str | None:
         axes.grid(visible=False, axis="x")
         axes.margins(x=0.01)
         _step_axis(axes)
-        _legend(axes, reverse=True)
-        return _svg(figure, "Seconds of each phase by step")
+        draw_legend(axes, reverse=True)
+        return to_svg(figure, "Seconds of each phase by step")
 
 
 def health_figure(rows: list[Row]) -> str | None:
@@ -183,26 +156,26 @@ def health_figure(rows: list[Row]) -> str | None:
     mean, most = series(rows, "staleness", "mean"), series(rows, "staleness", "max")
     if all(np.isnan(values).all() for values in (mismatch, divergence, mean, most)):
         return None
-    with _style("health"):
-        figure = _figure(2.6)
+    with drawing_style("health"):
+        figure = new_figure(2.6)
         left, right = figure.subplots(1, 2)
         steps = _steps(rows)
         for axes, values, colour, label in (
-            (left, mismatch, _ORANGE, "mean |Δ log p| a token"),
-            (left, divergence, _PURPLE, "KL a token"),
-            (right, most, _GREY, "highest"),
-            (right, mean, _BLUE, "mean"),
+            (left, mismatch, ORANGE, "mean |Δ log p| a token"),
+            (left, divergence, PURPLE, "KL a token"),
+            (right, most, GREY, "highest"),
+            (right, mean, BLUE, "mean"),
         ):
             axes.plot(*thinned(steps, values, _MAX_POINTS), color=colour, label=label, marker=_marker(steps))
         left.set(title="mismatch of rollouts and learner")
         right.set(title="staleness, in policy versions")
         _step_axis(left)
         _step_axis(right)
-        _from_zero(left)
-        _from_zero(right, least_top=1.0)
-        _legend(left, below=True)
-        _legend(right, below=True)
-        return _svg(figure, "Mismatch and staleness by step")
+        from_zero(left)
+        from_zero(right, least_top=1.0)
+        draw_legend(left, below=True)
+        draw_legend(right, below=True)
+        return to_svg(figure, "Mismatch and staleness by step")
 
 
 def _draw_evaluations(axes: Axes, evaluations: list[Evaluation]) -> None:
@@ -217,7 +190,7 @@ def _draw_evaluations(axes: Axes, evaluations: list[Evaluation]) -> None:
         # Rounding must not make an error bar negative.
         yerr=np.maximum([below, above], 0),
         fmt="o",
-        color=_ORANGE,
+        color=ORANGE,
         capsize=4,
         markersize=6,
         label="held out, 95 % interval",
@@ -227,13 +200,13 @@ def _draw_evaluations(axes: Axes, evaluations: list[Evaluation]) -> None:
 
 def _draw_bins(axes: Axes, bins: list[CalibrationBin]) -> None:
     largest = max(one.count for one in bins)
-    axes.plot([one.predicted for one in bins], [one.realised for one in bins], color=_ORANGE, linewidth=1.4)
+    axes.plot([one.predicted for one in bins], [one.realised for one in bins], color=ORANGE, linewidth=1.4)
     axes.scatter(
         [one.predicted for one in bins],
         [one.realised for one in bins],
         s=[14 + 70 * one.count / largest for one in bins],
-        color=_ORANGE,
-        edgecolors=_PAPER,
+        color=ORANGE,
+        edgecolors=PAPER,
         linewidths=0.8,
         zorder=4,
         label="mean of a bin",
@@ -260,54 +233,5 @@ def _step_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
 
 
-def _from_zero(axes: Axes, least_top: float = 0.0) -> None:
-    """Let the vertical axis include zero, with room above the highest point."""
-    bottom, top = axes.dataLim.intervaly
-    if np.isfinite([bottom, top]).all():
-        top = max(top, least_top, 1e-12)
-        axes.set_ylim(min(0.0, bottom) - 0.03 * top, 1.08 * top)
-
-
 def _window_title(window: int) -> str:
     return "each step" if window == 1 else f"moving mean of {window} steps"
-
-
-def _figure(height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.2, height), layout="constrained")
-
-
-def _legend(axes: Axes, *, below: bool = False, reverse: bool = False) -> None:
-    """Put the legend beside the drawing or below it, where it hides no point."""
-    if not axes.get_legend_handles_labels()[0]:
-        return
-    if below:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
-    else:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), reverse=reverse, borderaxespad=0)
-
-
-@contextmanager
-def _style(name: str) -> Iterator[None]:
-    """Draw in our own style whatever matplotlibrc says; `name` keeps the ids of a page's drawings apart."""
-    from matplotlib import style
-
-    with style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
-        yield
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """Return the drawing as an <svg> element without metadata, size or group ids; `label` is for screen readers."""
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    view_box = re.search(r'viewBox="[^"]*"', text)
-    assert view_box is not None  # noqa: S101  (matplotlib always writes one)
-    text = f'<svg {view_box[0]} role="img" aria-label="{label}">' + text[text.index(">") + 1 :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    return text.strip()

@@ -15,6 +15,7 @@ import yaml
 
 from poise.orchestrator.report import figures
 from poise.orchestrator.report.curves import Row, RunRecord, load_run, number
+from poise.orchestrator.report.page import render_page
 from poise.orchestrator.report.scores import score_names, score_rows
 from poise.orchestrator.report.summary import summarise_record
 from poise.runtime.files import write_file
@@ -59,7 +60,6 @@ def write_report(run_dir: Path) -> Path:
 
     Any folder will do: what a run has not recorded yet is left out, and said to be.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     record = load_run(run_dir)
@@ -71,10 +71,8 @@ def write_report(run_dir: Path) -> Path:
         "health": figures.health_figure(record.metrics),
     }
     summary = summarise_record(record)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"decimal": _decimal, "signed": _signed, "duration": _duration, "thousands": _thousands}
-    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
-    text = template.render(
+    text = render_page(
+        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"),
         name=_run_name(run_dir),
         summary=summary,
         verdict=_verdict(summary["held_out"]),
@@ -207,24 +205,3 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, ", ".join(map(str, tree))
     elif tree is not None:
         yield prefix, re.sub(r"://[^/@\s]*@", "://…@", str(tree))
-
-
-def _decimal(value: float | None, places: int = 3) -> str:
-    return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
-
-
-def _signed(value: float | None, places: int = 3) -> str:
-    return "–" if value is None else f"{value:+.{places}f}".replace("-", "−")
-
-
-def _thousands(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,230 @@
+"""From compare.yaml to runs that are resolved and checked, all of them before the first one starts.
+
+Owns which settings a comparison decides for its runs, and holds runs that have begun to what they began with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.local.comparison.file import CompareFile, RunEntry
+from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
+from poise.orchestrator.tasks.mixture import Mixture
+from poise.orchestrator.tasks.problem import TaskError
+from poise.runtime.config import ConfigError, read_yaml, redacted
+
+_NO_STEPS = 10**9
+"""Steps that no run gets to before it has spent its tokens or seconds."""
+
+_UNLESS_SAID: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
+"""What all runs are told where neither the base nor their own `set` says otherwise, by path."""
+
+_DECIDED = {
+    "run": "each run has a name, a folder and a seed of its own",
+    "train.algorithm": "give it as `algorithm`",
+    "train.num_steps": "`budget` decides it",
+    "train.budget": "`budget` decides it",
+    "train.evaluation": "all runs are measured alike: set it in the base; `num_evaluations` says how often",
+    "train.tasks": "all runs are measured on the same prompts: set it in the base",
+    "train.seed": "`seeds` decides it",
+    "learner.seed": "`seeds` decides it",
+}
+"""What `set` may not hold, and what to do instead."""
+
+_PLACES = frozenset(
+    {
+        *(
+            f"{program}.{section}"
+            for program in PROGRAMS
+            for section in ("grpc", "admin", "auth", "logging", "tracing")
+        ),
+        *("generation.model", "learner.model", "learner.state_dir", "learner.export_dir", "learner.replicas"),
+        *("value.state_dir", "value.queue.url", "train.run_dir", "train.endpoints", "train.samples_per_step"),
+    }
+)
+"""Settings that say where things are and what is shown, and change nothing of what a run learns."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One of the runs of a comparison."""
+
+    name: str
+    seed: int
+    algorithm: str
+    local: LocalRun
+
+    @property
+    def label(self) -> str:
+        """What it goes by."""
+        return self.local.name
+
+    @property
+    def record(self) -> Path:
+        """File that tells what it began with."""
+        return self.local.dir / "compare.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what it learns, by path."""
+        trees = {program: redacted(getattr(self.local, program)) for program in PROGRAMS}
+        return {"model": self.local.model} | dict(_leaves(trees))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison, resolved and checked."""
+
+    file: CompareFile
+    base: Path
+    runs: tuple[PlannedRun, ...]
+    """In the order in which they are made: seed by seed, so that what is done is comparable at any time."""
+
+    @property
+    def dir(self) -> Path:
+        """The comparison's folder."""
+        return self.file.folder
+
+    def again(self, run: PlannedRun) -> PlannedRun:
+        """Return one of the runs as it is once its ports have changed."""
+        return _plan_run(self.file, self.base, run.name, self.file.runs[run.name], run.seed)
+
+
+def make_plan(file: CompareFile, source: Path) -> Plan:
+    """Resolve the settings of every run. `source` is where `file` was read.
+
+    Raises:
+        ConfigError: anything wrong with any of them; all of it at once.
+    """
+    base = _base_path(file.base, source)
+    problems: dict[str, None] = {}
+    runs = []
+    for seed in file.seeds:
+        for name, entry in file.runs.items():
+            try:
+                runs.append(_plan_run(file, base, name, entry, seed))
+            except (ConfigError, TaskError) as error:
+                problems |= dict.fromkeys(f"{source}: runs.{name}: {line}" for line in str(error).splitlines())
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Plan(file, base, tuple(runs))
+
+
+def refuse_changes(plan: Plan) -> None:
+    """Hold the runs that have begun to what they began with.
+
+    Raises:
+        ConfigError: a setting of one is another now. Names each, before and now.
+    """
+    changes = [
+        f"{run.label}: {path}: {before[path]} -> {now[path]}"
+        for run in plan.runs
+        if run.record.exists()
+        for before, now in [(json.loads(run.record.read_text())["settings"], run.settings)]
+        for path in sorted(before.keys() & now.keys())
+        if before[path] != now[path]
+    ]
+    if changes:
+        lines = "\n  ".join(changes)
+        raise ConfigError(
+            f"{plan.dir} holds runs that began with other settings:\n  {lines}\n"
+            "Give this comparison another name or dir, set these back, or delete the folders of those runs to make "
+            "them anew"
+        )
+
+
+def _base_path(base: str, source: Path) -> Path:
+    if base in preset_names():
+        return preset_path(base)
+    path = source.parent / Path(base).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"{source}: base: {base!r} is neither a preset ({', '.join(preset_names())}) nor a file at {path}"
+        )
+    return path
+
+
+def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: int) -> PlannedRun:
+    for path in entry.set:
+        for decided, remedy in _DECIDED.items():
+            if _within(path, decided) or _within(decided, path):
+                raise ConfigError(f"set: {path}: cannot be a run's own here: {remedy}")
+    label = f"{name}-seed{seed}"
+    folder = file.folder / "runs" / label
+    spare = {path: value for path, value in _UNLESS_SAID.items() if not _says(read_yaml(base), path)}
+    settings = spare | _decided(file, entry, label, folder, seed) | entry.set
+    run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
+    _refuse_shared_places(run)
+    if not run.train.evaluation.num_prompts:
+        raise ConfigError("train.evaluation.num_prompts: is 0 in the base, which leaves nothing to compare")
+    Mixture(run.train.tasks, run.train.seed).held_out(run.train.evaluation.num_prompts)
+    return PlannedRun(name, seed, run.train.algorithm.kind, run)
+
+
+def _decided(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Return what the comparison decides for a run, by path."""
+    budget, num_parts = file.budget, file.num_evaluations + 1
+    return {
+        "run.name": label,
+        "run.dir": str(folder),
+        "run.seed": seed,
+        "train.seed": seed,
+        "learner.seed": seed,
+        "train.algorithm": entry.algorithm,
+        "train.num_steps": budget.updates or _NO_STEPS,
+        "train.budget.tokens": budget.tokens,
+        "train.budget.wall_s": budget.wall_s,
+        "train.evaluation.every_steps": -(-(budget.updates or 0) // num_parts),
+        "train.evaluation.every_tokens": -(-(budget.tokens or 0) // num_parts),
+        "train.evaluation.every_wall_s": (budget.wall_s or 0.0) / num_parts,
+    }
+
+
+def _refuse_shared_places(run: LocalRun) -> None:
+    """Refuse what would let runs share a state: in the base, or in the environment."""
+    expected = {
+        "train.run_id": (run.train.run_id, run.name),
+        "train.run_dir": (run.train.run_dir, run.dir),
+        "learner.state_dir": (run.learner.state_dir, run.services_dir / "learner"),
+        "value.state_dir": (run.value.state_dir, run.services_dir / "value"),
+        "value.queue.url": (run.value.queue.url.get_secret_value(), f"unix://{run.socket}"),
+    }
+    for path, (found, own) in expected.items():
+        if str(found) != str(own):
+            raise ConfigError(f"{path}: is set in the base, and each run of a comparison needs its own: leave it out")
+
+
+def _says(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a file sets what is at `path`."""
+    here: Any = tree
+    for part in path.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
+def _within(path: str, section: str) -> bool:
+    return path == section or path.startswith(f"{section}.")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if path in _PLACES:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as `--set` takes it."""
+    return yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]

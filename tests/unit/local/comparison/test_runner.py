@@ -1,0 +1,194 @@
+"""The order of a comparison's runs, and what becomes of those that fail, are stopped or are done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.unit.orchestrator.comparison.conftest import evaluation_row, step_row
+
+from poise.local.comparison import runner
+from poise.local.run_file import LocalRun
+from poise.runtime.config import ConfigError
+
+STEPS = 2
+
+
+class Maker:
+    """Makes runs as `run_services` does, without a service."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.outcomes: dict[str, int | type[BaseException]] = {}
+
+    def __call__(self, run: LocalRun, *, train: bool, training_log: Path) -> int:
+        assert train
+        assert training_log == run.dir / "logs" / "train.log"
+        self.made.append(run.name)
+        outcome = self.outcomes.get(run.name, 0)
+        if isinstance(outcome, type):
+            raise outcome("model: cannot be made")
+        for name in ("learner", "value", "valkey"):
+            (run.services_dir / name).mkdir(parents=True)
+        num_steps = STEPS if outcome == 0 else 1
+        rows = [step_row(step, 500, used=0.2, variance=0.1, zero_share=None) for step in range(num_steps)]
+        rows = [row | {"reward": {"mean": 0.5}} for row in rows]
+        (run.dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [evaluation_row("step", step, 500 * step, 0.1 * step) for step in range(num_steps + 1)]
+        (run.dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        state = {"run_id": run.name, "next_step": num_steps, "tokens": 500 * num_steps, "is_reported": outcome == 0}
+        (run.dir / "state.json").write_text(json.dumps(state))
+        return outcome
+
+
+@pytest.fixture
+def maker(monkeypatch: pytest.MonkeyPatch) -> Maker:
+    maker = Maker()
+    monkeypatch.setattr(runner, "run_services", maker)
+    return maker
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "compare.yaml"
+    write(path)
+    return path
+
+
+def write(path: Path, **changes: Any) -> None:
+    values: dict[str, Any] = {
+        "name": "trial",
+        "dir": str(path.parent / "trial"),
+        "base": "tiny",
+        "budget": {"tokens": 1000},
+        "seeds": [0],
+        "runs": {"rloo": {"algorithm": "rloo"}, "poise": {"algorithm": "poise"}},
+    }
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+
+
+def compare(path: Path, *, report_only: bool = False) -> int:
+    return runner.compare_runs(path, report_only=report_only)
+
+
+def states(path: Path) -> dict[str, str]:
+    tree = json.loads((path.parent / "trial" / "comparison.json").read_text())
+    return {name: run["seeds"]["0"]["state"] for name, run in tree["runs"].items()}
+
+
+def left(path: Path) -> list[str]:
+    return sorted(
+        str(one.relative_to(path.parent / "trial" / "runs")) for one in path.parent.glob("trial/runs/*/services/*/")
+    )
+
+
+def test_each_run_is_made_once_and_its_services_state_goes(
+    path: Path, maker: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(path) == 0
+    assert maker.made == ["rloo-seed0", "poise-seed0"]
+    assert states(path) == {"rloo": "finished", "poise": "finished"}
+    assert left(path) == []
+    said = capsys.readouterr().out
+    assert "run 2 of 2, poise-seed0: starting" in said
+    assert "run 2 of 2, poise-seed0: held-out reward 0.200 after 2 steps, 1000 tokens, 0m04s" in said
+    assert "rloo   rloo       0.200" in said
+    assert compare(path) == 0
+    assert maker.made == ["rloo-seed0", "poise-seed0"]
+    assert "run 1 of 2, rloo-seed0: finished before" in capsys.readouterr().out
+
+
+def test_state_is_kept_where_it_is_wanted(path: Path, maker: Maker) -> None:
+    write(path, keep_state=True)
+    assert compare(path) == 0
+    assert "rloo-seed0/services/learner" in left(path)
+
+
+def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
+    path: Path, maker: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker.outcomes["rloo-seed0"] = 1
+    assert compare(path) == 1
+    assert maker.made == ["rloo-seed0", "poise-seed0"]
+    assert states(path) == {"rloo": "failed", "poise": "finished"}
+    assert "rloo-seed0/services/learner" in left(path)
+    said = capsys.readouterr().out
+    assert "1 of 2 runs failed: rloo-seed0" in said
+    assert f"its logs: {path.parent / 'trial' / 'runs' / 'rloo-seed0' / 'logs'}" in said
+    for folder in path.parent.glob("trial/runs/rloo-seed0/services/*/"):
+        folder.rmdir()
+    maker.outcomes.clear()
+    assert compare(path) == 0
+    assert maker.made[2:] == ["rloo-seed0"]
+    assert states(path) == {"rloo": "finished", "poise": "finished"}
+    assert "run 1 of 2, rloo-seed0: resuming after step 1" in capsys.readouterr().out
+
+
+def test_what_only_the_machine_can_tell_fails_one_run_alone(
+    path: Path, maker: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    maker.outcomes["rloo-seed0"] = ConfigError
+    assert compare(path) == 1
+    assert states(path) == {"rloo": "failed", "poise": "finished"}
+    assert "model: cannot be made" in caplog.text
+
+
+def test_a_run_gets_ports_that_are_free_when_it_starts(path: Path, maker: Maker) -> None:
+    assert compare(path, report_only=True) == 0
+    taken = path.parent / "trial" / "runs" / "rloo-seed0" / "services" / "ports.json"
+    ports = json.loads(taken.read_text())
+    taken.write_text(json.dumps(dict.fromkeys(ports, 1)))
+    assert compare(path) == 0
+    assert 1 not in json.loads(taken.read_text()).values()
+
+
+def test_an_interrupt_ends_the_comparison_and_leaves_a_report_of_what_there_is(path: Path, maker: Maker) -> None:
+    maker.outcomes["rloo-seed0"] = 130
+    assert compare(path) == 130
+    assert maker.made == ["rloo-seed0"]
+    assert states(path) == {"rloo": "unfinished", "poise": "not begun"}
+    assert "rloo-seed0/services/learner" in left(path)
+
+
+def test_an_interrupt_between_runs_is_no_failure(path: Path, maker: Maker) -> None:
+    maker.outcomes["poise-seed0"] = KeyboardInterrupt
+    assert compare(path) == 130
+    maker.outcomes.clear()
+    assert compare(path) == 0
+    assert maker.made == ["rloo-seed0", "poise-seed0", "poise-seed0"]
+
+
+def test_a_report_alone_makes_nothing(path: Path, maker: Maker) -> None:
+    assert compare(path, report_only=True) == 0
+    assert maker.made == []
+    assert states(path) == {"rloo": "not begun", "poise": "not begun"}
+
+
+def test_other_settings_for_runs_that_have_begun_are_refused(path: Path, maker: Maker) -> None:
+    assert compare(path) == 0
+    write(path, budget={"tokens": 900})
+    with pytest.raises(ConfigError, match=r"rloo-seed0: train\.budget\.tokens: 1000 -> 900"):
+        compare(path)
+    assert len(maker.made) == 2
+
+
+def test_runs_that_are_no_longer_wanted_are_told_of(path: Path, maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    assert compare(path) == 0
+    write(path, runs={"poise": {"algorithm": "poise"}})
+    assert compare(path) == 0
+    assert "no longer among the runs, and left out of the report: rloo-seed0" in caplog.text
+    assert states(path) == {"poise": "finished"}
+
+
+def test_two_processes_cannot_make_one_comparison(path: Path, maker: Maker) -> None:
+    folder = path.parent / "trial"
+    folder.mkdir()
+    with (folder / "compare.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="being worked on by another process"):
+            compare(path)
+    assert maker.made == []
