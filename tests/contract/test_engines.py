@@ -24,8 +24,9 @@ from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.sampler import Sampler
 from poise.generation.tokens import Tokenizer
-from poise_client.types import Sampling
+from poise_client.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -263,6 +264,26 @@ async def test_prompt_that_leaves_room_for_one_token(engine: Engine, reference: 
     rollout = await sample(engine, prompt, sampling)
     assert rollout.token_ids.size == 1
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+async def test_empty_prompts_and_those_over_the_limit_are_refused_by_what_the_engine_says_of_itself(
+    engine: Engine, reference: Reference
+) -> None:
+    """Engines take prompts fit to be sampled alone; the sampler holds others back by their tokens and their limit."""
+    sampler = Sampler(engine, GenerationConfig(model=str(reference.folder)))
+    over = [Prompt("tokens", long_prompt(MAX_MODEL_LEN)), Prompt("text", "a" * (MAX_MODEL_LEN + 1)), Prompt("none", "")]
+    with pytest.raises(InvalidRequest) as caught:
+        await anext(sampler.sample("run", 0, over, 2, Sampling(max_tokens=1), False))
+    assert [(violation.field, violation.description.partition(";")[0]) for violation in caught.value.violations] == [
+        ("prompts[0].prompt", f"has {MAX_MODEL_LEN} tokens"),
+        ("prompts[1].prompt", f"has {MAX_MODEL_LEN + 1} tokens"),
+        ("prompts[2].text", "has no tokens"),
+    ]
+    assert f"max_model_len is {MAX_MODEL_LEN}" in str(caught.value)
+    prompt = long_prompt(MAX_MODEL_LEN - 1)  # one less is sampled, as ever
+    async with contextlib.aclosing(sampler.sample("run", 0, [Prompt("fits", prompt)], 2, Sampling(), False)) as groups:
+        group = await anext(groups)
+    assert [rollout.token_ids.size for rollout in group.rollouts] == [1, 1]
 
 
 async def test_why_a_rollout_ended(engine: Engine, reference: Reference) -> None:

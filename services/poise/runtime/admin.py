@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from starlette.exceptions import HTTPException
 
 import poise
@@ -44,6 +44,33 @@ class ErrorAnswer(BaseModel):
     message: str = Field(description="What happened.")
     remedy: str = Field(description="What to do about it. May be empty.")
     violations: list[WrongField] = Field([], description="Of INVALID_REQUEST: every wrong field.")
+
+
+class ServiceState(BaseModel):
+    """Who answers, and whether it accepts work."""
+
+    service: str = Field(description="Its short name.")
+    version: str = Field(description="Of the program.")
+    ready: bool = Field(description="Whether work is accepted now.")
+    reason: str = Field(description="Why not. Empty while it is.")
+
+
+class ServiceStatus(ServiceState):
+    """That, and what the service holds and does: facts of its own, which differ from service to service."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class SettingsInForce(RootModel[dict[str, Any]]):
+    """The tree of settings, as a YAML file would hold it: every setting has its meaning in `--show-defaults`."""
+
+
+class Checkpointed(BaseModel):
+    """What was made durable, and facts of the service's own about it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: str = Field(description="The folder, on the service's file system.")
 
 
 _ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
@@ -114,36 +141,36 @@ def _probes(app: ServiceApp) -> APIRouter:
 def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter:
     router = APIRouter()
 
-    def state() -> dict[str, Any]:
+    def state() -> ServiceState:
         readiness = app.readiness()
-        return {"service": app.name, "version": poise.__version__, "ready": readiness.ready, "reason": readiness.reason}
+        return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.reason)
 
     @router.get("/status", summary="What the service holds and does.")
-    async def status() -> dict[str, Any]:
-        return state() | app.status()
+    async def status() -> ServiceStatus:
+        return ServiceStatus(**(state().model_dump() | app.status()))
 
     @router.get("/config", summary="The settings in force, secrets masked.")
-    async def config() -> dict[str, Any]:
-        return redacted(app.config)
+    async def config() -> SettingsInForce:
+        return SettingsInForce(redacted(app.config))
 
     @router.post("/pause", summary="Refuse new work until resume.")
-    async def pause() -> dict[str, Any]:
+    async def pause() -> ServiceState:
         await app.pause()
         return state()
 
     @router.post("/resume", summary="Accept work again.")
-    async def resume() -> dict[str, Any]:
+    async def resume() -> ServiceState:
         await app.resume()
         return state()
 
     @router.post("/drain", status_code=202, summary="Finish the work in hand, make the state durable, and exit.")
-    async def drain() -> dict[str, Any]:
+    async def drain() -> ServiceState:
         request_drain()
         return state()
 
     @router.post("/checkpoint", summary="Make the state durable now.")
-    async def checkpoint() -> dict[str, Any]:
-        return await app.checkpoint()
+    async def checkpoint() -> Checkpointed:
+        return Checkpointed(**await app.checkpoint())
 
     return router
 

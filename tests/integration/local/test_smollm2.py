@@ -49,7 +49,7 @@ def test_the_unpacked_weights_are_those_of_the_package_dequantised(folder: Path)
 def test_it_answers_a_sum_in_a_conversation(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    conversation = [{"role": "user", "content": "What is 7 + 8?"}]
+    conversation = [{"role": "user", "content": "What is 7 + 8? Answer with the number."}]
     asked = tokenizer.apply_chat_template(
         conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

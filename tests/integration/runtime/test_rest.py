@@ -168,3 +168,23 @@ def test_the_document_describes_every_route_and_its_errors(stranger):
         "violations",
     }
     assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_the_document_describes_what_is_answered(stranger, rest):
+    document = stranger.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+
+    def answered(method: str, path: str, status: str = "200") -> dict[str, object]:
+        content = document["paths"][f"/admin/v1/{path}"][method]["responses"][status]["content"]
+        return schemas[content["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+
+    state = {"service", "version", "ready", "reason"}
+    for method, path, status in (("post", "pause", "200"), ("post", "resume", "200"), ("post", "drain", "202")):
+        assert answered(method, path, status)["properties"].keys() == state
+    assert set(answered("get", "status")["required"]) == state
+    assert answered("get", "status")["additionalProperties"] is True  # facts of the service's own
+    assert "events" in rest.get("/admin/v1/status").json()
+    assert answered("post", "checkpoint")["required"] == ["path"]
+    assert answered("get", "config")["type"] == "object"
+    fields = [*schemas["ServiceState"]["properties"].values(), *schemas["Checkpointed"]["properties"].values()]
+    assert all(field["description"] for field in fields)
