@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ class Maker:
 
     def __init__(self) -> None:
         self.made: list[str] = []
+        self.reloaded: LocalRun | None = None
+        """The last run, read again."""
         self.outcomes: dict[str, int | type[BaseException]] = {}
 
-    def __call__(self, run: LocalRun, *, train: bool, training_log: Path) -> int:
+    def __call__(self, run: LocalRun, reload: Callable[[], LocalRun], *, train: bool, training_log: Path) -> int:
         assert train
+        self.reloaded = reload()
         assert training_log == run.dir / "logs" / "train.log"
         self.made.append(run.name)
         outcome = self.outcomes.get(run.name, 0)
@@ -137,13 +141,15 @@ def test_what_only_the_machine_can_tell_fails_one_run_alone(
     assert "model: cannot be made" in caplog.text
 
 
-def test_a_run_gets_ports_that_are_free_when_it_starts(path: Path, maker: Maker) -> None:
+def test_a_run_whose_ports_have_changed_is_read_again_with_them(path: Path, maker: Maker) -> None:
     assert compare(path, report_only=True) == 0
-    taken = path.parent / "trial" / "runs" / "rloo-seed0" / "services" / "ports.json"
-    ports = json.loads(taken.read_text())
-    taken.write_text(json.dumps(dict.fromkeys(ports, 1)))
-    assert compare(path) == 0
-    assert 1 not in json.loads(taken.read_text()).values()
+    changed = path.parent / "trial" / "runs" / "poise-seed0" / "services" / "ports.json"
+    ports = json.loads(changed.read_text())
+    maker.outcomes["rloo-seed0"] = 1
+    changed.write_text(json.dumps(ports | {"generation.grpc": 1}))
+    assert compare(path) == 1
+    assert maker.reloaded is not None
+    assert (maker.reloaded.name, maker.reloaded.generation.grpc.port) == ("poise-seed0", 1)
 
 
 def test_an_interrupt_ends_the_comparison_and_leaves_a_report_of_what_there_is(path: Path, maker: Maker) -> None:
