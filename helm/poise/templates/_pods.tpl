@@ -86,14 +86,15 @@ resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | ni
   emptyDir: {sizeLimit: 8Gi}
 {{- end }}
 
-{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use. */}}
+{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use;
+but a kubelet speaks no TLS with gRPC, and of a learner on several nodes all but the first pod answer on the admin port alone. */}}
 {{- define "poise.probes" -}}
 startupProbe:
   httpGet: {path: /healthz, port: admin}
   periodSeconds: 2
   failureThreshold: 900
 readinessProbe:
-  {{- if .root.Values.tls.enabled }}
+  {{- if or .root.Values.tls.enabled (and (eq .role "learner") (gt (int .root.Values.learner.nodes) 1)) }}
   httpGet: {path: /readyz, port: admin}
   {{- else }}
   grpc: {port: {{ include "poise.grpcPort" .role }}, service: poise.v1.{{ title .role }}Service}
@@ -115,8 +116,13 @@ ports:
 
 {{/* Time to drain, and to write the state after it. */}}
 {{- define "poise.grace" -}}
+terminationGracePeriodSeconds: {{ add (include "poise.drainSeconds" .) 30 }}
+{{- end }}
+
+{{/* Seconds that a service has to finish what it accepted, of its own settings. */}}
+{{- define "poise.drainSeconds" -}}
 {{- $config := include "poise.config" . | fromYaml -}}
-terminationGracePeriodSeconds: {{ add (int $config.drain_timeout_s) 30 }}
+{{- ceil $config.drain_timeout_s -}}
 {{- end }}
 
 {{/* The model: mounted, or fetched by an init container. dict "root" $ "role" … */}}
