@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.chart.rendering import VALUES, merged, render, values_of
+from tests.chart.rendering import VALUES, Manifest, merged, render, values_of
 
 
 def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
@@ -20,13 +20,43 @@ def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
     assert changed == {"run-poise-value"}
 
 
-def test_a_job_with_other_settings_is_another_job_on_the_same_folder() -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"config": {"num_steps": 5}}},
+        {"images": {"tag": "0.2.0"}},
+        {"images": {"pullPolicy": "Always"}},
+        {"train": {"resources": {"requests": {"cpu": "9"}}}},
+        {"train": {"env": [{"name": "A", "value": "b"}]}},
+        {"train": {"nodeSelector": {"pool": "cpu"}}},
+        {"train": {"dataConfigMap": "problems"}},
+        {"pods": {"labels": {"team": "rl"}}},
+    ],
+    ids=str,
+)
+def test_a_job_whose_pod_would_change_is_another_job_on_the_same_folder(changes: Manifest) -> None:
+    # Kubernetes refuses to change the pod of a Job that exists: `helm upgrade` would fail.
     before, after = (
-        render(merged(values_of("laptop"), {"train": {"config": {"num_steps": steps}}})).all("Job")[0]
-        for steps in (5, 6)
+        render(values).all("Job")[0] for values in (values_of("laptop"), merged(values_of("laptop"), changes))
     )
+    assert before["spec"]["template"] != after["spec"]["template"]
     assert before["metadata"]["name"] != after["metadata"]["name"]
-    assert before["spec"]["template"]["spec"]["volumes"] == after["spec"]["template"]["spec"]["volumes"]
+    runs = [
+        volume
+        for job in (before, after)
+        for volume in job["spec"]["template"]["spec"]["volumes"]
+        if volume["name"] == "runs"
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_what_a_job_may_change_and_what_does_not_concern_it_leave_it_as_it_is() -> None:
+    changes = {"train": {"backoffLimit": 7}, "value": {"env": [{"name": "A", "value": "b"}]}}
+    names = [
+        render(values).all("Job")[0]["metadata"]["name"]
+        for values in (values_of("laptop"), merged(values_of("laptop"), changes))
+    ]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("name", VALUES)
