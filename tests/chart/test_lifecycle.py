@@ -86,3 +86,23 @@ def test_every_pod_of_a_learner_is_asked_what_it_can_answer() -> None:
         )
         (container,) = learner["spec"]["template"]["spec"]["containers"]
         assert kind in container["readinessProbe"]
+
+
+GIBI = 2**30
+
+
+def in_bytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Mi": 2**20, "Gi": GIBI}[unit]
+
+
+@pytest.mark.parametrize(("size", "limit"), [("20Gi", 30 * GIBI), ("60Gi", 70 * GIBI), ("512Mi", 10.5 * GIBI)])
+def test_no_pod_is_evicted_for_a_model_that_its_volume_has_room_for(size: str, limit: float) -> None:
+    values = merged(values_of("qwen3-4b-two-gpus"), {"model": {"download": {"size": size}}})
+    for role in ("generation", "learner"):
+        pod = render(values).one("StatefulSet", f"run-poise-{role}")["spec"]["template"]["spec"]
+        for container in (*pod["initContainers"], *pod["containers"]):
+            assert in_bytes(container["resources"]["limits"]["ephemeral-storage"]) == limit
+        # All that is written to the node's disk: what lies in memory counts elsewhere.
+        written = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+        assert sum(in_bytes(one["sizeLimit"]) for one in written if one.get("medium") != "Memory") < limit

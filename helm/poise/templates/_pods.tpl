@@ -56,11 +56,20 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n. */}}
+{{/* Bytes of a quantity as Kubernetes writes sizes, such as 20Gi. */}}
+{{- define "poise.bytes" -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $number := regexFind "^[0-9.]+" . -}}
+{{- mulf $number (get $units (trimPrefix $number .)) | int64 -}}
+{{- end }}
+
+{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n, and "modelSize" where the pod's own volume holds a model. */}}
 {{- define "poise.resources" -}}
 {{- $gpus := dict -}}
 {{- if gt (int .gpus) 0 -}}{{- $gpus = dict "limits" (dict "nvidia.com/gpu" (toString .gpus)) "requests" (dict "nvidia.com/gpu" (toString .gpus)) -}}{{- end -}}
-{{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" "10Gi") -}}
+{{- /* 8Gi of /tmp, logs, and the model where it is downloaded: the pod is evicted beyond. */}}
+{{- $mebibytes := add 10240 (div (include "poise.bytes" (.modelSize | default "0")) 1048576) -}}
+{{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" (printf "%dMi" $mebibytes)) -}}
 resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | nindent 2 }}
 {{- end }}
 
@@ -132,13 +141,18 @@ terminationGracePeriodSeconds: {{ add (include "poise.drainSeconds" .) 30 }}
 {{- end }}
 {{- end }}
 
+{{/* Size of the pod's own volume with the model; empty where there is none. */}}
+{{- define "poise.ownModelSize" -}}
+{{- if and (not .root.Values.model.claim) (include "poise.hasModelVolume" .root) }}{{ .root.Values.model.download.size }}{{ end }}
+{{- end }}
+
 {{- define "poise.modelVolume" -}}
 {{- if .root.Values.model.claim }}
 - name: model
   persistentVolumeClaim: {claimName: {{ .root.Values.model.claim }}, readOnly: true}
-{{- else if include "poise.hasModelVolume" .root }}
+{{- else if include "poise.ownModelSize" . }}
 - name: model
-  emptyDir: {sizeLimit: {{ .root.Values.model.download.size }}}
+  emptyDir: {sizeLimit: {{ include "poise.ownModelSize" . }}}
 {{- end }}
 {{- end }}
 
@@ -161,7 +175,7 @@ initContainers:
       - name: HF_TOKEN
         valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
       {{- end }}
-    {{- include "poise.resources" (dict "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) "gpus" 0) | nindent 4 }}
+    {{- include "poise.resources" (dict "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) "gpus" 0 "modelSize" (include "poise.ownModelSize" .)) | nindent 4 }}
     {{- include "poise.containerSecurity" . | nindent 4 }}
     volumeMounts:
       - {name: model, mountPath: /models}
