@@ -33,7 +33,10 @@ OF_TEST_POD = {
 EVERYTHING = {
     "tls": {"enabled": True, "existingSecret": "certificate"},
     "monitoring": {"podMonitor": True, "rules": True, "dashboard": True},
+    "networkPolicy": {"monitors": [{"namespaceSelector": {}}]},
     "generation": {"autoscaling": {"enabled": True}},
+    "learner": {"config": {"max_staleness": 1}},
+    "train": {"config": {"max_staleness": 1}},
 }
 """Switched on besides, for one more round."""
 

@@ -27,6 +27,18 @@
 {{- if and $scaling.enabled (eq $scaling.through "hpa") (not $values.monitoring.rules) -}}
 {{- fail "generation.autoscaling goes by a recorded metric: set monitoring.rules, and let a Prometheus adapter serve poise_learner_waiting_ratio" -}}
 {{- end -}}
+{{- if and $scaling.enabled (not $values.monitoring.podMonitor) -}}
+{{- fail "generation.autoscaling goes by the learner's metrics: set monitoring.podMonitor, so that Prometheus has them" -}}
+{{- end -}}
+{{- if and $scaling.enabled $values.train.enabled (le (int $values.train.config.max_staleness) 0) -}}
+{{- fail "generation.autoscaling needs train.config.max_staleness above 0: a loop that samples nothing ahead makes the learner wait in every step" -}}
+{{- end -}}
+{{- if and $values.train.enabled (gt (int $values.train.config.max_staleness) (int $values.learner.config.max_staleness)) -}}
+{{- fail "train.config.max_staleness is above learner.config.max_staleness: what is sampled further ahead would be rejected" -}}
+{{- end -}}
+{{- if and $values.monitoring.podMonitor $values.networkPolicy.enabled (not $values.networkPolicy.monitors) -}}
+{{- fail "monitoring.podMonitor is set, but the network policies let no Prometheus in: say who it is in networkPolicy.monitors" -}}
+{{- end -}}
 {{- if and $values.train.dataConfigMap $values.train.dataClaim -}}
 {{- fail "train.dataConfigMap and train.dataClaim are both set: keep one, /data is mounted once" -}}
 {{- end -}}
