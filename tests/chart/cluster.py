@@ -96,7 +96,7 @@ class Cluster:
                 yield Pod(pod_name, owner, template, f"{self._network}.{number}", folder)
 
     def _make_names(self) -> dict[str, str]:
-        """What DNS would answer: a pod of a headless service, or the one pod behind another."""
+        """What DNS would answer: a pod of a headless service, or the one pod behind a service."""
         names = {}
         for service in self._release.all("Service"):
             name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
@@ -104,8 +104,7 @@ class Cluster:
                 labels = pod.template["metadata"]["labels"].items()
                 if service["spec"]["selector"].items() <= labels:
                     names[f"{pod.name}.{name}.{namespace}.svc"] = pod.address
-                    if service["spec"].get("clusterIP") != "None":
-                        names[f"{name}.{namespace}.svc"] = pod.address
+                    names.setdefault(f"{name}.{namespace}.svc", pod.address)
         return names
 
     def _mount(self, pod: Pod) -> None:
@@ -141,7 +140,7 @@ class Cluster:
     def _translate(self, pod: Pod, text: str) -> str:
         places = {path: str(folder) for path, folder in pod.mounts.items()} | self._names | {"0.0.0.0": pod.address}
         known = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
-        return re.sub(rf"(?<![\w/.-])({known})(?![\w.-])", lambda match: places[match[1]], text)
+        return re.sub(rf"(?<![\w.-])(?<!\w/)({known})(?![\w.-])", lambda match: places[match[1]], text)
 
     def _environment(self, pod: Pod, container: Manifest) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "TMPDIR") if name in os.environ}

@@ -140,6 +140,7 @@ def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Relea
         ({"model": {"builtin": ""}}, "no model"),
         ({"train": {"config": {"tasks": []}}}, "train.config.tasks"),
         ({"valkey": {"enabled": False}}, "no queue"),
+        ({"valkey": {"externalSecret": "redis"}}, "set valkey.enabled: false"),
         ({"tls": {"enabled": True}}, "tls.issuer.name"),
         ({"train": {"dataClaim": "a", "dataConfigMap": "b"}}, "keep one"),
     ],

@@ -5,11 +5,19 @@
 {{- if gt (len $sources) 1 -}}
 {{- fail "model.claim, model.download.repository and model.builtin: keep one, the one that holds the model" -}}
 {{- end -}}
+{{- range $role := list "generation" "learner" -}}
+{{- if and $values.model.builtin (ne $values.model.builtin "tiny") (hasSuffix (printf "poise-%s" $role) (include "poise.repository" (dict "root" $ "role" $role))) -}}
+{{- fail (printf "model.builtin: %s is made by the image poise-cpu alone: set images.%s: poise-cpu, or take the model from model.download or model.claim" $values.model.builtin $role) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (not $sources) (not (hasPrefix "/" $values.model.path)) -}}
 {{- fail "no model: set model.download.repository, model.claim or model.builtin, or give model.path as an absolute path that the images hold" -}}
 {{- end -}}
 {{- if and (not $values.valkey.enabled) (not $values.valkey.externalSecret) -}}
 {{- fail "no queue: set valkey.enabled: true, or valkey.externalSecret to a secret whose key url names a Redis" -}}
+{{- end -}}
+{{- if and $values.valkey.enabled $values.valkey.externalSecret -}}
+{{- fail "valkey.externalSecret names a queue, and valkey.enabled starts another: set valkey.enabled: false, or leave externalSecret empty" -}}
 {{- end -}}
 {{- if and $values.tls.enabled (not $values.tls.existingSecret) (not $values.tls.issuer.name) -}}
 {{- fail "tls.enabled needs tls.existingSecret, or tls.issuer.name for cert-manager" -}}
