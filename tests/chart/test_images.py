@@ -18,7 +18,7 @@ from tests.chart.rendering import VALUES, render, values_of
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config import load_config
+from poise.runtime.config import ServiceConfig, load_config
 from poise.value.config import ValueConfig
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +122,36 @@ def test_compose_writes_nowhere_but_into_volumes_and_gives_no_rights() -> None:
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         volumes = [volume.split(":")[0] for volume in service.get("volumes", ())]
         assert all(volume in COMPOSE["volumes"] or volume.startswith("./") for volume in volumes)
+
+
+ENDS_BY_ITSELF = {"model", "train-cpu", "train"}
+"""Of compose's services."""
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF)
+def test_every_service_of_compose_is_asked_whether_it_works(name: str) -> None:
+    assert COMPOSE["services"][name]["healthcheck"]["test"][0] == "CMD"
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF - {"valkey"})
+def test_compose_gives_every_service_the_time_to_drain(name: str) -> None:
+    service = COMPOSE["services"][name]
+    settings = yaml.safe_load((DEPLOY / "compose" / Path(service["command"][-1]).name).read_text())
+    drain_s = settings.get("drain_timeout_s", ServiceConfig.model_fields["drain_timeout_s"].default)
+    assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + 30
+
+
+def test_compose_keeps_what_is_downloaded() -> None:
+    for name in ("generation", "learner"):
+        service = COMPOSE["services"][name]
+        kept = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert any(service["environment"]["HF_HOME"].startswith(f"{folder}/") for folder in kept), name
+
+
+def test_the_queue_of_compose_refuses_what_does_not_fit() -> None:
+    command = COMPOSE["services"]["valkey"]["command"]
+    assert command[command.index("--maxmemory") + 1] == "2gb"
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
 
 
 def test_the_services_of_compose_find_each_other() -> None:
