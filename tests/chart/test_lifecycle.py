@@ -7,6 +7,11 @@ import re
 import pytest
 from tests.chart.rendering import VALUES, Manifest, merged, render, values_of
 
+OWN_SECRETS: Manifest = {
+    "auth": {"existingSecret": "token"},
+    "valkey": {"enabled": False, "externalSecret": "redis"},
+}
+
 
 def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
     before = render(values_of("laptop"))
@@ -37,7 +42,8 @@ def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
 def test_a_job_whose_pod_would_change_is_another_job_on_the_same_folder(changes: Manifest) -> None:
     # Kubernetes refuses to change the pod of a Job that exists: `helm upgrade` would fail.
     before, after = (
-        render(values).all("Job")[0] for values in (values_of("laptop"), merged(values_of("laptop"), changes))
+        render(merged(values, OWN_SECRETS)).all("Job")[0]
+        for values in (values_of("laptop"), merged(values_of("laptop"), changes))
     )
     assert before["spec"]["template"] != after["spec"]["template"]
     assert before["metadata"]["name"] != after["metadata"]["name"]
@@ -50,10 +56,35 @@ def test_a_job_whose_pod_would_change_is_another_job_on_the_same_folder(changes:
     assert runs[0] == runs[1]
 
 
+def checksums(values: Manifest) -> dict[str, dict[str, str]]:
+    """What rolls each pod, but its settings."""
+    return {
+        pod["metadata"]["labels"]["app.kubernetes.io/component"]: {
+            name: value
+            for name, value in pod["metadata"]["annotations"].items()
+            if name.startswith("checksum/") and name != "checksum/config"
+        }
+        for owner, pod in render(values).pods()
+        if owner["kind"] != "Pod"
+    }
+
+
+def test_another_token_or_password_starts_those_anew_that_read_it_at_their_start() -> None:
+    # Without a cluster to look at, each rendering makes its own.
+    before, after = checksums(values_of("laptop")), checksums(values_of("laptop"))
+    changed = {
+        (role, name) for role, values in before.items() for name, value in values.items() if value != after[role][name]
+    }
+    readers = {(role, "checksum/token") for role in ("generation", "value", "learner", "train")}
+    assert changed == readers | {("value", "checksum/queue"), ("valkey", "checksum/queue")}
+    assert len({values["checksum/token"] for role, values in before.items() if role != "valkey"}) == 1
+    assert checksums(merged(values_of("laptop"), OWN_SECRETS)) == checksums(merged(values_of("laptop"), OWN_SECRETS))
+
+
 def test_what_a_job_may_change_and_what_does_not_concern_it_leave_it_as_it_is() -> None:
     changes = {"train": {"backoffLimit": 7}, "value": {"env": [{"name": "A", "value": "b"}]}}
     names = [
-        render(values).all("Job")[0]["metadata"]["name"]
+        render(merged(values, OWN_SECRETS)).all("Job")[0]["metadata"]["name"]
         for values in (values_of("laptop"), merged(values_of("laptop"), changes))
     ]
     assert names[0] == names[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import re
 from typing import Any
@@ -121,7 +122,8 @@ def test_no_container_is_root_or_can_become_it_or_writes_outside_its_volumes(rel
 def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Release) -> None:
     secrets = release.all("Secret")
     hidden = [value for secret in secrets for value in secret.get("stringData", {}).values()]
-    hidden += [value for secret in secrets for value in secret.get("data", {}).values()]
+    encoded = [value for secret in secrets for value in secret.get("data", {}).values()]
+    hidden += [*encoded, *(base64.b64decode(value).decode() for value in encoded)]
     others = str([manifest for manifest in release.manifests if manifest["kind"] != "Secret"])
     assert not any(value in others for value in hidden)
 

@@ -64,6 +64,18 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if .Values.valkey.enabled }}{{ include "poise.fullname" . }}-valkey{{ else }}{{ .Values.valkey.externalSecret }}{{ end }}
 {{- end }}
 
+{{/* Token and password that the chart made: those of the release as it is, or new ones, the same in all of a rendering. */}}
+{{- define "poise.madeSecrets" -}}
+{{- if not (hasKey .Values "madeSecrets") -}}
+{{- $auth := (lookup "v1" "Secret" .Release.Namespace (include "poise.authSecret" .)).data | default dict -}}
+{{- $queue := (lookup "v1" "Secret" .Release.Namespace (include "poise.queueSecret" .)).data | default dict -}}
+{{- $token := get $auth "token" | b64dec | default (randAlphaNum 48) -}}
+{{- $password := get $queue "password" | b64dec | default (randAlphaNum 48) -}}
+{{- $_ := set .Values "madeSecrets" (dict "token" $token "password" $password) -}}
+{{- end -}}
+{{- toJson .Values.madeSecrets -}}
+{{- end }}
+
 {{/* The model's folder inside the pods. */}}
 {{- define "poise.modelPath" -}}
 {{- if .Values.model.builtin }}/models/{{ .Values.model.builtin }}

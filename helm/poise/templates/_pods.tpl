@@ -8,6 +8,14 @@ annotations:
   {{- if ne .role "valkey" }}
   checksum/config: {{ include "poise.config" . | sha256sum }}
   {{- end }}
+  {{- /* Read once, when a pod starts: another secret that the chart made starts those that read it anew. */}}
+  {{- $made := include "poise.madeSecrets" .root | fromJson }}
+  {{- if and (ne .role "valkey") (not .root.Values.auth.existingSecret) }}
+  checksum/token: {{ $made.token | sha256sum }}
+  {{- end }}
+  {{- if and (has .role (list "value" "valkey")) .root.Values.valkey.enabled }}
+  checksum/queue: {{ $made.password | sha256sum }}
+  {{- end }}
   kubectl.kubernetes.io/default-container: {{ .role }}
   {{- with .root.Values.pods.annotations }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
