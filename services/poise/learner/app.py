@@ -32,7 +32,7 @@ class LearnerApp(ServiceApp):
         super().__init__(config, CollectorRegistry())
         self._core = core
         self._publisher = publisher
-        self._metrics = LearnerMetrics(self.registry)
+        self._metrics = LearnerMetrics(self.registry, lambda: core.is_stopped)
         self._servicer = LearnerServicer(config, core, publisher, self._metrics, self.fail)
         self.registry.register(ReplicaCollector(lambda: publisher.results))
 

@@ -19,7 +19,12 @@ _STALENESS = (0, 1, 2, 4, 8, 16, 32)
 class LearnerMetrics:
     """Declared once, on the service's own registry."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, is_stopped: Callable[[], bool]) -> None:
+        Gauge(
+            "poise_learner_training_stopped",
+            "1 while nothing is trained on, for too many updates in a row were not finite; else 0.",
+            registry=registry,
+        ).set_function(lambda: float(is_stopped()))
         self._answered: tuple[str, float] | None = None
         """The run that was trained on last, and when it was answered: monotonic, s."""
         self._version = Gauge("poise_learner_policy_version", "Current policy version.", registry=registry)

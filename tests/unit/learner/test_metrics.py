@@ -31,7 +31,7 @@ def waited(registry: CollectorRegistry) -> tuple[float | None, float | None]:
 
 def test_waiting_is_counted_between_batches_of_one_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, clock = CollectorRegistry(), Clock(monkeypatch)
-    metrics = LearnerMetrics(registry)
+    metrics = LearnerMetrics(registry, lambda: False)
     clock.step(metrics, 60.0)  # nobody was training before
     assert waited(registry) == (0, 0)
     clock.step(metrics, 3.0)
@@ -43,9 +43,17 @@ def test_waiting_is_counted_between_batches_of_one_run_alone(monkeypatch: pytest
 
 def test_a_pause_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, clock = CollectorRegistry(), Clock(monkeypatch)
-    metrics = LearnerMetrics(registry)
+    metrics = LearnerMetrics(registry, lambda: False)
     clock.step(metrics, 0.0)
     metrics.resumed()
     clock.step(metrics, 500.0)
     clock.step(metrics, 2.0)
     assert waited(registry) == (2.0, 1)
+
+
+def test_that_training_stopped_is_told_until_it_goes_on() -> None:
+    registry, stopped = CollectorRegistry(), [False]
+    LearnerMetrics(registry, lambda: stopped[0])
+    for state in (False, True, False):
+        stopped[0] = state
+        assert registry.get_sample_value("poise_learner_training_stopped") == state
