@@ -20,7 +20,7 @@ from rich.console import Console
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.progress import ConsoleWatcher, clock
+from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.report.statistics import bootstrap_interval
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
@@ -67,7 +67,7 @@ def settle(config: OrchestratorConfig) -> int | None:
         state = RunFolder(config.run_dir).read_state(config.run_id)
         if not state.is_finished(config.num_steps):
             return None
-        _say_finished(Console(file=sys.stdout), config, state)
+        _say_finished(config, state)
         return OK
 
     return _guarded(config, look)
@@ -91,8 +91,8 @@ def _guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
 class _Watcher(ConsoleWatcher):
     """The terminal, and TensorBoard."""
 
-    def __init__(self, board: TensorBoardLog, num_steps: int, first_step: int, console: Console) -> None:
-        super().__init__(num_steps, first_step, console)
+    def __init__(self, board: TensorBoardLog, config: OrchestratorConfig, first_step: int) -> None:
+        super().__init__(config.num_steps, first_step, Console(file=sys.stdout), config.logging)
         self._board = board
 
     def step_done(self, numbers: dict[str, Any]) -> None:
@@ -104,14 +104,13 @@ class _Watcher(ConsoleWatcher):
 async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
     folder = RunFolder(config.run_dir)
     state = folder.open(config.run_id, redacted(config))
-    console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     with contextlib.closing(folder):
         if state.is_finished(config.num_steps):
-            _say_finished(console, config, state)
+            _say_finished(config, state)
             return OK
         board = TensorBoardLog(config.run_dir / "tensorboard")
-        watcher = _Watcher(board, config.num_steps, state.next_step, console)
+        watcher = _Watcher(board, config, state.next_step)
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             scorer = Scorer(services, verifiers)
@@ -133,7 +132,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         write_summary(config.run_dir)
         report = write_report(config.run_dir)
         folder.mark_reported()
-    _say_summary(console, config, export.path, report)
+    _say_summary(config, export.path, report)
     return OK
 
 
@@ -142,7 +141,7 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
         raise ConfigError("evaluation.num_prompts: is 0, which leaves nothing to measure; set it to 1 or more")
     console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
-    watcher = ConsoleWatcher(1, 0, console)
+    watcher = ConsoleWatcher(1, 0, console, config.logging)
     stopping = asyncio.Event()  # an interrupt ends it at once
     async with Services(config.endpoints, stopping) as services, verifiers:
         scorer = Scorer(services, verifiers)
@@ -152,15 +151,13 @@ async def _evaluate(config: OrchestratorConfig, mixture: Mixture) -> int:
             status = await services.learner_status()
             line = await evaluator.measure("now", status.policy_version, status.policy_version)
     interval = bootstrap_interval(line["rewards"])
-    console.print(
+    watcher.say(
         f"policy version {line['policy_version']}: held-out reward {interval.mean:.3f} "
         f"(95 % interval {interval.low:.3f} to {interval.high:.3f}) on {line['num_prompts']} prompts x "
-        f"{line['rollouts_per_prompt']}",
-        highlight=False,
-        soft_wrap=True,
+        f"{line['rollouts_per_prompt']}"
     )
     for domain, mean in line["by_domain"].items():
-        console.print(f"  {domain}: {mean:.3f}", highlight=False)
+        watcher.say(f"  {domain}: {mean:.3f}")
     return OK
 
 
@@ -176,22 +173,17 @@ def _keep_model(exported: Path, target: Path) -> None:
         shutil.copytree(exported, target)
 
 
-def _say_finished(console: Console, config: OrchestratorConfig, state: RunState) -> None:
-    _say_summary(console, config, str(config.run_dir / "model"), config.run_dir / "report.html")
-    console.print(
+def _say_finished(config: OrchestratorConfig, state: RunState) -> None:
+    _say_summary(config, str(config.run_dir / "model"), config.run_dir / "report.html")
+    speaker(Console(file=sys.stdout), config.logging)(
         f"\nThis run is finished: {state.next_step} steps. A higher num_steps goes on with it; another name and folder "
-        "start anew.",
-        highlight=False,
-        soft_wrap=True,
+        "start anew."
     )
 
 
-def _say_summary(console: Console, config: OrchestratorConfig, model: str, report: Path) -> None:
+def _say_summary(config: OrchestratorConfig, model: str, report: Path) -> None:
     summary = summarise(config.run_dir)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
+    say = speaker(Console(file=sys.stdout), config.logging)
     say("")
     say(f"run {config.run_id}: {summary['num_steps']} steps in {clock(summary['wall_s'])}")
     if held_out := summary.get("held_out"):

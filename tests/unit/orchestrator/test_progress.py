@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from poise.orchestrator.progress import ConsoleWatcher, clock
+from poise.runtime.config import LoggingConfig
 
 
 def numbers(step: int) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def numbers(step: int) -> dict[str, Any]:
 
 def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200))
+    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200), LoggingConfig())
 
     def shown() -> str:
         return str(watcher._progress.tasks[0].description)
@@ -41,6 +42,21 @@ def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
     header, line = written.getvalue().splitlines()
     assert line.split()[header.split().index("stale")] == "1.2"
     assert line.split()[-1] == "0m12s"  # six steps of two seconds
+
+
+def test_for_collectors_steps_are_lines_of_the_log_and_no_table(caplog: pytest.LogCaptureFixture) -> None:
+    written = io.StringIO()
+    watcher = ConsoleWatcher(10, 0, Console(file=written), LoggingConfig(format="json"))
+    with caplog.at_level("INFO", logger="poise.orchestrator.progress"), watcher:
+        watcher.say("")
+        watcher.say("resuming")
+        watcher.step_done(numbers(3))
+    assert written.getvalue() == ""
+    assert caplog.messages == [
+        "resuming",
+        "step 3 of 10: reward 0.500, of the last 1 steps 0.500; baseline bootstrap, variance 0.50 of that without; "
+        "staleness 1.2; 100 tokens/s, 2.0 s; 0m12s left",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])
