@@ -26,7 +26,7 @@ class ConsoleWatcher:
     Where the log is JSON, for collectors, it goes there, as a sentence a step in place of the table.
     """
 
-    def __init__(self, num_steps: int, first_step: int, console: Console, log: LoggingConfig = LoggingConfig()) -> None:
+    def __init__(self, num_steps: int, first_step: int, console: Console, log: LoggingConfig) -> None:
         self._num_steps = num_steps
         self._say = speaker(console, log)
         self._is_logged = log.format == "json"
