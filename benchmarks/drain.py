@@ -46,6 +46,7 @@ def main(rounds: int, max_tokens: int) -> None:
     figures = {
         "rounds": rounds,
         "rollouts_accepted": sum(outcome.accepted for outcome in outcomes),
+        "calls_in_flight": sum(outcome.calls_in_flight for outcome in outcomes),
         "calls_finished_whole": sum(outcome.whole_calls for outcome in outcomes),
         "calls_lost": sum(outcome.broken_calls for outcome in outcomes),
         "median_drain_s": statistics.median(outcome.drain_s for outcome in outcomes),
