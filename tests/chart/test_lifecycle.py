@@ -119,6 +119,36 @@ def test_every_pod_of_a_learner_is_asked_what_it_can_answer() -> None:
         assert kind in container["readinessProbe"]
 
 
+def spec_of(values: Manifest, role: str) -> Manifest:
+    (found,) = (
+        pod["spec"]
+        for _, pod in render(values).pods()
+        if pod["metadata"]["labels"]["app.kubernetes.io/component"] == role
+    )
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("role", ["generation", "learner"])
+def test_replicas_are_spread_over_what_the_user_says(role: str) -> None:
+    def spread(over: str) -> list[str]:
+        constraints = spec_of(merged(values_of("cluster"), {role: {"spreadOver": over}}), role).get(
+            "topologySpreadConstraints", ()
+        )
+        assert all(one["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == role for one in constraints)
+        return [one["topologyKey"] for one in constraints]
+
+    assert spread("topology.kubernetes.io/zone") == ["topology.kubernetes.io/zone"]
+    assert spread("") == []
+
+
+def test_the_pod_of_helm_test_goes_where_the_loop_may_go() -> None:
+    where = {"nodeSelector": {"pool": "cpu"}, "tolerations": [{"key": "cpu", "operator": "Exists"}]}
+    spec = spec_of(merged(values_of("laptop"), {"train": where | {"priorityClassName": "low"}}), "test")
+    assert {name: spec[name] for name in where} == where
+    assert spec["priorityClassName"] == "low"
+
+
 GIBI = 2**30
 
 

@@ -39,10 +39,10 @@ imagePullSecrets: {{- range . }}
 {{- end }}
 {{- end }}
 
-{{/* As whom the pod runs, and where it may. */}}
+{{/* As whom the pod runs, and where it may. That of `helm test` is where the loop is. */}}
 {{- define "poise.podSpec" -}}
 {{- include "poise.podIdentity" . }}
-{{- $own := index .root.Values .role }}
+{{- $own := index .root.Values (eq .role "test" | ternary "train" .role) }}
 {{- with $own.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -54,6 +54,14 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $own.priorityClassName }}
 priorityClassName: {{ . }}
+{{- end }}
+{{- with $own.spreadOver }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "poise.selector" $ | nindent 8 }}
 {{- end }}
 {{- end }}
 
