@@ -77,6 +77,36 @@ def test_images_end_as_a_user_without_rights_and_name_real_extras(dockerfile: Pa
             assert extra in project["optional-dependencies"]
 
 
+def installs(dockerfile: Path) -> list[str]:
+    """Its pip commands."""
+    runs = [argument for instruction, argument in instructions(dockerfile) if instruction == "RUN"]
+    return [part.strip() for run in runs for part in run.split("&&") if "pip install" in part]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_all_that_is_installed_is_of_a_version_that_is_written_down(dockerfile: Path) -> None:
+    steps = instructions(dockerfile)
+    copied = {argument.split()[-1]: argument.split()[0] for name, argument in steps if name == "COPY"}
+    defaults = dict(argument.split("=", 1) for name, argument in steps if name == "ARG")
+    for command in installs(dockerfile):
+        locks = re.findall(r"(?:--constraint|-r) (\S+)", command)
+        for lock in locks:
+            assert (ROOT / copied[lock]).is_file(), lock
+        pinned = all("==" in defaults.get(name, "").split()[0] for name in re.findall(r"\$\{(TORCH)\}", command))
+        is_named = re.search(r"==\d", command) or ("${TORCH}" in command and pinned)
+        assert locks or is_named or "--no-deps /wheels/" in command, command
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_the_lock_names_all_that_an_image_adds(dockerfile: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
+    locked = {name.lower().replace("_", "-") for name in lock} | {"torch"}  # of the base image, or TORCH
+    extras = re.findall(r"\$\{wheel\}\[(\w+)\]", " ".join(installs(dockerfile)))
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    assert {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted} <= locked  # type: ignore[index]
+
+
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 def test_base_images_are_pinned(dockerfile: Path) -> None:
     bases = [argument.split()[0] for instruction, argument in instructions(dockerfile) if instruction == "FROM"]
