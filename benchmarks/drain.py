@@ -1,7 +1,12 @@
-"""How long does a generation replica take to end under load, and is anything lost that it had accepted?
+"""How long does a service take to end under load, and is anything lost that it had accepted?
 
-The tiny model on the torch engine in a process of its own, four callers that ask again and again; SIGTERM after a
-random time, ten times over. Prints a table, writes results/drain.json.
+Services of a tiny model, each in a process of its own; SIGTERM after a random time, several times over:
+
+- generation, on the torch engine, while four callers ask again and again: calls in flight at the signal,
+- learner, within a step: the batch in hand, and the version of the learner that is started again,
+- value, while three callers ask and publish: labels whose publishing returned, in the durable state in the end.
+
+Prints a table, writes results/drain.json.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -26,40 +33,81 @@ sys.path.insert(0, str(HERE.parent))
 
 from tests.integration.generation.draining import drain_under_load  # noqa: E402
 from tests.integration.generation.test_process import run  # noqa: E402
+from tests.integration.learner.draining import drain_within_a_step  # noqa: E402
+from tests.integration.value.draining import drain_under_load as drain_value_under_load  # noqa: E402
+from tests.models import make_tiny_llama  # noqa: E402
 
 LIMIT_S = 120.0
-"""drain_timeout_s, as the chart sets it; Kubernetes gives half a minute more."""
+"""drain_timeout_s of generation, as the chart sets it; Kubernetes gives half a minute more."""
+
+T = TypeVar("T")
+
+
+def several(rounds: int, drain: Callable[[Path], Coroutine[Any, Any, T]]) -> list[T]:
+    """Drain so often, each time in a folder of its own."""
+    outcomes = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="poise-benchmark-") as folder:
+            outcomes.append(asyncio.run(drain(Path(folder))))
+    return outcomes
+
+
+def times(drains_s: list[float]) -> dict[str, float]:
+    return {"median_drain_s": statistics.median(drains_s), "longest_drain_s": max(drains_s)}
 
 
 @click.command()
-@click.option("--rounds", default=10, show_default=True, help="Drains.")
+@click.option("--rounds", default=10, show_default=True, help="Drains of generation.")
+@click.option("--other-rounds", default=3, show_default=True, help="Drains of learner and value, each.")
 @click.option("--max-tokens", default=100, show_default=True, help="Longest response.")
-def main(rounds: int, max_tokens: int) -> None:
+def main(rounds: int, other_rounds: int, max_tokens: int) -> None:
     """Drain, count, write."""
-    source, outcomes = random.Random(0), []
+    source = random.Random(0)
     settings = (f"model={make_model('tiny')}", f"drain_timeout_s={LIMIT_S}")
     command = [sys.executable, "-m", "poise.generation", *(part for one in settings for part in ("--set", one))]
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder, run(Path(folder) / "run", *command) as process:
-            process.wait_until_ready()
-            outcomes.append(asyncio.run(drain_under_load(process, max_tokens, source.uniform(0.3, 2.0))))
+
+    async def drain_generation(folder: Path) -> Any:
+        with run(folder / "run", *command) as process:
+            await asyncio.to_thread(process.wait_until_ready)
+            return await drain_under_load(process, max_tokens, source.uniform(0.3, 2.0))
+
+    generation = several(rounds, drain_generation)
+    learner = several(other_rounds, lambda folder: drain_within_a_step(make_tiny_llama(folder / "model"), folder))
+    value = several(other_rounds, lambda folder: drain_value_under_load(folder, source.uniform(0.3, 1.5)))
     figures = {
-        "rounds": rounds,
-        "rollouts_accepted": sum(outcome.accepted for outcome in outcomes),
-        "calls_finished_whole": sum(outcome.whole_calls for outcome in outcomes),
-        "calls_lost": sum(outcome.broken_calls for outcome in outcomes),
-        "median_drain_s": statistics.median(outcome.drain_s for outcome in outcomes),
-        "longest_drain_s": max(outcome.drain_s for outcome in outcomes),
-        "limit_s": LIMIT_S,
+        "generation": {
+            "rounds": rounds,
+            "rollouts_accepted": sum(outcome.accepted for outcome in generation),
+            "calls_in_flight": sum(outcome.calls_in_flight for outcome in generation),
+            "calls_finished_whole": sum(outcome.whole_calls for outcome in generation),
+            "calls_lost": sum(outcome.broken_calls for outcome in generation),
+            **times([outcome.drain_s for outcome in generation]),
+            "limit_s": LIMIT_S,
+        },
+        "learner": {
+            "rounds": other_rounds,
+            "steps_lost": sum((outcome.policy_version, outcome.version_after) != (1, 1) for outcome in learner),
+            **times([outcome.drain_s for outcome in learner]),
+        },
+        "value": {
+            "rounds": other_rounds,
+            "labels_published": sum(len(outcome.published) for outcome in value),
+            "labels_lost": sum(len(outcome.lost) for outcome in value),
+            "labels_doubled": sum(len(outcome.doubled) for outcome in value),
+            **times([outcome.drain_s for outcome in value]),
+        },
     }
     table = Table(title="SIGTERM under load", show_header=False)
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value))
+    for service, numbers in figures.items():
+        for name, number in numbers.items():
+            shown = f"{number:.2f}" if isinstance(number, float) else str(number)
+            table.add_row(service, name.replace("_", " "), shown)
     Console().print(table)
     path = HERE / "results/drain.json"
-    path.write_text(json.dumps({"figures": figures, "rounds": [asdict(one) for one in outcomes]}, indent=1) + "\n")
-    if figures["calls_lost"]:
-        raise SystemExit("accepted calls were lost")
+    path.write_text(json.dumps({"figures": figures, "rounds": [asdict(one) for one in generation]}, indent=1) + "\n")
+    lost = [name for numbers in figures.values() for name, number in numbers.items() if "lost" in name and number]
+    if lost:
+        raise SystemExit(f"what was accepted was lost: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ COPY clients clients
 RUN python -m build --wheel --outdir /wheels
 
 FROM vllm/vllm-openai:v0.32.0
-# No lock here: vLLM, torch and what they stand on are the image's. Only what it lacks is added.
+# vLLM, torch and what they alone stand on are the image's. What poise adds is of the versions that the tests ran with,
+# beside this vLLM.
+COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
-    python3 -m pip install --no-cache-dir --upgrade-strategy only-if-needed /wheels/*.whl
+    python3 -m pip install --no-cache-dir --upgrade-strategy only-if-needed --constraint /tmp/lock.txt /wheels/*.whl && \
+    rm /tmp/lock.txt
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1

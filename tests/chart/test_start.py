@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.chart.cluster import Cluster
-from tests.chart.monitoring import DASHBOARD, Prometheus, promtool
+from tests.chart.monitoring import DASHBOARD, Prometheus, find, promtool
 from tests.chart.rendering import merged, render, values_of
 
 from poise.local.models import make_model
@@ -41,18 +41,10 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
     for name in (*SERVICES, job):  # in no order: none may need another to be there first
         cluster.start(name)
     cluster.wait_ready(*SERVICES)
-    scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
-    prometheus = Prometheus(tmp_path / "prometheus", "127.77.1.1:9090", scraped)
-    try:
+    if find("prometheus") is None:  # without it, everything but the monitoring is tried; test_monitoring says so
         cluster.wait_success(job)
-        for address in scraped.values():
-            with urllib.request.urlopen(f"http://{address}/metrics") as answer:
-                promtool("check", "metrics", text=answer.read().decode())
-        for panel in json.loads(DASHBOARD.read_text())["panels"]:
-            for target in panel.get("targets", ()):
-                prometheus.wait_for(target["expr"])
-    finally:
-        prometheus.stop()
+    else:
+        watch_the_run(cluster, job, tmp_path / "prometheus")
     lines = (tmp_path / "claims" / "run-poise-train" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
 
@@ -63,3 +55,19 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
     for name in reversed(SERVICES):
         cluster.terminate(name)
     assert sum(pod.num_restarts for pod in cluster.pods.values()) == 0, cluster.logs()
+
+
+def watch_the_run(cluster: Cluster, job: str, folder: Path) -> None:
+    """Scrape the run until it ends; every query of the dashboard is to return data."""
+    scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
+    prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)
+    try:
+        cluster.wait_success(job)
+        for address in scraped.values():
+            with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+                promtool("check", "metrics", text=answer.read().decode())
+        for panel in json.loads(DASHBOARD.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                prometheus.wait_for(target["expr"])
+    finally:
+        prometheus.stop()

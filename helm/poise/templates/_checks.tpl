@@ -5,11 +5,19 @@
 {{- if gt (len $sources) 1 -}}
 {{- fail "model.claim, model.download.repository and model.builtin: keep one, the one that holds the model" -}}
 {{- end -}}
+{{- range $role := list "generation" "learner" -}}
+{{- if and $values.model.builtin (ne $values.model.builtin "tiny") (hasSuffix (printf "poise-%s" $role) (include "poise.repository" (dict "root" $ "role" $role))) -}}
+{{- fail (printf "model.builtin: %s is made by the image poise-cpu alone: set images.%s: poise-cpu, or take the model from model.download or model.claim" $values.model.builtin $role) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (not $sources) (not (hasPrefix "/" $values.model.path)) -}}
 {{- fail "no model: set model.download.repository, model.claim or model.builtin, or give model.path as an absolute path that the images hold" -}}
 {{- end -}}
 {{- if and (not $values.valkey.enabled) (not $values.valkey.externalSecret) -}}
 {{- fail "no queue: set valkey.enabled: true, or valkey.externalSecret to a secret whose key url names a Redis" -}}
+{{- end -}}
+{{- if and $values.valkey.enabled $values.valkey.externalSecret -}}
+{{- fail "valkey.externalSecret names a queue, and valkey.enabled starts another: set valkey.enabled: false, or leave externalSecret empty" -}}
 {{- end -}}
 {{- if and $values.tls.enabled (not $values.tls.existingSecret) (not $values.tls.issuer.name) -}}
 {{- fail "tls.enabled needs tls.existingSecret, or tls.issuer.name for cert-manager" -}}
@@ -26,6 +34,18 @@
 {{- end -}}
 {{- if and $scaling.enabled (eq $scaling.through "hpa") (not $values.monitoring.rules) -}}
 {{- fail "generation.autoscaling goes by a recorded metric: set monitoring.rules, and let a Prometheus adapter serve poise_learner_waiting_ratio" -}}
+{{- end -}}
+{{- if and $scaling.enabled (not $values.monitoring.podMonitor) -}}
+{{- fail "generation.autoscaling goes by the learner's metrics: set monitoring.podMonitor, so that Prometheus has them" -}}
+{{- end -}}
+{{- if and $scaling.enabled $values.train.enabled (le (int $values.train.config.max_staleness) 0) -}}
+{{- fail "generation.autoscaling needs train.config.max_staleness above 0: a loop that samples nothing ahead makes the learner wait in every step" -}}
+{{- end -}}
+{{- if and $values.train.enabled (gt (int $values.train.config.max_staleness) (int $values.learner.config.max_staleness)) -}}
+{{- fail "train.config.max_staleness is above learner.config.max_staleness: what is sampled further ahead would be rejected" -}}
+{{- end -}}
+{{- if and $values.monitoring.podMonitor $values.networkPolicy.enabled (not $values.networkPolicy.monitors) -}}
+{{- fail "monitoring.podMonitor is set, but the network policies let no Prometheus in: say who it is in networkPolicy.monitors" -}}
 {{- end -}}
 {{- if and $values.train.dataConfigMap $values.train.dataClaim -}}
 {{- fail "train.dataConfigMap and train.dataClaim are both set: keep one, /data is mounted once" -}}

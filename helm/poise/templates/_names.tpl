@@ -24,10 +24,18 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{/* Registry, path and name of a role's image, without tag and digest. The first part may hold a port. */}}
+{{- define "poise.repository" -}}
+{{- regexReplaceAll "(:[^:/@]+)?(@.*)?$" (printf "%s%s" .root.Values.images.prefix (index .root.Values.images .role)) "" -}}
+{{- end }}
+
+{{/* A tag or digest of its own wins over the common tag. */}}
 {{- define "poise.image" -}}
-{{- $image := index .root.Values.images .role -}}
-{{- if contains ":" $image }}{{ .root.Values.images.prefix }}{{ $image }}
-{{- else }}{{ .root.Values.images.prefix }}{{ $image }}:{{ .root.Values.images.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- $image := printf "%s%s" .root.Values.images.prefix (index .root.Values.images .role) -}}
+{{- $digest := get .root.Values.images.digests .role -}}
+{{- if $digest }}{{ include "poise.repository" . }}@{{ $digest }}
+{{- else if ne $image (include "poise.repository" .) }}{{ $image }}
+{{- else }}{{ $image }}:{{ .root.Values.images.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end }}
 
 {{- define "poise.grpcPort" -}}
@@ -56,6 +64,18 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if .Values.valkey.enabled }}{{ include "poise.fullname" . }}-valkey{{ else }}{{ .Values.valkey.externalSecret }}{{ end }}
 {{- end }}
 
+{{/* Token and password that the chart made: those of the release as it is, or new ones, the same in all of a rendering. */}}
+{{- define "poise.madeSecrets" -}}
+{{- if not (hasKey .Values "madeSecrets") -}}
+{{- $auth := (lookup "v1" "Secret" .Release.Namespace (include "poise.authSecret" .)).data | default dict -}}
+{{- $queue := (lookup "v1" "Secret" .Release.Namespace (include "poise.queueSecret" .)).data | default dict -}}
+{{- $token := get $auth "token" | b64dec | default (randAlphaNum 48) -}}
+{{- $password := get $queue "password" | b64dec | default (randAlphaNum 48) -}}
+{{- $_ := set .Values "madeSecrets" (dict "token" $token "password" $password) -}}
+{{- end -}}
+{{- toJson .Values.madeSecrets -}}
+{{- end }}
+
 {{/* The model's folder inside the pods. */}}
 {{- define "poise.modelPath" -}}
 {{- if .Values.model.builtin }}/models/{{ .Values.model.builtin }}
@@ -67,16 +87,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if or .Values.model.claim .Values.model.download.repository .Values.model.builtin }}yes{{ end }}
 {{- end }}
 
-{{/* The replicas that exist while nothing scales: addresses, one each. */}}
+{{/* The replicas, by the name of their service: whoever comes later, by an autoscaler or kubectl scale, is found too. */}}
 {{- define "poise.generationAddresses" -}}
-{{- $addresses := list -}}
-{{- if .Values.generation.autoscaling.enabled -}}
 {{- $name := include "poise.name" (dict "root" . "role" "generation") -}}
-{{- $addresses = append $addresses (printf "dns:///%s.%s.svc:%s" $name .Release.Namespace (include "poise.grpcPort" "generation")) -}}
-{{- else -}}
-{{- range $index := until (int .Values.generation.replicas) -}}
-{{- $addresses = append $addresses (include "poise.podAddress" (dict "root" $ "role" "generation" "index" $index)) -}}
-{{- end -}}
-{{- end -}}
-{{- toJson $addresses -}}
+{{- list (printf "dns:///%s.%s.svc:%s" $name .Release.Namespace (include "poise.grpcPort" "generation")) | toJson -}}
 {{- end }}

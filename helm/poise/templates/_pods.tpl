@@ -8,6 +8,14 @@ annotations:
   {{- if ne .role "valkey" }}
   checksum/config: {{ include "poise.config" . | sha256sum }}
   {{- end }}
+  {{- /* Read once, when a pod starts: another secret that the chart made starts those that read it anew. */}}
+  {{- $made := include "poise.madeSecrets" .root | fromJson }}
+  {{- if and (ne .role "valkey") (not .root.Values.auth.existingSecret) }}
+  checksum/token: {{ $made.token | sha256sum }}
+  {{- end }}
+  {{- if and (has .role (list "value" "valkey")) .root.Values.valkey.enabled }}
+  checksum/queue: {{ $made.password | sha256sum }}
+  {{- end }}
   kubectl.kubernetes.io/default-container: {{ .role }}
   {{- with .root.Values.pods.annotations }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
@@ -31,10 +39,10 @@ imagePullSecrets: {{- range . }}
 {{- end }}
 {{- end }}
 
-{{/* As whom the pod runs, and where it may. */}}
+{{/* As whom the pod runs, and where it may. That of `helm test` is where the loop is. */}}
 {{- define "poise.podSpec" -}}
 {{- include "poise.podIdentity" . }}
-{{- $own := index .root.Values .role }}
+{{- $own := index .root.Values (eq .role "test" | ternary "train" .role) }}
 {{- with $own.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -47,6 +55,14 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- with $own.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- with $own.spreadOver }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "poise.selector" $ | nindent 8 }}
+{{- end }}
 {{- end }}
 
 {{- define "poise.containerSecurity" -}}
@@ -56,11 +72,20 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n. */}}
+{{/* Bytes of a quantity as Kubernetes writes sizes, such as 20Gi. */}}
+{{- define "poise.bytes" -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $number := regexFind "^[0-9.]+" . -}}
+{{- mulf $number (get $units (trimPrefix $number .)) | int64 -}}
+{{- end }}
+
+{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n, and "modelSize" where the pod's own volume holds a model. */}}
 {{- define "poise.resources" -}}
 {{- $gpus := dict -}}
 {{- if gt (int .gpus) 0 -}}{{- $gpus = dict "limits" (dict "nvidia.com/gpu" (toString .gpus)) "requests" (dict "nvidia.com/gpu" (toString .gpus)) -}}{{- end -}}
-{{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" "10Gi") -}}
+{{- /* 8Gi of /tmp, logs, and the model where it is downloaded: the pod is evicted beyond. */}}
+{{- $mebibytes := add 10240 (div (include "poise.bytes" (.modelSize | default "0")) 1048576) -}}
+{{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" (printf "%dMi" $mebibytes)) -}}
 resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | nindent 2 }}
 {{- end }}
 
@@ -86,14 +111,15 @@ resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | ni
   emptyDir: {sizeLimit: 8Gi}
 {{- end }}
 
-{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use. */}}
+{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use;
+but a kubelet speaks no TLS with gRPC, and of a learner on several nodes all but the first pod answer on the admin port alone. */}}
 {{- define "poise.probes" -}}
 startupProbe:
   httpGet: {path: /healthz, port: admin}
   periodSeconds: 2
   failureThreshold: 900
 readinessProbe:
-  {{- if .root.Values.tls.enabled }}
+  {{- if or .root.Values.tls.enabled (and (eq .role "learner") (gt (int .root.Values.learner.nodes) 1)) }}
   httpGet: {path: /readyz, port: admin}
   {{- else }}
   grpc: {port: {{ include "poise.grpcPort" .role }}, service: poise.v1.{{ title .role }}Service}
@@ -115,8 +141,13 @@ ports:
 
 {{/* Time to drain, and to write the state after it. */}}
 {{- define "poise.grace" -}}
+terminationGracePeriodSeconds: {{ add (include "poise.drainSeconds" .) 30 }}
+{{- end }}
+
+{{/* Seconds that a service has to finish what it accepted, of its own settings. */}}
+{{- define "poise.drainSeconds" -}}
 {{- $config := include "poise.config" . | fromYaml -}}
-terminationGracePeriodSeconds: {{ add (int $config.drain_timeout_s) 30 }}
+{{- ceil $config.drain_timeout_s -}}
 {{- end }}
 
 {{/* The model: mounted, or fetched by an init container. dict "root" $ "role" … */}}
@@ -126,13 +157,18 @@ terminationGracePeriodSeconds: {{ add (int $config.drain_timeout_s) 30 }}
 {{- end }}
 {{- end }}
 
+{{/* Size of the pod's own volume with the model; empty where there is none. */}}
+{{- define "poise.ownModelSize" -}}
+{{- if and (not .root.Values.model.claim) (include "poise.hasModelVolume" .root) }}{{ .root.Values.model.download.size }}{{ end }}
+{{- end }}
+
 {{- define "poise.modelVolume" -}}
 {{- if .root.Values.model.claim }}
 - name: model
   persistentVolumeClaim: {claimName: {{ .root.Values.model.claim }}, readOnly: true}
-{{- else if include "poise.hasModelVolume" .root }}
+{{- else if include "poise.ownModelSize" . }}
 - name: model
-  emptyDir: {sizeLimit: {{ .root.Values.model.download.size }}}
+  emptyDir: {sizeLimit: {{ include "poise.ownModelSize" . }}}
 {{- end }}
 {{- end }}
 
@@ -155,7 +191,7 @@ initContainers:
       - name: HF_TOKEN
         valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
       {{- end }}
-    {{- include "poise.resources" (dict "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) "gpus" 0) | nindent 4 }}
+    {{- include "poise.resources" (dict "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) "gpus" 0 "modelSize" (include "poise.ownModelSize" .)) | nindent 4 }}
     {{- include "poise.containerSecurity" . | nindent 4 }}
     volumeMounts:
       - {name: model, mountPath: /models}

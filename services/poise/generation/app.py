@@ -21,6 +21,9 @@ from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 0.5
+_HUNG_S = 600.0
+"""An engine out of which nothing comes hangs: after this, or, where that is longer, a second for each token that its
+longest rollout may have."""
 
 
 class GenerationApp(ServiceApp):
@@ -117,8 +120,12 @@ class GenerationApp(ServiceApp):
         return ""
 
     async def _watch(self) -> None:
-        """End the process when its engine is dead."""
-        while self._engine.is_alive():  # noqa: ASYNC110 (a process dies without an event)
+        """End the process when its engine is dead, or hangs."""
+        limit_s = max(_HUNG_S, self._engine.info.max_model_len)
+        while self._engine.is_alive():
+            if self._servicer.sampler.quiet_s > limit_s:
+                self.fail(f"the engine hangs: nothing has come out of it for {limit_s:.0f} s")
+                return
             await asyncio.sleep(_WATCH_EVERY_S)
         self.fail("the engine died")
 

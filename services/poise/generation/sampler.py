@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ class Sampler:
         self._idle.set()
         self.num_running = 0
         """Rollouts and prompts in the engine."""
+        self._stirred_s = time.monotonic()
+
+    @property
+    def quiet_s(self) -> float:
+        """How long nothing went into the engine or came out of it, though something is in it; 0 where nothing is."""
+        return time.monotonic() - self._stirred_s if self.num_running else 0.0
 
     def sample(
         self,
@@ -181,10 +188,12 @@ class Sampler:
     async def _slot(self) -> AsyncIterator[None]:
         async with self._slots:
             self.num_running += 1
+            self._stirred_s = time.monotonic()
             try:
                 yield
             finally:
                 self.num_running -= 1
+                self._stirred_s = time.monotonic()
 
 
 def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:

@@ -32,7 +32,8 @@ class LearnerApp(ServiceApp):
         super().__init__(config, CollectorRegistry())
         self._core = core
         self._publisher = publisher
-        self._servicer = LearnerServicer(config, core, publisher, LearnerMetrics(self.registry), self.fail)
+        self._metrics = LearnerMetrics(self.registry, lambda: core.is_stopped)
+        self._servicer = LearnerServicer(config, core, publisher, self._metrics, self.fail)
         self.registry.register(ReplicaCollector(lambda: publisher.results))
 
     @property
@@ -86,6 +87,7 @@ class LearnerApp(ServiceApp):
         """Accept batches again."""
         self._refuse_unless_recovered()
         self._servicer.paused = False
+        self._metrics.resumed()
 
     async def checkpoint(self) -> dict[str, Any]:
         """Take a checkpoint now, after the batch in hand."""

@@ -59,6 +59,11 @@ class LearnerCore:
         """Why the state in memory is not to be trusted any more; empty while it is."""
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether nothing is trained on any more, for the last updates in a row were not finite."""
+        return self.progress.num_skipped_in_a_row >= self._config.max_nonfinite_in_a_row
+
+    @property
     def checkpoint_version(self) -> int:
         """The policy version of the last durable checkpoint."""
         return self._checkpoints.version
@@ -223,8 +228,8 @@ class LearnerCore:
             raise BackendDown(self.failure, remedy="The learner restarts and trains on it again.", retry_after_s=1.0)
 
     def _refuse_if_stopped(self) -> None:
-        in_a_row = self.progress.num_skipped_in_a_row
-        if in_a_row >= self._config.max_nonfinite_in_a_row:
+        if self.is_stopped:
+            in_a_row = self.progress.num_skipped_in_a_row
             raise TrainingStopped(
                 f"the last {in_a_row} updates were not finite, and nothing is trained on any more",
                 remedy=f"Look at the log, and at the batches in {self._nonfinite.folder}. Start the learner with a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,14 @@ _STALENESS = (0, 1, 2, 4, 8, 16, 32)
 class LearnerMetrics:
     """Declared once, on the service's own registry."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, is_stopped: Callable[[], bool]) -> None:
+        Gauge(
+            "poise_learner_training_stopped",
+            "1 while nothing is trained on, for too many updates in a row were not finite; else 0.",
+            registry=registry,
+        ).set_function(lambda: float(is_stopped()))
+        self._answered: tuple[str, float] | None = None
+        """The run that was trained on last, and when it was answered: monotonic, s."""
         self._version = Gauge("poise_learner_policy_version", "Current policy version.", registry=registry)
         self._batches = Counter(
             "poise_learner_batches",
@@ -39,6 +47,12 @@ class LearnerMetrics:
         self._train = Histogram("poise_learner_train_seconds", "Computing a step.", buckets=_SECONDS, registry=registry)
         self._publish = Histogram(
             "poise_learner_publish_seconds", "Publishing a version.", buckets=_SECONDS, registry=registry
+        )
+        self._wait = Histogram(
+            "poise_learner_wait_seconds",
+            "Waiting for a batch since the one before, of the same run, was answered; not while paused.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self._staleness = Histogram(
             "poise_learner_staleness_versions", "Age of rollouts trained on.", buckets=_STALENESS, registry=registry
@@ -70,8 +84,13 @@ class LearnerMetrics:
         """Record the version that the service goes on from."""
         self._version.set(policy_version)
 
-    def observe(self, result: StepResult) -> None:
-        """Record an answered batch."""
+    def resumed(self) -> None:
+        """Record that a pause is over: it was no waiting for rollouts."""
+        self._answered = None
+
+    def observe(self, result: StepResult, run_id: str, began_s: float) -> None:
+        """Record an answered batch of a run, begun at `began_s` of the monotonic clock."""
+        before, self._answered = self._answered, (run_id, time.monotonic())
         self._batches.labels(duplicate=str(result.duplicate).lower()).inc()
         if result.duplicate:
             return
@@ -86,6 +105,8 @@ class LearnerMetrics:
         self._skipped.inc(metrics.num_skipped_updates)
         self._train.observe(metrics.train_s)
         self._publish.observe(metrics.publish_s)
+        if before is not None and before[0] == run_id:
+            self._wait.observe(max(0.0, began_s - before[1]))
         for age, count in metrics.staleness.items():
             for _ in range(count):
                 self._staleness.observe(age)

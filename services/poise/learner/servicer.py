@@ -182,6 +182,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         async with self._batches:
             self._refuse_unless_open()
             self._activity = "training"
+            began = time.monotonic()
             try:
                 answer, duplicate = await self.on_thread(lambda: self._core.submit(batch))
                 self._activity = "publishing"
@@ -196,7 +197,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                     self._fail(self._core.failure)
         metrics = answer.metrics if duplicate else dataclasses.replace(answer.metrics, publish_s=publish_s)
         result = StepResult(answer.policy_version, duplicate, metrics, answer.rejected, self._publisher.results)
-        self._metrics.observe(result)
+        self._metrics.observe(result, batch.run_id, began)
         return result
 
     async def _read_batch(self, requests: AsyncIterator[pb.SubmitAdvantagesRequest]) -> Batch:

@@ -6,6 +6,7 @@ nothing but what it tells them: `follow`. What is told travels as bytes: numbers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from poise.learner.config import LearnerConfig
+from poise.learner.follower_probes import answering_probes
 from poise.learner.trainer import Trainer
-from poise.learner.world import World, leave, world_size
+from poise.learner.world import World, leave, local_rank, world_size
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, StepMetrics, TrainingRollout, WeightArray
 
@@ -92,9 +94,18 @@ def follow(config: LearnerConfig) -> int:
     """Do what the first process tells until it says stop, or is gone; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the first process drains, and needs the others for it
-    trainer = Trainer(config)
-    world = trainer.load()
-    logger.info("process %d of %d follows", world.rank, world.size)
+    with contextlib.ExitStack() as stack:
+        # The first process of a host speaks for its others.
+        loaded = stack.enter_context(answering_probes(config.admin)) if local_rank() == 0 else None
+        trainer = Trainer(config)
+        world = trainer.load()
+        if loaded is not None:
+            loaded.set()
+        logger.info("process %d of %d follows", world.rank, world.size)
+        return _follow(trainer, world)
+
+
+def _follow(trainer: Trainer, world: World) -> int:
     while True:
         try:
             command, content = _hear(world)

@@ -67,13 +67,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Return which of its host's processes this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def join(device: str) -> World:
     """Meet the other processes, if there are any, as torchrun's environment tells. Blocks until all are there."""
     if world_size() == 1 and not dist.is_torchelastic_launched():
         return World(torch.device(device))
     own = torch.device(device)
     if own.type == "cuda":
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        own = torch.device("cuda", local_rank())
         torch.cuda.set_device(own)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")

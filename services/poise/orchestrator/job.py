@@ -20,7 +20,7 @@ from rich.console import Console
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.progress import ConsoleWatcher, clock
+from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.run_folder import RunError, RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
@@ -61,7 +61,7 @@ def settle(config: OrchestratorConfig) -> int | None:
         state = RunFolder(config.run_dir).read_state(config.run_id)
         if not state.is_finished(config.limits):
             return None
-        _say_finished(Console(file=sys.stdout), config, state)
+        _say_finished(config, state)
         return OK
 
     return guarded(config, look)
@@ -86,8 +86,8 @@ def guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
 class _Watcher(ConsoleWatcher):
     """The terminal, and TensorBoard."""
 
-    def __init__(self, board: TensorBoardLog, config: OrchestratorConfig, first_step: int, console: Console) -> None:
-        super().__init__(config.num_steps, first_step, console, config.budget)
+    def __init__(self, board: TensorBoardLog, config: OrchestratorConfig, first_step: int) -> None:
+        super().__init__(config.limits, first_step, Console(file=sys.stdout), config.logging)
         self._board = board
 
     def step_done(self, numbers: dict[str, Any]) -> None:
@@ -99,14 +99,13 @@ class _Watcher(ConsoleWatcher):
 async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
     folder = RunFolder(config.run_dir)
     state = folder.open(config.run_id, redacted(config))
-    console = Console(file=sys.stdout)
     verifiers = VerifierPool(config.verifier)
     with contextlib.closing(folder):
         if state.is_finished(config.limits):
-            _say_finished(console, config, state)
+            _say_finished(config, state)
             return OK
         board = TensorBoardLog(config.run_dir / "tensorboard")
-        watcher = _Watcher(board, config, state.next_step, console)
+        watcher = _Watcher(board, config, state.next_step)
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             scorer = Scorer(services, verifiers)
@@ -128,7 +127,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         write_summary(config.run_dir)
         report = write_report(config.run_dir)
         folder.mark_reported()
-    _say_summary(console, config, export.path, report)
+    _say_summary(config, export.path, report)
     return OK
 
 
@@ -144,22 +143,17 @@ def _keep_model(exported: Path, target: Path) -> None:
         shutil.copytree(exported, target)
 
 
-def _say_finished(console: Console, config: OrchestratorConfig, state: RunState) -> None:
-    _say_summary(console, config, str(config.run_dir / "model"), config.run_dir / "report.html")
-    console.print(
+def _say_finished(config: OrchestratorConfig, state: RunState) -> None:
+    _say_summary(config, str(config.run_dir / "model"), config.run_dir / "report.html")
+    speaker(Console(file=sys.stdout), config.logging)(
         f"\nThis run is finished: {state.next_step} steps. Higher limits (num_steps, budget) go on with it; another "
-        "name and folder start anew.",
-        highlight=False,
-        soft_wrap=True,
+        "name and folder start anew."
     )
 
 
-def _say_summary(console: Console, config: OrchestratorConfig, model: str, report: Path) -> None:
+def _say_summary(config: OrchestratorConfig, model: str, report: Path) -> None:
     summary = summarise(config.run_dir)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
+    say = speaker(Console(file=sys.stdout), config.logging)
     say("")
     say(f"run {config.run_id}: {summary['num_steps']} steps in {clock(summary['wall_s'])}")
     if held_out := summary.get("held_out"):

@@ -92,7 +92,7 @@ async def measure(config: OrchestratorConfig, mixture: Mixture, subject: Subject
         PoiseClientError: one refuses.
     """
     console = Console(file=sys.stdout)
-    watcher = MeasurementWatcher(config.evaluation.num_prompts, Console(file=sys.stderr))
+    watcher = MeasurementWatcher(config.evaluation.num_prompts, Console(file=sys.stderr), config.logging)
     stopping = asyncio.Event()  # an interrupt ends it at once
     version = subject.policy_version
     async with Services(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:

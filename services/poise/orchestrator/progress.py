@@ -1,16 +1,20 @@
-"""What people see while a run goes: a line a step, and on a terminal a live line below it."""
+"""What people see while a run goes: a line a step, and on a terminal a live line below it; or what collectors do."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.config import BudgetConfig
+from poise.runtime.config import LoggingConfig
+from poise.runtime.logging import log_ids
+
+logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
 _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/step     left"
@@ -18,12 +22,16 @@ _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/ste
 
 
 class ConsoleWatcher:
-    """Shows a run on a terminal, or line by line where there is none. Use as a context manager."""
+    """Shows a run on a terminal, or line by line where there is none. Use as a context manager.
 
-    def __init__(self, num_steps: int, first_step: int, console: Console, budget: BudgetConfig | None = None) -> None:
-        budget = budget or BudgetConfig()
-        self._limits = Limits(num_steps, budget.tokens, budget.wall_s)
+    Where the log is JSON, for collectors, it goes there, as a sentence a step in place of the table.
+    """
+
+    def __init__(self, limits: Limits, first_step: int, console: Console, log: LoggingConfig) -> None:
+        self._limits = limits
         self._console = console
+        self._say = speaker(console, log)
+        self._is_logged = log.format == "json"
         self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._headed = False
@@ -35,9 +43,9 @@ class ConsoleWatcher:
             MofNCompleteColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=self._is_logged or not console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("starting", total=num_steps, completed=first_step)
+        self._task: TaskID = self._progress.add_task("starting", total=limits.num_steps, completed=first_step)
 
     def __enter__(self) -> ConsoleWatcher:
         self._progress.start()
@@ -48,7 +56,7 @@ class ConsoleWatcher:
 
     def say(self, text: str) -> None:
         """Print a line above the live one."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._say(text)
 
     def phase(self, step: int, name: str) -> None:
         """See `Watcher`."""
@@ -62,18 +70,14 @@ class ConsoleWatcher:
 
     def step_done(self, numbers: dict[str, Any]) -> None:
         """See `Watcher`."""
-        if not self._headed:
-            self._headed = True
-            self.say(_HEADER)
         self._rewards.append(numbers["reward"]["mean"])
         self._seconds.append(numbers["time_s"]["total"])
         self._phases.pop(numbers["step"], None)
         num_done = numbers["step"] + 1
         num_left = self._limits.num_steps_left(Spent(num_done, numbers["tokens"], numbers["wall_s"]))
         self._progress.update(self._task, completed=num_done, total=num_done + round(num_left))
-        self.say(self._line(numbers, num_left))
-        if rejected := numbers["num_rejected"]:
-            self.say(_rejected(rejected, numbers["num_rollouts"]))
+        with log_ids(step=numbers["step"]):
+            self._tell(numbers, num_left)
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """See `Watcher`."""
@@ -86,23 +90,66 @@ class ConsoleWatcher:
             f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']}, {line['seconds']:.0f} s)"
         )
 
+    def _tell(self, numbers: dict[str, Any], num_left: float) -> None:
+        if self._is_logged:
+            self.say(self._sentence(numbers, num_left))
+        else:
+            if not self._headed:
+                self._headed = True
+                self.say(_HEADER)
+            self.say(self._line(numbers, num_left))
+        if rejected := numbers["num_rejected"]:
+            self.say(_rejected(rejected, numbers["num_rollouts"]))
+
     def _line(self, numbers: dict[str, Any], num_left: float) -> str:
-        baseline, variance = numbers["baseline"], numbers["advantage_variance"]
+        baseline = numbers["baseline"]
         correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
-        ratio = (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
-        mean_s = sum(self._seconds) / len(self._seconds)
         return (
-            f"{numbers['step']:>6} {numbers['reward']['mean']:>7.3f} {sum(self._rewards) / len(self._rewards):>7.3f} "
-            f"{baseline['source']:>9} {correlation:>6} {ratio:>8.2f} {numbers['staleness']['mean']:>5.1f} "
-            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {clock(mean_s * num_left):>8}"
+            f"{numbers['step']:>6} {numbers['reward']['mean']:>7.3f} {self._recent_reward():>7.3f} "
+            f"{baseline['source']:>9} {correlation:>6} {_variance_ratio(numbers):>8.2f} "
+            f"{numbers['staleness']['mean']:>5.1f} "
+            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {self._left(num_left):>8}"
         )
+
+    def _sentence(self, numbers: dict[str, Any], num_left: float) -> str:
+        num_steps = numbers["step"] + 1 + round(num_left)
+        return (
+            f"step {numbers['step']} of {num_steps}: reward {numbers['reward']['mean']:.3f}, of the last "
+            f"{len(self._rewards)} steps {self._recent_reward():.3f}; baseline {numbers['baseline']['source']}, "
+            f"variance {_variance_ratio(numbers):.2f} of that without; staleness {numbers['staleness']['mean']:.1f}; "
+            f"{numbers['tokens_per_s']:.0f} tokens/s, {numbers['time_s']['total']:.1f} s; {self._left(num_left)} left"
+        )
+
+    def _recent_reward(self) -> float:
+        return sum(self._rewards) / len(self._rewards)
+
+    def _left(self, num_steps: float) -> str:
+        return clock(sum(self._seconds) / len(self._seconds) * num_steps)
+
+
+def speaker(console: Console, log: LoggingConfig) -> Callable[[str], None]:
+    """Return what says a line to people: on the console, or in the log where that is JSON."""
+
+    def log_line(text: str) -> None:
+        if line := text.strip():  # blank lines are for eyes
+            logger.info("%s", line)
+
+    def print_line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    return log_line if log.format == "json" else print_line
+
+
+def _variance_ratio(numbers: dict[str, Any]) -> float:
+    variance = numbers["advantage_variance"]
+    return (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
 
 
 class MeasurementWatcher(ConsoleWatcher):
     """Shows how far a single measurement is: a live bar, or a line each quarter where there is no terminal."""
 
-    def __init__(self, num_prompts: int, console: Console) -> None:
-        super().__init__(num_prompts, 0, console)
+    def __init__(self, num_prompts: int, console: Console, log: LoggingConfig) -> None:
+        super().__init__(Limits(num_prompts, None, None), 0, console, log)
         self._num_said = 0
 
     def phase(self, step: int, name: str) -> None:

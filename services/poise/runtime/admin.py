@@ -114,8 +114,16 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
 def _probes(app: ServiceApp) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/healthz", summary="Whether the process answers.", response_class=PlainTextResponse)
-    async def healthz() -> str:
+    @router.get(
+        "/healthz",
+        summary="Whether the process works; 503 says why it should be killed.",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "Why not.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def healthz(response: Response) -> str:
+        if app.failed.is_set():  # it ends by itself, unless what failed keeps it from ending
+            response.status_code = 503
+            return app.failure
         return "ok"
 
     @router.get(

@@ -11,10 +11,8 @@ import json
 import logging
 import os
 import socket
-import ssl
 from pathlib import Path
 
-import grpc
 import grpc.aio
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +23,7 @@ from poise.errors import PoiseError
 from poise.runtime.admin import build_admin_app
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth, refuse_open_bind
+from poise.runtime.certificates import Certificate
 from poise.runtime.config import ConfigError, GrpcConfig, redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
@@ -184,12 +183,8 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
     target = f"{host}:{config.port}"
     try:
         if config.tls_cert_file is not None and config.tls_key_file is not None:
-            # gRPC would take anything, and then fail every handshake.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                config.tls_cert_file, config.tls_key_file, _no_password
-            )
-            pair = (config.tls_key_file.read_bytes(), config.tls_cert_file.read_bytes())
-            port = server.add_secure_port(target, grpc.ssl_server_credentials([pair]))
+            certificate = Certificate(config.tls_cert_file, config.tls_key_file)
+            port = server.add_secure_port(target, certificate.credentials())
         else:
             port = server.add_insecure_port(target)
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
@@ -199,10 +194,6 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
             f"grpc: cannot listen on {target}; is the port taken? Set another grpc.port, or 0 for any"
         ) from error
     return f"{host}:{port}"
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted; gRPC needs it in the clear")
 
 
 def _listen(host: str, port: int) -> socket.socket:

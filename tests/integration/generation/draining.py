@@ -22,54 +22,84 @@ class Outcome:
     """Of one drain."""
 
     accepted: int = 0
-    """Rollouts accepted when the signal came."""
+    """Rollouts accepted and not handed over when the signal came."""
+    calls_in_flight: int = 0
+    """Calls that they belong to."""
     whole_calls: int = 0
-    """Calls that had begun before the signal, and gave every group."""
+    """Of those, the ones that gave every group."""
     broken_calls: int = 0
-    """Calls that had begun before it, and ended with an error after they were accepted."""
+    """Of those, the ones that ended with an error, whatever it was."""
     retryable: bool = True
-    """Whether every error since said that another replica may be asked."""
+    """Whether every error said that another replica may be asked."""
     drain_s: float = 0.0
     """From the signal to the end of the process."""
     exit_status: int = 0
 
 
+@dataclass(eq=False)
+class _Call:
+    num_groups: int = 0
+    is_over: bool = False
+
+    @property
+    def num_rollouts_left(self) -> int:
+        return (PROMPTS_A_CALL - self.num_groups) * NUM_ROLLOUTS
+
+
 async def drain_under_load(process: Process, max_tokens: int, after_s: float) -> Outcome:
     """Keep callers asking, send SIGTERM `after_s` later, and wait for the end of all."""
     outcome = Outcome()
-    stopped = asyncio.Event()
+    stopped, may_begin = asyncio.Event(), asyncio.Event()
+    may_begin.set()
+    calls: list[_Call] = []
     address = process.addresses()["grpc"]
 
-    async def call(client: AsyncGenerationClient, name: str) -> None:
+    async def ask(client: AsyncGenerationClient, name: str, call: _Call) -> None:
         prompts = [Prompt(f"{name}.{i}", f"a {i}") for i in range(PROMPTS_A_CALL)]
         sampling = Sampling(max_tokens=max_tokens, seed=1)
-        num_groups, began_before = 0, not stopped.is_set()
         try:
             groups = client.stream_trajectories("load", 0, prompts, num_rollouts=NUM_ROLLOUTS, sampling=sampling)
             async with contextlib.aclosing(groups):
                 async for group in groups:
                     assert all(rollout.finish_reason in ("stop", "length") for rollout in group.rollouts)
-                    num_groups += 1
+                    call.num_groups += 1
         except PoiseClientError as error:
             outcome.retryable &= error.retryable
-            outcome.broken_calls += began_before and error.reason != "DRAINING"
-        outcome.whole_calls += began_before and num_groups == PROMPTS_A_CALL
+        finally:
+            call.is_over = True
 
     async def caller(index: int) -> None:
         async with AsyncGenerationClient(address, retries=RetryPolicy(max_attempts=1)) as client:
             for number in range(10**6):
-                await call(client, f"{index}.{number}")
+                await may_begin.wait()
+                calls.append(_Call())
+                await ask(client, f"{index}.{number}", calls[-1])
                 if stopped.is_set():
                     return
 
+    async def in_flight() -> list[_Call]:
+        """Begin no call; return those that run once all that they ask for is accepted, by the service's own count."""
+        may_begin.clear()
+        while True:
+            status = await asyncio.to_thread(lambda: process.rest("GET", "/admin/v1/status").json())
+            running = [call for call in calls if not call.is_over]
+            if status["num_accepted"] == sum(call.num_rollouts_left for call in running):
+                return running
+
     calling = [asyncio.create_task(caller(index)) for index in range(NUM_CALLERS)]
     await asyncio.sleep(after_s)
-    status = await asyncio.to_thread(lambda: process.rest("GET", "/admin/v1/status").json())
-    outcome.accepted = status["num_accepted"]
+    while not (accepted := await in_flight()):
+        may_begin.set()
+        await asyncio.sleep(0.05)
+    outcome.accepted = sum(call.num_rollouts_left for call in accepted)
+    outcome.calls_in_flight = len(accepted)
     started_s = time.monotonic()
     process.process.send_signal(signal.SIGTERM)
     stopped.set()
+    may_begin.set()
     outcome.exit_status = await asyncio.to_thread(process.exit_status)
     outcome.drain_s = time.monotonic() - started_s
     await asyncio.gather(*calling)
+    outcome.whole_calls = sum(call.num_groups == PROMPTS_A_CALL for call in accepted)
+    outcome.broken_calls = len(accepted) - outcome.whole_calls
     return outcome

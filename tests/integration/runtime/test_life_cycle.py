@@ -1,7 +1,9 @@
 import json
+import os
 import signal
 import socket
 import ssl
+import time
 from pathlib import Path
 
 import grpc
@@ -13,6 +15,7 @@ from poise_proto.v1 import value_pb2, value_pb2_grpc
 
 CERTIFICATE = Path(__file__).parent / "data" / "localhost.crt"
 KEY = CERTIFICATE.with_suffix(".key")
+RENEWED = CERTIFICATE.with_name("renewed.crt")
 
 
 def probe(channel, domain="", **options):
@@ -230,3 +233,25 @@ def test_a_certificate_that_cannot_be_used_is_one_line_and_status_2(stage, certi
     [line] = running.error_lines()
     assert "grpc.tls_cert_file, grpc.tls_key_file: cannot be used" in line
     assert "Traceback" not in running.log
+
+
+def test_a_renewed_certificate_is_shown_without_a_restart_and_a_broken_one_is_not(stage, tmp_path):
+    files = (tmp_path / "tls.crt", tmp_path / "tls.key")
+
+    def write(*contents: bytes) -> None:
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+            os.utime(file, ns=(0, time.time_ns()))  # however coarse the clock of the file system is
+
+    def shown() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", port))
+
+    write(CERTIFICATE.read_bytes(), KEY.read_bytes())
+    running = stage(f"grpc.tls_cert_file={files[0]}", f"grpc.tls_key_file={files[1]}")
+    port = int(running.addresses()["grpc"].rpartition(":")[2])
+    assert shown() == CERTIFICATE.read_text()
+    write(RENEWED.read_bytes(), RENEWED.with_suffix(".key").read_bytes())
+    assert shown() == RENEWED.read_text()
+    write(CERTIFICATE.read_bytes(), b"no key")
+    assert shown() == RENEWED.read_text()
+    assert "the new certificate cannot be used, the one before stays" in running.log

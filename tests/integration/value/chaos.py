@@ -116,7 +116,7 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
     finally:
         service.kill()
         valkey.kill()
-    _read_state(folder / "state", outcome)
+    read_state(folder / "state", outcome)
     outcome.num_fits = len(service.record_file.read_text().splitlines()) if service.record_file.exists() else 0
     return outcome
 
@@ -135,7 +135,8 @@ async def _publish(client: AsyncValueClient, labels: list[list[LabelledGroup]], 
         outcome.published |= {(label.run_id, label.step, label.group_id) for label in message}
 
 
-def _read_state(folder: Path, outcome: Outcome) -> None:
+def read_state(folder: Path, outcome: Outcome) -> None:
+    """Note what the durable state holds."""
     store = StateStore(folder)
     saved = store.open()
     store.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 
 import pytest
 from tests.scripted_engine import ScriptedEngine
 
 from poise.errors import BackendDown
 from poise.generation import app as app_module
+from poise.generation import sampler as sampler_module
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig
 from poise.generation.policy import ServedPolicy
@@ -102,3 +104,25 @@ async def test_model_that_cannot_be_loaded_is_named(config: Build) -> None:
     with pytest.raises(BackendDown, match="/nowhere/at/all cannot be loaded"):
         await app.start()
     await app.stop()
+
+
+async def test_a_hung_engine_ends_the_process_and_a_slow_or_idle_one_does_not(
+    app: GenerationApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(sampler_module, "time", SimpleNamespace(monotonic=lambda: now_s))  # the loop's goes on
+    await app.start()
+    sampler = app._servicer.sampler
+    now_s = 10_000.0  # with nothing to do
+    await asyncio.sleep(0.01)
+    assert not app.failed.is_set()
+    async with sampler._slot():
+        now_s += 599.0
+        async with sampler._slot():
+            pass
+        now_s += 599.0
+        await asyncio.sleep(0.01)
+        assert not app.failed.is_set()
+        now_s += 2.0
+        await app.failed.wait()
+    assert app.failure == "the engine hangs: nothing has come out of it for 600 s"

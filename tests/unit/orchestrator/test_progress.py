@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from poise.orchestrator.budget import Limits
 from poise.orchestrator.progress import ConsoleWatcher, MeasurementWatcher, clock
+from poise.runtime.config import LoggingConfig
 
 
 def numbers(step: int) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def numbers(step: int) -> dict[str, Any]:
 
 def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200))
+    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
 
     def shown() -> str:
         return str(watcher._progress.tasks[0].description)
@@ -51,7 +53,7 @@ def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
 
 def test_a_measurement_is_told_by_quarters_where_there_is_no_terminal() -> None:
     written = io.StringIO()
-    watcher = MeasurementWatcher(6, Console(file=written, width=200))
+    watcher = MeasurementWatcher(6, Console(file=written, width=200), LoggingConfig())
     for done in range(1, 7):
         watcher.sampled(0, done, 6)
     assert written.getvalue().splitlines() == [f"{done} of 6 prompts sampled" for done in (2, 3, 5, 6)]
@@ -62,7 +64,7 @@ def test_a_measurement_is_told_by_quarters_where_there_is_no_terminal() -> None:
 
 def test_rollouts_that_the_learner_rejected_are_told_with_what_to_do() -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(10, 0, Console(file=written, width=200))
+    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
     watcher.step_done(numbers(3) | {"num_rejected": {"stale": 3, "duplicate": 1, "new_reason": 1}})
     watcher.step_done(numbers(4))
     _, step, rejected, next_step = written.getvalue().splitlines()
@@ -72,6 +74,21 @@ def test_rollouts_that_the_learner_rejected_are_told_with_what_to_do() -> None:
         "3 from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness; "
         "1 trained on before: give the run a name of its own; 1 new_reason"
     )
+
+
+def test_for_collectors_steps_are_lines_of_the_log_and_no_table(caplog: pytest.LogCaptureFixture) -> None:
+    written = io.StringIO()
+    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written), LoggingConfig(format="json"))
+    with caplog.at_level("INFO", logger="poise.orchestrator.progress"), watcher:
+        watcher.say("")
+        watcher.say("resuming")
+        watcher.step_done(numbers(3))
+    assert written.getvalue() == ""
+    assert caplog.messages == [
+        "resuming",
+        "step 3 of 10: reward 0.500, of the last 1 steps 0.500; baseline bootstrap, variance 0.50 of that without; "
+        "staleness 1.2; 100 tokens/s, 2.0 s; 0m12s left",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])

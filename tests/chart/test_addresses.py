@@ -1,0 +1,58 @@
+"""The names that the chart makes of images and of services."""
+
+from __future__ import annotations
+
+import helm_python
+import pytest
+from tests.chart.rendering import Manifest, merged, render, values_of
+
+DIGEST = f"sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("images", "image"),
+    [
+        ({}, "poise-value:0.1.0"),
+        ({"tag": "1.2"}, "poise-value:1.2"),
+        ({"prefix": "registry:5000/team/"}, "registry:5000/team/poise-value:0.1.0"),
+        ({"value": "registry:5000/own"}, "registry:5000/own:0.1.0"),
+        ({"value": "registry:5000/own:2", "tag": "1.2"}, "registry:5000/own:2"),
+        ({"digests": {"value": DIGEST}}, f"poise-value@{DIGEST}"),
+        ({"value": "registry:5000/own:2", "digests": {"value": DIGEST}}, f"registry:5000/own@{DIGEST}"),
+        ({"value": f"own@{DIGEST}"}, f"own@{DIGEST}"),
+    ],
+    ids=str,
+)
+def test_an_image_is_found_by_tag_or_digest_behind_any_registry(images: Manifest, image: str) -> None:
+    values = merged(values_of("laptop"), {"images": {"value": "poise-value"} | images})
+    pod = render(values).one("StatefulSet", "run-poise-value")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == image
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 4])
+def test_replicas_are_found_by_their_services_name_however_many_there_are(replicas: int) -> None:
+    changes = {"generation": {"replicas": replicas}}
+    release = render(merged(values_of("laptop"), changes))
+    name = ["dns:///run-poise-generation.rl.svc:50051"]
+    assert release.config("learner")["replicas"] == name
+    assert release.config("train")["endpoints"]["generation"] == name
+    assert release.config("test")["endpoints"]["generation"] == name
+
+
+def test_the_labels_may_take_a_part_of_valkeys_memory_alone() -> None:
+    changes = {"valkey": {"resources": {"limits": {"memory": "1Gi"}}}}
+    pod = render(merged(values_of("laptop"), changes)).one("StatefulSet", "run-poise-valkey")["spec"]["template"][
+        "spec"
+    ]
+    arguments = pod["containers"][0]["args"]
+    settings = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert settings["--maxmemory"] == str(6 * 2**30 // 10)
+    assert settings["--maxmemory-policy"] == "noeviction"
+
+
+@pytest.mark.parametrize("role", ["generation", "learner"])
+def test_a_model_that_an_image_cannot_make_is_refused(role: str) -> None:
+    images = {"model": {"builtin": "smollm2-135m-instruct"}}
+    assert render(merged(values_of("laptop"), images)).all("Job")
+    with pytest.raises(helm_python.HelmError, match=f"set images.{role}: poise-cpu"):
+        render(merged(values_of("laptop"), images | {"images": {role: f"poise-{role}"}}))
