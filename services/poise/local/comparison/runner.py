@@ -70,7 +70,10 @@ def _make_all(plan: Plan, console: Console) -> int:
                 return EXIT_INTERRUPTED
             if status != OK:
                 failed.append(run)
-                _say(console, f"{where}: failed with status {status}; its logs: {run.local.dir / 'logs'}")
+                _say(
+                    console,
+                    f"{where}: failed with status {status}; its logs: {run.local.dir / 'logs'}{_last_said(run)}",
+                )
                 continue
         if not plan.file.keep_state:
             _drop_state(run)
@@ -104,6 +107,13 @@ def _is_finished(run: PlannedRun) -> bool:
     except RunError as error:
         raise ConfigError(str(error)) from error
     return state.is_finished(run.local.train.limits)
+
+
+def _last_said(run: PlannedRun) -> str:
+    """Return the end of a run's training log, where there is one."""
+    log = run.local.log("train")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return "".join(f"\n  {line}" for line in lines[-3:])
 
 
 def _how_far(run: PlannedRun) -> str:

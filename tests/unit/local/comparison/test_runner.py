@@ -46,6 +46,8 @@ class Maker:
         (run.dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         state = {"run_id": run.name, "next_step": num_steps, "tokens": 500 * num_steps, "is_reported": outcome == 0}
         (run.dir / "state.json").write_text(json.dumps(state))
+        training_log.parent.mkdir(exist_ok=True)
+        training_log.write_text("one\ntwo\nthree\nERROR four\n")
         return outcome
 
 
@@ -122,7 +124,8 @@ def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
     assert "rloo-seed0/services/learner" in left(path)
     said = capsys.readouterr().out
     assert "1 of 2 runs failed: rloo-seed0" in said
-    assert f"its logs: {path.parent / 'trial' / 'runs' / 'rloo-seed0' / 'logs'}" in said
+    logs = path.parent / "trial" / "runs" / "rloo-seed0" / "logs"
+    assert f"failed with status 1; its logs: {logs}\n  two\n  three\n  ERROR four\n" in said
     for folder in path.parent.glob("trial/runs/rloo-seed0/services/*/"):
         folder.rmdir()
     maker.outcomes.clear()
