@@ -165,6 +165,17 @@ class WeightArray:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """Says that weights are a low-rank adapter's, named as in peft's files, and what they are served over."""
+
+    rank: int
+    alpha: float
+    """What it adds, lora_B·lora_A, is scaled by alpha / rank."""
+    base_digest: bytes
+    """Of the model that it was trained on, as its files hold it."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightUpdate:
     """What became of a push."""
 

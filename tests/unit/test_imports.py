@@ -38,6 +38,7 @@ RULES = (
 
 MAY_BE_HEAVY = (
     "poise.generation.*_engine",
+    "poise.generation.torch_*",
     "poise.generation.vllm_*",
     "poise.generation.tokens",  # the tokenizer, which both engines share
     "poise.learner.*",

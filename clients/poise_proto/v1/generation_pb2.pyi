@@ -509,6 +509,36 @@ class WeightsBase(_message.Message):
 Global___WeightsBase: _TypeAlias = WeightsBase  # noqa: Y015
 
 @_typing.final
+class WeightsAdapter(_message.Message):
+    """Says that the parameters of a push are a low-rank adapter's, served over the model that the replica started from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rows of each lora_A, columns of each lora_B. Required."""
+    alpha: _builtins.float
+    """What the adapter adds, lora_B·lora_A, is scaled by alpha / rank. Required."""
+    base_digest: _builtins.bytes
+    """Digest of that model: SHA-256 over the SHA-256 of the parameters as its files hold them, in order of name, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        alpha: _builtins.float = ...,
+        base_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsAdapter: _TypeAlias = WeightsAdapter  # noqa: Y015
+
+@_typing.final
 class WeightsBegin(_message.Message):
     """Opens a push."""
 
@@ -521,12 +551,15 @@ class WeightsBegin(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
     """Learner that numbers the versions; a replica that served another lineage starts over. Required."""
     policy_version: _builtins.int
     """The version that will be served. Must exceed the one served, within a lineage."""
     digest: _builtins.bytes
-    """Digest of the whole policy: SHA-256 over the tensors' sha256 in order of name, 32 bytes."""
+    """Digest of the whole policy: SHA-256 over the tensors' sha256 in order of name, 32 bytes; of an adapter, over those
+    and then its base_digest, its rank as uint32 and its alpha as double, both little-endian.
+    """
     file: _builtins.str
     """Unset: the body follows in chunks. Set: it lies in this file of the replica's host, within a folder that the
     replica's `shared_dirs` allows, and no chunks follow. A full body is then a safetensors file: its header first.
@@ -545,6 +578,10 @@ class WeightsBegin(_message.Message):
         size and zigzag-coded; both little-endian and plane by plane: the first bytes of all, then the second, and so on.
         """
 
+    @_builtins.property
+    def adapter(self) -> Global___WeightsAdapter:
+        """Unset: the tensors are every parameter of the model. Set: they are an adapter's, whole, named as in peft's files."""
+
     def __init__(
         self,
         *,
@@ -555,10 +592,11 @@ class WeightsBegin(_message.Message):
         base: Global___WeightsBase | None = ...,
         file: _builtins.str = ...,
         keep: _builtins.bool = ...,
+        adapter: Global___WeightsAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "digest", b"digest", "file", b"file", "keep", b"keep", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "digest", b"digest", "file", b"file", "keep", b"keep", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -109,3 +109,11 @@ class Engine(Protocol):
         fit the model.
         """
         ...
+
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        """Serve the model with an adapter, in place of any other, from the next step boundary on.
+
+        For an engine whose `lora` is set, and which then takes no other weights. The folder is as peft writes them, and
+        stays as it is until another is served. All else is as in `update_weights`.
+        """
+        ...

@@ -12,14 +12,16 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
+from poise.generation.adapters import admit_adapter
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.policy import ServedPolicy, admit_push
 from poise.generation.staging import StagedWeights, Staging
 from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
+from poise.runtime.checkpoints import checkpoint_digest
 from poise.runtime.validation import Violations
-from poise_client.codec import DTYPE_NAMES
+from poise_client.codec import DTYPE_NAMES, decode_adapter
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -45,6 +47,8 @@ class PushReceiver:
         self._metrics = metrics
         self._staging = Staging(config.staging_dir, keep_base=config.keep_base, shared_dirs=config.shared_dirs)
         self._pushing = asyncio.Lock()
+        self._base_digest = b""
+        """Of the model as it was loaded; known where adapters are served over it."""
         self.policy = ServedPolicy()
         """What is served."""
 
@@ -53,9 +57,15 @@ class PushReceiver:
         """Whether a delta against what is served is taken."""
         return self._staging.base is not None and self._staging.base.policy == self.policy
 
-    def remove_leftovers(self) -> None:
-        """Remove what killed processes left in the staging folder."""
+    def start(self) -> None:
+        """Remove what killed processes left in the staging folder, and see over what adapters are to be served. Blocks.
+
+        Raises:
+            BackendDown: the model's files cannot be read.
+        """
         self._staging.remove_leftovers()
+        if self._config.lora is not None:
+            self._base_digest = checkpoint_digest(self._config.model)
 
     def close(self) -> None:
         """Leave nothing in the staging folder."""
@@ -84,6 +94,7 @@ class PushReceiver:
         if first is None or first.WhichOneof("part") != "begin":
             raise InvalidRequest.field("part", "the first message of a push must be `begin`")
         announced = _read_begin(first.begin, self._config.max_update_bytes)
+        admit_adapter(announced.adapter, self._config, self._base_digest)
         if not admit_push(self.policy, announced.policy):
             await _read_rest(requests)
             return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
@@ -95,7 +106,12 @@ class PushReceiver:
 
     async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
         pushed = announced.policy
-        pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+        if announced.adapter is None:
+            pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+        else:
+            with self._staging.lay_out(staged, announced) as folder:
+                pause_s = await self._engine.update_adapter(folder, pushed.policy_version)
+            self._staging.serves(folder)
         self.policy = pushed
         self._staging.applied(staged, announced)
         self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
@@ -219,6 +235,7 @@ def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
         else None,
         file=begin.file,
         keep=begin.keep,
+        adapter=decode_adapter(begin.adapter) if begin.HasField("adapter") else None,
     )
     check_announcement(announced, max_bytes)
     return announced

@@ -13,11 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
+from poise.generation.adapters import laid_out
 from poise.generation.policy import ServedPolicy
 from poise.generation.weights import Announcement, ExpectedTensor
 from poise.runtime.scratch import ScratchFolder, remove_leftovers
@@ -47,6 +49,8 @@ class Staging:
         self._shared_dirs = shared_dirs
         self.base: Base | None = None
         """What a delta may build on."""
+        self._adapter: Path | None = None
+        """Folder of the adapter that is served."""
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes left. To be called when the process starts."""
@@ -78,6 +82,22 @@ class Staging:
             return
         if shutil.disk_usage(staged.path.parent).free >= announced.total_bytes:
             self.base = Base(announced.policy, announced.tensors, staged.keep())
+
+    def lay_out(self, staged: StagedWeights, announced: Announcement) -> AbstractContextManager[Path]:
+        """Give the folder of the adapter that was received; removed if the context ends in an error.
+
+        Raises:
+            BackendDown: there is no room for it.
+        """
+        assert announced.adapter is not None  # noqa: S101 (asked for adapters alone)
+        names = [tensor.name for tensor in announced.tensors]
+        return laid_out(staged.path, names, announced.adapter, self._folder)
+
+    def serves(self, folder: Path) -> None:
+        """Keep an adapter's folder, which is served now, rather than the one before."""
+        if self._adapter is not None:
+            shutil.rmtree(self._adapter, ignore_errors=True)
+        self._adapter = folder
 
     def drop_base(self) -> None:
         """Take no delta until whole parameters came."""

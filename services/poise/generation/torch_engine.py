@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 
 from poise.domain.features import default_feature_layer, prompt_window
 from poise.errors import BackendDown, InvalidRequest
+from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
+from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter
 from poise.generation.weights import check_weights
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
@@ -65,6 +67,7 @@ class TorchEngine:
         self._model: Any = None
         self._tokenizer: Tokenizer | None = None
         self._info: EngineInfo | None = None
+        self._adapter: TorchAdapter | None = None
         self._hidden: torch.Tensor | None = None
         self._version = 0
 
@@ -114,6 +117,11 @@ class TorchEngine:
         new = await asyncio.to_thread(self._read_weights, weights)
         return await self._on_thread(lambda: self._exchange_weights(new, policy_version))
 
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        """See `Engine`."""
+        new = await asyncio.to_thread(self._read_adapter, folder)
+        return await self._on_thread(lambda: self._exchange_adapter(new, policy_version))
+
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
@@ -138,7 +146,7 @@ class TorchEngine:
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))
         layers[layer].register_forward_hook(self._keep_hidden)
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._adapter = model, tokenizer, TorchAdapter(model)
         self._info = EngineInfo(
             engine="torch",
             model=self._config.model,
@@ -227,22 +235,37 @@ class TorchEngine:
 
     def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
         """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
+        parameters = self._parameters()
+        new = _read_tensors(weights)
+        check_weights(_shapes(parameters), _shapes(new))
+        return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
+
+    def _read_adapter(self, folder: Path) -> LoadedAdapter:
+        """Return a folder's adapter, checked and as the model's own parameters are, while rollouts go on."""
+        parameters = self._parameters()
+        rank, alpha = read_config(folder)
+        new = _read_tensors(folder / WEIGHTS_FILE)
+        check_adapter(_shapes(parameters), _shapes(new), rank)
+        like = next(iter(parameters.values()))
+        return LoadedAdapter({name: tensor.to(like, copy=True) for name, tensor in new.items()}, alpha / rank)
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
         model = self._model
         if model is None:
             raise RuntimeError("the engine was stopped")
-        parameters = dict(model.named_parameters())
-        try:
-            with safe_open(weights, framework="pt") as file:
-                new = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
-        check_weights({n: tuple(p.shape) for n, p in parameters.items()}, {n: tuple(t.shape) for n, t in new.items()})
-        return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
+        return dict(model.named_parameters())
 
     def _exchange_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:
         started = time.monotonic()
         for name, parameter in self._model.named_parameters():
             parameter.data = new.pop(name).to(parameter.device)
+        self._version = policy_version
+        return time.monotonic() - started
+
+    def _exchange_adapter(self, new: LoadedAdapter, policy_version: int) -> float:
+        started = time.monotonic()
+        assert self._adapter is not None  # noqa: S101 (loaded, for there is an adapter that fits)
+        self._adapter.use(new)
         self._version = policy_version
         return time.monotonic() - started
 
@@ -261,6 +284,18 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generato
         keep &= ordered.cumsum(0) - ordered < sampling.top_p
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

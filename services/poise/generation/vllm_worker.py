@@ -16,6 +16,7 @@ import torch
 from vllm.platforms import current_platform
 
 from poise.generation.tokens import Tokenizer
+from poise.generation.vllm_adapter import add_empty_adapter
 from poise.generation.vllm_orphans import end_with_server
 from poise.generation.vllm_recorder import Record, Recorder
 from poise.generation.vllm_think import think_close_table
@@ -70,6 +71,10 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         for rollout_id in dropped:
             self._recorder.drop(rollout_id)
         return [self._recorder.collect(*rollout) for rollout in wanted]
+
+    def poise_add_empty_adapter(self) -> None:
+        """Let rollouts name an adapter before one was pushed: those that run when it comes then go on with it."""
+        add_empty_adapter(self.model_runner.lora_manager)
 
     def poise_num_open(self) -> int:
         """Return how many rollouts hold memory in the recorder."""

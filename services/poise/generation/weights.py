@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 
 from poise.errors import InvalidRequest
 from poise.generation.policy import ServedPolicy
+from poise_client import combine_digests
 from poise_client.codec import SAFETENSORS_DTYPES, max_block_bytes
+from poise_client.types import Adapter
 
 MAX_TENSORS = 65536
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
@@ -58,6 +59,8 @@ class Announcement:
     """Where the body lies, if not in chunks."""
     keep: bool = False
     """Whether the sender would like to send a delta next time."""
+    adapter: Adapter | None = None
+    """What the parameters are, if an adapter's rather than the model's."""
 
     @property
     def total_bytes(self) -> int:
@@ -70,9 +73,9 @@ class Announcement:
         return self.total_bytes if self.base is None else sum(tensor.block_bytes for tensor in self.tensors)
 
 
-def policy_digest(tensors: Sequence[ExpectedTensor]) -> bytes:
-    """Return SHA-256 over the tensors' SHA-256 in order of name."""
-    return hashlib.sha256(b"".join(tensor.sha256 for tensor in sorted(tensors, key=lambda t: t.name))).digest()
+def policy_digest(tensors: Sequence[ExpectedTensor], adapter: Adapter | None = None) -> bytes:
+    """Return the digest that generation.proto tells of."""
+    return combine_digests({tensor.name: tensor.sha256 for tensor in tensors}, adapter)
 
 
 def check_announcement(announced: Announcement, max_bytes: int) -> None:
@@ -96,8 +99,10 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
     total = announced.total_bytes
     if total > max_bytes:
         raise InvalidRequest.field("begin.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}")
-    if announced.policy.digest != policy_digest(tensors):
+    if announced.policy.digest != policy_digest(tensors, announced.adapter):
         raise InvalidRequest.field("begin.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
+    if announced.adapter is not None and announced.base is not None:
+        raise InvalidRequest.field("begin.base", "is set; adapters come whole")
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
