@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
@@ -126,8 +126,8 @@ class LearnerConfig(ServiceConfig):
     """Versions a rollout may be old; 0 is on-policy."""
     lora: LoraSettings | None = None
     """Train adapters instead of the whole model: a fraction of the memory for moments and checkpoints. Replicas get the
-    model with the adapters merged; an export holds that and, in `adapter`, the adapters alone. Takes learning rates ten
-    to a hundred times those of whole models."""
+    model with the adapters merged, or with `push.transport: lora` the adapters alone; an export holds the merged model
+    and, in `adapter`, the adapters. Takes learning rates ten to a hundred times those of whole models."""
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts an optimiser step trains on."""
     micro_batch_tokens: int = Field(4096, ge=1)
@@ -157,6 +157,12 @@ class LearnerConfig(ServiceConfig):
     """The policy loss."""
     push: PushConfig = PushConfig()
     """Publishing weights."""
+
+    @model_validator(mode="after")
+    def _adapters_can_travel(self) -> Self:
+        if self.push.transport == "lora" and self.lora is None:
+            raise ValueError("push.transport is `lora`, and there are no adapters: set `lora`, or take `grpc`")
+        return self
 
     @field_validator("replicas")
     @classmethod

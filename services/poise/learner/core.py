@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.checkpoint import CheckpointStore, Progress, StateError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
@@ -28,7 +29,7 @@ from poise.learner.nonfinite import NonfiniteBatches
 from poise.learner.team import make_trainer
 from poise_client import combine_digests, hash_weights
 from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, StepMetrics, WeightArray
+from poise_client.types import Adapter, Batch, ModelExport, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Published:
     weights: dict[str, WeightArray]
     sha256_by_name: dict[str, bytes]
     digest: bytes
+    adapter: Adapter | None = None
+    """What the weights are, if an adapter's rather than the model's."""
 
 
 class LearnerCore:
@@ -59,6 +62,7 @@ class LearnerCore:
         self._weights: dict[str, WeightArray] = {}
         self._sha256_by_name: dict[str, bytes] = {}
         self._digest = b""
+        self._adapter: Adapter | None = None
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
@@ -90,6 +94,8 @@ class LearnerCore:
         self._store.open()
         self._journal.open()
         self._trainer.load()
+        if self._config.lora is not None and self._config.push.transport == "lora":
+            self._adapter = adapters.describe(self._config.lora, self._config.model)
         lineage_id = self._store.lineage()
         checkpoint = self._store.load()
         if checkpoint is not None:
@@ -284,9 +290,9 @@ class LearnerCore:
         self._weights = {}  # let go of the last ones first: these are as large as the model
         self._weights = self._trainer.weights()
         self._sha256_by_name = hash_weights(self._weights)
-        self._digest = combine_digests(self._sha256_by_name)
+        self._digest = combine_digests(self._sha256_by_name, self._adapter)
 
     def _publish(self, lineage_id: str) -> None:
         self.published = Published(
-            lineage_id, self.progress.policy_version, self._weights, self._sha256_by_name, self._digest
+            lineage_id, self.progress.policy_version, self._weights, self._sha256_by_name, self._digest, self._adapter
         )
