@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
+from poise.generation.bodies import Body
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.weights import check_weights
 from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
@@ -102,6 +103,13 @@ class ScriptedEngine:
         self._check_alive()
         check_weights(PARAMETERS, _shapes(weights))
         return await self._update(weights, policy_version)
+
+    @property
+    def group_backend(self) -> str:
+        return ""
+
+    async def receive(self, body: Body) -> None:
+        raise BackendDown("a scripted engine is a member of no group")
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         self._check_alive()

@@ -180,6 +180,13 @@ class WeightPush:
         begin.file = path
         return WeightPush(begin, self.body)
 
+    def through_group(self, backend: str, rendezvous: bytes, timeout_s: float) -> WeightPush:
+        """Return this push with its body coming through a group of processes, as generation.proto tells."""
+        begin = pb.WeightsBegin()
+        begin.CopyFrom(self.begin)
+        begin.group.backend, begin.group.rendezvous, begin.group.timeout_s = backend, rendezvous, timeout_s
+        return WeightPush(begin, self.body)
+
     def file_parts(self) -> Iterator[bytes | memoryview]:
         """Yield what a file of the body holds: of whole parameters a safetensors file, of a delta its blocks alone."""
         if not self.is_delta:
@@ -187,10 +194,11 @@ class WeightPush:
         yield from self.body
 
     def messages(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.UpdateWeightsRequest]:
-        """Yield the push: one begin, full chunks and a last one unless the body lies in a file, one commit."""
+        """Yield the push: one begin, full chunks and a last one unless the body comes elsewise, one commit."""
         yield pb.UpdateWeightsRequest(begin=self.begin)
         offset = 0
-        for data in [] if self.begin.file else self._chunks(chunk_bytes):
+        comes_elsewise = self.begin.file or self.begin.HasField("group")
+        for data in [] if comes_elsewise else self._chunks(chunk_bytes):
             yield pb.UpdateWeightsRequest(chunk=pb.WeightsChunk(offset=offset, data=data))
             offset += len(data)
         yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.body_bytes))

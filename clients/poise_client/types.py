@@ -154,6 +154,8 @@ class Policy:
     num_running: int
     keeps_base: bool = False
     """Whether the weights last pushed are kept, for a delta to build on."""
+    group_backend: str = ""
+    """Of the groups through which it takes the bodies of pushes, `nccl` or `gloo`; empty where it takes none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,8 @@ class GenerationConfig(ServiceConfig):
     """Largest push."""
     lora: LoraConfig | None = None
     """Take adapters instead of whole parameters, and sample from the model with the adapter, unmerged."""
+    nccl: bool = False
+    """Take pushes of learners with `push.transport: nccl` from GPU to GPU; on CPUs of one host gloo stands in."""
     vllm: VllmConfig = VllmConfig()
     """The `vllm` engine."""
     torch: TorchConfig = TorchConfig()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from poise.generation.bodies import Body
 from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
 
 
@@ -97,6 +98,18 @@ class Engine(Protocol):
         """Return the `prompt_hidden` that rollouts of a prompt would have, by one pass, for a prompt fit to be sampled.
 
         Cancelling the task aborts it in the engine and frees what it held.
+        """
+        ...
+
+    @property
+    def group_backend(self) -> str:
+        """Of the groups that `receive` can take part in; empty where `nccl` is not set. Valid after `start`."""
+        ...
+
+    async def receive(self, body: Body) -> None:
+        """Write into a file what comes through a group, while rollouts go on.
+
+        Raises `BackendDown` when it does not come, or not in time; cancelling the task gives it up.
         """
         ...
 

@@ -6,6 +6,7 @@ A push is received beside what is served, checked to the last byte, and only the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from poise.generation.policy import ServedPolicy, admit_push
 from poise.generation.staging import StagedWeights, Staging
 from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
 from poise.runtime.checkpoints import checkpoint_digest
+from poise.runtime.collective import Rendezvous
 from poise.runtime.validation import Violations
 from poise_client.codec import DTYPE_NAMES, decode_adapter
 from poise_client.types import WeightUpdate
@@ -98,11 +100,23 @@ class PushReceiver:
         if not admit_push(self.policy, announced.policy):
             await _read_rest(requests)
             return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
-        with self._staging.receive(announced) as staged:
+        with contextlib.ExitStack() as files:
+            landed = None
+            if announced.rendezvous is not None:
+                self._check_group(announced.rendezvous)
+                body = files.enter_context(self._staging.landing(announced))
+                await self._engine.receive(body)
+                landed = body.path
+            staged = files.enter_context(self._staging.receive(announced, landed))
             await _receive(requests, staged)
             receive_s = time.monotonic() - started
             pause_s = await self._apply_to_its_end(staged, announced, receive_s)
         return WeightUpdate(announced.policy.policy_version, False, receive_s, pause_s)
+
+    def _check_group(self, rendezvous: Rendezvous) -> None:
+        if not rendezvous.backend or rendezvous.backend != self._engine.group_backend:
+            takes = self._engine.group_backend or "none is taken: set `nccl`"
+            raise InvalidRequest.field("begin.group.backend", f"is {rendezvous.backend!r}; required here: {takes}")
 
     async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
         pushed = announced.policy
@@ -236,6 +250,8 @@ def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
         file=begin.file,
         keep=begin.keep,
         adapter=decode_adapter(begin.adapter) if begin.HasField("adapter") else None,
+        rendezvous=Rendezvous(begin.group.backend, begin.group.rendezvous) if begin.HasField("group") else None,
+        timeout_s=begin.group.timeout_s,
     )
     check_announcement(announced, max_bytes)
     return announced

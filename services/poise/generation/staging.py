@@ -20,6 +20,7 @@ from typing import IO, Self
 
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
 from poise.generation.adapters import laid_out
+from poise.generation.bodies import Body
 from poise.generation.policy import ServedPolicy
 from poise.generation.weights import Announcement, ExpectedTensor
 from poise.runtime.scratch import ScratchFolder, remove_leftovers
@@ -61,15 +62,29 @@ class Staging:
         self.base = None
         self._folder.close()
 
-    def receive(self, announced: Announcement) -> StagedWeights:
+    def landing(self, announced: Announcement) -> AbstractContextManager[Body]:
+        """Give room for a body that comes through a group: a file that is removed at the end of the context.
+
+        Raises:
+            BackendDown: it cannot be made.
+        """
+        if announced.base is None:
+            self.drop_base()  # of whole parameters there is room for one version
+        return _landing(announced, self._folder)
+
+    def receive(self, announced: Announcement, landed: Path | None = None) -> StagedWeights:
         """Return the file to fill with the body that was announced: a context manager.
+
+        Args:
+            announced: what the push says that it brings.
+            landed: a file of this process's own that holds the body already.
 
         Raises:
             VersionMismatch: the base of a delta is not kept.
             InvalidRequest: the push names a file that it may not, or a delta does not fit its base.
         """
         base = None if announced.base is None else self._base_of(announced, announced.base)
-        source = self._shared_file(announced) if announced.file else None
+        source = self._shared_file(announced) if announced.file else landed
         if base is not None:
             return StagedDelta(announced, self._folder, source, base)
         self.drop_base()  # of whole parameters there is room for one version
@@ -336,6 +351,21 @@ class LinkedWeights(StagedWeights):
                 raise
             with self._storing():
                 shutil.copyfile(source, self.path)
+
+
+@contextlib.contextmanager
+def _landing(announced: Announcement, folder: ScratchFolder) -> Iterator[Body]:
+    assert announced.rendezvous is not None  # noqa: S101 (asked for bodies through groups alone)
+    header = safetensors_header(tensor.form for tensor in announced.tensors) if announced.base is None else b""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="landing-", dir=folder.ensure())
+    except OSError as error:
+        raise BackendDown(f"the push cannot be stored in {folder.parent}: {error.strerror}") from error
+    os.close(descriptor)
+    try:
+        yield Body(announced.rendezvous, announced.part_bytes, header, Path(name), announced.timeout_s)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -25,12 +25,15 @@ from safetensors import SafetensorError, safe_open
 from poise.domain.features import default_feature_layer, prompt_window
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
+from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter
+from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
+from poise.runtime.collective import backend_of
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class TorchEngine:
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._receiver = GroupReceiver(config.torch.device)
         self._model: Any = None
         self._tokenizer: Tokenizer | None = None
         self._info: EngineInfo | None = None
@@ -85,6 +89,7 @@ class TorchEngine:
     async def stop(self) -> None:
         """See `Engine`."""
         self._model = None
+        await asyncio.to_thread(self._receiver.abandon)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def is_alive(self) -> bool:
@@ -111,6 +116,23 @@ class TorchEngine:
     async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
         """See `Engine`."""
         return await self._on_thread(lambda: self._encode(prompt_token_ids))
+
+    @property
+    def group_backend(self) -> str:
+        """See `Engine`."""
+        return backend_of(self._config.torch.device) if self._config.nccl else ""
+
+    async def receive(self, body: Body) -> None:
+        """See `Engine`."""
+
+        async def ask() -> str | None:
+            return self._receiver.outcome()
+
+        try:
+            self._receiver.start(body)
+        except RuntimeError as error:
+            raise BackendDown(str(error)) from error
+        await wait_for_body(ask, lambda: asyncio.to_thread(self._receiver.abandon), body.timeout_s)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""

@@ -76,10 +76,11 @@ def _default_shared_dir() -> Path:
 class PushConfig(StrictModel):
     """Publishing weights to the generation replicas."""
 
-    transport: Literal["grpc", "shared", "lora"] = "grpc"
+    transport: Literal["grpc", "shared", "lora", "nccl"] = "grpc"
     """How weights travel: `grpc` in chunks to anywhere; `shared` through a file, written once for all replicas of this
     host, which must allow `shared_dir` in their `shared_dirs`; `lora` as `grpc`, but the adapters alone, to replicas
-    that set `lora` and started from the same `model`."""
+    that set `lora` and started from the same `model`; `nccl` from GPU to GPU, to replicas that set `nccl`, and as
+    `grpc` to others and where that breaks. It needs vllm beside torch."""
     shared_dir: Path = Field(default_factory=_default_shared_dir)
     """Where `shared` writes: memory-backed is fastest. Holds two versions of the model while they change."""
     deltas: bool = True

@@ -102,7 +102,9 @@ class Publisher:
         for address in addresses:
             if address.target in self._replicas:
                 continue
-            replica = self._replicas[address.target] = Replica(self._connect(address), self._config)
+            replica = self._replicas[address.target] = Replica(
+                self._connect(address), self._config, self._transport.group_sender()
+            )
             if self._offer is not None:
                 replica.want(self._offer)
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
