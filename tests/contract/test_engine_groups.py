@@ -1,8 +1,9 @@
-"""One suite for every engine that receives through a group of two processes: gloo moves the bytes, here as on any CPU."""
+"""One suite for every engine that receives through a group of two processes: gloo moves the bytes, as on any CPU."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator
@@ -64,7 +65,19 @@ class Sender:
         self.rendezvous, self._meet = invite("cpu", DEADLINE_S)
         self._group: Group | None = None
 
-    def send(self, tensors: list[torch.Tensor]) -> None:
+    async def send(self, tensors: list[torch.Tensor]) -> None:
+        """On a thread that nobody waits for: the other member may never come."""
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            self._send(tensors)
+            loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=run, daemon=True).start()
+        await done.wait()
+
+    def _send(self, tensors: list[torch.Tensor]) -> None:
         self._group = self._group or self._meet()
         for tensor in tensors:
             self._group.broadcast(tensor.contiguous().view(-1).view(torch.uint8))
@@ -91,7 +104,7 @@ async def test_what_comes_through_a_group_is_served_exactly(
         path = tmp_path / "body"
         await asyncio.gather(
             engine.receive(body_of(weights, sender.rendezvous, path)),
-            asyncio.to_thread(sender.send, list(load_file(weights).values())),
+            sender.send(list(load_file(weights).values())),
         )
         received, sent = load_file(path), load_file(weights)
         assert received.keys() == sent.keys()
@@ -112,7 +125,7 @@ async def test_a_sender_that_leaves_midway_is_reported_and_another_is_met(
     tensors = list(load_file(weights).values())
     sender = Sender()
     receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body")))
-    await asyncio.to_thread(sender.send, tensors[:3])
+    await sender.send(tensors[:3])
     sender.leave()
     with pytest.raises(BackendDown, match="did not come through its group"):
         await receiving
@@ -120,7 +133,7 @@ async def test_a_sender_that_leaves_midway_is_reported_and_another_is_met(
     another = Sender()
     await asyncio.gather(
         engine.receive(body_of(weights, another.rendezvous, tmp_path / "body")),
-        asyncio.to_thread(another.send, tensors),
+        another.send(tensors),
     )
     assert load_file(tmp_path / "body").keys() == load_file(weights).keys()
 
@@ -134,22 +147,24 @@ async def test_a_body_that_does_not_go_on_is_given_up(
     sender = Sender()
     timeout_s = 2.0 if ends == "its time is over" else DEADLINE_S
     receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body", timeout_s)))
-    await asyncio.to_thread(sender.send, tensors[:3])
+    await sender.send(tensors[:3])
     if ends == "it is cancelled":
         receiving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await receiving
+        sender.leave()  # as a sender does whose push was given up
     else:
         with pytest.raises(BackendDown):
             await receiving
     deadline = time.monotonic() + DEADLINE_S
     while True:  # until the thread has noticed
         another = Sender()
-        sending = asyncio.create_task(asyncio.to_thread(another.send, tensors))
+        sending = asyncio.create_task(another.send(tensors))
         try:
             await engine.receive(body_of(weights, another.rendezvous, tmp_path / "body"))
         except BackendDown:
             assert time.monotonic() < deadline
+            sending.cancel()
             await asyncio.sleep(0.1)
         else:
             await sending

@@ -18,7 +18,8 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.policy import ServedPolicy, admit_push
-from poise.generation.staging import StagedWeights, Staging
+from poise.generation.staged import StagedWeights
+from poise.generation.staging import Staging
 from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
 from poise.runtime.checkpoints import checkpoint_digest
 from poise.runtime.collective import Rendezvous

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +20,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from poise.domain.features import default_feature_layer, prompt_window
-from poise.errors import BackendDown, InvalidRequest
-from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
+from poise.errors import BackendDown
 from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
-from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter
+from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter, read_adapter, read_tensors, shapes_of
 from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
 from poise.runtime.collective import backend_of
@@ -258,18 +257,12 @@ class TorchEngine:
     def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
         """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
         parameters = self._parameters()
-        new = _read_tensors(weights)
-        check_weights(_shapes(parameters), _shapes(new))
+        new = read_tensors(weights)
+        check_weights(shapes_of(parameters), shapes_of(new))
         return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
 
     def _read_adapter(self, folder: Path) -> LoadedAdapter:
-        """Return a folder's adapter, checked and as the model's own parameters are, while rollouts go on."""
-        parameters = self._parameters()
-        rank, alpha = read_config(folder)
-        new = _read_tensors(folder / WEIGHTS_FILE)
-        check_adapter(_shapes(parameters), _shapes(new), rank)
-        like = next(iter(parameters.values()))
-        return LoadedAdapter({name: tensor.to(like, copy=True) for name, tensor in new.items()}, alpha / rank)
+        return read_adapter(folder, self._parameters())
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         model = self._model
@@ -306,18 +299,6 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generato
         keep &= ordered.cumsum(0) - ordered < sampling.top_p
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

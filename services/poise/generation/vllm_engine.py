@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from poise.errors import BackendDown, InvalidRequest, PoiseError
+from poise.errors import BackendDown, InvalidRequest
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
-from poise.generation.bodies import Body, wait_for_body
+from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
@@ -28,6 +28,7 @@ from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_adapter import adapter_request
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
+from poise.generation.vllm_receiver import WorkerReceiver
 from poise.generation.weights import check_weights
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
@@ -50,6 +51,7 @@ class VllmEngine:
         self._collector: Collector | None = None
         self._lora: Any = None
         """What each rollout names, for vLLM to compute it with the adapter that is served."""
+        self._receiver: WorkerReceiver | None = None
         self._group_backend = ""
         self._broken = False
         self._slots = asyncio.Semaphore(num_slots(config))
@@ -110,17 +112,9 @@ class VllmEngine:
 
     async def receive(self, body: Body) -> None:
         """See `Engine`. The first worker receives, on a thread, and all of them read the file."""
-        if not self.is_alive():
+        if self._receiver is None or not self.is_alive():
             raise _loading()
-        met = body.rendezvous
-        try:
-            started = (met.backend, met.key, list(body.part_bytes), body.header, str(body.path), body.timeout_s)
-            await self._engine.collective_rpc("poise_receive", args=started)
-            await wait_for_body(self._ask_for_body, self._abandon_body, body.timeout_s)
-        except PoiseError:
-            raise
-        except Exception as error:
-            raise BackendDown(f"vLLM cannot receive: {error}") from error
+        await self._receiver.receive(body)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
@@ -253,14 +247,6 @@ class VllmEngine:
             extra_args={"poise_id": rollout_id, "poise_pool_tokens": num_pooled_prompt_tokens},
         )
 
-    async def _ask_for_body(self) -> str | None:
-        outcome: str | None = (await self._engine.collective_rpc("poise_received"))[0]
-        return outcome
-
-    async def _abandon_body(self) -> None:
-        if self.is_alive():
-            await self._engine.collective_rpc("poise_abandon")
-
     async def _prepare_updates(self) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
@@ -271,7 +257,8 @@ class VllmEngine:
             self._lora = adapter_request()
         await self._engine.update_weight_version("0")
         if self._config.nccl:
-            self._group_backend = (await self._engine.collective_rpc("poise_group_backend"))[0]
+            self._receiver = WorkerReceiver(self._engine)
+            self._group_backend = await self._receiver.backend()
 
     async def _load_weights(self, weights: Path, policy_version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

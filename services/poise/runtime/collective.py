@@ -113,7 +113,12 @@ class _GlooGroup:
         self._from_sender.rootRank, self._from_sender.rootTensor = SENDER, 0
 
     def broadcast(self, piece: Any) -> None:
-        self._group.broadcast([piece], self._from_sender).wait()
+        group = self._group
+        if group is None:
+            raise RuntimeError("the group was aborted")
+        group.broadcast([piece], self._from_sender).wait()
 
     def abort(self) -> None:
-        self._group.abort()
+        # Once nobody holds it the connection closes, which the other one notices. What waits in here itself gloo
+        # cannot wake: that ends with the connection, or the group's time.
+        self._group = None
