@@ -7,7 +7,7 @@ A Qwen3 with random weights, of 0.6, 1.7 or 4 billion parameters, bfloat16:
 - the learner takes steps on prompts of 100 to 400 tokens, two siblings each, whose responses have the lengths of
   reasoning models; as it is, and under torchrun with FSDP2, on as many GPUs as `--processes` says: one will do.
 - what it made of the weights is pushed to the engine, on the same GPU: whole and as a delta, over gRPC and through a
-  shared file. The digests are compared.
+  shared file. The digests are compared. With a second GPU, and vllm beside torch, whole versions go to it by NCCL too.
 
 The engine and the learner take turns on the GPU, each in a process of its own. Prints a table, and on a GPU writes
 results/gpu_learner.json. `--device cpu --size tiny` shows that the script works, and nothing else.
@@ -234,6 +234,7 @@ async def engine(folder: Path, device: str) -> AsyncIterator[AsyncGenerationClie
         "engine": "torch",
         "dtype": "bfloat16",
         "torch": {"device": device},
+        "nccl": True,
         "staging_dir": str(folder / "staging"),
         "shared_dirs": [str(folder / "shared")],
         "grpc": {"port": 0},
@@ -301,9 +302,20 @@ async def sample(folder: Path, size: Size, device: str, num_prompts: int, num_to
     return {"tokens": num_sampled, "tokens_per_s": num_sampled / took_s}
 
 
+def sending_device(device: str) -> str | None:
+    """Return where a version is sent from to an engine on a device: NCCL's members have a GPU each."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return device
+    return "cuda:1" if torch.cuda.device_count() > 1 else None
+
+
 async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
     """Push versions in turn: one whole, the other as what changed; over gRPC, then through a file."""
+    from poise.learner.publishing.groups import GroupSender
     from poise.learner.publishing.transports import SharedTransport
+    from poise.runtime.collective import backend_of
 
     versions = [load(folder / f"version-{number}.safetensors") for number in (1, 2)]
     started_s = time.perf_counter()
@@ -343,6 +355,20 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
                 if delta is None:
                     raise SystemExit("too much changed for a delta")
                 await send(f"delta, {way}", delta, shared=shared)
+        if (sending := sending_device(device)) is not None:
+            sender = GroupSender(sending)
+            for repeat in range(repeats + 1):
+                one = prepare(0, keep=False)
+                started_s = time.perf_counter()
+                update = await sender.send(one, client, await client.get_policy(), 600)
+                took_s = time.perf_counter() - started_s
+                if (await client.get_policy()).digest != one.begin.digest:
+                    raise SystemExit("what came through the group is not what was sent")
+                if repeat:  # the first of them meets
+                    rows.setdefault(f"whole, {backend_of(sending)}", []).append(
+                        (took_s, update.pause_s, one.body_bytes)
+                    )
+            await sender.close()
     transport.close()
     return {
         "hash_s": hash_s,

@@ -15,6 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
+from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
+from poise.generation.bodies import Body
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.weights import check_weights
 from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
@@ -99,13 +101,24 @@ class ScriptedEngine:
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         self._check_alive()
-        try:
-            with safe_open(weights, framework="np") as file:
-                shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
-        check_weights(PARAMETERS, shapes)
-        await self.before_update(weights)
+        check_weights(PARAMETERS, _shapes(weights))
+        return await self._update(weights, policy_version)
+
+    @property
+    def group_backend(self) -> str:
+        return ""
+
+    async def receive(self, body: Body) -> None:
+        raise BackendDown("a scripted engine is a member of no group")
+
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        self._check_alive()
+        rank, _ = read_config(folder)
+        check_adapter(PARAMETERS, _shapes(folder / WEIGHTS_FILE), rank)
+        return await self._update(folder, policy_version)
+
+    async def _update(self, given: Path, policy_version: int) -> float:
+        await self.before_update(given)
         self._check_alive()
         self._version = policy_version
         return 0.001
@@ -142,6 +155,14 @@ class ScriptedEngine:
             first_token_s=0.001,
             total_s=0.002,
         )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
 
 
 def _prompt_hidden(prompt_token_ids: Sequence[int]) -> Floats:

@@ -20,11 +20,13 @@ from poise_client.codec import (
     MAX_DELTA_ELEMENTS,
     SAFETENSORS_DTYPES,
     CodecError,
+    adapter_seal,
+    encode_adapter,
     host_dtype,
     make_delta,
     safetensors_header,
 )
-from poise_client.types import WeightArray
+from poise_client.types import Adapter, WeightArray
 from poise_proto.v1 import generation_pb2 as pb
 
 CHUNK_BYTES = 2**20
@@ -65,9 +67,13 @@ def hash_weights(weights: Mapping[str, WeightArray]) -> dict[str, bytes]:
     return dict(zip(weights, _in_threads(_sha256, views), strict=True))
 
 
-def combine_digests(sha256_by_name: Mapping[str, bytes]) -> bytes:
-    """Return the digest of a whole policy: SHA-256 over its parameters' SHA-256 in order of name."""
-    return hashlib.sha256(b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))).digest()
+def combine_digests(sha256_by_name: Mapping[str, bytes], adapter: Adapter | None = None) -> bytes:
+    """Return the digest of a whole policy: SHA-256 over its parameters' SHA-256 in order of name.
+
+    Of an adapter, over those and then over what it is and what it is served over.
+    """
+    hashes = b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))
+    return hashlib.sha256(hashes + (b"" if adapter is None else adapter_seal(adapter))).digest()
 
 
 def weights_digest(weights: Mapping[str, WeightArray]) -> bytes:
@@ -97,6 +103,7 @@ class WeightPush:
         *,
         sha256_by_name: Mapping[str, bytes] | None = None,
         keep: bool = False,
+        adapter: Adapter | None = None,
     ) -> WeightPush:
         """Make a push of whole parameters.
 
@@ -106,6 +113,7 @@ class WeightPush:
             weights: every parameter by its Hugging Face name, tied ones once. Must not change as long as this is used.
             sha256_by_name: what `hash_weights` gave; None hashes them here, which is not for an event loop's thread.
             keep: ask replicas to keep these weights, so that a `delta` can follow.
+            adapter: says that `weights` are an adapter's, named as in peft's files; None for a model's.
 
         Raises:
             CodecError: a parameter is not what its dtype says.
@@ -124,8 +132,9 @@ class WeightPush:
                 )
                 for name, weight in weights.items()
             ],
-            digest=combine_digests(sha256_by_name),
+            digest=combine_digests(sha256_by_name, adapter),
             keep=keep,
+            adapter=None if adapter is None else encode_adapter(adapter),
         )
         return cls(begin, tuple(wire_view(weight, name) for name, weight in weights.items()))
 
@@ -171,6 +180,13 @@ class WeightPush:
         begin.file = path
         return WeightPush(begin, self.body)
 
+    def through_group(self, backend: str, rendezvous: bytes, timeout_s: float) -> WeightPush:
+        """Return this push with its body coming through a group of processes, as generation.proto tells."""
+        begin = pb.WeightsBegin()
+        begin.CopyFrom(self.begin)
+        begin.group.backend, begin.group.rendezvous, begin.group.timeout_s = backend, rendezvous, timeout_s
+        return WeightPush(begin, self.body)
+
     def file_parts(self) -> Iterator[bytes | memoryview]:
         """Yield what a file of the body holds: of whole parameters a safetensors file, of a delta its blocks alone."""
         if not self.is_delta:
@@ -178,10 +194,11 @@ class WeightPush:
         yield from self.body
 
     def messages(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.UpdateWeightsRequest]:
-        """Yield the push: one begin, full chunks and a last one unless the body lies in a file, one commit."""
+        """Yield the push: one begin, full chunks and a last one unless the body comes elsewise, one commit."""
         yield pb.UpdateWeightsRequest(begin=self.begin)
         offset = 0
-        for data in [] if self.begin.file else self._chunks(chunk_bytes):
+        comes_elsewise = self.begin.file or self.begin.HasField("group")
+        for data in [] if comes_elsewise else self._chunks(chunk_bytes):
             yield pb.UpdateWeightsRequest(chunk=pb.WeightsChunk(offset=offset, data=data))
             offset += len(data)
         yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.body_bytes))

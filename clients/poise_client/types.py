@@ -154,6 +154,8 @@ class Policy:
     num_running: int
     keeps_base: bool = False
     """Whether the weights last pushed are kept, for a delta to build on."""
+    group_backend: str = ""
+    """Of the groups through which it takes the bodies of pushes, `nccl` or `gloo`; empty where it takes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,17 @@ class WeightArray:
 
     array: NDArray[np.generic]
     dtype: Literal["float32", "float64", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Says that weights are a low-rank adapter's, named as in peft's files, and what they are served over."""
+
+    rank: int
+    alpha: float
+    """What it adds, lora_B·lora_A, is scaled by alpha / rank."""
+    base_digest: bytes
+    """Of the model that it was trained on, as its files hold it."""
 
 
 @dataclass(frozen=True, slots=True)

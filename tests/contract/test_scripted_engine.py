@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import warnings
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.models import make_tiny_llama
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, InvalidRequest
+from poise.generation.adapters import CONFIG_FILE, WEIGHTS_FILE
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
 from poise.generation.torch_engine import TorchEngine
@@ -32,6 +34,8 @@ class Case:
 
     engine: Engine
     weights: dict[str, np.ndarray]
+    adapted: str
+    """Name of a linear module's weight."""
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +48,11 @@ async def case(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Ca
     threads = torch.get_num_threads()
     if request.param == "torch":
         weights = load_file(folder / "model.safetensors")
-        case = Case(TorchEngine(GenerationConfig(model=str(folder), engine="torch")), weights)
+        config = GenerationConfig(model=str(folder), engine="torch", lora={"max_rank": 2})
+        case = Case(TorchEngine(config), weights, "model.layers.1.mlp.up_proj.weight")
     else:
         arrays = {name: np.ones(shape, np.float32) for name, shape in PARAMETERS.items()}
-        case = Case(ScriptedEngine(max_model_len=MAX_MODEL_LEN), arrays)
+        case = Case(ScriptedEngine(max_model_len=MAX_MODEL_LEN), arrays, "first.weight")
     yield case
     await case.engine.stop()
     torch.set_num_threads(threads)
@@ -90,6 +95,8 @@ async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engin
         await engine.encode([65])
     with pytest.raises(RuntimeError):
         await engine.update_weights(tmp_path / "weights.safetensors", 1)
+    with pytest.raises(RuntimeError):
+        await engine.update_adapter(tmp_path, 1)
 
 
 async def test_prompts_become_ids_of_the_vocabulary(engine: Engine) -> None:
@@ -181,6 +188,33 @@ async def test_new_weights_are_told_in_the_spans(case: Case, engine: Engine, tmp
     for version in (3, 4, 1):  # a new lineage may begin anywhere
         assert await engine.update_weights(tmp_path / "weights.safetensors", version) > 0
         assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}
+
+
+def write_adapter(case: Case, folder: Path, rank: int = 2) -> Path:
+    out, width = case.weights[case.adapted].shape
+    prefix = f"base_model.model.{case.adapted.removesuffix('.weight')}"
+    arrays = {"lora_A": np.ones((rank, width), np.float32), "lora_B": np.ones((out, rank), np.float32)}
+    save_file({f"{prefix}.{side}.weight": array for side, array in arrays.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    return folder
+
+
+async def test_new_adapters_are_told_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
+    for version in (3, 4, 1):
+        assert await engine.update_adapter(write_adapter(case, tmp_path), version) > 0
+        assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}
+        assert (await engine.encode([65])).policy_version == version
+
+
+@pytest.mark.parametrize("spoil", ["another rank", "no config", "no weights"])
+async def test_adapters_that_do_not_fit_change_nothing(case: Case, engine: Engine, tmp_path: Path, spoil: str) -> None:
+    write_adapter(case, tmp_path, rank=3 if spoil == "another rank" else 2)
+    if spoil != "another rank":
+        (tmp_path / (CONFIG_FILE if spoil == "no config" else WEIGHTS_FILE)).unlink()
+    with pytest.raises(InvalidRequest):
+        await engine.update_adapter(tmp_path, 3)
+    assert engine.is_alive()
+    assert (await sample(engine, [65], max_tokens=3)).version_spans[0].policy_version == 0
 
 
 def drop_one(arrays: dict[str, np.ndarray]) -> None:

@@ -38,9 +38,11 @@ RULES = (
 
 MAY_BE_HEAVY = (
     "poise.generation.*_engine",
+    "poise.generation.torch_*",
     "poise.generation.vllm_*",
     "poise.generation.tokens",  # the tokenizer, which both engines share
     "poise.learner.*",
+    "poise.runtime.collective",  # groups of processes, which both sides of a push are members of
     "poise.local.models",
     "poise.local.smollm2",
     "poise.local.tiny_model",

@@ -4,6 +4,7 @@
 message. They check structure (set, dtype, shape, lengths that must agree); ranges of values are the servicer's.
 """
 
+from poise_client.codec._adapter import adapter_seal, decode_adapter, encode_adapter
 from poise_client.codec._common import (
     DEFAULT_DOMAIN,
     decode_features,
@@ -85,7 +86,9 @@ __all__ = [
     "SAFETENSORS_DTYPES",
     "CodecError",
     "DTypeName",
+    "adapter_seal",
     "apply_delta",
+    "decode_adapter",
     "decode_batch_header",
     "decode_encoded_prompt",
     "decode_features",
@@ -111,6 +114,7 @@ __all__ = [
     "decode_weight_update",
     "dump_batch",
     "dump_labels",
+    "encode_adapter",
     "encode_batch_header",
     "encode_encoded_prompt",
     "encode_features",

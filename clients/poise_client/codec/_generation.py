@@ -206,6 +206,7 @@ def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
         max_model_len=policy.max_model_len,
         num_running=policy.num_running,
         keeps_base=policy.keeps_base,
+        group_backend=policy.group_backend,
     )
 
 
@@ -225,6 +226,7 @@ def decode_policy(message: pb.GetPolicyResponse) -> Policy:
         max_model_len=message.max_model_len,
         num_running=message.num_running,
         keeps_base=message.keeps_base,
+        group_backend=message.group_backend,
     )
 
 

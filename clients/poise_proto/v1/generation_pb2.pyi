@@ -509,6 +509,66 @@ class WeightsBase(_message.Message):
 Global___WeightsBase: _TypeAlias = WeightsBase  # noqa: Y015
 
 @_typing.final
+class WeightsAdapter(_message.Message):
+    """Says that the parameters of a push are a low-rank adapter's, served over the model that the replica started from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rows of each lora_A, columns of each lora_B. Required."""
+    alpha: _builtins.float
+    """What the adapter adds, lora_B·lora_A, is scaled by alpha / rank. Required."""
+    base_digest: _builtins.bytes
+    """Digest of that model: SHA-256 over the SHA-256 of the parameters as its files hold them, in order of name, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        alpha: _builtins.float = ...,
+        base_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsAdapter: _TypeAlias = WeightsAdapter  # noqa: Y015
+
+@_typing.final
+class WeightsGroup(_message.Message):
+    """A group of two processes, the sender and the replica, through which the body of a push comes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    backend: _builtins.str
+    """"nccl" between GPUs, "gloo" between CPUs of one host. Required."""
+    rendezvous: _builtins.bytes
+    """Where they meet: NCCL's unique id, or host:port of the sender's store. They keep the group while it is the same."""
+    timeout_s: _builtins.float
+    """Seconds after which the replica gives it up. Required."""
+    def __init__(
+        self,
+        *,
+        backend: _builtins.str = ...,
+        rendezvous: _builtins.bytes = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "rendezvous", b"rendezvous", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsGroup: _TypeAlias = WeightsGroup  # noqa: Y015
+
+@_typing.final
 class WeightsBegin(_message.Message):
     """Opens a push."""
 
@@ -521,12 +581,16 @@ class WeightsBegin(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
     """Learner that numbers the versions; a replica that served another lineage starts over. Required."""
     policy_version: _builtins.int
     """The version that will be served. Must exceed the one served, within a lineage."""
     digest: _builtins.bytes
-    """Digest of the whole policy: SHA-256 over the tensors' sha256 in order of name, 32 bytes."""
+    """Digest of the whole policy: SHA-256 over the tensors' sha256 in order of name, 32 bytes; of an adapter, over those
+    and then its base_digest, its rank as uint32 and its alpha as double, both little-endian.
+    """
     file: _builtins.str
     """Unset: the body follows in chunks. Set: it lies in this file of the replica's host, within a folder that the
     replica's `shared_dirs` allows, and no chunks follow. A full body is then a safetensors file: its header first.
@@ -545,6 +609,16 @@ class WeightsBegin(_message.Message):
         size and zigzag-coded; both little-endian and plane by plane: the first bytes of all, then the second, and so on.
         """
 
+    @_builtins.property
+    def adapter(self) -> Global___WeightsAdapter:
+        """Unset: the tensors are every parameter of the model. Set: they are an adapter's, whole, named as in peft's files."""
+
+    @_builtins.property
+    def group(self) -> Global___WeightsGroup:
+        """Unset: see `file`. Set: the body comes through this group, each tensor's bytes, or of a delta each block, by
+        broadcasts of bytes, 64 MiB in each but its last; and no chunks follow.
+        """
+
     def __init__(
         self,
         *,
@@ -555,10 +629,12 @@ class WeightsBegin(_message.Message):
         base: Global___WeightsBase | None = ...,
         file: _builtins.str = ...,
         keep: _builtins.bool = ...,
+        adapter: Global___WeightsAdapter | None = ...,
+        group: Global___WeightsGroup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "digest", b"digest", "file", b"file", "keep", b"keep", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "digest", b"digest", "file", b"file", "group", b"group", "keep", b"keep", "lineage_id", b"lineage_id", "policy_version", b"policy_version", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -720,6 +796,7 @@ class GetPolicyResponse(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     KEEPS_BASE_FIELD_NUMBER: _builtins.int
+    GROUP_BACKEND_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Made anew at each start of the process."""
     lineage_id: _builtins.str
@@ -746,6 +823,8 @@ class GetPolicyResponse(_message.Message):
     """Rollouts running now."""
     keeps_base: _builtins.bool
     """Whether the weights last pushed are kept, so that a delta against them is taken."""
+    group_backend: _builtins.str
+    """Backend of the groups through which it takes the bodies of pushes; empty where it takes none."""
     def __init__(
         self,
         *,
@@ -762,10 +841,11 @@ class GetPolicyResponse(_message.Message):
         max_model_len: _builtins.int = ...,
         num_running: _builtins.int = ...,
         keeps_base: _builtins.bool = ...,
+        group_backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "keeps_base", b"keeps_base", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "group_backend", b"group_backend", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "keeps_base", b"keeps_base", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

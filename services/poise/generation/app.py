@@ -61,7 +61,7 @@ class GenerationApp(ServiceApp):
 
     async def start(self) -> None:
         """Load the model, then watch over the engine."""
-        self._servicer.pushes.remove_leftovers()
+        await asyncio.to_thread(self._servicer.pushes.start)
         await self._engine.start()
         self._started = True
         self._watcher = asyncio.create_task(self._watch(), name="engine-watcher")

@@ -38,6 +38,13 @@ class TorchConfig(StrictModel):
     """A torch device, such as `cpu` or `cuda:0`."""
 
 
+class LoraConfig(StrictModel):
+    """Serve low-rank adapters over the model, as learners with `push.transport: lora` send them."""
+
+    max_rank: int = Field(32, ge=1, le=512)
+    """Largest rank of an adapter."""
+
+
 class GenerationConfig(ServiceConfig):
     """The generation service."""
 
@@ -84,6 +91,10 @@ class GenerationConfig(ServiceConfig):
     spans say; `abort` ends them with finish_reason "abort" and what they have."""
     max_update_bytes: int = Field(64 * 2**30, ge=1)
     """Largest push."""
+    lora: LoraConfig | None = None
+    """Take adapters instead of whole parameters, and sample from the model with the adapter, unmerged."""
+    nccl: bool = False
+    """Take pushes of learners with `push.transport: nccl` from GPU to GPU; on CPUs of one host gloo stands in."""
     vllm: VllmConfig = VllmConfig()
     """The `vllm` engine."""
     torch: TorchConfig = TorchConfig()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from poise.generation.bodies import Body
 from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
 
 
@@ -100,6 +101,18 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def group_backend(self) -> str:
+        """Of the groups that `receive` can take part in; empty where `nccl` is not set. Valid after `start`."""
+        ...
+
+    async def receive(self, body: Body) -> None:
+        """Write into a file what comes through a group, while rollouts go on.
+
+        Raises `BackendDown` when it does not come, or not in time; cancelling the task gives it up.
+        """
+        ...
+
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """Serve the parameters of a safetensors file from the next step boundary on.
 
@@ -107,5 +120,13 @@ class Engine(Protocol):
         what they have, at least a token, and finish_reason "abort"; prefix caches are dropped. Returns the
         seconds for which generation stood still. Raises `InvalidRequest`, with nothing changed, when the file does not
         fit the model.
+        """
+        ...
+
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        """Serve the model with an adapter, in place of any other, from the next step boundary on.
+
+        For an engine whose `lora` is set, and which then takes no other weights. The folder is as peft writes them, and
+        stays as it is until another is served. All else is as in `update_weights`.
         """
         ...

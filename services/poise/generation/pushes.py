@@ -6,20 +6,25 @@ A push is received beside what is served, checked to the last byte, and only the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
+from poise.generation.adapters import admit_adapter
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.policy import ServedPolicy, admit_push
-from poise.generation.staging import StagedWeights, Staging
+from poise.generation.staged import StagedWeights
+from poise.generation.staging import Staging
 from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
+from poise.runtime.checkpoints import checkpoint_digest
+from poise.runtime.collective import Rendezvous
 from poise.runtime.validation import Violations
-from poise_client.codec import DTYPE_NAMES
+from poise_client.codec import DTYPE_NAMES, decode_adapter
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -45,6 +50,8 @@ class PushReceiver:
         self._metrics = metrics
         self._staging = Staging(config.staging_dir, keep_base=config.keep_base, shared_dirs=config.shared_dirs)
         self._pushing = asyncio.Lock()
+        self._base_digest = b""
+        """Of the model as it was loaded; known where adapters are served over it."""
         self.policy = ServedPolicy()
         """What is served."""
 
@@ -53,9 +60,15 @@ class PushReceiver:
         """Whether a delta against what is served is taken."""
         return self._staging.base is not None and self._staging.base.policy == self.policy
 
-    def remove_leftovers(self) -> None:
-        """Remove what killed processes left in the staging folder."""
+    def start(self) -> None:
+        """Remove what killed processes left in the staging folder, and see over what adapters are to be served. Blocks.
+
+        Raises:
+            BackendDown: the model's files cannot be read.
+        """
         self._staging.remove_leftovers()
+        if self._config.lora is not None:
+            self._base_digest = checkpoint_digest(self._config.model)
 
     def close(self) -> None:
         """Leave nothing in the staging folder."""
@@ -84,18 +97,36 @@ class PushReceiver:
         if first is None or first.WhichOneof("part") != "begin":
             raise InvalidRequest.field("part", "the first message of a push must be `begin`")
         announced = _read_begin(first.begin, self._config.max_update_bytes)
+        admit_adapter(announced.adapter, self._config, self._base_digest)
         if not admit_push(self.policy, announced.policy):
             await _read_rest(requests)
             return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
-        with self._staging.receive(announced) as staged:
+        with contextlib.ExitStack() as files:
+            landed = None
+            if announced.rendezvous is not None:
+                self._check_group(announced.rendezvous)
+                body = files.enter_context(self._staging.landing(announced))
+                await self._engine.receive(body)
+                landed = body.path
+            staged = files.enter_context(self._staging.receive(announced, landed))
             await _receive(requests, staged)
             receive_s = time.monotonic() - started
             pause_s = await self._apply_to_its_end(staged, announced, receive_s)
         return WeightUpdate(announced.policy.policy_version, False, receive_s, pause_s)
 
+    def _check_group(self, rendezvous: Rendezvous) -> None:
+        if not rendezvous.backend or rendezvous.backend != self._engine.group_backend:
+            takes = self._engine.group_backend or "none is taken: set `nccl`"
+            raise InvalidRequest.field("begin.group.backend", f"is {rendezvous.backend!r}; required here: {takes}")
+
     async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
         pushed = announced.policy
-        pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+        if announced.adapter is None:
+            pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+        else:
+            with self._staging.lay_out(staged, announced) as folder:
+                pause_s = await self._engine.update_adapter(folder, pushed.policy_version)
+            self._staging.serves(folder)
         self.policy = pushed
         self._staging.applied(staged, announced)
         self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
@@ -219,6 +250,9 @@ def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
         else None,
         file=begin.file,
         keep=begin.keep,
+        adapter=decode_adapter(begin.adapter) if begin.HasField("adapter") else None,
+        rendezvous=Rendezvous(begin.group.backend, begin.group.rendezvous) if begin.HasField("group") else None,
+        timeout_s=begin.group.timeout_s,
     )
     check_announcement(announced, max_bytes)
     return announced

@@ -126,6 +126,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 max_model_len=info.max_model_len,
                 num_running=self.sampler.num_running,
                 keeps_base=self.pushes.keeps_base,
+                group_backend=self._engine.group_backend,
             )
         )
 

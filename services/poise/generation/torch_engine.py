@@ -20,15 +20,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from poise.domain.features import default_feature_layer, prompt_window
-from poise.errors import BackendDown, InvalidRequest
+from poise.errors import BackendDown
+from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
+from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter, read_adapter, read_tensors, shapes_of
+from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
+from poise.runtime.collective import backend_of
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
@@ -62,9 +66,11 @@ class TorchEngine:
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._receiver = GroupReceiver(config.torch.device)
         self._model: Any = None
         self._tokenizer: Tokenizer | None = None
         self._info: EngineInfo | None = None
+        self._adapter: TorchAdapter | None = None
         self._hidden: torch.Tensor | None = None
         self._version = 0
 
@@ -82,6 +88,7 @@ class TorchEngine:
     async def stop(self) -> None:
         """See `Engine`."""
         self._model = None
+        await asyncio.to_thread(self._receiver.abandon)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def is_alive(self) -> bool:
@@ -109,10 +116,32 @@ class TorchEngine:
         """See `Engine`."""
         return await self._on_thread(lambda: self._encode(prompt_token_ids))
 
+    @property
+    def group_backend(self) -> str:
+        """See `Engine`."""
+        return backend_of(self._config.torch.device) if self._config.nccl else ""
+
+    async def receive(self, body: Body) -> None:
+        """See `Engine`."""
+
+        async def ask() -> str | None:
+            return self._receiver.outcome()
+
+        try:
+            self._receiver.start(body)
+        except RuntimeError as error:
+            raise BackendDown(str(error)) from error
+        await wait_for_body(ask, lambda: asyncio.to_thread(self._receiver.abandon), body.timeout_s)
+
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         new = await asyncio.to_thread(self._read_weights, weights)
         return await self._on_thread(lambda: self._exchange_weights(new, policy_version))
+
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        """See `Engine`."""
+        new = await asyncio.to_thread(self._read_adapter, folder)
+        return await self._on_thread(lambda: self._exchange_adapter(new, policy_version))
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -138,7 +167,7 @@ class TorchEngine:
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))
         layers[layer].register_forward_hook(self._keep_hidden)
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._adapter = model, tokenizer, TorchAdapter(model)
         self._info = EngineInfo(
             engine="torch",
             model=self._config.model,
@@ -227,22 +256,31 @@ class TorchEngine:
 
     def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
         """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
+        parameters = self._parameters()
+        new = read_tensors(weights)
+        check_weights(shapes_of(parameters), shapes_of(new))
+        return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
+
+    def _read_adapter(self, folder: Path) -> LoadedAdapter:
+        return read_adapter(folder, self._parameters())
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
         model = self._model
         if model is None:
             raise RuntimeError("the engine was stopped")
-        parameters = dict(model.named_parameters())
-        try:
-            with safe_open(weights, framework="pt") as file:
-                new = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
-        check_weights({n: tuple(p.shape) for n, p in parameters.items()}, {n: tuple(t.shape) for n, t in new.items()})
-        return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
+        return dict(model.named_parameters())
 
     def _exchange_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:
         started = time.monotonic()
         for name, parameter in self._model.named_parameters():
             parameter.data = new.pop(name).to(parameter.device)
+        self._version = policy_version
+        return time.monotonic() - started
+
+    def _exchange_adapter(self, new: LoadedAdapter, policy_version: int) -> float:
+        started = time.monotonic()
+        assert self._adapter is not None  # noqa: S101 (loaded, for there is an adapter that fits)
+        self._adapter.use(new)
         self._version = policy_version
         return time.monotonic() - started
 

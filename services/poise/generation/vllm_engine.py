@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
+from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
+from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
 from poise.generation.tokens import Tokenizer
+from poise.generation.vllm_adapter import adapter_request
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
+from poise.generation.vllm_receiver import WorkerReceiver
 from poise.generation.weights import check_weights
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
@@ -45,6 +49,10 @@ class VllmEngine:
         self._tokenizer: Tokenizer | None = None
         self._engine: Any = None
         self._collector: Collector | None = None
+        self._lora: Any = None
+        """What each rollout names, for vLLM to compute it with the adapter that is served."""
+        self._receiver: WorkerReceiver | None = None
+        self._group_backend = ""
         self._broken = False
         self._slots = asyncio.Semaphore(num_slots(config))
         self._rollout_ids = itertools.count()
@@ -97,13 +105,34 @@ class VllmEngine:
         rollout = await self._in_slot(prompt_token_ids, Sampling(temperature=0.0, max_tokens=1))
         return EngineEncoding(rollout.features.prompt_hidden, rollout.version_spans[0].policy_version)
 
+    @property
+    def group_backend(self) -> str:
+        """See `Engine`."""
+        return self._group_backend
+
+    async def receive(self, body: Body) -> None:
+        """See `Engine`. The first worker receives, on a thread, and all of them read the file."""
+        if self._receiver is None or not self.is_alive():
+            raise _loading()
+        await self._receiver.receive(body)
+
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         if self._facts is None or not self.is_alive():
             raise _loading()
         check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
         async with self._updating:
-            return await self._exchange_weights(weights, policy_version)
+            return await self._exchange(lambda: self._load_weights(weights, policy_version))
+
+    async def update_adapter(self, folder: Path, policy_version: int) -> float:
+        """See `Engine`."""
+        if self._facts is None or not self.is_alive():
+            raise _loading()
+        rank, _ = read_config(folder)
+        shapes = await asyncio.to_thread(_read_shapes, folder / WEIGHTS_FILE)
+        check_adapter(self._facts.parameter_shapes, shapes, rank)
+        async with self._updating:
+            return await self._exchange(lambda: self._load_adapter(folder, policy_version))
 
     async def num_open_rollouts(self) -> int:
         """Return for how many rollouts the worker holds memory."""
@@ -182,7 +211,7 @@ class VllmEngine:
         last = None
         try:
             async for output in self._engine.generate(
-                tokens_input(list(prompt_token_ids)), params, request_id=rollout_id
+                tokens_input(list(prompt_token_ids)), params, request_id=rollout_id, lora_request=self._lora
             ):
                 last = output.outputs[0]
                 first_token_s = first_token_s or time.monotonic() - started
@@ -221,20 +250,35 @@ class VllmEngine:
     async def _prepare_updates(self) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        if self._config.lora is None:
+            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        else:
+            await self._engine.collective_rpc("poise_add_empty_adapter")
+            self._lora = adapter_request()
         await self._engine.update_weight_version("0")
+        if self._config.nccl:
+            self._receiver = WorkerReceiver(self._engine)
+            self._group_backend = await self._receiver.backend()
 
-    async def _exchange_weights(self, weights: Path, policy_version: int) -> float:
-        """Exchange all parameters at a step boundary. A failure in between leaves a mix: the engine counts as dead."""
+    async def _load_weights(self, weights: Path, policy_version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+        await self._engine.finish_weight_update(weight_version=str(policy_version))
+
+    async def _load_adapter(self, folder: Path, policy_version: int) -> None:
+        if not await self._engine.add_lora(adapter_request(folder)):
+            raise RuntimeError("vLLM did not take the adapter")
+        await self._engine.update_weight_version(str(policy_version))
+
+    async def _exchange(self, load: Callable[[], Awaitable[None]]) -> float:
+        """Exchange weights at a step boundary. A failure in between leaves a mix: the engine counts as dead."""
         started = time.monotonic()
         try:
             # Kept rollouts are frozen; they begin again from their tokens so far, under the new weights.
             await self._engine.pause_generation(mode=self._config.in_flight)
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
-            await self._engine.finish_weight_update(weight_version=str(policy_version))
+            await load()
             await self._engine.resume_generation()
         except BaseException as error:
             self._broken = True

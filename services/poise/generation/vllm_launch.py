@@ -14,6 +14,7 @@ from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineInfo
 from poise.generation.tokens import check_feature_layer, model_len
+from poise.generation.vllm_adapter import adapter_arguments
 from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
 
 KNOWN_VERSION = "0.32."
@@ -131,6 +132,7 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
         stream_interval=ONLY_FIRST_AND_LAST,
         generation_config="vllm",
         disable_log_stats=True,
+        **adapter_arguments(config),
         **hardware,
     )
     return AsyncLLM.from_engine_args(arguments)

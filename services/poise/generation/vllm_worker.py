@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.platforms import current_platform
 
+from poise.generation.bodies import Body
 from poise.generation.tokens import Tokenizer
+from poise.generation.torch_receiver import GroupReceiver
+from poise.generation.vllm_adapter import add_empty_adapter
 from poise.generation.vllm_orphans import end_with_server
 from poise.generation.vllm_recorder import Record, Recorder
 from poise.generation.vllm_think import think_close_table
 from poise.generation.vllm_transfer import register_backend
+from poise.runtime.collective import Rendezvous, backend_of
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -40,6 +45,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._recorder: Recorder | None = None
         self._hooked: torch.Tensor | None = None
+        self._receiver: GroupReceiver | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """See vLLM."""
@@ -70,6 +76,32 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         for rollout_id in dropped:
             self._recorder.drop(rollout_id)
         return [self._recorder.collect(*rollout) for rollout in wanted]
+
+    def poise_add_empty_adapter(self) -> None:
+        """Let rollouts name an adapter before one was pushed: those that run when it comes then go on with it."""
+        add_empty_adapter(self.model_runner.lora_manager)
+
+    def poise_group_backend(self) -> str:
+        """Return of which groups this worker can be a member."""
+        return backend_of(str(self.device))
+
+    def poise_receive(
+        self, backend: str, key: bytes, part_bytes: Sequence[int], header: bytes, path: str, timeout_s: float
+    ) -> None:
+        """Begin to receive the body of a push, on rank 0."""
+        if self.rank == 0:
+            body = Body(Rendezvous(backend, key), tuple(part_bytes), header, Path(path), timeout_s)
+            self._receiver = self._receiver or GroupReceiver(str(self.device))
+            self._receiver.start(body)
+
+    def poise_received(self) -> str | None:
+        """Return what went wrong; empty when all came; None while it comes."""
+        return "" if self._receiver is None else self._receiver.outcome()
+
+    def poise_abandon(self) -> None:
+        """Give up what is being received."""
+        if self._receiver is not None:
+            self._receiver.abandon()
 
     def poise_num_open(self) -> int:
         """Return how many rollouts hold memory in the recorder."""

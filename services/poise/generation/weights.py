@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,13 @@ from dataclasses import dataclass
 
 from poise.errors import InvalidRequest
 from poise.generation.policy import ServedPolicy
+from poise.runtime.collective import Rendezvous
+from poise_client import combine_digests
 from poise_client.codec import SAFETENSORS_DTYPES, max_block_bytes
+from poise_client.types import Adapter
 
 MAX_TENSORS = 65536
+MAX_GROUP_TIMEOUT_S = 3600
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
 
 
@@ -58,6 +61,12 @@ class Announcement:
     """Where the body lies, if not in chunks."""
     keep: bool = False
     """Whether the sender would like to send a delta next time."""
+    adapter: Adapter | None = None
+    """What the parameters are, if an adapter's rather than the model's."""
+    rendezvous: Rendezvous | None = None
+    """Where the group meets that the body comes through, if it does."""
+    timeout_s: float = 0.0
+    """How long that may take."""
 
     @property
     def total_bytes(self) -> int:
@@ -65,14 +74,19 @@ class Announcement:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Sizes of what travels: of each parameter, or of what tells its changes."""
+        return tuple(tensor.num_bytes if self.base is None else tensor.block_bytes for tensor in self.tensors)
+
+    @property
     def body_bytes(self) -> int:
         """Of what travels."""
-        return self.total_bytes if self.base is None else sum(tensor.block_bytes for tensor in self.tensors)
+        return sum(self.part_bytes)
 
 
-def policy_digest(tensors: Sequence[ExpectedTensor]) -> bytes:
-    """Return SHA-256 over the tensors' SHA-256 in order of name."""
-    return hashlib.sha256(b"".join(tensor.sha256 for tensor in sorted(tensors, key=lambda t: t.name))).digest()
+def policy_digest(tensors: Sequence[ExpectedTensor], adapter: Adapter | None = None) -> bytes:
+    """Return the digest that generation.proto tells of."""
+    return combine_digests({tensor.name: tensor.sha256 for tensor in tensors}, adapter)
 
 
 def check_announcement(announced: Announcement, max_bytes: int) -> None:
@@ -96,8 +110,17 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
     total = announced.total_bytes
     if total > max_bytes:
         raise InvalidRequest.field("begin.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}")
-    if announced.policy.digest != policy_digest(tensors):
+    if announced.policy.digest != policy_digest(tensors, announced.adapter):
         raise InvalidRequest.field("begin.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
+    if announced.rendezvous is not None:
+        if announced.file:
+            raise InvalidRequest.field("begin.file", "is set; the body comes through a group")
+        if not 0 < announced.timeout_s <= MAX_GROUP_TIMEOUT_S:
+            raise InvalidRequest.field(
+                "begin.group.timeout_s", f"is {announced.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}"
+            )
+    if announced.adapter is not None and announced.base is not None:
+        raise InvalidRequest.field("begin.base", "is set; adapters come whole")
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,7 +1,7 @@
 """LoRA through peft: the adapters inside a model, and the way back to plain parameters.
 
-The weights that replicas get are plain ones with the adapters merged: what samples is what is trained, whatever engine
-it is. Knows no processes.
+The weights that replicas get are plain ones with the adapters merged, whatever engine it is; or the adapters alone,
+for replicas that compute with them as they are. Knows no processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 
 from poise.learner.config import LoraSettings
+from poise.runtime.checkpoints import checkpoint_digest
+from poise_client.types import Adapter
 
 _ADAPTER = "default"
 _BASE = ".base_layer"
@@ -51,6 +53,20 @@ def merged(model: Any, whole: Callable[[torch.Tensor], torch.Tensor]) -> Iterato
             yield name.replace(_BASE, ""), tensor
 
 
+def name_in_files(name: str) -> str:
+    """Return what peft's files call a parameter of an adapter."""
+    return f"{_PREFIX}{name.replace(f'.{_ADAPTER}', '')}"
+
+
+def describe(settings: LoraSettings, model: str) -> Adapter:
+    """Return what adapters of a model are, for whom they are sent to. Reads the model's files.
+
+    Raises:
+        BackendDown: they cannot be read.
+    """
+    return Adapter(settings.rank, float(settings.alpha), checkpoint_digest(model))
+
+
 def save(tensors: Mapping[str, torch.Tensor], settings: LoraSettings, model: str, folder: str) -> None:
     """Write the adapters as peft reads them, into `<folder>/adapter`, on top of the model they belong to."""
     target = Path(folder) / "adapter"
@@ -59,7 +75,7 @@ def save(tensors: Mapping[str, torch.Tensor], settings: LoraSettings, model: str
     config.base_model_name_or_path = model
     config.inference_mode = True
     config.save_pretrained(str(target))
-    named = {f"{_PREFIX}{name.replace(f'.{_ADAPTER}', '')}": tensor.contiguous() for name, tensor in tensors.items()}
+    named = {name_in_files(name): tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(named, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

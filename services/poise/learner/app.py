@@ -120,5 +120,5 @@ def build(config: LearnerConfig) -> LearnerApp:
         tls = TlsOptions(root_certs_file=authorities, server_name=address.server_name) if authorities else None
         return AsyncGenerationClient(address.target, token=token, tls=tls, retries=retries, allow_insecure_token=True)
 
-    publisher = Publisher(Discovery(config.replicas), connect, make_transport(config.push), config.push)
+    publisher = Publisher(Discovery(config.replicas), connect, make_transport(config.push, config.device), config.push)
     return LearnerApp(config, LearnerCore(config), publisher)

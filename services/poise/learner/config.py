@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
@@ -95,9 +95,11 @@ def _default_shared_dir() -> Path:
 class PushConfig(StrictModel):
     """Publishing weights to the generation replicas."""
 
-    transport: Literal["grpc", "shared"] = "grpc"
+    transport: Literal["grpc", "shared", "lora", "nccl"] = "grpc"
     """How weights travel: `grpc` in chunks to anywhere; `shared` through a file, written once for all replicas of this
-    host, which must allow `shared_dir` in their `shared_dirs`."""
+    host, which must allow `shared_dir` in their `shared_dirs`; `lora` as `grpc`, but the adapters alone, to replicas
+    that set `lora` and started from the same `model`; `nccl` from GPU to GPU, to replicas that set `nccl`, and as
+    `grpc` to others and where that breaks. It needs vllm beside torch."""
     shared_dir: Path = Field(default_factory=_default_shared_dir)
     """Where `shared` writes: memory-backed is fastest. Holds two versions of the model while they change."""
     deltas: bool = True
@@ -145,8 +147,8 @@ class LearnerConfig(ServiceConfig):
     """Versions a rollout may be old; 0 is on-policy."""
     lora: LoraSettings | None = None
     """Train adapters instead of the whole model: a fraction of the memory for moments and checkpoints. Replicas get the
-    model with the adapters merged; an export holds that and, in `adapter`, the adapters alone. Takes learning rates ten
-    to a hundred times those of whole models."""
+    model with the adapters merged, or with `push.transport: lora` the adapters alone; an export holds the merged model
+    and, in `adapter`, the adapters. Takes learning rates ten to a hundred times those of whole models."""
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts an optimiser step trains on."""
     micro_batch_tokens: int = Field(4096, ge=1)
@@ -182,6 +184,12 @@ class LearnerConfig(ServiceConfig):
     the gradient is held in between."""
     push: PushConfig = PushConfig()
     """Publishing weights."""
+
+    @model_validator(mode="after")
+    def _adapters_can_travel(self) -> Self:
+        if self.push.transport == "lora" and self.lora is None:
+            raise ValueError("push.transport is `lora`, and there are no adapters: set `lora`, or take `grpc`")
+        return self
 
     @field_validator("replicas")
     @classmethod

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
 from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, StateError
@@ -33,7 +34,7 @@ from poise.learner.origin import misfit, origin_of
 from poise.learner.published import HashedWeights, Published
 from poise.learner.team import make_trainer
 from poise_client.codec import dump_batch
-from poise_client.types import Batch, ModelExport, RolloutId, StepMetrics
+from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class LearnerCore:
         self._answers: dict[tuple[str, str], Answer] = {}
         self._seen: set[bytes] = set()
         self._weights = HashedWeights({}, {}, b"")
+        self._adapter: Adapter | None = None
+        """What is published, where that is adapters alone."""
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
@@ -89,9 +92,11 @@ class LearnerCore:
         self._store.open()
         self._journal.open()
         self._trainer.load()
+        if self._config.lora is not None and self._config.push.transport == "lora":
+            self._adapter = adapters.describe(self._config.lora, self._config.model)
         lineage_id = self._store.lineage()
         self._take_weights()
-        self.progress = Progress(origin=origin_of(self._config, self._weights.digest))
+        self.progress = Progress(origin=origin_of(self._config, self._weights))
         if (checkpoint := self._store.load()) is not None:
             self._go_on_from(checkpoint)
         answered = dict(self._journal.answers())
@@ -302,7 +307,7 @@ class LearnerCore:
 
     def _take_weights(self) -> None:
         self._weights = HashedWeights({}, {}, b"")  # let go of the last ones first: these are as large as the model
-        self._weights = HashedWeights.of(self._trainer.weights())
+        self._weights = HashedWeights.of(self._trainer.weights(), self._adapter)
 
     def _publish(self, lineage_id: str) -> None:
         self.published = self._weights.as_version(lineage_id, self.progress.policy_version)

@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from poise.learner.config import LearnerConfig
+from poise.learner.published import HashedWeights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def origin_of(config: LearnerConfig, digest: bytes) -> dict[str, Any]:
-    """Return what a checkpoint is to remember; `digest` is of the weights before any training, in `config.dtype`."""
+def origin_of(config: LearnerConfig, weights: HashedWeights) -> dict[str, Any]:
+    """Return what a checkpoint is to remember; `weights` are those before any training, in `config.dtype`."""
     lora = None if config.lora is None else config.lora.model_dump(mode="json")
-    return {"model": config.model, "dtype": config.dtype, "digest": digest.hex(), "lora": lora}
+    about: dict[str, Any] = {"model": config.model, "lora": lora}
+    if weights.adapter is not None:  # these say nothing of the model
+        return about | {"digest_of": "files", "digest": weights.adapter.base_digest.hex()}
+    return about | {"digest_of": config.dtype, "digest": weights.digest.hex()}
 
 
 def misfit(then: Mapping[str, Any], now: Mapping[str, Any], shapes_then: Shapes, shapes_now: Shapes) -> str:
@@ -30,8 +34,8 @@ def misfit(then: Mapping[str, Any], now: Mapping[str, Any], shapes_then: Shapes,
     """
     if then and then["lora"] != now["lora"]:
         return f"it was made with lora: {then['lora']}, and lora is {now['lora']} now"
-    # In another dtype the same weights are rounded to others: nothing can be told then.
-    if then and then["dtype"] == now["dtype"] and then["digest"] != now["digest"]:
+    # In another dtype the same weights are rounded to others, and files hold any: nothing can be told then.
+    if then and then["digest_of"] == now["digest_of"] and then["digest"] != now["digest"]:
         return f"it was made from model {then['model']}, and model {now['model']} has other weights"
     if shapes_then.keys() != shapes_now.keys():
         name = min(shapes_then.keys() ^ shapes_now.keys())

@@ -75,13 +75,18 @@ class Policy:
                 yield name, parameter
 
     def weights(self) -> dict[str, WeightArray]:
-        """Return a copy of every parameter by its Hugging Face name, tied ones once, adapters merged.
+        """Return a copy of what replicas get, by the names it has in files; empty on all processes but the first.
 
-        Empty on all processes but the first.
+        Every parameter, tied ones once, adapters merged; or with `push.transport: lora` the adapters' alone.
         """
         dtype = getattr(torch, self._config.dtype)
         weights = {}
-        for name, tensor in adapters.merged(self.model, whole):
+        tensors: Iterator[tuple[str, torch.Tensor]]
+        if self._config.push.transport == "lora":
+            tensors = ((adapters.name_in_files(name), whole(parameter)) for name, parameter in self.trained())
+        else:
+            tensors = adapters.merged(self.model, whole)
+        for name, tensor in tensors:
             if self._world.rank == 0:
                 weights[name] = _to_array(tensor.to("cpu", dtype, copy=True))
         return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from poise_client import combine_digests, hash_weights
-from poise_client.types import WeightArray
+from poise_client.types import Adapter, WeightArray
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Published:
     weights: dict[str, WeightArray]
     sha256_by_name: dict[str, bytes]
     digest: bytes
+    adapter: Adapter | None = None
+    """What the weights are, if an adapter's rather than the model's."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,15 @@ class HashedWeights:
     weights: dict[str, WeightArray]
     sha256_by_name: dict[str, bytes]
     digest: bytes
+    adapter: Adapter | None = None
+    """As in `Published`."""
 
     @staticmethod
-    def of(weights: dict[str, WeightArray]) -> HashedWeights:
+    def of(weights: dict[str, WeightArray], adapter: Adapter | None) -> HashedWeights:
         """Hash them."""
         hashes = hash_weights(weights)
-        return HashedWeights(weights, hashes, combine_digests(hashes))
+        return HashedWeights(weights, hashes, combine_digests(hashes, adapter), adapter)
 
     def as_version(self, lineage_id: str, policy_version: int) -> Published:
         """Return them under their number."""
-        return Published(lineage_id, policy_version, self.weights, self.sha256_by_name, self.digest)
+        return Published(lineage_id, policy_version, self.weights, self.sha256_by_name, self.digest, self.adapter)

@@ -70,16 +70,17 @@ class Process:
 
 
 @contextmanager
-def run(folder: Path, *command: str) -> Iterator[Process]:
+def run(folder: Path, *command: str, port: int = 0) -> Iterator[Process]:
     folder.mkdir()
     log_file, address_file = folder / "log", folder / "addresses.json"
-    settings = ("grpc.port=0", "admin.port=0", f"staging_dir={folder.parent / 'staging'}", "engine=torch")
+    settings = (f"grpc.port={port}", "admin.port=0", f"staging_dir={folder.parent / 'staging'}", "engine=torch")
     options = [option for setting in settings for option in ("--set", setting)]
+    path = (str(ROOT), *filter(None, (os.environ.get("PYTHONPATH"),)))
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [*command, *options],
             cwd=ROOT,
-            env=os.environ | {"POISE_ADDRESS_FILE": str(address_file), "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"POISE_ADDRESS_FILE": str(address_file), "PYTHONPATH": os.pathsep.join(path)},
             stdout=log,
             stderr=log,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from tests.pushes import push_messages
+from tests.pushes import push_messages, weight_arrays
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
@@ -19,6 +19,7 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
+from poise_client import WeightPush
 from poise_client.codec import decode_encoded_prompt, decode_group, decode_policy
 from poise_client.types import EncodedPrompt, Group, Policy
 from poise_proto.v1 import generation_pb2 as pb
@@ -434,6 +435,14 @@ async def test_broken_push_changes_nothing_and_leaves_nothing(
     groups = await service.stream(request_of())
     assert {span.policy_version for g in groups for r in g.rollouts for span in r.version_spans} == {5}
     assert (await service.push(push_messages(weights(1.0), 9))).policy_version == 9
+
+
+async def test_a_body_through_a_group_is_refused_where_none_is_taken(service: Service) -> None:
+    push = WeightPush.prepare("lineage", 1, weight_arrays(weights())).through_group("gloo", b"host:1", 10.0)
+    with pytest.raises(InvalidRequest, match="set `nccl`"):
+        await service.push(push.messages())
+    assert (await service.policy()).group_backend == ""
+    assert service.staged() == []
 
 
 async def test_silent_push_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
-from poise.generation import staging as module
+from poise.generation import staged as module
 from poise.generation.policy import ServedPolicy
-from poise.generation.staging import StagedWeights, Staging
+from poise.generation.staged import StagedWeights
+from poise.generation.staging import Staging
 from poise.generation.weights import Announcement, ExpectedTensor, policy_digest
 from poise_client.codec import make_delta, safetensors_header
 

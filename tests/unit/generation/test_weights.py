@@ -11,6 +11,7 @@ import pytest
 from poise.errors import InvalidRequest
 from poise.generation.policy import ServedPolicy
 from poise.generation.weights import Announcement, ExpectedTensor, check_announcement, check_weights, policy_digest
+from poise.runtime.collective import Rendezvous
 
 ARRAYS = {
     "model.b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -52,6 +53,25 @@ def announcement(tensors: list[ExpectedTensor], **more: object) -> Announcement:
 def test_impossible_announcement_is_refused_by_field(tensors: list[ExpectedTensor], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_announcement(announcement(tensors), max_bytes=10_000)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+GROUP = {"rendezvous": Rendezvous("gloo", b"host:1"), "timeout_s": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"file": "/a"}, "begin.file"),
+        ({"timeout_s": 0.0}, "begin.group.timeout_s"),
+        ({"timeout_s": 3601.0}, "begin.group.timeout_s"),
+        ({"timeout_s": float("nan")}, "begin.group.timeout_s"),
+    ],
+)
+def test_impossible_group_is_refused_by_field(changes: dict[str, object], field: str) -> None:
+    check_announcement(announcement(TENSORS, **GROUP), max_bytes=10_000)
+    with pytest.raises(InvalidRequest) as caught:
+        check_announcement(announcement(TENSORS, **GROUP | changes), max_bytes=10_000)
     assert [violation.field for violation in caught.value.violations] == [field]
 
 

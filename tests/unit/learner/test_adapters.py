@@ -85,6 +85,22 @@ def test_an_export_holds_the_merged_model_and_what_peft_makes_the_same_model_of(
     torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_sent_alone_is_what_an_export_holds(config, tmp_path: Path):
+    sender = loaded(config(lora={"rank": 4, "alpha": 8}, push={"transport": "lora"}))
+    sender.train(make_batch(0).rollouts, 1.0)
+    sender.save_model(str(tmp_path / "exported"))
+    stored = load_file(tmp_path / "exported" / "adapter" / "adapter_model.safetensors")
+    sent = weights(sender)
+    assert sent.keys() == stored.keys()
+    for name, values in sent.items():
+        np.testing.assert_array_equal(stored[name].numpy(), values)
+
+
+def test_adapters_are_not_sent_where_there_are_none(config):
+    with pytest.raises(ValueError, match="there are no adapters"):
+        config(push={"transport": "lora"})
+
+
 def test_a_step_is_peft_and_torch_s_own(config):
     """Oracle: peft's wrapped model, its own forward pass, AdamW on the adapters."""
     settings = config(lora={"rank": 4, "alpha": 8}, mini_batch_prompts=8)

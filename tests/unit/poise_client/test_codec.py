@@ -122,6 +122,7 @@ probes = st.builds(
 )
 
 PAIRS = {
+    "adapter": (st.builds(types.Adapter, uint32s, doubles, digests), generation_pb2.WeightsAdapter),
     "rollout_id": (rollout_ids, common_pb2.RolloutId),
     "version_span": (spans, common_pb2.VersionSpan),
     "features": (features, common_pb2.RolloutFeatures),

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from poise.learner.publishing.transports import Transport
 from poise_client import WeightPush
-from poise_client.types import Policy, WeightArray
+from poise_client.types import Adapter, Policy, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,12 @@ class Version(Protocol):
 
     @property
     def weights(self) -> Mapping[str, WeightArray]:
-        """Every parameter by its Hugging Face name. Never changed."""
+        """Every parameter by the name it has in files. Never changed."""
+        ...
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the weights are, if an adapter's rather than the model's."""
         ...
 
     @property
@@ -56,11 +61,11 @@ class Offer:
     def __init__(self, version: Version, before: Offer | None, transport: Transport, *, deltas: bool) -> None:
         self.version = version
         self._transport = transport
-        self._deltas = deltas
+        self._deltas = deltas and version.adapter is None  # adapters are small, and travel whole
         self._bare: asyncio.Future[WeightPush] = _on_thread(self._prepare)
         self._placed: dict[str, asyncio.Future[WeightPush]] = {}
         self._delta: asyncio.Task[WeightPush | None] | None = None
-        if deltas and before is not None:
+        if self._deltas and before is not None:
             self._delta = asyncio.create_task(self._compare(before._bare), name="delta")
 
     def is_served_by(self, policy: Policy) -> bool:
@@ -106,6 +111,7 @@ class Offer:
             sha256_by_name=version.sha256_by_name,
             # In float32 nearly all elements change with every step: no delta, and nothing to keep for one.
             keep=self._deltas and any(weight.array.itemsize == 2 for weight in version.weights.values()),
+            adapter=version.adapter,
         )
 
     async def _compare(self, base: asyncio.Future[WeightPush]) -> WeightPush | None:

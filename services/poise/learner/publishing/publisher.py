@@ -121,7 +121,7 @@ class Publisher:
             client = self._client_of(address)
             if client is None:
                 continue
-            replica = self._replicas[address.target] = Replica(client, self._config)
+            replica = self._replicas[address.target] = Replica(client, self._config, self._transport.group_sender())
             if self._offer is not None:
                 replica.want(self._offer)
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")

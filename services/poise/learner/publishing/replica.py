@@ -14,16 +14,18 @@ import time
 
 from poise.errors import PoiseError
 from poise.learner.config import PushConfig
+from poise.learner.publishing.groups import GroupSender
 from poise.learner.publishing.offer import Offer
 from poise_client import AsyncGenerationClient, WeightPush
 from poise_client.errors import (
+    ConflictError,
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     PoiseClientError,
     VersionMismatchError,
 )
-from poise_client.types import Policy, ReplicaResult
+from poise_client.types import Policy, ReplicaResult, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +34,24 @@ _ASK_TIMEOUT_S = 5.0
 _MOST_PATIENCE = 8
 """Times `timeout_s` that a push may take in the end, to a replica that is behind anyway."""
 
+_GROUP_SHARE = 0.5
+"""Of a push's time, for its way from device to device: what is left is for another try over gRPC."""
+
+_MAX_BROKEN = 2
+"""Pushes from device to device that may break in a row; after them a replica gets all over gRPC."""
+
 
 class Replica:
     """One replica."""
 
-    def __init__(self, client: AsyncGenerationClient, config: PushConfig) -> None:
+    def __init__(self, client: AsyncGenerationClient, config: PushConfig, sender: GroupSender | None = None) -> None:
         self._client = client
         self._config = config
+        self._sender = sender
+        self._num_broken_in_a_row = 0
+        """Pushes through the sender's group."""
+        self._said_unreached = ""
+        """Instance of the replica of which it was said that the sender's group cannot reach it."""
         self._wanted: Offer | None = None
         self._refuses_delta_of: Offer | None = None
         self._wake = asyncio.Event()
@@ -96,6 +109,8 @@ class Replica:
             self._gone = True
             self._settled.notify_all()
         await self._client.close()
+        if self._sender is not None:
+            await self._sender.close()
 
     async def _reconcile(self, wanted: Offer) -> ReplicaResult:
         before = self.result
@@ -125,19 +140,22 @@ class Replica:
         delta = None if self._refuses_delta_of is wanted else await wanted.delta_for(policy)
         if delta is not None:
             try:
-                return await self._send(delta, wanted, before, started)
+                return await self._send(delta, wanted, policy, before, started)
             except (VersionMismatchError, InvalidRequestError, InternalError) as error:
                 logger.info("replica %s takes no delta: %s", before.address, error)
                 self._refuses_delta_of = wanted
         try:
-            return await self._send(await wanted.whole(), wanted, before, started)
+            return await self._send(await wanted.whole(), wanted, policy, before, started)
         except DeadlineExceededError:
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
             raise
 
-    async def _send(self, push: WeightPush, wanted: Offer, before: ReplicaResult, started: float) -> ReplicaResult:
-        left_s = self._config.timeout_s * self._patience - (time.monotonic() - started)
-        update = await self._client.push_weights(push, timeout_s=max(left_s, 0.001))
+    async def _send(
+        self, push: WeightPush, wanted: Offer, policy: Policy, before: ReplicaResult, started: float
+    ) -> ReplicaResult:
+        update = await self._send_through_group(push, policy, self._left_s(started) * _GROUP_SHARE)
+        if update is None:
+            update = await self._client.push_weights(push, timeout_s=self._left_s(started))
         return dataclasses.replace(
             before,
             policy_version=update.policy_version,
@@ -148,6 +166,35 @@ class Replica:
             pause_s=update.pause_s,
             sent_bytes=0 if push.begin.file else push.body_bytes,
         )
+
+    def _left_s(self, started: float) -> float:
+        return max(0.001, self._config.timeout_s * self._patience - (time.monotonic() - started))
+
+    async def _send_through_group(self, push: WeightPush, policy: Policy, timeout_s: float) -> WeightUpdate | None:
+        """Push from device to device; None where that cannot be done, and the push is to go over gRPC."""
+        sender, address = self._sender, self.result.address
+        if sender is None or self._num_broken_in_a_row >= _MAX_BROKEN:
+            return None
+        if not sender.reaches(policy):
+            if self._said_unreached != policy.instance_id:
+                self._said_unreached = policy.instance_id
+                logger.warning("replica %s gets all over gRPC: it takes nothing device to device; set `nccl`", address)
+            return None
+        try:
+            update = await sender.send(push, self._client, policy, timeout_s)
+        except (ConflictError, VersionMismatchError):
+            raise  # over gRPC it would be no other
+        except Exception as error:
+            self._num_broken_in_a_row += 1
+            logger.error(
+                "replica %s: a push from device to device broke, and goes over gRPC%s: %s",
+                address,
+                ", as all to come" if self._num_broken_in_a_row == _MAX_BROKEN else "",
+                str(error) or type(error).__name__,
+            )
+            return None
+        self._num_broken_in_a_row = 0
+        return update
 
     def _say_changes(self, result: ReplicaResult) -> None:
         if result.error and result.error != self.result.error:

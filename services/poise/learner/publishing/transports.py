@@ -1,4 +1,7 @@
-"""How the bytes of a push get to a replica: over gRPC, or through a file of one host. Knows no replicas."""
+"""How the bytes of a push get to a replica: over gRPC, through a file of one host, or between GPUs.
+
+Knows no replicas.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Protocol
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
+from poise.learner.publishing.groups import GroupSender
 from poise.runtime.scratch import ScratchFolder
 from poise_client import WeightPush
 
@@ -25,6 +29,10 @@ class Transport(Protocol):
         """Forget what `place` gave: no replica will be told of it again."""
         ...
 
+    def group_sender(self) -> GroupSender | None:
+        """Return what sends bodies to one replica beside gRPC; None where they go as `place` says."""
+        ...
+
     def close(self) -> None:
         """Leave nothing behind."""
         ...
@@ -40,8 +48,23 @@ class GrpcTransport:
     def remove(self, push: WeightPush) -> None:
         """See `Transport`."""
 
+    def group_sender(self) -> GroupSender | None:
+        """See `Transport`."""
+        return None
+
     def close(self) -> None:
         """See `Transport`."""
+
+
+class NcclTransport(GrpcTransport):
+    """The body goes from this process's device to the replica's; over gRPC to replicas that take none so."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def group_sender(self) -> GroupSender | None:
+        """See `Transport`."""
+        return GroupSender(self._device)
 
 
 class SharedTransport:
@@ -74,14 +97,24 @@ class SharedTransport:
         """See `Transport`."""
         Path(push.begin.file).unlink(missing_ok=True)
 
+    def group_sender(self) -> GroupSender | None:
+        """See `Transport`."""
+        return None
+
     def close(self) -> None:
         """See `Transport`."""
         self._folder.close()
 
 
-def make_transport(config: PushConfig) -> Transport:
-    """Return the transport that is configured."""
-    return SharedTransport(config.shared_dir) if config.transport == "shared" else GrpcTransport()
+def make_transport(config: PushConfig, device: str = "cpu") -> Transport:
+    """Return the transport that is configured, for a learner on a torch device."""
+    match config.transport:
+        case "shared":
+            return SharedTransport(config.shared_dir)
+        case "nccl":
+            return NcclTransport(device)
+        case "grpc" | "lora":
+            return GrpcTransport()
 
 
 def _write(path: Path, push: WeightPush) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -11,7 +12,7 @@ from poise.learner.published import Published
 from poise.learner.publishing.offer import Offer
 from poise.learner.publishing.transports import GrpcTransport, SharedTransport
 from poise_client import combine_digests, hash_weights
-from poise_client.types import Policy, WeightArray
+from poise_client.types import Adapter, Policy, WeightArray
 
 
 def published(number: int, dtype: str = "bfloat16") -> Published:
@@ -43,6 +44,16 @@ async def test_a_delta_is_for_who_keeps_the_version_before():
     for other in (serving(first, keeps_base=False), serving(published(0)), serving(second)):
         assert await offer.delta_for(other) is None
     assert not (await offer.whole()).is_delta
+
+
+async def test_adapters_say_what_they_are_and_travel_whole():
+    adapter = Adapter(4, 8.0, b"b" * 32)
+    versions = [dataclasses.replace(published(number), adapter=adapter) for number in (1, 2)]
+    offer = offered(versions[1], offered(versions[0]))
+    assert await offer.delta_for(serving(versions[0])) is None
+    begin = (await offer.whole()).begin
+    assert (begin.adapter.rank, begin.adapter.alpha, begin.adapter.base_digest) == (4, 8.0, b"b" * 32)
+    assert not begin.keep
 
 
 async def test_the_first_offer_has_no_delta_and_asks_for_keeping_its_weights():

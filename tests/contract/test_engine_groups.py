@@ -1,0 +1,171 @@
+"""One suite for every engine that receives through a group of two processes: gloo moves the bytes, as on any CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+from safetensors.torch import load_file
+from tests.contract.test_engines import DEADLINE_S, MAX_MODEL_LEN, Reference, sample
+from tests.models import make_tiny_llama
+
+from poise.errors import BackendDown
+from poise.generation.bodies import Body
+from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
+from poise.generation.engine import Engine
+from poise.runtime.collective import Group, Rendezvous, invite
+from poise_client.codec import safetensors_header
+from poise_client.types import Sampling
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(make_tiny_llama(tmp_path_factory.mktemp("tiny"), max_position_embeddings=MAX_MODEL_LEN))
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
+async def engine(request: pytest.FixtureRequest, reference: Reference) -> AsyncIterator[Engine]:
+    config = GenerationConfig(
+        model=str(reference.folder),
+        max_num_seqs=4,
+        nccl=True,
+        vllm=VllmConfig(kv_cache_gib=0.01, threads=1),
+        torch=TorchConfig(threads=1),
+    )
+    if request.param == "torch":
+        from poise.generation.torch_engine import TorchEngine
+
+        engine: Engine = TorchEngine(config)
+    else:
+        from poise.generation.vllm_engine import VllmEngine
+
+        engine = VllmEngine(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of vLLM's imports
+        await engine.start()
+    yield engine
+    await engine.stop()
+
+
+class Sender:
+    """The other member of the group."""
+
+    def __init__(self) -> None:
+        self.rendezvous, self._meet = invite("cpu", DEADLINE_S)
+        self._group: Group | None = None
+
+    async def send(self, tensors: list[torch.Tensor]) -> None:
+        """On a thread that nobody waits for: the other member may never come."""
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            self._send(tensors)
+            loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=run, daemon=True).start()
+        await done.wait()
+
+    def _send(self, tensors: list[torch.Tensor]) -> None:
+        self._group = self._group or self._meet()
+        for tensor in tensors:
+            self._group.broadcast(tensor.contiguous().view(-1).view(torch.uint8))
+
+    def leave(self) -> None:
+        assert self._group is not None
+        self._group.abort()
+
+
+def body_of(weights: Path, rendezvous: Rendezvous, path: Path, timeout_s: float = DEADLINE_S) -> Body:
+    tensors = load_file(weights)
+    header = safetensors_header((name, "float32", tuple(tensor.shape)) for name, tensor in tensors.items())
+    return Body(rendezvous, tuple(tensor.nbytes for tensor in tensors.values()), header, path, timeout_s)
+
+
+async def test_what_comes_through_a_group_is_served_exactly(
+    engine: Engine, reference: Reference, tmp_path: Path
+) -> None:
+    assert engine.group_backend == "gloo"
+    sender = Sender()
+    running = asyncio.create_task(sample(engine, [65, 66], Sampling(max_tokens=300, seed=1)))
+    for version in (1, 2, 3):  # through one group
+        weights = reference.write_weights(tmp_path / f"{version}.safetensors", seed=version)
+        path = tmp_path / "body"
+        await asyncio.gather(
+            engine.receive(body_of(weights, sender.rendezvous, path)),
+            sender.send(list(load_file(weights).values())),
+        )
+        received, sent = load_file(path), load_file(weights)
+        assert received.keys() == sent.keys()
+        assert all(torch.equal(received[name], tensor) for name, tensor in sent.items())
+        await engine.update_weights(path, version)
+        reference.use(weights)
+        sampling = Sampling(max_tokens=20, seed=0)
+        rollout = await sample(engine, [65, 66, 67], sampling)
+        assert [span.policy_version for span in rollout.version_spans] == [version]
+        reference.check([65, 66, 67], sampling, rollout, engine.info.feature_layer)
+    await running
+
+
+async def test_a_sender_that_leaves_midway_is_reported_and_another_is_met(
+    engine: Engine, reference: Reference, tmp_path: Path
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=4)
+    tensors = list(load_file(weights).values())
+    sender = Sender()
+    receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body")))
+    await sender.send(tensors[:3])
+    sender.leave()
+    with pytest.raises(BackendDown, match="did not come through its group"):
+        await receiving
+    assert engine.is_alive()
+    another = Sender()
+    await asyncio.gather(
+        engine.receive(body_of(weights, another.rendezvous, tmp_path / "body")),
+        another.send(tensors),
+    )
+    assert load_file(tmp_path / "body").keys() == load_file(weights).keys()
+
+
+@pytest.mark.parametrize("ends", ["its time is over", "it is cancelled"])
+async def test_a_body_that_does_not_go_on_is_given_up(
+    engine: Engine, reference: Reference, tmp_path: Path, ends: str
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=5)
+    tensors = list(load_file(weights).values())
+    sender = Sender()
+    timeout_s = 2.0 if ends == "its time is over" else DEADLINE_S
+    receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body", timeout_s)))
+    await sender.send(tensors[:3])
+    if ends == "it is cancelled":
+        receiving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await receiving
+        sender.leave()  # as a sender does whose push was given up
+    else:
+        with pytest.raises(BackendDown):
+            await receiving
+    deadline = time.monotonic() + DEADLINE_S
+    while True:  # until the thread has noticed
+        another = Sender()
+        sending = asyncio.create_task(another.send(tensors))
+        try:
+            await engine.receive(body_of(weights, another.rendezvous, tmp_path / "body"))
+        except BackendDown:
+            assert time.monotonic() < deadline
+            sending.cancel()
+            await asyncio.sleep(0.1)
+        else:
+            await sending
+            return

@@ -1,0 +1,256 @@
+"""Bodies of pushes through groups of two processes: replicas are processes of their own; gloo moves the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.integration.generation.test_process import Process, run
+from tests.integration.learner.live_replicas import LiveReplica, published_versions
+from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S
+
+from poise.learner.config import PushConfig
+from poise.learner.core import Published
+from poise.learner.publishing import groups
+from poise.learner.publishing.publisher import Publisher
+from poise.learner.publishing.transports import make_transport
+from poise.runtime.discovery import Discovery
+from poise_client import AsyncGenerationClient, GenerationClient, WeightPush
+from poise_client.types import Policy
+
+NUM_VERSIONS = 6
+
+
+class Client(AsyncGenerationClient):
+    """Notes how each push travelled."""
+
+    ways: list[str]
+
+    async def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> Any:
+        way = "group" if push.begin.HasField("group") else "grpc"
+        self.ways.append(f"{way} delta" if push.is_delta else way)
+        return await super().push_weights(push, timeout_s=timeout_s)
+
+
+@pytest.fixture
+def versions(model: Path, request: pytest.FixtureRequest) -> list[Published]:
+    """Of a lineage of the test's own, for which replicas start over."""
+    lineage_id = hashlib.sha256(request.node.name.encode()).hexdigest()
+    return [dataclasses.replace(version, lineage_id=lineage_id) for version in published_versions(model, NUM_VERSIONS)]
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture(scope="module")
+def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts replicas."""
+    folder = tmp_path_factory.mktemp("replicas")
+    numbers = itertools.count()
+    settings = (f"model={model}", "dtype=float32", "nccl=true")
+    command = (sys.executable, "-m", "poise.generation", *(part for one in settings for part in ("--set", one)))
+    with ExitStack() as running:
+
+        def start(port: int = 0) -> Process:
+            return running.enter_context(run(folder / str(next(numbers)), *command, port=port))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def replicas(start: Start) -> tuple[Process, Process]:
+    """Two that outlive the tests."""
+    both = start(), start()
+    for replica in both:
+        replica.wait_until_ready()
+    return both
+
+
+@pytest.fixture
+def replica(replicas: tuple[Process, Process]) -> Process:
+    return replicas[0]
+
+
+@pytest.fixture
+async def publish() -> AsyncIterator[Callable[..., Any]]:
+    """Starts publishers; gives each with the list of the ways that its pushes travelled."""
+    started: list[Publisher] = []
+
+    def start(*replicas: Process | str, **settings: Any) -> tuple[Publisher, list[str]]:
+        values = {"transport": "nccl", "timeout_s": TIMEOUT_S, "reconcile_every_s": 0.05} | settings
+        config, ways = PushConfig(**values), []
+
+        def connect(address: Any) -> Client:
+            client = Client(address.target, retries=NO_RETRIES)
+            client.ways = ways
+            return client
+
+        targets = [one if isinstance(one, str) else one.addresses()["grpc"] for one in replicas]
+        started.append(Publisher(Discovery(targets), connect, make_transport(config), config))
+        started[-1].start()
+        return started[-1], ways
+
+    yield start
+    for publisher in started:
+        await publisher.stop()
+
+
+def served(replica: Process) -> Policy:
+    with GenerationClient(replica.addresses()["grpc"], retries=NO_RETRIES, timeout_s=TIMEOUT_S) as client:
+        return client.get_policy()
+
+
+async def until_served(replica: Process, version: Published) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await asyncio.to_thread(served, replica)).digest != version.digest:
+            await asyncio.sleep(0.05)
+
+
+class Middle:
+    """Stops senders in the midst of a body, until told to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        pieces = groups._pieces
+
+        def held(push: WeightPush) -> Iterator[torch.Tensor]:
+            for index, piece in enumerate(pieces(push)):
+                if index == 3:
+                    self.reached.set()
+                    self.go_on.wait()
+                yield piece
+
+        monkeypatch.setattr(groups, "_pieces", held)
+
+
+@pytest.fixture
+def middle(monkeypatch: pytest.MonkeyPatch) -> Iterator[Middle]:
+    middle = Middle(monkeypatch)
+    yield middle
+    middle.go_on.set()
+
+
+async def test_versions_and_what_changed_between_them_come_through_one_group(replicas, publish, versions, caplog):
+    publisher, ways = publish(*replicas)
+    for version in versions[:4]:
+        await publisher.publish(version)
+        assert [(r.policy_version, r.current, r.error) for r in publisher.results] == [
+            (version.policy_version, True, "")
+        ] * 2
+        for one in replicas:
+            assert served(one).digest == version.digest
+    assert ways == ["group"] * 2 + ["group delta"] * 6
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_whole_versions_come_through_it_one_after_another(replica, publish, versions):
+    publisher, ways = publish(replica, deltas=False)
+    for version in versions[:3]:
+        await publisher.publish(version)
+        assert served(replica).digest == version.digest
+    assert ways == ["group"] * 3
+
+
+async def test_a_replica_that_takes_none_gets_all_over_grpc_and_it_is_said(model, tmp_path, publish, versions, caplog):
+    replica = await LiveReplica(model, tmp_path).start()
+    try:
+        publisher, ways = publish(replica.address)
+        for version in versions[:2]:
+            await publisher.publish(version)
+            assert publisher.results[0].current
+    finally:
+        await replica.stop()
+    assert ways == ["grpc", "grpc delta"]
+    assert len([record for record in caplog.records if "set `nccl`" in record.message]) == 1
+
+
+async def test_damage_is_refused_and_the_version_comes_over_grpc(replica, publish, versions, monkeypatch, caplog):
+    publisher, ways = publish(replica, deltas=False)
+    await publisher.publish(versions[0])
+    pieces = groups._pieces
+
+    def damaged(push: WeightPush) -> Iterator[torch.Tensor]:
+        for index, piece in enumerate(pieces(push)):
+            yield piece ^ (index == 2)
+
+    monkeypatch.setattr(groups, "_pieces", damaged)
+    for version in versions[1:4]:
+        await publisher.publish(version)
+        await until_served(replica, version)
+    assert ways[:3] == ["group", "group", "grpc"]
+    assert ways.count("group") == 3  # after two that broke, no other is tried
+    broken = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(broken) == 2
+    assert "sha256" in broken[0]
+    assert "as all to come" in broken[1]
+
+
+async def test_a_sender_that_goes_midway_leaves_the_version_before_serving(replica, publish, versions, middle):
+    publisher, _ = publish(replica)
+    middle.go_on.set()
+    await publisher.publish(versions[0])
+    middle.go_on.clear()
+    middle.reached.clear()
+    publishing = asyncio.create_task(publisher.publish(versions[1]))
+    await asyncio.to_thread(middle.reached.wait)
+    publishing.cancel()
+    await publisher.stop()
+    assert served(replica).digest == versions[0].digest
+    middle.go_on.set()
+    successor, _ = publish(replica)
+    await successor.publish(versions[2])
+    await until_served(replica, versions[2])
+    assert not list((replica.log_file.parents[1] / "staging").rglob("landing-*"))
+
+
+async def test_a_replica_that_hangs_midway_costs_no_more_than_its_time(replicas, publish, versions, middle):
+    hanging, other = replicas
+    publisher, ways = publish(hanging, timeout_s=2.0)
+    publishing = asyncio.create_task(publisher.publish(versions[0]))
+    await asyncio.to_thread(middle.reached.wait)
+    os.kill(hanging.process.pid, signal.SIGSTOP)
+    middle.go_on.set()
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await publishing
+        assert not publisher.results[0].current
+        assert served(other).ready
+    finally:
+        os.kill(hanging.process.pid, signal.SIGCONT)
+    await until_served(hanging, versions[0])
+    assert {"group", "grpc"} <= set(ways)
+
+
+async def test_a_replica_that_dies_midway_is_noticed_and_met_anew_when_it_is_back(start, publish, versions, middle):
+    doomed = start()
+    doomed.wait_until_ready()
+    publisher, ways = publish(doomed)
+    publishing = asyncio.create_task(publisher.publish(versions[0]))
+    await asyncio.to_thread(middle.reached.wait)
+    port = int(doomed.addresses()["grpc"].rpartition(":")[2])
+    doomed.process.kill()
+    doomed.process.wait()
+    middle.go_on.set()
+    async with asyncio.timeout(TIMEOUT_S / 2):  # rather than waited for
+        await publishing
+    assert not publisher.results[0].current
+    again = start(port)
+    again.wait_until_ready()
+    await until_served(again, versions[0])
+    await publisher.publish(versions[1])
+    assert publisher.results[0].current
+    assert ways[0] == "group"
+    assert ways[-1] == "group delta"
