@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
 from poise.generation import staged as module
+from poise.generation import staging as staging_module
 from poise.generation.policy import ServedPolicy
 from poise.generation.staged import StagedWeights
 from poise.generation.staging import Staging
@@ -177,8 +178,8 @@ def _across_disks(*_: object) -> None:
 
 def test_push_moves_to_the_folder_that_has_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, temporary = tmp_path / "memory", tmp_path / "temporary"
-    monkeypatch.setattr(module, "staging_folders", lambda _: [memory, temporary])
-    monkeypatch.setattr(module, "choose_folder", lambda folders, num_bytes: folders[num_bytes > len(DATA)])
+    monkeypatch.setattr(staging_module, "staging_folders", lambda _: [memory, temporary])
+    monkeypatch.setattr(staging_module, "choose_folder", lambda folders, num_bytes: folders[num_bytes > len(DATA)])
     for folder in (memory, temporary):
         folder.mkdir()
         (folder / "poise-weights-left").mkdir()
