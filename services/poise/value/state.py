@@ -22,12 +22,15 @@ from typing import IO, Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from poise.runtime.files import commit_file, write_file
+from poise.runtime.files import commit_file, save_tensors, write_file
 from poise.value.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 2
+
+_HALF_WRITTEN = ".tmp" + 6 * "[A-Za-z0-9]"
+"""Where safetensors writes before it renames: left behind by a process that was killed meanwhile."""
 
 
 class StateError(OSError):
@@ -103,7 +106,7 @@ class StateStore:
         document, arrays = snapshot.encode()
 
         temporary = tensors.with_suffix(".tmp")
-        safetensors.numpy.save_file(arrays, temporary)
+        save_tensors(temporary, arrays)
         document["tensors_sha256"] = _file_sha256(temporary)
         commit_file(temporary, tensors)
 
@@ -161,9 +164,10 @@ class StateStore:
 
     def _drop_others(self) -> None:
         kept = {path for sequence in self._good for path in self._files(sequence)}
-        for path in self._folder.glob("state-*"):
-            if path not in kept:
-                path.unlink(missing_ok=True)
+        for pattern in ("state-*", _HALF_WRITTEN):
+            for path in self._folder.glob(pattern):
+                if path not in kept:
+                    path.unlink(missing_ok=True)
 
 
 def _sha256(text: str) -> str:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 import pytest
+import safetensors.numpy
+from safetensors import SafetensorError
 from tests.unit.value.parts import TIMEOUT_S, MeanFitter, Parts, until
 
 import poise.value.refitter
@@ -182,6 +184,27 @@ async def test_a_probe_that_cannot_be_made_durable_does_not_answer_and_comes_onc
         learn(parts, make, 0, 1)
         await parts.refit_until(lambda: version(parts) == 1)
         assert next(refusals, None) is None
+        assert parts.keeper.problem == ""
+
+
+async def test_a_disk_that_is_full_is_told_and_is_no_failed_fit(start, make, monkeypatch) -> None:
+    monkeypatch.setattr(poise.value.refitter, "_RETRY_S", 0.005)
+    with start().alive() as parts:
+        write, refusals = safetensors.numpy.save_file, iter(range(3))
+
+        def full(*arguments):
+            if next(refusals, None) is not None:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            write(*arguments)
+
+        monkeypatch.setattr(safetensors.numpy, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            learn(parts, make, 0, 1)
+            await parts.keeper.keep()
+        assert "No space left" in parts.keeper.problem
+        await parts.refit_until(lambda: version(parts) == 1)
+        assert next(refusals, None) is None
+        assert parts.metrics.fit_failures.labels("default")._value.get() == 0
         assert parts.keeper.problem == ""
 
 

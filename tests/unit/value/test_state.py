@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -266,3 +269,36 @@ def test_a_failed_save_leaves_the_state_and_the_next_one_succeeds(folder, number
     assert store.save(numbered(3)).exists()
     store.close()
     assert reopened(folder) == 3
+
+
+@contextmanager
+def no_room_for(num_bytes: int) -> Iterator[None]:
+    """What the system refuses to write beyond so many bytes of a file: as real a refusal as a full disk's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensors_without_room_are_an_error_of_the_system_and_the_next_save_succeeds(folder, numbered) -> None:
+    store, _ = opened(folder)
+    store.save(numbered(1))
+    with no_room_for(100), pytest.raises(OSError, match="File too large") as caught:
+        store.save(numbered(2))
+    assert caught.value.errno == errno.EFBIG
+    assert store.save(numbered(3)).exists()
+    store.close()
+    assert reopened(folder) == 3
+
+
+def test_what_safetensors_left_half_written_when_it_was_killed_is_swept_away_and_nothing_else(folder, numbered) -> None:
+    saved(folder, numbered(1))
+    (folder / ".tmpQvDMfi").write_bytes(b"half")
+    others = (".tmp", ".tmpnotes.txt", ".tmpABCDEFG", "tmpQvDMfi", ".tmp-12345")
+    for name in others:
+        (folder / name).write_text("mine")
+    saved(folder, numbered(2))
+    assert not (folder / ".tmpQvDMfi").exists()
+    assert all((folder / name).exists() for name in others)
