@@ -159,7 +159,7 @@ class Subspace:
     def _start(self, parts: Sequence[Floats]) -> Floats:
         """Return what to start a rebuild from, [d, l]: the basis so far and the newest rows, or anything at first."""
         num_columns, width = self._num_columns(parts), parts[0].shape[1]
-        if self.basis.shape[0] != width or self.basis.shape[1] < num_columns:
+        if not num_columns or self.basis.shape[0] != width or self.basis.shape[1] < num_columns:
             return np.random.default_rng(0).standard_normal((width, num_columns), np.float32)
         newest = np.concatenate(parts[-_NUM_FRESH:])[-min(_NUM_FRESH, num_columns) :] - self.origin
         return np.concatenate([self._further(num_columns - len(newest)), newest.T], axis=1)

@@ -103,3 +103,11 @@ def test_components_of_rounding_noise_are_left_out() -> None:
 )
 def test_few_rows_have_few_components(num_rows: int, rows_per_component: int, expected: int) -> None:
     assert affordable_components(32, num_rows, rows_per_component) == expected
+
+
+def test_rows_that_all_are_one_leave_no_basis_also_after_rows_that_varied() -> None:
+    subspace = Subspace(WANTED, 1)
+    subspace.rebuild(parts_of(random_rows(40, 1)))
+    coordinates = subspace.rebuild(parts_of(np.full((40, WIDTH), 0.1)))
+    assert coordinates.shape == (40, 0)
+    assert subspace.basis.shape == (WIDTH, 0)
