@@ -92,7 +92,7 @@ class ValueApp(ServiceApp):
         """
         saved = await self._standby.open_state(self.grpc_address)
         estimator = BaselineEstimator(self.config, saved)
-        keeper = StateKeeper(estimator, self._store, self._metrics)
+        keeper = StateKeeper(estimator, self._store, self._metrics, self.fail)
         if saved is None:
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)

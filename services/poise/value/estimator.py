@@ -68,7 +68,7 @@ class BaselineEstimator:
         self._ledger.restore(saved.ledger)
         for domain in saved.domains:
             window = Window(self._config.probe.rows_of(domain.domain), domain.groups, domain.num_added)
-            record = TrackRecord(self._config.probe.rows_of(domain.domain), domain.record)
+            record = TrackRecord(self._config.probe.rows_of(domain.domain), domain.record, domain.num_recorded)
             self._domains[domain.domain] = Domain(window, record, domain.num_steps_seen)
         self.probes = {domain.domain: domain.probe for domain in saved.domains if domain.probe is not None}
 
@@ -190,10 +190,11 @@ class BaselineEstimator:
                     domain.num_steps_seen,
                     probes.get(name),
                     domain.record.groups,
+                    domain.record.num_added,
                 )
                 for name, domain in self._domains.items()
             ),
-            self._ledger.to_json(),
+            self._ledger.snapshot(),
             self._pins.all(),
             self.num_groups_consumed,
             self.num_duplicates,

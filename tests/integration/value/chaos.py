@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from tests.integration.value.service import TIMEOUT_S, Maker, ValueService, consumed, eventually
 
 from poise.local.valkey import valkey_command
+from poise.value.ledger import step_groups
 from poise.value.state import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
@@ -143,10 +144,9 @@ def _read_state(folder: Path, outcome: Outcome) -> None:
     for domain in saved.domains:
         outcome.learnt.update((group.run_id, group.step, group.group_id) for group in domain.groups)
     outcome.ledger = {
-        (run["run_id"], int(step), group)
-        for run in saved.ledger["runs"]
-        for step, domains in run["steps"].items()
-        for groups in domains.values()
-        for group in groups
+        (run.run_id, step, group)
+        for run in saved.ledger.runs
+        for step, groups in run.steps
+        for group in step_groups(groups)
     }
     outcome.num_duplicates = saved.num_duplicates

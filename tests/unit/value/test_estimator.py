@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.unit.value.parts import stored
 
 from poise.domain.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
@@ -19,7 +20,6 @@ from poise.value.ledger import Admission
 from poise.value.pins import VersionedProbe
 from poise.value.probe import RidgeFitter
 from poise.value.rows import LabelledRows
-from poise.value.snapshot import Snapshot
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
@@ -45,7 +45,7 @@ def fitted(config: Build, make) -> BaselineEstimator:
 
 
 def restart(estimator: BaselineEstimator, config: ValueConfig) -> BaselineEstimator:
-    return BaselineEstimator(config, Snapshot.decode(*estimator.snapshot().encode()))
+    return BaselineEstimator(config, stored(estimator.snapshot()))
 
 
 def numbers(answers) -> list[bytes | None]:
