@@ -232,6 +232,8 @@ def redis_queue(config: QueueConfig, consumer: str) -> RedisQueue:
         group=config.group,
         consumer=consumer,
         max_entries=config.max_entries,
+        max_bytes=config.max_bytes,
         max_dead_letters=config.max_dead_letters,
+        max_dead_letter_bytes=config.max_dead_letter_bytes,
         claim_idle_s=config.claim_idle_s,
     )

@@ -24,14 +24,28 @@ class QueueConfig(StrictModel):
     """Consumer group."""
     max_entries: int = Field(8192, ge=1)
     """Most groups published and not yet in the durable state; beyond, publishing is refused with QUEUE_FULL."""
+    max_bytes: int = Field(512 * 1024 * 1024, ge=1024)
+    """Most memory that those take in the server; beyond, publishing is refused likewise. The server's `maxmemory` must
+    have room for this, `max_dead_letter_bytes`, and a quarter more."""
     max_entry_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Largest group, serialised."""
     max_dead_letters: int = Field(1000, ge=1)
     """Dead letters kept; the oldest go first."""
+    max_dead_letter_bytes: int = Field(64 * 1024 * 1024, ge=1024)
+    """Most memory that they take in the server; the newest one is kept in any case."""
     claim_idle_s: float = Field(30.0, gt=0)
     """After so long without an acknowledgement, entries of another consumer are taken over, s."""
     batch_entries: int = Field(256, ge=1)
     """Most groups made durable at a time."""
+
+    @model_validator(mode="after")
+    def _holds_an_entry(self) -> Self:
+        if self.max_bytes < 2 * self.max_entry_bytes:  # and what the server needs for it
+            raise ValueError(
+                f"max_bytes = {self.max_bytes} is below twice max_entry_bytes = {self.max_entry_bytes}: the largest "
+                "group would never fit"
+            )
+        return self
 
     @field_validator("url")
     @classmethod

@@ -2,7 +2,7 @@
 
     <folder>/lock                              held while a service uses the folder; holds that service's mark
     <folder>/holder.json                       where that service is
-    <folder>/state-00000042.<n>.safetensors    the pieces that were new in the state
+    <folder>/state-00000042.*.safetensors      the pieces that were new in the state: each large one, and the rest
     <folder>/state-00000042.json               everything else, with the checksum of all; renamed last: it is the commit
     <folder>/damaged-00000042/                 what could not be read, kept to be looked at
 
@@ -22,7 +22,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,10 +30,13 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from poise.runtime.files import save_tensors, sync_folder, write_file
-from poise.value.pieces import SCHEMA_VERSION, Document, join, split
+from poise.value.pieces import SCHEMA_VERSION, Arrays, Document, join, split
 from poise.value.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
+
+_LARGE_BYTES = 1 << 20
+"""A piece as large has a file of its own; the smaller ones of a save share one, for each file waits for the disk."""
 
 _HALF_WRITTEN = ".tmp" + 6 * "[A-Za-z0-9]"
 """Where safetensors writes before it renames: left behind by a process that was killed meanwhile."""
@@ -55,14 +58,19 @@ class _DamagedError(Exception):
     """Files are not what was written."""
 
 
+_Place = tuple[str, int]
+"""Where a piece is: file, and number in it, with which the names of its arrays begin."""
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A good state on disk."""
 
     sequence: int
     document: Document
-    pieces: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """By name: file, and its checksum."""
+    pieces: dict[str, _Place]
+    checksums: dict[str, str]
+    """By file."""
 
 
 class StateStore:
@@ -153,24 +161,31 @@ class StateStore:
         sequence = self._sequence + 1
         before = self._good.get(sequence % 2)
         document, made = split(snapshot, before.document if before else None)
-        pieces: dict[str, tuple[str, str]] = {}
-        for number, (name, encode) in enumerate(made.items()):
-            if before and name in before.pieces:
-                pieces[name] = before.pieces[name]
-                continue
-            file = self._folder / f"state-{sequence:08d}.{number}.safetensors"
-            save_tensors(file, encode())
-            pieces[name] = file.name, _file_sha256(file)
+        pieces = {name: before.pieces[name] for name in made if name in before.pieces} if before else {}
+        checksums = {file: before.checksums[file] for file, _ in pieces.values()} if before else {}
+        small: Arrays = {}
+        for number, name in enumerate(name for name in made if name not in pieces):
+            arrays = {f"{number}.{key}": array for key, array in made[name]().items()}
+            is_large = sum(array.nbytes for array in arrays.values()) >= _LARGE_BYTES
+            file = f"state-{sequence:08d}.{number if is_large else 'rest'}.safetensors"
+            pieces[name] = file, number
+            if is_large:
+                checksums[file] = self._write(file, arrays)
+            else:
+                small |= arrays
+        if small:
+            file = f"state-{sequence:08d}.rest.safetensors"
+            checksums[file] = self._write(file, small)
         sync_folder(self._folder)
 
         manifest = self._manifest(sequence)
-        body = json.dumps({**document, "pieces": pieces}, separators=(",", ":"))
+        body = json.dumps({**document, "pieces": pieces, "checksums": checksums}, separators=(",", ":"))
         envelope = json.dumps({"sha256": _sha256(body.encode()), "body": body})
         self.check_held()
         write_file(manifest, envelope.encode())
 
         self._sequence = sequence
-        self._good[sequence % 2] = _Stored(sequence, document, pieces)
+        self._good[sequence % 2] = _Stored(sequence, document, pieces, checksums)
         for path in self._others():
             path.unlink(missing_ok=True)
         return manifest
@@ -221,21 +236,34 @@ class StateStore:
                     f"{SCHEMA_VERSION}; start the release that wrote it, or use another state_dir (with no probes, and "
                     "labels consumed so far forgotten)"
                 )
-            pieces = {name: (file, checksum) for name, (file, checksum) in document.pop("pieces").items()}
-            snapshot = join(document, {name: self._read_piece(*piece) for name, piece in pieces.items()})
+            pieces: dict[str, _Place] = {name: (file, n) for name, (file, n) in document.pop("pieces").items()}
+            checksums = document.pop("checksums")
+            read = {file: self._read_file(file, checksum) for file, checksum in checksums.items()}
+            snapshot = join(document, {name: read[file][number] for name, (file, number) in pieces.items()})
         except FileNotFoundError as error:
             raise _DamagedError(f"{error.filename} is missing") from error
         except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise _DamagedError(f"{type(error).__name__}: {error}") from error
-        self._good = {sequence % 2: _Stored(sequence, document, pieces)}
+        self._good = {sequence % 2: _Stored(sequence, document, pieces, checksums)}
         return snapshot
 
-    def _read_piece(self, name: str, checksum: str) -> dict[str, Any]:
+    def _write(self, name: str, arrays: Arrays) -> str:
+        """Write a file; return its checksum."""
+        path = self._folder / name
+        save_tensors(path, arrays)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _read_file(self, name: str, checksum: str) -> dict[int, Arrays]:
+        """Return the pieces in a file by number."""
         data = (self._folder / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != checksum:
             raise _DamagedError(f"the checksum of {name} does not match")
-        arrays: dict[str, Any] = safetensors.numpy.load(data)
-        return arrays
+        pieces: dict[int, Arrays] = {}
+        for key, array in safetensors.numpy.load(data).items():
+            number, _, part = key.partition(".")
+            pieces.setdefault(int(number), {})[part] = array
+        return pieces
 
     def _put_aside(self, sequence: int) -> None:
         aside = self._folder / f"damaged-{sequence:08d}"
@@ -260,15 +288,10 @@ class StateStore:
     def _others(self) -> list[Path]:
         """Return what belongs to no good state."""
         kept = {self._manifest(stored.sequence).name for stored in self._good.values()}
-        kept |= {file for stored in self._good.values() for file, _ in stored.pieces.values()}
+        kept |= {file for stored in self._good.values() for file in stored.checksums}
         found = (path for pattern in ("state-*", _HALF_WRITTEN) for path in self._folder.glob(pattern))
         return [path for path in found if path.name not in kept]
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
