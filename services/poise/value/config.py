@@ -119,7 +119,8 @@ class StandbyConfig(StrictModel):
     """Wait while another service holds `state_dir`, instead of refusing to start. The folder's file system must keep
     locks between the replicas: a disk of their own machine does, and NFS 4 between machines."""
     address: str = ""
-    """host:port at which the other replicas reach this one; empty takes the one that is bound."""
+    """host:port at which the other replicas reach this one; empty takes the one that is bound, which must not be every
+    interface's then."""
     ca_file: Path | None = None
     """PEM of the authorities that sign the other replicas' certificates; set it where they speak TLS."""
     server_name: str | None = None
@@ -149,3 +150,16 @@ class ValueConfig(ServiceConfig):
     """Steps of a run whose probes stay pinned for repeated questions."""
     max_runs: int = Field(64, ge=1)
     """Runs remembered in full; of longer unused ones only the last step is, and what is older is refused."""
+
+    @model_validator(mode="after")
+    def _replicas_find_this_one(self) -> Self:
+        if self.standby.enabled and not self.standby.address and self.grpc.host in _EVERYWHERE:
+            raise ValueError(
+                f"standby.address is empty, and grpc.host = {self.grpc.host!r} is no address at which other replicas "
+                "reach this one: set standby.address to host:port"
+            )
+        return self
+
+
+_EVERYWHERE = ("", "0.0.0.0", "::", "[::]")  # noqa: S104
+"""Hosts that mean every interface."""
