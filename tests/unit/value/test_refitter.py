@@ -101,6 +101,27 @@ async def test_labels_that_come_during_a_fit_are_covered_by_one_more_fit(start, 
     assert fitter.sizes == [2, 5]
 
 
+async def test_a_fit_of_rows_that_another_width_drove_out_meanwhile_is_not_installed(start, make) -> None:
+    fitter = HeldFitter()
+    with start(lambda: fitter).alive() as parts:
+        running = asyncio.create_task(parts.refitter.run())
+        learn(parts, make, 0, 1, width=9)
+        await until(lambda: fitter.num_begun == 1)
+        for step in range(2, 6):
+            label = make.label(step)
+            if parts.estimator.dissent(label) is None:
+                parts.estimator.learn(label)
+        parts.refitter.wake()
+        fitter.go.release()
+        await until(lambda: fitter.num_begun == 2)
+        assert version(parts) == 0
+        fitter.go.release()
+        await until(lambda: version(parts) == 1)
+        parts.refitter.stop()
+        await running
+    assert fitter.sizes == [2, 3]
+
+
 async def test_a_step_pinned_during_a_fit_keeps_the_probe_before_it(start, make) -> None:
     fitter = HeldFitter()
     with start(lambda: fitter).alive() as parts:
