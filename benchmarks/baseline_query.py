@@ -75,7 +75,7 @@ class Source:
     def label(self, step: int, name: str) -> LabelledGroup:
         asked = self.question(name)
         assert asked.rewards is not None
-        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards)
+        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards, 2)
 
 
 def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
@@ -142,7 +142,8 @@ async def publish_without_pause(client: AsyncValueClient, source: Source, stop: 
     step = 10_000
     while not stop.is_set():
         fresh = [
-            LabelledGroup("benchmark", step, f"g{i}", *(g.domain, g.rollouts, g.rewards)) for i, g in enumerate(labels)
+            LabelledGroup("benchmark", step, f"g{i}", *(g.domain, g.rollouts, g.rewards, 2))
+            for i, g in enumerate(labels)
         ]
         await client.publish_labels(fresh)
         step += 1

@@ -165,7 +165,9 @@ async def sample(client: AsyncGenerationClient, step: int) -> list[Group]:
 
 def labels(step: int, groups: Sequence[Group], rewards: np.ndarray) -> list[LabelledGroup]:
     return [
-        LabelledGroup("exact", step, g.group_id, "default", tuple(r.features for r in g.rollouts), rewards[i])
+        LabelledGroup(
+            "exact", step, g.group_id, "default", tuple(r.features for r in g.rollouts), rewards[i], len(g.rollouts)
+        )
         for i, g in enumerate(groups)
     ]
 

@@ -93,7 +93,15 @@ def choose_baselines(
 def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:
     """Return what the probe learns from."""
     return [
-        LabelledGroup(run_id, step, features.group_id, features.domain, features.rollouts, item.rewards)
+        LabelledGroup(
+            run_id,
+            step,
+            features.group_id,
+            features.domain,
+            features.rollouts,
+            item.rewards,
+            len(item.group.rollouts),
+        )
         for features, item in zip(group_features(scored), scored, strict=True)
     ]
 

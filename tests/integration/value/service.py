@@ -157,7 +157,9 @@ class Maker:
     def label(self, run_id: str, step: int, question: GroupFeatures | None = None, **options: Any) -> LabelledGroup:
         group = question or self.question(**options)
         assert group.rewards is not None
-        return LabelledGroup(run_id, step, group.group_id, group.domain, group.rollouts, group.rewards)
+        return LabelledGroup(
+            run_id, step, group.group_id, group.domain, group.rollouts, group.rewards, len(group.rollouts)
+        )
 
 
 def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:

@@ -35,11 +35,17 @@ def reward_missing(label: pb.LabelledGroup, random: Random) -> None:
 
 
 def unknown_schema(label: pb.LabelledGroup, random: Random) -> None:
-    label.schema_version = int(random.choice([0, 2, 4_000_000_000]))
+    label.schema_version = int(random.choice([0, 1, 4_000_000_000]))
 
 
 def half_a_group(label: pb.LabelledGroup, random: Random) -> None:
+    """As many rollouts as a group needs, and a reward each: but twice as many were sampled."""
+    label.num_rollouts = 2 * len(label.rollouts)
+
+
+def a_group_of_one(label: pb.LabelledGroup, random: Random) -> None:
     del label.rollouts[1]
+    label.num_rollouts = 1
     label.rewards.CopyFrom(to_tensor(np.array([0.5], np.float32)))
 
 
@@ -80,6 +86,7 @@ CHANGES = (
     reward_missing,
     unknown_schema,
     half_a_group,
+    a_group_of_one,
     another_width,
     widths_that_differ,
     bytes_that_do_not_fit_the_shape,
