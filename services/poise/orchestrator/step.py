@@ -157,11 +157,32 @@ def step_numbers(scored: Sequence[ScoredGroup], baselines: StepBaselines, policy
             "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
             "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]),
             "batch_mean": _mean_square(rewards, batch_mean(rewards)),
+            "by_domain": _variances_by_domain(scored, baselines),
         },
         "response_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths), "total": sum(lengths)},
         "staleness": {"mean": float(np.mean(ages)), "max": max(ages)},
         "num_groups": len(scored),
         "num_rollouts": num_rollouts,
+    }
+
+
+def _variances_by_domain(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, dict[str, float]]:
+    """Return the mean squared advantages of each domain that a probe answered for, under each baseline."""
+    rewards = [item.rewards for item in scored]
+    by_baseline = {
+        "used": baselines.baselines,
+        "none": [np.zeros_like(r) for r in rewards],
+        "rloo": [mean_of_others(r) for r in rewards],
+        "batch_mean": batch_mean(rewards),
+    }
+    answered = {item.domain for item, values in zip(scored, baselines.values, strict=True) if values is not None}
+    inside = {name: [i for i, item in enumerate(scored) if item.domain == name] for name in sorted(answered)}
+    return {
+        domain: {
+            name: _mean_square([rewards[i] for i in indices], [each[i] for i in indices])
+            for name, each in by_baseline.items()
+        }
+        for domain, indices in inside.items()
     }
 
 
