@@ -1,25 +1,36 @@
 """What does a baseline query cost beside a bare gRPC echo of the same bytes, idle and while the probe refits?
 
 A real value service in its own process, on a real Valkey, with a full window of 4096 rows of two 2560-wide hidden
-states; an echo service of grpc.aio in another. Two loads: 512 rollouts in messages of the SDK's size, and 16 callers
-with 2 rollouts each. Each is measured idle, and while labels come so fast that refits follow each other. Prints a
-table and writes results/baseline_query.json.
+states; an echo service of grpc.aio in another. Two loads: one call for 512 rollouts, which the SDK sends as four
+messages one after the other, for gRPC takes 4 MiB in one; and 16 callers with 2 rollouts each. Under three conditions,
+in turn:
+
+- idle;
+- refitting: the service asked refits without pause, each time with another 512 of its rows, and makes each probe
+  durable;
+- elsewhere: a twin of that service does so, in a process of its own with a state of its own. The machine has the same
+  work and the asked service none of it, so what a query takes longer under the second condition is because of refits.
+
+Labels come meanwhile, 32 groups five times a second, to whoever refits. Rates are of the whole time, not of a median.
+Prints a table and writes results/baseline_query.json.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import grpc.aio
@@ -36,6 +47,7 @@ from poise_proto.v1 import value_pb2 as pb
 
 HERE = Path(__file__).parent
 WIDTH, WINDOW_ROWS, LARGE_ROLLOUTS, CALLERS = 2560, 4096, 512, 16
+TURNS = 8
 METHOD = "/poise.v1.ValueService/EstimateBaselines"
 GROUPS_A_MESSAGE = 64  # 128 rollouts, 2.6 MB
 UNLIMITED = [("grpc.max_receive_message_length", -1)]
@@ -54,6 +66,36 @@ async def main():
     await server.wait_for_termination()
 
 asyncio.run(main())
+"""
+
+RESTLESS = """
+# The value service as it is, but that while a file is there every domain is due, and no two fits have the same rows.
+import itertools, os, sys
+from poise.runtime.main import service_main
+from poise.value import app
+from poise.value.config import ValueConfig
+from poise.value.estimator import BaselineEstimator
+from poise.value.gram import GramFitter
+from poise.value.refitter import Refitter
+
+flag = sys.argv[1]
+
+class Fitter(GramFitter):
+    left_out = itertools.cycle((slice(256, None), slice(None, -256)))
+
+    def fit(self, groups):
+        return super().fit(groups[next(self.left_out)] if os.path.exists(flag) else groups)
+
+class Restless(Refitter):
+    async def _refit(self, name):
+        await super()._refit(name)
+        self.wake()
+
+is_due = BaselineEstimator.is_due
+BaselineEstimator.is_due = lambda self, name: os.path.exists(flag) or is_due(self, name)
+Refitter._is_new_since_failure = lambda self, name: True
+app.GramFitter, app.Refitter = Fitter, Restless
+sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))
 """
 
 
@@ -75,7 +117,7 @@ class Source:
     def label(self, step: int, name: str) -> LabelledGroup:
         asked = self.question(name)
         assert asked.rewards is not None
-        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards)
+        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards, 2)
 
 
 def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
@@ -84,149 +126,217 @@ def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
     return [pb.EstimateBaselinesRequest(run_id="query", step=step, groups=p).SerializeToString() for p in parts]
 
 
+@dataclass(frozen=True)
+class Service:
+    """A value service of ours."""
+
+    address: str
+    restless: Path
+    """While this file is there, it refits."""
+
+
 @contextlib.asynccontextmanager
-async def services(folder: Path) -> AsyncIterator[tuple[str, str]]:
-    """Start everything; yield the addresses of the value service and of the echo."""
+async def services(folder: Path) -> AsyncIterator[tuple[Service, Service, str]]:
+    """Start everything; yield the service to be asked, its twin, and the echo's address."""
     valkey = ValkeyServer(port=0, data_dir=folder, unix_socket_path=folder / "socket", config={"appendonly": "yes"})
     await asyncio.to_thread(valkey.start)
-    settings = {
-        "state_dir": str(folder / "state"),
-        "grpc": {"port": 0},
-        "admin": {"port": 0},
-        "queue": {"url": f"unix://{folder / 'socket'}"},
-        "probe": {"warmup_steps": 1, "window_rows": WINDOW_ROWS},
-    }
-    (folder / "value.yaml").write_text(yaml.safe_dump(settings))
-    address_file = folder / "address.json"
-    environment = os.environ | {"POISE_ADDRESS_FILE": str(address_file), "OMP_WAIT_POLICY": "passive"}
-    log = (folder / "value.log").open("w")
-    value = subprocess.Popen(
-        [sys.executable, "-m", "poise.value", "-c", folder / "value.yaml"], env=environment, stderr=log
-    )
-    echo = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)]
     try:
-        while not address_file.exists():
-            await asyncio.sleep(0.05)
-        assert echo.stdout is not None
-        port = await asyncio.to_thread(echo.stdout.readline)
-        yield json.loads(address_file.read_text())["grpc"], f"127.0.0.1:{port.strip()}"
+        found = []
+        for name in ("asked", "twin"):
+            processes.append(start_value(folder, name))
+            address_file = folder / f"{name}.json"
+            while not address_file.exists():
+                await asyncio.sleep(0.05)
+            found.append(Service(json.loads(address_file.read_text())["grpc"], folder / f"{name}.restless"))
+        assert processes[0].stdout is not None
+        port = await asyncio.to_thread(processes[0].stdout.readline)
+        yield found[0], found[1], f"127.0.0.1:{port.strip()}"
     finally:
-        for process in (value, echo):
+        for process in processes:
             process.terminate()
             process.wait(60)
-        log.close()
         await asyncio.to_thread(valkey.stop)
 
 
-async def timed(
-    call: Callable[[bytes], Awaitable[bytes]], messages: list[bytes], seconds: float, callers: int
-) -> list[float]:
-    """Send all messages again and again from some callers; return how long each round took, s."""
-    deadline = time.perf_counter() + seconds
-    took: list[float] = []
-
-    async def caller() -> None:
-        while time.perf_counter() < deadline:
-            started = time.perf_counter()
-            for message in messages:
-                await call(message)
-            took.append(time.perf_counter() - started)
-
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    return took
+def start_value(folder: Path, name: str) -> subprocess.Popen[str]:
+    settings = {
+        "state_dir": str(folder / name),
+        "grpc": {"port": 0},
+        "admin": {"port": 0},
+        "queue": {"url": f"unix://{folder / 'socket'}", "stream": name},
+        "probe": {"warmup_steps": 1, "window_rows": WINDOW_ROWS},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    environment = os.environ | {"POISE_ADDRESS_FILE": str(folder / f"{name}.json"), "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-c", RESTLESS, str(folder / f"{name}.restless"), "-c", str(folder / f"{name}.yaml")]
+    with (folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stderr=log, text=True)
 
 
-async def publish_without_pause(client: AsyncValueClient, source: Source, stop: asyncio.Event) -> None:
-    """Publish 32 groups a time; every batch that is learnt makes the probe due again."""
-    labels = [source.label(0, "") for _ in range(32)]
-    step = 10_000
-    while not stop.is_set():
-        fresh = [
-            LabelledGroup("benchmark", step, f"g{i}", *(g.domain, g.rollouts, g.rewards)) for i, g in enumerate(labels)
-        ]
-        await client.publish_labels(fresh)
-        step += 1
+@dataclass
+class Timing:
+    """Of one load on one service, over all turns."""
+
+    took_s: list[float] = field(default_factory=list)
+    """Of each round of the load's messages."""
+    total_s: float = 0.0
+
+    async def measure(
+        self, call: Callable[[bytes], Awaitable[bytes]], messages: list[bytes], seconds: float, callers: int
+    ) -> None:
+        """Send all messages again and again from some callers."""
+        began = time.perf_counter()
+
+        async def caller() -> None:
+            while time.perf_counter() < began + seconds:
+                started = time.perf_counter()
+                for message in messages:
+                    await call(message)
+                self.took_s.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+        self.total_s += time.perf_counter() - began
+
+    def percentile_ms(self, percent: float) -> float:
+        return 1e3 * float(np.percentile(self.took_s, percent))
+
+
+async def publish(client: AsyncValueClient, source: Source, steps: AsyncIterator[int]) -> None:
+    """Publish 32 groups a time, five times a second."""
+    labels = [source.label(0, f"g{i}") for i in range(32)]
+    async for step in steps:
+        await client.publish_labels([dataclasses.replace(label, step=step) for label in labels])
         await asyncio.sleep(0.2)
 
 
-async def measure(seconds: float) -> dict[str, object]:
+@contextlib.asynccontextmanager
+async def refitting(service: Service, source: Source, first_step: int) -> AsyncIterator[list[float]]:
+    """Let a service refit without pause; what is yielded says in the end how many refits there were, in what time."""
+    refits: list[float] = []
+    async with AsyncValueClient(service.address) as client:
+        service.restless.touch()
+        stop = asyncio.Event()
+
+        async def steps() -> AsyncIterator[int]:
+            step = first_step
+            while not stop.is_set():
+                yield step
+                step += 1
+
+        publishing = asyncio.create_task(publish(client, source, steps()))
+        await asyncio.sleep(0.5)
+        before, began = (await client.get_probe()).probes[0].probe_version, time.perf_counter()
+        yield refits
+        refits += [(await client.get_probe()).probes[0].probe_version - before, time.perf_counter() - began]
+        stop.set()
+        await publishing
+        service.restless.unlink()
+        while (await client.get_probe()).num_pending:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
+
+
+async def fill(service: Service, source: Source) -> None:
+    """Fill the window and wait for the probe."""
+    async with AsyncValueClient(service.address) as client:
+        for step in range(WINDOW_ROWS // 64):
+            await client.publish_labels([source.label(step, f"g{i}") for i in range(32)])
+        while not (probes := (await client.get_probe()).probes) or probes[0].num_rows < WINDOW_ROWS:
+            await asyncio.sleep(0.2)
+
+
+async def measure(seconds: float) -> dict[str, Any]:
     source = Source()
-    rows = []
+    loads = {
+        "large": (requests(source, LARGE_ROLLOUTS // 2, 0), 1, LARGE_ROLLOUTS),
+        "small": (requests(source, 1, 1), CALLERS, 2),
+    }
+    conditions = ("idle", "refitting", "elsewhere")
+    timings = {
+        (load, condition, who): Timing() for load in loads for condition in conditions for who in ("ours", "echo")
+    }
+    refits = {condition: [0.0, 0.0] for condition in conditions}
     with tempfile.TemporaryDirectory(prefix="poise-") as name:
         async with (
-            services(Path(name)) as (value, echo),
-            AsyncValueClient(value) as client,
-            grpc.aio.insecure_channel(value, options=UNLIMITED) as value_channel,
+            services(Path(name)) as (asked, twin, echo),
+            grpc.aio.insecure_channel(asked.address, options=UNLIMITED) as value_channel,
             grpc.aio.insecure_channel(echo, options=UNLIMITED) as echo_channel,
         ):
-            for step in range(WINDOW_ROWS // 64):
-                await client.publish_labels([source.label(step, f"g{i}") for i in range(32)])
-            while not (probes := (await client.get_probe()).probes) or probes[0].num_rows < WINDOW_ROWS:
-                await asyncio.sleep(0.2)
+            for service in (asked, twin):
+                await fill(service, source)
             ask, reflect = value_channel.unary_unary(METHOD), echo_channel.unary_unary("/echo.Echo/Echo")
-            loads = {
-                "large": (requests(source, LARGE_ROLLOUTS // 2, 0), 1, LARGE_ROLLOUTS),
-                "small": (requests(source, 1, 1), CALLERS, 2),
-            }
-            for refitting in (False, True):
-                stop = asyncio.Event()
-                versions = (await client.get_probe()).probes[0].probe_version
-                publisher = asyncio.create_task(publish_without_pause(client, source, stop)) if refitting else None
-                for load, (messages, callers, num_rows) in loads.items():
-                    await ask(messages[0])
-                    ours, bare = [], []
-                    for _ in range(3):  # in turn, so that both meet the same neighbours
-                        ours += await timed(ask, messages, seconds, callers)
-                        bare += await timed(reflect, messages, seconds, callers)
-                    rows.append(row(load, refitting, num_rows, callers, ours, bare))
-                if publisher is not None:
-                    stop.set()
-                    await publisher
-                refits = (await client.get_probe()).probes[0].probe_version - versions
-                for entry in rows[-2:]:
-                    entry["refits"] = refits
-    by_load = {(entry["load"], entry["refitting"]): entry for entry in rows}
+            for messages, _, _ in loads.values():
+                await ask(messages[0])
+            for turn in range(TURNS):
+                for condition in conditions:
+                    async with contextlib.AsyncExitStack() as stack:
+                        counted = [0.0, 0.0]
+                        if condition != "idle":
+                            service = asked if condition == "refitting" else twin
+                            first_step = 10_000 * (turn + 1)
+                            counted = await stack.enter_async_context(refitting(service, source, first_step))
+                        for load, (messages, callers, _) in loads.items():
+                            await timings[load, condition, "ours"].measure(ask, messages, seconds, callers)
+                            await timings[load, condition, "echo"].measure(reflect, messages, seconds, callers)
+                    refits[condition] = [total + more for total, more in zip(refits[condition], counted, strict=True)]
+    rows = [
+        row(load, condition, num_rows, timings[load, condition, "ours"], timings[load, condition, "echo"])
+        | {"refits_per_s": refits[condition][0] / refits[condition][1] if refits[condition][1] else 0.0}
+        for condition in conditions
+        for load, (_, _, num_rows) in loads.items()
+    ]
+    large, small = (
+        {
+            condition: next(row for row in rows if (row["load"], row["condition"]) == (load, condition))
+            for condition in conditions
+        }
+        for load in loads
+    )
     return {
         "figures": {
-            "rate_vs_echo": by_load["large", False]["rate_vs_echo"],
-            "rate_vs_echo_during_refit": by_load["large", True]["rate_vs_echo"],
-            "p50_ms": by_load["small", True]["p50_ms"],
-            "p99_ms": by_load["small", True]["p99_ms"],
-            "max_query_during_refit_ms": by_load["small", True]["max_ms"],
-            "max_echo_during_refit_ms": by_load["small", True]["echo_max_ms"],
-            "max_query_idle_ms": by_load["small", False]["max_ms"],
+            "rate_vs_echo": large["idle"]["rate_vs_echo"],
+            "rate_vs_echo_during_refit": large["refitting"]["rate_vs_echo"],
+            "rate_vs_echo_beside_refits_elsewhere": large["elsewhere"]["rate_vs_echo"],
+            "p50_ms": small["refitting"]["p50_ms"],
+            "p99_ms": small["refitting"]["p99_ms"],
+            "p99_beside_refits_elsewhere_ms": small["elsewhere"]["p99_ms"],
+            "max_query_during_refit_ms": small["refitting"]["max_ms"],
+            "max_query_beside_refits_elsewhere_ms": small["elsewhere"]["max_ms"],
+            "max_query_because_of_refit_ms": small["refitting"]["max_ms"] - small["elsewhere"]["max_ms"],
+            "max_echo_during_refit_ms": small["refitting"]["echo_max_ms"],
+            "max_query_idle_ms": small["idle"]["max_ms"],
+            "refits_per_s": small["refitting"]["refits_per_s"],
         },
         "machine": {"python": platform.python_version(), "processors": os.cpu_count()},
         "rows": rows,
     }
 
 
-def row(
-    load: str, refitting: bool, num_rows: int, callers: int, ours: list[float], bare: list[float]
-) -> dict[str, object]:
-    rate, echo_rate = (num_rows * callers / statistics.median(took) for took in (ours, bare))
+def row(load: str, condition: str, num_rows: int, ours: Timing, echo: Timing) -> dict[str, Any]:
+    rate, echo_rate = (num_rows * len(timing.took_s) / timing.total_s for timing in (ours, echo))
     return {
         "load": load,
-        "refitting": refitting,
+        "condition": condition,
         "rows_per_s": rate,
         "echo_rows_per_s": echo_rate,
         "rate_vs_echo": rate / echo_rate,
-        "p50_ms": 1e3 * float(np.percentile(ours, 50)),
-        "p99_ms": 1e3 * float(np.percentile(ours, 99)),
-        "max_ms": 1e3 * max(ours),
-        "echo_p99_ms": 1e3 * float(np.percentile(bare, 99)),
-        "echo_max_ms": 1e3 * max(bare),
-        "num_queries": len(ours),
+        "p50_ms": ours.percentile_ms(50),
+        "p99_ms": ours.percentile_ms(99),
+        "max_ms": ours.percentile_ms(100),
+        "echo_p99_ms": echo.percentile_ms(99),
+        "echo_max_ms": echo.percentile_ms(100),
+        "num_queries": len(ours.took_s),
     }
 
 
 @click.command()
-@click.option("--seconds", default=4.0, show_default=True, help="Of each of three turns of each load.")
+@click.option("--seconds", default=1.0, show_default=True, help="Of each turn of each load.")
 def main(seconds: float) -> None:
     """Measure, print, write."""
     result = asyncio.run(measure(seconds))
     table = Table(title=f"EstimateBaselines, width {WIDTH}, window {WINDOW_ROWS} rows")
-    entries: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
+    entries = result["rows"]
     for name in entries[0]:
         table.add_column(name)
     for entry in entries:

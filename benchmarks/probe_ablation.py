@@ -85,6 +85,8 @@ def evaluate(folder: Path) -> None:
         for name, by_domain in values.items()
     }
     new = report(sums, REFERENCE)
+    against_critic = report(sums, CRITIC)[FRUGAL[WITH_REWARD]]["squared_advantage"].gap
+    console.print("A² of the probe as it comes less the critic's, and its interval, paired by prompt:", against_critic)
     console.print(report_table("new prompts", new, told))
     again = {passes: report(sums, SEEN) for passes, sums in on_prompts_again(domains).items()}
     for passes, found in again.items():
@@ -111,6 +113,7 @@ def evaluate(folder: Path) -> None:
             for domain in domains
         },
         "training_s": training_s,
+        "presets_minus_critic": against_critic,
         "new_prompts": as_json(new),
         "prompts_again": {passes: as_json(found) for passes, found in again.items()},
         "windows": {num_rows: as_json(found) for num_rows, found in windows.items()},

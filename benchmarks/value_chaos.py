@@ -1,8 +1,8 @@
 """Is every label learnt once, however often the value service and Valkey are killed, and whenever?
 
-Labels are published in rounds, in each of which the value service, Valkey or both die by kill -9 after a random time:
-during publishing, consuming, fitting or checkpointing. In the end the state on disk is compared with what was
-published. Prints a table, writes results/value_chaos.json.
+Labels are published in rounds, in each of which the value service, Valkey or both die by kill -9, a random moment
+after the service began to publish, to consume, to fit or to checkpoint; what was going on at the moment is counted. In
+the end the state on disk is compared with what was published. Prints a table, writes results/value_chaos.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.integration.value.chaos import VICTIMS, run_chaos  # noqa: E402
+from tests.integration.value.chaos import PHASES, VICTIMS, WIDTH, run_chaos  # noqa: E402
 
 
 @click.command()
@@ -35,6 +35,9 @@ def main(rounds: int, seed: int) -> None:
     figures = {
         "rounds": rounds,
         **{f"kills_of_{victim}": outcome.kills[victim] for victim in VICTIMS},
+        **{f"kills_during_{phase}": outcome.hits[phase] for phase in PHASES},
+        "kills_during_none_of_these": outcome.hits["idle"],
+        "width": WIDTH,
         "messages_published_again": outcome.num_retries,
         "labels_published": len(outcome.published),
         "labels_in_the_state": sum(outcome.learnt.values()),

@@ -37,7 +37,10 @@ def train(generation: GenerationClient, value: ValueClient, learner: LearnerClie
             for g, reward in zip(groups, rewards)
         ]
         answers = value.estimate_baselines(RUN, step, features)
-        labels = [LabelledGroup(RUN, step, *(f.group_id, f.domain, f.rollouts), r) for f, r in zip(features, rewards)]
+        labels = [
+            LabelledGroup(RUN, step, f.group_id, f.domain, f.rollouts, r, num_rollouts=2)
+            for f, r in zip(features, rewards)
+        ]
         value.publish_labels(labels)
 
         rollouts = []

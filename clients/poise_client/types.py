@@ -241,6 +241,8 @@ class LabelledGroup:
     rollouts: tuple[Features, ...]
     rewards: Floats
     """[n], in [0, 1]."""
+    num_rollouts: int
+    """n as it was when the group was sampled: a group that has lost rollouts since is refused."""
 
 
 @dataclass(frozen=True, slots=True)

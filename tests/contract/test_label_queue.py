@@ -20,8 +20,11 @@ from poise.queue.redis_queue import RedisQueue
 CLAIM_IDLE_S = 0.2
 MAX_ENTRIES = 20
 MAX_DEAD_LETTERS = 3
+MAX_BYTES = 32 << 20
+MAX_BYTES_OF_DEAD_LETTERS = 20 << 20
 
-Handle = Callable[[str], LabelQueue]
+Handle = Callable[..., LabelQueue]
+"""Makes a consumer of the given name, and may set the bytes that dead letters take at most."""
 
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always"}
@@ -42,14 +45,16 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
-def redis_queue(url: str, consumer: str) -> RedisQueue:
+def redis_queue(url: str, consumer: str, max_dead_letter_bytes: int = MAX_BYTES_OF_DEAD_LETTERS) -> RedisQueue:
     return RedisQueue(
         url,
         stream="labels",
         group="value",
         consumer=consumer,
         max_entries=MAX_ENTRIES,
+        max_bytes=MAX_BYTES,
         max_dead_letters=MAX_DEAD_LETTERS,
+        max_dead_letter_bytes=max_dead_letter_bytes,
         claim_idle_s=CLAIM_IDLE_S,
     )
 
@@ -58,17 +63,23 @@ def redis_queue(url: str, consumer: str) -> RedisQueue:
 async def handle(request: pytest.FixtureRequest) -> AsyncIterator[Handle]:
     opened: list[LabelQueue] = []
     if request.param == "memory":
-        stream = MemoryStream(max_entries=MAX_ENTRIES, max_dead_letters=MAX_DEAD_LETTERS, claim_idle_s=CLAIM_IDLE_S)
+        stream = MemoryStream(
+            max_entries=MAX_ENTRIES,
+            max_bytes=MAX_BYTES,
+            max_dead_letters=MAX_DEAD_LETTERS,
+            claim_idle_s=CLAIM_IDLE_S,
+        )
 
-        def make(consumer: str) -> LabelQueue:
+        def make(consumer: str, max_dead_letter_bytes: int = MAX_BYTES_OF_DEAD_LETTERS) -> LabelQueue:
+            stream.max_dead_letter_bytes = max_dead_letter_bytes
             return MemoryQueue(stream, consumer)
     else:
         url = request.getfixturevalue("valkey_url")
         async with redis.asyncio.from_url(url) as client:
             await client.flushall()
 
-        def make(consumer: str) -> LabelQueue:
-            opened.append(redis_queue(url, consumer))
+        def make(consumer: str, **limits: int) -> LabelQueue:
+            opened.append(redis_queue(url, consumer, **limits))
             return opened[-1]
 
     yield make
@@ -127,6 +138,53 @@ async def test_publishing_over_the_limit_queues_nothing(handle: Handle) -> None:
     assert caught.value.retry_after_s
     assert (await queue.depth()).num_entries == MAX_ENTRIES - 1
     await queue.publish([b"last"])
+
+
+async def test_publishing_over_the_bytes_queues_nothing_until_there_is_room(handle: Handle) -> None:
+    queue = handle("a")
+    megabytes = [bytes([i]) * 2**20 for i in range(MAX_ENTRIES)]
+    num_taken = 0
+    for payload in (megabytes[:2] * 10)[:MAX_ENTRIES]:  # far fewer entries than are allowed
+        try:
+            await queue.publish([payload * 3])
+        except QueueFull as error:
+            assert "bytes" in error.message
+            assert error.retry_after_s
+            break
+        num_taken += 1
+    assert 6 <= num_taken <= 10  # of 3 MiB each, as the server counts them
+    assert (await queue.depth()).num_entries == num_taken
+    with pytest.raises(QueueFull):
+        await queue.publish([megabytes[0] * 2, megabytes[0] * 2])
+    deliveries = await read(queue)
+    assert len(deliveries) == num_taken
+    await queue.ack([delivery.entry_id for delivery in deliveries[:2]])
+    await queue.publish([megabytes[3] * 3])
+
+
+async def test_letters_that_do_not_fit_the_bytes_stay_letters(handle: Handle) -> None:
+    queue = handle("a")
+    letters = await refused(queue, b"x" * 2**21, b"y")
+    await queue.publish([b"x" * 2**20 * 5] * 5)
+    with pytest.raises(QueueFull):
+        for _ in range(20):
+            await queue.publish([b"x" * 2**20])
+    with pytest.raises(QueueFull):
+        await queue.replay(letters)
+    assert len(await queue.dead_letters(max_entries=9)) == 2
+
+
+async def test_dead_letters_are_bounded_in_bytes_and_the_newest_is_kept(handle: Handle) -> None:
+    queue = handle("a", max_dead_letter_bytes=700_000)
+    await refused(queue, *(bytes([i]) * 200_000 for i in range(3)))
+    await refused(queue, b"3" * 200_000)
+    assert len(await queue.dead_letters(max_entries=9)) in (2, 3)  # as the server counts them
+    await refused(queue, b"4" * 600_000)
+    (letter,) = await queue.dead_letters(max_entries=9)
+    assert letter.payload == b"4" * 600_000
+    await refused(queue, b"5" * 800_000)
+    (letter,) = await queue.dead_letters(max_entries=9)
+    assert letter.payload == b"5" * 800_000
 
 
 async def test_an_entry_read_but_not_acknowledged_still_counts_against_the_limit(handle: Handle) -> None:

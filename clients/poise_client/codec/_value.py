@@ -23,7 +23,7 @@ from poise_client.types import (
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import value_pb2 as pb
 
-LABEL_SCHEMA_VERSION = 1
+LABEL_SCHEMA_VERSION = 2
 """Schema of LabelledGroup that this code writes, and the only one it reads."""
 
 
@@ -144,6 +144,7 @@ def encode_labelled_group(group: LabelledGroup, field: str = "group") -> pb.Labe
         domain=group.domain,
         rollouts=_encode_rollouts(group.rollouts, field),
         rewards=vector(group.rewards, join(field, "rewards")),
+        num_rollouts=group.num_rollouts,
     )
 
 
@@ -161,7 +162,13 @@ def decode_labelled_group(message: pb.LabelledGroup, field: str = "group") -> La
     rewards = from_tensor(message.rewards, field=join(field, "rewards"))
     _check_one_each(rewards.size, len(rollouts), field)
     return LabelledGroup(
-        message.run_id, message.step, message.group_id, message.domain or DEFAULT_DOMAIN, rollouts, rewards
+        message.run_id,
+        message.step,
+        message.group_id,
+        message.domain or DEFAULT_DOMAIN,
+        rollouts,
+        rewards,
+        message.num_rollouts,
     )
 
 

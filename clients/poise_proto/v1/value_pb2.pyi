@@ -309,8 +309,9 @@ class LabelledGroup(_message.Message):
     DOMAIN_FIELD_NUMBER: _builtins.int
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     REWARDS_FIELD_NUMBER: _builtins.int
+    NUM_ROLLOUTS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
-    """Version of this schema: 1. Others are dead-lettered."""
+    """Version of this schema: 2. Others are dead-lettered."""
     run_id: _builtins.str
     """The run. Required."""
     step: _builtins.int
@@ -319,6 +320,8 @@ class LabelledGroup(_message.Message):
     """The group. Required."""
     domain: _builtins.str
     """Which probe learns from it. Empty means "default"."""
+    num_rollouts: _builtins.int
+    """Rollouts that were sampled of the prompt: as many as are here, for half a group teaches a probe another mean. Required."""
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.RolloutFeatures]:
         """The siblings' features by rollout_index. At least two."""
@@ -337,10 +340,11 @@ class LabelledGroup(_message.Message):
         domain: _builtins.str = ...,
         rollouts: _abc.Iterable[_common_pb2.RolloutFeatures] | None = ...,
         rewards: _common_pb2.Tensor | None = ...,
+        num_rollouts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rewards", b"rewards"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "group_id", b"group_id", "rewards", b"rewards", "rollouts", b"rollouts", "run_id", b"run_id", "schema_version", b"schema_version", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "group_id", b"group_id", "num_rollouts", b"num_rollouts", "rewards", b"rewards", "rollouts", b"rollouts", "run_id", b"run_id", "schema_version", b"schema_version", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

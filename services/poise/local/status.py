@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from http.client import HTTPException
 from typing import Any
@@ -92,11 +93,12 @@ def _count(probes: list[dict[str, Any]]) -> str:
 
 
 _PROBE_HEADER = (
-    f"  {'domain':20} {'version':>7} {'rows':>6} {'steps':>7} {'r':>6} {'skill':>6} {'bias':>7} {'clipped':>7} "
-    f"{'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
+    f"  {'domain':20} {'version':>7} {'rows':>6} {'steps':>7} {'r':>6} {'brier':>6} {'skill':>6} {'bias':>7} "
+    f"{'clipped':>7} {'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
 )
-"""r, skill, bias: of values against the siblings' rewards; /none, /rloo, /batch: advantage variance, as a share of that
-of other baselines; lag: from publishing a label to its being durable."""
+"""r, brier, skill, bias: of values against the siblings' rewards; /none, /rloo, /batch: advantage variance, as a share
+of that of other baselines; lag: from publishing a label to its being durable. Below, where there are any: mean value
+and mean reward of the rollouts whose values lie in the same tenth."""
 
 
 def _probe_line(probe: dict[str, Any]) -> str:
@@ -104,11 +106,18 @@ def _probe_line(probe: dict[str, Any]) -> str:
     steps = f"{probe['num_steps_seen']}/{probe['warmup_steps']}"
     return (
         f"  {probe['domain']:20} {probe['probe_version']:>7} {probe['num_rows']:>6} {steps:>7} "
-        f"{_number(quality['pearson']):>6} {_number(quality['brier_skill']):>6} {_number(quality['bias'], '+.3f'):>7} "
+        f"{_number(quality['pearson']):>6} {_number(quality['brier'], '.3f'):>6} "
+        f"{_number(quality['brier_skill']):>6} {_number(quality['bias'], '+.3f'):>7} "
         f"{_number(quality['share_clipped']):>7} {_number(quality['variance_vs_none']):>6} "
         f"{_number(quality['variance_vs_rloo']):>6} {_number(quality['variance_vs_batch_mean']):>6} "
         f"{_number(probe['label_lag_s'], '.2f', ' s'):>8} {_number(probe['last_fit_s'], '.3f', ' s'):>8}"
+        f"{_calibration(quality['calibration'])}"
     )
+
+
+def _calibration(bins: Sequence[Mapping[str, float]]) -> str:
+    told = " ".join(f"{one['predicted']:.2f}→{one['realised']:.2f}" for one in bins)
+    return f"\n    calibration {told}" if told else ""
 
 
 def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:

@@ -130,7 +130,15 @@ def choose_baselines(
 def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:
     """Return what the probe learns from."""
     return [
-        LabelledGroup(run_id, step, features.group_id, features.domain, features.rollouts, item.rewards)
+        LabelledGroup(
+            run_id,
+            step,
+            features.group_id,
+            features.domain,
+            features.rollouts,
+            item.rewards,
+            len(item.group.rollouts),
+        )
         for features, item in zip(group_features(scored), scored, strict=True)
     ]
 
@@ -182,13 +190,36 @@ def step_numbers(
                 domain: _quality(*_of_domain(domain, predicted, realised, domains)) for domain in sorted(set(domains))
             },
         },
-        "advantage_variance": _advantage_variance(scored, baselines),
+        "advantage_variance": _advantage_variance(scored, baselines)
+        | {"by_domain": _variances_by_domain(scored, baselines)},
         "zero_advantage_share": _zero_advantage_share(scored, baselines),
         "response_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths), "total": sum(lengths)},
         "staleness": {"mean": float(np.mean(ages)), "max": max(ages)},
         "num_groups": len(sampled),
         "num_kept_groups": len(scored),
         "num_rollouts": len(rollouts),
+    }
+
+
+def _variances_by_domain(scored: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, dict[str, float | None]]:
+    """Return the same of each domain that had a probe; of `batch_mean`, over all prompts of the step."""
+    rewards = rewards_of(scored)
+    answered = sorted({item.domain for index, item in enumerate(scored) if baselines.value(index) is not None})
+    if not answered:
+        return {}
+    by_baseline = {
+        "used": baselines.baselines,
+        "none": [np.zeros_like(r) for r in rewards],
+        "rloo": [mean_of_others(r) for r in rewards],
+        "batch_mean": batch_mean(rewards),
+    }
+    inside = {domain: [i for i, item in enumerate(scored) if item.domain == domain] for domain in answered}
+    return {
+        domain: {
+            name: _mean_square([rewards[i] for i in indices], [each[i] for i in indices])
+            for name, each in by_baseline.items()
+        }
+        for domain, indices in inside.items()
     }
 
 

@@ -105,6 +105,15 @@ class LabelQueue(Protocol):
         ...
 
 
+def queue_is_full(num_entries: int, num_bytes: int, max_entries: int, max_bytes: int, num_more: int) -> str:
+    """Return what `QueueFull` says of a queue that holds so much."""
+    return (
+        f"the label queue holds {num_entries} of {max_entries} entries and {num_bytes} of {max_bytes} bytes; "
+        f"{num_more} more entries do not fit. "
+        "Wait for the value service to consume, or raise queue.max_entries or queue.max_bytes"
+    )
+
+
 def no_such_letter(letter_id: str) -> NotFound:
     """Return the error of `replay` for a letter that is not there."""
     return NotFound(

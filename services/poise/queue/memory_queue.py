@@ -20,6 +20,7 @@ from poise.queue.interface import (
     QueueDepth,
     letter_was_cut,
     no_such_letter,
+    queue_is_full,
 )
 
 
@@ -28,7 +29,9 @@ class MemoryStream:
     """What several consumers share: the place of the Redis server."""
 
     max_entries: int = 8192
+    max_bytes: int = 512 << 20
     max_dead_letters: int = 1000
+    max_dead_letter_bytes: int = 64 << 20
     claim_idle_s: float = 30.0
     clock: Callable[[], float] = time.monotonic
     unread: deque[Delivery] = field(default_factory=deque)
@@ -59,12 +62,12 @@ class MemoryQueue:
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
         stream = self._stream
-        held = len(stream.unread) + len(stream.pending)
-        if held + len(payloads) > stream.max_entries:
-            raise QueueFull(
-                f"the label queue holds {held} of {stream.max_entries} entries; {len(payloads)} more do not fit",
-                retry_after_s=1.0,
-            )
+        held = [*stream.unread, *(pending.delivery for pending in stream.pending.values())]
+        num_bytes = sum(len(delivery.payload) for delivery in held)
+        fits = num_bytes + sum(map(len, payloads)) <= stream.max_bytes
+        if len(held) + len(payloads) > stream.max_entries or not fits:
+            limits = stream.max_entries, stream.max_bytes
+            raise QueueFull(queue_is_full(len(held), num_bytes, *limits, len(payloads)), retry_after_s=1.0)
         for payload in payloads:
             stream.unread.append(Delivery(f"{next(stream.ids)}-0", bytes(payload), time.time()))
         stream.arrived.set()
@@ -111,8 +114,13 @@ class MemoryQueue:
         is_whole = len(kept) == len(delivery.payload)
         stream.dead.append(DeadLetter(f"{next(stream.ids)}-0", delivery.entry_id, kept, reason, is_whole))
         stream.num_dead_letters += 1
-        while len(stream.dead) > stream.max_dead_letters:
+        while len(stream.dead) > stream.max_dead_letters or self._dead_bytes_exceed():
             stream.dead.popleft()
+
+    def _dead_bytes_exceed(self) -> bool:
+        """The newest letter is kept in any case."""
+        dead = self._stream.dead
+        return len(dead) > 1 and sum(len(letter.payload) for letter in dead) > self._stream.max_dead_letter_bytes
 
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""

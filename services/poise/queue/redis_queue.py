@@ -8,6 +8,7 @@ accept losing the last second with `everysec`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from poise.queue.interface import (
     QueueDepth,
     letter_was_cut,
     no_such_letter,
+    queue_is_full,
 )
-from poise.queue.redis_scripts import PUBLISH, REPLAY
+from poise.queue.redis_scripts import DEAD_LETTER, PUBLISH, REPLAY
 
 _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
@@ -48,7 +50,9 @@ class RedisQueue:
         group: str,
         consumer: str,
         max_entries: int,
+        max_bytes: int,
         max_dead_letters: int,
+        max_dead_letter_bytes: int,
         claim_idle_s: float,
     ) -> None:
         """Prepare; no I/O.
@@ -59,7 +63,9 @@ class RedisQueue:
             group: The consumer group.
             consumer: This consumer's name, the same after a restart, so that it finds what it still owes.
             max_entries: Most entries unread or owed.
+            max_bytes: Most memory that they take in the server.
             max_dead_letters: Most dead letters kept; the oldest go first.
+            max_dead_letter_bytes: Most memory that these take; the newest is kept in any case.
             claim_idle_s: After so long without an acknowledgement another consumer's entries are taken over.
         """
         self._redis = redis.asyncio.from_url(
@@ -74,7 +80,8 @@ class RedisQueue:
         self._address = f"{parts.hostname}:{parts.port or 6379}" if parts.hostname else parts.path
         self._stream, self._dead_stream = stream, f"{stream}:dead"
         self._group, self._consumer = group, consumer
-        self._max_entries, self._max_dead_letters = max_entries, max_dead_letters
+        self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._max_dead_letters, self._max_dead_letter_bytes = max_dead_letters, max_dead_letter_bytes
         self._claim_idle_s = claim_idle_s
         self._group_exists = False
         self._owed_after: str | None = "0-0"
@@ -102,17 +109,15 @@ class RedisQueue:
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
         with self._errors():
-            reply = self._redis.eval(PUBLISH, 1, self._stream, self._max_entries, *payloads)
-            accepted, length = await cast(Awaitable[list[int]], reply)
+            reply = self._redis.eval(PUBLISH, 1, self._stream, self._max_entries, self._max_bytes, *payloads)
+            accepted, *held = await cast(Awaitable[list[int]], reply)
         if not accepted:
-            raise self._full(length, len(payloads))
+            raise self._full(held, len(payloads))
 
-    def _full(self, length: int, num_more: int) -> QueueFull:
-        return QueueFull(
-            f"the label queue holds {length} of {self._max_entries} entries; {num_more} more do not fit",
-            remedy="Wait for the value service to consume, or raise queue.max_entries.",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+    def _full(self, held: Sequence[int], num_more: int) -> QueueFull:
+        num_entries, num_bytes = held
+        message = queue_is_full(num_entries, num_bytes, self._max_entries, self._max_bytes, num_more)
+        return QueueFull(message, retry_after_s=_RETRY_AFTER_S)
 
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
         """See `LabelQueue.read`."""
@@ -191,18 +196,21 @@ class RedisQueue:
 
     async def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """See `LabelQueue.dead_letter`."""
-        fields: dict[Any, Any] = {
+        fields: dict[bytes, Any] = {
             _PAYLOAD: delivery.payload[:MAX_DEAD_LETTER_BYTES],
             _REASON: reason,
             _ENTRY_ID: delivery.entry_id,
             _IS_WHOLE: int(len(delivery.payload) <= MAX_DEAD_LETTER_BYTES),
         }
+        limits = self._max_dead_letters, self._max_dead_letter_bytes
         with self._errors():
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xadd(self._dead_stream, fields, maxlen=self._max_dead_letters, approximate=False)
-                pipeline.xack(self._stream, self._group, delivery.entry_id)
-                pipeline.xdel(self._stream, delivery.entry_id)
-                await pipeline.execute()
+            reply = self._redis.eval(
+                DEAD_LETTER,
+                *(2, self._stream, self._dead_stream),
+                *(self._group, delivery.entry_id, *limits),
+                *itertools.chain.from_iterable(fields.items()),
+            )
+            await cast(Awaitable[None], reply)
 
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""
@@ -224,10 +232,12 @@ class RedisQueue:
         wanted = list(dict.fromkeys(letter_ids))
         _check_letter_ids(wanted)
         with self._errors():
-            reply = self._redis.eval(REPLAY, 2, self._stream, self._dead_stream, self._max_entries, *wanted)
+            reply = self._redis.eval(
+                REPLAY, 2, self._stream, self._dead_stream, self._max_entries, self._max_bytes, *wanted
+            )
             outcome, *detail = await cast(Awaitable[list[Any]], reply)
         if outcome == 0:
-            raise self._full(detail[0], len(wanted))
+            raise self._full(detail, len(wanted))
         if outcome == -1:
             raise no_such_letter(detail[0].decode())
         if outcome == -2:

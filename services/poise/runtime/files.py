@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 
 def commit_file(temporary: Path, target: Path) -> None:
@@ -48,3 +52,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file, durable on return; its name is not, see `sync_folder`.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    import safetensors.numpy
+
+    with tensor_errors(path):
+        safetensors.numpy.save_file(dict(tensors), path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def tensor_errors(path: Path) -> Iterator[None]:
+    """Raise what safetensors says of a full disk as the `OSError` it is: its own error is none."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        raise OSError(int(number[1]) if number else 0, str(error), str(path)) from error
+
+
+_OS_ERROR = re.compile(r"os error (\d+)")

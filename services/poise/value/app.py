@@ -92,7 +92,7 @@ class ValueApp(ServiceApp):
         """
         saved = await self._standby.open_state(self.grpc_address)
         estimator = BaselineEstimator(self.config, saved)
-        keeper = StateKeeper(estimator, self._store, self._metrics)
+        keeper = StateKeeper(estimator, self._store, self._metrics, self.fail)
         if saved is None:
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
@@ -232,6 +232,8 @@ def redis_queue(config: QueueConfig, consumer: str) -> RedisQueue:
         group=config.group,
         consumer=consumer,
         max_entries=config.max_entries,
+        max_bytes=config.max_bytes,
         max_dead_letters=config.max_dead_letters,
+        max_dead_letter_bytes=config.max_dead_letter_bytes,
         claim_idle_s=config.claim_idle_s,
     )

@@ -23,6 +23,8 @@ class Window:
         self.num_rows = sum(len(group.rows) for group in self._groups)
         self.num_added = num_added
         """Groups ever added: the clock by which a probe is out of date."""
+        self.support = len(self._groups)
+        """Groups of the window's width less those of others, since it was empty: see `outvoted`."""
         self._slide()
 
     def add(self, group: LabelledRows) -> None:
@@ -30,11 +32,21 @@ class Window:
         self._groups.append(group)
         self.num_rows += len(group.rows)
         self.num_added += 1
+        self.support += 1
         self._slide()
 
     def _slide(self) -> None:
         while self.num_rows > self._max_rows and len(self._groups) > 1:
             self.num_rows -= len(self._groups.popleft().rows)
+
+    def outvoted(self) -> bool:
+        """Count a group of another width against the window's; whether as many of others have come as of its own.
+
+        Of all widths the one that most groups have is thus what stays, if it has more than all others together (the
+        vote of Boyer and Moore), whatever the first group had.
+        """
+        self.support -= 1
+        return self.support <= 0
 
     @property
     def groups(self) -> tuple[LabelledRows, ...]:
@@ -43,7 +55,7 @@ class Window:
 
     @property
     def width(self) -> int | None:
-        """The model's width, set by the first group; None while empty."""
+        """The model's width; None while empty."""
         return self._groups[0].rows.width if self._groups else None
 
 

@@ -24,14 +24,28 @@ class QueueConfig(StrictModel):
     """Consumer group."""
     max_entries: int = Field(8192, ge=1)
     """Most groups published and not yet in the durable state; beyond, publishing is refused with QUEUE_FULL."""
+    max_bytes: int = Field(512 * 1024 * 1024, ge=1024)
+    """Most memory that those take in the server; beyond, publishing is refused likewise. The server's `maxmemory` must
+    have room for this, `max_dead_letter_bytes`, and a quarter more."""
     max_entry_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Largest group, serialised."""
     max_dead_letters: int = Field(1000, ge=1)
     """Dead letters kept; the oldest go first."""
+    max_dead_letter_bytes: int = Field(64 * 1024 * 1024, ge=1024)
+    """Most memory that they take in the server; the newest one is kept in any case."""
     claim_idle_s: float = Field(30.0, gt=0)
     """After so long without an acknowledgement, entries of another consumer are taken over, s."""
     batch_entries: int = Field(256, ge=1)
     """Most groups made durable at a time."""
+
+    @model_validator(mode="after")
+    def _holds_an_entry(self) -> Self:
+        if self.max_bytes < 2 * self.max_entry_bytes:  # and what the server needs for it
+            raise ValueError(
+                f"max_bytes = {self.max_bytes} is below twice max_entry_bytes = {self.max_entry_bytes}: the largest "
+                "group would never fit"
+            )
+        return self
 
     @field_validator("url")
     @classmethod
@@ -105,7 +119,8 @@ class StandbyConfig(StrictModel):
     """Wait while another service holds `state_dir`, instead of refusing to start. The folder's file system must keep
     locks between the replicas: a disk of their own machine does, and NFS 4 between machines."""
     address: str = ""
-    """host:port at which the other replicas reach this one; empty takes the one that is bound."""
+    """host:port at which the other replicas reach this one; empty takes the one that is bound, which must not be every
+    interface's then."""
     ca_file: Path | None = None
     """PEM of the authorities that sign the other replicas' certificates; set it where they speak TLS."""
     server_name: str | None = None
@@ -135,3 +150,16 @@ class ValueConfig(ServiceConfig):
     """Steps of a run whose probes stay pinned for repeated questions."""
     max_runs: int = Field(64, ge=1)
     """Runs remembered in full; of longer unused ones only the last step is, and what is older is refused."""
+
+    @model_validator(mode="after")
+    def _replicas_find_this_one(self) -> Self:
+        if self.standby.enabled and not self.standby.address and self.grpc.host in _EVERYWHERE:
+            raise ValueError(
+                f"standby.address is empty, and grpc.host = {self.grpc.host!r} is no address at which other replicas "
+                "reach this one: set standby.address to host:port"
+            )
+        return self
+
+
+_EVERYWHERE = ("", "0.0.0.0", "::", "[::]")  # noqa: S104
+"""Hosts that mean every interface."""

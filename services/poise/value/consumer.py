@@ -158,7 +158,7 @@ class LabelConsumer:
             # A defect of ours that this entry meets every time: it must not stop those behind it.
             logger.exception("label entry %s cannot be read", delivery.entry_id)
             return "a defect in reading it; the log holds the traceback"
-        refusal = self._estimator.refusal(label.domain, label.rows.width)
+        refusal = self._estimator.refusal(label.domain, label.rows.width) or self._estimator.dissent(label)
         if refusal is not None:
             return f"group.{refusal.field}: {refusal.description}"
         admission = self._estimator.learn(label)

@@ -68,7 +68,7 @@ class BaselineEstimator:
         self._ledger.restore(saved.ledger)
         for domain in saved.domains:
             window = Window(self._config.probe.rows_of(domain.domain), domain.groups, domain.num_added)
-            record = TrackRecord(self._config.probe.rows_of(domain.domain), domain.record)
+            record = TrackRecord(self._config.probe.rows_of(domain.domain), domain.record, domain.num_recorded)
             self._domains[domain.domain] = Domain(window, record, domain.num_steps_seen)
         self.probes = {domain.domain: domain.probe for domain in saved.domains if domain.probe is not None}
 
@@ -134,19 +134,37 @@ class BaselineEstimator:
         return scores
 
     def refusal(self, domain: str, width: int) -> FieldViolation | None:
-        """Why a label could not be learnt from, naming its field; None if it could."""
+        """Why a label could not be learnt from, naming its field; None if it could, or `dissent` has to tell."""
         known = self._domains.get(domain)
         if known is None:
             limit = self._config.probe.max_domains
             if len(self._domains) < limit:
                 return None
             return FieldViolation("domain", f"{domain!r} would be one more than probe.max_domains = {limit}")
-        expected = known.window.width
+        return self._width_refusal(domain, known, width) if domain in self.probes else None
+
+    def dissent(self, label: LabelledRows) -> FieldViolation | None:
+        """Let a label of another width than its domain's count against that width, as long as no probe has it.
+
+        The first label of a domain may be the wrong one. Returns why this one is refused; None if it is not, which may
+        have emptied the window for it. Labels that were learnt stay on the ledger.
+        """
+        known = self._domains.get(label.domain)
+        if known is None or label.domain in self.probes or known.window.width in (None, label.rows.width):
+            return None
+        if not known.window.outvoted():
+            return self._width_refusal(label.domain, known, label.rows.width)
+        known.window = Window(self._config.probe.rows_of(label.domain), (), known.window.num_added)
+        return None
+
+    @staticmethod
+    def _width_refusal(name: str, domain: Domain, width: int) -> FieldViolation | None:
+        expected = domain.window.width
         if expected is None or expected == width:
             return None
         return FieldViolation(
             "rollouts",
-            f"hidden states are {width} wide, but domain {domain!r} holds {expected} wide ones; "
+            f"hidden states are {width} wide, but domain {name!r} holds {expected} wide ones; "
             "give another model's labels another domain",
         )
 
@@ -190,10 +208,11 @@ class BaselineEstimator:
                     domain.num_steps_seen,
                     probes.get(name),
                     domain.record.groups,
+                    domain.record.num_added,
                 )
                 for name, domain in self._domains.items()
             ),
-            self._ledger.to_json(),
+            self._ledger.snapshot(),
             self._pins.all(),
             self.num_groups_consumed,
             self.num_duplicates,

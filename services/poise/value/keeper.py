@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from poise.value.estimator import BaselineEstimator
 from poise.value.metrics import ValueMetrics
 from poise.value.pins import VersionedProbe
-from poise.value.state import StateStore
+from poise.value.state import StateLostError, StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,15 @@ logger = logging.getLogger(__name__)
 class StateKeeper:
     """Saves snapshots in a thread."""
 
-    def __init__(self, estimator: BaselineEstimator, store: StateStore, metrics: ValueMetrics) -> None:
+    def __init__(
+        self,
+        estimator: BaselineEstimator,
+        store: StateStore,
+        metrics: ValueMetrics,
+        give_up: Callable[[str], None],
+    ) -> None:
+        """`give_up` ends the service when the folder is another's: two must not answer for one state."""
+        self._give_up = give_up
         self._estimator = estimator
         self._store = store
         self._metrics = metrics
@@ -56,6 +65,8 @@ class StateKeeper:
                 if not self.problem:
                     logger.error("the state cannot be written, labels stay in the queue meanwhile: %s", error)
                 self.problem = f"the state cannot be written: {error}"
+                if isinstance(error, StateLostError):
+                    self._give_up(str(error))
                 raise
             self.problem = ""
             self._metrics.state_write_seconds.observe(time.perf_counter() - started_s)

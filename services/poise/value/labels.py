@@ -58,6 +58,12 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     wrong.identifier(f"{path}.run_id", message.run_id)
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
+    wrong.check(
+        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are told of below
+        f"{path}.num_rollouts",
+        f"is {message.num_rollouts}, and {len(message.rollouts)} rollouts are here; publish whole groups, with the "
+        "number that was sampled",
+    )
     rows = read_rollouts(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if rows is None or rewards is None:

@@ -76,6 +76,8 @@ class Refitter:
         try:
             probe = await asyncio.to_thread(self._fitters[name].fit, window.groups)
             fit_s = time.perf_counter() - started_s
+            if self._estimator.domains[name].window is not window:
+                return  # another width has won meanwhile: these rows are none of the domain's any more
             version = before.version + 1 if before else 1
             await self._keeper.install(name, VersionedProbe(version, probe, num_added, fit_s))
         except OSError:  # the keeper has said so

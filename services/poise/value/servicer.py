@@ -114,6 +114,10 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         for index, payload in enumerate(payloads):
             size = len(payload)
             wrong.check(size <= max_bytes, f"groups[{index}]", f"is {size} bytes; at most {max_bytes} are accepted")
+        limit, size = self._config.queue.max_bytes, sum(map(len, payloads))
+        wrong.check(
+            2 * size <= limit, "groups", f"are {size} bytes, too much for a queue of {limit}; publish them in parts"
+        )
         wrong.raise_if_any()
         await queue.publish(payloads)
         return pb.PublishLabelsResponse(num_queued=len(payloads))

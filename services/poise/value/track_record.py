@@ -33,22 +33,26 @@ class ValuedGroup:
 class TrackRecord:
     """The last groups, whole ones, of at most `max_rows` rows."""
 
-    def __init__(self, max_rows: int, groups: Iterable[ValuedGroup] = ()) -> None:
-        """Restore from `groups`, oldest first."""
+    def __init__(self, max_rows: int, groups: Iterable[ValuedGroup] = (), num_added: int = 0) -> None:
+        """Restore from `groups`, oldest first, of which `num_added` in all were ever added."""
         self._max_rows = max_rows
         self._groups: deque[ValuedGroup] = deque()
         self._rows: deque[Doubles] = deque()
         """Of each group, [n, columns of `_row`]: once made, judging all is a few sums."""
         self._num_rows = 0
         self._quality: ProbeQuality | None = None
+        self.num_added = 0
+        """Groups ever added."""
         for group in groups:
             self.add(group)
+        self.num_added = num_added
 
     def add(self, group: ValuedGroup) -> None:
         """Append a group; the oldest leave."""
         self._groups.append(group)
         self._rows.append(_row(group))
         self._num_rows += len(group.values)
+        self.num_added += 1
         while self._num_rows > self._max_rows and len(self._groups) > 1:
             self._num_rows -= len(self._groups.popleft().values)
             self._rows.popleft()

@@ -259,7 +259,7 @@ def unlabelled(group_id, width=2):
 
 def labelled(group_id, width=2):
     siblings = (Features(WIDE[:width], WIDE[:width]),) * 2
-    return LabelledGroup("run", 0, group_id, "math", siblings, np.zeros(2, np.float32))
+    return LabelledGroup("run", 0, group_id, "math", siblings, np.zeros(2, np.float32), 2)
 
 
 async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, value_service):

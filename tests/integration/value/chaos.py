@@ -1,4 +1,7 @@
-"""Publishing labels while the value service and its Valkey are killed, again and again, at random moments.
+"""Publishing labels while the value service and its Valkey are killed, again and again, in the middle of what they do.
+
+Each kill is aimed at a phase: a random moment after the service next begins to publish, consume, fit or checkpoint.
+What it hit is what was going on at that moment.
 
 What counts in the end is the durable state on disk, read without the service.
 """
@@ -18,6 +21,7 @@ from typing import Literal, get_args
 from tests.integration.value.service import TIMEOUT_S, Maker, ValueService, consumed, eventually
 
 from poise.local.valkey import valkey_command
+from poise.value.ledger import step_groups
 from poise.value.state import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
@@ -25,9 +29,15 @@ from poise_client.types import LabelledGroup
 
 Victim = Literal["value", "valkey", "both"]
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
+Phase = Literal["publish", "consume", "fit", "checkpoint"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 GROUPS_A_MESSAGE, MESSAGES_A_ROUND = 3, 6
-LONGEST_LIFE_S = 2.5
-"""Of a victim in a round: at times long enough to start, consume, fit and checkpoint, at times for none of these."""
+WIDTH = 1024
+"""Wide enough that fits and saves take their time."""
+LONGEST_WAIT_S = 6.0
+"""For the phase to begin; then the kill comes as it comes."""
+LONGEST_DELAY_S: dict[Phase, float] = {"publish": 0.005, "consume": 0.05, "fit": 0.05, "checkpoint": 0.02}
+"""From a phase's beginning to the kill: about as long as it takes."""
 
 Name = tuple[str, int, str]
 """Run, step, group."""
@@ -44,6 +54,8 @@ class Outcome:
     ledger: set[Name] = field(default_factory=set)
     """Labels that the durable state knows to be learnt."""
     kills: Counter[Victim] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+    """Kills by what was going on at that moment; several things may be, or none ("idle")."""
     num_retries: int = 0
     """Messages published again because the answer was an error: their labels may be queued twice."""
     num_duplicates: int = 0
@@ -91,12 +103,16 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
         async with service.client() as client:
             for number in range(num_rounds):
                 labels = [
-                    [make.label("chaos", number, make.question(f"{message}.{i}")) for i in range(GROUPS_A_MESSAGE)]
+                    [
+                        make.label("chaos", number, make.question(f"{message}.{i}", width=WIDTH))
+                        for i in range(GROUPS_A_MESSAGE)
+                    ]
                     for message in range(MESSAGES_A_ROUND)
                 ]
+                victim, phase = source.choice(VICTIMS), PHASES[number % len(PHASES)]
                 publishing = asyncio.create_task(_publish(client, labels, outcome))
-                victim = source.choice(VICTIMS)
-                await asyncio.sleep(source.uniform(0, LONGEST_LIFE_S))
+                delay_s = source.uniform(0, LONGEST_DELAY_S[phase])
+                outcome.hits.update(await service.ambush(phase, delay_s, victim != "valkey", LONGEST_WAIT_S))
                 if victim != "valkey":
                     service.kill()
                 if victim != "value":
@@ -144,10 +160,9 @@ def read_state(folder: Path, outcome: Outcome) -> None:
     for domain in saved.domains:
         outcome.learnt.update((group.run_id, group.step, group.group_id) for group in domain.groups)
     outcome.ledger = {
-        (run["run_id"], int(step), group)
-        for run in saved.ledger["runs"]
-        for step, domains in run["steps"].items()
-        for groups in domains.values()
-        for group in groups
+        (run.run_id, step, group)
+        for run in saved.ledger.runs
+        for step, groups in run.steps
+        for group in step_groups(groups)
     }
     outcome.num_duplicates = saved.num_duplicates

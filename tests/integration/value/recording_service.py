@@ -3,31 +3,70 @@
 Usage: recording_service.py RECORD_FILE [options of poise.value]. A line a fit, before its probe can answer:
 {"domain", "version", "seen": [[run_id, step], ...]}. Of two lines with the same version the later holds: the earlier
 probe died with its process before it was durable.
+
+It may be ambushed: RECORD_FILE.ambush holds {"phase", "delay_s", "dies"}. So long after the phase next begins, the
+phases then going on are written to RECORD_FILE.sprung, and the process dies, if it is to.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from poise.queue.interface import Delivery
+from poise.queue.redis_queue import RedisQueue
 from poise.runtime.main import service_main
 from poise.value import app
 from poise.value.config import ValueConfig
+from poise.value.consumer import LabelConsumer
 from poise.value.gram import GramFitter
 from poise.value.keeper import StateKeeper
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import LabelledRows
+from poise.value.snapshot import Snapshot
+from poise.value.state import StateStore
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])
+ambush_file, sprung_file = (record_file.with_suffix(f".{name}") for name in ("ambush", "sprung"))
+going_on = Counter[str]()
+consuming = ExitStack()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    going_on[name] += 1
+    if ambush_file.exists():
+        ambush = json.loads(ambush_file.read_text())
+        if ambush["phase"] == name:
+            ambush_file.unlink()
+            threading.Timer(ambush["delay_s"], spring, [ambush["dies"]]).start()
+    try:
+        yield
+    finally:
+        going_on[name] -= 1
+
+
+def spring(dies: bool) -> None:
+    partial = sprung_file.with_suffix(".part")
+    partial.write_text(json.dumps(sorted(+going_on)))
+    partial.replace(sprung_file)
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RecordingFitter(GramFitter):
     def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
-        probe = super().fit(groups)
+        with phase("fit"):
+            probe = super().fit(groups)
         seen_by_probe[id(probe)] = sorted({(group.run_id, group.step) for group in groups})
         return probe
 
@@ -40,6 +79,32 @@ class RecordingKeeper(StateKeeper):
         await super().install(domain, probe)
 
 
+class RecordingQueue(RedisQueue):
+    async def publish(self, payloads: Sequence[bytes]) -> None:
+        with phase("publish"):
+            await super().publish(payloads)
+
+
+class RecordingConsumer(LabelConsumer):
+    """Consumes from a batch's first label until all of it is settled with the queue."""
+
+    def _learn(self, delivery: Delivery) -> str | None:
+        if not going_on["consume"]:
+            consuming.enter_context(phase("consume"))
+        return super()._learn(delivery)
+
+    async def _settle(self) -> None:
+        with consuming:
+            await super()._settle()
+
+
+class RecordingStore(StateStore):
+    def save(self, snapshot: Snapshot) -> Path:
+        with phase("checkpoint"):
+            return super().save(snapshot)
+
+
 if __name__ == "__main__":
     app.GramFitter, app.StateKeeper = RecordingFitter, RecordingKeeper
+    app.RedisQueue, app.LabelConsumer, app.StateStore = RecordingQueue, RecordingConsumer, RecordingStore
     sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))

@@ -77,6 +77,19 @@ class ValueService:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(TIMEOUT_S)
 
+    async def ambush(self, phase: str, delay_s: float, dies: bool, wait_s: float) -> list[str]:
+        """Let it die, or only tell, so long after it next begins a phase; return what was going on then."""
+        ambush, sprung = (self.record_file.with_suffix(f".{name}") for name in ("ambush", "sprung"))
+        sprung.unlink(missing_ok=True)
+        partial = ambush.with_suffix(".part")
+        partial.write_text(json.dumps({"phase": phase, "delay_s": delay_s, "dies": dies}))
+        partial.replace(ambush)
+        deadline = time.monotonic() + wait_s
+        while not sprung.exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        ambush.unlink(missing_ok=True)
+        return (json.loads(sprung.read_text()) or ["idle"]) if sprung.exists() else ["idle"]
+
     @property
     def log(self) -> str:
         return self.log_file.read_text()
@@ -157,7 +170,9 @@ class Maker:
     def label(self, run_id: str, step: int, question: GroupFeatures | None = None, **options: Any) -> LabelledGroup:
         group = question or self.question(**options)
         assert group.rewards is not None
-        return LabelledGroup(run_id, step, group.group_id, group.domain, group.rollouts, group.rewards)
+        return LabelledGroup(
+            run_id, step, group.group_id, group.domain, group.rollouts, group.rewards, len(group.rollouts)
+        )
 
 
 def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import grpc.aio
 import numpy as np
 import redis.asyncio
@@ -35,11 +37,17 @@ def reward_missing(label: pb.LabelledGroup, random: Random) -> None:
 
 
 def unknown_schema(label: pb.LabelledGroup, random: Random) -> None:
-    label.schema_version = int(random.choice([0, 2, 4_000_000_000]))
+    label.schema_version = int(random.choice([0, 1, 4_000_000_000]))
 
 
 def half_a_group(label: pb.LabelledGroup, random: Random) -> None:
+    """As many rollouts as a group needs, and a reward each: but twice as many were sampled."""
+    label.num_rollouts = 2 * len(label.rollouts)
+
+
+def a_group_of_one(label: pb.LabelledGroup, random: Random) -> None:
     del label.rollouts[1]
+    label.num_rollouts = 1
     label.rewards.CopyFrom(to_tensor(np.array([0.5], np.float32)))
 
 
@@ -58,7 +66,7 @@ def bytes_that_do_not_fit_the_shape(label: pb.LabelledGroup, random: Random) -> 
 
 
 def no_run(label: pb.LabelledGroup, random: Random) -> None:
-    label.run_id = str(random.choice(["", "a b", "x" * 200, "../etc"]))
+    label.run_id = str(random.choice(["", "a b", "x" * 200, "naïve"]))
 
 
 def no_group(label: pb.LabelledGroup, random: Random) -> None:
@@ -73,27 +81,27 @@ def entropy_not_a_number(label: pb.LabelledGroup, random: Random) -> None:
     label.rollouts[1].output_entropy.max = float("nan")
 
 
-CHANGES = (
-    nan_in_features,
-    nan_reward,
-    reward_out_of_range,
-    reward_missing,
-    unknown_schema,
-    half_a_group,
-    another_width,
-    widths_that_differ,
-    bytes_that_do_not_fit_the_shape,
-    no_run,
-    no_group,
-    domain_of_no_name,
-    entropy_not_a_number,
-)
-"""What makes a right label poison, whatever else is in it."""
+CHANGES = {
+    nan_in_features: "group.rollouts[0].response_hidden: holds NaN",
+    nan_reward: "group.rewards: must lie in [0, 1]",
+    reward_out_of_range: "group.rewards: must lie in [0, 1]",
+    reward_missing: "group.rewards: has 1 elements for 2 rollouts",
+    unknown_schema: "group.schema_version: is ",
+    half_a_group: "group.num_rollouts: is 4, and 2 rollouts are here",
+    a_group_of_one: "group.rollouts: has 1 rollouts; at least 2 are needed",
+    another_width: "group.rollouts: hidden states are 5 wide, but domain 'fuzz' holds 8 wide ones",
+    widths_that_differ: "group.rollouts[1].response_hidden: ",
+    bytes_that_do_not_fit_the_shape: "group.rollouts[0].prompt_hidden: ",
+    no_run: "group.run_id: is ",
+    no_group: "group.group_id: is empty",
+    domain_of_no_name: "group.domain: is ",
+    entropy_not_a_number: "group.rollouts[1].output_entropy.max: holds NaN",
+}
+"""What makes a right label poison, whatever else is in it, and how the reason begins."""
 
 
-def damaged(payload: bytes, random: Random) -> bytes:
+def damaged(payload: bytes, kind: int, random: Random) -> bytes:
     """Cut off, flipped bits, or nothing but noise: what comes of it is anybody's guess."""
-    kind = random.integers(3)
     if kind == 0:
         return payload[: int(random.integers(len(payload)))]
     if kind == 1:
@@ -111,6 +119,8 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
     await warm_up(client, make, "fuzz")
     before = await client.get_probe()
     num_good = num_dead = num_guesses = num_again = 0
+    reasons: Counter[str] = Counter()
+    """How those of the labels changed behind the service's back must begin."""
     async with (
         redis.asyncio.from_url(valkey_url) as server,
         grpc.aio.insecure_channel(shared.grpc) as channel,
@@ -125,13 +135,14 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
             good = label.SerializeToString()
             await client.publish_labels([make.label("fuzz", number // 10, group_id=f"good{number}", domain="fuzz")])
             num_good += 1
+            change, reason = list(CHANGES.items())[number // 4 % len(CHANGES)]  # every kind in every way
             match number % 4:
                 case 0:  # behind the service's back
-                    CHANGES[int(random.integers(len(CHANGES)))](label, random)
+                    change(label, random)
+                    reasons[reason] += 1
                     await enqueue(label.SerializeToString())
                     num_dead += 1
                 case 1:  # at its door: refused by name, and nothing of the request is queued
-                    change = CHANGES[int(random.integers(len(CHANGES)))]
                     change(label, random)
                     right = pb.LabelledGroup.FromString(good)
                     try:
@@ -142,7 +153,7 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
                     else:
                         raise AssertionError(f"{change.__name__} was accepted")
                 case 2:
-                    await enqueue(damaged(good, random))
+                    await enqueue(damaged(good, number // 4 % 3, random))
                     num_guesses += 1
                 case 3:  # seen before
                     await enqueue(good)
@@ -160,6 +171,14 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
     assert num_again <= again <= num_again + num_guesses
     assert num_dead <= dead <= num_dead + num_guesses
     assert learnt + again + dead == num_good + num_again + num_dead + num_guesses
+
+    assert len(reasons) == len(set(CHANGES.values()))
+    listed = await shared.get("/admin/v1/dead-letters?limit=1000")
+    assert listed is not None
+    told = [letter["reason"].removeprefix("invalid request: ") for letter in listed.json()[:dead]]
+    for reason, count in reasons.items():
+        assert sum(each.startswith(reason) for each in told) >= count, (reason, told)
+    assert sum(each.startswith("payload: 10485760 bytes; at most ") for each in told) == 1
 
     (probe,) = (each for each in after.probes if each.domain == "fuzz")
     await fitted(client, "fuzz", probe.probe_version)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integration.value.chaos import GROUPS_A_MESSAGE, MESSAGES_A_ROUND, run_chaos
+from tests.integration.value.chaos import GROUPS_A_MESSAGE, MESSAGES_A_ROUND, PHASES, run_chaos
 
 
 async def test_every_label_is_learnt_once_whatever_is_killed_when(tmp_path: Path) -> None:
     outcome = await run_chaos(tmp_path, num_rounds=5, seed=3)
     assert len(outcome.published) == 5 * MESSAGES_A_ROUND * GROUPS_A_MESSAGE
     assert outcome.kills["value"] and outcome.kills["valkey"] and outcome.kills["both"]
+    assert sum(outcome.hits[phase] for phase in PHASES) >= 4
     assert not outcome.lost
     assert not outcome.doubled
     assert set(outcome.learnt) == outcome.ledger == outcome.published

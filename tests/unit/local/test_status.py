@@ -38,6 +38,11 @@ READY: dict[str, dict[str, Any]] = {
                 "label_lag_s": 0.25,
                 "quality": {
                     "pearson": 0.871,
+                    "brier": 0.0625,
+                    "calibration": [
+                        {"predicted": 0.125, "realised": 0.25, "count": 40},
+                        {"predicted": 0.75, "realised": 0.5, "count": 9},
+                    ],
                     "brier_skill": -0.5,
                     "bias": 0.012,
                     "share_clipped": 0.0,
@@ -63,8 +68,10 @@ READY: dict[str, dict[str, Any]] = {
                         "variance_vs_none",
                         "variance_vs_rloo",
                         "variance_vs_batch_mean",
+                        "brier",
                     )
-                ),
+                )
+                | {"calibration": []},
             },
         ],
     },
@@ -115,7 +122,7 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
     assert said[2].endswith("serving, 12 groups learnt, 1 of 2 domains have a probe")
-    header, math, new = (line.split() for line in said[3:6])
+    header, math, new = (line.split() for line in (said[3], said[4], said[6]))
     facts = dict(zip(header, " ".join(math).replace(" s", "s").split(), strict=True))
     assert facts == {
         "domain": "math",
@@ -123,6 +130,7 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
         "rows": "512",
         "steps": "9/4",
         "r": "0.87",
+        "brier": "0.062",
         "skill": "-0.50",
         "bias": "+0.012",
         "clipped": "0.00",
@@ -132,9 +140,10 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
         "lag": "0.25s",
         "fit": "0.031s",
     }
-    assert new[4:12] == ["–"] * 8
-    assert said[6].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
-    assert [" ".join(line.split()) for line in said[7:10]] == [
+    assert said[5] == "    calibration 0.12→0.25 0.75→0.50"
+    assert new[4:13] == ["–"] * 9
+    assert said[7].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
+    assert [" ".join(line.split()) for line in said[8:11]] == [
         "replica host:1 serves version 4 (01234567), current",
         "replica host:2 serves version 3 (fedcba98), it is slow",
         "replica host:3 serves version 0, being brought up",

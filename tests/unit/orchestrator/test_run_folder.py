@@ -28,7 +28,7 @@ def journalled(step: int) -> JournalledStep:
     )
     return JournalledStep(
         step=step,
-        labels=[LabelledGroup("run", step, "g", "d", (features, features), np.array([0, 1], np.float32))],
+        labels=[LabelledGroup("run", step, "g", "d", (features, features), np.array([0, 1], np.float32), 2)],
         batch=Batch("run", f"step-{step:08d}", step, (rollout,), 0.75),
         numbers={"step": step, "time_s": {}},
         values={"step": step, "predicted": [0.5], "realised": [1.0]},

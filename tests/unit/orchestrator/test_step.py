@@ -77,6 +77,8 @@ def test_a_probe_is_preferred_where_there_is_one() -> None:
     assert numbers["advantage_variance"]["none"] == pytest.approx(3 / 4)
     assert numbers["advantage_variance"]["rloo"] == pytest.approx(2 / 4)
     assert numbers["advantage_variance"]["batch_mean"] == pytest.approx((0 + 1 + 0.25 + 0.25) / 4)
+    variance = dict(numbers["advantage_variance"])
+    assert variance.pop("by_domain") == {"d": variance}
     assert numbers["reward"] == {"mean": 0.75, "by_domain": {"d": 0.75}}
     assert numbers["response_tokens"] == {"mean": 1.5, "max": 2, "total": 6}
     assert numbers["staleness"] == {"mean": 1.0, "max": 1}
@@ -142,4 +144,4 @@ def test_penalties_are_added_before_the_baseline_is_taken_away() -> None:
 def test_a_rollout_without_siblings_is_compared_with_other_prompts_alone() -> None:
     alone = [group("a", [1.0]), group("b", [0.0])]
     variance = step_numbers(alone, alone, centred(alone, "batch", whitened(rewards_of(alone))), 4)["advantage_variance"]
-    assert variance == {"used": 0.25, "none": 0.5, "rloo": None, "batch_mean": 1.0}
+    assert variance == {"used": 0.25, "none": 0.5, "rloo": None, "batch_mean": 1.0, "by_domain": {}}

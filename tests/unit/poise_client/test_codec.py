@@ -79,7 +79,9 @@ def questions(draw):
 def labelled_groups(draw):
     siblings = draw(tuples(features))
     rewards = draw(floats(len(siblings)))
-    return types.LabelledGroup(draw(names), draw(uint64s), draw(names), draw(names), siblings, rewards)
+    return types.LabelledGroup(
+        draw(names), draw(uint64s), draw(names), draw(names), siblings, rewards, draw(st.integers(0, 2**32 - 1))
+    )
 
 
 @st.composite
@@ -278,7 +280,7 @@ def whole_rollout():
 
 
 def whole_labels():
-    message = value_pb2.LabelledGroup(schema_version=1, run_id="run", group_id="g", rollouts=[whole_features()] * 2)
+    message = value_pb2.LabelledGroup(schema_version=2, run_id="run", group_id="g", rollouts=[whole_features()] * 2)
     message.rewards.CopyFrom(codec.to_tensor([0.0, 1.0], "float32"))
     return message
 
@@ -329,7 +331,7 @@ CASES = [
     (whole_rollout, codec.decode_rollout, "finish_reason", None),
     (whole_rollout, codec.decode_rollout, "finish_reason", 77),
     (whole_labels, codec.decode_labelled_group, "schema_version", None),
-    (whole_labels, codec.decode_labelled_group, "schema_version", 2),
+    (whole_labels, codec.decode_labelled_group, "schema_version", 1),
     (whole_labels, codec.decode_labelled_group, "rewards", None),
     (whole_labels, codec.decode_labelled_group, "rewards", THREE),
     (whole_question, codec.decode_group_features, "rewards", THREE),

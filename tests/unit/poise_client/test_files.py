@@ -21,7 +21,7 @@ BATCH = Batch(
     temperature=0.5,
 )
 STATE = Features(LOGPROBS, LOGPROBS)
-LABELS = [LabelledGroup("run", 1, name, "math", (STATE, STATE), np.array([0, 1], np.float32)) for name in "gh"]
+LABELS = [LabelledGroup("run", 1, name, "math", (STATE, STATE), np.array([0, 1], np.float32), 2) for name in "gh"]
 
 
 def test_a_batch_survives_its_bytes():

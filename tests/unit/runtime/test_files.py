@@ -1,9 +1,11 @@
 import os
 import stat
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from poise.runtime.files import commit_file, write_file
+from poise.runtime.files import commit_file, save_tensors, write_file
 
 
 @pytest.fixture
@@ -52,3 +54,15 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_file(tmp_path / "state.json", b"new")
     assert (tmp_path / "state.json").read_bytes() == b"former"
+
+
+def test_tensors_come_back_and_are_durable(tmp_path, calls):
+    save_tensors(tmp_path / "t", {"a": np.arange(3)})
+    assert safetensors.numpy.load_file(tmp_path / "t")["a"].tolist() == [0, 1, 2]
+    assert calls[-1:] == ["sync file"]
+
+
+def test_an_error_of_safetensors_is_told_as_the_systems_own(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors(tmp_path / "nowhere" / "t", {"a": np.arange(3)})
+    assert caught.value.filename == str(tmp_path / "nowhere" / "t")

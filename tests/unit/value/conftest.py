@@ -48,7 +48,15 @@ class Maker:
     def message(self, label: LabelledRows) -> value_pb2.LabelledGroup:
         """A label as it travels."""
         return encode_labelled_group(
-            LabelledGroup(label.run_id, label.step, label.group_id, label.domain, features(label.rows), label.rewards)
+            LabelledGroup(
+                label.run_id,
+                label.step,
+                label.group_id,
+                label.domain,
+                features(label.rows),
+                label.rewards,
+                len(label.rows),
+            )
         )
 
     def payload(self, step: int, group_id: str = "g0", **options: object) -> bytes:

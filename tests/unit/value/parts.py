@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from poise.value.consumer import LabelConsumer
 from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
 from poise.value.metrics import ValueMetrics
+from poise.value.pieces import join, split
 from poise.value.probe import FittedProbe
 from poise.value.refitter import Refitter
 from poise.value.rows import LabelledRows
+from poise.value.snapshot import Snapshot
 from poise.value.state import StateStore
 
 TIMEOUT_S = 30.0
@@ -41,10 +44,12 @@ class Parts:
         stream: MemoryStream,
         make_fitter: Callable[[], MeanFitter] = MeanFitter,
     ) -> None:
+        self.config = config
         self.store = StateStore(Path(config.state_dir))
         self.estimator = BaselineEstimator(config, self.store.open())
+        self.given_up: list[str] = []
         self.metrics = ValueMetrics(CollectorRegistry())
-        self.keeper = StateKeeper(self.estimator, self.store, self.metrics)
+        self.keeper = StateKeeper(self.estimator, self.store, self.metrics, self.given_up.append)
         self.queue = MemoryQueue(stream, "consumer")
         self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics)
         self.consumer = LabelConsumer(
@@ -75,6 +80,12 @@ class Parts:
         finally:
             self.refitter.stop()
             await running
+
+
+def stored(snapshot: Snapshot) -> Snapshot:
+    """The snapshot as it comes back from its written form."""
+    document, pieces = split(snapshot, None)
+    return join(json.loads(json.dumps(document)), {name: encode() for name, encode in pieces.items()})
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -82,3 +82,16 @@ def test_values_out_of_range_are_refused_by_path(setting: str) -> None:
 def test_the_state_folder_has_no_default() -> None:
     with pytest.raises(ConfigError, match="state_dir"):
         load_config(ValueConfig, None, [])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "'::'"])
+def test_a_standby_bound_everywhere_must_say_where_the_others_reach_it(host: str) -> None:
+    bound = (f"grpc.host={host}", "auth.allow_open_bind=true", "standby.enabled=true")
+    assert "set standby.address" in refusal(*bound)
+    assert loaded(*bound, "standby.address=value-0:50052").standby.address == "value-0:50052"
+    assert loaded("standby.enabled=true", "grpc.host=10.0.0.7", "auth.allow_open_bind=true").standby.enabled
+
+
+def test_a_queue_too_small_for_a_group_is_refused() -> None:
+    assert "the largest group would never fit" in refusal("queue.max_bytes=5000000")
+    assert loaded("queue.max_bytes=5000000", "queue.max_entry_bytes=2500000").queue.max_bytes == 5_000_000

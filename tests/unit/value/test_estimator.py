@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.unit.value.parts import stored
 
 from poise.domain.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
@@ -19,7 +20,6 @@ from poise.value.ledger import Admission
 from poise.value.pins import VersionedProbe
 from poise.value.probe import RidgeFitter
 from poise.value.rows import LabelledRows
-from poise.value.snapshot import Snapshot
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
@@ -45,7 +45,7 @@ def fitted(config: Build, make) -> BaselineEstimator:
 
 
 def restart(estimator: BaselineEstimator, config: ValueConfig) -> BaselineEstimator:
-    return BaselineEstimator(config, Snapshot.decode(*estimator.snapshot().encode()))
+    return BaselineEstimator(config, stored(estimator.snapshot()))
 
 
 def numbers(answers) -> list[bytes | None]:
@@ -476,6 +476,39 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
     assert restart(fitted, config()).is_due("default")
     refit(fitted)
     assert not restart(fitted, config()).is_due("default")
+
+
+def taken(estimator: BaselineEstimator, label: LabelledRows) -> bool:
+    """Learn a label as the consumer does; whether it was not refused."""
+    refusal = estimator.refusal(label.domain, label.rows.width) or estimator.dissent(label)
+    if refusal is None:
+        estimator.learn(label)
+    return refusal is None
+
+
+def test_a_first_label_of_the_wrong_width_does_not_shut_out_the_right_ones(config: Build, make) -> None:
+    estimator = BaselineEstimator(config())
+    assert taken(estimator, make.label(0, "wrong", width=9))
+    assert taken(estimator, make.label(0))
+    window = estimator.domains["default"].window
+    assert (window.width, [group.group_id for group in window.groups], window.num_added) == (6, ["g0"], 2)
+    assert estimator.learn(make.label(0, "wrong", width=9)) is Admission.DUPLICATE  # it was learnt, once
+
+
+def test_the_width_that_most_labels_have_wins_and_a_few_others_change_nothing(config: Build, make) -> None:
+    estimator = BaselineEstimator(config())
+    widths = [9, 9, 6, 6, 6, 6, 6, 9, 6, 9, 6]
+    accepted = [taken(estimator, make.label(step, width=width)) for step, width in enumerate(widths)]
+    assert accepted == [True, True, False, True, True, True, True, False, True, False, True]
+    window = estimator.domains["default"].window
+    assert {group.rows.width for group in window.groups} == {6}
+    assert window.num_rows == 2 * 6
+
+
+def test_a_probe_settles_the_width(fitted, make) -> None:
+    for step in range(30):
+        assert not taken(fitted, make.label(step, width=9))
+    assert fitted.domains["default"].window.width == 6
 
 
 def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:

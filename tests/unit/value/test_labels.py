@@ -57,8 +57,12 @@ def test_the_limits_themselves_are_accepted(make) -> None:
 
 
 FIELDS: dict[str, tuple[Change, str]] = {
+    "schema of the past": (lambda m: setattr(m, "schema_version", 1), "schema_version"),
+    "half a group": (lambda m: setattr(m, "num_rollouts", 2 * len(m.rollouts)), "num_rollouts"),
+    "more than a group": (lambda m: setattr(m, "num_rollouts", len(m.rollouts) - 1), "num_rollouts"),
+    "no number of rollouts": (lambda m: m.ClearField("num_rollouts"), "num_rollouts"),
     "schema unset": (lambda m: m.ClearField("schema_version"), "schema_version"),
-    "schema of the future": (lambda m: setattr(m, "schema_version", 2), "schema_version"),
+    "schema of the future": (lambda m: setattr(m, "schema_version", 3), "schema_version"),
     "no run": (lambda m: m.ClearField("run_id"), "run_id"),
     "run with a blank": (lambda m: setattr(m, "run_id", "my run"), "run_id"),
     "no group": (lambda m: m.ClearField("group_id"), "group_id"),
@@ -156,7 +160,7 @@ def test_all_wrong_fields_are_named_at_once(make) -> None:
 
 def test_of_another_schema_nothing_else_is_judged(make) -> None:
     message = LabelledGroup(schema_version=7)
-    assert violations(message.SerializeToString()) == [("group.schema_version", "is 7; must be 1")]
+    assert violations(message.SerializeToString()) == [("group.schema_version", "is 7; must be 2")]
 
 
 @pytest.mark.parametrize("payload", [b"\xff", b"not a message", b"\x08", "…".encode()])

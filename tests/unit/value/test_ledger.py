@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-import json
-
 import pytest
+from tests.unit.value.parts import stored
 
-from poise.value.ledger import Admission, Ledger
+from poise.value.ledger import Admission, Ledger, LedgerSnapshot, step_groups
+from poise.value.snapshot import Snapshot
 
 NEW, DUPLICATE, TOO_OLD = Admission.NEW, Admission.DUPLICATE, Admission.TOO_OLD
 
 
 def restored(ledger: Ledger, horizon_steps: int = 3, max_runs: int = 2) -> Ledger:
     copy = Ledger(horizon_steps, max_runs)
-    copy.restore(json.loads(json.dumps(ledger.to_json())))
+    copy.restore(stored(Snapshot("instance", (), ledger.snapshot(), (), 0, 0)).ledger)
     return copy
 
 
@@ -96,11 +96,44 @@ def test_it_knows_the_domains_of_a_step() -> None:
     assert not ledger.has_domain_in("run", 1, "math")
 
 
+def facts(snapshot: LedgerSnapshot) -> list[object]:
+    runs = [(run.run_id, [(step, step_groups(groups)) for step, groups in run.steps]) for run in snapshot.runs]
+    return [runs, dict(snapshot.retired)]
+
+
 def test_what_was_written_does_not_change_with_the_ledger() -> None:
     ledger = Ledger(3, 2)
     ledger.admit("run", 0, "g", "math")
-    written = ledger.to_json()
-    before = json.dumps(written)
+    written = ledger.snapshot()
+    before = facts(written)
     ledger.admit("run", 0, "h", "math")
     ledger.admit("other", 0, "h", "math")
-    assert json.dumps(written) == before
+    ledger.admit("third", 0, "h", "math")
+    assert facts(written) == before
+    assert facts(ledger.snapshot()) == [
+        [("other", [(0, {"h": "math"})]), ("third", [(0, {"h": "math"})])],
+        {"run": 1},
+    ]
+
+
+@pytest.mark.parametrize("after", [lambda ledger: ledger, restored], ids=["same", "restored"])
+def test_only_what_changed_is_made_again_and_under_another_number(after) -> None:
+    ledger = Ledger(3, 2)
+    for step in range(3):
+        ledger.admit("one", step, "g", "math")
+        ledger.admit("two", step, "g", "math")
+    ledger = after(ledger)
+    one, two = ledger.snapshot().runs
+    ledger.admit("two", 2, "h", "math")
+    assert ledger.admit("one", 2, "g", "math") is DUPLICATE  # which is no change
+    later = ledger.snapshot()
+    same, changed = sorted(later.runs, key=lambda run: run.run_id)
+    assert same is one
+    assert changed.revision > two.revision
+    assert [new is old for (_, new), (_, old) in zip(sorted(changed.steps), sorted(two.steps), strict=True)] == [
+        True,
+        True,
+        False,
+    ]
+    ledger.admit("two", 3, "g", "math")  # step 0 sinks
+    assert sorted(step for step, _ in ledger.snapshot().runs[-1].steps) == [1, 2, 3]

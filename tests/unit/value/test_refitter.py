@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 import pytest
+import safetensors.numpy
+from safetensors import SafetensorError
 from tests.unit.value.parts import TIMEOUT_S, MeanFitter, Parts, until
 
 import poise.value.refitter
@@ -15,6 +17,8 @@ from poise.queue.memory_queue import MemoryStream
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import LabelledRows
+from poise.value.servicer import ValueServicer
+from poise_proto.v1 import value_pb2
 
 
 @pytest.fixture
@@ -95,6 +99,27 @@ async def test_labels_that_come_during_a_fit_are_covered_by_one_more_fit(start, 
         parts.refitter.stop()
         await running
     assert fitter.sizes == [2, 5]
+
+
+async def test_a_fit_of_rows_that_another_width_drove_out_meanwhile_is_not_installed(start, make) -> None:
+    fitter = HeldFitter()
+    with start(lambda: fitter).alive() as parts:
+        running = asyncio.create_task(parts.refitter.run())
+        learn(parts, make, 0, 1, width=9)
+        await until(lambda: fitter.num_begun == 1)
+        for step in range(2, 6):
+            label = make.label(step)
+            if parts.estimator.dissent(label) is None:
+                parts.estimator.learn(label)
+        parts.refitter.wake()
+        fitter.go.release()
+        await until(lambda: fitter.num_begun == 2)
+        assert version(parts) == 0
+        fitter.go.release()
+        await until(lambda: version(parts) == 1)
+        parts.refitter.stop()
+        await running
+    assert fitter.sizes == [2, 3]
 
 
 async def test_a_step_pinned_during_a_fit_keeps_the_probe_before_it(start, make) -> None:
@@ -183,6 +208,79 @@ async def test_a_probe_that_cannot_be_made_durable_does_not_answer_and_comes_onc
         await parts.refit_until(lambda: version(parts) == 1)
         assert next(refusals, None) is None
         assert parts.keeper.problem == ""
+
+
+async def test_a_disk_that_is_full_is_told_and_is_no_failed_fit(start, make, monkeypatch) -> None:
+    monkeypatch.setattr(poise.value.refitter, "_RETRY_S", 0.005)
+    with start().alive() as parts:
+        write, refusals = safetensors.numpy.save_file, iter(range(3))
+
+        def full(*arguments):
+            if next(refusals, None) is not None:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            write(*arguments)
+
+        monkeypatch.setattr(safetensors.numpy, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            learn(parts, make, 0, 1)
+            await parts.keeper.keep()
+        assert "No space left" in parts.keeper.problem
+        await parts.refit_until(lambda: version(parts) == 1)
+        assert next(refusals, None) is None
+        assert parts.metrics.fit_failures.labels("default")._value.get() == 0
+        assert parts.keeper.problem == ""
+
+
+async def test_a_service_whose_folder_is_anothers_gives_up(start, make) -> None:
+    with start().alive() as parts:
+        learn(parts, make, 0, 1)
+        await parts.keeper.keep()
+        assert parts.given_up == []
+        (parts.store._folder / "lock").write_bytes(b"another")
+        with pytest.raises(OSError, match="another may hold it"):
+            await parts.keeper.keep()
+        (reason,) = parts.given_up
+        assert "another may hold it" in reason
+
+
+async def test_questions_are_answered_while_a_fit_and_a_save_are_held(start, make, monkeypatch) -> None:
+    """Neither takes the loop, nor a lock that a question needs: both are held until the questions are answered."""
+    fitter = HeldFitter()
+    with start(lambda: fitter).alive() as parts:
+        save, begun, go = parts.store.save, threading.Event(), threading.Event()
+
+        def held(snapshot):
+            begun.set()
+            assert go.wait(TIMEOUT_S)
+            return save(snapshot)
+
+        running = asyncio.create_task(parts.refitter.run())
+        learn(parts, make, 0, 1)
+        fitter.go.release()
+        await until(lambda: version(parts) == 1)
+        monkeypatch.setattr(parts.store, "save", held)
+        learn(parts, make, 2)
+        await until(lambda: fitter.num_begun == 2)
+        keeping = asyncio.create_task(parts.keeper.keep())
+        await until(begun.is_set)
+
+        servicer = ValueServicer(parts.config)
+        servicer.open(parts.estimator, parts.queue)
+        for step in range(5):
+            group = value_pb2.GroupFeatures(group_id="q", rollouts=make.message(make.label(step)).rollouts)
+            request = value_pb2.EstimateBaselinesRequest(run_id="asked", step=step, groups=[group])
+            answer = await asyncio.wait_for(servicer.EstimateBaselines(request, None), TIMEOUT_S)
+            assert answer.groups[0].probe_version == 1
+        assert not keeping.done()
+        assert fitter.num_begun == 2
+        assert version(parts) == 1
+
+        go.set()
+        await keeping
+        fitter.go.release()
+        await until(lambda: version(parts) == 2)
+        parts.refitter.stop()
+        await running
 
 
 async def test_a_version_once_answered_is_never_given_to_another_probe_over_a_crash(start, make) -> None:

@@ -221,6 +221,7 @@ async def test_labels_are_queued_whole_in_order(service) -> None:
 
 async def test_everything_wrong_with_labels_is_named_at_once_and_nothing_is_queued(service) -> None:
     service.estimator.learn(service.make.label(0, domain="known", width=9))
+    service.install("known", width=9)
     labels = [
         service.label(),
         with_change(service.label(), lambda label: label.ClearField("schema_version")),

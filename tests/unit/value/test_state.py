@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
 
+from poise.value.ledger import LedgerSnapshot
 from poise.value.snapshot import DomainSnapshot, Snapshot
-from poise.value.state import StateError, StateStore
+from poise.value.state import StateError, StateLostError, StateStore
 
 Damage = Callable[[Path], object]
 
@@ -27,8 +33,12 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def numbered(make) -> Callable[[int], Snapshot]:
     """Makes snapshots that are told apart by their number."""
-    domain = DomainSnapshot("default", (make.label(0),), 1, 1, None)
-    return lambda number: Snapshot("instance", (domain,), {"retired": {}, "runs": []}, (), number, 0)
+
+    def one(number: int) -> Snapshot:
+        domain = DomainSnapshot("default", (make.label(number),), number, 1, None)
+        return Snapshot("instance", (domain,), LedgerSnapshot(), (), number, 0)
+
+    return one
 
 
 def opened(folder: Path) -> tuple[StateStore, int | None]:
@@ -42,6 +52,15 @@ def reopened(folder: Path) -> int | None:
     store, number = opened(folder)
     store.close()
     return number
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("state-*")}
+
+
+def pieces_of(manifest: Path) -> set[str]:
+    """The files that a state refers to."""
+    return set(json.loads(json.loads(manifest.read_text())["body"])["checksums"])
 
 
 def saved(folder: Path, *snapshots: Snapshot) -> list[Path]:
@@ -72,10 +91,48 @@ def test_the_newest_state_comes_back_with_its_arrays(folder, numbered) -> None:
 def test_only_the_last_two_states_are_kept_also_over_restarts(folder, numbered) -> None:
     for number in range(1, 5):
         saved(folder, numbered(number))
-    assert {path.name for path in folder.iterdir()} == {
-        "lock",
-        *(f"state-0000000{number}.{suffix}" for number in (3, 4) for suffix in ("json", "safetensors")),
-    }
+    assert {path.name for path in folder.iterdir()} == {"lock", *names(folder)}
+    assert {name for name in names(folder) if name.endswith(".json")} == {"state-00000003.json", "state-00000004.json"}
+    # Each life wrote all of its state, for it knew the pieces of none with as odd a number.
+    assert {name.split(".")[0] for name in names(folder)} == {"state-00000003", "state-00000004"}
+
+
+def growing(make, number: int) -> Snapshot:
+    """A window to which a group is added each time, of one domain; and another one that never changes."""
+    groups, still = tuple(make.label(step) for step in range(number)), (make.label(0, domain="still"),)
+    domains = DomainSnapshot("default", groups, number, 1, None), DomainSnapshot("still", still, 1, 1, None)
+    return Snapshot("instance", domains, LedgerSnapshot(), (), number, 0)
+
+
+def test_a_save_writes_what_is_new_and_shares_no_file_with_the_state_before(folder, make) -> None:
+    store, _ = opened(folder)
+    used = [pieces_of(store.save(growing(make, number))) for number in range(1, 7)]
+    store.close()
+    for number, (before, after) in enumerate(itertools.pairwise(used), 1):
+        assert not before & after, number
+    for before, after in zip(used, used[2:], strict=False):
+        assert len(after - before) == 1  # the groups added since
+        assert before < after
+    assert names(folder) == {"state-00000005.json", "state-00000006.json"} | used[-1] | used[-2]
+    assert reopened(folder) == 6
+
+
+def test_a_state_made_of_pieces_of_many_saves_comes_back_whole(folder, make) -> None:
+    store, _ = opened(folder)
+    whole = growing(make, 6)
+    for number in range(1, 7):
+        domain, still = whole.domains
+        part = dataclasses.replace(domain, groups=domain.groups[:number][-4:], num_added=number)
+        store.save(dataclasses.replace(whole, domains=(part, still), num_groups_consumed=number))
+    store.close()
+    last = StateStore(folder)
+    again = last.open()
+    last.close()
+    assert again is not None
+    groups = again.domains[0].groups
+    assert [group.step for group in groups] == [2, 3, 4, 5]
+    for mine, theirs in zip(whole.domains[0].groups[-4:], groups, strict=True):
+        assert mine.rows.prompt_hidden.tobytes() == theirs.rows.prompt_hidden.tobytes()
 
 
 # Damage.
@@ -88,7 +145,8 @@ def flip(path: Path, at: int) -> None:
 
 
 def tensors(path: Path) -> Path:
-    return path.with_suffix(".safetensors")
+    """The largest piece of a state."""
+    return max(path.parent.glob(f"{path.stem}.*.safetensors"), key=lambda piece: piece.stat().st_size)
 
 
 def of_another_release(path: Path) -> None:
@@ -103,7 +161,6 @@ DAMAGES: dict[str, Damage] = {
     "manifest empty": lambda path: os.truncate(path, 0),
     "manifest is no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "manifest is another document": lambda path: path.write_text("[1]"),
-    "of another release": of_another_release,
     "tensors flipped": lambda path: flip(tensors(path), -3),
     "tensors cut": lambda path: os.truncate(tensors(path), tensors(path).stat().st_size - 1),
     "tensors empty": lambda path: os.truncate(tensors(path), 0),
@@ -117,7 +174,7 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(folder, numb
     damage(newest)
     with caplog.at_level(logging.ERROR):
         assert reopened(folder) == 1
-    (record,) = caplog.records
+    record = caplog.records[0]
     assert str(newest) in record.getMessage()
 
 
@@ -130,6 +187,18 @@ def test_after_damage_saving_goes_on_and_the_good_state_is_kept_beside(folder, n
     assert reopened(folder) == 1
 
 
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_damaged_is_put_aside_and_not_deleted(folder, numbered, damage, caplog) -> None:
+    newest = saved(folder, numbered(1), numbered(2))[-1]
+    damage(newest)
+    before = {path.name: path.read_bytes() for path in folder.glob("state-00000002.*")}
+    with caplog.at_level(logging.ERROR):
+        saved(folder, numbered(3), numbered(4), numbered(5))
+    aside = folder / "damaged-00000002"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert str(aside) in caplog.text
+
+
 def test_only_damaged_states_stop_the_service_with_a_remedy_and_are_left_alone(folder, numbered) -> None:
     for path in saved(folder, numbered(1), numbered(2)):
         flip(path, 200)
@@ -138,6 +207,40 @@ def test_only_damaged_states_stop_the_service_with_a_remedy_and_are_left_alone(f
         opened(folder)
     assert str(folder) in str(caught.value)
     assert {path: path.read_bytes() for path in folder.glob("state-*")} == before
+
+
+def test_a_state_of_another_release_is_refused_as_such_and_left_alone(folder, numbered) -> None:
+    newest = saved(folder, numbered(1), numbered(2))[-1]
+    of_another_release(newest)
+    before = {path: path.read_bytes() for path in folder.glob("state-*")}
+    with pytest.raises(StateError, match="has schema_version 999 and this release reads") as caught:
+        opened(folder)
+    assert str(newest) in str(caught.value)
+    assert "damaged" not in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.glob("state-*")} == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_state_that_cannot_be_read_stops_the_service_and_nothing_is_changed(
+    folder, numbered, monkeypatch, suffix, number, caplog
+) -> None:
+    newest = saved(folder, numbered(1), numbered(2))[-1]
+    before = {path: path.read_bytes() for path in folder.glob("state-*")}
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name.startswith(newest.stem) and path.suffix == suffix:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch, pytest.raises(StateError, match=os.strerror(number)) as caught:
+        patch.setattr(Path, "read_bytes", failing)
+        opened(folder)
+    assert str(newest) in str(caught.value)
+    assert not caplog.records
+    assert {path: path.read_bytes() for path in folder.glob("state-*")} == before
+    assert reopened(folder) == 2
 
 
 def test_files_of_others_are_neither_read_nor_dropped(folder, numbered) -> None:
@@ -185,6 +288,46 @@ def test_a_path_that_is_no_folder_is_refused_by_name(tmp_path) -> None:
         opened(tmp_path / "file")
 
 
+def stolen_by_another(folder: Path) -> None:
+    """As when a file system gives a lock away: another takes the folder while we believe to have it."""
+    (folder / "lock").write_bytes(b"another")
+
+
+def replaced(folder: Path) -> None:
+    (folder / "lock").unlink()
+    saved(folder)
+
+
+@pytest.mark.parametrize("steal", [stolen_by_another, replaced, lambda folder: (folder / "lock").unlink()])
+def test_who_lost_the_lock_writes_nothing_any_more(folder, numbered, steal) -> None:
+    store, _ = opened(folder)
+    store.save(numbered(1))
+    store.save(numbered(2))
+    steal(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(StateLostError, match="is not this service's any more"):
+        store.save(numbered(3))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    store.close()
+    assert reopened(folder) == 2
+
+
+def test_who_loses_the_lock_during_a_save_does_not_commit_it(folder, numbered, monkeypatch) -> None:
+    store, _ = opened(folder)
+    store.save(numbered(1))
+    write = safetensors.numpy.save_file
+
+    def slow(*arguments) -> None:
+        write(*arguments)
+        stolen_by_another(folder)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", slow)
+    with pytest.raises(StateLostError):
+        store.save(numbered(2))
+    store.close()
+    assert reopened(folder) == 1
+
+
 # Crashes.
 
 
@@ -226,7 +369,7 @@ def calls_of_a_save(tmp_path: Path, numbered: Callable[[int], Snapshot]) -> int:
 
 def test_a_crash_between_any_two_writes_leaves_the_old_state_or_the_new_one(tmp_path, numbered) -> None:
     num_calls = calls_of_a_save(tmp_path, numbered)
-    assert num_calls >= 10  # tensors, manifest: written, synced, renamed, the folder synced; two old files dropped
+    assert num_calls >= 8  # pieces, manifest: written, synced, renamed, the folder synced; old files dropped
     found = []
     for nth in range(1, num_calls + 1):
         folder = tmp_path / str(nth)
@@ -240,20 +383,22 @@ def test_a_crash_between_any_two_writes_leaves_the_old_state_or_the_new_one(tmp_
         found.append(reopened(folder))
         saved(folder, numbered(4))
         assert reopened(folder) == 4
-        assert len(list(folder.glob("state-*"))) == 4
+        manifests = sorted(folder.glob("state-*.json"))
+        assert len(manifests) == 2
+        assert names(folder) == {path.name for path in manifests}.union(*map(pieces_of, manifests))
     assert found == sorted(found)  # once committed, it stays
     assert set(found) == {2, 3}
 
 
 def test_a_half_written_file_is_not_taken_for_a_state_and_is_swept_away(folder, numbered) -> None:
     saved(folder, numbered(1))
-    leftovers = ("state-00000002.tmp", "state-00000002.safetensors", "state-00000002.json.tmp")
+    leftovers = ("state-00000002.7.safetensors", "state-00000002.json.tmp")
     for name in leftovers:
         (folder / name).write_bytes(b"half")
     assert reopened(folder) == 1
     saved(folder, numbered(2))
     assert reopened(folder) == 2
-    assert not [name for name in leftovers if name.endswith(".tmp") and (folder / name).exists()]
+    assert not [name for name in leftovers if (folder / name).exists()]
 
 
 def test_a_failed_save_leaves_the_state_and_the_next_one_succeeds(folder, numbered, monkeypatch) -> None:
@@ -266,3 +411,36 @@ def test_a_failed_save_leaves_the_state_and_the_next_one_succeeds(folder, number
     assert store.save(numbered(3)).exists()
     store.close()
     assert reopened(folder) == 3
+
+
+@contextmanager
+def no_room_for(num_bytes: int) -> Iterator[None]:
+    """What the system refuses to write beyond so many bytes of a file: as real a refusal as a full disk's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensors_without_room_are_an_error_of_the_system_and_the_next_save_succeeds(folder, numbered) -> None:
+    store, _ = opened(folder)
+    store.save(numbered(1))
+    with no_room_for(100), pytest.raises(OSError, match="File too large") as caught:
+        store.save(numbered(2))
+    assert caught.value.errno == errno.EFBIG
+    assert store.save(numbered(3)).exists()
+    store.close()
+    assert reopened(folder) == 3
+
+
+def test_what_safetensors_left_half_written_when_it_was_killed_is_swept_away_and_nothing_else(folder, numbered) -> None:
+    saved(folder, numbered(1))
+    (folder / ".tmpQvDMfi").write_bytes(b"half")
+    others = (".tmp", ".tmpnotes.txt", ".tmpABCDEFG", "tmpQvDMfi", ".tmp-12345")
+    for name in others:
+        (folder / name).write_text("mine")
+    saved(folder, numbered(2))
+    assert not (folder / ".tmpQvDMfi").exists()
+    assert all((folder / name).exists() for name in others)

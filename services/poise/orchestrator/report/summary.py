@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.domain.quality import bias, brier_skill, mean_squared_error, pearson, share_clipped
+from poise.domain.quality import bias, brier_skill, calibration, mean_squared_error, pearson, share_clipped
 from poise.orchestrator.report.curves import (
     BASELINES,
     PHASES,
@@ -67,7 +67,7 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
         },
         "held_out": _held_out(record),
         "advantage_variance": _advantage_variance(rows),
-        "probe": _probe(record.values),
+        "probe": _probe(record.values, rows),
         "staleness": {
             "mean": nan_mean(series(rows, "staleness", "mean")),
             "max": max((most for row in rows if not math.isnan(most := number(row, "staleness", "max"))), default=None),
@@ -146,19 +146,33 @@ def _variances(rows: Sequence[Row]) -> dict[str, Any]:
     return {"num_steps": len(rows), **means, "used_relative_to": ratios}
 
 
-def _probe(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None:
     """Return the quality over the later half of the steps in which the probe answered; None when it never did."""
     later = second_half(rows)
     predicted, realised = prediction_pairs(later)
     if not predicted.size:
         return None
     by_domain = prediction_pairs_by_domain(later)
+    same_steps = [row for row in metrics if row["step"] >= later[0]["step"]]
     return {
         "from_step": later[0]["step"],
         **_quality(predicted, realised),
         "brier_of_constant": float(np.var(realised)),
-        "by_domain": {domain: _quality(*pairs) for domain, pairs in by_domain.items()},
+        "by_domain": {
+            domain: {
+                **_quality(*pairs),
+                "calibration": [asdict(one) for one in calibration(*pairs)],
+                "used_relative_to": _variances_of(domain, same_steps),
+            }
+            for domain, pairs in by_domain.items()
+        },
     }
+
+
+def _variances_of(domain: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Return a domain's advantage variance as a share of that of other baselines, over the steps it had a probe in."""
+    means = {name: nan_mean(series(rows, "advantage_variance", "by_domain", domain, name)) for name in BASELINES}
+    return {name: means["used"] / means[name] if means[name] > 0 else math.nan for name in BASELINES[1:]}
 
 
 def _quality(predicted: Doubles, realised: Doubles) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:
     page = write_report(make_run(6)).read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>(math|code &lt;x&gt;)</td>(.*?)</tr>", page[page.index("Brier skill") :])
     assert [(domain, re.findall(r">([^<]*)</td>", cells)) for domain, cells in rows] == [
-        ("code &lt;x&gt;", ["4", "–", "0.085", "–", "−0.250", "0.00"]),
-        ("math", ["4", "–", "0.085", "–", "+0.250", "0.00"]),
+        ("code &lt;x&gt;", ["4", "–", "0.085", "–", "−0.250", "0.00", "–", "–", "–", "0.60→1.00, 0.90→1.00"]),
+        ("math", ["4", "–", "0.085", "–", "+0.250", "0.00", "–", "–", "–", "0.10→0.00, 0.40→0.00"]),
     ]
 
 

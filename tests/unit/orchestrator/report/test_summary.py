@@ -42,6 +42,7 @@ def test_probe_is_judged_on_the_later_half_of_its_steps(make_run: Callable[..., 
     late = '{"step": 3, "predicted": [0.2, 0.7], "realised": [0.0, 1.0], "domain": ["b", "a"]}'
     (run_dir / "values.jsonl").write_text(f"{early}\n{late}\n")
     brier = (0.2**2 + 0.3**2) / 2
+    ratios = {"none": 0.25, "rloo": 0.5, "batch_mean": 0.8}  # of "a", as the steps tell; of "b" they tell nothing
     alone = {"num_pairs": 1, "pearson": None, "brier_skill": None, "share_clipped": 0.0}
     assert summarise(run_dir)["probe"] == {
         "from_step": 3,
@@ -53,8 +54,20 @@ def test_probe_is_judged_on_the_later_half_of_its_steps(make_run: Callable[..., 
         "share_clipped": 0.0,
         "brier_of_constant": 0.25,
         "by_domain": {
-            "a": alone | {"brier": pytest.approx(0.09), "bias": pytest.approx(-0.3)},
-            "b": alone | {"brier": pytest.approx(0.04), "bias": pytest.approx(0.2)},
+            "a": alone
+            | {
+                "brier": pytest.approx(0.09),
+                "bias": pytest.approx(-0.3),
+                "calibration": [{"predicted": 0.7, "realised": 1.0, "count": 1}],
+                "used_relative_to": {name: pytest.approx(ratio) for name, ratio in ratios.items()},
+            },
+            "b": alone
+            | {
+                "brier": pytest.approx(0.04),
+                "bias": pytest.approx(0.2),
+                "calibration": [{"predicted": 0.2, "realised": 0.0, "count": 1}],
+                "used_relative_to": dict.fromkeys(ratios),
+            },
         },
     }
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+from tests.unit.value.parts import stored
 
+from poise.value.ledger import LedgerSnapshot, RunEntries
+from poise.value.pieces import join, split
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe, PromptProbe
-from poise.value.snapshot import SCHEMA_VERSION, DomainSnapshot, Snapshot
+from poise.value.snapshot import DomainSnapshot, Snapshot
 
 
 def probe(version: int, width: int = 6) -> VersionedProbe:
@@ -31,7 +32,9 @@ def snapshot(make) -> Snapshot:
             DomainSnapshot("code", (make.label(0, run_id="other", domain="code", width=9),), 1, 1, code),
             DomainSnapshot("none.yet", (make.label(1, domain="none.yet"),), 1, 1, None),
         ),
-        ledger={"retired": {"old": 3}, "runs": []},
+        ledger=LedgerSnapshot(
+            5, {"old": 3, "older": 2**63}, 4, (RunEntries("run", 3, 2, ((2, b'{"math":["g","h"]}'), (2**63, b"{}"))),)
+        ),
         pins=(
             ("run", 0, {}),
             ("run", 1, {"math": old_math, "code": code}),
@@ -43,17 +46,20 @@ def snapshot(make) -> Snapshot:
     )
 
 
-def copy(snapshot: Snapshot) -> Snapshot:
-    document, arrays = snapshot.encode()
-    return Snapshot.decode(json.loads(json.dumps(document)), arrays)
-
-
 def test_everything_comes_back_to_the_last_bit(snapshot) -> None:
-    again = copy(snapshot)
-    for name in ("instance_id", "ledger", "num_groups_consumed", "num_duplicates"):
+    again = stored(snapshot)
+    for name in ("instance_id", "num_groups_consumed", "num_duplicates"):
         assert getattr(again, name) == getattr(snapshot, name)
+    assert (again.ledger.revision, again.ledger.retired, again.ledger.retired_revision) == (
+        5,
+        snapshot.ledger.retired,
+        4,
+    )
+    (run,), (run_again,) = snapshot.ledger.runs, again.ledger.runs
+    for name in ("run_id", "revision", "first_known_step", "steps"):
+        assert getattr(run_again, name) == getattr(run, name)
     for before, after in zip(snapshot.domains, again.domains, strict=True):
-        for name in ("domain", "num_added", "num_steps_seen"):
+        for name in ("domain", "num_added", "num_steps_seen", "num_recorded"):
             assert getattr(after, name) == getattr(before, name)
         assert_same_probe(before.probe, after.probe)
         for mine, theirs in zip(before.groups, after.groups, strict=True):
@@ -85,39 +91,80 @@ def assert_same_probe(before: VersionedProbe | None, after: VersionedProbe | Non
 
 
 def test_a_probe_that_many_steps_pin_is_stored_once_and_stays_one(snapshot) -> None:
-    document, _ = snapshot.encode()
+    document, pieces = split(snapshot, None)
     assert [(each["domain"], each["version"]) for each in document["probes"]] == [("math", 2), ("code", 5), ("math", 1)]
-    again = copy(snapshot)
+    assert sum(name.startswith("probe ") for name in pieces) == 3
+    again = stored(snapshot)
     pinned = {(run, step): probes for run, step, probes in again.pins}
     assert pinned["run", 1]["math"] is pinned["other", 1]["math"]
     assert pinned["run", 2**64 - 1]["math"] is again.domains[0].probe
 
 
 def test_a_service_that_knows_nothing_yet_can_be_saved() -> None:
-    empty = Snapshot("instance", (), {"retired": {}, "runs": []}, (), 0, 0)
-    document, arrays = empty.encode()
-    assert arrays == {}
-    assert copy(empty) == copy(empty) or copy(empty).domains == ()
-    assert copy(empty).encode() == (document, {})
+    again = stored(Snapshot("instance", (), LedgerSnapshot(), (), 0, 0))
+    assert (again.instance_id, again.domains, again.pins, again.ledger.runs) == ("instance", (), (), ())
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"schema_version": SCHEMA_VERSION + 1}, ValueError),
         ({"domains": None}, TypeError),
         ({"probes": []}, LookupError),
         ({"pins": [["run", 0, [99]]]}, LookupError),
+        ({"ledger": {}}, LookupError),
     ],
 )
-def test_what_encode_did_not_give_is_refused(snapshot, change, error) -> None:
-    document, arrays = snapshot.encode()
+def test_what_split_did_not_give_is_refused(snapshot, change, error) -> None:
+    document, pieces = split(snapshot, None)
     with pytest.raises(error):
-        Snapshot.decode(document | change, arrays)
+        join(document | change, {name: encode() for name, encode in pieces.items()})
 
 
-def test_missing_arrays_are_refused(snapshot) -> None:
-    document, arrays = snapshot.encode()
-    for name in [name for name in arrays if name.startswith("window.") or name.endswith(".bias")]:
+def test_missing_pieces_and_arrays_are_refused(snapshot) -> None:
+    document, made = split(snapshot, None)
+    pieces = {name: encode() for name, encode in made.items()}
+    for name in pieces:
         with pytest.raises(LookupError):
-            Snapshot.decode(document, {key: array for key, array in arrays.items() if key != name})
+            join(document, {key: arrays for key, arrays in pieces.items() if key != name})
+    window = next(name for name in pieces if name.startswith("window "))
+    for array in pieces[window]:
+        with pytest.raises(LookupError):
+            join(document, pieces | {window: {key: a for key, a in pieces[window].items() if key != array}})
+
+
+def windowed(make, num_added: int, num_kept: int) -> Snapshot:
+    """A domain whose window holds the last of so many groups, told apart by their steps."""
+    groups = tuple(make.label(step) for step in range(num_added - num_kept, num_added))
+    return Snapshot("instance", (DomainSnapshot("math", groups, num_added, 1, None),), LedgerSnapshot(), (), 0, 0)
+
+
+def test_a_state_stored_beside_an_earlier_one_takes_its_pieces_and_adds_what_is_new(make) -> None:
+    shared: dict[str, object] = {}
+    document = None
+    expected = {
+        3: ["window math 0 3"],
+        5: ["window math 0 3", "window math 3 5"],
+        9: ["window math 3 5", "window math 5 9"],
+    }
+    for num_added, names in expected.items():
+        document, made = split(windowed(make, num_added, min(num_added, 5)), document)
+        windows = [name for name in made if name.startswith("window")]
+        assert windows == names
+        shared |= {name: encode() for name, encode in made.items() if name not in shared}
+        (domain,) = join(document, shared).domains
+        assert [group.step for group in domain.groups] == list(range(num_added))[-5:]
+
+
+def test_a_window_that_was_replaced_whole_takes_nothing_of_before(make) -> None:
+    document, _ = split(windowed(make, 4, 4), None)
+    _, made = split(windowed(make, 9, 2), document)
+    assert [name for name in made if name.startswith("window")] == ["window math 7 9"]
+
+
+def test_a_log_in_very_many_segments_is_written_anew_as_one(make) -> None:
+    document, counts = None, []
+    for num_added in range(1, 40):
+        document, made = split(windowed(make, num_added, num_added), document)
+        counts.append(sum(name.startswith("window") for name in made))
+    assert max(counts) == 32
+    assert counts[32] == 1  # [0, 33)
