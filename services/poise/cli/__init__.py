@@ -1,0 +1,5 @@
+"""`poise`: the one command."""
+
+from poise.cli.commands import main
+
+__all__ = ["main"]
