@@ -14,11 +14,11 @@ from typing import Any
 from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.numbers import learner_numbers
 from poise.orchestrator.pipeline import Pipeline
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
-from poise.orchestrator.step import learner_numbers
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus

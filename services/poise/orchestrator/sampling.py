@@ -12,6 +12,7 @@ from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.numbers import predictions, step_numbers
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.services import Services
@@ -20,8 +21,6 @@ from poise.orchestrator.step import (
     StepBaselines,
     group_features,
     labelled_groups,
-    predictions,
-    step_numbers,
     training_batch,
 )
 from poise.orchestrator.tasks.mixture import Mixture

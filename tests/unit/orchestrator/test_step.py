@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from poise.domain.rivals import group_mean, whitened
+from poise.orchestrator.numbers import predictions, step_numbers
 from poise.orchestrator.step import (
     ScoredGroup,
     centred,
@@ -13,9 +14,7 @@ from poise.orchestrator.step import (
     group_features,
     labelled_groups,
     left_to_critic,
-    predictions,
     rewards_of,
-    step_numbers,
     training_batch,
 )
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
