@@ -22,12 +22,12 @@ from typing import Any
 
 import click
 import numpy as np
-from poise.orchestrator.comparison.arithmetic import Curve, common_levels, crossing, make_curve
 from rich.console import Console
 from rich.table import Table
 
 from poise.local.models import make_model
 from poise.local.run_file import LocalRun, load_run, preset_path
+from poise.orchestrator.comparison.arithmetic import Curve, common_levels, crossing, make_curve
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 
