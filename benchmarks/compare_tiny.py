@@ -1,7 +1,7 @@
 """How many tokens does POISE take to a held-out reward, beside its rivals, and how noisy are their gradients?
 
-Runs `poise compare -c compare_tiny.yaml` (seven ways to train, five seeds, one budget of sampled tokens; resumable, half
-an hour on two cores) and then `gradient_variance.py`, and puts both together in results/compare_tiny.json:
+Runs `poise compare -c compare_tiny.yaml` (seven ways to train, five seeds, one budget of sampled tokens; resumable,
+half an hour on two cores) and then `gradient_variance.py`, and puts both together in results/compare_tiny.json:
 
 - `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach;
 - `gradient_variance_vs_grpo`: noise by signal of the gradient at equal tokens, POISE's by GRPO-8's, at one policy.
