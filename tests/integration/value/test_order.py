@@ -99,7 +99,7 @@ async def test_a_dead_lettered_label_does_not_taint_its_step(shared, client, mak
     before = (await client.get_probe()).num_dead_letters
     await shared.post("pause")
     # At the door nothing is wrong with it: the domain it disagrees with is not known yet.
-    await client.publish_labels([make.label("poison", 0, domain="poison.2")])
+    await client.publish_labels([make.label("poison", 0, group_id=name, domain="poison.2") for name in ("a", "b")])
     await client.publish_labels([make.label("poison", 1, domain="poison.2", width=5)])
     await shared.post("resume")
     await consumed(client)
@@ -160,6 +160,12 @@ async def test_a_storm_of_questions_and_labels_with_a_kill_leaks_nothing(shared,
                         late.append(turn)
                         continue
                     if len(late) > 4:
+
+                        async def is_consumed() -> bool:
+                            """Of the queue, which keeps order, fewer are left than this client published since."""
+                            return (await own.get_probe()).num_pending < 2 * 4
+
+                        await eventually(is_consumed, "the oldest late label is consumed")
                         await own.estimate_baselines("late", late.pop(0), asked)
                     answered = await own.estimate_baselines(run, step, asked)
                 except LabelsConsumedError:
