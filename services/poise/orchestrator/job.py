@@ -36,6 +36,7 @@ from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 from poise_client.errors import PoiseClientError
+from poise_client.types import ModelExport
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
                     await services.wait_until_up(with_value=config.algorithm.needs_probe)
                     if state.next_step:
                         watcher.say(f"resuming at {config.limits.describe(state.spent)}")
-                    export = await services.export_model("model") if await loop.run(state) else None
+                    export = await _finish(config, folder, services) if await loop.run(state) else None
                 except StoppedWaiting:
                     export = None
                 if export is None:
@@ -129,6 +130,13 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         folder.mark_reported()
     _say_summary(config, export.path, report)
     return OK
+
+
+async def _finish(config: OrchestratorConfig, folder: RunFolder, services: Services) -> ModelExport:
+    """Write down what only services know in the end, and have the model exported."""
+    if config.algorithm.needs_probe:
+        folder.write_probes(await services.probe_report())
+    return await services.export_model("model")
 
 
 def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:

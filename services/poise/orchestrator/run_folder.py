@@ -8,6 +8,7 @@
     values.jsonl        a line a step: predicted and realised values
     trajectories.jsonl  some groups of each step, to read
     evaluations.jsonl   a line an evaluation
+    probes.json         each domain's probe, as the value service had it in the end
     memory.jsonl        a line a step: what the algorithm is to know of it later
     generations/        of each evaluation all rollouts, a line each
 
@@ -29,9 +30,9 @@ from typing import IO, Any
 import yaml
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.runtime.files import json_line, sync_folder, write_file, write_lines
+from poise.runtime.files import json_line, sync_folder, without_nan, write_file, write_lines
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
-from poise_client.types import Batch, LabelledGroup
+from poise_client.types import Batch, LabelledGroup, ProbeReport
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,11 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         write_lines(path, generations)
         self._append("evaluations.jsonl", [dict(line) | {"generations": str(path.relative_to(self.path))}])
+
+    def write_probes(self, report: ProbeReport) -> None:
+        """Write what the value service says of its probes; what is not known is null."""
+        trees = [without_nan(asdict(probe)) for probe in report.probes]
+        write_file(self.path / "probes.json", (json.dumps(trees, indent=2, allow_nan=False) + "\n").encode())
 
     def evaluated(self, when: str, step: int) -> bool:
         """Whether an evaluation is there already."""

@@ -27,6 +27,7 @@ from poise_client.types import (
     LabelledGroup,
     LearnerStatus,
     ModelExport,
+    ProbeReport,
     Prompt,
     Sampling,
     StepResult,
@@ -117,6 +118,10 @@ class Services:
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
         """See `AsyncValueClient`."""
         return await self._ask_value(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
+
+    async def probe_report(self) -> ProbeReport:
+        """See `AsyncValueClient.get_probe`."""
+        return await self._ask_value(lambda: self._value.get_probe(timeout_s=_CALL_TIMEOUT_S))
 
     async def submit_advantages(self, batch: Batch) -> StepResult:
         """See `AsyncLearnerClient`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,3 +82,12 @@ def tensor_errors(path: Path) -> Iterator[None]:
 
 
 _OS_ERROR = re.compile(r"os error (\d+)")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a tree with None in place of every number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

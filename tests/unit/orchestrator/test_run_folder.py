@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,18 @@ import pytest
 
 from poise.orchestrator.budget import Limits, Spent
 from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
-from poise_client.types import Batch, Features, LabelledGroup, RolloutId, TrainingRollout, VersionSpan
+from poise_client.types import (
+    Batch,
+    CalibrationBin,
+    Features,
+    LabelledGroup,
+    ProbeQuality,
+    ProbeReport,
+    ProbeStatus,
+    RolloutId,
+    TrainingRollout,
+    VersionSpan,
+)
 
 
 def journalled(step: int) -> JournalledStep:
@@ -272,3 +284,12 @@ def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
     assert successor.evaluated("before", 0)
     assert not successor.evaluated("after", 0)
     assert successor.last_evaluated() == Spent(2, 30, 1.5)
+
+
+def test_what_is_not_known_of_a_probe_is_null(folder: RunFolder) -> None:
+    quality = ProbeQuality(0, nan, nan, nan, nan, nan, nan, nan, nan, (CalibrationBin(0.1, 0.2, 3),))
+    folder.write_probes(ProbeReport((ProbeStatus("d", 0, 2, 4, 1, 4, 0.0, nan, quality),), 2, 0, 0, 0))
+    (probe,) = json.loads((folder.path / "probes.json").read_text())
+    assert (probe["domain"], probe["num_rows"], probe["label_lag_s"]) == ("d", 4, None)
+    assert probe["quality"]["brier"] is None
+    assert probe["quality"]["calibration"] == [{"predicted": 0.1, "realised": 0.2, "count": 3}]

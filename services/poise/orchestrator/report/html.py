@@ -5,6 +5,7 @@ Owns the words; figures.py owns the drawings, summary.py the numbers. Everything
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -81,6 +82,7 @@ def write_report(run_dir: Path) -> Path:
         trajectories=_samples(record),
         domains=_domains(summary["held_out"]),
         scores=_scores(summary["held_out"]),
+        probes=_probes(run_dir / "probes.json"),
     )
     path = run_dir / "report.html"
     write_file(path, text.encode(errors="replace"))  # JSON can hold halves of surrogate pairs
@@ -134,6 +136,15 @@ def _scores(held_out: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _tells(table: dict[str, Any], group: str, name: str) -> bool:
     return name in table.get(group, {})
+
+
+def _probes(path: Path) -> list[dict[str, Any]]:
+    """Return what the value service said of its probes in the end; nothing where it did not."""
+    try:
+        probes = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [probe for probe in probes if isinstance(probe, dict)] if isinstance(probes, list) else []
 
 
 def _samples(record: RunRecord) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from poise.orchestrator.report.curves import (
     smoothing_window,
 )
 from poise.orchestrator.report.statistics import paired_interval
-from poise.runtime.files import write_file
+from poise.runtime.files import without_nan, write_file
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
         "num_verifier_errors": _total(rows, "verifier_errors"),
         "num_unreadable_lines": record.num_unreadable,
     }
-    plain: dict[str, Any] = _without_nan(tree)
+    plain: dict[str, Any] = without_nan(tree)
     return plain
 
 
@@ -188,9 +188,3 @@ def _quality(predicted: Doubles, realised: Doubles) -> dict[str, Any]:
 
 def _total(rows: Sequence[Row], *path: str) -> int:
     return int(np.nansum(series(rows, *path)))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

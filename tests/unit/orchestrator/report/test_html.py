@@ -93,6 +93,22 @@ def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:
     ]
 
 
+def test_what_the_value_service_said_in_the_end_is_shown(make_run: Callable[..., Path]) -> None:
+    run_dir = make_run(4)
+    assert "The value service in the end" not in read(run_dir)[0]
+    quality = {"pearson": 0.625, "brier": None}
+    probe = {"domain": "algebra", "probe_version": 7, "num_rows": 2048, "num_groups": 1024, "num_steps_seen": 16}
+    probe |= {"last_fit_s": 0.125, "label_lag_s": None, "quality": quality}
+    (run_dir / "probes.json").write_text(json.dumps([probe]))
+    _, page = read(run_dir)
+    assert "The value service in the end" in page.texts["h2"]
+    row = page.texts["td"][page.texts["td"].index("algebra") :][:9]
+    assert row[:5] == ["algebra", "7", "2,048", "1,024", "16"]
+    assert row[5:] == ["0.125", "–", "0.62", "–"]
+    (run_dir / "probes.json").write_text("[{")
+    assert "The value service in the end" not in read(run_dir)[0]
+
+
 def test_page_needs_nothing_else(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     text, page = read(make_run(evaluations=[new_evaluation("before", 0, [[0.0]])]))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
