@@ -73,7 +73,8 @@ def test_value(tiny_run: LocalRun) -> None:
     prompt = {"groupId": "a", "domain": "curl", "promptHidden": tensor(np.ones(64))}
     scored = answer(address, f"{service}/ScorePrompts", {"prompts": [prompt]})
     assert scored["prompts"] == [{"groupId": "a", "status": "BASELINE_STATUS_NO_PROBE"}]
-    label = {"schemaVersion": 1, "runId": "curl", "step": 0, **groups[0], "rewards": tensor([0, 1])}
+    label = {"schemaVersion": 2, "runId": "curl", "step": 0, **groups[0], "rewards": tensor([0, 1])}
+    label["numRollouts"] = 2
     assert answer(address, f"{service}/PublishLabels", {"groups": [label]}) == {"numQueued": 1}
     report = answer(address, f"{service}/GetProbe", {})
     counted = [int(report.get(name, 0)) for name in ("numGroupsConsumed", "numPending")]  # JSON leaves zeros out

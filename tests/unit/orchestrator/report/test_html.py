@@ -103,7 +103,7 @@ def test_what_the_value_service_said_in_the_end_is_shown(make_run: Callable[...,
     _, page = read(run_dir)
     assert "The value service in the end" in page.texts["h2"]
     row = page.texts["td"][page.texts["td"].index("algebra") :][:9]
-    assert row[:5] == ["algebra", "7", "2,048", "1,024", "16"]
+    assert row[:5] == ["algebra", "7", "2 048", "1 024", "16"]
     assert row[5:] == ["0.125", "–", "0.62", "–"]
     (run_dir / "probes.json").write_text("[{")
     assert "The value service in the end" not in read(run_dir)[0]
