@@ -31,5 +31,6 @@ def valkey_command(socket: Path, folder: Path) -> list[str]:
         *("--appendonly", "yes"),
         *("--appendfsync", "always"),
         *("--save", ""),
+        *("--maxmemory", "768mb"),  # the queue's max_bytes and max_dead_letter_bytes, and a third more
         *("--maxmemory-policy", "noeviction"),
     ]
