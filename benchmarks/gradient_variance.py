@@ -99,6 +99,8 @@ class Nowhere:
 
     def phase(self, step: int, name: str) -> None: ...
 
+    def sampled(self, step: int, done: int, total: int) -> None: ...
+
 
 def noise_and_signal(products: Doubles) -> tuple[float, float]:
     """Return both, of the gradients' inner products [K, K]."""

@@ -137,6 +137,8 @@ class InProcess:
 
     def phase(self, step: int, name: str) -> None: ...
 
+    def sampled(self, step: int, done: int, total: int) -> None: ...
+
 
 async def learning_curve(run: LocalRun, folder: Path) -> list[float]:
     """Train for a run's steps; return the mean reward of what each sampled."""

@@ -46,15 +46,15 @@ def promtool(*arguments: str, text: str | None = None) -> str:
 
 
 class Prometheus:
-    """One server, which scrapes every half second."""
+    """One server, which scrapes every second."""
 
     def __init__(self, folder: Path, address: str, targets: Mapping[str, str]) -> None:
         """Scrape `targets`, host:port by job."""
         jobs = [
             {
                 "job_name": job,
-                "scrape_interval": "500ms",
-                "scrape_timeout": "500ms",
+                "scrape_interval": "1s",
+                "scrape_timeout": "1s",
                 "static_configs": [{"targets": [t]}],
             }
             for job, t in targets.items()

@@ -27,6 +27,7 @@ class Comparison:
         train = {
             "tasks": [{"kind": "digits"}],
             "prompts_per_step": ROLLOUTS // 2,
+            "rollouts_per_prompt": 2,
             "sampling": {"max_tokens": TOKENS_A_ROLLOUT},
             "evaluation": {"num_prompts": 8, "rollouts_per_prompt": 2},
         }

@@ -107,7 +107,7 @@ async def drive(run: LocalRun, services: Overheard, folder: Path, num_steps: int
         run_dir=folder,
         num_steps=num_steps,
         prompts_per_step=NUM_PROMPTS,
-        bootstrap="batch_mean",
+        algorithm={"kind": "poise", "bootstrap": "batch_mean"},
         tasks=run.train.tasks,
         sampling={"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS},
         evaluation={"num_prompts": 0},

@@ -401,6 +401,7 @@ def test_what_is_not_needed_any_more_is_dropped_and_nothing_else(start):
     folder = core._config.state_dir
     for step in range(7):
         core.submit(make_batch(step))
+    core._checkpoints.finish()  # which is written beside training
     assert files(folder, "checkpoint-*") == ["checkpoint-00000004", "checkpoint-00000006"]
     assert files(folder / "journal", "batch-*") == [f"batch-{i:08d}.pb" for i in (4, 5, 6)]
     assert files(folder / "journal", "answer-*") == [f"answer-{i:08d}.json" for i in range(7)]
