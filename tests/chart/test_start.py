@@ -40,7 +40,6 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
     (job,) = (name for name in cluster.pods if name.startswith("run-poise-train"))
     for name in (*SERVICES, job):  # in no order: none may need another to be there first
         cluster.start(name)
-    cluster.wait_ready(*SERVICES)
     if find("prometheus") is None:  # without it, everything but the monitoring is tried; test_monitoring says so
         cluster.wait_success(job)
     else:

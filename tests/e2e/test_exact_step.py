@@ -70,6 +70,9 @@ class Outside:
     async def verify(self, problem: Problem, response: str) -> Verdict:
         return Verdict(reward(response, int(problem.answer)), None, 0.0)
 
+    def sampled(self, step: int, done: int, total: int) -> None:
+        pass
+
     def phase(self, step: int, name: str) -> None: ...
 
     def step_done(self, numbers: dict[str, Any]) -> None: ...

@@ -140,10 +140,11 @@ class Staging:
 @contextlib.contextmanager
 def _landing(announced: Announcement, folder: ScratchFolder) -> Iterator[Body]:
     assert announced.rendezvous is not None  # noqa: S101 (asked for bodies through groups alone)
-    refuse_unless_room(folder.parent, announced.body_bytes)
     header = safetensors_header(tensor.form for tensor in announced.tensors) if announced.base is None else b""
     try:
-        descriptor, name = tempfile.mkstemp(prefix="landing-", dir=folder.ensure())
+        inside = folder.ensure()
+        refuse_unless_room(folder.parent, announced.body_bytes)
+        descriptor, name = tempfile.mkstemp(prefix="landing-", dir=inside)
     except OSError as error:
         raise BackendDown(f"the push cannot be stored in {folder.parent}: {error.strerror}") from error
     os.close(descriptor)
