@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import warnings
@@ -71,8 +72,9 @@ class Sender:
         loop = asyncio.get_running_loop()
 
         def run() -> None:
-            self._send(tensors)
-            loop.call_soon_threadsafe(done.set)
+            with contextlib.suppress(RuntimeError):  # nobody came, or the other one left
+                self._send(tensors)
+                loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=run, daemon=True).start()
         await done.wait()
