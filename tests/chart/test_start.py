@@ -41,6 +41,7 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
     for name in (*SERVICES, job):  # in no order: none may need another to be there first
         cluster.start(name)
     if find("prometheus") is None:  # without it, everything but the monitoring is tried; test_monitoring says so
+        cluster.wait_ready(*SERVICES)
         cluster.wait_success(job)
     else:
         watch_the_run(cluster, job, tmp_path / "prometheus")
@@ -59,8 +60,9 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
 def watch_the_run(cluster: Cluster, job: str, folder: Path) -> None:
     """Scrape the run until it ends; every query of the dashboard is to return data."""
     scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
-    prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)
+    prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)  # before the first push, so that it sees each
     try:
+        cluster.wait_ready(*SERVICES)
         cluster.wait_success(job)
         for address in scraped.values():
             with urllib.request.urlopen(f"http://{address}/metrics") as answer:

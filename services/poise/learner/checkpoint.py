@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from poise.runtime.files import sync_folder, write_file
+from poise.runtime.files import sync_folder, tensor_errors, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,8 @@ class CheckpointStore:
         temporary = self._folder / f"writing-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _write(temporary, progress, tensors, seen)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"{temporary} cannot be written: {error}") from error
+            with tensor_errors(temporary):
+                _write(temporary, progress, tensors, seen)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full: not of this
             raise
