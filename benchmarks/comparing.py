@@ -1,0 +1,74 @@
+"""What the comparisons of algorithms have in common: running one, showing its levels, keeping what came out.
+
+Knows neither preset nor budget: those are in the YAML file of each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from poise.orchestrator.comparison.figures import curve_figure
+
+HERE = Path(__file__).parent
+OURS, REFERENCE = "poise-2", "grpo-8"
+Tree = dict[str, Any]
+"""Of comparison.json."""
+
+
+def compare(name: str) -> Tree:
+    """Run `poise compare` on the file of that name beside this one, or finish it, and return what it found."""
+    command = [sys.executable, "-c", "from poise.cli import main; main()", "compare"]
+    subprocess.run([*command, "-c", str(HERE / f"{name}.yaml")], check=True)
+    tree: Tree = json.loads((Path("compare") / name / "comparison.json").read_text())
+    return tree
+
+
+def tokens_ratio(tree: Tree) -> float | None:
+    """Return our tokens by the reference's, to the highest of the levels that the mean curves of both reach."""
+    reached = [ratio for ratio in _ratios(tree)[OURS].values() if ratio is not None]
+    return reached[-1] if reached else None
+
+
+def _ratios(tree: Tree) -> dict[str, dict[float, float | None]]:
+    """Return the tokens of each run to each level, by the reference's."""
+    return {
+        name: {reach["level"]: reach["ratio"] for reach in run["to_reach"]["tokens"]}
+        for name, run in tree["runs"].items()
+    }
+
+
+def show(tree: Tree, noise: Mapping[str, float]) -> None:
+    """Print a line for each run; `noise` of its gradient by the reference's, where it was measured."""
+    table = Table(title=f"tokens to a held-out reward, by those of {REFERENCE}")
+    columns = ["", *(f"{level:g}" for level in tree["levels"]), "final", *(["noise/signal"] if noise else [])]
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for name, ratios in _ratios(tree).items():
+        final = tree["runs"][name]["final"]
+        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios.values()]
+        cells.append(f"{final['mean']:.3f} ({final['low']:.3f} to {final['high']:.3f})")
+        if noise:
+            cells.append(f"{noise[name]:.2f}" if name in noise else "-")
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def keep(name: str, tree: Tree, figures: Mapping[str, float | None]) -> None:
+    """Write results/NAME.json, and the curves into docs/figures."""
+    for run in tree["runs"].values():
+        for seed in run["seeds"].values():
+            del seed["folder"]  # of this machine
+    path = HERE / "results" / f"{name}.json"
+    path.write_text(json.dumps({"figures": figures, "comparison": tree}, separators=(",", ":")) + "\n")
+    for axis in ("tokens", "seconds"):
+        if (drawing := curve_figure(tree, axis)) is not None:
+            (HERE.parent / "docs" / "figures" / f"{name}_{axis}.svg").write_text(drawing)
+    print(f"{dict(figures)}; wrote {path}")
