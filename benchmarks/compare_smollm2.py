@@ -1,7 +1,7 @@
 """How many tokens does POISE take to a held-out reward beside its rivals, on a real language model with real vLLM?
 
 Runs `poise compare -c compare_smollm2.yaml`: seven ways to train SmolLM2-135M-Instruct, two seeds, one budget of
-sampled tokens; an hour and a half on two cores, resumable. Writes results/compare_smollm2.json:
+sampled tokens; an hour and more on two cores, resumable. Writes results/compare_smollm2.json:
 
 - `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach.
 
