@@ -26,7 +26,8 @@ Tree = dict[str, Any]
 def compare(name: str) -> Tree:
     """Run `poise compare` on the file of that name beside this one, or finish it, and return what it found."""
     command = [sys.executable, "-c", "from poise.cli import main; main()", "compare"]
-    subprocess.run([*command, "-c", str(HERE / f"{name}.yaml")], check=True)
+    if status := subprocess.run([*command, "-c", str(HERE / f"{name}.yaml")]).returncode:
+        raise SystemExit(status)  # it has said why
     tree: Tree = json.loads((Path("compare") / name / "comparison.json").read_text())
     return tree
 
