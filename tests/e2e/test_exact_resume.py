@@ -42,7 +42,7 @@ def run_to_its_end(folder: Path, options: tuple[str, ...], victims: tuple[str, .
     try:
         for number, victim in enumerate(victims):
             run.wait_for_steps(1 + number * (NUM_STEPS - 2) // len(victims), process)
-            time.sleep(0.1 * number)
+            time.sleep(0.05 * number)
             os.kill(run.pid(victim), signal.SIGKILL)
         assert process.wait(STALL_S) == 0, run.log.read_text()
     finally:

@@ -99,6 +99,6 @@ class Settling:
             behind = [name for name, num_added in wanted.items() if self._estimator.is_due(name, num_added)]
             if not behind:
                 return True
-            if any(self._refitter.gives_up(name) for name in behind):
+            if all(self._refitter.gives_up(name) for name in behind):
                 return False
             await change.wait()

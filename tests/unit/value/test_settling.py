@@ -211,6 +211,23 @@ async def test_a_fit_that_fails_ends_it_at_once_until_there_are_other_labels(sta
         assert fitter.num_fits == 2
 
 
+async def test_a_domain_whose_fit_fails_does_not_keep_the_question_from_the_others(start, make) -> None:
+    held = HeldFitter()
+    fitters = iter([FailingFitter(1), held])
+    parts = start(lambda: next(fitters))
+    for step in range(2):
+        for domain in ("fails", "holds"):
+            parts.estimator.learn(make.label(step, group_id=domain, domain=domain))
+    async with at_work(parts, consuming=False):
+        waiting = settle(parts)
+        await until(lambda: held.num_begun == 1)
+        await given_a_chance()
+        assert not waiting.done()
+        held.go.release()
+        assert not await waiting
+        assert parts.estimator.probes["holds"].num_added == 2
+
+
 async def test_a_queue_that_is_away_is_waited_for(start, stream, make, monkeypatch) -> None:
     parts = start()
     for method in ("newest", "holds", "read"):
