@@ -17,6 +17,7 @@ NUM_STEPS, PROMPTS = 8, 16
 RLOO = ("train.algorithm=rloo",)
 POISE = (
     "train.algorithm=poise",
+    "train.settle_probe_s=200",  # however slow the machine
     "value.probe.refit=fresh",
     "value.probe.warmup_steps=1",
     "value.probe.min_rows=2",
