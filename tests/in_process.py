@@ -88,14 +88,16 @@ class InProcess:
             async for group in groups:
                 yield group
 
-    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
+    async def estimate_baselines(
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+    ) -> list[GroupBaselines]:
         wrong, asked = Violations(), []
         for group in groups:
             rows = read_question(encode_group_features(group), group.group_id, wrong)
             wrong.raise_if_any()
             assert rows is not None
             asked.append(GroupRows(group.group_id, group.domain, rows))
-        return self.estimator.estimate(run_id, step, asked)
+        return self.estimator.estimate(run_id, step, asked, settled=True)  # `learn` refits at once
 
     def learn(self, labels: Sequence[LabelledGroup]) -> None:
         """Learn labels as the value service does, and refit at once."""
@@ -113,6 +115,7 @@ class InProcess:
                         probe.response_components,
                         probe.alpha,
                         probe.rows_per_component,
+                        incremental=probe.refit == "incremental",
                     ),
                 )
                 before = self.estimator.probes.get(name)

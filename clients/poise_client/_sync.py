@@ -327,7 +327,13 @@ class ValueClient(SyncClient[AsyncValueClient]):
     _twin = AsyncValueClient
 
     def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], *, timeout_s: float | None = None
+        self,
+        run_id: str,
+        step: int,
+        groups: Sequence[GroupFeatures],
+        *,
+        settle_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> list[GroupBaselines]:
         """Value a step's rollouts, before its labels are published; the answers come in the order of `groups`.
 
@@ -335,13 +341,15 @@ class ValueClient(SyncClient[AsyncValueClient]):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
+            settle_s: at most how long the service waits, before it pins the step, until its probes are fitted on every
+                label published before; `settled` of the answers says whether they were. 0 takes the probes of now.
             timeout_s: deadline of it all; a minute by default.
 
         Raises:
             LabelsConsumedError: the probe has learnt from this step, which was not valued before.
             PoiseClientError: see `poise_client.errors`.
         """
-        return self._run(self._client.estimate_baselines(run_id, step, groups, timeout_s=timeout_s))
+        return self._run(self._client.estimate_baselines(run_id, step, groups, settle_s=settle_s, timeout_s=timeout_s))
 
     def score_prompts(self, prompts: Sequence[PromptFeatures], *, timeout_s: float | None = None) -> list[PromptScore]:
         """Value prompts before any rollout, by the current probes; the answers come in the order of `prompts`.

@@ -31,7 +31,13 @@ class AsyncValueClient(AsyncClient):
     service = "ValueService"
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], *, timeout_s: float | None = None
+        self,
+        run_id: str,
+        step: int,
+        groups: Sequence[GroupFeatures],
+        *,
+        settle_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> list[GroupBaselines]:
         """Value a step's rollouts; the answers come in the order of `groups`.
 
@@ -42,6 +48,9 @@ class AsyncValueClient(AsyncClient):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
+            settle_s: at most how long the service waits, before it pins the step, until its probes are fitted on every
+                label published before; `settled` of the answers says whether they were. 0 takes the probes of now.
+                Every request carries it, but only the one that pins the step waits: the first.
             timeout_s: deadline of it all; a minute by default.
 
         Raises:
@@ -56,7 +65,9 @@ class AsyncValueClient(AsyncClient):
         answers: list[GroupBaselines] = []
         for part in pack(messages):
             with encoding("request"):
-                request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=[messages[i] for i in part])
+                request = pb.EstimateBaselinesRequest(
+                    run_id=run_id, step=step, groups=[messages[i] for i in part], settle_s=settle_s
+                )
             try:
                 answers += await self._estimate(request, attempts)
             except PoiseClientError as error:

@@ -208,6 +208,9 @@ class GroupBaselines:
     """[n], in [0, 1]: g_k(z_i)."""
     baselines: Floats | None
     """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
+    settled: bool = False
+    """Whether the probes are known to have been fitted on every label published before the question that pinned the
+    step: see `estimate_baselines`' settle_s. The same for all groups of a step."""
 
 
 @dataclass(frozen=True, slots=True)

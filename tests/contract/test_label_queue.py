@@ -122,6 +122,38 @@ async def test_read_of_an_empty_queue_waits_and_then_returns_nothing(handle: Han
     assert time.monotonic() - started >= 0.15
 
 
+async def test_it_tells_whether_anything_is_held_that_is_as_old_as_an_entry(handle: Handle) -> None:
+    queue = handle("a")
+    assert await queue.newest() is None
+    await queue.publish([b"1", b"2"])
+    first, second = await read(queue)  # read is not acknowledged
+    assert await queue.newest() == second.entry_id
+    await queue.publish([b"3"])
+    assert await queue.newest() not in (None, first.entry_id, second.entry_id)
+
+    await queue.ack([first.entry_id])
+    assert not await queue.holds(first.entry_id)
+    assert await queue.holds(second.entry_id)
+    await queue.dead_letter(second, "poison")
+    assert not await queue.holds(second.entry_id)
+    (third,) = await read(queue)
+    assert await queue.holds(third.entry_id)
+    await queue.ack([third.entry_id])
+    assert await queue.newest() is None
+    assert not await queue.holds(third.entry_id)
+
+
+async def test_older_entries_are_held_although_newer_ones_are_not(handle: Handle) -> None:
+    queue = handle("a")
+    await queue.publish([str(i).encode() for i in range(12)])  # ids are numbers: 10 comes after 9
+    deliveries = await read(queue)
+    await queue.ack([delivery.entry_id for delivery in deliveries[3:]])
+    assert await queue.newest() == deliveries[2].entry_id
+    assert [await queue.holds(delivery.entry_id) for delivery in deliveries] == [True] * 12
+    await queue.ack([delivery.entry_id for delivery in deliveries[:2]])
+    assert [await queue.holds(delivery.entry_id) for delivery in deliveries] == [False] * 2 + [True] * 10
+
+
 async def test_read_wakes_up_when_something_is_published(handle: Handle) -> None:
     consumer, publisher = handle("a"), handle("publisher")
     reading = asyncio.create_task(read(consumer, wait_s=30))

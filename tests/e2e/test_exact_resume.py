@@ -1,4 +1,4 @@
-"""A whole run killed at three points ends, version by version, in the weights of one that was never killed."""
+"""A whole run killed at several points ends, version by version, in the weights of one that was never killed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,43 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.test_tiny_run import STALL_S, Run
 
 NUM_STEPS, PROMPTS = 8, 16
-VICTIMS = ("train", "generation", "learner")
+
+RLOO = ("train.algorithm=rloo",)
+POISE = (
+    "train.algorithm=poise",
+    "train.settle_probe_s=200",  # however slow the machine
+    "value.probe.refit=fresh",
+    "value.probe.warmup_steps=1",
+    "value.probe.min_rows=2",
+    # The window slides from the fifth step on.
+    "value.probe.window_rows=128",
+    # Consuming a step takes many saves and fits: kills fall in between, and the next question comes before its end.
+    "value.queue.batch_entries=1",
+)
 
 
-def run_to_its_end(folder: Path, victims: tuple[str, ...]) -> Run:
-    """Run eight steps; each victim dies two steps after the one before, elsewhere within a step each time."""
+def run_to_its_end(folder: Path, options: tuple[str, ...], victims: tuple[str, ...]) -> Run:
+    """Run eight steps; each victim dies a step or two after the one before, elsewhere within a step each time."""
     run = Run(folder)
     process = run.start(
         f"train.num_steps={NUM_STEPS}",
         f"train.prompts_per_step={PROMPTS}",
-        "train.algorithm=rloo",
         "train.evaluation.num_prompts=0",
         "learner.dtype=float32",
         "learner.mini_batch_prompts=8",
         "learner.checkpoint_every_steps=3",
+        *options,
     )
     try:
         for number, victim in enumerate(victims):
-            run.wait_for_steps(1 + 2 * number, process)
-            time.sleep(0.1 * number)
+            run.wait_for_steps(1 + number * (NUM_STEPS - 2) // len(victims), process)
+            time.sleep(0.05 * number)
             os.kill(run.pid(victim), signal.SIGKILL)
         assert process.wait(STALL_S) == 0, run.log.read_text()
     finally:
@@ -46,13 +59,31 @@ def digests(run: Run) -> list[str]:
     return [json.loads(path.read_text())["digest"] for path in answers]
 
 
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.timeout(600)
-def test_a_run_killed_at_three_points_ends_in_the_weights_of_one_that_lived(tmp_path: Path) -> None:
-    lived = run_to_its_end(tmp_path / "lived", ())
-    killed = run_to_its_end(tmp_path / "killed", VICTIMS)
+@pytest.mark.parametrize(
+    ("options", "victims"),
+    [
+        pytest.param(RLOO, ("train", "generation", "learner"), id="rloo"),
+        pytest.param(POISE, ("value", "train", "learner", "value", "generation"), id="poise"),
+    ],
+)
+def test_a_run_killed_at_several_points_ends_in_the_weights_of_one_that_lived(
+    options: tuple[str, ...], victims: tuple[str, ...], tmp_path: Path
+) -> None:
+    lived = run_to_its_end(tmp_path / "lived", options, ())
+    killed = run_to_its_end(tmp_path / "killed", options, victims)
     expected = digests(lived)
     assert len(expected) == len(set(expected)) == NUM_STEPS
     assert digests(killed) == expected
     assert killed.steps() == lived.steps() == list(range(NUM_STEPS))
     exported = [(run.folder / "model" / "model.safetensors").read_bytes() for run in (lived, killed)]
     assert exported[0] == exported[1]
+    if options is POISE:
+        for run in (lived, killed):
+            sources = [line["baseline"]["source"] for line in metrics(run)]
+            assert sources == ["bootstrap"] + ["probe"] * (NUM_STEPS - 1)
+            assert all(line["baseline"]["probe_settled"] for line in metrics(run))

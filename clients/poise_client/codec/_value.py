@@ -73,20 +73,21 @@ def _check_one_each(num_rewards: int, num_rollouts: int, field: str) -> None:
 def encode_group_baselines(group: GroupBaselines, field: str = "group") -> pb.GroupBaselines:
     """Pack the answer for a group."""
     if group.values is None:
-        return pb.GroupBaselines(group_id=group.group_id, status=pb.BASELINE_STATUS_NO_PROBE)
+        return pb.GroupBaselines(group_id=group.group_id, status=pb.BASELINE_STATUS_NO_PROBE, settled=group.settled)
     return pb.GroupBaselines(
         group_id=group.group_id,
         status=pb.BASELINE_STATUS_OK,
         values=vector(group.values, join(field, "values")),
         baselines=None if group.baselines is None else vector(group.baselines, join(field, "baselines")),
         probe_version=group.probe_version,
+        settled=group.settled,
     )
 
 
 def decode_group_baselines(message: pb.GroupBaselines, field: str = "group") -> GroupBaselines:
     """Unpack the answer for a group. Raises `CodecError` for an unset status or mismatched lengths."""
     if message.status == pb.BASELINE_STATUS_NO_PROBE:
-        return GroupBaselines(message.group_id, 0, None, None)
+        return GroupBaselines(message.group_id, 0, None, None, message.settled)
     if message.status != pb.BASELINE_STATUS_OK:
         raise CodecError(join(field, "status"), f"is unset or unknown ({message.status})")
     values = from_tensor(message.values, field=join(field, "values"))
@@ -95,7 +96,7 @@ def decode_group_baselines(message: pb.GroupBaselines, field: str = "group") -> 
         baselines = from_tensor(message.baselines, field=join(field, "baselines"))
         if baselines.shape != values.shape:
             raise CodecError(join(field, "baselines"), f"has {baselines.size} elements for {values.size} values")
-    return GroupBaselines(message.group_id, message.probe_version, values, baselines)
+    return GroupBaselines(message.group_id, message.probe_version, values, baselines, message.settled)
 
 
 def encode_prompt_features(prompt: PromptFeatures, field: str = "prompt") -> pb.PromptFeatures:

@@ -93,10 +93,17 @@ class EstimateBaselinesRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    SETTLE_S_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run. Required."""
     step: _builtins.int
     """The step whose labels must not have reached the probe."""
+    settle_s: _builtins.float
+    """Seconds to wait at most, before a step is pinned, until every label that was published before this question has been
+    learnt and the probes are fitted on it: which probe answers then no longer follows from how fast anything went.
+    Ends before the call's deadline, and at once while consuming is paused. A step that is pinned is answered without
+    waiting. 0..600; unset means 0: by the probes of now.
+    """
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupFeatures]:
         """The groups. 1..4096."""
@@ -107,10 +114,11 @@ class EstimateBaselinesRequest(_message.Message):
         run_id: _builtins.str = ...,
         step: _builtins.int = ...,
         groups: _abc.Iterable[Global___GroupFeatures] | None = ...,
+        settle_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "run_id", b"run_id", "settle_s", b"settle_s", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -127,12 +135,18 @@ class GroupBaselines(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     BASELINES_FIELD_NUMBER: _builtins.int
     PROBE_VERSION_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """The group."""
     status: Global___BaselineStatus.ValueType
     """Whether numbers follow."""
     probe_version: _builtins.int
     """Version of the probe that answered; 0 without one."""
+    settled: _builtins.bool
+    """Whether the probes are known to have been fitted on every label published before the question that pinned the step.
+    The same for all groups of a step. False if that question did not wait (settle_s), waited in vain, or was answered
+    before the service last started.
+    """
     @_builtins.property
     def values(self) -> _common_pb2.Tensor:
         """float32 [n]: g_k(z_i), in [0, 1]. Unset without a probe."""
@@ -149,10 +163,11 @@ class GroupBaselines(_message.Message):
         values: _common_pb2.Tensor | None = ...,
         baselines: _common_pb2.Tensor | None = ...,
         probe_version: _builtins.int = ...,
+        settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["baselines", b"baselines", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baselines", b"baselines", "group_id", b"group_id", "probe_version", b"probe_version", "status", b"status", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baselines", b"baselines", "group_id", b"group_id", "probe_version", b"probe_version", "settled", b"settled", "status", b"status", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

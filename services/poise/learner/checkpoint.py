@@ -35,7 +35,9 @@ from poise.runtime.files import sync_folder, tensor_errors, write_file
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ_VERSIONS = (1, 2)
+"""1 does not tell its progress' origin. Releases that know no origin refuse 2 by name, and take it for no damage."""
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 """What reading a damaged checkpoint raises."""
@@ -62,7 +64,7 @@ class Progress:
     num_skipped_in_a_row: int = 0
     """Mini-batches since the last that changed the policy."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What the policy was made of; see `poise.learner.origin`. Empty where it was not remembered yet."""
+    """What the policy was made of; see `poise.learner.origin`. Empty where schema 1 does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,11 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
         Any of `DAMAGE`: it is damaged, or gone.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    if state["schema_version"] != SCHEMA_VERSION:
+    if state["schema_version"] not in _READ_VERSIONS:
         raise StateError(
-            f"{path} has schema_version {state['schema_version']}; this release reads {SCHEMA_VERSION}: use the "
-            "release that wrote it, or a fresh state_dir to start again from the model"
+            f"{path} has schema_version {state['schema_version']}; this release reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}: use the release that wrote it, or a fresh state_dir to start "
+            "again from the model"
         )
     for name in _FILES:
         if _sha256(path / name) != state["sha256"][name]:

@@ -39,6 +39,7 @@ def step_numbers(
             "source": baselines.source,
             "probe_share": len(predicted) / sum(item.rewards.size for item in scored),
             "probe_version": dict(baselines.probe_versions),
+            "probe_settled": baselines.settled,
             **_quality(predicted, realised),
             "by_domain": {
                 domain: _quality(*_of_domain(domain, predicted, realised, domains)) for domain in sorted(set(domains))

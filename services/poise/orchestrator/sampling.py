@@ -6,6 +6,7 @@ Owns that order. Knows neither the learner nor the labels' way to the probe.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import GroupBaselines, Sampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class StepSampler:
         self._algorithm = config.algorithm.make(config.sampling.max_tokens)
         self._num_extra_draws = 0
         """Before the next step: draws of prompts beyond one a step."""
+        self._settled = True
+        """Whether the probe was, when it was last waited for."""
 
     def recall(self, memories: Iterable[Memory]) -> None:
         """Take up what the steps before remembered, in their order."""
@@ -144,13 +149,37 @@ class StepSampler:
         return drawn
 
     async def _ask_probe(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines]:
+        """Ask for the step's baselines, and wait for the probe where steps come one after the other.
+
+        Where they are sampled ahead, waiting would make nothing repeatable: which labels are published before a step is
+        valued follows from how fast the learner was.
+        """
+        config = self._config
+        settle_s = config.settle_probe_s if config.max_staleness == 0 else 0.0
         try:
-            return await self._services.estimate_baselines(self._config.run_id, step, group_features(scored))
+            answers = await self._services.estimate_baselines(config.run_id, step, group_features(scored), settle_s)
         except LabelsConsumedError as error:
             raise RunError(
                 f"the value service has learnt from step {step} of run {self._config.run_id!r} before: the name was "
                 "used by another run. Give this run another run_id"
             ) from error
+        if settle_s:
+            self._say_settled(step, all(answer.settled for answer in answers))
+        return answers
+
+    def _say_settled(self, step: int, settled: bool) -> None:
+        """Log changes only."""
+        if self._settled and not settled:
+            logger.warning(
+                "step %d was valued by a probe that may lack labels of the steps before, for it was not fitted on them "
+                "within settle_probe_s = %g (is consuming paused, or the queue down?): the run is as sound, but the "
+                "same run again may differ",
+                step,
+                self._config.settle_probe_s,
+            )
+        elif settled and not self._settled:
+            logger.info("step %d was valued by a probe fitted on all labels before it again", step)
+        self._settled = settled
 
     def _samples(
         self, step: int, problems: Mapping[str, Problem], scored: Sequence[ScoredGroup], baselines: StepBaselines

@@ -109,10 +109,13 @@ class Services:
         )
         return dispatch.groups()
 
-    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
+    async def estimate_baselines(
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+    ) -> list[GroupBaselines]:
         """See `AsyncValueClient`."""
+        timeout_s = _CALL_TIMEOUT_S + settle_s
         return await self._ask_value(
-            lambda: self._value.estimate_baselines(run_id, step, groups, timeout_s=_CALL_TIMEOUT_S)
+            lambda: self._value.estimate_baselines(run_id, step, groups, settle_s=settle_s, timeout_s=timeout_s)
         )
 
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:

@@ -50,6 +50,8 @@ class StepBaselines:
     """[n] each: what the probe expected; None where a domain has no probe. Empty where no probe is asked."""
     probe_versions: Mapping[str, int] = field(default_factory=dict)
     """By domain."""
+    settled: bool | None = None
+    """Whether the probe was known to be fitted on all labels published before the step; None where none is asked."""
     scales: Sequence[Floats] = ()
     """[n] each: what reward − baseline is divided by; empty divides by nothing."""
     penalties: Sequence[Floats] = ()
@@ -119,7 +121,8 @@ def choose_baselines(
     num_probed = sum(answer.values is not None for answer in answers)
     source = "probe" if num_probed == len(answers) else "mixed" if num_probed else "bootstrap"
     versions = {item.domain: answer.probe_version for item, answer in zip(scored, answers, strict=True)}
-    return StepBaselines(baselines, source, [answer.values for answer in answers], versions)
+    settled = all(answer.settled for answer in answers)
+    return StepBaselines(baselines, source, [answer.values for answer in answers], versions, settled)
 
 
 def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:

@@ -100,6 +100,14 @@ class LabelQueue(Protocol):
         """Count."""
         ...
 
+    async def newest(self) -> str | None:
+        """Return the id of the entry published last among those not acknowledged; None when there is none."""
+        ...
+
+    async def holds(self, entry_id: str) -> bool:
+        """Whether an entry as old as `entry_id`, or older, is not acknowledged."""
+        ...
+
     async def close(self) -> None:
         """Release connections. Entries delivered and not acknowledged stay owed."""
         ...

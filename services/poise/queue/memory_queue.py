@@ -151,5 +151,20 @@ class MemoryQueue:
         stream = self._stream
         return QueueDepth(len(stream.unread) + len(stream.pending), stream.num_dead_letters)
 
+    async def newest(self) -> str | None:
+        """See `LabelQueue.newest`."""
+        return max(self._held(), key=_age, default=None)
+
+    async def holds(self, entry_id: str) -> bool:
+        """See `LabelQueue.holds`."""
+        return any(_age(held) <= _age(entry_id) for held in self._held())
+
+    def _held(self) -> list[str]:
+        return [*self._stream.pending, *(delivery.entry_id for delivery in self._stream.unread)]
+
     async def close(self) -> None:
         """See `LabelQueue.close`."""
+
+
+def _age(entry_id: str) -> int:
+    return int(entry_id.removesuffix("-0"))

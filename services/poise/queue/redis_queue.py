@@ -30,7 +30,7 @@ from poise.queue.interface import (
     no_such_letter,
     queue_is_full,
 )
-from poise.queue.redis_scripts import DEAD_LETTER, PUBLISH, REPLAY
+from poise.queue.redis_scripts import DEAD_LETTER, HOLDS, NEWEST, PUBLISH, REPLAY
 
 _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
@@ -262,6 +262,17 @@ class RedisQueue:
                     raise
                 dead = {}
         return QueueDepth(num_entries, int(dead.get("entries-added", 0)))
+
+    async def newest(self) -> str | None:
+        """See `LabelQueue.newest`."""
+        with self._errors():
+            found = await cast(Awaitable[bytes | None], self._redis.eval(NEWEST, 1, self._stream))
+        return None if found is None else found.decode()
+
+    async def holds(self, entry_id: str) -> bool:
+        """See `LabelQueue.holds`."""
+        with self._errors():
+            return bool(await cast(Awaitable[int], self._redis.eval(HOLDS, 1, self._stream, entry_id)))
 
     async def close(self) -> None:
         """See `LabelQueue.close`."""

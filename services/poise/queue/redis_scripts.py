@@ -21,6 +21,15 @@ return {1}
 """
 )
 
+# The id alone: an entry may be large.
+NEWEST = """
+local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+return found[1] and found[1][1]
+"""
+
+# ARGV: an entry. Answers how many there are that are not newer, 0 or 1.
+HOLDS = "return #redis.call('XRANGE', KEYS[1], '-', ARGV[1], 'COUNT', 1)"
+
 # ARGV: consumer group, entry, most letters, most bytes of them, and the letter's fields with their values.
 DEAD_LETTER = (
     _HELD

@@ -28,6 +28,7 @@ from poise.value.metrics import StateCollector, ValueMetrics
 from poise.value.probe import ProbeFitter
 from poise.value.refitter import Refitter
 from poise.value.servicer import ValueServicer, probe_status
+from poise.value.settling import Changes, Settling
 from poise.value.standby import Standby
 from poise.value.state import StateStore
 from poise_proto.v1 import value_pb2, value_pb2_grpc
@@ -96,15 +97,16 @@ class ValueApp(ServiceApp):
         if saved is None:
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
-        refitter = Refitter(estimator, self._make_fitter, keeper, self._metrics)
-        consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue, self._metrics)
+        changes = Changes()
+        refitter = Refitter(estimator, self._make_fitter, keeper, self._metrics, changes)
+        consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue, self._metrics, changes)
         self.registry.register(StateCollector(estimator, lambda: consumer.depth))
         tasks = (
             asyncio.create_task(consumer.run(), name="value-consumer"),
             asyncio.create_task(refitter.run(), name="value-refitter"),
         )
         self._running = _Running(queue, estimator, keeper, refitter, consumer, tasks)
-        self._servicer.open(estimator, queue)
+        self._servicer.open(estimator, queue, Settling(queue, estimator, consumer, refitter, changes))
         await self._standby.end()
 
     async def drain(self) -> None:
@@ -220,6 +222,7 @@ def build(config: ValueConfig) -> ValueApp:
             probe.response_components,
             probe.alpha,
             probe.rows_per_component,
+            incremental=probe.refit == "incremental",
         ),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -87,6 +87,10 @@ class ProbeConfig(StrictModel):
     in any case. While a window fills, more would fit its noise. 1 is the paper's: as many as there are rows."""
     alpha: float = Field(100.0, gt=0)
     """Ridge penalty on standardised inputs."""
+    refit: Literal["incremental", "fresh"] = "incremental"
+    """How a probe follows its window: from the fit before, at the cost of the rows that changed; or `fresh`, from the
+    window alone, at the cost of all its rows. A fresh probe is a function of its window, and so the same after any
+    restart, to the last bit."""
     warmup_steps: int = Field(16, ge=1)
     """Distinct steps whose labels a domain must have consumed before its first fit."""
     min_rows: int = Field(64, ge=2)

@@ -21,6 +21,7 @@ from poise.value.labels import parse_label
 from poise.value.ledger import Admission
 from poise.value.metrics import ValueMetrics
 from poise.value.refitter import Refitter
+from poise.value.settling import Changes
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class LabelConsumer:
         refitter: Refitter,
         config: QueueConfig,
         metrics: ValueMetrics,
+        changes: Changes,
     ) -> None:
         self._queue = queue
         self._estimator = estimator
@@ -51,6 +53,7 @@ class LabelConsumer:
         self._refitter = refitter
         self._config = config
         self._metrics = metrics
+        self._changes = changes
         self._stopping = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()
@@ -68,9 +71,15 @@ class LabelConsumer:
         """Whether consumption is paused."""
         return not self._running.is_set()
 
+    @property
+    def halted(self) -> bool:
+        """Whether consumption is paused, or stopped for good."""
+        return self.paused or self._stopping.is_set()
+
     def pause(self) -> None:
         """Consume nothing until `resume`. What a read in progress still brings is held."""
         self._running.clear()
+        self._changes.tell()
 
     def resume(self) -> None:
         """Consume again."""
@@ -80,6 +89,7 @@ class LabelConsumer:
         """End `run` after the batch in hand."""
         self._stopping.set()
         self._running.set()
+        self._changes.tell()
 
     async def run(self) -> None:
         """Consume until stopped, over any trouble."""
@@ -91,6 +101,7 @@ class LabelConsumer:
                 retry_s = _FIRST_RETRY_S
             except Exception as error:
                 self._report(_describe(error), None if isinstance(error, PoiseError | OSError) else error)
+                self._changes.tell()
                 await _wait(self._stopping, retry_s * random.uniform(0.5, 1.0))  # noqa: S311
                 retry_s = min(2 * retry_s, _LAST_RETRY_S)
 
@@ -118,6 +129,7 @@ class LabelConsumer:
                 logger.warning("label entry %s is dead-lettered: %s", delivery.entry_id, reason)
                 self._poison.append((delivery, reason[:_MAX_REASON]))
         await self._settle()
+        self._changes.tell()
         self.depth = await self._queue.depth()
 
     async def _pass_pause(self) -> None:

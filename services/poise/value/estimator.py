@@ -82,24 +82,35 @@ class BaselineEstimator:
         """By name."""
         return self._domains
 
-    def estimate(self, run_id: str, step: int, groups: Sequence[GroupRows]) -> list[GroupBaselines]:
+    def would_pin(self, run_id: str, step: int) -> bool:
+        """Whether a question about the step now would be the one that pins it."""
+        return self._pins.pinned(run_id, step) is None and not self._ledger.may_have_labels_of(run_id, step)
+
+    def estimate(
+        self, run_id: str, step: int, groups: Sequence[GroupRows], *, settled: bool = False
+    ) -> list[GroupBaselines]:
         """Value groups of one step with the probes pinned for it, in the order asked.
+
+        `settled` is whether the probes of now are known to be fitted on every label published before the question; it
+        is told of the step from then on, if this question pins it.
 
         Raises:
             LabelsConsumed: the step is not pinned, and its labels have been consumed or that cannot be ruled out.
             InvalidRequest: hidden states of another width than the probe's, or no rewards for a probe that takes them.
         """
         labels_consumed = self._ledger.may_have_labels_of(run_id, step)
-        probes = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed)
+        pin = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed, settled=settled)
+        probes = pin.probes
         _check_inputs(groups, probes)
         values = _values(groups, probes)
         answers = []
         for index, group in enumerate(groups):
             if index not in values:
-                answers.append(GroupBaselines(group.group_id, 0, None, None))
+                answers.append(GroupBaselines(group.group_id, 0, None, None, pin.settled))
                 continue
             baselines = mean_of_others(values[index]) if len(group.rows) > 1 else None
-            answers.append(GroupBaselines(group.group_id, probes[group.domain].version, values[index], baselines))
+            version = probes[group.domain].version
+            answers.append(GroupBaselines(group.group_id, version, values[index], baselines, pin.settled))
             if group.domain in self._domains:
                 self._domains[group.domain].num_estimated_rows += len(group.rows)
         return answers
@@ -180,16 +191,21 @@ class BaselineEstimator:
         domain.num_steps_seen += is_first_of_step
         domain.window.add(label)
         self.num_groups_consumed += 1
-        pinned = (self._pins.pinned(label.run_id, label.step) or {}).get(label.domain)
+        pin = self._pins.pinned(label.run_id, label.step)
+        pinned = None if pin is None else pin.probes.get(label.domain)
         if pinned is not None:
             domain.record.add(ValuedGroup(label.run_id, label.step, pinned.probe.predict(label.inputs), label.rewards))
         return admission
 
-    def is_due(self, name: str) -> bool:
-        """Whether a domain is past its warm-up and holds labels that its probe has not seen."""
+    def is_due(self, name: str, num_added: int | None = None) -> bool:
+        """Whether a domain is past its warm-up and holds labels that its probe has not seen.
+
+        Of the first `num_added` that its window was ever given, or of all.
+        """
         domain, probe, config = self._domains[name], self.probes.get(name), self._config.probe
         warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
-        return (probe is not None or warm) and domain.window.num_added > (probe.num_added if probe else 0)
+        wanted = domain.window.num_added if num_added is None else num_added
+        return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
 
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Let a probe answer for steps not pinned yet."""

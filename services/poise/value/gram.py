@@ -28,7 +28,8 @@ _ROUNDING = 1e-7
 
 
 class GramFitter:
-    """The probe of one domain. Deterministic: the same sequence of fits gives the same probes."""
+    """The probe of one domain. Deterministic: the same sequence of fits gives the same probes; where it is not
+    incremental, the same groups in the same order do."""
 
     def __init__(
         self,
@@ -37,6 +38,8 @@ class GramFitter:
         response_components: int,
         alpha: float,
         rows_per_component: int = 1,
+        *,
+        incremental: bool = True,
     ) -> None:
         self._inputs = inputs
         self._scalars = [name for name in inputs if name not in HIDDEN_INPUTS]
@@ -44,6 +47,7 @@ class GramFitter:
         self._response_components = response_components
         self._alpha = alpha
         self._rows_per_component = rows_per_component
+        self._incremental = incremental
         self._threads = ThreadpoolController()
         self._forget()
 
@@ -62,6 +66,8 @@ class GramFitter:
 
     def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
         """See `ProbeFitter.fit`. Groups are told apart by identity: the same one must hold the same numbers."""
+        if not self._incremental:
+            self._forget()
         try:
             # One thread: an update is made of products so small that two threads mostly wait for each other, ten times
             # as long when the cores have other work; and the other cores are the queries'. What is not finite is found

@@ -6,7 +6,8 @@ has by construction seen none. A domain without a probe at that moment has none 
 may have seen its labels.
 
 Owns the pins. They are saved with the ids of the consumed labels: a step whose pin a crash took had no label consumed
-either, so it is pinned anew and never refused.
+either, so it is pinned anew and never refused. Whether a step was settled when it was pinned is known in this life
+alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ Pin = tuple[str, int, Probes]
 """Run, step, and the probes that answer for it."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPin:
+    """What answers for one step."""
+
+    probes: Probes
+    settled: bool
+    """Whether the probes are known to be fitted on every label published before the question that pinned them."""
+
+
 class StepPins:
     """Which probes answer for which step. Bounded: the least recently asked about are forgotten."""
 
@@ -45,42 +55,44 @@ class StepPins:
         """Keep at most `max_steps` of each of at most `max_runs`, beginning with `pins`, as `all` gave them."""
         self._max_steps = max_steps
         self._max_runs = max_runs
-        self._runs: OrderedDict[str, OrderedDict[int, Probes]] = OrderedDict()
+        self._runs: OrderedDict[str, OrderedDict[int, StepPin]] = OrderedDict()
         for run_id, step, probes in pins:
-            self._pin(run_id, step, probes)
+            self._pin(run_id, step, StepPin(probes, settled=False))
 
-    def answering(self, run_id: str, step: int, current: Probes, *, labels_consumed: bool) -> Probes:
-        """Return the probes that answer for the step, pinning `current` if it is asked about for the first time.
+    def answering(
+        self, run_id: str, step: int, current: Probes, *, labels_consumed: bool, settled: bool = False
+    ) -> StepPin:
+        """Return what answers for the step, pinning `current` if it is asked about for the first time.
 
         Raises:
             LabelsConsumed: it is, but labels of the step have been consumed, or that cannot be ruled out.
         """
-        pinned = self.pinned(run_id, step)
-        if pinned is None and labels_consumed:
+        pin = self.pinned(run_id, step)
+        if pin is None and labels_consumed:
             raise LabelsConsumed(
                 f"labels of step {step} of run {run_id!r} have reached the probe, or may have: "
                 "a baseline now would leak them",
                 remedy="Keep the first answer, or use RLOO for this step. A new run needs a new run_id.",
             )
-        return self._pin(run_id, step, current if pinned is None else pinned)
+        return self._pin(run_id, step, pin or StepPin(current, settled))
 
-    def _pin(self, run_id: str, step: int, probes: Probes) -> Probes:
+    def _pin(self, run_id: str, step: int, pin: StepPin) -> StepPin:
         """Note the answer as the latest given."""
         steps = self._runs.setdefault(run_id, OrderedDict())
-        steps[step] = probes
+        steps[step] = pin
         steps.move_to_end(step)
         self._runs.move_to_end(run_id)
         if len(steps) > self._max_steps:
             steps.popitem(last=False)
         if len(self._runs) > self._max_runs:
             self._runs.popitem(last=False)
-        return probes
+        return pin
 
-    def pinned(self, run_id: str, step: int) -> Probes | None:
+    def pinned(self, run_id: str, step: int) -> StepPin | None:
         """Return the pin of a step, if it has one."""
         steps = self._runs.get(run_id)
         return None if steps is None else steps.get(step)
 
     def all(self) -> tuple[Pin, ...]:
         """Return the pins, the least recently asked about first."""
-        return tuple((run_id, step, probes) for run_id, steps in self._runs.items() for step, probes in steps.items())
+        return tuple((run_id, step, pin.probes) for run_id, steps in self._runs.items() for step, pin in steps.items())

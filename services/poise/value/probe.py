@@ -80,14 +80,15 @@ class FittedProbe:
         """Return the value of each row, [n] in [0, 1].
 
         A row's value is the same to the last bit whatever rows it is asked with: rows are summed one by one, not
-        through a matrix product, whose order of summation depends on the batch.
+        through a matrix product, whose order of summation depends on the batch. And whether the probe was fitted here
+        or read back: inputs are summed in the order of their names, for that of `weights` does not survive storing.
 
         Raises:
             ValueError: `needs_rewards`, and the rows have none.
         """
         values = np.full(len(rows), self.bias)
-        for name, weights in self.weights.items():
-            values += _products(_columns(rows, name), weights)
+        for name in sorted(self.weights):
+            values += _products(_columns(rows, name), self.weights[name])
         return np.clip(values, 0.0, 1.0).astype(np.float32)
 
     def arrays(self) -> dict[str, Doubles]:

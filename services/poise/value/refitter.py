@@ -16,6 +16,7 @@ from poise.value.keeper import StateKeeper
 from poise.value.metrics import ValueMetrics
 from poise.value.pins import VersionedProbe
 from poise.value.probe import ProbeFitter
+from poise.value.settling import Changes
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class Refitter:
         make_fitter: Callable[[], ProbeFitter],
         keeper: StateKeeper,
         metrics: ValueMetrics,
+        changes: Changes,
     ) -> None:
         self._estimator = estimator
         self._make_fitter = make_fitter
         self._fitters: dict[str, ProbeFitter] = {}
         self._keeper = keeper
         self._metrics = metrics
+        self._changes = changes
         self._wake = asyncio.Event()
         self._wake.set()  # a restored state may be due
         self._stopping = asyncio.Event()
@@ -51,6 +54,7 @@ class Refitter:
         """End `run` after the fit in hand."""
         self._stopping.set()
         self._wake.set()
+        self._changes.tell()
 
     async def run(self) -> None:
         """Refit whatever is due, until stopped."""
@@ -62,6 +66,11 @@ class Refitter:
                     return
                 if self._estimator.is_due(name) and self._is_new_since_failure(name):
                     await self._refit(name)
+                    self._changes.tell()
+
+    def gives_up(self, name: str) -> bool:
+        """Whether no fit is to come of the labels that a domain holds now: these have failed, or it is stopping."""
+        return self._stopping.is_set() or not self._is_new_since_failure(name)
 
     def _is_new_since_failure(self, name: str) -> bool:
         """The same rows would fail again."""

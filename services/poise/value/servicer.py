@@ -5,6 +5,7 @@ Owns validation of requests and the answers' form. Knows no probe and no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import grpc.aio
@@ -15,6 +16,7 @@ from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.labels import read_label, read_prompt, read_question
+from poise.value.settling import Settling
 from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
 from poise_client.types import ProbeReport, ProbeStatus
 from poise_proto.v1 import value_pb2 as pb
@@ -22,6 +24,12 @@ from poise_proto.v1 import value_pb2_grpc
 
 MAX_GROUPS = 4096
 """Most groups or prompts in a request."""
+
+MAX_SETTLE_S = 600.0
+"""Longest that a question may ask to wait."""
+
+_SHARE_OF_DEADLINE = 0.9
+"""Of the time that a call has left, what it may wait: the answer must still arrive."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -33,11 +41,12 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         self._config = config
         self._estimator: BaselineEstimator | None = None
         self._queue: LabelQueue | None = None
+        self._settling: Settling | None = None
         self._closed = False
 
-    def open(self, estimator: BaselineEstimator, queue: LabelQueue) -> None:
+    def open(self, estimator: BaselineEstimator, queue: LabelQueue, settling: Settling) -> None:
         """Answer from now on."""
-        self._estimator, self._queue = estimator, queue
+        self._estimator, self._queue, self._settling = estimator, queue, settling
 
     def close(self) -> None:
         """Refuse new requests with `Draining`."""
@@ -57,6 +66,11 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         estimator, _ = self._parts()
         wrong = Violations()
         wrong.identifier("run_id", request.run_id)
+        wrong.check(
+            0 <= request.settle_s <= MAX_SETTLE_S,  # false of NaN
+            "settle_s",
+            f"is {request.settle_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
+        )
         _check_count(request.groups, wrong)
         groups: list[GroupRows] = []
         widths: list[tuple[int, str, int]] = []
@@ -70,8 +84,24 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
                 widths.append((index, domain, rows.width))
         _check_widths(widths, wrong)
         wrong.raise_if_any()
-        answers = estimator.estimate(request.run_id, request.step, groups)
+        settled = await self._settle(request, context)
+        answers = estimator.estimate(request.run_id, request.step, groups, settled=settled)
         return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
+
+    async def _settle(self, request: pb.EstimateBaselinesRequest, context: Context) -> bool:
+        """Wait as the question asks, if it is the one that pins its step; return whether that was not in vain.
+
+        Raises:
+            Draining: the service shuts down meanwhile. Whoever takes over settles and answers.
+        """
+        estimator, _ = self._parts()
+        if not request.settle_s or self._settling is None or not estimator.would_pin(request.run_id, request.step):
+            return False
+        left_s = context.time_remaining()
+        limit_s = min(request.settle_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
+        settled = await self._settling.settle(limit_s)
+        self._parts()
+        return settled
 
     async def ScorePrompts(  # noqa: N802
         self, request: pb.ScorePromptsRequest, context: Context

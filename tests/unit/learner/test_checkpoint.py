@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import resource
@@ -103,7 +104,7 @@ def _reads_like(damage: bytes, whole: bytes, name: str) -> bool:
         values = json.loads(damage)
     except ValueError:
         return False
-    return values == json.loads(whole) or values.get("schema_version", 1) != 1
+    return values == json.loads(whole) or values.get("schema_version", module.SCHEMA_VERSION) != module.SCHEMA_VERSION
 
 
 def test_damaged_ones_do_not_count_among_those_kept(store, folder):
@@ -127,12 +128,24 @@ def test_all_damaged_is_an_error_now_and_later_and_no_fresh_start(store, folder)
 
 def test_another_release_s_checkpoint_is_left_alone_and_named(store, folder, monkeypatch):
     store.save(*content(1))
-    monkeypatch.setattr(module, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
     store.save(*content(2))
     monkeypatch.undo()
-    with pytest.raises(StateError, match="has schema_version 2; this release reads 1"):
+    with pytest.raises(StateError, match="has schema_version 3; this release reads 1 and 2"):
         store.load()
     assert store.sequences() == [1, 2]
+
+
+def test_a_checkpoint_from_before_origins_were_told_is_read(store, folder):
+    store.save(*content(1))
+    path = folder / "checkpoint-00000001" / "state.json"
+    state = json.loads(path.read_text())
+    assert state["schema_version"] == 2  # what knows no origin must not take it for damage
+    del state["progress"]["origin"]
+    digest = hashlib.sha256(json.dumps(state["progress"], sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(state | {"schema_version": 1, "sha256": state["sha256"] | {"progress": digest}}))
+    assert_holds(store, 1)
+    assert store.load().progress.origin == {}
 
 
 def test_a_second_learner_is_refused_while_the_first_holds_the_folder(store, folder):

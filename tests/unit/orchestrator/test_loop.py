@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,42 @@ async def test_the_probes_baselines_are_subtracted(tmp_path: Path) -> None:
     assert [rollout.advantage for rollout in world.batches["step-00000001"].rollouts] == expected
     line = lines(tmp_path, "metrics.jsonl")[1]
     assert (line["baseline"]["source"], line["baseline"]["probe_version"]) == ("probe", {"digits": 1})
+
+
+@pytest.mark.parametrize(("options", "settle_s"), [({}, 30), ({"settle_probe_s": 7}, 7), ({"settle_probe_s": 0}, 0)])
+async def test_on_policy_steps_wait_for_the_probe(tmp_path: Path, options: dict[str, Any], settle_s: float) -> None:
+    world = World()
+    await drive(settings(tmp_path, **options), world)
+    assert world.settle_s == [settle_s] * 3
+    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [True] * 3
+
+
+async def test_steps_sampled_ahead_do_not_wait_for_the_probe(tmp_path: Path) -> None:
+    world = World()
+    world.max_staleness = 1
+    world.unsettled = {0, 1, 2}
+    await drive(settings(tmp_path, max_staleness=1), world)
+    assert world.settle_s == [0] * 3
+    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [False] * 3
+
+
+async def test_a_probe_that_was_waited_for_in_vain_is_told_once_and_again_when_it_is_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World()
+    world.unsettled = {1, 2, 4}
+    with caplog.at_level(logging.INFO, "poise.orchestrator.sampling"):
+        await drive(settings(tmp_path, num_steps=5), world)
+    said = [(record.levelname, record.getMessage().split(" was")[0]) for record in caplog.records]
+    assert said == [("WARNING", "step 1"), ("INFO", "step 3"), ("WARNING", "step 4")]
+    settled = [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")]
+    assert settled == [True, False, False, True, False]
+
+
+async def test_rivals_wait_for_no_probe(tmp_path: Path) -> None:
+    world = World()
+    await drive(settings(tmp_path, algorithm="rloo"), world)
+    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [None] * 3
 
 
 async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Script:
     def _next(self) -> Any:
         return self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
 
-    async def get_status(self, *_: Any, timeout_s: float | None = None) -> Any:
+    async def get_status(self, *_: Any, timeout_s: float | None = None, **__: Any) -> Any:
         self.calls.append([])
         self.timeouts.append(timeout_s)
         outcome = self._next()
@@ -172,6 +172,12 @@ async def test_an_export_is_given_the_time_that_a_large_model_takes(make: Make) 
     learner = Script("learner:1", ["export"])
     assert await make(learner=learner).export_model("model") == "export"
     assert learner.timeouts == [3600.0]
+
+
+async def test_a_question_is_given_the_time_that_it_lets_the_probe_settle_and_as_much_as_ever(make: Make) -> None:
+    value = Script("value:1", ["answers"])
+    assert await make(value=value).estimate_baselines("run", 0, [], 30) == "answers"
+    assert value.timeouts == [90]
 
 
 async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:

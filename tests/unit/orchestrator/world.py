@@ -60,6 +60,10 @@ class World:
         self.labels: dict[tuple[int, str], LabelledGroup] = {}
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
+        self.settle_s: list[float] = []
+        """What each question was ready to wait."""
+        self.unsettled: set[int] = set()
+        """Steps valued before the probe has learnt all."""
         self.shown: list[Any] = []
 
     def note(self, event: str) -> None:
@@ -106,14 +110,18 @@ class World:
             )
         return Group(prompt.group_id, np.array([7], np.int32), tuple(rollouts))
 
-    async def estimate_baselines(self, run_id: str, step: int, groups: Sequence[GroupFeatures]) -> list[GroupBaselines]:
+    async def estimate_baselines(
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+    ) -> list[GroupBaselines]:
         self.note(f"baselines {step}")
+        self.settle_s.append(settle_s)
+        settled = step not in self.unsettled
         if any(published == step for published, _ in self.labels):
             raise LabelsConsumedError("a baseline now would leak them")
         if not self.probed or step == 0:
-            return [GroupBaselines(group.group_id, 0, None, None) for group in groups]
+            return [GroupBaselines(group.group_id, 0, None, None, settled) for group in groups]
         values = np.array([0.25, 0.75], np.float32)
-        return [GroupBaselines(group.group_id, step, values, values[::-1]) for group in groups]
+        return [GroupBaselines(group.group_id, step, values, values[::-1], settled) for group in groups]
 
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
         for group in groups:

@@ -87,9 +87,10 @@ def labelled_groups(draw):
 @st.composite
 def group_baselines(draw):
     if draw(booleans):
-        return types.GroupBaselines(draw(names), 0, None, None)
+        return types.GroupBaselines(draw(names), 0, None, None, draw(st.booleans()))
     size = draw(st.integers(1, 3))
-    return types.GroupBaselines(draw(names), draw(uint64s), draw(floats(size)), draw(st.none() | floats(size)))
+    numbers = draw(floats(size)), draw(st.none() | floats(size))
+    return types.GroupBaselines(draw(names), draw(uint64s), *numbers, draw(st.booleans()))
 
 
 @st.composite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from poise.value.pieces import join, split
 from poise.value.probe import FittedProbe
 from poise.value.refitter import Refitter
 from poise.value.rows import LabelledRows
+from poise.value.settling import Changes, Settling
 from poise.value.snapshot import Snapshot
 from poise.value.state import StateStore
 
@@ -33,6 +35,33 @@ class MeanFitter:
     def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
         rewards = [reward for group in groups for reward in group.rewards.tolist()]
         return FittedProbe({}, sum(rewards) / len(rewards))
+
+
+class HeldFitter(MeanFitter):
+    """Waits in its thread until let go."""
+
+    def __init__(self) -> None:
+        self.num_begun = 0
+        self.sizes: list[int] = []
+        self.go = threading.Semaphore(0)
+
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        self.num_begun += 1
+        self.sizes.append(len(groups))
+        assert self.go.acquire(timeout=TIMEOUT_S)
+        return super().fit(groups)
+
+
+class FailingFitter(MeanFitter):
+    def __init__(self, num_failures: int) -> None:
+        self.num_failures = num_failures
+        self.num_fits = 0
+
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        self.num_fits += 1
+        if self.num_fits <= self.num_failures:
+            raise ArithmeticError("the fit gave parameters that are not finite")
+        return super().fit(groups)
 
 
 class Parts:
@@ -51,10 +80,12 @@ class Parts:
         self.metrics = ValueMetrics(CollectorRegistry())
         self.keeper = StateKeeper(self.estimator, self.store, self.metrics, self.given_up.append)
         self.queue = MemoryQueue(stream, "consumer")
-        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics)
+        self.changes = changes = Changes()
+        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics, changes)
         self.consumer = LabelConsumer(
-            self.queue, self.estimator, self.keeper, self.refitter, config.queue, self.metrics
+            self.queue, self.estimator, self.keeper, self.refitter, config.queue, self.metrics, changes
         )
+        self.settling = Settling(self.queue, self.estimator, self.consumer, self.refitter, changes)
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[Parts]:

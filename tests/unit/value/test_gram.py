@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.value.parts import stored
 
 from poise.value.buffer import training_rows
 from poise.value.gram import GramFitter
+from poise.value.ledger import LedgerSnapshot
 from poise.value.probe import FittedProbe, RidgeFitter
 from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.snapshot import DomainSnapshot, Snapshot
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
 
@@ -171,6 +174,24 @@ def test_a_new_fitter_goes_on_where_the_one_before_ended() -> None:
         fitted = sliding.fit(groups)
         before, groups = groups, groups[8:] + source.groups(8)
     assert_alike(fitter().fit(before), fitted, asked, atol=2e-4)
+
+
+@pytest.mark.parametrize("width", [64, 400])
+def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart(width: int) -> None:
+    source, kept = Source(width), fitter(incremental=False)
+    groups, asked = source.groups(60), FeatureRows.concatenate([group.rows for group in source.groups(50)])
+    for _ in range(4):
+        groups = groups[4:] + source.groups(4)
+        fitted, first = kept.fit(groups), fitter(incremental=False).fit(restored(groups))
+        assert fitted.bias == first.bias
+        assert all(np.array_equal(array, first.arrays()[name]) for name, array in fitted.arrays().items())
+        assert fitted.predict(asked).tobytes() == first.predict(asked).tobytes()
+
+
+def restored(groups: list[LabelledRows]) -> list[LabelledRows]:
+    """The groups as they come back from a state on disk."""
+    domain = DomainSnapshot("d", tuple(groups), len(groups), 1, None)
+    return list(stored(Snapshot("id", (domain,), LedgerSnapshot(), (), 0, 0)).domains[0].groups)
 
 
 @pytest.mark.parametrize(("num_groups", "width"), [(1, 300), (1, 5), (2, 1), (5, 2000), (40, 3)])

@@ -15,7 +15,7 @@ FIRST, SECOND = probes(1), probes(2)
 
 
 def ask(pins: StepPins, step: int, current=FIRST, *, run_id: str = "run", labels_consumed: bool = False):
-    return pins.answering(run_id, step, current, labels_consumed=labels_consumed)
+    return pins.answering(run_id, step, current, labels_consumed=labels_consumed).probes
 
 
 def test_the_first_question_decides_for_all_later_ones() -> None:
@@ -40,6 +40,14 @@ def test_no_probe_at_all_is_an_answer_that_is_pinned_too() -> None:
     pins = StepPins(4, 4)
     assert ask(pins, 0, {}) == {}
     assert ask(pins, 0, FIRST, labels_consumed=True) == {}
+
+
+def test_whether_a_step_was_settled_is_decided_by_the_first_question_too() -> None:
+    pins = StepPins(4, 4)
+    for step, first in enumerate([True, False]):
+        for settled in (first, not first):
+            assert pins.answering("run", step, FIRST, labels_consumed=False, settled=settled).settled is first
+    assert [restored(pins, 4, 4).pinned("run", step).settled for step in (0, 1)] == [False, False]
 
 
 def restored(pins: StepPins, max_steps: int, max_runs: int) -> StepPins:

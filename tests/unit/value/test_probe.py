@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_a_row_has_the_same_value_to_the_bit_in_any_batch() -> None:
     alone = np.concatenate([fitted.predict(train.part(i, i + 1)) for i in range(len(train))])
     sevens = np.concatenate([fitted.predict(train.part(i, i + 7)) for i in range(0, len(train), 7)])
     assert together.tobytes() == alone.tobytes() == sevens.tobytes()
+
+
+def test_a_row_has_the_same_value_whatever_the_order_in_which_inputs_were_read_back() -> None:
+    # Added up from left to right, 1e17 − 1e17 + 0.25 is 0.25 and 0.25 + 1e17 − 1e17 is 0.
+    weights = {"prompt_hidden": np.array([1e17]), "response_hidden": np.array([-1e17]), "entropy": np.full(3, 0.25 / 3)}
+    rows = FeatureRows(*(np.ones((1, columns), np.float32) for columns in (1, 1, NUM_ENTROPIES)))
+    values = {FittedProbe(dict(order), 0.0).predict(rows).tobytes() for order in permutations(weights.items())}
+    assert len(values) == 1
 
 
 def test_fitting_again_gives_the_same_parameters() -> None:

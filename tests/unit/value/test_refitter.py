@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import safetensors.numpy
 from safetensors import SafetensorError
-from tests.unit.value.parts import TIMEOUT_S, MeanFitter, Parts, until
+from tests.unit.value.parts import TIMEOUT_S, FailingFitter, HeldFitter, MeanFitter, Parts, until
 
 import poise.value.refitter
 from poise.queue.memory_queue import MemoryStream
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe
-from poise.value.rows import LabelledRows
 from poise.value.servicer import ValueServicer
 from poise_proto.v1 import value_pb2
 
@@ -35,33 +34,6 @@ def learn(parts: Parts, make, *steps: int, **options) -> None:
 def version(parts: Parts, domain: str = "default") -> int:
     probe = parts.estimator.probes.get(domain)
     return probe.version if probe else 0
-
-
-class HeldFitter(MeanFitter):
-    """Waits in its thread until let go."""
-
-    def __init__(self) -> None:
-        self.num_begun = 0
-        self.sizes: list[int] = []
-        self.go = threading.Semaphore(0)
-
-    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
-        self.num_begun += 1
-        self.sizes.append(len(groups))
-        assert self.go.acquire(timeout=TIMEOUT_S)
-        return super().fit(groups)
-
-
-class FailingFitter(MeanFitter):
-    def __init__(self, num_failures: int) -> None:
-        self.num_failures = num_failures
-        self.num_fits = 0
-
-    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
-        self.num_fits += 1
-        if self.num_fits <= self.num_failures:
-            raise ArithmeticError("the fit gave parameters that are not finite")
-        return super().fit(groups)
 
 
 async def test_a_due_domain_is_fitted_and_one_that_is_not_is_left_alone(start, make) -> None:
@@ -265,7 +237,7 @@ async def test_questions_are_answered_while_a_fit_and_a_save_are_held(start, mak
         await until(begun.is_set)
 
         servicer = ValueServicer(parts.config)
-        servicer.open(parts.estimator, parts.queue)
+        servicer.open(parts.estimator, parts.queue, parts.settling)
         for step in range(5):
             group = value_pb2.GroupFeatures(group_id="q", rollouts=make.message(make.label(step)).rollouts)
             request = value_pb2.EstimateBaselinesRequest(run_id="asked", step=step, groups=[group])

@@ -13,7 +13,7 @@ from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.estimator import BaselineEstimator
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe, PromptProbe
-from poise.value.servicer import MAX_GROUPS, ValueServicer
+from poise.value.servicer import MAX_GROUPS, MAX_SETTLE_S, ValueServicer
 from poise_client.codec import (
     decode_group_baselines,
     decode_probe_report,
@@ -26,6 +26,30 @@ from poise_client.types import GroupFeatures, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 
 
+class Call:
+    """A call that has so many seconds left."""
+
+    def __init__(self, left_s: float | None = None) -> None:
+        self._left_s = left_s
+
+    def time_remaining(self) -> float | None:
+        return self._left_s
+
+
+class Settling:
+    """Settles at once, after what a test puts in between; notes how long it was given."""
+
+    def __init__(self) -> None:
+        self.limits_s: list[float] = []
+        self.settled = True
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    async def settle(self, limit_s: float) -> bool:
+        self.limits_s.append(limit_s)
+        self.meanwhile()
+        return self.settled
+
+
 class Service:
     """A servicer over a queue in memory."""
 
@@ -35,7 +59,8 @@ class Service:
         self.estimator = BaselineEstimator(config)
         self.stream = MemoryStream(max_entries=config.queue.max_entries)
         self.servicer = ValueServicer(config)
-        self.servicer.open(self.estimator, MemoryQueue(self.stream, "publisher"))
+        self.settling = Settling()
+        self.servicer.open(self.estimator, MemoryQueue(self.stream, "publisher"), self.settling)
 
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
         rewards = options.pop("rewards", None)
@@ -47,9 +72,16 @@ class Service:
     def label(self, step: int = 0, group_id: str = "g0", **options) -> pb.LabelledGroup:
         return self.make.message(self.make.label(step, group_id, **options))
 
-    async def estimate(self, *groups: pb.GroupFeatures, run_id: str = "run", step: int = 0):
-        request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=groups)
-        response = await self.servicer.EstimateBaselines(request, None)
+    async def estimate(
+        self,
+        *groups: pb.GroupFeatures,
+        run_id: str = "run",
+        step: int = 0,
+        settle_s: float = 0.0,
+        left_s: float | None = None,
+    ):
+        request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=groups, settle_s=settle_s)
+        response = await self.servicer.EstimateBaselines(request, Call(left_s))
         return [decode_group_baselines(group, "group") for group in response.groups]
 
     async def score(self, *prompts: pb.PromptFeatures):
@@ -168,6 +200,63 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
     group = service.group()
     group.rewards.CopyFrom(to_tensor(np.array(rewards, np.float32)))
     assert await fields_of(service.estimate(service.group(rewards=np.float32([0, 1])), group)) == ["groups[1].rewards"]
+
+
+async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by_what_came_of_it(service) -> None:
+    service.settling.meanwhile = service.install
+    (answer,) = await service.estimate(service.group(), settle_s=30)
+    assert (answer.probe_version, answer.settled) == (1, True)
+    service.settling.settled = False
+    (answer,) = await service.estimate(service.group(), step=1, settle_s=30)
+    assert not answer.settled
+    assert service.settling.limits_s == [30, 30]
+
+
+async def test_a_question_that_does_not_ask_for_it_does_not_wait(service) -> None:
+    (answer,) = await service.estimate(service.group())
+    assert not answer.settled
+    assert service.settling.limits_s == []
+
+
+async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(service) -> None:
+    for step, settle_s in enumerate([30, 0]):
+        await service.estimate(service.group(), step=step, settle_s=settle_s)
+    for step, settled in enumerate([True, False]):
+        (answer,) = await service.estimate(service.group("another"), step=step, settle_s=30)
+        assert answer.settled is settled
+    assert service.settling.limits_s == [30]
+
+
+async def test_a_step_whose_labels_came_first_is_refused_at_once(service) -> None:
+    service.estimator.learn(service.make.label(0))
+    with pytest.raises(LabelsConsumed):
+        await service.estimate(service.group(), settle_s=30)
+    assert service.settling.limits_s == []
+
+
+async def test_labels_of_the_step_that_come_while_it_waits_refuse_it(service) -> None:
+    service.settling.meanwhile = lambda: service.estimator.learn(service.make.label(0))
+    with pytest.raises(LabelsConsumed):
+        await service.estimate(service.group(), settle_s=30)
+
+
+async def test_waiting_leaves_time_for_the_answer_before_the_deadline(service) -> None:
+    await service.estimate(service.group(), settle_s=30, left_s=10)
+    await service.estimate(service.group(), step=1, settle_s=30, left_s=100)
+    assert service.settling.limits_s == [pytest.approx(9), 30]
+
+
+async def test_a_service_that_shuts_down_while_a_question_waits_leaves_it_to_another(service) -> None:
+    service.settling.meanwhile = service.servicer.close
+    with pytest.raises(Draining):
+        await service.estimate(service.group(), settle_s=30)
+    assert service.estimator.would_pin("run", 0)
+
+
+@pytest.mark.parametrize("settle_s", [-0.1, float("nan"), float("inf"), MAX_SETTLE_S + 1])
+async def test_a_wait_that_cannot_be_is_named(service, settle_s) -> None:
+    assert await fields_of(service.estimate(service.group(), settle_s=settle_s)) == ["settle_s"]
+    assert service.settling.limits_s == []
 
 
 # ScorePrompts.

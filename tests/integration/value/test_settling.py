@@ -1,0 +1,65 @@
+"""Questions that wait for the probes, over the wire: settled over kills, answered at once where waiting is no use."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tests.integration.value.service import TIMEOUT_S, fitted
+
+from poise_client.errors import InvalidRequestError
+
+NUM_STEPS, GROUPS = 4, 10
+
+
+def labels(make, run_id: str):
+    steps = range(NUM_STEPS)
+    return [make.label(run_id, step, group_id=f"g{i}", domain=run_id) for step in steps for i in range(GROUPS)]
+
+
+async def known(client, domain: str) -> tuple[int, int]:
+    """The version of a domain's probe, and the groups that it could have seen."""
+    (probe,) = (await client.get_probe(domain)).probes
+    return probe.probe_version, probe.num_groups
+
+
+async def test_a_question_right_after_labels_is_answered_by_a_probe_that_knows_them_all(client, make) -> None:
+    await client.publish_labels(labels(make, "settles"))
+    (answer,) = await client.estimate_baselines("asks", 0, [make.question("a", "settles")], settle_s=TIMEOUT_S)
+    assert answer.settled
+    assert await known(client, "settles") == (answer.probe_version, NUM_STEPS * GROUPS)
+    (again,) = await client.estimate_baselines("asks", 0, [make.question("b", "settles")], settle_s=TIMEOUT_S)
+    assert (again.settled, again.probe_version) == (True, answer.probe_version)
+
+
+async def test_so_is_one_that_is_asked_while_the_service_is_killed(shared, client, make) -> None:
+    await client.publish_labels(labels(make, "settles.killed"))
+    question = make.question("a", "settles.killed")
+    asking = asyncio.create_task(
+        client.estimate_baselines("asks.killed", 0, [question], settle_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S)
+    )
+    shared.kill()
+    shared.start()
+    (answer,) = await asking
+    assert answer.settled
+    assert await known(client, "settles.killed") == (answer.probe_version, NUM_STEPS * GROUPS)
+
+
+async def test_where_consuming_is_paused_the_answer_comes_at_once_and_says_that_it_is_not_settled(
+    shared, client, make
+) -> None:
+    await shared.post("pause")
+    try:
+        await client.publish_labels(labels(make, "settles.paused"))
+        question = make.question("a", "settles.paused")
+        asking = client.estimate_baselines("asks.paused", 0, [question], settle_s=600, timeout_s=1200)
+        (answer,) = await asyncio.wait_for(asking, TIMEOUT_S)
+        assert (answer.settled, answer.values) == (False, None)
+    finally:
+        await shared.post("resume")
+    await fitted(client, "settles.paused", 1)
+
+
+async def test_a_wait_that_cannot_be_is_refused_by_name(client, make) -> None:
+    with pytest.raises(InvalidRequestError, match="settle_s"):
+        await client.estimate_baselines("asks.wrong", 0, [make.question()], settle_s=-1)
