@@ -29,11 +29,11 @@ from poise.runtime.config import (
     ServiceConfig,
     Settings,
     StrictModel,
-    explain,
     parse_config,
     parse_overrides,
     read_yaml,
 )
+from poise.runtime.config_text import explain
 from poise.runtime.layers import merged
 from poise.value.config import ValueConfig
 

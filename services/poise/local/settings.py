@@ -11,7 +11,7 @@ from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.run_file import LocalRun, RunFile
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config import defaults_yaml, redacted
+from poise.runtime.config_text import defaults_yaml, redacted
 from poise.value.config import ValueConfig
 
 _FILLED_IN = {

@@ -30,7 +30,8 @@ from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
-from poise.runtime.config import ConfigError, redacted
+from poise.runtime.config import ConfigError
+from poise.runtime.config_text import redacted
 from poise.runtime.logging import configure_logging
 from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
 from poise.runtime.signals import stopping_by_signal

@@ -16,7 +16,7 @@ import poise
 from poise.errors import FieldViolation, InvalidRequest, PoiseError
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth
-from poise.runtime.config import redacted
+from poise.runtime.config_text import redacted
 
 _HTTP_STATUS = {
     "INVALID_ARGUMENT": 422,

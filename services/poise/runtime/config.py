@@ -1,14 +1,14 @@
 """Typed, frozen settings: one tree a service, unknown keys refused, every problem reported at once.
 
-Precedence: `--set` on the command line > environment > YAML file > default. Owns loading, explaining and redacting;
-knows no service's settings.
+Precedence: `--set` on the command line > environment > YAML file > default. Owns loading; knows no service's settings,
+and not how they are shown: see `config_text`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from poise.runtime.config_tree import hint, holds_secret, misspelt_variables
+from poise.runtime.config_text import explain
+from poise.runtime.config_tree import misspelt_variables
 from poise.runtime.layers import left_of, spelled_out
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -284,59 +285,3 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--set {name}: {part} was set to a value before; set one of them")
         node[parts[-1]] = value
     return tree
-
-
-def explain(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
-    """Yield one line a problem: `field.path: what is wrong`, with the nearest known name for an unknown one."""
-    for problem in error.errors():
-        path = problem["loc"]
-        name = ".".join(map(str, path)) or "settings"
-        if problem["type"] == "extra_forbidden":
-            yield f"{name}: unknown{hint(cls, path)}"
-        elif problem["type"] == "missing":
-            yield f"{name}: required, and set nowhere"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            hidden = isinstance(problem["input"], dict) or holds_secret(cls, path)
-            yield f"{name}: {message}" + ("" if hidden else f" (given: {problem['input']!r})")
-
-
-def redacted(config: BaseModel) -> dict[str, Any]:
-    """Return the settings as JSON-able values with every secret masked."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    return values
-
-
-def defaults_yaml(cls: type[BaseModel], indent: int = 0) -> str:
-    """Return all settings with their defaults and their descriptions, as YAML to start a file from."""
-    defaults = {
-        name: None if field.is_required() else field.get_default(call_default_factory=True)
-        for name, field in cls.model_fields.items()
-    }
-    return _section_yaml(cls, defaults, indent)
-
-
-def _section_yaml(cls: type[BaseModel], values: Mapping[str, Any], indent: int) -> str:
-    lines: list[str] = []
-    pad = "  " * indent
-    for name, field in cls.model_fields.items():
-        lines += [f"{pad}# {line}" for line in (field.description or "").splitlines()]
-        value = values[name]
-        if isinstance(value, BaseModel):
-            lines += [f"{pad}{name}:", _section_yaml(type(value), dict(value), indent + 1)]
-        elif field.is_required() and value is None:
-            lines.append(f"{pad}{name}:  # required")
-        else:
-            lines.append(f"{pad}{name}: {_yaml_value(value)}")
-    return "\n".join(lines)
-
-
-def _yaml_value(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()  # a default is no secret
-    elif isinstance(value, os.PathLike):
-        value = str(value)
-    elif isinstance(value, tuple):
-        value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
-    return dumped.removesuffix("...\n").strip()

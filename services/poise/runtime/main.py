@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from poise.runtime.app import ServiceApp
-from poise.runtime.config import ConfigError, ServiceConfig, defaults_yaml, load_config
+from poise.runtime.config import ConfigError, ServiceConfig, load_config
+from poise.runtime.config_text import defaults_yaml
 from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 

@@ -24,7 +24,8 @@ from poise.runtime.admin import build_admin_app
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.certificates import Certificate
-from poise.runtime.config import ConfigError, GrpcConfig, redacted
+from poise.runtime.config import ConfigError, GrpcConfig
+from poise.runtime.config_text import redacted
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.parsing import MAX_READ_BYTES

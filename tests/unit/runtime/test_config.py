@@ -18,13 +18,12 @@ from poise.runtime.config import (
     GrpcConfig,
     ServiceConfig,
     StrictModel,
-    defaults_yaml,
     load_config,
     parse_config,
     parse_overrides,
     read_yaml,
-    redacted,
 )
+from poise.runtime.config_text import defaults_yaml, redacted
 from poise.value.config import ValueConfig
 
 
