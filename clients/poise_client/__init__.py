@@ -7,7 +7,8 @@ from poise_client._channel import TlsOptions
 from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
-from poise_client._sync import GenerationClient, GroupStream, LearnerClient, ValueClient
+from poise_client._sync import GroupStream
+from poise_client._sync_clients import GenerationClient, LearnerClient, ValueClient
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
 from poise_client._value import AsyncValueClient
 from poise_client._weights import WeightPush, combine_digests, hash_weights, weights_digest
