@@ -106,8 +106,17 @@ class Recorder:
         token_ids_N: torch.Tensor,
         hidden_Nd: torch.Tensor,
     ) -> None:
-        """Take the states of a step's tokens. Those computed anew after a preemption were taken the first time."""
+        """Take the states of a step's tokens.
+
+        Those computed anew after a preemption were taken the first time; but a prompt that was cut short is pooled
+        anew, for the weights may be others by now.
+        """
         slots_R = np.array([self._slot_of_request.get(r, self._nowhere) for r in request_ids], np.int64)
+        num_seen_R = self._num_seen_S[slots_R]
+        cut_short = slots_R[(num_computed_R < num_seen_R) & (num_seen_R < self._num_prompt_S[slots_R])]
+        if cut_short.size:
+            self._num_seen_S[cut_short] = self._num_pooled_S[cut_short] = 0
+            self._prompt_sum_Sd[self._to_device(cut_short)] = 0
         num_after_R = num_computed_R + num_scheduled_R
         starts_R = np.cumsum(num_scheduled_R) - num_scheduled_R
         slots_N = np.repeat(slots_R, num_scheduled_R)

@@ -212,6 +212,21 @@ def test_prompt_whose_pooled_tokens_came_from_a_cache_in_part_is_not_answered(
     assert recorder.num_open == 0
 
 
+def test_prompt_cut_short_is_pooled_of_its_second_pass_alone() -> None:
+    """Between the two the weights may have changed."""
+    recorder = make_recorder()
+    rollout = open_rollout(recorder, Rollout(0, 30, [0, 0]), pool_tokens=10)
+    recorder.record_hidden(
+        ["request-0"], np.array([0]), np.array([25]), torch.zeros(25, dtype=torch.int32), torch.full((25, WIDTH), 9.0)
+    )
+    rollout.computed = 8  # preempted, and its beginning cached since
+    run_step(recorder, [(rollout, 14)])
+    run_step(recorder, [(rollout, 8)])
+    run_step(recorder, [(rollout, 1)])
+    prompt, _, _, _ = collect(recorder, rollout, 0, 1)
+    np.testing.assert_allclose(prompt, mean_states(rollout, range(20, 30)), rtol=1e-5)
+
+
 def test_memory_is_fixed_whatever_the_length() -> None:
     recorder = make_recorder()
     tensors = {name: value.data_ptr() for name, value in vars(recorder).items() if isinstance(value, torch.Tensor)}
