@@ -22,6 +22,7 @@ from tests.contract.test_engines import (
     TOLERANCE,
     Reference,
     assert_nothing_open,
+    long_prompt,
     sample,
     sample_all,
 )
@@ -119,10 +120,13 @@ async def start_rollouts(engine: Engine) -> list[asyncio.Task[EngineRollout]]:
 
 
 async def check(engine: Engine, reference: AdaptedReference, *, version: int) -> None:
+    """The same prompts each time, a long one among them: of what an adapter cached, the next must not read."""
     samplings = [Sampling(max_tokens=30, seed=i, temperature=t) for i, t in enumerate((1.0, 0.7, 0.0, 1.0))]
-    for sampling, rollout in zip(samplings, await sample_all(engine, [PROMPT] * 4, samplings), strict=True):
+    prompts = [PROMPT, PROMPT, PROMPT, long_prompt(300)]
+    rollouts = await sample_all(engine, prompts, samplings)
+    for prompt, sampling, rollout in zip(prompts, samplings, rollouts, strict=True):
         assert [span.policy_version for span in rollout.version_spans] == [version]
-        reference.check(PROMPT, sampling, rollout, engine.info.feature_layer)
+        reference.check(prompt, sampling, rollout, engine.info.feature_layer)
     encoding = await engine.encode(PROMPT)
     assert encoding.policy_version == version
     expected = reference.prompt_hidden(PROMPT, engine.info.feature_layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,11 +13,21 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
-from tests.contract.test_engines import Reference
+from tests.contract.test_engines import (
+    NUM_BLOCK_TOKENS,
+    TOLERANCE,
+    Reference,
+    assert_close,
+    assert_nothing_open,
+    long_prompt,
+    sample,
+    sample_all,
+)
 from tests.models import make_tiny_llama
 
 from poise.domain.features import POOL_TOKENS, response_window
@@ -113,6 +124,105 @@ async def test_tokens_after_an_update_come_from_the_new_weights_alone(
         part = slice(span.start_token, span.end_token)
         assert abs(rollout.logprobs[part] - expected[part]).max() < 1e-4
     await engine.update_weights(folder / "model.safetensors", 2)
+
+
+@pytest.fixture
+def num_cached(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompt tokens each finished rollout read from the cache, as vLLM counts them."""
+    counts: list[int] = []
+    generate = engine._engine.generate
+
+    async def generate_and_count(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        output = None
+        async for output in generate(*args, **kwargs):
+            yield output
+        assert output is not None
+        counts.append(output.num_cached_tokens)
+
+    monkeypatch.setattr(engine._engine, "generate", generate_and_count)
+    return counts
+
+
+@on_engines_loop
+async def test_siblings_and_repeats_read_their_prompt_and_still_pool_all_its_last_states(
+    engine: VllmEngine, reference: Reference, num_cached: list[int]
+) -> None:
+    """Of each length, one and then four at once: all but the first read the blocks before the pooled tokens."""
+    block = NUM_BLOCK_TOKENS
+    lengths = {300: 2 * block, 2 * block: block, 2 * block + POOL_TOKENS: 2 * block, 2 * block + POOL_TOKENS - 1: block}
+    for length, num_read in lengths.items():
+        prompt = long_prompt(length, seed=length)
+        samplings = [Sampling(max_tokens=3, seed=i) for i in range(5)]
+        num_cached.clear()
+        rollouts = await sample_all(engine, [prompt] * 4, samplings[:4])
+        assert sorted(num_cached) == [0, num_read, num_read, num_read]
+        rollouts.append(await sample(engine, prompt, samplings[4]))
+        assert num_cached[4:] == [num_read]
+        for sampling, rollout in zip(samplings, rollouts, strict=True):
+            reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+@on_engines_loop
+@pytest.mark.parametrize(("num_alike", "num_read"), [(299, 256), (200, 128), (100, 0)])
+async def test_prompts_that_begin_alike_share_no_more_than_that(
+    engine: VllmEngine, reference: Reference, num_cached: list[int], num_alike: int, num_read: int
+) -> None:
+    beginning = long_prompt(num_alike, seed=num_alike)
+    sampling = Sampling(max_tokens=20, seed=1)
+    for seed in (1001, 1002):
+        prompt = beginning + long_prompt(300 - num_alike, seed=seed)
+        reference.check(prompt, sampling, await sample(engine, prompt, sampling), engine.info.feature_layer)
+    encoding = await engine.encode(beginning)
+    assert_close(encoding.prompt_hidden, reference.prompt_hidden(beginning, engine.info.feature_layer))
+    assert num_cached[:2] == [0, num_read]
+
+
+@on_engines_loop
+async def test_nothing_cached_outlives_an_update(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path, num_cached: list[int]
+) -> None:
+    """Neither for prompts of later rollouts, nor for those that an update finds underway."""
+    prompt = long_prompt(300, seed=7)
+    short, long = Sampling(max_tokens=8, seed=5), Sampling(max_tokens=200, seed=5)
+    await sample(engine, prompt, short)
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
+    running = [asyncio.create_task(sample(engine, prompt, dataclasses.replace(long, seed=i))) for i in range(4)]
+    await sample(engine, [65, 66], Sampling(max_tokens=5, temperature=0.0))  # until they are underway
+    await engine.update_weights(weights, 3)
+    crossing = await asyncio.gather(*running)
+    await engine.update_weights(weights, 4)
+    num_cached.clear()
+    after = [await sample(engine, prompt, short) for _ in range(2)]
+    assert num_cached == [0, 256]
+    assert any(len(rollout.version_spans) > 1 for rollout in crossing), "none was underway"
+    original = folder / "model.safetensors"
+    for served in (original, weights):
+        reference.use(served)
+        for rollout in crossing:
+            expected = reference.logprobs(prompt, long, rollout.token_ids.tolist())
+            for span in rollout.version_spans:
+                part = slice(span.start_token, span.end_token)
+                if (span.policy_version == 3) == (served == weights):
+                    assert abs(rollout.logprobs[part] - expected[part]).max() < TOLERANCE
+    for rollout in after:
+        assert [span.policy_version for span in rollout.version_spans] == [4]
+        reference.check(prompt, short, rollout, engine.info.feature_layer)
+    await engine.update_weights(original, 5)
+
+
+@on_engines_loop
+async def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_cancelled(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    sampling = Sampling(max_tokens=8, seed=2)
+    for trial in range(6):
+        prompt = long_prompt(300, seed=100 + trial)
+        first, *siblings = [asyncio.create_task(sample(engine, prompt, sampling)) for _ in range(4)]
+        await asyncio.sleep(0.005 * trial)
+        first.cancel()
+        for rollout in await asyncio.wait_for(asyncio.gather(*siblings), DEADLINE_S):
+            reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+    await assert_nothing_open(engine)
 
 
 @on_engines_loop

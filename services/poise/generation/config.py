@@ -19,6 +19,9 @@ class VllmConfig(StrictModel):
     """Size of the KV cache on a CPU, GiB. On GPUs `gpu_memory_utilization` rules."""
     enforce_eager: bool = True
     """Run without torch.compile and CUDA graphs: starts minutes sooner, decodes slower on GPUs."""
+    prefix_caching: bool = True
+    """Compute what prompts begin with alike once a policy version: of siblings, all but the end of their prompt. Blocks
+    are of 16 tokens, on a CPU 128; a prompt reads none that holds one of its last `prompt_pool_tokens`."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that share one replica."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)

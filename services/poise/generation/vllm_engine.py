@@ -183,7 +183,7 @@ class VllmEngine:
         window, spans = pooled_response(tokenizer.token_texts(token_ids), self._config.response_pool_tokens)
         record = await self._collector.collect(rollout_id, len(token_ids), window)
         if record is None:
-            raise BackendDown(f"the worker kept nothing of {rollout_id}")
+            raise BackendDown(f"the worker did not see all of {rollout_id}")
         prompt_hidden_d, response_hidden_d, logprobs_T, entropies_T = (np.frombuffer(r, np.float32) for r in record)
         if not response_hidden_d.size:
             num_pooled = window.end - window.start

@@ -11,7 +11,7 @@ from typing import Any
 
 from poise.domain.features import default_feature_layer
 from poise.errors import BackendDown
-from poise.generation.config import GenerationConfig
+from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineInfo
 from poise.generation.tokens import check_feature_layer, model_len
 from poise.generation.vllm_adapter import adapter_arguments
@@ -120,8 +120,7 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
         max_num_seqs=config.max_num_seqs,
         tensor_parallel_size=settings.tensor_parallel_size,
         enforce_eager=settings.enforce_eager,
-        # Every rollout must see its own prompt's states, so none could read the cache.
-        enable_prefix_caching=False,
+        **_prefix_caching(settings),
         worker_cls="poise.generation.vllm_worker.PoiseWorker",
         weight_transfer_config=WeightTransferConfig(backend="poise_file"),
         additional_config={
@@ -136,6 +135,14 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
         **hardware,
     )
     return AsyncLLM.from_engine_args(arguments)
+
+
+def _prefix_caching(settings: VllmConfig) -> dict[str, Any]:
+    """Return the arguments that have rollouts read their prompt from the cache, save for what they must pool."""
+    if not settings.prefix_caching:
+        return {"enable_prefix_caching": False}
+    # Unset, vLLM caches for every model that it can.
+    return {"enable_prefix_caching": None, "scheduler_cls": "poise.generation.vllm_scheduler.make_scheduler"}
 
 
 def _set_environment(config: GenerationConfig) -> None:

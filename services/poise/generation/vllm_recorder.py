@@ -62,6 +62,7 @@ class Recorder:
         self._request_of_rollout: dict[str, str] = {}
         self._num_prompt_S = np.zeros(rows, np.int64)
         self._first_pooled_S = np.zeros(rows, np.int64)
+        self._num_pooled_S = np.zeros(rows, np.int64)
         self._num_seen_S = np.zeros(rows, np.int64)
         self._step: _Step | None = None
 
@@ -91,6 +92,7 @@ class Recorder:
         self._request_of_rollout[rollout_id] = request_id
         self._num_prompt_S[slot] = num_prompt_tokens
         self._first_pooled_S[slot] = max(0, num_prompt_tokens - pool_tokens)
+        self._num_pooled_S[slot] = 0
         self._num_seen_S[slot] = 0
         self._think_state_S[slot] = 0
         self._think_end_S[slot] = NEVER
@@ -104,8 +106,17 @@ class Recorder:
         token_ids_N: torch.Tensor,
         hidden_Nd: torch.Tensor,
     ) -> None:
-        """Take the states of a step's tokens. Those computed anew after a preemption were taken the first time."""
+        """Take the states of a step's tokens.
+
+        Those computed anew after a preemption were taken the first time; but a prompt that was cut short is pooled
+        anew, for the weights may be others by now.
+        """
         slots_R = np.array([self._slot_of_request.get(r, self._nowhere) for r in request_ids], np.int64)
+        num_seen_R = self._num_seen_S[slots_R]
+        cut_short = slots_R[(num_computed_R < num_seen_R) & (num_seen_R < self._num_prompt_S[slots_R])]
+        if cut_short.size:
+            self._num_seen_S[cut_short] = self._num_pooled_S[cut_short] = 0
+            self._prompt_sum_Sd[self._to_device(cut_short)] = 0
         num_after_R = num_computed_R + num_scheduled_R
         starts_R = np.cumsum(num_scheduled_R) - num_scheduled_R
         slots_N = np.repeat(slots_R, num_scheduled_R)
@@ -118,6 +129,7 @@ class Recorder:
         if pooled.size:
             states = hidden_Nd[self._to_device(pooled)].float()
             self._prompt_sum_Sd.index_add_(0, self._to_device(slots_N[pooled]), states)
+            self._num_pooled_S += np.bincount(slots_N[pooled], minlength=self._num_pooled_S.size)
         response = np.flatnonzero(new_N & ~in_prompt_N)
         if response.size:
             rows = self._to_device(response)
@@ -142,12 +154,15 @@ class Recorder:
     def collect(self, rollout_id: str, num_tokens: int, start: int, end: int) -> Record | None:
         """Return and free what was kept of a rollout of `num_tokens`, its states pooled over response [start, end).
 
-        None for a rollout without a slot.
+        None for a rollout without a slot, and for one whose prompt's last states did not all go through the model here.
         """
         slot = self._slot_of_rollout(rollout_id)
         if slot is None:
             return None
         num_pooled = self._num_prompt_S[slot] - self._first_pooled_S[slot]
+        if self._num_pooled_S[slot] != num_pooled:
+            self.drop(rollout_id)
+            return None
         record = (
             _to_bytes(self._prompt_sum_Sd[slot] / int(num_pooled)),
             self._response_hidden(slot, start, end),

@@ -193,6 +193,40 @@ def test_rollout_beyond_the_slots_disturbs_no_other() -> None:
     np.testing.assert_allclose(response, mean_states(kept, range(3, 5)), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("num_cached", "is_answered"), [(16, True), (20, True), (21, False), (29, False)])
+def test_prompt_whose_pooled_tokens_came_from_a_cache_in_part_is_not_answered(
+    num_cached: int, is_answered: bool
+) -> None:
+    recorder = make_recorder()
+    reading, whole = (open_rollout(recorder, Rollout(i, 30, [0, 0]), pool_tokens=10) for i in range(2))
+    reading.computed = num_cached
+    run_step(recorder, [(whole, 30), (reading, reading.remaining)])
+    run_step(recorder, [(reading, 1), (whole, 1)])
+    if is_answered:
+        prompt, _, _, _ = collect(recorder, reading, 0, 1)
+        np.testing.assert_allclose(prompt, mean_states(reading, range(20, 30)), rtol=1e-5)
+    else:
+        assert recorder.collect("rollout-0", 2, 0, 1) is None
+    prompt, _, _, _ = collect(recorder, whole, 0, 1)
+    np.testing.assert_allclose(prompt, mean_states(whole, range(20, 30)), rtol=1e-5)
+    assert recorder.num_open == 0
+
+
+def test_prompt_cut_short_is_pooled_of_its_second_pass_alone() -> None:
+    """Between the two the weights may have changed."""
+    recorder = make_recorder()
+    rollout = open_rollout(recorder, Rollout(0, 30, [0, 0]), pool_tokens=10)
+    recorder.record_hidden(
+        ["request-0"], np.array([0]), np.array([25]), torch.zeros(25, dtype=torch.int32), torch.full((25, WIDTH), 9.0)
+    )
+    rollout.computed = 8  # preempted, and its beginning cached since
+    run_step(recorder, [(rollout, 14)])
+    run_step(recorder, [(rollout, 8)])
+    run_step(recorder, [(rollout, 1)])
+    prompt, _, _, _ = collect(recorder, rollout, 0, 1)
+    np.testing.assert_allclose(prompt, mean_states(rollout, range(20, 30)), rtol=1e-5)
+
+
 def test_memory_is_fixed_whatever_the_length() -> None:
     recorder = make_recorder()
     tensors = {name: value.data_ptr() for name, value in vars(recorder).items() if isinstance(value, torch.Tensor)}
