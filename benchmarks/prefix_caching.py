@@ -90,7 +90,7 @@ def main(model: str, rounds: int, groups: int, max_tokens: int) -> None:
         for shape in SHAPES:
             costs[on][shape] += measured[shape]
     table = Table("prompt tokens", "rollouts", "", "without", "with", "gain")
-    figures: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         row: dict[str, Any] = {"prompt_tokens": shape[0], "rollouts": shape[1]}
         for name, part in (("s/rollout", 0), ("CPU s/rollout", 1)):
@@ -99,11 +99,15 @@ def main(model: str, rounds: int, groups: int, max_tokens: int) -> None:
             gain = medians[0] / medians[1]
             table.add_row(*map(str, shape), name, *(f"{median:.3f}" for median in medians), f"{gain:.2f}x")
             row[name] = {"without": without, "with": with_cache, "gain_of_medians": gain}
-        figures.append(row)
+        rows.append(row)
     Console().print(table)
+    figures = {
+        f"cpu_gain_{row['prompt_tokens']}_tokens_{row['rollouts']}_rollouts": row["CPU s/rollout"]["gain_of_medians"]
+        for row in rows
+    }
     settings = {"model": model, "groups": groups, "max_tokens": max_tokens, "threads": 1}
     (HERE / "results/prefix_caching.json").write_text(
-        json.dumps({"settings": settings, "figures": figures}, indent=1) + "\n"
+        json.dumps({"figures": figures, "settings": settings, "rows": rows}, indent=1) + "\n"
     )
 
 
