@@ -32,7 +32,7 @@ from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.gram import GramFitter
-from poise.value.labels import parse_label, read_question
+from poise.value.labels import parse_label, read_questions
 from poise.value.pins import VersionedProbe
 from poise_client.codec import encode_group_features, encode_labelled_group
 from poise_client.types import (
@@ -92,9 +92,9 @@ class InProcess:
         self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
     ) -> list[GroupBaselines]:
         wrong, asked = Violations(), []
-        for group in groups:
-            rows = read_question(encode_group_features(group), group.group_id, wrong)
-            wrong.raise_if_any()
+        questions = read_questions([encode_group_features(group) for group in groups], wrong)
+        wrong.raise_if_any()
+        for group, rows in zip(groups, questions, strict=True):
             assert rows is not None
             asked.append(GroupRows(group.group_id, group.domain, rows))
         return self.estimator.estimate(run_id, step, asked, settled=True)  # `learn` refits at once

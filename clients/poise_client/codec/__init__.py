@@ -8,6 +8,7 @@ from poise_client.codec._adapter import adapter_seal, decode_adapter, encode_ada
 from poise_client.codec._common import (
     DEFAULT_DOMAIN,
     decode_features,
+    decode_hidden,
     decode_rollout_id,
     decode_version_span,
     encode_features,
@@ -95,6 +96,7 @@ __all__ = [
     "decode_group",
     "decode_group_baselines",
     "decode_group_features",
+    "decode_hidden",
     "decode_labelled_group",
     "decode_learner_status",
     "decode_model_export",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy.typing import ArrayLike
 
 from poise_client.codec._tensor import CodecError, DTypeName, from_tensor, to_tensor
-from poise_client.types import EntropyStats, Features, RolloutId, VersionSpan
+from poise_client.types import EntropyStats, Features, Floats, RolloutId, VersionSpan
 from poise_proto.v1 import common_pb2 as pb
 
 DEFAULT_DOMAIN = "default"
@@ -70,7 +70,17 @@ def encode_features(features: Features, field: str = "features") -> pb.RolloutFe
 
 
 def decode_features(message: pb.RolloutFeatures, field: str = "features") -> Features:
-    """Unpack a rollout's features.
+    """Unpack a rollout's features. Raises what `decode_hidden` does."""
+    return Features(
+        *decode_hidden(message, field),
+        _decode_entropy(message.output_entropy),
+        _decode_entropy(message.reasoning_entropy),
+        _decode_entropy(message.answer_entropy),
+    )
+
+
+def decode_hidden(message: pb.RolloutFeatures, field: str = "features") -> tuple[Floats, Floats]:
+    """Unpack a rollout's two hidden states, of the prompt and of the response.
 
     Raises:
         CodecError: a missing or malformed state, or two of different width.
@@ -82,10 +92,4 @@ def decode_features(message: pb.RolloutFeatures, field: str = "features") -> Fea
             join(field, "response_hidden"),
             f"is {response_hidden.size} wide and prompt_hidden {prompt_hidden.size}; required: both the model's width",
         )
-    return Features(
-        prompt_hidden,
-        response_hidden,
-        _decode_entropy(message.output_entropy),
-        _decode_entropy(message.reasoning_entropy),
-        _decode_entropy(message.answer_entropy),
-    )
+    return prompt_hidden, response_hidden

@@ -151,9 +151,9 @@ def from_tensor(
         raise CodecError(field, f"{state}; required: {dtype} with {ndim} axes")
     if sent != dtype:
         raise CodecError(field, f"is {sent}; required: {dtype}")
-    shape = tuple(tensor.shape)
+    shape = tensor.shape[:]
     if len(shape) != ndim:
-        raise CodecError(field, f"has shape {list(shape)}; required: {ndim} axes")
+        raise CodecError(field, f"has shape {shape}; required: {ndim} axes")
     num_elements = math.prod(shape)
     if num_elements > max_elements:
         raise CodecError(field, f"has {num_elements} elements; at most {max_elements} are accepted")
@@ -161,9 +161,10 @@ def from_tensor(
     num_bytes = num_elements * native.itemsize
     data = tensor.data  # protobuf copies at every look
     if len(data) != num_bytes:
-        raise CodecError(field, f"has {len(data)} bytes; shape {list(shape)} of {dtype} takes {num_bytes}")
-    array = np.frombuffer(data, native.newbyteorder("<")).reshape(shape)
+        raise CodecError(field, f"has {len(data)} bytes; shape {shape} of {dtype} takes {num_bytes}")
     if sys.byteorder == "big":
-        array = array.astype(native)
+        array = np.frombuffer(data, native.newbyteorder("<")).astype(native)
         array.flags.writeable = False
-    return array
+    else:
+        array = np.frombuffer(data, native)
+    return array.reshape(shape)

@@ -6,7 +6,7 @@ Owns the translation and the rules; knows no state, so widths against a domain's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -18,11 +18,11 @@ from poise_client.codec import (
     DEFAULT_DOMAIN,
     LABEL_SCHEMA_VERSION,
     CodecError,
-    decode_features,
+    decode_hidden,
     decode_prompt_features,
     from_tensor,
 )
-from poise_client.types import EntropyStats, Features, PromptFeatures
+from poise_client.types import PromptFeatures
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
@@ -64,20 +64,44 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
         f"is {message.num_rollouts}, and {len(message.rollouts)} rollouts are here; publish whole groups, with the "
         "number that was sampled",
     )
-    rows = read_rollouts(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
+    siblings = _read_siblings(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
+    rows = None if siblings is None else _stack([siblings])
+    if rows is not None and not _is_finite(rows):
+        _name_infinite(rows, path, wrong)
+        rows = None
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if rows is None or rewards is None:
         return None
     return LabelledRows(message.run_id, message.step, message.group_id, domain, rows, rewards)
 
 
-def read_question(message: value_pb2.GroupFeatures, path: str, wrong: Violations) -> FeatureRows | None:
-    """Read the siblings' features, and their rewards where given; None when something in them is wrong."""
-    rows = read_rollouts(message.rollouts, path, wrong)
-    if not message.HasField("rewards"):
-        return rows
-    rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
-    return None if rows is None or rewards is None else replace(rows, rewards=rewards)
+def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureRows | None]:
+    """Read each group's features, and its rewards where given; None where the features are wrong.
+
+    Groups of one width get parts of the same matrices: a few passes over all rows take half the time of some over each
+    group's.
+    """
+    read: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
+    for index, message in enumerate(messages):
+        path = f"groups[{index}]"
+        siblings, rewards = _read_siblings(message.rollouts, path, wrong), None
+        if message.HasField("rewards"):
+            rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
+        if siblings is not None:
+            read.setdefault(siblings.width, []).append((index, siblings, rewards))
+    questions: list[FeatureRows | None] = [None] * len(messages)
+    for groups in read.values():
+        all_rows = _stack([siblings for _, siblings, _ in groups])
+        all_finite = _is_finite(all_rows)
+        start = 0
+        for index, siblings, rewards in groups:
+            rows = all_rows.part(start, start + len(siblings), rewards)
+            start += len(siblings)
+            if all_finite or _is_finite(rows):
+                questions[index] = rows
+            else:
+                _name_infinite(rows, f"groups[{index}]", wrong)
+    return questions
 
 
 def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wrong: Violations) -> Floats | None:
@@ -89,39 +113,65 @@ def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wron
         return None
     if rewards.size != num_rollouts:
         wrong.add(field, f"has {rewards.size} elements for {num_rollouts} rollouts")
-    elif not (np.isfinite(rewards) & (rewards >= 0) & (rewards <= 1)).all():
+    elif not all(0 <= reward <= 1 for reward in rewards.tolist()):  # so NaN is refused too
         wrong.add(field, "must lie in [0, 1]; scale the rewards before sending them")
     else:
         return rewards
     return None
 
 
-def read_rollouts(
+@dataclass(frozen=True, slots=True)
+class _Siblings:
+    """The features of a group's rollouts, at least one, as they came."""
+
+    prompt_hidden: list[Floats]
+    """Each [d], all of one width."""
+    response_hidden: list[Floats]
+    entropies: list[list[float]]
+    """Of each rollout, the columns of `FeatureRows.entropies`."""
+
+    def __len__(self) -> int:
+        return len(self.entropies)
+
+    @property
+    def width(self) -> int:
+        return self.prompt_hidden[0].size
+
+
+def _read_siblings(
     messages: Sequence[common_pb2.RolloutFeatures], path: str, wrong: Violations, *, at_least: int = 1
-) -> FeatureRows | None:
-    """Read the siblings' features; None when something in them is wrong, all of which `wrong` then holds."""
+) -> _Siblings | None:
+    """Read the siblings' features; None when their form is wrong, in all the ways that `wrong` then holds."""
     if len(messages) < at_least:
         wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at least {at_least} are needed")
         return None
-    decoded = []
+    siblings = _Siblings([], [], [])
     for index, message in enumerate(messages):
-        field = f"{path}.rollouts[{index}]"
         try:
-            decoded.append(decode_features(message, field))
+            prompt_hidden, response_hidden = decode_hidden(message, f"{path}.rollouts[{index}]")
         except CodecError as error:
             wrong.add(error.field, error.description)
-    if len(decoded) < len(messages):
+            continue
+        siblings.prompt_hidden.append(prompt_hidden)
+        siblings.response_hidden.append(response_hidden)
+        siblings.entropies.append(_entropies(message))
+    if len(siblings) < len(messages):
         return None
-    widths = {features.prompt_hidden.size for features in decoded}
-    if len(widths) > 1 or not min(widths):
+    widths = {prompt_hidden.size for prompt_hidden in siblings.prompt_hidden}
+    if len(widths) > 1 or not siblings.width:
         wrong.add(f"{path}.rollouts", f"hidden states have widths {sorted(widths)}; all must have the model's width")
         return None
-    rows = FeatureRows(
-        np.stack([features.prompt_hidden for features in decoded]),
-        np.stack([features.response_hidden for features in decoded]),
-        np.array([_entropies(features) for features in decoded], np.float32),
+    return siblings
+
+
+def _stack(groups: Sequence[_Siblings]) -> FeatureRows:
+    """Return the rows of groups of one width, one after the other."""
+    shape = sum(map(len, groups)), groups[0].width
+    return FeatureRows(
+        np.concatenate([state for group in groups for state in group.prompt_hidden]).reshape(shape),
+        np.concatenate([state for group in groups for state in group.response_hidden]).reshape(shape),
+        np.array([values for group in groups for values in group.entropies], np.float32),
     )
-    return rows if _check_finite(rows, path, wrong) else None
 
 
 def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations) -> PromptFeatures | None:
@@ -148,18 +198,17 @@ _ENTROPIES = tuple(
 """The fields behind the columns of `FeatureRows.entropies`."""
 
 
-def _entropies(features: Features) -> list[float]:
-    stats: tuple[EntropyStats, ...] = (
-        features.output_entropy,
-        features.reasoning_entropy,
-        features.answer_entropy,
-    )
-    return [value for each in stats for value in (each.mean, each.last, each.max, each.min)]
+def _entropies(message: common_pb2.RolloutFeatures) -> list[float]:
+    spans = (message.output_entropy, message.reasoning_entropy, message.answer_entropy)
+    return [value for span in spans for value in (span.mean, span.last, span.max, span.min)]
 
 
-def _check_finite(rows: FeatureRows, path: str, wrong: Violations) -> bool:
-    if all(np.isfinite(columns).all() for columns in (rows.prompt_hidden, rows.response_hidden, rows.entropies)):
-        return True
+def _is_finite(rows: FeatureRows) -> bool:
+    return all(np.isfinite(columns).all() for columns in (rows.prompt_hidden, rows.response_hidden, rows.entropies))
+
+
+def _name_infinite(rows: FeatureRows, path: str, wrong: Violations) -> None:
+    """Note every field of these rollouts that holds what is not finite."""
     for name, columns in (
         ("prompt_hidden", rows.prompt_hidden),
         ("response_hidden", rows.response_hidden),
@@ -167,4 +216,3 @@ def _check_finite(rows: FeatureRows, path: str, wrong: Violations) -> bool:
     ):
         for index in np.flatnonzero(~np.isfinite(columns).all(axis=1)):
             wrong.add(f"{path}.rollouts[{index}].{name}", "holds NaN or infinite numbers")
-    return False

@@ -39,6 +39,9 @@ _NEGLIGIBLE_VARIANCE = 1e-10
 """Of a component, as a share of the first one's: below it is rounding noise, which standardising would blow up."""
 
 _ROWS_AT_ONCE = 16
+"""As doubles, more would not fit the processor's cache."""
+_COLUMNS_AT_ONCE = 8192
+"""More than 10,000, BLAS sums by as many threads as it may use just then, and their number tells in the last bit."""
 
 _BIAS, _PROMPT_WEIGHTS, _PROMPT_BIAS = "bias", "prompt_only_weights", "prompt_only_bias"
 
@@ -207,8 +210,11 @@ def _columns(rows: FeatureRows, name: str) -> Floats:
 
 def _products(columns: Floats, weights: Doubles) -> Doubles:
     """Return each row's product with the weights, [n], summed row by row."""
-    products = np.empty(len(columns))
-    for start in range(0, len(columns), _ROWS_AT_ONCE):  # as doubles, more would not fit the processor's cache
-        block = columns[start : start + _ROWS_AT_ONCE].astype(np.float64)
-        products[start : start + _ROWS_AT_ONCE] = (block * weights).sum(axis=1)
+    products = np.zeros(len(columns))
+    for start in range(0, len(columns), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        block = columns[rows].astype(np.float64, order="C")
+        for first in range(0, len(weights), _COLUMNS_AT_ONCE):
+            part = slice(first, first + _COLUMNS_AT_ONCE)
+            products[rows] += np.vecdot(block[:, part], weights[part])
     return products

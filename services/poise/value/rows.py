@@ -54,13 +54,12 @@ class FeatureRows:
             np.concatenate(rewards) if len(rewards) == len(parts) else None,
         )
 
-    def part(self, start: int, end: int) -> FeatureRows:
-        """Return the rows [start, end) as views."""
+    def part(self, start: int, end: int, rewards: Floats | None = None) -> FeatureRows:
+        """Return the rows [start, end) as views, with rewards of their own or those that are here."""
+        if rewards is None and self.rewards is not None:
+            rewards = self.rewards[start:end]
         return FeatureRows(
-            self.prompt_hidden[start:end],
-            self.response_hidden[start:end],
-            self.entropies[start:end],
-            None if self.rewards is None else self.rewards[start:end],
+            self.prompt_hidden[start:end], self.response_hidden[start:end], self.entropies[start:end], rewards
         )
 
 

@@ -15,7 +15,7 @@ from poise.queue.interface import LabelQueue
 from poise.runtime.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.labels import read_label, read_prompt, read_question
+from poise.value.labels import read_label, read_prompt, read_questions
 from poise.value.settling import Settling
 from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
 from poise_client.types import ProbeReport, ProbeStatus
@@ -72,16 +72,16 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             f"is {request.settle_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
         )
         _check_count(request.groups, wrong)
+        domains = [group.domain or DEFAULT_DOMAIN for group in request.groups]
+        for index, (group, domain) in enumerate(zip(request.groups, domains, strict=True)):
+            wrong.identifier(f"groups[{index}].group_id", group.group_id)
+            wrong.identifier(f"groups[{index}].domain", domain)
         groups: list[GroupRows] = []
         widths: list[tuple[int, str, int]] = []
-        for index, group in enumerate(request.groups):
-            path, domain = f"groups[{index}]", group.domain or DEFAULT_DOMAIN
-            wrong.identifier(f"{path}.group_id", group.group_id)
-            wrong.identifier(f"{path}.domain", domain)
-            rows = read_question(group, path, wrong)
+        for index, rows in enumerate(read_questions(request.groups, wrong)):
             if rows is not None:
-                groups.append(GroupRows(group.group_id, domain, rows))
-                widths.append((index, domain, rows.width))
+                groups.append(GroupRows(request.groups[index].group_id, domains[index], rows))
+                widths.append((index, domains[index], rows.width))
         _check_widths(widths, wrong)
         wrong.raise_if_any()
         settled = await self._settle(request, context)

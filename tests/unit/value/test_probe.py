@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import permutations
 
@@ -8,8 +9,9 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
-from poise.value.probe import FittedProbe, RidgeFitter
+from poise.value.probe import FittedProbe, RidgeFitter, _products
 from poise.value.rows import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
@@ -118,13 +120,29 @@ def test_values_are_clipped_to_the_unit_interval() -> None:
     assert (values.min(), values.max()) == (0.0, 1.0)
 
 
-def test_a_row_has_the_same_value_to_the_bit_in_any_batch() -> None:
-    train = random_rows(200, 300)
-    fitted = fitter().fit(train, rewards_of(train))
-    together = fitted.predict(train)
-    alone = np.concatenate([fitted.predict(train.part(i, i + 1)) for i in range(len(train))])
-    sevens = np.concatenate([fitted.predict(train.part(i, i + 7)) for i in range(0, len(train), 7)])
+@pytest.mark.parametrize("width", [3, 300, 20001])
+def test_a_row_has_the_same_value_to_the_bit_in_any_batch(width: int) -> None:
+    rows, random = random_rows(50, width), np.random.default_rng(2)
+    weights = {name: random.normal(0, 0.02 / width**0.5, width) for name in ("prompt_hidden", "response_hidden")}
+    fitted = FittedProbe(weights | {"entropy": random.normal(0, 0.02, 3)}, 0.5)
+    together = fitted.predict(rows)
+    alone = np.concatenate([fitted.predict(rows.part(i, i + 1)) for i in range(len(rows))])
+    sevens = np.concatenate([fitted.predict(rows.part(i, i + 7)) for i in range(0, len(rows), 7)])
     assert together.tobytes() == alone.tobytes() == sevens.tobytes()
+    assert len(np.unique(together)) > 40  # few were clipped
+
+
+def test_wide_rows_are_summed_as_doubles_in_the_same_order_in_any_batch_by_any_number_of_threads() -> None:
+    random = np.random.default_rng(0)
+    columns, weights = random.normal(0, 100, (5, 20001)).astype(np.float32), random.normal(size=20001)
+    products = []
+    for limit in (1, 2):
+        with threadpool_limits(limit):
+            products.append(_products(columns, weights))
+    products.append(np.concatenate([_products(row[None], weights) for row in columns]))
+    assert products[0].tobytes() == products[1].tobytes() == products[2].tobytes()
+    exact = [math.fsum(row.astype(np.float64) * weights) for row in columns]
+    np.testing.assert_allclose(products[0], exact, rtol=0, atol=1e-14 * np.abs(columns * weights).sum(axis=1).max())
 
 
 def test_a_row_has_the_same_value_whatever_the_order_in_which_inputs_were_read_back() -> None:

@@ -148,6 +148,7 @@ async def test_everything_wrong_with_a_question_is_named_at_once(service) -> Non
         service.group("g", n=2),
         narrow,
         service.group("nan"),
+        service.group("rich", rewards=np.float32([0, 1])),
     ]
     groups[3].ClearField("rollouts")
     groups[5].rollouts[1].prompt_hidden.CopyFrom(to_tensor(np.full(6, np.nan, np.float32)))
@@ -189,6 +190,31 @@ async def test_rewards_reach_a_probe_that_takes_them(service) -> None:
     assert answer.values.tolist() == [0.5, 0.75]
     assert answer.baselines.tolist() == [0.75, 0.5]
     assert await fields_of(service.estimate(service.group())) == ["groups[0].rewards"]
+
+
+async def test_each_group_is_answered_from_its_own_rows_and_rewards_whatever_it_is_asked_with(service) -> None:
+    probe = FittedProbe({"response_hidden": np.arange(9) / 100, "entropy": np.float64([1, 2, 3]) / 100}, 0.5)
+    service.estimator.install("wide", VersionedProbe(1, probe, 0, 0.0))
+    service.install("rewarded", reward_weight=0.25)
+    questions = [
+        service.make.question(f"g{i}", domain=domain, n=n, width=9 if domain == "wide" else 6)
+        for i, (domain, n) in enumerate([("wide", 2), ("rewarded", 3), ("wide", 1), ("none", 2), ("rewarded", 2)])
+    ]
+    rewards = [None, np.float32([0, 0.5, 1]), np.float32([1]), None, np.float32([1, 0])]
+    answers = await service.estimate(
+        *(
+            encode_group_features(GroupFeatures(each.group_id, each.domain, features(each.rows), own))
+            for each, own in zip(questions, rewards, strict=True)
+        )
+    )
+    for number in (0, 2):
+        rows = questions[number].rows
+        expected = 0.5 + rows.response_hidden @ np.arange(9) / 100 + rows.entropies[:, [0, 4, 8]] @ [0.01, 0.02, 0.03]
+        np.testing.assert_allclose(answers[number].values, expected, atol=1e-6)
+        assert 0 < expected.min() < expected.max() < 1 or len(expected) == 1
+    assert answers[1].values.tolist() == [0.5, 0.625, 0.75]
+    assert answers[3].values is None
+    assert answers[4].values.tolist() == [0.75, 0.5]
 
 
 @pytest.mark.parametrize("reward_weight", [None, 0.25])
