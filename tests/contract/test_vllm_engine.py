@@ -17,14 +17,16 @@ import psutil
 import pytest
 import pytest_asyncio
 from tests.contract.test_engines import Reference
-from tests.models import make_tiny_llama
+from tests.models import make_tiny_llama, make_tiny_qwen2
 
 from poise.domain.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
+from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.vllm_engine import VllmEngine
 from poise.generation.vllm_recorder import RUN_ON_TOKENS
+from poise.generation.vllm_updates import load_weights, prepare_weights
 from poise_client.types import Sampling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -60,17 +62,52 @@ def reference(folder: Path) -> Reference:
     return Reference(folder)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    # The last test kills it: tests run in the order of this file.
+@contextlib.asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[VllmEngine]:
     engine = VllmEngine(
         GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         await engine.start()
-    yield engine
-    await engine.stop()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
+    # The last test kills it: tests run in the order of this file.
+    async with started(folder) as engine:
+        yield engine
+
+
+async def check_rollout(engine: VllmEngine, reference: Reference) -> None:
+    sampling = Sampling(max_tokens=20, seed=0)
+    rollout = await engine.generate(EngineRequest("checked", [65, 66], sampling))
+    reference.check([65, 66], sampling, rollout, engine.info.feature_layer)
+
+
+async def check_updates(
+    engine: VllmEngine, reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch, *, first_version: int
+) -> None:
+    """Update in each of both ways after each; what is made ready beforehand must change nothing."""
+
+    async def prepare_nothing(engine: object, weights: Path) -> None:
+        """As where memory does not allow it."""
+
+    for number, is_prepared in enumerate((True, True, False, False, True)):
+        weights = reference.write_weights(folder / f"{number}.safetensors", seed=number)
+        with monkeypatch.context() as patch:
+            if is_prepared:
+                await prepare_weights(engine._engine, weights)
+                await check_rollout(engine, reference)
+            else:
+                patch.setattr(vllm_engine, "prepare_weights", prepare_nothing)
+            await engine.update_weights(weights, first_version + number)
+        reference.use(weights)
+        await check_rollout(engine, reference)
 
 
 @on_engines_loop
@@ -113,6 +150,34 @@ async def test_tokens_after_an_update_come_from_the_new_weights_alone(
         part = slice(span.start_token, span.end_token)
         assert abs(rollout.logprobs[part] - expected[part]).max() < 1e-4
     await engine.update_weights(folder / "model.safetensors", 2)
+
+
+@on_engines_loop
+async def test_weights_made_ready_need_no_file_any_more(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
+    await prepare_weights(engine._engine, weights)
+    reference.use(weights)
+    weights.unlink()
+    await engine._exchange(lambda: load_weights(engine._engine, weights, 3))
+    await check_rollout(engine, reference)
+    await engine.update_weights(folder / "model.safetensors", 4)
+
+
+@on_engines_loop
+async def test_weights_are_served_exactly_whether_or_not_they_could_be_made_ready(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check_updates(engine, reference, tmp_path, monkeypatch, first_version=5)
+    await engine.update_weights(folder / "model.safetensors", 10)
+
+
+@pytest.mark.asyncio
+async def test_biases_and_a_head_of_its_own_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny_qwen2(tmp_path / "qwen2")
+    async with started(folder) as engine:
+        await check_updates(engine, Reference(folder), tmp_path, monkeypatch, first_version=1)
 
 
 @on_engines_loop
