@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +27,7 @@ from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.vllm_engine import VllmEngine
+from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
 from poise.generation.vllm_recorder import RUN_ON_TOKENS
 from poise.generation.vllm_updates import load_weights, prepare_weights
 from poise_client.types import Sampling
@@ -171,6 +174,36 @@ async def test_weights_are_served_exactly_whether_or_not_they_could_be_made_read
 ) -> None:
     await check_updates(engine, reference, tmp_path, monkeypatch, first_version=5)
     await engine.update_weights(folder / "model.safetensors", 10)
+
+
+def test_weights_given_up_while_they_are_made_ready_do_not_replace_those_that_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from poise.generation import vllm_transfer
+
+    may_end = threading.Event()
+
+    def make_next(model: object, tensors: str) -> str:
+        if tensors == "old":
+            assert may_end.wait(DEADLINE_S)
+        return tensors
+
+    monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
+    monkeypatch.setattr(vllm_transfer, "is_twinnable", lambda model: True)
+    monkeypatch.setattr(vllm_transfer, "num_weight_bytes", lambda model: 0)
+    monkeypatch.setattr(vllm_transfer, "_tensors", lambda path: path)
+    monkeypatch.setattr(vllm_transfer, "make_next", make_next)
+    backend: Any = object.__new__(vllm_transfer.FileWeightTransferEngine)
+    backend.model = None
+    backend.prepare("old")
+    old = backend._preparing
+    threading.Timer(0.2, may_end.set).start()
+    backend.prepare("new")
+    for thread in (backend._preparing, old):
+        thread.join(DEADLINE_S)
+    assert backend._next == "new"
 
 
 @pytest.mark.asyncio

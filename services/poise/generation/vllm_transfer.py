@@ -54,6 +54,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
     def prepare(self, path: str) -> None:
         """Begin to make a file's weights ready, on a thread, if that is possible here."""
+        if self._preparing is not None:
+            self._preparing.join()  # it runs still if its update was given up, and is not to end after this one
         self._next = None
         if not is_twinnable(self.model):
             return

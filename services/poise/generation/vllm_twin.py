@@ -63,7 +63,7 @@ def is_twinnable(model: torch.nn.Module) -> bool:
 
 
 def num_weight_bytes(model: torch.nn.Module) -> int:
-    """Return how much a twin holds at least."""
+    """Return about how much a twin holds."""
     recorded = (get_layerwise_info(layer).restore_metadata[0] for layer in model.modules())
     return sum(tensor.nbytes for parameters in recorded for tensor in parameters.values())
 
