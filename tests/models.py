@@ -45,6 +45,38 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, max_position_embeddings: int
     return folder
 
 
+def make_tiny_qwen2(folder: Path) -> Path:
+    """Write a random float32 Qwen2 (width 64, 4 layers) with biases and a head of its own; return its folder."""
+    import torch
+    import transformers
+
+    tokenizer = _byte_tokenizer()
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # Qwen2 begins with zeros, which no update would change
+                torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _byte_tokenizer():  # type: ignore[no-untyped-def]
     import tokenizers
     import transformers

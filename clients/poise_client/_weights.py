@@ -199,7 +199,9 @@ class WeightPush:
         offset = 0
         comes_elsewise = self.begin.file or self.begin.HasField("group")
         for data in [] if comes_elsewise else self._chunks(chunk_bytes):
-            yield pb.UpdateWeightsRequest(chunk=pb.WeightsChunk(offset=offset, data=data))
+            request = pb.UpdateWeightsRequest()  # filled in place: a message given to another is copied into it
+            request.chunk.offset, request.chunk.data = offset, data
+            yield request
             offset += len(data)
         yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.body_bytes))
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+<<<<<<< HEAD
 from tests.contract.test_engines import (
     NUM_BLOCK_TOKENS,
     TOLERANCE,
@@ -29,13 +31,20 @@ from tests.contract.test_engines import (
     sample_all,
 )
 from tests.models import make_tiny_llama
+=======
+from tests.contract.test_engines import Reference
+from tests.models import make_tiny_llama, make_tiny_qwen2
+>>>>>>> wt-push
 
 from poise.domain.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
+from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.vllm_engine import VllmEngine
+from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
 from poise.generation.vllm_recorder import RUN_ON_TOKENS
+from poise.generation.vllm_updates import load_weights, prepare_weights
 from poise_client.types import Sampling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -71,17 +80,52 @@ def reference(folder: Path) -> Reference:
     return Reference(folder)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    # The last test kills it: tests run in the order of this file.
+@contextlib.asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[VllmEngine]:
     engine = VllmEngine(
         GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         await engine.start()
-    yield engine
-    await engine.stop()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
+    # The last test kills it: tests run in the order of this file.
+    async with started(folder) as engine:
+        yield engine
+
+
+async def check_rollout(engine: VllmEngine, reference: Reference) -> None:
+    sampling = Sampling(max_tokens=20, seed=0)
+    rollout = await engine.generate(EngineRequest("checked", [65, 66], sampling))
+    reference.check([65, 66], sampling, rollout, engine.info.feature_layer)
+
+
+async def check_updates(
+    engine: VllmEngine, reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch, *, first_version: int
+) -> None:
+    """Update in each of both ways after each; what is made ready beforehand must change nothing."""
+
+    async def prepare_nothing(engine: object, weights: Path) -> None:
+        """As where memory does not allow it."""
+
+    for number, is_prepared in enumerate((True, True, False, False, True)):
+        weights = reference.write_weights(folder / f"{number}.safetensors", seed=number)
+        with monkeypatch.context() as patch:
+            if is_prepared:
+                await prepare_weights(engine._engine, weights)
+                await check_rollout(engine, reference)
+            else:
+                patch.setattr(vllm_engine, "prepare_weights", prepare_nothing)
+            await engine.update_weights(weights, first_version + number)
+        reference.use(weights)
+        await check_rollout(engine, reference)
 
 
 @on_engines_loop
@@ -223,6 +267,64 @@ async def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_cancell
         for rollout in await asyncio.wait_for(asyncio.gather(*siblings), DEADLINE_S):
             reference.check(prompt, sampling, rollout, engine.info.feature_layer)
     await assert_nothing_open(engine)
+
+
+@on_engines_loop
+async def test_weights_made_ready_need_no_file_any_more(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
+    await prepare_weights(engine._engine, weights)
+    reference.use(weights)
+    weights.unlink()
+    await engine._exchange(lambda: load_weights(engine._engine, weights, 3))
+    await check_rollout(engine, reference)
+    await engine.update_weights(folder / "model.safetensors", 4)
+
+
+@on_engines_loop
+async def test_weights_are_served_exactly_whether_or_not_they_could_be_made_ready(
+    engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check_updates(engine, reference, tmp_path, monkeypatch, first_version=5)
+    await engine.update_weights(folder / "model.safetensors", 10)
+
+
+def test_weights_given_up_while_they_are_made_ready_do_not_replace_those_that_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from poise.generation import vllm_transfer
+
+    may_end = threading.Event()
+
+    def make_next(model: object, tensors: str) -> str:
+        if tensors == "old":
+            assert may_end.wait(DEADLINE_S)
+        return tensors
+
+    monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
+    monkeypatch.setattr(vllm_transfer, "is_twinnable", lambda model: True)
+    monkeypatch.setattr(vllm_transfer, "num_weight_bytes", lambda model: 0)
+    monkeypatch.setattr(vllm_transfer, "_tensors", lambda path: path)
+    monkeypatch.setattr(vllm_transfer, "make_next", make_next)
+    backend: Any = object.__new__(vllm_transfer.FileWeightTransferEngine)
+    backend.model = None
+    backend.prepare("old")
+    old = backend._preparing
+    threading.Timer(0.2, may_end.set).start()
+    backend.prepare("new")
+    for thread in (backend._preparing, old):
+        thread.join(DEADLINE_S)
+    assert backend._next == "new"
+
+
+@pytest.mark.asyncio
+async def test_biases_and_a_head_of_its_own_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny_qwen2(tmp_path / "qwen2")
+    async with started(folder) as engine:
+        await check_updates(engine, Reference(folder), tmp_path, monkeypatch, first_version=1)
 
 
 @on_engines_loop

@@ -1,4 +1,4 @@
-"""Where there is room to collect a push of weights. Knows folders and sizes, not what is in them."""
+"""Where there is room for a push of weights: on disk, and in memory. Knows sizes, not what is in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from poise.errors import BackendDown
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
+_CGROUP = Path("/sys/fs/cgroup")
 _VERSIONS_HELD = 2
 """What a folder has room for to be chosen: the version before may be kept while the next one comes."""
 
@@ -41,6 +42,22 @@ def refuse_unless_room(folder: Path, num_bytes: int) -> None:
             f"the push cannot be stored in {folder}: it takes {num_bytes} bytes, and {free:.0f} are free",
             remedy="Make room for it there, or name another folder in staging_dir.",
         )
+
+
+def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """Return how much memory this process can still take: of the machine's, and within its container's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return free  # there is no limit, or one that cannot be seen
+    if limit == "max":
+        return free
+    reclaimable = int(statistics["inactive_file"]) + int(statistics["active_file"])
+    return min(free, int(limit) - int(used) + reclaimable)
 
 
 def _free_bytes(folder: Path) -> float:

@@ -29,6 +29,7 @@ from poise.generation.vllm_adapter import adapter_request
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.vllm_receiver import WorkerReceiver
+from poise.generation.vllm_updates import load_adapter, load_weights, prepare_weights
 from poise.generation.weights import check_weights
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
@@ -122,7 +123,8 @@ class VllmEngine:
             raise _loading()
         check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
         async with self._updating:
-            return await self._exchange(lambda: self._load_weights(weights, policy_version))
+            await prepare_weights(self._engine, weights)
+            return await self._exchange(lambda: load_weights(self._engine, weights, policy_version))
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         """See `Engine`."""
@@ -132,7 +134,7 @@ class VllmEngine:
         shapes = await asyncio.to_thread(_read_shapes, folder / WEIGHTS_FILE)
         check_adapter(self._facts.parameter_shapes, shapes, rank)
         async with self._updating:
-            return await self._exchange(lambda: self._load_adapter(folder, policy_version))
+            return await self._exchange(lambda: load_adapter(self._engine, folder, policy_version))
 
     async def num_open_rollouts(self) -> int:
         """Return for how many rollouts the worker holds memory."""
@@ -259,18 +261,6 @@ class VllmEngine:
         if self._config.nccl:
             self._receiver = WorkerReceiver(self._engine)
             self._group_backend = await self._receiver.backend()
-
-    async def _load_weights(self, weights: Path, policy_version: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await self._engine.start_weight_update()
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
-        await self._engine.finish_weight_update(weight_version=str(policy_version))
-
-    async def _load_adapter(self, folder: Path, policy_version: int) -> None:
-        if not await self._engine.add_lora(adapter_request(folder)):
-            raise RuntimeError("vLLM did not take the adapter")
-        await self._engine.update_weight_version(str(policy_version))
 
     async def _exchange(self, load: Callable[[], Awaitable[None]]) -> float:
         """Exchange weights at a step boundary. A failure in between leaves a mix: the engine counts as dead."""

@@ -103,6 +103,15 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         if self._receiver is not None:
             self._receiver.abandon()
 
+    def poise_prepare(self, path: str) -> None:
+        """Begin to make a file's weights ready, if that is possible here, while sampling goes on."""
+        self.weight_transfer_engine.prepare(path)
+
+    def poise_is_preparing(self) -> bool:
+        """Return whether that goes on."""
+        preparing: bool = self.weight_transfer_engine.is_preparing
+        return preparing
+
     def poise_num_open(self) -> int:
         """Return how many rollouts hold memory in the recorder."""
         return 0 if self._recorder is None else self._recorder.num_open

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from poise.errors import BackendDown
 from poise.generation import room
-from poise.generation.room import choose_folder, refuse_unless_room, staging_folders
+from poise.generation.room import choose_folder, free_memory_bytes, refuse_unless_room, staging_folders
 
 MEMORY, TEMPORARY = Path("/memory"), Path("/temporary")
 
@@ -71,3 +72,19 @@ def test_what_does_not_fit_is_refused_with_folder_and_bytes(free: Callable[..., 
     with pytest.raises(BackendDown, match="stored in /memory: it takes 101 bytes, and 100 are free") as caught:
         refuse_unless_room(MEMORY, 101)
     assert "staging_dir" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("1000", 1000 - 700 + 30 + 5), ("max", None), ("1000000000000000000", None), (None, None)],
+)
+def test_memory_is_that_of_the_machine_or_of_a_container_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, expected: int | None
+) -> None:
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("700\n")
+        (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 30\nactive_file 5\nshmem 65\n")
+    assert free_memory_bytes(tmp_path) == (memory.available if expected is None else expected)

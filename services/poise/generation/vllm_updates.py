@@ -1,0 +1,42 @@
+"""New weights for a vLLM that runs: its workers are told from the server's process. vLLM is imported late."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from poise.errors import BackendDown
+from poise.generation.vllm_adapter import adapter_request
+
+_ASK_EVERY_S = 0.02
+
+
+async def prepare_weights(engine: Any, weights: Path) -> None:
+    """Have the workers of an `AsyncLLM` make weights ready, as far as they can while sampling goes on.
+
+    Raises:
+        BackendDown: vLLM does not answer.
+    """
+    try:
+        await engine.collective_rpc("poise_prepare", args=(str(weights),))
+        while any(await engine.collective_rpc("poise_is_preparing")):  # noqa: ASYNC110 (in other processes)
+            await asyncio.sleep(_ASK_EVERY_S)
+    except Exception as error:
+        raise BackendDown(f"vLLM cannot prepare an update: {error}") from error
+
+
+async def load_weights(engine: Any, weights: Path, policy_version: int) -> None:
+    """Exchange the weights; sampling must be paused. Raises whatever vLLM does."""
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    await engine.start_weight_update()
+    await engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+    await engine.finish_weight_update(weight_version=str(policy_version))
+
+
+async def load_adapter(engine: Any, folder: Path, policy_version: int) -> None:
+    """Exchange the adapter; sampling must be paused. Raises whatever vLLM does."""
+    if not await engine.add_lora(adapter_request(folder)):
+        raise RuntimeError("vLLM did not take the adapter")
+    await engine.update_weight_version(str(policy_version))
