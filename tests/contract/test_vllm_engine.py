@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-<<<<<<< HEAD
 from tests.contract.test_engines import (
     NUM_BLOCK_TOKENS,
     TOLERANCE,
@@ -30,11 +29,7 @@ from tests.contract.test_engines import (
     sample,
     sample_all,
 )
-from tests.models import make_tiny_llama
-=======
-from tests.contract.test_engines import Reference
 from tests.models import make_tiny_llama, make_tiny_qwen2
->>>>>>> wt-push
 
 from poise.domain.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
