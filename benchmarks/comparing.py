@@ -32,9 +32,10 @@ def compare(name: str) -> Tree:
     return tree
 
 
-def tokens_ratio(tree: Tree) -> float | None:
-    """Return our tokens by the reference's, to the highest of the levels that the mean curves of both reach."""
-    reached = [ratio for ratio in _ratios(tree)[OURS].values() if ratio is not None]
+def tokens_ratio(tree: Tree, ours: str = OURS, reference: str = REFERENCE) -> float | None:
+    """Return one run's tokens by another's, to the highest of the levels that the mean curves of both reach."""
+    of = [[reach["on_mean_curve"] for reach in tree["runs"][name]["to_reach"]["tokens"]] for name in (ours, reference)]
+    reached = [one / other for one, other in zip(*of, strict=True) if one is not None and other is not None]
     return reached[-1] if reached else None
 
 
@@ -48,7 +49,7 @@ def _ratios(tree: Tree) -> dict[str, dict[float, float | None]]:
 
 def show(tree: Tree, noise: Mapping[str, float]) -> None:
     """Print a line for each run; `noise` of its gradient by the reference's, where it was measured."""
-    table = Table(title=f"tokens to a held-out reward, by those of {REFERENCE}")
+    table = Table(title=f"tokens to a held-out reward, by those of {tree['reference']}")
     columns = ["", *(f"{level:g}" for level in tree["levels"]), "final", *(["noise/signal"] if noise else [])]
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
