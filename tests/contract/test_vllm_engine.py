@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from poise.domain.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
 from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
-from poise.generation.engine import EngineRequest
+from poise.generation.engine import EngineRequest, EngineRollout
 from poise.generation.vllm_engine import VllmEngine
 from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
 from poise.generation.vllm_recorder import RUN_ON_TOKENS
@@ -46,6 +47,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 on_engines_loop = pytest.mark.asyncio(loop_scope="module")
 
 DEADLINE_S = 60.0
+VERSIONS = itertools.count(100)
 
 SERVER = """
 import asyncio, sys, warnings
@@ -123,6 +125,25 @@ async def check_updates(
         await check_rollout(engine, reference)
 
 
+async def cross_an_update(
+    engine: VllmEngine, prompt: list[int], samplings: list[Sampling], original: Path, weights: Path
+) -> tuple[list[EngineRollout], int]:
+    """Return rollouts of which an update from the one to the other found some underway, and its version."""
+    deadline = time.monotonic() + DEADLINE_S
+    for trial in itertools.count(1):
+        assert time.monotonic() < deadline, "no rollout was long enough to see the update"
+        await engine.update_weights(original, next(VERSIONS))
+        await sample(engine, prompt, Sampling(max_tokens=1))  # so that the cache has the prompt
+        running = [asyncio.create_task(sample(engine, prompt, sampling)) for sampling in samplings]
+        await asyncio.sleep(0.3 / trial)
+        version = next(VERSIONS)
+        await engine.update_weights(weights, version)
+        rollouts = await asyncio.gather(*running)
+        if any(len(rollout.version_spans) > 1 for rollout in rollouts):
+            break
+    return rollouts, version
+
+
 @on_engines_loop
 async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: VllmEngine, reference: Reference) -> None:
     prompt = engine.tokenize("run on")
@@ -149,20 +170,17 @@ async def test_tokens_after_an_update_come_from_the_new_weights_alone(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
 ) -> None:
     """Not from the new ones reading keys and values that the old ones left in the cache."""
-    weights = reference.write_weights(tmp_path / "new.safetensors", seed=8)
+    original, weights = folder / "model.safetensors", reference.write_weights(tmp_path / "new.safetensors", seed=8)
     sampling = Sampling(max_tokens=400, seed=4)
-    running = asyncio.create_task(engine.generate(EngineRequest("running", [65, 66], sampling)))
-    await asyncio.sleep(0.3)
-    await engine.update_weights(weights, 1)
-    rollout = await running
+    (rollout,), _ = await cross_an_update(engine, [65, 66], [sampling], original, weights)
     old, new = rollout.version_spans
     assert 0 < old.end_token == new.start_token < new.end_token == rollout.token_ids.size
-    for span, served in ((old, folder / "model.safetensors"), (new, weights)):
+    for span, served in ((old, original), (new, weights)):
         reference.use(served)
         expected = reference.logprobs([65, 66], sampling, rollout.token_ids.tolist())
         part = slice(span.start_token, span.end_token)
         assert abs(rollout.logprobs[part] - expected[part]).max() < 1e-4
-    await engine.update_weights(folder / "model.safetensors", 2)
+    await engine.update_weights(original, next(VERSIONS))
 
 
 @pytest.fixture
@@ -222,31 +240,27 @@ async def test_nothing_cached_outlives_an_update(
 ) -> None:
     """Neither for prompts of later rollouts, nor for those that an update finds underway."""
     prompt = long_prompt(300, seed=7)
+    original, weights = folder / "model.safetensors", reference.write_weights(tmp_path / "new.safetensors", seed=9)
     short, long = Sampling(max_tokens=8, seed=5), Sampling(max_tokens=200, seed=5)
-    await sample(engine, prompt, short)
-    weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
-    running = [asyncio.create_task(sample(engine, prompt, dataclasses.replace(long, seed=i))) for i in range(4)]
-    await sample(engine, [65, 66], Sampling(max_tokens=5, temperature=0.0))  # until they are underway
-    await engine.update_weights(weights, 3)
-    crossing = await asyncio.gather(*running)
-    await engine.update_weights(weights, 4)
+    samplings = [dataclasses.replace(long, seed=i) for i in range(4)]
+    crossing, version = await cross_an_update(engine, prompt, samplings, original, weights)
+    later = next(VERSIONS)
+    await engine.update_weights(weights, later)
     num_cached.clear()
     after = [await sample(engine, prompt, short) for _ in range(2)]
     assert num_cached == [0, 256]
-    assert any(len(rollout.version_spans) > 1 for rollout in crossing), "none was underway"
-    original = folder / "model.safetensors"
     for served in (original, weights):
         reference.use(served)
         for rollout in crossing:
             expected = reference.logprobs(prompt, long, rollout.token_ids.tolist())
             for span in rollout.version_spans:
                 part = slice(span.start_token, span.end_token)
-                if (span.policy_version == 3) == (served == weights):
+                if (span.policy_version == version) == (served == weights):
                     assert abs(rollout.logprobs[part] - expected[part]).max() < TOLERANCE
     for rollout in after:
-        assert [span.policy_version for span in rollout.version_spans] == [4]
+        assert [span.policy_version for span in rollout.version_spans] == [later]
         reference.check(prompt, short, rollout, engine.info.feature_layer)
-    await engine.update_weights(original, 5)
+    await engine.update_weights(original, next(VERSIONS))
 
 
 @on_engines_loop
