@@ -97,7 +97,7 @@ class InProcess:
         for group, rows in zip(groups, questions, strict=True):
             assert rows is not None
             asked.append(GroupRows(group.group_id, group.domain, rows))
-        return self.estimator.estimate(run_id, step, asked, settled=True)  # `learn` refits at once
+        return self.estimator.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
 
     def learn(self, labels: Sequence[LabelledGroup]) -> None:
         """Learn labels as the value service does, and refit at once."""

@@ -160,8 +160,9 @@ class ValueClient(SyncClient[AsyncValueClient]):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
-            settle_s: at most how long the service waits, before it pins the step, until its probes are fitted on every
-                label published before; `settled` of the answers says whether they were. 0 takes the probes of now.
+            settle_s: at most how long the service waits, before it pins the step, until the probes of the domains asked
+                about, and of those that the run has taught, are fitted on every label published before; `settled` of an
+                answer says whether its domain's was. 0 takes the probes of now.
             timeout_s: deadline of it all; a minute by default.
 
         Raises:

@@ -48,8 +48,9 @@ class AsyncValueClient(AsyncClient):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
-            settle_s: at most how long the service waits, before it pins the step, until its probes are fitted on every
-                label published before; `settled` of the answers says whether they were. 0 takes the probes of now.
+            settle_s: at most how long the service waits, before it pins the step, until the probes of the domains asked
+                about, and of those that the run has taught, are fitted on every label published before; `settled` of an
+                answer says whether its domain's was. 0 takes the probes of now.
                 Every request carries it, but only the one that pins the step waits: the first.
             timeout_s: deadline of it all; a minute by default.
 

@@ -32,8 +32,8 @@ class GroupBaselines:
     baselines: Floats | None
     """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
     settled: bool = False
-    """Whether the probes are known to have been fitted on every label published before the question that pinned the
-    step: see `estimate_baselines`' settle_s. The same for all groups of a step."""
+    """Whether the domain's probe is known to have been fitted on every label published before the question that pinned
+    the step: see `estimate_baselines`' settle_s. The same for all groups of a domain in a step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,8 @@ class EstimateBaselinesRequest(_message.Message):
     """The step whose labels must not have reached the probe."""
     settle_s: _builtins.float
     """Seconds to wait at most, before a step is pinned, until every label that was published before this question has been
-    learnt and the probes are fitted on it: which probe answers then no longer follows from how fast anything went.
+    learnt and fitted on by the probes of the domains asked about here, and of those that the run has taught: which probe
+    answers then no longer follows from how fast anything went.
     Ends before the call's deadline, and at once while consuming is paused. A step that is pinned is answered without
     waiting. 0..600; unset means 0: by the probes of now.
     """
@@ -143,9 +144,9 @@ class GroupBaselines(_message.Message):
     probe_version: _builtins.int
     """Version of the probe that answered; 0 without one."""
     settled: _builtins.bool
-    """Whether the probes are known to have been fitted on every label published before the question that pinned the step.
-    The same for all groups of a step. False if that question did not wait (settle_s), waited in vain, or was answered
-    before the service last started.
+    """Whether the domain's probe is known to have been fitted on every label published before the question that pinned the
+    step. The same for all groups of a domain in a step. False if that question did not wait (settle_s), or waited in vain,
+    or if it did not have to wait for this domain and came before its fit.
     """
     @_builtins.property
     def values(self) -> _common_pb2.Tensor:

@@ -172,8 +172,8 @@ class StepSampler:
         if self._settled and not settled:
             logger.warning(
                 "step %d was valued by a probe that may lack labels of the steps before, for it was not fitted on them "
-                "within settle_probe_s = %g (is consuming paused, or the queue down?): the run is as sound, but the "
-                "same run again may differ",
+                "within settle_probe_s = %g (is consuming paused, the queue down, or a fit failed?): the run is as "
+                "sound, but the same run again may differ",
                 step,
                 self._config.settle_probe_s,
             )

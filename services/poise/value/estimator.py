@@ -87,30 +87,31 @@ class BaselineEstimator:
         return self._pins.pinned(run_id, step) is None and not self._ledger.may_have_labels_of(run_id, step)
 
     def estimate(
-        self, run_id: str, step: int, groups: Sequence[GroupRows], *, settled: bool = False
+        self, run_id: str, step: int, groups: Sequence[GroupRows], *, behind: frozenset[str] | None = None
     ) -> list[GroupBaselines]:
         """Value groups of one step with the probes pinned for it, in the order asked.
 
-        `settled` is whether the probes of now are known to be fitted on every label published before the question; it
-        is told of the step from then on, if this question pins it.
+        `behind` are the domains whose probes of now have not seen every label published before the question, None where
+        that is not known; it is told of the step from then on, if this question pins it.
 
         Raises:
             LabelsConsumed: the step is not pinned, and its labels have been consumed or that cannot be ruled out.
             InvalidRequest: hidden states of another width than the probe's, or no rewards for a probe that takes them.
         """
         labels_consumed = self._ledger.may_have_labels_of(run_id, step)
-        pin = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed, settled=settled)
+        pin = self._pins.answering(run_id, step, self.probes, labels_consumed=labels_consumed, behind=behind)
         probes = pin.probes
         _check_inputs(groups, probes)
         values = _values(groups, probes)
         answers = []
         for index, group in enumerate(groups):
+            settled = pin.is_settled(group.domain)
             if index not in values:
-                answers.append(GroupBaselines(group.group_id, 0, None, None, pin.settled))
+                answers.append(GroupBaselines(group.group_id, 0, None, None, settled))
                 continue
             baselines = mean_of_others(values[index]) if len(group.rows) > 1 else None
             version = probes[group.domain].version
-            answers.append(GroupBaselines(group.group_id, version, values[index], baselines, pin.settled))
+            answers.append(GroupBaselines(group.group_id, version, values[index], baselines, settled))
             if group.domain in self._domains:
                 self._domains[group.domain].num_estimated_rows += len(group.rows)
         return answers
@@ -206,6 +207,14 @@ class BaselineEstimator:
         warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
         wanted = domain.window.num_added if num_added is None else num_added
         return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
+
+    def taught_by(self, run_id: str) -> list[str]:
+        """Return the domains whose windows hold labels of a run."""
+        return [
+            name
+            for name, domain in self._domains.items()
+            if any(group.run_id == run_id for group in domain.window.groups)
+        ]
 
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Let a probe answer for steps not pinned yet."""

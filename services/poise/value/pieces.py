@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.value.ledger import LedgerSnapshot, RunEntries
-from poise.value.pins import VersionedProbe
+from poise.value.pins import StepPin, VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import FeatureRows, LabelledRows
 from poise.value.snapshot import DomainSnapshot, Snapshot
@@ -46,8 +46,8 @@ def split(snapshot: Snapshot, before: Document | None) -> tuple[Document, dict[s
     for domain in snapshot.domains:
         if domain.probe is not None:
             probes[domain.domain, domain.probe.version] = domain.probe
-    for _, _, pinned in snapshot.pins:
-        probes |= {(name, probe.version): probe for name, probe in pinned.items()}
+    for _, _, pin in snapshot.pins:
+        probes |= {(name, probe.version): probe for name, probe in pin.probes.items()}
     numbers = {key: number for number, key in enumerate(probes)}
     for (name, version), probe in probes.items():
         pieces[_probe_piece(name, version)] = probe.probe.arrays
@@ -93,9 +93,11 @@ def split(snapshot: Snapshot, before: Document | None) -> tuple[Document, dict[s
         ],
         "domains": domains,
         "pins": [
-            [run_id, step, [numbers[name, probe.version] for name, probe in pinned.items()]]
-            for run_id, step, pinned in snapshot.pins
+            [run_id, step, [numbers[name, probe.version] for name, probe in pin.probes.items()]]
+            for run_id, step, pin in snapshot.pins
         ],
+        # Beside the pins: releases that know nothing of it read the rest.
+        "behind": [None if pin.behind is None else sorted(pin.behind) for _, _, pin in snapshot.pins],
     }
     return document, pieces
 
@@ -118,7 +120,8 @@ def join(document: Mapping[str, Any], pieces: Mapping[str, Mapping[str, NDArray[
         )
         for each in document["probes"]
     ]
-    ledger = document["ledger"]
+    ledger, pins = document["ledger"], document["pins"]
+    behind = document.get("behind", [None] * len(pins))  # of a release that did not tell
     return Snapshot(
         instance_id=document["instance_id"],
         domains=tuple(_domain(each, pieces, probes) for each in document["domains"]),
@@ -129,7 +132,12 @@ def join(document: Mapping[str, Any], pieces: Mapping[str, Mapping[str, NDArray[
             tuple(_run(name, revision, pieces[_run_piece(name, revision)]) for name, revision in ledger["runs"]),
         ),
         pins=tuple(
-            (run_id, step, dict(probes[number] for number in numbers)) for run_id, step, numbers in document["pins"]
+            (
+                run_id,
+                step,
+                StepPin(dict(probes[number] for number in numbers), None if names is None else frozenset(names)),
+            )
+            for (run_id, step, numbers), names in zip(pins, behind, strict=True)
         ),
         num_groups_consumed=document["num_groups_consumed"],
         num_duplicates=document["num_duplicates"],

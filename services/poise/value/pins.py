@@ -6,8 +6,7 @@ has by construction seen none. A domain without a probe at that moment has none 
 may have seen its labels.
 
 Owns the pins. They are saved with the ids of the consumed labels: a step whose pin a crash took had no label consumed
-either, so it is pinned anew and never refused. Whether a step was settled when it was pinned is known in this life
-alone.
+either, so it is pinned anew and never refused.
 """
 
 from __future__ import annotations
@@ -35,17 +34,23 @@ class VersionedProbe:
 Probes = Mapping[str, VersionedProbe]
 """By domain. Never changed in place: a new probe makes a new mapping, so a pin is a reference."""
 
-Pin = tuple[str, int, Probes]
-"""Run, step, and the probes that answer for it."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPin:
     """What answers for one step."""
 
     probes: Probes
-    settled: bool
-    """Whether the probes are known to be fitted on every label published before the question that pinned them."""
+    behind: frozenset[str] | None
+    """Domains whose probes had not seen every label published before the question that pinned them; None where that is
+    not known of any."""
+
+    def is_settled(self, domain: str) -> bool:
+        """Whether a domain's probe is known to have seen every label published before the question that pinned it."""
+        return self.behind is not None and domain not in self.behind
+
+
+Pin = tuple[str, int, StepPin]
+"""Run, step, and what answers for it."""
 
 
 class StepPins:
@@ -56,13 +61,13 @@ class StepPins:
         self._max_steps = max_steps
         self._max_runs = max_runs
         self._runs: OrderedDict[str, OrderedDict[int, StepPin]] = OrderedDict()
-        for run_id, step, probes in pins:
-            self._pin(run_id, step, StepPin(probes, settled=False))
+        for run_id, step, pin in pins:
+            self._pin(run_id, step, pin)
 
     def answering(
-        self, run_id: str, step: int, current: Probes, *, labels_consumed: bool, settled: bool = False
+        self, run_id: str, step: int, current: Probes, *, labels_consumed: bool, behind: frozenset[str] | None = None
     ) -> StepPin:
-        """Return what answers for the step, pinning `current` if it is asked about for the first time.
+        """Return what answers for the step, pinning `current`, and `behind`, if it is asked about for the first time.
 
         Raises:
             LabelsConsumed: it is, but labels of the step have been consumed, or that cannot be ruled out.
@@ -74,7 +79,7 @@ class StepPins:
                 "a baseline now would leak them",
                 remedy="Keep the first answer, or use RLOO for this step. A new run needs a new run_id.",
             )
-        return self._pin(run_id, step, pin or StepPin(current, settled))
+        return self._pin(run_id, step, pin or StepPin(current, behind))
 
     def _pin(self, run_id: str, step: int, pin: StepPin) -> StepPin:
         """Note the answer as the latest given."""
@@ -95,4 +100,4 @@ class StepPins:
 
     def all(self) -> tuple[Pin, ...]:
         """Return the pins, the least recently asked about first."""
-        return tuple((run_id, step, pin.probes) for run_id, steps in self._runs.items() for step, pin in steps.items())
+        return tuple((run_id, step, pin) for run_id, steps in self._runs.items() for step, pin in steps.items())

@@ -84,24 +84,27 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
                 widths.append((index, domains[index], rows.width))
         _check_widths(widths, wrong)
         wrong.raise_if_any()
-        settled = await self._settle(request, context)
-        answers = estimator.estimate(request.run_id, request.step, groups, settled=settled)
+        behind = await self._settle(request, domains, context)
+        answers = estimator.estimate(request.run_id, request.step, groups, behind=behind)
         return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
 
-    async def _settle(self, request: pb.EstimateBaselinesRequest, context: Context) -> bool:
-        """Wait as the question asks, if it is the one that pins its step; return whether that was not in vain.
+    async def _settle(
+        self, request: pb.EstimateBaselinesRequest, domains: Sequence[str], context: Context
+    ) -> frozenset[str] | None:
+        """Wait as the question asks, if it is the one that pins its step; return the domains that are behind even so,
+        None where that is not known.
 
         Raises:
             Draining: the service shuts down meanwhile. Whoever takes over settles and answers.
         """
         estimator, _ = self._parts()
         if not request.settle_s or self._settling is None or not estimator.would_pin(request.run_id, request.step):
-            return False
+            return None
         left_s = context.time_remaining()
         limit_s = min(request.settle_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
-        settled = await self._settling.settle(limit_s)
+        behind = await self._settling.settle(request.run_id, domains, limit_s)
         self._parts()
-        return settled
+        return behind
 
     async def ScorePrompts(  # noqa: N802
         self, request: pb.ScorePromptsRequest, context: Context

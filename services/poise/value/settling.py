@@ -1,4 +1,4 @@
-"""Waiting until the probes know every label that was published before a question.
+"""Waiting until a run's probes know every label that was published before a question.
 
 Which probe a step is pinned to then follows from the labels alone, and not from how fast consuming and fitting went.
 Owns the waiting, which starts nothing: whoever stops waiting leaves nothing behind. Knows no protobuf and no pins.
@@ -7,6 +7,8 @@ Owns the waiting, which starts nothing: whoever stops waiting leaves nothing beh
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from poise.errors import BackendDown
@@ -64,17 +66,25 @@ class Settling:
         self._refitter = refitter
         self._changes = changes
 
-    async def settle(self, limit_s: float) -> bool:
-        """Return whether all labels published so far are learnt, durable and fitted on: once they are, or cannot be
-        soon, and in any case after `limit_s`.
+    async def settle(self, run_id: str, asked: Collection[str], limit_s: float) -> frozenset[str] | None:
+        """Return the domains that hold labels, of those published so far, which their probes have not seen; None where
+        some of these labels are not learnt and durable, so that it could be any domain.
 
-        True holds until the caller yields. A queue that is out of reach may come back in time, and is waited for.
+        Returns once no domain is waited for, or none can be fitted soon, and in any case after `limit_s`. Waited for
+        are the domains `asked` about, and those that the run has taught: a question about them may be of the same step,
+        and other runs' fits are no reason to wait. The answer holds until the caller yields. A queue that is out of
+        reach may come back in time, and is waited for.
         """
-        try:
+        learnt: dict[str, int] | None = None
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                return await self._are_learnt() and await self._are_fitted_on()
-        except TimeoutError:
-            return False
+                if not await self._are_learnt():
+                    return None
+                # Not those that come meanwhile, or labels of other runs could keep this one waiting.
+                learnt = {name: domain.window.num_added for name, domain in self._estimator.domains.items()}
+                own = {*asked, *self._estimator.taught_by(run_id)}
+                await self._are_fitted_on({name: num_added for name, num_added in learnt.items() if name in own})
+        return None if learnt is None else self._behind(learnt)
 
     async def _are_learnt(self) -> bool:
         asked, newest = False, None
@@ -91,14 +101,13 @@ class Settling:
                 return False
             await change.wait()
 
-    async def _are_fitted_on(self) -> bool:
-        # Not those that come meanwhile, or labels of other runs could keep this one waiting.
-        wanted = {name: domain.window.num_added for name, domain in self._estimator.domains.items()}
+    async def _are_fitted_on(self, wanted: Mapping[str, int]) -> None:
         while True:
             change = self._changes.next()
-            behind = [name for name, num_added in wanted.items() if self._estimator.is_due(name, num_added)]
-            if not behind:
-                return True
-            if all(self._refitter.gives_up(name) for name in behind):
-                return False
+            if all(self._refitter.gives_up(name) for name in self._behind(wanted)):
+                return
             await change.wait()
+
+    def _behind(self, wanted: Mapping[str, int]) -> frozenset[str]:
+        """Return the domains whose probes have not seen the first so many groups of their windows."""
+        return frozenset(name for name, num_added in wanted.items() if self._estimator.is_due(name, num_added))

@@ -5,7 +5,8 @@ Usage: recording_service.py RECORD_FILE [options of poise.value]. A line a fit, 
 probe died with its process before it was durable.
 
 It may be ambushed: RECORD_FILE.ambush holds {"phase", "delay_s", "dies"}. So long after the phase next begins, the
-phases then going on are written to RECORD_FILE.sprung, and the process dies, if it is to.
+phases then going on are written to RECORD_FILE.sprung, and the process dies, if it is to. While RECORD_FILE.hold
+exists no fit ends.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -31,12 +33,13 @@ from poise.value.keeper import StateKeeper
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.rows import LabelledRows
+from poise.value.settling import Settling
 from poise.value.snapshot import Snapshot
 from poise.value.state import StateStore
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])
-ambush_file, sprung_file = (record_file.with_suffix(f".{name}") for name in ("ambush", "sprung"))
+ambush_file, sprung_file, hold_file = (record_file.with_suffix(f".{name}") for name in ("ambush", "sprung", "hold"))
 going_on = Counter[str]()
 consuming = ExitStack()
 
@@ -67,6 +70,8 @@ class RecordingFitter(GramFitter):
     def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
         with phase("fit"):
             probe = super().fit(groups)
+            while hold_file.exists():
+                time.sleep(0.01)
         seen_by_probe[id(probe)] = sorted({(group.run_id, group.step) for group in groups})
         return probe
 
@@ -98,6 +103,12 @@ class RecordingConsumer(LabelConsumer):
             await super()._settle()
 
 
+class RecordingSettling(Settling):
+    async def settle(self, run_id: str, asked: Collection[str], limit_s: float) -> frozenset[str] | None:
+        with phase("settle"):
+            return await super().settle(run_id, asked, limit_s)
+
+
 class RecordingStore(StateStore):
     def save(self, snapshot: Snapshot) -> Path:
         with phase("checkpoint"):
@@ -107,4 +118,5 @@ class RecordingStore(StateStore):
 if __name__ == "__main__":
     app.GramFitter, app.StateKeeper = RecordingFitter, RecordingKeeper
     app.RedisQueue, app.LabelConsumer, app.StateStore = RecordingQueue, RecordingConsumer, RecordingStore
+    app.Settling = RecordingSettling
     sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))

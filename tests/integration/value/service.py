@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ class ValueService:
             await asyncio.sleep(0.001)
         ambush.unlink(missing_ok=True)
         return (json.loads(sprung.read_text()) or ["idle"]) if sprung.exists() else ["idle"]
+
+    @contextlib.contextmanager
+    def held_fits(self) -> Iterator[None]:
+        """Let no fit end within the block."""
+        hold = self.record_file.with_suffix(".hold")
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     @property
     def log(self) -> str:

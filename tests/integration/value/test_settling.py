@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.integration.value.service import TIMEOUT_S, fitted
+from tests.integration.value.service import TIMEOUT_S, consumed, fitted
 
 from poise_client.errors import InvalidRequestError
 
@@ -32,17 +32,58 @@ async def test_a_question_right_after_labels_is_answered_by_a_probe_that_knows_t
     assert (again.settled, again.probe_version) == (True, answer.probe_version)
 
 
-async def test_so_is_one_that_is_asked_while_the_service_is_killed(shared, client, make) -> None:
-    await client.publish_labels(labels(make, "settles.killed"))
+async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared, client, make) -> None:
     question = make.question("a", "settles.killed")
-    asking = asyncio.create_task(
-        client.estimate_baselines("asks.killed", 0, [question], settle_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S)
-    )
-    shared.kill()
+    with shared.held_fits():
+        await client.publish_labels(labels(make, "settles.killed"))
+        waiting = asyncio.create_task(shared.ambush("settle", 0, dies=False, wait_s=TIMEOUT_S))
+        asking = asyncio.create_task(
+            client.estimate_baselines("asks.killed", 0, [question], settle_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S)
+        )
+        assert "settle" in await waiting
+        await consumed(client)
+        assert await known(client, "settles.killed") == (0, NUM_STEPS * GROUPS)
+        assert not asking.done()
+        shared.kill()
     shared.start()
     (answer,) = await asking
     assert answer.settled
+    assert answer.probe_version > 0
     assert await known(client, "settles.killed") == (answer.probe_version, NUM_STEPS * GROUPS)
+
+
+async def test_the_rest_of_a_step_asked_about_after_kill_9_is_as_settled_as_the_first_part(
+    shared, client, make
+) -> None:
+    await client.publish_labels(labels(make, "settles.parts"))
+    (first,) = await client.estimate_baselines(
+        "asks.parts", 0, [make.question("a", "settles.parts")], settle_s=TIMEOUT_S
+    )
+    await client.publish_labels([make.label("settles.parts", NUM_STEPS, domain="settles.parts")])
+    await fitted(client, "settles.parts", first.probe_version + 1)  # the pin is durable with the label
+    shared.kill()
+    shared.start()
+    await shared.ready()
+    (rest,) = await client.estimate_baselines(
+        "asks.parts", 0, [make.question("b", "settles.parts")], settle_s=TIMEOUT_S
+    )
+    assert (rest.settled, rest.probe_version) == (True, first.probe_version)
+
+
+async def test_a_domain_of_another_run_that_is_not_fitted_keeps_nobody_waiting(shared, client, make) -> None:
+    await client.publish_labels(labels(make, "settles.own"))
+    await client.estimate_baselines("asks.own", 0, [make.question("a", "settles.own")], settle_s=TIMEOUT_S)
+    with shared.held_fits():
+        await client.publish_labels(labels(make, "settles.stranger"))
+        await consumed(client)
+        asking = client.estimate_baselines(
+            "asks.own", 1, [make.question("a", "settles.own")], settle_s=600, timeout_s=1200
+        )
+        (answer,) = await asyncio.wait_for(asking, TIMEOUT_S)
+        assert answer.settled
+        (other,) = await client.estimate_baselines("asks.own", 1, [make.question("b", "settles.stranger")])
+        assert (other.settled, other.values) == (False, None)
+    await fitted(client, "settles.stranger", 1)
 
 
 async def test_where_consuming_is_paused_the_answer_comes_at_once_and_says_that_it_is_not_settled(

@@ -304,6 +304,8 @@ async def test_a_probe_that_was_waited_for_in_vain_is_told_once_and_again_when_i
     with caplog.at_level(logging.INFO, "poise.orchestrator.sampling"):
         await drive(settings(tmp_path, num_steps=5), world)
     said = [(record.levelname, record.getMessage().split(" was")[0]) for record in caplog.records]
+    for cause in ("paused", "queue down", "fit failed"):
+        assert cause in caplog.records[0].getMessage()
     assert said == [("WARNING", "step 1"), ("INFO", "step 3"), ("WARNING", "step 4")]
     settled = [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")]
     assert settled == [True, False, False, True, False]

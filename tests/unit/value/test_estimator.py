@@ -145,6 +145,13 @@ def test_a_pinned_step_is_answered_alike_after_labels_refits_and_a_restart(fitte
     assert restarted.estimate("run", 1, questions)[0].probe_version == 2
 
 
+def test_a_step_is_as_settled_after_a_restart_as_it_was_when_pinned(fitted, config, make) -> None:
+    questions = [make.question(domain=domain) for domain in ("default", "behind")]
+    fitted.estimate("run", 0, questions[:1], behind=frozenset({"behind"}))
+    again = restart(fitted, config()).estimate("run", 0, questions, behind=None)
+    assert [answer.settled for answer in again] == [True, False]
+
+
 def test_after_a_restart_a_step_not_pinned_with_consumed_labels_is_refused(fitted, config, make) -> None:
     fitted.learn(make.label(0))
     with pytest.raises(LabelsConsumed):

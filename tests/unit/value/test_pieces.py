@@ -6,7 +6,7 @@ from tests.unit.value.parts import stored
 
 from poise.value.ledger import LedgerSnapshot, RunEntries
 from poise.value.pieces import join, split
-from poise.value.pins import VersionedProbe
+from poise.value.pins import StepPin, VersionedProbe
 from poise.value.probe import FittedProbe, PromptProbe
 from poise.value.snapshot import DomainSnapshot, Snapshot
 
@@ -36,10 +36,10 @@ def snapshot(make) -> Snapshot:
             5, {"old": 3, "older": 2**63}, 4, (RunEntries("run", 3, 2, ((2, b'{"math":["g","h"]}'), (2**63, b"{}"))),)
         ),
         pins=(
-            ("run", 0, {}),
-            ("run", 1, {"math": old_math, "code": code}),
-            ("other", 1, {"math": old_math}),
-            ("run", 2**64 - 1, {"math": math}),
+            ("run", 0, StepPin({}, None)),
+            ("run", 1, StepPin({"math": old_math, "code": code}, frozenset({"math", "none.yet"}))),
+            ("other", 1, StepPin({"math": old_math}, frozenset())),
+            ("run", 2**64 - 1, StepPin({"math": math}, None)),
         ),
         num_groups_consumed=9,
         num_duplicates=2,
@@ -69,9 +69,22 @@ def test_everything_comes_back_to_the_last_bit(snapshot) -> None:
                 np.testing.assert_array_equal(getattr(theirs.rows, name), getattr(mine.rows, name))
             np.testing.assert_array_equal(theirs.rewards, mine.rewards)
     for (run, step, before), (run_again, step_again, after) in zip(snapshot.pins, again.pins, strict=True):
-        assert (run_again, step_again, list(after)) == (run, step, list(before))
-        for name in before:
-            assert_same_probe(before[name], after[name])
+        assert (run_again, step_again, list(after.probes)) == (run, step, list(before.probes))
+        assert after.behind == before.behind
+        for name in before.probes:
+            assert_same_probe(before.probes[name], after.probes[name])
+
+
+def test_of_a_state_that_does_not_tell_what_was_behind_nothing_is_known(snapshot) -> None:
+    document, pieces = split(snapshot, None)
+    del document["behind"]
+    again = join(document, {name: encode() for name, encode in pieces.items()})
+    assert [(run, step, pin.behind) for run, step, pin in again.pins] == [
+        ("run", 0, None),
+        ("run", 1, None),
+        ("other", 1, None),
+        ("run", 2**64 - 1, None),
+    ]
 
 
 def assert_same_probe(before: VersionedProbe | None, after: VersionedProbe | None) -> None:
@@ -95,7 +108,7 @@ def test_a_probe_that_many_steps_pin_is_stored_once_and_stays_one(snapshot) -> N
     assert [(each["domain"], each["version"]) for each in document["probes"]] == [("math", 2), ("code", 5), ("math", 1)]
     assert sum(name.startswith("probe ") for name in pieces) == 3
     again = stored(snapshot)
-    pinned = {(run, step): probes for run, step, probes in again.pins}
+    pinned = {(run, step): pin.probes for run, step, pin in again.pins}
     assert pinned["run", 1]["math"] is pinned["other", 1]["math"]
     assert pinned["run", 2**64 - 1]["math"] is again.domains[0].probe
 
@@ -110,7 +123,8 @@ def test_a_service_that_knows_nothing_yet_can_be_saved() -> None:
     [
         ({"domains": None}, TypeError),
         ({"probes": []}, LookupError),
-        ({"pins": [["run", 0, [99]]]}, LookupError),
+        ({"pins": [["run", 0, [99]]], "behind": [None]}, LookupError),
+        ({"behind": []}, ValueError),
         ({"ledger": {}}, LookupError),
     ],
 )

@@ -14,6 +14,10 @@ def probes(version: int) -> dict[str, VersionedProbe]:
 FIRST, SECOND = probes(1), probes(2)
 
 
+def restored(pins: StepPins, max_steps: int, max_runs: int) -> StepPins:
+    return StepPins(max_steps, max_runs, pins.all())
+
+
 def ask(pins: StepPins, step: int, current=FIRST, *, run_id: str = "run", labels_consumed: bool = False):
     return pins.answering(run_id, step, current, labels_consumed=labels_consumed).probes
 
@@ -42,16 +46,18 @@ def test_no_probe_at_all_is_an_answer_that_is_pinned_too() -> None:
     assert ask(pins, 0, FIRST, labels_consumed=True) == {}
 
 
-def test_whether_a_step_was_settled_is_decided_by_the_first_question_too() -> None:
+@pytest.mark.parametrize("after", [lambda pins, *_: pins, restored], ids=["same", "restored"])
+def test_which_domains_were_settled_is_decided_by_the_first_question_too(after) -> None:
     pins = StepPins(4, 4)
-    for step, first in enumerate([True, False]):
-        for settled in (first, not first):
-            assert pins.answering("run", step, FIRST, labels_consumed=False, settled=settled).settled is first
-    assert [restored(pins, 4, 4).pinned("run", step).settled for step in (0, 1)] == [False, False]
-
-
-def restored(pins: StepPins, max_steps: int, max_runs: int) -> StepPins:
-    return StepPins(max_steps, max_runs, pins.all())
+    told = [frozenset(), frozenset({"math"}), None]
+    for step, first in enumerate(told):
+        pins.answering("run", step, FIRST, labels_consumed=False, behind=first)
+    pins = after(pins, 4, 4)
+    settled = []
+    for step, later in enumerate(reversed(told)):
+        pin = pins.answering("run", step, SECOND, labels_consumed=True, behind=later)
+        settled.append([pin.is_settled(domain) for domain in ("math", "unheard.of")])
+    assert settled == [[True, True], [False, True], [False, False]]
 
 
 @pytest.mark.parametrize("after", [lambda pins, *_: pins, restored], ids=["same", "restored"])

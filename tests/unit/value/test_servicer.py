@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -37,17 +37,19 @@ class Call:
 
 
 class Settling:
-    """Settles at once, after what a test puts in between; notes how long it was given."""
+    """Settles at once, after what a test puts in between; notes what for, and how long it was given."""
 
     def __init__(self) -> None:
         self.limits_s: list[float] = []
-        self.settled = True
+        self.asked: list[tuple[str, set[str]]] = []
+        self.behind: frozenset[str] | None = frozenset()
         self.meanwhile: Callable[[], object] = lambda: None
 
-    async def settle(self, limit_s: float) -> bool:
+    async def settle(self, run_id: str, asked: Collection[str], limit_s: float) -> frozenset[str] | None:
         self.limits_s.append(limit_s)
+        self.asked.append((run_id, set(asked)))
         self.meanwhile()
-        return self.settled
+        return self.behind
 
 
 class Service:
@@ -232,10 +234,24 @@ async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by
     service.settling.meanwhile = service.install
     (answer,) = await service.estimate(service.group(), settle_s=30)
     assert (answer.probe_version, answer.settled) == (1, True)
-    service.settling.settled = False
+    service.settling.behind = None
     (answer,) = await service.estimate(service.group(), step=1, settle_s=30)
     assert not answer.settled
     assert service.settling.limits_s == [30, 30]
+
+
+async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of_others(service) -> None:
+    service.settling.behind = frozenset({"code", "chess"})
+    answers = await service.estimate(
+        *(service.group(domain=domain) for domain in ("math", "code", "", "math")), run_id="asks", settle_s=30
+    )
+    assert [answer.settled for answer in answers] == [True, False, True, True]
+    assert service.settling.asked == [("asks", {"math", "code", "default"})]
+    service.settling.behind = frozenset()
+    later = await service.estimate(
+        *(service.group(domain=domain) for domain in ("chess", "math")), run_id="asks", settle_s=30
+    )
+    assert [answer.settled for answer in later] == [False, True]
 
 
 async def test_a_question_that_does_not_ask_for_it_does_not_wait(service) -> None:

@@ -45,8 +45,13 @@ async def at_work(parts: Parts, *, consuming: bool = True, fitting: bool = True)
             await asyncio.wait_for(asyncio.gather(*loops), TIMEOUT_S)
 
 
-def settle(parts: Parts, limit_s: float = TIMEOUT_S) -> asyncio.Task[bool]:
-    return asyncio.create_task(parts.settling.settle(limit_s))
+def settle(parts: Parts, *asked: str, limit_s: float = TIMEOUT_S) -> asyncio.Task[frozenset[str] | None]:
+    """What a question of a run of its own waits for: about the default domain, if none is named."""
+    return asyncio.create_task(parts.settling.settle("asks", asked or ("default",), limit_s))
+
+
+SETTLED: frozenset[str] = frozenset()
+UNKNOWN = None
 
 
 async def given_a_chance() -> None:
@@ -66,7 +71,7 @@ async def test_it_ends_when_the_labels_are_learnt_and_the_probe_is_fitted_on_all
     await given_a_chance()
     assert not settling.done()
     async with at_work(parts):
-        assert await settling
+        assert await settling == SETTLED
         assert parts.estimator.probes["default"].num_added == 7
         assert not stream.unread
         assert not stream.pending
@@ -90,7 +95,7 @@ async def test_labels_that_are_read_and_not_durable_are_waited_for(start, stream
         assert parts.estimator.num_groups_consumed == 1
         assert not settling.done()
         go.set()
-        assert await settling
+        assert await settling == SETTLED
 
 
 async def test_a_fit_in_hand_is_waited_for_and_so_is_the_one_that_it_leaves_due(start, stream, make) -> None:
@@ -107,7 +112,7 @@ async def test_a_fit_in_hand_is_waited_for_and_so_is_the_one_that_it_leaves_due(
         await given_a_chance()
         assert not settling.done()
         fitter.go.release()
-        assert await settling
+        assert await settling == SETTLED
         assert parts.estimator.probes["default"].num_added == 3
 
 
@@ -116,7 +121,7 @@ async def test_the_end_of_a_fit_ends_it_whatever_else_goes_on(start, make) -> No
     for step in range(2):
         parts.estimator.learn(make.label(step))
     async with at_work(parts, consuming=False):
-        assert await asyncio.wait_for(settle(parts), TIMEOUT_S / 2)
+        assert await asyncio.wait_for(settle(parts), TIMEOUT_S / 2) == SETTLED
 
 
 async def test_what_is_published_and_learnt_meanwhile_is_not_waited_for(start, stream, make) -> None:
@@ -129,7 +134,7 @@ async def test_what_is_published_and_learnt_meanwhile_is_not_waited_for(start, s
         await publish(stream, make, 2)
         await until(lambda: not stream.unread and not stream.pending)
         fitter.go.release()
-        assert await asyncio.wait_for(settling, TIMEOUT_S / 2)  # although another fit is held
+        assert await asyncio.wait_for(settling, TIMEOUT_S / 2) == SETTLED  # although another fit is held
         fitter.go.release()
 
 
@@ -147,7 +152,7 @@ async def test_an_entry_published_meanwhile_is_not_waited_for_either(start, stre
     await given_a_chance()
     await publish(stream, make, 1)
     async with at_work(parts):
-        assert await asyncio.wait_for(settling, TIMEOUT_S / 2)
+        assert await asyncio.wait_for(settling, TIMEOUT_S / 2) == SETTLED
         assert stream.unread or stream.pending
         go.set()
 
@@ -156,14 +161,14 @@ async def test_nothing_to_learn_is_settled_at_once_even_while_paused(start, stre
     parts = start()
     parts.consumer.pause()
     async with at_work(parts):
-        assert await settle(parts)
+        assert await settle(parts) == SETTLED
 
 
 async def test_a_domain_in_its_warm_up_is_settled_without_a_probe(start, stream, make) -> None:
     parts = start(probe={"warmup_steps": 3})
     await publish(stream, make, 0, 1)
     async with at_work(parts):
-        assert await settle(parts)
+        assert await settle(parts) == SETTLED
         assert not parts.estimator.probes
 
 
@@ -171,7 +176,7 @@ async def test_the_limit_ends_it(start, stream, make) -> None:
     parts = start()
     await publish(stream, make, 0)
     async with at_work(parts, consuming=False):
-        assert not await parts.settling.settle(0.01)
+        assert await settle(parts, limit_s=0.01) is UNKNOWN
 
 
 @pytest.mark.parametrize("halt", ["pause", "stop"])
@@ -183,8 +188,8 @@ async def test_it_ends_at_once_when_consuming_is_halted(start, stream, make, hal
         await given_a_chance()
         assert not waiting.done()
         getattr(parts.consumer, halt)()
-        assert not await asyncio.wait_for(waiting, TIMEOUT_S / 2)
-        assert not await asyncio.wait_for(settle(parts), TIMEOUT_S / 2)
+        assert await asyncio.wait_for(waiting, TIMEOUT_S / 2) is UNKNOWN
+        assert await asyncio.wait_for(settle(parts), TIMEOUT_S / 2) is UNKNOWN
 
 
 async def test_it_ends_at_once_when_fitting_stops(start, make) -> None:
@@ -196,7 +201,7 @@ async def test_it_ends_at_once_when_fitting_stops(start, make) -> None:
         await given_a_chance()
         assert not waiting.done()
         parts.refitter.stop()
-        assert not await asyncio.wait_for(waiting, TIMEOUT_S / 2)
+        assert await asyncio.wait_for(waiting, TIMEOUT_S / 2) == {"default"}
 
 
 async def test_a_fit_that_fails_ends_it_at_once_until_there_are_other_labels(start, stream, make) -> None:
@@ -205,9 +210,9 @@ async def test_a_fit_that_fails_ends_it_at_once_until_there_are_other_labels(sta
     await publish(stream, make, 0, 1)
     async with at_work(parts):
         for _ in range(2):
-            assert not await asyncio.wait_for(settle(parts), TIMEOUT_S / 2)
+            assert await asyncio.wait_for(settle(parts), TIMEOUT_S / 2) == {"default"}
         await publish(stream, make, 2)
-        assert await settle(parts)
+        assert await settle(parts) == SETTLED
         assert fitter.num_fits == 2
 
 
@@ -219,13 +224,46 @@ async def test_a_domain_whose_fit_fails_does_not_keep_the_question_from_the_othe
         for domain in ("fails", "holds"):
             parts.estimator.learn(make.label(step, group_id=domain, domain=domain))
     async with at_work(parts, consuming=False):
-        waiting = settle(parts)
+        waiting = settle(parts, "fails", "holds")
         await until(lambda: held.num_begun == 1)
         await given_a_chance()
         assert not waiting.done()
         held.go.release()
-        assert not await waiting
+        assert await waiting == {"fails"}
         assert parts.estimator.probes["holds"].num_added == 2
+
+
+async def test_domains_of_other_runs_are_not_waited_for_and_told_of_as_they_are(start, make) -> None:
+    """Fits go by name: one domain is fitted, one fails, one is held, and the last has to wait for that."""
+    held = HeldFitter()
+    fitters = iter([MeanFitter(), FailingFitter(1), held])
+    parts = start(lambda: next(fitters))
+    for step in range(2):
+        for domain in ("a.mine", "b.fails", "c.holds", "d.waits"):
+            parts.estimator.learn(make.label(step, group_id=domain, domain=domain))
+    async with at_work(parts, consuming=False):
+        await until(lambda: held.num_begun == 1)
+        for asked in ("a.mine", "never.seen"):
+            behind = await asyncio.wait_for(settle(parts, asked), TIMEOUT_S / 2)
+            assert behind == {"b.fails", "c.holds", "d.waits"}
+        assert await settle(parts, "a.mine", "c.holds", limit_s=0.01) == {"b.fails", "c.holds", "d.waits"}
+        held.go.release()
+
+
+async def test_a_domain_that_the_run_has_taught_is_waited_for_whichever_is_asked_about(start, stream, make) -> None:
+    """The rest of the step may be asked about in another request."""
+    held = HeldFitter()
+    parts = start(lambda: held)
+    await MemoryQueue(stream, "publisher").publish(
+        [make.message(make.label(step, run_id="asks", domain="taught")).SerializeToString() for step in range(2)]
+    )
+    async with at_work(parts):
+        waiting = settle(parts, "another")
+        await until(lambda: held.num_begun == 1)
+        await given_a_chance()
+        assert not waiting.done()
+        held.go.release()
+        assert await waiting == SETTLED
 
 
 async def test_a_queue_that_is_away_is_waited_for(start, stream, make, monkeypatch) -> None:
@@ -244,7 +282,7 @@ async def test_a_queue_that_is_away_is_waited_for(start, stream, make, monkeypat
     await given_a_chance()
     assert not settling.done()
     async with at_work(parts):
-        assert await settling
+        assert await settling == SETTLED
         assert parts.estimator.probes["default"].num_added == 2
 
 
@@ -257,7 +295,7 @@ async def test_a_queue_that_stays_away_ends_it_at_the_limit(start, monkeypatch) 
     for method in ("newest", "read", "depth"):
         monkeypatch.setattr(parts.queue, method, away)
     async with at_work(parts):
-        assert not await parts.settling.settle(0.05)
+        assert await settle(parts, limit_s=0.05) is UNKNOWN
 
 
 async def test_whoever_gives_up_waiting_leaves_nothing_behind(start, stream, make) -> None:
@@ -282,4 +320,4 @@ async def test_any_number_may_wait(start, stream, make) -> None:
     waiting = [settle(parts) for _ in range(5)]
     await given_a_chance()
     async with at_work(parts):
-        assert await asyncio.gather(*waiting) == [True] * 5
+        assert await asyncio.gather(*waiting) == [SETTLED] * 5
