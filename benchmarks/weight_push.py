@@ -416,6 +416,7 @@ def measure_all(model: str, folder: Path, repeats: int, updates: int, prompts: i
             "grpc_vs_bare": transport["bare_s"] / transport["grpc_s"],
             "shared_vs_copy": transport["copy_s"] / transport["shared_s"],
             "pause_share": pauses["torch"]["share"],
+            **({"pause_share_vllm": pauses["vllm"]["share"]} if vllm else {}),
             "delta_bytes_ratio": deltas["ratio_an_update"],
             "delta_bytes_ratio_a_step": deltas["ratio_a_step"],
         },

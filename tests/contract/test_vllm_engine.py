@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import types
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,6 +41,7 @@ from poise.errors import BackendDown
 from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest, EngineRollout
+from poise.generation.room import MemoryTurn
 from poise.generation.vllm_engine import VllmEngine
 from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
 from poise.generation.vllm_recorder import RUN_ON_TOKENS
@@ -82,13 +87,14 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
     engine = VllmEngine(
         GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
     )
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("TMPDIR", temporary)  # no other engine of this machine is to have the turn to make weights ready
         warnings.simplefilter("ignore")
         await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
+        try:
+            yield engine
+        finally:
+            await engine.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -109,19 +115,24 @@ async def check_updates(
 ) -> None:
     """Update in each of both ways after each; what is made ready beforehand must change nothing."""
 
-    async def prepare_nothing(engine: object, weights: Path) -> None:
+    async def prepare_nothing(*_: object) -> str:
         """As where memory does not allow it."""
+        return ""
 
     for number, is_prepared in enumerate((True, True, False, False, True)):
+        version = first_version + number
         weights = reference.write_weights(folder / f"{number}.safetensors", seed=number)
-        with monkeypatch.context() as patch:
-            if is_prepared:
-                await prepare_weights(engine._engine, weights)
-                await check_rollout(engine, reference)
-            else:
+        if is_prepared:
+            await prepare_weights(engine._engine, weights, "")
+            await check_rollout(engine, reference)
+            reference.use(weights)
+            weights.unlink()  # what was not made ready cannot be loaded now
+            await engine._exchange(lambda path=weights, number=version: load_weights(engine._engine, path, number))
+        else:
+            with monkeypatch.context() as patch:
                 patch.setattr(vllm_engine, "prepare_weights", prepare_nothing)
-            await engine.update_weights(weights, first_version + number)
-        reference.use(weights)
+                await engine.update_weights(weights, version)
+            reference.use(weights)
         await check_rollout(engine, reference)
 
 
@@ -283,7 +294,7 @@ async def test_weights_made_ready_need_no_file_any_more(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
-    await prepare_weights(engine._engine, weights)
+    await prepare_weights(engine._engine, weights, "")
     reference.use(weights)
     weights.unlink()
     await engine._exchange(lambda: load_weights(engine._engine, weights, 3))
@@ -299,13 +310,31 @@ async def test_weights_are_served_exactly_whether_or_not_they_could_be_made_read
     await engine.update_weights(folder / "model.safetensors", 10)
 
 
-def test_weights_given_up_while_they_are_made_ready_do_not_replace_those_that_follow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What loads weights in vLLM's worker, with a model that takes no memory. Files are ready at once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from poise.generation import vllm_transfer
 
+    monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(vllm_transfer, "current_platform", types.SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setattr(vllm_transfer, "unknown_kinds", lambda model: [])
+    monkeypatch.setattr(vllm_transfer, "num_weight_bytes", lambda model: 0)
+    monkeypatch.setattr(vllm_transfer, "share_packed_heads", lambda model: None)
+    monkeypatch.setattr(vllm_transfer, "_tensors", lambda path: path)
+    monkeypatch.setattr(vllm_transfer, "make_next", lambda model, tensors: tensors)
+    backend: Any = object.__new__(vllm_transfer.FileWeightTransferEngine)
+    backend.model = None
+    backend.parallel_config = types.SimpleNamespace(world_size=1)
+    backend._turn = MemoryTurn()
+    return backend
+
+
+def test_weights_given_up_while_they_are_made_ready_do_not_replace_those_that_follow(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     may_end = threading.Event()
 
     def make_next(model: object, tensors: str) -> str:
@@ -313,20 +342,84 @@ def test_weights_given_up_while_they_are_made_ready_do_not_replace_those_that_fo
             assert may_end.wait(DEADLINE_S)
         return tensors
 
-    monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
-    monkeypatch.setattr(vllm_transfer, "is_twinnable", lambda model: True)
-    monkeypatch.setattr(vllm_transfer, "num_weight_bytes", lambda model: 0)
-    monkeypatch.setattr(vllm_transfer, "_tensors", lambda path: path)
-    monkeypatch.setattr(vllm_transfer, "make_next", make_next)
-    backend: Any = object.__new__(vllm_transfer.FileWeightTransferEngine)
-    backend.model = None
+    monkeypatch.setattr(f"{type(backend).__module__}.make_next", make_next)
     backend.prepare("old")
-    old = backend._preparing
+    old = backend._thread
     threading.Timer(0.2, may_end.set).start()
     backend.prepare("new")
-    for thread in (backend._preparing, old):
+    for thread in (backend._thread, old):
         thread.join(DEADLINE_S)
     assert backend._next == "new"
+
+
+def test_no_other_process_takes_memory_until_that_of_the_weights_before_is_given_back(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = MemoryTurn()
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def return_freed_memory() -> None:
+        has_begun.set()
+        assert may_end.wait(DEADLINE_S)
+
+    monkeypatch.setattr(f"{type(backend).__module__}.return_freed_memory", return_freed_memory)
+    assert backend.prepare("new") == (logging.NOTSET, "")
+    backend._thread.join(DEADLINE_S)
+    assert not other.take()
+    backend._next = types.SimpleNamespace(take_over=lambda: None)
+    backend.start_weight_update()
+    backend.receive_weights(None)
+    backend.finish_weight_update()
+    assert has_begun.wait(DEADLINE_S)
+    assert not other.take()
+    may_end.set()
+    backend._thread.join(DEADLINE_S)
+    assert other.take()
+    other.give_back()
+
+
+def test_a_failure_to_make_weights_ready_leaves_memory_to_others(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(f"{type(backend).__module__}.make_next")
+    backend.prepare("new")
+    backend._thread.join(DEADLINE_S)
+    other = MemoryTurn()
+    assert other.take()
+    other.give_back()
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "level", "reason"),
+    [
+        ("memory", logging.WARNING, r"takes 1250 MB.*free as much, or raise the limit"),
+        ("folder", logging.WARNING, r"missing/poise-memory.*TMPDIR"),
+        ("turn", logging.INFO, "another process"),
+        ("ranks", logging.INFO, "several processes"),
+        ("kinds", logging.INFO, r"\(Experts, Mamba\)"),
+    ],
+)
+def test_what_is_in_the_way_is_named_and_leaves_the_turn_to_others(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str, level: int, reason: str
+) -> None:
+    module = type(backend).__module__
+    other = MemoryTurn()
+    if obstacle == "memory":
+        monkeypatch.setattr(f"{module}.num_weight_bytes", lambda model: 10**9)
+        monkeypatch.setattr(f"{module}.free_memory_bytes", lambda: 1.25e9 - 1)
+    elif obstacle == "folder":
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    elif obstacle == "turn":
+        assert other.take()
+    elif obstacle == "ranks":
+        backend.parallel_config.world_size = 2
+    else:
+        monkeypatch.setattr(f"{module}.unknown_kinds", lambda model: ["Experts", "Mamba"])
+    told_level, told = backend.prepare("new")
+    assert told_level == level
+    assert re.search(reason, told)
+    assert not backend.is_preparing
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert other.take()
+    other.give_back()
 
 
 @pytest.mark.asyncio
@@ -377,9 +470,10 @@ def server(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def test_no_process_outlives_a_killed_server(server: subprocess.Popen[str]) -> None:
+def test_server_starts_without_a_false_alarm_and_no_process_outlives_it(server: subprocess.Popen[str]) -> None:
     assert server.stdout is not None
     for line in server.stdout:
+        assert "custom scheduler class" not in line
         if line.startswith("READY"):
             break
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import math
 import os
 import shutil
@@ -20,7 +23,7 @@ def staging_folders(named: Path | None) -> list[Path]:
     """Return where pushes may be collected, the best first: the folder that is named, else those of this machine."""
     if named is not None:
         return [named]
-    temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
+    temporary = _temporary_folder()
     return [folder for folder in (_SHARED_MEMORY, temporary) if os.access(folder, os.W_OK)] or [temporary]
 
 
@@ -58,6 +61,52 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
         return free
     reclaimable = int(statistics["inactive_file"]) + int(statistics["active_file"])
     return min(free, int(limit) - int(used) + reclaimable)
+
+
+def return_freed_memory() -> None:
+    """Give back to the machine what this process has freed and its allocator keeps, as far as that can be told to.
+
+    It would count as used otherwise. glibc keeps what lies below something that is still in use.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class MemoryTurn:
+    """A turn to take much memory, after a look at how much is free: else two processes would count on the same.
+
+    One process has it at a time, of those of a user that share the folder for temporary files. Who dies loses it.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def take(self) -> bool:
+        """Return whether this has the turn now; never waits. Raises `OSError` where its file cannot be had."""
+        if self._file is not None:
+            return True
+        path = _temporary_folder() / f"poise-memory-{os.getuid()}.lock"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
+        return True
+
+    def give_back(self) -> None:
+        """Let others have it."""
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+
+def _temporary_folder() -> Path:
+    return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
 
 
 def _free_bytes(folder: Path) -> float:

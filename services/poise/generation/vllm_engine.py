@@ -55,6 +55,8 @@ class VllmEngine:
         self._receiver: WorkerReceiver | None = None
         self._group_backend = ""
         self._broken = False
+        self._obstacle = ""
+        """What kept the last weights from being made ready beforehand."""
         self._slots = asyncio.Semaphore(num_slots(config))
         self._rollout_ids = itertools.count()
         self._updating = asyncio.Lock()
@@ -123,7 +125,7 @@ class VllmEngine:
             raise _loading()
         check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
         async with self._updating:
-            await prepare_weights(self._engine, weights)
+            self._obstacle = await prepare_weights(self._engine, weights, self._obstacle)
             return await self._exchange(lambda: load_weights(self._engine, weights, policy_version))
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:

@@ -141,8 +141,10 @@ def _prefix_caching(settings: VllmConfig) -> dict[str, Any]:
     """Return the arguments that have rollouts read their prompt from the cache, save for what they must pool."""
     if not settings.prefix_caching:
         return {"enable_prefix_caching": False}
+    from poise.generation.vllm_scheduler import PoiseScheduler
+
     # Unset, vLLM caches for every model that it can.
-    return {"enable_prefix_caching": None, "scheduler_cls": "poise.generation.vllm_scheduler.make_scheduler"}
+    return {"enable_prefix_caching": None, "scheduler_cls": PoiseScheduler}
 
 
 def _set_environment(config: GenerationConfig) -> None:

@@ -3,13 +3,14 @@
 What is read from the cache does not go through the model and gives no states. So the search for cached blocks ends
 before a prompt's last tokens, those that `prompt_hidden` averages: siblings share their prompt, and different prompts
 their beginning, and each rollout still sees all the states it must pool. A prompt's end is computed at least from its
-last pooled token's block on: on a GPU, at most 15 tokens more than are pooled; on a CPU, 127.
+first pooled token's block on: on a GPU, at most 15 tokens more than are pooled; on a CPU, 127.
 
 vLLM empties the cache itself when it pauses for new weights, and fails the update if it cannot.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -40,7 +41,19 @@ class _AsyncScheduler(_SparesPooled, AsyncScheduler):  # type: ignore[misc]
     pass
 
 
-def make_scheduler(*, vllm_config: Any, **arguments: Any) -> Any:
-    """Return the scheduler for how vLLM will step: ahead of the device, as on GPUs, or not, as on CPUs."""
-    chosen = _AsyncScheduler if vllm_config.scheduler_config.async_scheduling else _Scheduler
-    return chosen(vllm_config=vllm_config, **arguments)
+class PoiseScheduler:
+    """Becomes the scheduler for how vLLM will step: ahead of the device, as on GPUs, or not, as on CPUs."""
+
+    def __new__(cls, *, vllm_config: Any, **arguments: Any) -> Any:
+        """See vLLM."""
+        chosen = _AsyncScheduler if vllm_config.scheduler_config.async_scheduling else _Scheduler
+        return chosen(vllm_config=vllm_config, **arguments)
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    """Whether a record is not vLLM's warning that stepping ahead is off with a scheduler that is not its own."""
+    return not str(record.msg).startswith("Using custom scheduler class")
+
+
+# Here, for vLLM's engine process imports this module with its settings, and warns next.
+logging.getLogger("vllm.config.scheduler").addFilter(_is_true)

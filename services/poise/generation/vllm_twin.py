@@ -27,7 +27,6 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
-from vllm.platforms import current_platform
 
 _METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, type(None))
 """How layers may hold their weights: all that these make of them is their parameters and `cpu_linear`."""
@@ -57,9 +56,9 @@ class NextWeights:
                 layer.live.cpu_linear = layer.linear
 
 
-def is_twinnable(model: torch.nn.Module) -> bool:
-    """Whether the next weights can be made ready beside these: on a CPU, where no layer is of a kind unknown here."""
-    return current_platform.is_cpu() and all(map(_is_known, model.modules()))
+def unknown_kinds(model: torch.nn.Module) -> list[str]:
+    """Return the kinds of layers for which next weights cannot be made ready beside these."""
+    return sorted({type(layer).__name__ for layer in model.modules() if not _is_known(layer)})
 
 
 def num_weight_bytes(model: torch.nn.Module) -> int:

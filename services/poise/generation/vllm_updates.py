@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
 from poise.errors import BackendDown
 from poise.generation.vllm_adapter import adapter_request
 
+logger = logging.getLogger(__name__)
+
 _ASK_EVERY_S = 0.02
 
 
-async def prepare_weights(engine: Any, weights: Path) -> None:
-    """Have the workers of an `AsyncLLM` make weights ready, as far as they can while sampling goes on.
+async def prepare_weights(engine: Any, weights: Path, known_obstacle: str) -> str:
+    """Have the workers of an `AsyncLLM` make weights ready while sampling goes on.
+
+    Returns why they cannot, empty if they can, and logs it unless it is known: their own logs go nowhere.
 
     Raises:
         BackendDown: vLLM does not answer.
     """
     try:
-        await engine.collective_rpc("poise_prepare", args=(str(weights),))
+        level, obstacle = (await engine.collective_rpc("poise_prepare", args=(str(weights),)))[0]
         while any(await engine.collective_rpc("poise_is_preparing")):  # noqa: ASYNC110 (in other processes)
             await asyncio.sleep(_ASK_EVERY_S)
     except Exception as error:
         raise BackendDown(f"vLLM cannot prepare an update: {error}") from error
+    if obstacle and obstacle != known_obstacle:
+        logger.log(level, "sampling stands still while new weights load, for they cannot be made ready: %s", obstacle)
+    return str(obstacle)
 
 
 async def load_weights(engine: Any, weights: Path, policy_version: int) -> None:

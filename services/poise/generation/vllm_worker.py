@@ -103,9 +103,10 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         if self._receiver is not None:
             self._receiver.abandon()
 
-    def poise_prepare(self, path: str) -> None:
-        """Begin to make a file's weights ready, if that is possible here, while sampling goes on."""
-        self.weight_transfer_engine.prepare(path)
+    def poise_prepare(self, path: str) -> tuple[int, str]:
+        """Begin to make a file's weights ready while sampling goes on; return why not, after a log's level for it."""
+        told: tuple[int, str] = self.weight_transfer_engine.prepare(path)
+        return told
 
     def poise_is_preparing(self) -> bool:
         """Return whether that goes on."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +14,23 @@ import pytest
 
 from poise.errors import BackendDown
 from poise.generation import room
-from poise.generation.room import choose_folder, free_memory_bytes, refuse_unless_room, staging_folders
+from poise.generation.room import (
+    MemoryTurn,
+    choose_folder,
+    free_memory_bytes,
+    refuse_unless_room,
+    return_freed_memory,
+    staging_folders,
+)
+
+TAKE_THE_TURN = """
+import sys
+from poise.generation.room import MemoryTurn
+
+turn = MemoryTurn()
+print(turn.take(), flush=True)
+sys.stdin.read()
+"""
 
 MEMORY, TEMPORARY = Path("/memory"), Path("/temporary")
 
@@ -88,3 +108,70 @@ def test_memory_is_that_of_the_machine_or_of_a_container_with_less(
         (tmp_path / "memory.current").write_text("700\n")
         (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 30\nactive_file 5\nshmem 65\n")
     assert free_memory_bytes(tmp_path) == (memory.available if expected is None else expected)
+
+
+@pytest.fixture
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_memory_is_taken_by_one_at_a_time(temporary_folder: Path) -> None:
+    turn, other = MemoryTurn(), MemoryTurn()
+    assert turn.take()
+    assert turn.take(), "it has the turn"
+    assert not other.take()
+    turn.give_back()
+    assert other.take()
+    assert not turn.take()
+    turn.give_back()
+    assert not turn.take(), "that was the other's to give"
+
+
+def test_who_dies_loses_the_turn(temporary_folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKE_THE_TURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        turn = MemoryTurn()
+        assert not turn.take()
+        process.kill()
+        process.wait()
+        assert turn.take()
+    turn.give_back()
+
+
+def test_the_turns_file_is_the_users_own_and_no_link(temporary_folder: Path) -> None:
+    turn = MemoryTurn()
+    turn.take()
+    turn.give_back()
+    (path,) = temporary_folder.iterdir()
+    assert str(os.getuid()) in path.name
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    path.symlink_to(temporary_folder / "elsewhere")
+    with pytest.raises(OSError, match=path.name):
+        turn.take()
+    assert not (temporary_folder / "elsewhere").exists()
+
+
+def test_what_was_freed_is_returned_to_the_machine() -> None:
+    """Of blocks too small for a mapping of their own, all are freed but the last, above which nothing is in use."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    size, count = 64 * 1024, 1000
+    blocks = [libc.malloc(ctypes.c_size_t(size)) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = psutil.Process().memory_info().rss
+    return_freed_memory()
+    after = psutil.Process().memory_info().rss
+    libc.free(blocks[-1])
+    assert before - after > size * count / 2
