@@ -111,8 +111,8 @@ def at(curve: Curve, level: float) -> float:
 
 @click.command()
 @click.option("--preset", default="smollm2", show_default=True, help="The run that both sides do.")
-@click.option("--tokens", default=6000, show_default=True, help="Response tokens sampled for training, each side.")
-@click.option("--evaluations", default=6, show_default=True, help="Measurements within the budget.")
+@click.option("--tokens", default=3000, show_default=True, help="Response tokens sampled for training, each side.")
+@click.option("--evaluations", default=5, show_default=True, help="Measurements within the budget.")
 @click.option("--seed", default=0, show_default=True, help="Of prompts and sampling.")
 def main(preset: str, tokens: int, evaluations: int, seed: int) -> None:
     if not TRL.exists():
