@@ -437,8 +437,7 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
         for i in range(8)
     ]
     await asyncio.sleep(0.05)
-    (worker,) = [child for child in psutil.Process().children(recursive=True) if _is_worker(child)]
-    worker.kill()
+    _child("VLLM::Worker").kill()
     outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), DEADLINE_S)
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert failures, "all were done before the worker died"
@@ -448,9 +447,37 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
         await engine.generate(EngineRequest("late", [65, 66], Sampling(max_tokens=4)))
 
 
-def _is_worker(process: psutil.Process) -> bool:
+@pytest.mark.asyncio
+async def test_an_update_ends_when_the_engine_dies_meanwhile(
+    folder: Path, reference: Reference, tmp_path: Path
+) -> None:
+    weights = reference.write_weights(tmp_path / "new.safetensors", seed=1)
+    async with started(folder) as engine:
+        core = _child("VLLM::EngineCore")
+        core.suspend()
+        calls = [
+            asyncio.create_task(call)
+            for call in (
+                prepare_weights(engine._engine, weights, ""),
+                engine._exchange(lambda: load_weights(engine._engine, weights, 1)),
+            )
+        ]
+        await asyncio.sleep(0.5)
+        assert not any(call.done() for call in calls)
+        core.kill()
+        outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), DEADLINE_S)
+        assert all(isinstance(outcome, BackendDown) for outcome in outcomes)
+        assert not engine.is_alive()
+
+
+def _child(title: str) -> psutil.Process:
+    (child,) = [child for child in psutil.Process().children(recursive=True) if _is_titled(child, title)]
+    return child
+
+
+def _is_titled(process: psutil.Process, title: str) -> bool:
     with contextlib.suppress(psutil.Error):  # of an engine stopped before, and gone by now
-        return process.status() != psutil.STATUS_ZOMBIE and "VLLM::Worker" in " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and title in " ".join(process.cmdline())
     return False
 
 

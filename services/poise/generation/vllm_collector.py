@@ -10,10 +10,8 @@ from typing import Any
 
 from poise.domain.features import Span
 from poise.errors import BackendDown
+from poise.generation.vllm_calls import ask_workers
 from poise.generation.vllm_recorder import Record
-
-_LOOK_S = 1.0
-"""How often it is looked whether the engine still lives while it does not answer."""
 
 
 class Collector:
@@ -48,7 +46,8 @@ class Collector:
             dropped, self._dropped = self._dropped, []
             waiting = [done for _, done in (*wanted, *dropped)]
             try:
-                ranks = await self._ask([rollout for rollout, _ in wanted], [rollout for rollout, _ in dropped])
+                told = ([rollout for rollout, _ in wanted], [rollout for rollout, _ in dropped])
+                ranks = await ask_workers(self._engine, "poise_collect", *told)
                 records = next(records for records in ranks if records is not None)
             except Exception as error:
                 down = BackendDown(f"the engine did not hand over its rollouts: {error}")
@@ -56,19 +55,6 @@ class Collector:
             else:
                 _settle(waiting, [*records, *[None] * len(dropped)])
         self._task = None
-
-    async def _ask(self, wanted: list[tuple[str, int, int, int]], dropped: list[str]) -> list[Any]:
-        """Call the workers. vLLM leaves a call unanswered for ever when its engine's process dies meanwhile."""
-        call = asyncio.ensure_future(self._engine.collective_rpc("poise_collect", args=(wanted, dropped)))
-        try:
-            while not call.done():
-                await asyncio.wait({call}, timeout=_LOOK_S)
-                if not call.done() and self._engine.errored:
-                    raise BackendDown("vLLM died")
-        finally:
-            call.cancel()
-        ranks: list[Any] = call.result()
-        return ranks
 
 
 def _settle(waiting: list[asyncio.Future[Record | None]], outcomes: list[Any]) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, E
 from poise.generation.pooling import build_features, pooled_response
 from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_adapter import adapter_request
+from poise.generation.vllm_calls import answered, ask_workers
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.vllm_receiver import WorkerReceiver
@@ -140,7 +141,7 @@ class VllmEngine:
 
     async def num_open_rollouts(self) -> int:
         """Return for how many rollouts the worker holds memory."""
-        counts: list[int] = await self._engine.collective_rpc("poise_num_open")
+        counts: list[int] = await ask_workers(self._engine, "poise_num_open")
         return max(counts)
 
     async def _in_slot(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> EngineRollout:
@@ -255,23 +256,24 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         if self._config.lora is None:
-            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            init = self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await answered(self._engine, init)
         else:
-            await self._engine.collective_rpc("poise_add_empty_adapter")
+            await ask_workers(self._engine, "poise_add_empty_adapter")
             self._lora = adapter_request()
-        await self._engine.update_weight_version("0")
+        await answered(self._engine, self._engine.update_weight_version("0"))
         if self._config.nccl:
             self._receiver = WorkerReceiver(self._engine)
             self._group_backend = await self._receiver.backend()
 
-    async def _exchange(self, load: Callable[[], Awaitable[None]]) -> float:
+    async def _exchange(self, load: Callable[[], Coroutine[Any, Any, None]]) -> float:
         """Exchange weights at a step boundary. A failure in between leaves a mix: the engine counts as dead."""
         started = time.monotonic()
         try:
             # Kept rollouts are frozen; they begin again from their tokens so far, under the new weights.
-            await self._engine.pause_generation(mode=self._config.in_flight)
-            await load()
-            await self._engine.resume_generation()
+            await answered(self._engine, self._engine.pause_generation(mode=self._config.in_flight))
+            await answered(self._engine, load())
+            await answered(self._engine, self._engine.resume_generation())
         except BaseException as error:
             self._broken = True
             if isinstance(error, Exception):

@@ -6,6 +6,7 @@ from typing import Any
 
 from poise.errors import BackendDown, PoiseError
 from poise.generation.bodies import Body, wait_for_body
+from poise.generation.vllm_calls import ask_workers
 
 
 class WorkerReceiver:
@@ -16,7 +17,7 @@ class WorkerReceiver:
 
     async def backend(self) -> str:
         """Return of which groups the worker can be a member."""
-        backend: str = (await self._engine.collective_rpc("poise_group_backend"))[0]
+        backend: str = (await ask_workers(self._engine, "poise_group_backend"))[0]
         return backend
 
     async def receive(self, body: Body) -> None:
@@ -24,7 +25,7 @@ class WorkerReceiver:
         met = body.rendezvous
         told = (met.backend, met.key, list(body.part_bytes), body.header, str(body.path), body.timeout_s)
         try:
-            await self._engine.collective_rpc("poise_receive", args=told)
+            await ask_workers(self._engine, "poise_receive", *told)
             await wait_for_body(self._ask, self._abandon, body.timeout_s)
         except PoiseError:
             raise
@@ -32,9 +33,9 @@ class WorkerReceiver:
             raise BackendDown(f"vLLM cannot receive: {error}") from error
 
     async def _ask(self) -> str | None:
-        outcome: str | None = (await self._engine.collective_rpc("poise_received"))[0]
+        outcome: str | None = (await ask_workers(self._engine, "poise_received"))[0]
         return outcome
 
     async def _abandon(self) -> None:
         if not self._engine.errored:
-            await self._engine.collective_rpc("poise_abandon")
+            await ask_workers(self._engine, "poise_abandon")

@@ -9,6 +9,7 @@ from typing import Any
 
 from poise.errors import BackendDown
 from poise.generation.vllm_adapter import adapter_request
+from poise.generation.vllm_calls import ask_workers
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ async def prepare_weights(engine: Any, weights: Path, known_obstacle: str) -> st
         BackendDown: vLLM does not answer.
     """
     try:
-        level, obstacle = (await engine.collective_rpc("poise_prepare", args=(str(weights),)))[0]
-        while any(await engine.collective_rpc("poise_is_preparing")):  # noqa: ASYNC110 (in other processes)
+        level, obstacle = (await ask_workers(engine, "poise_prepare", str(weights)))[0]
+        while any(await ask_workers(engine, "poise_is_preparing")):  # noqa: ASYNC110 (in other processes)
             await asyncio.sleep(_ASK_EVERY_S)
     except Exception as error:
         raise BackendDown(f"vLLM cannot prepare an update: {error}") from error

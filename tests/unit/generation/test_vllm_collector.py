@@ -3,11 +3,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from poise.domain.features import Span
 from poise.errors import BackendDown
-from poise.generation import vllm_collector
 from poise.generation.vllm_collector import Collector
 
 
@@ -72,14 +69,3 @@ async def test_failure_reaches_every_caller_and_the_next_call_is_made() -> None:
     engine.error = None
     (later,) = start(collector, "d")
     assert await later == "record of d"
-
-
-async def test_a_call_that_a_dead_engine_leaves_unanswered_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_collector, "_LOOK_S", 0.01)
-    engine = FakeEngine()
-    (task,) = start(Collector(engine), "a")
-    await asyncio.sleep(0.05)
-    assert not task.done()
-    engine.errored = True
-    with pytest.raises(BackendDown, match="died"):
-        await asyncio.wait_for(task, 10)

@@ -14,6 +14,8 @@ from poise.generation.vllm_updates import prepare_weights
 class FakeEngine:
     """Two ranks that say the same, and are done at the second question."""
 
+    errored = False
+
     def __init__(self) -> None:
         self.told: tuple[int, str] = (logging.NOTSET, "")
         self.preparing = [[True, False], [False, False]]
