@@ -42,10 +42,10 @@ from poise.learner.config import LearnerConfig
 from poise.learner.trainer import Trainer
 from poise.local.run_file import LocalRun, load_run, preset_path
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.run_folder import JournalledStep
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services
+from poise.orchestrator.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.watcher import RunClock
@@ -93,9 +93,9 @@ class Measured:
 
 
 class Nowhere:
-    """A run folder that keeps nothing; and a watcher that looks away."""
+    """A journal that keeps nothing; and a watcher that looks away."""
 
-    def write_journal(self, step: JournalledStep) -> None: ...
+    def write(self, step: JournalledStep) -> None: ...
 
     def phase(self, step: int, name: str) -> None: ...
 

@@ -20,9 +20,9 @@ from poise.generation.torch_engine import TorchEngine
 from poise.learner.trainer import Trainer
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.run_folder import JournalledStep
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
+from poise.orchestrator.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.pool import Verdict
@@ -131,12 +131,12 @@ class InProcess:
         await self._engine.update_weights(self._weights, self.version)
         return metrics
 
-    # Verifiers, run folder and watcher.
+    # Verifiers, journal and watcher.
 
     async def verify(self, problem: Problem, response: str) -> Verdict:
         return Verdict(bind(problem)(response), None, 0.0)
 
-    def write_journal(self, step: JournalledStep) -> None: ...
+    def write(self, step: JournalledStep) -> None: ...
 
     def phase(self, step: int, name: str) -> None: ...
 

@@ -119,7 +119,7 @@ async def drive(run: LocalRun, services: Overheard, folder: Path, num_steps: int
     state = run_folder.open("exact", {})
     with contextlib.closing(run_folder):
         scorer = Scorer(services, outside)
-        sampler = StepSampler(config, run_folder, services, outside, scorer, outside)
+        sampler = StepSampler(config, run_folder.journal, services, outside, scorer, outside)
         evaluator = Evaluator(config, run_folder, outside, scorer, outside)
         loop = TrainingLoop(config, run_folder, services, sampler, evaluator, outside, asyncio.Event())
         assert await loop.run(state)

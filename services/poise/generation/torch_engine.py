@@ -30,10 +30,11 @@ from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, E
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter, read_adapter, read_tensors, shapes_of
+from poise.generation.torch_draw import draw
 from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
 from poise.runtime.collective import backend_of
-from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
+from poise_client.types import FinishReason, Floats, Message, VersionSpan
 
 logger = logging.getLogger(__name__)
 
@@ -283,22 +284,6 @@ class TorchEngine:
         self._adapter.use(new)
         self._version = policy_version
         return time.monotonic() - started
-
-
-def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token: greedy at temperature 0, else among the top-k and the nucleus of mass top_p."""
-    if sampling.temperature == 0:
-        return int(logprobs_V.argmax())
-    probabilities_V = logprobs_V.exp()
-    if sampling.top_k or sampling.top_p < 1:
-        ordered, order = probabilities_V.sort(descending=True)
-        keep = torch.ones_like(ordered, dtype=torch.bool)
-        if sampling.top_k:
-            keep[sampling.top_k :] = False
-        # A token stays while the mass before it is below top_p: the first always does.
-        keep &= ordered.cumsum(0) - ordered < sampling.top_p
-        probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
 
 def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

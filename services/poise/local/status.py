@@ -12,7 +12,8 @@ from typing import Any
 
 from poise.local.addresses import SERVICES
 from poise.local.run_file import LocalRun
-from poise.orchestrator.run_folder import RunError, RunFolder
+from poise.orchestrator.errors import RunError
+from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import AuthConfig, ConfigError
 
 _TIMEOUT_S = 3.0

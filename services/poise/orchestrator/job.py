@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
-from poise.orchestrator.run_folder import RunError, RunFolder, RunState
+from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services
@@ -111,7 +112,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
             scorer = Scorer(services, verifiers)
-            sampler = StepSampler(config, folder, services, mixture, scorer, watcher)
+            sampler = StepSampler(config, folder.journal, services, mixture, scorer, watcher)
             evaluator = Evaluator(config, folder, mixture, scorer, watcher)
             loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):

@@ -13,12 +13,14 @@ from typing import Any
 
 from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.numbers import learner_numbers
 from poise.orchestrator.pipeline import Pipeline
-from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder, RunState
+from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
+from poise.orchestrator.step_journal import JournalledStep
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus
@@ -114,7 +116,7 @@ class TrainingLoop:
 
         Of `next_step` labels or advantages may have left: it stays as it is. Nothing of the others has.
         """
-        pending = self._folder.read_pending(next_step)
+        pending = self._folder.journal.read_pending(next_step)
         too_far = [
             step
             for step, journalled in pending.items()
@@ -122,7 +124,7 @@ class TrainingLoop:
         ]
         if too_far:
             for step in range(max(pending), too_far[0] - 1, -1):  # from the end: a crash leaves no gap
-                self._folder.drop_journal(step)
+                self._folder.journal.drop(step)
                 del pending[step]
             logger.info("steps from %d on were sampled further ahead than max_staleness: again", too_far[0])
         return pending

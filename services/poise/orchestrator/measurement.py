@@ -21,10 +21,11 @@ from typing import Any
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.progress import MeasurementWatcher
 from poise.orchestrator.report.scores import score_names, score_rows
-from poise.orchestrator.run_folder import RunError, RunFolder
+from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services
 from poise.orchestrator.tasks.mixture import Mixture

@@ -3,7 +3,7 @@
     run.lock            held while the run is driven
     config.yaml         the settings
     state.json          how far it is
-    journal/            the steps in hand: their labels, their batches, their numbers
+    journal/            the steps in hand
     metrics.jsonl       a line a step
     values.jsonl        a line a step: predicted and realised values
     trajectories.jsonl  some groups of each step, to read
@@ -12,36 +12,33 @@
     memory.jsonl        a line a step: what the algorithm is to know of it later
     generations/        of each evaluation all rollouts, a line each
 
-Owns the files. A step's journal is complete before any label or advantage of it leaves; a restart takes up there.
+Owns the files, but for those of the journal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.runtime.files import json_line, sync_folder, without_nan, write_file, write_lines
-from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
-from poise_client.types import Batch, LabelledGroup, ProbeReport
+from poise.orchestrator.errors import RunError
+from poise.orchestrator.step_journal import JournalledStep, StepJournal
+from poise.runtime.files import json_line, without_nan, write_file, write_lines
+from poise_client.types import ProbeReport
 
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = frozenset({"budget", "endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
 """Settings that change nothing of what a step learns."""
-
-
-class RunError(Exception):
-    """The run cannot go on as asked. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +65,12 @@ class RunState:
         return self.is_reported and limits.are_reached(self.spent)
 
 
-@dataclass(frozen=True, slots=True)
-class JournalledStep:
-    """A step whose rollouts are verified and valued, before any of it leaves."""
-
-    step: int
-    labels: list[LabelledGroup]
-    batch: Batch
-    numbers: dict[str, Any]
-    """Its line of metrics.jsonl, as far as known."""
-    values: dict[str, Any]
-    """Its line of values.jsonl."""
-    samples: list[dict[str, Any]]
-    """Its lines of trajectories.jsonl."""
-    memory: dict[str, Any] = field(default_factory=dict)
-    """Its line of memory.jsonl, without the step."""
-
-
 class RunFolder:
     """One run's folder, held by one process at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.journal = StepJournal(path / "journal")
         self._run_id = ""
         self._lock: IO[bytes] | None = None
 
@@ -149,51 +130,6 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def write_journal(self, step: JournalledStep) -> None:
-        """Keep a step, durable and whole on return."""
-        target, writing = self._journal(step.step), self.path / "journal" / "writing"
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        write_file(writing / "labels.pb", dump_labels(step.labels))
-        write_file(writing / "batch.pb", dump_batch(step.batch))
-        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples, "memory": step.memory}
-        write_file(writing / "step.json", json.dumps(about).encode())
-        writing.rename(target)
-        sync_folder(target.parent)
-
-    def read_journal(self, step: int) -> JournalledStep | None:
-        """Return a step that was journalled; None when it was not.
-
-        Raises:
-            RunError: it is damaged.
-        """
-        path = self._journal(step)
-        if not path.exists():
-            return None
-        try:
-            about = json.loads((path / "step.json").read_text())
-            labels = load_labels((path / "labels.pb").read_bytes())
-            batch = load_batch((path / "batch.pb").read_bytes())
-            return JournalledStep(step, labels, batch, **about)
-        except (OSError, ValueError, TypeError, CodecError) as error:
-            raise RunError(
-                f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
-                "else start a new run"
-            ) from error
-
-    def read_pending(self, first_step: int) -> dict[int, JournalledStep]:
-        """Return the steps in hand, from `first_step` on without a gap. Raises as `read_journal` does."""
-        pending: dict[int, JournalledStep] = {}
-        step = first_step
-        while (journalled := self.read_journal(step)) is not None:
-            pending[step] = journalled
-            step += 1
-        return pending
-
-    def drop_journal(self, step: int) -> None:
-        """Forget a step none of which has left: it will be sampled anew."""
-        shutil.rmtree(self._journal(step))
-
     def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any]) -> None:
         """Write a finished step's lines, move on, and drop its journal.
 
@@ -205,7 +141,8 @@ class RunFolder:
         self._append("memory.jsonl", [{"step": step.step, **step.memory}])
         version, tokens = numbers["policy_version"], numbers["tokens"]
         self._write_state(RunState(step.step + 1, numbers["wall_s"], version, tokens=tokens))
-        shutil.rmtree(self._journal(step.step), ignore_errors=True)
+        with contextlib.suppress(OSError):  # what is left of it is tidied up later
+            self.journal.drop(step.step)
 
     def read_memory(self) -> list[dict[str, Any]]:
         """Return what the finished steps left to be known, in their order."""
@@ -238,9 +175,6 @@ class RunFolder:
             spent = Spent(line["step"], line["tokens"], line["wall_s"])
         return spent
 
-    def _journal(self, step: int) -> Path:
-        return self.path / "journal" / f"step-{step:08d}"
-
     def _write_state(self, state: RunState) -> None:
         write_file(self.path / "state.json", json.dumps({"run_id": self._run_id} | asdict(state)).encode())
 
@@ -266,13 +200,7 @@ class RunFolder:
         for path in (self.path / "generations").glob("*"):
             if str(path.relative_to(self.path)) not in told:
                 path.unlink()
-        kept_step = next_step
-        while self._journal(kept_step).exists():
-            kept_step += 1
-        in_hand = {self._journal(step) for step in range(next_step, kept_step)}
-        for path in (self.path / "journal").glob("*"):
-            if path not in in_hand:
-                shutil.rmtree(path, ignore_errors=True)
+        self.journal.tidy(next_step)
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.path / name

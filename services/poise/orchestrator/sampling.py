@@ -13,8 +13,8 @@ from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError
 from poise.orchestrator.numbers import predictions, step_numbers
-from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.services import Services
 from poise.orchestrator.step import (
@@ -24,6 +24,7 @@ from poise.orchestrator.step import (
     labelled_groups,
     training_batch,
 )
+from poise.orchestrator.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
@@ -53,14 +54,14 @@ class StepSampler:
     def __init__(
         self,
         config: OrchestratorConfig,
-        folder: RunFolder,
+        journal: StepJournal,
         services: Services,
         mixture: Mixture,
         scorer: Scorer,
         watcher: Watcher,
     ) -> None:
         self._config = config
-        self._folder = folder
+        self._journal = journal
         self._services = services
         self._mixture = mixture
         self._scorer = scorer
@@ -114,7 +115,7 @@ class StepSampler:
             )
             # The time of all this counts although the process may die before the step is finished.
             numbers["wall_s"] = clock.now_s()
-            await _to_its_end(asyncio.to_thread(self._folder.write_journal, journalled))
+            await _to_its_end(asyncio.to_thread(self._journal.write, journalled))
         self.recall([journalled.memory])
         return journalled
 

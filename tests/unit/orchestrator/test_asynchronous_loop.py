@@ -12,7 +12,7 @@ import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.run_folder import RunError
+from poise.orchestrator.errors import RunError
 
 NUM_STEPS = 6
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
-from poise.orchestrator.run_folder import RunError
+from poise.orchestrator.errors import RunError
 
 
 @pytest.fixture(autouse=True)

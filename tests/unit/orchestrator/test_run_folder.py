@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.run_folder import JournalledStep, RunError, RunFolder
+from poise.orchestrator.errors import RunError
+from poise.orchestrator.run_folder import RunFolder
+from poise.orchestrator.step_journal import JournalledStep
 from poise_client.types import (
     Batch,
     CalibrationBin,
@@ -72,16 +74,16 @@ def again(folder: RunFolder, run_id: str = "run") -> tuple[RunFolder, int]:
 
 def finish(folder: RunFolder, step: int) -> None:
     step_done = journalled(step)
-    folder.write_journal(step_done)
+    folder.journal.write(step_done)
     folder.finish_step(
         step_done, step_done.numbers | {"wall_s": 2.0, "tokens": 7 * (step + 1), "policy_version": step + 1}
     )
 
 
 def test_a_journalled_step_is_found_whole(folder: RunFolder) -> None:
-    folder.write_journal(journalled(0))
+    folder.journal.write(journalled(0))
     successor, next_step = again(folder)
-    found = successor.read_journal(0)
+    found = successor.journal.read(0)
     assert next_step == 0
     assert found is not None
     assert found.batch.rollouts[0].token_ids.tolist() == [2, 3]
@@ -94,24 +96,24 @@ def test_a_journal_half_written_is_none_at_all(folder: RunFolder) -> None:
     writing = folder.path / "journal" / "writing"
     writing.mkdir(parents=True)
     (writing / "labels.pb").write_bytes(b"half")
-    assert folder.read_journal(0) is None
-    folder.write_journal(journalled(0))
-    assert folder.read_journal(0) is not None
+    assert folder.journal.read(0) is None
+    folder.journal.write(journalled(0))
+    assert folder.journal.read(0) is not None
 
 
 def test_a_damaged_journal_is_named(folder: RunFolder) -> None:
-    folder.write_journal(journalled(0))
+    folder.journal.write(journalled(0))
     batch = folder.path / "journal" / "step-00000000" / "batch.pb"
     batch.write_bytes(batch.read_bytes()[:-3])
     with pytest.raises(RunError, match="step-00000000 is damaged"):
-        folder.read_journal(0)
+        folder.journal.read(0)
 
 
 def test_a_finished_step_is_not_done_again(folder: RunFolder) -> None:
     finish(folder, 0)
     successor, next_step = again(folder)
     assert next_step == 1
-    assert successor.read_journal(0) is None
+    assert successor.journal.read(0) is None
     assert not list((folder.path / "journal").iterdir())
 
 
@@ -134,7 +136,7 @@ def test_texts_of_any_characters_come_back_whole(folder: RunFolder) -> None:
     texts = ["one\u2028two", "three\x85four", "five\r\nsix", "\ud800é"[1:], '"{}']
     for step, text in enumerate(texts):
         done = replace(journalled(step), samples=[{"step": step, "response": text}])
-        folder.write_journal(done)
+        folder.journal.write(done)
         folder.finish_step(done, done.numbers | {"wall_s": 1.0, "tokens": 0, "policy_version": step + 1})
     before = (folder.path / "trajectories.jsonl").read_bytes()
     _, next_step = again(folder)
@@ -192,18 +194,18 @@ def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
 def test_all_steps_in_hand_are_found_up_to_a_gap(folder: RunFolder) -> None:
     finish(folder, 0)
     for step in (1, 2, 4):
-        folder.write_journal(journalled(step))
+        folder.journal.write(journalled(step))
     successor, next_step = again(folder)
     assert next_step == 1
-    assert {step: found.batch.step for step, found in successor.read_pending(1).items()} == {1: 1, 2: 2}
+    assert {step: found.batch.step for step, found in successor.journal.read_pending(1).items()} == {1: 1, 2: 2}
     names = sorted(path.name for path in (folder.path / "journal").iterdir())
     assert names == ["step-00000001", "step-00000002"]
-    successor.drop_journal(2)
-    assert list(successor.read_pending(1)) == [1]
+    successor.journal.drop(2)
+    assert list(successor.journal.read_pending(1)) == [1]
 
 
 def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
-    folder.write_journal(journalled(0))
+    folder.journal.write(journalled(0))
     kept = folder.path / "journal" / "step-00000000"
     left_over = folder.path / "journal" / "step-00000007"
     shutil.copytree(kept, left_over)

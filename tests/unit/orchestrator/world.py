@@ -14,9 +14,10 @@ import numpy as np
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.run_folder import JournalledStep, RunFolder, RunState
+from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
+from poise.orchestrator.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.pool import Verdict
@@ -177,17 +178,26 @@ class World:
         self.note(f"evaluated {line['when']} {line['step']}")
 
 
-class NotedFolder(RunFolder):
-    """A real run folder, every write of which may be the last before a crash."""
+class NotedJournal(StepJournal):
+    """A real journal, every write of which may be the last before a crash."""
 
     def __init__(self, path: Path, world: World) -> None:
         super().__init__(path)
         self._world = world
 
-    def write_journal(self, step: JournalledStep) -> None:
+    def write(self, step: JournalledStep) -> None:
         self._world.note(f"journalling {step.step}")
-        super().write_journal(step)
+        super().write(step)
         self._world.note(f"journal {step.step}")
+
+
+class NotedFolder(RunFolder):
+    """A real run folder, likewise."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        super().__init__(path)
+        self.journal = NotedJournal(path / "journal", world)
+        self._world = world
 
     def _append(self, name: str, lines: Any) -> None:
         super()._append(name, lines)
@@ -216,7 +226,7 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
     mixture = Mixture(config.tasks, config.seed)
     try:
         scorer = Scorer(world, world)
-        sampler = StepSampler(config, folder, world, mixture, scorer, world)
+        sampler = StepSampler(config, folder.journal, world, mixture, scorer, world)
         evaluator = Evaluator(config, folder, mixture, scorer, world)
         loop = TrainingLoop(config, folder, world, sampler, evaluator, world, stopping or asyncio.Event())
         return await loop.run(state)

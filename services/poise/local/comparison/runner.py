@@ -21,7 +21,8 @@ from poise.local.comparison.follower import Follower
 from poise.local.comparison.plan import Plan, PlannedRun, make_plan, refuse_changes
 from poise.local.up import run_services
 from poise.orchestrator.comparison import ComparedRun, Comparison, State, write_comparison
-from poise.orchestrator.run_folder import RunError, RunFolder
+from poise.orchestrator.errors import RunError
+from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
 from poise.runtime.files import write_file
 from poise.runtime.signals import EXIT_INTERRUPTED
