@@ -6,9 +6,10 @@ Knows neither preset nor budget: those are in the YAML file of each.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,23 @@ def compare(name: str) -> Tree:
     return tree
 
 
-def tokens_ratio(tree: Tree, ours: str = OURS, reference: str = REFERENCE) -> float | None:
-    """Return one run's tokens by another's, to the highest of the levels that the mean curves of both reach."""
-    of = [[reach["on_mean_curve"] for reach in tree["runs"][name]["to_reach"]["tokens"]] for name in (ours, reference)]
-    reached = [one / other for one, other in zip(*of, strict=True) if one is not None and other is not None]
+def tokens_ratio(tree: Tree, ours: Sequence[str] = (OURS,), reference: Sequence[str] = (REFERENCE,)) -> float | None:
+    """Return some runs' tokens by others', to the highest of the levels that the mean curves of both reach.
+
+    The best of the runs counts at each level.
+    """
+    both = zip(_fewest_tokens(tree, ours), _fewest_tokens(tree, reference), strict=True)
+    reached = [one / other for one, other in both if one < math.inf and other < math.inf]
     return reached[-1] if reached else None
+
+
+def _fewest_tokens(tree: Tree, names: Sequence[str]) -> list[float]:
+    """Return how many the best of the runs took to each level; infinity where none reached it."""
+    runs = [tree["runs"][name]["to_reach"]["tokens"] for name in names]
+    reached = [
+        [math.inf if reach["on_mean_curve"] is None else reach["on_mean_curve"] for reach in run] for run in runs
+    ]
+    return [min(of_level) for of_level in zip(*reached, strict=True)]
 
 
 def _ratios(tree: Tree) -> dict[str, dict[float, float | None]]:
