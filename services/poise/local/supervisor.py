@@ -176,9 +176,10 @@ class Supervisor:
                 status = await process.wait()
                 await asyncio.sleep(self._note_death(process, deaths, status))
                 process = await self._start(process.spec)
-        except SupervisorError as error:
+        except Exception as error:  # any: what nobody watches any more would be waited for without end
             if not self.failed.done():
-                self.failed.set_exception(error)
+                told = error if isinstance(error, SupervisorError) else _unexpected(process.spec, error)
+                self.failed.set_exception(told)
 
     def _note_death(self, process: SupervisedProcess, deaths: _Deaths, status: int) -> float:
         """Return how long to wait before it is started again, s. Raises `SupervisorError` when it is not to be."""
@@ -202,8 +203,15 @@ class Supervisor:
                 except psutil.NoSuchProcess:
                     continue
         temporary = self._pids_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(self._pids_file)
+        try:
+            temporary.write_text(json.dumps(facts))
+            temporary.replace(self._pids_file)
+        except OSError as error:
+            logger.warning("should this supervisor be killed, the next will not find what it left: %s", error)
+
+
+def _unexpected(spec: ProcessSpec, error: Exception) -> SupervisorError:
+    return SupervisorError(f"{spec.name} cannot be kept running: {error!r}")
 
 
 class _Deaths:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,35 @@ async def test_a_program_that_vanished_is_given_up(tmp_path: Path) -> None:
         program.unlink()
         supervisor.kill_all()
         with pytest.raises(SupervisorError, match="one cannot be started"):
+            await asyncio.wait_for(supervisor.failed, DEADLINE_S)
+
+
+async def test_what_dies_is_started_again_although_its_folder_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    marker = f"# {tmp_path}"
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([spec("one", f"{SLEEPER} {marker}", tmp_path)])
+        (first,) = pids_of(marker)
+        shutil.rmtree(tmp_path / "services")
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: bool(pids_of(marker) - {first}))
+    assert not pids_of(marker)
+    assert "the next will not find what it left" in caplog.text
+
+
+async def test_whatever_keeps_a_process_from_being_watched_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([spec("one", SLEEPER, tmp_path)])
+
+        def fail() -> None:
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(supervisor, "_write_pids", fail)
+        supervisor.kill_all()
+        with pytest.raises(SupervisorError, match=r"one cannot be kept running: .*out of luck"):
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
