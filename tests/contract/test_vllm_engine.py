@@ -99,7 +99,7 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    # The last test kills it: tests run in the order of this file.
+    # The last test that uses it kills it: tests run in the order of this file.
     async with started(folder) as engine:
         yield engine
 
@@ -437,7 +437,8 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
         for i in range(8)
     ]
     await asyncio.sleep(0.05)
-    _child("VLLM::Worker").kill()
+    (worker,) = _children("VLLM::Worker")
+    worker.kill()
     outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), DEADLINE_S)
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert failures, "all were done before the worker died"
@@ -452,8 +453,9 @@ async def test_an_update_ends_when_the_engine_dies_meanwhile(
     folder: Path, reference: Reference, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=1)
+    others = _children("VLLM::EngineCore")
     async with started(folder) as engine:
-        core = _child("VLLM::EngineCore")
+        (core,) = _children("VLLM::EngineCore") - others
         core.suspend()
         calls = [
             asyncio.create_task(call)
@@ -470,9 +472,8 @@ async def test_an_update_ends_when_the_engine_dies_meanwhile(
         assert not engine.is_alive()
 
 
-def _child(title: str) -> psutil.Process:
-    (child,) = [child for child in psutil.Process().children(recursive=True) if _is_titled(child, title)]
-    return child
+def _children(title: str) -> set[psutil.Process]:
+    return {child for child in psutil.Process().children(recursive=True) if _is_titled(child, title)}
 
 
 def _is_titled(process: psutil.Process, title: str) -> bool:

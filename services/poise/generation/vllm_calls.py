@@ -25,7 +25,7 @@ async def answered(engine: Any, call: Coroutine[Any, Any, Answer]) -> Answer:
         while not task.done():
             await asyncio.wait({task}, timeout=_LOOK_S)
             if not task.done() and engine.errored:
-                raise BackendDown("vLLM died", retry_after_s=1.0)
+                raise BackendDown("vLLM ended")
     finally:
         task.cancel()
     return task.result()

@@ -262,6 +262,7 @@ class VllmEngine:
             await ask_workers(self._engine, "poise_add_empty_adapter")
             self._lora = adapter_request()
         await answered(self._engine, self._engine.update_weight_version("0"))
+        await answered(self._engine, self._engine.get_supported_tasks())  # kept: no rollout need ask for it
         if self._config.nccl:
             self._receiver = WorkerReceiver(self._engine)
             self._group_backend = await self._receiver.backend()

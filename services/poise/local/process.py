@@ -40,6 +40,8 @@ class SupervisedProcess:
         self.spec = spec
         self.process = process
         self.started = time.monotonic()
+        self.was_ready = spec.admin_address is None
+        """Whether it ever said that it works."""
 
     @classmethod
     async def start(cls, spec: ProcessSpec) -> SupervisedProcess:
@@ -95,7 +97,9 @@ class SupervisedProcess:
         """Whether it says that it works, and else why not."""
         if self.spec.admin_address is None:
             return True, ""
-        return await ask_ready(self.spec.admin_address)
+        answer = await ask_ready(self.spec.admin_address)
+        self.was_ready |= answer[0]
+        return answer
 
     def log_tail(self, num_lines: int = 15) -> str:
         """Return the last lines of its log."""

@@ -6,6 +6,7 @@ Knows processes by their specifications alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
@@ -26,12 +27,14 @@ WRONG_SETTINGS = 2
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
 _STEADY_S = 30.0
-"""A process that lived this long is restarted at once when it dies."""
+"""A process that worked and lived this long is restarted at once when it dies."""
 _MAX_DEATHS = 6
-"""Deaths in a row, none after living `_STEADY_S`, before giving up."""
+"""Deaths in a row before giving up, none after it worked and lived `_STEADY_S`."""
 _STOP_MARGIN_S = 10.0
 """What ending takes besides draining."""
 _POLL_S = 0.1
+_LOOK_S = 1.0
+"""How often one that does not work yet is asked whether it does."""
 _SAY_EVERY_S = 15.0
 
 
@@ -56,8 +59,11 @@ class Supervisor:
         """Processes asked to end, which are not started again."""
 
     async def __aenter__(self) -> Supervisor:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / "supervisor.lock").open("ab")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "supervisor.lock").open("ab")
+        except OSError as error:
+            raise SupervisorError(f"the services' folder cannot be used: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,7 +80,8 @@ class Supervisor:
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
         for process in reversed(self._processes.values()):
             await process.stop(self._stop_timeout_s)
-        self._pids_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # all that it names are gone
+            self._pids_file.unlink()
         if not self.failed.done():
             self.failed.cancel()
         elif not self.failed.cancelled():
@@ -126,6 +133,8 @@ class Supervisor:
         deaths = _Deaths(spec)
         while spec.name not in self._ending:
             process = await self._start(spec)
+            if spec.name in self._ending:  # meanwhile
+                self.end(spec.name)
             ended = asyncio.create_task(process.wait())
             try:
                 await self.first_of(ended)
@@ -173,13 +182,15 @@ class Supervisor:
         deaths = _Deaths(process.spec)
         try:
             while True:
-                status = await process.wait()
+                status = await _whole_life(process)
                 await asyncio.sleep(self._note_death(process, deaths, status))
                 process = await self._start(process.spec)
         except Exception as error:  # any: what nobody watches any more would be waited for without end
+            if not isinstance(error, SupervisorError):
+                logger.error("%s cannot be kept running", process.spec.name, exc_info=True)
+                error = SupervisorError(f"{process.spec.name} cannot be kept running: {error!r}")
             if not self.failed.done():
-                told = error if isinstance(error, SupervisorError) else _unexpected(process.spec, error)
-                self.failed.set_exception(told)
+                self.failed.set_exception(error)
 
     def _note_death(self, process: SupervisedProcess, deaths: _Deaths, status: int) -> float:
         """Return how long to wait before it is started again, s. Raises `SupervisorError` when it is not to be."""
@@ -210,8 +221,17 @@ class Supervisor:
             logger.warning("should this supervisor be killed, the next will not find what it left: %s", error)
 
 
-def _unexpected(spec: ProcessSpec, error: Exception) -> SupervisorError:
-    return SupervisorError(f"{spec.name} cannot be kept running: {error!r}")
+async def _whole_life(process: SupervisedProcess) -> int:
+    """Return a process's exit status once it is gone; that it works is noted meanwhile."""
+    ended = asyncio.create_task(process.wait())
+    try:
+        while not ended.done() and not process.was_ready:
+            await asyncio.wait({ended}, timeout=_LOOK_S)
+            if not ended.done():
+                await process.is_ready()
+        return await ended
+    finally:
+        ended.cancel()
 
 
 class _Deaths:
@@ -228,7 +248,7 @@ class _Deaths:
             SupervisorError: starting it again would not help.
         """
         lived_s = time.monotonic() - process.started
-        self._num = 1 if lived_s > _STEADY_S else self._num + 1
+        self._num = 1 if process.was_ready and lived_s > _STEADY_S else self._num + 1
         if status == WRONG_SETTINGS or self._num > _MAX_DEATHS:
             times = "" if self._num == 1 else f", {self._num} times in a row"
             log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""

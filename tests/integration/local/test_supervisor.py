@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from poise.local.process import ProcessSpec, ask_ready
+from poise.local.process import ProcessSpec, SupervisedProcess, ask_ready
 from poise.local.supervisor import Supervisor, SupervisorError
 
 DEADLINE_S = 30.0
@@ -164,6 +164,34 @@ async def test_training_asked_to_end_before_it_began_never_begins(tmp_path: Path
     assert not (tmp_path / "train.log").exists()
 
 
+async def test_training_asked_to_end_while_it_is_being_started_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = SupervisedProcess.start
+
+    async with Supervisor(tmp_path / "services") as supervisor:
+
+        async def start_late(of: ProcessSpec) -> SupervisedProcess:
+            supervisor.end("train")
+            return await start(of)
+
+        monkeypatch.setattr(SupervisedProcess, "start", start_late)
+        ending = supervisor.run_to_end(spec("train", SLEEPER, tmp_path))
+        assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
+
+
+async def test_one_that_lives_for_long_and_never_works_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("poise.local.supervisor._LAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("poise.local.supervisor._STEADY_S", 0.0)
+    never_works = [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([ProcessSpec("one", never_works, tmp_path / "one.log", "127.0.0.1:1")])
+        with pytest.raises(SupervisorError, match=r"(?s)7 times in a row.*out of memory"):
+            await asyncio.wait_for(supervisor.failed, DEADLINE_S)
+
+
 async def test_training_ends_when_a_service_is_given_up(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
@@ -173,6 +201,13 @@ async def test_training_ends_when_a_service_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(SupervisorError, match="one exited with status 2"):
             await asyncio.wait_for(ending, DEADLINE_S)
     assert not pids_of(marker)
+
+
+async def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SupervisorError, match=r"folder cannot be used: .*file"):
+        async with Supervisor(tmp_path / "file" / "services"):
+            pass
 
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -202,9 +237,9 @@ async def test_what_dies_is_started_again_although_its_folder_is_gone(
         (first,) = pids_of(marker)
         shutil.rmtree(tmp_path / "services")
         os.kill(first, signal.SIGKILL)
-        await until(lambda: bool(pids_of(marker) - {first}))
+        await until(lambda: "the next will not find what it left" in caplog.text)
+        assert pids_of(marker) - {first}
     assert not pids_of(marker)
-    assert "the next will not find what it left" in caplog.text
 
 
 async def test_whatever_keeps_a_process_from_being_watched_ends_the_run(

@@ -82,7 +82,7 @@ class Run:
         folder, mixture = RunFolder(config.run_dir), Mixture(config.tasks, config.seed)
         state = folder.open(config.run_id, {})
         scorer = Scorer(self.services, self)  # type: ignore[arg-type]
-        sampler = StepSampler(config, folder, self.services, mixture, scorer, self)
+        sampler = StepSampler(config, folder.journal, self.services, mixture, scorer, self)
         evaluator = Evaluator(config, folder, mixture, scorer, self)
         with contextlib.closing(folder):
             return await TrainingLoop(config, folder, self.services, sampler, evaluator, self, self.stopping).run(state)

@@ -49,7 +49,7 @@ async def test_a_call_that_a_dead_engine_leaves_unanswered_ends() -> None:
     await asyncio.sleep(0.05)
     assert not asking.done()
     engine.errored = True
-    with pytest.raises(BackendDown, match="died"):
+    with pytest.raises(BackendDown, match="ended"):
         await asyncio.wait_for(asking, 10)
     assert engine.was_cancelled
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from poise.domain.features import Span
 from poise.errors import BackendDown
+from poise.generation import vllm_calls
 from poise.generation.vllm_collector import Collector
 
 
@@ -57,6 +60,17 @@ async def test_cancelled_caller_takes_nobody_with_it() -> None:
     engine.may_answer.set()
     assert await kept == "record of b"
     assert doomed.cancelled()
+
+
+async def test_an_engine_that_died_leaves_no_caller_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_calls, "_LOOK_S", 0.01)
+    engine = FakeEngine()
+    tasks = start(Collector(engine), "a", "b")
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in tasks)
+    engine.errored = True
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    assert all(isinstance(outcome, BackendDown) for outcome in outcomes)
 
 
 async def test_failure_reaches_every_caller_and_the_next_call_is_made() -> None:
