@@ -106,6 +106,7 @@ class MemoryTurn:
 
 
 def _temporary_folder() -> Path:
+    # As it is named, usable or not: `tempfile` would quietly take another, and nobody would be told what to mend.
     return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
 
 

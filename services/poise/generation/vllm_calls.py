@@ -20,7 +20,7 @@ async def answered(engine: Any, call: Coroutine[Any, Any, Answer]) -> Answer:
     Raises:
         BackendDown: the engine died before it answered.
     """
-    task = asyncio.ensure_future(call)
+    task = asyncio.create_task(call)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=_LOOK_S)
