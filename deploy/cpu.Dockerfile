@@ -1,11 +1,12 @@
 # All roles on CPUs, with the `torch` engine: to try things on a laptop. The command says which role.
 FROM python:3.11.14-slim-bookworm AS wheel
 WORKDIR /src
-RUN pip install --no-cache-dir build==1.3.0
+COPY requirements/cpu.txt /tmp/lock.txt
+RUN python3 -m pip install --no-cache-dir --constraint /tmp/lock.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 COPY services services
 COPY clients clients
-RUN python -m build --wheel --outdir /wheels
+RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.11.14-slim-bookworm
 COPY requirements/cpu.txt /tmp/lock.txt
@@ -14,9 +15,9 @@ COPY requirements/cpu.txt /tmp/lock.txt
 ARG TORCH="torch==2.13.0"
 # hadolint ignore=DL3013,SC2086
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir ${TORCH} && \
-    pip install --no-cache-dir --no-deps -r /tmp/lock.txt && \
-    pip install --no-cache-dir --no-deps /wheels/*.whl && \
+    python3 -m pip install --no-cache-dir ${TORCH} && \
+    python3 -m pip install --no-cache-dir --no-deps -r /tmp/lock.txt && \
+    python3 -m pip install --no-cache-dir --no-deps /wheels/*.whl && \
     rm /tmp/lock.txt
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001

@@ -1,18 +1,22 @@
-# The generation service: the upstream image of vLLM, of the version whose internals the worker follows.
+# The generation service: the upstream image of vLLM, of the version whose internals the worker follows. It can run the
+# learner too, which needs vLLM for `push.transport: nccl`.
 FROM python:3.11.14-slim-bookworm AS wheel
 WORKDIR /src
-RUN pip install --no-cache-dir build==1.3.0
+COPY requirements/cpu.txt /tmp/lock.txt
+RUN python3 -m pip install --no-cache-dir --constraint /tmp/lock.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 COPY services services
 COPY clients clients
-RUN python -m build --wheel --outdir /wheels
+RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM vllm/vllm-openai:v0.32.0
-# vLLM, torch and what they alone stand on are the image's. What poise adds is of the versions that the tests ran with,
-# beside this vLLM.
+# vLLM, torch and their own dependencies are the image's. What poise adds is of the versions that the tests ran with,
+# beside this vLLM. The image's Python may be marked as managed by the distribution (PEP 668).
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
-    python3 -m pip install --no-cache-dir --upgrade-strategy only-if-needed --constraint /tmp/lock.txt /wheels/*.whl && \
+    wheel=$(echo /wheels/*.whl) && \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    python3 -m pip install --no-cache-dir --upgrade-strategy only-if-needed --constraint /tmp/lock.txt "${wheel}[torch]" && \
     rm /tmp/lock.txt
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001

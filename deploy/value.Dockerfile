@@ -1,18 +1,19 @@
 # The value service: CPUs, no torch.
 FROM python:3.11.14-slim-bookworm AS wheel
 WORKDIR /src
-RUN pip install --no-cache-dir build==1.3.0
+COPY requirements/cpu.txt /tmp/lock.txt
+RUN python3 -m pip install --no-cache-dir --constraint /tmp/lock.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 COPY services services
 COPY clients clients
-RUN python -m build --wheel --outdir /wheels
+RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.11.14-slim-bookworm
 # Every version is that of the lock the tests ran with.
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) && \
-    pip install --no-cache-dir --constraint /tmp/lock.txt "${wheel}[value]" && \
+    python3 -m pip install --no-cache-dir --constraint /tmp/lock.txt "${wheel}[value]" && \
     rm /tmp/lock.txt
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001

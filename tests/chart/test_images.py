@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.chart.rendering import VALUES, render, values_of
+from tests.support.dockerfile import instructions
 
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
@@ -31,13 +32,6 @@ CONFIGS = {
     "poise.learner": LearnerConfig,
     "poise.orchestrator": OrchestratorConfig,
 }
-
-
-def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """Instruction and argument, lines joined, comments left out."""
-    lines = [line for line in dockerfile.read_text().splitlines() if not line.startswith("#")]
-    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
 
 
 def entry_point(image: str) -> list[str]:
@@ -121,7 +115,7 @@ def test_entry_points_exist(dockerfile: Path) -> None:
 
 
 def test_every_command_of_the_chart_is_one_that_its_image_has() -> None:
-    scripts = {"poise", "torchrun", "hf"}  # of poise, torch and huggingface_hub
+    scripts = {"poise", "hf"}  # of poise and huggingface_hub
     for name in VALUES:
         for _, pod in render(values_of(name)).pods():
             for container in (*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]):
