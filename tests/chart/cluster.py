@@ -32,7 +32,6 @@ BIN = Path(sys.executable).parent
 PROGRAMS = {
     "python3": sys.executable,
     "poise": str(BIN / "poise"),
-    "torchrun": str(BIN / "torchrun"),
     "valkey-server": str(get_binary_path()),
 }
 """What the images have on their path."""
@@ -87,10 +86,12 @@ class Cluster:
         number = 0
         for owner, template in self._release.pods():
             name = owner["metadata"]["name"]
-            replicas = owner["spec"].get("replicas", 1) if owner["kind"] == "StatefulSet" else 1
-            for index in range(replicas):
+            is_set = owner["kind"] == "StatefulSet"
+            first = owner["spec"].get("ordinals", {}).get("start", 0) if is_set else 0
+            replicas = owner["spec"].get("replicas", 1) if is_set else 1
+            for index in range(first, first + replicas):
                 number += 1
-                pod_name = f"{name}-{index}" if owner["kind"] == "StatefulSet" else name
+                pod_name = f"{name}-{index}" if is_set else name
                 folder = self._folder / pod_name
                 folder.mkdir(parents=True)
                 yield Pod(pod_name, owner, template, f"{self._network}.{number}", folder)
@@ -195,14 +196,23 @@ class Cluster:
             if status is None:
                 continue
             policy = pod.template["spec"].get("restartPolicy", "Always")
-            if policy == "Always" or (policy == "OnFailure" and status != 0):
+            if policy == "Always" or (pod.owner["kind"] == "Job" and self._is_replaced(pod.owner, status)):
                 pod.num_restarts += 1
                 assert pod.num_restarts <= MAX_RESTARTS, f"{pod.name} crashes again and again\n{self.logs()}"
                 self._start_container(pod)
 
+    def _is_replaced(self, job: Manifest, status: int) -> bool:
+        """Whether a Job makes another pod for one that ended so."""
+        for rule in job["spec"]["podFailurePolicy"]["rules"]:
+            if status in rule.get("onExitCodes", {}).get("values", ()):
+                return bool(rule["action"] != "FailJob")
+        return status != 0
+
     def is_ready(self, name: str) -> bool:
         """Ask a pod's probes as a kubelet does: until it has started only that, then whether it lives and is ready."""
         pod, container = self.pods[name], self.pods[name].container
+        if "readinessProbe" not in container:
+            return pod.process is not None and pod.process.poll() is None
         pod.has_started = pod.has_started or self.passes(pod, container["startupProbe"])
         if not pod.has_started:
             return False

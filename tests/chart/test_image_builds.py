@@ -26,7 +26,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 def test_an_image_builds_and_its_programs_start(dockerfile: Path) -> None:
-    module = [*entry_point(dockerfile.stem), "poise.value"][:3]  # the image of all roles takes the role from its command
+    module = [*entry_point(dockerfile.stem), "poise.value"][
+        :3
+    ]  # the image of all roles takes the role from its command
     imports = "; ".join(f"import {name}" for name in MODULES[dockerfile.stem])
     checks = [
         shlex.join([*module, "--help"]),
@@ -62,4 +64,6 @@ def test_a_step_that_fails_fails_the_build(tmp_path: Path) -> None:
 def test_stages_are_read_as_docker_reads_them() -> None:
     wheel, image = stages(ROOT / "deploy" / "learner.Dockerfile")
     assert (wheel.name, image.base) == ("wheel", "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime")
-    assert [instruction for instruction, _ in image.steps] == "COPY RUN RUN USER ENV EXPOSE HEALTHCHECK ENTRYPOINT".split()
+    assert [
+        instruction for instruction, _ in image.steps
+    ] == "COPY RUN RUN USER ENV EXPOSE HEALTHCHECK ENTRYPOINT".split()

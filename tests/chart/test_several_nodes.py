@@ -15,7 +15,7 @@ from tests.chart.rendering import merged, render, values_of
 from poise.local.models import make_model
 from poise_client import LearnerClient
 
-FIRST, SECOND = "run-poise-learner-0", "run-poise-learner-1"
+FIRST, SECOND = "run-poise-learner-0", "run-poise-learner-follower-1"
 TWO_NODES = {"learner": {"nodes": 2}, "generation": {"replicas": 0}, "train": {"enabled": False}}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

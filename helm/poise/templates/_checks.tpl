@@ -47,6 +47,37 @@
 {{- if and $values.monitoring.podMonitor $values.networkPolicy.enabled (not $values.networkPolicy.monitors) -}}
 {{- fail "monitoring.podMonitor is set, but the network policies let no Prometheus in: say who it is in networkPolicy.monitors" -}}
 {{- end -}}
+{{- $transport := include "poise.transport" . -}}
+{{- if eq $transport "shared" -}}
+{{- fail "learner.config.push.transport is shared, but pods share no folder of one host: set grpc, or nccl" -}}
+{{- end -}}
+{{- if and (eq $transport "lora") (not $values.generation.config.lora) -}}
+{{- fail "learner.config.push.transport is lora, but no replica takes adapters: set generation.config.lora, or push over grpc" -}}
+{{- end -}}
+{{- if eq $transport "nccl" -}}
+{{- if or (eq (int $values.generation.gpus) 0) (eq (int $values.learner.gpusPerNode) 0) -}}
+{{- fail "learner.config.push.transport is nccl, which goes from GPU to GPU: set generation.gpus and learner.gpusPerNode above 0, or push over grpc" -}}
+{{- end -}}
+{{- if not (hasSuffix "poise-generation" (include "poise.repository" (dict "root" $ "role" "learner"))) -}}
+{{- fail (printf "learner.config.push.transport is nccl, which needs vLLM beside the learner, and images.learner %s has none: set images.learner: poise-generation, which has both, or push over grpc" $values.images.learner) -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $folders := dict "learner.export_dir" (list "/state" "/tmp") "generation.staging_dir" (list "/dev/shm" "/tmp") -}}
+{{- $role := splitList "." $path | first -}}
+{{- $folder := get (index $values $role).config (splitList "." $path | last) | default "" -}}
+{{- $isMounted := not $folder -}}
+{{- range $folders }}{{ if or (eq $folder .) (hasPrefix (printf "%s/" .) $folder) }}{{ $isMounted = true }}{{ end }}{{ end -}}
+{{- if not $isMounted -}}
+{{- fail (printf "%s.config.%s is %s, where the pod has no volume: choose a folder in %s" $role (splitList "." $path | last) $folder (join " or " $folders)) -}}
+{{- end -}}
+{{- end -}}
+{{- range $role := list "generation" "value" "learner" "train" "valkey" -}}
+{{- range $toleration := (index $values $role).tolerations -}}
+{{- if and (not $toleration.key) (not (has ($toleration.effect | default "") (list "NoSchedule" "PreferNoSchedule"))) (not (hasKey $toleration "tolerationSeconds")) -}}
+{{- fail (printf "%s.tolerations tolerates every taint, also those of a lost node, whose pods would never be replaced: name the key, or set effect: NoSchedule" $role) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and $values.train.dataConfigMap $values.train.dataClaim -}}
 {{- fail "train.dataConfigMap and train.dataClaim are both set: keep one, /data is mounted once" -}}
 {{- end -}}

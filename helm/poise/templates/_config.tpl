@@ -23,11 +23,17 @@ tracing:
 
 {{- define "poise.generationConfig" -}}
 {{- $own := dict "model" (include "poise.modelPath" .) "wait_for_learner" true -}}
+{{- if eq (include "poise.transport" .) "nccl" -}}{{- $_ := set $own "nccl" true -}}{{- end -}}
 {{- if gt (int .Values.generation.gpus) 0 -}}
 {{- $_ := set $own "vllm" (dict "tensor_parallel_size" (int .Values.generation.gpus)) -}}
 {{- end -}}
 {{- $common := include "poise.serviceConfig" (dict "root" . "role" "generation") | fromYaml -}}
 {{- mergeOverwrite (deepCopy .Values.generation.config) $common $own | toYaml -}}
+{{- end }}
+
+{{/* How the learner pushes weights. */}}
+{{- define "poise.transport" -}}
+{{- dig "push" "transport" "grpc" .Values.learner.config -}}
 {{- end }}
 
 {{- define "poise.valueConfig" -}}

@@ -16,6 +16,12 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
+{{/* Of pods: nothing that changes with the chart's version, for another label starts every pod anew. */}}
+{{- define "poise.podLabels" -}}
+{{ include "poise.selector" . }}
+app.kubernetes.io/part-of: {{ .root.Chart.Name }}
+{{- end }}
+
 {{- define "poise.labels" -}}
 {{ include "poise.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
@@ -50,6 +56,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- define "poise.podAddress" -}}
 {{- $name := include "poise.name" . -}}
 {{ $name }}-{{ .index }}.{{ $name }}.{{ .root.Release.Namespace }}.svc:{{ include "poise.grpcPort" .role }}
+{{- end }}
+
+{{/* The claim of a role's volume: the user's, or the one that the chart makes. */}}
+{{- define "poise.claim" -}}
+{{ (index .root.Values .role).storage.claim | default (include "poise.name" .) }}
 {{- end }}
 
 {{- define "poise.authSecret" -}}

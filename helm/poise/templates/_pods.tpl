@@ -2,7 +2,7 @@
 
 {{- define "poise.podMetadata" -}}
 labels:
-  {{- include "poise.labels" . | nindent 2 }}
+  {{- include "poise.podLabels" . | nindent 2 }}
   {{- with .root.Values.pods.labels }}{{ toYaml . | nindent 2 }}{{ end }}
 annotations:
   {{- if ne .role "valkey" }}
@@ -46,9 +46,7 @@ imagePullSecrets: {{- range . }}
 {{- with $own.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $own.tolerations }}
-tolerations: {{- toYaml . | nindent 2 }}
-{{- end }}
+tolerations: {{- include "poise.tolerations" (dict "root" .root "own" $own.tolerations) | nindent 2 }}
 {{- with $own.affinity }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -63,6 +61,19 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "poise.selector" $ | nindent 8 }}
 {{- end }}
+{{- end }}
+
+{{/* The user's tolerations, and how long a node may be lost before its pods are given up: Kubernetes' own 300 s, if not said. */}}
+{{- define "poise.tolerations" -}}
+{{- $all := .own -}}
+{{- range $key := list "node.kubernetes.io/not-ready" "node.kubernetes.io/unreachable" -}}
+{{- $isNamed := false -}}
+{{- range $.own }}{{ if eq (.key | default "") $key }}{{ $isNamed = true }}{{ end }}{{ end -}}
+{{- if not $isNamed -}}
+{{- $all = append $all (dict "key" $key "operator" "Exists" "effect" "NoExecute" "tolerationSeconds" (int $.root.Values.pods.lostNodeSeconds)) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $all -}}
 {{- end }}
 
 {{- define "poise.containerSecurity" -}}
@@ -112,14 +123,14 @@ resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | ni
 {{- end }}
 
 {{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use;
-but a kubelet speaks no TLS with gRPC, and of a learner on several nodes all but the first pod answer on the admin port alone. */}}
+but a kubelet speaks no TLS with gRPC. */}}
 {{- define "poise.probes" -}}
 startupProbe:
   httpGet: {path: /healthz, port: admin}
   periodSeconds: 2
   failureThreshold: 900
 readinessProbe:
-  {{- if or .root.Values.tls.enabled (and (eq .role "learner") (gt (int .root.Values.learner.nodes) 1)) }}
+  {{- if .root.Values.tls.enabled }}
   httpGet: {path: /readyz, port: admin}
   {{- else }}
   grpc: {port: {{ include "poise.grpcPort" .role }}, service: poise.v1.{{ title .role }}Service}
@@ -197,15 +208,4 @@ initContainers:
       - {name: model, mountPath: /models}
       - {name: tmp, mountPath: /tmp}
 {{- end }}
-{{- end }}
-
-{{/* A claim of a StatefulSet: dict "name" … "storage" …. */}}
-{{- define "poise.claim" -}}
-- metadata: {name: {{ .name }}}
-  spec:
-    accessModes: [ReadWriteOnce]
-    {{- with .storage.className }}
-    storageClassName: {{ . }}
-    {{- end }}
-    resources: {requests: {storage: {{ .storage.size }}}}
 {{- end }}
