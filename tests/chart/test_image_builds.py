@@ -64,6 +64,13 @@ def test_a_step_that_fails_fails_the_build(tmp_path: Path) -> None:
 def test_stages_are_read_as_docker_reads_them() -> None:
     wheel, image = stages(ROOT / "deploy" / "learner.Dockerfile")
     assert (wheel.name, image.base) == ("wheel", "pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime")
-    assert [
-        instruction for instruction, _ in image.steps
-    ] == "COPY RUN RUN USER ENV EXPOSE HEALTHCHECK ENTRYPOINT".split()
+    assert [instruction for instruction, _ in image.steps] == [
+        "COPY",
+        "RUN",
+        "RUN",
+        "USER",
+        "ENV",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+    ]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from poise.runtime.exit_status import FAILED, WRONG_SETTINGS
+
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
 
@@ -53,13 +55,15 @@ def checked(work: Callable[[], T]) -> T:
 
     try:
         return work()
-    except (ConfigError, QueueError) as error:
+    except ConfigError as error:
         fail(str(error))
+    except QueueError as error:
+        fail(str(error), FAILED)
     except ModuleNotFoundError as error:
         fail(f"{error}; `make setup` installs what every command needs")
 
 
-def fail(message: str) -> NoReturn:
-    """Say what is wrong, and end."""
+def fail(message: str, status: int = WRONG_SETTINGS) -> NoReturn:
+    """Print what is wrong, and exit with `status`."""
     click.echo(f"poise: {message}", err=True)
-    sys.exit(2)
+    sys.exit(status)

@@ -31,6 +31,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from poise.runtime.config import ConfigError
 from poise.runtime.files import sync_folder, tensor_errors, write_file
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ _FILES = ("tensors.safetensors", "seen.safetensors")
 
 class StateError(OSError):
     """The folder cannot be used. The message names it and the remedy."""
+
+
+class OtherSettingsError(StateError, ConfigError):
+    """The folder was written under settings, or by a release, that the present ones cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -191,12 +196,12 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     """Read one checkpoint, and of its tensors those whose names begin with `prefix`. The folder need not be held.
 
     Raises:
-        StateError: it is of another release.
+        OtherSettingsError: it is of another release.
         Any of `DAMAGE`: it is damaged, or gone.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     if state["schema_version"] not in _READ_VERSIONS:
-        raise StateError(
+        raise OtherSettingsError(
             f"{path} has schema_version {state['schema_version']}; this release reads "
             f"{' and '.join(map(str, _READ_VERSIONS))}: use the release that wrote it, or a fresh state_dir to start "
             "again from the model"

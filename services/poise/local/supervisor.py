@@ -19,11 +19,9 @@ from typing import IO, Any
 import psutil
 
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit, kill_group
+from poise.runtime.exit_status import WRONG_SETTINGS
 
 logger = logging.getLogger(__name__)
-
-WRONG_SETTINGS = 2
-"""Exit status of a program that refuses its settings: starting it again would not help."""
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
 _STEADY_S = 30.0

@@ -22,8 +22,9 @@ from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK
 from poise.runtime.files import write_file
-from poise.runtime.signals import EXIT_INTERRUPTED, stopping_by_signal
+from poise.runtime.signals import stopping_by_signal
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def run_services(
         return asyncio.run(_supervise(run, reload, train, training_log))
     except SupervisorError as error:
         logger.error("%s", error)
-        return 1
+        return FAILED
 
 
 async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool, training_log: Path | None) -> int:
@@ -65,11 +66,11 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return EXIT_INTERRUPTED if train else 0
+                return INTERRUPTED if train else OK
             ready.result()
             if train:
                 status = await supervisor.run_to_end(_training(run, training_log))
-                return EXIT_INTERRUPTED if status is None or status < 0 else status
+                return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")

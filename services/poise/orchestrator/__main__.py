@@ -13,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from poise.orchestrator.config import OrchestratorConfig
     from poise.orchestrator.job import train
     from poise.runtime.config import ConfigError, load_config
+    from poise.runtime.exit_status import WRONG_SETTINGS
 
     parser = argparse.ArgumentParser(prog="python -m poise.orchestrator", description=main.__doc__)
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings, YAML")
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(OrchestratorConfig, options.config, options.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return WRONG_SETTINGS
     return train(config)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
 from poise.runtime.discovery import Discovery
+from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
@@ -120,15 +121,15 @@ def run_check(config: CheckConfig) -> int:
         asyncio.run(check(config, console))
     except ConfigError as error:
         console.print(str(error))
-        return 2
+        return WRONG_SETTINGS
     except TimeoutError:
         console.print(f"[red]failed[/red]: not all services answered within {config.timeout_s:.0f} s")
-        return 1
+        return FAILED
     except (CheckFailed, PoiseClientError) as error:
         console.print(f"[red]failed[/red]: {error}")
-        return 1
+        return FAILED
     console.print("[green]all is well[/green]")
-    return 0
+    return OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(CheckConfig, options.config, options.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return WRONG_SETTINGS
     return run_check(config)
 
 

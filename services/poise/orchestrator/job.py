@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
@@ -33,18 +33,16 @@ from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
 from poise.runtime.config_text import redacted
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, WRONG_SETTINGS
 from poise.runtime.logging import configure_logging
-from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
-from poise_client.errors import PoiseClientError
+from poise_client.errors import InvalidRequestError, PoiseClientError
 from poise_client.types import ModelExport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 
 def train(config: OrchestratorConfig) -> int:
@@ -78,7 +76,7 @@ def guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ConfigError, TaskError) as error:
+    except (ConfigError, TaskError, SettingsError, InvalidRequestError) as error:
         logger.error("%s", error)
         return WRONG_SETTINGS
     except (RunError, PoiseClientError) as error:

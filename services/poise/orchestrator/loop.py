@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.numbers import learner_numbers
 from poise.orchestrator.pipeline import Pipeline
@@ -53,7 +53,7 @@ class TrainingLoop:
         """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
-            RunError: the services hold another history than this run, or the learner takes no rollouts as old.
+            SettingsError: the services hold another history than this run, or the learner takes no rollouts as old.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
@@ -131,12 +131,12 @@ class TrainingLoop:
 
     def _check_history(self, state: RunState, policy_version: int, journalled: bool) -> None:
         if state.next_step > self._config.num_steps:
-            raise RunError(
+            raise SettingsError(
                 f"this run is at step {state.next_step} already, beyond num_steps {self._config.num_steps}; set "
                 f"num_steps to {state.next_step} to end it here, or higher to go on"
             )
         if policy_version < state.policy_version:
-            raise RunError(
+            raise SettingsError(
                 f"this run is at step {state.next_step}, which left the policy at version {state.policy_version}, and "
                 f"the learner is at version {policy_version}: its state was lost. Restore the learner's state_dir, or "
                 "start a new run"
@@ -147,7 +147,7 @@ class TrainingLoop:
     def _check_staleness(self, status: LearnerStatus) -> None:
         wanted = self._config.max_staleness
         if status.max_staleness < wanted:
-            raise RunError(
+            raise SettingsError(
                 f"max_staleness of this run is {wanted}, and the learner's own is {status.max_staleness}: it would "
                 f"reject what is sampled ahead. Set the learner's max_staleness (`learner.max_staleness` in run.yaml) "
                 f"to {wanted}, or the run's (`train.max_staleness`) to {status.max_staleness}"
@@ -157,12 +157,12 @@ class TrainingLoop:
         algorithm = self._config.algorithm.kind
         needs_critic = self._config.algorithm.needs_critic
         if needs_critic and not status.has_critic:
-            raise RunError(
+            raise SettingsError(
                 f"algorithm {algorithm} needs a critic, and the learner has none. Give it one (`learner.critic: {{}}`) "
                 "in a new state_dir"
             )
         if status.has_critic and not needs_critic:
-            raise RunError(
+            raise SettingsError(
                 f"the learner has a critic, which takes rewards; algorithm {algorithm} sends advantages. Start the "
                 "learner without `critic`, in a new state_dir, or take algorithm ppo"
             )

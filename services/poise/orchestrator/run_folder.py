@@ -30,7 +30,7 @@ from typing import IO, Any
 import yaml
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
 from poise.runtime.files import json_line, without_nan, write_file, write_lines
 from poise_client.types import ProbeReport
@@ -121,7 +121,7 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path} is damaged: {error}; restore it, or use another run folder") from error
         if owner != run_id:
-            raise RunError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
+            raise SettingsError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
         return state
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.numbers import predictions, step_numbers
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.services import Services
@@ -84,7 +84,7 @@ class StepSampler:
         `num_ahead` is how many steps before it the learner has yet to train on.
 
         Raises:
-            RunError: the probe has learnt from a step of this name before.
+            SettingsError: the probe has learnt from a step of this name before.
         """
         config = self._config
         phases = Phases(self._watcher, step)
@@ -160,7 +160,7 @@ class StepSampler:
         try:
             answers = await self._services.estimate_baselines(config.run_id, step, group_features(scored), settle_s)
         except LabelsConsumedError as error:
-            raise RunError(
+            raise SettingsError(
                 f"the value service has learnt from step {step} of run {self._config.run_id!r} before: the name was "
                 "used by another run. Give this run another run_id"
             ) from error

@@ -11,6 +11,7 @@ from typing import TypeVar
 from poise.runtime.app import ServiceApp
 from poise.runtime.config import ConfigError, ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
+from poise.runtime.exit_status import OK, WRONG_SETTINGS
 from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 
@@ -27,7 +28,7 @@ def service_main(
 ) -> int:
     """Parse the command line, load the settings, serve; or `run` something else with them.
 
-    Returns the exit status; 2 means wrong settings.
+    Returns the exit status, see `poise.runtime.exit_status`.
     """
     prefix = config_cls.model_config.get("env_prefix", "")
     parser = argparse.ArgumentParser(
@@ -48,7 +49,7 @@ def service_main(
     options = parser.parse_args(argv)
     if options.show_defaults:
         print(defaults_yaml(config_cls))
-        return 0
+        return OK
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
@@ -57,5 +58,5 @@ def service_main(
         app = build(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return WRONG_SETTINGS
     return serve(app)

@@ -26,6 +26,7 @@ from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.certificates import Certificate
 from poise.runtime.config import ConfigError, GrpcConfig
 from poise.runtime.config_text import redacted
+from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.parsing import MAX_READ_BYTES
@@ -49,7 +50,7 @@ def serve(app: ServiceApp) -> int:
         refuse_open_bind(app.config, token)
     except ConfigError as error:
         logger.error("%s", error)
-        return 2
+        return WRONG_SETTINGS
     logger.info("settings: %s", json.dumps(redacted(app.config)))
     return asyncio.run(_Server(app, BearerAuth(token)).run())
 
@@ -71,7 +72,7 @@ class _Server:
             admin_socket = _listen(app.config.admin.host, app.config.admin.port)
         except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
-            return 1 if isinstance(error, _PortTaken) else 2
+            return FAILED if isinstance(error, _PortTaken) else WRONG_SETTINGS
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
@@ -109,13 +110,13 @@ class _Server:
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
-                return 0 if leaving.done() else self._given_up()
+                return OK if leaving.done() else self._given_up()
             if (error := starting.exception()) is not None:
                 known = isinstance(error, PoiseError | ConfigError | OSError)
                 logger.error(
                     "%s cannot start: %s", app.name, error or type(error).__name__, exc_info=None if known else error
                 )
-                return 1
+                return WRONG_SETTINGS if isinstance(error, ConfigError) else FAILED
             await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
             return await self._drain() if leaving.done() else self._given_up()
         finally:
@@ -125,7 +126,7 @@ class _Server:
 
     def _given_up(self) -> int:
         logger.error("%s ends: %s", self._app.name, self._app.failure)
-        return 1
+        return FAILED
 
     async def _drain(self) -> int:
         app, limit_s = self._app, self._app.config.drain_timeout_s
@@ -137,8 +138,8 @@ class _Server:
             logger.warning("%s: work in hand did not finish within drain_timeout_s = %s", app.name, limit_s)
         except Exception as error:
             logger.error("%s cannot drain: %s", app.name, error or type(error).__name__, exc_info=error)
-            return 1
-        return 0
+            return FAILED
+        return OK
 
     def _build_grpc(self) -> grpc.aio.Server:
         app = self._app

@@ -8,8 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EXIT_INTERRUPTED = 130
-"""Exit status of a process that a signal ended."""
+from poise.runtime.exit_status import INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,7 +23,7 @@ def stopping_by_signal(finish: Callable[[], None], abandon: Callable[[], None] =
         nonlocal signalled
         if signalled:
             abandon()
-            os._exit(EXIT_INTERRUPTED)
+            os._exit(INTERRUPTED)
         signalled = True
         finish()
 

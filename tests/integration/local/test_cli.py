@@ -79,7 +79,6 @@ def test_every_command_and_option_explains_itself() -> None:
         (["compare", "-c", "good.yaml"], "good.yaml: name: required, and set nowhere"),
         (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot be a run's own here"),
         (["queue", "list"], "give either -c FILE or --preset NAME"),
-        (["queue", "list", "--admin", "http://127.0.0.1:1"], "does not answer"),
         (["queue", "list", "--admin", "file:///etc"], "must be http://host:port"),
         (
             ["queue", "list", "--admin", "http://127.0.0.1:1", "--token-file", "gone"],
@@ -100,6 +99,13 @@ def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: 
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("action", [["status"], ["list"], ["replay", "1-1"], ["discard", "--all"]], ids=" ".join)
+def test_a_queue_that_is_out_of_reach_may_be_asked_again(action: list[str]) -> None:
+    done = poise("queue", *action, "--admin", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr
 
 
 def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> None:

@@ -136,6 +136,13 @@ def test_a_start_that_fails_for_a_known_reason_is_one_line_and_status_1(stage):
     assert "released everything" in running.log
 
 
+def test_a_start_that_finds_wrong_settings_is_not_worth_another(stage):
+    running = stage("start=wrong-settings")
+    assert running.exit_status() == 2
+    [line] = running.error_lines()
+    assert "stage cannot start: start: is wrong-settings; set it to ok" in line
+
+
 def test_a_start_that_fails_for_a_defect_leaves_its_traceback(stage):
     running = stage("start=defect")
     assert running.exit_status() == 1

@@ -11,7 +11,11 @@ from tests.unit.orchestrator.test_run_folder import finish
 
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.run_folder import RunFolder
+from poise.orchestrator.tasks.problem import TaskError
+from poise.runtime.config import ConfigError
+from poise_client.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "status", "message"),
     [
-        ({"run_id": "other"}, job.FAILED, "holds run 'run', not 'other'"),
+        ({"run_id": "other"}, job.WRONG_SETTINGS, "holds run 'run', not 'other'"),
         ({"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}, job.WRONG_SETTINGS, "absent.jsonl: cannot be read"),
     ],
 )
@@ -80,6 +84,26 @@ def test_too_few_held_out_problems_are_told_at_once(tmp_path: Path, logged: pyte
     tasks = [{"kind": "jsonl", "path": str(problems), "verifier": "exact"}]
     config = settings(tmp_path / "run", tasks=tasks, evaluation={"num_prompts": 500})
     assert job.settle(config) == job.WRONG_SETTINGS, logged.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("endpoints.token_file: cannot be read"), 2),
+        (TaskError("tasks[0]: no such verifier"), 2),
+        (SettingsError("the learner has no critic"), 2),
+        (InvalidRequestError("max_tokens is above max_model_len"), 2),
+        (RunError("the run folder is full"), 1),
+        (UnauthenticatedError("the token is wrong"), 1),  # it may be changing, one pod after the other
+        (UnavailableError("connection refused", retryable=True), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_exit_status_says_whether_another_start_helps(tmp_path: Path, error: Exception, status: int) -> None:
+    def fail() -> int:
+        raise error
+
+    assert job.guarded(settings(tmp_path), fail) == status
 
 
 def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,11 @@ from poise.orchestrator.comparison import ComparedRun, Comparison, State, write_
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, WRONG_SETTINGS
 from poise.runtime.files import write_file
-from poise.runtime.signals import EXIT_INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
-OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 _STATES = ("learner", "value", "valkey")
 """Folders of the services that only a run that goes on needs."""
@@ -53,7 +52,7 @@ def compare_runs(path: Path, *, report_only: bool) -> int:
         with _taken(plan.dir):
             return _make_all(plan, console)
     except KeyboardInterrupt:  # between two runs
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
 
 
 def _make_all(plan: Plan, console: Console) -> int:
@@ -65,10 +64,10 @@ def _make_all(plan: Plan, console: Console) -> int:
         else:
             _say(console, f"{where}: {_how_far(run)}")
             status = _make(plan, run, where, console)
-            if status == EXIT_INTERRUPTED:
+            if status == INTERRUPTED:
                 _report(plan, console)
                 _say(console, "stopped before the end; the same command resumes")
-                return EXIT_INTERRUPTED
+                return INTERRUPTED
             if status != OK:
                 failed.append(run)
                 _say(
@@ -97,7 +96,7 @@ def _make(plan: Plan, run: PlannedRun, where: str, console: Console) -> int:
         except ConfigError as error:  # what only the machine could tell: the others go on
             logger.error("%s", error)
             status = WRONG_SETTINGS
-    if status not in (OK, EXIT_INTERRUPTED):
+    if status not in (OK, INTERRUPTED):
         _write_record(run, has_failed=True)
     return status
 
