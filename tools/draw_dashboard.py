@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.chart.monitoring import DASHBOARD, Prometheus  # noqa: E402
+from tests.chart.monitoring import DASHBOARD, Prometheus, filled_in  # noqa: E402
 
 from poise.local.run_file import load_run, preset_path  # noqa: E402
 
@@ -55,7 +55,7 @@ def draw(start_s: float, end_s: float) -> None:
         axis.set_title(panel["title"], fontsize=10)
         axis.grid(alpha=0.3)
         for target in panel["targets"]:
-            for line in query_range(target["expr"], start_s, end_s):
+            for line in query_range(filled_in(target["expr"]), start_s, end_s):
                 points = [(float(at) - start_s, float(value)) for at, value in line["values"]]
                 axis.plot(*zip(*points, strict=True), label=named(target["legendFormat"], line["metric"]))
         if axis.lines:

@@ -7,6 +7,7 @@ generate_dashboard.py --check   fail if it is out of date
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 }
 
 
+SCOPE = '{namespace=~"$namespace", release=~"$release"}'
+"""What the variables of the dashboard choose, of every metric."""
+
+
 def dashboard() -> dict[str, Any]:
     """Return Grafana's own model."""
     panels: list[dict[str, Any]] = []
@@ -180,9 +185,28 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-3h", "to": "now"},
         "refresh": "30s",
         "templating": {
-            "list": [{"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Source"}]
+            "list": [
+                {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Source"},
+                _variable("namespace", "{}"),
+                _variable("release", '{namespace=~"$namespace"}'),
+            ]
         },
         "panels": panels,
+    }
+
+
+def _variable(name: str, among: str) -> dict[str, Any]:
+    """Values of a label of the learner's metrics; all of them, and none, at first."""
+    return {
+        "name": name,
+        "type": "query",
+        "label": name.title(),
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "query": f"label_values(poise_learner_policy_version{among}, {name})",
+        "refresh": 2,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
     }
 
 
@@ -195,7 +219,11 @@ def _panel(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
         "targets": [
-            {"refId": chr(ord("A") + index), "expr": expression, "legendFormat": name}
+            {
+                "refId": chr(ord("A") + index),
+                "expr": re.sub(r"\bpoise_\w+", lambda metric: metric[0] + SCOPE, expression),
+                "legendFormat": name,
+            }
             for index, (expression, name) in enumerate(panel.queries)
         ],
     }

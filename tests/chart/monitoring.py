@@ -22,6 +22,11 @@ DASHBOARD = ROOT / "helm" / "poise" / "files" / "dashboard.json"
 DEADLINE_S = 60.0
 
 
+def filled_in(expression: str) -> str:
+    """Return a query of the dashboard with its variables at All."""
+    return expression.replace("$namespace", ".*").replace("$release", ".*")
+
+
 def find(name: str) -> str | None:
     """Return where `prometheus` or `promtool` is; None where there is none."""
     unpacked = Path(sys.executable).parents[1] / "prometheus" / "usr" / "bin" / name

@@ -60,12 +60,12 @@ def merged(base: Manifest, changes: Manifest) -> Manifest:
     return both
 
 
-def render(values: Manifest) -> Release:
-    rendered = _chart().render(values, name="run", namespace=NAMESPACE)
+def render(values: Manifest, *, name: str = "run", namespace: str = NAMESPACE, chart: Path = CHART) -> Release:
+    rendered = _load(chart).render(values, name=name, namespace=namespace)
     texts = (text for name, text in sorted(rendered.items()) if name.endswith(".yaml"))
     return Release(tuple(manifest for text in texts for manifest in yaml.safe_load_all(text) if manifest))
 
 
 @cache
-def _chart() -> helm_python.Chart:
-    return helm_python.Chart.load(str(CHART))
+def _load(chart: Path) -> helm_python.Chart:
+    return helm_python.Chart.load(str(chart))

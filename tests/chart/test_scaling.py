@@ -63,5 +63,5 @@ def test_the_window_is_the_users_in_the_recorded_rule_and_in_the_query() -> None
     keda = {"generation": {"autoscaling": {"through": "keda", "prometheusUrl": "http://prometheus:9090"}}}
     (scaler,) = render(merged(values, keda)).all("ScaledObject")
     metadata = scaler["spec"]["triggers"][0]["metadata"]
-    assert metadata["query"].count('{namespace="rl"}[75m]') == 4
+    assert metadata["query"].count('{namespace="rl", release="run"}[75m]') == 4
     assert metadata["ignoreNullValues"] == "false"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.chart.cluster import Cluster
-from tests.chart.monitoring import DASHBOARD, Prometheus, find, promtool
+from tests.chart.monitoring import DASHBOARD, Prometheus, filled_in, find, promtool
 from tests.chart.rendering import merged, render, values_of
 
 from poise.local.models import make_model
@@ -69,6 +69,6 @@ def watch_the_run(cluster: Cluster, job: str, folder: Path) -> None:
                 promtool("check", "metrics", text=answer.read().decode())
         for panel in json.loads(DASHBOARD.read_text())["panels"]:
             for target in panel.get("targets", ()):
-                prometheus.wait_for(target["expr"])
+                prometheus.wait_for(filled_in(target["expr"]))
     finally:
         prometheus.stop()

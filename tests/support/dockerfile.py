@@ -1,8 +1,8 @@
 """Reads Dockerfiles, and executes them without Docker, in a chroot over this machine's own file system.
 
 Executed are COPY from the build context, RUN with its mounts from other stages, WORKDIR, ENV, ARG and USER. Base images
-are not pulled: an overlay of this machine takes their place. Its Python has the packages of the virtual environment that
-runs the tests and, except for the official Python images, the marker of PEP 668.
+are not pulled: an overlay of this machine takes their place. Its Python has the packages of the tests' own virtual
+environment and, except for the official Python images, the marker of PEP 668.
 """
 
 from __future__ import annotations

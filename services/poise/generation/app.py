@@ -34,12 +34,12 @@ class GenerationApp(ServiceApp):
     def __init__(self, config: GenerationConfig, engine: Engine) -> None:
         super().__init__(config, CollectorRegistry())
         self._engine = engine
-        metrics = GenerationMetrics(
+        self._metrics = GenerationMetrics(
             self.registry,
             num_running=lambda: self._servicer.sampler.num_running,
             num_accepted=lambda: self._servicer.sampler.num_accepted,
         )
-        self._servicer = GenerationServicer(engine, config, metrics, self._refusal)
+        self._servicer = GenerationServicer(engine, config, self._metrics, self._refusal)
         self._started = False
         self._paused = False
         self._draining = False
@@ -64,6 +64,7 @@ class GenerationApp(ServiceApp):
         await asyncio.to_thread(self._servicer.pushes.start)
         await self._engine.start()
         self._started = True
+        self._metrics.loaded()
         self._watcher = asyncio.create_task(self._watch(), name="engine-watcher")
 
     async def drain(self) -> None:

@@ -16,6 +16,7 @@ class GenerationMetrics:
     """Declared once, on the service's own registry."""
 
     def __init__(self, registry: CollectorRegistry, num_running: Callable[[], int], num_accepted: Callable[[], int]):
+        self._loaded = Gauge("poise_generation_loaded", "1 once the model is loaded; 0 before.", registry=registry)
         self._rollouts = Counter(
             "poise_generation_rollouts", "Rollouts finished, by why they ended.", ["finish_reason"], registry=registry
         )
@@ -55,6 +56,10 @@ class GenerationMetrics:
         running.set_function(num_running)
         waiting = Gauge("poise_generation_accepted_rollouts", "Rollouts accepted, not finished.", registry=registry)
         waiting.set_function(num_accepted)
+
+    def loaded(self) -> None:
+        """Record that the model is loaded."""
+        self._loaded.set(1)
 
     def observe(self, group: Group) -> None:
         """Count a finished group."""

@@ -44,6 +44,12 @@ async def test_ready_between_start_and_drain(app: GenerationApp) -> None:
     assert app.readiness() == Readiness(False, "the generation service is shutting down")
 
 
+async def test_metrics_say_when_the_model_is_loaded(app: GenerationApp) -> None:
+    assert app.registry.get_sample_value("poise_generation_loaded") == 0
+    await app.start()
+    assert app.registry.get_sample_value("poise_generation_loaded") == 1
+
+
 async def test_pause_and_resume_are_told(app: GenerationApp) -> None:
     await app.start()
     await app.pause()
