@@ -39,17 +39,6 @@ def test_replicas_are_found_by_their_services_name_however_many_there_are(replic
     assert release.config("test")["endpoints"]["generation"] == name
 
 
-def test_the_labels_may_take_a_part_of_valkeys_memory_alone() -> None:
-    changes = {"valkey": {"resources": {"limits": {"memory": "1Gi"}}}}
-    pod = render(merged(values_of("laptop"), changes)).one("StatefulSet", "run-poise-valkey")["spec"]["template"][
-        "spec"
-    ]
-    arguments = pod["containers"][0]["args"]
-    settings = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert settings["--maxmemory"] == str(6 * 2**30 // 10)
-    assert settings["--maxmemory-policy"] == "noeviction"
-
-
 @pytest.mark.parametrize("role", ["generation", "learner"])
 def test_a_model_that_an_image_cannot_make_is_refused(role: str) -> None:
     images = {"model": {"builtin": "smollm2-135m-instruct"}}

@@ -11,6 +11,7 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
+from tests.chart.pod_security import violations
 from tests.chart.rendering import CHART, NAMESPACE, VALUES, Manifest, Release, merged, render, values_of
 
 from poise.generation.config import GenerationConfig
@@ -118,6 +119,11 @@ def test_no_container_is_root_or_can_become_it_or_writes_outside_its_volumes(rel
             }
             assert "memory" in container["resources"]["limits"] or container["resources"]["limits"]["nvidia.com/gpu"]
             assert container["resources"]["requests"]["ephemeral-storage"]
+
+
+def test_every_pod_satisfies_the_restricted_profile(release: Release) -> None:
+    for owner, pod in release.pods():
+        assert list(violations(pod)) == [], owner["metadata"]["name"]
 
 
 def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Release) -> None:

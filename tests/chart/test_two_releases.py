@@ -149,3 +149,19 @@ def test_the_dashboard_shows_one_release_at_a_time() -> None:
         for target in panel.get("targets", ()):
             scoped = re.findall(r'poise_\w+\{namespace=~"\$namespace", release=~"\$release"\}', target["expr"])
             assert len(scoped) == len(re.findall(r"poise_\w+", target["expr"])), target["expr"]
+
+
+def test_each_release_has_a_dashboard_that_shows_it_first() -> None:
+    switch = merged(values_of("laptop"), {"monitoring": {"dashboard": True}})
+    uids, files = set(), set()
+    for namespace, release in (("rl", "one"), ("rl", "two"), ("other", "one")):
+        boards = render(switch, name=release, namespace=namespace).all("ConfigMap")
+        (board,) = (one for one in boards if one["metadata"]["name"].endswith("-dashboard"))
+        ((file, text),) = board["data"].items()
+        shown = json.loads(text)
+        first = {variable["name"]: variable.get("current", {}).get("value") for variable in shown["templating"]["list"]}
+        assert (first["namespace"], first["release"]) == (namespace, release)
+        assert shown["title"] == f"POISE {namespace}/{release}"
+        uids.add(shown["uid"])
+        files.add(file)
+    assert len(uids) == len(files) == 3

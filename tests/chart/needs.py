@@ -1,0 +1,54 @@
+"""What a release asks of a cluster, summed over its pods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.chart.rendering import Manifest, Release
+
+_UNITS = {"": 1.0, "m": 1e-3, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+GIBI = 2.0**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Sums over all pods that stay, and the claims that the chart makes."""
+
+    gpus: int
+    cpus: float
+    memory_gib: float
+    """Requested."""
+    limit_gib: float
+    """Of memory, at most."""
+    disk_gib: float
+    """Of claims."""
+
+
+def needs_of(release: Release) -> Needs:
+    """Add up requests, limits and claims. The pod of `helm test` does not count."""
+    containers = [one for owner, pod in _lasting(release) for one in pod["spec"]["containers"] * _replicas(owner)]
+    claims = release.all("PersistentVolumeClaim")
+    return Needs(
+        gpus=int(sum(quantity(one["resources"]["requests"].get("nvidia.com/gpu", "0")) for one in containers)),
+        cpus=sum(quantity(one["resources"]["requests"]["cpu"]) for one in containers),
+        memory_gib=sum(quantity(one["resources"]["requests"]["memory"]) for one in containers) / GIBI,
+        limit_gib=sum(quantity(one["resources"]["limits"]["memory"]) for one in containers) / GIBI,
+        disk_gib=sum(quantity(one["spec"]["resources"]["requests"]["storage"]) for one in claims) / GIBI,
+    )
+
+
+def quantity(text: str) -> float:
+    """Return a quantity of Kubernetes as a number, of bytes where it is a size."""
+    match = re.fullmatch(r"([\d.]+)(m|Mi|Gi|Ti)?", text)
+    assert match is not None, text
+    return float(match[1]) * _UNITS[match[2] or ""]
+
+
+def _lasting(release: Release) -> Iterator[tuple[Manifest, Manifest]]:
+    return ((owner, pod) for owner, pod in release.pods() if owner["kind"] != "Pod")
+
+
+def _replicas(owner: Manifest) -> int:
+    return int(owner["spec"].get("replicas", 1))
