@@ -23,6 +23,7 @@ def pushing(transport: str, changes: Manifest | None = None, name: str = "cluste
         ("nccl", {}, "qwen3-4b-two-gpus", "set images.learner: poise-generation"),
         ("nccl", {"images": {"prefix": "registry:5000/you/"}}, "cluster", "set images.learner: poise-generation"),
         ("nccl", {"images": {"learner": "you/poise-learner:7"}}, "cluster", "set images.learner: poise-generation"),
+        ("nccl", {"images": {"learner": "poise-cpu"}}, "cluster", "set images.learner: poise-generation"),
         ("nccl", BOTH, "laptop", "set generation.gpus and learner.gpusPerNode above 0"),
         ("nccl", BOTH | {"generation": {"gpus": 0}}, "cluster", "set generation.gpus"),
         ("shared", {}, "cluster", "pods share no folder"),
@@ -33,6 +34,10 @@ def pushing(transport: str, changes: Manifest | None = None, name: str = "cluste
 def test_a_transport_that_cannot_work_is_rejected(transport: str, changes: Manifest, name: str, remedy: str) -> None:
     with pytest.raises(helm_python.HelmError, match=remedy):
         pushing(transport, changes, name)
+
+
+def test_nccl_takes_an_image_of_ones_own() -> None:
+    assert pushing("nccl", {"images": {"learner": "you/learner-with-vllm:7"}}).config("generation")["nccl"] is True
 
 
 def open_between(release: Release, direction: str, role: str, other: str) -> list[Any]:

@@ -58,7 +58,8 @@
 {{- if or (eq (int $values.generation.gpus) 0) (eq (int $values.learner.gpusPerNode) 0) -}}
 {{- fail "learner.config.push.transport is nccl, which goes from GPU to GPU: set generation.gpus and learner.gpusPerNode above 0, or push over grpc" -}}
 {{- end -}}
-{{- if not (hasSuffix "poise-generation" (include "poise.repository" (dict "root" $ "role" "learner"))) -}}
+{{- $image := include "poise.repository" (dict "root" $ "role" "learner") -}}
+{{- if or (hasSuffix "poise-learner" $image) (hasSuffix "poise-cpu" $image) -}}
 {{- fail (printf "learner.config.push.transport is nccl, which needs vLLM beside the learner, and images.learner %s has none: set images.learner: poise-generation, which has both, or push over grpc" $values.images.learner) -}}
 {{- end -}}
 {{- end -}}

@@ -70,7 +70,7 @@ topologySpreadConstraints:
 {{- $isNamed := false -}}
 {{- range $.own }}{{ if eq (.key | default "") $key }}{{ $isNamed = true }}{{ end }}{{ end -}}
 {{- if not $isNamed -}}
-{{- $all = append $all (dict "key" $key "operator" "Exists" "effect" "NoExecute" "tolerationSeconds" (int $.root.Values.pods.lostNodeSeconds)) -}}
+{{- $all = append $all (dict "key" $key "operator" "Exists" "effect" "NoExecute" "tolerationSeconds" (int ($.root.Values.pods.lostNodeSeconds | default 60))) -}}
 {{- end -}}
 {{- end -}}
 {{- toYaml $all -}}

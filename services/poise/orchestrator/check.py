@@ -18,7 +18,7 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
+from poise.runtime.config import ConfigError, Settings, check_readable, load_config, read_token_file
 from poise.runtime.discovery import Discovery
 from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
@@ -50,10 +50,11 @@ async def check(config: CheckConfig, console: Console) -> None:
     Raises:
         CheckFailed, PoiseClientError: what is not.
         TimeoutError: it took more than `timeout_s`.
-        ConfigError: the token cannot be read.
+        ConfigError: the token or the authorities cannot be read.
     """
     endpoints = config.endpoints
     token = None if endpoints.token_file is None else read_token_file(endpoints.token_file, "endpoints.token_file")
+    check_readable(endpoints.ca_file, "endpoints.ca_file")
     tls = TlsOptions(root_certs_file=endpoints.ca_file) if endpoints.ca_file else None
     async with asyncio.timeout(config.timeout_s):
         async with AsyncLearnerClient(endpoints.learner, token=token, tls=tls, allow_insecure_token=True) as learner:

@@ -105,10 +105,10 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
         if state.is_finished(config.limits):
             _say_finished(config, state)
             return OK
-        board = TensorBoardLog(config.run_dir / "tensorboard")
-        watcher = _Watcher(board, config, state.next_step)
         stopping = asyncio.Event()
         async with Services(config.endpoints, stopping) as services, verifiers:
+            board = TensorBoardLog(config.run_dir / "tensorboard")
+            watcher = _Watcher(board, config, state.next_step)
             scorer = Scorer(services, verifiers)
             sampler = StepSampler(config, folder.journal, services, mixture, scorer, watcher)
             evaluator = Evaluator(config, folder, mixture, scorer, watcher)

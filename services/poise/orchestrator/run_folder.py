@@ -18,6 +18,7 @@ Owns the files, but for those of the journal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = frozenset({"budget", "endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
 """Settings that change nothing of what a step learns."""
+
+_STAYS_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG})
+"""What another start does not change, unlike a full or absent disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "run.lock").open("ab")
         except OSError as error:
-            raise RunError(f"{self.path} cannot be used as the run's folder: {error}") from error
+            kind = SettingsError if error.errno in _STAYS_UNUSABLE else RunError
+            raise kind(f"{self.path} cannot be used as the run's folder: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             state = self.read_state(run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_the_exit_status_says_whether_another_start_helps(tmp_path: Path, error:
         raise error
 
     assert job.guarded(settings(tmp_path), fail) == status
+
+
+@pytest.mark.parametrize("setting", ["ca_file", "token_file"])
+def test_a_file_of_the_endpoints_that_is_not_there_is_named(
+    tmp_path: Path, logged: pytest.LogCaptureFixture, setting: str
+) -> None:
+    assert job.train(settings(tmp_path / "run", endpoints={setting: tmp_path / "gone.pem"})) == job.WRONG_SETTINGS
+    assert f"endpoints.{setting}: {tmp_path}/gone.pem cannot be read" in logged.text
+
+
+def test_a_disk_that_is_full_now_is_not_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert job.train(settings(tmp_path / "run")) == job.FAILED
 
 
 def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

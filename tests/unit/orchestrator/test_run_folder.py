@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.step_journal import JournalledStep
 from poise_client.types import (
@@ -230,7 +230,7 @@ def test_a_refused_folder_is_let_go(folder: RunFolder) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"file/run cannot be used as the run's folder"):
+    with pytest.raises(SettingsError, match=r"file/run cannot be used as the run's folder"):
         RunFolder(tmp_path / "file" / "run").open("run", {})
 
 
