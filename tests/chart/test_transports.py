@@ -26,7 +26,7 @@ def pushing(transport: str, changes: Manifest | None = None, name: str = "cluste
         ("nccl", {"images": {"learner": "poise-cpu"}}, "cluster", "set images.learner: poise-generation"),
         ("nccl", BOTH, "laptop", "set generation.gpus and learner.gpusPerNode above 0"),
         ("nccl", BOTH | {"generation": {"gpus": 0}}, "cluster", "set generation.gpus"),
-        ("shared", {}, "cluster", "pods share no folder"),
+        ("shared", {}, "cluster", "pods have no folder in common"),
         ("shared", {}, "laptop", "set grpc"),
         ("lora", {"learner": {"config": {"lora": {"rank": 8}}}}, "cluster", "set generation.config.lora"),
     ],

@@ -49,9 +49,9 @@
 {{- end -}}
 {{- $transport := include "poise.transport" . -}}
 {{- if eq $transport "shared" -}}
-{{- fail "learner.config.push.transport is shared, but pods share no folder of one host: set grpc, or nccl" -}}
+{{- fail "learner.config.push.transport is shared, but pods have no folder in common: set grpc, or nccl between GPUs" -}}
 {{- end -}}
-{{- if and (eq $transport "lora") (not $values.generation.config.lora) -}}
+{{- if and (eq $transport "lora") (not (hasKey $values.generation.config "lora")) -}}
 {{- fail "learner.config.push.transport is lora, but no replica takes adapters: set generation.config.lora, or push over grpc" -}}
 {{- end -}}
 {{- if eq $transport "nccl" -}}
@@ -75,7 +75,7 @@
 {{- range $role := list "generation" "value" "learner" "train" "valkey" -}}
 {{- range $toleration := (index $values $role).tolerations -}}
 {{- if and (not $toleration.key) (not (has ($toleration.effect | default "") (list "NoSchedule" "PreferNoSchedule"))) (not (hasKey $toleration "tolerationSeconds")) -}}
-{{- fail (printf "%s.tolerations tolerates every taint, also those of a lost node, whose pods would never be replaced: name the key, or set effect: NoSchedule" $role) -}}
+{{- fail (printf "%s.tolerations tolerates every taint, also node.kubernetes.io/out-of-service, by which pods of a lost node are replaced: name the key, or set effect: NoSchedule" $role) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -63,7 +63,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* The user's tolerations, and how long a node may be lost before its pods are given up: Kubernetes' own 300 s, if not said. */}}
+{{/* The user's tolerations, and how long a node may be lost before its pods are given up. Without the latter it would be 300 s. */}}
 {{- define "poise.tolerations" -}}
 {{- $all := .own -}}
 {{- range $key := list "node.kubernetes.io/not-ready" "node.kubernetes.io/unreachable" -}}

@@ -26,10 +26,11 @@ from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.job import OK, guarded
+from poise.orchestrator.job import guarded
 from poise.orchestrator.measurement import Subject, evaluation_folder, load_held_out, measure
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.config import ConfigError
+from poise.runtime.exit_status import OK
 
 logger = logging.getLogger(__name__)
 
