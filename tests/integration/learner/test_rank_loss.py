@@ -106,7 +106,7 @@ async def test_batch_that_fails_on_a_follower_is_set_aside(model: Path, tmp_path
         nodes.flag("fail-1").unlink()
         trained = await nodes.ask(lambda client: client.submit_advantages(make_batch(2, version=1)))
 
-    assert {reason for _, reason in refused.rejected} == {"training_failed"}, nodes.log()
+    assert {reason for _, reason in refused.rejected} == {"failed"}, nodes.log()
     assert not trained.rejected
     assert "process 1 failed: no memory left" in nodes.log()
 
