@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ from poise.runtime.config import check_readable, read_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 
 class LearnerApp(ServiceApp):
@@ -52,6 +56,16 @@ class LearnerApp(ServiceApp):
 
     async def start(self) -> None:
         """Recover the state; training again on the batches since the last checkpoint may take a while."""
+        loop = asyncio.get_running_loop()
+
+        def end(reason: str) -> None:
+            logger.warning("%s: the learner drains, and all its processes end", reason)
+            self.leaving.set()
+
+        self._core.listen(
+            lost=lambda reason: loop.call_soon_threadsafe(self.fail, reason),
+            leaving=lambda reason: loop.call_soon_threadsafe(end, reason),
+        )
         await self._servicer.recover()
 
     async def drain(self) -> None:

@@ -141,6 +141,9 @@ class LearnerConfig(ServiceConfig):
     """A torch device, such as `cpu` or `cuda:0`."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; null leaves it to torch."""
+    rank_timeout_s: float = Field(30.0, ge=1)
+    """Used with several processes (torchrun): how long one may be silent, or keep the others waiting in a collective,
+    before all of them restart, s. Raise it for a slow network or uneven hosts."""
     seed: int = 0
     """Seeds torch's random numbers: those that adapters start from, and dropout's, where a model has any."""
     max_staleness: int = Field(0, ge=0)

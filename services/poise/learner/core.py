@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
@@ -32,6 +32,7 @@ from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
 from poise.learner.origin import misfit, origin_of
 from poise.learner.published import HashedWeights, Published
+from poise.learner.rank_health import RankEvents, RankLost
 from poise.learner.team import make_trainer
 from poise_client.codec import dump_batch
 from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics
@@ -58,6 +59,8 @@ class LearnerCore:
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
+        self._in_hand: tuple[int, Batch, bytes] | None = None
+        """The batch that is being trained on."""
         self.failure = ""
         """Why the state in memory is not to be trusted any more; empty while it is."""
 
@@ -80,6 +83,28 @@ class LearnerCore:
     def vocabulary_size(self) -> int:
         """Token ids are below it."""
         return self._trainer.vocabulary_size
+
+    @property
+    def has_other_processes(self) -> bool:
+        """Whether other processes train with this one."""
+        return self._trainer.health is not None
+
+    def listen(self, lost: Callable[[str], object], leaving: Callable[[str], object]) -> None:
+        """Call `lost` once another process is lost, `leaving` once one was asked to end; both from another thread."""
+        self._trainer.listen(RankEvents(lambda loss: lost(str(loss)), leaving, self._count_failure))
+
+    def touch(self) -> None:
+        """Show the other processes that this one's event loop runs; from any thread."""
+        self._trainer.touch()
+
+    def ping(self) -> None:
+        """Check that the other processes, where there are any, still take commands.
+
+        Raises:
+            RankLost: one does not; see `failure`.
+        """
+        with self._failing_with_ranks():
+            self._trainer.ping()
 
     def recover(self) -> None:
         """Take the state folder and bring the policy to where it was.
@@ -177,7 +202,8 @@ class LearnerCore:
         if answer.policy_version != self.published.policy_version:
             self._publish(self.published.lineage_id)
         if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
-            self._begin_checkpoint()
+            with self._failing_with_ranks():
+                self._begin_checkpoint()
         return answer, False
 
     def checkpoint(self) -> Path:
@@ -188,7 +214,8 @@ class LearnerCore:
             OSError: it cannot be written; nothing is lost.
         """
         self._refuse_if_failed()
-        self._begin_checkpoint()
+        with self._failing_with_ranks():
+            self._begin_checkpoint()
         path = self._checkpoints.finish()
         assert path is not None  # noqa: S101 (begun)
         return path
@@ -208,7 +235,8 @@ class LearnerCore:
         """
         self._refuse_if_failed()
         folder, version = self._config.export_dir or self._config.state_dir / "exports", self.progress.policy_version
-        return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
+        with self._failing_with_ranks():
+            return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
         known = self._answers.get((batch.run_id, batch.batch_id))
@@ -227,6 +255,19 @@ class LearnerCore:
                 f"{error}; restore it from a backup, or delete it, those after it and the file lineage beside the "
                 "checkpoints: the learner then goes on from before it"
             ) from error
+
+    @contextlib.contextmanager
+    def _failing_with_ranks(self) -> Iterator[None]:
+        try:
+            yield
+        except RankLost as error:
+            self.failure = str(error)
+            raise
+
+    def _count_failure(self, loss: RankLost) -> None:
+        """Count a failure of the batch in hand that another process reported, where this one cannot return from it."""
+        if loss.in_training and self._in_hand is not None:
+            self._attempts.failed(*self._in_hand, loss)
 
     def _refuse_if_failed(self) -> None:
         if self.failure:
@@ -247,10 +288,15 @@ class LearnerCore:
         if self._attempts.are_over(sequence, content, answered):
             self._attempts.set_aside(sequence, batch, content)
             return self._count(batch, content, StepMetrics(), [(rollout.id, FAILED) for rollout in batch.rollouts])
+        self._in_hand = sequence, batch, content
         try:
             return self._train(batch, content)
         except Exception as error:
+            if isinstance(error, RankLost) and not error.in_training:
+                raise  # the batch is not to blame
             raise self._attempts.failed(sequence, batch, content, error) from error
+        finally:
+            self._in_hand = None
 
     def _train(self, batch: Batch, content: bytes) -> Answer:
         """Train on what of a journalled batch may be trained on."""

@@ -6,6 +6,7 @@ Owns validation of requests and the order of batches: one at a time. Knows no to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import math
@@ -68,6 +69,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._exports: dict[str, asyncio.Task[ModelExport]] = {}
         """Those being written, or waiting for the batch in hand, by name."""
         self._activity = "recovering"
+        self._watching: list[asyncio.Task[None]] = []
         self._closed = False
         self.paused = False
 
@@ -90,6 +92,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._publisher.start()
         self._start(self._publisher.publish(self._core.published))
         self._activity = "idle"
+        if self._core.has_other_processes:
+            self._watching = [self._start(self._watch_processes()), self._start(self._show_life())]
 
     async def close(self) -> None:
         """Refuse further batches; return when the one in hand is done."""
@@ -99,15 +103,33 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
     async def stop(self) -> None:
         """Let go of the state folder: after the work in hand, for it writes there."""
+        for task in self._watching:
+            task.cancel()
         try:
             await self.on_thread(self._core.close)
         finally:
             self._thread.shutdown()
 
+    async def _watch_processes(self) -> None:
+        """Find a process that hangs while nothing is trained on; a lost one is found by its heartbeat."""
+        while not self._core.failure:
+            await asyncio.sleep(self._config.rank_timeout_s / 4)
+            with contextlib.suppress(BackendDown):  # the failure ends the service
+                await self.on_thread(self._core.ping)
+
+    async def _show_life(self) -> None:
+        while True:
+            self._core.touch()
+            await asyncio.sleep(1.0)
+
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run what touches the core, one call at a time, with the ids that logs and traces go by."""
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
+        finally:
+            if self._core.failure:
+                self._fail(self._core.failure)
 
     async def SubmitAdvantages(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.SubmitAdvantagesRequest], context: Context
@@ -193,8 +215,6 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 publish_s = time.monotonic() - started
             finally:
                 self._activity = "idle"
-                if self._core.failure:
-                    self._fail(self._core.failure)
         metrics = answer.metrics if duplicate else dataclasses.replace(answer.metrics, publish_s=publish_s)
         result = StepResult(answer.policy_version, duplicate, metrics, answer.rejected, self._publisher.results)
         self._metrics.observe(result, batch.run_id, began)

@@ -22,6 +22,7 @@ from poise.learner.models import Models, Update
 from poise.learner.packing import group_by_prompt
 from poise.learner.policy import Policy
 from poise.learner.randomness import random_state, restore_random_state
+from poise.learner.rank_health import RankEvents, RankHealth
 from poise.learner.world import World, join, leave
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
@@ -41,19 +42,27 @@ class Trainer:
         self._size: ModelSize | None = None
 
     def load(self) -> World:
-        """Meet the other processes and load the model to start from.
+        """Meet the other processes and load the model to start from; return once all of them have loaded it.
 
         Raises:
             BackendDown: it cannot be loaded, or cannot be trained.
+            RankLost: another process did not come, or was lost.
         """
         config = self._config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self._world = join(config.device)
+        self._world = join(config.device, config.rank_timeout_s)
         self._loaded = Models(config, self._world)
+        if self._world.health is not None:
+            self._world.health.wait_for_all("loaded")
         self._size = model_size(self.policy.model)
         return self._world
+
+    @property
+    def health(self) -> RankHealth | None:
+        """Watches the other processes; None where there are none, and before `load` has met them."""
+        return self._world.health
 
     @property
     def max_tokens(self) -> int:
@@ -155,6 +164,21 @@ class Trainer:
         self._models.restore(tensors)
         restore_random_state(tensors, self._world)
         self._num_updates = num_updates
+
+    def listen(self, events: RankEvents) -> None:
+        """Have the first of several processes call these, from `load` on; nothing happens with one process."""
+
+    def ping(self) -> None:
+        """Check that the other processes, where there are any, still take commands.
+
+        Raises:
+            RankLost: one does not.
+        """
+
+    def touch(self) -> None:
+        """Show the other processes, where there are any, that this one's event loop runs."""
+        if self.health is not None:
+            self.health.touch()
 
     def close(self) -> None:
         """Part from the other processes."""

@@ -1,7 +1,7 @@
-"""The processes that hold the policy together: one, or as many as torchrun started.
+"""The process group of a learner: one process, or as many as torchrun started.
 
-Owns the process group. With several, each holds a part of every parameter (FSDP2), computes its share of a batch, and
-what is summed here is summed over all.
+With several, each holds a part of every parameter (FSDP2) and computes its share of a batch; what is summed here is
+summed over all. Every collective has a time limit, `rank_timeout_s`, and `rank_health` watches the processes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-_PATIENCE = timedelta(days=30)
-"""How long the others wait for the first to tell them something: as long as it has nothing to train on."""
+from poise.learner.rank_health import RankHealth
+
+_JOIN_TIMEOUT = timedelta(minutes=1)
+"""How long the processes wait for each other. torchrun starts them once all hosts are there."""
+_COMMAND_TIMEOUT = timedelta(hours=1)
+"""How long the others wait for a command. The first process sends one every few seconds unless it writes to disk."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,11 @@ class World:
     rank: int = 0
     size: int = 1
     control: Any = None
-    """The group in which the first tells the others what to do; None without torchrun."""
+    """The gloo group for small exchanges on the host; None without torchrun."""
+    commands: Any = None
+    """The gloo group in which the first process sends commands, and the others wait for them; None without torchrun."""
+    health: RankHealth | None = None
+    """Watches the other processes; None where there are none."""
 
     @property
     def is_sharded(self) -> bool:
@@ -72,17 +81,39 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def join(device: str) -> World:
-    """Meet the other processes, if there are any, as torchrun's environment tells. Blocks until all are there."""
+def join(device: str, timeout_s: float) -> World:
+    """Join the other processes that torchrun's environment names, if any; return once all are there.
+
+    Args:
+        device: a torch device.
+        timeout_s: limit of every collective, and of the silence of a process.
+
+    Raises:
+        RankLost: not all came within a minute, or the others already run without this process.
+    """
     if world_size() == 1 and not dist.is_torchelastic_launched():
         return World(torch.device(device))
     own = torch.device(device)
     if own.type == "cuda":
         own = torch.device("cuda", local_rank())
         torch.cuda.set_device(own)
+    health, timeout = None, timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
-    return World(own, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=_JOIN_TIMEOUT))
+        if size > 1:
+            health = RankHealth(store.clone(), rank, size, timeout_s)
+            health.join(_JOIN_TIMEOUT.total_seconds())
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    own_rank = dist.get_rank()
+    return World(
+        own,
+        own_rank,
+        dist.get_world_size(),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        commands=dist.new_group(backend="gloo", timeout=timeout if own_rank == 0 else _COMMAND_TIMEOUT),
+        health=health,
+    )
 
 
 def leave() -> None:

@@ -35,6 +35,8 @@ class ServiceApp(ABC):
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     failure: str = ""
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set to drain and end, as a first SIGTERM does."""
     grpc_address: str = ""
     """host:port that is bound, set before `start`."""
 

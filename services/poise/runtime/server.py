@@ -62,7 +62,7 @@ class _Server:
         self._app = app
         self._auth = auth
         self._health = HealthServicer()
-        self._leave = asyncio.Event()
+        self._leave = app.leaving
 
     async def run(self) -> int:
         app = self._app

@@ -1,0 +1,43 @@
+"""The learner under torchrun, whose processes can be made to hang: run by the tests as a process.
+
+Usage: hanging.py FOLDER [options of poise.learner]. Each process writes its id to FOLDER/pid-RANK. SIGUSR1 makes its main
+thread hang. While FOLDER/hang-RANK exists, that process hangs as soon as it trains, and removes the file first. While
+FOLDER/fail-RANK exists, training raises there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from poise.learner.__main__ import main
+from poise.learner.trainer import Trainer
+
+FOLDER = Path(sys.argv[1])
+RANK = os.environ["RANK"]
+
+
+def hang(*_: object) -> None:
+    while True:
+        time.sleep(1)
+
+
+def train_or_hang(self: Trainer, *args: Any) -> Any:
+    (FOLDER / f"training-{RANK}").touch()
+    if (FOLDER / f"hang-{RANK}").exists():
+        (FOLDER / f"hang-{RANK}").unlink()
+        hang()
+    if (FOLDER / f"fail-{RANK}").exists():
+        raise MemoryError("no memory left")
+    return train(self, *args)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, hang)
+    train, Trainer.train = Trainer.train, train_or_hang  # type: ignore[method-assign]
+    (FOLDER / f"pid-{RANK}").write_text(str(os.getpid()))
+    sys.exit(main(sys.argv[2:]))
