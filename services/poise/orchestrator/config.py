@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -52,8 +52,10 @@ class SamplingConfig(StrictModel):
     """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
     max_tokens: int = Field(256, ge=1)
     """Most response tokens."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response."""
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
+    """Strings that end a response, at most 16. They may name special tokens, such as `<|im_end|>`."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((), max_length=16)
+    """Ids of tokens that end a response, besides the model's own; at most 16."""
 
 
 class EvaluationConfig(StrictModel):

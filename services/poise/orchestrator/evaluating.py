@@ -91,6 +91,7 @@ class Evaluator:
             top_p=config.top_p,
             max_tokens=self._config.sampling.max_tokens,
             stop=self._config.sampling.stop,
+            stop_token_ids=self._config.sampling.stop_token_ids,
             seed=sampling_seed(self._config.seed, "evaluation", 0),
         )
         phases = Phases(self._watcher, step)

@@ -136,6 +136,7 @@ class StepSampler:
                 top_p=config.sampling.top_p,
                 max_tokens=config.sampling.max_tokens,
                 stop=config.sampling.stop,
+                stop_token_ids=config.sampling.stop_token_ids,
                 seed=sampling_seed(config.seed, "train", number),
             )
             scored, num_errors = await self._scorer.score(
