@@ -12,6 +12,7 @@ from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig
 from poise.orchestrator.budget import Limits
 from poise.orchestrator.tasks.config import TaskConfig
+from poise.orchestrator.tasks.rows import OnBadRow
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
 from poise.runtime.discovery import parse_name
@@ -120,6 +121,9 @@ class OrchestratorConfig(Settings):
     too (docs/learner.md, "Exact resume"). Only where `max_staleness` is 0; 0 never waits."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """What is trained on; a mixture by weight."""
+    on_bad_row: OnBadRow = "stop"
+    """What rows of data files do that cannot be used (wrong JSON, longer than the model takes, refused by its chat
+    template): `stop` names them before the first step, `skip` leaves them out and says how many there are."""
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are sampled."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from poise.orchestrator.tasks.config import JsonlTask
-from poise.orchestrator.tasks.jsonl import MAX_LINE_BYTES, read_problems
+from poise.orchestrator.tasks.jsonl import MAX_LINE_BYTES, read_file
 from poise.orchestrator.tasks.problem import TaskError
 
 GOOD = '{"prompt": "2+2=", "answer": "4"}'
@@ -22,7 +22,7 @@ def file(tmp_path):
 def read(file, text=None, limit=None, **settings):
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_problems(JsonlTask(path=file, **settings), file, limit)
+    return read_file(JsonlTask(path=file, **settings), file, limit=limit).problems
 
 
 def refused(file, text=None, **settings) -> list[str]:
