@@ -59,10 +59,10 @@ async def check_data(
             wrong.append(str(error))
     if wrong:
         raise TaskError("\n".join(wrong))
-    mixture.keep(checked)
-    mixture.held_out(config.evaluation.num_prompts)  # raises where too few are left
     for line in (line for file in checked for line in file.describe_skipped()):
         logger.warning("%s", line)
+    mixture.keep(checked)
+    mixture.held_out(config.evaluation.num_prompts)  # raises where too few are left
 
 
 def _check_stop_tokens(config: OrchestratorConfig, policy: Policy) -> None:

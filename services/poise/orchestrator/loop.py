@@ -169,4 +169,4 @@ class TrainingLoop:
 
 
 def _memory(journalled: JournalledStep) -> dict[str, Any]:
-    return {"step": journalled.step, "num_problems": journalled.numbers["num_groups"]} | journalled.memory
+    return {"step": journalled.step, "num_problems": journalled.numbers.get("num_groups")} | journalled.memory

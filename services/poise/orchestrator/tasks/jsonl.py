@@ -67,6 +67,8 @@ def read_file(task: JsonlTask, path: Path, on_bad_row: OnBadRow = "stop", limit:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) for every line that is not blank; of one that is too long, its beginning."""
+    if "\0" in str(path):
+        raise TaskError(f"{str(path)!r}: holds the character NUL; name a file of JSON lines")
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise TaskError(f"{path}: is no regular file; name a file of JSON lines, not a device or a pipe")
@@ -84,8 +86,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}; name a file of JSON lines") from error
-    except ValueError as error:
-        raise TaskError(f"{str(path)!r}: cannot be read: {error}; name a file of JSON lines") from error
 
 
 def _problem(task: JsonlTask, line: bytes) -> Problem:
