@@ -161,7 +161,12 @@ class RunFolder:
         except (OSError, ValueError):
             before = {}
         now = {
-            str(file.path): {"sha256": file.sha256, "num_rows": file.num_rows, "num_used": len(file.problems)}
+            str(file.path): {
+                "sha256": file.sha256,
+                "num_rows": file.num_rows,
+                "num_used": len(file.problems),
+                "num_bad": file.bad.num,
+            }
             for file in files
         }
         for name, found in now.items():
