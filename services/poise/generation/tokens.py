@@ -27,6 +27,7 @@ class Tokenizer:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer("")  # drops padding and truncation that the files ask for: later, threads would fail while one does
         stops = {tokenizer.eos_token_id}
         try:
             declared = transformers.GenerationConfig.from_pretrained(model).eos_token_id

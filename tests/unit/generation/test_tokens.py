@@ -54,6 +54,22 @@ def test_chat_whose_template_writes_bos_has_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[5].content }}", "no element 5"),
+        ("{% for %}", "Expected an expression"),
+        (None, "chat template"),
+    ],
+)
+def test_chat_that_the_template_rejects_is_an_invalid_request(template: str | None, said: str) -> None:
+    fast = backend()
+    fast.chat_template = template
+    with pytest.raises(InvalidRequest, match=f"chat: the model's chat template refuses it: .*{said}"):
+        Tokenizer(fast, frozenset()).encode([{"role": "user", "content": "ab"}])
+
+
+@pytest.mark.parametrize(
     ("stops", "names"),
     [
         (["<|im_end|>"], True),
