@@ -34,7 +34,7 @@ from poise_client.types import (
 
 T = TypeVar("T")
 
-MAX_PROBLEM_CHARS = 300
+MAX_PROBLEM_CHARS = 200
 """Of what is wrong with a prompt: 4096 of them fit an answer."""
 
 

@@ -26,9 +26,9 @@ from poise_client.types import Policy
 
 logger = logging.getLogger(__name__)
 
-_MAX_CACHED = 64
+MAX_CACHED = 64
 """Files whose counts are kept."""
-_SAY_EVERY_S = 5.0
+SAY_EVERY_S = 5.0
 
 Count = tuple[int, str]
 """Tokens of a prompt, and why it cannot be sampled whatever its length; empty where it can be."""
@@ -102,7 +102,7 @@ async def _counts(file: DataFile, policy: Policy, services: Services, say: Calla
     def tell(num_checked: int) -> None:
         nonlocal said_s
         now_s = time.monotonic()
-        if now_s - said_s >= _SAY_EVERY_S:
+        if now_s - said_s >= SAY_EVERY_S:
             said_s = now_s
             say(f"{file.path}: {num_checked} of {total} prompts checked")
 
@@ -144,7 +144,7 @@ def _write_cache(path: Path, counts: Sequence[Count]) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(path, json.dumps(counts).encode())
         kept = sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
-        for old in kept[:-_MAX_CACHED]:
+        for old in kept[:-MAX_CACHED]:
             old.unlink()
     except OSError as error:
         logger.debug("token counts are not cached: %s", error)

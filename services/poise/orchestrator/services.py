@@ -46,7 +46,7 @@ _ASK_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
 _EXPORT_TIMEOUT_S = 3600.0
-_CHECKED_AT_ONCE = 256
+CHECKED_AT_ONCE = 256
 """Prompts in a call that checks them: few enough to spread over replicas, and to show how far it is."""
 _CHECKS_AT_ONCE = 8
 """Such calls."""
@@ -125,7 +125,7 @@ class Services:
     ) -> list[PromptCheck]:
         """Return what generation's tokenizer makes of prompts, in order; `on_checked` is told how many are done."""
         numbered = [Prompt(f"{index:08d}", content) for index, content in enumerate(contents)]
-        parts = [numbered[first : first + _CHECKED_AT_ONCE] for first in range(0, len(numbered), _CHECKED_AT_ONCE)]
+        parts = [numbered[first : first + CHECKED_AT_ONCE] for first in range(0, len(numbered), CHECKED_AT_ONCE)]
         gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
         num_checked = 0
 

@@ -140,7 +140,7 @@ async def test_prompts_to_encode_are_checked_and_split(generation, generation_se
     assert len(generation_service.requests) == 2
 
 
-async def test_checked_prompts_come_in_order_over_requests_and_retries(generation, generation_service, unavailable):
+async def test_checked_prompts_come_in_order_over_retries(generation, generation_service, unavailable):
     generation_service.script = [unavailable]
     sizes = [*range(5), *[400_000] * 10, *range(5)]
     checks = await generation.check_prompts([Prompt(f"g{i}", "x" * size) for i, size in enumerate(sizes)])
@@ -149,7 +149,7 @@ async def test_checked_prompts_come_in_order_over_requests_and_retries(generatio
     assert await generation.check_prompts([]) == []
 
 
-async def test_wrong_prompts_to_check_are_named_by_their_own_number(generation, generation_service, failing):
+async def test_wrong_prompts_to_check_are_named_by_number(generation, generation_service, failing):
     async def answer(request, context):
         return None  # as it should
 

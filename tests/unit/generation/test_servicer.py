@@ -201,7 +201,7 @@ async def test_min_policy_version_is_checked_against_the_served(service: Service
         await service.stream(request_of(min_policy_version=4))
 
 
-async def test_tokens_beyond_the_vocabulary_are_a_problem_of_their_prompt(service: Service) -> None:
+async def test_tokens_beyond_the_vocabulary_reject_their_prompt(service: Service) -> None:
     service.engine.tokenize = lambda content: [300] if content == "ho" else [1]  # type: ignore[method-assign]
     with pytest.raises(InvalidRequest) as caught:
         await service.stream(request_of())

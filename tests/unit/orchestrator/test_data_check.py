@@ -136,9 +136,7 @@ async def test_too_few_held_out_rows_that_are_good_stop_the_run(tmp_path: Path, 
         await check(settings(tmp_path, task, on_bad_row="skip", evaluation={"num_prompts": 4}))
 
 
-async def test_file_of_only_bad_rows_stops_the_run_although_they_are_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_file_of_only_bad_rows_stops_the_run_under_skip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "own.jsonl", [f"{i}☠" for i in range(9)])
     config = settings(tmp_path, {"kind": "jsonl", "path": path}, evaluation={"num_prompts": 0}, on_bad_row="skip")
     with pytest.raises(TaskError, match="no problem is left to train on"):
@@ -188,7 +186,7 @@ async def test_cache_that_cannot_be_written_does_no_harm(
 
 
 async def test_oldest_counts_are_dropped(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_check, "_MAX_CACHED", 2)
+    monkeypatch.setattr(data_check, "MAX_CACHED", 2)
     for index in range(5):
         path = write(tmp_path / "own.jsonl", [f"{index}/{i}" for i in range(20)])
         await check(settings(tmp_path, {"kind": "jsonl", "path": path}, evaluation={"num_prompts": 0}))
@@ -198,7 +196,7 @@ async def test_oldest_counts_are_dropped(tmp_path: Path, cache: Path, monkeypatc
 async def test_progress_is_told_of_what_takes_long(
     tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_check, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(data_check, "SAY_EVERY_S", 0.0)
     said: list[str] = []
     config = settings(tmp_path, task, on_bad_row="skip")
     await check_data(config, Mixture(config.tasks, 0, "skip"), Generation(), said.append)  # type: ignore[arg-type]

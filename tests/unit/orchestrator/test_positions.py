@@ -121,9 +121,7 @@ async def test_rejected_prompt_costs_only_itself(
     assert len(set(names)) == len(names)
 
 
-async def test_rejected_prompts_and_a_restart_leave_the_rest_of_the_epoch_as_it_was(
-    tmp_path: Path, tasks: list[dict[str, Any]]
-) -> None:
+async def test_rejected_prompts_and_restarts_keep_the_order(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     rejected = {f"q{i}" for i in range(0, NUM_ROWS, 5)}
     options = {"tasks": tasks, "evaluation": NO_EVALUATION, "prompts_per_step": 8}
     whole, parts = World(), World()
@@ -135,9 +133,7 @@ async def test_rejected_prompts_and_a_restart_leave_the_rest_of_the_epoch_as_it_
     assert max(Counter(given(whole)[:NUM_ROWS]).values()) == 1
 
 
-async def test_run_of_which_every_prompt_is_rejected_stops_with_the_reason(
-    tmp_path: Path, tasks: list[dict[str, Any]]
-) -> None:
+async def test_run_whose_every_prompt_is_rejected_stops(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {f"q{i}" for i in range(NUM_ROWS)}
     with pytest.raises(RunError, match=r"step 0: generation rejects all 18 prompts.*own\.jsonl:\d+: text: is too long"):

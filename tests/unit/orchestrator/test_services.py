@@ -287,7 +287,7 @@ async def test_rejected_prompts_cost_only_themselves(make: Make, names: list[str
     assert await outcome(make(replicas)) == expected
 
 
-async def test_rejections_that_one_answer_has_no_room_for_come_with_the_next(make: Make) -> None:
+async def test_rejections_cut_from_one_answer_come_with_the_next(make: Make) -> None:
     cut = [("", "and 2 more wrong fields")]
     replica = Script("a:1", [rejecting("g1", also=cut), rejecting("g3", also=cut), rejecting()])
     assert [name for name, reason in (await outcome(make([replica]))).items() if reason] == ["g1", "g3"]
@@ -305,10 +305,8 @@ async def test_rejection_of_what_was_not_asked_ends_the_sampling(make: Make) -> 
         await outcome(make([Script("a:1", [[error]])]))
 
 
-async def test_prompts_are_checked_in_order_by_all_replicas_over_restarts(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_CHECKED_AT_ONCE", 3)
+async def test_prompts_are_checked_in_order_by_all_replicas(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECKED_AT_ONCE", 3)
     replicas = [Script("a:1", [DOWN, []]), Script("b:1", [[]])]
     told: list[int] = []
     async with asyncio.timeout(20):

@@ -208,7 +208,7 @@ def test_skipped_rows_are_left_out_counted_and_shown(file):
     assert [line.split(": ")[0] for line in told[1:]] == [f"{file}:{number}" for number in (1, 3, 4, 5, 6)]
 
 
-def test_file_without_a_good_row_is_refused_although_bad_ones_are_skipped(file):
+def test_file_without_a_good_row_is_refused_under_skip(file):
     file.write_text("{}\n[]\n")
     with pytest.raises(TaskError, match=r"(?s)holds no problem.*:1: prompt: missing.*:2: line: is"):
         read_file(JsonlTask(path=file), file, "skip")

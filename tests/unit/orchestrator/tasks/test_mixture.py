@@ -213,7 +213,7 @@ SIZES = [[8] * 50 + [16] * 50, [16] * 50 + [8] * 50, [1, 300, 7, 64, 64, 2, 500,
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5)]])
-def test_file_gives_each_problem_once_an_epoch_whatever_steps_take(file, sizes, others):
+def test_file_gives_each_problem_once_whatever_steps_take(file, sizes, others):
     mixture = Mixture([file(994, eval_path=file(5, "eval.jsonl", "held out ").path), *others], 0)
     given = [p.key for step, n in enumerate(sizes) for p in mixture.problems(step, n) if p.domain == "default"]
     assert len(set(given[:994])) == len(given[:994])
@@ -287,7 +287,7 @@ def test_task_or_run_says_what_bad_rows_do(file, of_run, of_task, stops):
         assert Mixture([task], 0, of_run).files[0].bad.num == 1
 
 
-def test_rows_left_out_later_are_neither_trained_on_nor_held_out(file):
+def test_rows_left_out_later_are_never_given(file):
     mixture = Mixture([file(80), file(20, "other.jsonl", "1")], 0)
     first, second = mixture.files
     gone = [problem for problem in first.problems if problem.line % 3 == 0]
