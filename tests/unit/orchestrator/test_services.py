@@ -299,10 +299,11 @@ async def test_what_is_wrong_with_more_than_prompts_ends_the_sampling(make: Make
         await outcome(make([Script("a:1", [rejecting("g1", also=also)])]))
 
 
-async def test_rejection_of_what_was_not_asked_ends_the_sampling(make: Make) -> None:
-    error = InvalidRequestError("wrong", violations=[("prompts[99].text", "no")])
+@pytest.mark.parametrize("index", [0, 99])
+async def test_rejection_of_no_open_prompt_ends_the_sampling(make: Make, index: int) -> None:
+    error = InvalidRequestError("wrong", violations=[(f"prompts[{index}].text", "no")])
     with pytest.raises(InvalidRequestError):
-        await outcome(make([Script("a:1", [[error]])]))
+        await outcome(make([Script("a:1", [[group(PROMPTS[0]), error]])]))
 
 
 async def test_prompts_are_checked_in_order_by_all_replicas(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
