@@ -31,10 +31,11 @@ from poise.domain.features import default_feature_layer
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest, EngineRollout
 from poise.generation.vllm_engine import VllmEngine
-from poise.local.models import cache_dir, make_model
+from poise.local.models import make_model
 from poise.orchestrator.tasks import primer
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.rules import bind
+from poise.runtime.cache import cache_dir
 from poise.runtime.files import write_file
 from poise.value.rows import FeatureRows, LabelledRows
 from poise_client.types import Features, Message, Sampling

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -17,18 +18,20 @@ from poise_client.codec import (
     decode_encoded_prompt,
     decode_group,
     decode_policy,
+    decode_prompt_checks,
     decode_weight_update,
     encode_prompt,
     encode_sampling,
 )
 from poise_client.errors import InvalidRequestError, PoiseClientError, UnavailableError
-from poise_client.types import EncodedPrompt, Group, Policy, Prompt, Sampling, WeightArray, WeightUpdate
+from poise_client.types import EncodedPrompt, Group, Policy, Prompt, PromptCheck, Sampling, WeightArray, WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
 STREAM_TIMEOUT_S = 1800.0
 UPDATE_TIMEOUT_S = 300.0
 ENCODE_TIMEOUT_S = 300.0
+CHECK_TIMEOUT_S = 300.0
 UNARY_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
@@ -120,6 +123,35 @@ class AsyncGenerationClient(AsyncClient):
             async for prompt in answers:
                 encoded[prompt.group_id] = prompt
         return [encoded[spec.group_id] for spec in specs]
+
+    async def check_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[PromptCheck]:
+        """Return how many tokens each prompt has, or why it cannot be sampled, in the order of `prompts`.
+
+        Nothing passes through the model. Compare the tokens, and those of a response, with `Policy.max_model_len`.
+
+        Args:
+            prompts: what to check; their group ids must differ.
+            timeout_s: deadline of it all; 5 minutes by default.
+
+        Raises:
+            PoiseClientError: see `poise_client.errors`.
+        """
+        specs = _encode_prompts(prompts)
+        attempts = self._attempts(timeout_s, CHECK_TIMEOUT_S)
+        checks: list[PromptCheck] = []
+        for part in pack(specs):
+            request = pb.CheckPromptsRequest(prompts=[specs[i] for i in part])
+            try:
+                checks += await self._call(
+                    "CheckPrompts", attempts, partial(self._check, request), decode_prompt_checks
+                )
+            except PoiseClientError as error:
+                renumber(error, "prompts", part)
+                raise
+        return checks
+
+    def _check(self, request: pb.CheckPromptsRequest, left_s: float) -> grpc.aio.UnaryUnaryCall[Any, Any]:
+        return GenerationServiceStub(self._open()).CheckPrompts(request, timeout=left_s, metadata=self._dialer.metadata)
 
     async def _each_once(
         self,

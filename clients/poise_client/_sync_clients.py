@@ -23,6 +23,7 @@ from poise_client.types import (
     Policy,
     ProbeReport,
     Prompt,
+    PromptCheck,
     PromptFeatures,
     PromptScore,
     Sampling,
@@ -93,6 +94,20 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(self._client.encode_prompts(prompts, timeout_s=timeout_s))
+
+    def check_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[PromptCheck]:
+        """Return how many tokens each prompt has, or why it cannot be sampled, in the order of `prompts`.
+
+        Nothing passes through the model. Compare the tokens, and those of a response, with `Policy.max_model_len`.
+
+        Args:
+            prompts: what to check; their group ids must differ.
+            timeout_s: deadline of it all; 5 minutes by default.
+
+        Raises:
+            PoiseClientError: see `poise_client.errors`.
+        """
+        return self._run(self._client.check_prompts(prompts, timeout_s=timeout_s))
 
     def get_policy(self, *, timeout_s: float | None = None) -> Policy:
         """Ask which policy is served, and what the engine can do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import time
 import warnings
@@ -329,6 +330,41 @@ async def test_stop_string_ends_the_rollout_and_stays_in_it(engine: Engine, refe
     assert stop in rollout.text
     assert stop not in reference.tokenizer.decode(rollout.token_ids[:-1].tolist())
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
+
+
+def cut_at(rollout: EngineRollout, stop: int) -> list[int]:
+    """Return a rollout's tokens up to the first `stop`."""
+    token_ids: list[int] = rollout.token_ids.tolist()
+    return token_ids[: token_ids.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("special", "stops"),
+    [
+        ("<|user|>", {"stop": ("<|user|>",)}),
+        ("<|assistant|>", {"stop": ("never in there", "<|assistant|>")}),
+        ("<|user|>", {"stop_token_ids": "<|user|>"}),
+        ("q", {"stop_token_ids": "q"}),
+    ],
+)
+async def test_special_tokens_and_token_ids_end_the_rollout(
+    engine: Engine, reference: Reference, special: str, stops: dict[str, Any]
+) -> None:
+    (stop,) = engine.tokenize(special)
+    if "stop_token_ids" in stops:
+        stops = {"stop_token_ids": (stop,)}
+    samplings = [Sampling(max_tokens=150, seed=seed) for seed in range(24)]
+    free = await sample_all(engine, [[65, 66]] * 24, samplings)
+    seeds = [seed for seed, rollout in enumerate(free) if stop in rollout.token_ids[:-1]]
+    assert len(seeds) >= 3
+    asked = [dataclasses.replace(samplings[seed], **stops) for seed in seeds]
+
+    found = await sample_all(engine, [[65, 66]] * len(seeds), asked)
+
+    assert [rollout.token_ids.tolist() for rollout in found] == [cut_at(free[seed], stop) for seed in seeds]
+    assert {rollout.finish_reason for rollout in found} == {"stop"}
+    assert all("<|" not in rollout.text for rollout in found)
+    reference.check([65, 66], asked[0], found[0], engine.info.feature_layer)
 
 
 async def test_states_before_the_end_of_the_reasoning_are_pooled(engine: Engine, reference: Reference) -> None:

@@ -23,6 +23,7 @@ from poise_client.types import (
     Message,
     Policy,
     Prompt,
+    PromptCheck,
     Rollout,
     Sampling,
     WeightUpdate,
@@ -88,6 +89,7 @@ def encode_sampling(sampling: Sampling) -> pb.SamplingParams:
         max_tokens=sampling.max_tokens,
         stop=sampling.stop,
         seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
     )
 
 
@@ -100,6 +102,7 @@ def decode_sampling(message: pb.SamplingParams) -> Sampling:
         max_tokens=message.max_tokens,
         stop=tuple(message.stop),
         seed=message.seed if message.HasField("seed") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
     )
 
 
@@ -190,6 +193,21 @@ def decode_encoded_prompt(message: pb.EncodePromptsResponse, field: str = "promp
     )
 
 
+def encode_prompt_checks(checks: Sequence[PromptCheck]) -> pb.CheckPromptsResponse:
+    """Pack what was found about prompts."""
+    return pb.CheckPromptsResponse(
+        prompts=[
+            pb.PromptCheck(group_id=check.group_id, num_tokens=check.num_tokens, problem=check.problem)
+            for check in checks
+        ]
+    )
+
+
+def decode_prompt_checks(message: pb.CheckPromptsResponse) -> list[PromptCheck]:
+    """Unpack what was found about prompts."""
+    return [PromptCheck(check.group_id, check.num_tokens, check.problem) for check in message.prompts]
+
+
 def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
     """Pack what a replica serves."""
     return pb.GetPolicyResponse(
@@ -207,6 +225,8 @@ def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
         num_running=policy.num_running,
         keeps_base=policy.keeps_base,
         group_backend=policy.group_backend,
+        tokenizer_digest=policy.tokenizer_digest,
+        vocabulary_size=policy.vocabulary_size,
     )
 
 
@@ -227,6 +247,8 @@ def decode_policy(message: pb.GetPolicyResponse) -> Policy:
         num_running=message.num_running,
         keeps_base=message.keeps_base,
         group_backend=message.group_backend,
+        tokenizer_digest=message.tokenizer_digest,
+        vocabulary_size=message.vocabulary_size,
     )
 
 

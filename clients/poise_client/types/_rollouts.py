@@ -49,8 +49,10 @@ class Sampling:
     max_tokens: int = 0
     """0 means the service's default."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response; they stay in it."""
+    """Strings that end a response; they stay in it. They may name special tokens, such as `<|im_end|>`."""
     seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the model's own; they stay in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,17 @@ class Group:
     prompt_token_ids: Ints
     """[P]"""
     rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCheck:
+    """What a replica's tokenizer makes of a prompt."""
+
+    group_id: str
+    num_tokens: int
+    """0 where it cannot be sampled."""
+    problem: str
+    """Why it cannot be sampled, however long it may be; empty when it can be."""
 
 
 @dataclass(frozen=True, slots=True)

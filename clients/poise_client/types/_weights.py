@@ -29,6 +29,10 @@ class Policy:
     """Whether the weights last pushed are kept, for a delta to build on."""
     group_backend: str = ""
     """Of the groups through which it takes the bodies of pushes, `nccl` or `gloo`; empty where it takes none."""
+    tokenizer_digest: bytes = b""
+    """SHA-256 of the tokenizer with its chat template."""
+    vocabulary_size: int = 0
+    """Token ids that the model has embeddings for: 0 to this - 1."""
 
 
 @dataclass(frozen=True, slots=True)

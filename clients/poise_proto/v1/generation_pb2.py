@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from poise_proto.v1 import common_pb2 as poise_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19poise/v1/generation.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.poise.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x87\x01\n\nPromptSpec\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.poise.v1.ChatPromptH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.poise.v1.TokenPromptH\x00\x42\x08\n\x06prompt\"\xa5\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xfa\x01\n\x19StreamTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x07prompts\x18\x03 \x03(\x0b\x32\x14.poise.v1.PromptSpec\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.poise.v1.SamplingParams\x12\x1e\n\x16return_token_entropies\x18\x06 \x01(\x08\x12\x1f\n\x12min_policy_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_min_policy_version\";\n\x11TrajectoryTimings\x12\x15\n\rfirst_token_s\x18\x01 \x01(\x01\x12\x0f\n\x07total_s\x18\x02 \x01(\x01\"\xe7\x02\n\nTrajectory\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12#\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0ftoken_entropies\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12+\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x19.poise.v1.RolloutFeatures\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.poise.v1.FinishReason\x12\x0c\n\x04text\x18\x08 \x01(\t\x12,\n\x07timings\x18\t \x01(\x0b\x32\x1b.poise.v1.TrajectoryTimings\"\x86\x01\n\x1aStreamTrajectoriesResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12*\n\x0ctrajectories\x18\x03 \x03(\x0b\x32\x14.poise.v1.Trajectory\"=\n\x14\x45ncodePromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"\x85\x01\n\x15\x45ncodePromptsResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"\x85\x01\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x13\n\x0bnum_changed\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\"I\n\x0bWeightsBase\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"B\n\x0eWeightsAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\x0c\"F\n\x0cWeightsGroup\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x12\n\nrendezvous\x18\x02 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"\x86\x02\n\x0cWeightsBegin\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.poise.v1.WeightTensor\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12#\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x15.poise.v1.WeightsBase\x12\x0c\n\x04\x66ile\x18\x06 \x01(\t\x12\x0c\n\x04keep\x18\x07 \x01(\x08\x12)\n\x07\x61\x64\x61pter\x18\x08 \x01(\x0b\x32\x18.poise.v1.WeightsAdapter\x12%\n\x05group\x18\t \x01(\x0b\x32\x16.poise.v1.WeightsGroup\",\n\x0cWeightsChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"$\n\rWeightsCommit\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\"\x9b\x01\n\x14UpdateWeightsRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.poise.v1.WeightsBeginH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.poise.v1.WeightsChunkH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.poise.v1.WeightsCommitH\x00\x42\x06\n\x04part\"l\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x17\n\x0f\x61lready_applied\x18\x02 \x01(\x08\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\x12\n\x10GetPolicyRequest\"\xaf\x02\n\x11GetPolicyResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\nlineage_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x15\n\rfeature_layer\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x13\n\x0bnum_running\x18\x0c \x01(\r\x12\x12\n\nkeeps_base\x18\r \x01(\x08\x12\x15\n\rgroup_backend\x18\x0e \x01(\t2\xe4\x02\n\x11GenerationService\x12\x61\n\x12StreamTrajectories\x12#.poise.v1.StreamTrajectoriesRequest\x1a$.poise.v1.StreamTrajectoriesResponse0\x01\x12R\n\rEncodePrompts\x12\x1e.poise.v1.EncodePromptsRequest\x1a\x1f.poise.v1.EncodePromptsResponse0\x01\x12R\n\rUpdateWeights\x12\x1e.poise.v1.UpdateWeightsRequest\x1a\x1f.poise.v1.UpdateWeightsResponse(\x01\x12\x44\n\tGetPolicy\x12\x1a.poise.v1.GetPolicyRequest\x1a\x1b.poise.v1.GetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19poise/v1/generation.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.poise.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x87\x01\n\nPromptSpec\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.poise.v1.ChatPromptH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.poise.v1.TokenPromptH\x00\x42\x08\n\x06prompt\"\xbd\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xfa\x01\n\x19StreamTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x07prompts\x18\x03 \x03(\x0b\x32\x14.poise.v1.PromptSpec\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.poise.v1.SamplingParams\x12\x1e\n\x16return_token_entropies\x18\x06 \x01(\x08\x12\x1f\n\x12min_policy_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_min_policy_version\";\n\x11TrajectoryTimings\x12\x15\n\rfirst_token_s\x18\x01 \x01(\x01\x12\x0f\n\x07total_s\x18\x02 \x01(\x01\"\xe7\x02\n\nTrajectory\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12#\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0ftoken_entropies\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12+\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x19.poise.v1.RolloutFeatures\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.poise.v1.FinishReason\x12\x0c\n\x04text\x18\x08 \x01(\t\x12,\n\x07timings\x18\t \x01(\x0b\x32\x1b.poise.v1.TrajectoryTimings\"\x86\x01\n\x1aStreamTrajectoriesResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12*\n\x0ctrajectories\x18\x03 \x03(\x0b\x32\x14.poise.v1.Trajectory\"=\n\x14\x45ncodePromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"\x85\x01\n\x15\x45ncodePromptsResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"<\n\x13\x43heckPromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"D\n\x0bPromptCheck\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07problem\x18\x03 \x01(\t\">\n\x14\x43heckPromptsResponse\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.poise.v1.PromptCheck\"\x85\x01\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x13\n\x0bnum_changed\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\"I\n\x0bWeightsBase\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"B\n\x0eWeightsAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\x0c\"F\n\x0cWeightsGroup\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x12\n\nrendezvous\x18\x02 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"\x86\x02\n\x0cWeightsBegin\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.poise.v1.WeightTensor\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12#\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x15.poise.v1.WeightsBase\x12\x0c\n\x04\x66ile\x18\x06 \x01(\t\x12\x0c\n\x04keep\x18\x07 \x01(\x08\x12)\n\x07\x61\x64\x61pter\x18\x08 \x01(\x0b\x32\x18.poise.v1.WeightsAdapter\x12%\n\x05group\x18\t \x01(\x0b\x32\x16.poise.v1.WeightsGroup\",\n\x0cWeightsChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"$\n\rWeightsCommit\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\"\x9b\x01\n\x14UpdateWeightsRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.poise.v1.WeightsBeginH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.poise.v1.WeightsChunkH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.poise.v1.WeightsCommitH\x00\x42\x06\n\x04part\"l\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x17\n\x0f\x61lready_applied\x18\x02 \x01(\x08\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\x12\n\x10GetPolicyRequest\"\xe2\x02\n\x11GetPolicyResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\nlineage_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x15\n\rfeature_layer\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x13\n\x0bnum_running\x18\x0c \x01(\r\x12\x12\n\nkeeps_base\x18\r \x01(\x08\x12\x15\n\rgroup_backend\x18\x0e \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x0f \x01(\x0c\x12\x17\n\x0fvocabulary_size\x18\x10 \x01(\r2\xb3\x03\n\x11GenerationService\x12\x61\n\x12StreamTrajectories\x12#.poise.v1.StreamTrajectoriesRequest\x1a$.poise.v1.StreamTrajectoriesResponse0\x01\x12R\n\rEncodePrompts\x12\x1e.poise.v1.EncodePromptsRequest\x1a\x1f.poise.v1.EncodePromptsResponse0\x01\x12M\n\x0c\x43heckPrompts\x12\x1d.poise.v1.CheckPromptsRequest\x1a\x1e.poise.v1.CheckPromptsResponse\x12R\n\rUpdateWeights\x12\x1e.poise.v1.UpdateWeightsRequest\x1a\x1f.poise.v1.UpdateWeightsResponse(\x01\x12\x44\n\tGetPolicy\x12\x1a.poise.v1.GetPolicyRequest\x1a\x1b.poise.v1.GetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,41 +41,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPTSPEC']._serialized_start=198
   _globals['_PROMPTSPEC']._serialized_end=333
   _globals['_SAMPLINGPARAMS']._serialized_start=336
-  _globals['_SAMPLINGPARAMS']._serialized_end=501
-  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_start=504
-  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_end=754
-  _globals['_TRAJECTORYTIMINGS']._serialized_start=756
-  _globals['_TRAJECTORYTIMINGS']._serialized_end=815
-  _globals['_TRAJECTORY']._serialized_start=818
-  _globals['_TRAJECTORY']._serialized_end=1177
-  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_start=1180
-  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_end=1314
-  _globals['_ENCODEPROMPTSREQUEST']._serialized_start=1316
-  _globals['_ENCODEPROMPTSREQUEST']._serialized_end=1377
-  _globals['_ENCODEPROMPTSRESPONSE']._serialized_start=1380
-  _globals['_ENCODEPROMPTSRESPONSE']._serialized_end=1513
-  _globals['_WEIGHTTENSOR']._serialized_start=1516
-  _globals['_WEIGHTTENSOR']._serialized_end=1649
-  _globals['_WEIGHTSBASE']._serialized_start=1651
-  _globals['_WEIGHTSBASE']._serialized_end=1724
-  _globals['_WEIGHTSADAPTER']._serialized_start=1726
-  _globals['_WEIGHTSADAPTER']._serialized_end=1792
-  _globals['_WEIGHTSGROUP']._serialized_start=1794
-  _globals['_WEIGHTSGROUP']._serialized_end=1864
-  _globals['_WEIGHTSBEGIN']._serialized_start=1867
-  _globals['_WEIGHTSBEGIN']._serialized_end=2129
-  _globals['_WEIGHTSCHUNK']._serialized_start=2131
-  _globals['_WEIGHTSCHUNK']._serialized_end=2175
-  _globals['_WEIGHTSCOMMIT']._serialized_start=2177
-  _globals['_WEIGHTSCOMMIT']._serialized_end=2213
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=2216
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=2371
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=2373
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=2481
-  _globals['_GETPOLICYREQUEST']._serialized_start=2483
-  _globals['_GETPOLICYREQUEST']._serialized_end=2501
-  _globals['_GETPOLICYRESPONSE']._serialized_start=2504
-  _globals['_GETPOLICYRESPONSE']._serialized_end=2807
-  _globals['_GENERATIONSERVICE']._serialized_start=2810
-  _globals['_GENERATIONSERVICE']._serialized_end=3166
+  _globals['_SAMPLINGPARAMS']._serialized_end=525
+  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_start=528
+  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_end=778
+  _globals['_TRAJECTORYTIMINGS']._serialized_start=780
+  _globals['_TRAJECTORYTIMINGS']._serialized_end=839
+  _globals['_TRAJECTORY']._serialized_start=842
+  _globals['_TRAJECTORY']._serialized_end=1201
+  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_start=1204
+  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_end=1338
+  _globals['_ENCODEPROMPTSREQUEST']._serialized_start=1340
+  _globals['_ENCODEPROMPTSREQUEST']._serialized_end=1401
+  _globals['_ENCODEPROMPTSRESPONSE']._serialized_start=1404
+  _globals['_ENCODEPROMPTSRESPONSE']._serialized_end=1537
+  _globals['_CHECKPROMPTSREQUEST']._serialized_start=1539
+  _globals['_CHECKPROMPTSREQUEST']._serialized_end=1599
+  _globals['_PROMPTCHECK']._serialized_start=1601
+  _globals['_PROMPTCHECK']._serialized_end=1669
+  _globals['_CHECKPROMPTSRESPONSE']._serialized_start=1671
+  _globals['_CHECKPROMPTSRESPONSE']._serialized_end=1733
+  _globals['_WEIGHTTENSOR']._serialized_start=1736
+  _globals['_WEIGHTTENSOR']._serialized_end=1869
+  _globals['_WEIGHTSBASE']._serialized_start=1871
+  _globals['_WEIGHTSBASE']._serialized_end=1944
+  _globals['_WEIGHTSADAPTER']._serialized_start=1946
+  _globals['_WEIGHTSADAPTER']._serialized_end=2012
+  _globals['_WEIGHTSGROUP']._serialized_start=2014
+  _globals['_WEIGHTSGROUP']._serialized_end=2084
+  _globals['_WEIGHTSBEGIN']._serialized_start=2087
+  _globals['_WEIGHTSBEGIN']._serialized_end=2349
+  _globals['_WEIGHTSCHUNK']._serialized_start=2351
+  _globals['_WEIGHTSCHUNK']._serialized_end=2395
+  _globals['_WEIGHTSCOMMIT']._serialized_start=2397
+  _globals['_WEIGHTSCOMMIT']._serialized_end=2433
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=2436
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=2591
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=2593
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=2701
+  _globals['_GETPOLICYREQUEST']._serialized_start=2703
+  _globals['_GETPOLICYREQUEST']._serialized_end=2721
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2724
+  _globals['_GETPOLICYRESPONSE']._serialized_end=3078
+  _globals['_GENERATIONSERVICE']._serialized_start=3081
+  _globals['_GENERATIONSERVICE']._serialized_end=3516
 # @@protoc_insertion_point(module_scope)

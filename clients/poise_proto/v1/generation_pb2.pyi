@@ -108,7 +108,7 @@ class PromptSpec(_message.Message):
     group_id: _builtins.str
     """Unique within the request; the group's id in every rollout id. 1..128 characters. Required."""
     text: _builtins.str
-    """Text, tokenised as it stands: no chat template."""
+    """Text, tokenised as it stands: no chat template. One that begins with the tokenizer's BOS gets no second BOS."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """A conversation."""
@@ -147,6 +147,7 @@ class SamplingParams(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Unset means 1; else 0, or 0.01 to 100. Logprobs, entropies and the loss all refer to the distribution after it.
     0 is greedy, whose logprobs are those of temperature 1 (an evaluation setting: do not train on it).
@@ -161,7 +162,13 @@ class SamplingParams(_message.Message):
     """Seed of the request; rollout i of group g draws from a seed derived from it. Unset means fresh entropy."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end a response; they stay in it. At most 16."""
+        """Strings that end a response; they stay in it. Those that name special tokens, such as "<|im_end|>", are looked for
+        in the response with its special tokens. At most 16.
+        """
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that end a response, besides the model's own; they stay in it. Ids in the model's vocabulary. At most 16."""
 
     def __init__(
         self,
@@ -172,10 +179,11 @@ class SamplingParams(_message.Message):
         max_tokens: _builtins.int = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         seed: _builtins.int | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -433,6 +441,84 @@ class EncodePromptsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EncodePromptsResponse: _TypeAlias = EncodePromptsResponse  # noqa: Y015
+
+@_typing.final
+class CheckPromptsRequest(_message.Message):
+    """Prompts to check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptSpec]:
+        """The prompts. 1..4096."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___PromptSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPromptsRequest: _TypeAlias = CheckPromptsRequest  # noqa: Y015
+
+@_typing.final
+class PromptCheck(_message.Message):
+    """What was found about one prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.str
+    """The prompt's group."""
+    num_tokens: _builtins.int
+    """Prompt tokens as the model would see them; 0 where it cannot be sampled."""
+    problem: _builtins.str
+    """Why it cannot be sampled, whatever `max_model_len` is; empty when it can be."""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "num_tokens", b"num_tokens", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptCheck: _TypeAlias = PromptCheck  # noqa: Y015
+
+@_typing.final
+class CheckPromptsResponse(_message.Message):
+    """What was found, in the order of the prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptCheck]:
+        """One for each prompt."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___PromptCheck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPromptsResponse: _TypeAlias = CheckPromptsResponse  # noqa: Y015
 
 @_typing.final
 class WeightTensor(_message.Message):
@@ -797,6 +883,8 @@ class GetPolicyResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     KEEPS_BASE_FIELD_NUMBER: _builtins.int
     GROUP_BACKEND_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Made anew at each start of the process."""
     lineage_id: _builtins.str
@@ -825,6 +913,10 @@ class GetPolicyResponse(_message.Message):
     """Whether the weights last pushed are kept, so that a delta against them is taken."""
     group_backend: _builtins.str
     """Backend of the groups through which it takes the bodies of pushes; empty where it takes none."""
+    tokenizer_digest: _builtins.bytes
+    """SHA-256 of the tokenizer with its chat template, 32 bytes: where it is the same, prompts become the same tokens."""
+    vocabulary_size: _builtins.int
+    """Token ids that the model has embeddings for: 0 to this - 1."""
     def __init__(
         self,
         *,
@@ -842,10 +934,12 @@ class GetPolicyResponse(_message.Message):
         num_running: _builtins.int = ...,
         keeps_base: _builtins.bool = ...,
         group_backend: _builtins.str = ...,
+        tokenizer_digest: _builtins.bytes = ...,
+        vocabulary_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "group_backend", b"group_backend", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "keeps_base", b"keeps_base", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine", b"engine", "feature_layer", b"feature_layer", "group_backend", b"group_backend", "hidden_size", b"hidden_size", "instance_id", b"instance_id", "keeps_base", b"keeps_base", "lineage_id", b"lineage_id", "max_model_len", b"max_model_len", "model", b"model", "not_ready_reason", b"not_ready_reason", "num_running", b"num_running", "policy_version", b"policy_version", "ready", b"ready", "tokenizer_digest", b"tokenizer_digest", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.SerializeToString,
                 response_deserializer=poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.FromString,
                 _registered_method=True)
+        self.CheckPrompts = channel.unary_unary(
+                '/poise.v1.GenerationService/CheckPrompts',
+                request_serializer=poise_dot_v1_dot_generation__pb2.CheckPromptsRequest.SerializeToString,
+                response_deserializer=poise_dot_v1_dot_generation__pb2.CheckPromptsResponse.FromString,
+                _registered_method=True)
         self.UpdateWeights = channel.stream_unary(
                 '/poise.v1.GenerationService/UpdateWeights',
                 request_serializer=poise_dot_v1_dot_generation__pb2.UpdateWeightsRequest.SerializeToString,
@@ -77,6 +82,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckPrompts(self, request, context):
+        """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
+        For checking a whole data set before training on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateWeights(self, request_iterator, context):
         """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
         breaks leaves the old version serving.
@@ -104,6 +117,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.EncodePrompts,
                     request_deserializer=poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.FromString,
                     response_serializer=poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.SerializeToString,
+            ),
+            'CheckPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPrompts,
+                    request_deserializer=poise_dot_v1_dot_generation__pb2.CheckPromptsRequest.FromString,
+                    response_serializer=poise_dot_v1_dot_generation__pb2.CheckPromptsResponse.SerializeToString,
             ),
             'UpdateWeights': grpc.stream_unary_rpc_method_handler(
                     servicer.UpdateWeights,
@@ -171,6 +189,33 @@ class GenerationService(object):
             '/poise.v1.GenerationService/EncodePrompts',
             poise_dot_v1_dot_generation__pb2.EncodePromptsRequest.SerializeToString,
             poise_dot_v1_dot_generation__pb2.EncodePromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/poise.v1.GenerationService/CheckPrompts',
+            poise_dot_v1_dot_generation__pb2.CheckPromptsRequest.SerializeToString,
+            poise_dot_v1_dot_generation__pb2.CheckPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class GenerationServiceStub:
     """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
     ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
     """
+    CheckPrompts: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]
+    """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
+    For checking a whole data set before training on it.
+    """
     UpdateWeights: _grpc.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
     breaks leaves the old version serving.
@@ -62,6 +66,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     EncodePrompts: _aio.UnaryStreamMultiCallable[_generation_pb2.EncodePromptsRequest, _generation_pb2.EncodePromptsResponse]  # type: ignore[assignment]
     """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
     ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
+    """
+    CheckPrompts: _aio.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]  # type: ignore[assignment]
+    """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
+    For checking a whole data set before training on it.
     """
     UpdateWeights: _aio.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
@@ -91,6 +99,16 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.EncodePromptsResponse], _abc.AsyncIterator[_generation_pb2.EncodePromptsResponse]]:
         """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
         ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckPrompts(
+        self,
+        request: _generation_pb2.CheckPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.CheckPromptsResponse, _abc.Awaitable[_generation_pb2.CheckPromptsResponse]]:
+        """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
+        For checking a whole data set before training on it.
         """
 
     @_abc_1.abstractmethod

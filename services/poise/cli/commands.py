@@ -171,7 +171,8 @@ def config(
 @click.argument("name", required=False)
 def models(name: str | None) -> None:
     """List the models that can be made here, or make one in the cache."""
-    from poise.local.models import KNOWN_MODELS, cache_dir, is_ready, make_model
+    from poise.local.models import KNOWN_MODELS, is_ready, make_model
+    from poise.runtime.cache import cache_dir
 
     if name is not None:
         if name not in KNOWN_MODELS:

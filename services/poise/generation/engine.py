@@ -28,6 +28,8 @@ class EngineInfo:
     feature_layer: int
     max_model_len: int
     vocabulary_size: int
+    tokenizer_digest: bytes = b""
+    """SHA-256 of all that turns prompts into ids: tokenizer and chat template; empty where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,22 @@ import numpy as np
 from poise.errors import Busy, FieldViolation, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise_client.types import EncodedPrompt, Group, Message, Prompt, PromptContent, Rollout, RolloutId, Sampling
+from poise_client.types import (
+    EncodedPrompt,
+    Group,
+    Message,
+    Prompt,
+    PromptCheck,
+    PromptContent,
+    Rollout,
+    RolloutId,
+    Sampling,
+)
 
 T = TypeVar("T")
+
+MAX_PROBLEM_CHARS = 200
+"""Of what is wrong with a prompt: 4096 of them fit an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,16 @@ class Sampler:
         """Yield each prompt's state as it is there, under the limits of as many rollouts. Otherwise as `sample`."""
         return self._run(prompts, Sampling(max_tokens=1), 1, self._encode)
 
+    async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
+        """Return of each prompt how many tokens it has, or why it cannot be sampled, however long it may be."""
+        return [await asyncio.to_thread(self._check, prompt) for prompt in prompts]
+
+    def _check(self, prompt: Prompt) -> PromptCheck:
+        try:
+            return PromptCheck(prompt.group_id, len(self._token_ids(prompt.content)), "")
+        except InvalidRequest as error:
+            return PromptCheck(prompt.group_id, 0, error.message[:MAX_PROBLEM_CHARS])
+
     async def _run(
         self,
         prompts: Sequence[Prompt],
@@ -137,14 +160,12 @@ class Sampler:
         if isinstance(content, str):
             kind, token_ids = "text", self._engine.tokenize(content)
         elif content and isinstance(content[0], int):
-            kind, token_ids = "tokens", list(cast(Sequence[int], content))
-            vocabulary = self._engine.info.vocabulary_size
-            if not all(0 <= token < vocabulary for token in token_ids):
-                raise InvalidRequest.field("tokens.token_ids", f"the model's vocabulary is 0 to {vocabulary - 1}")
+            kind, token_ids = "tokens.token_ids", list(cast(Sequence[int], content))
         else:
             kind, token_ids = "chat", self._engine.tokenize(cast(Sequence[Message], content))
         if not token_ids:
             raise InvalidRequest.field(kind, "has no tokens; a prompt needs at least one")
+        check_vocabulary(kind, token_ids, self._engine.info.vocabulary_size)
         return token_ids
 
     def _max_tokens(self, num_prompt_tokens: int, sampling: Sampling) -> int:
@@ -194,6 +215,13 @@ class Sampler:
             finally:
                 self.num_running -= 1
                 self._stirred_s = time.monotonic()
+
+
+def check_vocabulary(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
+    """Raise `InvalidRequest` for a token that the model has no embedding for."""
+    beyond = next((token for token in token_ids if not 0 <= token < vocabulary_size), None)
+    if beyond is not None:
+        raise InvalidRequest.field(field, f"has token {beyond}; the model's vocabulary is 0 to {vocabulary_size - 1}")
 
 
 def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:

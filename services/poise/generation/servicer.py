@@ -28,6 +28,7 @@ from poise_client.codec import (
     encode_encoded_prompt,
     encode_group,
     encode_policy,
+    encode_prompt_checks,
     encode_weight_update,
 )
 from poise_client.types import Policy, Prompt, Sampling
@@ -67,7 +68,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.StreamTrajectoriesResponse]:
         """See generation.proto."""
         self._refuse_unless_ready()
-        prompts, sampling, num_rollouts = _read_request(request)
+        prompts, sampling, num_rollouts = _read_request(request, self._engine.info.vocabulary_size)
         if request.HasField("min_policy_version") and self.policy.policy_version < request.min_policy_version:
             raise VersionMismatch(
                 f"version {self.policy.policy_version} is served; min_policy_version is {request.min_policy_version}",
@@ -100,6 +101,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             await encoded.aclose()
 
+    async def CheckPrompts(  # noqa: N802
+        self, request: pb.CheckPromptsRequest, context: Context
+    ) -> pb.CheckPromptsResponse:
+        """See generation.proto."""
+        wrong = Violations()
+        prompts = _read_prompts(request.prompts, wrong)
+        wrong.raise_if_any()
+        return encode_prompt_checks(await self.sampler.check(prompts))
+
     async def UpdateWeights(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
     ) -> pb.UpdateWeightsResponse:
@@ -127,6 +137,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 num_running=self.sampler.num_running,
                 keeps_base=self.pushes.keeps_base,
                 group_backend=self._engine.group_backend,
+                tokenizer_digest=info.tokenizer_digest,
+                vocabulary_size=info.vocabulary_size,
             )
         )
 
@@ -152,14 +164,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             raise BackendDown("the engine died; the process restarts", retry_after_s=1.0) from error
 
 
-def _read_request(request: pb.StreamTrajectoriesRequest) -> tuple[list[Prompt], Sampling, int]:
+def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -> tuple[list[Prompt], Sampling, int]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     num_rollouts = request.num_rollouts or 1
     wrong.check(num_rollouts <= MAX_ROLLOUTS, "num_rollouts", f"is {num_rollouts}; required: 1 to {MAX_ROLLOUTS}")
     prompts = _read_prompts(request.prompts, wrong)
     sampling = decode_sampling(request.sampling)
-    _check_sampling(sampling, wrong)
+    _check_sampling(sampling, vocabulary_size, wrong)
     wrong.raise_if_any()
     return prompts, sampling, num_rollouts
 
@@ -186,7 +198,7 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
     return prompts
 
 
-def _check_sampling(sampling: Sampling, wrong: Violations) -> None:
+def _check_sampling(sampling: Sampling, vocabulary_size: int, wrong: Violations) -> None:
     temperature, top_p = sampling.temperature, sampling.top_p
     wrong.check(
         temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
@@ -200,4 +212,12 @@ def _check_sampling(sampling: Sampling, wrong: Violations) -> None:
             1 <= len(stop) <= MAX_STOP_CHARS,
             f"sampling.stop[{index}]",
             f"has {len(stop)} characters; required: 1 to {MAX_STOP_CHARS}",
+        )
+    token_ids = sampling.stop_token_ids
+    wrong.check(len(token_ids) <= MAX_STOPS, "sampling.stop_token_ids", f"has {len(token_ids)}; at most {MAX_STOPS}")
+    for index, token in enumerate(token_ids[:MAX_STOPS]):
+        wrong.check(
+            token < vocabulary_size,
+            f"sampling.stop_token_ids[{index}]",
+            f"is {token}; the model's vocabulary is 0 to {vocabulary_size - 1}",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,9 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
+        self._special_texts = _special_texts(tokenizer)
+        self.digest = _digest(tokenizer)
+        """SHA-256 of all that turns prompts into ids."""
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
@@ -22,6 +27,7 @@ class Tokenizer:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer("")  # drops padding and truncation that the files ask for: later, threads would fail while one does
         stops = {tokenizer.eos_token_id}
         try:
             declared = transformers.GenerationConfig.from_pretrained(model).eos_token_id
@@ -33,11 +39,18 @@ class Tokenizer:
     def encode(self, content: str | Sequence[Message]) -> list[int]:
         """Return ids of a text as it stands, or of a conversation with its generation prompt.
 
+        A text that already begins with BOS gets no second one.
+
         Raises:
-            InvalidRequest: a conversation that the chat template refuses, or no template.
+            InvalidRequest: a text that the tokenizer rejects; a conversation that the chat template rejects, or no
+                template.
         """
         if isinstance(content, str):
-            return list(self._tokenizer(content)["input_ids"])
+            try:
+                ids = list(self._tokenizer(content)["input_ids"])
+            except Exception as error:  # tokenizers of models bring their own code
+                raise InvalidRequest.field("text", f"the model's tokenizer rejects it: {error}") from error
+            return ids[1:] if self._has_second_bos(content, ids) else ids
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in content], add_generation_prompt=True, return_dict=True
@@ -46,14 +59,45 @@ class Tokenizer:
             raise InvalidRequest.field("chat", f"the model's chat template refuses it: {error}") from error
         return list(rendered["input_ids"])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, special tokens left out."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
+        """Return the text, special tokens left out unless `with_special`."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special)
         return text
+
+    def names_special(self, stops: Sequence[str]) -> bool:
+        """Whether any of these strings holds a special token, and so is found only in text that has them."""
+        return any(special in stop for stop in stops for special in self._special_texts)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Return each token's own text, special tokens included."""
         return [self._tokenizer.decode([token]) for token in token_ids]
+
+    def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer put BOS before a text that begins with it."""
+        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        if bos_id is None or not text.startswith(bos) or list(ids[:2]) != [bos_id, bos_id]:
+            return False
+        return list(self._tokenizer("")["input_ids"][:1]) == [bos_id]
+
+
+def _special_texts(tokenizer: Any) -> frozenset[str]:
+    """Return the texts of the tokens that `decode` leaves out."""
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
+
+
+def _digest(tokenizer: Any) -> bytes:
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # only fast tokenizers have one
+    about = [
+        transformers.__version__,
+        type(tokenizer).__name__,
+        sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+    ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).digest()
 
 
 def check_feature_layer(layer: int, num_layers: int) -> int:

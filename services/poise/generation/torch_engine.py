@@ -177,6 +177,7 @@ class TorchEngine:
             feature_layer=layer,
             max_model_len=model_len(self._config.max_model_len, model.config),
             vocabulary_size=model.config.vocab_size,
+            tokenizer_digest=tokenizer.digest,
         )
 
     def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
@@ -230,10 +231,12 @@ class TorchEngine:
 
     def _why_ended(self, running: _Running) -> FinishReason | None:
         tokenizer, sampling = self._loaded_tokenizer(), running.request.sampling
-        if running.token_ids[-1] in tokenizer.stop_token_ids:
+        if running.token_ids[-1] in tokenizer.stop_token_ids or running.token_ids[-1] in sampling.stop_token_ids:
             return "stop"
-        if sampling.stop and any(stop in tokenizer.decode(running.token_ids) for stop in sampling.stop):
-            return "stop"
+        if sampling.stop:
+            text = tokenizer.decode(running.token_ids, with_special=tokenizer.names_special(sampling.stop))
+            if any(stop in text for stop in sampling.stop):
+                return "stop"
         return "length" if len(running.token_ids) >= sampling.max_tokens else None
 
     def _finish(self, running: _Running, reason: FinishReason) -> EngineRollout:

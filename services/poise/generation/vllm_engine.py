@@ -73,8 +73,8 @@ class VllmEngine:
     async def start(self) -> None:
         """See `Engine`."""
         check_version()
-        self._facts = await asyncio.to_thread(read_model, self._config)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        self._facts = await asyncio.to_thread(read_model, self._config, self._tokenizer.digest)
         try:
             await asyncio.to_thread(import_vllm, self._config)
             self._engine = await asyncio.to_thread(launch, self._config, self._facts)
@@ -238,6 +238,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        tokenizer = self._loaded_tokenizer()
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -246,7 +247,8 @@ class VllmEngine:
             seed=sampling.seed,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
-            stop_token_ids=sorted(self._loaded_tokenizer().stop_token_ids),
+            skip_special_tokens=not tokenizer.names_special(sampling.stop),  # of the text that stops are looked for in
+            stop_token_ids=sorted(tokenizer.stop_token_ids.union(sampling.stop_token_ids)),
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.DELTA,
             extra_args={"poise_id": rollout_id, "poise_pool_tokens": num_pooled_prompt_tokens},

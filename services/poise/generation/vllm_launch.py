@@ -56,7 +56,7 @@ def check_version() -> None:
     )
 
 
-def read_model(config: GenerationConfig) -> ModelFacts:
+def read_model(config: GenerationConfig, tokenizer_digest: bytes = b"") -> ModelFacts:
     """Read a model's configuration. Raises `BackendDown` when there is none, or it does not fit the settings."""
     import torch
     import transformers
@@ -78,6 +78,7 @@ def read_model(config: GenerationConfig) -> ModelFacts:
         feature_layer=default_feature_layer(num_layers) if layer is None else check_feature_layer(layer, num_layers),
         max_model_len=model_len(config.max_model_len, text_config),
         vocabulary_size=text_config.vocab_size,
+        tokenizer_digest=tokenizer_digest,
     )
     # Left to itself, vLLM takes a float32 checkpoint for half precision.
     float32 = config.dtype == "auto" and str(text_config.dtype).endswith("float32")

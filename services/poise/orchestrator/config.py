@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -12,6 +12,7 @@ from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig
 from poise.orchestrator.budget import Limits
 from poise.orchestrator.tasks.config import TaskConfig
+from poise.orchestrator.tasks.rows import OnBadRow
 from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
 from poise.runtime.discovery import parse_name
@@ -52,8 +53,10 @@ class SamplingConfig(StrictModel):
     """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
     max_tokens: int = Field(256, ge=1)
     """Most response tokens."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response."""
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
+    """Strings that end a response, at most 16. They may name special tokens, such as `<|im_end|>`."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((), max_length=16)
+    """Ids of tokens that end a response, besides the model's own; at most 16."""
 
 
 class EvaluationConfig(StrictModel):
@@ -118,6 +121,9 @@ class OrchestratorConfig(Settings):
     too (docs/learner.md, "Exact resume"). Only where `max_staleness` is 0; 0 never waits."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """What is trained on; a mixture by weight."""
+    on_bad_row: OnBadRow = "stop"
+    """What rows of data files do that cannot be used (wrong JSON, longer than the model takes, refused by its chat
+    template): `stop` names them before the first step, `skip` leaves them out and says how many there are."""
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are sampled."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -9,20 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 
 from poise.orchestrator import waiting
 from poise.orchestrator.replicas import Replica, Replicas
 from poise.orchestrator.waiting import StoppedWaiting, Waiting, may_pass
-from poise_client.errors import PoiseClientError, VersionMismatchError
+from poise_client.errors import InvalidRequestError, PoiseClientError, VersionMismatchError
 from poise_client.types import Group, Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 
+_PROMPT_FIELD = re.compile(r"prompts\[(\d+)\]\.?")
+
 _STREAM_TIMEOUT_S = 3600.0
 _PUSH_PATIENCE_S = 5.0
 """Weights on their way are nothing to speak of for this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedPrompt:
+    """A prompt that generation does not take, whichever replica is asked: what there is instead of its group."""
+
+    group_id: str
+    reason: str
 
 
 class Dispatch:
@@ -50,13 +62,13 @@ class Dispatch:
         self._queue = deque(prompts)
         """Not given to any replica."""
         self._calls: set[asyncio.Task[None]] = set()
-        self._events: asyncio.Queue[Group | Exception | None] = asyncio.Queue()
+        self._events: asyncio.Queue[Group | RejectedPrompt | Exception | None] = asyncio.Queue()
         """What calls bring; None where things have changed."""
         self._has_looked = False
         self._waiting = Waiting("generation", stopping)
 
-    async def groups(self) -> AsyncGenerator[Group, None]:
-        """Yield every group once, as it is finished. Closing the iterator ends what still runs.
+    async def groups(self) -> AsyncGenerator[Group | RejectedPrompt, None]:
+        """Yield every group once, as it is finished, or that its prompt was rejected. Closing it ends what still runs.
 
         Raises:
             StoppedWaiting: stopping was asked for while no replica could take what is left.
@@ -120,6 +132,7 @@ class Dispatch:
     async def _call(self, replica: Replica, share: Sequence[tuple[Prompt, float]]) -> None:
         """Have a replica sample its share; what it leaves undone is given again."""
         left = {prompt.group_id: (prompt, num_tokens) for prompt, num_tokens in share}
+        asked = list(left)
         replica.heard()
         try:
             groups = replica.client.stream_trajectories(
@@ -144,6 +157,18 @@ class Dispatch:
                     self._events.put_nowait(group)
         except VersionMismatchError as error:  # the learner's push is on its way
             replica.is_behind(self._min_policy_version, error)
+        except InvalidRequestError as error:
+            rejected = [
+                RejectedPrompt(asked[index], reason)
+                for index, reason in _rejected_prompts(error).items()
+                if index < len(asked) and asked[index] in left
+            ]
+            for each in rejected:
+                _, num_tokens = left.pop(each.group_id)
+                replica.release(self._num_rollouts, num_tokens)
+                self._events.put_nowait(each)
+            if not rejected:
+                self._events.put_nowait(error)
         except PoiseClientError as error:
             if not may_pass(error):
                 self._events.put_nowait(error)
@@ -160,3 +185,14 @@ class Dispatch:
 
 def _is_cut_off(group: Group) -> bool:
     return any(rollout.finish_reason == "abort" for rollout in group.rollouts)
+
+
+def _rejected_prompts(error: InvalidRequestError) -> dict[int, str]:
+    """Return which prompts of a request are wrong, and why; none where anything else of the request is."""
+    rejected: dict[int, str] = {}
+    for field, what in error.violations:
+        if match := _PROMPT_FIELD.match(field):
+            rejected.setdefault(int(match[1]), f"{field[match.end() :]}: {what}")
+        elif field:  # that of "and 7 more wrong fields" is empty
+            return {}
+    return rejected

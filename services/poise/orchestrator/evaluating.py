@@ -10,6 +10,7 @@ import numpy as np
 
 from poise.orchestrator.budget import Spent, passes_multiple
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import RunError
 from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
@@ -91,10 +92,11 @@ class Evaluator:
             top_p=config.top_p,
             max_tokens=self._config.sampling.max_tokens,
             stop=self._config.sampling.stop,
+            stop_token_ids=self._config.sampling.stop_token_ids,
             seed=sampling_seed(self._config.seed, "evaluation", 0),
         )
         phases = Phases(self._watcher, step)
-        scored, errors = await self._scorer.score(
+        found = await self._scorer.score(
             self._config.run_id + EVALUATION_SUFFIX,
             step,
             problems,
@@ -103,6 +105,10 @@ class Evaluator:
             policy_version,
             phases,
         )
+        problems, scored = found.problems, found.groups
+        if not scored:
+            problem, reason = found.rejected[-1]
+            raise RunError(f"generation rejects all held-out prompts, the last, of {problem.origin}: {reason}")
         by_domain: dict[str, list[float]] = {}
         for item in scored:
             by_domain.setdefault(item.domain, []).append(float(item.rewards.mean()))
@@ -119,7 +125,8 @@ class Evaluator:
             "scores": score_table(rewards, domains, tasks, config.pass_threshold),
             "rewards": rewards,
             "by_domain": {name: float(np.mean(means)) for name, means in sorted(by_domain.items())},
-            "verifier_errors": errors,
+            "num_rejected_prompts": len(found.rejected),
+            "verifier_errors": found.num_errors,
             "seconds": sum(phases.seconds.values()),
         }
         return Measurement(line, problems, scored)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.data_check import check_data
 from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 def train(config: OrchestratorConfig) -> int:
     """Run, or resume, to the end or until a signal; return the exit status."""
-    return guarded(config, lambda: asyncio.run(_train(config, Mixture(config.tasks, config.seed))))
+    return guarded(config, lambda: asyncio.run(_train(config, Mixture(config.tasks, config.seed, config.on_bad_row))))
 
 
 def settle(config: OrchestratorConfig) -> int | None:
@@ -57,8 +58,7 @@ def settle(config: OrchestratorConfig) -> int | None:
     """
 
     def look() -> int | None:
-        mixture = Mixture(config.tasks, config.seed)
-        mixture.held_out(config.evaluation.num_prompts)
+        Mixture(config.tasks, config.seed, config.on_bad_row).held_out(config.evaluation.num_prompts)
         state = RunFolder(config.run_dir).read_state(config.run_id)
         if not state.is_finished(config.limits):
             return None
@@ -116,6 +116,8 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
             with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
                     await services.wait_until_up(with_value=config.algorithm.needs_probe)
+                    await check_data(config, mixture, services, watcher.say)
+                    folder.record_data(mixture.files, state.next_step)
                     if state.next_step:
                         watcher.say(f"resuming at {config.limits.describe(state.spent)}")
                     export = await _finish(config, folder, services) if await loop.run(state) else None

@@ -59,7 +59,7 @@ class TrainingLoop:
         config = self._config
         status = await self._services.learner_status()
         pending = self._pending(state.next_step)
-        self._sampler.recall([*self._folder.read_memory(), *(pending[step].memory for step in sorted(pending))])
+        self._sampler.recall([*self._folder.read_memory(), *(_memory(pending[step]) for step in sorted(pending))])
         self._check_history(state, status.policy_version, bool(pending))
         self._check_staleness(status)
         self._check_critic(status)
@@ -166,3 +166,7 @@ class TrainingLoop:
                 f"the learner has a critic, which takes rewards; algorithm {algorithm} sends advantages. Start the "
                 "learner without `critic`, in a new state_dir, or take algorithm ppo"
             )
+
+
+def _memory(journalled: JournalledStep) -> dict[str, Any]:
+    return {"step": journalled.step, "num_problems": journalled.numbers.get("num_groups")} | journalled.memory

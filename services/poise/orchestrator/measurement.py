@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.data_check import check_data
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.progress import MeasurementWatcher
@@ -55,7 +56,7 @@ def load_held_out(config: OrchestratorConfig) -> Mixture:
     """
     if not config.evaluation.num_prompts:
         raise ConfigError("evaluation.num_prompts: is 0, which leaves nothing to measure; set it to 1 or more")
-    mixture = Mixture(config.tasks, config.seed)
+    mixture = Mixture(config.tasks, config.seed, config.on_bad_row)
     mixture.held_out(config.evaluation.num_prompts)
     return mixture
 
@@ -103,6 +104,7 @@ async def measure(config: OrchestratorConfig, mixture: Mixture, subject: Subject
                 version = await _served_version(services, config)
             else:
                 await services.wait_for_generation()
+            await check_data(config, mixture, services, watcher.say)
             at_least = version if version is not None and subject.is_served else 0
             measurement = await evaluator.measure("now", version or 0, at_least)
     about = {"model": subject.model, "policy_version": version}

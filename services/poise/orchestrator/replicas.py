@@ -101,6 +101,7 @@ class Replicas:
         self._gone: list[Replica] = []
         """No longer found, and still at work."""
         self._wanted = 0
+        self._num_asked = 0
         self._response_tokens: float | None = None
         self._looking = asyncio.Lock()
         self._looked_s = float("-inf")
@@ -114,6 +115,12 @@ class Replicas:
     def are_some_ready(self) -> bool:
         """Whether any accepts prompts, of whatever version."""
         return any(replica.is_ready for replica in self._replicas.values())
+
+    def next_ready(self) -> AsyncGenerationClient | None:
+        """Return the client of one that accepts prompts, another one each time; None where none does."""
+        ready = [replica.client for replica in self._replicas.values() if replica.is_ready]
+        self._num_asked += 1
+        return ready[self._num_asked % len(ready)] if ready else None
 
     @property
     def trouble(self) -> str:

@@ -2,6 +2,7 @@
 
     run.lock            held while the run is driven
     config.yaml         the settings
+    data.json           what the data files held: hash, rows, and how many of them are used
     state.json          how far it is
     journal/            the steps in hand
     metrics.jsonl       a line a step
@@ -23,7 +24,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ import yaml
 from poise.orchestrator.budget import Limits, Spent
 from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
+from poise.orchestrator.tasks.rows import DataFile
 from poise.runtime.files import json_line, without_nan, write_file, write_lines
 from poise_client.types import ProbeReport
 
@@ -150,8 +152,39 @@ class RunFolder:
             self.journal.drop(step.step)
 
     def read_memory(self) -> list[dict[str, Any]]:
-        """Return what the finished steps left to be known, in their order."""
-        return list(self._lines("memory.jsonl"))
+        """Return what the finished steps left to be known, in their order, and how many problems each drew."""
+        num_problems = {line["step"]: line.get("num_groups") for line in self._lines("metrics.jsonl")}
+        return [{"num_problems": num_problems.get(line["step"])} | line for line in self._lines("memory.jsonl")]
+
+    def record_data(self, files: Sequence[DataFile], next_step: int) -> None:
+        """Write down what data files hold, and warn of those that changed since the run began."""
+        path = self.path / "data.json"
+        if not files:
+            return
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            before = {}
+        now = {
+            str(file.path): {
+                "sha256": file.sha256,
+                "num_rows": file.num_rows,
+                "num_used": len(file.problems),
+                "num_bad": file.bad.num,
+            }
+            for file in files
+        }
+        for name, found in now.items():
+            if next_step and isinstance(before, dict) and before.get(name, found) != found:
+                logger.warning(
+                    "%s changed since this run began: from %s to %s. From step %d on the run follows the new rows, "
+                    "and some may come again in this epoch. Restore the file, or start a run of another name",
+                    name,
+                    _describe_data(before[name]),
+                    _describe_data(found),
+                    next_step,
+                )
+        write_file(path, (json.dumps(now, indent=2) + "\n").encode())
 
     def mark_reported(self) -> None:
         """Tell that nothing is left to do after the last finished step."""
@@ -224,6 +257,10 @@ class RunFolder:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _describe_data(found: Mapping[str, Any]) -> str:
+    return f"{found['num_rows']} rows, of which {found['num_used']} are used (SHA-256 {found['sha256'][:12]})"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:

@@ -33,6 +33,9 @@ from poise_client.types import GroupBaselines, Sampling
 
 logger = logging.getLogger(__name__)
 
+_MAX_REPLACEMENTS = 8
+"""How many times a draw takes other prompts in place of rejected ones."""
+
 
 @dataclass(slots=True)
 class _Drawn:
@@ -44,8 +47,13 @@ class _Drawn:
     problems: dict[str, Problem] = field(default_factory=dict)
     """By group id."""
     num_draws: int = 0
+    num_rounds: int = 0
+    """Draws of `prompts_per_step` problems, each with those that replace rejected ones."""
+    num_problems: int = 0
     num_errors: int = 0
     """Rollouts that could not be verified."""
+    rejected: list[tuple[Problem, str]] = field(default_factory=list)
+    """Problems that generation does not take, and why."""
 
 
 class StepSampler:
@@ -68,14 +76,24 @@ class StepSampler:
         self._watcher = watcher
         self._algorithm = config.algorithm.make(config.sampling.max_tokens)
         self._num_extra_draws = 0
-        """Before the next step: draws of prompts beyond one a step."""
+        """Before the next draw: draws of prompts beyond one a step."""
         self._settled = True
         """Whether the probe was, when it was last waited for."""
 
     def recall(self, memories: Iterable[Memory]) -> None:
-        """Take up what the steps before remembered, in their order."""
+        """Take up what the steps before remembered, in their order: each's `step` and memory.
+
+        One that does not say what its tasks gave was written by an older version: `num_problems` says how many it drew.
+        """
         for memory in memories:
-            self._num_extra_draws += memory.get("num_draws", 1) - 1
+            num_draws = memory.get("num_draws", 1)
+            first_draw = memory["step"] + self._num_extra_draws
+            if "given" in memory:
+                self._mixture.resume(first_draw + num_draws, memory["given"])
+            elif num_problems := memory.get("num_problems"):
+                for draw in range(first_draw, first_draw + num_draws):
+                    self._mixture.pass_over(draw, num_problems // num_draws)
+            self._num_extra_draws += num_draws - 1
             self._algorithm.recall(memory)
 
     async def sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:
@@ -85,6 +103,7 @@ class StepSampler:
 
         Raises:
             SettingsError: the probe has learnt from a step of this name before.
+            RunError: generation rejects all that is drawn.
         """
         config = self._config
         phases = Phases(self._watcher, step)
@@ -98,10 +117,16 @@ class StepSampler:
         numbers |= {
             "steps_ahead": num_ahead,
             "num_draws": drawn.num_draws,
+            "num_rejected_prompts": len(drawn.rejected),
             "verifier_errors": drawn.num_errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
         predicted, realised, domains = predictions(scored, baselines)
+        memory = {
+            **self._algorithm.remember(scored),
+            "num_draws": drawn.num_draws,
+            "given": self._mixture.given(step + self._num_extra_draws + drawn.num_draws),
+        }
         with phases("journal"):
             numbers["time_s"] = phases.seconds
             journalled = JournalledStep(
@@ -111,12 +136,13 @@ class StepSampler:
                 numbers=numbers,
                 values={"step": step, "predicted": predicted, "realised": realised, "domain": domains},
                 samples=self._samples(step, drawn.problems, scored, baselines),
-                memory={**self._algorithm.remember(scored), "num_draws": drawn.num_draws},
+                memory=memory,
             )
             # The time of all this counts although the process may die before the step is finished.
             numbers["wall_s"] = clock.now_s()
             await _to_its_end(asyncio.to_thread(self._journal.write, journalled))
-        self.recall([journalled.memory])
+        self._num_extra_draws += drawn.num_draws - 1
+        self._algorithm.recall(memory)
         return journalled
 
     async def _draw(self, step: int, policy_version: int, phases: Phases) -> _Drawn:
@@ -124,30 +150,52 @@ class StepSampler:
 
         Where none is kept of all that may be drawn, those of the last draw are: they teach nothing; the run goes on.
         """
-        config, drawn = self._config, _Drawn()
-        wanted = config.prompts_per_step
-        while drawn.num_draws < self._algorithm.max_draws and len(drawn.kept) < wanted:
-            # Prompts are numbered by draws: a run that drew more for a step before goes on after those.
-            number = step + self._num_extra_draws + drawn.num_draws
-            problems = self._mixture.problems(number, wanted)
-            first = wanted * drawn.num_draws
-            sampling = Sampling(
-                temperature=config.sampling.temperature,
-                top_p=config.sampling.top_p,
-                max_tokens=config.sampling.max_tokens,
-                stop=config.sampling.stop,
-                seed=sampling_seed(config.seed, "train", number),
+        drawn, wanted = _Drawn(), self._config.prompts_per_step
+        while drawn.num_rounds < self._algorithm.max_draws and len(drawn.kept) < wanted:
+            await self._draw_round(drawn, step, policy_version, phases)
+        if not drawn.sampled:
+            problem, reason = drawn.rejected[-1]
+            raise RunError(
+                f"step {step}: generation rejects all {len(drawn.rejected)} prompts that it was given, the last, of "
+                f"{problem.origin}: {reason}"
             )
-            scored, num_errors = await self._scorer.score(
-                config.run_id, step, problems, config.group_size, sampling, policy_version, phases, first
-            )
-            drawn.sampled += scored
-            drawn.kept += [item for item in scored if self._algorithm.keeps(item)]
-            drawn.problems |= {item.group.group_id: each for item, each in zip(scored, problems, strict=True)}
-            drawn.num_draws += 1
-            drawn.num_errors += num_errors
         drawn.kept = drawn.kept[:wanted] or drawn.sampled[-wanted:]
         return drawn
+
+    async def _draw_round(self, drawn: _Drawn, step: int, policy_version: int, phases: Phases) -> None:
+        """Sample and verify `prompts_per_step` prompts, with others in place of those that generation rejects."""
+        missing = self._config.prompts_per_step
+        for _ in range(1 + _MAX_REPLACEMENTS):
+            num_rejected = len(drawn.rejected)
+            await self._draw_once(drawn, step, missing, policy_version, phases)
+            missing = len(drawn.rejected) - num_rejected
+            if not missing:
+                break
+        drawn.num_rounds += 1
+
+    async def _draw_once(self, drawn: _Drawn, step: int, num: int, policy_version: int, phases: Phases) -> None:
+        # Draws are numbered over the whole run: one that drew more for a step before goes on after those.
+        config, draw = self._config, step + self._num_extra_draws + drawn.num_draws
+        problems = self._mixture.problems(draw, num)
+        sampling = Sampling(
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
+            max_tokens=config.sampling.max_tokens,
+            stop=config.sampling.stop,
+            stop_token_ids=config.sampling.stop_token_ids,
+            seed=sampling_seed(config.seed, "train", draw),
+        )
+        scored = await self._scorer.score(
+            config.run_id, step, problems, config.group_size, sampling, policy_version, phases, drawn.num_problems
+        )
+        drawn.sampled += scored.groups
+        drawn.kept += [item for item in scored.groups if self._algorithm.keeps(item)]
+        for item, problem in zip(scored.groups, scored.problems, strict=True):
+            drawn.problems[item.group.group_id] = problem
+        drawn.num_draws += 1
+        drawn.num_problems += num
+        drawn.num_errors += scored.num_errors
+        drawn.rejected += scored.rejected
 
     async def _ask_probe(self, step: int, scored: Sequence[ScoredGroup]) -> list[GroupBaselines]:
         """Ask for the step's baselines, and wait for the probe where steps come one after the other.

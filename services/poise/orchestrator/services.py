@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.orchestrator.dispatch import Dispatch
+from poise.orchestrator.dispatch import Dispatch, RejectedPrompt
 from poise.orchestrator.replicas import Replicas
 from poise.orchestrator.waiting import StoppedWaiting, Waiting, may_pass, pause
 from poise.runtime.config import check_readable, read_token_file
@@ -27,8 +27,11 @@ from poise_client.types import (
     LabelledGroup,
     LearnerStatus,
     ModelExport,
+    Policy,
     ProbeReport,
     Prompt,
+    PromptCheck,
+    PromptContent,
     Sampling,
     StepResult,
 )
@@ -43,6 +46,10 @@ _ASK_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
 _EXPORT_TIMEOUT_S = 3600.0
+CHECKED_AT_ONCE = 256
+"""Prompts in a call that checks them: few enough to spread over replicas, and to show how far it is."""
+_CHECKS_AT_ONCE = 8
+"""Such calls."""
 
 
 class Services:
@@ -100,7 +107,7 @@ class Services:
         num_rollouts: int,
         sampling: Sampling,
         min_policy_version: int,
-    ) -> AsyncGenerator[Group, None]:
+    ) -> AsyncGenerator[Group | RejectedPrompt, None]:
         """Yield every group once, from replicas that serve at least `min_policy_version`; see `Dispatch.groups`.
 
         Groups that new weights cut off (`in_flight: abort`) are sampled again: nobody is to train on halves.
@@ -109,6 +116,35 @@ class Services:
             self._replicas, self._stopping, run_id, step, prompts, num_rollouts, sampling, min_policy_version
         )
         return dispatch.groups()
+
+    async def generation_policy(self) -> Policy:
+        """See `AsyncGenerationClient.get_policy`: of any replica that is ready."""
+        return await self._ask_generation(lambda client: client.get_policy(timeout_s=_ASK_TIMEOUT_S))
+
+    async def check_prompts(
+        self, contents: Sequence[PromptContent], on_checked: Callable[[int], None]
+    ) -> list[PromptCheck]:
+        """Return what generation's tokenizer makes of prompts, in order; `on_checked` is told how many are done."""
+        numbered = [Prompt(f"{index:08d}", content) for index, content in enumerate(contents)]
+        parts = [numbered[first : first + CHECKED_AT_ONCE] for first in range(0, len(numbered), CHECKED_AT_ONCE)]
+        gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
+        num_checked = 0
+
+        async def check(part: Sequence[Prompt]) -> list[PromptCheck]:
+            nonlocal num_checked
+            async with gate:
+                answer = await self._ask_generation(lambda client: client.check_prompts(part))
+            num_checked += len(part)
+            on_checked(num_checked)
+            return answer
+
+        calls = [asyncio.create_task(check(part)) for part in parts]
+        try:
+            return [each for call in calls for each in await call]
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
     async def estimate_baselines(
         self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
@@ -161,6 +197,16 @@ class Services:
             if self._stopping.is_set():
                 raise StoppedWaiting("generation")
             await pause(self._stopping)
+
+    async def _ask_generation(self, call: Callable[[AsyncGenerationClient], Awaitable[T]]) -> T:
+        """Ask a replica that is ready, another one each time."""
+
+        async def ask() -> T:
+            while (client := self._replicas.next_ready()) is None:
+                await self.wait_for_generation()
+            return await call(client)
+
+        return await self._persist("generation", ask)
 
     async def _ask_value(self, call: Callable[[], Awaitable[T]]) -> T:
         return await self._persist(f"value at {self._value.target}", call)

@@ -16,7 +16,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
 
 from poise_client import codec
-from poise_client.types import EncodedPrompt, Features, Group, Rollout, RolloutId
+from poise_client.types import EncodedPrompt, Features, Group, PromptCheck, Rollout, RolloutId
 from poise_proto.v1 import errors_pb2
 from poise_proto.v1 import generation_pb2 as generation
 from poise_proto.v1 import learner_pb2 as learner
@@ -113,6 +113,10 @@ class Generation(Scripted, GenerationServiceServicer):
             else:
                 for prompt in request.prompts:
                     yield encoded_message(prompt.group_id)
+
+    async def CheckPrompts(self, request, context):
+        checks = [PromptCheck(prompt.group_id, len(prompt.text), "") for prompt in request.prompts]
+        return await self._scripted(request, context) or codec.encode_prompt_checks(checks)
 
     async def GetPolicy(self, request, context):
         return await self._scripted(request, context) or generation.GetPolicyResponse(policy_version=3, ready=True)

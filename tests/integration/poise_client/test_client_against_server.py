@@ -140,6 +140,28 @@ async def test_prompts_to_encode_are_checked_and_split(generation, generation_se
     assert len(generation_service.requests) == 2
 
 
+async def test_checked_prompts_come_in_order_over_retries(generation, generation_service, unavailable):
+    generation_service.script = [unavailable]
+    sizes = [*range(5), *[400_000] * 10, *range(5)]
+    checks = await generation.check_prompts([Prompt(f"g{i}", "x" * size) for i, size in enumerate(sizes)])
+    assert [(check.group_id, check.num_tokens) for check in checks] == [(f"g{i}", n) for i, n in enumerate(sizes)]
+    assert len(generation_service.requests) == 3
+    assert await generation.check_prompts([]) == []
+
+
+async def test_wrong_prompts_to_check_are_named_by_number(generation, generation_service, failing):
+    async def answer(request, context):
+        return None  # as it should
+
+    wrong = [("prompts[0].chat", "no")]
+    reject = failing(grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST", retryable=False, violations=wrong)
+    generation_service.script = [answer, reject]
+    prompts = [Prompt(f"g{i}", "x" * 2**20) for i in range(4)]
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await generation.check_prompts(prompts)
+    assert caught.value.violations == (("prompts[2].chat", "no"),)
+
+
 async def test_an_abandoned_encoding_is_cancelled_in_the_service(generation, generation_service):
     generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
     call = asyncio.create_task(generation.encode_prompts(PROMPTS))

@@ -46,6 +46,7 @@ async def test_the_calls_answer_as_the_async_ones_do(target, generation, value):
         assert generation.update_weights(lineage_id="l", policy_version=5, weights=weights).policy_version == 5
         assert value.get_probe().num_pending == 4
         assert [prompt.group_id for prompt in generation.encode_prompts(PROMPTS)] == list("abcd")
+        assert [check.num_tokens for check in generation.check_prompts(PROMPTS)] == [len(p.content) for p in PROMPTS]
         assert value.score_prompts([PromptFeatures("p", "d", np.ones(2, np.float32))])[0].value == 0.25
         assert value.estimate_baselines("run", 0, []) == []
         assert value.publish_labels([]) == 0

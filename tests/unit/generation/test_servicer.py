@@ -121,6 +121,8 @@ def sampling(**fields: Any) -> dict[str, Any]:
         (sampling(stop=["x"] * 17), ["sampling.stop"]),
         (sampling(stop=["x", ""]), ["sampling.stop[1]"]),
         (sampling(stop=["x" * 257]), ["sampling.stop[0]"]),
+        (sampling(stop_token_ids=[1] * 17), ["sampling.stop_token_ids"]),
+        (sampling(stop_token_ids=[255, 256, 2**32 - 1]), [f"sampling.stop_token_ids[{i}]" for i in (1, 2)]),
         (
             {"run_id": "", "num_rollouts": 999, "prompts": prompts({"group_id": ""})}
             | sampling(top_p=2, temperature=-1),
@@ -169,10 +171,14 @@ async def test_unset_fields_take_their_defaults(service: Service) -> None:
 
 
 async def test_sampling_reaches_the_engine(service: Service) -> None:
-    await service.stream(request_of(**sampling(temperature=0.5, top_p=0.25, top_k=3, max_tokens=5, stop=["a", "b"])))
+    await service.stream(
+        request_of(
+            **sampling(temperature=0.5, top_p=0.25, top_k=3, max_tokens=5, stop=["a", "b"], stop_token_ids=[7, 9])
+        )
+    )
     asked = service.engine.requests[0].sampling
     assert (asked.temperature, asked.top_p, asked.top_k, asked.max_tokens) == (0.5, 0.25, 3, 5)
-    assert asked.stop == ("a", "b")
+    assert (asked.stop, asked.stop_token_ids) == (("a", "b"), (7, 9))
 
 
 async def test_refusal_is_told_with_its_reason(service: Service) -> None:
@@ -193,6 +199,48 @@ async def test_min_policy_version_is_checked_against_the_served(service: Service
     assert group.rollouts[0].version_spans[0].policy_version == 3
     with pytest.raises(VersionMismatch):
         await service.stream(request_of(min_policy_version=4))
+
+
+async def test_tokens_beyond_the_vocabulary_reject_their_prompt(service: Service) -> None:
+    service.engine.tokenize = lambda content: [300] if content == "ho" else [1]  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest) as caught:
+        await service.stream(request_of())
+    assert [violation.field for violation in caught.value.violations] == ["prompts[1].text"]
+    assert "has token 300; the model's vocabulary is 0 to 255" in str(caught.value)
+    assert service.engine.requests == []
+
+
+async def test_checked_prompts_are_counted_or_have_a_problem(service: Service) -> None:
+    def tokenize(content: Any) -> list[int]:
+        if content == "no":
+            raise InvalidRequest.field("text", "cannot be")
+        return [300] if content == "far" else list(str(content).encode())
+
+    service.engine.tokenize = tokenize  # type: ignore[method-assign]
+    service.refusal = "waits for weights"  # which checking has no use for
+    texts = [{"text": text} for text in ("x", "no", "far", "", "x" * 999)]
+    specs = prompts(*texts, {"tokens": {"token_ids": [256]}})
+
+    answer = await service.servicer.CheckPrompts(pb.CheckPromptsRequest(prompts=specs), CONTEXT)
+
+    assert [check.group_id for check in answer.prompts] == [f"g{i}" for i in range(6)]
+    assert [check.num_tokens for check in answer.prompts] == [1, 0, 0, 0, 999, 0]
+    assert [check.problem.partition(";")[0] for check in answer.prompts] == [
+        "",
+        "text: cannot be",
+        "text: has token 300",
+        "text: has no tokens",
+        "",
+        "tokens.token_ids: has token 256",
+    ]
+
+
+async def test_wrong_fields_of_prompts_to_check_are_all_named(service: Service) -> None:
+    specs = [*prompts({}, {"group_id": "a b"}), pb.PromptSpec(group_id="g", chat=chat("pope"))]
+    with pytest.raises(InvalidRequest) as caught:
+        await service.servicer.CheckPrompts(pb.CheckPromptsRequest(prompts=specs), CONTEXT)
+    fields = [violation.field for violation in caught.value.violations]
+    assert fields == ["prompts[1].group_id", "prompts[2].chat.messages[0].role"]
 
 
 def encoding_of(*specs: pb.PromptSpec) -> pb.EncodePromptsRequest:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from poise.local import models
-from poise.local.models import KnownModel, cache_dir, is_ready, locate_model, make_model
+from poise.local.models import KnownModel, is_ready, locate_model, make_model
+from poise.runtime.cache import cache_dir
 from poise.runtime.config import ConfigError
 
 

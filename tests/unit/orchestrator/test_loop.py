@@ -98,7 +98,10 @@ async def test_an_evaluation_keeps_every_response_and_how_it_was_sampled(tmp_pat
     await drive(settings(tmp_path, num_steps=1, tasks=tasks, evaluation=evaluation, sampling={"max_tokens": 9}), world)
     before, after = lines(tmp_path, "evaluations.jsonl")
     seed = before["sampling"].pop("seed")
-    assert before["sampling"] == {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "max_tokens": 9, "stop": []}
+    assert before["sampling"] == {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "max_tokens": 9} | {
+        "stop": [],
+        "stop_token_ids": [],
+    }
     assert after["sampling"]["seed"] == seed == world.asked[0][4].seed
     for one in (before, after):
         kept = lines(tmp_path, one["generations"])

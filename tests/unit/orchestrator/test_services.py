@@ -14,6 +14,7 @@ import pytest
 from poise.orchestrator import dispatch, replicas, waiting
 from poise.orchestrator import services as module
 from poise.orchestrator.config import EndpointsConfig
+from poise.orchestrator.dispatch import RejectedPrompt
 from poise.orchestrator.services import Services
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
@@ -26,7 +27,7 @@ from poise_client.errors import (
     UnavailableError,
     VersionMismatchError,
 )
-from poise_client.types import Features, Group, Policy, Prompt, Rollout, RolloutId, Sampling
+from poise_client.types import Features, Group, Policy, Prompt, PromptCheck, Rollout, RolloutId, Sampling
 
 DOWN = UnavailableError("nobody answers", retryable=True)
 NOTHING = np.zeros(1, np.float32)
@@ -35,6 +36,7 @@ WHOLE = Rollout(
 )
 CUT_OFF = dataclasses.replace(WHOLE, finish_reason="abort")
 PROMPTS = [Prompt(f"g{index}", "?") for index in range(5)]
+ALL = [prompt.group_id for prompt in PROMPTS]
 
 
 def policy(version: int = 10, reason: str = "") -> Policy:
@@ -84,6 +86,13 @@ class Script:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    async def check_prompts(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
+        self.calls.append([prompt.group_id for prompt in prompts])
+        outcome = self._next()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return [PromptCheck(prompt.group_id, 1, str(prompt.content)) for prompt in prompts]
 
     async def close(self) -> None:
         self.is_closed = True
@@ -250,6 +259,75 @@ async def test_a_replicas_refusal_ends_the_sampling(make: Make, error: Exception
         await asyncio.wait_for(sampled(make(scripts)), 10)
 
 
+def rejecting(*names: str, also: Sequence[tuple[str, str]] = ()) -> Callable[[Sequence[Prompt]], list[Any]]:
+    """Return what a replica does that does not take prompts of these names: all or nothing of a request."""
+
+    def answer(prompts: Sequence[Prompt]) -> list[Any]:
+        wrong = [
+            (f"prompts[{i}].text", f"no {each.group_id}") for i, each in enumerate(prompts) if each.group_id in names
+        ]
+        return [InvalidRequestError("wrong", violations=[*wrong, *also])] if wrong else all_of(prompts)
+
+    return answer
+
+
+async def outcome(services: Services) -> dict[str, str]:
+    """Return of each prompt why it was rejected; empty where its group came."""
+    async with asyncio.timeout(20):
+        found = [each async for each in services.sample("run", 0, PROMPTS, 2, Sampling(max_tokens=8), 0)]
+    assert len({each.group_id for each in found}) == len(found)
+    return {each.group_id: each.reason if isinstance(each, RejectedPrompt) else "" for each in found}
+
+
+@pytest.mark.parametrize("names", [["g0"], ["g1", "g4"], ["g0", "g1", "g2", "g3", "g4"]])
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_rejected_prompts_cost_only_themselves(make: Make, names: list[str], num_replicas: int) -> None:
+    replicas = [Script(f"{name}:1", [rejecting(*names)]) for name in "ab"[:num_replicas]]
+    expected = {name: f"text: no {name}" if name in names else "" for name in ALL}
+    assert await outcome(make(replicas)) == expected
+
+
+async def test_rejections_cut_from_one_answer_come_with_the_next(make: Make) -> None:
+    cut = [("", "and 2 more wrong fields")]
+    replica = Script("a:1", [rejecting("g1", also=cut), rejecting("g3", also=cut), rejecting()])
+    assert [name for name, reason in (await outcome(make([replica]))).items() if reason] == ["g1", "g3"]
+
+
+@pytest.mark.parametrize("also", [[("sampling.top_p", "is 2")], [("run_id", "is empty")]])
+async def test_what_is_wrong_with_more_than_prompts_ends_the_sampling(make: Make, also: list[tuple[str, str]]) -> None:
+    with pytest.raises(InvalidRequestError):
+        await outcome(make([Script("a:1", [rejecting("g1", also=also)])]))
+
+
+@pytest.mark.parametrize("index", [0, 99])
+async def test_rejection_of_no_open_prompt_ends_the_sampling(make: Make, index: int) -> None:
+    error = InvalidRequestError("wrong", violations=[(f"prompts[{index}].text", "no")])
+    with pytest.raises(InvalidRequestError):
+        await outcome(make([Script("a:1", [[group(PROMPTS[0]), error]])]))
+
+
+async def test_prompts_are_checked_in_order_by_all_replicas(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECKED_AT_ONCE", 3)
+    replicas = [Script("a:1", [DOWN, []]), Script("b:1", [[]])]
+    told: list[int] = []
+    async with asyncio.timeout(20):
+        checks = await make(replicas).check_prompts([f"p{i}" for i in range(20)], told.append)
+    assert [check.problem for check in checks] == [f"p{i}" for i in range(20)]
+    assert told[-1] == 20
+    assert all(replica.calls for replica in replicas)
+
+
+async def test_prompts_that_cannot_be_checked_end_the_check(make: Make) -> None:
+    with pytest.raises(InvalidRequestError):
+        await make([Script("a:1", [InvalidRequestError("no such call")])]).check_prompts(["p"], lambda _: None)
+
+
+async def test_checking_waits_for_a_replica_and_ends_when_asked_to(make: Make, stopping: asyncio.Event) -> None:
+    stopping.set()
+    with pytest.raises(StoppedWaiting):
+        await make([Script("a:1", [[]], [policy(reason="loads")])]).check_prompts(["p"], lambda _: None)
+
+
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"endpoints\.token_file: .*absent cannot be read"):
         Services(EndpointsConfig(token_file=tmp_path / "absent"), asyncio.Event())
@@ -284,9 +362,6 @@ async def asyncio_limited(groups: AsyncIterator[Group]) -> AsyncIterator[Group]:
     async with asyncio.timeout(20):
         async for found in groups:
             yield found
-
-
-ALL = [prompt.group_id for prompt in PROMPTS]
 
 
 async def test_what_a_lost_replica_leaves_undone_is_sampled_by_another_and_counts_once(make: Make) -> None:

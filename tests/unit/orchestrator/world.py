@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.dispatch import RejectedPrompt
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.run_folder import RunFolder, RunState
@@ -66,6 +67,8 @@ class World:
         self.unsettled: set[int] = set()
         """Steps valued before the probe has learnt all."""
         self.shown: list[Any] = []
+        self.rejected: set[str] = set()
+        """Prompts that generation does not take."""
 
     def note(self, event: str) -> None:
         if self.crashed:
@@ -85,12 +88,15 @@ class World:
         num_rollouts: int,
         sampling: Sampling,
         min_policy_version: int,
-    ) -> AsyncGenerator[Group, None]:
+    ) -> AsyncGenerator[Group | RejectedPrompt, None]:
         assert self.version - self.max_staleness <= min_policy_version <= self.version
         self.asked.append((run_id, step, tuple(prompts), num_rollouts, sampling, min_policy_version))
         self.note(f"sample {run_id} {step}")
         for prompt in reversed(prompts):  # they finish in any order
             await asyncio.sleep(0)
+            if str(prompt.content) in self.rejected:
+                yield RejectedPrompt(prompt.group_id, "text: is too long")
+                continue
             yield self._group(run_id, step, prompt, num_rollouts, sampling)
 
     def _group(self, run_id: str, step: int, prompt: Prompt, num_rollouts: int, sampling: Sampling) -> Group:
@@ -223,7 +229,7 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
     """One process's work: open the folder, drive the run until its end, a stop or a crash."""
     folder = NotedFolder(config.run_dir, world)
     state = folder.open(config.run_id, {})
-    mixture = Mixture(config.tasks, config.seed)
+    mixture = Mixture(config.tasks, config.seed, config.on_bad_row)
     try:
         scorer = Scorer(world, world)
         sampler = StepSampler(config, folder.journal, world, mixture, scorer, world)

@@ -48,7 +48,9 @@ prompts = st.builds(
         st.lists(uint32s, min_size=1, max_size=3),
     ),
 )
-samplings = st.builds(types.Sampling, singles, singles, uint32s, uint32s, tuples(texts), st.none() | uint64s)
+samplings = st.builds(
+    types.Sampling, singles, singles, uint32s, uint32s, tuples(texts), st.none() | uint64s, tuples(uint32s)
+)
 
 
 @st.composite
@@ -157,9 +159,16 @@ PAIRS = {
                 uint32s,
                 uint32s,
                 booleans,
+                texts,
+                digests,
+                uint32s,
             ),
         ),
         generation_pb2.GetPolicyResponse,
+    ),
+    "prompt_checks": (
+        st.lists(st.builds(types.PromptCheck, names, uint32s, texts), max_size=3),
+        generation_pb2.CheckPromptsResponse,
     ),
     "weight_update": (
         st.builds(types.WeightUpdate, uint64s, booleans, doubles, doubles),

@@ -164,7 +164,7 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
     _refuse_shared_places(run)
     if not run.train.evaluation.num_prompts:
         raise ConfigError("train.evaluation.num_prompts: is 0 in the base, which leaves nothing to compare")
-    Mixture(run.train.tasks, run.train.seed).held_out(run.train.evaluation.num_prompts)
+    Mixture(run.train.tasks, run.train.seed, run.train.on_bad_row).held_out(run.train.evaluation.num_prompts)
     return PlannedRun(name, seed, run.train.algorithm.kind, run)
 
 

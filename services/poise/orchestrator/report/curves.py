@@ -58,6 +58,8 @@ class RunRecord:
     trajectories: list[Row]
     num_unreadable: int
     """Lines left out, over all files."""
+    num_skipped_rows: int = 0
+    """Rows of the data files that the run goes without."""
 
     @property
     def before(self) -> Evaluation | None:
@@ -86,7 +88,15 @@ def load_run(run_dir: Path) -> RunRecord:
         evaluations=[evaluation for row in evaluations if (evaluation := _evaluation(row))],
         trajectories=trajectories,
         num_unreadable=bad_metrics + bad_values + bad_evaluations + bad_trajectories,
+        num_skipped_rows=_skipped_rows(run_dir / "data.json"),
     )
+
+
+def _skipped_rows(path: Path) -> int:
+    try:
+        return sum(int(file["num_bad"]) for file in json.loads(path.read_bytes()).values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0
 
 
 def number(row: Row, *path: str) -> float:

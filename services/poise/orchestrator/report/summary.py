@@ -38,7 +38,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
     Top level: `algorithm`, `num_steps`, `wall_s`, `policy_version`, `num_rollouts`, `num_response_tokens`,
     `tokens_per_s`, `reward`, `held_out`, `advantage_variance`, `probe`, `staleness`, `mismatch_logprob`, `time_s`,
-    `num_rejected`, `num_verifier_errors`, `num_unreadable_lines`.
+    `num_rejected`, `num_verifier_errors`, `num_skipped_rows`, `num_rejected_prompts`, `num_unreadable_lines`.
     """
     return summarise_record(load_run(run_dir))
 
@@ -76,6 +76,8 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
         "time_s": {phase: float(np.nansum(series(rows, "time_s", phase))) for phase in (*PHASES, "total")},
         "num_rejected": dict(sorted(rejected.items())),
         "num_verifier_errors": _total(rows, "verifier_errors"),
+        "num_skipped_rows": record.num_skipped_rows,
+        "num_rejected_prompts": _total(rows, "num_rejected_prompts"),
         "num_unreadable_lines": record.num_unreadable,
     }
     plain: dict[str, Any] = without_nan(tree)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from poise.orchestrator.tasks import digits, primer
+from poise.orchestrator.tasks.rows import OnBadRow
 from poise.runtime.config import StrictModel
 from poise.runtime.validation import IDENTIFIER
 
@@ -104,6 +105,9 @@ class JsonlTask(_Task):
     """File of held-out problems. Unset, an eighth of `path` is held out."""
     max_prompts: int | None = Field(None, ge=1)
     """Read so many problems from the top of `path`; unset reads all."""
+    on_bad_row: OnBadRow | None = None
+    """What rows that cannot be used do: `stop` the run before its first step, or `skip`: the run goes without them, and
+    says how many there are. Unset takes `on_bad_row` of the run."""
 
 
 class GymTask(_Task):

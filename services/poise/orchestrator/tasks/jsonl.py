@@ -1,78 +1,87 @@
 """Problems from a file of JSON lines.
 
-Owns reading and judging: what is wrong is told of up to 20 lines at once, by line and field, before anything is used.
+Owns reading and judging: every bad row is named by line and field, before anything is used.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from poise.orchestrator.tasks.config import JsonlTask, domain_problem
+from poise.orchestrator.tasks.formats import HEAD_BYTES, foreign_format
 from poise.orchestrator.tasks.problem import Problem, TaskError
+from poise.orchestrator.tasks.rows import BadRows, DataFile, OnBadRow
 from poise_client.types import Message
 
 MAX_LINE_BYTES = 1024 * 1024
-MAX_REPORTED = 20
 
 _FIELDS = ("prompt", "answer", "domain", "metadata")
 _ROLES = ("system", "user", "assistant")
-
-logger = logging.getLogger(__name__)
 
 
 class _Wrong(ValueError):
     """What is wrong with a line: `field: what is wrong; what would be right`."""
 
 
-def read_problems(task: JsonlTask, path: Path, limit: int | None = None) -> list[Problem]:
-    """Read the problems of a file, without those that repeat a prompt and its answer; `limit` stops early.
+def read_file(task: JsonlTask, path: Path, on_bad_row: OnBadRow = "stop", limit: int | None = None) -> DataFile:
+    """Read a file's rows, good and bad; `limit` stops after so many good ones.
 
     Raises:
-        TaskError: the file, or any line that was read, cannot be used.
+        TaskError: the file cannot be read, is of another format, has no good row, or has bad ones that are to stop.
     """
     problems: dict[str, Problem] = {}
-    wrong: list[str] = []
-    num_read = 0
+    bad = BadRows()
+    repeats: list[int] = []
+    digest = hashlib.sha256()
+    num_rows = num_good = 0
     for number, line in _lines(path):
+        digest.update(line)
+        num_rows += 1
         try:
-            problem = _problem(task, line)
+            problem = replace(_problem(task, line), file=str(path), line=number)
         except _Wrong as error:
-            wrong.append(f"{path}:{number}: {error}")
-            if len(wrong) == MAX_REPORTED:
-                wrong.append(f"{path}: more lines may be wrong; the first {MAX_REPORTED} are told")
-                break
-        else:
-            problems.setdefault(problem.key, problem)
-            num_read += 1
-            if num_read == limit:
-                break
-    if wrong:
-        raise TaskError("\n".join(wrong))
+            bad.add(number, str(error))
+            continue
+        if problems.setdefault(problem.key, problem) is not problem:
+            repeats.append(number)
+        num_good += 1
+        if num_good == limit:
+            break
+    found = DataFile(path, on_bad_row, digest.hexdigest(), num_rows, list(problems.values()), bad, repeats)
+    found.raise_if_bad()
     if not problems:
-        raise TaskError(f'{path}: holds no problem; put one on each line, as {{"prompt": "2+2=", "answer": "4"}}')
-    if num_read > len(problems):
-        logger.warning("%s: %d lines repeat a problem and are left out", path, num_read - len(problems))
-    return list(problems.values())
+        shown = "".join(f"\n{path}:{line}: {what}" for line, what in bad.shown)
+        raise TaskError(
+            f'{path}: holds no problem; put one on each line, as {{"prompt": "2+2=", "answer": "4"}}{shown}'
+        )
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) for every line that is not blank."""
+    """Yield (number, line) for every line that is not blank; of one that is too long, its beginning."""
+    if "\0" in str(path):
+        raise TaskError(f"{str(path)!r}: holds the character NUL; name a file of JSON lines")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise TaskError(f"{path}: is no regular file; name a file of JSON lines, not a device or a pipe")
         with path.open("rb") as file:
+            if format_ := foreign_format(file.read(HEAD_BYTES), str(path)):
+                raise TaskError(f"{path}: {format_}")
+            file.seek(0)
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise TaskError(
-                        f"{path}:{number}: line is longer than {MAX_LINE_BYTES} bytes; put one JSON object on each line"
-                    )
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 1)
                 if line.strip():
                     yield number, line
     except OSError as error:
@@ -98,6 +107,8 @@ def _problem(task: JsonlTask, line: bytes) -> Problem:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise _Wrong(f"line: is longer than {MAX_LINE_BYTES} bytes; put one JSON object on each line")
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -117,11 +128,18 @@ def _parse(line: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise _Wrong(f'line: is {_kind(fields)}; must be an object, {{"prompt": ..., "answer": ...}}')
     if "\\u" in text:
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise _Wrong("line: holds half of a surrogate pair (\\ud800 to \\udfff); write the character") from None
+        _check_characters(json.dumps(fields, ensure_ascii=False))
     return fields
+
+
+def _check_characters(text: str) -> None:
+    """Reject what no tokenizer takes, anywhere in a row."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Wrong("line: holds half of a surrogate pair (\\ud800 to \\udfff); write the character") from None
+    if "\\u0000" in text.replace("\\\\", ""):  # the character itself, and not a backslash before u0000
+        raise _Wrong("line: holds the character NUL (\\u0000); remove it")
 
 
 def _refuse_constant(name: str) -> None:
@@ -146,7 +164,7 @@ def _unknown(name: str, fields: Mapping[str, Any]) -> str:
 
 def _prompt(prompt: object, system: str | None) -> str | list[Message]:
     if isinstance(prompt, str):
-        if not prompt:
+        if not prompt.strip():
             raise _Wrong("prompt: is empty; write what the model shall answer")
         if system is None:
             return prompt
@@ -156,6 +174,8 @@ def _prompt(prompt: object, system: str | None) -> str | list[Message]:
     messages = [_message(index, message) for index, message in enumerate(prompt)]
     if not messages or messages[-1]["role"] != "user":
         raise _Wrong("prompt: must end with a message of the user, for the model to answer")
+    if not messages[-1]["content"].strip():
+        raise _Wrong(f"prompt[{len(messages) - 1}].content: is empty; write what the model shall answer")
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, Message(role="system", content=system))
     return messages

@@ -1,49 +1,52 @@
 """The problems of a run: which a step trains on, which are held out.
 
-A pure function of seed and step: a restarted run asks what it would have asked. Knows sources, not what they hold.
+A function of the seed, the draw, and how many problems were given before it: a restarted run draws what it would have
+drawn, also where it takes more or fewer from now on. Knows sources, not what they hold.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from poise.orchestrator.tasks.config import GymTask, JsonlTask, TaskConfig
 from poise.orchestrator.tasks.problem import Problem, TaskError
-from poise.orchestrator.tasks.sources import make_sources
+from poise.orchestrator.tasks.rows import DataFile, OnBadRow
+from poise.orchestrator.tasks.sources import Listed, make_sources
 
 
 class Mixture:
     """Several tasks, by weight."""
 
-    def __init__(self, tasks: Sequence[TaskConfig], seed: int) -> None:
-        """Load every task.
+    def __init__(self, tasks: Sequence[TaskConfig], seed: int, on_bad_row: OnBadRow = "stop") -> None:
+        """Load every task; `on_bad_row` is for those that do not say themselves what bad rows do.
 
         Raises:
-            TaskError: something is wrong with a task; of a file every wrong line is told.
+            TaskError: something is wrong with a task; bad rows are named by file and line.
         """
         if not tasks:
             raise TaskError("tasks: none given; name at least one")
-        self._sources = make_sources(tasks)
+        self._sources = make_sources(tasks, on_bad_row)
         self._names = task_names(tasks)
         self._weights = [task.weight for task in tasks]
         self._seed = seed
-        self._given: dict[int, list[list[int]]] = {}
-        """By prompts a step: how many problems each task gave before each step, as far as counted."""
+        self._first_draw = 0
+        self._given = [[0] * len(tasks)]
+        """How many problems each task gave before `_first_draw`, before the next draw, and so on, as far as counted."""
 
     def problems(self, step: int, n: int) -> list[Problem]:
-        """Return the `n` problems of a step, where every step takes `n`. The same for the same seed, step and n.
+        """Return the `n` problems of a draw: of a step, where each draws once.
 
-        They are distinct as far as the tasks have enough of them; a file's come once an epoch.
+        A file's come once an epoch, whatever the draws before took; those this object was not asked for count as `n`
+        each, unless `resume` said otherwise. Distinct as far as the tasks have enough of them.
 
         Raises:
             TaskError: a task has nothing to train on.
         """
-        choices = self._choices(step, n)
-        before = self._given_before(step, n)
+        choices, before = self._pass_over(step, n)
         seen: set[str] = set()
         by_task: list[list[Problem]] = []
         for index, source in enumerate(self._sources):
@@ -73,19 +76,58 @@ class Mixture:
             held_out += [replace(problem, task=name) for problem in found]
         return held_out
 
+    def given(self, step: int) -> dict[str, int]:
+        """Return how many problems each task gave before a draw, by its name: what `resume` takes."""
+        return dict(zip(self._names, self._given[step - self._first_draw], strict=True))
+
+    def resume(self, step: int, given: Mapping[str, int]) -> None:
+        """Go on at a draw before which tasks gave so many problems; one that is not named gave none."""
+        self._first_draw = step
+        self._given = [[given.get(name, 0) for name in self._names]]
+
+    def pass_over(self, step: int, n: int) -> None:
+        """Count a draw of `n` problems as given, without drawing them."""
+        self._pass_over(step, n)
+
+    @property
+    def files(self) -> list[DataFile]:
+        """What was read of the tasks' files."""
+        return [file for source in self._listed() for file in source.files]
+
+    def keep(self, files: Sequence[DataFile]) -> None:
+        """Go on with what is left of `files`, given in the order of the property.
+
+        Raises:
+            TaskError: nothing is left of a task to train on.
+        """
+        rest = iter(files)
+        for source in self._listed():
+            source.keep(list(islice(rest, len(source.files))))
+
+    def _listed(self) -> Iterator[Listed]:
+        return (source for source in self._sources if isinstance(source, Listed))
+
     def _choices(self, step: int, n: int) -> list[int]:
         """Return which task each of the step's problems is of."""
         source = random.Random(f"{self._seed}/mixture/{step}")  # noqa: S311 (no secret)
         return source.choices(range(len(self._weights)), self._weights, k=n)
 
-    def _given_before(self, step: int, n: int) -> list[int]:
-        if len(self._sources) == 1:
-            return [step * n]
-        counts = self._given.setdefault(n, [[0] * len(self._sources)])
-        for earlier in range(len(counts) - 1, step):
-            choices = self._choices(earlier, n)
-            counts.append([count + choices.count(index) for index, count in enumerate(counts[-1])])
-        return counts[step]
+    def _pass_over(self, step: int, n: int) -> tuple[list[int], list[int]]:
+        """Return which task each problem of a draw is of, and how many each gave before; count it as given."""
+        if step < self._first_draw:
+            raise ValueError(f"draw {step} was given before the run was resumed at draw {self._first_draw}")
+        while len(self._given) <= step - self._first_draw:
+            earlier = self._first_draw + len(self._given) - 1
+            self._given.append(self._after(self._given[-1], self._choices(earlier, n)))
+        index = step - self._first_draw
+        before, choices = self._given[index], self._choices(step, n)
+        after = self._after(before, choices)
+        if self._given[index + 1 : index + 2] != [after]:
+            self._given[index + 1 :] = [after]
+        return choices, before
+
+    def _after(self, before: Sequence[int], choices: Sequence[int]) -> list[int]:
+        return [count + choices.count(index) for index, count in enumerate(before)]
 
 
 def task_names(tasks: Sequence[TaskConfig]) -> list[str]:

@@ -35,6 +35,15 @@ class Problem:
     """Whatever else the verifier, or a reader, may want to know."""
     task: str = ""
     """Which task of the mixture it is of, by the name that evaluations tell it by."""
+    file: str = ""
+    """The data file it was read from; empty for one that was made."""
+    line: int = 0
+    """Its line there, from 1."""
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people: file and line, or the task that made it."""
+        return f"{self.file}:{self.line}" if self.file else f"task {self.task or self.domain}"
 
     @property
     def key(self) -> str:

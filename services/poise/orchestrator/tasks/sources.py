@@ -13,8 +13,9 @@ from typing import Protocol
 
 from poise.orchestrator.tasks import digits, gym, primer
 from poise.orchestrator.tasks.config import DigitsTask, GymTask, JsonlTask, PrimerTask, TaskConfig
-from poise.orchestrator.tasks.jsonl import read_problems
+from poise.orchestrator.tasks.jsonl import read_file
 from poise.orchestrator.tasks.problem import Problem, TaskError
+from poise.orchestrator.tasks.rows import DataFile, OnBadRow
 from poise.orchestrator.verifiers.rules import resolve
 
 HELD_OUT_SHARE = 8
@@ -98,8 +99,12 @@ class Generator:
 class Listed:
     """Problems of a list, every one given once an epoch."""
 
-    def __init__(self, name: str, training: Sequence[Problem], held_out: Sequence[Problem]) -> None:
+    def __init__(
+        self, name: str, training: Sequence[Problem], held_out: Sequence[Problem], files: Sequence[DataFile] = ()
+    ) -> None:
         self.name = name
+        self.files = files
+        """What they were read from."""
         self._training = training
         self._held_out = sorted(held_out, key=lambda problem: problem.key)
         self._order = lru_cache(maxsize=4)(self._make_order)
@@ -125,6 +130,16 @@ class Listed:
         if not self._training:
             raise TaskError(f"{self.name}: no problem is left to train on, all are held out; add problems")
 
+    def keep(self, files: Sequence[DataFile]) -> None:
+        """Go on with the problems that are left of the files. Raises `TaskError` when none is left to train on."""
+        self.files = files
+        left = {problem.key for file in files for problem in file.problems}
+        self._training = [problem for problem in self._training if problem.key in left]
+        self._held_out = [problem for problem in self._held_out if problem.key in left]
+        self._order.cache_clear()
+        if not self._training:
+            raise TaskError(f"{self.name}: no problem is left to train on, the others cannot be used; add problems")
+
     def _make_order(self, seed: str, epoch: int) -> list[int]:
         """Return the order of an epoch. What ends an epoch does not begin the next: one step may hold both."""
         order = _shuffled(len(self._training), seed, epoch)
@@ -136,20 +151,28 @@ class Listed:
         return head + order[2 * third :]
 
 
-def make_sources(tasks: Sequence[TaskConfig]) -> list[Source]:
+def make_sources(tasks: Sequence[TaskConfig], on_bad_row: OnBadRow) -> list[Source]:
     """Return the source of every task; none trains on what another holds out of its file.
 
     Raises:
-        TaskError: files, names or options are wrong, or leave nothing to train on.
+        TaskError: files, names or options are wrong, or leave nothing to train on; of all tasks at once.
     """
-    sources = [_make_source(index, task) for index, task in enumerate(tasks)]
+    sources: list[Source] = []
+    wrong: list[str] = []
+    for index, task in enumerate(tasks):
+        try:
+            sources.append(_make_source(index, task, on_bad_row))
+        except TaskError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise TaskError("\n".join(wrong))
     withheld = {key for source in sources if isinstance(source, Listed) for key in source.held_out_keys}
     for source in sources:
         source.withhold(withheld)
     return sources
 
 
-def _make_source(index: int, task: TaskConfig) -> Source:
+def _make_source(index: int, task: TaskConfig, on_bad_row: OnBadRow) -> Source:
     name = f"tasks[{index}] ({task.kind})"
     if isinstance(task, PrimerTask):
         return Generator(name, lambda source: primer.draw(task.skills, task.one_shot, task.domain, source))
@@ -157,19 +180,28 @@ def _make_source(index: int, task: TaskConfig) -> Source:
         return Generator(name, lambda source: _digits_problem(task, source))
     if isinstance(task, GymTask):
         return Generator(name, gym.drawer(task))
-    return _file_source(name, task)
+    return _file_source(name, task, task.on_bad_row or on_bad_row)
 
 
-def _file_source(name: str, task: JsonlTask) -> Listed:
+def _file_source(name: str, task: JsonlTask, on_bad_row: OnBadRow) -> Listed:
     try:
         resolve(task.verifier)
     except ValueError as error:
         raise TaskError(f"{name}: verifier: {error}") from error
-    problems = read_problems(task, task.path, task.max_prompts)
+    files, wrong = [], []
+    for path, limit in ((task.path, task.max_prompts), (task.eval_path, None)):
+        try:
+            files += [read_file(task, path, on_bad_row, limit)] if path is not None else []
+        except TaskError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise TaskError("\n".join(wrong))
+    problems = files[0].problems
     name = f"{name}, {task.path}"
     if task.eval_path is None:
-        return Listed(name, [p for p in problems if not is_held_out(p)], [p for p in problems if is_held_out(p)])
-    return Listed(name, problems, read_problems(task, task.eval_path))
+        training, held_out = [p for p in problems if not is_held_out(p)], [p for p in problems if is_held_out(p)]
+        return Listed(name, training, held_out, files)
+    return Listed(name, problems, files[1].problems, files)
 
 
 def _digits_problem(task: DigitsTask, source: random.Random) -> Problem:

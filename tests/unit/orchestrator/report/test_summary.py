@@ -25,6 +25,20 @@ def test_totals_and_means_of_the_steps(make_run: Callable[..., Path]) -> None:
     assert summary["time_s"]["total"] == pytest.approx(12.0)
 
 
+def test_rows_left_out_and_prompts_rejected_are_counted(make_run: Callable[..., Path]) -> None:
+    run_dir = make_run(3)
+    summary = summarise(run_dir)
+    assert (summary["num_skipped_rows"], summary["num_rejected_prompts"]) == (0, 0)
+    (run_dir / "data.json").write_text(json.dumps({"a.jsonl": {"num_bad": 3}, "b.jsonl": {"num_bad": 4}}))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"num_rejected_prompts": 2}) + "\n" for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    summary = summarise(run_dir)
+    assert (summary["num_skipped_rows"], summary["num_rejected_prompts"]) == (7, 6)
+    (run_dir / "data.json").write_text("[]")
+    assert summarise(run_dir)["num_skipped_rows"] == 0
+
+
 def test_advantage_variance_is_also_given_for_the_probe_alone(make_run: Callable[..., Path]) -> None:
     variance = summarise(make_run(6))["advantage_variance"]
     assert variance["all_steps"]["used"] == pytest.approx((2 * 0.4 + 4 * 0.2) / 6)

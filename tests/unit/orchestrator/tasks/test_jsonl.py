@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 
 import pytest
 
 from poise.orchestrator.tasks.config import JsonlTask
-from poise.orchestrator.tasks.jsonl import MAX_LINE_BYTES, read_problems
+from poise.orchestrator.tasks.jsonl import MAX_LINE_BYTES, read_file
 from poise.orchestrator.tasks.problem import TaskError
 
 GOOD = '{"prompt": "2+2=", "answer": "4"}'
@@ -22,7 +22,7 @@ def file(tmp_path):
 def read(file, text=None, limit=None, **settings):
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_problems(JsonlTask(path=file, **settings), file, limit)
+    return read_file(JsonlTask(path=file, **settings), file, limit=limit).problems
 
 
 def refused(file, text=None, **settings) -> list[str]:
@@ -68,14 +68,14 @@ def test_all_wrong_lines_are_told_at_once_by_number(file):
     assert said == [
         f"{file}:1: answer: missing; every line needs prompt and answer",
         f"{file}:4: answer: is null; must be text or a number",
+        f"{file}: 2 of 3 rows are bad. Fix them, or set on_bad_row: skip to leave them out.",
     ]
 
 
-def test_telling_stops_after_twenty_lines(file):
-    said = refused(file, "{}\n" * 50)
-    assert len(said) == 21
-    assert said[19].startswith(f"{file}:20: ")
-    assert "more lines may be wrong" in said[20]
+def test_five_bad_rows_are_shown_and_all_counted(file):
+    said = refused(file, f"{GOOD}\n" + "{}\n" * 50)
+    assert [line.split(": ")[0] for line in said] == [*(f"{file}:{number}" for number in range(2, 7)), str(file)]
+    assert "50 of 51 rows are bad, showing the first 5. Fix them" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,23 @@ def test_telling_stops_after_twenty_lines(file):
         ("prompt,answer", "line: is not JSON at column 1"),
         ('{"prompt": "a\\ud800", "answer": "b"}', "line: holds half of a surrogate pair"),
         ("[" * 200_000, "line: is nested too deep"),
+        ('{"prompt": " \\n\\t", "answer": "b"}', "prompt: is empty"),
+        ('{"prompt": [{"role": "user", "content": " "}], "answer": "b"}', "prompt[0].content: is empty"),
+        ('{"prompt": "a\\u0000b", "answer": "b"}', "line: holds the character NUL"),
+        ('{"prompt": "a", "answer": "b", "metadata": {"k": ["\\u0000"]}}', "line: holds the character NUL"),
+        ('{"prompt": "a\x00b", "answer": "b"}', "line: is not JSON at column 14 (Invalid control character at)"),
+        ('{"prompt": "a", "answer": "b", "\\udfff": 1}', "line: holds half of a surrogate pair"),
+        ('{"\\udfff": 1, "\\udfff": 1}', "\\udfff: given twice"),
+        ('{"a\\u001b[31m": 1, "prompt": "a", "answer": "b"}', "a\\x1b[31m: unknown"),
+        (
+            '{"prompt": "a", "answer": "b"} {"prompt": "c", "answer": "d"}',
+            "line: is not JSON at column 32 (Extra data)",
+        ),
+        ("# a comment", "line: is not JSON at column 1"),
+        ("null", "line: is null; must be an object"),
+        ('{"prompt": {"role": "user"}, "answer": "b"}', "prompt: is an object; must be text, or a list"),
+        ('{"prompt": [{"role": "user", "content": "a", "name": "x"}], "answer": 1}', "prompt[0]: must be an object"),
+        ('{"prompt": "a", "answer": "b", "metadata": null}', "metadata: is null; must be an object"),
     ],
 )
 def test_wrong_line_is_told_by_field_with_what_would_be_right(file, line, said):
@@ -126,12 +143,15 @@ def test_cut_off_last_line_is_told_as_such(file, kept):
 
 def test_file_that_is_not_utf8_is_refused_with_the_line(file):
     said = refused(file, GOOD.encode() + b'\n{"prompt": "Gr\xfc\xdfe", "answer": "a"}')
-    assert said == [f"{file}:2: line: byte 15 is not UTF-8; save the file as UTF-8"]
+    assert said[:1] == [f"{file}:2: line: byte 15 is not UTF-8; save the file as UTF-8"]
 
 
-def test_huge_line_is_refused_unread(file):
-    said = refused(file, '{"prompt": "' + "a" * MAX_LINE_BYTES + '", "answer": "b"}')
-    assert said == [f"{file}:1: line is longer than 1048576 bytes; put one JSON object on each line"]
+@pytest.mark.parametrize("length", [MAX_LINE_BYTES, MAX_LINE_BYTES + 1, 3 * MAX_LINE_BYTES])
+def test_huge_line_is_a_bad_row_and_those_after_it_are_read(file, length):
+    huge = '{"prompt": "' + "a" * length + '", "answer": "b"}'
+    said = refused(file, f"{huge}\n{GOOD}\n{{}}\n")
+    assert said[0] == f"{file}:1: line: is longer than 1048576 bytes; put one JSON object on each line"
+    assert said[1].startswith(f"{file}:3: prompt: missing")
 
 
 def test_line_of_the_greatest_length_is_read(file):
@@ -157,12 +177,60 @@ def test_pattern_that_does_not_compile_is_refused(file):
     assert len(read(file, '{"prompt": "a", "answer": "(b"}', verifier="exact")) == 1
 
 
-def test_repeated_problem_is_left_out_and_told(file, caplog):
-    caplog.set_level(logging.WARNING)
+def test_repeated_problem_is_left_out_and_told(file):
     same_prompt = GOOD.replace('"4"', '"four"')
-    assert [problem.answer for problem in read(file, f"{GOOD}\n{GOOD}\n{same_prompt}\n")] == ["4", "four"]
-    assert "1 lines repeat a problem and are left out" in caplog.text
+    file.write_text(f"{GOOD}\n{GOOD}\n{same_prompt}\n\n{GOOD}\n")
+    found = read_file(JsonlTask(path=file), file)
+    assert [(problem.answer, problem.line) for problem in found.problems] == [("4", 1), ("four", 3)]
+    assert found.describe_skipped() == [f"{file}: 2 rows repeat an earlier one and are left out: lines 2, 5"]
 
 
 def test_reading_stops_at_the_limit(file):
     assert len(read(file, f"{GOOD}\n{GOOD.replace('2+2', '1+3')}\nnot JSON", limit=2)) == 2
+
+
+def test_escaped_backslash_before_u0000_is_no_nul(file):
+    (problem,) = read(file, '{"prompt": "a\\\\u0000b", "answer": "b"}')
+    assert problem.prompt == "a\\u0000b"
+
+
+def test_rows_know_where_they_come_from(file):
+    first, second = read(file, f"\r\n{GOOD}\r\n\r\n{GOOD.replace('2+2', '1+3')}")
+    assert [first.origin, second.origin] == [f"{file}:2", f"{file}:4"]
+
+
+def test_skipped_rows_are_left_out_counted_and_shown(file):
+    file.write_text("\n".join(["{}", GOOD, *["[]"] * 6]))
+    found = read_file(JsonlTask(path=file), file, "skip")
+    assert [problem.line for problem in found.problems] == [2]
+    told = found.describe_skipped()
+    assert told[0] == f"{file}: 7 of 8 rows are left out (on_bad_row: skip), showing the first 5"
+    assert [line.split(": ")[0] for line in told[1:]] == [f"{file}:{number}" for number in (1, 3, 4, 5, 6)]
+
+
+def test_file_without_a_good_row_is_refused_under_skip(file):
+    file.write_text("{}\n[]\n")
+    with pytest.raises(TaskError, match=r"(?s)holds no problem.*:1: prompt: missing.*:2: line: is"):
+        read_file(JsonlTask(path=file), file, "skip")
+
+
+def test_hash_is_of_what_was_read(file):
+    task = JsonlTask(path=file)
+    file.write_text(f"{GOOD}\n")
+    first = read_file(task, file).sha256
+    file.write_text(f"{GOOD}\n\n")
+    assert read_file(task, file).sha256 == first  # blank lines are no rows
+    file.write_text(f"{GOOD}\n{GOOD.replace('2+2', '1+3')}\n")
+    assert read_file(task, file).sha256 != first
+    assert read_file(task, file, limit=1).sha256 == first
+
+
+def test_pipe_is_refused_instead_of_waited_for(tmp_path):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    assert "is no regular file; name a file of JSON lines" in refused(pipe)[0]
+
+
+def test_path_with_nul_is_refused(tmp_path):
+    path = tmp_path / "a\0b"
+    assert "a\\x00b': holds the character NUL" in refused(path)[0]

@@ -206,3 +206,103 @@ def test_problems_know_their_task_by_a_name_that_people_gave(file):
         ("primer", "primer"),
     }
     assert {problem.metadata["skill"] for problem in trained if problem.task == "digits-2"} == {"fst"}
+
+
+SIZES = [[8] * 50 + [16] * 50, [16] * 50 + [8] * 50, [1, 300, 7, 64, 64, 2, 500, 56], [5, 3] * 200, [994]]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5)]])
+def test_file_gives_each_problem_once_whatever_steps_take(file, sizes, others):
+    mixture = Mixture([file(994, eval_path=file(5, "eval.jsonl", "held out ").path), *others], 0)
+    given = [p.key for step, n in enumerate(sizes) for p in mixture.problems(step, n) if p.domain == "default"]
+    assert len(set(given[:994])) == len(given[:994])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5), PrimerTask()]])
+def test_resumed_mixture_goes_on_where_the_other_was(file, sizes, others):
+    tasks = [*others, file(994, eval_path=file(5, "eval.jsonl", "held out ").path)]
+    whole, first, then = (Mixture(tasks, 3) for _ in range(3))
+    expected = [keys(whole.problems(step, n)) for step, n in enumerate(sizes)]
+    cut = len(sizes) // 2
+    for step in range(cut):
+        first.problems(step, sizes[step])
+
+    then.resume(cut, first.given(cut))
+
+    assert [keys(then.problems(step, sizes[step])) for step in range(cut, len(sizes))] == expected[cut:]
+
+
+def test_passed_over_draws_count_as_given(file):
+    tasks = [file(300, eval_path=file(5, "eval.jsonl", "held out ").path), DigitsTask()]
+    whole, resumed = Mixture(tasks, 0), Mixture(tasks, 0)
+    for step, n in enumerate((8, 8, 3)):
+        whole.problems(step, n)
+        resumed.pass_over(step, n)
+    assert keys(resumed.problems(3, 20)) == keys(whole.problems(3, 20))
+
+
+def test_position_goes_by_the_names_of_tasks(file):
+    first, second = file(100, "first.jsonl"), file(100, "second.jsonl", "1")
+    before = Mixture([first, second], 0)
+    before.problems(0, 30)
+    given = before.given(1)
+    assert sum(given.values()) == 30
+
+    after = Mixture([DigitsTask(), second, first], 0)
+    after.resume(1, given)
+
+    assert after.given(1) == given | {"digits": 0}
+
+
+def test_draw_before_the_one_resumed_at_is_an_error():
+    mixture = Mixture([DigitsTask()], 0)
+    mixture.resume(5, {"digits": 40})
+    with pytest.raises(ValueError, match="draw 4 was given before the run was resumed at draw 5"):
+        mixture.problems(4, 8)
+
+
+def test_bad_rows_of_all_files_are_told_at_once(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for path in paths:
+        path.write_text("{}\n")
+    with pytest.raises(TaskError) as caught:
+        Mixture([JsonlTask(path=paths[0], eval_path=paths[1]), JsonlTask(path=paths[2])], 0)
+    for path in paths:
+        assert f"{path}:1: prompt: missing" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_task", "stops"),
+    [("stop", None, True), ("skip", None, False), ("stop", "skip", False), ("skip", "stop", True)],
+)
+def test_task_or_run_says_what_bad_rows_do(file, of_run, of_task, stops):
+    task = file(40, on_bad_row=of_task)
+    task.path.write_text(task.path.read_text() + "\n{}\n")
+    if stops:
+        with pytest.raises(TaskError, match="1 of 41 rows is bad"):
+            Mixture([task], 0, of_run)
+    else:
+        assert Mixture([task], 0, of_run).files[0].bad.num == 1
+
+
+def test_rows_left_out_later_are_never_given(file):
+    mixture = Mixture([file(80), file(20, "other.jsonl", "1")], 0)
+    first, second = mixture.files
+    gone = [problem for problem in first.problems if problem.line % 3 == 0]
+
+    mixture.keep([first.without([(problem, "too long") for problem in gone]), second])
+
+    left = {problem.key for problem in (*first.problems, *second.problems)} - {problem.key for problem in gone}
+    seen = {problem.key for step in range(40) for problem in mixture.problems(step, 8)}
+    seen |= {problem.key for problem in mixture.held_out(8)}
+    assert seen <= left
+    assert mixture.files[0].bad.num == len(gone)
+
+
+def test_nothing_left_to_train_on_is_told(file):
+    mixture = Mixture([file(20)], 0)
+    (only,) = mixture.files
+    with pytest.raises(TaskError, match="no problem is left to train on, the others cannot be used"):
+        mixture.keep([only.without([(problem, "too long") for problem in only.problems])])
