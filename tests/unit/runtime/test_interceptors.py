@@ -60,10 +60,11 @@ def wrapped(registry):
         async def continuation(_):
             return handler
 
-        async def call(request=b"", context=None):
+        async def call(requests=b"", context=None):
             around = await interceptor.intercept_service(continuation, details)
-            assert (around.request_deserializer, around.response_serializer) == (None, bytes.decode)
-            return await getattr(around, kind)(request, context or Context())
+            assert around.request_deserializer is None
+            answer = around.stream_unary or around.stream_stream
+            return await answer(sent(requests) if isinstance(requests, bytes) else requests, context or Context())
 
         return call
 
@@ -176,9 +177,10 @@ async def test_a_method_that_does_not_exist_is_left_to_grpc(registry):
 
 
 async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, registry):
-    reached = asyncio.Event()
+    began, reached = asyncio.Event(), asyncio.Event()
 
     async def bake(request, context):
+        began.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -187,8 +189,7 @@ async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, re
 
     context = Context()
     task = asyncio.create_task(wrapped(bake)(b"", context))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -270,22 +271,90 @@ async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, 
     assert num_calls(registry, Unauthenticated.status) == 4
 
 
-async def test_health_needs_neither_token_nor_place(wrapped):
-    hot = asyncio.Event()
+async def hold_places(wrapped, method="/poise.Oven/Bake"):
+    """Occupy both places of a method; return the calls, and what ends them."""
+    began, hot = asyncio.Semaphore(0), asyncio.Event()
 
     async def bake(request, context):
+        began.release()
         await hot.wait()
 
-    async def check(request, context):
-        return "healthy"
+    calls = [asyncio.create_task(wrapped(bake, method=method)()) for _ in range(2)]
+    for _ in calls:
+        await began.acquire()
+    return calls, hot
 
-    baking = [asyncio.create_task(wrapped(bake)()) for _ in range(2)]
-    await asyncio.sleep(0)
+
+async def check(request, context):
+    return "healthy"
+
+
+async def test_each_method_has_places_of_its_own(wrapped):
+    calls, hot = await hold_places(wrapped)
+    context = Context()
     with pytest.raises(grpc.aio.AbortError):
-        await wrapped(check)()
+        await wrapped(check)(b"", context)
+    assert context.status.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "2 calls of Bake" in context.status.details
+    assert await wrapped(check, method="/poise.Oven/GetStatus")() == "healthy"
+    hot.set()
+    await asyncio.gather(*calls)
+    assert await wrapped(check)() == "healthy"
+
+
+async def test_health_needs_no_token(wrapped):
     assert await wrapped(check, method="/grpc.health.v1.Health/Check", metadata=())() == "healthy"
     with pytest.raises(grpc.aio.AbortError):
         await wrapped(check, method="/grpc.health.v1.HealthX/Check", metadata=())()
-    hot.set()
-    await asyncio.gather(*baking)
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_nothing_of_a_stranger_is_read(wrapped, kind):
+    async def requests():
+        raise AssertionError("it was read")
+        yield b""
+
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check, kind, metadata=())(requests(), context)
+    assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_half_a_request_takes_no_place(wrapped):
+    async def never():
+        await asyncio.Event().wait()
+        yield b""
+
+    halves = [asyncio.create_task(wrapped(check)(never())) for _ in range(5)]
+    await asyncio.sleep(0)
     assert await wrapped(check)() == "healthy"
+    for half in halves:
+        half.cancel()
+    await asyncio.gather(*halves, return_exceptions=True)
+
+
+async def test_a_call_without_a_request_is_refused(wrapped):
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check)(sent(), context)
+    assert context.status.code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_client_that_reads_nothing_is_given_up(wrapped, registry, monkeypatch):
+    monkeypatch.setattr("poise.runtime.interceptors.WRITE_PATIENCE_S", 0.01)
+    closed = []
+
+    class Stalled(Context):
+        async def write(self, message):
+            await asyncio.Event().wait()
+
+    async def bake(request, context):
+        try:
+            yield 1
+        finally:
+            closed.append(True)
+
+    with pytest.raises(asyncio.CancelledError):
+        await wrapped(bake, "unary_stream")(b"", Stalled())
+    assert closed == [True]
+    assert num_calls(registry, "CANCELLED") == 1
