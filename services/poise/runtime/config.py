@@ -54,8 +54,8 @@ class GrpcConfig(StrictModel):
     tls_key_file: Path | None = None
     """PEM key of that chain."""
     max_concurrent_rpcs: int = Field(256, ge=1)
-    """Most calls of one RPC at a time; beyond it a call is refused with RESOURCE_EXHAUSTED. RPCs do not share places, so
-    that a status is answered however many uploads wait."""
+    """Most calls of one RPC at a time; beyond it a call is refused with RESOURCE_EXHAUSTED. RPCs do not share places: a
+    status is answered however many uploads wait."""
 
     @model_validator(mode="after")
     def _tls_files_go_together(self) -> Self:

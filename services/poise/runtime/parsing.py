@@ -25,7 +25,7 @@ MAX_MESSAGES = 2**17
 """Messages in a stream of requests: twice as many as the largest push has in chunks of 1 MiB."""
 
 PATIENCE_S = 60.0
-"""How long a call waits for its client's messages, all waits of the call together, beside what `MIN_BYTES_PER_S` grants."""
+"""How long a call waits for its client's messages, in all, beside what `MIN_BYTES_PER_S` grants."""
 MIN_BYTES_PER_S = 2**18
 """A client that sends faster is never given up."""
 
@@ -93,7 +93,7 @@ class RequestStream:
 
 
 async def read_rest(requests: AsyncIterator[Any]) -> None:
-    """Let a client whose stream is refused finish, if it soon will: else it may see an error of gRPC's own, not ours."""
+    """Let a client whose stream is refused finish, if it soon will: else it may see an error of gRPC's own."""
     try:
         for _ in range(_MAX_UNREAD):
             await asyncio.wait_for(anext(requests), _UNREAD_PATIENCE_S)

@@ -11,8 +11,6 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 MAX_NAMED = 100
 """Wrong fields of a request that are named; further ones are counted."""
-MAX_STEP = 2**63 - 1
-"""Largest step of a run: state files and clients keep it as int64."""
 _QUOTED_CHARS = 60
 
 
@@ -25,7 +23,7 @@ def quoted(value: object) -> str:
 
 
 class Violations:
-    """The wrong fields of one request. The first `MAX_NAMED` are kept, so that errors cost no more than their request."""
+    """The wrong fields of one request. The first `MAX_NAMED` are kept: errors cost no more than their request."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
@@ -59,10 +57,6 @@ class Violations:
         state = "is empty" if not value else f"is {quoted(value)}"
         self.add(field, f"{state}; required: 1 to 128 characters of A-Z a-z 0-9 . _ : / -")
         return False
-
-    def step(self, field: str, value: int) -> bool:
-        """Note `field` unless its value may be a step of a run."""
-        return self.check(value <= MAX_STEP, field, f"is {value}; required: at most {MAX_STEP}")
 
     def count(self, field: str, number: int, at_most: int, *, at_least: int = 0) -> None:
         """Raise `InvalidRequest`, naming also what was noted, unless a list has an accepted length.
