@@ -10,17 +10,19 @@ import tempfile
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.fuzz.campaign import Campaign, run_rounds
+from tests.fuzz.campaign import Campaign, Problem, run_rounds
 from tests.fuzz.inputs import Input, make_input
 from tests.fuzz.target import Target
 from tests.running import COMMAND, services_up, write_run_file
 
+from poise.local.addresses import SERVICES
 from poise.local.run_file import LocalRun, load_run
 
 PER_ROUND = 1000
 FAILURES = Path("runs/fuzz")
-SETTINGS: dict[str, object] = {
+SETTINGS: dict[str, Any] = {
     "model": "tiny",
     "engine": "torch",
     "generation": {"default_max_tokens": 4, "shared_dirs": ["/dev/shm"]},
@@ -35,6 +37,17 @@ SETTINGS: dict[str, object] = {
         "evaluation": {"num_prompts": 0},
     },
 }
+
+
+def write_fuzz_run(folder: Path, *, has_token: bool) -> Path:
+    """Write the run file of services to be fuzzed, which ask for a token or do not."""
+    if not has_token:
+        return write_run_file(folder, SETTINGS)
+    token_file = folder / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text("open-sesame\n")
+    auth = {"auth": {"token_file": str(token_file)}}
+    return write_run_file(folder, SETTINGS | {name: {**SETTINGS.get(name, {}), **auth} for name in SERVICES})
 
 
 def fuzz(run_file: Path, *, seed: int, start: int, seconds: float, replay: Input | None = None) -> Campaign:
@@ -60,8 +73,6 @@ async def _campaign(run: LocalRun, seed: int, start: int, seconds: float, replay
 
 
 def _train(run_file: Path, run: LocalRun, campaign: Campaign) -> None:
-    from tests.fuzz.campaign import Problem
-
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "train", "-c", str(run_file)], capture_output=True, text=True, check=False
     )
@@ -89,10 +100,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="number of the first input")
+    parser.add_argument("--token", action="store_true", help="let the services ask for a token")
     parser.add_argument("--replay", type=Path, help="a file of a failing input")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        run_file = write_run_file(Path(folder), SETTINGS)
+        run_file = write_fuzz_run(Path(folder), has_token=options.token)
         replay = None if options.replay is None else Input.load(options.replay)
         campaign = fuzz(run_file, seed=options.seed, start=options.start, seconds=options.seconds, replay=replay)
     _say(report(campaign))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -107,14 +108,18 @@ class Campaign:
             )
 
         deadline_s = time.monotonic() + SETTLE_S
-        while not is_right(now := await self.target.state()):
+        now: State | None = None
+        while now is None or not is_right(now):
             if time.monotonic() > deadline_s:
                 numbers = f"inputs {outcomes[0].input.number} to {outcomes[-1].input.number}"
+                expected = f"{before}, with {least} to {most} labels"
                 self.problems.append(
-                    Problem(f"the state changed in {numbers}: {before} to {now}, labels {least}..{most}")
+                    Problem(f"{numbers} left {now or 'a service that does not answer'}; it was {expected}")
                 )
                 return
             await asyncio.sleep(0.1)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                now = await self.target.state()
 
     def _look_at_processes(self) -> None:
         self.problems += [Problem(f"a log holds an error: {complaint}") for complaint in self.target.complaints()]

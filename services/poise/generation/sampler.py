@@ -130,6 +130,10 @@ class Sampler:
         if self.num_accepted == 0:
             self._idle.set()
 
+    def close(self) -> None:
+        """Tokenise nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def idle(self) -> None:
         """Return once nothing accepted is left."""
         await self._idle.wait()

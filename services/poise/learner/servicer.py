@@ -70,6 +70,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         """Those being written, or waiting for the batch in hand, by name."""
         self._activity = "recovering"
         self._closed = False
+        self._stopped = False
         self.paused = False
 
     @property
@@ -103,10 +104,16 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         try:
             await self.on_thread(self._core.close)
         finally:
+            self._stopped = True
             self._thread.shutdown()
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Run what touches the core, one call at a time, with the ids that logs and traces go by."""
+        """Run what touches the core, one call at a time, with the ids that logs and traces go by.
+
+        Raises `Draining` once the core is closed.
+        """
+        if self._stopped:
+            raise Draining("the learner is shutting down", retry_after_s=1.0)
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
 

@@ -78,7 +78,7 @@ class Guard:
         self._check_host(headers, scope)
         if scope["path"] in _OPEN:
             return
-        _check_origin(headers, scope)
+        _check_origin(headers)
         self._auth.check(headers.get("authorization"))
         if scope["method"] not in _READING and not (CHANGE_HEADER in headers or "authorization" in headers):
             raise Forbidden(
@@ -98,15 +98,14 @@ class Guard:
         )
 
 
-def _check_origin(headers: Headers, scope: Scope) -> None:
+def _check_origin(headers: Headers) -> None:
     """Raise `Forbidden` for what a browser sends for a page of another origin."""
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin"):
         raise Forbidden(f"a web page asks from elsewhere (Sec-Fetch-Site: {quoted(site)})")
-    origin = headers.get("origin")
-    own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
-    if origin is not None and origin.lower() != own.lower():
-        raise Forbidden(f"a web page asks from the origin {quoted(origin)}; its own is {quoted(own)}")
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if origin is not None and origin.lower().partition("://")[2] != host.lower():
+        raise Forbidden(f"a web page asks from the origin {quoted(origin)}; this one is at {quoted(host)}")
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:

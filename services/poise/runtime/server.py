@@ -89,6 +89,7 @@ class _Server:
                 lifespan="off",
                 http=DeadlineProtocol,
                 ws="none",
+                proxy_headers=False,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_graceful_shutdown=2,
             )

@@ -62,6 +62,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     def close(self) -> None:
         """Refuse new requests with `Draining`."""
         self._closed = True
+        self._reader.shutdown(wait=False)  # what it was given is read all the same
 
     async def _aside(self, read: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, read)
