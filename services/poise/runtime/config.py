@@ -72,9 +72,9 @@ class AdminConfig(StrictModel):
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names and addresses, without a port, that requests may address the app by, such as a Kubernetes service's name.
-    `localhost`, loopback addresses, `host` and the address that was connected to are always allowed; `/healthz`,
-    `/readyz` and `/metrics` answer under any name. This keeps web pages from reaching the app by DNS rebinding."""
+    """Names and addresses, without a port, that requests may address the app by; `.example.com` allows that name and
+    all below it. `localhost`, loopback addresses, `host` and the address that was connected to are always allowed, and
+    `/healthz`, `/readyz` and `/metrics` answer under any name. This keeps out web pages that rebind their own name."""
 
 
 class AuthConfig(StrictModel):

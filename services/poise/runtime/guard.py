@@ -56,6 +56,7 @@ class Guard:
         self._app = app
         self._auth = auth
         self._hosts = frozenset(map(_normalised, allowed_hosts))
+        self._domains = tuple(f".{host.strip('.')}" for host in self._hosts if host.startswith("."))
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +91,8 @@ class Guard:
         given = headers.getlist("host")
         host = _hostname(f"//{given[0]}") if len(given) == 1 else ""
         own = scope.get("server")
-        if host and (host in self._hosts or _is_loopback(host) or (own and host == _normalised(own[0]))):
+        is_own = own is not None and host == _normalised(own[0])
+        if host and (is_own or host in self._hosts or f".{host}".endswith(self._domains) or _is_loopback(host)):
             return
         raise Forbidden(
             f"the host {quoted(', '.join(given))} is not one of this service's",

@@ -241,7 +241,7 @@ class _Call:
         self._interceptor.observe(self._details.method, code, time.monotonic() - self._started)
 
     async def _fail(self, error: BaseException, context: Any) -> NoReturn:
-        if isinstance(error, _ClientGone) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
+        if isinstance(error, _GONE) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
             self._done("CANCELLED")
             raise asyncio.CancelledError
         if isinstance(error, asyncio.CancelledError):
@@ -258,12 +258,19 @@ class _Call:
             self._done("INTERNAL")
             logger.error("%s failed", self._details.method, exc_info=error)
             status = rich_status(PoiseError("a defect in the service; its log holds the traceback"))
-        await context.abort_with_status(rpc_status.to_status(status))
+        try:
+            await context.abort_with_status(rpc_status.to_status(status))
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError from gone
         raise AssertionError("abort_with_status raises")
 
 
 class _ClientGone(Exception):
     """There is nobody to write to."""
+
+
+_GONE = (_ClientGone, grpc.aio.InternalError)
+"""What is raised when there is no client to answer: the latter by gRPC, of a call that was cancelled meanwhile."""
 
 
 async def _write(context: Any, response: Any, method: str) -> None:

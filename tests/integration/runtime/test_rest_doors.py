@@ -16,7 +16,7 @@ CHANGES = ("pause", "resume", "drain", "checkpoint")
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     """A service without a token, as on a laptop."""
-    with run_stage(tmp_path_factory.mktemp("stage"), "admin.allowed_hosts=[value.rl.svc]") as stage:
+    with run_stage(tmp_path_factory.mktemp("stage"), "admin.allowed_hosts=[value.rl.svc, .pods.example]") as stage:
         stage.wait_until_ready()
         yield stage
 
@@ -65,6 +65,8 @@ def raw(stage, request: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
         {"host": "localhost.evil.example", "x-poise": "1"},
         {"host": "user@127.0.0.1", "x-poise": "1"},
         {"host": "10.1.2.3", "x-poise": "1"},
+        {"host": "evilpods.example", "x-poise": "1"},
+        {"host": "other.rl.svc", "x-poise": "1"},
     ],
 )
 def test_a_web_page_changes_nothing(page, action, headers):
@@ -85,7 +87,19 @@ def test_documents_are_not_read_by_rebinding(page, path):
     assert page.get(path, headers={"host": "evil.example"}).status_code == 403
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.9.9.9:80", "[::1]:80", "value.rl.svc"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:1",
+        "127.0.0.1",
+        "127.9.9.9:80",
+        "[::1]:80",
+        "value.rl.svc",
+        "a.b.pods.example",
+        "pods.example",
+    ],
+)
 def test_own_names_are_allowed(page, host):
     assert page.post("/admin/v1/resume", headers={"host": host, "x-poise": "1"}).status_code == 200
 

@@ -217,6 +217,25 @@ async def test_a_stream_whose_client_is_gone_is_closed_before_the_call_ends(wrap
     assert num_calls(registry, "CANCELLED") == 1
 
 
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+async def test_a_client_that_left_before_its_error_is_no_defect(wrapped, registry, caplog, kind):
+    class Gone(Context):
+        async def abort_with_status(self, status):
+            raise grpc.aio.InternalError("the call is over")
+
+    async def refuse(request, context):
+        raise Busy("too hot")
+
+    async def abort(request, context):
+        raise grpc.aio.InternalError("the call is over")
+
+    for behaviour in (refuse, abort):
+        with pytest.raises(asyncio.CancelledError):
+            await wrapped(behaviour, kind)(b"", Gone())
+    assert caplog.records == []
+    assert num_calls(registry, "INTERNAL") == 0
+
+
 async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, registry):
     async def bake(request, context):
         yield 1
