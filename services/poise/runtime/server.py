@@ -44,7 +44,7 @@ _MAX_CONNECTIONS = 1024
 _MAX_STREAMS = 1024
 """Calls on one connection; further ones wait in the client."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
-_IDLE_CONNECTION_MS = 600_000
+_IDLE_CONNECTION_MS = 120_000
 """A connection without a call for so long is closed; clients connect again by themselves."""
 
 
