@@ -188,13 +188,17 @@ class Sampler:
         return token_ids
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        self._max_tokens(len(token_ids), Sampling())  # before so many are looked at
+        self._room(len(token_ids))  # before so many are looked at
         vocabulary = self._engine.info.vocabulary_size
         if not all(0 <= token < vocabulary for token in token_ids):
             raise InvalidRequest.field("tokens.token_ids", f"the model's vocabulary is 0 to {vocabulary - 1}")
         return list(token_ids)
 
     def _max_tokens(self, num_prompt_tokens: int, sampling: Sampling) -> int:
+        return min(sampling.max_tokens or self._config.default_max_tokens, self._room(num_prompt_tokens))
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        """Return how many response tokens there is room for. Raises `InvalidRequest` when it is none."""
         room = self._engine.info.max_model_len - num_prompt_tokens
         if room < 1:
             raise InvalidRequest.field(
@@ -202,7 +206,7 @@ class Sampler:
                 f"has {num_prompt_tokens} tokens; max_model_len is {self._engine.info.max_model_len}, and a response "
                 "needs at least one",
             )
-        return min(sampling.max_tokens or self._config.default_max_tokens, room)
+        return room
 
     async def _sample_group(
         self, run_id: str, step: int, job: _Job, num_rollouts: int, return_token_entropies: bool

@@ -114,7 +114,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     extra = app.admin_routes()
     if extra is not None:
         admin.include_router(extra)
-    rest.include_router(admin, tags=["admin"], dependencies=[Depends(_described)])
+    rest.include_router(admin, tags=["admin"], dependencies=[Depends(_describe_header)])
     rest.add_middleware(Guard, auth=auth, allowed_hosts=_hosts(app.config.admin), answer=_refusal)
 
     @rest.get("/docs", include_in_schema=False)
@@ -125,10 +125,12 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
 
 
 def _hosts(config: AdminConfig) -> tuple[str, ...]:
-    return (config.host, *config.allowed_hosts)
+    """Return the names that the app goes by. That of every interface is none: web pages may use it to reach them."""
+    own = () if config.host in ("", "0.0.0.0", "::") else (config.host,)  # noqa: S104 (is not bound here)
+    return (*own, *config.allowed_hosts)
 
 
-def _described(
+def _describe_header(
     x_poise: Annotated[str | None, Header(description="`1`. Required of a POST without a bearer token.")] = None,
 ) -> None:
     """Describe the header in the OpenAPI document; the guard checks it."""

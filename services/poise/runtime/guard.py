@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from poise.errors import Forbidden, PoiseError
-from poise.runtime.auth import BearerAuth
+from poise.runtime.auth import BearerAuth, is_loopback
 from poise.runtime.validation import quoted
 
 MAX_BODY_BYTES = 2**18
@@ -92,7 +92,7 @@ class Guard:
         host = _hostname(f"//{given[0]}") if len(given) == 1 else ""
         own = scope.get("server")
         is_own = own is not None and host == _normalised(own[0])
-        if host and (is_own or host in self._hosts or f".{host}".endswith(self._domains) or _is_loopback(host)):
+        if host and (is_own or host in self._hosts or f".{host}".endswith(self._domains) or is_loopback(host)):
             return
         raise Forbidden(
             f"the host {quoted(', '.join(given))} is not one of this service's",
@@ -163,12 +163,3 @@ def _normalised(host: str) -> str:
     except ValueError:
         return host
     return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -32,34 +32,34 @@ class DeadlineProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             self._displace()
-        self._give_up_after(HEAD_TIMEOUT_S)
+        self._start_clock(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._keep()
+        self._stop_clock()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         """Stop the clock once a request's head has come."""
         super().handle_events()
         if self.is_answering:
-            self._keep()
+            self._stop_clock()
 
     def on_response_complete(self) -> None:
         """Start it again. What is left of a body that was refused is read in that time, and dropped."""
         super().on_response_complete()
         if not self.is_answering:
-            self._give_up_after(HEAD_TIMEOUT_S)
+            self._start_clock(HEAD_TIMEOUT_S)
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
         super().pause_writing()
-        self._give_up_after(READ_TIMEOUT_S)
+        self._start_clock(READ_TIMEOUT_S)
 
     def resume_writing(self) -> None:
         """See `asyncio.Protocol`."""
         super().resume_writing()
-        self._keep()
+        self._stop_clock()
 
     @property
     def is_answering(self) -> bool:
@@ -71,12 +71,12 @@ class DeadlineProtocol(H11Protocol):
         longest = min(waiting, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=self)
         longest.transport.abort()
 
-    def _give_up_after(self, timeout_s: float) -> None:
-        self._keep()
+    def _start_clock(self, timeout_s: float) -> None:
+        self._stop_clock()
         if not self.transport.is_closing():
             self._deadline = self.loop.call_later(timeout_s, self.transport.abort)
 
-    def _keep(self) -> None:
+    def _stop_clock(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -25,9 +25,8 @@ MAX_MESSAGES = 2**17
 """Messages in a stream of requests: twice as many as the largest push has in chunks of 1 MiB."""
 
 PATIENCE_S = 60.0
-"""How long a call waits for its client's messages, in all, beside what `MIN_BYTES_PER_S` grants."""
+"""How long a call may wait for its client. Waiting uses it up; messages restore it at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 2**18
-"""A client that sends faster is never given up."""
 
 _MAX_UNREAD = 1024
 _UNREAD_PATIENCE_S = 1.0
@@ -62,9 +61,7 @@ class RequestStream:
     def __init__(self, parse: Parse, requests: AsyncIterator[bytes], patience_s: float = PATIENCE_S) -> None:
         self._parse = parse
         self._requests = requests
-        self._patience_s = patience_s
-        self._waited_s = 0.0
-        self._num_bytes = 0
+        self._patience_s = self._left_s = patience_s
         self._num_messages = 0
 
     def __aiter__(self) -> RequestStream:
@@ -73,19 +70,18 @@ class RequestStream:
     async def __anext__(self) -> Any:
         """Return the next message. Raises `InvalidRequest` for one that is wrong, too many, or too late."""
         started_s = time.monotonic()
-        allowed_s = self._patience_s + self._num_bytes / MIN_BYTES_PER_S
         try:
-            async with asyncio.timeout(max(0.0, allowed_s - self._waited_s)):
+            async with asyncio.timeout(max(0.0, self._left_s)):
                 data = await anext(self._requests)
         except TimeoutError:
             raise InvalidRequest.field(
                 "request",
-                f"brought {self._num_bytes} bytes while the service waited {allowed_s:.0f} s; the call is given up",
+                f"comes too slowly: the service waited {self._patience_s:g} s for too few bytes; the call is given up",
                 remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second, or end the call.",
             ) from None
         finally:
-            self._waited_s += time.monotonic() - started_s
-        self._num_bytes += len(data)
+            self._left_s -= time.monotonic() - started_s
+        self._left_s = min(self._patience_s, self._left_s + len(data) / MIN_BYTES_PER_S)
         self._num_messages += 1
         if self._num_messages > MAX_MESSAGES:
             raise InvalidRequest.field("request", f"has more than {MAX_MESSAGES} messages; send larger ones")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from tests.integration.generation.conftest import Reference, Running
 from tests.models import make_tiny_llama
 
+from poise_client import combine_digests
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -96,6 +98,17 @@ async def test_a_push_of_impossible_size_is_refused(tiny: Running, how: str) -> 
     assert len(error.details() or "") <= 600
     assert tiny.staged() == []
     assert (await tiny.client.get_policy()).policy_version == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["ä" * 100] * 30), "..", ".", "/", "none"])
+async def test_a_file_that_cannot_be_is_refused(tiny: Running, tmp_path: Path, name: str) -> None:
+    one = tensor(sha256=hashlib.sha256(bytes(8)).digest())
+    digest = combine_digests({"a": one.sha256})
+    error = await status_of(
+        tiny.stub.UpdateWeights(iter([begin(tensors=[one], digest=digest, file=f"{tmp_path}/{name}")]))
+    )
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "begin.file" in (error.details() or "")
 
 
 @pytest.mark.parametrize("how", SAMPLES)
