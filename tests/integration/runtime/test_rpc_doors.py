@@ -72,25 +72,9 @@ def test_large_metadata_is_refused(running):
         assert start(channel, "unary", b"", AUTHORISED).code() is grpc.StatusCode.OK
 
 
-def test_idle_uploads_keep_no_other_call_waiting(running):
-    release = threading.Event()
-
-    def idle():
-        release.wait(TIMEOUT_S)
-        yield b""
-
-    with running.channel() as channel:
-        upload = channel.stream_unary(METHODS["upload"][1])
-        uploads = [upload.future(idle(), timeout=TIMEOUT_S, metadata=AUTHORISED) for _ in range(300)]
-        assert start(channel, "unary", b"", AUTHORISED).code() is grpc.StatusCode.OK
-        assert is_healthy(channel)
-        for call in uploads:
-            call.cancel()
-        release.set()
-
-
-def test_half_sent_requests_hold_no_place(running):
-    """A request of one message that never comes, as often as there are places."""
+@pytest.mark.parametrize("kind", ["upload", "unary"])
+def test_calls_that_send_nothing_keep_no_other_waiting(running, kind):
+    """Of another RPC; and of the same one, where a place is taken by a whole request only."""
     release = threading.Event()
 
     def never():
@@ -98,9 +82,10 @@ def test_half_sent_requests_hold_no_place(running):
         yield b""
 
     with running.channel() as channel:
-        half = channel.stream_unary(METHODS["unary"][1])
+        half = channel.stream_unary(METHODS[kind][1])
         calls = [half.future(never(), timeout=TIMEOUT_S, metadata=AUTHORISED) for _ in range(300)]
         assert start(channel, "unary", b"", AUTHORISED).code() is grpc.StatusCode.OK
+        assert is_healthy(channel)
         for call in calls:
             call.cancel()
         release.set()
