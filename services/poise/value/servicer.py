@@ -65,7 +65,10 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         self._reader.shutdown(wait=False)  # what it was given is read all the same
 
     async def _aside(self, read: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        """Return what a request holds. Raises `Draining` if the service closed meanwhile: it may pin no step then."""
+        content = await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        self._parts()
+        return content
 
     def _parts(self) -> tuple[BaselineEstimator, LabelQueue]:
         if self._closed:

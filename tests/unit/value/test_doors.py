@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from poise.errors import InvalidRequest
+from poise.errors import Draining, InvalidRequest
 from poise.runtime.validation import MAX_NAMED, Violations
 from poise.value.labels import read_label, read_questions
 from poise.value.servicer import ValueServicer
@@ -55,6 +55,17 @@ async def test_the_event_loop_goes_on_meanwhile(servicer):
     await asyncio.sleep(0)
     assert not asking.done()
     with pytest.raises(InvalidRequest):
+        await asking
+
+
+async def test_a_question_that_is_read_when_the_service_closes_is_refused(servicer):
+    state = to_tensor(np.zeros(2, np.float32))
+    rollouts = [common_pb2.RolloutFeatures(prompt_hidden=state, response_hidden=state)]
+    request = pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=rollouts)])
+    asking = asyncio.create_task(servicer.EstimateBaselines(request, None))
+    await asyncio.sleep(0)
+    servicer.close()
+    with pytest.raises(Draining):
         await asking
 
 
