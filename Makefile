@@ -5,6 +5,8 @@ PRESET ?= smollm2
 ENGINE ?=
 TORCH ?= torch==2.13.0
 ARGS ?=
+SECONDS ?= 60
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +44,10 @@ test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests, with the
 .PHONY: test-unit
 test-unit: $(VENV)/.cpu $(VENV)/.dev  ## Run the unit tests alone: under a minute.
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.cpu $(VENV)/.dev  ## Send the services inputs of every kind for SECONDS, from SEED; then train on them.
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos and generated code.

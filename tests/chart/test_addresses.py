@@ -45,3 +45,15 @@ def test_a_model_that_an_image_cannot_make_is_refused(role: str) -> None:
     assert render(merged(values_of("laptop"), images)).all("Job")
     with pytest.raises(helm_python.HelmError, match=f"set images.{role}: poise-cpu"):
         render(merged(values_of("laptop"), images | {"images": {role: f"poise-{role}"}}))
+
+
+@pytest.mark.parametrize("role", ["generation", "value", "learner"])
+@pytest.mark.parametrize(
+    "host", ["run-poise-{}", "run-poise-{}.rl.svc", "run-poise-{0}-0.run-poise-{0}.rl.svc.cluster.local"]
+)
+def test_admin_apps_answer_to_the_names_of_their_service(role: str, host: str) -> None:
+    given = {role: {"config": {"admin": {"allowed_hosts": ["admin.example.com"]}}}}
+    hosts = render(merged(values_of("laptop"), given)).config(role)["admin"]["allowed_hosts"]
+    assert "admin.example.com" in hosts
+    assert any(f".{host.format(role)}".endswith(one) for one in hosts)
+    assert all(one.startswith(".run-poise-") for one in hosts if one != "admin.example.com")

@@ -39,6 +39,8 @@ _BY_DTYPE: Mapping[str, DTypeName] = MappingProxyType({name: name for name in DT
 MAX_ELEMENTS = 2**20
 """Most elements `from_tensor` accepts unless told otherwise: as float32 they fill gRPC's default message of 4 MiB."""
 
+_SHOWN_AXES = 8
+
 
 class CodecError(ValueError):
     """A value that does not fit its message, or a message that does not hold its value."""
@@ -151,9 +153,11 @@ def from_tensor(
         raise CodecError(field, f"{state}; required: {dtype} with {ndim} axes")
     if sent != dtype:
         raise CodecError(field, f"is {sent}; required: {dtype}")
+    num_axes = len(tensor.shape)
+    if num_axes != ndim:  # of a stranger's shape, neither copied nor multiplied before
+        found = f"has shape {tensor.shape[:]}" if num_axes <= _SHOWN_AXES else f"has {num_axes} axes"
+        raise CodecError(field, f"{found}; required: {ndim} axes")
     shape = tensor.shape[:]
-    if len(shape) != ndim:
-        raise CodecError(field, f"has shape {shape}; required: {ndim} axes")
     num_elements = math.prod(shape)
     if num_elements > max_elements:
         raise CodecError(field, f"has {num_elements} elements; at most {max_elements} are accepted")

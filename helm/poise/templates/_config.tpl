@@ -12,6 +12,7 @@ grpc:
 admin:
   host: 0.0.0.0
   port: {{ include "poise.adminPort" .role }}
+  allowed_hosts: {{ include "poise.allowedHosts" . }}
 auth:
   token_file: /etc/poise/auth/token
 drain_timeout_s: {{ (index .root.Values .role).config.drain_timeout_s | default (get $drain .role) }}
@@ -19,6 +20,17 @@ logging:
   format: json
 tracing:
   otlp_endpoint: {{ .root.Values.tracing.otlpEndpoint | quote }}
+{{- end }}
+
+{{- /* The names of the service and of its pods, short and long, and those of the user's. */}}
+{{- define "poise.allowedHosts" -}}
+{{- $name := include "poise.name" . -}}
+{{- $long := printf "%s.%s" $name .root.Release.Namespace -}}
+{{- $own := list $name $long (printf "%s.svc" $long) (printf "%s.svc.cluster.local" $long) -}}
+{{- $hosts := list -}}
+{{- range $own }}{{ $hosts = append $hosts (printf ".%s" .) }}{{ end -}}
+{{- $given := dig "config" "admin" "allowed_hosts" list (index .root.Values .role) -}}
+{{- concat $hosts $given | toJson -}}
 {{- end }}
 
 {{- define "poise.generationConfig" -}}

@@ -77,6 +77,7 @@ class GenerationApp(ServiceApp):
         if self._watcher is not None:
             self._watcher.cancel()
         await self._engine.stop()
+        self._servicer.sampler.close()
         self._servicer.pushes.close()
 
     def readiness(self) -> Readiness:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,10 +21,11 @@ from poise.generation.metrics import GenerationMetrics
 from poise.generation.policy import ServedPolicy, admit_push
 from poise.generation.staged import StagedWeights
 from poise.generation.staging import Staging
-from poise.generation.weights import Announcement, ExpectedTensor, check_announcement
+from poise.generation.weights import Announcement, ExpectedTensor, check_announcement, check_sizes
 from poise.runtime.checkpoints import checkpoint_digest
 from poise.runtime.collective import Rendezvous
-from poise.runtime.validation import Violations
+from poise.runtime.parsing import MIN_BYTES_PER_S, PATIENCE_S, read_rest
+from poise.runtime.validation import Violations, quoted
 from poise_client.codec import DTYPE_NAMES, decode_adapter
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
@@ -31,12 +33,6 @@ from poise_proto.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_BYTES = 2 * 2**20
-
-_IDLE_S = 60.0
-"""A push that sends nothing for so long is given up, so that the next may come."""
-
-_MAX_UNREAD = 1024
-"""Messages that are still taken of a push that is refused: a GiB or so."""
 
 Requests = AsyncIterator[pb.UpdateWeightsRequest]
 
@@ -86,27 +82,30 @@ class PushReceiver:
             if self._pushing.locked():
                 raise Busy("another push is being received or applied", retry_after_s=1.0)
             async with self._pushing:
-                return await self._receive_and_apply(requests)
+                update = await self._receive_and_apply(requests)
         except PoiseError:
-            await _read_rest(requests)
+            await read_rest(requests)
             raise
+        if update.already_applied:
+            await read_rest(requests)
+        return update
 
     async def _receive_and_apply(self, requests: Requests) -> WeightUpdate:
         started = time.monotonic()
-        first = await _next_part(requests, _IDLE_S)
+        first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "begin":
             raise InvalidRequest.field("part", "the first message of a push must be `begin`")
-        announced = _read_begin(first.begin, self._config.max_update_bytes)
+        announced = await asyncio.to_thread(_read_begin, first.begin, self._config.max_update_bytes)
         admit_adapter(announced.adapter, self._config, self._base_digest)
         if not admit_push(self.policy, announced.policy):
-            await _read_rest(requests)
             return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
         with contextlib.ExitStack() as files:
             landed = None
             if announced.rendezvous is not None:
                 self._check_group(announced.rendezvous)
                 body = files.enter_context(self._staging.landing(announced))
-                await self._engine.receive(body)
+                allowed_s = PATIENCE_S + announced.body_bytes / MIN_BYTES_PER_S
+                await self._engine.receive(dataclasses.replace(body, timeout_s=min(body.timeout_s, allowed_s)))
                 landed = body.path
             staged = files.enter_context(self._staging.receive(announced, landed))
             await _receive(requests, staged)
@@ -117,7 +116,9 @@ class PushReceiver:
     def _check_group(self, rendezvous: Rendezvous) -> None:
         if not rendezvous.backend or rendezvous.backend != self._engine.group_backend:
             takes = self._engine.group_backend or "none is taken: set `nccl`"
-            raise InvalidRequest.field("begin.group.backend", f"is {rendezvous.backend!r}; required here: {takes}")
+            raise InvalidRequest.field(
+                "begin.group.backend", f"is {quoted(rendezvous.backend)}; required here: {takes}"
+            )
 
     async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
         pushed = announced.policy
@@ -150,32 +151,13 @@ class PushReceiver:
             raise
 
 
-async def _next_part(requests: Requests, patience_s: float) -> pb.UpdateWeightsRequest | None:
-    try:
-        return await asyncio.wait_for(anext(requests), patience_s)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError:
-        raise InvalidRequest.field("part", f"no message for {patience_s:.0f} s; the push is given up") from None
-
-
-async def _read_rest(requests: Requests) -> None:
-    """Let the client finish, if it soon will: else it may see an error of gRPC's own instead of ours."""
-    try:
-        for _ in range(_MAX_UNREAD):
-            if await _next_part(requests, 1.0) is None:
-                return
-    except PoiseError:
-        return
-
-
 async def _receive(requests: Requests, staged: StagedWeights) -> None:
     """Fill the file. What is stored and hashed is done on a thread, while the next message comes."""
     storing = _Storing()
     try:
         if staged.source is not None:
             await storing.then(staged.read_source)
-        while (message := await _next_part(requests, _IDLE_S)) is not None:
+        async for message in requests:
             match message.WhichOneof("part"):
                 case "chunk":
                     chunk = message.chunk
@@ -232,6 +214,7 @@ def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
     wrong = Violations()
     wrong.identifier("begin.lineage_id", begin.lineage_id)
     wrong.raise_if_any()
+    check_sizes([len(tensor.shape) for tensor in begin.tensors], begin.file)
     announced = Announcement(
         policy=ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest),
         tensors=tuple(

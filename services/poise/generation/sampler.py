@@ -11,15 +11,18 @@ import hashlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from poise.errors import Busy, FieldViolation, InvalidRequest
+from poise.errors import Busy, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.time_limit import LimitReached, TimeLimit
+from poise.runtime.validation import Violations
 from poise_client.types import (
     EncodedPrompt,
     Group,
@@ -33,6 +36,17 @@ from poise_client.types import (
 )
 
 T = TypeVar("T")
+
+MAX_CHARS_PER_TOKEN = 64
+"""A text that has more for each token of max_model_len is refused before it is tokenised."""
+
+_PROMPT_S, _REQUEST_S = 5.0, 60.0
+"""How long tokenising may take: one prompt's template, and all of a request."""
+_TEXT_COPIES = 8
+"""How often a template's macros and filters may hand on the text of a prompt."""
+_NUM_THREADS = 2
+_FEW_PROMPTS, _FEW_CHARS = 64, 2**14
+"""Texts that are tokenised faster than a thread is asked."""
 
 MAX_PROBLEM_CHARS = 200
 """Of what is wrong with a prompt: 4096 of them fit an answer."""
@@ -54,6 +68,7 @@ class Sampler:
         self._engine = engine
         self._config = config
         self._slots = asyncio.Semaphore(config.max_num_seqs)
+        self._threads = ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="tokenize")
         self._request_ids = itertools.count()
         self.num_accepted = 0
         """Rollouts accepted, of groups not yet handed over, and prompts to be encoded."""
@@ -80,7 +95,7 @@ class Sampler:
         """Yield each group as its last rollout finishes. Closing the iterator aborts what still runs.
 
         Raises:
-            InvalidRequest: a prompt that cannot be, or leaves no room for a response.
+            InvalidRequest: a prompt that cannot be, takes too long to tokenise, or leaves no room for a response.
             Busy: too many rollouts wait already.
         """
         return self._run(
@@ -96,11 +111,11 @@ class Sampler:
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
         """Return of each prompt how many tokens it has, or why it cannot be sampled, however long it may be."""
-        return [await asyncio.to_thread(self._check, prompt) for prompt in prompts]
+        return [await self._on_thread(TimeLimit(_PROMPT_S), self._check, prompt) for prompt in prompts]
 
-    def _check(self, prompt: Prompt) -> PromptCheck:
+    def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
         try:
-            return PromptCheck(prompt.group_id, len(self._token_ids(prompt.content)), "")
+            return PromptCheck(prompt.group_id, len(self._token_ids(prompt.content, limit)), "")
         except InvalidRequest as error:
             return PromptCheck(prompt.group_id, 0, error.message[:MAX_PROBLEM_CHARS])
 
@@ -117,12 +132,12 @@ class Sampler:
             raise InvalidRequest.field("prompts", f"ask for {num_new} rollouts; max_queued_rollouts is {limit}")
         if self.num_accepted + num_new > limit:
             raise Busy(f"{self.num_accepted} rollouts are waiting, of at most {limit}", retry_after_s=1.0)
-        jobs = self._jobs(prompts, sampling)
         self.num_accepted += num_new
         self._idle.clear()
-        tasks = [asyncio.create_task(work(job)) for job in jobs]
+        tasks: list[asyncio.Task[T]] = []
         num_left = num_new
         try:
+            tasks += [asyncio.create_task(work(job)) for job in await self._jobs(prompts, sampling)]
             for task in asyncio.as_completed(tasks):
                 yield await task
                 num_left -= num_rollouts
@@ -138,37 +153,76 @@ class Sampler:
         if self.num_accepted == 0:
             self._idle.set()
 
+    def close(self) -> None:
+        """Tokenise nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def idle(self) -> None:
         """Return once nothing accepted is left."""
         await self._idle.wait()
 
-    def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
-        jobs, violations = [], []
+    async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
+        """Tokenise: beside the event loop, unless there is little to do."""
+        limit = TimeLimit(_REQUEST_S)
+        if _are_few(prompts):
+            return self._tokenised(prompts, sampling, limit)
+        return await self._on_thread(limit, self._tokenised, prompts, sampling)
+
+    async def _on_thread(self, limit: TimeLimit, work: Callable[..., T], *args: object) -> T:
+        """Run `work(*args, limit)` on a tokenizing thread; end it where nobody waits for it any more."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args, limit)
+        except asyncio.CancelledError:
+            limit.cancel()
+            raise
+
+    def _tokenised(self, prompts: Sequence[Prompt], sampling: Sampling, limit: TimeLimit) -> list[_Job]:
+        jobs, wrong = [], Violations()
         for index, prompt in enumerate(prompts):
-            path = f"prompts[{index}]"
+            if wrong.is_full:
+                break
             try:
-                token_ids = self._token_ids(prompt.content)
+                token_ids = self._token_ids(prompt.content, limit)
                 resolved = dataclasses.replace(sampling, max_tokens=self._max_tokens(len(token_ids), sampling))
                 jobs.append(_Job(prompt.group_id, token_ids, resolved))
             except InvalidRequest as error:
-                violations += [FieldViolation(f"{path}.{v.field}", v.description) for v in error.violations]
-        if violations:
-            raise InvalidRequest(violations)
+                for violation in error.violations:
+                    wrong.add(f"prompts[{index}].{violation.field}", violation.description)
+        wrong.raise_if_any()
         return jobs
 
-    def _token_ids(self, content: PromptContent) -> list[int]:
-        if isinstance(content, str):
-            kind, token_ids = "text", self._engine.tokenize(content)
-        elif content and isinstance(content[0], int):
-            kind, token_ids = "tokens.token_ids", list(cast(Sequence[int], content))
-        else:
-            kind, token_ids = "chat", self._engine.tokenize(cast(Sequence[Message], content))
+    def _token_ids(self, content: PromptContent, limit: TimeLimit) -> list[int]:
+        if not isinstance(content, str) and content and isinstance(content[0], int):
+            return self._checked_ids(cast(Sequence[int], content))
+        text = cast(str | Sequence[Message], content)
+        kind = "text" if isinstance(text, str) else "chat"
+        num_chars, max_chars = _num_chars(text), MAX_CHARS_PER_TOKEN * self._engine.info.max_model_len
+        if num_chars > max_chars:
+            raise InvalidRequest.field(
+                kind,
+                f"has {num_chars} characters; max_model_len is {self._engine.info.max_model_len} tokens, and more than "
+                f"{max_chars} characters are not tokenised",
+            )
+        try:
+            with limit.bounded(_PROMPT_S, max_chars * (1 + _TEXT_COPIES)):
+                token_ids = self._engine.tokenize(text)
+        except LimitReached as error:
+            raise InvalidRequest.field(kind, f"tokenising it was ended: {error}") from error
         if not token_ids:
             raise InvalidRequest.field(kind, "has no tokens; a prompt needs at least one")
         check_vocabulary(kind, token_ids, self._engine.info.vocabulary_size)
         return token_ids
 
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        self._room(len(token_ids))  # before so many are looked at
+        check_vocabulary("tokens.token_ids", token_ids, self._engine.info.vocabulary_size)
+        return list(token_ids)
+
     def _max_tokens(self, num_prompt_tokens: int, sampling: Sampling) -> int:
+        return min(sampling.max_tokens or self._config.default_max_tokens, self._room(num_prompt_tokens))
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        """Return how many response tokens there is room for. Raises `InvalidRequest` when it is none."""
         room = self._engine.info.max_model_len - num_prompt_tokens
         if room < 1:
             raise InvalidRequest.field(
@@ -176,7 +230,7 @@ class Sampler:
                 f"has {num_prompt_tokens} tokens; max_model_len is {self._engine.info.max_model_len}, and a response "
                 "needs at least one",
             )
-        return min(sampling.max_tokens or self._config.default_max_tokens, room)
+        return room
 
     async def _sample_group(
         self, run_id: str, step: int, job: _Job, num_rollouts: int, return_token_entropies: bool
@@ -222,6 +276,22 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocabulary_size: int)
     beyond = next((token for token in token_ids if not 0 <= token < vocabulary_size), None)
     if beyond is not None:
         raise InvalidRequest.field(field, f"has token {beyond}; the model's vocabulary is 0 to {vocabulary_size - 1}")
+
+
+def _num_chars(content: str | Sequence[Message]) -> int:
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(turn["content"]) + len(turn["role"]) for turn in content)
+
+
+def _are_few(prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts are tokenised in no time. Conversations never are: their template is a program."""
+    num_chars = 0
+    for prompt in prompts:
+        if not prompt.content or isinstance(prompt.content[0], dict):
+            return False
+        num_chars += len(prompt.content)
+    return len(prompts) <= _FEW_PROMPTS and num_chars <= _FEW_CHARS
 
 
 def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:

@@ -20,7 +20,7 @@ from poise.generation.metrics import GenerationMetrics
 from poise.generation.policy import ServedPolicy
 from poise.generation.pushes import PushReceiver
 from poise.generation.sampler import Sampler
-from poise.runtime.validation import Violations
+from poise.runtime.validation import Violations, quoted
 from poise_client.codec import (
     CodecError,
     decode_prompt,
@@ -38,6 +38,8 @@ from poise_proto.v1 import generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 4096
+MAX_TURNS = 32768
+"""Turns of all conversations of a request."""
 MAX_ROLLOUTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -169,6 +171,7 @@ def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -
     wrong.identifier("run_id", request.run_id)
     num_rollouts = request.num_rollouts or 1
     wrong.check(num_rollouts <= MAX_ROLLOUTS, "num_rollouts", f"is {num_rollouts}; required: 1 to {MAX_ROLLOUTS}")
+    wrong.count("sampling.stop", len(request.sampling.stop), MAX_STOPS)
     prompts = _read_prompts(request.prompts, wrong)
     sampling = decode_sampling(request.sampling)
     _check_sampling(sampling, vocabulary_size, wrong)
@@ -177,24 +180,28 @@ def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -
 
 
 def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Prompt]:
-    wrong.check(1 <= len(specs) <= MAX_PROMPTS, "prompts", f"has {len(specs)}; required: 1 to {MAX_PROMPTS}")
+    wrong.count("prompts", len(specs), MAX_PROMPTS, at_least=1)
+    wrong.count("prompts.chat.messages", sum(len(spec.chat.messages) for spec in specs), MAX_TURNS)
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for index, spec in enumerate(specs[:MAX_PROMPTS]):
+    for index, spec in enumerate(specs):
         path = f"prompts[{index}]"
         wrong.identifier(f"{path}.group_id", spec.group_id)
-        wrong.check(spec.group_id not in seen, f"{path}.group_id", f"{spec.group_id!r} names an earlier prompt too")
+        if spec.group_id in seen:
+            wrong.add(f"{path}.group_id", f"{quoted(spec.group_id)} names an earlier prompt too")
         seen.add(spec.group_id)
         for turn, message in enumerate(spec.chat.messages):
-            wrong.check(
-                message.role in ROLES,
-                f"{path}.chat.messages[{turn}].role",
-                f"is {message.role[:40]!r}; required: one of {', '.join(ROLES)}",
-            )
+            if message.role not in ROLES:
+                wrong.add(
+                    f"{path}.chat.messages[{turn}].role",
+                    f"is {quoted(message.role)}; required: one of {', '.join(ROLES)}",
+                )
         try:
             prompts.append(decode_prompt(spec, path))
         except CodecError as error:
             wrong.add(error.field, error.description)
+        if wrong.is_full:
+            break
     return prompts
 
 
@@ -206,8 +213,7 @@ def _check_sampling(sampling: Sampling, vocabulary_size: int, wrong: Violations)
         f"is {temperature:g}; required: {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, or 0 (greedy)",
     )
     wrong.check(0 < top_p <= 1, "sampling.top_p", f"is {top_p}; required: above 0, at most 1")
-    wrong.check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"has {len(sampling.stop)}; at most {MAX_STOPS}")
-    for index, stop in enumerate(sampling.stop[:MAX_STOPS]):
+    for index, stop in enumerate(sampling.stop):
         wrong.check(
             1 <= len(stop) <= MAX_STOP_CHARS,
             f"sampling.stop[{index}]",

@@ -21,6 +21,7 @@ from poise.generation.room import choose_folder, refuse_unless_room, staging_fol
 from poise.generation.staged import Base, LinkedWeights, StagedDelta, StagedWeights
 from poise.generation.weights import Announcement
 from poise.runtime.scratch import ScratchFolder, remove_leftovers
+from poise.runtime.validation import quoted
 from poise_client.codec import safetensors_header
 
 _PREFIX = "poise-weights-"
@@ -128,12 +129,17 @@ class Staging:
     def _shared_file(self, announced: Announcement) -> Path:
         """Return the file that a push names, links resolved, if it lies where it may."""
         given = Path(announced.file)
-        path = Path(os.path.realpath(given))
-        if not given.is_absolute() or not any(path.is_relative_to(os.path.realpath(one)) for one in self._shared_dirs):
+        try:
+            path = Path(os.path.realpath(given))
+            within = any(path.is_relative_to(os.path.realpath(one)) for one in self._shared_dirs)
+            is_file = within and path.is_file()
+        except (OSError, ValueError) as error:  # such as a name longer than the disk takes
+            raise InvalidRequest.field("begin.file", f"{quoted(announced.file)} cannot be read: {error}") from error
+        if not given.is_absolute() or not within:
             allowed = ", ".join(map(str, self._shared_dirs)) or "none is allowed: set it to take such pushes"
             raise InvalidRequest.field("begin.file", f"must lie within one of shared_dirs ({allowed})")
-        if not path.is_file():
-            raise InvalidRequest.field("begin.file", f"{path} is no file here; do both run on one host?")
+        if not is_file:
+            raise InvalidRequest.field("begin.file", f"{quoted(str(path))} is no file here; do both run on one host?")
         return path
 
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from poise.errors import InvalidRequest
 from poise.generation.policy import ServedPolicy
 from poise.runtime.collective import Rendezvous
+from poise.runtime.validation import quoted
 from poise_client import combine_digests
 from poise_client.codec import SAFETENSORS_DTYPES, max_block_bytes
 from poise_client.types import Adapter
 
 MAX_TENSORS = 65536
+MAX_AXES = 8
+MAX_PATH_BYTES = 4096
 MAX_GROUP_TIMEOUT_S = 3600
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
 
@@ -92,13 +95,12 @@ def policy_digest(tensors: Sequence[ExpectedTensor], adapter: Adapter | None = N
 def check_announcement(announced: Announcement, max_bytes: int) -> None:
     """Raise `InvalidRequest` for a push that cannot be right, before any byte of it is taken."""
     tensors = announced.tensors
-    if not 1 <= len(tensors) <= MAX_TENSORS:
-        raise InvalidRequest.field("begin.tensors", f"has {len(tensors)}; 1 to {MAX_TENSORS} are accepted")
     seen: set[str] = set()
+    total = 0
     for index, tensor in enumerate(tensors):
         path = f"begin.tensors[{index}]"
         if not _NAME.fullmatch(tensor.name):
-            raise InvalidRequest.field(f"{path}.name", f"is {tensor.name[:60]!r}; required: a state-dict name")
+            raise InvalidRequest.field(f"{path}.name", f"is {quoted(tensor.name)}; required: a state-dict name")
         if tensor.name in seen:
             raise InvalidRequest.field(f"{path}.name", f"{tensor.name} is announced twice")
         seen.add(tensor.name)
@@ -106,10 +108,12 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
             raise InvalidRequest.field(f"{path}.dtype", f"required: one of {', '.join(SAFETENSORS_DTYPES)}")
         if len(tensor.sha256) != 32:
             raise InvalidRequest.field(f"{path}.sha256", f"has {len(tensor.sha256)} bytes; required: 32")
+        total += tensor.num_bytes
+        if total > max_bytes:
+            raise InvalidRequest.field(
+                "begin.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}, exceeded at {tensor.name}"
+            )
         _check_changes(tensor, path, is_delta=announced.base is not None)
-    total = announced.total_bytes
-    if total > max_bytes:
-        raise InvalidRequest.field("begin.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}")
     if announced.policy.digest != policy_digest(tensors, announced.adapter):
         raise InvalidRequest.field("begin.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
     if announced.rendezvous is not None:
@@ -121,6 +125,21 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
             )
     if announced.adapter is not None and announced.base is not None:
         raise InvalidRequest.field("begin.base", "is set; adapters come whole")
+
+
+def check_sizes(num_axes: Sequence[int], file: str) -> None:
+    """Raise `InvalidRequest` for what is too much to be looked at: call it before the shapes are read."""
+    if not 1 <= len(num_axes) <= MAX_TENSORS:
+        raise InvalidRequest.field("begin.tensors", f"has {len(num_axes)}; 1 to {MAX_TENSORS} are accepted")
+    for index, number in enumerate(num_axes):
+        if number > MAX_AXES:
+            raise InvalidRequest.field(
+                f"begin.tensors[{index}].shape", f"has {number} axes; at most {MAX_AXES} are accepted"
+            )
+    if len(file) > MAX_PATH_BYTES or "\0" in file:
+        raise InvalidRequest.field(
+            "begin.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} bytes, none of them zero"
+        )
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:

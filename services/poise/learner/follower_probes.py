@@ -51,6 +51,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Answer(BaseHTTPRequestHandler):
     server: _Server
+    timeout = 10.0
+    """Of a connection that sends nothing, s."""
 
     def do_GET(self) -> None:
         """Answer one of the three; all else is not here."""

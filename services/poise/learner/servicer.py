@@ -24,6 +24,7 @@ from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
 from poise.learner.publishing.publisher import Publisher
 from poise.runtime.logging import log_ids
+from poise.runtime.parsing import read_rest
 from poise.runtime.validation import Violations
 from poise_client.codec import (
     CodecError,
@@ -71,6 +72,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._activity = "recovering"
         self._watching: list[asyncio.Task[None]] = []
         self._closed = False
+        self._stopped = False
         self.paused = False
 
     @property
@@ -108,6 +110,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         try:
             await self.on_thread(self._core.close)
         finally:
+            self._stopped = True
             self._thread.shutdown()
 
     async def _watch_processes(self) -> None:
@@ -123,7 +126,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             await asyncio.sleep(1.0)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Run what touches the core, one call at a time, with the ids that logs and traces go by."""
+        """Run what touches the core, one call at a time, with the ids that logs and traces go by.
+
+        Raises `Draining` once the core is closed.
+        """
+        if self._stopped:
+            raise Draining("the learner is shutting down", retry_after_s=1.0)
         context = contextvars.copy_context()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
@@ -139,7 +147,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             self._refuse_unless_open()
             batch = await self._read_batch(request_iterator)
         except PoiseError:
-            await _read_rest(request_iterator)
+            await read_rest(request_iterator)
             raise
         # Whoever leaves now finds the answer when they ask again: training goes on.
         with log_ids(run=batch.run_id, batch=batch.batch_id, step=batch.step):
@@ -235,7 +243,10 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 raise InvalidRequest.field("part", "after `header` come rollouts alone")
             if index >= header.num_rollouts:
                 raise InvalidRequest.field("header.num_rollouts", f"is {header.num_rollouts}; more rollouts came")
+            num_spans = len(message.rollout.version_spans)
             try:
+                if num_spans > self._core.max_tokens:
+                    raise CodecError(f"{path}.version_spans", f"has {num_spans}; a response has fewer tokens")
                 rollout = decode_training_rollout(message.rollout, path)
             except CodecError as error:
                 wrong.add(error.field, error.description)
@@ -243,6 +254,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 num_tokens += rollout.prompt_token_ids.size + rollout.token_ids.size
                 self._check_rollout(rollout, path, wrong)
                 rollouts.append(rollout)
+            if wrong.is_full:
+                raise wrong.error()
             if num_tokens > MAX_BATCH_TOKENS:
                 raise InvalidRequest.field("rollouts", f"hold more than {MAX_BATCH_TOKENS} tokens; send fewer")
             index += 1
@@ -292,15 +305,6 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         needed = "the learner's critic makes advantages of rewards: send each rollout's, finite, and advantage 0"
         wrong.check(reward is not None and math.isfinite(reward), f"{path}.reward", f"is {reward}; {needed}")
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
-
-
-async def _read_rest(requests: AsyncIterator[pb.SubmitAdvantagesRequest]) -> None:
-    """Let the client finish: one that is answered while it sends may see an error of gRPC's own instead of ours."""
-    num_left = MAX_ROLLOUTS
-    async for _ in requests:
-        num_left -= 1
-        if not num_left:
-            return
 
 
 def _check_header(header: BatchHeader) -> None:

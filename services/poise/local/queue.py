@@ -61,6 +61,7 @@ class QueueAdmin:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/admin/v1{path}", data, method=method)  # noqa: S310 (checked)
         request.add_header("content-type", "application/json")
+        request.add_header("x-poise", "1")  # which web pages cannot send
         if self.token is not None:
             request.add_header("authorization", f"Bearer {self.token}")
         try:

@@ -245,7 +245,7 @@ class RedisQueue:
 
     async def discard(self, letter_ids: Sequence[str]) -> int:
         """See `LabelQueue.discard`."""
-        known = [letter_id for letter_id in letter_ids if _LETTER_ID.fullmatch(letter_id)]
+        known = [letter_id for letter_id in letter_ids if _is_letter_id(letter_id)]
         if not known:
             return 0
         with self._errors():
@@ -279,13 +279,18 @@ class RedisQueue:
         await self._redis.aclose()
 
 
-_LETTER_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_LETTER_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_ID_END = 2**64
+
+
+def _is_letter_id(text: str) -> bool:
+    return bool(_LETTER_ID.fullmatch(text)) and all(int(part) < _ID_END for part in text.split("-"))
 
 
 def _check_letter_ids(letter_ids: Sequence[str]) -> None:
     """What is no id of Redis's names no letter: the server would call it an error in the script."""
     for letter_id in letter_ids:
-        if not _LETTER_ID.fullmatch(letter_id):
+        if not _is_letter_id(letter_id):
             raise no_such_letter(letter_id)
 
 

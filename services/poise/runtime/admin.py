@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 from starlette.exceptions import HTTPException
 
 import poise
-from poise.errors import FieldViolation, InvalidRequest, PoiseError
+from poise.errors import InvalidRequest, PoiseError
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth
+from poise.runtime.config import AdminConfig
 from poise.runtime.config_text import redacted
+from poise.runtime.docs_page import HEADERS, docs_page
+from poise.runtime.guard import BodyRefused, Guard
+from poise.runtime.validation import Violations, quoted
 
 _HTTP_STATUS = {
     "INVALID_ARGUMENT": 422,
@@ -28,6 +33,8 @@ _HTTP_STATUS = {
     "RESOURCE_EXHAUSTED": 429,
     "UNAVAILABLE": 503,
 }
+
+_FIELD_CHARS = 200
 
 
 class WrongField(BaseModel):
@@ -77,6 +84,9 @@ _ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
     for status, description in {
         401: "No bearer token, or a wrong one.",
+        403: "A web page of another origin, a host that is not allowed, or a change without the header `X-Poise`.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
         422: "A field is wrong, or this service cannot do that.",
         500: "A defect; the service's log holds the traceback.",
         503: "The service is starting or shutting down, or something it stands on does not answer.",
@@ -89,8 +99,9 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest = FastAPI(
         title=f"POISE {app.name} service",
         version=poise.__version__,
-        description="Health, metrics, status and operation of one service. Its work is done over gRPC.",
-        docs_url="/docs",
+        description="Health, metrics, status and operation of one service. Its work is done over gRPC. Requests that "
+        "change something need the header `X-Poise: 1`, or a bearer token; web pages can send neither.",
+        docs_url=None,
         redoc_url=None,
     )
     rest.add_exception_handler(PoiseError, _answer_error)
@@ -98,17 +109,31 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest.add_exception_handler(HTTPException, _answer_http_error)
     rest.add_exception_handler(Exception, _answer_defect)
     rest.include_router(_probes(app), tags=["health"])
-
-    def authenticate(request: Request) -> None:
-        auth.check(request.headers.get("authorization"))
-
-    admin = APIRouter(prefix="/admin/v1", dependencies=[Depends(authenticate)], responses=_ADMIN_ERRORS)
+    admin = APIRouter(prefix="/admin/v1", responses=_ADMIN_ERRORS)
     admin.include_router(_operations(app, request_drain))
     extra = app.admin_routes()
     if extra is not None:
         admin.include_router(extra)
-    rest.include_router(admin, tags=["admin"])
+    rest.include_router(admin, tags=["admin"], dependencies=[Depends(_describe_header)])
+    rest.add_middleware(Guard, auth=auth, allowed_hosts=_hosts(app.config.admin), answer=_refusal)
+
+    @rest.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page(rest.openapi()), headers=HEADERS)
+
     return rest
+
+
+def _hosts(config: AdminConfig) -> tuple[str, ...]:
+    """Return the names that the app goes by. That of every interface is none: web pages may use it to reach them."""
+    own = () if config.host in ("", "0.0.0.0", "::") else (config.host,)  # noqa: S104 (is not bound here)
+    return (*own, *config.allowed_hosts)
+
+
+def _describe_header(
+    x_poise: Annotated[str | None, Header(description="`1`. Required of a POST without a bearer token.")] = None,
+) -> None:
+    """Describe the header in the OpenAPI document; the guard checks it."""
 
 
 def _probes(app: ServiceApp) -> APIRouter:
@@ -183,29 +208,45 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
     return router
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PoiseError)  # noqa: S101 (registered for it alone)
-    violations = error.violations if isinstance(error, InvalidRequest) else ()
+class _Answer(JSONResponse):
+    """JSON in ASCII: what a request holds may be no text that UTF-8 can write."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode()
+
+
+def _refusal(error: PoiseError | BodyRefused) -> Response:
+    if isinstance(error, BodyRefused):
+        answer = ErrorAnswer(reason="INVALID_REQUEST", message=error.message, remedy="Send a smaller body, at once.")
+        return _Answer(answer.model_dump(), error.status)
     answer = ErrorAnswer(
         reason=error.reason,
         message=error.message,
         remedy=error.remedy,
-        violations=[WrongField(field=violation.field, description=violation.description) for violation in violations],
+        violations=[WrongField(field=one.field, description=one.description) for one in error.violations]
+        if isinstance(error, InvalidRequest)
+        else [],
     )
     headers = {}
     if error.status == "UNAUTHENTICATED":
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-    return JSONResponse(answer.model_dump(), _HTTP_STATUS.get(error.status, 500), headers)
+    return _Answer(answer.model_dump(), _HTTP_STATUS.get(error.status, 500), headers)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PoiseError)  # noqa: S101 (registered for it alone)
+    return _refusal(error)
 
 
 async def _answer_wrong_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 (registered for it alone)
-    violations = [
-        FieldViolation(".".join(str(part) for part in problem["loc"][1:]), problem["msg"]) for problem in error.errors()
-    ]
-    return await _answer_error(request, InvalidRequest(violations))
+    wrong = Violations()
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"][1:])
+        wrong.add(where if len(where) <= _FIELD_CHARS else quoted(where), problem["msg"])
+    return _refusal(wrong.error())
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -213,10 +254,10 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 (registered for it alone)
     reason = "NOT_FOUND" if error.status_code == 404 else "INVALID_REQUEST"
     answer = ErrorAnswer(reason=reason, message=error.detail, remedy="See /docs for what there is.")
-    return JSONResponse(answer.model_dump(), error.status_code, error.headers)
+    return _Answer(answer.model_dump(), error.status_code, error.headers)
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
     """Say nothing of it: uvicorn logs the traceback."""
     answer = ErrorAnswer(reason="INTERNAL", message="a defect in the service; its log holds the traceback", remedy="")
-    return JSONResponse(answer.model_dump(), 500)
+    return _Answer(answer.model_dump(), 500)

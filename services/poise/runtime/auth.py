@@ -43,13 +43,14 @@ def refuse_open_bind(config: ServiceConfig, token: str | None) -> None:
         f"{section}.host: {host} can be reached from other machines and no token is set; set auth.token_file, "
         "or auth.allow_open_bind: true where something else guards the port"
         for section, host in (("grpc", config.grpc.host), ("admin", config.admin.host))
-        if not _is_loopback(host)
+        if not is_loopback(host)
     ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -54,7 +54,8 @@ class GrpcConfig(StrictModel):
     tls_key_file: Path | None = None
     """PEM key of that chain."""
     max_concurrent_rpcs: int = Field(256, ge=1)
-    """Beyond it a call is refused with RESOURCE_EXHAUSTED."""
+    """Most calls of one RPC at a time; beyond it a call is refused with RESOURCE_EXHAUSTED. RPCs do not share places: a
+    status is answered however many uploads wait."""
 
     @model_validator(mode="after")
     def _tls_files_go_together(self) -> Self:
@@ -70,6 +71,10 @@ class AdminConfig(StrictModel):
     """Address to bind. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names and addresses, without a port, that requests may address the app by; `.example.com` allows that name and
+    all below it. `localhost`, loopback addresses, `host` and the address that was connected to are always allowed, and
+    `/healthz`, `/readyz` and `/metrics` answer under any name. This keeps out web pages that rebind their own name."""
 
 
 class AuthConfig(StrictModel):

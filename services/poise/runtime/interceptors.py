@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
@@ -19,9 +20,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry, Histogram
 
-from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
+from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError, Unauthenticated
 from poise.runtime.auth import BearerAuth
-from poise.runtime.parsing import Parse, ParsedStream, parsed
+from poise.runtime.parsing import Parse, RequestStream
 from poise.runtime.tracing import call_span
 from poise_proto.v1 import errors_pb2
 
@@ -31,11 +32,16 @@ _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 _BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300)
 _BUSY_RETRY_S = 1.0
 
+WRITE_PATIENCE_S = 600.0
+"""A client that reads nothing of a stream of answers for so long is given up."""
+
 # A client refuses headers of more than 8 KiB and then sees no error of ours at all. The message goes there twice, once
 # with every byte beyond ASCII tripled; the details grow by a third.
 _MESSAGE_BYTES, _REMEDY_BYTES, _FIELD_BYTES, _VIOLATIONS_BYTES = 600, 300, 400, 2500
 
 Handler = Any  # a grpc.RpcMethodHandler; its stubs know the blocking API alone
+
+_Read = Callable[[AsyncIterator[bytes]], contextlib.AbstractAsyncContextManager[Any]]
 
 
 def rich_status(error: PoiseError) -> status_pb2.Status:
@@ -87,12 +93,15 @@ def _shortened(text: str, limit_bytes: int) -> str:
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Authenticates, counts, times and translates the errors of every RPC."""
+    """Authenticates, counts, times and translates the errors of every RPC.
+
+    Each RPC has places of its own, so that many slow calls of one never keep others, such as a status, waiting.
+    """
 
     def __init__(self, service: str, auth: BearerAuth, registry: CollectorRegistry, max_concurrent_rpcs: int) -> None:
         self._auth = auth
         self._max_rpcs = max_concurrent_rpcs
-        self._num_rpcs = 0
+        self._num_rpcs: Counter[str] = Counter()
         self._seconds = Histogram(
             f"poise_{service}_rpc_seconds",
             "Time from accepting an RPC to its end.",
@@ -106,52 +115,47 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Wrap the handler of a call."""
+        """Wrap the handler of a call.
+
+        All handlers become those of a stream of requests, without a deserialiser: gRPC reads a single request before it
+        calls the handler, however large and however slowly it comes. So nothing is read before the caller is known,
+        and what is read is parsed and timed in the call.
+        """
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # an unknown method: gRPC says so
-        # Without a deserialiser of its own, gRPC hands over bytes: they are parsed once the call is admitted.
-        around = _Around(self, handler_call_details, handler.request_deserializer)
-        serialise = handler.response_serializer
-        if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                around.answer(handler.unary_unary, around.message), None, serialise
+        call = _Call(self, handler_call_details, handler.request_deserializer)
+        try:
+            self._authenticate(handler_call_details)
+        except Unauthenticated as error:
+            return grpc.stream_stream_rpc_method_handler(call.refusal(error))
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        read = call.messages if handler.request_streaming else call.message
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                call.stream(behaviour, read), None, handler.response_serializer
             )
-        if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                around.stream(handler.unary_stream, around.message), None, serialise
-            )
-        if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(
-                around.answer(handler.stream_unary, around.messages), None, serialise
-            )
-        return grpc.stream_stream_rpc_method_handler(
-            around.stream(handler.stream_stream, around.messages), None, serialise
-        )
+        return grpc.stream_unary_rpc_method_handler(call.answer(behaviour, read), None, handler.response_serializer)
 
     @contextlib.contextmanager
-    def admitted(self, details: grpc.HandlerCallDetails) -> Iterator[None]:
-        """Hold a place for the call. Raises `Unauthenticated`, or `Busy` when all places are taken.
-
-        Health answers whoever asks, however busy the service: else a probe would kill it for being in demand.
-        """
-        if details.method.startswith(_OPEN_SERVICES):
-            yield
-            return
-        self._authenticate(details)
-        if self._num_rpcs >= self._max_rpcs:
+    def admitted(self, method: str) -> Iterator[None]:
+        """Hold a place of the call's method. Raises `Busy` when all are taken."""
+        if self._num_rpcs[method] >= self._max_rpcs:
             raise Busy(
-                f"{self._max_rpcs} calls are being served, the most at a time",
+                f"{self._max_rpcs} calls of {method.rpartition('/')[2]} are being served, the most at a time",
                 remedy="Call again later, or raise grpc.max_concurrent_rpcs.",
                 retry_after_s=_BUSY_RETRY_S,
             )
-        self._num_rpcs += 1
+        self._num_rpcs[method] += 1
         try:
             yield
         finally:
-            self._num_rpcs -= 1
+            self._num_rpcs[method] -= 1
 
     def _authenticate(self, details: grpc.HandlerCallDetails) -> None:
+        """Raise `Unauthenticated` without the token. Health answers every caller, or a probe would need the token."""
+        if details.method.startswith(_OPEN_SERVICES):
+            return
         values = [value for key, value in details.invocation_metadata or () if key == "authorization"]
         given = values[0] if values else None
         self._auth.check(given.decode("latin-1") if isinstance(given, bytes) else given)
@@ -161,7 +165,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         self._seconds.labels(method=method.rpartition("/")[2], code=code).observe(seconds)
 
 
-class _Around:
+class _Call:
     """One call."""
 
     def __init__(self, interceptor: ServiceInterceptor, details: grpc.HandlerCallDetails, parse: Parse) -> None:
@@ -170,21 +174,36 @@ class _Around:
         self._parse = parse
         self._started = time.monotonic()
 
-    def message(self, request: bytes) -> Any:
-        """Return the one request. Raises `InvalidRequest`."""
-        return parsed(self._parse, request)
+    def refusal(self, error: PoiseError) -> Callable[[Any, Any], Awaitable[None]]:
+        """Return a handler that reads nothing and fails."""
 
-    def messages(self, requests: AsyncIterator[bytes]) -> ParsedStream:
-        """Return the requests of a stream."""
-        return ParsedStream(self._parse, requests)
+        async def call(requests: AsyncIterator[bytes], context: Any) -> None:
+            await self._fail(error, context)
 
-    def answer(
-        self, behaviour: Callable[[Any, Any], Awaitable[Any]], read: Callable[[Any], Any]
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def call(request: Any, context: Any) -> Any:
+        return call
+
+    @contextlib.asynccontextmanager
+    async def message(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        """Read the one request, then hold a place: half a request holds none. Raises `InvalidRequest` or `Busy`."""
+        try:
+            request = await anext(RequestStream(self._parse, requests))
+        except StopAsyncIteration:
+            raise InvalidRequest.field("request", "is missing; the call ended without a message") from None
+        with self._interceptor.admitted(self._details.method):
+            yield request
+
+    @contextlib.asynccontextmanager
+    async def messages(self, requests: AsyncIterator[bytes]) -> AsyncIterator[RequestStream]:
+        """Hold a place, and give the requests of a stream. Raises `Busy`."""
+        with self._interceptor.admitted(self._details.method):
+            yield RequestStream(self._parse, requests)
+
+    def answer(self, behaviour: Callable[[Any, Any], Awaitable[Any]], read: _Read) -> Callable[[Any, Any], Any]:
+        async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
             try:
-                with self._interceptor.admitted(self._details), self._traced():
-                    response = await behaviour(read(request), context)
+                async with read(requests) as request:
+                    with self._traced():
+                        response = await behaviour(request, context)
             except BaseException as error:
                 await self._fail(error, context)
             self._done("OK")
@@ -192,21 +211,20 @@ class _Around:
 
         return call
 
-    def stream(
-        self, behaviour: Callable[[Any, Any], Any], read: Callable[[Any], Any]
-    ) -> Callable[[Any, Any], Awaitable[None]]:
+    def stream(self, behaviour: Callable[[Any, Any], Any], read: _Read) -> Callable[[Any, Any], Awaitable[None]]:
         # Writes to the context instead of yielding: a generator that gRPC abandons, because the client went away
         # during a write, is closed at the next garbage collection only, and the handler would work on until then.
-        async def call(request: Any, context: Any) -> None:
+        async def call(requests: AsyncIterator[bytes], context: Any) -> None:
             try:
-                with self._interceptor.admitted(self._details), self._traced():
-                    responses = behaviour(read(request), context)
-                    if hasattr(responses, "__aiter__"):
-                        async with contextlib.aclosing(responses):
-                            async for response in responses:
-                                await _write(context, response)
-                    else:
-                        await responses  # handlers that write to the context, such as reflection's
+                async with read(requests) as request:
+                    with self._traced():
+                        responses = behaviour(request, context)
+                        if hasattr(responses, "__aiter__"):
+                            async with contextlib.aclosing(responses):
+                                async for response in responses:
+                                    await _write(context, response, self._details.method)
+                        else:
+                            await responses  # handlers that write to the context, such as reflection's
             except BaseException as error:
                 await self._fail(error, context)
             self._done("OK")
@@ -223,7 +241,7 @@ class _Around:
         self._interceptor.observe(self._details.method, code, time.monotonic() - self._started)
 
     async def _fail(self, error: BaseException, context: Any) -> NoReturn:
-        if isinstance(error, _ClientGone) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
+        if isinstance(error, _GONE) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
             self._done("CANCELLED")
             raise asyncio.CancelledError
         if isinstance(error, asyncio.CancelledError):
@@ -240,7 +258,10 @@ class _Around:
             self._done("INTERNAL")
             logger.error("%s failed", self._details.method, exc_info=error)
             status = rich_status(PoiseError("a defect in the service; its log holds the traceback"))
-        await context.abort_with_status(rpc_status.to_status(status))
+        try:
+            await context.abort_with_status(rpc_status.to_status(status))
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError from gone
         raise AssertionError("abort_with_status raises")
 
 
@@ -248,10 +269,18 @@ class _ClientGone(Exception):
     """There is nobody to write to."""
 
 
-async def _write(context: Any, response: Any) -> None:
+_GONE = (_ClientGone, grpc.aio.InternalError)
+"""What is raised when there is no client to answer: the latter by gRPC, of a call that was cancelled meanwhile."""
+
+
+async def _write(context: Any, response: Any, method: str) -> None:
     try:
-        await context.write(response)
+        async with asyncio.timeout(WRITE_PATIENCE_S):
+            await context.write(response)
     except grpc.aio.InternalError as error:
+        raise _ClientGone from error
+    except TimeoutError as error:
+        logger.warning("%s: the client has read nothing for %.0f s and is given up", method, WRITE_PATIENCE_S)
         raise _ClientGone from error
 
 

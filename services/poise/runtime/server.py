@@ -27,6 +27,7 @@ from poise.runtime.certificates import Certificate
 from poise.runtime.config import ConfigError, GrpcConfig
 from poise.runtime.config_text import redacted
 from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
+from poise.runtime.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.parsing import MAX_READ_BYTES
@@ -39,6 +40,13 @@ ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
 """Names a file to write `{"grpc", "admin", "pid"}` to once both ports are bound: for whoever starts the process."""
 
 _READINESS_EVERY_S = 0.25
+
+_MAX_CONNECTIONS = 1024
+_MAX_STREAMS = 1024
+"""Calls on one connection; further ones wait in the client."""
+_HANDSHAKE_TIMEOUT_MS = 10_000
+_IDLE_CONNECTION_MS = 120_000
+"""A connection without a call for so long is closed; clients connect again by themselves."""
 
 
 def serve(app: ServiceApp) -> int:
@@ -80,6 +88,10 @@ class _Server:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                http=DeadlineProtocol,
+                ws="none",
+                proxy_headers=False,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_graceful_shutdown=2,
             )
         )
@@ -148,6 +160,10 @@ class _Server:
             options=[
                 ("grpc.so_reuseport", 0),  # a second service on the same port is an error, not a lottery
                 ("grpc.max_receive_message_length", MAX_READ_BYTES),
+                ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+                ("grpc.max_concurrent_streams", _MAX_STREAMS),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
             ],
         )
         app.register(server)

@@ -9,19 +9,40 @@ from poise.errors import FieldViolation, InvalidRequest
 IDENTIFIER = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
+MAX_NAMED = 100
+"""Wrong fields of a request that are named; further ones are counted."""
+_QUOTED_CHARS = 60
+
+
+def quoted(value: object) -> str:
+    """Return a value of a caller's for an error text: its `repr`, or of a long text or sequence the beginning."""
+    if isinstance(value, (str, bytes)) and len(value) > _QUOTED_CHARS:
+        return f"{value[:_QUOTED_CHARS]!r}... ({len(value)} long)"
+    text = repr(value)
+    return text if len(text) <= 2 * _QUOTED_CHARS else f"{text[: 2 * _QUOTED_CHARS]}..."
+
 
 class Violations:
-    """The wrong fields of one request."""
+    """The wrong fields of one request. The first `MAX_NAMED` are kept: errors cost no more than their request."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
+        self._num_unnamed = 0
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def add(self, field: str, description: str) -> None:
         """Note a wrong field."""
-        self._found.append(FieldViolation(field, description))
+        if self.is_full:
+            self._num_unnamed += 1
+        else:
+            self._found.append(FieldViolation(field, description))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further wrong fields would only be counted: the request need not be read on."""
+        return len(self._found) >= MAX_NAMED
 
     def check(self, condition: bool, field: str, description: str) -> bool:
         """Note `field` unless `condition`, which is returned."""
@@ -33,19 +54,33 @@ class Violations:
         """Note `field` unless its value may name a run, a group or a batch."""
         if IDENTIFIER.fullmatch(value):
             return True
-        state = "is empty" if not value else f"is {value[:40]!r}"
+        state = "is empty" if not value else f"is {quoted(value)}"
         self.add(field, f"{state}; required: 1 to 128 characters of A-Z a-z 0-9 . _ : / -")
         return False
+
+    def count(self, field: str, number: int, at_most: int, *, at_least: int = 0) -> None:
+        """Raise `InvalidRequest`, naming also what was noted, unless a list has an accepted length.
+
+        Call it before the list is read.
+        """
+        if not at_least <= number <= at_most:
+            self.add(field, f"has {number}; required: {at_least} to {at_most}")
+            self.raise_if_any()
 
     def folder_name(self, field: str, value: str) -> bool:
         """Note `field` unless its value may name a folder."""
         if FOLDER_NAME.fullmatch(value):
             return True
-        state = "is empty" if not value else f"is {value[:40]!r}"
+        state = "is empty" if not value else f"is {quoted(value)}"
         self.add(field, f"{state}; required: 1 to 64 characters of A-Z a-z 0-9 . _ -, not beginning with a dot")
         return False
 
+    def error(self) -> InvalidRequest:
+        """Return the error that names what was noted, of which there is at least one."""
+        more = [FieldViolation("request", f"and {self._num_unnamed} more wrong fields")] if self._num_unnamed else []
+        return InvalidRequest([*self._found, *more])
+
     def raise_if_any(self) -> None:
-        """Raise `InvalidRequest` naming all that was noted."""
+        """Raise `InvalidRequest` naming what was noted."""
         if self._found:
-            raise InvalidRequest(self._found)
+            raise self.error()

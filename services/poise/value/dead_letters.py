@@ -24,7 +24,9 @@ class Letters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ids: list[str] = Field(min_length=1, max_length=MAX_LETTERS, description="Their `id`, as listed.")
+    ids: list[Annotated[str, Field(max_length=64)]] = Field(
+        min_length=1, max_length=MAX_LETTERS, description="Their `id`, as listed."
+    )
 
 
 def dead_letter_routes(queue: Callable[[], LabelQueue]) -> APIRouter:

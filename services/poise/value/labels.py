@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from poise.errors import InvalidRequest
-from poise.runtime.validation import Violations
+from poise.runtime.validation import Violations, quoted
 from poise.value.rows import FeatureRows, Floats, LabelledRows
 from poise_client.codec import (
     DEFAULT_DOMAIN,
@@ -27,6 +27,10 @@ from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
 """Fewer rollouts give no reward of others to learn."""
+
+
+MAX_SIBLINGS = 1024
+"""Most rollouts of a group."""
 
 
 def parse_label(payload: bytes, max_bytes: int) -> LabelledRows:
@@ -83,6 +87,8 @@ def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violation
     """
     read: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
     for index, message in enumerate(messages):
+        if wrong.is_full:
+            break
         path = f"groups[{index}]"
         siblings, rewards = _read_siblings(message.rollouts, path, wrong), None
         if message.HasField("rewards"):
@@ -145,6 +151,9 @@ def _read_siblings(
     if len(messages) < at_least:
         wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at least {at_least} are needed")
         return None
+    if len(messages) > MAX_SIBLINGS:
+        wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at most {MAX_SIBLINGS} are accepted")
+        return None
     siblings = _Siblings([], [], [])
     for index, message in enumerate(messages):
         try:
@@ -159,7 +168,9 @@ def _read_siblings(
         return None
     widths = {prompt_hidden.size for prompt_hidden in siblings.prompt_hidden}
     if len(widths) > 1 or not siblings.width:
-        wrong.add(f"{path}.rollouts", f"hidden states have widths {sorted(widths)}; all must have the model's width")
+        wrong.add(
+            f"{path}.rollouts", f"hidden states have widths {quoted(sorted(widths))}; all must have the model's width"
+        )
         return None
     return siblings
 

@@ -5,31 +5,40 @@ Owns validation of requests and the answers' form. Knows no probe and no file.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import grpc.aio
 
 from poise.errors import BackendDown, Draining, NotFound
 from poise.queue.interface import LabelQueue
-from poise.runtime.validation import Violations
-from poise.value.config import ValueConfig
+from poise.runtime.validation import Violations, quoted
+from poise.value.config import QueueConfig, ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.labels import read_label, read_prompt, read_questions
+from poise.value.rows import LabelledRows
 from poise.value.settling import Settling
 from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
-from poise_client.types import ProbeReport, ProbeStatus
+from poise_client.types import ProbeReport, ProbeStatus, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
 
 MAX_GROUPS = 4096
 """Most groups or prompts in a request."""
 
+MAX_ROLLOUTS = 65536
+"""Most rollouts of all groups of a request."""
+
 MAX_SETTLE_S = 600.0
 """Longest that a question may ask to wait."""
 
 _SHARE_OF_DEADLINE = 0.9
 """Of the time that a call has left, what it may wait: the answer must still arrive."""
+
+T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -43,6 +52,8 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         self._queue: LabelQueue | None = None
         self._settling: Settling | None = None
         self._closed = False
+        # One thread: requests are read in the order in which they came, and never freeze the event loop.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="value-reader")
 
     def open(self, estimator: BaselineEstimator, queue: LabelQueue, settling: Settling) -> None:
         """Answer from now on."""
@@ -51,6 +62,13 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     def close(self) -> None:
         """Refuse new requests with `Draining`."""
         self._closed = True
+        self._reader.shutdown(wait=False)  # what it was given is read all the same
+
+    async def _aside(self, read: Callable[[], T]) -> T:
+        """Return what a request holds. Raises `Draining` if the service closed meanwhile: it may pin no step then."""
+        content = await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        self._parts()
+        return content
 
     def _parts(self) -> tuple[BaselineEstimator, LabelQueue]:
         if self._closed:
@@ -64,26 +82,8 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
         estimator, _ = self._parts()
-        wrong = Violations()
-        wrong.identifier("run_id", request.run_id)
-        wrong.check(
-            0 <= request.settle_s <= MAX_SETTLE_S,  # false of NaN
-            "settle_s",
-            f"is {request.settle_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
-        )
-        _check_count(request.groups, wrong)
-        domains = [group.domain or DEFAULT_DOMAIN for group in request.groups]
-        for index, (group, domain) in enumerate(zip(request.groups, domains, strict=True)):
-            wrong.identifier(f"groups[{index}].group_id", group.group_id)
-            wrong.identifier(f"groups[{index}].domain", domain)
-        groups: list[GroupRows] = []
-        widths: list[tuple[int, str, int]] = []
-        for index, rows in enumerate(read_questions(request.groups, wrong)):
-            if rows is not None:
-                groups.append(GroupRows(request.groups[index].group_id, domains[index], rows))
-                widths.append((index, domains[index], rows.width))
-        _check_widths(widths, wrong)
-        wrong.raise_if_any()
+        groups = await self._aside(lambda: _read_questions(request))
+        domains = [group.domain for group in groups]
         behind = await self._settle(request, domains, context)
         answers = estimator.estimate(request.run_id, request.step, groups, behind=behind)
         return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
@@ -111,11 +111,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.ScorePromptsResponse:
         """See value.proto."""
         estimator, _ = self._parts()
-        wrong = Violations()
-        _check_count(request.prompts, wrong, "prompts")
-        prompts = [read_prompt(prompt, f"prompts[{i}]", wrong) for i, prompt in enumerate(request.prompts[:MAX_GROUPS])]
-        wrong.raise_if_any()
-        scores = estimator.score([prompt for prompt in prompts if prompt is not None])
+        scores = estimator.score(await self._aside(lambda: _read_prompts(request)))
         return pb.ScorePromptsResponse(prompts=[encode_prompt_score(score) for score in scores])
 
     async def PublishLabels(  # noqa: N802
@@ -124,33 +120,12 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         """See value.proto."""
         estimator, queue = self._parts()
         wrong = Violations()
-        _check_count(request.groups, wrong)
-        limit = self._config.queue.max_entries
-        wrong.check(
-            len(request.groups) <= limit,
-            "groups",
-            f"has {len(request.groups)} groups, which never fit the queue of {limit}; publish them in parts",
-        )
-        widths = []
-        for index, group in enumerate(request.groups):
-            path = f"groups[{index}]"
-            label = read_label(group, path, wrong)
-            if label is None:
-                continue
+        labels, payloads = await self._aside(lambda: _read_labels(request, self._config.queue, wrong))
+        for index, label in labels:
             refusal = estimator.refusal(label.domain, label.rows.width)
             if refusal is not None:
-                wrong.add(f"{path}.{refusal.field}", refusal.description)
-            widths.append((index, label.domain, label.rows.width))
-        _check_widths(widths, wrong)
-        payloads = [group.SerializeToString() for group in request.groups]
-        max_bytes = self._config.queue.max_entry_bytes
-        for index, payload in enumerate(payloads):
-            size = len(payload)
-            wrong.check(size <= max_bytes, f"groups[{index}]", f"is {size} bytes; at most {max_bytes} are accepted")
-        limit, size = self._config.queue.max_bytes, sum(map(len, payloads))
-        wrong.check(
-            2 * size <= limit, "groups", f"are {size} bytes, too much for a queue of {limit}; publish them in parts"
-        )
+                wrong.add(f"groups[{index}].{refusal.field}", refusal.description)
+        _check_widths([(index, label.domain, label.rows.width) for index, label in labels], wrong)
         wrong.raise_if_any()
         await queue.publish(payloads)
         return pb.PublishLabelsResponse(num_queued=len(payloads))
@@ -161,7 +136,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         if request.domain and request.domain not in estimator.domains:
             known = ", ".join(sorted(estimator.domains)) or "none yet"
             raise NotFound(
-                f"no label of domain {request.domain!r} has been learnt; known: {known}",
+                f"no label of domain {quoted(request.domain)} has been learnt; known: {known}",
                 remedy="Leave domain empty for all.",
             )
         depth = await queue.depth()
@@ -196,8 +171,74 @@ def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> 
     )
 
 
-def _check_count(items: Sequence[object], wrong: Violations, name: str = "groups") -> None:
-    wrong.check(1 <= len(items) <= MAX_GROUPS, name, f"has {len(items)} {name}; 1 to {MAX_GROUPS} are accepted")
+def _read_questions(request: pb.EstimateBaselinesRequest) -> list[GroupRows]:
+    wrong = Violations()
+    wrong.identifier("run_id", request.run_id)
+    wrong.check(
+        0 <= request.settle_s <= MAX_SETTLE_S,  # false of NaN
+        "settle_s",
+        f"is {request.settle_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
+    )
+    _check_counts(request.groups, wrong)
+    domains = [group.domain or DEFAULT_DOMAIN for group in request.groups]
+    for index, (group, domain) in enumerate(zip(request.groups, domains, strict=True)):
+        wrong.identifier(f"groups[{index}].group_id", group.group_id)
+        wrong.identifier(f"groups[{index}].domain", domain)
+    groups: list[GroupRows] = []
+    widths: list[tuple[int, str, int]] = []
+    for index, rows in enumerate(read_questions(request.groups, wrong)):
+        if rows is not None:
+            groups.append(GroupRows(request.groups[index].group_id, domains[index], rows))
+            widths.append((index, domains[index], rows.width))
+    _check_widths(widths, wrong)
+    wrong.raise_if_any()
+    return groups
+
+
+def _read_prompts(request: pb.ScorePromptsRequest) -> list[PromptFeatures]:
+    wrong = Violations()
+    wrong.count("prompts", len(request.prompts), MAX_GROUPS, at_least=1)
+    prompts = [read_prompt(prompt, f"prompts[{i}]", wrong) for i, prompt in enumerate(request.prompts)]
+    wrong.raise_if_any()
+    return [prompt for prompt in prompts if prompt is not None]
+
+
+def _read_labels(
+    request: pb.PublishLabelsRequest, limits: QueueConfig, wrong: Violations
+) -> tuple[list[tuple[int, LabelledRows]], list[bytes]]:
+    """Return the labels that could be read, by index, and what the queue is to hold of each group."""
+    _check_counts(request.groups, wrong)
+    wrong.check(
+        len(request.groups) <= limits.max_entries,
+        "groups",
+        f"has {len(request.groups)} groups, which never fit the queue of {limits.max_entries}; publish them in parts",
+    )
+    labels: list[tuple[int, LabelledRows]] = []
+    for index, group in enumerate(request.groups):
+        if wrong.is_full:
+            break
+        label = read_label(group, f"groups[{index}]", wrong)
+        if label is not None:
+            labels.append((index, label))
+    payloads = [group.SerializeToString() for group in request.groups]
+    for index, size in enumerate(map(len, payloads)):
+        wrong.check(
+            size <= limits.max_entry_bytes,
+            f"groups[{index}]",
+            f"is {size} bytes; at most {limits.max_entry_bytes} are accepted",
+        )
+    size = sum(map(len, payloads))
+    wrong.check(
+        2 * size <= limits.max_bytes,
+        "groups",
+        f"are {size} bytes, too much for a queue of {limits.max_bytes}; publish them in parts",
+    )
+    return labels, payloads
+
+
+def _check_counts(groups: Sequence[pb.GroupFeatures] | Sequence[pb.LabelledGroup], wrong: Violations) -> None:
+    wrong.count("groups", len(groups), MAX_GROUPS, at_least=1)
+    wrong.count("groups.rollouts", sum(len(group.rollouts) for group in groups), MAX_ROLLOUTS)
 
 
 def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:

@@ -57,7 +57,8 @@ class Process:
         return dict(json.loads(self.address_file.read_text()))
 
     def rest(self, method: str, path: str) -> httpx.Response:
-        return httpx.request(method, f"http://{self.addresses()['admin']}{path}", timeout=DEADLINE_S)
+        url = f"http://{self.addresses()['admin']}{path}"
+        return httpx.request(method, url, headers={"x-poise": "1"}, timeout=DEADLINE_S)
 
     def wait_until_ready(self) -> None:
         self.wait_for(lambda: self.rest("GET", "/readyz").status_code == 200)

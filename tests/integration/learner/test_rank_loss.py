@@ -68,7 +68,9 @@ async def lose_while_training(nodes: Nodes, lose: Callable[[Nodes, int], None], 
     before = list(nodes.num_starts)
     training = nodes.flag(f"training-{rank}")
     training.unlink(missing_ok=True)
-    waits = nodes.flag(f"hang-{rank if lose is hang else 1 - rank}")  # the other one, so that the loss finds both training
+    waits = nodes.flag(
+        f"hang-{rank if lose is hang else 1 - rank}"
+    )  # the other one, so that the loss finds both training
     waits.touch()
     submitting: Awaitable[StepResult] = asyncio.create_task(submit(nodes, step))
     async with asyncio.timeout(DEADLINE_S):

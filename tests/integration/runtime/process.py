@@ -58,7 +58,7 @@ class Stage:
         return grpc.insecure_channel(self.addresses()["grpc"])
 
     def rest(self) -> httpx.Client:
-        headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
+        headers = {"x-poise": "1"} if self.token is None else {"authorization": f"Bearer {self.token}"}
         return httpx.Client(base_url=f"http://{self.addresses()['admin']}", headers=headers, timeout=TIMEOUT_S)
 
     def events(self) -> list[str]:

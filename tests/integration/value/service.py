@@ -119,7 +119,9 @@ class ValueService:
 
     async def _ask(self, method: str, path: str) -> httpx.Response | None:
         try:
-            async with httpx.AsyncClient(base_url=f"http://{self.admin}", timeout=TIMEOUT_S) as rest:
+            async with httpx.AsyncClient(
+                base_url=f"http://{self.admin}", headers={"x-poise": "1"}, timeout=TIMEOUT_S
+            ) as rest:
                 return await rest.request(method, path)
         except httpx.TransportError:
             return None

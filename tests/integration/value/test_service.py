@@ -242,7 +242,7 @@ async def test_refused_labels_are_replayed_once_the_reason_is_gone(build, make) 
     ids=str,
 )
 async def test_wrong_replays_are_refused(shared, client, body, status) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{shared.admin}") as rest:
+    async with httpx.AsyncClient(base_url=f"http://{shared.admin}", headers={"x-poise": "1"}) as rest:
         answer = await rest.post("/admin/v1/dead-letters/replay", json=body)
     assert answer.status_code == status
     assert answer.json()["remedy" if status == 404 else "violations"]

@@ -14,11 +14,11 @@ from tests.pushes import push_messages, weight_arrays
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
-from poise.generation import pushes as pushes_module
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
+from poise.runtime.parsing import RequestStream
 from poise_client import WeightPush
 from poise_client.codec import decode_encoded_prompt, decode_group, decode_policy
 from poise_client.types import EncodedPrompt, Group, Policy
@@ -493,15 +493,16 @@ async def test_a_body_through_a_group_is_refused_where_none_is_taken(service: Se
     assert service.staged() == []
 
 
-async def test_silent_push_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushes_module, "_IDLE_S", 0.01)
-
-    async def silent() -> AsyncIterator[pb.UpdateWeightsRequest]:
-        yield push_messages(weights(), 1)[0]
+@pytest.mark.parametrize("num_sent", [0, 1, 2])
+async def test_silent_push_is_given_up(service: Service, num_sent: int) -> None:
+    async def silent() -> AsyncIterator[bytes]:
+        for message in push_messages(weights(), 1)[:num_sent]:
+            yield message.SerializeToString()
         await asyncio.Event().wait()
 
+    requests = RequestStream(pb.UpdateWeightsRequest.FromString, silent(), patience_s=0.01)
     with pytest.raises(InvalidRequest, match="given up"):
-        await service.servicer.UpdateWeights(silent(), CONTEXT)
+        await service.servicer.UpdateWeights(requests, CONTEXT)
     assert service.staged() == []
     assert (await service.push(push_messages(weights(), 1))).policy_version == 1
 

@@ -10,7 +10,14 @@ import pytest
 
 from poise.errors import InvalidRequest
 from poise.generation.policy import ServedPolicy
-from poise.generation.weights import Announcement, ExpectedTensor, check_announcement, check_weights, policy_digest
+from poise.generation.weights import (
+    Announcement,
+    ExpectedTensor,
+    check_announcement,
+    check_sizes,
+    check_weights,
+    policy_digest,
+)
 from poise.runtime.collective import Rendezvous
 
 ARRAYS = {
@@ -37,7 +44,6 @@ def announcement(tensors: list[ExpectedTensor], **more: object) -> Announcement:
 @pytest.mark.parametrize(
     ("tensors", "field"),
     [
-        ([], "begin.tensors"),
         (changed(1, name=""), "begin.tensors[1].name"),
         (changed(1, name="../../etc/pass wd"), "begin.tensors[1].name"),
         (changed(1, name="x" * 513), "begin.tensors[1].name"),
@@ -136,3 +142,21 @@ def test_digest_that_is_not_of_these_tensors_is_refused() -> None:
     announced = dataclasses.replace(announcement(TENSORS), policy=ServedPolicy("lineage", 1, b"x" * 32))
     with pytest.raises(InvalidRequest, match=r"begin\.digest"):
         check_announcement(announced, max_bytes=10_000)
+
+
+@pytest.mark.parametrize(
+    ("num_axes", "file", "field"),
+    [
+        ([], "", "begin.tensors"),
+        ([1] * 65537, "", "begin.tensors"),
+        ([2, 9], "", "begin.tensors[1].shape"),
+        ([500_000], "", "begin.tensors[0].shape"),
+        ([1], "/dev/shm/a\0b", "begin.file"),
+        ([1], "/" + "x" * 5000, "begin.file"),
+    ],
+)
+def test_sizes_are_checked_before_use(num_axes: list[int], file: str, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_sizes(num_axes, file)
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert len(str(caught.value)) < 300

@@ -60,10 +60,11 @@ def wrapped(registry):
         async def continuation(_):
             return handler
 
-        async def call(request=b"", context=None):
+        async def call(requests=b"", context=None):
             around = await interceptor.intercept_service(continuation, details)
-            assert (around.request_deserializer, around.response_serializer) == (None, bytes.decode)
-            return await getattr(around, kind)(request, context or Context())
+            assert around.request_deserializer is None
+            answer = around.stream_unary or around.stream_stream
+            return await answer(sent(requests) if isinstance(requests, bytes) else requests, context or Context())
 
         return call
 
@@ -176,9 +177,10 @@ async def test_a_method_that_does_not_exist_is_left_to_grpc(registry):
 
 
 async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, registry):
-    reached = asyncio.Event()
+    began, reached = asyncio.Event(), asyncio.Event()
 
     async def bake(request, context):
+        began.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -187,8 +189,7 @@ async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, re
 
     context = Context()
     task = asyncio.create_task(wrapped(bake)(b"", context))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -197,12 +198,18 @@ async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, re
     assert num_calls(registry, "CANCELLED") == 1
 
 
-async def test_a_stream_whose_client_is_gone_is_closed_before_the_call_ends(wrapped, registry):
+async def leave():
+    raise grpc.aio.InternalError("nobody reads")
+
+
+@pytest.mark.parametrize("read", [leave, asyncio.Event().wait], ids=["gone", "reads nothing"])
+async def test_a_stream_that_nobody_reads_is_closed_before_the_call_ends(wrapped, registry, monkeypatch, read):
+    monkeypatch.setattr("poise.runtime.interceptors.WRITE_PATIENCE_S", 0.01)
     closed = []
 
     class Gone(Context):
         async def write(self, message):
-            raise grpc.aio.InternalError("nobody reads")
+            await read()
 
     async def bake(request, context):
         try:
@@ -214,6 +221,25 @@ async def test_a_stream_whose_client_is_gone_is_closed_before_the_call_ends(wrap
         await wrapped(bake, "unary_stream")(b"", Gone())
     assert closed == [True]
     assert num_calls(registry, "CANCELLED") == 1
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+async def test_a_client_that_left_before_its_error_is_no_defect(wrapped, registry, caplog, kind):
+    class Gone(Context):
+        async def abort_with_status(self, status):
+            raise grpc.aio.InternalError("the call is over")
+
+    async def refuse(request, context):
+        raise Busy("too hot")
+
+    async def abort(request, context):
+        raise grpc.aio.InternalError("the call is over")
+
+    for behaviour in (refuse, abort):
+        with pytest.raises(asyncio.CancelledError):
+            await wrapped(behaviour, kind)(b"", Gone())
+    assert caplog.records == []
+    assert num_calls(registry, "INTERNAL") == 0
 
 
 async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, registry):
@@ -270,22 +296,70 @@ async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, 
     assert num_calls(registry, Unauthenticated.status) == 4
 
 
-async def test_health_needs_neither_token_nor_place(wrapped):
-    hot = asyncio.Event()
+async def hold_places(wrapped, method="/poise.Oven/Bake"):
+    """Occupy both places of a method; return the calls, and what ends them."""
+    began, hot = asyncio.Semaphore(0), asyncio.Event()
 
     async def bake(request, context):
+        began.release()
         await hot.wait()
 
-    async def check(request, context):
-        return "healthy"
+    calls = [asyncio.create_task(wrapped(bake, method=method)()) for _ in range(2)]
+    for _ in calls:
+        await began.acquire()
+    return calls, hot
 
-    baking = [asyncio.create_task(wrapped(bake)()) for _ in range(2)]
-    await asyncio.sleep(0)
+
+async def check(request, context):
+    return "healthy"
+
+
+async def test_each_method_has_places_of_its_own(wrapped):
+    calls, hot = await hold_places(wrapped)
+    context = Context()
     with pytest.raises(grpc.aio.AbortError):
-        await wrapped(check)()
+        await wrapped(check)(b"", context)
+    assert context.status.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "2 calls of Bake" in context.status.details
+    assert await wrapped(check, method="/poise.Oven/GetStatus")() == "healthy"
+    hot.set()
+    await asyncio.gather(*calls)
+    assert await wrapped(check)() == "healthy"
+
+
+async def test_health_needs_no_token(wrapped):
     assert await wrapped(check, method="/grpc.health.v1.Health/Check", metadata=())() == "healthy"
     with pytest.raises(grpc.aio.AbortError):
         await wrapped(check, method="/grpc.health.v1.HealthX/Check", metadata=())()
-    hot.set()
-    await asyncio.gather(*baking)
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_nothing_of_a_stranger_is_read(wrapped, kind):
+    async def requests():
+        raise AssertionError("it was read")
+        yield b""
+
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check, kind, metadata=())(requests(), context)
+    assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_half_a_request_takes_no_place(wrapped):
+    async def never():
+        await asyncio.Event().wait()
+        yield b""
+
+    halves = [asyncio.create_task(wrapped(check)(never())) for _ in range(5)]
+    await asyncio.sleep(0)
     assert await wrapped(check)() == "healthy"
+    for half in halves:
+        half.cancel()
+    await asyncio.gather(*halves, return_exceptions=True)
+
+
+async def test_a_call_without_a_request_is_refused(wrapped):
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await wrapped(check)(sent(), context)
+    assert context.status.code == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,204 @@
+"""The admin app's doors: who may ask, how much, and how slowly."""
+
+import socket
+import time
+
+import httpx
+import pytest
+from tests.integration.runtime.process import TIMEOUT_S, run_stage
+
+from poise.runtime import guard
+
+TOKEN = "hunter2-hunter2"
+CHANGES = ("pause", "resume", "drain", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A service without a token, as on a laptop."""
+    with run_stage(tmp_path_factory.mktemp("stage"), "admin.allowed_hosts=[value.rl.svc, .pods.example]") as stage:
+        stage.wait_until_ready()
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A service with a token."""
+    with run_stage(tmp_path_factory.mktemp("stage"), token=TOKEN) as stage:
+        stage.wait_until_ready()
+        yield stage
+
+
+@pytest.fixture
+def page(running):
+    """What a browser sends for a page, without the headers that each test adds."""
+    with httpx.Client(base_url=f"http://{running.addresses()['admin']}", timeout=TIMEOUT_S) as client:
+        yield client
+        assert client.get("/readyz").text == "ready"
+
+
+def raw(stage, request: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
+    """Send bytes as they are; return all that comes until the service closes."""
+    host, port = stage.addresses()["admin"].rsplit(":", 1)
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout_s) as connection:
+        connection.sendall(request)
+        while data := connection.recv(65536):
+            answer += data
+    return answer
+
+
+@pytest.mark.parametrize("action", CHANGES)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "text/plain"},
+        {"origin": "http://evil.example", "x-poise": "1"},
+        {"origin": "null", "x-poise": "1"},
+        {"origin": "http://localhost:3000", "x-poise": "1"},
+        {"sec-fetch-site": "cross-site", "x-poise": "1"},
+        {"sec-fetch-site": "same-site", "x-poise": "1"},
+        {"host": "evil.example", "x-poise": "1"},
+        {"host": "127.0.0.1.evil.example:8051", "x-poise": "1"},
+        {"host": "localhost.evil.example", "x-poise": "1"},
+        {"host": "user@127.0.0.1", "x-poise": "1"},
+        {"host": "10.1.2.3", "x-poise": "1"},
+        {"host": "evilpods.example", "x-poise": "1"},
+        {"host": "other.rl.svc", "x-poise": "1"},
+    ],
+)
+def test_a_web_page_changes_nothing(page, action, headers):
+    answer = page.post(f"/admin/v1/{action}", headers=headers)
+    assert answer.status_code == 403
+    assert answer.json()["reason"] == "FORBIDDEN"
+
+
+@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "http://evil.example"}])
+@pytest.mark.parametrize("path", ["status", "config"])
+def test_a_web_page_reads_nothing(page, path, headers):
+    assert page.get(f"/admin/v1/{path}", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
+def test_documents_are_not_read_by_rebinding(page, path):
+    assert page.get(path).status_code == 200
+    assert page.get(path, headers={"host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:1",
+        "127.0.0.1",
+        "127.9.9.9:80",
+        "[::1]:80",
+        "value.rl.svc",
+        "a.b.pods.example",
+        "pods.example",
+    ],
+)
+def test_own_names_are_allowed(page, host):
+    assert page.post("/admin/v1/resume", headers={"host": host, "x-poise": "1"}).status_code == 200
+
+
+def test_the_same_origin_is_allowed(running, page):
+    headers = {"origin": f"http://{running.addresses()['admin']}", "sec-fetch-site": "same-origin", "x-poise": "1"}
+    assert page.post("/admin/v1/resume", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@pytest.mark.parametrize("host", ["10.1.2.3:8051", "value-0.value.rl.svc", "", "a b"])
+def test_probes_answer_under_any_name(page, path, host):
+    assert page.get(path, headers={"host": host}).status_code == 200
+
+
+def test_the_documents_load_nothing_from_elsewhere(page):
+    answer = page.get("/docs")
+    assert "/admin/v1/pause" in answer.text
+    assert "x-poise" in answer.text
+    for loads in ("http://", "https://", "//", "<script", "src="):
+        assert loads not in answer.text.replace("<!doctype html>", "")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_the_document_describes_the_header(page):
+    document = page.get("/openapi.json").json()
+    for action in CHANGES:
+        parameters = document["paths"][f"/admin/v1/{action}"]["post"]["parameters"]
+        assert "x-poise" in [parameter["name"] for parameter in parameters]
+
+
+@pytest.mark.parametrize("path", ["/admin/v1/pause", "/admin/v1/nothing", "/elsewhere"])
+@pytest.mark.parametrize("size", [0, 10, guard.MAX_BODY_BYTES + 1, 8 * 2**20])
+def test_a_stranger_is_refused_whatever_the_body(guarded, path, size):
+    answer = httpx.post(f"http://{guarded.addresses()['admin']}{path}", content=bytes(size), timeout=TIMEOUT_S)
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_is_refused(guarded, declared):
+    size = guard.MAX_BODY_BYTES + 1
+    with guarded.rest() as rest:
+        content = bytes(size) if declared else (bytes(65536) for _ in range(size // 65536 + 1))
+        answer = rest.post("/admin/v1/pause", content=content)
+        assert answer.status_code == 413
+        assert str(guard.MAX_BODY_BYTES) in answer.json()["message"]
+        assert rest.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("length", [b"1" * 5000, b"99999999999999999999", b"268435456"])
+def test_a_claimed_length_is_never_believed(guarded, length):
+    request = b"POST /admin/v1/pause HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n" % TOKEN.encode()
+    answer = raw(guarded, request + b"Connection: close\r\nContent-Length: %s\r\n\r\n" % length)
+    assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"X-Large: " + b"x" * 2**20, b"\r\n".join(b"X-%d: x" % i for i in range(20000)), b"Cookie: " + bytes(2**17)],
+)
+def test_large_heads_are_refused(running, head):
+    host, port = running.addresses()["admin"].rsplit(":", 1)
+    with socket.create_connection((host, int(port)), TIMEOUT_S) as connection:
+        try:
+            connection.sendall(b"GET /admin/v1/status HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+        except ConnectionError:
+            pass  # closed while we were still sending
+
+
+@pytest.mark.parametrize("trickle", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", b"\r\n"])
+def test_a_head_that_trickles_is_given_up(running, trickle):
+    started = time.monotonic()
+    host, port = running.addresses()["admin"].rsplit(":", 1)
+    with socket.create_connection((host, int(port)), TIMEOUT_S) as connection:
+        connection.settimeout(0.5)
+        while time.monotonic() - started < TIMEOUT_S:
+            try:
+                connection.sendall(trickle)
+                if connection.recv(1000) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+    raise AssertionError("it was never closed")
+
+
+def test_a_body_that_trickles_is_given_up(running):
+    request = b"POST /admin/v1/resume HTTP/1.1\r\nHost: localhost\r\nX-Poise: 1\r\nConnection: close\r\n"
+    assert raw(running, request + b"Content-Length: 100\r\n\r\nx").startswith(b"HTTP/1.1 408")
+
+
+def test_probes_get_in_however_many_connections_wait(running):
+    host, port = running.addresses()["admin"].rsplit(":", 1)
+    idle = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(400)]
+    try:
+        answer = httpx.get(f"http://{host}:{port}/healthz", timeout=TIMEOUT_S)
+        assert answer.text == "ok"
+    finally:
+        for connection in idle:
+            connection.close()

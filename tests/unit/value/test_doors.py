@@ -1,0 +1,93 @@
+"""Requests whose size or number once froze the value service: refused before they are read, in few words."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from poise.errors import Draining, InvalidRequest
+from poise.runtime.validation import MAX_NAMED, Violations
+from poise.value.labels import read_label, read_questions
+from poise.value.servicer import ValueServicer
+from poise_client.codec import CodecError, from_tensor, to_tensor
+from poise_proto.v1 import common_pb2
+from poise_proto.v1 import value_pb2 as pb
+
+MANY_AXES = common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2**32 - 1] * 500_000)
+EMPTY = common_pb2.RolloutFeatures()
+
+
+def group(**fields):
+    return pb.GroupFeatures(group_id="g", **fields)
+
+
+QUESTIONS = {
+    "many groups": pb.EstimateBaselinesRequest(run_id="r", groups=[pb.GroupFeatures()] * 2_000_000),
+    "many empty rollouts": pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=[EMPTY] * 1_000_000)]),
+    "many rollouts in all": pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=[EMPTY] * 1000)] * 1000),
+    "wrong groups": pb.EstimateBaselinesRequest(run_id="r", groups=[group(domain="\0")] * 4000),
+    "many axes": pb.EstimateBaselinesRequest(
+        run_id="r", groups=[group(rollouts=[common_pb2.RolloutFeatures(prompt_hidden=MANY_AXES)])]
+    ),
+    "axes of rewards": pb.EstimateBaselinesRequest(run_id="r", groups=[group(rewards=MANY_AXES)]),
+    "long run": pb.EstimateBaselinesRequest(run_id="r" * 4_000_000, groups=[group()]),
+}
+
+
+@pytest.fixture
+def servicer(config):
+    service = ValueServicer(config())
+    service.open(object(), object(), object())  # nothing of which is reached
+    return service
+
+
+@pytest.mark.parametrize("how", QUESTIONS)
+async def test_a_question_of_impossible_size_is_refused(servicer, how):
+    with pytest.raises(InvalidRequest) as refused:
+        await servicer.EstimateBaselines(QUESTIONS[how], None)
+    assert len(refused.value.violations) <= MAX_NAMED + 1
+    assert all(len(violation.description) < 300 for violation in refused.value.violations)
+
+
+async def test_the_event_loop_goes_on_meanwhile(servicer):
+    request = pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=[EMPTY] * 16)] * 4000)
+    asking = asyncio.create_task(servicer.EstimateBaselines(request, None))
+    await asyncio.sleep(0)
+    assert not asking.done()
+    with pytest.raises(InvalidRequest):
+        await asking
+
+
+async def test_a_question_that_is_read_when_the_service_closes_is_refused(servicer):
+    state = to_tensor(np.zeros(2, np.float32))
+    rollouts = [common_pb2.RolloutFeatures(prompt_hidden=state, response_hidden=state)]
+    request = pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=rollouts)])
+    asking = asyncio.create_task(servicer.EstimateBaselines(request, None))
+    await asyncio.sleep(0)
+    servicer.close()
+    with pytest.raises(Draining):
+        await asking
+
+
+@pytest.mark.parametrize("count", [1, 1025])
+def test_a_label_has_a_bounded_number_of_rollouts(count):
+    wrong = Violations()
+    label = pb.LabelledGroup(schema_version=2, run_id="r", group_id="g", num_rollouts=count, rollouts=[EMPTY] * count)
+    assert read_label(label, "group", wrong) is None
+    assert f"has {count} rollouts" in str(wrong.error())
+
+
+def test_widths_that_differ_are_quoted_in_part():
+    rollouts = [
+        common_pb2.RolloutFeatures(prompt_hidden=state, response_hidden=state)
+        for state in (to_tensor(np.zeros(width, np.float32)) for width in range(1, 500))
+    ]
+    wrong = Violations()
+    read_questions([group(rollouts=rollouts)], wrong)
+    assert len(str(wrong.error())) < 400
+
+
+@pytest.mark.parametrize("shape", [[2] * 9, [2**32 - 1] * 1000, [0] * 500_000])
+def test_the_axes_of_a_tensor_are_counted_before_they_are_read(shape):
+    with pytest.raises(CodecError, match=f"has {len(shape)} axes; required: 1"):
+        from_tensor(common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=shape))
