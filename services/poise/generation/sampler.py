@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import itertools
 import time
@@ -35,6 +36,7 @@ from poise_client.types import (
     Sampling,
 )
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 MAX_CHARS_PER_TOKEN = 64
@@ -111,7 +113,7 @@ class Sampler:
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
         """Return of each prompt how many tokens it has, or why it cannot be sampled, however long it may be."""
-        return [await self._on_thread(TimeLimit(_PROMPT_S), self._check, prompt) for prompt in prompts]
+        return [await self._on_thread(self._check, prompt, TimeLimit(_PROMPT_S)) for prompt in prompts]
 
     def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
         try:
@@ -165,18 +167,18 @@ class Sampler:
         """Tokenise: beside the event loop, unless there is little to do."""
         limit = TimeLimit(_REQUEST_S)
         if _are_few(prompts):
-            return self._tokenised(prompts, sampling, limit)
-        return await self._on_thread(limit, self._tokenised, prompts, sampling)
+            return self._tokenised(prompts, limit, sampling)
+        return await self._on_thread(functools.partial(self._tokenised, sampling=sampling), prompts, limit)
 
-    async def _on_thread(self, limit: TimeLimit, work: Callable[..., T], *args: object) -> T:
-        """Run `work(*args, limit)` on a tokenizing thread; end it where nobody waits for it any more."""
+    async def _on_thread(self, work: Callable[[P, TimeLimit], T], of: P, limit: TimeLimit) -> T:
+        """Run work on a tokenizing thread; end it once nobody waits for it."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args, limit)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, of, limit)
         except asyncio.CancelledError:
             limit.cancel()
             raise
 
-    def _tokenised(self, prompts: Sequence[Prompt], sampling: Sampling, limit: TimeLimit) -> list[_Job]:
+    def _tokenised(self, prompts: Sequence[Prompt], limit: TimeLimit, sampling: Sampling) -> list[_Job]:
         jobs, wrong = [], Violations()
         for index, prompt in enumerate(prompts):
             if wrong.is_full:

@@ -25,7 +25,7 @@ from poise.learner.follower_probes import answering_probes
 from poise.learner.rank_health import RankEvents, RankLost
 from poise.learner.trainer import Trainer
 from poise.learner.world import World, leave, local_rank, rank, world_size
-from poise.runtime.signals import EXIT_INTERRUPTED
+from poise.runtime.exit_status import INTERRUPTED
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, StepMetrics, TrainingRollout, WeightArray
 
@@ -234,7 +234,7 @@ class _Signals:
             logger.info("asked to end: the first process finishes its work, then all end; a second signal ends at once")
             self._world.health.leave()
             signal.sigwait(self._numbers)
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(INTERRUPTED)
 
 
 def _steps(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

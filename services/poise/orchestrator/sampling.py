@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import SettingsError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.numbers import predictions, step_numbers
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.services import Services

@@ -1,7 +1,7 @@
 """The learner under torchrun, whose processes can be made to hang: run by the tests as a process.
 
-Usage: hanging.py FOLDER [options of poise.learner]. Each process writes its id to FOLDER/pid-RANK. SIGUSR1 makes its main
-thread hang. While FOLDER/hang-RANK exists, that process hangs as soon as it trains, and removes the file first. While
+Usage: hanging.py FOLDER [options of poise.learner]. Each process writes its id to FOLDER/pid-RANK. SIGUSR1 makes its
+main thread hang. With FOLDER/hang-RANK, that process removes the file and hangs as soon as it trains. While
 FOLDER/fail-RANK exists, training raises there.
 """
 
