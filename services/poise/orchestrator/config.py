@@ -112,6 +112,10 @@ class OrchestratorConfig(Settings):
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
+    max_untrained_steps: int = Field(5, ge=1)
+    """Steps in a row that may train nothing: the learner rejects every rollout, no update is finite, no response can be
+    verified, or the algorithm filters out every group. Then the run stops with the reason and status 1. A run none of
+    whose steps trained anything ends so too."""
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts

@@ -29,6 +29,7 @@ from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
+from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
@@ -120,7 +121,10 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
                     await services.wait_until_up(with_value=config.algorithm.needs_probe)
                     if state.next_step:
                         watcher.say(f"resuming at {config.limits.describe(state.spent)}")
-                    export = await _finish(config, folder, services) if await loop.run(state) else None
+                    is_at_end = await loop.run(state)
+                    if is_at_end:
+                        UntrainedSteps(config.max_untrained_steps, folder.read_metrics()).check_end()
+                    export = await _finish(config, folder, services) if is_at_end else None
                 except StoppedWaiting:
                     export = None
                 if export is None:

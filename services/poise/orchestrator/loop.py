@@ -21,6 +21,7 @@ from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
 from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus
@@ -53,7 +54,8 @@ class TrainingLoop:
         """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
-            RunError: the services hold another history than this run, or the learner takes no rollouts as old.
+            RunError: the services hold another history than this run, the learner takes no rollouts as old, or too many
+                steps in a row trained nothing.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
@@ -64,6 +66,7 @@ class TrainingLoop:
         self._check_staleness(status)
         self._check_critic(status)
         policy_version, spent, limits = status.policy_version, state.spent, config.limits
+        untrained = UntrainedSteps(config.max_untrained_steps, self._folder.read_metrics())
         clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
         pipeline = Pipeline(partial(self._sample, clock=clock), pending)
         try:
@@ -87,6 +90,7 @@ class TrainingLoop:
                 numbers |= {"wall_s": wall_s, "tokens": spent.tokens, "time_s": numbers["time_s"] | seconds}
                 self._folder.finish_step(journalled, numbers)
                 self._watcher.step_done(numbers)
+                untrained.add(numbers)
                 policy_version = numbers["policy_version"]
         finally:
             await pipeline.close()

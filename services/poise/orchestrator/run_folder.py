@@ -37,7 +37,9 @@ from poise_client.types import ProbeReport
 
 logger = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = frozenset({"budget", "endpoints", "logging", "num_steps", "run_dir", "samples_per_step"})
+_FREE_TO_CHANGE = frozenset(
+    {"budget", "endpoints", "logging", "max_untrained_steps", "num_steps", "run_dir", "samples_per_step"}
+)
 """Settings that change nothing of what a step learns."""
 
 
@@ -143,6 +145,10 @@ class RunFolder:
         self._write_state(RunState(step.step + 1, numbers["wall_s"], version, tokens=tokens))
         with contextlib.suppress(OSError):  # what is left of it is tidied up later
             self.journal.drop(step.step)
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of metrics.jsonl, one a finished step."""
+        return self._lines("metrics.jsonl")
 
     def read_memory(self) -> list[dict[str, Any]]:
         """Return what the finished steps left to be known, in their order."""

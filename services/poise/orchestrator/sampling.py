@@ -41,6 +41,8 @@ class _Drawn:
     sampled: list[ScoredGroup] = field(default_factory=list)
     kept: list[ScoredGroup] = field(default_factory=list)
     """What is trained on."""
+    num_filtered: int = 0
+    """Groups that the algorithm does not keep."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """By group id."""
     num_draws: int = 0
@@ -98,6 +100,7 @@ class StepSampler:
         numbers |= {
             "steps_ahead": num_ahead,
             "num_draws": drawn.num_draws,
+            "num_filtered_groups": drawn.num_filtered,
             "verifier_errors": drawn.num_errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
@@ -146,6 +149,7 @@ class StepSampler:
             drawn.problems |= {item.group.group_id: each for item, each in zip(scored, problems, strict=True)}
             drawn.num_draws += 1
             drawn.num_errors += num_errors
+        drawn.num_filtered = len(drawn.sampled) - len(drawn.kept)
         drawn.kept = drawn.kept[:wanted] or drawn.sampled[-wanted:]
         return drawn
 
