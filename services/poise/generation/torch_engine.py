@@ -34,6 +34,7 @@ from poise.generation.torch_draw import draw
 from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
 from poise.runtime.collective import backend_of
+from poise.runtime.generation_config import load_generation_config
 from poise_client.types import FinishReason, Floats, Message, VersionSpan
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,12 @@ class TorchEngine:
         torch.set_num_threads(settings.threads)
         try:
             tokenizer = Tokenizer.load(self._config.model)
-            model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
+            generation_config, repairs = load_generation_config(self._config.model, transformers.GenerationConfig)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self._config.model,
+                dtype=self._config.dtype,
+                **({"generation_config": generation_config} if repairs else {}),
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
         try:

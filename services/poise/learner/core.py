@@ -15,11 +15,12 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped
 from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
@@ -27,16 +28,22 @@ from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, Stat
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
-from poise.learner.export_folder import write_export
+from poise.learner.export_folder import try_export, write_export
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
 from poise.learner.origin import misfit, origin_of
 from poise.learner.published import HashedWeights, Published
+from poise.learner.room import Room, lacking_room
 from poise.learner.team import make_trainer
+from poise.runtime.files import describe_disk_error
 from poise_client.codec import dump_batch
 from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
+
+_CHECK_NAME = "poise-check"
+_CHECKPOINT_BYTES, _EXPORT_BYTES = 12, 4
+"""Of a parameter: its value and two moments; its value. All float32."""
 
 
 class LearnerCore:
@@ -87,11 +94,12 @@ class LearnerCore:
         Raises:
             StateError: the folder is in use, damaged beyond its spares, or of another model, other adapters, or a
                 training with a critic where there is none now, or the other way round.
-            BackendDown: the model cannot be loaded, or training again failed.
+            BackendDown: the model cannot be loaded or exported, or training again failed.
         """
         self._store.open()
         self._journal.open()
         self._trainer.load()
+        self._try_outputs()
         if self._config.lora is not None and self._config.push.transport == "lora":
             self._adapter = adapters.describe(self._config.lora, self._config.model)
         lineage_id = self._store.lineage()
@@ -207,8 +215,77 @@ class LearnerCore:
             OSError: it cannot be written; nothing is lost.
         """
         self._refuse_if_failed()
-        folder, version = self._config.export_dir or self._config.state_dir / "exports", self.progress.policy_version
-        return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
+        version = self.progress.policy_version
+        with self._exporting(f"version {version}"):
+            return ModelExport(str(write_export(self._export_dir, name, version, self._trainer.save_model)), version)
+
+    def check_export(self, name: str) -> ModelExport:
+        """Return what `export` would, and raise what it would, leaving nothing: all but the parameters is written."""
+        self._refuse_if_failed()
+        with self._exporting(f"model {self._config.model}"):
+            path = try_export(self._export_dir, name, self._trainer.save_without_parameters)
+        return ModelExport(str(path), self.progress.policy_version)
+
+    @property
+    def _export_dir(self) -> Path:
+        return self._config.export_dir or self._config.state_dir / "exports"
+
+    @contextlib.contextmanager
+    def _exporting(self, what: str) -> Iterator[None]:
+        """Turn what an export may raise into errors that say what happened and what to do."""
+        try:
+            yield
+        except PoiseError:
+            raise
+        except OSError as error:
+            raise BackendDown(
+                f"{what} cannot be exported to export_dir {self._export_dir}: {describe_disk_error(error)}",
+                remedy="Then ask for the export again; training is not affected.",
+                retry_after_s=1.0,
+            ) from error
+        except Exception as error:
+            if self._trainer.is_one_of_several:
+                # The others may be gone, or wait for what this process no longer does.
+                self.failure = f"{what} was not exported, for a process of the learner's group was lost: {error}"
+                logger.exception("the export broke off")
+                raise BackendDown(
+                    self.failure,
+                    remedy="The learner restarts from its checkpoint and journal; ask for the export again then.",
+                    retry_after_s=1.0,
+                ) from error
+            logger.exception("the export failed")
+            raise PoiseError(
+                f"{what} cannot be exported: {type(error).__name__}: {error}",
+                remedy="Correct what it names in the model's folder. The policy is in the learner's checkpoints, and "
+                "the learner's log has the traceback.",
+            ) from error
+
+    def _try_outputs(self) -> None:
+        """Write what is otherwise first written after training: an export, a checkpoint, the journal; then remove it.
+
+        Raises:
+            StateError: a folder cannot be written, or has no room.
+            PoiseError: the model cannot be exported.
+        """
+        try:
+            self._store.try_writing()
+            self._journal.try_writing()
+        except OSError as error:
+            raise StateError(
+                f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+            ) from error
+        self.check_export(_CHECK_NAME)
+        num_parameters = self._trainer.num_parameters()
+        num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
+        num_trained += num_parameters if self._config.critic else 0
+        rooms = [
+            Room("state_dir", self._config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
+            Room("export_dir", self._export_dir, num_parameters * _EXPORT_BYTES, "an export"),
+        ]
+        for problem in lacking_room(rooms):
+            if not self._store.sequences():
+                raise StateError(problem)
+            logger.error("%s", problem)  # there may be room again before it is needed; the run goes on until then
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
         known = self._answers.get((batch.run_id, batch.batch_id))

@@ -77,6 +77,12 @@ class Journal:
         """Make the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
+    def try_writing(self) -> None:
+        """Write a file and remove it. Raises `OSError`."""
+        probe = self._folder / "probe"
+        write_file(probe, b"probe")
+        probe.unlink()
+
     def write_batch(self, sequence: int, content: bytes) -> None:
         """Keep a batch, durable on return."""
         write_file(self._batch(sequence), content + hashlib.sha256(content).digest())

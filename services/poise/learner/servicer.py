@@ -134,6 +134,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.raise_if_any()
         if self._core.published is None:
             raise BackendDown("the learner is recovering", retry_after_s=1.0)
+        if request.check_only:
+            return encode_model_export(await self.on_thread(lambda: self._core.check_export(request.name)))
         exporting = self._exports.get(request.name)
         if exporting is None:  # else whoever asks again joins it: no batch is between the two answers
             exporting = self._exports[request.name] = self._start(self._export(request.name))
@@ -144,6 +146,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             return await self.on_thread(lambda: self._core.export(name))
         finally:
             del self._exports[name]
+            if self._core.failure:
+                self._fail(self._core.failure)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run what nobody may wait for to its end: the event loop itself keeps no hold of it."""

@@ -21,6 +21,7 @@ from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
 from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.storage import Storage
 from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
@@ -41,6 +42,7 @@ class TrainingLoop:
         evaluator: Evaluator,
         watcher: Watcher,
         stopping: asyncio.Event,
+        storage: Storage | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -49,6 +51,7 @@ class TrainingLoop:
         self._evaluator = evaluator
         self._watcher = watcher
         self._stopping = stopping  # set to stop after the steps in hand
+        self._storage = storage or Storage(stopping)
 
     async def run(self, state: RunState) -> bool:
         """Go on from where the run is to its end; return whether the end was reached.
@@ -74,7 +77,7 @@ class TrainingLoop:
                 step = spent.num_steps
                 if self._stopping.is_set() and step not in pipeline:
                     return False
-                if when := self._evaluator.due(spent):
+                if when := await self._evaluator.due(spent):
                     await pipeline.settle()  # nobody trains for free while the clock stands still
                     with clock.paused():
                         await self._evaluator.evaluate(when, spent, policy_version)
@@ -88,7 +91,7 @@ class TrainingLoop:
                 seconds = {"learner_waited": waited_s, "total": wall_s - spent.wall_s}
                 spent = Spent(step + 1, spent.tokens + sampled_tokens(numbers), wall_s)
                 numbers |= {"wall_s": wall_s, "tokens": spent.tokens, "time_s": numbers["time_s"] | seconds}
-                self._folder.finish_step(journalled, numbers)
+                await self._storage.keep(partial(self._folder.finish_step, journalled, numbers))
                 self._watcher.step_done(numbers)
                 untrained.add(numbers)
                 policy_version = numbers["policy_version"]

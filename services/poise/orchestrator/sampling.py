@@ -5,10 +5,10 @@ Owns that order. Knows neither the learner nor the labels' way to the probe.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
@@ -25,6 +25,7 @@ from poise.orchestrator.step import (
     training_batch,
 )
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
+from poise.orchestrator.storage import Storage
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
@@ -61,6 +62,7 @@ class StepSampler:
         mixture: Mixture,
         scorer: Scorer,
         watcher: Watcher,
+        storage: Storage | None = None,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -68,6 +70,7 @@ class StepSampler:
         self._mixture = mixture
         self._scorer = scorer
         self._watcher = watcher
+        self._storage = storage or Storage()
         self._algorithm = config.algorithm.make(config.sampling.max_tokens)
         self._num_extra_draws = 0
         """Before the next step: draws of prompts beyond one a step."""
@@ -118,7 +121,7 @@ class StepSampler:
             )
             # The time of all this counts although the process may die before the step is finished.
             numbers["wall_s"] = clock.now_s()
-            await _to_its_end(asyncio.to_thread(self._journal.write, journalled))
+            await self._storage.keep(partial(self._journal.write, journalled))
         self.recall([journalled.memory])
         return journalled
 
@@ -209,16 +212,6 @@ class StepSampler:
                     }
                 )
         return lines
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await what cannot be interrupted, also when cancelled: whoever lets go of the folder then is the last to."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
 
 
 def _readable(problem: Problem) -> str:

@@ -34,12 +34,17 @@ async def pause(stopping: asyncio.Event, least_s: float = 0.0) -> None:
         await asyncio.wait_for(stopping.wait(), duration_s)
 
 
-class Waiting:
-    """Waiting for one service: says so at once and now and then, and when it is over."""
+_START_SERVICES = "; `poise up` starts the services, `poise status` shows them"
 
-    def __init__(self, name: str, stopping: asyncio.Event) -> None:
+
+class Waiting:
+    """Waiting for one service, or the disk: says so at once and now and then, and when it is over."""
+
+    def __init__(self, name: str, stopping: asyncio.Event, remedy: str = _START_SERVICES) -> None:
+        """`remedy` ends the first message."""
         self._name = name
         self._stopping = stopping
+        self._remedy = remedy
         self._since_s: float | None = None
         self._said_s: float | None = None
 
@@ -48,7 +53,7 @@ class Waiting:
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s
         if now_s - self._since_s >= patience_s and (self._said_s is None or now_s - self._said_s >= _SAY_EVERY_S):
-            remedy = "; `poise up` starts the services, `poise status` shows them" if self._said_s is None else ""
+            remedy = self._remedy if self._said_s is None else ""
             logger.warning("waiting for %s%s", why, remedy)
             self._said_s = now_s
 
@@ -64,8 +69,8 @@ class Waiting:
         if self._stopping.is_set():
             raise StoppedWaiting(self._name)
 
-    def over(self) -> None:
-        """The service answered."""
+    def over(self, what: str = "answers") -> None:
+        """Tell that what was waited for is there, if the waiting was told."""
         if self._said_s is not None and self._since_s is not None:
-            logger.info("%s answers after %.0f s", self._name, time.monotonic() - self._since_s)
+            logger.info("%s %s after %.0f s", self._name, what, time.monotonic() - self._since_s)
         self._since_s = self._said_s = None

@@ -45,6 +45,7 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
             reason=errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
             retryable=error.retryable,
             remedy=_shortened(error.remedy, _REMEDY_BYTES),
+            starting=error.starting,
         )
     ]
     if isinstance(error, InvalidRequest):

@@ -142,6 +142,8 @@ def test_a_short_run_that_trained_nothing_fails_at_its_end(
 
         async def wait_until_up(self, *, with_value: bool) -> None: ...
 
+        async def check_export(self, name: str) -> None: ...
+
         async def export_model(self, name: str, **options: Any) -> Any:
             raise AssertionError("a model that was not trained is not exported")
 
