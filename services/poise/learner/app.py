@@ -69,7 +69,8 @@ class LearnerApp(ServiceApp):
 
     def readiness(self) -> Readiness:
         """Ready when a batch is accepted."""
-        return Readiness(not self._servicer.refusal, self._servicer.refusal)
+        refusal = self._servicer.refusal
+        return Readiness(not refusal, refusal, self._servicer.starting_s)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""

@@ -36,6 +36,7 @@ from poise.learner.published import HashedWeights, Published
 from poise.learner.room import Room, lacking_room
 from poise.learner.team import make_trainer
 from poise.runtime.files import describe_disk_error
+from poise.runtime.startup import Startup
 from poise_client.codec import dump_batch
 from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics
 
@@ -62,6 +63,8 @@ class LearnerCore:
         self._weights = HashedWeights({}, {}, b"")
         self._adapter: Adapter | None = None
         """What is published, where that is adapters alone."""
+        self.startup = Startup("recovering")
+        """What `recover` does."""
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
@@ -98,13 +101,17 @@ class LearnerCore:
         """
         self._store.open()
         self._journal.open()
+        self.startup.begin("loading weights")
         self._trainer.load()
+        self.startup.begin("trying an export and a checkpoint")
         self._try_outputs()
+        self.startup.begin("copying and hashing weights")
         if self._config.lora is not None and self._config.push.transport == "lora":
             self._adapter = adapters.describe(self._config.lora, self._config.model)
         lineage_id = self._store.lineage()
         self._take_weights()
         self.progress = Progress(origin=origin_of(self._config, self._weights))
+        self.startup.begin("reading the last checkpoint")
         if (checkpoint := self._store.load()) is not None:
             self._go_on_from(checkpoint)
         answered = dict(self._journal.answers())
@@ -116,6 +123,7 @@ class LearnerCore:
             sequence = self.progress.num_batches
             check_journalled(batch, self._config)
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
+            self.startup.begin(f"training again on batch {sequence - first + 1} after the checkpoint")
             before = answered.get(sequence)
             again = self._try(batch, dump_batch(batch), before)
             if sequence in answered and (before is None or before.digest != again.digest):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import numpy as np
 
-from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError
+from poise.errors import Draining, InvalidRequest, PoiseError, Starting
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
@@ -77,10 +77,15 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         if self._closed:
             return "the learner is shutting down"
         if self._activity == "recovering":
-            return "recovering"
+            return self._core.startup.stage
         if self._core.failure:
             return self._core.failure
         return "paused; resume by POST /admin/v1/resume" if self.paused else ""
+
+    @property
+    def starting_s(self) -> float | None:
+        """Seconds in the present stage of the start; None once batches were accepted."""
+        return self._core.startup.elapsed_s if self._activity == "recovering" else None
 
     async def recover(self) -> None:
         """Bring the core to where it was, offer its version to the replicas, and answer from now on."""
@@ -133,7 +138,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.folder_name("name", request.name)
         wrong.raise_if_any()
         if self._core.published is None:
-            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+            raise self._starting()
         if request.check_only:
             return encode_model_export(await self.on_thread(lambda: self._core.check_export(request.name)))
         exporting = self._exports.get(request.name)
@@ -160,7 +165,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         """What the learner holds and does."""
         published = self._core.published
         if published is None:
-            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+            raise self._starting()
         progress = self._core.progress
         return LearnerStatus(
             lineage_id=published.lineage_id,
@@ -178,7 +183,13 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             has_critic=self._config.critic is not None,
         )
 
+    def _starting(self) -> Starting:
+        stage = self._core.startup.stage
+        return self._core.startup.error("the learner is " if stage == "recovering" else "the learner is recovering: ")
+
     def _refuse_unless_open(self) -> None:
+        if self._activity == "recovering" and not self._closed:
+            raise self._starting()
         if self.refusal:
             raise Draining(self.refusal, retry_after_s=1.0)
 

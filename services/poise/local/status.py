@@ -12,9 +12,11 @@ from typing import Any
 
 from poise.local.addresses import SERVICES
 from poise.local.run_file import LocalRun
+from poise.local.supervisor import process_state
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import AuthConfig, ConfigError
+from poise.runtime.startup import without_elapsed
 
 _TIMEOUT_S = 3.0
 
@@ -51,7 +53,10 @@ def push_problems(run: LocalRun) -> str:
         ConfigError: the learner's token file cannot be read.
     """
     replicas = _ask(run, "learner").get("replicas", ())
-    return "; ".join(f"pushing to {one['address']}: {one['error']}" for one in replicas if one["error"])
+    errors = {one["address"]: one["error"] for one in replicas}
+    # What a replica that starts answers ends in seconds, and is said of the replica itself.
+    told = {address: error for address, error in errors.items() if error and error == without_elapsed(error)}
+    return "; ".join(f"pushing to {address}: {error}" for address, error in told.items())
 
 
 def _ask(run: LocalRun, name: str) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _ask(run: LocalRun, name: str) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         return {"ready": False, "reason": f"refused: {error}"}
     except OSError:
-        return {"ready": False, "reason": "is not up; start it with `poise up`"}
+        return {"ready": False, "reason": process_state(run.services_dir, name, run.log(name))}
     except (HTTPException, ValueError):
         return {"ready": False, "reason": f"something else listens at {run.admin_address(name)}; stop it"}
 

@@ -162,7 +162,7 @@ class Services:
             if self._replicas.are_some_ready:
                 waiting.over()
                 return
-            waiting.say(self._replicas.trouble)
+            waiting.say(self._replicas.trouble, starting=self._replicas.are_starting)
             if self._stopping.is_set():
                 raise StoppedWaiting("generation")
             await pause(self._stopping)

@@ -52,7 +52,7 @@ class ServiceState(BaseModel):
     service: str = Field(description="Its short name.")
     version: str = Field(description="Of the program.")
     ready: bool = Field(description="Whether work is accepted now.")
-    reason: str = Field(description="Why not. Empty while it is.")
+    reason: str = Field(description="Why not; while it starts, what it does and for how long. Empty while it is.")
 
 
 class ServiceStatus(ServiceState):
@@ -137,7 +137,7 @@ def _probes(app: ServiceApp) -> APIRouter:
         if readiness.ready:
             return "ready"
         response.status_code = 503
-        return readiness.reason
+        return readiness.text
 
     @router.get("/metrics", summary="Prometheus metrics.", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -151,7 +151,7 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
 
     def state() -> ServiceState:
         readiness = app.readiness()
-        return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.reason)
+        return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.text)
 
     @router.get("/status", summary="What the service holds and does.")
     async def status() -> ServiceStatus:
