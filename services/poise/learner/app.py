@@ -69,7 +69,7 @@ class LearnerApp(ServiceApp):
 
     def readiness(self) -> Readiness:
         """Ready when a batch is accepted."""
-        refusal = self._servicer.refusal
+        refusal = self._servicer.refusal or self._core.problem
         return Readiness(not refusal, refusal, self._servicer.starting_s)
 
     def status(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetri
 
 logger = logging.getLogger(__name__)
 
+_RETRY_S = 1.0
+"""Between two attempts to write what must be durable."""
 _CHECK_NAME = "poise-check"
 _CHECKPOINT_BYTES, _EXPORT_BYTES = 12, 4
 """Of a parameter: its value and two moments; its value. All float32."""
@@ -70,6 +73,9 @@ class LearnerCore:
         """The current version; None until recovered."""
         self.failure = ""
         """Why the state in memory is not to be trusted any more; empty while it is."""
+        self.problem = ""
+        """Why `state_dir` cannot be written; empty while it can."""
+        self._leaving = threading.Event()
 
     @property
     def is_stopped(self) -> bool:
@@ -179,9 +185,13 @@ class LearnerCore:
         try:
             self._journal.write_batch(sequence, content)
         except OSError as error:
+            self._note_refusal(error)
             raise BackendDown(
-                f"state_dir cannot be written, and nothing was trained on: {error}", remedy="Make room for it."
+                f"{self.problem}. Nothing was trained on",
+                remedy="The batch is taken as soon as it can be written.",
+                retry_after_s=1.0,
             ) from error
+        self.problem = ""
         try:
             answer = self._try(batch, content)
             self._keep(sequence, answer)
@@ -195,6 +205,28 @@ class LearnerCore:
         if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
             self._begin_checkpoint()
         return answer, False
+
+    def try_writing(self) -> None:
+        """Look whether `state_dir` can be written again, if it could not."""
+        if not self.problem:
+            return
+        try:
+            self._journal.try_writing()
+        except OSError as error:
+            self._note_refusal(error)
+        else:
+            self.problem = ""
+            logger.info("state_dir %s can be written again", self._config.state_dir)
+
+    def leave(self) -> None:
+        """Wait for no disk any more. May be called from any thread."""
+        self._leaving.set()
+
+    def _note_refusal(self, error: OSError) -> None:
+        before = self.problem
+        self.problem = f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+        if self.problem != before:
+            logger.error("%s", self.problem)
 
     def checkpoint(self) -> Path:
         """Make the state of now durable by itself; return its folder.
@@ -210,7 +242,13 @@ class LearnerCore:
         return path
 
     def _begin_checkpoint(self) -> None:
-        tensors, num_updates = self._trainer.state()
+        try:
+            tensors, num_updates = self._trainer.state()
+        except Exception as error:
+            # What was trained on is journalled and answered; but a process of the group is lost, or its memory.
+            self.failure = f"the state to checkpoint cannot be read: {type(error).__name__}: {error}"
+            logger.exception("no checkpoint was taken")
+            self._refuse_if_failed()
         self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
         self._checkpoints.begin(self.progress, tensors, self._seen)
 
@@ -315,7 +353,8 @@ class LearnerCore:
 
     def _refuse_if_failed(self) -> None:
         if self.failure:
-            raise BackendDown(self.failure, remedy="The learner restarts and trains on it again.", retry_after_s=1.0)
+            remedy = "The learner restarts from its checkpoint and journal, and trains on what is not answered."
+            raise BackendDown(self.failure, remedy=remedy, retry_after_s=1.0)
 
     def _refuse_if_stopped(self) -> None:
         if self.is_stopped:
@@ -385,7 +424,16 @@ class LearnerCore:
         )
 
     def _keep(self, sequence: int, answer: Answer) -> None:
-        self._journal.write_answer(sequence, answer)
+        """Make an answer durable. Waits for a disk that refuses: the policy in memory is right meanwhile."""
+        while True:
+            try:
+                self._journal.write_answer(sequence, answer)
+                break
+            except OSError as error:
+                self._note_refusal(error)
+                if self._leaving.wait(_RETRY_S):
+                    raise
+        self.problem = ""
         self._answers[answer.run_id, answer.batch_id] = answer
         if len(self._answers) > ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]

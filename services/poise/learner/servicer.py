@@ -41,6 +41,8 @@ MAX_BATCH_TOKENS = 64 * 2**20
 MAX_LOGPROB = 1e-3
 """Engines round: a certain token may come out a little above 0."""
 
+_LOOK_EVERY_S = 2.0
+
 T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -69,6 +71,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         """Those being written, or waiting for the batch in hand, by name."""
         self._activity = "recovering"
         self._closed = False
+        self._is_stopped = False
+        self._watcher: asyncio.Task[None] | None = None
         self.paused = False
 
     @property
@@ -95,22 +99,38 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._publisher.start()
         self._start(self._publisher.publish(self._core.published))
         self._activity = "idle"
+        self._watcher = asyncio.create_task(self._watch_disk(), name="disk-watcher")
+
+    async def _watch_disk(self) -> None:
+        """See when a disk that refused can be written again: nobody may submit anything meanwhile."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._core.problem and self._activity == "idle":
+                await self.on_thread(self._core.try_writing)
 
     async def close(self) -> None:
         """Refuse further batches; return when the one in hand is done."""
         self._closed = True
+        self._core.leave()
         async with self._batches:
             pass
 
     async def stop(self) -> None:
         """Let go of the state folder: after the work in hand, for it writes there."""
+        self._core.leave()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        closing = asyncio.get_running_loop().run_in_executor(self._thread, self._core.close)
+        self._is_stopped = True
         try:
-            await self.on_thread(self._core.close)
+            await closing
         finally:
             self._thread.shutdown()
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run what touches the core, one call at a time, with the ids that logs and traces go by."""
+        if self._is_stopped:
+            raise Draining("the learner is shutting down", retry_after_s=1.0)
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from poise.errors import FieldViolation, InvalidRequest, PoiseError
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth
 from poise.runtime.config_text import redacted
+from poise.runtime.interceptors import disk_error, is_disk_error
+
+logger = logging.getLogger(__name__)
 
 _HTTP_STATUS = {
     "INVALID_ARGUMENT": 422,
@@ -96,6 +100,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest.add_exception_handler(PoiseError, _answer_error)
     rest.add_exception_handler(RequestValidationError, _answer_wrong_request)
     rest.add_exception_handler(HTTPException, _answer_http_error)
+    rest.add_exception_handler(OSError, _answer_disk_error)
     rest.add_exception_handler(Exception, _answer_defect)
     rest.include_router(_probes(app), tags=["health"])
 
@@ -214,6 +219,13 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     reason = "NOT_FOUND" if error.status_code == 404 else "INVALID_REQUEST"
     answer = ErrorAnswer(reason=reason, message=error.detail, remedy="See /docs for what there is.")
     return JSONResponse(answer.model_dump(), error.status_code, error.headers)
+
+
+async def _answer_disk_error(request: Request, error: Exception) -> Response:
+    if not is_disk_error(error):
+        raise error
+    logger.error("%s failed: %s", request.url.path, error)
+    return await _answer_error(request, disk_error(error))
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import grpc
 import grpc.aio
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.runtime.auth import BearerAuth
+from poise.runtime.files import describe_disk_error
 from poise.runtime.parsing import Parse, ParsedStream, parsed
 from poise.runtime.tracing import call_span
 from poise_proto.v1 import errors_pb2
@@ -234,6 +235,9 @@ class _Around:
         if isinstance(error, grpc.aio.AbortError):
             self._done(context.code().name)
             raise error
+        if is_disk_error(error):
+            logger.error("%s failed: %s", self._details.method, error)
+            error = disk_error(error)
         if isinstance(error, PoiseError):
             self._done(error.status)
             status = rich_status(error)
@@ -243,6 +247,18 @@ class _Around:
             status = rich_status(PoiseError("a defect in the service; its log holds the traceback"))
         await context.abort_with_status(rpc_status.to_status(status))
         raise AssertionError("abort_with_status raises")
+
+
+def is_disk_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a disk or folder refused. Python counts what networks do among these errors, too."""
+    return isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError))
+
+
+def disk_error(error: OSError) -> PoiseError:
+    """Return what a caller is told of a disk or folder that refused: no defect, and it may pass."""
+    return BackendDown(
+        f"the service's disk refused: {describe_disk_error(error)}", remedy="Then call again.", retry_after_s=1.0
+    )
 
 
 class _ClientGone(Exception):
