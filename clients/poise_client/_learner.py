@@ -64,9 +64,7 @@ class AsyncLearnerClient(AsyncClient):
             decode_learner_status,
         )
 
-    async def export_model(
-        self, name: str, *, check_only: bool = False, timeout_s: float | None = None
-    ) -> ModelExport:
+    async def export_model(self, name: str, *, check_only: bool = False, timeout_s: float | None = None) -> ModelExport:
         """Write the current policy as a Hugging Face folder `name` on the learner's file system.
 
         An export of the same name is replaced. `check_only` raises what an export would raise, and leaves nothing.

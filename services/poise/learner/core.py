@@ -187,7 +187,7 @@ class LearnerCore:
         except OSError as error:
             self._note_refusal(error)
             raise BackendDown(
-                f"{self.problem}. Nothing was trained on",
+                f"nothing was trained on: {self.problem}",
                 remedy="The batch is taken as soon as it can be written.",
                 retry_after_s=1.0,
             ) from error

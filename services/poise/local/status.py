@@ -28,15 +28,18 @@ def show_status(run: LocalRun, as_json: bool) -> int:
         ConfigError: the run's folder, or a token file, cannot be read.
     """
     services = {name: _ask(run, name) for name in SERVICES}
+    folder = RunFolder(run.dir)
     try:
-        state = RunFolder(run.dir).read_state(run.train.run_id)
+        state, problem = folder.read_state(run.train.run_id), folder.problem()
     except RunError as error:
         raise ConfigError(str(error)) from error
     if as_json:
-        print(json.dumps({"run": asdict(state), "services": services}, indent=2))
+        print(json.dumps({"run": asdict(state) | {"problem": problem}, "services": services}, indent=2))
     else:
         finished = ", finished" if state.is_finished(run.train.limits) else ""
         print(f"run {run.name}: {run.train.limits.describe(state.spent)}{finished}, folder {run.dir}")
+        if problem:
+            print(f"  {problem}")
         for name, facts in services.items():
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
             for replica in facts.get("replicas", ()):

@@ -16,6 +16,9 @@ from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
 from poise.runtime.discovery import parse_name
 
+MIN_TEMPERATURE = 0.01
+"""The generation service samples at no temperature between 0 and this."""
+
 
 class EndpointsConfig(StrictModel):
     """Where the services are."""
@@ -46,7 +49,7 @@ class EndpointsConfig(StrictModel):
 class SamplingConfig(StrictModel):
     """How rollouts are sampled for training."""
 
-    temperature: float = Field(1.0, ge=0.01, le=100)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=100)
     """Of sampling, and of the loss."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
@@ -76,6 +79,13 @@ class EvaluationConfig(StrictModel):
     of different algorithms are then measured at the same points."""
     every_wall_s: float = Field(0.0, ge=0)
     """Evaluate each time the seconds of training pass another multiple of this, too; 0 is off."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_can_be_sampled_at(cls, temperature: float) -> float:
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(f"is {temperature:g}; required: 0 (greedy), or {MIN_TEMPERATURE:g} to 100")
+        return temperature
 
 
 class BudgetConfig(StrictModel):

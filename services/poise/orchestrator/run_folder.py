@@ -32,7 +32,15 @@ import yaml
 from poise.orchestrator.budget import Limits, Spent
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
-from poise.runtime.files import append_file, describe_disk_error, json_line, without_nan, write_file, write_lines
+from poise.runtime.files import (
+    append_file,
+    describe_disk_error,
+    free_bytes,
+    json_line,
+    without_nan,
+    write_file,
+    write_lines,
+)
 from poise_client.types import ProbeReport
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,8 @@ _FREE_TO_CHANGE = frozenset(
     {"budget", "endpoints", "logging", "max_untrained_steps", "num_steps", "run_dir", "samples_per_step"}
 )
 """Settings that change nothing of what a step learns."""
+
+_LEAST_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +153,16 @@ class RunFolder:
         if owner != run_id:
             raise RunError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
         return state
+
+    def problem(self) -> str:
+        """Return why a run could not write to the folder now, without writing; empty if it could, or there is none."""
+        if not self.path.exists():
+            return ""
+        if not os.access(self.path, os.W_OK):
+            return "the run's folder cannot be written: restore the permission, or mount it writable"
+        if free_bytes(self.path) < _LEAST_FREE_BYTES:
+            return "the disk of the run's folder is full: training waits until there is space"
+        return ""
 
     def close(self) -> None:
         """Let go of the folder."""

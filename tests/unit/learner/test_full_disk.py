@@ -105,9 +105,7 @@ def test_a_group_that_is_lost_while_a_checkpoint_begins_restarts_the_learner(
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "state", lost)
-        with pytest.raises(
-            BackendDown, match="state to checkpoint cannot be read: RuntimeError: Connection closed"
-        ):
+        with pytest.raises(BackendDown, match="state to checkpoint cannot be read: RuntimeError: Connection closed"):
             core.submit(make_batch(0))
     assert core.failure
     core.close()
