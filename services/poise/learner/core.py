@@ -262,13 +262,13 @@ class LearnerCore:
         """
         self._refuse_if_failed()
         version = self.progress.policy_version
-        with self._exporting(f"version {version}"):
+        with self._exporting(f"version {version}", together=self._trainer.is_one_of_several):
             return ModelExport(str(write_export(self._export_dir, name, version, self._trainer.save_model)), version)
 
     def check_export(self, name: str) -> ModelExport:
         """Return what `export` would, and raise what it would, leaving nothing: all but the parameters is written."""
         self._refuse_if_failed()
-        with self._exporting(f"model {self._config.model}"):
+        with self._exporting(f"model {self._config.model}", together=False):
             path = try_export(self._export_dir, name, self._trainer.save_without_parameters)
         return ModelExport(str(path), self.progress.policy_version)
 
@@ -277,8 +277,11 @@ class LearnerCore:
         return self._config.export_dir or self._config.state_dir / "exports"
 
     @contextlib.contextmanager
-    def _exporting(self, what: str) -> Iterator[None]:
-        """Turn what an export may raise into errors that say what happened and what to do."""
+    def _exporting(self, what: str, *, together: bool) -> Iterator[None]:
+        """Turn what an export may raise into errors that say what happened and what to do.
+
+        `together` says that other processes take part: what torch.distributed raises then is a `RuntimeError`.
+        """
         try:
             yield
         except PoiseError:
@@ -290,7 +293,7 @@ class LearnerCore:
                 retry_after_s=1.0,
             ) from error
         except Exception as error:
-            if self._trainer.is_one_of_several:
+            if together and isinstance(error, RuntimeError):
                 # The others may be gone, or wait for what this process no longer does.
                 self.failure = f"{what} was not exported, for a process of the learner's group was lost: {error}"
                 logger.exception("the export broke off")

@@ -273,7 +273,7 @@ def process_state(folder: Path, name: str, log: Path) -> str:
         pass  # held by a supervisor that runs
     except OSError:
         return _NOT_UP
-    with contextlib.suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, psutil.NoSuchProcess):
         pid, created = json.loads((folder / "pids.json").read_text())[name]
         process = psutil.Process(pid)
         if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
