@@ -64,13 +64,14 @@ class AsyncLearnerClient(AsyncClient):
             decode_learner_status,
         )
 
-    async def export_model(self, name: str, *, timeout_s: float | None = None) -> ModelExport:
+    async def export_model(self, name: str, *, check_only: bool = False, timeout_s: float | None = None) -> ModelExport:
         """Write the current policy as a Hugging Face folder `name` on the learner's file system.
 
-        An export of the same name is replaced. `timeout_s` is 5 minutes by default.
+        An export of the same name is replaced. `check_only` raises what an export would raise, and leaves nothing.
+        `timeout_s` is 5 minutes by default.
         """
         with encoding("name"):
-            request = pb.ExportModelRequest(name=name)
+            request = pb.ExportModelRequest(name=name, check_only=check_only)
         return await self._call(
             "ExportModel",
             self._attempts(timeout_s, EXPORT_TIMEOUT_S),

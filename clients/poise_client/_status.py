@@ -99,6 +99,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
         violations=violations,
         retry_after_s=retry_after_s,
         call=call,
+        starting=detail.starting,
     )
 
 

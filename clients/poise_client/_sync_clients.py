@@ -248,9 +248,10 @@ class LearnerClient(SyncClient[AsyncLearnerClient]):
         """Ask what the learner holds and does."""
         return self._run(self._client.get_status(timeout_s=timeout_s))
 
-    def export_model(self, name: str, *, timeout_s: float | None = None) -> ModelExport:
+    def export_model(self, name: str, *, check_only: bool = False, timeout_s: float | None = None) -> ModelExport:
         """Write the current policy as a Hugging Face folder `name` on the learner's file system.
 
-        An export of the same name is replaced. `timeout_s` is 5 minutes by default.
+        An export of the same name is replaced. `check_only` raises what an export would raise, and leaves nothing.
+        `timeout_s` is 5 minutes by default.
         """
-        return self._run(self._client.export_model(name, timeout_s=timeout_s))
+        return self._run(self._client.export_model(name, check_only=check_only, timeout_s=timeout_s))

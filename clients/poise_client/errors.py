@@ -41,6 +41,7 @@ class PoiseClientError(Exception):
         violations: Sequence[tuple[str, str]] = (),
         retry_after_s: float | None = None,
         call: str = "",
+        starting: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +56,8 @@ class PoiseClientError(Exception):
         """The wrong fields: (path, what is wrong and what would be right)."""
         self.retry_after_s = retry_after_s
         """How long the service asked to wait before the next attempt."""
+        self.starting = starting
+        """Whether the service is still loading or recovering; the message says what it does, and for how long."""
         self.call = call
         """Which call of which service: "GenerationService.GetPolicy at host:port"."""
         self.attempts = 1

@@ -14,6 +14,7 @@
     ├── Busy                RESOURCE_EXHAUSTED, retry later
     ├── Draining            UNAVAILABLE, retry
     └── BackendDown         UNAVAILABLE, retry
+        └── Starting        likewise: the service is loading or recovering
 
 Knows neither gRPC nor any service: `status` is the name of a `grpc.StatusCode`, `reason` that of an
 `ErrorReason` without its prefix.
@@ -42,6 +43,8 @@ class PoiseError(Exception):
     status: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+    starting: ClassVar[bool] = False
+    """Whether the message is the progress of a start."""
 
     def __init__(self, message: str, *, remedy: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -135,3 +138,9 @@ class BackendDown(PoiseError):
     """Something the service stands on does not answer."""
 
     status, reason, retryable = "UNAVAILABLE", "BACKEND_DOWN", True
+
+
+class Starting(BackendDown):
+    """The service is loading or recovering. The message says what it does and for how long."""
+
+    starting = True

@@ -102,22 +102,28 @@ class PoiseErrorDetail(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
     REMEDY_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
     reason: Global___ErrorReason.ValueType
     """Which error."""
     retryable: _builtins.bool
     """Whether the same call may succeed later without the caller changing anything."""
     remedy: _builtins.str
     """One sentence that tells a person what to do. May be empty."""
+    starting: _builtins.bool
+    """Whether the service is still loading or recovering: the message says what it does, and for how long. Show it as
+    progress, and call again.
+    """
     def __init__(
         self,
         *,
         reason: Global___ErrorReason.ValueType = ...,
         retryable: _builtins.bool = ...,
         remedy: _builtins.str = ...,
+        starting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "remedy", b"remedy", "retryable", b"retryable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "remedy", b"remedy", "retryable", b"retryable", "starting", b"starting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -546,16 +546,22 @@ class ExportModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the folder, [A-Za-z0-9._-], 1..64 characters; an export of the same name is replaced. Required."""
+    check_only: _builtins.bool
+    """Whether only to check that an export of this name would succeed: everything but the parameters is written beside it,
+    and removed. Set it before training.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_only", b"check_only", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,9 +16,13 @@ from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
 from poise.runtime.app import Readiness, ServiceApp
+from poise.runtime.startup import Startup
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+LOADING = "the model is still loading"
+"""The first stage of a start, before the engine tells more."""
 
 _WATCH_EVERY_S = 0.5
 _HUNG_S = 600.0
@@ -31,9 +35,11 @@ class GenerationApp(ServiceApp):
 
     config: GenerationConfig
 
-    def __init__(self, config: GenerationConfig, engine: Engine) -> None:
+    def __init__(self, config: GenerationConfig, engine: Engine, startup: Startup | None = None) -> None:
+        """`startup` is the engine's, which tells there how far it is."""
         super().__init__(config, CollectorRegistry())
         self._engine = engine
+        self._startup = startup or Startup(LOADING)
         self._metrics = GenerationMetrics(
             self.registry,
             num_running=lambda: self._servicer.sampler.num_running,
@@ -61,6 +67,8 @@ class GenerationApp(ServiceApp):
 
     async def start(self) -> None:
         """Load the model, then watch over the engine."""
+        if self.config.lora is not None:
+            self._startup.begin("reading the model's files")
         await asyncio.to_thread(self._servicer.pushes.start)
         await self._engine.start()
         self._started = True
@@ -83,7 +91,7 @@ class GenerationApp(ServiceApp):
     def readiness(self) -> Readiness:
         """Ready when rollouts are accepted, from the policy they should come from."""
         refusal = self._refusal()
-        return Readiness(not refusal, refusal)
+        return Readiness(not refusal, refusal, None if self._started else self._startup.elapsed_s)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""
@@ -112,7 +120,7 @@ class GenerationApp(ServiceApp):
         if self._draining:
             return "the generation service is shutting down"
         if not self._started:
-            return "the model is still loading"
+            return self._startup.stage
         if not self._engine.is_alive():
             return "the engine died"
         if self._paused:
@@ -135,12 +143,13 @@ class GenerationApp(ServiceApp):
 def build(config: GenerationConfig) -> GenerationApp:
     """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
     engine: Engine
+    startup = Startup(LOADING)
     if config.engine == "torch":
         from poise.generation.torch_engine import TorchEngine
 
-        engine = TorchEngine(config)
+        engine = TorchEngine(config, startup)
     else:
         from poise.generation.vllm_engine import VllmEngine
 
-        engine = VllmEngine(config)
-    return GenerationApp(config, engine)
+        engine = VllmEngine(config, startup)
+    return GenerationApp(config, engine, startup)

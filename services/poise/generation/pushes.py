@@ -78,7 +78,8 @@ class PushReceiver:
         """
         try:
             if not self._engine.is_alive():
-                raise BackendDown("the engine does not run: it is still loading, or died", retry_after_s=1.0)
+                _ = self._engine.info  # raises, with the progress, while the model is loading
+                raise BackendDown("the engine died; the process restarts", retry_after_s=1.0)
             if self._pushing.locked():
                 raise Busy("another push is being received or applied", retry_after_s=1.0)
             async with self._pushing:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from poise.errors import BackendDown
+from poise.runtime.files import free_bytes
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
 _CGROUP = Path("/sys/fs/cgroup")
@@ -32,14 +31,14 @@ def choose_folder(folders: Sequence[Path], num_bytes: int) -> Path:
     if len(folders) == 1:
         return folders[0]
     for folder in folders:
-        if _free_bytes(folder) >= _VERSIONS_HELD * num_bytes:
+        if free_bytes(folder) >= _VERSIONS_HELD * num_bytes:
             return folder
-    return max(folders, key=_free_bytes)
+    return max(folders, key=free_bytes)
 
 
 def refuse_unless_room(folder: Path, num_bytes: int) -> None:
     """Raise `BackendDown` where `num_bytes` cannot be stored in `folder`, which must be there. Raises `OSError`."""
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if free < num_bytes:
         raise BackendDown(
             f"the push cannot be stored in {folder}: it takes {num_bytes} bytes, and {free:.0f} are free",
@@ -108,8 +107,3 @@ class MemoryTurn:
 def _temporary_folder() -> Path:
     # As it is named, usable or not: `tempfile` would quietly take another, and nobody would be told what to mend.
     return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
-
-
-def _free_bytes(folder: Path) -> float:
-    usage = shutil.disk_usage(folder)
-    return usage.free if usage.total else math.inf  # some file systems have no size, such as a tmpfs without a limit

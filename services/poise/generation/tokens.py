@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.errors import BackendDown, InvalidRequest
+from poise.runtime.generation_config import load_generation_config
 from poise_client.types import Message
 
 
@@ -29,10 +30,9 @@ class Tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         tokenizer("")  # drops padding and truncation that the files ask for: later, threads would fail while one does
         stops = {tokenizer.eos_token_id}
-        try:
-            declared = transformers.GenerationConfig.from_pretrained(model).eos_token_id
-        except OSError:  # a model without generation_config.json
-            declared = None
+        # The learner reports what is wrong with it.
+        generation_config, _ = load_generation_config(model, transformers.GenerationConfig)
+        declared = None if generation_config is None else generation_config.eos_token_id
         stops |= set(declared) if isinstance(declared, list) else {declared}
         return cls(tokenizer, frozenset(stop for stop in stops if stop is not None))
 

@@ -34,6 +34,8 @@ from poise.generation.torch_draw import draw
 from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
 from poise.runtime.collective import backend_of
+from poise.runtime.generation_config import load_generation_config
+from poise.runtime.startup import Startup
 from poise_client.types import FinishReason, Floats, Message, VersionSpan
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class _Running:
 class TorchEngine:
     """See `Engine`."""
 
-    def __init__(self, config: GenerationConfig) -> None:
+    def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
         self._config = config
+        self._startup = startup or Startup("loading the model")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._receiver = GroupReceiver(config.torch.device)
         self._model: Any = None
@@ -79,7 +82,7 @@ class TorchEngine:
     def info(self) -> EngineInfo:
         """See `Engine`."""
         if self._info is None:
-            raise BackendDown("the model is still loading", retry_after_s=1.0)
+            raise self._startup.error()
         return self._info
 
     async def start(self) -> None:
@@ -149,17 +152,25 @@ class TorchEngine:
 
     def _loaded_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise BackendDown("the model is still loading", retry_after_s=1.0)
+            raise self._startup.error()
         return self._tokenizer
 
     def _load(self) -> None:
         settings = self._config.torch
         torch.set_num_threads(settings.threads)
         try:
+            self._startup.begin("loading the tokenizer")
             tokenizer = Tokenizer.load(self._config.model)
-            model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
+            self._startup.begin("loading weights")
+            generation_config, repairs = load_generation_config(self._config.model, transformers.GenerationConfig)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self._config.model,
+                dtype=self._config.dtype,
+                **({"generation_config": generation_config} if repairs else {}),
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
+        self._startup.begin(f"moving weights to {settings.device}")
         try:
             model = model.to(settings.device).eval()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device

@@ -8,6 +8,7 @@ Shapes: T response tokens, d the model's width.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -30,8 +31,10 @@ from poise.generation.vllm_calls import answered, ask_workers
 from poise.generation.vllm_collector import Collector
 from poise.generation.vllm_launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.vllm_receiver import WorkerReceiver
+from poise.generation.vllm_stage import StageFile
 from poise.generation.vllm_updates import load_adapter, load_weights, prepare_weights
 from poise.generation.weights import check_weights
+from poise.runtime.startup import Startup
 from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
@@ -45,8 +48,10 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 class VllmEngine:
     """See `Engine`."""
 
-    def __init__(self, config: GenerationConfig) -> None:
+    def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
         self._config = config
+        self._startup = startup or Startup("loading the model")
+        self._has_started = False
         self._facts: ModelFacts | None = None
         self._tokenizer: Tokenizer | None = None
         self._engine: Any = None
@@ -67,22 +72,29 @@ class VllmEngine:
     def info(self) -> EngineInfo:
         """See `Engine`."""
         if self._facts is None or self._engine is None:
-            raise _loading()
+            raise self._not_serving()
         return self._facts.info
 
     async def start(self) -> None:
         """See `Engine`."""
         check_version()
+        self._startup.begin("loading the tokenizer")
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        self._startup.begin("reading the model's configuration")
         self._facts = await asyncio.to_thread(read_model, self._config, self._tokenizer.digest)
         try:
+            self._startup.begin("importing vLLM")
             await asyncio.to_thread(import_vllm, self._config)
-            self._engine = await asyncio.to_thread(launch, self._config, self._facts)
+            self._startup.begin("starting vLLM")
+            with contextlib.closing(StageFile()) as stages, self._startup.asking(stages.read):
+                self._engine = await asyncio.to_thread(launch, self._config, self._facts)
+            self._startup.begin("preparing weight updates")
             await self._prepare_updates()
         except Exception as error:  # whatever vLLM raises; its processes have logged the reason
             await self.stop()
             raise BackendDown(f"vLLM did not start: {error}") from error
         self._collector = Collector(self._engine)
+        self._has_started = True
 
     async def stop(self) -> None:
         """See `Engine`."""
@@ -117,13 +129,13 @@ class VllmEngine:
     async def receive(self, body: Body) -> None:
         """See `Engine`. The first worker receives, on a thread, and all of them read the file."""
         if self._receiver is None or not self.is_alive():
-            raise _loading()
+            raise self._not_serving()
         await self._receiver.receive(body)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         if self._facts is None or not self.is_alive():
-            raise _loading()
+            raise self._not_serving()
         check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
         async with self._updating:
             self._obstacle = await prepare_weights(self._engine, weights, self._obstacle)
@@ -132,7 +144,7 @@ class VllmEngine:
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         """See `Engine`."""
         if self._facts is None or not self.is_alive():
-            raise _loading()
+            raise self._not_serving()
         rank, _ = read_config(folder)
         shapes = await asyncio.to_thread(_read_shapes, folder / WEIGHTS_FILE)
         check_adapter(self._facts.parameter_shapes, shapes, rank)
@@ -147,7 +159,7 @@ class VllmEngine:
     async def _in_slot(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> EngineRollout:
         """Sample a rollout. However this ends, vLLM and the worker are rid of it before its slot is given on."""
         if self._collector is None or not self.is_alive():
-            raise _loading()
+            raise self._not_serving()
         rollout_id = f"poise-{next(self._rollout_ids)}"
         await self._slots.acquire()
         try:
@@ -284,14 +296,17 @@ class VllmEngine:
             raise
         return time.monotonic() - started
 
+    def _not_serving(self) -> BackendDown:
+        """Return what to raise while vLLM starts, or once it is dead."""
+        if not self._has_started:
+            return self._startup.error()
+        why = "an update of the weights broke off halfway" if self._broken else "vLLM died"
+        return BackendDown(f"{why}; the process restarts", retry_after_s=1.0)
+
     def _loaded_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise _loading()
+            raise self._not_serving()
         return self._tokenizer
-
-
-def _loading() -> BackendDown:
-    return BackendDown("the model is loading, or the engine died", retry_after_s=1.0)
 
 
 def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:

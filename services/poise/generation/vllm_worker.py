@@ -22,6 +22,7 @@ from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.vllm_adapter import add_empty_adapter
 from poise.generation.vllm_orphans import end_with_server
 from poise.generation.vllm_recorder import Record, Recorder
+from poise.generation.vllm_stage import tell_stage
 from poise.generation.vllm_think import think_close_table
 from poise.generation.vllm_transfer import register_backend
 from poise.runtime.collective import Rendezvous, backend_of
@@ -49,6 +50,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         """See vLLM."""
+        self._tell_stage("loading weights")
         register_backend()
         super().load_model(**kwargs)
         if self.use_v2_model_runner:
@@ -58,6 +60,17 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         if self.rank == 0:
             self._recorder = self._make_recorder()
             self.model_runner._sample = self._recording(self.model_runner._sample)
+
+    def determine_available_memory(self) -> int:
+        """See vLLM."""
+        self._tell_stage("measuring memory for the KV cache")
+        num_bytes: int = super().determine_available_memory()
+        return num_bytes
+
+    def compile_or_warm_up_model(self) -> Any:
+        """See vLLM."""
+        self._tell_stage("warming up" if self.model_config.enforce_eager else "compiling and warming up")
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """See vLLM."""
@@ -116,6 +129,10 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
     def poise_num_open(self) -> int:
         """Return how many rollouts hold memory in the recorder."""
         return 0 if self._recorder is None else self._recorder.num_open
+
+    def _tell_stage(self, stage: str) -> None:
+        if self.rank == 0:
+            tell_stage(stage)
 
     def _make_recorder(self) -> Recorder:
         config = self.model_config

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from poise.errors import Draining
+from poise.errors import BackendDown, Draining
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics, ReplicaCollector
@@ -21,6 +21,7 @@ from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
 from poise.runtime.config import check_readable, read_token_file
 from poise.runtime.discovery import Address, Discovery
+from poise.runtime.files import describe_disk_error
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 
@@ -82,7 +83,8 @@ class LearnerApp(ServiceApp):
 
     def readiness(self) -> Readiness:
         """Ready when a batch is accepted."""
-        return Readiness(not self._servicer.refusal, self._servicer.refusal)
+        refusal = self._servicer.refusal or self._core.problem
+        return Readiness(not refusal, refusal, self._servicer.starting_s)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""
@@ -106,7 +108,13 @@ class LearnerApp(ServiceApp):
     async def checkpoint(self) -> dict[str, Any]:
         """Take a checkpoint now, after the batch in hand."""
         self._refuse_unless_recovered()
-        path = await self._servicer.on_thread(self._core.checkpoint)
+        try:
+            path = await self._servicer.on_thread(self._core.checkpoint)
+        except OSError as error:
+            raise BackendDown(
+                f"the checkpoint cannot be written to state_dir {self.config.state_dir}: {describe_disk_error(error)}",
+                remedy="Nothing is lost: the journal holds what was trained on since the last one.",
+            ) from error
         return {"path": str(path), "policy_version": self._core.checkpoint_version}
 
     async def _checkpoint_if_behind(self) -> None:

@@ -5,6 +5,7 @@ Shapes: L tokens of the row, N response tokens of it, d the model's width.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,14 +16,23 @@ from poise.errors import BackendDown
 from poise.learner import attention
 from poise.learner.config import LearnerConfig
 from poise.learner.packing import PackedRow
+from poise.runtime.generation_config import load_generation_config
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(config: LearnerConfig) -> Any:
     """Load the model that training starts from. Raises `BackendDown`."""
     attention.register()
+    generation_config, repairs = load_generation_config(config.model, transformers.GenerationConfig)
+    if repairs:
+        logger.warning("%s", repairs)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation=attention.PACKED
+            config.model,
+            dtype=torch.float32,
+            attn_implementation=attention.PACKED,
+            **({"generation_config": generation_config} if repairs else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error

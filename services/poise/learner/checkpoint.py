@@ -113,6 +113,17 @@ class CheckpointStore:
             self._lock.close()
             self._lock = None
 
+    def try_writing(self) -> None:
+        """Write a checkpoint of nothing, and remove it. Raises `OSError`."""
+        temporary = self._folder / f"writing-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with tensor_errors(temporary):
+                _write(temporary, Progress(), {"nothing": torch.zeros(1)}, set())
+            shutil.rmtree(temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
     def save(self, progress: Progress, tensors: dict[str, torch.Tensor], seen: Set[bytes]) -> Path:
         """Write a checkpoint, durable on return, and drop all but the newest `keep`. Returns its folder.
 

@@ -15,11 +15,13 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from poise.errors import BackendDown, Conflict, TrainingStopped
+from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped
 from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
@@ -27,17 +29,26 @@ from poise.learner.checkpoint import Checkpoint, CheckpointStore, OtherSettingsE
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
-from poise.learner.export_folder import write_export
+from poise.learner.export_folder import try_export, write_export
 from poise.learner.journal import FAILED, Answer, Journal
 from poise.learner.kept import KeptBatches
 from poise.learner.origin import misfit, origin_of
 from poise.learner.published import HashedWeights, Published
 from poise.learner.rank_health import RankEvents, RankLost
+from poise.learner.room import Room, lacking_room
 from poise.learner.team import make_trainer
+from poise.runtime.files import describe_disk_error
+from poise.runtime.startup import Startup
 from poise_client.codec import dump_batch
 from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+"""Between two attempts to write what must be durable."""
+_CHECK_NAME = "poise-check"
+_CHECKPOINT_BYTES, _EXPORT_BYTES = 12, 4
+"""Of a parameter: its value and two moments; its value. All float32."""
 
 
 class LearnerCore:
@@ -56,6 +67,8 @@ class LearnerCore:
         self._weights = HashedWeights({}, {}, b"")
         self._adapter: Adapter | None = None
         """What is published, where that is adapters alone."""
+        self.startup = Startup("recovering")
+        """What `recover` does."""
         self.progress = Progress()
         self.published: Published | None = None
         """The current version; None until recovered."""
@@ -63,6 +76,9 @@ class LearnerCore:
         """The batch that is being trained on."""
         self.failure = ""
         """Why the state in memory is not to be trusted any more; empty while it is."""
+        self.problem = ""
+        """Why `state_dir` cannot be written; empty while it can."""
+        self._leaving = threading.Event()
 
     @property
     def is_stopped(self) -> bool:
@@ -112,16 +128,21 @@ class LearnerCore:
         Raises:
             StateError: the folder is in use, damaged beyond its spares, or of another model, other adapters, or a
                 training with a critic where there is none now, or the other way round.
-            BackendDown: the model cannot be loaded, or training again failed.
+            BackendDown: the model cannot be loaded or exported, or training again failed.
         """
         self._store.open()
         self._journal.open()
+        self.startup.begin("loading weights")
         self._trainer.load()
+        self.startup.begin("trying an export and a checkpoint")
+        self._try_outputs()
+        self.startup.begin("copying and hashing weights")
         if self._config.lora is not None and self._config.push.transport == "lora":
             self._adapter = adapters.describe(self._config.lora, self._config.model)
         lineage_id = self._store.lineage()
         self._take_weights()
         self.progress = Progress(origin=origin_of(self._config, self._weights))
+        self.startup.begin("reading the last checkpoint")
         if (checkpoint := self._store.load()) is not None:
             self._go_on_from(checkpoint)
         answered = dict(self._journal.answers())
@@ -133,6 +154,7 @@ class LearnerCore:
             sequence = self.progress.num_batches
             check_journalled(batch, self._config)
             logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
+            self.startup.begin(f"training again on batch {sequence - first + 1} after the checkpoint")
             before = answered.get(sequence)
             again = self._try(batch, dump_batch(batch), before)
             if sequence in answered and (before is None or before.digest != again.digest):
@@ -188,9 +210,13 @@ class LearnerCore:
         try:
             self._journal.write_batch(sequence, content)
         except OSError as error:
+            self._note_refusal(error)
             raise BackendDown(
-                f"state_dir cannot be written, and nothing was trained on: {error}", remedy="Make room for it."
+                f"nothing was trained on: {self.problem}",
+                remedy="The batch is taken as soon as it can be written.",
+                retry_after_s=1.0,
             ) from error
+        self.problem = ""
         try:
             answer = self._try(batch, content)
             self._keep(sequence, answer)
@@ -205,6 +231,28 @@ class LearnerCore:
             with self._failing_with_ranks():
                 self._begin_checkpoint()
         return answer, False
+
+    def try_writing(self) -> None:
+        """Look whether `state_dir` can be written again, if it could not."""
+        if not self.problem:
+            return
+        try:
+            self._journal.try_writing()
+        except OSError as error:
+            self._note_refusal(error)
+        else:
+            self.problem = ""
+            logger.info("state_dir %s can be written again", self._config.state_dir)
+
+    def leave(self) -> None:
+        """Wait for no disk any more. May be called from any thread."""
+        self._leaving.set()
+
+    def _note_refusal(self, error: OSError) -> None:
+        before = self.problem
+        self.problem = f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+        if self.problem != before:
+            logger.error("%s", self.problem)
 
     def checkpoint(self) -> Path:
         """Make the state of now durable by itself; return its folder.
@@ -221,7 +269,13 @@ class LearnerCore:
         return path
 
     def _begin_checkpoint(self) -> None:
-        tensors, num_updates = self._trainer.state()
+        try:
+            tensors, num_updates = self._trainer.state()
+        except Exception as error:
+            # What was trained on is journalled and answered; but a process of the group is lost, or its memory.
+            self.failure = f"the state to checkpoint cannot be read: {type(error).__name__}: {error}"
+            logger.exception("no checkpoint was taken")
+            self._refuse_if_failed()
         self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
         self._checkpoints.begin(self.progress, tensors, self._seen)
 
@@ -234,9 +288,83 @@ class LearnerCore:
             OSError: it cannot be written; nothing is lost.
         """
         self._refuse_if_failed()
-        folder, version = self._config.export_dir or self._config.state_dir / "exports", self.progress.policy_version
-        with self._failing_with_ranks():
-            return ModelExport(str(write_export(folder, name, version, self._trainer.save_model)), version)
+        version = self.progress.policy_version
+        with (
+            self._failing_with_ranks(),
+            self._exporting(f"version {version}", together=self._trainer.is_one_of_several),
+        ):
+            return ModelExport(str(write_export(self._export_dir, name, version, self._trainer.save_model)), version)
+
+    def check_export(self, name: str) -> ModelExport:
+        """Return what `export` would, and raise what it would, leaving nothing: all but the parameters is written."""
+        self._refuse_if_failed()
+        with self._exporting(f"model {self._config.model}", together=False):
+            path = try_export(self._export_dir, name, self._trainer.save_without_parameters)
+        return ModelExport(str(path), self.progress.policy_version)
+
+    @property
+    def _export_dir(self) -> Path:
+        return self._config.export_dir or self._config.state_dir / "exports"
+
+    @contextlib.contextmanager
+    def _exporting(self, what: str, *, together: bool) -> Iterator[None]:
+        """Turn what an export may raise into errors that say what happened and what to do.
+
+        `together` says that other processes take part: what torch.distributed raises then is a `RuntimeError`.
+        """
+        try:
+            yield
+        except PoiseError:
+            raise
+        except OSError as error:
+            raise BackendDown(
+                f"{what} cannot be exported to export_dir {self._export_dir}: {describe_disk_error(error)}",
+                remedy="Then ask for the export again; training is not affected.",
+                retry_after_s=1.0,
+            ) from error
+        except Exception as error:
+            if together and isinstance(error, RuntimeError):
+                # The others may be gone, or wait for what this process no longer does.
+                self.failure = f"{what} was not exported, for a process of the learner's group was lost: {error}"
+                logger.exception("the export broke off")
+                raise BackendDown(
+                    self.failure,
+                    remedy="The learner restarts from its checkpoint and journal; ask for the export again then.",
+                    retry_after_s=1.0,
+                ) from error
+            logger.exception("the export failed")
+            raise PoiseError(
+                f"{what} cannot be exported: {type(error).__name__}: {error}",
+                remedy="Correct what it names in the model's folder. The policy is in the learner's checkpoints, and "
+                "the learner's log has the traceback.",
+            ) from error
+
+    def _try_outputs(self) -> None:
+        """Write what is otherwise first written after training: an export, a checkpoint, the journal; then remove it.
+
+        Raises:
+            StateError: a folder cannot be written, or has no room.
+            PoiseError: the model cannot be exported.
+        """
+        try:
+            self._store.try_writing()
+            self._journal.try_writing()
+        except OSError as error:
+            raise StateError(
+                f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+            ) from error
+        self.check_export(_CHECK_NAME)
+        num_parameters = self._trainer.num_parameters()
+        num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
+        num_trained += num_parameters if self._config.critic else 0
+        rooms = [
+            Room("state_dir", self._config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
+            Room("export_dir", self._export_dir, num_parameters * _EXPORT_BYTES, "an export"),
+        ]
+        for problem in lacking_room(rooms):
+            if not self._store.sequences():
+                raise StateError(problem)
+            logger.error("%s", problem)  # there may be room again before it is needed; the run goes on until then
 
     def _known(self, batch: Batch, content: str) -> Answer | None:
         known = self._answers.get((batch.run_id, batch.batch_id))
@@ -271,7 +399,8 @@ class LearnerCore:
 
     def _refuse_if_failed(self) -> None:
         if self.failure:
-            raise BackendDown(self.failure, remedy="The learner restarts and trains on it again.", retry_after_s=1.0)
+            remedy = "The learner restarts from its checkpoint and journal, and trains on what is not answered."
+            raise BackendDown(self.failure, remedy=remedy, retry_after_s=1.0)
 
     def _refuse_if_stopped(self) -> None:
         if self.is_stopped:
@@ -346,7 +475,16 @@ class LearnerCore:
         )
 
     def _keep(self, sequence: int, answer: Answer) -> None:
-        self._journal.write_answer(sequence, answer)
+        """Make an answer durable. Waits for a disk that refuses: the policy in memory is right meanwhile."""
+        while True:
+            try:
+                self._journal.write_answer(sequence, answer)
+                break
+            except OSError as error:
+                self._note_refusal(error)
+                if self._leaving.wait(_RETRY_S):
+                    raise
+        self.problem = ""
         self._answers[answer.run_id, answer.batch_id] = answer
         if len(self._answers) > ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]

@@ -5,16 +5,18 @@ Owns how they are told from those, and are replaced. Knows no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from poise.errors import InvalidRequest
+from poise.runtime.checkpoints import EXPORT_MARK
+from poise.runtime.files import tensor_errors
 
-MARK = "poise_export.json"
-"""The file in every export that says of which version it is. Nothing without it is ever replaced."""
+MARK = EXPORT_MARK
 
 
 def write_export(folder: Path, name: str, policy_version: int, save: Callable[[str], None]) -> Path:
@@ -25,17 +27,54 @@ def write_export(folder: Path, name: str, policy_version: int, save: Callable[[s
         OSError: it cannot be written; the earlier one is still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target, writing, old = folder / name, folder / f".{name}.writing", folder / f".{name}.old"
+    target, old = folder / name, folder / f".{name}.old"
+    _refuse_if_taken(target)
+    shutil.rmtree(old, ignore_errors=True)
+    with _written(folder / f".{name}.writing", policy_version, save) as writing:
+        if target.exists():
+            target.rename(old)
+        writing.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target.resolve()
+
+
+def try_export(folder: Path, name: str, save: Callable[[str], None]) -> Path:
+    """Do all that `write_export` does with what `save` writes, and remove it; return where an export would be.
+
+    Raises:
+        InvalidRequest: something else has that name.
+        OSError: nothing can be written there.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    target, renamed = folder / name, folder / f".{name}.checked"
+    _refuse_if_taken(target)
+    shutil.rmtree(renamed, ignore_errors=True)
+    with _written(folder / f".{name}.checking", 0, save) as writing:
+        writing.rename(renamed)
+        shutil.rmtree(renamed)
+    if is_new:
+        with contextlib.suppress(OSError):  # it is not empty any more
+            folder.rmdir()
+    return target.resolve()
+
+
+def _refuse_if_taken(target: Path) -> None:
     if os.path.lexists(target) and not (target / MARK).is_file():
         raise InvalidRequest.field(
             "name", f"{target} is there already and is no export, for it holds no {MARK}; choose another name"
         )
-    for leftover in (writing, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save(str(writing))
-    (writing / MARK).write_text(json.dumps({"policy_version": policy_version}))
-    if target.exists():
-        target.rename(old)
-    writing.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target.resolve()
+
+
+@contextlib.contextmanager
+def _written(writing: Path, policy_version: int, save: Callable[[str], None]) -> Iterator[Path]:
+    """Have `save` write a folder for the block to rename; whatever fails, nothing is left: the disk may be full."""
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        with tensor_errors(writing):
+            save(str(writing))
+        (writing / MARK).write_text(json.dumps({"policy_version": policy_version}))
+        yield writing
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise

@@ -77,6 +77,12 @@ class Journal:
         """Make the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
+    def try_writing(self) -> None:
+        """Write a file and remove it. Raises `OSError`."""
+        probe = self._folder / "probe"
+        write_file(probe, b"probe")
+        probe.unlink()
+
     def write_batch(self, sequence: int, content: bytes) -> None:
         """Keep a batch, durable on return."""
         write_file(self._batch(sequence), content + hashlib.sha256(content).digest())
@@ -104,9 +110,9 @@ class Journal:
         """Return how often training on a batch has failed. Its number alone may have been another batch's once."""
         try:
             failures: dict[str, Any] = json.loads(self._failures(sequence).read_text())
-        except (FileNotFoundError, ValueError):
+            return int(failures["count"]) if failures["content"] == hashlib.sha256(content).hexdigest() else 0
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged
             return 0
-        return int(failures["count"]) if failures["content"] == hashlib.sha256(content).hexdigest() else 0
 
     def add_failure(self, sequence: int, content: bytes, why: str) -> int:
         """Count one more, durable on return; return how many there are."""

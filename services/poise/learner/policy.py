@@ -8,6 +8,7 @@ Shapes: N response tokens of a packed row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,10 @@ from poise.learner.logprobs import token_logprobs
 from poise.learner.packing import PackedRow
 from poise.learner.shards import kept, shard, whole
 from poise.learner.world import World
+from poise.runtime.generation_config import repaired
 from poise_client.types import WeightArray
+
+logger = logging.getLogger(__name__)
 
 
 class PackedForward(torch.nn.Module):
@@ -59,14 +63,27 @@ class Policy:
         self._config = config
         self._world = world
         self.model = load_model(config).to(world.device).train()
+        self._repair_generation_config()
         if config.lora is not None:
             adapters.inject(self.model, config.lora)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._tokenizer: Any = None
+        """Of the model; loaded with the first export, or check of one."""
         self.logprobs = PackedForward(self.model, config)
         """Of a packed row: the forward pass."""
         if world.is_sharded:
             shard(self.logprobs, self.model.get_decoder().layers, world)
+
+    def _repair_generation_config(self) -> None:
+        """Make the settings savable that transformers took from config.json, where a model has no file of them."""
+        config = self.model.generation_config
+        if config is None:
+            return
+        savable, repairs = repaired(config.to_diff_dict(), self._config.model, transformers.GenerationConfig)
+        if repairs:
+            logger.warning("%s", repairs)
+            self.model.generation_config = savable
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield the parameters that training goes on from: all of them, or the adapters'."""
@@ -93,23 +110,38 @@ class Policy:
 
     def save(self, folder: str) -> None:
         """Write the policy, adapters merged, with its tokenizer as a Hugging Face folder; and the adapters beside."""
-        lora = self._config.lora
-        if lora is None and not self._world.is_sharded:
-            self.model.save_pretrained(folder)
-        else:
-            tensors = {name: kept(tensor, self._world) for name, tensor in adapters.merged(self.model, whole)}
-            own = {name: kept(whole(parameter), self._world) for name, parameter in self.trained()}
-            if self._world.rank > 0:
-                return
-            with torch.random.fork_rng(devices=[]):  # saving leaves no trace in what dropout draws next
-                plain = load_model(self._config)  # of the names and shapes that the folder is to have
-            with torch.no_grad():
-                for name, parameter in plain.named_parameters():
-                    parameter.copy_(tensors[name])
-            plain.save_pretrained(folder)
-            if lora is not None:
-                adapters.save(own, lora, self._config.model, folder)
-        transformers.AutoTokenizer.from_pretrained(self._config.model).save_pretrained(folder)
+        if self._config.lora is None and not self._world.is_sharded:
+            self._save(folder, None, {})
+            return
+        tensors = {name: kept(tensor, self._world) for name, tensor in adapters.merged(self.model, whole)}
+        own = {name: kept(whole(parameter), self._world) for name, parameter in self.trained()}
+        if self._world.rank == 0:
+            self._save(folder, tensors, own)
+
+    def save_without_parameters(self, folder: str) -> None:
+        """Write all that `save` writes but the parameters, of which it writes the smallest; on one process.
+
+        It fails where `save` would, for any reason but their size.
+        """
+        name, smallest = min(self._skeleton().named_parameters(), key=lambda named: named[1].numel())
+        self._save(folder, {name: torch.zeros(smallest.shape)}, {})
+
+    def _save(self, folder: str, tensors: dict[str, torch.Tensor] | None, adapter: dict[str, torch.Tensor]) -> None:
+        """Write a folder with `tensors`, None for those of the model, and with an adapter where there are any."""
+        model = self.model if tensors is None else self._skeleton()
+        model.save_pretrained(folder, state_dict=tensors)
+        if self._config.lora is not None:
+            adapters.save(adapter, self._config.lora, self._config.model, folder)
+        if self._tokenizer is None:  # kept: by the end of training the model's folder may be gone
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._config.model)
+        self._tokenizer.save_pretrained(folder)
+
+    def _skeleton(self) -> Any:
+        """Return the model as it was before adapters and sharding, with names and shapes but without values."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # leaves no trace in what dropout draws next
+            plain = transformers.AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
+        plain.generation_config = self.model.generation_config
+        return plain
 
 
 def load_reference(config: LearnerConfig, world: World) -> PackedForward:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import numpy as np
 
-from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError
+from poise.errors import Draining, InvalidRequest, PoiseError, Starting
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
@@ -42,6 +42,8 @@ MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20
 MAX_LOGPROB = 1e-3
 """Engines round: a certain token may come out a little above 0."""
+
+_LOOK_EVERY_S = 2.0
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._activity = "recovering"
         self._watching: list[asyncio.Task[None]] = []
         self._closed = False
-        self._stopped = False
+        self._is_stopped = False
         self.paused = False
 
     @property
@@ -81,10 +83,15 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         if self._closed:
             return "the learner is shutting down"
         if self._activity == "recovering":
-            return "recovering"
+            return self._core.startup.stage
         if self._core.failure:
             return self._core.failure
         return "paused; resume by POST /admin/v1/resume" if self.paused else ""
+
+    @property
+    def starting_s(self) -> float | None:
+        """Seconds in the present stage of the start; None once batches were accepted."""
+        return self._core.startup.elapsed_s if self._activity == "recovering" else None
 
     async def recover(self) -> None:
         """Bring the core to where it was, offer its version to the replicas, and answer from now on."""
@@ -94,23 +101,34 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._publisher.start()
         self._start(self._publisher.publish(self._core.published))
         self._activity = "idle"
+        self._watching = [self._start(self._watch_disk())]
         if self._core.has_other_processes:
-            self._watching = [self._start(self._watch_processes()), self._start(self._show_life())]
+            self._watching += [self._start(self._watch_processes()), self._start(self._show_life())]
+
+    async def _watch_disk(self) -> None:
+        """See when a disk that refused can be written again: nobody may submit anything meanwhile."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._core.problem and self._activity == "idle":
+                await self.on_thread(self._core.try_writing)
 
     async def close(self) -> None:
         """Refuse further batches; return when the one in hand is done."""
         self._closed = True
+        self._core.leave()
         async with self._batches:
             pass
 
     async def stop(self) -> None:
         """Let go of the state folder: after the work in hand, for it writes there."""
+        self._core.leave()
         for task in self._watching:
             task.cancel()
+        closing = asyncio.get_running_loop().run_in_executor(self._thread, self._core.close)
+        self._is_stopped = True
         try:
-            await self.on_thread(self._core.close)
+            await closing
         finally:
-            self._stopped = True
             self._thread.shutdown()
 
     async def _watch_processes(self) -> None:
@@ -130,7 +148,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
         Raises `Draining` once the core is closed.
         """
-        if self._stopped:
+        if self._is_stopped:
             raise Draining("the learner is shutting down", retry_after_s=1.0)
         context = contextvars.copy_context()
         try:
@@ -163,7 +181,9 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.folder_name("name", request.name)
         wrong.raise_if_any()
         if self._core.published is None:
-            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+            raise self._starting()
+        if request.check_only:
+            return encode_model_export(await self.on_thread(lambda: self._core.check_export(request.name)))
         exporting = self._exports.get(request.name)
         if exporting is None:  # else whoever asks again joins it: no batch is between the two answers
             exporting = self._exports[request.name] = self._start(self._export(request.name))
@@ -174,6 +194,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             return await self.on_thread(lambda: self._core.export(name))
         finally:
             del self._exports[name]
+            if self._core.failure:
+                self._fail(self._core.failure)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run what nobody may wait for to its end: the event loop itself keeps no hold of it."""
@@ -186,7 +208,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         """What the learner holds and does."""
         published = self._core.published
         if published is None:
-            raise BackendDown("the learner is recovering", retry_after_s=1.0)
+            raise self._starting()
         progress = self._core.progress
         return LearnerStatus(
             lineage_id=published.lineage_id,
@@ -204,7 +226,13 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             has_critic=self._config.critic is not None,
         )
 
+    def _starting(self) -> Starting:
+        stage = self._core.startup.stage
+        return self._core.startup.error("the learner is " if stage == "recovering" else "the learner is recovering: ")
+
     def _refuse_unless_open(self) -> None:
+        if self._activity == "recovering" and not self._closed:
+            raise self._starting()
         if self.refusal:
             raise Draining(self.refusal, retry_after_s=1.0)
 

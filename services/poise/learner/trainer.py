@@ -65,6 +65,11 @@ class Trainer:
         return self._world.health
 
     @property
+    def is_one_of_several(self) -> bool:
+        """Whether other processes train too."""
+        return self._world.size > 1
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens of prompt and response together."""
         limit: int = self.policy.model.config.max_position_embeddings
@@ -143,6 +148,14 @@ class Trainer:
     def save_model(self, folder: str) -> None:
         """See `Policy.save`."""
         self.policy.save(folder)
+
+    def save_without_parameters(self, folder: str) -> None:
+        """See `Policy.save_without_parameters`; on this process only."""
+        self.policy.save_without_parameters(folder)
+
+    def num_parameters(self) -> int:
+        """Return the number of the policy's parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.policy.model.parameters())
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what `state` gives of the policy itself, by the names it gives them."""

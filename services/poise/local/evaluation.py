@@ -24,6 +24,7 @@ from poise.local.addresses import address, free_ports
 from poise.local.models import KNOWN_MODELS, make_model
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
 from poise.local.run_file import LocalRun
+from poise.local.start_log import StartLog
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.job import guarded
@@ -38,6 +39,7 @@ LATEST = "latest"
 """The value of `--checkpoint` that names the newest of the run's own learner."""
 
 _POLL_S = 0.1
+_SAY_EVERY_S = 15.0
 _STOP_TIMEOUT_S = 20.0
 
 
@@ -151,10 +153,13 @@ async def _when_ready(
     folder: Path,
     as_json: bool,
 ) -> None:
+    log = StartLog(_SAY_EVERY_S)
     while True:
-        ready, _ = await process.is_ready()
+        ready, why = await process.is_ready()
         if ready:
             break
+        if log.is_due([why]):
+            logger.info("waiting for generation: %s", why)
         await asyncio.sleep(_POLL_S)
     await measure(train, mixture, subject, folder, as_json)
 

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.runtime.startup import with_elapsed
+
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+NO_ANSWER = "does not answer yet"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,6 +45,7 @@ class SupervisedProcess:
         self.started = time.monotonic()
         self.was_ready = spec.admin_address is None
         """Whether it ever said that it works."""
+        self._has_answered = False
 
     @classmethod
     async def start(cls, spec: ProcessSpec) -> SupervisedProcess:
@@ -97,9 +101,15 @@ class SupervisedProcess:
         """Whether it says that it works, and else why not."""
         if self.spec.admin_address is None:
             return True, ""
-        answer = await ask_ready(self.spec.admin_address)
-        self.was_ready |= answer[0]
-        return answer
+        ready, reason = await ask_ready(self.spec.admin_address)
+        self.was_ready |= ready
+        if not self.is_running:
+            assert self.process.returncode is not None  # noqa: S101 (it has exited)
+            return False, f"{describe_exit(self.process.returncode)} and is started again"
+        if reason == NO_ANSWER and not self._has_answered:
+            return False, with_elapsed("starting", time.monotonic() - self.started)
+        self._has_answered = True
+        return ready, reason
 
     def log_tail(self, num_lines: int = 15) -> str:
         """Return the last lines of its log."""
@@ -120,10 +130,10 @@ async def ask_ready(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, s
                 writer.write(f"GET /readyz HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
                 answer = (await reader.read()).decode(errors="replace")
     except (OSError, TimeoutError):
-        return False, "does not answer yet"
+        return False, NO_ANSWER
     head, _, body = answer.partition("\r\n\r\n")
     status = head.split(maxsplit=2)[1:2]  # empty where it hung up without a word
-    return status == ["200"], body or "does not answer yet"
+    return status == ["200"], body or NO_ANSWER
 
 
 def kill_group(pid: int) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 from poise.local.addresses import SERVICES
 from poise.local.run_file import LocalRun
+from poise.local.supervisor import process_state
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import AuthConfig, ConfigError
+from poise.runtime.startup import without_elapsed
 
 _TIMEOUT_S = 3.0
 
@@ -26,15 +28,18 @@ def show_status(run: LocalRun, as_json: bool) -> int:
         ConfigError: the run's folder, or a token file, cannot be read.
     """
     services = {name: _ask(run, name) for name in SERVICES}
+    folder = RunFolder(run.dir)
     try:
-        state = RunFolder(run.dir).read_state(run.train.run_id)
+        state, problem = folder.read_state(run.train.run_id), folder.problem()
     except RunError as error:
         raise ConfigError(str(error)) from error
     if as_json:
-        print(json.dumps({"run": asdict(state), "services": services}, indent=2))
+        print(json.dumps({"run": asdict(state) | {"problem": problem}, "services": services}, indent=2))
     else:
         finished = ", finished" if state.is_finished(run.train.limits) else ""
         print(f"run {run.name}: {run.train.limits.describe(state.spent)}{finished}, folder {run.dir}")
+        if problem:
+            print(f"  {problem}")
         for name, facts in services.items():
             print(f"{name:11} gRPC {run.grpc_address(name):16} admin {run.admin_address(name):16} {_line(name, facts)}")
             for replica in facts.get("replicas", ()):
@@ -51,7 +56,10 @@ def push_problems(run: LocalRun) -> str:
         ConfigError: the learner's token file cannot be read.
     """
     replicas = _ask(run, "learner").get("replicas", ())
-    return "; ".join(f"pushing to {one['address']}: {one['error']}" for one in replicas if one["error"])
+    errors = {one["address"]: one["error"] for one in replicas}
+    # What a replica that starts answers ends in seconds, and is said of the replica itself.
+    told = {address: error for address, error in errors.items() if error and error == without_elapsed(error)}
+    return "; ".join(f"pushing to {address}: {error}" for address, error in told.items())
 
 
 def _ask(run: LocalRun, name: str) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def _ask(run: LocalRun, name: str) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         return {"ready": False, "reason": f"refused: {error}"}
     except OSError:
-        return {"ready": False, "reason": "is not up; start it with `poise up`"}
+        return {"ready": False, "reason": process_state(run.services_dir, name, run.log(name))}
     except (HTTPException, ValueError):
         return {"ready": False, "reason": f"something else listens at {run.admin_address(name)}; stop it"}
 

@@ -19,7 +19,9 @@ from typing import IO, Any
 import psutil
 
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit, kill_group
+from poise.local.start_log import StartLog
 from poise.runtime.exit_status import WRONG_SETTINGS
+from poise.runtime.startup import with_elapsed
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ _MAX_DEATHS = 6
 """Deaths in a row before giving up, none after it worked and lived `_STEADY_S`."""
 _STOP_MARGIN_S = 10.0
 """What ending takes besides draining."""
+_STARTS_WITHIN_S = 120.0
+"""How long a process may take until its admin app answers: it imports its libraries."""
+_NOT_UP = "is not up; start it with `poise up`"
 _POLL_S = 0.1
 _LOOK_S = 1.0
 """How often one that does not work yet is asked whether it does."""
@@ -102,7 +107,7 @@ class Supervisor:
             SupervisorError: one cannot be kept running.
         """
         waiting = set(names)
-        said = time.monotonic()
+        log = StartLog(_SAY_EVERY_S)
         while waiting:
             if self.failed.done():
                 self.failed.result()
@@ -111,9 +116,8 @@ class Supervisor:
                 if ready:
                     waiting.discard(name)
                     logger.info("%s is ready", name)
-            if waiting and time.monotonic() - said > _SAY_EVERY_S:
-                said = time.monotonic()
-                reasons = [f"{name}: {why}" for name, (ready, why) in states.items() if not ready]
+            reasons = [f"{name}: {why}" for name, (ready, why) in states.items() if not ready]
+            if waiting and log.is_due(reasons):
                 if told := await asyncio.to_thread(problems):
                     reasons.append(told)
                 logger.info("waiting for %s", "; ".join(reasons))
@@ -252,6 +256,29 @@ class _Deaths:
             log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
             raise SupervisorError(f"{self._spec.name} {describe_exit(status)}{times}{log}")
         return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
+
+
+def process_state(folder: Path, name: str, log: Path) -> str:
+    """Return what a supervised process does that does not answer: whether it starts, died, or was never started.
+
+    `folder` is that of its supervisor.
+    """
+    try:
+        with (folder / "supervisor.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _NOT_UP
+    except BlockingIOError:
+        pass  # held by a supervisor that runs
+    except OSError:
+        return _NOT_UP
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, psutil.NoSuchProcess):
+        pid, created = json.loads((folder / "pids.json").read_text())[name]
+        process = psutil.Process(pid)
+        if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            age_s = time.time() - created
+            state = "starting" if age_s < _STARTS_WITHIN_S else "runs, and does not answer"
+            return f"{with_elapsed(state, age_s)}; its log: {log}"
+    return f"died, and is started again; its log: {log}"
 
 
 def _stop_orphans(pids_file: Path, timeout_s: float) -> None:

@@ -17,6 +17,9 @@ from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
 from poise.runtime.discovery import parse_name
 
+MIN_TEMPERATURE = 0.01
+"""The generation service samples at no temperature between 0 and this."""
+
 
 class EndpointsConfig(StrictModel):
     """Where the services are."""
@@ -47,7 +50,7 @@ class EndpointsConfig(StrictModel):
 class SamplingConfig(StrictModel):
     """How rollouts are sampled for training."""
 
-    temperature: float = Field(1.0, ge=0.01, le=100)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=100)
     """Of sampling, and of the loss."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass. Below 1 the loss no longer matches the sampling exactly."""
@@ -79,6 +82,13 @@ class EvaluationConfig(StrictModel):
     of different algorithms are then measured at the same points."""
     every_wall_s: float = Field(0.0, ge=0)
     """Evaluate each time the seconds of training pass another multiple of this, too; 0 is off."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_can_be_sampled_at(cls, temperature: float) -> float:
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(f"is {temperature:g}; required: 0 (greedy), or {MIN_TEMPERATURE:g} to 100")
+        return temperature
 
 
 class BudgetConfig(StrictModel):
@@ -115,6 +125,10 @@ class OrchestratorConfig(Settings):
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
+    max_untrained_steps: int = Field(5, ge=1)
+    """Steps in a row that may train nothing: the learner rejects every rollout, no update is finite, no response can be
+    verified, or the algorithm filters out every group. Then the run stops with the reason and status 1. A run none of
+    whose steps trained anything ends so too."""
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts

@@ -127,7 +127,7 @@ class Dispatch:
         if self._stopping.is_set():
             raise StoppedWaiting("generation")
         patience_s = _PUSH_PATIENCE_S if self._replicas.are_some_ready else 0.0  # a push is on its way
-        self._waiting.say(self._replicas.trouble, patience_s)
+        self._waiting.say(self._replicas.trouble, patience_s, starting=self._replicas.are_starting)
 
     async def _call(self, replica: Replica, share: Sequence[tuple[Prompt, float]]) -> None:
         """Have a replica sample its share; what it leaves undone is given again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.step import ScoredGroup
+from poise.orchestrator.storage import Storage
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, Watcher
@@ -59,16 +61,26 @@ class Evaluator:
     """Measures one run's policy."""
 
     def __init__(
-        self, config: OrchestratorConfig, folder: RunFolder, mixture: Mixture, scorer: Scorer, watcher: Watcher
+        self,
+        config: OrchestratorConfig,
+        folder: RunFolder,
+        mixture: Mixture,
+        scorer: Scorer,
+        watcher: Watcher,
+        storage: Storage | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._mixture = mixture
         self._scorer = scorer
         self._watcher = watcher
+        self._storage = storage or Storage()
 
-    def due(self, spent: Spent) -> str | None:
+    async def due(self, spent: Spent) -> str | None:
         """Return as what the policy that the steps so far made is to be measured; None where it is not."""
+        return await self._storage.keep(partial(self._due, spent))
+
+    def _due(self, spent: Spent) -> str | None:
         step = spent.num_steps
         when = "before" if step == 0 else "step" if self._is_time(spent) else None
         return None if when is None or self._is_settled(when, step) else when
@@ -76,11 +88,11 @@ class Evaluator:
     async def evaluate(self, when: str, spent: Spent, policy_version: int) -> None:
         """Measure the policy that so much was spent on and write it down, unless it was done or is not asked for."""
         step = spent.num_steps
-        if self._is_settled(when, step):
+        if await self._storage.keep(partial(self._is_settled, when, step)):
             return
         measurement = await self.measure(when, step, policy_version)
         line = measurement.line | {"tokens": spent.tokens, "wall_s": spent.wall_s}
-        self._folder.write_evaluation(line, measurement.generations())
+        await self._storage.keep(lambda: self._folder.write_evaluation(line, measurement.generations()))
         self._watcher.evaluated(line)
 
     async def measure(self, when: str, step: int, policy_version: int) -> Measurement:

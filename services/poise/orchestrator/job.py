@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,14 +21,17 @@ from poise.orchestrator.data_check import check_data
 from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.loop import TrainingLoop
+from poise.orchestrator.outputs import MODEL, keep_model, try_outputs
 from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
 from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.scoring import Scorer
 from poise.orchestrator.services import Services
+from poise.orchestrator.storage import Storage
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
+from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
@@ -98,47 +100,58 @@ class _Watcher(ConsoleWatcher):
 
 
 async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
-    folder = RunFolder(config.run_dir)
+    folder, stopping = RunFolder(config.run_dir), asyncio.Event()
     state = folder.open(config.run_id, redacted(config))
-    verifiers = VerifierPool(config.verifier)
     with contextlib.closing(folder):
         if state.is_finished(config.limits):
             _say_finished(config, state)
             return OK
-        stopping = asyncio.Event()
-        async with Services(config.endpoints, stopping) as services, verifiers:
-            board = TensorBoardLog(config.run_dir / "tensorboard")
+        with contextlib.closing(try_outputs(config, mixture)) as board:
             watcher = _Watcher(board, config, state.next_step)
-            scorer = Scorer(services, verifiers)
-            sampler = StepSampler(config, folder.journal, services, mixture, scorer, watcher)
-            evaluator = Evaluator(config, folder, mixture, scorer, watcher)
-            loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping)
-            with watcher, contextlib.closing(board), stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
+            with watcher, stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
-                    await services.wait_until_up(with_value=config.algorithm.needs_probe)
-                    await check_data(config, mixture, services, watcher.say)
-                    folder.record_data(mixture.files, state.next_step)
-                    if state.next_step:
-                        watcher.say(f"resuming at {config.limits.describe(state.spent)}")
-                    export = await _finish(config, folder, services) if await loop.run(state) else None
+                    export = await _train_and_report(config, mixture, folder, state, watcher, stopping)
                 except StoppedWaiting:
                     export = None
                 if export is None:
                     watcher.say(f"stopped before the end; the same command resumes. Run folder: {config.run_dir}")
                     return INTERRUPTED
-        _keep_model(Path(export.path), config.run_dir / "model")
-        write_summary(config.run_dir)
-        report = write_report(config.run_dir)
-        folder.mark_reported()
-    _say_summary(config, export.path, report)
+    _say_summary(config, export.path)
     return OK
 
 
-async def _finish(config: OrchestratorConfig, folder: RunFolder, services: Services) -> ModelExport:
-    """Write down what only services know in the end, and have the model exported."""
-    if config.algorithm.needs_probe:
-        folder.write_probes(await services.probe_report())
-    return await services.export_model("model")
+async def _train_and_report(
+    config: OrchestratorConfig,
+    mixture: Mixture,
+    folder: RunFolder,
+    state: RunState,
+    watcher: _Watcher,
+    stopping: asyncio.Event,
+) -> ModelExport | None:
+    """Train to the end and write what is left of the run; return its model, None if it was stopped before."""
+    storage = Storage(stopping)
+    async with Services(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:
+        scorer = Scorer(services, verifiers)
+        sampler = StepSampler(config, folder.journal, services, mixture, scorer, watcher, storage)
+        evaluator = Evaluator(config, folder, mixture, scorer, watcher, storage)
+        loop = TrainingLoop(config, folder, services, sampler, evaluator, watcher, stopping, storage)
+        await services.wait_until_up(with_value=config.algorithm.needs_probe)
+        await services.check_export(MODEL)
+        await check_data(config, mixture, services, watcher.say)
+        await storage.keep(partial(folder.record_data, mixture.files, state.next_step))
+        if state.next_step:
+            watcher.say(f"resuming at {config.limits.describe(state.spent)}")
+        if not await loop.run(state):
+            return None
+        UntrainedSteps(config.max_untrained_steps, folder.read_metrics()).check_end()
+        if config.algorithm.needs_probe:
+            await storage.keep(partial(folder.write_probes, await services.probe_report()))
+        export = await services.export_model(MODEL)
+    await storage.keep(partial(keep_model, Path(export.path), config.run_dir / MODEL))
+    await storage.keep(partial(write_summary, config.run_dir))
+    await storage.keep(partial(write_report, config.run_dir))
+    await storage.keep(folder.mark_reported)
+    return export
 
 
 def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:
@@ -146,29 +159,22 @@ def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:
     watcher.say("stopping after what is in hand; again to stop at once")  # all of a sampled step is on disk
 
 
-def _keep_model(exported: Path, target: Path) -> None:
-    """Bring an export into the run folder where the learner's file system is this one."""
-    if exported != target.resolve() and exported.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(exported, target)
-
-
 def _say_finished(config: OrchestratorConfig, state: RunState) -> None:
-    _say_summary(config, str(config.run_dir / "model"), config.run_dir / "report.html")
+    _say_summary(config, str(config.run_dir / MODEL))
     speaker(Console(file=sys.stdout), config.logging)(
         f"\nThis run is finished: {state.next_step} steps. Higher limits (num_steps, budget) go on with it; another "
         "name and folder start anew."
     )
 
 
-def _say_summary(config: OrchestratorConfig, model: str, report: Path) -> None:
+def _say_summary(config: OrchestratorConfig, model: str) -> None:
     summary = summarise(config.run_dir)
     say = speaker(Console(file=sys.stdout), config.logging)
     say("")
     say(f"run {config.run_id}: {summary['num_steps']} steps in {clock(summary['wall_s'])}")
     if held_out := summary.get("held_out"):
         say(f"held-out reward  {describe_held_out(held_out)}")
-    say(f"report           {report}")
+    say(f"report           {config.run_dir / 'report.html'}")
     say(f"model            {model}")
     say(f"curves           tensorboard --logdir {config.run_dir / 'tensorboard'}")
 

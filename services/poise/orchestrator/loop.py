@@ -21,6 +21,8 @@ from poise.orchestrator.run_folder import RunFolder, RunState
 from poise.orchestrator.sampling import StepSampler
 from poise.orchestrator.services import Services
 from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.storage import Storage
+from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus
@@ -40,6 +42,7 @@ class TrainingLoop:
         evaluator: Evaluator,
         watcher: Watcher,
         stopping: asyncio.Event,
+        storage: Storage | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -48,12 +51,14 @@ class TrainingLoop:
         self._evaluator = evaluator
         self._watcher = watcher
         self._stopping = stopping  # set to stop after the steps in hand
+        self._storage = storage or Storage(stopping)
 
     async def run(self, state: RunState) -> bool:
         """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
             SettingsError: the services hold another history than this run, or the learner takes no rollouts as old.
+            RunError: too many steps in a row trained nothing.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
@@ -64,6 +69,7 @@ class TrainingLoop:
         self._check_staleness(status)
         self._check_critic(status)
         policy_version, spent, limits = status.policy_version, state.spent, config.limits
+        untrained = UntrainedSteps(config.max_untrained_steps, self._folder.read_metrics())
         clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
         pipeline = Pipeline(partial(self._sample, clock=clock), pending)
         try:
@@ -71,7 +77,7 @@ class TrainingLoop:
                 step = spent.num_steps
                 if self._stopping.is_set() and step not in pipeline:
                     return False
-                if when := self._evaluator.due(spent):
+                if when := await self._evaluator.due(spent):
                     await pipeline.settle()  # nobody trains for free while the clock stands still
                     with clock.paused():
                         await self._evaluator.evaluate(when, spent, policy_version)
@@ -85,8 +91,9 @@ class TrainingLoop:
                 seconds = {"learner_waited": waited_s, "total": wall_s - spent.wall_s}
                 spent = Spent(step + 1, spent.tokens + sampled_tokens(numbers), wall_s)
                 numbers |= {"wall_s": wall_s, "tokens": spent.tokens, "time_s": numbers["time_s"] | seconds}
-                self._folder.finish_step(journalled, numbers)
+                await self._storage.keep(partial(self._folder.finish_step, journalled, numbers))
                 self._watcher.step_done(numbers)
+                untrained.add(numbers)
                 policy_version = numbers["policy_version"]
         finally:
             await pipeline.close()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from poise.orchestrator.budget import Limits, Spent
+from poise.orchestrator.untrained import describe_rejections
 from poise.runtime.config import LoggingConfig
 from poise.runtime.logging import log_ids
 
@@ -89,6 +90,9 @@ class ConsoleWatcher:
             f"held-out reward {when}: {interval.mean:.3f} (95 % interval {interval.low:.3f} to {interval.high:.3f}; "
             f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']}, {line['seconds']:.0f} s)"
         )
+        if errors := line["verifier_errors"]:
+            num_rollouts = line["num_prompts"] * line["rollouts_per_prompt"]
+            self.say(f"        {errors} of its {num_rollouts} rollouts could not be verified and count as 0")
 
     def _tell(self, numbers: dict[str, Any], num_left: float) -> None:
         if self._is_logged:
@@ -165,19 +169,10 @@ class MeasurementWatcher(ConsoleWatcher):
             self.say(f"{done} of {total} prompts sampled")
 
 
-_REJECTIONS = {
-    "stale": "from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness",
-    "future_version": "from newer weights than the learner holds: it lost its state, or another pushes to the replicas",
-    "duplicate": "trained on before: give the run a name of its own",
-    "failed": "of a batch on which training failed again and again: the log of the learner says why",
-}
-"""What the learner's reasons mean, and what to do."""
-
-
 def _rejected(num_rejected: Mapping[str, int], num_rollouts: int) -> str:
     """Say how many rollouts of a step the learner did not train on, why, and what to do about it."""
-    reasons = "; ".join(f"{count} {_REJECTIONS.get(reason, reason)}" for reason, count in num_rejected.items())
-    return f"        {sum(num_rejected.values())} of {num_rollouts} rollouts were not trained on: {reasons}"
+    total, reasons = sum(num_rejected.values()), describe_rejections(num_rejected)
+    return f"        {total} of {num_rollouts} rollouts were not trained on: {reasons}"
 
 
 def clock(seconds: float) -> str:

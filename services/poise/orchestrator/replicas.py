@@ -38,6 +38,8 @@ class Replica:
         """Lowest policy version that it is known not to serve; None while it is believed to keep up."""
         self.trouble = "was not asked yet"
         """Why it is not ready, or what it lacks."""
+        self.is_starting = False
+        """Whether that is the progress of its start."""
         self.not_before_s = 0.0
         self.heard_s = 0.0
         self.num_rollouts = 0
@@ -74,7 +76,7 @@ class Replica:
 
     def is_behind(self, policy_version: int, error: PoiseClientError) -> None:
         """Note that it refused, for it does not serve this version yet."""
-        self.lacks, self.trouble = policy_version, error.message
+        self.lacks, self.trouble, self.is_starting = policy_version, error.message, False
 
     def failed(self, error: PoiseClientError) -> None:
         """Note a failure that may pass."""
@@ -84,7 +86,7 @@ class Replica:
             return
         if self.is_ready:
             logger.info("generation replica %s gets no prompts for now: %s", self.target, error.message)
-        self.is_ready, self.trouble = False, error.message
+        self.is_ready, self.trouble, self.is_starting = False, error.message, error.starting
 
 
 class Replicas:
@@ -121,6 +123,11 @@ class Replicas:
         ready = [replica.client for replica in self._replicas.values() if replica.is_ready]
         self._num_asked += 1
         return ready[self._num_asked % len(ready)] if ready else None
+
+    @property
+    def are_starting(self) -> bool:
+        """Whether all that are found are still loading."""
+        return bool(self._replicas) and all(replica.is_starting for replica in self._replicas.values())
 
     @property
     def trouble(self) -> str:
@@ -204,7 +211,7 @@ class Replicas:
         if policy.ready != replica.is_ready:
             state = "is ready" if policy.ready else f"gets no prompts for now: {policy.not_ready_reason}"
             logger.info("generation replica %s %s", replica.target, state)
-        replica.is_ready, replica.trouble = policy.ready, policy.not_ready_reason
+        replica.is_ready, replica.trouble, replica.is_starting = policy.ready, policy.not_ready_reason, False
         if replica.lacks is not None:
             replica.lacks = None if policy.policy_version >= self._wanted else policy.policy_version + 1
             replica.trouble = replica.trouble or f"serves version {policy.policy_version}, not yet {self._wanted}"

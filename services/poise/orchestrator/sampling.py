@@ -5,10 +5,10 @@ Owns that order. Knows neither the learner nor the labels' way to the probe.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
@@ -25,6 +25,7 @@ from poise.orchestrator.step import (
     training_batch,
 )
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
+from poise.orchestrator.storage import Storage
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
@@ -44,6 +45,8 @@ class _Drawn:
     sampled: list[ScoredGroup] = field(default_factory=list)
     kept: list[ScoredGroup] = field(default_factory=list)
     """What is trained on."""
+    num_filtered: int = 0
+    """Groups that the algorithm does not keep."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """By group id."""
     num_draws: int = 0
@@ -67,6 +70,7 @@ class StepSampler:
         mixture: Mixture,
         scorer: Scorer,
         watcher: Watcher,
+        storage: Storage | None = None,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -74,6 +78,7 @@ class StepSampler:
         self._mixture = mixture
         self._scorer = scorer
         self._watcher = watcher
+        self._storage = storage or Storage()
         self._algorithm = config.algorithm.make(config.sampling.max_tokens)
         self._num_extra_draws = 0
         """Before the next draw: draws of prompts beyond one a step."""
@@ -118,6 +123,7 @@ class StepSampler:
             "steps_ahead": num_ahead,
             "num_draws": drawn.num_draws,
             "num_rejected_prompts": len(drawn.rejected),
+            "num_filtered_groups": drawn.num_filtered,
             "verifier_errors": drawn.num_errors,
             "tokens_per_s": numbers["response_tokens"]["total"] / generate_s if generate_s else 0.0,
         }
@@ -140,7 +146,7 @@ class StepSampler:
             )
             # The time of all this counts although the process may die before the step is finished.
             numbers["wall_s"] = clock.now_s()
-            await _to_its_end(asyncio.to_thread(self._journal.write, journalled))
+            await self._storage.keep(partial(self._journal.write, journalled))
         self._num_extra_draws += drawn.num_draws - 1
         self._algorithm.recall(memory)
         return journalled
@@ -159,6 +165,7 @@ class StepSampler:
                 f"step {step}: generation rejects all {len(drawn.rejected)} prompts that it was given, the last, of "
                 f"{problem.origin}: {reason}"
             )
+        drawn.num_filtered = len(drawn.sampled) - len(drawn.kept)
         drawn.kept = drawn.kept[:wanted] or drawn.sampled[-wanted:]
         return drawn
 
@@ -253,16 +260,6 @@ class StepSampler:
                     }
                 )
         return lines
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await what cannot be interrupted, also when cancelled: whoever lets go of the folder then is the last to."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
 
 
 def _readable(problem: Problem) -> str:

@@ -175,6 +175,12 @@ class Services:
         """See `AsyncLearnerClient`."""
         return await self._ask_learner(lambda: self._learner.export_model(name, timeout_s=_EXPORT_TIMEOUT_S))
 
+    async def check_export(self, name: str) -> ModelExport:
+        """Raise what an export of this name would raise; see `AsyncLearnerClient.export_model`."""
+        return await self._ask_learner(
+            lambda: self._learner.export_model(name, check_only=True, timeout_s=_EXPORT_TIMEOUT_S)
+        )
+
     async def is_learner_there(self) -> bool:
         """Whether anybody answers at the learner's address, ready or not."""
         try:
@@ -193,7 +199,7 @@ class Services:
             if self._replicas.are_some_ready:
                 waiting.over()
                 return
-            waiting.say(self._replicas.trouble)
+            waiting.say(self._replicas.trouble, starting=self._replicas.are_starting)
             if self._stopping.is_set():
                 raise StoppedWaiting("generation")
             await pause(self._stopping)

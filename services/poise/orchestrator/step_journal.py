@@ -44,16 +44,30 @@ class StepJournal:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, step: JournalledStep) -> None:
-        """Keep a step, durable and whole on return."""
+    def open(self) -> None:
+        """Make the folder. Raises `OSError` if it cannot be written."""
+        self._path.mkdir(parents=True, exist_ok=True)
         writing = self._path / "writing"
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+        writing.mkdir(exist_ok=True)
+        write_file(writing / "probe", b"probe")
+        shutil.rmtree(writing)
+
+    def write(self, step: JournalledStep) -> None:
+        """Keep a step, durable and whole on return.
+
+        Raises:
+            OSError: it is not kept. The same call may be made again.
+        """
+        writing, target = self._path / "writing", self._folder(step.step)
+        for leftover in (writing, target):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        writing.mkdir()
         write_file(writing / "labels.pb", dump_labels(step.labels))
         write_file(writing / "batch.pb", dump_batch(step.batch))
         about = {"numbers": step.numbers, "values": step.values, "samples": step.samples, "memory": step.memory}
         write_file(writing / "step.json", json.dumps(about).encode())
-        writing.rename(self._folder(step.step))
+        writing.rename(target)
         sync_folder(self._path)
 
     def read(self, step: int) -> JournalledStep | None:

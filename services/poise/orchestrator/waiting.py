@@ -7,12 +7,14 @@ import contextlib
 import logging
 import time
 
+from poise.runtime.startup import without_elapsed
 from poise_client.errors import DeadlineExceededError, PoiseClientError
 
 logger = logging.getLogger(__name__)
 
 _RETRY_EVERY_S = 1.0
 _SAY_EVERY_S = 15.0
+_SAY_PROGRESS_EVERY_S = 60.0
 
 
 class StoppedWaiting(Exception):
@@ -34,23 +36,42 @@ async def pause(stopping: asyncio.Event, least_s: float = 0.0) -> None:
         await asyncio.wait_for(stopping.wait(), duration_s)
 
 
-class Waiting:
-    """Waiting for one service: says so at once and now and then, and when it is over."""
+_START_SERVICES = "; `poise up` starts the services, `poise status` shows them"
 
-    def __init__(self, name: str, stopping: asyncio.Event) -> None:
+
+class Waiting:
+    """Waiting for one service, or the disk: says so at once and now and then, and when it is over."""
+
+    def __init__(self, name: str, stopping: asyncio.Event, remedy: str = _START_SERVICES) -> None:
+        """`remedy` ends the first message."""
         self._name = name
         self._stopping = stopping
+        self._remedy = remedy
         self._since_s: float | None = None
         self._said_s: float | None = None
+        self._stage = ""
+        """Of a service that starts, as it was told last."""
 
-    def say(self, why: str, patience_s: float = 0.0) -> None:
-        """Tell what is waited for and why, unless that was lately; `patience_s` is how long to wait before a word."""
+    def say(self, why: str, patience_s: float = 0.0, *, starting: bool = False) -> None:
+        """Tell what is waited for and why, unless that was lately; `patience_s` is how long to wait before a word.
+
+        What is `starting` is no trouble: each of its stages is told once, and the same one again now and then.
+        """
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s
-        if now_s - self._since_s >= patience_s and (self._said_s is None or now_s - self._said_s >= _SAY_EVERY_S):
-            remedy = "; `poise up` starts the services, `poise status` shows them" if self._said_s is None else ""
-            logger.warning("waiting for %s%s", why, remedy)
-            self._said_s = now_s
+        stage = without_elapsed(why) if starting else ""
+        is_first = self._said_s is None
+        is_new = is_first or stage != self._stage
+        every_s = _SAY_PROGRESS_EVERY_S if starting else _SAY_EVERY_S
+        if not is_new and now_s - (self._said_s or 0.0) < every_s:
+            return
+        if starting:
+            logger.info("waiting for %s", why)
+        elif now_s - self._since_s >= patience_s:
+            logger.warning("waiting for %s%s", why, self._remedy if is_first else "")
+        else:
+            return
+        self._stage, self._said_s = stage, now_s
 
     async def pause(self, error: PoiseClientError) -> None:
         """Wait until the next attempt is due.
@@ -58,14 +79,15 @@ class Waiting:
         Raises:
             StoppedWaiting: stopping was asked for.
         """
-        self.say(f"{self._name}: {error.message}")
+        self.say(f"{self._name}: {error.message}", starting=error.starting)
         if not self._stopping.is_set():
             await pause(self._stopping, error.retry_after_s or 0.0)
         if self._stopping.is_set():
             raise StoppedWaiting(self._name)
 
-    def over(self) -> None:
-        """The service answered."""
+    def over(self, what: str = "answers") -> None:
+        """Tell that what was waited for is there, if the waiting was told."""
         if self._said_s is not None and self._since_s is not None:
-            logger.info("%s answers after %.0f s", self._name, time.monotonic() - self._since_s)
+            logger.info("%s %s after %.0f s", self._name, what, time.monotonic() - self._since_s)
         self._since_s = self._said_s = None
+        self._stage = ""

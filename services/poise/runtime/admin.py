@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,7 +22,10 @@ from poise.runtime.config import AdminConfig
 from poise.runtime.config_text import redacted
 from poise.runtime.docs_page import HEADERS, docs_page
 from poise.runtime.guard import BodyRefused, Guard
+from poise.runtime.interceptors import disk_error, is_disk_error
 from poise.runtime.validation import Violations, quoted
+
+logger = logging.getLogger(__name__)
 
 _HTTP_STATUS = {
     "INVALID_ARGUMENT": 422,
@@ -59,7 +63,7 @@ class ServiceState(BaseModel):
     service: str = Field(description="Its short name.")
     version: str = Field(description="Of the program.")
     ready: bool = Field(description="Whether work is accepted now.")
-    reason: str = Field(description="Why not. Empty while it is.")
+    reason: str = Field(description="Why not; while it starts, what it does and for how long. Empty while it is.")
 
 
 class ServiceStatus(ServiceState):
@@ -107,6 +111,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest.add_exception_handler(PoiseError, _answer_error)
     rest.add_exception_handler(RequestValidationError, _answer_wrong_request)
     rest.add_exception_handler(HTTPException, _answer_http_error)
+    rest.add_exception_handler(OSError, _answer_disk_error)
     rest.add_exception_handler(Exception, _answer_defect)
     rest.include_router(_probes(app), tags=["health"])
     admin = APIRouter(prefix="/admin/v1", responses=_ADMIN_ERRORS)
@@ -162,7 +167,7 @@ def _probes(app: ServiceApp) -> APIRouter:
         if readiness.ready:
             return "ready"
         response.status_code = 503
-        return readiness.reason
+        return readiness.text
 
     @router.get("/metrics", summary="Prometheus metrics.", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -176,7 +181,7 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
 
     def state() -> ServiceState:
         readiness = app.readiness()
-        return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.reason)
+        return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.text)
 
     @router.get("/status", summary="What the service holds and does.")
     async def status() -> ServiceStatus:
@@ -255,6 +260,13 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     reason = "NOT_FOUND" if error.status_code == 404 else "INVALID_REQUEST"
     answer = ErrorAnswer(reason=reason, message=error.detail, remedy="See /docs for what there is.")
     return _Answer(answer.model_dump(), error.status_code, error.headers)
+
+
+async def _answer_disk_error(request: Request, error: Exception) -> Response:
+    if not is_disk_error(error):
+        raise error
+    logger.error("%s failed: %s", request.url.path, error)
+    return await _answer_error(request, disk_error(error))
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:

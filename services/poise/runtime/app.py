@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from poise.errors import InvalidRequest
 from poise.runtime.config import ServiceConfig
+from poise.runtime.startup import with_elapsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,13 @@ class Readiness:
 
     ready: bool
     reason: str = ""
+    elapsed_s: float | None = field(default=None, compare=False)
+    """How long the service has been at what `reason` names; None where that is not told."""
+
+    @property
+    def text(self) -> str:
+        """Why it is not ready, with the seconds: `loading weights, 40 s`. Empty while it is."""
+        return self.reason if self.elapsed_s is None else with_elapsed(self.reason, self.elapsed_s)
 
 
 @dataclass

@@ -14,6 +14,9 @@ from pathlib import Path
 from poise.errors import BackendDown
 from poise_client import combine_digests
 
+EXPORT_MARK = "poise_export.json"
+"""The file in every exported model that holds its policy version. A folder without it is never replaced."""
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 

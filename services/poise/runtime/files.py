@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
+
+_BLOCK_BYTES = 4096
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space there",
+    errno.EDQUOT: "Free some space there, or raise the quota",
+    errno.EROFS: "Mount it writable",
+    errno.EACCES: "Restore the permission to write there",
+    errno.EPERM: "Restore the permission to write there",
+    errno.EIO: "Check the disk",
+    errno.ENOENT: "Move it back if it was moved, and see that its file system is mounted",
+    errno.ENOTDIR: "Move it back if it was moved, and see that its file system is mounted",
+    errno.ESTALE: "See that its file system is mounted",
+    errno.ENOTCONN: "See that its file system is mounted",
+    errno.ETIMEDOUT: "See that its file system answers",
+    errno.EMFILE: "Raise the limit of open files",
+}
+"""What to do about an error of a disk or folder, by its number."""
+
+
+def describe_disk_error(error: OSError) -> str:
+    """Return what a disk or folder refused, and what to do about it: `No space left on device: /x. Free some space`."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        source, target, why = error.args[0][0]  # the first of the files that could not be copied
+        return f"{target or source} cannot be copied: {why}"
+    what = error.strerror or str(error) or type(error).__name__
+    where = f": {error.filename}" if error.filename and str(error.filename) not in what else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{what}{where}. {remedy}" if remedy else f"{what}{where}"
+
+
+def free_bytes(folder: Path) -> float:
+    """Return the free bytes of a folder's file system; infinity if it has no size, as a tmpfs without a limit."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
 
 
 def commit_file(temporary: Path, target: Path) -> None:
@@ -24,17 +62,64 @@ def commit_file(temporary: Path, target: Path) -> None:
 
 def write_file(target: Path, data: bytes) -> None:
     """Write a file, durable on return."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(data)
-    commit_file(temporary, target)
+    with _temporary(target) as temporary:
+        temporary.write_bytes(data)
+        commit_file(temporary, target)
 
 
 def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of JSON lines, durable on return."""
+    with _temporary(target) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(map(json_line, lines))
+        commit_file(temporary, target)
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Yield the path to write `target` at; a failed write leaves nothing there, for the disk may be full."""
     temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(json_line, lines))
-    commit_file(temporary, target)
+    try:
+        yield temporary
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_file(target: Path, data: bytes) -> None:
+    """Append whole lines to a file, durable on return; or nothing, if that fails.
+
+    Raises:
+        OSError: nothing was appended.
+    """
+    with target.open("a+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # then the next call removes it
+                file.truncate(end)
+            raise
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Return the size of a file, after removing a line at its end that was cut off."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        last = file.read(end - start).rfind(b"\n")
+        if last >= 0:
+            end = start + last + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+    return end
 
 
 def json_line(values: Mapping[str, Any]) -> str:

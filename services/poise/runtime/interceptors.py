@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import grpc
 import grpc.aio
@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError, Unauthenticated
 from poise.runtime.auth import BearerAuth
+from poise.runtime.files import describe_disk_error
 from poise.runtime.parsing import Parse, RequestStream
 from poise.runtime.tracing import call_span
 from poise_proto.v1 import errors_pb2
@@ -51,6 +52,7 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
             reason=errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
             retryable=error.retryable,
             remedy=_shortened(error.remedy, _REMEDY_BYTES),
+            starting=error.starting,
         )
     ]
     if isinstance(error, InvalidRequest):
@@ -251,6 +253,9 @@ class _Call:
         if isinstance(error, grpc.aio.AbortError):
             self._done(context.code().name)
             raise error
+        if is_disk_error(error):
+            logger.error("%s failed: %s", self._details.method, error)
+            error = disk_error(error)
         if isinstance(error, PoiseError):
             self._done(error.status)
             status = rich_status(error)
@@ -263,6 +268,18 @@ class _Call:
         except grpc.aio.InternalError as gone:
             raise asyncio.CancelledError from gone
         raise AssertionError("abort_with_status raises")
+
+
+def is_disk_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a disk or folder refused. Python counts what networks do among these errors, too."""
+    return isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError))
+
+
+def disk_error(error: OSError) -> PoiseError:
+    """Return what a caller is told of a disk or folder that refused: no defect, and it may pass."""
+    return BackendDown(
+        f"the service's disk refused: {describe_disk_error(error)}", remedy="Then call again.", retry_after_s=1.0
+    )
 
 
 class _ClientGone(Exception):

@@ -17,6 +17,7 @@ from poise.errors import BackendDown, Draining
 from poise.queue.interface import LabelQueue
 from poise.queue.redis_queue import RedisQueue
 from poise.runtime.app import Readiness, ServiceApp
+from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.consumer import LabelConsumer
 from poise.value.dead_letters import dead_letter_routes
@@ -66,7 +67,8 @@ class ValueApp(ServiceApp):
         self._make_fitter = make_fitter
         self._store = StateStore(config.state_dir)
         self._metrics = ValueMetrics(self.registry)
-        self._servicer = ValueServicer(config)
+        self._startup = Startup("restoring the state")
+        self._servicer = ValueServicer(config, self._startup)
         self._standby = Standby(config.standby, self._store)
         self._running: _Running | None = None
         self._draining = False
@@ -140,7 +142,7 @@ class ValueApp(ServiceApp):
         if self._standby.relay is not None:
             return Readiness(not self._standby.problem, self._standby.problem)
         if running is None:
-            return Readiness(False, "the state is being restored")
+            return Readiness(False, self._startup.stage, self._startup.elapsed_s)
         problem = running.keeper.problem or running.consumer.problem
         return Readiness(not problem, problem)
 

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import grpc.aio
 
-from poise.errors import BackendDown, Draining, NotFound
+from poise.errors import Draining, NotFound
 from poise.queue.interface import LabelQueue
+from poise.runtime.startup import Startup
 from poise.runtime.validation import Violations, quoted
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
@@ -46,8 +47,9 @@ Context = grpc.aio.ServicerContext[object, object]
 class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     """Answers nothing until `open`, and nothing new after `close`."""
 
-    def __init__(self, config: ValueConfig) -> None:
+    def __init__(self, config: ValueConfig, startup: Startup | None = None) -> None:
         self._config = config
+        self._startup = startup or Startup("restoring the state")
         self._estimator: BaselineEstimator | None = None
         self._queue: LabelQueue | None = None
         self._settling: Settling | None = None
@@ -74,7 +76,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         if self._closed:
             raise Draining("the value service is shutting down", remedy="Try again; another will take over.")
         if self._estimator is None or self._queue is None:
-            raise BackendDown("the value service is still restoring its state", retry_after_s=1.0)
+            raise self._startup.error()
         return self._estimator, self._queue
 
     async def EstimateBaselines(  # noqa: N802

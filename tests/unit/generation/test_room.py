@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,9 +42,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def say(memory: int | None, temporary: int | None) -> None:
         sizes = {MEMORY: memory, TEMPORARY: temporary}
-        usage = room.shutil.disk_usage("/")
+        usage = shutil.disk_usage("/")
         monkeypatch.setattr(
-            room.shutil,
+            shutil,
             "disk_usage",
             lambda path: usage._replace(total=0 if sizes[path] is None else 1000, free=sizes[path] or 0),
         )

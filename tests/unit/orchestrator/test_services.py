@@ -164,6 +164,31 @@ async def test_waiting_is_told_of_again_and_again(
     assert len([record for record in caplog.records if "waiting for value at value:1" in record.getMessage()]) == 2
 
 
+def starting(message: str) -> UnavailableError:
+    return UnavailableError(message, reason="BACKEND_DOWN", retryable=True, starting=True)
+
+
+async def test_a_service_that_starts_is_told_by_stages_and_is_no_trouble(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    answers = [starting(f"loading weights, {second} s") for second in range(5)] + [starting("compiling, 1 s"), "status"]
+    await make(learner=Script("learner:1", answers)).learner_status()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "waiting for learner at learner:1: loading weights, 0 s"),
+        ("INFO", "waiting for learner at learner:1: compiling, 1 s"),
+        ("INFO", "learner at learner:1 answers after 0 s"),
+    ]
+
+
+async def test_a_service_that_dies_while_it_starts_is_trouble(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    answers = [starting("loading weights, 3 s"), DOWN, "status"]
+    services = make(learner=Script("learner:1", answers))
+    await services.learner_status()
+    assert [record.levelname for record in caplog.records if "waiting" in record.getMessage()] == ["INFO", "WARNING"]
+
+
 async def test_what_waiting_does_not_mend_is_raised_at_once(make: Make) -> None:
     learner = Script("learner:1", [InvalidRequestError("no")])
     with pytest.raises(InvalidRequestError):

@@ -16,6 +16,7 @@ from poise.errors import PoiseError
 from poise.learner.config import PushConfig
 from poise.learner.publishing.groups import GroupSender
 from poise.learner.publishing.offer import Offer
+from poise.runtime.startup import without_elapsed
 from poise_client import AsyncGenerationClient, WeightPush
 from poise_client.errors import (
     ConflictError,
@@ -197,8 +198,10 @@ class Replica:
         return update
 
     def _say_changes(self, result: ReplicaResult) -> None:
-        if result.error and result.error != self.result.error:
-            logger.warning("replica %s is not current: %s", result.address, result.error)
+        error = without_elapsed(result.error)
+        if error and error != without_elapsed(self.result.error):
+            level = logging.WARNING if error == result.error else logging.INFO  # one that starts is no trouble
+            logger.log(level, "replica %s is not current: %s", result.address, result.error)
         elif result.current and (not self.result.current or result.policy_version != self.result.policy_version):
             logger.info(
                 "replica %s serves version %d, pushed in %.2f s (%.1f MB)",

@@ -25,7 +25,7 @@ from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
 from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, WRONG_SETTINGS
-from poise.runtime.files import write_file
+from poise.runtime.files import describe_disk_error, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def compare_runs(path: Path, *, report_only: bool) -> int:
 
 
 def _make_all(plan: Plan, console: Console) -> int:
+    _try_report(plan)
     failed = []
     for number, run in enumerate(plan.runs, 1):
         where = f"run {number} of {len(plan.runs)}, {run.label}"
@@ -134,6 +135,16 @@ def _report(plan: Plan, console: Console | None) -> None:
     told = write_comparison(Comparison(file.name, file.budget.given, file.reference_name, file.levels, runs), plan.dir)
     if console is not None:
         _say(console, f"\n{told}")
+
+
+def _try_report(plan: Plan) -> None:
+    """Write the report before any run, for it is what all of them are made for. Raises `ConfigError` if that fails."""
+    try:
+        _report(plan, None)
+    except ImportError as error:
+        raise ConfigError(f"the comparison's report cannot be written: {error}. Install what is missing") from error
+    except OSError as error:
+        raise ConfigError(f"the comparison's report cannot be written: {describe_disk_error(error)}") from error
 
 
 def _state(run: PlannedRun) -> State:

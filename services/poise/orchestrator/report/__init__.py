@@ -3,8 +3,8 @@
 Knows no service and no loop: it reads a run folder, at any moment, finished or not.
 """
 
-from poise.orchestrator.report.html import write_report
+from poise.orchestrator.report.html import render_report, write_report
 from poise.orchestrator.report.summary import summarise, write_summary
 from poise.orchestrator.report.tensorboard import TensorBoardLog
 
-__all__ = ["TensorBoardLog", "summarise", "write_report", "write_summary"]
+__all__ = ["TensorBoardLog", "render_report", "summarise", "write_report", "write_summary"]

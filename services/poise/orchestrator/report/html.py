@@ -61,6 +61,13 @@ def write_report(run_dir: Path) -> Path:
 
     Any folder will do: what a run has not recorded yet is left out, and said to be.
     """
+    path = run_dir / "report.html"
+    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON can hold halves of surrogate pairs
+    return path
+
+
+def render_report(run_dir: Path) -> str:
+    """Return the text of report.html."""
     from markupsafe import Markup
 
     record = load_run(run_dir)
@@ -72,7 +79,7 @@ def write_report(run_dir: Path) -> Path:
         "health": figures.health_figure(record.metrics),
     }
     summary = summarise_record(record)
-    text = render_page(
+    return render_page(
         files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"),
         name=_run_name(run_dir),
         summary=summary,
@@ -84,9 +91,6 @@ def write_report(run_dir: Path) -> Path:
         scores=_scores(summary["held_out"]),
         probes=_probes(run_dir / "probes.json"),
     )
-    path = run_dir / "report.html"
-    write_file(path, text.encode(errors="replace"))  # JSON can hold halves of surrogate pairs
-    return path
 
 
 def _verdict(held_out: dict[str, Any] | None) -> str:

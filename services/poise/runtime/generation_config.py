@@ -1,0 +1,93 @@
+"""A model's generation_config.json, repaired where transformers would not load or save it.
+
+The file says how a model is sampled by default. Neither training nor sampling here uses it, but for the tokens that end
+a response; so a wrong entry must stop neither. transformers is imported late.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_FILE = "generation_config.json"
+
+_FIRST = (
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "do_sample",
+    "num_beams",
+    "return_dict_in_generate",
+    "use_cache",
+)
+"""Kept before other entries: these decide which others are valid beside them."""
+
+_INTERNAL = ("_from_model_config", "transformers_version")
+
+
+def load_generation_config(model: str, make: Callable[..., Any]) -> tuple[Any | None, str]:
+    """Return the generation settings of a model and what had to be repaired; None if the model's file is missing.
+
+    Args:
+        model: a Hugging Face folder, or its name on the hub.
+        make: `transformers.GenerationConfig`.
+
+    Returns:
+        Settings that can be saved, and the repairs for people; empty where there are none.
+    """
+    try:
+        path = _path(model)
+        if path is None:
+            return None, ""
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        return make(), f"{_FILE} of model {model} cannot be read and is left out: {error}"
+    return repaired(values, model, make)
+
+
+def repaired(values: Mapping[str, Any], model: str, make: Callable[..., Any]) -> tuple[Any, str]:
+    """Return generation settings that can be saved, with as many of `values` as possible, and what was left out."""
+    whole = _valid(values, make)
+    if whole is not None:
+        return whole, ""
+    kept: dict[str, Any] = {}
+    left_out = []
+    for name in sorted(values, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name)):
+        if name in _INTERNAL:
+            continue
+        if _valid({**kept, name: values[name]}, make) is None:
+            left_out.append(f"{name} {json.dumps(values[name], default=str)}")
+        else:
+            kept[name] = values[name]
+    return _valid(kept, make), (
+        f"{_FILE} of model {model} cannot be saved as it is, and exports leave out: {', '.join(left_out)}. Training "
+        "does not use them; correct the file to keep them"
+    )
+
+
+def _valid(values: Mapping[str, Any], make: Callable[..., Any]) -> Any | None:
+    """Return the settings that transformers makes of `values`; None if it would not load or save them."""
+    try:
+        config = make(**values)
+        config.validate(strict=True)
+        config.to_json_string()
+    except Exception:  # the checks of transformers compare what they are given: they raise whatever that raises
+        return None
+    return config
+
+
+def _path(model: str) -> Path | None:
+    """Return where the file of a model is; None if there is none. Raises `OSError`."""
+    if Path(model).is_dir():
+        path = Path(model) / _FILE
+        return path if path.exists() else None
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, _FILE))
+    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError):  # out of reach, no such model, or no file
+        return None

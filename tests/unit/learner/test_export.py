@@ -1,0 +1,278 @@
+"""An export is tried when the learner starts, so that it succeeds when the run ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from poise.errors import BackendDown, InvalidRequest, PoiseError
+from poise.learner.checkpoint import StateError
+from poise.learner.config import LearnerConfig, LoraSettings
+from poise.learner.core import LearnerCore
+from poise.learner.export_folder import MARK
+from poise.learner.policy import Policy
+from poise.learner.world import World
+from poise.runtime.generation_config import load_generation_config
+
+Configure = Callable[..., LearnerConfig]
+
+
+@pytest.fixture
+def own_model(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model, for a test to spoil."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+@pytest.fixture
+def recovered(config: Configure) -> Iterator[Callable[..., LearnerCore]]:
+    """Start learners that are closed at the end."""
+    cores: list[LearnerCore] = []
+
+    def start(**changes: Any) -> LearnerCore:
+        cores.append(LearnerCore(config(**changes)))
+        cores[-1].recover()
+        return cores[-1]
+
+    yield start
+    for core in cores:
+        core.close()
+
+
+WRONG_SETTINGS: list[tuple[Any, set[str]]] = [
+    ({"do_sample": False, "temperature": 0.9, "top_p": 0.6}, {"temperature", "top_p"}),
+    ({"temperature": 0.0}, {"temperature"}),
+    ({"top_k": 20, "eos_token_id": 3}, {"top_k"}),
+    ({"do_sample": False, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1}, {"min_p", "typical_p"}),
+    ({"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {"early_stopping", "length_penalty"}),
+    ({"num_return_sequences": 4}, {"num_return_sequences"}),
+    ({"max_new_tokens": 0}, {"max_new_tokens"}),
+    ({"max_new_tokens": "many"}, {"max_new_tokens"}),
+    ({"pad_token_id": -1}, {"pad_token_id"}),
+    ({"output_scores": True}, {"output_scores"}),
+    ({"use_cache": False, "cache_implementation": "static"}, {"cache_implementation"}),
+    ({"cache_implementation": "nonsense"}, {"cache_implementation"}),
+    ({"watermarking_config": {"seeding_scheme": "x"}}, {"watermarking_config"}),
+    ({"compile_config": {"a": 1}}, {"compile_config"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "left_out"), WRONG_SETTINGS)
+def test_generation_settings_that_cannot_be_saved_are_repaired(
+    own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, settings: Any, left_out: set[str]
+) -> None:
+    (own_model / "generation_config.json").write_text(json.dumps(settings))
+    export = recovered(model=str(own_model)).export("model")
+
+    saved = json.loads((Path(export.path) / "generation_config.json").read_text())
+    assert not left_out & saved.keys()
+    assert {name: value for name, value in settings.items() if name not in left_out and name in saved}.items() <= (
+        saved.items()
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(export.path)
+    assert "generation_config.json" in caplog.text
+    assert all(name in caplog.text for name in left_out)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[]", "", "null", "\x00\xff"])
+def test_generation_settings_that_cannot_be_read_are_left_out(
+    own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (own_model / "generation_config.json").write_text(text)
+    recovered(model=str(own_model)).export("model")
+    assert "generation_config.json of model" in caplog.text
+    assert "cannot be read and is left out" in caplog.text
+
+
+def test_generation_settings_in_the_models_own_configuration_are_repaired(own_model: Path, recovered: Any) -> None:
+    path = own_model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.7, "top_p": 0.5}))
+    (own_model / "generation_config.json").unlink()
+    recovered(model=str(own_model)).export("model")
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 0.6, "top_k": 20}, {"max_length": 99}])
+def test_generation_settings_that_are_right_are_exported_as_they_are(
+    own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    (own_model / "generation_config.json").write_text(json.dumps(settings))
+    export = recovered(model=str(own_model)).export("model")
+    saved = json.loads((Path(export.path) / "generation_config.json").read_text())
+    assert settings.items() <= saved.items()
+    assert "generation_config" not in caplog.text
+
+
+def test_a_model_on_the_hub_that_is_out_of_reach_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_generation_config("nobody/no-such-model", transformers.GenerationConfig) == (None, "")
+
+
+def spoil_tokenizer(model: Path, export_dir: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def spoil_folder(model: Path, export_dir: Path) -> None:
+    export_dir.parent.mkdir(parents=True, exist_ok=True)
+    export_dir.write_text("a file")
+
+
+def spoil_mount(model: Path, export_dir: Path) -> None:
+    export_dir.symlink_to("/proc/1/no-such-mount")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (spoil_tokenizer, "cannot be exported: .*tokenizer"),
+        (spoil_folder, "export_dir .*exports: .*(File exists|Not a directory)"),
+        (spoil_mount, "export_dir .*exports: "),
+    ],
+)
+def test_what_an_export_would_lack_is_noticed_at_the_start(
+    own_model: Path, tmp_path: Path, config: Configure, spoil: Callable[[Path, Path], None], why: str
+) -> None:
+    export_dir = tmp_path / "exports"
+    spoil(own_model, export_dir)
+    core = LearnerCore(config(model=str(own_model), export_dir=export_dir))
+    with pytest.raises(PoiseError, match=f"(?s){why}"):
+        core.recover()
+    core.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.ENOSPC, "No space left on device.*Free some space"),
+        (errno.EACCES, "Permission denied.*Restore the permission"),
+        (errno.EROFS, "Read-only file system.*Mount it writable"),
+    ],
+)
+@pytest.mark.parametrize("written", ["checkpoint.safetensors.torch.save_file", "journal.write_file"])
+def test_a_state_folder_that_cannot_be_written_is_noticed_at_the_start(
+    config: Configure, monkeypatch: pytest.MonkeyPatch, written: str, number: int, why: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, __import__("os").strerror(number), "/state/x")
+
+    monkeypatch.setattr(f"poise.learner.{written}", refuse)
+    core = LearnerCore(config())
+    with pytest.raises(StateError, match=f"state_dir .* cannot be written: {why}"):
+        core.recover()
+    core.close()
+
+
+def test_a_disk_without_room_for_checkpoint_and_export_is_noticed_at_the_start(
+    config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("poise.learner.room.free_bytes", lambda _: 2.1e6)
+    core = LearnerCore(config())
+    with pytest.raises(StateError, match=r"export_dir .* has 0.00 GB free, and an export beside the others takes"):
+        core.recover()
+    core.close()
+
+
+def test_a_run_that_resumes_is_not_stopped_for_lack_of_room(
+    config: Configure, recovered: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = recovered()
+    core.checkpoint()
+    core.close()
+    monkeypatch.setattr("poise.learner.room.free_bytes", lambda _: 0)
+    recovered()
+    assert "GB free, and a checkpoint takes" in caplog.text
+
+
+def test_a_check_leaves_nothing_and_finds_a_name_that_is_taken(recovered: Any, tmp_path: Path) -> None:
+    core = recovered(export_dir=tmp_path / "exports")
+    assert core.check_export("model").path == str(tmp_path / "exports" / "model")
+    assert not (tmp_path / "exports").exists()
+
+    (tmp_path / "exports" / "model").mkdir(parents=True)
+    with pytest.raises(InvalidRequest, match=f"is there already and is no export, for it holds no {MARK}"):
+        core.check_export("model")
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+def test_an_export_needs_nothing_of_the_models_folder(
+    own_model: Path, recovered: Any, lora: LoraSettings | None
+) -> None:
+    core = recovered(model=str(own_model), lora=lora)
+    shutil.rmtree(own_model)
+    export = core.export("model")
+    transformers.AutoModelForCausalLM.from_pretrained(export.path)
+    transformers.AutoTokenizer.from_pretrained(export.path)
+
+
+def test_an_export_of_adapters_holds_the_merged_model(model: Path, config: Configure, tmp_path: Path) -> None:
+    policy = Policy(config(lora=LoraSettings(rank=2)), World(torch.device("cpu")))
+    with torch.no_grad():
+        for _, parameter in policy.trained():
+            parameter.add_(0.1)
+    policy.save(str(tmp_path / "out"))
+    saved = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    weights = policy.weights()
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(saved[name].detach(), torch.from_numpy(each.array)) for name, each in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), BackendDown, "version 0 cannot be exported to export_dir"),
+        (OSError(errno.EACCES, "Permission denied"), BackendDown, "Permission denied. Restore the permission"),
+        (ValueError("a defect in saving"), PoiseError, "version 0 cannot be exported: ValueError: a defect in saving"),
+    ],
+)
+def test_an_export_that_fails_says_what_happened_and_leaves_nothing(
+    recovered: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[PoiseError],
+    said: str,
+) -> None:
+    core = recovered(export_dir=tmp_path / "exports")
+
+    def fail(policy: Policy, folder: str) -> None:
+        Path(folder).mkdir()
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Policy, "save", fail)
+        with pytest.raises(kind, match=said):
+            core.export("model")
+    assert not list((tmp_path / "exports").iterdir())
+    assert not core.failure
+    core.export("model")
+
+
+def test_an_export_that_lost_its_group_restarts_the_learner(recovered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = recovered()
+
+    def fail(policy: Policy, folder: str) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Policy, "save", fail)
+    monkeypatch.setattr("poise.learner.trainer.Trainer.is_one_of_several", True)
+    with pytest.raises(BackendDown, match="a process of the learner's group was lost: Connection closed") as raised:
+        core.export("model")
+    assert "The learner restarts from its checkpoint and journal" in raised.value.remedy
+    assert core.failure
+
+
+def test_generation_settings_are_read_as_a_log_says(own_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    (own_model / "generation_config.json").write_text('{"eos_token_id": [2, 3], "top_k": 7}')
+    config, repairs = load_generation_config(str(own_model), transformers.GenerationConfig)
+    assert config is not None
+    assert config.eos_token_id == [2, 3]
+    assert repairs.endswith("exports leave out: top_k 7. Training does not use them; correct the file to keep them")

@@ -1,0 +1,52 @@
+"""`poise status` tells a process that starts from one that died, and from one that nobody started."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from poise.local.supervisor import process_state
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Path]:
+    """A folder that a supervisor holds."""
+    with (tmp_path / "supervisor.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path
+
+
+def note_pid(folder: Path, created: float) -> None:
+    (folder / "pids.json").write_text(json.dumps({"learner": [os.getpid(), created]}))
+
+
+def test_a_process_that_runs_is_starting(supervised: Path) -> None:
+    note_pid(supervised, psutil.Process().create_time())
+    state = process_state(supervised, "learner", Path("learner.log"))
+    assert state.startswith(("starting, ", "runs, and does not answer, "))
+    assert state.endswith(" s; its log: learner.log")
+
+
+@pytest.mark.parametrize("pids", ["{}", "{not json", '{"learner": [999999999, 0]}', '{"learner": []}', "[]"])
+def test_a_process_that_is_gone_died(supervised: Path, pids: str) -> None:
+    (supervised / "pids.json").write_text(pids)
+    state = process_state(supervised, "learner", Path("learner.log"))
+    assert state == "died, and is started again; its log: learner.log"
+
+
+def test_a_number_that_another_process_has_now_is_no_sign_of_life(supervised: Path) -> None:
+    note_pid(supervised, 0.0)
+    assert process_state(supervised, "learner", Path("learner.log")).startswith("died")
+
+
+def test_without_a_supervisor_nothing_is_up(tmp_path: Path) -> None:
+    assert process_state(tmp_path, "learner", Path("learner.log")) == "is not up; start it with `poise up`"
+    (tmp_path / "supervisor.lock").touch()
+    note_pid(tmp_path, psutil.Process().create_time())
+    assert process_state(tmp_path, "learner", Path("learner.log")) == "is not up; start it with `poise up`"
