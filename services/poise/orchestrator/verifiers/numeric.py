@@ -10,7 +10,7 @@ import logging
 import re
 from fractions import Fraction
 
-from poise.orchestrator.verifiers.numbers.arithmetic import inexact
+from poise.orchestrator.verifiers.numbers.arithmetic import CONTEXT, inexact
 from poise.orchestrator.verifiers.numbers.extraction import MAX_CHARS, answer_values, response_values
 from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value, same
 from poise.orchestrator.verifiers.parts import after_hashes, final_part, last_box
@@ -18,6 +18,8 @@ from poise.orchestrator.verifiers.score import Score
 
 _MAX_BARE_FORMULA = 300
 """Longest response that is tried as one formula, though no delimiters mark it."""
+_SHOWN_ITEMS = 8
+_SHOWN_EXACTLY = 10**18
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|ln|log|exp|pi)(?![A-Za-z])")
 _ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _EXPONENT = re.compile(r"(?:\*\*|\^)\s*(-?\w{2,}|-\w|\([^()]*\))")
@@ -102,24 +104,17 @@ def _latex(formula: str) -> str:
 
 def _text(value: Value) -> str:
     """Return a value for people."""
-    if isinstance(value, Group):
-        opener, closer = value.kind if len(value.kind) == 2 else "{}"
-        return opener + ", ".join(map(_text, value.items[:8])) + closer
-    assert isinstance(value, Number)
-    number = value.value
-    if isinstance(number, Fraction):
-        whole = number.denominator == 1 and abs(number) < 10**18
-        shown = str(number) if whole or max(abs(number.numerator), number.denominator) < 10**9 else f"{float_text(number)}"
-    else:
-        shown = float_text(number)
-    if value.unit is None:
-        return shown
-    quantity = " ".join(name if power == 1 else f"{name}^{power}" for name, power in value.unit.dimension)
-    return f"{shown} ({quantity or 'with a unit'})"
+    if isinstance(value, Number):
+        unit = value.unit
+        if unit is None:
+            return _digits(value.value)
+        quantity = " ".join(name if power == 1 else f"{name}^{power}" for name, power in unit.dimension)
+        return f"{_digits(value.value)} ({quantity or 'with a unit'})"
+    opener, closer = value.kind if len(value.kind) == 2 else "{}"
+    return opener + ", ".join(map(_text, value.items[:_SHOWN_ITEMS])) + closer
 
 
-def float_text(number: object) -> str:
-    """Return the first twelve digits of a value."""
-    from mpmath import nstr
-
-    return str(nstr(inexact(number), 12))
+def _digits(value: object) -> str:
+    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) < _SHOWN_EXACTLY:
+        return str(value)
+    return str(CONTEXT.nstr(inexact(value), 12))

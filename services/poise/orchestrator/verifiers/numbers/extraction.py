@@ -15,9 +15,15 @@ from poise.orchestrator.verifiers.numbers.units import OTHER
 MAX_CHARS = 4000
 """Longest text that is read as a value; of a longer one, the end is searched."""
 
-_ANCHOR = re.compile(r"(?:answer|result|solution)s?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?!\s*not\b)", re.IGNORECASE)
-_LABEL = re.compile(r"\s*(?:(?:the\s+)?(?:final\s+)?(?:answer|result)s?\s*(?:is|are|:|=)+|it\s+is|it's)\s*", re.IGNORECASE)
-_UNIT_WORDS = re.compile(r"(?!(?:or|and|to|plus|minus|times|if|when|mod|than|x)\b)[A-Za-z][A-Za-z'/ -]*[A-Za-z]|\([A-Za-z ]*\)")
+_ANCHOR = re.compile(
+    r"(?:answer|result|solution)s?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?!\s*not\b)", re.IGNORECASE
+)
+_LABEL = re.compile(
+    r"\s*(?:(?:the\s+)?(?:final\s+)?(?:answer|result)s?\s*(?:is|are|:|=)+|it\s+is|it's)\s*", re.IGNORECASE
+)
+_UNIT_WORDS = re.compile(
+    r"(?!(?:or|and|to|plus|minus|times|if|when|mod|than|x)\b)[A-Za-z][A-Za-z'/ -]*[A-Za-z]|\([A-Za-z ]*\)"
+)
 _BULLET = re.compile(r"^[ \t]*(?:[-+*][ \t]+|\d{1,2}[.)][ \t]+(?=\S))(?=\S)", re.MULTILINE)
 _START = re.compile(rf"[\d.+\-(\[{{\\√π∞|±{SET_OPEN}{DOLLAR}€£¥₹A-Za-z]")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -25,7 +31,19 @@ _WORD = re.compile(r"[A-Za-z]+")
 _OPERATOR_AFTER = re.compile(r"\s*(?:[=^*/+<>≤≥]|-(?=\s|\d))|\(")
 _DIGITS = re.compile(r"[\d.:]*\d")
 _CONTINUED = re.compile(r"[:.]\d|\d")
-_VALUE_WORDS = FUNCTIONS | {"pi", "inf", "infinity", "Infinity", "oo", "math", "np", "numpy", "arcsin", "arccos", "arctan"}
+_VALUE_WORDS = FUNCTIONS | {
+    "pi",
+    "inf",
+    "infinity",
+    "Infinity",
+    "oo",
+    "math",
+    "np",
+    "numpy",
+    "arcsin",
+    "arccos",
+    "arctan",
+}
 
 
 def answer_values(answer: str) -> list[Value]:
@@ -85,11 +103,8 @@ def _whole(text: str, style: Style) -> Value | None:
 def _in_prose(text: str, style: Style, lists: bool) -> Value | None:
     """Return the value after the last "answer is", else the last one."""
     text = _BULLET.sub(lambda match: " " * len(match[0]), text) if "\n" in text else text
-    anchor = None
-    for anchor in _ANCHOR.finditer(text):
-        pass
-    if anchor is not None:
-        after = next(_search(text, anchor.end(), style, lists), None)
+    if anchors := list(_ANCHOR.finditer(text)):
+        after = next(_search(text, anchors[-1].end(), style, lists), None)
         if after is not None and is_numeric(after):
             return after
     last = None

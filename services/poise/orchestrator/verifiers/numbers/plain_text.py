@@ -61,8 +61,18 @@ _COMMANDS = (
     (re.compile(r"\\neq?(?![A-Za-z])"), "≠"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\lvert(?![A-Za-z])|\\rvert(?![A-Za-z])|\\[mM]id(?![A-Za-z])"), "|"),
-    (re.compile(r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|mbox|operatorname|rm|bf|boldsymbol)\*?\s*\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\(?=(?:sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|min|max)(?![a-z]))"), ""),
+    (
+        re.compile(
+            r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|mbox|operatorname|rm|bf|boldsymbol)\*?\s*\{([^{}]*)\}"
+        ),
+        r" \1 ",
+    ),
+    (
+        re.compile(
+            r"\\(?=(?:sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|min|max)(?![a-z]))"
+        ),
+        "",
+    ),
 )
 
 

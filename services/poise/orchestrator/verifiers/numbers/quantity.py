@@ -56,9 +56,11 @@ def same(left: Value, right: Value) -> bool:
         return _same_groups(left, right)
     if isinstance(left, Number) and isinstance(right, Number):
         return is_numeric(left) and is_numeric(right) and _same_numbers(left, right)
-    group, other = (left, right) if isinstance(left, Group) else (right, left)
-    assert isinstance(group, Group)
-    return group.kind in ("list", "set") and len(group.items) == 1 and same(group.items[0], other)
+    if isinstance(right, Group):
+        left, right = right, left
+    return (
+        isinstance(left, Group) and len(left.items) == 1 and left.kind in ("list", "set") and same(left.items[0], right)
+    )
 
 
 def _same_groups(left: Group, right: Group) -> bool:
@@ -81,12 +83,13 @@ def _same_groups(left: Group, right: Group) -> bool:
 def _same_numbers(left: Number, right: Number) -> bool:
     if left.unit == right.unit:
         return _close(left, right)
-    if None in (left.unit, right.unit) or OTHER in (left.unit, right.unit):
+    if left.unit is None or right.unit is None or OTHER in (left.unit, right.unit):
         if _close(left, right):
             return not _is_share_of_one(left, right)
         return OTHER not in (left.unit, right.unit) and _close(_without_factor(left), _without_factor(right))
-    assert left.unit is not None and right.unit is not None
-    return left.unit.dimension == right.unit.dimension and _close(_in_base(left), _in_base(right))
+    return left.unit.dimension == right.unit.dimension and _close(
+        _in_base(left, left.unit), _in_base(right, right.unit)
+    )
 
 
 def _is_share_of_one(left: Number, right: Number) -> bool:
@@ -95,13 +98,12 @@ def _is_share_of_one(left: Number, right: Number) -> bool:
     return share is not None and bool(0 < abs(share.value) <= 1)
 
 
-def _in_base(number: Number) -> Number:
-    assert number.unit is not None
-    return Number(multiply(number.value, number.unit.factor))
+def _in_base(number: Number, unit: Unit) -> Number:
+    return Number(multiply(number.value, unit.factor))
 
 
 def _without_factor(number: Number) -> Number:
-    return _in_base(number) if number.unit is not None and number.unit.is_factor else number
+    return _in_base(number, number.unit) if number.unit is not None and number.unit.is_factor else number
 
 
 def _close(left: Number, right: Number) -> bool:

@@ -27,17 +27,26 @@ _GROUPED = re.compile(
 _EUROPEAN = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(?:\d{1,3}(?:[. ]\d{3})++|\d++),\d++(?!\d|,\d|\.\d)")
 _DOTTED = re.compile(r"\d{1,3}(?:\.\d{3}){2,}+(?![\d.]\d|\d)")
 _PLAIN = re.compile(r"(?:\d++(?:\.\d*+)?|\.\d++)" + _EXPONENT)
-_MIXED = re.compile(r"(?: +|(?= *\\frac))(?:(\d{1,6}) */ *(\d{1,6})|\\frac *\{ *(\d{1,6}) *\} *\{ *(\d{1,6}) *\}|\\frac *(\d) *(\d))(?![\d.^!])")
+_MIXED = re.compile(
+    r"(?: +|(?= *\\frac))"
+    r"(?:(\d{1,6}) */ *(\d{1,6})|\\frac *\{ *(\d{1,6}) *\} *\{ *(\d{1,6}) *\}|\\frac *(\d) *(\d))(?![\d.^!])"
+)
 _SCALE = re.compile(r" *(hundred|thousand|million|billion|trillion)s?(?![A-Za-z])")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD = re.compile(r"[A-Za-z]+|[α-ωΑ-Ω]")
 _MODULE = re.compile(r"(?:math|np|numpy|cmath|sympy)\.(?=[A-Za-z])")
-_FUNCTION_NAMES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ceiling": "ceil", "log_2": "log2", "log_10": "log10"}
+_FUNCTION_NAMES = {
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "ceiling": "ceil",
+    "log_2": "log2",
+    "log_10": "log10",
+}
 _INFINITIES = ("inf", "infinity", "Infinity", "INF", "oo", "Inf")
 _SPACE = re.compile(r"\s*")
-_COMPARED = re.compile(r"\s*(?:<=|>=|!=|≤|≥|≠|<|>|∈|\\in(?![a-z]))")
+_RELATION = re.compile(r"\s*(?:<=|>=|!=|==?|≤|≥|≠|<|>|∈|\\in(?![a-z]))")
 _LIST_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)?|and|or)(?=[\s\d(+.\\-])", re.IGNORECASE)
-_EQUALS = re.compile(r"\s*==?")
 _MULTIPLIED = re.compile(r"//|/|\*(?!\*)")
 _RAISED = re.compile(r"\s*(?:\*\*|\^)\s*")
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])")
@@ -48,8 +57,9 @@ _BARE_FACTOR = re.compile(r"(?=π|\\frac|pi(?![A-Za-z]))|\s*/\s*(?=\d)")
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]{0,40}\}|\w)|'+")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi"
-    " psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
+    {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"}
+    | {"mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "ell"}
+    | {"Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega"}
 )
 _CLOSERS = {"(": ")]", "[": ")]", SET_OPEN: SET_CLOSE, "{": "}"}
 _IMPLICIT = re.compile(r"\s*(?=\\sqrt|\\frac|π|√|∞|(?:sqrt|pi|sin|cos|tan|ln|log|exp)(?![A-Za-z]))|(?=[({A-Za-zα-ω\\])")
@@ -88,7 +98,7 @@ class Reader:
             items = [value]
             while lists and (separator := _LIST_SEPARATOR.match(self._text, end)):
                 try:
-                    item, end = self._relation(_SPACE.match(self._text, separator.end()).end())  # type: ignore[union-attr]  # matches always
+                    item, end = self._relation(self._skip(separator.end()))
                 except Unreadable:
                     break
                 items.append(item)
@@ -101,17 +111,15 @@ class Reader:
     def _relation(self, position: int) -> tuple[Value, int]:
         value, end = self._union(position)
         while True:
-            equals = _EQUALS.match(self._text, end)
-            compared = _COMPARED.match(self._text, end)
-            if not equals and not compared:
+            sign = _RELATION.match(self._text, end)
+            if not sign:
                 return value, end
-            sign = equals or compared
-            assert sign is not None
+            is_equation = not sign[0].strip().strip("=")
             try:
                 right, end = self._union(self._skip(sign.end()))
             except Unreadable:
-                return (value, end) if equals else (Number(None), sign.end())
-            if compared:
+                return (value, end) if is_equation else (Number(None), sign.end())
+            if not is_equation:
                 value = Number(None)
             elif not _is_symbolic(right) or _is_symbolic(value):
                 value = right
@@ -244,7 +252,9 @@ class Reader:
             return _decimal(match[0].replace(".", ""), 0), match.end()
         match = _GROUPED.match(text, position)
         if match and (match["comma"] is None or (style == "thousands" and not match[0].startswith("0"))):
-            digits = re.sub(r"[ ,'_]", "", match[0][: match.start("exponent") - match.start()] if match["exponent"] else match[0])
+            digits = re.sub(
+                r"[ ,'_]", "", match[0][: match.start("exponent") - match.start()] if match["exponent"] else match[0]
+            )
             return _decimal(digits, int((match["exponent"] or "e0")[1:])), match.end()
         match = _PLAIN.match(text, position)
         if not match:

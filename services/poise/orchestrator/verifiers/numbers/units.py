@@ -33,27 +33,38 @@ OTHER = Unit()
 _NAMES: dict[str, dict[str, str | int]] = {
     # base quantity: names and symbols, size in the base unit
     "length": {
-        "m meter meters metre metres": 1, "km kilometer kilometers kilometre kilometres": 1000,
+        "m meter meters metre metres": 1,
+        "km kilometer kilometers kilometre kilometres": 1000,
         "cm centimeter centimeters centimetre centimetres": "1/100",
         "mm millimeter millimeters millimetre millimetres": "1/1000",
         "μm um micrometer micrometers micrometre micrometres microns": "1/1000000",
         "nm nanometer nanometers nanometre nanometres": "1/1000000000",
-        "inch inches": "254/10000", "ft foot feet": "3048/10000", "yd yard yards": "9144/10000",
+        "inch inches": "254/10000",
+        "ft foot feet": "3048/10000",
+        "yd yard yards": "9144/10000",
         "mi mile miles": "1609344/1000",
     },
     "mass": {
-        "kg kilogram kilograms": 1, "g gram grams": "1/1000", "mg milligram milligrams": "1/1000000",
-        "tonne tonnes": 1000, "lb lbs pound pounds": "45359237/100000000",
+        "kg kilogram kilograms": 1,
+        "g gram grams": "1/1000",
+        "mg milligram milligrams": "1/1000000",
+        "tonne tonnes": 1000,
+        "lb lbs pound pounds": "45359237/100000000",
         "oz ounce ounces": "45359237/1600000000",
     },
     "time": {
-        "s sec secs second seconds": 1, "ms millisecond milliseconds": "1/1000",
-        "min mins minute minutes": 60, "h hr hrs hour hours": 3600, "day days": 86400, "week weeks": 604800,
+        "s sec secs second seconds": 1,
+        "ms millisecond milliseconds": "1/1000",
+        "min mins minute minutes": 60,
+        "h hr hrs hour hours": 3600,
+        "day days": 86400,
+        "week weeks": 604800,
     },
     "month": {"month months": 1, "year years yr yrs": 12},
     "volume": {
-        "l L liter liters litre litres": 1, "ml mL milliliter milliliters millilitre millilitres": "1/1000",
-        "gallon gallons": "3785411784/1000000000",
+        "l L liter liters litre litres": "1/1000",
+        "ml mL milliliter milliliters millilitre millilitres": "1/1000000",
+        "gallon gallons": "3785411784/1000000000000",
     },
     "dollar": {"＄ dollar dollars USD usd": 1, "¢ cent cents": "1/100"},
     "euro": {"€ euro euros EUR": 1},
@@ -68,12 +79,14 @@ _NAMES: dict[str, dict[str, str | int]] = {
     "hertz": {"Hz hertz": 1, "kHz": 1000, "MHz": 1000000},
     "volt": {"V volt volts": 1},
 }
+_BASE = {"volume": (("length", 3),)}
+"""Quantities that are measured in powers of others."""
 CURRENCIES = "＄€£¥₹"
 
 
 def _table() -> dict[str, Unit]:
     units = {
-        name: Unit((("length", 3),), Fraction(size) / 1000) if quantity == "volume" else Unit(((quantity, 1),), Fraction(size))
+        name: Unit(_BASE.get(quantity, ((quantity, 1),)), Fraction(size))
         for quantity, sizes in _NAMES.items()
         for names, size in sizes.items()
         for name in names.split()
@@ -87,40 +100,32 @@ def _table() -> dict[str, Unit]:
 
 UNITS = _table()
 
-_WORD = r"(?:°[CF](?![A-Za-z])|[%‰°¢＄€£¥₹]|[A-Za-zμ]+)"
-_PART = re.compile(rf"\s*(?:(per\s+|/\s*)?(?:(square|cubic|sq)\s+)?({_WORD})\s*(?:\^?\s*[({{]?\s*(-?[1-9])(?!\d)\s*[)}}]?)?)")
-_POWERS = {"square": 2, "sq": 2, "cubic": 3}
+_NAME = r"(?:°[CF](?![A-Za-z])|[%‰°¢＄€£¥₹]|[A-Za-zμ]+)"
+_POWER = r"\s*\^\s*[({]?\s*(?P<power>-?[1-9])(?!\d)\s*[)}]?"
+_PART = re.compile(rf"\s*(?P<per>per\s+|/\s*)?(?:(?P<word>square|cubic|sq)\s+)?(?P<name>{_NAME})(?:{_POWER})?")
+_POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
+_MAX_PARTS = 4
 
 
 @lru_cache(maxsize=1024)
 def read_unit(text: str) -> tuple[Unit, int] | None:
-    """Return the unit at the start of `text` and its length; None where no known unit is there."""
-    dimension: dict[str, int] = {}
+    """Return the unit at the start of `text`, such as `km/h`, and its length; None where no known unit is there."""
+    powers: dict[str, int] = {}
     factor: Any = Fraction(1)
-    found: Unit | None = None
-    position = num_parts = 0
-    while num_parts < 4 and (match := _PART.match(text, position)):
-        per, power_word, word, exponent = match.groups()
-        unit = UNITS.get(word)
-        if unit is None or (num_parts and not per and not text[position:match.start(3)].strip(" ") == ""):
+    end = 0
+    for _ in range(_MAX_PARTS):
+        part = _PART.match(text, end)
+        unit = part and UNITS.get(part["name"])
+        if not part or not unit or bool(part["per"]) != bool(end) or (end and unit.is_factor):
             break
-        if num_parts and (unit.is_factor or (found is not None and found.is_factor)):
-            break
-        if not num_parts and per:
-            break
-        end = match.end()
-        power = int(exponent) if exponent else 1
-        power *= _POWERS.get(power_word or "", 1)
         if unit.is_factor:
-            return (unit, match.end(3))
-        if per:
-            power = -power
+            return unit, part.end("name")
+        power = int(part["power"] or 1) * _POWER_WORDS.get(part["word"], 1) * (-1 if part["per"] else 1)
         for quantity, own in unit.dimension:
-            dimension[quantity] = dimension.get(quantity, 0) + own * power
+            powers[quantity] = powers.get(quantity, 0) + own * power
         factor *= unit.factor**power
-        found, position = unit, end
-        num_parts += 1
-    if found is None:
+        end = part.end()
+    if not end:
         return None
-    powers = tuple(sorted((quantity, power) for quantity, power in dimension.items() if power))
-    return Unit(powers, factor), len(text[:position].rstrip())
+    dimension = tuple(sorted((quantity, power) for quantity, power in powers.items() if power))
+    return Unit(dimension, factor), end
