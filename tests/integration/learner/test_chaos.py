@@ -22,6 +22,7 @@ from tests.integration.learner.live_replicas import (
 )
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 
+from poise.errors import BackendDown
 from poise.learner.config import PushConfig
 from poise.learner.published import Published
 from poise.learner.publishing.publisher import Publisher
@@ -73,7 +74,7 @@ async def watch(replicas: list[LiveReplica], versions: list[Published], seen: li
     by_values[await replicas[0].serves()] = AS_LOADED
     while True:
         for i, replica in enumerate(replicas):
-            with contextlib.suppress(RuntimeError, AttributeError):  # it is restarting
+            with contextlib.suppress(BackendDown, AttributeError):  # it stops, or has yet to load its model
                 served = await replica.serves()
                 assert served in by_values, f"replica {i} serves a mix"
                 seen[i].add(by_values[served])
