@@ -30,6 +30,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _WORD = re.compile(r"[A-Za-z]+")
 _OPERATOR_AFTER = re.compile(r"\s*(?:[=^*/+<>≤≥]|-(?=\s|\d))|\(")
 _DIGITS = re.compile(r"[\d.:]*\d")
+_SIGNS = re.compile(r"[-+±]+")
 _CONTINUED = re.compile(r"[:.]\d|\d")
 _VALUE_WORDS = FUNCTIONS | {
     "pi",
@@ -125,8 +126,8 @@ def _search(text: str, position: int, style: Style, lists: bool) -> Iterator[Val
         try:
             value, end = reader.value(position, lists=lists)
         except Unreadable:
-            digits = _DIGITS.match(text, position)
-            position = digits.end() if digits else word.end() if word else position + 1
+            skipped = _DIGITS.match(text, position) or word or _SIGNS.match(text, position)
+            position = skipped.end() if skipped else position + 1
             continue
         position = max(end, position + 1)
         if _CONTINUED.match(text, end):  # a time of day, a version

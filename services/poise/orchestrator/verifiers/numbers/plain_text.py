@@ -33,7 +33,7 @@ _CHARACTERS = {
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾]+")
 _DASH_AS_RANGE = re.compile(r"(?<=\d)\s*–\s*(?=\d)")
 _TIMES = re.compile(r"(\b0)?(?<=\d)(\s*)[xX](\s*)(?=[\d(])")
-_BOLD = re.compile(r"(?<![\w)\]}*])(\*\*?|__?)(?=[^\s*_])([^*_\n]+)\1(?![\w(*])")
+_BOLD = re.compile(r"(?<![\w)\]}*])(\*\*?|__?)(?=[^\s*_])([^*_\n]{1,80})\1(?![\w(*])")
 
 _COMMANDS = (
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?"), ""),

@@ -13,7 +13,11 @@ from poise.orchestrator.verifiers.numbers.plain_text import SET_CLOSE, SET_OPEN
 from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value
 from poise.orchestrator.verifiers.numbers.units import CURRENCIES, OTHER, PERCENT, UNITS, Unit, read_unit
 
-_MAX_DEPTH = 40
+_MAX_DEPTH = 60
+_MAX_SIGNS = 3
+"""In a row, as in `2--3`."""
+_MAX_STEPS = 10_000
+"""Values that one reader reads: far more than an answer has, and reached within a second."""
 
 _RADIX = re.compile(r"0[xX][0-9a-fA-F]+(?!\w)|0[bB][01]+(?!\w)|0[oO][0-7]+(?!\w)")
 _EXPONENT = r"(?P<exponent>[eE][+-]?\d+(?![\d.]*[A-Za-z]))?"
@@ -86,6 +90,7 @@ class Reader:
         self._text = text
         self._style = style
         self._depth = 0
+        self._num_steps = 0
 
     def value(self, position: int, *, lists: bool) -> tuple[Value, int]:
         """Read the longest value at a position, with its unit; `lists` also reads what commas, `and`, `or` separate.
@@ -133,24 +138,18 @@ class Reader:
         return (value if len(parts) == 1 else Group("union", tuple(parts))), end
 
     def _sum(self, position: int) -> tuple[Value, int]:
-        self._depth += 1
-        try:
-            if self._depth > _MAX_DEPTH:
-                raise Unreadable("nested too deeply")
-            if self._text.startswith("±", position):
-                value, end = self._product(self._skip(position + 1))
-                return _plus_minus(Number(Fraction(0)), value), end
-            value, end = self._product(position)
-            while (sign := self._text[(at := self._skip(end)) : at + 1]) and sign in "+-±":
-                try:
-                    term, after = self._product(self._skip(at + 1))
-                except Unreadable:
-                    break
-                end = after
-                value = _plus_minus(value, term) if sign == "±" else _combine(value, term, sign)
-            return value, end
-        finally:
-            self._depth -= 1
+        if self._text.startswith("±", position):
+            value, end = self._product(self._skip(position + 1))
+            return _plus_minus(Number(Fraction(0)), value), end
+        value, end = self._product(position)
+        while (sign := self._text[(at := self._skip(end)) : at + 1]) and sign in "+-±":
+            try:
+                term, after = self._product(self._skip(at + 1))
+            except Unreadable:
+                break
+            end = after
+            value = _plus_minus(value, term) if sign == "±" else _combine(value, term, sign)
+        return value, end
 
     def _product(self, position: int) -> tuple[Value, int]:
         value, end = self._signed(position)
@@ -178,13 +177,24 @@ class Reader:
 
     def _signed(self, position: int) -> tuple[Value, int]:
         negative = False
-        while self._text[position : position + 1] in ("+", "-"):
+        for _ in range(_MAX_SIGNS):
+            if self._text[position : position + 1] not in ("+", "-"):
+                break
             negative ^= self._text[position] == "-"
             position = self._skip(position + 1)
         value, end = self._power(position)
         return (_negated(value) if negative else value), end
 
     def _power(self, position: int) -> tuple[Value, int]:
+        self._depth += 1
+        try:
+            if self._depth > _MAX_DEPTH:
+                raise Unreadable("nested too deeply")
+            return self._raised(position)
+        finally:
+            self._depth -= 1
+
+    def _raised(self, position: int) -> tuple[Value, int]:
         value, end = self._postfixed(position)
         sign = _RAISED.match(self._text, end)
         if not sign:
@@ -216,6 +226,9 @@ class Reader:
     # Atoms
 
     def _atom(self, position: int) -> tuple[Value, int]:
+        self._num_steps += 1
+        if self._num_steps > _MAX_STEPS:
+            raise Unreadable("the text has too many values")
         text = self._text
         character = text[position : position + 1]
         if character in CURRENCIES and character:
@@ -232,7 +245,7 @@ class Reader:
             end = self._expect("|", end)
             return _apply(arithmetic.magnitude, _plain(value)), end
         if character == "√":
-            value, end = self._atom(self._skip(position + 1))
+            value, end = self._power(self._skip(position + 1))
             return _apply(lambda of: arithmetic.power(of, Fraction(1, 2)), _plain(value)), end
         if character in ("π", "∞"):
             return Number(+CONTEXT.pi if character == "π" else CONTEXT.inf), position + 1
