@@ -42,7 +42,7 @@ def score_numeric(response: str, answer: str) -> Score:
         return Score(0.0, f"the box has more than {MAX_CHARS} characters")
     golds = answer_values(wanted)
     if golds:
-        found = response_values(given, lists=isinstance(golds[0], Group))
+        found = response_values(given, boxed=box is not None, lists=isinstance(golds[0], Group))
         if found:
             is_right = any(same(gold, value) for gold in golds for value in found)
             return Score(float(is_right), f"the response gives {_text(found[0])}, the answer is {_text(golds[0])}")

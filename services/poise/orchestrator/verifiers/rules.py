@@ -33,15 +33,18 @@ RULE_NAMES = ("exact", "numeric", "regex")
 _TUPLE = "__tuple__"
 _TRIMMED = " \t\r\n\f\v.\"'!"
 _NAMES_TAG = re.compile(r"<\W*(?:think|answer)|(?:think|answer)\W*>", re.IGNORECASE)
+_BOXED = re.compile(r"\$*\s*\\boxed\s*\{(?:\s*\\text\s*\{([^{}]*)\}\s*|([^{}]*))\}\s*\$*[.]?")
+_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*+(?!\d))")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def exact(response: str, answer: Answer) -> Score:
-    """Return 1 where the final part is the answer, whatever its case, surrounding spaces, quotes, full stops and bangs.
+    r"""Return 1 where the final part is the answer, whatever its case and surrounding punctuation.
 
-    An answer that is a number is also matched by another decimal notation of that number, such as 5.0 for 5.
+    A final part that is one `\boxed{…}` counts as what it contains. An answer that is a number is also matched by
+    another decimal notation of that number, such as 5.0 for 5.
     """
-    said = final_part(response).strip(_TRIMMED)
+    said = _unboxed(final_part(response)).strip(_TRIMMED)
     wanted = answer_text(answer).strip(_TRIMMED)
     is_same = said.casefold() == wanted.casefold() or (not isinstance(answer, str) and _same_decimal(said, wanted))
     return Score(float(is_same), f"the final answer is {said[:80]!r}, the right one {wanted[:80]!r}")
@@ -219,9 +222,15 @@ def _with_thought(response: str, problem: Problem) -> str:
     return f"<think>{response}" if opens else response
 
 
+def _unboxed(said: str) -> str:
+    """Return what a text that is one box contains; any other text as it is."""
+    box = _BOXED.fullmatch(said)
+    return said if box is None else box[1] or box[2] or ""
+
+
 def _same_decimal(said: str, wanted: str) -> bool:
     """Whether two texts are decimal notations of one number."""
-    decimals = [text.replace("\u2212", "-") for text in (said, wanted)]
+    decimals = [_GROUP_COMMA.sub("", text.replace("\u2212", "-")) for text in (said, wanted)]
     return all(map(_DECIMAL.fullmatch, decimals)) and Decimal(decimals[0]) == Decimal(decimals[1])
 
 

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 
 from poise.orchestrator.verifiers.numbers.arithmetic import FUNCTIONS
 from poise.orchestrator.verifiers.numbers.plain_text import DOLLAR, SET_OPEN, plain_text
-from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value, is_numeric
+from poise.orchestrator.verifiers.numbers.quantity import Number, Value, is_numeric
 from poise.orchestrator.verifiers.numbers.reader import Reader, Style, Unreadable
 from poise.orchestrator.verifiers.numbers.units import OTHER
 
 MAX_CHARS = 4000
 """Longest text that is read as a value; of a longer one, the end is searched."""
 
+_COMMAS = ("thousands", "list", "decimal")
+"""What a comma between digits may be, the most likely first."""
 _ANCHOR = re.compile(
     r"(?:answer|result|solution)s?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?!\s*not\b)", re.IGNORECASE
 )
@@ -25,11 +27,12 @@ _UNIT_WORDS = re.compile(
     r"(?!(?:or|and|to|plus|minus|times|if|when|mod|than|x)\b)[A-Za-z][A-Za-z'/ -]*[A-Za-z]|\([A-Za-z ]*\)"
 )
 _BULLET = re.compile(r"^[ \t]*(?:[-+*][ \t]+|\d{1,2}[.)][ \t]+(?=\S))(?=\S)", re.MULTILINE)
-_START = re.compile(rf"[\d.+\-(\[{{\\√π∞|±{SET_OPEN}{DOLLAR}€£¥₹A-Za-z]")
+_START = re.compile(rf"[\d.+\-(\[{{\\√π∞∅|±{SET_OPEN}{DOLLAR}€£¥₹A-Za-z]")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _WORD = re.compile(r"[A-Za-z]+")
 _OPERATOR_AFTER = re.compile(r"\s*(?:[=^*/+<>≤≥]|-(?=\s|\d))|\(")
 _DIGITS = re.compile(r"[\d.:]*\d")
+_COMMAND = re.compile(r"\\(?!frac)[A-Za-z]")
 _SIGNS = re.compile(r"[-+±]+")
 _CONTINUED = re.compile(r"[:.]\d|\d")
 _VALUE_WORDS = FUNCTIONS | {
@@ -52,22 +55,24 @@ def answer_values(answer: str) -> list[Value]:
     text = plain_text(answer[: MAX_CHARS + 1]).strip()
     if not text or len(text) > MAX_CHARS:
         return []
-    return _distinct(_whole(text, style) for style in _styles(text, ("thousands", "list")))
+    return _distinct(_whole(text, style) for style in _styles(text, _COMMAS))
 
 
-def response_values(text: str, *, lists: bool) -> list[Value]:
+def response_values(text: str, *, boxed: bool, lists: bool) -> list[Value]:
     """Return the readings of what the final part of a response gives.
 
     That is all of `text` where it is one value, else what follows the last "answer is", else the last value in it.
 
     Args:
         text: the final part, or what is in its box.
+        boxed: whether it is from a box, where a formula that is not read as a whole is not searched for parts.
         lists: whether prose is searched for lists such as `1, 2 and 3`.
     """
     text = plain_text(text[-MAX_CHARS:])
     bare = text.strip()
-    styles = list(_styles(text, ("thousands", "list", "decimal")))
-    return _distinct(_whole(bare, style) or _in_prose(text, style, lists) for style in styles)
+    styles = list(_styles(text, _COMMAS))
+    is_formula = boxed and _COMMAND.search(text) is not None
+    return _distinct(_whole(bare, style) or (None if is_formula else _in_prose(text, style, lists)) for style in styles)
 
 
 def _distinct(values: Iterator[Value | None]) -> list[Value]:
@@ -145,6 +150,3 @@ def _begins_value(text: str, position: int) -> bool:
     if word[0] in _VALUE_WORDS:
         return True
     return len(word[0]) == 1 and bool(_OPERATOR_AFTER.match(text, word.end()))
-
-
-__all__ = ["MAX_CHARS", "Group", "answer_values", "response_values"]

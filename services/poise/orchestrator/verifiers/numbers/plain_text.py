@@ -32,7 +32,7 @@ _CHARACTERS = {
 }
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾]+")
 _DASH_AS_RANGE = re.compile(r"(?<=\d)\s*–\s*(?=\d)")
-_TIMES = re.compile(r"(\b0)?(?<=\d)(\s*)[xX](\s*)(?=[\d(])")
+_TIMES = re.compile(r"((?<![\d.,])0)?(?<=\d)(\s*)[xX](\s*)(?=[\d(])")
 _BOLD = re.compile(r"(?<![\w)\]}*])(\*\*?|__?)(?=[^\s*_])([^*_\n]{1,80})\1(?![\w(*])")
 
 _COMMANDS = (
@@ -47,6 +47,10 @@ _COMMANDS = (
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\\\$|\\textdollar(?![A-Za-z])"), DOLLAR),
     (re.compile(r"\\_"), "_"),
+    (re.compile(r"\\(?:emptyset|varnothing)(?![A-Za-z])"), "∅"),
+    (re.compile(r"\\in(?![A-Za-z])"), "∈"),
+    (re.compile(r"\bper cent\b"), "%"),
+    (re.compile(r"(?:\bdegrees?\s+|(?<=\d)°\s+)(?:(C)(?:elsius)?|(F)(?:ahrenheit)?)\b"), r"°\1\2"),
     (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])"), "*"),
     (re.compile(r"\\(?:div)(?![A-Za-z])"), "/"),
     (re.compile(r"\\(?:approx|simeq|cong|equiv|doteq)(?![A-Za-z])"), "="),
@@ -85,7 +89,7 @@ def plain_text(text: str) -> str:
         text = pattern.sub(plain, text)
     text = _dollars(text).replace("`", " ")
     text = _BOLD.sub(r" \2 ", text)
-    return _TIMES.sub(lambda match: match[0] if match[1] and not match[2] else "*", text)
+    return _TIMES.sub(lambda match: match[0] if match[1] and not match[2] else f"{match[1] or ''}*", text)
 
 
 @lru_cache(maxsize=4096)

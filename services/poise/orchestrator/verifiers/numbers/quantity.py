@@ -87,9 +87,7 @@ def _same_numbers(left: Number, right: Number) -> bool:
         if _close(left, right):
             return not _is_share_of_one(left, right)
         return OTHER not in (left.unit, right.unit) and _close(_without_factor(left), _without_factor(right))
-    return left.unit.dimension == right.unit.dimension and _close(
-        _in_base(left, left.unit), _in_base(right, right.unit)
-    )
+    return left.unit.is_like(right.unit) and _close(_in_base(left, left.unit), _in_base(right, right.unit))
 
 
 def _is_share_of_one(left: Number, right: Number) -> bool:

@@ -49,7 +49,8 @@ _FUNCTION_NAMES = {
 }
 _INFINITIES = ("inf", "infinity", "Infinity", "INF", "oo", "Inf")
 _SPACE = re.compile(r"\s*")
-_RELATION = re.compile(r"\s*(?:<=|>=|!=|==?|≤|≥|≠|<|>|∈|\\in(?![a-z]))")
+_RELATION = re.compile(r"\s*(?:<=|>=|!=|==?|≤|≥|≠|<|>|∈)")
+_AND_PART = re.compile(r"\s+(?:and\s+)?(?=\d)")
 _LIST_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)?|and|or)(?=[\s\d(+.\\-])", re.IGNORECASE)
 _MULTIPLIED = re.compile(r"//|/|\*(?!\*)")
 _RAISED = re.compile(r"\s*(?:\*\*|\^)\s*")
@@ -91,6 +92,8 @@ class Reader:
         self._style = style
         self._depth = 0
         self._num_steps = 0
+        self._num_brackets = 0
+        """Open around the position."""
 
     def value(self, position: int, *, lists: bool) -> tuple[Value, int]:
         """Read the longest value at a position, with its unit; `lists` also reads what commas, `and`, `or` separate.
@@ -119,7 +122,7 @@ class Reader:
             sign = _RELATION.match(self._text, end)
             if not sign:
                 return value, end
-            is_equation = not sign[0].strip().strip("=")
+            is_equation = not sign[0].strip().strip("=∈")
             try:
                 right, end = self._union(self._skip(sign.end()))
             except Unreadable:
@@ -141,7 +144,7 @@ class Reader:
         if self._text.startswith("±", position):
             value, end = self._product(self._skip(position + 1))
             return _plus_minus(Number(Fraction(0)), value), end
-        value, end = self._product(position)
+        value, end = self._with_parts(*self._product(position))
         while (sign := self._text[(at := self._skip(end)) : at + 1]) and sign in "+-±":
             try:
                 term, after = self._product(self._skip(at + 1))
@@ -149,6 +152,18 @@ class Reader:
                 break
             end = after
             value = _plus_minus(value, term) if sign == "±" else _combine(value, term, sign)
+        return value, end
+
+    def _with_parts(self, value: Value, end: int) -> tuple[Value, int]:
+        """Add the smaller units after a quantity, as in `1 hour 30 minutes`."""
+        while isinstance(value, Number) and value.unit is not None and (part := _AND_PART.match(self._text, end)):
+            try:
+                smaller, after = self._postfixed(part.end())
+            except Unreadable:
+                break
+            if not isinstance(smaller, Number) or smaller.unit is None or not smaller.unit.is_part_of(value.unit):
+                break
+            value, end = _combine(value, smaller, "+"), after
         return value, end
 
     def _product(self, position: int) -> tuple[Value, int]:
@@ -249,6 +264,8 @@ class Reader:
             return _apply(lambda of: arithmetic.power(of, Fraction(1, 2)), _plain(value)), end
         if character in ("π", "∞"):
             return Number(+CONTEXT.pi if character == "π" else CONTEXT.inf), position + 1
+        if character == "∅":
+            return Group("set", ()), position + 1
         if character == "\\":
             return self._command(position)
         return self._word(position)
@@ -258,7 +275,7 @@ class Reader:
         if radix := _RADIX.match(text, position):
             return Number(Fraction(int(radix[0], 0))), radix.end()
         style = self._style.comma
-        if style == "decimal" and (match := _EUROPEAN.match(text, position)):
+        if style == "decimal" and not self._num_brackets and (match := _EUROPEAN.match(text, position)):
             whole, _, part = match[0].replace(".", "").replace(" ", "").partition(",")
             return _decimal(f"{whole}.{part}", 0), match.end()
         if match := _DOTTED.match(text, position):
@@ -286,6 +303,13 @@ class Reader:
         return _decimal(digits, int(exponent[1:]) if exponent else 0), end
 
     def _bracketed(self, position: int) -> tuple[Value, int]:
+        self._num_brackets += 1
+        try:
+            return self._items(position)
+        finally:
+            self._num_brackets -= 1
+
+    def _items(self, position: int) -> tuple[Value, int]:
         opener = self._text[position]
         items: list[Value] = []
         end = self._skip(position + 1)
@@ -490,6 +514,9 @@ def _combine(left: Value, right: Value, sign: str) -> Value:
     one, other = _as_number(left), _as_number(right)
     if one.value is None or other.value is None:
         return Number(None)
+    if sign in "+-" and one.unit != other.unit and one.unit and other.unit and one.unit.is_like(other.unit):
+        factor = arithmetic.divide(other.unit.factor, one.unit.factor)
+        other = Number(arithmetic.multiply(other.value, factor), one.unit)
     unit = _common_unit(one.unit, other.unit, sign)
     if unit is None:
         one, other = _as_number(_plain(one)), _as_number(_plain(other))

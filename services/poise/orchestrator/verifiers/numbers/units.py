@@ -22,6 +22,14 @@ class Unit:
     is_factor: bool = False
     """Whether it is only a number, as percent and degree are."""
 
+    def is_like(self, other: Unit) -> bool:
+        """Whether both measure the same quantity."""
+        return bool(self.dimension) and self.dimension == other.dimension
+
+    def is_part_of(self, other: Unit) -> bool:
+        """Whether it is a smaller unit of the same quantity, as minutes are of hours."""
+        return self.is_like(other) and not self.is_factor and bool(self.factor < other.factor)
+
 
 PERCENT = Unit((("share", 1),), Fraction(1, 100), is_factor=True)
 PERMILLE = Unit((("share", 1),), Fraction(1, 1000), is_factor=True)
@@ -92,6 +100,8 @@ def _table() -> dict[str, Unit]:
         for name in names.split()
     }
     units |= dict.fromkeys(("%", "percent", "percents", "percentage", "pct"), PERCENT)
+    kmh = Unit((("length", 1), ("time", -1)), Fraction(1000, 3600))
+    units |= {"kmh": kmh, "kph": kmh, "mph": Unit(kmh.dimension, Fraction(1609344, 3600000))}
     units |= {"‰": PERMILLE, "permille": PERMILLE}
     units |= dict.fromkeys(("°", "deg", "degree", "degrees"), DEGREE)
     units |= dict.fromkeys(("rad", "radian", "radians"), RADIAN)
