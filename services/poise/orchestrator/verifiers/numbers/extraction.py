@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 
 from poise.orchestrator.verifiers.numbers.arithmetic import FUNCTIONS
+from poise.orchestrator.verifiers.numbers.literals import Style
+from poise.orchestrator.verifiers.numbers.operations import Unreadable
 from poise.orchestrator.verifiers.numbers.plain_text import DOLLAR, SET_OPEN, plain_text
 from poise.orchestrator.verifiers.numbers.quantity import Number, Value, is_numeric
-from poise.orchestrator.verifiers.numbers.reader import Reader, Style, Unreadable
+from poise.orchestrator.verifiers.numbers.reader import Reader
 from poise.orchestrator.verifiers.numbers.units import OTHER
 
 MAX_CHARS = 4000

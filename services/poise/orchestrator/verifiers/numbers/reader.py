@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 from poise.orchestrator.verifiers.numbers import arithmetic
 from poise.orchestrator.verifiers.numbers.arithmetic import CONTEXT, FUNCTIONS, ArithmeticLimit
+from poise.orchestrator.verifiers.numbers.literals import Style, read_literal
+from poise.orchestrator.verifiers.numbers.operations import (
+    Unreadable,
+    apply,
+    combine,
+    is_symbolic,
+    negated,
+    plain,
+    plus_minus,
+)
 from poise.orchestrator.verifiers.numbers.plain_text import SET_CLOSE, SET_OPEN
 from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value
-from poise.orchestrator.verifiers.numbers.units import CURRENCIES, OTHER, PERCENT, UNITS, Unit, read_unit
+from poise.orchestrator.verifiers.numbers.units import CURRENCIES, OTHER, UNITS, read_unit
 
 _MAX_DEPTH = 60
 _MAX_SIGNS = 3
@@ -19,22 +28,6 @@ _MAX_SIGNS = 3
 _MAX_STEPS = 10_000
 """Values that one reader reads: far more than an answer has, and reached within a second."""
 
-_RADIX = re.compile(r"0[xX][0-9a-fA-F]+(?!\w)|0[bB][01]+(?!\w)|0[oO][0-7]+(?!\w)")
-_EXPONENT = r"(?P<exponent>[eE][+-]?\d+(?![\d.]*[A-Za-z]))?"
-_GROUPED = re.compile(
-    r"(?:(?P<comma>\d{1,3}(?:,\d{3})++(?![\d]|,\d)|\d{1,2}(?:,\d{2}(?=,))++,\d{3}(?![\d]|,\d))"
-    r"|(?P<space>[1-9]\d{0,2}(?: \d{3})++(?!\d))"
-    r"|(?P<quote>\d{1,3}(?:'\d{3})++(?!\d))"
-    r"|(?P<python>\d++(?:_\d++)+))"
-    r"(?P<part>\.\d+)?" + _EXPONENT
-)
-_EUROPEAN = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(?:\d{1,3}(?:[. ]\d{3})++|\d++),\d++(?!\d|,\d|\.\d)")
-_DOTTED = re.compile(r"\d{1,3}(?:\.\d{3}){2,}+(?![\d.]\d|\d)")
-_PLAIN = re.compile(r"(?:\d++(?:\.\d*+)?|\.\d++)" + _EXPONENT)
-_MIXED = re.compile(
-    r"(?: +|(?= *\\frac))"
-    r"(?:(\d{1,6}) */ *(\d{1,6})|\\frac *\{ *(\d{1,6}) *\} *\{ *(\d{1,6}) *\}|\\frac *(\d) *(\d))(?![\d.^!])"
-)
 _SCALE = re.compile(r" *(hundred|thousand|million|billion|trillion)s?(?![A-Za-z])")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD = re.compile(r"[A-Za-z]+|[α-ωΑ-Ω]")
@@ -54,7 +47,6 @@ _AND_PART = re.compile(r"\s+(?:and\s+)?(?=\d)")
 _LIST_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)?|and|or)(?=[\s\d(+.\\-])", re.IGNORECASE)
 _MULTIPLIED = re.compile(r"//|/|\*(?!\*)")
 _RAISED = re.compile(r"\s*(?:\*\*|\^)\s*")
-_ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])")
 _LOG_DIGITS = re.compile(r"(?:10|2)(?=\s*\()")
 _FUNCTION_CALL = re.compile(r"\s*(?:min|sec)\s*\(")
 _FUNCTION_POWER = re.compile(r"\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|\(\s*(-?\d{1,3})\s*\)|(-?\d{1,3}))")
@@ -68,20 +60,6 @@ _GREEK = frozenset(
 )
 _CLOSERS = {"(": ")]", "[": ")]", SET_OPEN: SET_CLOSE, "{": "}"}
 _IMPLICIT = re.compile(r"\s*(?=\\sqrt|\\frac|π|√|∞|(?:sqrt|pi|sin|cos|tan|ln|log|exp)(?![A-Za-z]))|(?=[({A-Za-zα-ω\\])")
-
-
-class Unreadable(ValueError):
-    """No value is at this position."""
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How ambiguous notation is read."""
-
-    comma: str = "thousands"
-    """What a comma between digits is: `thousands`, `decimal` or `list`."""
-    log_base: int | None = None
-    """Base of a bare `log`; None is natural."""
 
 
 class Reader:
@@ -129,7 +107,7 @@ class Reader:
                 return (value, end) if is_equation else (Number(None), sign.end())
             if not is_equation:
                 value = Number(None)
-            elif not _is_symbolic(right) or _is_symbolic(value):
+            elif not is_symbolic(right) or is_symbolic(value):
                 value = right
 
     def _union(self, position: int) -> tuple[Value, int]:
@@ -143,7 +121,7 @@ class Reader:
     def _sum(self, position: int) -> tuple[Value, int]:
         if self._text.startswith("±", position):
             value, end = self._product(self._skip(position + 1))
-            return _plus_minus(Number(Fraction(0)), value), end
+            return plus_minus(Number(Fraction(0)), value), end
         value, end = self._with_parts(*self._product(position))
         while (sign := self._text[(at := self._skip(end)) : at + 1]) and sign in "+-±":
             try:
@@ -151,7 +129,7 @@ class Reader:
             except Unreadable:
                 break
             end = after
-            value = _plus_minus(value, term) if sign == "±" else _combine(value, term, sign)
+            value = plus_minus(value, term) if sign == "±" else combine(value, term, sign)
         return value, end
 
     def _with_parts(self, value: Value, end: int) -> tuple[Value, int]:
@@ -163,7 +141,7 @@ class Reader:
                 break
             if not isinstance(smaller, Number) or smaller.unit is None or not smaller.unit.is_part_of(value.unit):
                 break
-            value, end = _combine(value, smaller, "+"), after
+            value, end = combine(value, smaller, "+"), after
         return value, end
 
     def _product(self, position: int) -> tuple[Value, int]:
@@ -181,7 +159,7 @@ class Reader:
                     return value, end
             except Unreadable:
                 return self._attached_word(value, end)
-            value, end = _combine(value, factor, operator[0] if operator else "*"), after
+            value, end = combine(value, factor, operator[0] if operator else "*"), after
 
     def _attached_word(self, value: Value, end: int) -> tuple[Value, int]:
         """Read letters that follow a number at once: variables, as in `2xy`, or from four letters on a unit."""
@@ -198,7 +176,7 @@ class Reader:
             negative ^= self._text[position] == "-"
             position = self._skip(position + 1)
         value, end = self._power(position)
-        return (_negated(value) if negative else value), end
+        return (negated(value) if negative else value), end
 
     def _power(self, position: int) -> tuple[Value, int]:
         self._depth += 1
@@ -215,13 +193,13 @@ class Reader:
         if not sign:
             return value, end
         exponent, end = self._signed(sign.end())
-        value = _apply(lambda base, to: arithmetic.power(base, to), _plain(value), _plain(exponent))
+        value = apply(lambda base, to: arithmetic.power(base, to), plain(value), plain(exponent))
         return self._with_unit(value, end)
 
     def _postfixed(self, position: int) -> tuple[Value, int]:
         value, end = self._atom(position)
         while self._text.startswith("!", end) and not self._text.startswith("!=", end):
-            value, end = _apply(arithmetic.factorial, _plain(value)), end + 1
+            value, end = apply(arithmetic.factorial, plain(value)), end + 1
         return self._with_unit(value, end)
 
     def _with_unit(self, value: Value, end: int) -> tuple[Value, int]:
@@ -252,16 +230,16 @@ class Reader:
                 raise Unreadable("no amount of money")
             return replace(value, unit=value.unit or UNITS[character]), end
         if character.isdigit() or (character == "." and text[position + 1 : position + 2].isdigit()):
-            return self._number(position)
+            return self._literal(position)
         if character in ("(", "[", SET_OPEN, "{"):
             return self._bracketed(position)
         if character == "|":
             value, end = self._sum(self._skip(position + 1))
             end = self._expect("|", end)
-            return _apply(arithmetic.magnitude, _plain(value)), end
+            return apply(arithmetic.magnitude, plain(value)), end
         if character == "√":
             value, end = self._power(self._skip(position + 1))
-            return _apply(lambda of: arithmetic.power(of, Fraction(1, 2)), _plain(value)), end
+            return apply(lambda of: arithmetic.power(of, Fraction(1, 2)), plain(value)), end
         if character in ("π", "∞"):
             return Number(+CONTEXT.pi if character == "π" else CONTEXT.inf), position + 1
         if character == "∅":
@@ -270,37 +248,8 @@ class Reader:
             return self._command(position)
         return self._word(position)
 
-    def _number(self, position: int) -> tuple[Value, int]:
-        text = self._text
-        if radix := _RADIX.match(text, position):
-            return Number(Fraction(int(radix[0], 0))), radix.end()
-        style = self._style.comma
-        if style == "decimal" and not self._num_brackets and (match := _EUROPEAN.match(text, position)):
-            whole, _, part = match[0].replace(".", "").replace(" ", "").partition(",")
-            return _decimal(f"{whole}.{part}", 0), match.end()
-        if match := _DOTTED.match(text, position):
-            return _decimal(match[0].replace(".", ""), 0), match.end()
-        match = _GROUPED.match(text, position)
-        if match and (match["comma"] is None or (style == "thousands" and not match[0].startswith("0"))):
-            digits = re.sub(
-                r"[ ,'_]", "", match[0][: match.start("exponent") - match.start()] if match["exponent"] else match[0]
-            )
-            return _decimal(digits, int((match["exponent"] or "e0")[1:])), match.end()
-        match = _PLAIN.match(text, position)
-        if not match:
-            raise Unreadable("no number")
-        end = match.end()
-        exponent = match["exponent"]
-        digits = match[0][: -len(exponent)] if exponent else match[0]
-        if digits.endswith(".") and not exponent and not text[end : end + 1].isdigit():
-            digits, end = digits[:-1], end - 1  # the full stop of a sentence
-        if digits.isdigit() and not exponent and (mixed := _MIXED.match(text, end)):
-            numerator, denominator = (int(part) for part in mixed.groups() if part is not None)
-            if 0 < numerator < denominator:
-                return Number(arithmetic.literal(digits, 0) + Fraction(numerator, denominator)), mixed.end()
-        if ordinal := _ORDINAL.match(text, end):
-            return replace(_decimal(digits, 0), unit=OTHER), ordinal.end()
-        return _decimal(digits, int(exponent[1:]) if exponent else 0), end
+    def _literal(self, position: int) -> tuple[Value, int]:
+        return read_literal(self._text, position, self._style, in_brackets=bool(self._num_brackets))
 
     def _bracketed(self, position: int) -> tuple[Value, int]:
         self._num_brackets += 1
@@ -339,17 +288,17 @@ class Reader:
         if text.startswith("\\frac", position):
             top, end = self._argument(position + 5)
             bottom, end = self._argument(end)
-            return _combine(top, bottom, "/"), end
+            return combine(top, bottom, "/"), end
         if text.startswith(("\\lfloor", "\\lceil"), position):
             name = "floor" if text.startswith("\\lfloor", position) else "ceil"
             value, end = self._sum(self._skip(position + len(f"\\l{name}")))
             end = self._expect(f"\\r{name}", end)
-            return _apply(lambda of: arithmetic.apply(name, [of]), _plain(value)), end
+            return apply(lambda of: arithmetic.apply(name, [of]), plain(value)), end
         command = _COMMAND.match(text, position)
         if command and command[1] in ("binom", "dbinom", "tbinom"):
             many, end = self._argument(command.end())
             few, end = self._argument(end)
-            return _apply(arithmetic.choose, _plain(many), _plain(few)), end
+            return apply(arithmetic.choose, plain(many), plain(few)), end
         if command and command[1] in _GREEK:
             return Number(None), self._subscript(command.end())
         raise Unreadable("an unknown command")
@@ -391,12 +340,12 @@ class Reader:
         if name == "log" and digits:
             name, end = f"log{digits[0]}", digits.end()
         if name == "log" and text.startswith("_", end):
-            log_base, end = self._argument(end + 1) if text[end + 1 : end + 2] == "{" else self._number(end + 1)
+            log_base, end = self._argument(end + 1) if text[end + 1 : end + 2] == "{" else self._literal(end + 1)
         if name == "sqrt" and text.startswith("[", end):
             degree, end = self._sum(self._skip(end + 1))
             end = self._expect("]", end)
             value, end = self._argument(end)
-            return _apply(arithmetic.root, _plain(value), _plain(degree)), end
+            return apply(arithmetic.root, plain(value), plain(degree)), end
         power = _FUNCTION_POWER.match(text, end)
         to = 1
         if power:
@@ -411,8 +360,8 @@ class Reader:
             raise Unreadable("a function of a group")
         if log_base is not None:
             arguments.append(log_base)
-        value = _apply(lambda *of: arithmetic.apply(name, list(of), self._style.log_base), *map(_plain, arguments))
-        return (value if to == 1 else _apply(arithmetic.power, value, Number(Fraction(to)))), end
+        value = apply(lambda *of: arithmetic.apply(name, list(of), self._style.log_base), *map(plain, arguments))
+        return (value if to == 1 else apply(arithmetic.power, value, Number(Fraction(to)))), end
 
     def _arguments(self, name: str, end: int) -> tuple[list[Value], int]:
         text = self._text
@@ -428,7 +377,7 @@ class Reader:
                     return arguments, self._expect(")", at)
                 at = self._skip(at + 1)
         if text.startswith("{", at) or (name == "sqrt" and text[at : at + 1].isdigit()):
-            argument, at = self._argument(at) if text.startswith("{", at) else self._number(at)
+            argument, at = self._argument(at) if text.startswith("{", at) else self._literal(at)
             return [argument], at
         if at == end and text[at : at + 1].isalpha():
             raise Unreadable("a word")
@@ -440,7 +389,7 @@ class Reader:
         value, end = self._signed(position)
         while implicit := _BARE_FACTOR.match(self._text, end):
             factor, after = self._power(implicit.end())
-            value, end = _combine(value, factor, "/" if "/" in implicit[0] else "*"), after
+            value, end = combine(value, factor, "/" if "/" in implicit[0] else "*"), after
         return value, end
 
     # Helpers
@@ -458,95 +407,3 @@ class Reader:
         if not self._text.startswith(what, at):
             raise Unreadable(f"{what} is missing")
         return at + len(what)
-
-
-def _decimal(digits: str, exponent: int) -> Number:
-    whole, _, part = digits.partition(".")
-    return Number(
-        arithmetic.literal(digits, exponent),
-        digits=len((whole + part).lstrip("0")),
-        decimals=len(part) - exponent,
-    )
-
-
-def _is_symbolic(value: Value) -> bool:
-    return isinstance(value, Number) and value.value is None
-
-
-def _negated(value: Value) -> Value:
-    if isinstance(value, Group):
-        raise Unreadable("a group has no sign")
-    return value if value.value is None else replace(value, value=-value.value)
-
-
-def _plain(value: Value) -> Value:
-    """Return a number without its unit; percent and degrees as what they amount to."""
-    if isinstance(value, Group) or value.value is None or value.unit is None:
-        return value
-    return Number(arithmetic.multiply(value.value, value.unit.factor) if value.unit.is_factor else value.value)
-
-
-def _apply(function: Callable[..., arithmetic.Scalar], *values: Value) -> Number:
-    scalars = []
-    for value in values:
-        if isinstance(value, Group):
-            raise Unreadable("a group is no number")
-        scalars.append(value.value)
-    return Number(None) if None in scalars else Number(function(*scalars))
-
-
-def _plus_minus(value: Value, term: Value) -> Group:
-    return Group("list", (_as_number(_combine(value, term, "+")), _as_number(_combine(value, term, "-"))))
-
-
-def _as_number(value: Value) -> Number:
-    if isinstance(value, Group):
-        raise Unreadable("a group is no number")
-    return value
-
-
-def _combine(left: Value, right: Value, sign: str) -> Value:
-    """Return `left sign right`. A list combines item by item: it comes from ±."""
-    if isinstance(left, Group) and left.kind == "list" and isinstance(right, Number):
-        return Group("list", tuple(_combine(item, right, sign) for item in left.items))
-    if isinstance(right, Group) and right.kind == "list" and isinstance(left, Number):
-        return Group("list", tuple(_combine(left, item, sign) for item in right.items))
-    one, other = _as_number(left), _as_number(right)
-    if one.value is None or other.value is None:
-        return Number(None)
-    if sign in "+-" and one.unit != other.unit and one.unit and other.unit and one.unit.is_like(other.unit):
-        factor = arithmetic.divide(other.unit.factor, one.unit.factor)
-        other = Number(arithmetic.multiply(other.value, factor), one.unit)
-    unit = _common_unit(one.unit, other.unit, sign)
-    if unit is None:
-        one, other = _as_number(_plain(one)), _as_number(_plain(other))
-    return Number(_OPERATIONS[sign](one.value, other.value), unit)
-
-
-def _common_unit(left: Unit | None, right: Unit | None, sign: str) -> Unit | None:
-    """Return the unit of `left sign right`; None where both count as plain numbers."""
-    if left == right:
-        return left if sign in "+-" else None
-    known = left or right
-    if left is not None and right is not None:
-        if left.is_factor and right.is_factor:
-            return None
-        if sign in "+-":
-            raise Unreadable("different units")
-        return OTHER
-    if known == PERCENT or (sign in "+-" and known is not None and known.is_factor):
-        return known if sign == "/" and right is not None else None
-    return known
-
-
-def _floor_divide(left: arithmetic.Scalar, right: arithmetic.Scalar) -> arithmetic.Scalar:
-    return arithmetic.apply("floor", [arithmetic.divide(left, right)])
-
-
-_OPERATIONS: dict[str, Callable[[arithmetic.Scalar, arithmetic.Scalar], arithmetic.Scalar]] = {
-    "+": arithmetic.add,
-    "-": lambda left, right: arithmetic.add(left, -right),
-    "*": arithmetic.multiply,
-    "/": arithmetic.divide,
-    "//": _floor_divide,
-}
