@@ -16,6 +16,8 @@ from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value, 
 from poise.orchestrator.verifiers.parts import after_hashes, final_part, last_box
 from poise.orchestrator.verifiers.score import Score
 
+_MAX_BOX = 1000
+"""Longest content of a box that is read: no answer is longer, and what math-verify needs grows faster than length."""
 _MAX_BARE_FORMULA = 300
 """Longest response that is tried as one formula, though no delimiters mark it."""
 _SHOWN_ITEMS = 8
@@ -38,8 +40,8 @@ def score_numeric(response: str, answer: str) -> Score:
     given = box if box is not None else said if (marked := after_hashes(said)) is None else marked
     if not given.strip():
         return Score(0.0, "the response has no final answer")
-    if box is not None and len(box) > MAX_CHARS:
-        return Score(0.0, f"the box has more than {MAX_CHARS} characters")
+    if box is not None and len(box) > _MAX_BOX:
+        return Score(0.0, f"the box has more than {_MAX_BOX} characters")
     golds = answer_values(wanted)
     if golds:
         found = response_values(given, boxed=box is not None, lists=isinstance(golds[0], Group))

@@ -1,6 +1,7 @@
 """Reading a response takes time in proportion to its length, whatever it contains.
 
-A quadratic search over a million characters takes hours; the limit here leaves any machine enough time for a linear one.
+A quadratic search over a million characters takes hours; the limit here leaves any machine enough time for a
+linear one.
 """
 
 from __future__ import annotations
@@ -12,70 +13,33 @@ from poise.orchestrator.verifiers.config import VerifierConfig
 from poise.orchestrator.verifiers.pool import VerifierPool
 
 LENGTH = 1_000_000
-REPEATED = [
-    "\\boxed{",
-    "\\boxed",
-    "<think>",
-    "</think>",
-    "<answer>",
-    "<think></think><answer>",
-    "<answer></answer",
-    "</answer",
-    "<",
-    "1",
-    "1,",
-    ",234",
-    "1.",
-    "1_",
-    "1 ",
-    "1e",
-    "2^",
-    "-",
-    "(",
-    "(1,",
-    "[1,",
-    "{",
-    "\\{",
-    "|",
-    "√",
-    "½",
-    "²",
-    "１",
-    "±1",
-    "1+",
-    "2x",
-    "#### ",
-    "#",
-    "$",
-    "$1",
-    "*",
-    "**a",
-    "\\",
-    "\\frac{",
-    "\\sqrt",
-    "\\text{",
-    "log(",
-    "sin ",
-    "5 m/",
-    "(1,2)∪",
-    "the answer is ",
-    "\n- ",
-    " ",
-    "a",
+TAGS = ["<think>", "</think>", "<answer>", "<think></think><answer>", "<answer></answer", "<", " "]
+NUMBERS = [
+    *(r"\boxed{", r"\boxed", r"\frac{", r"\sqrt", r"\text{", r"\{", "\\", "#### ", "#", "the answer is ", "\n- ", "a"),
+    *("1", "1,", ",234", "1.", "1_", "1 ", "1e", "2^", "1+", "±1", "2x", "$1", "½", "²", "１", "√", "-", "*", "**a"),
+    *("(", "(1,", "[1,", "{", "|", "log(", "sin ", "5 m/", "(1,2)∪"),
 ]
 
 
-@pytest.mark.parametrize("verifier", ["numeric", "exact", "regex", "interval", "formula"])
-async def test_million_characters_are_read_in_linear_time(verifier):
-    answers = {"interval": "(1,2)", "formula": "x+1"}
-    problem = Problem("d", "p", answers.get(verifier, "4"), "numeric" if verifier in answers else verifier)
-    responses = [text * (LENGTH // len(text)) for text in REPEATED]
-    responses += ["\\boxed{" + text * (3900 // len(text)) for text in REPEATED]
-    config = VerifierConfig(num_workers=1, timeout_s=120, max_response_chars=LENGTH)
+async def verify_all(responses, verifier, answer):
+    config = VerifierConfig(num_workers=1, timeout_s=300, max_response_chars=LENGTH)
     async with VerifierPool(config) as pool:
-        verdicts = await pool.verify_all([problem] * len(responses), responses)
-    failed = {response[:20]: verdict.error for response, verdict in zip(responses, verdicts, strict=True)}
-    assert not {start: error for start, error in failed.items() if error}
+        verdicts = await pool.verify_all([Problem("d", "p", answer, verifier)] * len(responses), responses)
+    return {response[:20]: verdict.error for response, verdict in zip(responses, verdicts, strict=True)}
+
+
+@pytest.mark.parametrize(("verifier", "texts"), [("exact", TAGS), ("regex", TAGS), ("numeric", TAGS + NUMBERS)])
+async def test_million_characters_are_read_in_linear_time(verifier, texts):
+    responses = [text * (LENGTH // len(text)) for text in texts]
+    errors = await verify_all(responses, verifier, "4")
+    assert set(errors.values()) == {None}
+
+
+@pytest.mark.parametrize("answer", ["4", "(1,2)", "x+1"])
+async def test_boxes_full_of_nonsense_are_read(answer):
+    responses = [f"\\boxed{{{text * (1000 // len(text))}" for text in NUMBERS]
+    errors = await verify_all(responses, "numeric", answer)
+    assert set(errors.values()) == {None}
 
 
 @pytest.mark.parametrize(
