@@ -112,8 +112,8 @@ def _text(value: Value) -> str:
             return _digits(value.value)
         quantity = " ".join(name if power == 1 else f"{name}^{power}" for name, power in unit.dimension)
         return f"{_digits(value.value)} ({quantity or 'with a unit'})"
-    opener, closer = value.kind if len(value.kind) == 2 else "{}"
-    return opener + ", ".join(map(_text, value.items[:_SHOWN_ITEMS])) + closer
+    brackets = value.kind if len(value.kind) == 2 else "{}"
+    return brackets[0] + ", ".join(map(_text, value.items[:_SHOWN_ITEMS])) + brackets[1]
 
 
 def _digits(value: object) -> str:
