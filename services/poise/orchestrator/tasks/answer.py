@@ -33,9 +33,17 @@ def read_answer(value: object) -> Answer:
         return value
     if not math.isfinite(value):
         raise ValueError("is too large a number; write it as text")
-    if isinstance(value, LiteralFloat) and Decimal(value.literal) != Decimal(float.__repr__(value)):
+    if isinstance(value, LiteralFloat) and not same_decimal(value.literal, float.__repr__(value)):
         return value.literal
     return float(value)
+
+
+def same_decimal(one: str, other: str) -> bool:
+    """Whether two decimal literals are the same number; False for exponents beyond all bounds."""
+    try:
+        return Decimal(one) == Decimal(other)
+    except ArithmeticError:
+        return False
 
 
 def answer_text(answer: Answer) -> str:

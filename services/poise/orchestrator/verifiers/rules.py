@@ -14,12 +14,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from poise.orchestrator.tasks.answer import Answer, answer_text
+from poise.orchestrator.tasks.answer import Answer, answer_text, same_decimal
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.parts import final_part
 from poise.orchestrator.verifiers.score import Score
@@ -231,7 +230,7 @@ def _unboxed(said: str) -> str:
 def _same_decimal(said: str, wanted: str) -> bool:
     """Whether two texts are decimal notations of one number."""
     decimals = [_GROUP_COMMA.sub("", text.replace("\u2212", "-")) for text in (said, wanted)]
-    return all(map(_DECIMAL.fullmatch, decimals)) and Decimal(decimals[0]) == Decimal(decimals[1])
+    return all(map(_DECIMAL.fullmatch, decimals)) and same_decimal(*decimals)
 
 
 @lru_cache(maxsize=1)
