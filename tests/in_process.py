@@ -133,8 +133,8 @@ class InProcess:
 
     # Verifiers, journal and watcher.
 
-    async def verify(self, problem: Problem, response: str) -> Verdict:
-        return Verdict(bind(problem)(response), None, 0.0)
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
+        return Verdict(bind(problem)(response, finish_reason), None, 0.0)
 
     def write(self, step: JournalledStep) -> None: ...
 

@@ -125,7 +125,7 @@ class ScriptedEngine:
 
     def _check_alive(self) -> None:
         if not self._alive:
-            raise RuntimeError("the engine does not run")
+            raise BackendDown("the engine does not run")
 
     def _rollout(self, request: EngineRequest, first_version: int) -> EngineRollout:
         sampling = request.sampling

@@ -89,14 +89,25 @@ async def test_life_goes_from_loading_to_alive_to_stopped(case: Case) -> None:
 
 async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engine, tmp_path: Path) -> None:
     await engine.stop()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BackendDown):
         await sample(engine, [65], max_tokens=2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BackendDown):
         await engine.encode([65])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BackendDown):
         await engine.update_weights(tmp_path / "weights.safetensors", 1)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BackendDown):
         await engine.update_adapter(tmp_path, 1)
+
+
+async def test_calls_that_a_stop_meets_end_as_unavailable(engine: Engine) -> None:
+    calls = [asyncio.create_task(engine.encode([65] * length)) for length in range(1, 40)]
+    calls += [asyncio.create_task(sample(engine, [65], max_tokens=20)) for _ in range(4)]
+    await asyncio.sleep(0)
+    await engine.stop()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert {type(error) for error in errors} <= {BackendDown}
+    assert not any(call.cancelled() for call in calls)
 
 
 async def test_prompts_become_ids_of_the_vocabulary(engine: Engine) -> None:

@@ -67,7 +67,7 @@ class Outside:
             for i in range(num_prompts)
         ]
 
-    async def verify(self, problem: Problem, response: str) -> Verdict:
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
         return Verdict(reward(response, int(problem.answer)), None, 0.0)
 
     def sampled(self, step: int, done: int, total: int) -> None:

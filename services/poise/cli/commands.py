@@ -11,6 +11,7 @@ import click
 import poise
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
+from poise.cli.verify import verify
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -199,3 +200,4 @@ def _run_services(path: Path | None, preset: str | None, overrides: tuple[str, .
 
 
 main.add_command(queue)
+main.add_command(verify)

@@ -77,6 +77,7 @@ class TorchEngine:
         self._adapter: TorchAdapter | None = None
         self._hidden: torch.Tensor | None = None
         self._version = 0
+        self._stopped = False
 
     @property
     def info(self) -> EngineInfo:
@@ -91,6 +92,7 @@ class TorchEngine:
 
     async def stop(self) -> None:
         """See `Engine`."""
+        self._stopped = True
         self._model = None
         await asyncio.to_thread(self._receiver.abandon)
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -148,7 +150,19 @@ class TorchEngine:
         return await self._on_thread(lambda: self._exchange_adapter(new, policy_version))
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Run what touches the model, one call at a time.
+
+        Raises:
+            BackendDown: the engine was stopped. Its thread cancels what waits, and what runs finds no model; neither
+                means that the caller was cancelled, or that there is a defect.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (asyncio.CancelledError, Exception) as error:
+            task = asyncio.current_task()
+            if not self._stopped or (task is not None and task.cancelling()):
+                raise
+            raise BackendDown("the engine was stopped") from error
 
     def _loaded_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -282,7 +296,7 @@ class TorchEngine:
     def _parameters(self) -> dict[str, torch.Tensor]:
         model = self._model
         if model is None:
-            raise RuntimeError("the engine was stopped")
+            raise BackendDown("the engine was stopped")
         return dict(model.named_parameters())
 
     def _exchange_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import numpy as np
 
-from poise.errors import Draining, InvalidRequest, PoiseError, Starting
+from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError, Starting
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics

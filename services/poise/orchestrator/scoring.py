@@ -97,7 +97,9 @@ class Scorer:
         )
 
     async def _verify(self, problem: Problem, group: Group) -> tuple[ScoredGroup, int]:
-        verdicts = await asyncio.gather(*(self._verifiers.verify(problem, r.text) for r in group.rollouts))
+        verdicts = await asyncio.gather(
+            *(self._verifiers.verify(problem, r.text, r.finish_reason) for r in group.rollouts)
+        )
         rewards = np.array([verdict.reward for verdict in verdicts], np.float32)
         scored = ScoredGroup(group, problem.domain, rewards, problem.prompt_key)
         return scored, sum(verdict.error is not None for verdict in verdicts)

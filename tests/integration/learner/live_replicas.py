@@ -119,8 +119,8 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
         self.open = asyncio.Event()
         """Unset, pushes get through to their middle and no further."""
         self.open.set()
-        self.num_held = 0
-        """Pushes that wait there."""
+        self.held_s: list[float] = []
+        """Of the pushes that wait there: the seconds that each had left when it came."""
         self.piece_s = 0.0
         """Seconds that each piece takes to pass: a slow network."""
         self.num_deltas = 0
@@ -153,24 +153,31 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
         pieces = [piece async for message in requests for piece in _pieces(message)]
         with _mistreated_file(begin.begin, fault, self._random):
             sent, cut = _mistreated(pieces, fault, self._random), asyncio.Event()
-            call = self._stub().UpdateWeights(self._sent(begin, sent, cut if fault == "cut the connection" else None))
+            left_s = context.time_remaining()
+            call = self._stub().UpdateWeights(
+                self._sent(begin, sent, left_s, cut if fault == "cut the connection" else None)
+            )
             if fault == "cut the connection":
                 await cut.wait()
                 call.cancel()
             return await self._pass_on(call, context)
 
     async def _sent(
-        self, begin: pb.UpdateWeightsRequest, rest: list[pb.UpdateWeightsRequest], cut: asyncio.Event | None
+        self,
+        begin: pb.UpdateWeightsRequest,
+        rest: list[pb.UpdateWeightsRequest],
+        left_s: float,
+        cut: asyncio.Event | None,
     ) -> AsyncIterator[pb.UpdateWeightsRequest]:
         yield begin
         for index, message in enumerate(rest):
             await asyncio.sleep(self.piece_s)
             if index == len(rest) // 2:
-                self.num_held += 1
+                self.held_s.append(left_s)
                 try:
                     await self.open.wait()
                 finally:
-                    self.num_held -= 1
+                    self.held_s.remove(left_s)
                 if cut is not None:
                     cut.set()
                     await asyncio.Event().wait()

@@ -87,7 +87,7 @@ class Run:
         with contextlib.closing(folder):
             return await TrainingLoop(config, folder, self.services, sampler, evaluator, self, self.stopping).run(state)
 
-    async def verify(self, problem: Problem, response: str) -> Verdict:
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
         return Verdict(float(len(response) % 2), None, 0.0)
 
     def phase(self, step: int, name: str) -> None:

@@ -65,7 +65,7 @@ async def test_a_stream_is_a_plain_iterator_that_survives_a_break(generation, ge
 async def test_errors_are_raised_where_the_call_was_made(value, value_service, unavailable):
     value_service.script = [unavailable] * 100_000
     with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)) as caught:
-        await asyncio.to_thread(value.get_probe, timeout_s=0.2)
+        await asyncio.to_thread(value.get_probe, timeout_s=3)
     assert caught.value.attempts > 1
 
 
@@ -81,7 +81,7 @@ async def test_closing_a_stream_cancels_it_in_the_service_and_ends_it(generation
         return groups
 
     _kept_alive = await asyncio.to_thread(consume)
-    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+    await asyncio.wait_for(generation_service.cancelled.wait(), 60)
 
 
 async def test_leaving_a_for_early_cancels_the_stream_in_the_service(generation, generation_service):
@@ -92,17 +92,17 @@ async def test_leaving_a_for_early_cancels_the_stream_in_the_service(generation,
             break
 
     await asyncio.to_thread(consume)
-    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+    await asyncio.wait_for(generation_service.cancelled.wait(), 60)
 
 
 async def test_a_stream_closed_by_another_thread_ends(generation, generation_service):
     generation_service.script = [generation_service.stream("a", then=generation_service.hang)]
     groups = generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1)
     consumer = asyncio.create_task(asyncio.to_thread(list, groups))
-    await asyncio.wait_for(generation_service.started.wait(), 10)
+    await asyncio.wait_for(generation_service.started.wait(), 60)
     await asyncio.to_thread(groups.close)
-    assert len(await asyncio.wait_for(consumer, 10)) <= 1
-    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+    assert len(await asyncio.wait_for(consumer, 60)) <= 1
+    await asyncio.wait_for(generation_service.cancelled.wait(), 60)
 
 
 async def test_several_threads_share_a_client_and_a_stream(generation, value):
@@ -123,11 +123,11 @@ async def test_several_threads_share_a_client_and_a_stream(generation, value):
 async def test_closing_the_client_ends_calls_of_other_threads(value, value_service):
     value_service.script = [value_service.hang]
     call = asyncio.create_task(asyncio.to_thread(value.get_probe))
-    await asyncio.wait_for(value_service.started.wait(), 10)
+    await asyncio.wait_for(value_service.started.wait(), 60)
     await asyncio.to_thread(value.close)
     with pytest.raises(errors.UnavailableError, match="closed during the call"):
-        await asyncio.wait_for(call, 10)
-    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+        await asyncio.wait_for(call, 60)
+    await asyncio.wait_for(value_service.cancelled.wait(), 60)
     await asyncio.to_thread(value.close)
 
 
@@ -138,10 +138,10 @@ async def test_closing_the_client_ends_calls_that_wait_for_their_next_attempt(
     value_service.script = [unavailable] * 2
     client = ValueClient(target, retries=RetryPolicy(initial_backoff_s=60, max_backoff_s=60), timeout_s=600)
     call = asyncio.create_task(asyncio.to_thread(client.get_probe))
-    await asyncio.wait_for(value_service.started.wait(), 10)
+    await asyncio.wait_for(value_service.started.wait(), 60)
     await asyncio.to_thread(client.close)
     with pytest.raises(errors.UnavailableError, match="closed during the call"):
-        await asyncio.wait_for(call, 10)
+        await asyncio.wait_for(call, 60)
 
 
 async def test_no_thread_is_left_when_all_clients_are_closed(generation, value):
@@ -193,7 +193,7 @@ async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(ta
     )
     await asyncio.wait_for(value_service.started.wait(), 60)
     process.send_signal(signal.SIGINT)
-    await asyncio.wait_for(value_service.cancelled.wait(), 10)
+    await asyncio.wait_for(value_service.cancelled.wait(), 60)
     process.stdin.write(b"\n")
     assert await finish(process) == (0, "interrupted\n4\n", "")
 
@@ -218,7 +218,7 @@ async def test_ctrl_c_interrupts_a_stream_at_once_and_cancels_it_in_the_service(
     )
     await asyncio.wait_for(generation_service.started.wait(), 60)
     process.send_signal(signal.SIGINT)
-    await asyncio.wait_for(generation_service.cancelled.wait(), 10)
+    await asyncio.wait_for(generation_service.cancelled.wait(), 60)
     process.stdin.write(b"\n")
     assert await finish(process) == (0, "interrupted\n[]\n", "")
 

@@ -209,8 +209,8 @@ async def test_dapo_samples_until_it_has_groups_of_unequal_rewards(tmp_path: Pat
 
 async def test_where_nothing_is_worth_keeping_the_last_draw_is_trained_on(tmp_path: Path) -> None:
     class Failing(World):
-        async def verify(self, problem: Any, response: str) -> Any:
-            return await super().verify(problem, "0")
+        async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
+            return await super().verify(problem, "0", finish_reason)
 
     world = Failing()
     await drive(settings(tmp_path, algorithm={"kind": "dapo", "max_draws": 2}, num_steps=1), world)
@@ -322,8 +322,8 @@ async def test_rivals_wait_for_no_probe(tmp_path: Path) -> None:
 
 async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Path) -> None:
     class Failing(World):
-        async def verify(self, problem: Any, response: str) -> Any:
-            return replace(await super().verify(problem, "0"), error="crashed")
+        async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
+            return replace(await super().verify(problem, "0", finish_reason), error="crashed")
 
     world = Failing()
     await drive(settings(tmp_path, num_steps=1), world)

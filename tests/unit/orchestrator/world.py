@@ -164,7 +164,7 @@ class World:
 
     # Verifiers
 
-    async def verify(self, problem: Problem, response: str) -> Verdict:
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
         await asyncio.sleep(0)
         self.note("verify")
         return Verdict(float(response), None, 0.0)

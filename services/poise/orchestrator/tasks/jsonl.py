@@ -8,17 +8,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from poise.orchestrator.tasks.answer import Answer, LiteralFloat, kind_name, read_answer
 from poise.orchestrator.tasks.config import JsonlTask, domain_problem
 from poise.orchestrator.tasks.formats import HEAD_BYTES, foreign_format
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.rows import BadRows, DataFile, OnBadRow
+from poise.orchestrator.verifiers.rules import check_answer
 from poise_client.types import Message
 
 MAX_LINE_BYTES = 1024 * 1024
@@ -96,12 +96,12 @@ def _problem(task: JsonlTask, line: bytes) -> Problem:
         raise _Wrong("; ".join(wrong))
     domain = fields.get("domain", task.domain)
     if not isinstance(domain, str):
-        raise _Wrong(f"domain: is {_kind(domain)}; must be text")
+        raise _Wrong(f"domain: is {kind_name(domain)}; must be text")
     if problem := domain_problem(domain):
         raise _Wrong(f"domain: is {domain[:40]!r}; {problem}")
     metadata = fields.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise _Wrong(f"metadata: is {_kind(metadata)}; must be an object")
+        raise _Wrong(f"metadata: is {kind_name(metadata)}; must be an object")
     prompt = _prompt(fields["prompt"], task.system)
     return Problem(domain, prompt, _answer(fields["answer"], task.verifier), task.verifier, metadata)
 
@@ -114,7 +114,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _Wrong(f"line: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_no_repeats)
+        fields = json.loads(
+            text, parse_float=LiteralFloat, parse_constant=_refuse_constant, object_pairs_hook=_no_repeats
+        )
     except json.JSONDecodeError as error:
         cut_off = not line.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1
         hint = "the file was cut off here" if cut_off or "Unterminated" in error.msg else "put one object on each line"
@@ -126,7 +128,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         raise _Wrong("line: holds a number of thousands of digits; write it as text") from None
     if not isinstance(fields, dict):
-        raise _Wrong(f'line: is {_kind(fields)}; must be an object, {{"prompt": ..., "answer": ...}}')
+        raise _Wrong(f'line: is {kind_name(fields)}; must be an object, {{"prompt": ..., "answer": ...}}')
     if "\\u" in text:
         _check_characters(json.dumps(fields, ensure_ascii=False))
     return fields
@@ -170,7 +172,7 @@ def _prompt(prompt: object, system: str | None) -> str | list[Message]:
             return prompt
         return [Message(role="system", content=system), Message(role="user", content=prompt)]
     if not isinstance(prompt, list):
-        raise _Wrong(f'prompt: is {_kind(prompt)}; must be text, or a list of {{"role", "content"}}')
+        raise _Wrong(f'prompt: is {kind_name(prompt)}; must be text, or a list of {{"role", "content"}}')
     messages = [_message(index, message) for index, message in enumerate(prompt)]
     if not messages or messages[-1]["role"] != "user":
         raise _Wrong("prompt: must end with a message of the user, for the model to answer")
@@ -188,28 +190,14 @@ def _message(index: int, message: object) -> Message:
     if message["role"] not in _ROLES:
         raise _Wrong(f"{where}.role: is {message['role']!r:.40}; must be one of {', '.join(_ROLES)}")
     if not isinstance(message["content"], str):
-        raise _Wrong(f"{where}.content: is {_kind(message['content'])}; must be text")
+        raise _Wrong(f"{where}.content: is {kind_name(message['content'])}; must be text")
     return Message(role=message["role"], content=message["content"])
 
 
-def _answer(answer: object, verifier: str) -> str:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise _Wrong(f"answer: is {_kind(answer)}; must be text or a number")
-    if isinstance(answer, float) and not math.isfinite(answer):
-        raise _Wrong("answer: is too large a number; write it as text")
-    text = str(answer)
-    if verifier in ("exact", "numeric", "regex") and not text.strip():
-        raise _Wrong("answer: is empty; write what a right response says")
-    if verifier == "regex":
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise _Wrong(f"answer: is no regular expression: {error}; verifier regex takes the answer as one") from None
-    return text
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds[type(value)]
+def _answer(value: object, verifier: str) -> Answer:
+    try:
+        answer = read_answer(value)
+        check_answer(verifier, answer)
+    except ValueError as error:
+        raise _Wrong(f"answer: {error}") from None
+    return answer

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from poise.orchestrator.tasks.answer import Answer
+
 if TYPE_CHECKING:  # the verifiers' processes have no use for gRPC
     from poise_client.types import Message
 
@@ -27,8 +29,8 @@ class Problem:
     """Whose probe values its rollouts."""
     prompt: str | Sequence[Message]
     """Text as it stands, or a conversation to be rendered with the chat template."""
-    answer: str
-    """What the verifier compares with; for `regex` the pattern."""
+    answer: Answer
+    """What the verifier compares with; for `regex` the pattern. A JSON number stays a number."""
     verifier: str
     """`exact`, `numeric`, `regex`, `gym`, or `package.module:function`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class Problem:
     @property
     def key(self) -> str:
         """Identity: SHA-256 of prompt and answer, hex. The same in every process and on every machine."""
-        return _digest([self.prompt, self.answer])
+        return _digest([self.prompt, str(self.answer)])
 
     @property
     def prompt_key(self) -> str:

@@ -14,5 +14,7 @@ class VerifierConfig(StrictModel):
     """Longest check of one response, s. Beyond it the verifier is killed and the response earns 0."""
     num_workers: int = Field(2, ge=1, le=256)
     """Processes that check, at once."""
+    max_memory_bytes: int = Field(1024 * 1024 * 1024, ge=128 * 1024 * 1024)
+    """Memory that one process may allocate, bytes. A check that needs more earns 0, and its process is replaced."""
     max_response_chars: int = Field(262_144, ge=1)
     """A longer response earns 0 unchecked."""

@@ -1,7 +1,8 @@
 """Checking responses in processes of their own, so that no verifier can stop the run.
 
-Owns the processes, their time limit, and what a failure costs: the reward of its own rollout, said and counted. Knows
-no rules. A process checks one response at a time, hence whatever ends it in between is that response's doing.
+Owns the processes, their limits of time and memory, and what a failure costs: the reward of its own rollout, with a
+warning and a count. Knows no rules. A process checks one response at a time, so whatever ends it is that response's
+doing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Self, cast
 
 from poise.orchestrator.tasks.problem import Problem
 from poise.orchestrator.verifiers.config import VerifierConfig
+from poise_client.types import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class Verdict:
     """Why it could not be checked; None where it was."""
     seconds: float
     """Spent checking, without waiting for a process."""
+    reason: str = ""
+    """Why it earned that, where the verifier says so: those that ship do."""
 
 
 class _Failure(Exception):
@@ -50,6 +54,10 @@ class _Failure(Exception):
     def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
         self.cause = cause
+
+
+class _OutOfMemory(_Failure):
+    """The check needed more memory than a process may have."""
 
 
 class _EndedEarly(_Failure):
@@ -61,10 +69,10 @@ class VerifierPool:
 
     def __init__(self, config: VerifierConfig) -> None:
         self._config = config
-        self._workers = [_Worker() for _ in range(config.num_workers)]
+        self._workers = [_Worker(config) for _ in range(config.num_workers)]
         self._idle: asyncio.LifoQueue[_Worker] | None = None
         self.num_failures: Counter[str] = Counter()
-        """Checks that came to nothing, by cause: timeout, crash, raised, too_long."""
+        """Checks that came to nothing, by cause: timeout, memory, crash, raised, too_long."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -84,8 +92,10 @@ class VerifierPool:
         self._idle = None
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
-    async def verify(self, problem: Problem, response: str) -> Verdict:
+    async def verify(self, problem: Problem, response: str, finish_reason: FinishReason | None = None) -> Verdict:
         """Return what `response` earned. A verifier that fails in any way earns it 0 and a warning, never an exception.
+
+        `finish_reason` is why the response ended, for verifiers that have such a parameter.
 
         Raises:
             RuntimeError: the pool is not started.
@@ -97,18 +107,19 @@ class VerifierPool:
             limit = self._config.max_response_chars
             text = f"the response has {len(response)} characters; verifier.max_response_chars is {limit}"
             return self._failed(problem, _Failure("too_long", text), 0.0)
-        request = json.dumps({"problem": asdict(problem), "response": response}).encode() + b"\n"
+        asked = {"problem": asdict(problem), "response": response, "finish_reason": finish_reason}
+        request = json.dumps(asked).encode() + b"\n"
         worker = await idle.get()
         started = time.monotonic()
         try:
             if self._idle is not idle:
                 raise _Failure("stopped", "the verifiers were stopped")
-            reward = await worker.check(request, self._config.timeout_s)
+            answer = await worker.check(request)
         except _Failure as failure:
             return self._failed(problem, failure, time.monotonic() - started)
         finally:
             idle.put_nowait(worker)
-        return Verdict(reward, None, time.monotonic() - started)
+        return Verdict(float(answer["reward"]), None, time.monotonic() - started, answer["reason"])
 
     async def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
         """Return what each response to the problem beside it earned."""
@@ -124,26 +135,31 @@ class VerifierPool:
 class _Worker:
     """One process, started when needed and replaced when it fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: VerifierConfig) -> None:
+        self._config = config
         self._process: Process | None = None
 
-    async def check(self, request: bytes, timeout_s: float) -> float:
-        """Return the reward. Whatever goes wrong, cancellation included, ends the process: it may be in any state."""
+    async def check(self, request: bytes) -> dict[str, Any]:
+        """Return the reward and its reason. Any failure, cancellation included, ends the process.
+
+        A process that another check left without memory, or that is gone, is replaced first: that is no fault of
+        this response.
+        """
         try:
             used_before = self._process is not None
             try:
-                answer = await self._ask(request, timeout_s)
-            except _EndedEarly:
+                answer = await self._ask(request)
+            except (_EndedEarly, _OutOfMemory):
                 if not used_before:
                     raise
-                await self.stop()  # it was gone already, which is no fault of this response
-                answer = await self._ask(request, timeout_s)
+                await self.stop()
+                answer = await self._ask(request)
         except BaseException:
             await self.stop()
             raise
         if "error" in answer:
             raise _Failure("raised", answer["error"])
-        return float(answer["reward"])
+        return answer
 
     async def stop(self) -> None:
         """End the process, if there is one, and whatever it started."""
@@ -153,22 +169,26 @@ class _Worker:
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.shield(process.wait())
 
-    async def _ask(self, request: bytes, timeout_s: float) -> dict[str, Any]:
+    async def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process is None:
-            self._process = await _launch()
+            self._process = await _launch(self._config.max_memory_bytes)
         process = self._process
         with contextlib.suppress(ConnectionError):  # a process that is gone says so when it is read from
             stdin = cast(asyncio.StreamWriter, process.stdin)
             stdin.write(request)
             await stdin.drain()
         ready = await _read(process, _READY_TIMEOUT_S, "was not ready to check", _EndedEarly)
-        if "ready" not in ready:
-            return ready
-        return await _read(process, timeout_s, "did not finish", _Failure)
+        answer = ready
+        if "ready" in ready:
+            answer = await _read(process, self._config.timeout_s, "did not finish", _Failure)
+        if "out_of_memory" in answer:
+            limit = self._config.max_memory_bytes
+            raise _OutOfMemory("memory", f"needed more memory than verifier.max_memory_bytes = {limit}, and was ended")
+        return answer
 
 
-async def _launch() -> Process:
-    options = json.dumps({"path": sys.path, "caller": os.getpid()})
+async def _launch(max_memory_bytes: int) -> Process:
+    options = json.dumps({"path": sys.path, "caller": os.getpid(), "max_memory_bytes": max_memory_bytes})
     try:
         return await asyncio.create_subprocess_exec(
             sys.executable, "-P", str(_WORKER), options, stdin=PIPE, stdout=PIPE, start_new_session=True

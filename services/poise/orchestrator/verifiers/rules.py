@@ -18,61 +18,92 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from poise.orchestrator.tasks.answer import Answer, answer_text, same_decimal
 from poise.orchestrator.tasks.problem import Problem
+from poise.orchestrator.verifiers.parts import final_part
+from poise.orchestrator.verifiers.score import Score
 
 Rule = Callable[..., SupportsFloat]
-"""Called as rule(response, answer) and, where it takes it, problem=Problem; returns a reward in [0, 1], or a truth."""
+"""Called as rule(response, answer), with problem=Problem and finish_reason=text where it has such parameters; returns
+a reward in [0, 1], or a truth."""
+
+RULE_NAMES = ("exact", "numeric", "regex")
 
 _TUPLE = "__tuple__"
 _TRIMMED = " \t\r\n\f\v.\"'!"
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NAMES_TAG = re.compile(r"<\W*(?:think|answer)|(?:think|answer)\W*>", re.IGNORECASE)
+_BOXED = re.compile(r"\$*\s*\\boxed\s*\{(?:\s*\\text\s*\{([^{}]*)\}\s*|([^{}]*))\}\s*\$*[.]?")
+_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*+(?!\d))")
+_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
-def final_part(response: str) -> str:
-    """Return what a response says in the end: inside the last <answer>…</answer>, else after the last </think>."""
-    if answers := _ANSWER.findall(response):
-        return str(answers[-1]).strip()
-    return response.rpartition("</think>")[2].strip()
+def exact(response: str, answer: Answer) -> Score:
+    r"""Return 1 where the final part is the answer, whatever its case and surrounding punctuation.
+
+    A final part that is one `\boxed{…}` counts as what it contains. An answer that is a number is also matched by
+    another decimal notation of that number, such as 5.0 for 5.
+    """
+    said = _unboxed(final_part(response)).strip(_TRIMMED)
+    wanted = answer_text(answer).strip(_TRIMMED)
+    is_same = said.casefold() == wanted.casefold() or (not isinstance(answer, str) and _same_decimal(said, wanted))
+    return Score(float(is_same), f"the final answer is {said[:80]!r}, the right one {wanted[:80]!r}")
 
 
-def exact(response: str, answer: str) -> float:
-    """1 where the final part is the answer, whatever its case, surrounding spaces, quotes, full stops and bangs."""
-    return float(final_part(response).strip(_TRIMMED).casefold() == answer.strip(_TRIMMED).casefold())
+def regex(response: str, answer: Answer) -> Score:
+    """Return 1 where the pattern `answer` is found in the final part of the response.
+
+    A pattern that names the tags `think` or `answer` checks the format, and is searched for in the whole response. An
+    answer that is a number is searched for as it is, not as a pattern.
+    """
+    pattern = answer if isinstance(answer, str) else re.escape(answer_text(answer))
+    searched = response if _NAMES_TAG.search(pattern) else final_part(response)
+    found = re.search(pattern, searched)
+    if found is None:
+        return Score(0.0, f"the pattern is not found in {searched[-80:]!r}")
+    return Score(1.0, f"the pattern is found: {found[0][:80]!r}")
 
 
-def regex(response: str, answer: str) -> float:
-    """1 where the pattern `answer` is found in the response."""
-    return float(re.search(answer, response) is not None)
+def numeric(response: str, answer: Answer) -> Score:
+    r"""Return 1 where the final part comes to the value of the answer, see `docs/verifiers.md`.
 
-
-def numeric(response: str, answer: str) -> float:
-    r"""1 where the final part comes to the answer, by math-verify.
-
-    Of the response counts the last \boxed{…}, else what follows the last `####`, else the last expression; of the
-    answer, what follows its last `####`, if any.
+    Of the response counts the last \boxed{…}, else what follows the last `####`, else what follows the last "answer
+    is", else the last value; of the answer, what follows its last `####`, if any.
 
     Raises:
         ValueError: the answer is no mathematical expression.
     """
-    import math_verify
+    from poise.orchestrator.verifiers.numeric import score_numeric
 
-    wanted = answer.rpartition("####")[2].strip().strip("$")
-    gold = math_verify.parse(f"${wanted}$", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"the answer {answer[:80]!r} is no mathematical expression; use another verifier")
+    return score_numeric(response, answer_text(answer))
+
+
+def check_answer(verifier: str, answer: Answer) -> None:
+    """Check that a verifier can use an answer; call this when data is loaded.
+
+    Raises:
+        ValueError: it cannot: what is wrong with the answer, and the remedy.
+    """
+    if verifier in RULE_NAMES and isinstance(answer, str) and not answer.strip():
+        raise ValueError("is empty; write what a right response says")
+    if verifier == "regex" and isinstance(answer, str):
+        try:
+            re.compile(answer)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"is no regular expression: {error}; verifier regex takes the answer as one") from None
+    if verifier == "numeric" and isinstance(answer, str):
+        from poise.orchestrator.verifiers.numeric import check_numeric_answer
+
+        check_numeric_answer(answer)
+
+
+def gym(response: str, problem: Problem) -> Score:
+    """Score the final part of the response as reasoning-gym scores it; a response without one earns nothing."""
     said = final_part(response)
-    if "\\boxed" in said:
-        said = said[said.rindex("\\boxed") :]
-    elif "####" in said:
-        said = said.rpartition("####")[2].strip().partition("\n")[0]
-    return float(math_verify.verify(gold, math_verify.parse(said, parsing_timeout=None), timeout_seconds=None))
-
-
-def gym(response: str, problem: Problem) -> float:
-    """Score the final part of the response as reasoning-gym scores it."""
+    if not said:
+        return Score(0.0, "the response has no final answer")
     metadata = problem.metadata
     dataset = _gym_dataset(metadata["name"], json.dumps(metadata["options"]), metadata["size"])
-    return float(dataset.score_answer(final_part(response), unpack(metadata["entry"])))
+    return Score(dataset.score_answer(said, unpack(metadata["entry"])), f"reasoning-gym scores {said[:80]!r}")
 
 
 def resolve(verifier: str) -> Rule:
@@ -105,7 +136,7 @@ def resolve(verifier: str) -> Rule:
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"{verifier!r}: is asynchronous; must be a plain function of (response, answer)")
     try:
-        inspect.signature(function).bind("response", "answer", **_problem_keyword(function, None))
+        inspect.signature(function).bind("response", "answer", **_keywords(function, problem=None, finish_reason=None))
     except TypeError as error:
         raise ValueError(f"{verifier!r}: cannot be called as function(response, answer): {error}") from error
     return function  # type: ignore[no-any-return]
@@ -133,8 +164,10 @@ def unpack(value: Any) -> Any:
     return value
 
 
-def bind(problem: Problem) -> Callable[[str], float]:
+def bind(problem: Problem) -> Callable[..., float]:
     """Return what rewards a response to `problem`, with everything slow to import imported.
+
+    Call it with the response and, where it is known, why the response ended: `stop`, `length` or `abort`.
 
     Raises:
         ValueError: see `resolve`.
@@ -143,16 +176,19 @@ def bind(problem: Problem) -> Callable[[str], float]:
     if verifier == "gym":
         metadata = problem.metadata
         _gym_dataset(metadata["name"], json.dumps(metadata["options"]), metadata["size"])
-        return lambda response: checked(gym(response, problem))
+        return lambda response, finish_reason=None: checked(gym(_with_thought(response, problem), problem))
     if verifier == "numeric":
         _warm_numeric()
     rule = _resolved(verifier)
-    keyword = {} if verifier in _RULES else _problem_keyword(rule, problem)
-    return lambda response: checked(rule(response, problem.answer, **keyword))
+    if verifier in RULE_NAMES:
+        return lambda response, finish_reason=None: checked(rule(_with_thought(response, problem), problem.answer))
+    return lambda response, finish_reason=None: checked(
+        rule(response, problem.answer, **_keywords(rule, problem=problem, finish_reason=finish_reason))
+    )
 
 
 def checked(reward: SupportsFloat) -> float:
-    """Return a reward as a float.
+    """Return a reward as a float; a `Score` keeps its reason.
 
     Raises:
         ValueError: it is none, or outside [0, 1].
@@ -162,7 +198,7 @@ def checked(reward: SupportsFloat) -> float:
     value = float(reward)
     if not (math.isfinite(value) and 0 <= value <= 1):
         raise ValueError(f"returned {value}; must return a number in [0, 1]")
-    return value
+    return reward if isinstance(reward, Score) else value
 
 
 _RULES: Mapping[str, Rule] = {"exact": exact, "numeric": numeric, "regex": regex}
@@ -170,19 +206,36 @@ _RULES: Mapping[str, Rule] = {"exact": exact, "numeric": numeric, "regex": regex
 _resolved = lru_cache(maxsize=64)(resolve)
 
 
-def _problem_keyword(function: Callable[..., object], problem: Problem | None) -> dict[str, Problem | None]:
-    parameters = inspect.signature(function).parameters.values()
-    takes_it = any(p.name == "problem" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return {"problem": problem} if takes_it else {}
+def _keywords(function: Callable[..., object], **offered: object) -> dict[str, object]:
+    """Return those of the offered keywords that a function has parameters for."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _with_thought(response: str, problem: Problem) -> str:
+    """Return the response after the `<think>` that the prompt ends with, if it does."""
+    prompt = problem.prompt
+    opens = isinstance(prompt, str) and prompt.rstrip().lower().endswith("<think>")
+    return f"<think>{response}" if opens else response
+
+
+def _unboxed(said: str) -> str:
+    """Return what a text that is one box contains; any other text as it is."""
+    box = _BOXED.fullmatch(said)
+    return said if box is None else box[1] or box[2] or ""
+
+
+def _same_decimal(said: str, wanted: str) -> bool:
+    """Whether two texts are decimal notations of one number."""
+    decimals = [_GROUP_COMMA.sub("", text.replace("\u2212", "-")) for text in (said, wanted)]
+    return all(map(_DECIMAL.fullmatch, decimals)) and same_decimal(*decimals)
 
 
 @lru_cache(maxsize=1)
 def _warm_numeric() -> None:
-    import logging
-
-    # It warns that its own time limits are off: the worker's is the only one, and it ends what no signal can.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    numeric("\\boxed{1}", "\\frac{1}{1}")
+    numeric("\\boxed{1+x}", "x + 1")
 
 
 @lru_cache(maxsize=32)

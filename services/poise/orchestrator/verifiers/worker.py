@@ -1,11 +1,11 @@
 """The process that checks responses for a `VerifierPool`: requests on standard input, answers on standard output.
 
-    → {"problem": {...}, "response": "..."}
+    → {"problem": {...}, "response": "...", "finish_reason": "stop"}
     ← {"ready": true}                             everything is imported: the time limit begins
-    ← {"reward": 0.5} or {"error": "..."}
+    ← {"reward": 0.5, "reason": "..."} or {"error": "..."} or {"error": "...", "out_of_memory": true}
 
-Run as a file, with the caller's `sys.path` as its one argument: verifiers are found as the caller finds them. Checks in
-its main thread, where signals work. Dies with its caller.
+Run as a file, with one argument of JSON: the caller's `sys.path`, so that verifiers are found as the caller finds them,
+its process id, and the memory limit in bytes. Checks in its main thread, where signals work. Dies with its caller.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 from typing import IO, Any
@@ -24,6 +25,7 @@ def main() -> None:
     """Answer requests until standard input ends."""
     options = json.loads(sys.argv[1])
     _die_with(options["caller"])
+    resource.setrlimit(resource.RLIMIT_DATA, (options["max_memory_bytes"], options["max_memory_bytes"]))
     sys.path[:] = options["path"]
     # Verifiers may print, and read: neither may touch the conversation.
     requests = os.fdopen(os.dup(0), "r", encoding="ascii")
@@ -42,7 +44,10 @@ def _answer(request: dict[str, Any], answers: IO[str]) -> None:
     try:
         reward_of = bind(Problem(**request["problem"]))
         _say({"ready": True}, answers)
-        answer: dict[str, Any] = {"reward": reward_of(request["response"])}
+        reward = reward_of(request["response"], request["finish_reason"])
+        answer: dict[str, Any] = {"reward": float(reward), "reason": getattr(reward, "reason", "")[:2000]}
+    except MemoryError:
+        answer = {"error": "MemoryError", "out_of_memory": True}
     except BaseException as error:  # a verifier that calls sys.exit() fails like any other
         answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
     _say(answer, answers)

@@ -41,8 +41,8 @@ def test_text_and_messages_numbers_and_domains_are_read(file):
     ]
     first, second, third = read(file, "\n".join(lines), verifier="numeric", domain="mine")
     assert (first.prompt, first.answer, first.domain, first.verifier) == ("2+2=", "4", "mine", "numeric")
-    assert (second.prompt, second.answer, second.domain, second.metadata) == (chat, "5", "sums", {"level": 1})
-    assert (third.prompt, third.answer) == ("Grüßeß", "0.5")
+    assert (second.prompt, second.answer, second.domain, second.metadata) == (chat, 5, "sums", {"level": 1})
+    assert (third.prompt, third.answer) == ("Grüßeß", 0.5)
 
 
 def test_byte_order_mark_and_windows_line_ends_do_no_harm(file):
@@ -175,6 +175,26 @@ def test_pattern_that_does_not_compile_is_refused(file):
     said = refused(file, '{"prompt": "a", "answer": "(b"}', verifier="regex")
     assert "answer: is no regular expression: missing )" in said[0]
     assert len(read(file, '{"prompt": "a", "answer": "(b"}', verifier="exact")) == 1
+
+
+@pytest.mark.parametrize(
+    ("literal", "answer"),
+    [
+        ("5", 5),
+        ("5.0", 5.0),
+        ("1e16", 1e16),
+        ("0.00001", 1e-5),
+        ("123456789012345678901", 123456789012345678901),
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("1e-400", "1e-400"),
+        ("1e-99999999999999999999", "1e-99999999999999999999"),
+        ("123456789012345678.5", "123456789012345678.5"),
+        ('"5"', "5"),
+    ],
+)
+def test_answer_keeps_the_value_and_type_of_its_literal(file, literal, answer):
+    (problem,) = read(file, f'{{"prompt": "a", "answer": {literal}}}', verifier="numeric")
+    assert (type(problem.answer), problem.answer) == (type(answer), answer)
 
 
 def test_repeated_problem_is_left_out_and_told(file):

@@ -28,3 +28,7 @@ def test_key_is_that_of_prompt_and_answer_alone():
 def test_prompt_key_leaves_the_answer_out():
     assert problem(answer="5").prompt_key == problem().prompt_key
     assert problem("2+3?").prompt_key != problem("2+2?").prompt_key
+
+
+def test_key_of_a_number_is_that_of_its_text():
+    assert problem(answer=4).key == problem(answer="4").key

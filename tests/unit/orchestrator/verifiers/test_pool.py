@@ -43,6 +43,17 @@ def sys_exit(response, answer): sys.exit(0)
 def nan(response, answer): return float("nan")
 def above(response, answer): return 1.5
 def text(response, answer): return "1.0"
+def hog(response, answer): return len(bytearray(2**40))
+def grow(response, answer): return sum(map(len, [bytearray(2**24) for _ in range(10**6)]))
+
+KEPT = []
+
+def leak(response, answer):
+    KEPT.append(bytearray(2**26))
+    return 1.0
+
+def ended(response, answer, *, finish_reason):
+    return finish_reason == "length"
 
 def talk(response, answer):
     print('{"reward": 0.125}', flush=True)
@@ -148,6 +159,36 @@ async def test_failing_verifier_costs_its_own_rollout_and_is_told(checks, caplog
     assert record.levelno == logging.WARNING
     assert checks(function).key[:16] in record.message
     assert said in record.message
+
+
+@pytest.mark.parametrize("function", ["hog", "grow"])
+async def test_verifier_without_memory_costs_its_own_rollout(checks, function):
+    async with pool(max_memory_bytes=2**28, timeout_s=300) as verifiers:
+        verdict = await verifiers.verify(checks(function), "yes")
+        after = await verifiers.verify(checks("good"), "yes")
+    assert verdict.reward == 0
+    assert verdict.error == "needed more memory than verifier.max_memory_bytes = 268435456, and was ended"
+    assert after.reward == 1
+    assert verifiers.num_failures == {"memory": 1}
+
+
+async def test_memory_that_others_leaked_costs_nothing(checks):
+    async with pool(max_memory_bytes=2**28) as verifiers:
+        verdicts = [await verifiers.verify(checks("leak"), "yes") for _ in range(12)]
+    assert [verdict.reward for verdict in verdicts] == [1] * 12
+    assert not verifiers.num_failures
+
+
+async def test_verifier_learns_why_the_response_ended(checks):
+    async with pool() as verifiers:
+        assert (await verifiers.verify(checks("ended"), "yes", "length")).reward == 1
+        assert (await verifiers.verify(checks("ended"), "yes", "stop")).reward == 0
+
+
+async def test_rules_say_why(checks):
+    async with pool() as verifiers:
+        verdict = await verifiers.verify(Problem("d", "p", 72, "numeric"), "#### 73")
+    assert verdict.reason == "the response gives 73, the answer is 72"
 
 
 async def test_hanging_verifier_is_killed_with_all_it_started(checks, tmp_path, caplog):

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.rules import bind, checked, exact, final_part, numeric, regex, resolve
+from poise.orchestrator.verifiers.parts import final_part, last_box
+from poise.orchestrator.verifiers.rules import bind, check_answer, checked, exact, numeric, regex, resolve
 
 
 @pytest.fixture
@@ -26,14 +27,39 @@ def module(tmp_path, monkeypatch):
     ("response", "said"),
     [
         (" Paris\n", "Paris"),
-        ("<think>Rome? <answer>Rome</answer></think> Paris ", "Rome"),
+        ("<think>Rome? <answer>Rome</answer></think> Paris ", "Paris"),
         ("<think>Rome?</think>Paris", "Paris"),
+        ("Rome?</think>Paris", "Paris"),
         ("<answer>Rome</answer> or <answer>\nParis </answer>.", "Paris"),
+        ("<think>Rome?</think><answer>Par", "Par"),
+        ("<think>Rome?</think><answer>Paris</answ", "Paris"),
+        ("<think>Rome? <answer>Rome</answer>", ""),
+        ("Rome <think>or", ""),
+        ("<answer>Paris</answer> <think>or", "Paris"),
         ("", ""),
     ],
 )
-def test_final_part_is_the_last_answer_or_what_follows_thinking(response, said):
+def test_final_part_leaves_out_thoughts(response, said):
     assert final_part(response) == said
+
+
+def test_response_goes_on_with_the_thought_that_the_prompt_opens():
+    opened = bind(Problem("d", "2+2? <think>\n", "4", "numeric"))
+    assert opened("that is 4") == 0
+    assert opened("hm</think>4") == 1
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        (r"\boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{5", "5"),
+        ("5", None),
+    ],
+)
+def test_last_box_is_found_with_its_braces(box, said):
+    assert last_box(box) == said
 
 
 @pytest.mark.parametrize("response", ["Paris", " paris.\n", '"PARIS"!', "'Paris'", "<think>Rome</think>\nParis."])
@@ -121,6 +147,36 @@ def test_callable_gets_the_problem_if_it_takes_it(module, taker, signature):
         f"takes_{taker}",
     )
     assert bind(problem(f"{name}:score", metadata={"level": 3}))("r") == 0.75
+
+
+def test_callable_gets_the_finish_reason_if_it_takes_it(module):
+    name = module("def score(response, answer, finish_reason=None):\n    return finish_reason == 'length'", "ends")
+    score = bind(problem(f"{name}:score"))
+    assert (score("r", "length"), score("r", "stop"), score("r")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "said"),
+    [
+        ("regex", "(b", "is no regular expression: missing )"),
+        ("regex", "[a-", "is no regular expression: unterminated character set"),
+        ("regex", "a{2,1}", "is no regular expression: min repeat greater than max"),
+        ("regex", "a{99999999999}", "is no regular expression"),
+        ("numeric", "Paris", "is no mathematical expression; use another verifier, such as exact"),
+        ("numeric", "no solution", "is no mathematical expression"),
+        ("numeric", "#### ", "is no mathematical expression"),
+        ("exact", " ", "is empty"),
+    ],
+)
+def test_answer_that_a_rule_cannot_use_is_refused(verifier, answer, said):
+    with pytest.raises(ValueError) as caught:
+        check_answer(verifier, answer)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [5, 1e-5, "x+1", "sqrt(x)", "5 km", r"\text{none}", "2xy", "e^x", "inf", "[0, 1)"])
+def test_answer_with_a_value_suits_numeric(answer):
+    check_answer("numeric", answer)
 
 
 def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Read the numbers that people and models write, and compare them."""
