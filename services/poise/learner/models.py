@@ -17,10 +17,11 @@ import torch
 from poise.learner.accumulation import Before, Sums, accumulate
 from poise.learner.config import LearnerConfig
 from poise.learner.critic import Critic
+from poise.learner.forward import PackedForward
 from poise.learner.minibatch import MiniBatch
 from poise.learner.optimiser import Optimiser
 from poise.learner.packing import PackedRow
-from poise.learner.policy import PackedForward, Policy, load_reference
+from poise.learner.policy import Policy, load_reference
 from poise.learner.variance import HalfGradient
 from poise.learner.world import World
 
