@@ -112,6 +112,10 @@ class OrchestratorConfig(Settings):
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
+    max_mismatch_kl: float | None = Field(0.05, gt=0)
+    """Largest KL divergence of engine and learner in the first step, nats a token: the mean of exp(d) − 1 − d for d the
+    learner's log-probability less the engine's. Beyond it they compute different models, and the run stops. Rounding
+    costs about 1e-9 in float32, and 0.001 to 0.01 with an engine in bfloat16. Null never stops."""
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts
