@@ -130,15 +130,17 @@ class GenerationApp(ServiceApp):
         self.fail("the engine died")
 
 
-def build(config: GenerationConfig) -> GenerationApp:
-    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
-    engine: Engine
+def make_engine(config: GenerationConfig) -> Engine:
+    """Construct the engine that the settings choose. No I/O; its libraries are imported here."""
     if config.engine == "torch":
         from poise.generation.torch_engine import TorchEngine
 
-        engine = TorchEngine(config)
-    else:
-        from poise.generation.vllm_engine import VllmEngine
+        return TorchEngine(config)
+    from poise.generation.vllm_engine import VllmEngine
 
-        engine = VllmEngine(config)
-    return GenerationApp(config, engine)
+    return VllmEngine(config)
+
+
+def build(config: GenerationConfig) -> GenerationApp:
+    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
+    return GenerationApp(config, make_engine(config))

@@ -163,13 +163,13 @@ class TorchEngine:
             model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
             if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
                 model.set_attn_implementation("eager")  # transformers' other implementations leave the cap out
-        except (OSError, ValueError, SafetensorError) as error:
+            layers = decoder_layers(model)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
         try:
             model = model.to(settings.device).eval()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise BackendDown(f"torch.device {settings.device} cannot be used: {error}") from error
-        layers = decoder_layers(model)
         text_config = model.config.get_text_config()
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))

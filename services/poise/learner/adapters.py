@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.learner.config import LoraSettings
 from poise.runtime.checkpoints import checkpoint_digest
 from poise_client.types import Adapter
@@ -29,7 +29,7 @@ def inject(model: Any, settings: LoraSettings, name: str) -> None:
     """Put adapters into a model, in place, and hold everything else still. Deterministic after `torch.manual_seed`.
 
     Raises:
-        BackendDown: `target_modules` are not in the model called `name`, or cannot be merged.
+        Unusable: `target_modules` are not in the model called `name`, or cannot be merged.
     """
     import peft
     from peft.tuners.lora import Linear, LoraLayer
@@ -42,12 +42,12 @@ def inject(model: Any, settings: LoraSettings, name: str) -> None:
             )  # of experts, which get no adapters
             peft.inject_adapter_in_model(_peft_config(settings), model)
     except ValueError as error:
-        raise BackendDown(f"lora: model {name} ({type(model).__name__}) cannot take these adapters: {error}") from error
+        raise Unusable(f"lora: model {name} ({type(model).__name__}) cannot take these adapters: {error}") from error
     others = [
         path for path, layer in model.named_modules() if isinstance(layer, LoraLayer) and type(layer) is not Linear
     ]
     if others:
-        raise BackendDown(
+        raise Unusable(
             f"lora.target_modules: {others[0]} of model {name} is no linear layer, and its adapter cannot be merged",
             remedy="Name linear layers only, such as [q_proj, k_proj, v_proj, o_proj].",
         )
@@ -87,7 +87,7 @@ def describe(settings: LoraSettings, model: str) -> Adapter:
     """Return what adapters of a model are, for whom they are sent to. Reads the model's files.
 
     Raises:
-        BackendDown: they cannot be read.
+        Unusable: they cannot be read.
     """
     return Adapter(settings.rank, float(settings.alpha), checkpoint_digest(model))
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.learner import attention
 from poise.learner.attention import Span, keys_of
 from poise.learner.config import LearnerConfig
@@ -27,16 +27,16 @@ _MAX_PADDING = 0.25
 
 
 def load_model(config: LearnerConfig) -> Any:
-    """Load the model that training starts from, in float32 and in evaluation mode. Raises `BackendDown`."""
+    """Load the model that training starts from, in float32 and in evaluation mode. Raises `Unusable`."""
     attention.register()
     try:
         model, about = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
     if missing := sorted(about["missing_keys"]):
-        raise BackendDown(
+        raise Unusable(
             f"model {config.model} ({type(model).__name__}) lacks {len(missing)} of its weights, such as {missing[0]}: "
             "they would start from random numbers",
             remedy="Take a complete causal language model.",
@@ -45,7 +45,11 @@ def load_model(config: LearnerConfig) -> Any:
 
 
 def recompute_layers(model: Any) -> None:
-    """Save only the inputs of the decoder's layers for the backward pass, which recomputes the rest."""
+    """Save only the inputs of the decoder's layers for the backward pass, which recomputes the rest.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
     for layer in decoder_layers(model):
         # The models' own switch works in training mode only, where dropout would be active too.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -68,7 +68,7 @@ class Critic:
         """Load it.
 
         Raises:
-            BackendDown: it cannot be loaded, or cannot be trained.
+            Unusable: it cannot be loaded, or cannot be trained.
         """
         self._settings = settings
         self._world = world

@@ -36,7 +36,8 @@ class ForwardMode:
 
     def __str__(self) -> str:
         rows = "packed rows" if self.packed else f"one sequence at a time ({self.attention} attention)"
-        return f"{rows} and {'the model’s own head' if self.own_head else 'a linear head'}"
+        head = "the model's own head" if self.own_head else "a linear head"
+        return f"{rows} and {head}"
 
 
 class PackedForward(torch.nn.Module):
@@ -46,13 +47,13 @@ class PackedForward(torch.nn.Module):
         super().__init__()
         self.model = model
         self.mode = mode
-        self._dtype = dtype
+        self.dtype = dtype
         self._chunk_tokens = chunk_tokens
 
     def forward(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probabilities and entropies of a row's targets, [N] each."""
-        states_Nd = predictor_states(decoder_of(self.model), row, self._dtype, packed=self.mode.packed)
+        states_Nd = predictor_states(decoder_of(self.model), row, self.dtype, packed=self.mode.packed)
         if self.mode.own_head:
-            return own_logprobs(self.model, states_Nd, row.targets_N, temperature, self._chunk_tokens, self._dtype)
+            return own_logprobs(self.model, states_Nd, row.targets_N, temperature, self._chunk_tokens, self.dtype)
         head = self.model.get_output_embeddings()
-        return token_logprobs(states_Nd, head, row.targets_N, temperature, self._chunk_tokens, self._dtype)
+        return token_logprobs(states_Nd, head, row.targets_N, temperature, self._chunk_tokens, self.dtype)

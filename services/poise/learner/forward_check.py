@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.learner.attention import PACKED
 from poise.learner.backbone import recompute_layers
 from poise.learner.config import LearnerConfig
@@ -66,36 +67,77 @@ class Difference:
         return f"differ by up to {self.largest:.2g} nats (mean {self.mean:.2g})"
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Of one way to compute a model."""
+
+    why: str
+    nats: float = math.inf
+    """Largest difference from the model's own log-probabilities."""
+
+
 def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
     """Return the learner's forward pass of a model that is loaded whole and in evaluation mode; sets the model up.
 
     Raises:
-        BackendDown: no way to compute it gives the model's own log-probabilities.
+        Unusable: no way to compute it gives the model's own log-probabilities.
     """
     named = f"model {config.model} ({type(model).__name__})"
     _check_parameters(model, named)
-    failures: list[str] = []
+    failures: list[_Failure] = []
     with _short_look_back(model):
         native = model.config._attn_implementation
         check = _Check(model, config, named)
         if config.gradient_checkpointing:
-            recompute_layers(model)
+            try:
+                recompute_layers(model)
+            except ValueError as error:
+                raise Unusable(f"gradient_checkpointing: {named} cannot recompute its layers: {error}") from error
         for attention in dict.fromkeys((PACKED, native, "eager")):
-            if not _use_attention(model, attention):
-                failures.append(f"{attention} attention: the architecture does not allow it")
+            if not use_attention(model, attention):
+                failures.append(_Failure(f"{attention} attention: the architecture does not allow it"))
                 continue
             for own_head in (False, True):
                 mode = ForwardMode(attention, own_head)
-                if problem := check.problem(mode):
-                    failures.append(f"{mode}: {problem}")
+                if failure := check.failure(mode):
+                    failures.append(failure)
                     continue
                 if not mode.packed:
-                    logger.warning("%s: training takes %s, which is slower; %s", named, mode, failures[0])
+                    logger.warning("%s: training takes %s, which is slower; %s", named, mode, failures[0].why)
                 return check.forward(mode, check.dtype)
-    raise BackendDown(
+    raise Unusable(
         f"{named} cannot be trained: the learner's log-probabilities are not those of the model's own forward. "
-        f"{'; '.join(failures)}. Allowed: {LARGEST_NATS:g} nats, mean {MEAN_NATS:g}",
+        f"The closest of {len(failures)} ways: {min(failures, key=lambda each: each.nats).why}. Allowed: "
+        f"{LARGEST_NATS:g} nats, mean {MEAN_NATS:g}",
         remedy="Choose another model; `poise models check FOLDER` compares one before a run.",
+    )
+
+
+@torch.no_grad()
+def probe_logprobs(forward: PackedForward) -> torch.Tensor:
+    """Return what a forward pass makes of the probe batch, [N]."""
+    model = forward.model
+    logprobs_N: torch.Tensor = forward(build_row(probe_groups(model), model.device, forward.dtype), 1.0)[0]
+    return logprobs_N
+
+
+def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) -> None:
+    """Check that adapters, which start at zero, leave the log-probabilities of the model called `name` as they were.
+
+    Raises:
+        Unusable: they do not, or the model's code cannot run with them.
+    """
+    try:
+        difference = Difference.between(probe_logprobs(forward), before_N)
+    except Exception as error:  # architectures fail in ways of their own
+        why = f"its forward pass then fails: {type(error).__name__}: {error}"
+    else:
+        if difference.is_rounding:
+            return
+        why = f"fresh ones change its log-probabilities, which {difference}"
+    raise Unusable(
+        f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {why}",
+        remedy="Name other lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj].",
     )
 
 
@@ -107,7 +149,7 @@ class _Check:
         self._chunk_tokens = config.logprob_chunk_tokens
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self._groups = probe_groups(model)
-        _use_attention(model, "eager")
+        use_attention(model, "eager")
         try:
             own_N = own_logprobs(model, self._groups)
             self._gradient_Vd = self._gradient(own_N)
@@ -117,7 +159,7 @@ class _Check:
                 with torch.no_grad(), torch.autocast(model.device.type, self.dtype):
                     self._own_in_dtype_N = own_logprobs(model, self._groups)
         except Exception as error:  # architectures fail in ways of their own
-            raise BackendDown(
+            raise Unusable(
                 f"{named} cannot be trained: its own forward fails: {type(error).__name__}: {error}"
             ) from error
 
@@ -125,31 +167,32 @@ class _Check:
         """Return the learner's forward pass."""
         return PackedForward(self._model, mode, dtype, self._chunk_tokens)
 
-    def problem(self, mode: ForwardMode) -> str:
-        """Return how the learner's forward pass differs from the model's own; empty where it does not."""
+    def failure(self, mode: ForwardMode) -> _Failure | None:
+        """Return how the learner's forward pass differs from the model's own; None where it does not."""
         try:
-            return self._difference(mode)
+            return self._failure(mode)
         except Exception as error:  # architectures fail in ways of their own
-            return f"fails: {type(error).__name__}: {error}"
+            return _Failure(f"{mode}: fails: {type(error).__name__}: {error}")
 
-    def _difference(self, mode: ForwardMode) -> str:
+    def _failure(self, mode: ForwardMode) -> _Failure | None:
         device = self._model.device
         row = build_row(self._groups, device, torch.float32)
         logprobs_N, _ = self.forward(mode, torch.float32)(row, 1.0)
         difference = Difference.between(logprobs_N, self._own_N)
         if not difference.is_rounding:
-            return f"log-probabilities {difference}"
+            return _Failure(f"{mode}: log-probabilities {difference}", difference.largest)
         gradient_Vd = self._gradient(logprobs_N)
         share = float((gradient_Vd - self._gradient_Vd).norm() / self._gradient_Vd.norm().clamp_min(1e-12))
         if not share <= GRADIENT_SHARE:
-            return f"gradients differ by {share:.2g} of their norm; allowed: {GRADIENT_SHARE:g}"
+            return _Failure(f"{mode}: gradients differ by {share:.2g} of their norm; allowed: {GRADIENT_SHARE:g}", 0.0)
         if self._own_in_dtype_N is not None:
             with torch.no_grad():
                 logprobs_N, _ = self.forward(mode, self.dtype)(build_row(self._groups, device, self.dtype), 1.0)
             difference = Difference.between(logprobs_N, self._own_in_dtype_N)
             if not difference.mean <= MEAN_NATS_BFLOAT16:
-                return f"log-probabilities in {self.dtype} {difference}; allowed: mean {MEAN_NATS_BFLOAT16:g}"
-        return ""
+                why = f"log-probabilities in {self.dtype} {difference}; allowed: mean {MEAN_NATS_BFLOAT16:g}"
+                return _Failure(f"{mode}: {why}", difference.largest)
+        return None
 
     def _gradient(self, logprobs_N: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the mean with respect to the input embeddings: it passes through all layers."""
@@ -197,7 +240,7 @@ def own_logprobs(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _use_attention(model: Any, implementation: str) -> bool:
+def use_attention(model: Any, implementation: str) -> bool:
     """Switch a model to an `attn_implementation`; return whether it uses it now: older architectures cannot switch."""
     with contextlib.suppress(ValueError):
         model.set_attn_implementation(implementation)
@@ -207,12 +250,12 @@ def _use_attention(model: Any, implementation: str) -> bool:
 def _check_parameters(model: Any, named: str) -> None:
     others = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if others:
-        raise BackendDown(
+        raise Unusable(
             f"{named} cannot be trained: {len(others)} of its parameters are quantised, such as {others[0]}",
             remedy="Take the model as it was before quantisation.",
         )
     if model.get_output_embeddings() is None:
-        raise BackendDown(f"{named} cannot be trained: it has no head over the vocabulary")
+        raise Unusable(f"{named} cannot be trained: it has no head over the vocabulary")
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class Models:
         """Load them.
 
         Raises:
-            BackendDown: they cannot be loaded, or cannot be trained.
+            Unusable: they cannot be loaded, or cannot be trained.
         """
         self._config = config
         self._world = world

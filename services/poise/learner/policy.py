@@ -17,7 +17,7 @@ from poise.learner import adapters
 from poise.learner.backbone import load_model
 from poise.learner.config import LearnerConfig
 from poise.learner.forward import PackedForward
-from poise.learner.forward_check import checked_forward
+from poise.learner.forward_check import check_adapters, checked_forward, probe_logprobs
 from poise.learner.shards import kept, shard, whole
 from poise.learner.world import World
 from poise.runtime.decoder import decoder_layers
@@ -31,7 +31,7 @@ class Policy:
         """Load it.
 
         Raises:
-            BackendDown: it cannot be loaded, or cannot be trained.
+            Unusable: it cannot be loaded, or cannot be trained.
         """
         self._config = config
         self._world = world
@@ -39,7 +39,9 @@ class Policy:
         self.logprobs = checked_forward(self.model, config)
         """Of a packed row: the forward pass."""
         if config.lora is not None:
+            before_N = probe_logprobs(self.logprobs)
             adapters.inject(self.model, config.lora, config.model)
+            check_adapters(self.logprobs, before_N, config.model)
         if world.is_sharded:
             shard(self.logprobs, decoder_layers(self.model), world)
         self.logprobs.train(config.dropout)
@@ -89,7 +91,7 @@ class Policy:
 
 
 def load_reference(config: LearnerConfig, world: World) -> PackedForward:
-    """Load the model that training started from, held still, in parts as the policy is. Raises `BackendDown`."""
+    """Load the model that training started from, held still, in parts as the policy is. Raises `Unusable`."""
     model = load_model(config).to(world.device)
     forward = checked_forward(model, config).requires_grad_(False)
     if world.is_sharded:

@@ -16,8 +16,14 @@ def decoder_of(model: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> Any:
-    """Return the decoder's layers, in order: a `torch.nn.ModuleList`."""
+    """Return the decoder's layers, in order: a `torch.nn.ModuleList`.
+
+    Raises:
+        ValueError: it has none.
+    """
     lists = [child for child in decoder_of(model).children() if hasattr(child, "__len__")]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers")
     return max(lists, key=len)
 
 

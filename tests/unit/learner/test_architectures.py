@@ -279,8 +279,10 @@ def test_adapters_that_cannot_be_merged_are_rejected(name, modules, layer, tmp_p
         Policy(settings(folder, lora={"target_modules": modules}), World(CPU))
 
 
-@pytest.mark.parametrize(("name", "modules"), [("llama", ["nothing"]), ("mamba", "all-linear")])
-def test_adapters_that_peft_rejects_are_rejected_by_name(name, modules, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "modules"), [("llama", ["nothing"]), ("mamba", "all-linear"), ("llama4_text", ["router"])]
+)
+def test_adapters_that_do_not_fit_are_rejected_by_name(name, modules, tmp_path):
     folder = make_architecture(tmp_path, name)
     with pytest.raises(BackendDown, match=r"ForCausalLM\) cannot take these adapters"):
         Policy(settings(folder, lora={"target_modules": modules}), World(CPU))
