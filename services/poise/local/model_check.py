@@ -6,9 +6,12 @@ Owns what is sampled for it, and how the outcome is shown. The comparison itself
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +52,26 @@ def check_model(name: str | None, run: LocalRun | None, engine: str | None, as_j
     if name is None and run is None:
         raise ConfigError("name a model: a Hugging Face folder, a name of `poise models`, or org/name; or give -c FILE")
     model = str(find_model(run.model if name is None and run is not None else str(name), "FOLDER"))
-    with tempfile.TemporaryDirectory(prefix="poise-models-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="poise-models-") as scratch, _stdout_to_stderr():
         generation, learner = _settings(model, run, Path(scratch))
         engines = dict.fromkeys(["torch", engine or (generation.engine if run is not None else "torch")])
         facts = _check(model, learner, [generation.model_copy(update={"engine": each}) for each in engines])
     click.echo(json.dumps(facts) if as_json else _table(facts))
     return OK if facts["trainable"] else FAILED
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keep the output of engines and their processes apart from the outcome."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _settings(model: str, run: LocalRun | None, scratch: Path) -> tuple[GenerationConfig, LearnerConfig]:
