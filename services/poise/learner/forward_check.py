@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,9 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
                     failures.append(failure)
                     continue
                 if not mode.packed:
-                    logger.warning("%s: training takes %s, which is slower; %s", named, mode, failures[0].why)
+                    logger.warning(
+                        "%s: the learner computes %s, which is slower. Reason: %s", named, mode, failures[0].why
+                    )
                 return check.forward(mode, check.dtype)
     raise Unusable(
         f"{named} cannot be trained: the learner's log-probabilities are not those of the model's own forward. "
@@ -196,6 +199,7 @@ class _Check:
 
     def _gradient(self, logprobs_N: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the mean with respect to the input embeddings: it passes through all layers."""
+        gradient_Vd: torch.Tensor
         (gradient_Vd,) = torch.autograd.grad(logprobs_N.mean(), self._model.get_input_embeddings().weight)
         return gradient_Vd
 
@@ -206,7 +210,7 @@ def probe_groups(model: Any) -> list[PromptGroup]:
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and value is not None}
     ordinary = np.array([token for token in range(config.vocab_size) if token not in special], np.int32)
     generator = np.random.default_rng(0)
-    longest = position_limit(model.config) or 2**31
+    longest = position_limit(model.config) or sys.maxsize
     groups = []
     for index, (num_prompt, responses) in enumerate(_GROUPS):
         prompt = generator.choice(ordinary, min(num_prompt, longest // 2))

@@ -42,10 +42,8 @@ def own_logprobs(
             entropies_C = torch.special.entr(logprobs_CV.exp()).sum(-1)
         return logprobs_CV.gather(-1, targets_C[:, None])[:, 0], entropies_C
 
-    chunks = [
-        checkpoint(of_chunk, states_Cd, targets_C, use_reentrant=False)
-        for states_Cd, targets_C in zip(states_Nd.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
-    ]
+    slices = [slice(start, start + chunk_tokens) for start in range(0, len(states_Nd), chunk_tokens)]
+    chunks = [checkpoint(of_chunk, states_Nd[chunk], targets_N[chunk], use_reentrant=False) for chunk in slices]
     logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies).detach()
 
