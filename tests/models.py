@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 WORDS = ("<think>", "</think>", "<answer>", "</answer>", "</thi", "nk>")
 """Tokens of several characters, so that a random model writes tags whole and in halves."""
@@ -20,7 +21,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, max_position_embeddings: int
     import torch
     import transformers
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = make_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -50,7 +51,7 @@ def make_tiny_qwen2(folder: Path) -> Path:
     import torch
     import transformers
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = make_tokenizer()
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -77,7 +78,8 @@ def make_tiny_qwen2(folder: Path) -> Path:
     return folder
 
 
-def _byte_tokenizer():  # type: ignore[no-untyped-def]
+def make_tokenizer() -> Any:
+    """Return a byte-level tokenizer with a few words, special tokens and a chat template."""
     import tokenizers
     import transformers
     from tokenizers import decoders, models, pre_tokenizers

@@ -14,7 +14,8 @@
     ├── Busy                RESOURCE_EXHAUSTED, retry later
     ├── Draining            UNAVAILABLE, retry
     └── BackendDown         UNAVAILABLE, retry
-        └── Starting        likewise: the service is loading or recovering
+        ├── Starting        likewise: the service is loading or recovering
+        └── Unusable        not on the wire: the service exits
 
 Knows neither gRPC nor any service: `status` is the name of a `grpc.StatusCode`, `reason` that of an
 `ErrorReason` without its prefix.
@@ -25,6 +26,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+
+class Misconfigured(Exception):
+    """Mixed into errors that last until someone changes the settings: a program that one ends is not started again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +149,7 @@ class Starting(BackendDown):
     """The service is loading or recovering. The message says what it does and for how long."""
 
     starting = True
+
+
+class Unusable(BackendDown, Misconfigured):
+    """The model, or a setting that does not fit it, cannot be used."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import poise
+from poise.cli.models import models
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
 from poise.cli.verify import verify
@@ -168,25 +169,6 @@ def config(
         click.echo(resolved_text(load_options(path, preset, overrides), program))
 
 
-@main.command()
-@click.argument("name", required=False)
-def models(name: str | None) -> None:
-    """List the models that can be made here, or make one in the cache."""
-    from poise.local.models import KNOWN_MODELS, is_ready, make_model
-    from poise.runtime.cache import cache_dir
-
-    if name is not None:
-        if name not in KNOWN_MODELS:
-            fail(f"model {name!r} is unknown; there are: {', '.join(KNOWN_MODELS)}")
-        log_to_terminal()
-        click.echo(checked(lambda: make_model(name)))
-        return
-    for known, about in KNOWN_MODELS.items():
-        state = "ready" if is_ready(known) else f"takes about {about.seconds} s"
-        click.echo(f"{known:24} {about.about} ({state})")
-    click.echo(f"cache: {cache_dir()}")
-
-
 def _run_services(path: Path | None, preset: str | None, overrides: tuple[str, ...], *, train: bool) -> int:
     def load() -> LocalRun:
         return load_options(path, preset, overrides)
@@ -199,5 +181,6 @@ def _run_services(path: Path | None, preset: str | None, overrides: tuple[str, .
     return checked(work)
 
 
+main.add_command(models)
 main.add_command(queue)
 main.add_command(verify)

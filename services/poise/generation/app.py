@@ -140,16 +140,18 @@ class GenerationApp(ServiceApp):
         self.fail("the engine died")
 
 
-def build(config: GenerationConfig) -> GenerationApp:
-    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
-    engine: Engine
-    startup = Startup(LOADING)
+def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Engine:
+    """Construct the engine that the settings choose. No I/O; its libraries are imported here."""
     if config.engine == "torch":
         from poise.generation.torch_engine import TorchEngine
 
-        engine = TorchEngine(config, startup)
-    else:
-        from poise.generation.vllm_engine import VllmEngine
+        return TorchEngine(config, startup)
+    from poise.generation.vllm_engine import VllmEngine
 
-        engine = VllmEngine(config, startup)
-    return GenerationApp(config, engine, startup)
+    return VllmEngine(config, startup)
+
+
+def build(config: GenerationConfig) -> GenerationApp:
+    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
+    startup = Startup(LOADING)
+    return GenerationApp(config, make_engine(config, startup), startup)

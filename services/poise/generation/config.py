@@ -64,7 +64,7 @@ class GenerationConfig(ServiceConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Element type of weights and activations; `auto` takes the checkpoint's."""
     max_model_len: int | None = Field(None, ge=2)
-    """Most tokens of prompt and response together; null takes the model's own limit."""
+    """Most tokens of prompt and response together; null takes the model's own limit, or 8192 where it has none."""
     max_num_seqs: int = Field(64, ge=1)
     """Most rollouts sampled at once."""
     max_queued_rollouts: int = Field(65536, ge=1)

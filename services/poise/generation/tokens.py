@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.errors import BackendDown, InvalidRequest
+from poise.runtime.decoder import position_limit
 from poise.runtime.generation_config import load_generation_config
 from poise_client.types import Message
+
+UNLIMITED_MODEL_LEN = 8192
+"""Taken for `max_model_len` where neither the settings nor the model, such as a recurrent one, set a limit."""
 
 
 class Tokenizer:
@@ -109,7 +113,7 @@ def check_feature_layer(layer: int, num_layers: int) -> int:
 
 def model_len(wanted: int | None, model_config: Any) -> int:
     """Return most tokens of prompt and response together, or raise `BackendDown` beyond the model's own limit."""
-    own: int = model_config.max_position_embeddings
-    if wanted is not None and wanted > own:
+    own = position_limit(model_config)
+    if wanted is not None and own is not None and wanted > own:
         raise BackendDown(f"max_model_len is {wanted}; the model holds at most {own}")
-    return wanted or own
+    return wanted or own or UNLIMITED_MODEL_LEN

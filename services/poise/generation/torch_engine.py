@@ -31,9 +31,11 @@ from poise.generation.pooling import build_features, mean_or_zeros, pooled_respo
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter, read_adapter, read_tensors, shapes_of
 from poise.generation.torch_draw import draw
+from poise.generation.torch_forward import TorchForward
 from poise.generation.torch_receiver import GroupReceiver
 from poise.generation.weights import check_weights
 from poise.runtime.collective import backend_of
+from poise.runtime.decoder import decoder_layers
 from poise.runtime.generation_config import load_generation_config
 from poise.runtime.startup import Startup
 from poise_client.types import FinishReason, Floats, Message, VersionSpan
@@ -50,7 +52,7 @@ class _Running:
     request: EngineRequest
     generator: torch.Generator
     started: float
-    cache: transformers.DynamicCache | None = None
+    cache: transformers.Cache | None = None
     cache_version: int | None = None
     """Policy version whose keys and values `cache` holds."""
     prompt_hidden_d: Floats | None = None
@@ -72,6 +74,7 @@ class TorchEngine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._receiver = GroupReceiver(config.torch.device)
         self._model: Any = None
+        self._forward: TorchForward | None = None
         self._tokenizer: Tokenizer | None = None
         self._info: EngineInfo | None = None
         self._adapter: TorchAdapter | None = None
@@ -93,7 +96,7 @@ class TorchEngine:
     async def stop(self) -> None:
         """See `Engine`."""
         self._stopped = True
-        self._model = None
+        self._model = self._forward = None
         await asyncio.to_thread(self._receiver.abandon)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -182,47 +185,52 @@ class TorchEngine:
                 dtype=self._config.dtype,
                 **({"generation_config": generation_config} if repairs else {}),
             )
-        except (OSError, ValueError, SafetensorError) as error:
+            if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+                model.set_attn_implementation("eager")  # transformers' other implementations leave the cap out
+            layers = decoder_layers(model)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
         self._startup.begin(f"moving weights to {settings.device}")
         try:
             model = model.to(settings.device).eval()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise BackendDown(f"torch.device {settings.device} cannot be used: {error}") from error
-        layers = model.get_decoder().layers
+        text_config = model.config.get_text_config()
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))
         layers[layer].register_forward_hook(self._keep_hidden)
+        self._forward = TorchForward(model, self._config.model)
         self._model, self._tokenizer, self._adapter = model, tokenizer, TorchAdapter(model)
         self._info = EngineInfo(
             engine="torch",
             model=self._config.model,
-            hidden_size=model.config.hidden_size,
+            hidden_size=text_config.hidden_size,
             num_layers=len(layers),
             feature_layer=layer,
             max_model_len=model_len(self._config.max_model_len, model.config),
-            vocabulary_size=model.config.vocab_size,
+            vocabulary_size=text_config.vocab_size,
             tokenizer_digest=tokenizer.digest,
         )
 
     def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
+        states = output[0] if isinstance(output, (tuple, list)) else output
         self._hidden = states[0].float()
 
     @torch.inference_mode()
     def _sample_token(self, running: _Running) -> FinishReason | None:
         """Sample one token; return why the rollout ended, if it did."""
+        forward = self._forward
+        assert forward is not None  # noqa: S101 (loaded)
         first = running.prompt_hidden_d is None
         if self._config.in_flight == "abort" and not first and running.cache_version != self._version:
             return "abort"
-        if running.cache_version != self._version:
+        if running.cache is None or running.cache_version != self._version:
             # What the old weights cached is not what the new ones would have: the sequence goes through them again.
-            running.cache, running.cache_version = transformers.DynamicCache(), self._version
+            running.cache, running.cache_version = forward.new_cache(), self._version
             ids = [*running.request.prompt_token_ids, *running.token_ids]
         else:
             ids = running.token_ids[-1:]
-        inputs = torch.tensor([ids], device=self._config.torch.device)
-        logits_V = self._model(inputs, past_key_values=running.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits_V = forward(torch.tensor([ids], device=self._config.torch.device), running.cache)
         hidden: Floats = self._hidden_rows()
         if first:
             running.prompt_hidden_d = self._pool_prompt(hidden)
@@ -243,7 +251,8 @@ class TorchEngine:
     @torch.inference_mode()
     def _encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
         inputs = torch.tensor([list(prompt_token_ids)], device=self._config.torch.device)
-        self._model(inputs, use_cache=False, logits_to_keep=1)
+        assert self._forward is not None  # noqa: S101 (loaded)
+        self._forward(inputs, None)
         return EngineEncoding(self._pool_prompt(self._hidden_rows()), self._version)
 
     def _pool_prompt(self, states_Pd: Floats) -> Floats:

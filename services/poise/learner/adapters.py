@@ -6,6 +6,7 @@ for replicas that compute with them as they are. Knows no processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from poise.errors import Unusable
 from poise.learner.config import LoraSettings
 from poise.runtime.checkpoints import checkpoint_digest
 from poise_client.types import Adapter
@@ -23,11 +25,32 @@ _PREFIX = "base_model.model."
 """How peft calls the model that an adapter belongs to, in its files."""
 
 
-def inject(model: Any, settings: LoraSettings) -> None:
-    """Put adapters into a model, in place, and hold everything else still. Deterministic after `torch.manual_seed`."""
-    import peft
+def inject(model: Any, settings: LoraSettings, name: str) -> None:
+    """Put adapters into a model, in place, and hold everything else still. Deterministic after `torch.manual_seed`.
 
-    peft.inject_adapter_in_model(_peft_config(settings), model)
+    Raises:
+        Unusable: `target_modules` are not in the model called `name`, or cannot be merged.
+    """
+    import peft
+    from peft.tuners.lora import Linear, LoraLayer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft corrects it, layer by layer
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys"
+            )  # of experts, which get no adapters
+            peft.inject_adapter_in_model(_peft_config(settings), model)
+    except ValueError as error:
+        raise Unusable(f"lora: model {name} ({type(model).__name__}) cannot take these adapters: {error}") from error
+    others = [
+        path for path, layer in model.named_modules() if isinstance(layer, LoraLayer) and type(layer) is not Linear
+    ]
+    if others:
+        raise Unusable(
+            f"lora.target_modules: {others[0]} of model {name} is no linear layer, and its adapter cannot be merged",
+            remedy="Name linear layers only, such as [q_proj, k_proj, v_proj, o_proj].",
+        )
 
 
 def is_adapter(name: str) -> bool:
@@ -49,7 +72,9 @@ def merged(model: Any, whole: Callable[[torch.Tensor], torch.Tensor]) -> Iterato
             if name.endswith(f"{_BASE}.weight"):
                 layer = modules[name.removesuffix(f"{_BASE}.weight")]
                 up, down = (whole(side[_ADAPTER].weight) for side in (layer.lora_B, layer.lora_A))
-                tensor = tensor + layer.scaling[_ADAPTER] * (up @ down)
+                change = up @ down
+                # Conv1D, as in GPT-2, keeps its weight as [inputs, outputs].
+                tensor = tensor + layer.scaling[_ADAPTER] * (change.T if layer.fan_in_fan_out else change)
             yield name.replace(_BASE, ""), tensor
 
 
@@ -62,7 +87,7 @@ def describe(settings: LoraSettings, model: str) -> Adapter:
     """Return what adapters of a model are, for whom they are sent to. Reads the model's files.
 
     Raises:
-        BackendDown: they cannot be read.
+        Unusable: they cannot be read.
     """
     return Adapter(settings.rank, float(settings.alpha), checkpoint_digest(model))
 

@@ -3,15 +3,17 @@
 The row is cut into spans of queries. A prompt and its first response attend causally; each further sibling's response
 attends to that prompt and, causally, to itself. On GPUs, in half precision, all spans go through one kernel for
 variable lengths; elsewhere each goes through torch's own attention. Nothing of the size of the row squared is made, and
-no time is spent between strangers. Dropout of attention, which not every kernel has, is left out.
+no time is spent between strangers. Sliding windows, soft caps of the scores and attention sinks are those of the model;
+soft caps and sinks, which neither kernel has, take plain matrix products span by span. Attention dropout is left out.
 
 Shapes: L tokens of the row, K keys of all spans one after the other, S spans, H heads of D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +35,14 @@ class Span:
     shared_end: int = 0
 
     @property
+    def num_shared(self) -> int:
+        """Keys before its own."""
+        return self.shared_end - self.shared_start
+
+    @property
     def num_keys(self) -> int:
         """Those looked at, its own included."""
-        return self.shared_end - self.shared_start + self.end - self.start
+        return self.num_shared + self.end - self.start
 
     @property
     def num_attended(self) -> int:
@@ -57,6 +64,7 @@ class SpanMasks:
 class SpanIndex:
     """Spans as the kernel for variable lengths takes them."""
 
+    spans: tuple[Span, ...]
     keys_K: torch.Tensor
     """Where in the row the keys lie."""
     query_ends: torch.Tensor
@@ -85,7 +93,8 @@ def build_spans(spans: Sequence[Span], device: torch.device, dtype: torch.dtype)
 def build_index(spans: Sequence[Span], device: torch.device) -> SpanIndex:
     """Tell the kernel for variable lengths which keys each span looks at."""
     return SpanIndex(
-        keys_K=torch.cat([_keys(span) for span in spans]).to(device),
+        spans=tuple(spans),
+        keys_K=torch.cat([keys_of(span) for span in spans]).to(device),
         query_ends=_ends([span.end - span.start for span in spans]).to(device),
         key_ends=_ends([span.num_keys for span in spans]).to(device),
         most_queries=max(span.end - span.start for span in spans),
@@ -100,18 +109,46 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    scaling: float,
     attention_spans: Spans,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within spans: heads [1, H, L, D] in, [1, L, H, D] out, as transformers calls it."""
-    if isinstance(attention_spans, SpanIndex):
-        return _attend_at_once(query, key, value, scaling, attention_spans), None
-    return _attend_by_span(query, key, value, scaling, attention_spans), None
+    """Attend within spans: heads [1, H, L, D] in, [1, L, H, D] out, as transformers calls it.
+
+    Args:
+        module: the attention layer; unused.
+        query: heads of the queries.
+        key: heads of the keys, fewer where queries share them.
+        value: heads of the values.
+        attention_mask: unused, for the spans say what is seen.
+        attention_spans: the row's.
+        scaling: factor of the scores; None is 1 / √D.
+        sliding_window: the last so many tokens are seen, the query's own included; None sees all.
+        softcap: c of c·tanh(score / c).
+        s_aux: scores of the attention sinks, [H].
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_plain = softcap is None and s_aux is None
+    if is_plain and isinstance(attention_spans, SpanIndex):
+        return _attend_at_once(query, key, value, scaling, sliding_window, attention_spans), None
+    attend = (
+        partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        if is_plain
+        else partial(_attend_plainly, scaling=scaling, softcap=softcap, sinks_H=s_aux)
+    )
+    return _attend_by_span(query, key, value, sliding_window, attention_spans, attend), None
 
 
 def _attend_at_once(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, spans: SpanIndex
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    spans: SpanIndex,
 ) -> torch.Tensor:
     # Autocast does not know this kernel, and norms of queries and keys give float32.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
@@ -125,7 +162,8 @@ def _attend_at_once(
         spans.most_queries,
         spans.most_keys,
         scale=scaling,
-        window_size=(-1, 0),  # causal and aligned at the ends: what is shared comes before the first query
+        # Causal and aligned at the ends: what is shared comes before the first query.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=True,
     )
     assert isinstance(states_LHD, torch.Tensor)  # noqa: S101 (no auxiliary output was asked for)
@@ -133,38 +171,68 @@ def _attend_at_once(
 
 
 def _attend_by_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, spans: SpanMasks
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None,
+    spans: Spans,
+    attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     parts = []
-    for span, mask in zip(spans.spans, spans.masks, strict=True):
+    for span, mask in zip(spans.spans, _masks(spans, sliding_window, query.device), strict=True):
         own, shared = slice(span.start, span.end), slice(span.shared_start, span.shared_end)
         keys, values = key[:, :, own], value[:, :, own]
-        if mask is not None:
+        if span.num_shared:
             keys, values = torch.cat((key[:, :, shared], keys), 2), torch.cat((value[:, :, shared], values), 2)
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, own],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
-    return torch.cat(parts, 2).transpose(1, 2)
+        parts.append(attend(query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()  # some models take a view of it
 
 
-def _keys(span: Span) -> torch.Tensor:
+def _attend_plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is None:
+        attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
+    if is_causal:
+        attn_mask = attn_mask.tril()
+    scores = scores.masked_fill(~attn_mask, -torch.inf)
+    if sinks_H is not None:
+        scores = torch.cat((scores, sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)), 3)
+    weights = scores.softmax(-1, torch.float32).to(value.dtype)
+    return weights[..., : key.shape[2]] @ value
+
+
+def keys_of(span: Span) -> torch.Tensor:
+    """Return where in the row the keys of a span lie, in order of their positions."""
     return torch.cat((torch.arange(span.shared_start, span.shared_end), torch.arange(span.start, span.end)))
 
 
-def _mask(span: Span, device: torch.device) -> torch.Tensor | None:
-    num_queries = span.end - span.start
-    num_shared = span.num_keys - num_queries
-    if not num_shared:
+def _masks(spans: Spans, sliding_window: int | None, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    """Return each span's mask; those of a row are made once where no window cuts them."""
+    if sliding_window is None and isinstance(spans, SpanMasks):
+        return spans.masks
+    return tuple(_mask(span, device, sliding_window) for span in spans.spans)
+
+
+def _mask(span: Span, device: torch.device, sliding_window: int | None = None) -> torch.Tensor | None:
+    is_cut = sliding_window is not None and sliding_window < span.num_keys
+    if not span.num_shared and not is_cut:
         return None
-    return torch.ones(num_queries, span.num_keys, dtype=torch.bool, device=device).tril(num_shared)
+    mask = torch.ones(span.end - span.start, span.num_keys, dtype=torch.bool, device=device).tril(span.num_shared)
+    return mask.triu(span.num_shared - sliding_window + 1) if is_cut and sliding_window is not None else mask
 
 
 def _ends(lengths: Sequence[int]) -> torch.Tensor:

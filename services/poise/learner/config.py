@@ -145,7 +145,7 @@ class LearnerConfig(ServiceConfig):
     """Used with several processes (torchrun): how long one may be silent, or keep the others waiting in a collective,
     before all of them restart, s. Raise it for a slow network or uneven hosts."""
     seed: int = 0
-    """Seeds torch's random numbers: those that adapters start from, and dropout's, where a model has any."""
+    """Seeds torch's random numbers: those that adapters start from, and dropout's."""
     max_staleness: int = Field(0, ge=0)
     """Versions a rollout may be old; 0 is on-policy."""
     lora: LoraSettings | None = None
@@ -159,6 +159,9 @@ class LearnerConfig(ServiceConfig):
     changes nothing else."""
     logprob_chunk_tokens: int = Field(256, ge=1)
     """Tokens whose logits are held at once. Bounds memory and changes nothing else."""
+    dropout: bool = False
+    """Apply the dropout of the model's config.json in policy and critic. By default there is none: the policy that is
+    trained is then exactly the one that sampled. With it, the mismatch of each step includes its noise."""
     gradient_checkpointing: bool = False
     """Keep the inputs of the layers alone, and compute the rest again for the gradient: a fraction of the memory for
     about a third more time."""

@@ -22,6 +22,7 @@ from poise.learner.accumulation import Before, Lesson
 from poise.learner.backbone import load_model, predictor_states
 from poise.learner.config import CriticConfig, LearnerConfig
 from poise.learner.flops import ModelSize, model_size
+from poise.learner.forward_check import checked_forward
 from poise.learner.gae import Doubles, explained_variance, gae, whitened
 from poise.learner.losses import value_losses
 from poise.learner.minibatch import MiniBatch
@@ -29,22 +30,24 @@ from poise.learner.optimiser import Optimiser
 from poise.learner.packing import PackedRow
 from poise.learner.shards import shard
 from poise.learner.world import World
+from poise.runtime.decoder import decoder_layers, decoder_of
 
 
 class ValueModel(torch.nn.Module):
     """Values of a packed row: one module, so that all parameters are at hand while it runs."""
 
-    def __init__(self, decoder: Any, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Any, width: int, dtype: torch.dtype, *, packed: bool) -> None:
         super().__init__()
         self.decoder = decoder
         self.head = torch.nn.Linear(width, 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         self._dtype = dtype
+        self._packed = packed
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Return the value of the state before each response token, [N], float32."""
-        states_Nd = predictor_states(self.decoder, row, self._dtype)
+        states_Nd = predictor_states(self.decoder, row, self._dtype, packed=self._packed)
         values_N: torch.Tensor = self.head(states_Nd.float())[:, 0]
         return values_N
 
@@ -65,22 +68,21 @@ class Critic:
         """Load it.
 
         Raises:
-            BackendDown: it cannot be loaded, or cannot be trained.
+            Unusable: it cannot be loaded, or cannot be trained.
         """
         self._settings = settings
         self._world = world
-        model = load_model(config)
+        model = load_model(config).to(world.device)
+        mode = checked_forward(model, config).mode  # of its decoder too: its head reads the same states
         size = model_size(model)
         self.size: ModelSize | None = None if size is None else dataclasses.replace(size, head_flops=0)
         """What its arithmetic depends on; the head's is next to nothing."""
-        decoder = model.get_decoder()
-        self.values = ValueModel(decoder, model.get_output_embeddings().weight.shape[1], getattr(torch, config.dtype))
+        width, dtype = model.get_output_embeddings().weight.shape[1], getattr(torch, config.dtype)
+        self.values = ValueModel(decoder_of(model), width, dtype, packed=mode.packed)
         """Of a packed row: the forward pass."""
-        self.values.to(world.device).train()
-        if config.gradient_checkpointing:
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.values.to(world.device).train(config.dropout)
         if world.is_sharded:
-            shard(self.values, decoder.layers, world)
+            shard(self.values, decoder_layers(model), world)
         own = {"learning_rate": settings.learning_rate, "warmup_updates": settings.warmup_updates}
         self.optimiser = Optimiser(self.values.named_parameters(), config.optimiser.model_copy(update=own), world)
 

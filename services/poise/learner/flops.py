@@ -49,9 +49,11 @@ class ModelSize:
 
 
 def model_size(model: Any) -> ModelSize | None:
-    """Measure a causal language model of transformers; None where experts leave open what a token takes."""
+    """Measure a causal language model of transformers; None where experts or recurrence leave the count open."""
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
         return None
     head = model.get_output_embeddings().weight
     tables = {id(head), id(model.get_input_embeddings().weight)}

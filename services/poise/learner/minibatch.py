@@ -13,7 +13,7 @@ import torch
 
 from poise.learner.config import LearnerConfig
 from poise.learner.losses import denominator
-from poise.learner.packing import PackedRow, PromptGroup, build_row, pack
+from poise.learner.packing import PackedRow, PromptGroup, build_row, pack, split_siblings
 from poise.learner.world import World
 
 T = TypeVar("T")
@@ -51,10 +51,19 @@ class MiniBatch:
         return [one for one, counts in zip(of_rows, self.counts, strict=True) if counts]
 
 
-def build_mini_batch(groups: Sequence[PromptGroup], config: LearnerConfig, world: World) -> MiniBatch:
-    """Pack groups; in halves, where the variance of their gradient is to be measured and there are two at least."""
+def build_mini_batch(
+    groups: Sequence[PromptGroup], config: LearnerConfig, world: World, share_prompts: bool = True
+) -> MiniBatch:
+    """Pack groups; in halves, where the variance of their gradient is to be measured and there are two at least.
+
+    `share_prompts` puts the siblings of a prompt behind one copy of it; else each has its own.
+    """
     half = len(groups) // 2 if config.measure_gradient_variance else 0
-    packed = [pack(part, config.micro_batch_tokens) for part in (groups[:half], groups[half:]) if part]
+    packed = [
+        pack(part if share_prompts else split_siblings(part), config.micro_batch_tokens)
+        for part in (groups[:half], groups[half:])
+        if part
+    ]
     rows: list[PackedRow] = []
     counts: list[bool] = []
     num_rows = []

@@ -17,10 +17,11 @@ import torch
 from poise.learner.accumulation import Before, Sums, accumulate
 from poise.learner.config import LearnerConfig
 from poise.learner.critic import Critic
+from poise.learner.forward import PackedForward
 from poise.learner.minibatch import MiniBatch
 from poise.learner.optimiser import Optimiser
 from poise.learner.packing import PackedRow
-from poise.learner.policy import PackedForward, Policy, load_reference
+from poise.learner.policy import Policy, load_reference
 from poise.learner.variance import HalfGradient
 from poise.learner.world import World
 
@@ -56,7 +57,7 @@ class Models:
         """Load them.
 
         Raises:
-            BackendDown: they cannot be loaded, or cannot be trained.
+            Unusable: they cannot be loaded, or cannot be trained.
         """
         self._config = config
         self._world = world

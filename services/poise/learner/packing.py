@@ -66,6 +66,11 @@ def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
     return [PromptGroup(siblings[0].prompt_token_ids, tuple(siblings)) for siblings in groups.values()]
 
 
+def split_siblings(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Return a group for each rollout, with the prompt to itself."""
+    return [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
+
+
 def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
     """Distribute groups over rows of at most `max_tokens` tokens: first fit, the largest first.
 

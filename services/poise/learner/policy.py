@@ -1,9 +1,7 @@
 """The policy: a causal language model in memory, alone or sharded over processes, whole or with adapters.
 
-Owns the log-probabilities of a packed row, and the way of parameters out: by Hugging Face names and whole, however they
-lie here. With several processes all of them must make the same calls.
-
-Shapes: N response tokens of a packed row.
+Owns the way of parameters out: by Hugging Face names and whole, however they lie here. With several processes all of
+them must make the same calls.
 """
 
 from __future__ import annotations
@@ -18,37 +16,17 @@ import transformers
 from numpy.typing import NDArray
 
 from poise.learner import adapters
-from poise.learner.backbone import load_model, predictor_states
+from poise.learner.backbone import load_model
 from poise.learner.config import LearnerConfig
-from poise.learner.logprobs import token_logprobs
-from poise.learner.packing import PackedRow
+from poise.learner.forward import PackedForward
+from poise.learner.forward_check import check_adapters, checked_forward, probe_logprobs
 from poise.learner.shards import kept, shard, whole
 from poise.learner.world import World
+from poise.runtime.decoder import decoder_layers
 from poise.runtime.generation_config import repaired
 from poise_client.types import WeightArray
 
 logger = logging.getLogger(__name__)
-
-
-class PackedForward(torch.nn.Module):
-    """A model's log-probabilities of a packed row: one module, so that all parameters are at hand while it runs."""
-
-    def __init__(self, model: Any, config: LearnerConfig) -> None:
-        super().__init__()
-        self.model = model
-        self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._chunk_tokens = config.logprob_chunk_tokens
-
-    def forward(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probabilities and entropies of a row's targets, [N] each."""
-        return token_logprobs(
-            predictor_states(self.model.get_decoder(), row, self._dtype),
-            self.model.get_output_embeddings(),
-            row.targets_N,
-            temperature,
-            self._chunk_tokens,
-            self._dtype,
-        )
 
 
 class Policy:
@@ -58,22 +36,23 @@ class Policy:
         """Load it.
 
         Raises:
-            BackendDown: it cannot be loaded, or cannot be trained.
+            Unusable: it cannot be loaded, or cannot be trained.
         """
         self._config = config
         self._world = world
-        self.model = load_model(config).to(world.device).train()
+        self.model = load_model(config).to(world.device)
         self._repair_generation_config()
-        if config.lora is not None:
-            adapters.inject(self.model, config.lora)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._tokenizer: Any = None
         """Of the model; loaded with the first export, or check of one."""
-        self.logprobs = PackedForward(self.model, config)
+        self.logprobs = checked_forward(self.model, config)
         """Of a packed row: the forward pass."""
+        if config.lora is not None:
+            before_N = probe_logprobs(self.logprobs)
+            adapters.inject(self.model, config.lora, config.model)
+            check_adapters(self.logprobs, before_N, config.model)
         if world.is_sharded:
-            shard(self.logprobs, self.model.get_decoder().layers, world)
+            shard(self.logprobs, decoder_layers(self.model), world)
+        self.logprobs.train(config.dropout)
 
     def _repair_generation_config(self) -> None:
         """Make the settings savable that transformers took from config.json, where a model has no file of them."""
@@ -145,11 +124,11 @@ class Policy:
 
 
 def load_reference(config: LearnerConfig, world: World) -> PackedForward:
-    """Load the model that training started from, held still, in parts as the policy is. Raises `BackendDown`."""
-    model = load_model(config).to(world.device).eval().requires_grad_(False)
-    forward = PackedForward(model, config)
+    """Load the model that training started from, held still, in parts as the policy is. Raises `Unusable`."""
+    model = load_model(config).to(world.device)
+    forward = checked_forward(model, config).requires_grad_(False)
     if world.is_sharded:
-        shard(forward, model.get_decoder().layers, world, keep_head=False)
+        shard(forward, decoder_layers(model), world, keep_head=False)
     return forward
 
 

@@ -24,7 +24,10 @@ from poise.learner.policy import Policy
 from poise.learner.randomness import random_state, restore_random_state
 from poise.learner.rank_health import RankEvents, RankHealth
 from poise.learner.world import World, join, leave
+from poise.runtime.decoder import position_limit
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
+
+_NO_LIMIT = 2**31 - 1
 
 
 class Trainer:
@@ -72,13 +75,12 @@ class Trainer:
     @property
     def max_tokens(self) -> int:
         """Most tokens of prompt and response together."""
-        limit: int = self.policy.model.config.max_position_embeddings
-        return limit
+        return position_limit(self.policy.model.config) or _NO_LIMIT
 
     @property
     def vocabulary_size(self) -> int:
         """Ids are below it."""
-        size: int = self.policy.model.config.vocab_size
+        size: int = self.policy.model.config.get_text_config().vocab_size
         return size
 
     def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
@@ -91,7 +93,7 @@ class Trainer:
         groups = group_by_prompt(rollouts)
         size = self._config.mini_batch_prompts
         mini_batches = [
-            build_mini_batch(groups[start : start + size], self._config, self._world)
+            build_mini_batch(groups[start : start + size], self._config, self._world, self.policy.logprobs.mode.packed)
             for start in range(0, len(groups), size)
         ]
         before, explained_variance = self._models.before(mini_batches, temperature)

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from poise.local.addresses import address, free_ports
-from poise.local.models import KNOWN_MODELS, make_model
+from poise.local.models import find_model, make_model
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
 from poise.local.run_file import LocalRun
 from poise.local.start_log import StartLog
@@ -54,7 +54,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
 
     def work() -> int:
         mixture = load_held_out(run.train)
-        location = None if model is None else find_model(model)
+        location = None if model is None else find_model(model, "--model", "`--checkpoint` reads checkpoints")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
         target = (run.dir / "evaluations" / f"{what}-{stamp}" if out is None else out.expanduser()).resolve()
@@ -73,31 +73,6 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
         return OK
 
     return guarded(run.train, work)
-
-
-def find_model(name: str) -> Path | str:
-    """Return the folder of a model, made before when it is a known one; a name on the hub as it stands.
-
-    Raises:
-        ConfigError: it is neither, or the folder holds no model.
-    """
-    if name in KNOWN_MODELS:
-        return make_model(name)
-    path = Path(name).expanduser()
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            known = ", ".join(KNOWN_MODELS)
-            raise ConfigError(
-                f"--model: {name} does not exist; name a Hugging Face folder, one of {known}, or org/name"
-            )
-        return name
-    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
-        inside = path / "model"
-        hint = f"did you mean {inside}?" if (inside / "config.json").is_file() else "`--checkpoint` reads checkpoints"
-        raise ConfigError(
-            f"--model: {name} is no Hugging Face model, a folder with config.json, weights and the tokenizer; {hint}"
-        )
-    return path.resolve()
 
 
 def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:

@@ -94,6 +94,34 @@ def make_model(name: str) -> Path | str:
     return folder
 
 
+def find_model(name: str, option: str, hint: str = "") -> Path | str:
+    """Return the folder of a model, made before when it is a known one; a name on the hub as it stands.
+
+    `option` is where the user named it, `hint` what a user may have meant by a folder that holds no model.
+
+    Raises:
+        ConfigError: it is neither, or the folder holds no model.
+    """
+    if name in KNOWN_MODELS:
+        return make_model(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            known = ", ".join(KNOWN_MODELS)
+            raise ConfigError(
+                f"{option}: {name} does not exist; name a Hugging Face folder, one of {known}, or org/name"
+            )
+        return name
+    if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        inside = path / "model"
+        hint = f"did you mean {inside}?" if (inside / "config.json").is_file() else hint
+        raise ConfigError(
+            f"{option}: {name} is no Hugging Face model, a folder with config.json, weights and the tokenizer"
+            + (f"; {hint}" if hint else "")
+        )
+    return path.resolve()
+
+
 def _make(name: str, known: KnownModel, folder: Path) -> None:
     logger.info("making model %s in %s, once; about %d s", name, folder, known.seconds)
     writing = folder.with_name(f"{name}.writing")

@@ -129,6 +129,10 @@ class OrchestratorConfig(Settings):
     """Steps in a row that may train nothing: the learner rejects every rollout, no update is finite, no response can be
     verified, or the algorithm filters out every group. Then the run stops with the reason and status 1. A run none of
     whose steps trained anything ends so too."""
+    max_mismatch_kl: float | None = Field(0.05, gt=0)
+    """Largest KL divergence of engine and learner in the first step, nats a token: the mean of exp(d) − 1 − d for d the
+    learner's log-probability less the engine's. Beyond it they compute different models, and the run stops. Rounding
+    costs about 1e-9 in float32, and 0.001 to 0.01 with an engine in bfloat16. Null never stops."""
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts

@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import SettingsError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.numbers import learner_numbers
 from poise.orchestrator.pipeline import Pipeline
@@ -25,7 +25,7 @@ from poise.orchestrator.storage import Storage
 from poise.orchestrator.untrained import UntrainedSteps
 from poise.orchestrator.watcher import Phases, RunClock, Watcher
 from poise.runtime.tracing import step_span
-from poise_client.types import LearnerStatus
+from poise_client.types import LearnerStatus, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class TrainingLoop:
 
         Raises:
             SettingsError: the services hold another history than this run, or the learner takes no rollouts as old.
-            RunError: too many steps in a row trained nothing.
+            RunError: too many steps in a row trained nothing, or engine and learner disagree in the first step.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
@@ -113,10 +113,24 @@ class TrainingLoop:
                     await self._services.publish_labels(journalled.labels)
             with phases("train"):
                 result = await self._services.submit_advantages(journalled.batch)
+        if journalled.step == 0:
+            self._check_mismatch(result.metrics)
         phases.seconds["weights"] = result.metrics.publish_s
         phases.seconds["train"] = max(0.0, phases.seconds["train"] - result.metrics.publish_s)
         seconds = journalled.numbers["time_s"] | phases.seconds
         return journalled.numbers | learner_numbers(result) | {"time_s": seconds}
+
+    def _check_mismatch(self, metrics: StepMetrics) -> None:
+        """Raise `RunError` where engine and learner disagree about what they both hold: the policy before training."""
+        allowed, found = self._config.max_mismatch_kl, metrics.mismatch_kl
+        if allowed is not None and found > allowed:  # not a number where nothing was trained on
+            raise RunError(
+                f"engine and learner disagree about the tokens of step 0: KL {found:.3g} nats a token, mean |Δ log p| "
+                f"{metrics.mismatch_logprob:.3g}; `train.max_mismatch_kl` allows {allowed:g}. One of them leaves out "
+                "part of the model, so training would follow a wrong gradient. `poise models check MODEL` compares "
+                "both with the model's own forward. To train all the same, raise `train.max_mismatch_kl`, or set it to "
+                "null"
+            )
 
     def _pending(self, next_step: int) -> dict[int, JournalledStep]:
         """Return the steps that an earlier process sampled, without those that are further ahead than is now allowed.

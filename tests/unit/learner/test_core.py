@@ -318,7 +318,7 @@ def with_dropout(patch: pytest.MonkeyPatch) -> None:
 def test_dropout_goes_on_as_if_there_had_been_no_kill(start, config, monkeypatch, checkpointed):
     """One process at a time: random numbers are the process's own."""
     with_dropout(monkeypatch)
-    settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed}
+    settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed, "dropout": True}
     alive = start(state_dir=config().state_dir.with_name("alive"), **settings)
     expected = [alive.submit(make_batch(step))[0].digest for step in range(5)]
     killed = start(**settings)

@@ -287,26 +287,6 @@ def test_a_model_with_damaged_weights_is_named(config, model, tmp_path):
         loaded(config(model=str(folder)))
 
 
-def test_a_model_that_looks_back_over_a_window_is_refused(config, model, tmp_path):
-    settings = transformers.Qwen2Config(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=1,
-    )
-    transformers.Qwen2ForCausalLM(settings).save_pretrained(tmp_path / "windowed")
-    with pytest.raises(BackendDown, match="sliding_attention"):
-        loaded(config(model=str(tmp_path / "windowed")))
-    settings.use_sliding_window, settings.sliding_window, settings.layer_types = False, None, ["full_attention"] * 2
-    transformers.Qwen2ForCausalLM(settings).save_pretrained(tmp_path / "full")
-    loaded(config(model=str(tmp_path / "full")))
-
-
 def test_a_batch_larger_than_a_mini_batch_counts_prompts_not_rollouts(config):
     metrics = loaded(config(mini_batch_prompts=2)).train(make_batch(num_prompts=5).rollouts, 1.0)
     assert (metrics.num_rollouts, metrics.num_updates) == (10, 3)

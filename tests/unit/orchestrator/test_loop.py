@@ -329,3 +329,40 @@ async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Pat
     await drive(settings(tmp_path, num_steps=1), world)
     assert lines(tmp_path, "metrics.jsonl")[0]["verifier_errors"] == 4
     assert lines(tmp_path, "evaluations.jsonl")[0]["verifier_errors"] == 4
+
+
+@pytest.mark.parametrize(("found", "allowed"), [(0.051, 0.05), (11.0, 0.05), (0.3, 0.2), (float("inf"), 10.0)])
+async def test_a_run_stops_where_engine_and_learner_disagree(tmp_path: Path, found: float, allowed: float) -> None:
+    world = World()
+    world.mismatch_kl = found
+    with pytest.raises(RunError, match=r"step 0: KL .*max_mismatch_kl.*poise models check") as caught:
+        await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
+    assert f"allows {allowed:g}" in str(caught.value)
+    assert list(world.batches) == ["step-00000000"]
+    with pytest.raises(RunError):  # the same command stops again
+        await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
+
+
+@pytest.mark.parametrize(
+    ("found", "allowed"), [(0.04, 0.05), (11.0, None), (11.0, 12.0), (float("nan"), 0.05)], ids=str
+)
+async def test_a_run_goes_on_within_the_mismatch_allowed(tmp_path: Path, found: float, allowed: float | None) -> None:
+    world = World()
+    world.mismatch_kl = found
+    assert await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
+
+
+async def test_a_raised_mismatch_bound_resumes_a_stopped_run(tmp_path: Path) -> None:
+    world = World()
+    world.mismatch_kl = 0.5
+    with pytest.raises(RunError):
+        await drive(settings(tmp_path), world)
+    assert await drive(settings(tmp_path, max_mismatch_kl=1.0), world)
+    assert len(world.batches) == 3
+
+
+async def test_a_mismatch_that_grows_later_stops_nothing(tmp_path: Path) -> None:
+    world = World()
+    assert await drive(settings(tmp_path, num_steps=1), world)
+    world.mismatch_kl = 3.0
+    assert await drive(settings(tmp_path, num_steps=3), world)

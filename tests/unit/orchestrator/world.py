@@ -57,6 +57,8 @@ class World:
         self.has_critic = False
         self.batches: dict[str, Batch] = {}
         self.ages: dict[str, Counter[int]] = {}
+        self.mismatch_kl = 0.0
+        """Of engine and learner, in every step."""
         self.slowness = 0
         """Milliseconds that the learner needs for a step, at least."""
         self.labels: dict[tuple[int, str], LabelledGroup] = {}
@@ -153,7 +155,9 @@ class World:
                 await asyncio.sleep(0.001)
         finally:  # whoever asked may be gone: the learner goes on
             self.version += known is None
-        metrics = StepMetrics(publish_s=0.0, num_rollouts=4, staleness=self.ages[batch.batch_id])
+        metrics = StepMetrics(
+            publish_s=0.0, num_rollouts=4, staleness=self.ages[batch.batch_id], mismatch_kl=self.mismatch_kl
+        )
         self.note(f"trained {batch.step}")
         return StepResult(self.version, known is not None, metrics, (), ())
 

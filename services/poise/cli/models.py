@@ -1,0 +1,94 @@
+"""`poise models`: models that can be made here, and whether a model can be trained."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
+
+
+class _ModelsGroup(click.Group):
+    """Takes `poise models NAME` for `poise models make NAME`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["make", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_ModelsGroup, invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """List the models that can be made here, make one in the cache, or check whether a model can be trained.
+
+    \b
+    poise models                       list what can be made here
+    poise models tiny                  make one of them in the cache, and print its folder
+    poise models check my/model        can it be trained? Compares engine, learner and adapters with the model itself
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from poise.local.models import KNOWN_MODELS, is_ready
+    from poise.runtime.cache import cache_dir
+
+    for known, about in KNOWN_MODELS.items():
+        state = "ready" if is_ready(known) else f"takes about {about.seconds} s"
+        click.echo(f"{known:24} {about.about} ({state})")
+    click.echo(f"cache: {cache_dir()}")
+
+
+@models.command()
+@click.argument("name")
+def make(name: str) -> None:
+    """Make a model in the cache, and print its folder."""
+    from poise.local.models import KNOWN_MODELS, make_model
+
+    if name not in KNOWN_MODELS:
+        fail(f"model {name!r} is unknown; there are: {', '.join(KNOWN_MODELS)}. `poise models check` takes any folder")
+    log_to_terminal()
+    click.echo(checked(lambda: make_model(name)))
+
+
+@models.command()
+@run_options
+@click.argument("folder", required=False)
+@click.option(
+    "--engine", type=click.Choice(["torch", "vllm"]), help="Engine to compare besides `torch`; else the run's."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(
+    path: Path | None,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    folder: str | None,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Compare engine, learner and LoRA adapters with the model's own forward, in nats a token.
+
+    FOLDER is a Hugging Face folder, a name of `poise models`, or org/name on the hub. With -c or --preset the settings
+    of that run are used, such as `learner.dtype` and `learner.lora`, and FOLDER may be left out.
+
+    \b
+    poise models check my/model                     transformers engine, learner, adapters
+    poise models check my/model --engine vllm       vLLM as well
+    poise models check -c run.yaml                  the run's model, engine and settings
+
+    Each row shows the largest and the mean difference of the log-probabilities of the same tokens. In float32, rounding
+    makes about 1e-5; more means that part of the model is left out. A run makes the same comparison when it loads the
+    model, and `train.max_mismatch_kl` bounds the difference of engine and learner in its first step.
+
+    Status 1 where the model cannot be trained, with the reason; 2 where there is no such model.
+    """
+    from poise.local.model_check import check_model
+
+    if path is None and preset is None and overrides:
+        fail("--set changes the settings of a run: give -c FILE or --preset NAME as well")
+    run = None if path is None and preset is None else load_options(path, preset, overrides)
+    log_to_terminal()
+    sys.exit(checked(lambda: check_model(folder, run, engine, as_json)))
