@@ -11,6 +11,7 @@ from http.client import HTTPException
 from typing import Any
 
 from poise.local.addresses import SERVICES
+from poise.local.admin_http import ask_admin
 from poise.local.run_file import LocalRun
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
@@ -60,7 +61,7 @@ def _ask(run: LocalRun, name: str) -> dict[str, Any]:
     if token := auth.read_token():
         request.add_header("authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (http alone)
+        with ask_admin(request, _TIMEOUT_S) as answer:
             facts = json.load(answer)
             if not isinstance(facts, dict) or "ready" not in facts:
                 raise ValueError("not a status")

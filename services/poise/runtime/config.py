@@ -11,13 +11,23 @@ import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from poise.runtime.addresses import bare_host
 from poise.runtime.config_text import explain
 from poise.runtime.config_tree import misspelt_variables
 from poise.runtime.layers import left_of, spelled_out
@@ -28,6 +38,9 @@ _SENDABLE = re.compile(r"[!-~]+")
 _SENDABLE_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"
 
 C = TypeVar("C", bound="Settings")
+
+Host = Annotated[str, AfterValidator(bare_host)]
+"""A host to listen on."""
 
 _file_values: ContextVar[Mapping[str, Any]] = ContextVar("file_values")
 
@@ -45,8 +58,8 @@ class StrictModel(BaseModel):
 class GrpcConfig(StrictModel):
     """Where gRPC listens."""
 
-    host: str = "127.0.0.1"
-    """Address to bind. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    host: Host = "127.0.0.1"
+    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
     tls_cert_file: Path | None = None
@@ -66,8 +79,8 @@ class GrpcConfig(StrictModel):
 class AdminConfig(StrictModel):
     """Where the REST admin app listens."""
 
-    host: str = "127.0.0.1"
-    """Address to bind. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    host: Host = "127.0.0.1"
+    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
 
@@ -148,6 +161,8 @@ class TracingConfig(StrictModel):
 
     otlp_endpoint: str = Field("", pattern=r"^(https?://.+)?$")
     """Where a collector takes OTLP over HTTP, such as `http://collector:4318`; empty records nothing."""
+    use_proxy: bool = False
+    """Reach the collector through the proxy that `http_proxy` and the like name."""
 
 
 class Settings(BaseSettings):
