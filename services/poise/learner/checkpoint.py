@@ -31,6 +31,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from poise.errors import Misconfigured
 from poise.runtime.files import sync_folder, tensor_errors, write_file
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ _FILES = ("tensors.safetensors", "seen.safetensors")
 
 class StateError(OSError):
     """The folder cannot be used. The message names it and the remedy."""
+
+
+class StateMismatchError(StateError, Misconfigured):
+    """The folder's content is of other settings, or another release."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     if state["schema_version"] not in _READ_VERSIONS:
-        raise StateError(
+        raise StateMismatchError(
             f"{path} has schema_version {state['schema_version']}; this release reads "
             f"{' and '.join(map(str, _READ_VERSIONS))}: use the release that wrote it, or a fresh state_dir to start "
             "again from the model"

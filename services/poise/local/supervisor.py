@@ -19,11 +19,9 @@ from typing import IO, Any
 import psutil
 
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit, kill_group
+from poise.runtime.exits import EXIT_FAILED, EXIT_MISCONFIGURED
 
 logger = logging.getLogger(__name__)
-
-WRONG_SETTINGS = 2
-"""Exit status of a program that refuses its settings: starting it again would not help."""
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
 _STEADY_S = 30.0
@@ -40,6 +38,11 @@ _SAY_EVERY_S = 15.0
 
 class SupervisorError(Exception):
     """A process cannot be kept running. The message names it, and its log."""
+
+    def __init__(self, message: str, status: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+        """What the supervisor's own program exits with."""
 
 
 class Supervisor:
@@ -249,10 +252,12 @@ class _Deaths:
         """
         lived_s = time.monotonic() - process.started
         self._num = 1 if process.was_ready and lived_s > _STEADY_S else self._num + 1
-        if status == WRONG_SETTINGS or self._num > _MAX_DEATHS:
-            times = "" if self._num == 1 else f", {self._num} times in a row"
-            log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
-            raise SupervisorError(f"{self._spec.name} {describe_exit(status)}{times}{log}")
+        log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
+        if status == EXIT_MISCONFIGURED:
+            why = f"{self._spec.name} {describe_exit(status)}: it cannot work as it is configured"
+            raise SupervisorError(f"{why}{log}", EXIT_MISCONFIGURED)
+        if self._num > _MAX_DEATHS:
+            raise SupervisorError(f"{self._spec.name} {describe_exit(status)}, {self._num} times in a row{log}")
         return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
 
 

@@ -22,8 +22,9 @@ from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
+from poise.runtime.exits import EXIT_INTERRUPTED
 from poise.runtime.files import write_file
-from poise.runtime.signals import EXIT_INTERRUPTED, stopping_by_signal
+from poise.runtime.signals import stopping_by_signal
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def run_services(
         return asyncio.run(_supervise(run, reload, train, training_log))
     except SupervisorError as error:
         logger.error("%s", error)
-        return 1
+        return error.status
 
 
 async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool, training_log: Path | None) -> int:

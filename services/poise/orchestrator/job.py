@@ -33,8 +33,8 @@ from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
 from poise.runtime.config_text import redacted
+from poise.runtime.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISCONFIGURED, EXIT_OK
 from poise.runtime.logging import configure_logging
-from poise.runtime.signals import EXIT_INTERRUPTED as INTERRUPTED
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 from poise_client.errors import PoiseClientError
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OK, FAILED, WRONG_SETTINGS = 0, 1, 2
+OK, FAILED, WRONG_SETTINGS, INTERRUPTED = EXIT_OK, EXIT_FAILED, EXIT_MISCONFIGURED, EXIT_INTERRUPTED
 
 
 def train(config: OrchestratorConfig) -> int:

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from poise.errors import Misconfigured
 from poise.runtime.addresses import bare_host
 from poise.runtime.config_text import explain
 from poise.runtime.config_tree import misspelt_variables
@@ -45,7 +46,7 @@ Host = Annotated[str, AfterValidator(bare_host)]
 _file_values: ContextVar[Mapping[str, Any]] = ContextVar("file_values")
 
 
-class ConfigError(ValueError):
+class ConfigError(ValueError, Misconfigured):
     """Settings that cannot be used; the text names every problem and what would be right."""
 
 

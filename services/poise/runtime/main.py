@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from poise.errors import Misconfigured
 from poise.runtime.app import ServiceApp
-from poise.runtime.config import ConfigError, ServiceConfig, load_config
+from poise.runtime.config import ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
+from poise.runtime.exits import EXIT_MISCONFIGURED, EXIT_OK, exit_reason, exit_status
 from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 
@@ -27,7 +29,7 @@ def service_main(
 ) -> int:
     """Parse the command line, load the settings, serve; or `run` something else with them.
 
-    Returns the exit status; 2 means wrong settings.
+    Returns the exit status; see `poise.runtime.exits`.
     """
     prefix = config_cls.model_config.get("env_prefix", "")
     parser = argparse.ArgumentParser(
@@ -48,14 +50,17 @@ def service_main(
     options = parser.parse_args(argv)
     if options.show_defaults:
         print(defaults_yaml(config_cls))
-        return 0
+        return EXIT_OK
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
             configure_logging(config.logging)
             return run(config)
         app = build(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    except Misconfigured as error:
+        print(exit_reason(error), file=sys.stderr)
+        return exit_status(error)
+    except ModuleNotFoundError as error:
+        print(f"{error}; install what the {name} service needs under these settings", file=sys.stderr)
+        return EXIT_MISCONFIGURED
     return serve(app)

@@ -28,6 +28,7 @@ from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.certificates import Certificate
 from poise.runtime.config import ConfigError, GrpcConfig
 from poise.runtime.config_text import redacted
+from poise.runtime.exits import EXIT_FAILED, EXIT_MISCONFIGURED, EXIT_OK, exit_reason, exit_status
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.parsing import MAX_READ_BYTES
@@ -54,7 +55,7 @@ def serve(app: ServiceApp) -> int:
         refuse_open_bind(app.config, token)
     except ConfigError as error:
         logger.error("%s", error)
-        return 2
+        return EXIT_MISCONFIGURED
     logger.info("settings: %s", json.dumps(redacted(app.config)))
     return asyncio.run(_Server(app, BearerAuth(token)).run())
 
@@ -76,7 +77,7 @@ class _Server:
             admin_socket = _listen("admin", app.config.admin.host, app.config.admin.port)
         except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
-            return 1 if isinstance(error, _PortTaken) else 2
+            return exit_status(error)
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
@@ -114,13 +115,11 @@ class _Server:
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
-                return 0 if leaving.done() else self._given_up()
+                return EXIT_OK if leaving.done() else self._given_up()
             if (error := starting.exception()) is not None:
                 known = isinstance(error, PoiseError | ConfigError | OSError)
-                logger.error(
-                    "%s cannot start: %s", app.name, error or type(error).__name__, exc_info=None if known else error
-                )
-                return 1
+                logger.error("%s cannot start: %s", app.name, exit_reason(error), exc_info=None if known else error)
+                return exit_status(error)
             await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
             return await self._drain() if leaving.done() else self._given_up()
         finally:
@@ -130,7 +129,7 @@ class _Server:
 
     def _given_up(self) -> int:
         logger.error("%s ends: %s", self._app.name, self._app.failure)
-        return 1
+        return EXIT_FAILED
 
     async def _drain(self) -> int:
         app, limit_s = self._app, self._app.config.drain_timeout_s
@@ -142,8 +141,8 @@ class _Server:
             logger.warning("%s: work in hand did not finish within drain_timeout_s = %s", app.name, limit_s)
         except Exception as error:
             logger.error("%s cannot drain: %s", app.name, error or type(error).__name__, exc_info=error)
-            return 1
-        return 0
+            return EXIT_FAILED
+        return EXIT_OK
 
     def _build_grpc(self) -> grpc.aio.Server:
         app = self._app

@@ -8,8 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EXIT_INTERRUPTED = 130
-"""Exit status of a process that a signal ended."""
+from poise.runtime.exits import EXIT_INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

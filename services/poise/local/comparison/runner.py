@@ -24,12 +24,14 @@ from poise.orchestrator.comparison import ComparedRun, Comparison, State, write_
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
+from poise.runtime.exits import EXIT_FAILED as FAILED
+from poise.runtime.exits import EXIT_INTERRUPTED
+from poise.runtime.exits import EXIT_MISCONFIGURED as WRONG_SETTINGS
+from poise.runtime.exits import EXIT_OK as OK
 from poise.runtime.files import write_file
-from poise.runtime.signals import EXIT_INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
-OK, FAILED, WRONG_SETTINGS = 0, 1, 2
 
 _STATES = ("learner", "value", "valkey")
 """Folders of the services that only a run that goes on needs."""
