@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.local.environment import inherited
 from poise.runtime.addresses import split_address
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class SupervisedProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env=inherited(),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )

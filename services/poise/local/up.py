@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
-from poise.runtime.exits import EXIT_INTERRUPTED
+from poise.runtime.exits import EXIT_INTERRUPTED, EXIT_OK, EXIT_OUTPUT_CLOSED
 from poise.runtime.files import write_file
+from poise.runtime.output import is_unread
 from poise.runtime.signals import stopping_by_signal
 
 logger = logging.getLogger(__name__)
+
+_LOOK_AT_OUTPUT_EVERY_S = 1.0
 
 
 def run_services(
@@ -59,29 +63,48 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
         if renew_taken_ports(run.dir):
             run = reload()
         _write_settings(run)
-        with stopping_by_signal(partial(_stop, supervisor, stopping), supervisor.kill_all):
+        stop = partial(_stop, supervisor, stopping)
+        with stopping_by_signal(stop, supervisor.kill_all), _stopping_when_unread(stop) as is_unread:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return EXIT_INTERRUPTED if train else 0
+                return EXIT_OUTPUT_CLOSED if is_unread() else EXIT_INTERRUPTED if train else EXIT_OK
             ready.result()
             if train:
                 status = await supervisor.run_to_end(_training(run, training_log))
+                if is_unread():
+                    return EXIT_OUTPUT_CLOSED
                 return EXIT_INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
             await supervisor.first_of(stopped)
-            return 0
+            return EXIT_OUTPUT_CLOSED if is_unread() else EXIT_OK
 
 
 def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
     stopping.set()
     logger.info("stopping; again to kill everything at once")
     supervisor.end("train")
+
+
+@contextlib.contextmanager
+def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Stop once the reader of the output is gone; yield what tells whether it was."""
+
+    async def look() -> None:
+        while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
+            await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
+        stop()
+
+    looking = asyncio.create_task(look(), name="look-at-output")
+    try:
+        yield lambda: looking.done()
+    finally:
+        looking.cancel()
 
 
 def _settings_file(run: LocalRun, program: str) -> Path:

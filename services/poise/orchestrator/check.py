@@ -20,7 +20,10 @@ from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
+from poise.runtime.console import OutputConsole
 from poise.runtime.discovery import Discovery
+from poise.runtime.exits import EXIT_OUTPUT_CLOSED
+from poise.runtime.output import OutputClosed
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
@@ -117,9 +120,11 @@ def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
 
 def run_check(config: CheckConfig) -> int:
     """Check, say what came of it, and return the exit status."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     try:
         asyncio.run(check(config, console))
+    except OutputClosed:
+        return EXIT_OUTPUT_CLOSED
     except ConfigError as error:
         console.print(str(error))
         return 2

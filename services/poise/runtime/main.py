@@ -14,6 +14,7 @@ from poise.runtime.config import ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
 from poise.runtime.exits import EXIT_MISCONFIGURED, EXIT_OK, exit_reason, exit_status
 from poise.runtime.logging import configure_logging
+from poise.runtime.output import ending_with_reader
 from poise.runtime.server import serve
 
 C = TypeVar("C", bound=ServiceConfig)
@@ -47,10 +48,11 @@ def service_main(
         help="override a setting; repeatable",
     )
     parser.add_argument("--show-defaults", action="store_true", help="print every setting with its default, and exit")
-    options = parser.parse_args(argv)
-    if options.show_defaults:
-        print(defaults_yaml(config_cls))
-        return EXIT_OK
+    with ending_with_reader():
+        options = parser.parse_args(argv)
+        if options.show_defaults:
+            print(defaults_yaml(config_cls))
+            return EXIT_OK
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
