@@ -131,13 +131,20 @@ class GenerationApp(ServiceApp):
 
 
 def build(config: GenerationConfig) -> GenerationApp:
-    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
+    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen.
+
+    Raises:
+        ConfigError: vLLM's sockets would have too long a path.
+    """
     engine: Engine
     if config.engine == "torch":
         from poise.generation.torch_engine import TorchEngine
 
         engine = TorchEngine(config)
     else:
+        from poise.generation.vllm_launch import check_socket_folder
+
+        check_socket_folder()
         from poise.generation.vllm_engine import VllmEngine
 
         engine = VllmEngine(config)

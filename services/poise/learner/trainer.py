@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from poise.errors import Unusable
 from poise.learner.accumulation import Sums
 from poise.learner.config import LearnerConfig
 from poise.learner.flops import ModelSize, model_size, peak_flops
@@ -45,8 +46,10 @@ class Trainer:
 
         Raises:
             BackendDown: it cannot be loaded, or cannot be trained.
+            Unusable: the device is none of this machine's.
         """
         config = self._config
+        _check_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -191,3 +194,10 @@ class Trainer:
 def _mean(total: float, count: float) -> float:
     """Over nothing, not a number."""
     return total / count if count else math.nan
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise Unusable(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error

@@ -27,6 +27,7 @@ from poise.runtime.exits import EXIT_INTERRUPTED, EXIT_OK, EXIT_OUTPUT_CLOSED
 from poise.runtime.files import write_file
 from poise.runtime.output import is_unread
 from poise.runtime.signals import stopping_by_signal
+from poise.runtime.sockets import check_socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,13 @@ def run_services(
     to the terminal.
 
     Raises:
-        ConfigError: the model cannot be made, the folder holds a run of another, or this is no Linux.
+        ConfigError: the model cannot be made, the folder holds a run of another, a socket's path is too long, or this
+            is no Linux.
     """
     if platform.system() != "Linux":
         raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
     _refuse_other_model(run)
+    check_socket_path(run.socket, "TMPDIR")
     make_model(run.model)
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -98,6 +101,7 @@ def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], boo
     async def look() -> None:
         while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
             await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
+        logger.warning("nobody reads the output any more")
         stop()
 
     looking = asyncio.create_task(look(), name="look-at-output")

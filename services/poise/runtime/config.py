@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from poise.errors import Misconfigured
 from poise.runtime.addresses import bare_host
 from poise.runtime.config_text import explain
-from poise.runtime.config_tree import misspelt_variables
+from poise.runtime.config_tree import misspelt_variables, takes_number
 from poise.runtime.layers import left_of, spelled_out
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -50,7 +50,22 @@ class ConfigError(ValueError, Misconfigured):
     """Settings that cannot be used; the text names every problem and what would be right."""
 
 
-class StrictModel(BaseModel):
+class _Numbers(BaseModel):
+    """Takes numbers for numbers: no `true` for 1, which YAML also reads `yes` and `on` as, and nothing infinite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, values: Any) -> Any:
+        given = values if isinstance(values, Mapping) else {}
+        for name, field in cls.model_fields.items():
+            if isinstance(given.get(name), bool) and takes_number(field.annotation):
+                raise ValueError(f"{name} must be a number, not {str(given[name]).lower()}")
+        return values
+
+
+class StrictModel(_Numbers):
     """Base of nested sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -166,7 +181,7 @@ class TracingConfig(StrictModel):
     """Reach the collector through the proxy that `http_proxy` and the like name."""
 
 
-class Settings(BaseSettings):
+class Settings(_Numbers, BaseSettings):
     """Base of a program's whole tree."""
 
     model_config = SettingsConfigDict(
