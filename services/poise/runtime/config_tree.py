@@ -40,8 +40,9 @@ def takes_number(annotation: Any) -> bool:
 def misspelt_variables(cls: type[BaseModel], prefix: str, environment: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each variable that is nearly a setting's, such as one with a single underscore for a double.
 
-    So is one with a double underscore for a section that there is not. Others of that prefix are let pass: the environment is shared. Kubernetes, for one, sets POISE_VALUE_PORT for a
-    Service called poise-value, and its `…_PORT` variables hold tcp://address.
+    So is one with a double underscore for a section that there is not. Others of that prefix are let pass: the
+    environment is shared. Kubernetes, for one, sets POISE_VALUE_PORT for a Service called poise-value, and its
+    `…_PORT` variables hold tcp://address.
     """
     known = list(_variables(cls))
     for name, value in environment.items():
