@@ -20,15 +20,6 @@ def check_target(target: str) -> None:
         return
     else:
         target = target.removeprefix("dns:")
-    split_target(target)
-
-
-def split_target(target: str) -> tuple[str, int]:
-    """Return the host, without brackets, and the port of `host:port` or `[IPv6 address]:port`.
-
-    Raises:
-        ValueError: the target is of another form.
-    """
     host, colon, port = target.rpartition(":")
     if "/" in target or not host or not colon:
         raise ValueError(f"target must be {_FORMS}, not {target!r}")
@@ -36,10 +27,8 @@ def split_target(target: str) -> tuple[str, int]:
         raise ValueError(f"the port in target {target!r} is {port!r}; required: a number from 1 to 65535")
     if host.startswith("[") and host.endswith("]"):
         _check_ipv6(host[1:-1], target)
-        return host[1:-1], int(port)
-    if ":" in host or "[" in host or "]" in host:
+    elif ":" in host or "[" in host or "]" in host:
         raise ValueError(f"target {target!r}: an IPv6 address needs brackets, such as [::1]:50051")
-    return host, int(port)
 
 
 def _check_ipv6(address: str, target: str) -> None:

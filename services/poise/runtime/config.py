@@ -38,6 +38,8 @@ MAX_FILE_BYTES = 1024 * 1024
 _SENDABLE = re.compile(r"[!-~]+")
 _SENDABLE_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"
 
+_IPV6 = re.compile(r"\[[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%\w+)?\](:[0-9]+)?|[0-9A-Fa-f:]*::[0-9A-Fa-f:.]*")
+
 C = TypeVar("C", bound="Settings")
 
 Host = Annotated[str, AfterValidator(bare_host)]
@@ -296,6 +298,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` into a tree; values are read as YAML, so 3, true, null and [1, 2] mean what they look like.
 
+    An IPv6 address, with or without brackets and port, is a string: YAML takes `::` for a mapping, `[::1]` for a list.
+
     Raises:
         ConfigError: not of that form, or two that contradict.
     """
@@ -306,7 +310,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise ConfigError(f"--set {override!r}: must look like section.field=value")
         try:
-            value = yaml.safe_load(text)
+            value = text if _IPV6.fullmatch(text) else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {name}: {text!r} is not a YAML value; quote it") from error
         node = tree

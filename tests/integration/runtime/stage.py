@@ -16,7 +16,7 @@ from pydantic_settings import SettingsConfigDict
 
 from poise import errors
 from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import ServiceConfig
+from poise.runtime.config import ConfigError, ServiceConfig
 from poise.runtime.main import service_main
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc, value_pb2, value_pb2_grpc
 
@@ -26,7 +26,7 @@ class StageConfig(ServiceConfig):
 
     model_config = SettingsConfigDict(env_prefix="POISE_STAGE_")
 
-    start: Literal["ok", "hang", "give-up", "backend-down", "defect", "unreadable"] = "ok"
+    start: Literal["ok", "hang", "give-up", "backend-down", "misconfigured", "unusable", "defect", "unreadable"] = "ok"
     drain: Literal["ok", "hang", "defect", "until-released"] = "ok"
     release: Path | None = None
 
@@ -59,6 +59,10 @@ class StageApp(value_pb2_grpc.ValueServiceServicer, generation_pb2_grpc.Generati
                 await asyncio.Event().wait()
             case "backend-down":
                 raise errors.BackendDown("the cupboard does not answer")
+            case "misconfigured":
+                raise ConfigError("cupboard.key: fits no lock; set another")
+            case "unusable":
+                raise errors.Unusable("the cupboard is of another make", remedy="Name one of ours.")
             case "defect":
                 raise RuntimeError("a slip of the pen")
         self.state = ""

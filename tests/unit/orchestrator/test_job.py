@@ -12,6 +12,8 @@ from tests.unit.orchestrator.test_run_folder import finish
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.run_folder import RunFolder
+from poise.runtime.exits import EXIT_OUTPUT_CLOSED
+from poise.runtime.output import OutputClosed
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +101,11 @@ def test_held_out_change_is_described() -> None:
         "0.250 (0.150 to 0.350) -> 0.500 (0.400 to 0.600), change +0.250 (+0.150 to +0.350)"
     )
     assert job.describe_held_out(held_out | {"after": None}) == "was not measured both before and after"
+
+
+def test_output_that_nobody_reads_ends_a_run(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    def print_to_nobody() -> None:
+        raise OutputClosed
+
+    assert job.guarded(settings(tmp_path), print_to_nobody) == EXIT_OUTPUT_CLOSED
+    assert "nobody reads the output any more; the same command resumes" in logged.text
