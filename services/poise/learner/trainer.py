@@ -33,7 +33,7 @@ class Trainer:
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._world = World(torch.device(config.device))
+        self._world = World(_device(config.device))
         self._loaded: Models | None = None
         self._num_updates = 0
         """Steps ever taken by the policy and, with it, by its critic: their learning rates follow it."""
@@ -46,10 +46,8 @@ class Trainer:
 
         Raises:
             BackendDown: it cannot be loaded, or cannot be trained.
-            Unusable: the device is none of this machine's.
         """
         config = self._config
-        _check_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -196,8 +194,12 @@ def _mean(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def _check_device(device: str) -> None:
+def _device(name: str) -> torch.device:
+    """Return a torch device of this machine. Raises `Unusable`. Makes no CUDA context: each would take memory."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise Unusable(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Unusable(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise Unusable(f"device {name} cannot be used: this process sees {count} CUDA devices")
+    return device

@@ -317,5 +317,5 @@ def test_a_batch_larger_than_a_mini_batch_counts_prompts_not_rollouts(config):
     "settings", [{"device": "gpu"}, {"device": "cuda:x"}, {"device": "cuda:99"}, {"model": "/nowhere/model"}], ids=str
 )
 def test_a_device_or_model_that_is_not_there_is_misconfigured(tmp_path, settings):
-    with pytest.raises(Misconfigured, match="cannot be used|cannot be loaded"):
+    with pytest.raises(Misconfigured, match=r"cannot be used|cannot be loaded"):
         loaded(LearnerConfig(**({"model": str(tmp_path), "state_dir": tmp_path} | settings)))
