@@ -22,5 +22,5 @@ RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poi
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
 EXPOSE 50051 8051
-HEALTHCHECK --start-period=900s CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8051/healthz', timeout=5)"]
+HEALTHCHECK --start-period=900s CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8051/healthz', timeout=5)"]
 ENTRYPOINT ["python3", "-m", "poise.generation"]

@@ -21,5 +21,5 @@ RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poi
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
 EXPOSE 50053 8053
-HEALTHCHECK --start-period=600s CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8053/healthz', timeout=5)"]
+HEALTHCHECK --start-period=600s CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8053/healthz', timeout=5)"]
 ENTRYPOINT ["python3", "-m", "poise.learner"]

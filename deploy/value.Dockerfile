@@ -19,5 +19,5 @@ RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poi
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
 EXPOSE 50052 8052
-HEALTHCHECK --start-period=60s CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8052/healthz', timeout=5)"]
+HEALTHCHECK --start-period=60s CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8052/healthz', timeout=5)"]
 ENTRYPOINT ["python3", "-m", "poise.value"]

@@ -3,7 +3,7 @@
 The nouns are in `poise_client.types`, the exceptions in `poise_client.errors`.
 """
 
-from poise_client._channel import TlsOptions
+from poise_client._channel import KEEPALIVE_OPTIONS, TlsOptions, open_channel
 from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
@@ -14,6 +14,7 @@ from poise_client._value import AsyncValueClient
 from poise_client._weights import WeightPush, combine_digests, hash_weights, weights_digest
 
 __all__ = [
+    "KEEPALIVE_OPTIONS",
     "TRACEPARENT",
     "TRACEPARENT_KEY",
     "AsyncGenerationClient",
@@ -28,5 +29,6 @@ __all__ = [
     "WeightPush",
     "combine_digests",
     "hash_weights",
+    "open_channel",
     "weights_digest",
 ]

@@ -1,19 +1,44 @@
-"""Opening a channel: TLS, bearer tokens, and the refusal to send a token where anybody may read it."""
+"""Opening a channel: TLS, tokens, keepalive, proxies, and the refusal to send a token where anybody may read it."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from poise_client._target import check_target
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
 
 MAX_RECEIVED_BYTES = 64 * 2**20
 """A group of many long rollouts is one message; requests stay under gRPC's default of 4 MiB."""
 
-_OPTIONS: tuple[tuple[str, int | str], ...] = (
+ChannelOption = tuple[str, int | str]
+
+_PING_AFTER_MS = 15_000
+"""Silence after which a peer is pinged. gRPC may take twice as long."""
+_PING_TIMEOUT_MS = 20_000
+"""Wait for the answer to a ping. A peer that died without a word is thus found within 50 s."""
+
+KEEPALIVE_OPTIONS: tuple[ChannelOption, ...] = (
+    ("grpc.keepalive_time_ms", _PING_AFTER_MS),
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),  # the longer of the two counts; a minute by default
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: a call may be silent for an hour
+)
+"""Options of channels and servers. On Linux gRPC also sets TCP_USER_TIMEOUT from them."""
+
+_NO_PROXY_OPTIONS: tuple[ChannelOption, ...] = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy, https_proxy and grpc_proxy
+    ("grpc.address_http_proxy_enabled_addresses", ""),  # GRPC_ADDRESS_HTTP_PROXY
+)
+
+_OPTIONS: tuple[ChannelOption, ...] = (
+    *KEEPALIVE_OPTIONS,
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     # A service that restarts is found again within 2 s; gRPC's own back-off grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -52,9 +77,11 @@ class TlsOptions:
 class Dialer:
     """Everything needed to open a channel, checked before any call. Its repr shows no token."""
 
-    def __init__(self, target: str, token: str | None, tls: TlsOptions | None, allow_insecure_token: bool) -> None:
-        if not target or "//" in target.removeprefix("unix://").removeprefix("dns:///"):
-            raise ValueError(f"target must be host:port or unix:path, not {target!r}")
+    def __init__(
+        self, target: str, token: str | None, tls: TlsOptions | None, allow_insecure_token: bool, use_proxy: bool
+    ) -> None:
+        refuse_after_fork()
+        check_target(target)
         if token is not None and (not token.isascii() or not token.isprintable() or " " in token or not token):
             raise ValueError("token must be printable ASCII without spaces; was a file read with its line end?")
         if token is not None and tls is None and not allow_insecure_token and not is_loopback(target):
@@ -65,9 +92,8 @@ class Dialer:
         self.target = target
         self._token = () if token is None else (("authorization", f"Bearer {token}"),)
         self._credentials = None if tls is None else tls.credentials()
-        self._options = _OPTIONS
-        if tls is not None and tls.server_name is not None:
-            self._options += (("grpc.ssl_target_name_override", tls.server_name),)
+        self._server_name = None if tls is None else tls.server_name
+        self._use_proxy = use_proxy
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -77,9 +103,60 @@ class Dialer:
 
     def open(self) -> grpc.aio.Channel:
         """Open a channel on the running event loop. Connects at the first call."""
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=self._options)
-        return grpc.aio.secure_channel(self.target, self._credentials, options=self._options)
+        return _open(self.target, self._credentials, self._server_name, self._use_proxy)
+
+
+def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool = False) -> grpc.aio.Channel:
+    """Open a channel as the clients do, on the running event loop: for calls that they do not know.
+
+    Args:
+        target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
+        tls: how to encrypt; None means plaintext.
+        use_proxy: follow `http_proxy` and the like of the environment.
+
+    Raises:
+        ValueError: the target is none.
+        OSError: a TLS file cannot be read.
+        RuntimeError: this process was forked from one that has used gRPC.
+    """
+    check_target(target)
+    credentials = None if tls is None else tls.credentials()
+    return _open(target, credentials, None if tls is None else tls.server_name, use_proxy)
+
+
+_opened_by: int | None = None
+"""Process that opened a channel first: this one, or one that it was forked from."""
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that has used gRPC: calls would hang here, or crash it."""
+    return _opened_by not in (None, os.getpid())
+
+
+def refuse_after_fork() -> None:
+    """Raise `RuntimeError` where `is_forked`."""
+    if is_forked():
+        raise RuntimeError(
+            f"process {os.getpid()} was forked after process {_opened_by} had used gRPC, which does not work across a "
+            'fork. Start children with multiprocessing.get_context("spawn") or "forkserver", or fork before the first '
+            "call of any client"
+        )
+
+
+def _open(
+    target: str, credentials: grpc.ChannelCredentials | None, server_name: str | None, use_proxy: bool
+) -> grpc.aio.Channel:
+    global _opened_by
+    refuse_after_fork()
+    _opened_by = os.getpid()
+    options: Sequence[ChannelOption] = (
+        *_OPTIONS,
+        *(() if use_proxy else _NO_PROXY_OPTIONS),
+        *(() if server_name is None else (("grpc.ssl_target_name_override", server_name),)),
+    )
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 def is_loopback(target: str) -> bool:

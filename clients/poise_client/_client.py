@@ -11,7 +11,7 @@ from typing import ClassVar, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from poise_client._channel import Dialer, TlsOptions
+from poise_client._channel import Dialer, TlsOptions, is_forked, refuse_after_fork
 from poise_client._retry import Attempts, Clock, RetryPolicy
 from poise_client._status import error_from_rpc
 from poise_client.codec import CodecError
@@ -31,16 +31,18 @@ class AsyncClient:
     """Base of the async clients. One channel, opened at the first call and bound to that event loop.
 
     Args:
-        target: `host:port`, or `unix:path`.
+        target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
         token: bearer token; refused over plaintext to another machine unless `allow_insecure_token`.
         tls: how to encrypt; None means plaintext.
         timeout_s: deadline of every call, retries included; None takes each method's own default.
         retries: how retryable errors are retried.
         allow_insecure_token: send the token in the clear, because something else encrypts.
+        use_proxy: connect through the proxy that `http_proxy` and the like name; by default they are ignored.
 
     Raises:
         ValueError: a target, token or combination that cannot be.
         OSError: a TLS file that cannot be read.
+        RuntimeError: this process was forked from one that has used gRPC; so does every call.
     """
 
     service: ClassVar[str]
@@ -55,8 +57,9 @@ class AsyncClient:
         timeout_s: float | None = None,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
         allow_insecure_token: bool = False,
+        use_proxy: bool = False,
     ) -> None:
-        self._dialer = Dialer(target, token, tls, allow_insecure_token)
+        self._dialer = Dialer(target, token, tls, allow_insecure_token, use_proxy)
         self._timeout_s = timeout_s
         self._retries = retries
         self._clock = Clock()
@@ -85,11 +88,13 @@ class AsyncClient:
         self._closed = True
         if self._channel is not None:
             channel, self._channel = self._channel, None
-            await channel.close(None)
+            if not is_forked():
+                await channel.close(None)
 
     def _open(self) -> grpc.aio.Channel:
         if self._closed:
             raise RuntimeError(f"{self!r} is closed; make a new one")
+        refuse_after_fork()
         loop = asyncio.get_running_loop()
         if self._channel is None:
             self._channel, self._loop = self._dialer.open(), loop

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from poise_client import _background
-from poise_client._channel import TlsOptions
+from poise_client._channel import TlsOptions, is_forked, refuse_after_fork
 from poise_client._client import AsyncClient
 from poise_client._retry import RetryPolicy
 from poise_client.errors import UnavailableError
@@ -29,16 +29,18 @@ class SyncClient(Generic[C]):
     An interrupted call (Ctrl-C) is cancelled in the service too. The arguments are those of the async clients.
 
     Args:
-        target: `host:port`, or `unix:path`.
+        target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
         token: bearer token; refused over plaintext to another machine unless `allow_insecure_token`.
         tls: how to encrypt; None means plaintext.
         timeout_s: deadline of every call, retries included; None takes each method's own default.
         retries: how retryable errors are retried.
         allow_insecure_token: send the token in the clear, because something else encrypts.
+        use_proxy: connect through the proxy that `http_proxy` and the like name; by default they are ignored.
 
     Raises:
         ValueError: a target, token or combination that cannot be.
         OSError: a TLS file that cannot be read.
+        RuntimeError: this process was forked from one that has used gRPC; so does every call.
     """
 
     service: ClassVar[str]
@@ -54,6 +56,7 @@ class SyncClient(Generic[C]):
         timeout_s: float | None = None,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
         allow_insecure_token: bool = False,
+        use_proxy: bool = False,
     ) -> None:
         self._client = self._twin(
             target,
@@ -62,6 +65,7 @@ class SyncClient(Generic[C]):
             timeout_s=timeout_s,
             retries=retries,
             allow_insecure_token=allow_insecure_token,
+            use_proxy=use_proxy,
         )
         self._lock = threading.Lock()
         self._background: _background.Background | None = None
@@ -86,6 +90,9 @@ class SyncClient(Generic[C]):
 
     def close(self) -> None:
         """Cancel what runs in any thread and close the channel. Safe to call twice; a closed client stays closed."""
+        if is_forked():  # loop and channel are the parent's, and one of its threads may have held the lock
+            self._closed = True
+            return
         with self._lock:
             self._closed = True
             background, self._background = self._background, None
@@ -121,13 +128,12 @@ class SyncClient(Generic[C]):
                 self._running.discard(future)
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        refuse_after_fork()  # before the lock, which another thread may have held at the fork
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self!r} is closed; make a new one")
             if self._background is None:
                 self._background = _background.shared.acquire()
-            elif not self._background.is_alive():
-                raise RuntimeError(f"{self!r} was used before this process was forked; make a new one after the fork")
             future = self._background.submit(coroutine)
             self._running.add(future)
             return future
@@ -171,7 +177,7 @@ class GroupStream(Iterator[Group]):
         """Cancel the stream; iterating over it ends. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            if not self._client._closed:
+            if not self._client._closed and not is_forked():
                 self._client._run(self._abort())
 
     async def _advance(self) -> Group | None:

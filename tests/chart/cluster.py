@@ -2,7 +2,7 @@
 
 Each pod has a loopback address of its own. What a container's world would give is translated in its command, arguments,
 environment and mounted files, and nothing else is changed: mount paths become folders, names of pods and services
-addresses, and 0.0.0.0 the pod's own address.
+addresses, and the host :: the pod's own address.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Cluster:
         return base64.b64decode(secret["data"][key]).decode()
 
     def _translate(self, pod: Pod, text: str) -> str:
-        places = {path: str(folder) for path, folder in pod.mounts.items()} | self._names | {"0.0.0.0": pod.address}
+        places = {path: str(folder) for path, folder in pod.mounts.items()} | self._names | {"'::'": pod.address}
         known = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
         return re.sub(rf"(?<![\w.-])(?<!\w/)({known})(?![\w.-])", lambda match: places[match[1]], text)
 

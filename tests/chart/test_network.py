@@ -21,7 +21,7 @@ ARROWS = {
 
 
 GRPC, REDIS = [{"port": "grpc", "protocol": "TCP"}], [{"port": "redis", "protocol": "TCP"}]
-ANYWHERE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+ANYWHERE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
 DNS = {
     "to": [{"namespaceSelector": {}}],
     "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],

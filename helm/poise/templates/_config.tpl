@@ -3,14 +3,14 @@
 {{- define "poise.serviceConfig" -}}
 {{- $drain := dict "generation" 120 "value" 30 "learner" 300 -}}
 grpc:
-  host: 0.0.0.0
+  host: "::" # IPv4 too, and alone where a node has no IPv6
   port: {{ include "poise.grpcPort" .role }}
   {{- if .root.Values.tls.enabled }}
   tls_cert_file: /etc/poise/tls/tls.crt
   tls_key_file: /etc/poise/tls/tls.key
   {{- end }}
 admin:
-  host: 0.0.0.0
+  host: "::" # IPv4 too, and alone where a node has no IPv6
   port: {{ include "poise.adminPort" .role }}
   allowed_hosts: {{ include "poise.allowedHosts" . }}
 auth:

@@ -13,6 +13,7 @@ from poise.cli.models import models
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
 from poise.cli.verify import verify
+from poise.runtime.output import ending_with_reader
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -20,7 +21,21 @@ if TYPE_CHECKING:
 PROGRAMS = ("generation", "value", "learner", "train")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Poise(click.Group):
+    """Ends quietly, as other tools do, when whoever read its output is gone."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the arguments; `--help` is printed here."""
+        with ending_with_reader():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with ending_with_reader():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Poise, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(poise.__version__, prog_name="poise")
 def main() -> None:
     """Train language models by reinforcement learning with POISE: rollouts, a value probe and a learner as services.

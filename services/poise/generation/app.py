@@ -141,11 +141,18 @@ class GenerationApp(ServiceApp):
 
 
 def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Engine:
-    """Construct the engine that the settings choose. No I/O; its libraries are imported here."""
+    """Construct the engine that the settings choose. No I/O; its libraries are imported here.
+
+    Raises:
+        ConfigError: vLLM's sockets would have too long a path.
+    """
     if config.engine == "torch":
         from poise.generation.torch_engine import TorchEngine
 
         return TorchEngine(config, startup)
+    from poise.generation.vllm_launch import check_socket_folder
+
+    check_socket_folder()
     from poise.generation.vllm_engine import VllmEngine
 
     return VllmEngine(config, startup)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from poise.errors import BackendDown, InvalidRequest
+from poise.errors import InvalidRequest, Unusable
 from poise.runtime.decoder import position_limit
 from poise.runtime.generation_config import load_generation_config
 from poise_client.types import Message
@@ -105,15 +105,15 @@ def _digest(tokenizer: Any) -> bytes:
 
 
 def check_feature_layer(layer: int, num_layers: int) -> int:
-    """Return `layer`, or raise `BackendDown` when the model has no such layer."""
+    """Return `layer`, or raise `Unusable` when the model has no such layer."""
     if layer >= num_layers:
-        raise BackendDown(f"feature_layer is {layer}; the model has layers 0 to {num_layers - 1}")
+        raise Unusable(f"feature_layer is {layer}; the model has layers 0 to {num_layers - 1}")
     return layer
 
 
 def model_len(wanted: int | None, model_config: Any) -> int:
-    """Return most tokens of prompt and response together, or raise `BackendDown` beyond the model's own limit."""
+    """Return most tokens of prompt and response together, or raise `Unusable` beyond the model's own limit."""
     own = position_limit(model_config)
     if wanted is not None and own is not None and wanted > own:
-        raise BackendDown(f"max_model_len is {wanted}; the model holds at most {own}")
+        raise Unusable(f"max_model_len is {wanted}; the model holds at most {own}")
     return wanted or own or UNLIMITED_MODEL_LEN

@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError
 
 from poise.domain.features import default_feature_layer, prompt_window
-from poise.errors import BackendDown
+from poise.errors import BackendDown, Unusable
 from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
@@ -189,12 +189,12 @@ class TorchEngine:
                 model.set_attn_implementation("eager")  # transformers' other implementations leave the cap out
             layers = decoder_layers(model)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise BackendDown(f"model {self._config.model} cannot be loaded: {error}") from error
+            raise Unusable(f"model {self._config.model} cannot be loaded: {error}") from error
         self._startup.begin(f"moving weights to {settings.device}")
         try:
             model = model.to(settings.device).eval()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-            raise BackendDown(f"torch.device {settings.device} cannot be used: {error}") from error
+            raise Unusable(f"torch.device {settings.device} cannot be used: {error}") from error
         text_config = model.config.get_text_config()
         layer = self._config.feature_layer
         layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from poise.errors import BackendDown, InvalidRequest
+from poise.errors import BackendDown, InvalidRequest, Unusable
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
 from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig
@@ -90,6 +90,9 @@ class VllmEngine:
                 self._engine = await asyncio.to_thread(launch, self._config, self._facts)
             self._startup.begin("preparing weight updates")
             await self._prepare_updates()
+        except (ValueError, NotImplementedError) as error:  # pydantic's errors are ValueErrors too
+            await self.stop()
+            raise Unusable(f"vLLM cannot serve {self._config.model} with these settings: {error}") from error
         except Exception as error:  # whatever vLLM raises; its processes have logged the reason
             await self.stop()
             raise BackendDown(f"vLLM did not start: {error}") from error

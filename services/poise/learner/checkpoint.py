@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from poise.runtime.config import ConfigError
+from poise.errors import Misconfigured
 from poise.runtime.files import sync_folder, tensor_errors, write_file
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class StateError(OSError):
     """The folder cannot be used. The message names it and the remedy."""
 
 
-class OtherSettingsError(StateError, ConfigError):
+class StateMismatchError(StateError, Misconfigured):
     """The folder was written under settings, or by a release, that the present ones cannot continue."""
 
 
@@ -207,12 +207,12 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     """Read one checkpoint, and of its tensors those whose names begin with `prefix`. The folder need not be held.
 
     Raises:
-        OtherSettingsError: it is of another release.
+        StateMismatchError: it is of another release.
         Any of `DAMAGE`: it is damaged, or gone.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     if state["schema_version"] not in _READ_VERSIONS:
-        raise OtherSettingsError(
+        raise StateMismatchError(
             f"{path} has schema_version {state['schema_version']}; this release reads "
             f"{' and '.join(map(str, _READ_VERSIONS))}: use the release that wrote it, or a fresh state_dir to start "
             "again from the model"

@@ -25,7 +25,7 @@ from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped
 from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
-from poise.learner.checkpoint import Checkpoint, CheckpointStore, OtherSettingsError, Progress, StateError
+from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, StateError, StateMismatchError
 from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
@@ -174,7 +174,7 @@ class LearnerCore:
         then, origin = checkpoint.progress, self.progress.origin
         shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}
         if why := misfit(then.origin, origin, shapes, self._trainer.trained_shapes()):
-            raise OtherSettingsError(
+            raise StateMismatchError(
                 f"the checkpoint in state_dir {self._config.state_dir} cannot be gone on from: {why}; set it back, or "
                 "use a fresh state_dir to start from the model"
             )

@@ -5,7 +5,6 @@ A kubelet asks every pod of a learner, though only the first process is the serv
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from poise.runtime.addresses import join_address, listen
 from poise.runtime.config import AdminConfig, ConfigError
 
 _TEXT = "text/plain; charset=utf-8"
@@ -30,7 +30,7 @@ def answering_probes(config: AdminConfig) -> Iterator[threading.Event]:
         server = _Server(config, loaded)
     except OSError as error:
         raise ConfigError(
-            f"admin: cannot listen on {config.host}:{config.port}: {error}; choose another port"
+            f"admin: cannot listen on {join_address(config.host, config.port)}: {error}; choose another port"
         ) from error
     thread = threading.Thread(target=server.serve_forever, name="follower-probes", daemon=True)
     thread.start()
@@ -44,9 +44,10 @@ def answering_probes(config: AdminConfig) -> Iterator[threading.Event]:
 
 class _Server(ThreadingHTTPServer):
     def __init__(self, config: AdminConfig, loaded: threading.Event) -> None:
-        self.address_family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         self.loaded = loaded
-        super().__init__((config.host, config.port), _Answer)
+        super().__init__((config.host, config.port), _Answer, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listen(config.host, config.port)
 
 
 class _Answer(BaseHTTPRequestHandler):

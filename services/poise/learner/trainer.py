@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from poise.errors import Unusable
 from poise.learner.accumulation import Sums
 from poise.learner.config import LearnerConfig
 from poise.learner.flops import ModelSize, model_size, peak_flops
@@ -36,7 +37,7 @@ class Trainer:
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._world = World(torch.device(config.device))
+        self._world = World(_device(config.device))
         self._loaded: Models | None = None
         self._num_updates = 0
         """Steps ever taken by the policy and, with it, by its critic: their learning rates follow it."""
@@ -230,3 +231,14 @@ class Trainer:
 def _mean(total: float, count: float) -> float:
     """Over nothing, not a number."""
     return total / count if count else math.nan
+
+
+def _device(name: str) -> torch.device:
+    """Return a torch device of this machine. Raises `Unusable`. Makes no CUDA context: each would take memory."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Unusable(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise Unusable(f"device {name} cannot be used: this process sees {count} CUDA devices")
+    return device

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from poise.runtime.addresses import join_address, reachable_host
 from poise.runtime.config import AdminConfig, ConfigError, GrpcConfig
 from poise.runtime.files import write_file
 
@@ -25,8 +26,7 @@ _PORT_NAMES = tuple(f"{service}.{kind}" for service in SERVICES for kind in ("gr
 
 def address(listening: GrpcConfig | AdminConfig) -> str:
     """Return host:port where this machine reaches what listens there."""
-    host = "127.0.0.1" if listening.host == "0.0.0.0" else listening.host  # noqa: S104 (compared, not bound)
-    return f"{host}:{listening.port}"
+    return join_address(reachable_host(listening.host), listening.port)
 
 
 def run_ports(folder: Path) -> dict[str, int]:

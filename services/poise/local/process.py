@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.local.environment import inherited
+from poise.runtime.addresses import split_address
 from poise.runtime.startup import with_elapsed
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class SupervisedProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env=inherited(),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
@@ -122,12 +125,12 @@ class SupervisedProcess:
 
 async def ask_ready(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, str]:
     """Ask an admin app's /readyz."""
-    host, _, port = admin_address.rpartition(":")
+    host, port = split_address(admin_address)
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await asyncio.open_connection(host, port)
             with contextlib.closing(writer):
-                writer.write(f"GET /readyz HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                writer.write(f"GET /readyz HTTP/1.0\r\nHost: {admin_address}\r\n\r\n".encode())
                 answer = (await reader.read()).decode(errors="replace")
     except (OSError, TimeoutError):
         return False, NO_ANSWER

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from poise.local.admin_http import ask_admin
 from poise.runtime.config import ConfigError
 
 _TIMEOUT_S = 30.0
@@ -65,7 +66,7 @@ class QueueAdmin:
         if self.token is not None:
             request.add_header("authorization", f"Bearer {self.token}")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (checked)
+            with ask_admin(request, _TIMEOUT_S) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise QueueError(_refusal(error)) from error

@@ -10,6 +10,7 @@ Owns the filling-in: addresses, folders, the queue. Starts nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -39,7 +40,15 @@ from poise.value.config import ValueConfig
 
 C = TypeVar("C", bound=Settings)
 
-PROGRAMS = (*SERVICES, "train")
+CONFIGS: Mapping[str, type[Settings]] = {
+    "generation": GenerationConfig,
+    "value": ValueConfig,
+    "learner": LearnerConfig,
+    "train": OrchestratorConfig,
+}
+"""What each program's settings are."""
+
+PROGRAMS = tuple(CONFIGS)
 
 
 class RunSection(StrictModel):
@@ -140,6 +149,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     Raises:
         ConfigError: anything wrong, with the field's path and the remedy.
     """
+    _refuse_stray_variables(os.environ)
     own, by_program = _split(overrides)
     file = _parse(read_yaml(path), own, str(path))
     folder = (file.run.dir or Path("runs") / file.run.name).expanduser().resolve()
@@ -236,6 +246,13 @@ class _Resolver:
             return None
 
 
+def _refuse_stray_variables(environment: Mapping[str, str]) -> None:
+    prefixes = [*(cls.model_config.get("env_prefix", "") for cls in CONFIGS.values()), "POISE_CHECK_"]
+    for name in environment:
+        if name.startswith("POISE_") and "__" in name and not name.startswith(tuple(prefixes)):
+            raise ConfigError(f"{name} (environment): no program's setting; they begin with {', '.join(prefixes)}")
+
+
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Return the overrides of the run file itself, and those of each program's settings, without its name.
 
@@ -257,4 +274,13 @@ def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> Run
     try:
         return RunFile(**merged(given, parse_overrides(overrides)))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, RunFile))) from None
+        lines = [f"{source}: {line}" for line in explain(error, RunFile)]
+        unknown = (str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "extra_forbidden")
+        lines += [hint for name in unknown if (hint := _programs_with(name))]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _programs_with(name: str) -> str:
+    """Return a line that names the programs which have a setting; empty where none has."""
+    programs = [f"{program}.{name}" for program, cls in CONFIGS.items() if name in cls.model_fields]
+    return f"{name} is a setting of programs: give {' or '.join(programs)}" if programs else ""

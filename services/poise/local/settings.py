@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import yaml
-from pydantic import BaseModel
 
-from poise.generation.config import GenerationConfig
-from poise.learner.config import LearnerConfig
-from poise.local.run_file import LocalRun, RunFile
-from poise.orchestrator.config import OrchestratorConfig
+from poise.local.run_file import CONFIGS, LocalRun, RunFile
 from poise.runtime.config_text import defaults_yaml, redacted
-from poise.value.config import ValueConfig
 
 _FILLED_IN = {
     "generation": ("model", "engine", "wait_for_learner", "grpc.port", "admin.port"),
@@ -28,21 +23,14 @@ _FILLED_IN = {
 }
 """What follows from the run, where its file does not say otherwise."""
 
-_PROGRAMS: dict[str, type[BaseModel]] = {
-    "generation": GenerationConfig,
-    "value": ValueConfig,
-    "learner": LearnerConfig,
-    "train": OrchestratorConfig,
-}
-
 
 def defaults_text(program: str | None) -> str:
     """Return every setting of a program, or of run.yaml with all programs, with its default and meaning."""
     if program is not None:
-        return defaults_yaml(_PROGRAMS[program])
+        return defaults_yaml(CONFIGS[program])
     top = [line for line in defaults_yaml(RunFile).splitlines() if not line.endswith(": {}")]
     sections = []
-    for name, cls in _PROGRAMS.items():
+    for name, cls in CONFIGS.items():
         while f"# {RunFile.model_fields[name].description}" in top:
             top.remove(f"# {RunFile.model_fields[name].description}")
         sections += [
@@ -56,7 +44,7 @@ def defaults_text(program: str | None) -> str:
 
 def resolved_text(run: LocalRun, program: str | None) -> str:
     """Return a run's settings as its programs see them, secrets masked."""
-    names = [program] if program else list(_PROGRAMS)
+    names = [program] if program else list(CONFIGS)
     return yaml.safe_dump({name: redacted(getattr(run, name)) for name in names}, sort_keys=False).rstrip()
 
 

@@ -11,6 +11,7 @@ from http.client import HTTPException
 from typing import Any
 
 from poise.local.addresses import SERVICES
+from poise.local.admin_http import ask_admin
 from poise.local.run_file import LocalRun
 from poise.local.supervisor import process_state
 from poise.orchestrator.errors import RunError
@@ -68,7 +69,7 @@ def _ask(run: LocalRun, name: str) -> dict[str, Any]:
     if token := auth.read_token():
         request.add_header("authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (http alone)
+        with ask_admin(request, _TIMEOUT_S) as answer:
             facts = json.load(answer)
             if not isinstance(facts, dict) or "ready" not in facts:
                 raise ValueError("not a status")

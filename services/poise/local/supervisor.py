@@ -20,7 +20,7 @@ import psutil
 
 from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit, kill_group
 from poise.local.start_log import StartLog
-from poise.runtime.exit_status import WRONG_SETTINGS
+from poise.runtime.exit_status import FAILED, WRONG_SETTINGS
 from poise.runtime.startup import with_elapsed
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,11 @@ _SAY_EVERY_S = 15.0
 
 class SupervisorError(Exception):
     """A process cannot be kept running. The message names it, and its log."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+        """What the supervisor's own program exits with."""
 
 
 class Supervisor:
@@ -251,10 +256,12 @@ class _Deaths:
         """
         lived_s = time.monotonic() - process.started
         self._num = 1 if process.was_ready and lived_s > _STEADY_S else self._num + 1
-        if status == WRONG_SETTINGS or self._num > _MAX_DEATHS:
-            times = "" if self._num == 1 else f", {self._num} times in a row"
-            log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
-            raise SupervisorError(f"{self._spec.name} {describe_exit(status)}{times}{log}")
+        log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
+        if status == WRONG_SETTINGS:
+            why = f"{self._spec.name} {describe_exit(status)}: it cannot work as it is configured"
+            raise SupervisorError(f"{why}{log}", WRONG_SETTINGS)
+        if self._num > _MAX_DEATHS:
+            raise SupervisorError(f"{self._spec.name} {describe_exit(status)}, {self._num} times in a row{log}")
         return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
 
 

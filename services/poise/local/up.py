@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,15 @@ from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
-from poise.runtime.exit_status import FAILED, INTERRUPTED, OK
+from poise.runtime.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
 from poise.runtime.files import write_file
+from poise.runtime.output import is_unread
 from poise.runtime.signals import stopping_by_signal
+from poise.runtime.sockets import check_socket_path
 
 logger = logging.getLogger(__name__)
+
+_LOOK_AT_OUTPUT_EVERY_S = 1.0
 
 
 def run_services(
@@ -38,11 +43,13 @@ def run_services(
     to the terminal.
 
     Raises:
-        ConfigError: the model cannot be made, the folder holds a run of another, or this is no Linux.
+        ConfigError: the model cannot be made, the folder holds a run of another, a socket's path is too long, or this
+            is no Linux.
     """
     if platform.system() != "Linux":
         raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
     _refuse_other_model(run)
+    check_socket_path(run.socket, "TMPDIR")
     make_model(run.model)
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -50,7 +57,7 @@ def run_services(
         return asyncio.run(_supervise(run, reload, train, training_log))
     except SupervisorError as error:
         logger.error("%s", error)
-        return FAILED
+        return error.status
 
 
 async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool, training_log: Path | None) -> int:
@@ -59,29 +66,49 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
         if renew_taken_ports(run.dir):
             run = reload()
         _write_settings(run)
-        with stopping_by_signal(partial(_stop, supervisor, stopping), supervisor.kill_all):
+        stop = partial(_stop, supervisor, stopping)
+        with stopping_by_signal(stop, supervisor.kill_all), _stopping_when_unread(stop) as is_unread:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return INTERRUPTED if train else OK
+                return OUTPUT_CLOSED if is_unread() else INTERRUPTED if train else OK
             ready.result()
             if train:
                 status = await supervisor.run_to_end(_training(run, training_log))
+                if is_unread():
+                    return OUTPUT_CLOSED
                 return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
             await supervisor.first_of(stopped)
-            return 0
+            return OUTPUT_CLOSED if is_unread() else OK
 
 
 def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
     stopping.set()
     logger.info("stopping; again to kill everything at once")
     supervisor.end("train")
+
+
+@contextlib.contextmanager
+def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Stop once the reader of the output is gone; yield what tells whether it was."""
+
+    async def look() -> None:
+        while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
+            await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
+        logger.warning("nobody reads the output any more")
+        stop()
+
+    looking = asyncio.create_task(look(), name="look-at-output")
+    try:
+        yield lambda: looking.done()
+    finally:
+        looking.cancel()
 
 
 def _settings_file(run: LocalRun, program: str) -> Path:

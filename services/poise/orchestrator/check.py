@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -19,8 +20,10 @@ from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.config import ConfigError, Settings, check_readable, load_config, read_token_file
+from poise.runtime.console import OutputConsole
 from poise.runtime.discovery import Discovery
-from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
+from poise.runtime.exit_status import FAILED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
+from poise.runtime.output import OutputClosed
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
@@ -56,8 +59,9 @@ async def check(config: CheckConfig, console: Console) -> None:
     token = None if endpoints.token_file is None else read_token_file(endpoints.token_file, "endpoints.token_file")
     check_readable(endpoints.ca_file, "endpoints.ca_file")
     tls = TlsOptions(root_certs_file=endpoints.ca_file) if endpoints.ca_file else None
+    options: Any = {"token": token, "allow_insecure_token": True, "use_proxy": endpoints.use_proxy}
     async with asyncio.timeout(config.timeout_s):
-        async with AsyncLearnerClient(endpoints.learner, token=token, tls=tls, allow_insecure_token=True) as learner:
+        async with AsyncLearnerClient(endpoints.learner, tls=tls, **options) as learner:
             status = await learner.get_status(timeout_s=config.timeout_s)
         console.print(f"learner {endpoints.learner}: version {status.policy_version}, {status.state}")
         groups: list[GroupFeatures] = []
@@ -67,7 +71,7 @@ async def check(config: CheckConfig, console: Console) -> None:
         for found in replicas:
             address = found.target
             named = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
-            async with AsyncGenerationClient(address, token=token, tls=named, allow_insecure_token=True) as generation:
+            async with AsyncGenerationClient(address, tls=named, **options) as generation:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
@@ -76,7 +80,7 @@ async def check(config: CheckConfig, console: Console) -> None:
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
                 f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"
             )
-        async with AsyncValueClient(endpoints.value, token=token, tls=tls, allow_insecure_token=True) as value:
+        async with AsyncValueClient(endpoints.value, tls=tls, **options) as value:
             answers = await value.estimate_baselines(_run_id(), 0, groups)
             report = await value.get_probe(timeout_s=_CALL_TIMEOUT_S)
         probes = ", ".join(f"{probe.domain} v{probe.probe_version}" for probe in report.probes) or "none yet"
@@ -117,9 +121,11 @@ def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
 
 def run_check(config: CheckConfig) -> int:
     """Check, say what came of it, and return the exit status."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     try:
         asyncio.run(check(config, console))
+    except OutputClosed:
+        return OUTPUT_CLOSED
     except ConfigError as error:
         console.print(str(error))
         return WRONG_SETTINGS

@@ -38,13 +38,15 @@ class EndpointsConfig(StrictModel):
     """File holding the bearer token of the services."""
     ca_file: Path | None = None
     """PEM of the authorities that sign the services' certificates; set it to speak TLS."""
+    use_proxy: bool = False
+    """Reach the services through the proxy that `http_proxy` and the like name; by default they are ignored."""
 
-    @field_validator("generation")
+    @field_validator("generation", "value", "learner")
     @classmethod
-    def _replicas_can_be_found(cls, generation: tuple[str, ...]) -> tuple[str, ...]:
-        for target in generation:
+    def _services_can_be_found(cls, targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        for target in (targets,) if isinstance(targets, str) else targets:
             parse_name(target)
-        return generation
+        return targets
 
 
 class SamplingConfig(StrictModel):

@@ -8,13 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.console import Console
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.data_check import check_data
@@ -36,8 +33,10 @@ from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.orchestrator.waiting import StoppedWaiting
 from poise.runtime.config import ConfigError
 from poise.runtime.config_text import redacted
-from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, WRONG_SETTINGS
+from poise.runtime.console import OutputConsole
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
 from poise.runtime.logging import configure_logging
+from poise.runtime.output import OutputClosed
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 from poise_client.errors import InvalidRequestError, PoiseClientError
@@ -78,6 +77,9 @@ def guarded(config: OrchestratorConfig, work: Callable[[], T]) -> T | int:
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OutputClosed:
+        logger.warning("stopped, for nobody reads the output any more; the same command resumes")
+        return OUTPUT_CLOSED
     except (ConfigError, TaskError, SettingsError, InvalidRequestError) as error:
         logger.error("%s", error)
         return WRONG_SETTINGS
@@ -90,7 +92,7 @@ class _Watcher(ConsoleWatcher):
     """The terminal, and TensorBoard."""
 
     def __init__(self, board: TensorBoardLog, config: OrchestratorConfig, first_step: int) -> None:
-        super().__init__(config.limits, first_step, Console(file=sys.stdout), config.logging)
+        super().__init__(config.limits, first_step, OutputConsole(), config.logging)
         self._board = board
 
     def step_done(self, numbers: dict[str, Any]) -> None:
@@ -156,12 +158,13 @@ async def _train_and_report(
 
 def _stop_after_step(stopping: asyncio.Event, watcher: ConsoleWatcher) -> None:
     stopping.set()
-    watcher.say("stopping after what is in hand; again to stop at once")  # all of a sampled step is on disk
+    with contextlib.suppress(OutputClosed):
+        watcher.say("stopping after what is in hand; again to stop at once")  # all of a sampled step is on disk
 
 
 def _say_finished(config: OrchestratorConfig, state: RunState) -> None:
     _say_summary(config, str(config.run_dir / MODEL))
-    speaker(Console(file=sys.stdout), config.logging)(
+    speaker(OutputConsole(), config.logging)(
         f"\nThis run is finished: {state.next_step} steps. Higher limits (num_steps, budget) go on with it; another "
         "name and folder start anew."
     )
@@ -169,7 +172,7 @@ def _say_finished(config: OrchestratorConfig, state: RunState) -> None:
 
 def _say_summary(config: OrchestratorConfig, model: str) -> None:
     summary = summarise(config.run_dir)
-    say = speaker(Console(file=sys.stdout), config.logging)
+    say = speaker(OutputConsole(), config.logging)
     say("")
     say(f"run {config.run_id}: {summary['num_steps']} steps in {clock(summary['wall_s'])}")
     if held_out := summary.get("held_out"):

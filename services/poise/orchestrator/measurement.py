@@ -32,6 +32,7 @@ from poise.orchestrator.services import Services
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.verifiers.pool import VerifierPool
 from poise.runtime.config import ConfigError
+from poise.runtime.console import OutputConsole
 from poise.runtime.files import write_file, write_lines
 
 
@@ -93,7 +94,7 @@ async def measure(config: OrchestratorConfig, mixture: Mixture, subject: Subject
         RunError: the services are not up.
         PoiseClientError: one refuses.
     """
-    console = Console(file=sys.stdout)
+    console = OutputConsole()
     watcher = MeasurementWatcher(config.evaluation.num_prompts, Console(file=sys.stderr), config.logging)
     stopping = asyncio.Event()  # an interrupt ends it at once
     version = subject.policy_version

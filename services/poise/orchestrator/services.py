@@ -39,6 +39,7 @@ from poise_client.types import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+C = TypeVar("C", AsyncGenerationClient, AsyncValueClient, AsyncLearnerClient)
 
 _NO_RETRIES = RetryPolicy(max_attempts=1)
 """Whoever waits here says so, and can be stopped; the clients would do it in silence."""
@@ -65,19 +66,23 @@ class Services:
         check_readable(config.ca_file, "endpoints.ca_file")
         tls = TlsOptions(root_certs_file=config.ca_file) if config.ca_file else None
 
-        def connect(address: Address) -> AsyncGenerationClient:
-            named = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
-            return AsyncGenerationClient(
-                address.target, token=token, tls=named, allow_insecure_token=True, retries=_NO_RETRIES
+        def client(kind: type[C], target: str, tls: TlsOptions | None) -> C:
+            return kind(
+                target,
+                token=token,
+                tls=tls,
+                allow_insecure_token=True,
+                retries=_NO_RETRIES,
+                use_proxy=config.use_proxy,
             )
 
+        def connect(address: Address) -> AsyncGenerationClient:
+            named = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
+            return client(AsyncGenerationClient, address.target, named)
+
         self._replicas = Replicas(Discovery(config.generation), connect, config.rollouts_per_replica)
-        self._value = AsyncValueClient(
-            config.value, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
-        )
-        self._learner = AsyncLearnerClient(
-            config.learner, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
-        )
+        self._value = client(AsyncValueClient, config.value, tls)
+        self._learner = client(AsyncLearnerClient, config.learner, tls)
 
     async def __aenter__(self) -> Services:
         return self

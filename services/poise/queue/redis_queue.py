@@ -31,6 +31,7 @@ from poise.queue.interface import (
     queue_is_full,
 )
 from poise.queue.redis_scripts import DEAD_LETTER, HOLDS, NEWEST, PUBLISH, REPLAY
+from poise.runtime.addresses import join_address
 
 _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
@@ -77,7 +78,7 @@ class RedisQueue:
             retry=Retry(ConstantBackoff(0.05), 1),
         )
         parts = urlsplit(url)
-        self._address = f"{parts.hostname}:{parts.port or 6379}" if parts.hostname else parts.path
+        self._address = join_address(parts.hostname, parts.port or 6379) if parts.hostname else parts.path
         self._stream, self._dead_stream = stream, f"{stream}:dead"
         self._group, self._consumer = group, consumer
         self._max_entries, self._max_bytes = max_entries, max_bytes

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from poise.errors import BackendDown
+from poise.errors import Unusable
 from poise_client import combine_digests
 
 EXPORT_MARK = "poise_export.json"
@@ -28,13 +28,13 @@ def checkpoint_digest(model: str) -> bytes:
         model: a Hugging Face folder, or its name on the hub, whose files are then loaded if they are not.
 
     Raises:
-        BackendDown: there is no such model, or none in safetensors files.
+        Unusable: there is no such model, or none in safetensors files.
     """
     try:
         folder = _folder(model)
         hashes = {name: sha256 for path in _files(folder) for name, sha256 in _hashes(path)}
     except (OSError, ValueError, KeyError) as error:
-        raise BackendDown(
+        raise Unusable(
             f"the parameters of {model} cannot be read: {error}",
             remedy=f"Adapters need a model whose folder has a {_SINGLE} or a {_INDEX}.",
         ) from error

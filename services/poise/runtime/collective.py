@@ -17,6 +17,8 @@ PIECE_BYTES = 64 * 2**20
 
 SENDER, RECEIVER = 0, 1
 
+_LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
@@ -61,8 +63,8 @@ def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], Grou
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = TCPStore("127.0.0.1", 0, 2, True, timeout, wait_for_workers=False)
-    return Rendezvous("gloo", f"127.0.0.1:{store.port}".encode()), lambda: _GlooGroup(store, SENDER, timeout)
+    store = TCPStore(_LOOPBACK, 0, 2, True, timeout, wait_for_workers=False)
+    return Rendezvous("gloo", f"{_LOOPBACK}:{store.port}".encode()), lambda: _GlooGroup(store, SENDER, timeout)
 
 
 def join(rendezvous: Rendezvous, device: str, timeout_s: float) -> Group:
@@ -108,7 +110,11 @@ class _GlooGroup:
     def __init__(self, store: Any, rank: int, timeout: datetime.timedelta) -> None:
         from torch.distributed import BroadcastOptions, ProcessGroupGloo
 
-        self._group: Any = ProcessGroupGloo(store, rank, 2, timeout)
+        # By name: left to itself, gloo takes GLOO_SOCKET_IFNAME, or the address that this host's name stands for.
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in its stubs
+        options._devices = [ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
+        options._timeout = timeout
+        self._group: Any = ProcessGroupGloo(store, rank, 2, options)
         self._from_sender = BroadcastOptions()
         self._from_sender.rootRank, self._from_sender.rootTensor = SENDER, 0
 

@@ -11,15 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from poise.errors import Misconfigured
+from poise.runtime.addresses import bare_host
 from poise.runtime.config_text import explain
-from poise.runtime.config_tree import misspelt_variables
+from poise.runtime.config_tree import misspelt_variables, takes_number
 from poise.runtime.layers import left_of, spelled_out
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -27,16 +38,36 @@ MAX_FILE_BYTES = 1024 * 1024
 _SENDABLE = re.compile(r"[!-~]+")
 _SENDABLE_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"
 
+_IPV6 = re.compile(r"\[[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%\w+)?\](:[0-9]+)?|[0-9A-Fa-f:]*::[0-9A-Fa-f:.]*")
+
 C = TypeVar("C", bound="Settings")
+
+Host = Annotated[str, AfterValidator(bare_host)]
+"""A host to listen on."""
 
 _file_values: ContextVar[Mapping[str, Any]] = ContextVar("file_values")
 
 
-class ConfigError(ValueError):
+class ConfigError(ValueError, Misconfigured):
     """Settings that cannot be used; the text names every problem and what would be right."""
 
 
-class StrictModel(BaseModel):
+class _Numbers(BaseModel):
+    """Takes numbers for numbers: no `true` for 1, which YAML also reads `yes` and `on` as, and nothing infinite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, values: Any) -> Any:
+        given = values if isinstance(values, Mapping) else {}
+        for name, field in cls.model_fields.items():
+            if isinstance(given.get(name), bool) and takes_number(field.annotation):
+                raise ValueError(f"{name} must be a number, not {str(given[name]).lower()}")
+        return values
+
+
+class StrictModel(_Numbers):
     """Base of nested sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -45,8 +76,8 @@ class StrictModel(BaseModel):
 class GrpcConfig(StrictModel):
     """Where gRPC listens."""
 
-    host: str = "127.0.0.1"
-    """Address to bind. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    host: Host = "127.0.0.1"
+    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
     tls_cert_file: Path | None = None
@@ -67,8 +98,8 @@ class GrpcConfig(StrictModel):
 class AdminConfig(StrictModel):
     """Where the REST admin app listens."""
 
-    host: str = "127.0.0.1"
-    """Address to bind. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    host: Host = "127.0.0.1"
+    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
     allowed_hosts: tuple[str, ...] = ()
@@ -153,9 +184,11 @@ class TracingConfig(StrictModel):
 
     otlp_endpoint: str = Field("", pattern=r"^(https?://.+)?$")
     """Where a collector takes OTLP over HTTP, such as `http://collector:4318`; empty records nothing."""
+    use_proxy: bool = False
+    """Reach the collector through the proxy that `http_proxy` and the like name."""
 
 
-class Settings(BaseSettings):
+class Settings(_Numbers, BaseSettings):
     """Base of a program's whole tree."""
 
     model_config = SettingsConfigDict(
@@ -270,6 +303,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` into a tree; values are read as YAML, so 3, true, null and [1, 2] mean what they look like.
 
+    An IPv6 address, with or without brackets and port, is a string: YAML takes `::` for a mapping, `[::1]` for a list.
+
     Raises:
         ConfigError: not of that form, or two that contradict.
     """
@@ -280,7 +315,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise ConfigError(f"--set {override!r}: must look like section.field=value")
         try:
-            value = yaml.safe_load(text)
+            value = text if _IPV6.fullmatch(text) else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {name}: {text!r} is not a YAML value; quote it") from error
         node = tree

@@ -31,11 +31,18 @@ def holds_secret(cls: type[BaseModel], path: Sequence[int | str]) -> bool:
     return any(_mentions_secret(annotation) for annotation in here)
 
 
+def takes_number(annotation: Any) -> bool:
+    """Whether a setting of this type is a number, or may be one, and never true or false."""
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
 def misspelt_variables(cls: type[BaseModel], prefix: str, environment: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each variable that is nearly a setting's, such as one with a single underscore for a double.
 
-    Others of that prefix are let pass: the environment is shared. Kubernetes, for one, sets POISE_VALUE_PORT for a
-    Service called poise-value, and its `…_PORT` variables hold tcp://address.
+    So is one with a double underscore for a section that there is not. Others of that prefix are let pass: the
+    environment is shared. Kubernetes, for one, sets POISE_VALUE_PORT for a Service called poise-value, and its
+    `…_PORT` variables hold tcp://address.
     """
     known = list(_variables(cls))
     for name, value in environment.items():
@@ -46,6 +53,8 @@ def misspelt_variables(cls: type[BaseModel], prefix: str, environment: Mapping[s
             continue  # a setting, or within one: pydantic looks at it
         if near := difflib.get_close_matches(rest, known, n=1, cutoff=0.8):
             yield f"{name} (environment): unknown; did you mean {prefix}{near[0]}?"
+        elif _NESTED in rest:  # nobody else's: a Service's variables have single underscores
+            yield f"{name} (environment): unknown; sections: {', '.join(sorted(cls.model_fields))}"
 
 
 def _variables(cls: type[BaseModel], section: str = "") -> Iterator[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from poise.runtime.addresses import join_address
+
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"dns:///([A-Za-z0-9._-]+):([0-9]{1,5})")
-_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+_SCHEME = "dns:///"
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +34,29 @@ def parse_name(target: str) -> tuple[str, int] | None:
     Raises:
         ValueError: it is neither: what it would have to look like.
     """
-    if target.startswith("dns:"):
-        match = _NAME.fullmatch(target)
-        if match is None or not _is_port(match[2]):
-            raise ValueError(f"{target!r} must look like dns:///name:port")
-        return match[1], int(match[2])
-    match = _ADDRESS.fullmatch(target)
-    if not target.startswith("unix:") and (match is None or not _is_port(match[1])):
-        raise ValueError(f"{target!r} must look like host:port, unix:path or dns:///name:port")
-    return None
+    if target.startswith("unix:"):
+        return None
+    match = _ADDRESS.fullmatch(target.removeprefix(_SCHEME))
+    if match is None or not 0 < int(match[2]) < 65536 or not _is_host(match[1]):
+        brackets = "; an IPv6 address needs brackets: [::1]:50051" if target.count(":") > 1 else ""
+        raise ValueError(f"{target!r} must look like host:port, unix:path or dns:///name:port{brackets}")
+    return (match[1].strip("[]"), int(match[2])) if target.startswith(_SCHEME) else None
 
 
-def _is_port(digits: str) -> bool:
-    return 0 < int(digits) < 65536
+def _is_host(host: str) -> bool:
+    if not host.startswith("["):
+        return True
+    try:
+        ipaddress.IPv6Address(host[1:-1])
+    except ValueError:
+        return False
+    return True
 
 
 async def resolve(host: str, port: int) -> set[str]:
     """Return the `host:port` of every address that a name stands for. Raises `OSError`."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return {f"[{where[0]}]:{port}" if ":" in str(where[0]) else f"{where[0]}:{port}" for *_, where in found}
+    return {join_address(str(where[0]), port) for *_, where in found}
 
 
 class Discovery:

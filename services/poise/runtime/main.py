@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from poise.errors import Misconfigured
 from poise.runtime.app import ServiceApp
-from poise.runtime.config import ConfigError, ServiceConfig, load_config
+from poise.runtime.config import ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
-from poise.runtime.exit_status import OK, WRONG_SETTINGS
+from poise.runtime.exit_status import OK, WRONG_SETTINGS, exit_reason, exit_status
 from poise.runtime.logging import configure_logging
+from poise.runtime.output import ending_with_reader
 from poise.runtime.server import serve
 
 C = TypeVar("C", bound=ServiceConfig)
@@ -46,17 +48,21 @@ def service_main(
         help="override a setting; repeatable",
     )
     parser.add_argument("--show-defaults", action="store_true", help="print every setting with its default, and exit")
-    options = parser.parse_args(argv)
-    if options.show_defaults:
-        print(defaults_yaml(config_cls))
-        return OK
+    with ending_with_reader():
+        options = parser.parse_args(argv)
+        if options.show_defaults:
+            print(defaults_yaml(config_cls))
+            return OK
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
             configure_logging(config.logging)
             return run(config)
         app = build(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    except Misconfigured as error:
+        print(exit_reason(error), file=sys.stderr)
+        return exit_status(error)
+    except ModuleNotFoundError as error:
+        print(f"{error}; install what the {name} service needs under these settings", file=sys.stderr)
         return WRONG_SETTINGS
     return serve(app)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,19 +21,21 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from poise.errors import PoiseError
+from poise.runtime.addresses import join_address, listen
 from poise.runtime.admin import build_admin_app
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.certificates import Certificate
 from poise.runtime.config import ConfigError, GrpcConfig
 from poise.runtime.config_text import redacted
-from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS
+from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS, exit_reason, exit_status
 from poise.runtime.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol
 from poise.runtime.interceptors import ServiceInterceptor
 from poise.runtime.logging import configure_logging
 from poise.runtime.parsing import MAX_READ_BYTES
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
+from poise_client import KEEPALIVE_OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
 """Names a file to write `{"grpc", "admin", "pid"}` to once both ports are bound: for whoever starts the process."""
 
 _READINESS_EVERY_S = 0.25
+_LEAST_PING_INTERVAL_MS = 5000
+"""A client may ping as often; gRPC's own limit is five minutes, and disconnects whoever pings more often."""
 
 _MAX_CONNECTIONS = 1024
 _MAX_STREAMS = 1024
@@ -77,10 +82,10 @@ class _Server:
         grpc_server = self._build_grpc()
         try:
             grpc_address = _bind(grpc_server, app.config.grpc)
-            admin_socket = _listen(app.config.admin.host, app.config.admin.port)
+            admin_socket = _listen("admin", app.config.admin.host, app.config.admin.port)
         except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
-            return FAILED if isinstance(error, _PortTaken) else WRONG_SETTINGS
+            return exit_status(error)
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
@@ -99,7 +104,7 @@ class _Server:
             await self._say_health(serving=False)
             await grpc_server.start()
             admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin")
-            admin_address = _printable(admin_socket)
+            admin_address = join_address(*admin_socket.getsockname()[:2])
             logger.info("%s: gRPC on %s, admin on http://%s", app.name, grpc_address, admin_address)
             _announce(grpc_address, admin_address)
             watcher = asyncio.create_task(self._watch_readiness(), name="readiness")
@@ -125,10 +130,8 @@ class _Server:
                 return OK if leaving.done() else self._given_up()
             if (error := starting.exception()) is not None:
                 known = isinstance(error, PoiseError | ConfigError | OSError)
-                logger.error(
-                    "%s cannot start: %s", app.name, error or type(error).__name__, exc_info=None if known else error
-                )
-                return WRONG_SETTINGS if isinstance(error, ConfigError) else FAILED
+                logger.error("%s cannot start: %s", app.name, exit_reason(error), exc_info=None if known else error)
+                return exit_status(error)
             await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
             return await self._drain() if leaving.done() else self._given_up()
         finally:
@@ -164,6 +167,8 @@ class _Server:
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
                 ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
+                *KEEPALIVE_OPTIONS,  # a client that vanished frees what its calls hold
+                ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
             ],
         )
         app.register(server)
@@ -196,9 +201,11 @@ class _PortTaken(Exception):
     """Nothing is wrong with the settings: whoever listens there may be gone soon."""
 
 
+_MAY_PASS = (errno.EADDRINUSE, socket.EAI_AGAIN)
+
+
 def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    target = f"{host}:{config.port}"
+    target = join_address(config.host, config.port)
     try:
         if config.tls_cert_file is not None and config.tls_key_file is not None:
             certificate = Certificate(config.tls_cert_file, config.tls_key_file)
@@ -207,28 +214,27 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
             port = server.add_insecure_port(target)
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
         raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be used: {error}") from error
-    except RuntimeError as error:
-        raise _PortTaken(
-            f"grpc: cannot listen on {target}; is the port taken? Set another grpc.port, or 0 for any"
-        ) from error
-    return f"{host}:{port}"
+    except RuntimeError as error:  # gRPC does not say why
+        _listen("grpc", config.host, config.port).close()
+        raise _PortTaken(f"grpc: cannot listen on {target}; set another grpc.port, or 0 for any") from error
+    return join_address(config.host, port)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(section: str, host: str, port: int) -> socket.socket:
+    address = join_address(host, port)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
+        listener = listen(host, port)
     except OSError as error:
-        raise _PortTaken(
-            f"admin: cannot listen on {host}:{port}: {error}; set another admin.port, or 0 for any"
+        if error.errno in _MAY_PASS:
+            raise _PortTaken(
+                f"{section}: cannot listen on {address}: {error.strerror}; set another {section}.port, or 0 for any"
+            ) from error
+        raise ConfigError(
+            f"{section}.host, {section}.port: cannot listen on {address}: {error.strerror}; name an address of this "
+            "machine, and a port that this user may take"
         ) from error
     listener.setblocking(False)
     return listener
-
-
-def _printable(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _serve_admin(admin: uvicorn.Server, listener: socket.socket) -> None:

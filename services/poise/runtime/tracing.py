@@ -31,6 +31,7 @@ def configure_tracing(config: TracingConfig, service: str) -> None:
     """Record from now on, if there is an endpoint to send to. Once a process."""
     if not config.otlp_endpoint:
         return
+    import requests
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -45,7 +46,9 @@ def configure_tracing(config: TracingConfig, service: str) -> None:
 
     provider = TracerProvider(resource=Resource.create({"service.name": f"poise-{service}"}), id_generator=StepIds())
     endpoint = f"{config.otlp_endpoint.rstrip('/')}/v1/traces"
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    session = requests.Session()
+    session.trust_env = config.use_proxy
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, session=session)))
     trace.set_tracer_provider(provider)
 
 

@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from poise.runtime.addresses import EVERY_HOST
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.runtime.discovery import parse_name
 from poise.value.probe import ProbeInput
 
 
@@ -130,6 +132,13 @@ class StandbyConfig(StrictModel):
     server_name: str | None = None
     """The name that those certificates show; null takes the address."""
 
+    @field_validator("address")
+    @classmethod
+    def _can_be_reached(cls, address: str) -> str:
+        if address:
+            parse_name(address)
+        return address
+
 
 class ValueConfig(ServiceConfig):
     """The value service."""
@@ -157,13 +166,9 @@ class ValueConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _replicas_find_this_one(self) -> Self:
-        if self.standby.enabled and not self.standby.address and self.grpc.host in _EVERYWHERE:
+        if self.standby.enabled and not self.standby.address and self.grpc.host in EVERY_HOST:
             raise ValueError(
                 f"standby.address is empty, and grpc.host = {self.grpc.host!r} is no address at which other replicas "
                 "reach this one: set standby.address to host:port"
             )
         return self
-
-
-_EVERYWHERE = ("", "0.0.0.0", "::", "[::]")  # noqa: S104
-"""Hosts that mean every interface."""

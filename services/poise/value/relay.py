@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from poise.errors import BackendDown
-from poise_client import TlsOptions
+from poise_client import TlsOptions, open_channel
 from poise_proto.v1 import value_pb2 as pb
 
 RELAYED = "poise-relayed"
@@ -25,12 +25,6 @@ RELAYED = "poise-relayed"
 _SERVICE = pb.DESCRIPTOR.services_by_name["ValueService"]
 _STATUS_KEY = "grpc-status-details-bin"
 _HEALTH_TIMEOUT_S = 1.0
-_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.enable_retries", 0),  # the caller retries
-)
 
 
 class Relay:
@@ -38,13 +32,7 @@ class Relay:
 
     def __init__(self, target: str, tls: TlsOptions | None) -> None:
         self.target = target
-        options: tuple[tuple[str, int | str], ...] = _OPTIONS
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=options)
-        else:
-            if tls.server_name is not None:
-                options += (("grpc.ssl_target_name_override", tls.server_name),)
-            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=options)
+        self._channel = open_channel(target, tls)
 
     async def pass_on(self, method: str, request: Message, context: Any) -> Any:
         """Ask the other service with the caller's token and deadline; return its answer, or end the call as it did.

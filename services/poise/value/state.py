@@ -29,6 +29,7 @@ from typing import IO, Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from poise.errors import Misconfigured
 from poise.runtime.files import save_tensors, sync_folder, write_file
 from poise.value.pieces import SCHEMA_VERSION, Arrays, Document, join, split
 from poise.value.snapshot import Snapshot
@@ -44,6 +45,10 @@ _HALF_WRITTEN = ".tmp" + 6 * "[A-Za-z0-9]"
 
 class StateError(OSError):
     """The folder cannot be used. The message names the file and the remedy."""
+
+
+class StateMismatchError(StateError, Misconfigured):
+    """The folder's content is of another release."""
 
 
 class StateInUseError(StateError):
@@ -231,7 +236,7 @@ class StateStore:
             document: dict[str, Any] = json.loads(envelope["body"])
             found = document["schema_version"]
             if found != SCHEMA_VERSION:
-                raise StateError(
+                raise StateMismatchError(
                     f"state {self._manifest(sequence)} has schema_version {found} and this release reads "
                     f"{SCHEMA_VERSION}; start the release that wrote it, or use another state_dir (with no probes, and "
                     "labels consumed so far forgotten)"

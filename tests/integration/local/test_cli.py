@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from poise.cli import main
+from poise.runtime.exit_status import OUTPUT_CLOSED
 
 COMMAND = [sys.executable, "-c", "from poise.cli import main; main()"]
 
@@ -115,3 +117,57 @@ def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> No
     assert done.stdout.count("is not up; start it with `poise up`") == 3
     facts = json.loads(poise("status", "-c", "run.yaml", "--json", folder=tmp_path).stdout)
     assert facts["services"]["learner"]["ready"] is False
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["models"], ["config", "--show-defaults"], ["status", "--preset", "tiny"], ["queue", "--help"]],
+    ids=" ".join,
+)
+def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, cwd=tmp_path
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (OUTPUT_CLOSED, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpc.port=99999", "grpc is a setting of programs: give generation.grpc or value.grpc or learner.grpc"),
+        ("num_steps=3", "num_steps is a setting of programs: give train.num_steps"),
+        ("generation.grpc.port=99999", "grpc.port: Input should be less than or equal to 65535 (given: 99999)"),
+        ("train.num_steps=abc", "num_steps: Input should be a valid integer"),
+        ("train.num_steps=yes", "num_steps must be a number, not true"),
+        ("train.endpoints.value=::1:5", "an IPv6 address needs brackets: [::1]:50051"),
+        ("value.standby.address=http://a:1", "must look like host:port"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_starts(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
+    done = poise("up", "-c", "run.yaml", "--set", override, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "runs" / "run" / "logs").exists()
+
+
+@pytest.mark.parametrize("name", ["POISE_VALU_GRPC__PORT", "POISE_RUN__SEED", "POISE_GENERATION_CACHE__SIZE"])
+def test_a_variable_of_no_setting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    done = poise("up", "--preset", "tiny", folder=tmp_path)
+    assert done.returncode == 2
+    assert f"{name} (environment): " in done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "run"])
+def test_a_folder_too_long_for_a_socket_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    done = poise(command, "--preset", "tiny", folder=tmp_path)
+    assert done.returncode == 2
+    assert "is too long for a Unix socket" in done.stderr
+    assert "set TMPDIR to a shorter folder" in done.stderr

@@ -21,6 +21,7 @@ import pytest
 
 from poise.local.process import ProcessSpec, SupervisedProcess, ask_ready
 from poise.local.supervisor import Supervisor, SupervisorError
+from poise.runtime.exit_status import WRONG_SETTINGS
 
 DEADLINE_S = 30.0
 
@@ -379,3 +380,25 @@ async def answering(*answers: bytes | None) -> AsyncIterator[str]:
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         await asyncio.wait_for(over.wait(), DEADLINE_S)
+
+
+async def test_a_misconfigured_service_ends_the_supervisors_program_alike(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await supervisor.start([spec("one", "import sys; sys.exit(2)", tmp_path)])
+        with pytest.raises(SupervisorError, match="it cannot work as it is configured") as caught:
+            await asyncio.wait_for(supervisor.failed, DEADLINE_S)
+    assert caught.value.status == WRONG_SETTINGS
+
+
+async def test_a_process_inherits_nothing_of_a_torchrun_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    async with Supervisor(tmp_path / "services") as supervisor:
+        await asyncio.wait_for(
+            supervisor.run_to_end(spec("one", "import os; print(sorted(os.environ))", tmp_path)), DEADLINE_S
+        )
+    inherited = (tmp_path / "one.log").read_text()
+    assert "PATH" in inherited
+    assert not any(f"'{name}'" in inherited for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))

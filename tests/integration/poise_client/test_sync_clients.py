@@ -1,7 +1,6 @@
 """The blocking clients run in threads here: the server needs the test's own loop."""
 
 import asyncio
-import os
 import signal
 import sys
 import textwrap
@@ -237,31 +236,3 @@ async def test_a_script_that_never_closes_its_clients_ends_quietly(target):
         )
     )
     assert (code, output.split(), problems) == (0, ["4", "a"], "")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-async def test_a_client_used_before_a_fork_refuses_to_hang_after_it(target):
-    code, output, problems = await finish(
-        await start(
-            script(
-                target,
-                """
-            import os
-            client = ValueClient(target)
-            client.get_probe()
-            child = os.fork()
-            if not child:
-                try:
-                    client.get_probe()
-                except RuntimeError as error:
-                    print(error, flush=True)
-                client.close()
-                os._exit(0)
-            os.waitpid(child, 0)
-            client.close()
-            """,
-            )
-        )
-    )
-    assert code == 0, problems
-    assert "make a new one after the fork" in output

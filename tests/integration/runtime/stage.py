@@ -26,7 +26,7 @@ class StageConfig(ServiceConfig):
 
     model_config = SettingsConfigDict(env_prefix="POISE_STAGE_")
 
-    start: Literal["ok", "hang", "give-up", "backend-down", "wrong-settings", "defect", "unreadable"] = "ok"
+    start: Literal["ok", "hang", "give-up", "backend-down", "misconfigured", "unusable", "defect", "unreadable"] = "ok"
     drain: Literal["ok", "hang", "defect", "until-released"] = "ok"
     release: Path | None = None
 
@@ -59,8 +59,10 @@ class StageApp(value_pb2_grpc.ValueServiceServicer, generation_pb2_grpc.Generati
                 await asyncio.Event().wait()
             case "backend-down":
                 raise errors.BackendDown("the cupboard does not answer")
-            case "wrong-settings":
-                raise ConfigError("start: is wrong-settings; set it to ok")
+            case "misconfigured":
+                raise ConfigError("cupboard.key: fits no lock; set another")
+            case "unusable":
+                raise errors.Unusable("the cupboard is of another make", remedy="Name one of ours.")
             case "defect":
                 raise RuntimeError("a slip of the pen")
         self.state = ""

@@ -137,10 +137,10 @@ def test_a_start_that_fails_for_a_known_reason_is_one_line_and_status_1(stage):
 
 
 def test_a_start_that_finds_wrong_settings_is_not_worth_another(stage):
-    running = stage("start=wrong-settings")
+    running = stage("start=misconfigured")
     assert running.exit_status() == 2
     [line] = running.error_lines()
-    assert "stage cannot start: start: is wrong-settings; set it to ok" in line
+    assert "stage cannot start: cupboard.key: fits no lock; set another" in line
 
 
 def test_a_start_that_fails_for_a_defect_leaves_its_traceback(stage):

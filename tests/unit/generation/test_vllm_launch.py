@@ -7,8 +7,10 @@ import pytest
 from tests.models import make_tiny_llama
 
 from poise.errors import BackendDown
+from poise.generation.app import build
 from poise.generation.config import GenerationConfig
 from poise.generation.vllm_launch import check_version, read_model
+from poise.runtime.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,13 @@ def test_setting_beyond_the_model_is_refused(folder: Path, settings: dict[str, i
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendDown, match=str(tmp_path)):
         read_model(GenerationConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
+def test_a_folder_too_long_for_vllms_sockets_is_refused(monkeypatch, tmp_path, variable):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv(variable, str(folder))
+    with pytest.raises(ConfigError, match=f"{variable}: .* is too long for a Unix socket"):
+        build(GenerationConfig(model="org/model", engine="vllm"))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tests.unit.learner.batches import make_batch, make_group
 
-from poise.errors import BackendDown
+from poise.errors import BackendDown, Misconfigured
 from poise.learner.config import LearnerConfig
 from poise.learner.trainer import Trainer
 from poise_client.types import TrainingRollout
@@ -291,3 +291,11 @@ def test_a_batch_larger_than_a_mini_batch_counts_prompts_not_rollouts(config):
     metrics = loaded(config(mini_batch_prompts=2)).train(make_batch(num_prompts=5).rollouts, 1.0)
     assert (metrics.num_rollouts, metrics.num_updates) == (10, 3)
     assert json.dumps(dataclasses.asdict(metrics))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"device": "gpu"}, {"device": "cuda:x"}, {"device": "cuda:99"}, {"model": "/nowhere/model"}], ids=str
+)
+def test_a_device_or_model_that_is_not_there_is_misconfigured(tmp_path, settings):
+    with pytest.raises(Misconfigured, match=r"cannot be used|cannot be loaded"):
+        loaded(LearnerConfig(**({"model": str(tmp_path), "state_dir": tmp_path} | settings)))

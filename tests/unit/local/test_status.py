@@ -101,7 +101,7 @@ class Admins:
         self.answers: dict[str, Any] = {run.admin_address(name): facts for name, facts in READY.items()}
         self.headers: list[dict[str, str]] = []
 
-    def __call__(self, request: urllib.request.Request, timeout: float) -> io.BytesIO:
+    def __call__(self, request: urllib.request.Request, timeout_s: float) -> io.BytesIO:
         self.headers.append(dict(request.header_items()))
         answer = self.answers[request.host]
         if isinstance(answer, Exception):
@@ -112,7 +112,7 @@ class Admins:
 @pytest.fixture
 def admins(run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> Admins:
     admins = Admins(run)
-    monkeypatch.setattr(urllib.request, "urlopen", admins)
+    monkeypatch.setattr("poise.local.status.ask_admin", admins)
     return admins
 
 
@@ -196,7 +196,7 @@ def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.Mo
     base = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
     run = load(tmp_path, base | {"value": {"auth": {"token_file": str(tmp_path / "token")}}})
     admins = Admins(run)
-    monkeypatch.setattr(urllib.request, "urlopen", admins)
+    monkeypatch.setattr("poise.local.status.ask_admin", admins)
     show_status(run, as_json=True)
     assert [headers.get("Authorization") for headers in admins.headers] == [None, "Bearer open-sesame", None]
 

@@ -16,6 +16,8 @@ from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.tasks.problem import TaskError
 from poise.runtime.config import ConfigError
+from poise.runtime.exit_status import OUTPUT_CLOSED
+from poise.runtime.output import OutputClosed
 from poise_client.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
 
 
@@ -140,3 +142,11 @@ def test_held_out_change_is_described() -> None:
         "0.250 (0.150 to 0.350) -> 0.500 (0.400 to 0.600), change +0.250 (+0.150 to +0.350)"
     )
     assert job.describe_held_out(held_out | {"after": None}) == "was not measured both before and after"
+
+
+def test_output_that_nobody_reads_ends_a_run(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    def print_to_nobody() -> None:
+        raise OutputClosed
+
+    assert job.guarded(settings(tmp_path), print_to_nobody) == OUTPUT_CLOSED
+    assert "nobody reads the output any more; the same command resumes" in logged.text

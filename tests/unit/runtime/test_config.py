@@ -372,3 +372,41 @@ def test_every_setting_of_each_program_has_a_description(cls):
                 yield from undescribed(type(field.default), f"{path}{name}.")
 
     assert not list(undescribed(cls))
+
+
+@pytest.mark.parametrize(
+    "address", ["::", "::1", "[::1]", "fd00::", "[::1]:50051", "2001:db8::ffff:10.0.0.1", "[fe80::1%eth0]"]
+)
+def test_an_ipv6_address_on_the_command_line_is_a_string(address):
+    assert parse_overrides([f"a.host={address}"]) == {"a": {"host": address}}
+
+
+@pytest.mark.parametrize(("text", "value"), [("[1]", [1]), ("[1, 2]", [1, 2]), ("{a: 1}", {"a": 1}), ("1.5", 1.5)])
+def test_other_values_on_the_command_line_are_yaml(text, value):
+    assert parse_overrides([f"a={text}"]) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("grpc.port=true", "grpc: port must be a number, not true"),
+        ("oven.degrees=no", "oven: degrees must be a number, not false"),
+        ("drain_timeout_s=yes", "settings: drain_timeout_s must be a number, not true"),
+        ("drain_timeout_s=.inf", "drain_timeout_s: Input should be a finite number"),
+        ("drain_timeout_s=.nan", "drain_timeout_s: Input should be"),
+        ("grpc.port=abc", "grpc.port: Input should be a valid integer"),
+        ("grpc.port=1.5", "grpc.port: Input should be a valid integer"),
+        ("grpc.port=99999", "grpc.port: Input should be less than or equal to 65535"),
+        ("grpc.host=127.0.0.1:5", "grpc.host: must be a name or an address, without scheme or port"),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_its_setting(override, said):
+    [line] = problems_of({}, [override])
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize("name", ["POISE_BAKERY_FURNACE__DEGREES", "POISE_BAKERY_X__Y__Z", "POISE_BAKERY_TILL__OPEN"])
+def test_a_variable_of_a_section_that_there_is_not_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "5")
+    [line] = problems_of({})
+    assert line.startswith(f"{name} (environment): unknown; sections: admin, auth, ")

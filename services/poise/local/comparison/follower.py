@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ from rich.console import Console
 from poise.local.run_file import LocalRun
 from poise.orchestrator.budget import Spent
 from poise.orchestrator.progress import clock
+from poise.runtime.output import OutputClosed
 
 _LOOK_EVERY_S = 1.0
 
@@ -64,9 +66,10 @@ class Follower:
         self._status.stop()
 
     def _follow(self) -> None:
-        while not self._leaving.wait(_LOOK_EVERY_S):
-            self._look()
-        self._look()  # what came last
+        with contextlib.suppress(OutputClosed):  # the supervisor of the run notices, and stops it
+            while not self._leaving.wait(_LOOK_EVERY_S):
+                self._look()
+            self._look()  # what came last
 
     def _look(self) -> None:
         for row in self._evaluations.read():

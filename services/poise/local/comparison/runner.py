@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from poise.orchestrator.comparison import ComparedRun, Comparison, State, write_
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.run_folder import RunFolder
 from poise.runtime.config import ConfigError
-from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, WRONG_SETTINGS
+from poise.runtime.console import OutputConsole
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
 from poise.runtime.files import describe_disk_error, write_file
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def compare_runs(path: Path, *, report_only: bool) -> int:
     plan = make_plan(file, path)
     refuse_changes(plan)
     _tell_of_others(plan)
-    console = Console(file=sys.stdout)
+    console = OutputConsole()
     if report_only:
         _report(plan, console)
         return OK
@@ -65,6 +65,8 @@ def _make_all(plan: Plan, console: Console) -> int:
         else:
             _say(console, f"{where}: {_how_far(run)}")
             status = _make(plan, run, where, console)
+            if status == OUTPUT_CLOSED:
+                return status
             if status == INTERRUPTED:
                 _report(plan, console)
                 _say(console, "stopped before the end; the same command resumes")
@@ -97,7 +99,7 @@ def _make(plan: Plan, run: PlannedRun, where: str, console: Console) -> int:
         except ConfigError as error:  # what only the machine could tell: the others go on
             logger.error("%s", error)
             status = WRONG_SETTINGS
-    if status not in (OK, INTERRUPTED):
+    if status not in (OK, INTERRUPTED, OUTPUT_CLOSED):
         _write_record(run, has_failed=True)
     return status
 

@@ -1,0 +1,61 @@
+"""Hosts and ports: apart, together, and bound. An IPv6 address stands in brackets where a port follows."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+EVERY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 (compared, not bound)
+"""Hosts that mean every interface of this machine."""
+
+
+def bare_host(host: str) -> str:
+    """Return a host to listen on, without the brackets of an IPv6 address.
+
+    Raises:
+        ValueError: it is no host.
+    """
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if ":" in bare or bare != host:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError(
+                "must be a name or an address, without scheme or port, such as 127.0.0.1, ::1 or localhost"
+            ) from None
+    elif "/" in bare or any(letter.isspace() for letter in bare):
+        raise ValueError("must be a name or an address, such as 127.0.0.1, ::1 or localhost")
+    return bare
+
+
+def join_address(host: str, port: int) -> str:
+    """Return `host:port`, or `[host]:port` for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host, without brackets, and port of what `join_address` returns. Raises `ValueError`."""
+    parts = urlsplit(f"//{address}")
+    if not parts.hostname or not parts.port:
+        raise ValueError(f"{address!r} must look like host:port or [IPv6 address]:port")
+    return parts.hostname, parts.port
+
+
+def reachable_host(host: str) -> str:
+    """Return the host by which this machine reaches what listens on `host`."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. `::` and the empty host take IPv4 too, which is all on a machine without IPv6.
+
+    Raises:
+        OSError: the host is none of this machine, or the port is taken.
+    """
+    if host in ("", "::"):
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        host = "0.0.0.0"  # noqa: S104 (asked for)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family)

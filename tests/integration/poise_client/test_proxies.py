@@ -1,0 +1,48 @@
+"""Proxies of the environment: ignored, unless a client is told to use them."""
+
+import asyncio
+
+import pytest
+
+from poise_client import AsyncLearnerClient, AsyncValueClient, RetryPolicy, errors, open_channel
+from poise_proto.v1.value_pb2 import GetProbeRequest
+from poise_proto.v1.value_pb2_grpc import ValueServiceStub
+
+NO_PROXY = "http://127.0.0.1:9"
+VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+async def test_a_client_reaches_its_service_directly(target, monkeypatch, variable):
+    monkeypatch.setenv(variable, NO_PROXY)
+    async with AsyncValueClient(target) as client:
+        assert (await client.get_probe(timeout_s=20)).num_pending == 4
+
+
+async def test_grpcs_own_proxy_for_addresses_is_ignored(target, monkeypatch):
+    monkeypatch.setenv("GRPC_ADDRESS_HTTP_PROXY", "127.0.0.1:9")
+    monkeypatch.setenv("GRPC_ADDRESS_HTTP_PROXY_ENABLED_ADDRESSES", "127.0.0.0/8")
+    async with AsyncLearnerClient(target) as client:
+        assert (await client.get_status(timeout_s=20)).state == "idle"
+
+
+async def test_a_channel_of_the_users_own_ignores_proxies_too(target, monkeypatch):
+    monkeypatch.setenv("http_proxy", NO_PROXY)
+    async with open_channel(target) as channel:
+        assert (await ValueServiceStub(channel).GetProbe(GetProbeRequest(), timeout=20)).num_pending == 4
+
+
+async def test_a_client_that_is_told_to_goes_through_the_proxy(target, monkeypatch):
+    asked = asyncio.get_running_loop().create_future()
+
+    async def refuse(reader, writer):
+        if not asked.done():
+            asked.set_result(await reader.readline())
+        writer.close()
+
+    proxy = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+    async with proxy, AsyncValueClient(target, use_proxy=True, retries=RetryPolicy(max_attempts=1)) as client:
+        with pytest.raises(errors.UnavailableError):
+            await client.get_probe(timeout_s=20)
+    assert (await asked).startswith(f"CONNECT {target} ".encode())

@@ -1,0 +1,54 @@
+"""Exit statuses of services that cannot start, and hosts of both IP families."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from poise.local.process import ask_ready
+from poise_client import ValueClient
+
+MISCONFIGURED, FAILED = 2, 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "said"),
+    [
+        (["start=misconfigured"], MISCONFIGURED, "cupboard.key: fits no lock; set another"),
+        (["start=unusable"], MISCONFIGURED, "the cupboard is of another make. Name one of ours."),
+        (["grpc.host=192.0.2.1", "auth.allow_open_bind=true"], MISCONFIGURED, "cannot listen on 192.0.2.1:0"),
+        (["admin.host=192.0.2.1", "auth.allow_open_bind=true"], MISCONFIGURED, "name an address of this machine"),
+        (["grpc.host=[2001:db8::1]", "auth.allow_open_bind=true"], MISCONFIGURED, "cannot listen on [2001:db8::1]:0"),
+        (["grpc.port=99999"], MISCONFIGURED, "grpc.port"),
+        (["start=backend-down"], FAILED, "the cupboard does not answer"),
+        (["start=defect"], FAILED, "a slip of the pen"),
+    ],
+)
+def test_only_what_settings_mend_ends_with_its_own_status(stage, settings, status, said) -> None:
+    running = stage(*settings)
+    assert running.exit_status() == status
+    assert said in running.log
+
+
+@pytest.mark.parametrize("section", ["grpc", "admin"])
+def test_a_taken_port_may_be_free_later(stage, section) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        running = stage(f"{section}.port={taken.getsockname()[1]}")
+        assert running.exit_status() == FAILED
+    assert f"set another {section}.port" in running.log
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize(
+    ("host", "callers"), [("::1", ["[::1]"]), ("[::1]", ["[::1]"]), ("::", ["[::1]", "127.0.0.1", "localhost"])]
+)
+def test_a_service_is_reached_over_each_family(stage, host, callers) -> None:
+    running = stage(f"grpc.host={host}", f"admin.host={host}", "auth.allow_open_bind=true")
+    running.wait_for_log("stage: ready")
+    ports = {kind: address.rpartition(":")[2] for kind, address in running.addresses().items() if kind != "pid"}
+    for caller in callers:
+        with ValueClient(f"{caller}:{ports['grpc']}") as client:
+            assert client.get_probe(timeout_s=20).num_pending == 7
+        assert asyncio.run(ask_ready(f"{caller}:{ports['admin']}", 20.0))[0]
