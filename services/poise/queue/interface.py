@@ -125,6 +125,17 @@ class LabelQueue(Protocol):
         ...
 
 
+def age_of(entry_id: str) -> tuple[int, int]:
+    """Return what orders the ids of entries by age, the oldest first."""
+    milliseconds, _, number = entry_id.partition("-")
+    return int(milliseconds), int(number or 0)
+
+
+def newer_entry(one: str, other: str) -> str:
+    """Return the newer of two ids; an empty one is none."""
+    return max(filter(None, (one, other)), key=age_of, default="")
+
+
 def queue_is_full(num_entries: int, num_bytes: int, max_entries: int, max_bytes: int, num_more: int) -> str:
     """Return what `QueueFull` says of a queue that holds so much."""
     return (

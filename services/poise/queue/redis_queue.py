@@ -139,6 +139,8 @@ class RedisQueue:
             if await ask("EXISTS", former):
                 num_moved = await ask("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
                 logger.info("moved %d dead letters from key %s to %s", num_moved, former, self._dead_stream)
+        except NoPermissionError:
+            pass  # so no earlier release wrote there
         except ResponseError as error:
             logger.warning("dead letters in key %s were not moved to %s: %s", former, self._dead_stream, error)
         self._are_letters_moved = True

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from poise.queue.interface import age_of, newer_entry
+
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
@@ -76,8 +78,8 @@ class StreamWatch:
 
     def saw_entry(self, entry_id: str) -> None:
         """Note an entry that was published."""
-        if entry_id and (not self._known.newest or order_of(entry_id) > order_of(self._known.newest)):
-            self._known = Expectation(entry_id, self._known.has_group, self._known.num_missing)
+        newest = newer_entry(self._known.newest, entry_id)
+        self._known = Expectation(newest, self._known.has_group, self._known.num_missing)
 
     def saw_group(self) -> None:
         """Note that the consumer group exists."""
@@ -87,7 +89,7 @@ class StreamWatch:
         """Compare a state with what was known before it was asked for; return whether labels were lost."""
         if known.newest and not state.newest:
             return self._lost("the stream is gone, with every label that was not yet consumed", state)
-        if known.newest and order_of(state.newest) < order_of(known.newest):
+        if known.newest and age_of(state.newest) < age_of(known.newest):
             what = f"the stream ends at {state.newest}, but {known.newest} was published"
             return self._lost(f"{what}: the server went back to older data", state)
         if known.has_group and not state.has_group:
@@ -114,9 +116,3 @@ class StreamWatch:
     def _tell(self, what: str) -> None:
         self.num_losses += 1
         self.last_loss = what
-
-
-def order_of(entry_id: str) -> tuple[int, int]:
-    """Return what orders an entry's id by age."""
-    milliseconds, _, number = entry_id.partition("-")
-    return int(milliseconds), int(number or 0)

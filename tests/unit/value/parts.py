@@ -81,7 +81,7 @@ class Parts:
         self.keeper = StateKeeper(self.estimator, self.store, self.metrics, self.given_up.append)
         self.queue = MemoryQueue(stream, "consumer")
         self.changes = changes = Changes()
-        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics, changes)
+        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.queue, self.metrics, changes)
         self.consumer = LabelConsumer(
             self.queue, self.estimator, self.keeper, self.refitter, config.queue, self.metrics, changes
         )
