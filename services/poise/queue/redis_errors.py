@@ -73,7 +73,11 @@ _KINDS = (
         "The cluster names another node for the queue's slot. Check that it can be reached from here.",
         (exceptions.MovedError,),
     ),
-    _Kind(("TRYAGAIN", "ASK ", "CROSSSLOT"), "Wait until the cluster has moved the queue's slot."),
+    _Kind(
+        ("TRYAGAIN", "CROSSSLOT"),
+        "Wait until the cluster has moved the queue's slot.",
+        (exceptions.TryAgainError, exceptions.AskError, exceptions.ClusterCrossSlotError),
+    ),
     _Kind(("WRONGTYPE",), "The key holds something else. Set queue.stream to another name, or delete the key."),
     _Kind(("BUSY ",), "A script blocks the server. Wait for it, or end it with SCRIPT KILL."),
     _Kind(

@@ -28,6 +28,7 @@ from poise.queue.interface import (
 )
 from poise.queue.redis_client import Ask, Client, RedisClient
 from poise.queue.redis_errors import RETRY_AFTER_S, UnsuitableServerError, translated
+from poise.queue.redis_keys import dead_letter_key
 from poise.queue.redis_scripts import ACK, DEAD_LETTER, EXAMINE, HOLDS, MOVE_LETTERS, NEWEST, PUBLISH, REPLAY, STATE
 from poise.queue.stream_watch import Expectation, StreamState, StreamWatch
 
@@ -37,24 +38,6 @@ _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is
 
 
 _RIGHTS = "+@connection +@stream +@scripting +type +exists +memory|usage +info +config|get"
-
-
-def dead_letter_key(stream: str) -> str:
-    """Return the key of a stream's dead letters: in a cluster it hashes to the slot of the stream.
-
-    Raises:
-        ValueError: no such key exists for this name.
-    """
-    key = f"{stream}:dead" if _hashed(stream) != stream else f"{{{stream}}}:dead"
-    if _hashed(key) != _hashed(stream):
-        raise ValueError("braces may only surround the part of the name that a cluster hashes, as in {poise}:labels")
-    return key
-
-
-def _hashed(key: str) -> str:
-    """Return the part of a key that a cluster hashes: within the first braces, unless they are empty."""
-    found = re.search(r"\{([^}]*)\}", key)
-    return found[1] if found and found[1] else key
 
 
 class RedisQueue:
