@@ -18,7 +18,7 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError, Settings, load_config, read_token_file
+from poise.runtime.config import ConfigError, Settings, load_config, open_token_file
 from poise.runtime.discovery import Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
@@ -52,10 +52,12 @@ async def check(config: CheckConfig, console: Console) -> None:
         ConfigError: the token cannot be read.
     """
     endpoints = config.endpoints
-    token = None if endpoints.token_file is None else read_token_file(endpoints.token_file, "endpoints.token_file")
+    secret = open_token_file(endpoints.token_file, "endpoints.token_file")
     tls = TlsOptions(root_certs_file=endpoints.ca_file) if endpoints.ca_file else None
     async with asyncio.timeout(config.timeout_s):
-        async with AsyncLearnerClient(endpoints.learner, token=token, tls=tls, allow_insecure_token=True) as learner:
+        async with AsyncLearnerClient(
+            endpoints.learner, token_file=secret, tls=tls, allow_insecure_token=True
+        ) as learner:
             status = await learner.get_status(timeout_s=config.timeout_s)
         console.print(f"learner {endpoints.learner}: version {status.policy_version}, {status.state}")
         groups: list[GroupFeatures] = []
@@ -65,7 +67,9 @@ async def check(config: CheckConfig, console: Console) -> None:
         for found in replicas:
             address = found.target
             named = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
-            async with AsyncGenerationClient(address, token=token, tls=named, allow_insecure_token=True) as generation:
+            async with AsyncGenerationClient(
+                address, token_file=secret, tls=named, allow_insecure_token=True
+            ) as generation:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
@@ -74,7 +78,7 @@ async def check(config: CheckConfig, console: Console) -> None:
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
                 f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"
             )
-        async with AsyncValueClient(endpoints.value, token=token, tls=tls, allow_insecure_token=True) as value:
+        async with AsyncValueClient(endpoints.value, tls=tls, **access) as value:
             answers = await value.estimate_baselines(_run_id(), 0, groups)
             report = await value.get_probe(timeout_s=_CALL_TIMEOUT_S)
         probes = ", ".join(f"{probe.domain} v{probe.probe_version}" for probe in report.probes) or "none yet"

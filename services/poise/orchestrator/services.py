@@ -15,7 +15,7 @@ from poise.orchestrator.config import EndpointsConfig
 from poise.orchestrator.dispatch import Dispatch
 from poise.orchestrator.replicas import Replicas
 from poise.orchestrator.waiting import StoppedWaiting, Waiting, may_pass, pause
-from poise.runtime.config import read_token_file
+from poise.runtime.config import open_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
 from poise_client.errors import PoiseClientError, UnavailableError
@@ -53,22 +53,21 @@ class Services:
 
     def __init__(self, config: EndpointsConfig, stopping: asyncio.Event) -> None:
         self._stopping = stopping
-        token_file = config.token_file
-        token = None if token_file is None else read_token_file(token_file, "endpoints.token_file")
+        secret = open_token_file(config.token_file, "endpoints.token_file")
         tls = TlsOptions(root_certs_file=config.ca_file) if config.ca_file else None
 
         def connect(address: Address) -> AsyncGenerationClient:
             named = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
             return AsyncGenerationClient(
-                address.target, token=token, tls=named, allow_insecure_token=True, retries=_NO_RETRIES
+                address.target, token_file=secret, tls=named, allow_insecure_token=True, retries=_NO_RETRIES
             )
 
         self._replicas = Replicas(Discovery(config.generation), connect, config.rollouts_per_replica)
         self._value = AsyncValueClient(
-            config.value, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
+            config.value, token_file=secret, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
         )
         self._learner = AsyncLearnerClient(
-            config.learner, token=token, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
+            config.learner, token_file=secret, tls=tls, allow_insecure_token=True, retries=_NO_RETRIES
         )
 
     async def __aenter__(self) -> Services:
