@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import tiny_settings
 from tests.models import make_tiny_llama
 from tests.running import COMMAND, services_up, write_run_file
+from tests.support.tokens import write_token
 
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, TlsOptions, ValueClient
 from poise_client.errors import PoiseClientError, UnauthenticatedError
@@ -20,8 +21,7 @@ CERTIFICATE, KEY = DATA / "localhost.crt", DATA / "localhost.key"
 
 
 def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(tmp_path: Path) -> None:
-    token_file = tmp_path / "token"
-    token_file.write_text("open-sesame\n")
+    token_file = write_token(tmp_path / "token", "open-sesame")
     settings = tiny_settings(make_tiny_llama(tmp_path / "model"))
     for service in ("generation", "value", "learner"):
         settings[service] = settings.get(service, {}) | {  # type: ignore[attr-defined]

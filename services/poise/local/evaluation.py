@@ -30,6 +30,7 @@ from poise.orchestrator.job import OK, guarded
 from poise.orchestrator.measurement import Subject, evaluation_folder, load_held_out, measure
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.config import ConfigError
+from poise.runtime.files import keep_private
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
     def work() -> int:
         mixture = load_held_out(run.train)
         location = None if model is None else find_model(model)
+        keep_private()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
         target = (run.dir / "evaluations" / f"{what}-{stamp}" if out is None else out.expanduser()).resolve()

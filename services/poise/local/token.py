@@ -1,4 +1,4 @@
-"""The bearer token of a run on this machine: without it, every other user of the machine could push weights or pause."""
+"""The bearer token of a run on this machine, so that its other users can neither push weights nor pause."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ async def check(config: CheckConfig, console: Console) -> None:
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
                 f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"
             )
-        async with AsyncValueClient(endpoints.value, tls=tls, **access) as value:
+        async with AsyncValueClient(endpoints.value, token_file=secret, tls=tls, allow_insecure_token=True) as value:
             answers = await value.estimate_baselines(_run_id(), 0, groups)
             report = await value.get_probe(timeout_s=_CALL_TIMEOUT_S)
         probes = ", ".join(f"{probe.domain} v{probe.probe_version}" for probe in report.probes) or "none yet"

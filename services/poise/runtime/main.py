@@ -11,6 +11,7 @@ from typing import TypeVar
 from poise.runtime.app import ServiceApp
 from poise.runtime.config import ConfigError, ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
+from poise.runtime.files import keep_private
 from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 
@@ -49,6 +50,7 @@ def service_main(
     if options.show_defaults:
         print(defaults_yaml(config_cls))
         return 0
+    keep_private()
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
