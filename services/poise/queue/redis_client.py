@@ -131,7 +131,7 @@ class RedisClient:
     async def _examine_if_due(self, client: Client) -> None:
         if not self._is_due():
             return
-        connection = await client.connection_pool.get_connection()
+        connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # has no annotations
         try:
             if self._is_due():  # it was not new
                 await self._examine(connection)

@@ -92,7 +92,7 @@ class RedisQueue:
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
         def work(client: Client) -> Awaitable[Any]:
-            return cast(Awaitable[Any], client.eval(script, len(keys), *keys, *arguments))
+            return client.eval(script, len(keys), *keys, *arguments)
 
         return await self._client.call(work)
 
