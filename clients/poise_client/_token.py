@@ -15,8 +15,7 @@ TOKEN_FILE_ENV = "POISE_TOKEN_FILE"  # noqa: S105 (a variable's name)
 ROTATION_S = 120.0
 """How long after a change the other side may still hold the token before: Kubernetes updates mounts within a minute."""
 
-TOKEN = re.compile(r"[!-~]+")
-TOKEN_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"  # noqa: S105 (a rule)
+_TOKEN = re.compile(r"[!-~]+")
 
 
 class TokenFile:
@@ -72,9 +71,17 @@ class TokenFile:
         with self.path.open("rb") as file:
             refuse_shared_file(self.path, os.fstat(file.fileno()))
             token = file.read(65536).decode("ascii", "replace").strip()
-        if not TOKEN.fullmatch(token):
-            raise ValueError(f"what {self.path} holds {TOKEN_RULE}")
+        try:
+            check_token(token)
+        except ValueError as error:
+            raise ValueError(f"what {self.path} holds {error}") from None
         return token
+
+
+def check_token(token: str) -> None:
+    """Raise `ValueError` for what cannot be sent as a bearer token."""
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("must be visible ASCII characters without blanks or line breaks, at least one")
 
 
 def refuse_shared_file(path: Path, facts: os.stat_result) -> None:

@@ -182,18 +182,17 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     learner = resolver.resolve(LearnerConfig, "learner", for_learner)
     endpoints = {"value": value, "learner": learner}
     of_all = wanted_by({"generation": generation, **endpoints})
-    train = resolver.resolve(
-        OrchestratorConfig,
-        "train",
-        {
-            "run_id": file.run.name,
-            "run_dir": str(folder),
-            "seed": file.run.seed,
-            "endpoints": {name: address(config.grpc) for name, config in endpoints.items() if config}
-            | ({"generation": [address(generation.grpc)]} if generation else {})
-            | of_all.settings(),
-        },
-    )
+    here = {name: address(config.grpc) for name, config in endpoints.items() if config}
+
+    def resolve_train(access: Mapping[str, str]) -> OrchestratorConfig | None:
+        replicas = {"generation": [address(generation.grpc)]} if generation else {}
+        own = {"run_id": file.run.name, "run_dir": str(folder), "seed": file.run.seed}
+        return resolver.resolve(OrchestratorConfig, "train", own | {"endpoints": here | replicas | access})
+
+    train = resolve_train(of_all.settings())
+    is_elsewhere = train is not None and not {train.endpoints.value, train.endpoints.learner} & {*here.values()}
+    if is_elsewhere:  # other services have no use for what these want
+        train = resolve_train({})
     if learner is not None and train is not None:  # the file goes before what belongs to the algorithm
         of_algorithm = train.algorithm.learner_settings(train.sampling.max_tokens)
         learner = resolver.resolve(LearnerConfig, "learner", merged(for_learner, of_algorithm))
@@ -201,7 +200,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         raise ConfigError("\n".join(resolver.problems))
     lacking = [
         *of_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file),
-        *of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file),
+        *(
+            ()
+            if is_elsewhere
+            else of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file)
+        ),
     ]
     if lacking:
         raise ConfigError("\n".join(lacking))

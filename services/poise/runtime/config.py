@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from poise.runtime.config_text import explain
 from poise.runtime.config_tree import misspelt_variables
 from poise.runtime.layers import left_of, spelled_out
-from poise_client import TOKEN, TOKEN_RULE, TokenFile
+from poise_client import TokenFile, check_token
 
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -83,8 +83,8 @@ class AuthConfig(StrictModel):
     @field_validator("token")
     @classmethod
     def _can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and not TOKEN.fullmatch(token.get_secret_value()):
-            raise ValueError(TOKEN_RULE)  # an empty one would let everybody in
+        if token is not None:
+            check_token(token.get_secret_value())  # an empty one would let everybody in
         return token
 
     @model_validator(mode="after")

@@ -260,6 +260,15 @@ def test_a_run_has_a_token_of_its_own_that_only_this_user_can_read(tmp_path: Pat
     assert before.strip() not in str(run.overrides)
 
 
+def test_the_runs_token_is_not_shown_to_services_elsewhere(tmp_path: Path) -> None:
+    elsewhere = {"generation": ["gpu-1:50051"], "value": "gpu-2:50052", "learner": "gpu-3:50053"}
+    train = MINIMAL["train"] | {"endpoints": elsewhere}
+    assert load(tmp_path, MINIMAL | {"train": train}).train.endpoints.token_file is None
+    own = write_token(tmp_path / "own", "sesame")
+    train = MINIMAL["train"] | {"endpoints": elsewhere | {"token_file": str(own)}}
+    assert load(tmp_path, MINIMAL | {"train": train}).train.endpoints.token_file == own
+
+
 def test_runs_have_different_tokens(tmp_path: Path) -> None:
     runs = [load(tmp_path, MINIMAL | {"run": {"dir": str(tmp_path / name)}}) for name in ("a", "b")]
     assert len({(run.services_dir / "token").read_text() for run in runs}) == 2
