@@ -64,7 +64,7 @@ class RedisClient:
         self._examine_keys = examine_keys
         self._failed = failed
         parts = urlsplit(url)
-        self._home = f"{parts.hostname}:{parts.port or 6379}" if parts.hostname else parts.path
+        self._home = _address(parts.hostname, parts.port or 6379) if parts.hostname else parts.path
         self.address = self._home
         """host:port, or path, of the server that is used now."""
         self.report = ServerReport(None, ())
@@ -104,11 +104,9 @@ class RedisClient:
                 if isinstance(told, QueueFull):
                     raise told from error
                 self._failed()
-                node = (
-                    (error.host or self.address.rpartition(":")[0], error.port)
-                    if isinstance(error, MovedError)
-                    else None
-                )
+                node = None
+                if isinstance(error, MovedError):  # without a host it means the one that was asked
+                    node = error.host or client.connection_pool.connection_kwargs["host"], error.port
                 await self._replace(client, node)
                 if not num_left or not (node or may_be_gone(error)):
                     raise told from error
@@ -120,7 +118,7 @@ class RedisClient:
             return  # another call has done so
         self._client = self._make(node)
         self._examined_s = -_EXAMINE_EVERY_S
-        self.address = f"{node[0]}:{node[1]}" if node else self._home
+        self.address = _address(*node) if node else self._home
         with contextlib.suppress(RedisError, OSError):
             await failed.aclose()
 
@@ -166,3 +164,7 @@ class RedisClient:
     async def close(self) -> None:
         """Close all connections."""
         await self._client.aclose()
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -86,7 +86,7 @@ _KINDS = (
     ),
 )
 
-_UNREACHABLE = "Check that the Redis server runs and that queue.url names it."
+_UNREACHABLE = "Check that the Redis server runs and that queue.url names it, as rediss:// only if it speaks TLS."
 
 
 def translated(error: Exception, address: str) -> PoiseError:
