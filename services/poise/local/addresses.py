@@ -67,7 +67,9 @@ def _ports_file(folder: Path) -> Iterator[Path]:
     try:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            os.fchmod(lock.fileno(), 0o600)
             yield path
+            path.chmod(0o600)
     except OSError as error:
         raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
 
