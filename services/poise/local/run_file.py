@@ -187,7 +187,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     def resolve_train(access: Mapping[str, str]) -> OrchestratorConfig | None:
         replicas = {"generation": [address(generation.grpc)]} if generation else {}
         own = {"run_id": file.run.name, "run_dir": str(folder), "seed": file.run.seed}
-        return resolver.resolve(OrchestratorConfig, "train", own | {"endpoints": here | replicas | access})
+        return resolver.resolve(OrchestratorConfig, "train", own | {"endpoints": {**here, **replicas, **access}})
 
     train = resolve_train(of_all.settings())
     is_elsewhere = train is not None and not {train.endpoints.value, train.endpoints.learner} & {*here.values()}
