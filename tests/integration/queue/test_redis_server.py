@@ -55,7 +55,7 @@ async def test_a_failed_over_primary_is_left_for_the_new_one(servers: RedisServe
         await queue.close()
 
 
-async def test_a_read_that_waits_during_a_failover_goes_on_at_the_new_primary(servers: RedisServers) -> None:
+async def test_a_waiting_read_continues_at_the_new_primary(servers: RedisServers) -> None:
     old, new = servers.start(), servers.start()
     async with Proxy(old).open() as proxy:
         queue = make_queue(proxy.port)
@@ -337,7 +337,7 @@ async def test_nothing_is_lost_by_anything_that_the_queue_does(servers: RedisSer
         await queue.close()
 
 
-async def test_dead_letters_of_earlier_releases_are_found_where_they_belong(servers: RedisServers) -> None:
+async def test_dead_letters_of_earlier_releases_are_moved(servers: RedisServers) -> None:
     server = redis.Redis(port=(port := servers.start()))
     fields = {"group": "payload", "reason": "poison", "entry_id": "1-1", "is_whole": "1"}
     former = f"{STREAM}:dead"

@@ -245,7 +245,7 @@ def test_callers_show_the_token_that_the_services_want(tmp_path: Path) -> None:
     assert run.generation.auth.token_file == run.learner.auth.token_file == tmp_path / "value.token"
 
 
-def test_a_run_has_a_token_of_its_own_that_only_this_user_can_read(tmp_path: Path) -> None:
+def test_a_run_makes_a_token_that_only_its_user_can_read(tmp_path: Path) -> None:
     run = load(tmp_path)
     token = run.services_dir / "token"
     wanted = {run.generation.auth.token_file, run.value.auth.token_file, run.learner.auth.token_file}

@@ -25,7 +25,7 @@ def replaced(path, token: str) -> None:
     write_token(path.with_suffix(".new"), token).replace(path)
 
 
-def test_a_changed_token_is_followed_and_the_one_before_accepted_for_a_while(tmp_path):
+def test_a_changed_token_is_followed_and_the_old_one_accepted(tmp_path):
     clock = Clock()
     path = write_token(tmp_path / "token", "first")
     file = TokenFile(path, clock)
@@ -82,7 +82,7 @@ def facts(mode: int, uid: int, gid: int) -> os.stat_result:
     return os.stat_result((0o100000 | mode, 1, 1, 1, uid, gid, 7, 0, 0, 0))
 
 
-def test_a_secret_that_kubernetes_mounts_for_the_pods_group_is_accepted(tmp_path):
+def test_a_secret_mounted_for_the_pods_group_is_accepted(tmp_path):
     group = os.getegid()
     for mode in (0o440, 0o640):
         token_module.refuse_shared_file(tmp_path, facts(mode, 0, group))
@@ -92,7 +92,7 @@ def test_a_secret_that_kubernetes_mounts_for_the_pods_group_is_accepted(tmp_path
 
 
 @pytest.mark.parametrize("client", [GenerationClient, ValueClient, LearnerClient, AsyncValueClient])
-def test_the_environment_names_the_token_file_of_clients_without_one(tmp_path, monkeypatch, client):
+def test_the_environment_names_a_default_token_file(tmp_path, monkeypatch, client):
     monkeypatch.setenv("POISE_TOKEN_FILE", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match="absent"):
         client("localhost:1")

@@ -64,7 +64,7 @@ def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
     refuse_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
 
 
-def test_a_new_token_in_the_file_is_taken_over_without_a_restart(tmp_path, caplog):
+def test_a_new_token_is_accepted_without_a_restart(tmp_path, caplog):
     path = write_token(tmp_path / "token", "first")
     checks = BearerAuth(TokenFile(path))
     assert checks.required

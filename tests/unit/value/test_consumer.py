@@ -397,9 +397,7 @@ async def test_questions_are_answered_between_the_labels_of_one_batch(start, str
     assert all("question" in order[one:other] for one, other in pairwise(labels))
 
 
-async def test_what_the_queue_lost_is_logged_counted_and_shown_while_labels_are_consumed(
-    start, stream, make, monkeypatch, caplog
-) -> None:
+async def test_lost_labels_are_logged_and_others_still_learnt(start, stream, make, monkeypatch, caplog) -> None:
     told = [QueueDepth(0, 0), QueueDepth(0, 0, num_losses=1, last_loss="Redis at r:1 lost labels: it is gone")]
 
     async def depth() -> QueueDepth:
@@ -417,9 +415,7 @@ async def test_what_the_queue_lost_is_logged_counted_and_shown_while_labels_are_
         assert parts.consumer.problem == ""
 
 
-async def test_what_the_queue_warns_of_is_logged_once_and_what_it_refuses_is_a_problem(
-    start, stream, monkeypatch, caplog
-) -> None:
+async def test_warnings_of_the_queue_are_logged_once(start, stream, monkeypatch, caplog) -> None:
     num_asked = 0
 
     async def depth() -> QueueDepth:
@@ -435,7 +431,7 @@ async def test_what_the_queue_warns_of_is_logged_once_and_what_it_refuses_is_a_p
     assert sum("deletes any key" in message for message in caplog.messages) == 1
 
 
-async def test_poison_that_finds_no_room_does_not_stop_the_labels_behind_it(start, stream, make, monkeypatch) -> None:
+async def test_poison_without_room_does_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
     await publish(stream, b"poison", *[make.payload(step) for step in range(NUM_LABELS)])
     with start().alive() as parts:
         real = parts.queue.dead_letter

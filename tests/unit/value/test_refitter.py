@@ -307,7 +307,7 @@ async def test_saves_never_overlap_and_each_holds_the_state_when_it_began(start,
         assert numbers[-1] == 5
 
 
-async def test_a_group_that_cannot_be_fitted_is_dead_lettered_and_fitting_goes_on(start, make, caplog) -> None:
+async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, caplog) -> None:
     with start(lambda: PickyFitter(["bad"])).alive() as parts:
         learn(parts, make, 0, 1, 2)
         learn(parts, make, 3, group_id="bad")
