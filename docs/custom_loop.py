@@ -1,6 +1,6 @@
-"""A complete training loop of your own, against running services: `poise up --preset tiny`, then this with its ports.
+"""A complete training loop of your own, against `poise up --preset tiny`; `poise status --preset tiny` shows the ports.
 
-python docs/custom_loop.py GENERATION VALUE LEARNER [STEPS]      each host:port, as `poise status --preset tiny` says
+POISE_TOKEN_FILE=runs/tiny/services/token python docs/custom_loop.py GENERATION VALUE LEARNER [STEPS]    each host:port
 """
 
 import random

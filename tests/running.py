@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from poise.local.process import ask_ready
@@ -42,7 +43,10 @@ def poise(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 @contextlib.contextmanager
 def services_up(run_file: Path) -> Iterator[LocalRun]:
-    """Run `poise up` until the services are ready, and stop it afterwards as Ctrl-C does."""
+    """Run `poise up` until the services are ready, and stop it afterwards as Ctrl-C does.
+
+    Clients that are given no token show the run's own meanwhile.
+    """
     log = run_file.with_suffix(".up.log")
     with log.open("w") as output:
         process = poise("up", "-c", str(run_file), stdout=output, stderr=output)
@@ -53,7 +57,9 @@ def services_up(run_file: Path) -> Iterator[LocalRun]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield run
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("POISE_TOKEN_FILE", str(run.train.endpoints.token_file))
+            yield run
     finally:
         process.send_signal(signal.SIGINT)
         try:

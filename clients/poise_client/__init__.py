@@ -9,6 +9,7 @@ from poise_client._learner import AsyncLearnerClient
 from poise_client._retry import RetryPolicy
 from poise_client._sync import GroupStream
 from poise_client._sync_clients import GenerationClient, LearnerClient, ValueClient
+from poise_client._token import TokenFile, check_token
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
 from poise_client._value import AsyncValueClient
 from poise_client._weights import WeightPush, combine_digests, hash_weights, weights_digest
@@ -25,8 +26,10 @@ __all__ = [
     "LearnerClient",
     "RetryPolicy",
     "TlsOptions",
+    "TokenFile",
     "ValueClient",
     "WeightPush",
+    "check_token",
     "combine_digests",
     "hash_weights",
     "open_channel",

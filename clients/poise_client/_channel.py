@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 
 from poise_client._target import check_target
+from poise_client._token import TOKEN_FILE_ENV, TokenFile
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
 
 MAX_RECEIVED_BYTES = 64 * 2**20
@@ -78,19 +79,33 @@ class Dialer:
     """Everything needed to open a channel, checked before any call. Its repr shows no token."""
 
     def __init__(
-        self, target: str, token: str | None, tls: TlsOptions | None, allow_insecure_token: bool, use_proxy: bool
+        self,
+        target: str,
+        token: str | None,
+        token_file: Path | str | TokenFile | None,
+        tls: TlsOptions | None,
+        allow_insecure_token: bool,
+        use_proxy: bool,
     ) -> None:
         refuse_after_fork()
         check_target(target)
+        if token is not None and token_file is not None:
+            raise ValueError("token and token_file are both given: keep one")
+        if token is None and token_file is None:
+            token_file = os.environ.get(TOKEN_FILE_ENV) or None
+        self._token_file = (
+            token_file if token_file is None or isinstance(token_file, TokenFile) else TokenFile(token_file)
+        )
+        has_token = token is not None or self._token_file is not None
         if token is not None and (not token.isascii() or not token.isprintable() or " " in token or not token):
             raise ValueError("token must be printable ASCII without spaces; was a file read with its line end?")
-        if token is not None and tls is None and not allow_insecure_token and not is_loopback(target):
+        if has_token and tls is None and not allow_insecure_token and not is_loopback(target):
             raise ValueError(
                 f"a token to {target} would travel in the clear; pass tls=TlsOptions(...), or "
                 "allow_insecure_token=True where something else encrypts"
             )
         self.target = target
-        self._token = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._token = token
         self._credentials = None if tls is None else tls.credentials()
         self._server_name = None if tls is None else tls.server_name
         self._use_proxy = use_proxy
@@ -98,8 +113,17 @@ class Dialer:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes along with a call: the token, and the trace it belongs to."""
+        token = self._token if self._token_file is None else self._token_file.current
         trace = TRACEPARENT.get()
-        return (*self._token, (TRACEPARENT_KEY, trace)) if trace else self._token
+        return (
+            *(() if token is None else (("authorization", f"Bearer {token}"),)),
+            *(((TRACEPARENT_KEY, trace),) if trace else ()),
+        )
+
+    @property
+    def is_token_new(self) -> bool:
+        """Whether the service may not know the token yet: its file has changed lately."""
+        return self._token_file is not None and self._token_file.changed_lately
 
     def open(self) -> grpc.aio.Channel:
         """Open a channel on the running event loop. Connects at the first call."""

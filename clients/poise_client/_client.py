@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar
 
@@ -14,8 +15,15 @@ from google.protobuf.message import Message
 from poise_client._channel import Dialer, TlsOptions, is_forked, refuse_after_fork
 from poise_client._retry import Attempts, Clock, RetryPolicy
 from poise_client._status import error_from_rpc
+from poise_client._token import TokenFile
 from poise_client.codec import CodecError
-from poise_client.errors import InternalError, InvalidRequestError, PoiseClientError, UnavailableError
+from poise_client.errors import (
+    InternalError,
+    InvalidRequestError,
+    PoiseClientError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 
 MAX_REQUEST_BYTES = 3 * 2**20
 """Requests are split below this, well under gRPC's default limit of 4 MiB."""
@@ -33,6 +41,8 @@ class AsyncClient:
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
         token: bearer token; refused over plaintext to another machine unless `allow_insecure_token`.
+        token_file: file with the bearer token in place of `token`, read again when it changes; without both, the one
+            that the environment names in POISE_TOKEN_FILE.
         tls: how to encrypt; None means plaintext.
         timeout_s: deadline of every call, retries included; None takes each method's own default.
         retries: how retryable errors are retried.
@@ -40,8 +50,8 @@ class AsyncClient:
         use_proxy: connect through the proxy that `http_proxy` and the like name; by default they are ignored.
 
     Raises:
-        ValueError: a target, token or combination that cannot be.
-        OSError: a TLS file that cannot be read.
+        ValueError: a target, token or combination that cannot be; a token file that other users can read.
+        OSError: a file that cannot be read.
         RuntimeError: this process was forked from one that has used gRPC; so does every call.
     """
 
@@ -53,13 +63,14 @@ class AsyncClient:
         target: str,
         *,
         token: str | None = None,
+        token_file: Path | str | TokenFile | None = None,
         tls: TlsOptions | None = None,
         timeout_s: float | None = None,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
         allow_insecure_token: bool = False,
         use_proxy: bool = False,
     ) -> None:
-        self._dialer = Dialer(target, token, tls, allow_insecure_token, use_proxy)
+        self._dialer = Dialer(target, token, token_file, tls, allow_insecure_token, use_proxy)
         self._timeout_s = timeout_s
         self._retries = retries
         self._clock = Clock()
@@ -136,7 +147,10 @@ class AsyncClient:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, call) from error
+            failure = error_from_rpc(error, call)
+            if isinstance(failure, UnauthenticatedError) and self._dialer.is_token_new:
+                failure.retryable = True  # the service takes over the new token within a minute or two
+            raise failure from error
         except CodecError as error:
             raise InternalError(f"the answer makes no sense: {error}", call=call) from error
         except asyncio.CancelledError as error:

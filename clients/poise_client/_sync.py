@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,6 +17,7 @@ from poise_client import _background
 from poise_client._channel import TlsOptions, is_forked, refuse_after_fork
 from poise_client._client import AsyncClient
 from poise_client._retry import RetryPolicy
+from poise_client._token import TokenFile
 from poise_client.errors import UnavailableError
 from poise_client.types import Group
 
@@ -31,6 +33,8 @@ class SyncClient(Generic[C]):
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
         token: bearer token; refused over plaintext to another machine unless `allow_insecure_token`.
+        token_file: file with the bearer token in place of `token`, read again when it changes; without both, the one
+            that the environment names in POISE_TOKEN_FILE.
         tls: how to encrypt; None means plaintext.
         timeout_s: deadline of every call, retries included; None takes each method's own default.
         retries: how retryable errors are retried.
@@ -38,8 +42,8 @@ class SyncClient(Generic[C]):
         use_proxy: connect through the proxy that `http_proxy` and the like name; by default they are ignored.
 
     Raises:
-        ValueError: a target, token or combination that cannot be.
-        OSError: a TLS file that cannot be read.
+        ValueError: a target, token or combination that cannot be; a token file that other users can read.
+        OSError: a file that cannot be read.
         RuntimeError: this process was forked from one that has used gRPC; so does every call.
     """
 
@@ -52,6 +56,7 @@ class SyncClient(Generic[C]):
         target: str,
         *,
         token: str | None = None,
+        token_file: Path | str | TokenFile | None = None,
         tls: TlsOptions | None = None,
         timeout_s: float | None = None,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 (frozen)
@@ -61,6 +66,7 @@ class SyncClient(Generic[C]):
         self._client = self._twin(
             target,
             token=token,
+            token_file=token_file,
             tls=tls,
             timeout_s=timeout_s,
             retries=retries,

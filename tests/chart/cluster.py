@@ -123,7 +123,10 @@ class Cluster:
                 pod.mounts[mount["mountPath"]] = folder
         for name, volume in volumes.items():
             for file, text in self._contents(volume):
-                (pod.folder / "volumes" / name / file).write_text(self._translate(pod, text))
+                path = pod.folder / "volumes" / name / file
+                path.write_text(self._translate(pod, text))
+                if "defaultMode" in volume.get("secret", {}):  # there, the files are root's and the pod's group's
+                    path.chmod(volume["secret"]["defaultMode"] & ~0o077)
 
     def _contents(self, volume: Manifest) -> Iterator[tuple[str, str]]:
         if "configMap" in volume:

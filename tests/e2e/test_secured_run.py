@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import tiny_settings
 from tests.models import make_tiny_llama
 from tests.running import COMMAND, services_up, write_run_file
+from tests.support.tokens import write_token
 
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, TlsOptions, ValueClient
 from poise_client.errors import PoiseClientError, UnauthenticatedError
@@ -19,9 +20,10 @@ DATA = Path(__file__).parents[1] / "integration" / "runtime" / "data"
 CERTIFICATE, KEY = DATA / "localhost.crt", DATA / "localhost.key"
 
 
-def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(tmp_path: Path) -> None:
-    token_file = tmp_path / "token"
-    token_file.write_text("open-sesame\n")
+def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_file = write_token(tmp_path / "token", "open-sesame")
     settings = tiny_settings(make_tiny_llama(tmp_path / "model"))
     for service in ("generation", "value", "learner"):
         settings[service] = settings.get(service, {}) | {  # type: ignore[attr-defined]
@@ -30,6 +32,7 @@ def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(tmp_path: Pat
         }
     settings["train"] = settings["train"] | {"prompts_per_step": 8, "evaluation": {"num_prompts": 0}}  # type: ignore[operator]
     with services_up(write_run_file(tmp_path, settings)) as run:
+        monkeypatch.delenv("POISE_TOKEN_FILE")
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, "train", "-c", str(tmp_path / "run.yaml")], capture_output=True, text=True
         )

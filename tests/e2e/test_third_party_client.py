@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ BUF = Path(sys.executable).with_name("buf")
 
 
 def buf_curl(address: str, method: str, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    token = Path(os.environ["POISE_TOKEN_FILE"]).read_text().strip()
+    access = ["--header", f"authorization: Bearer {token}", "--reflect-header", "*"]
+    url = f"http://{address}/{method}"
     return subprocess.run(
-        [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", "@-", f"http://{address}/{method}"],
+        [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", *access, "--data", "@-", url],
         input=json.dumps(request),
         capture_output=True,
         text=True,

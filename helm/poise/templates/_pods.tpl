@@ -113,7 +113,7 @@ resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | ni
 - name: config
   configMap: {name: {{ include "poise.name" . }}}
 - name: auth
-  secret: {secretName: {{ include "poise.authSecret" .root }}, items: [{key: token, path: token}]}
+  secret: {secretName: {{ include "poise.authSecret" .root }}, defaultMode: 0440, items: [{key: token, path: token}]}
 {{- if .root.Values.tls.enabled }}
 - name: tls
   secret: {secretName: {{ include "poise.tlsSecret" .root }}}

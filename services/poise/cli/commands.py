@@ -75,7 +75,9 @@ def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> Non
 def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Train against services that are up: those of `poise up`, or wherever train.endpoints says."""
     from poise.orchestrator.job import train as train_job
+    from poise.runtime.files import keep_private
 
+    keep_private()
     sys.exit(train_job(load_options(path, preset, overrides).train))
 
 

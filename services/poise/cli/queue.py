@@ -98,10 +98,10 @@ def _queue_admin(
     token_file: Path | None,
 ) -> QueueAdmin:
     from poise.local.queue import QueueAdmin
-    from poise.runtime.config import read_token_file
+    from poise.runtime.config import open_token_file
 
     if admin is None:
         run = load_options(path, preset, overrides)
         return QueueAdmin(f"http://{run.admin_address('value')}", checked(run.value.auth.read_token))
-    token = None if token_file is None else checked(lambda: read_token_file(token_file, "--token-file"))
-    return QueueAdmin(admin.rstrip("/"), token)
+    token = checked(lambda: open_token_file(token_file, "--token-file"))
+    return QueueAdmin(admin.rstrip("/"), None if token is None else token.current)

@@ -19,7 +19,7 @@ from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
 from poise.learner.servicer import LearnerServicer
 from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import check_readable, read_token_file
+from poise.runtime.config import check_readable, open_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise.runtime.files import describe_disk_error
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
@@ -132,15 +132,16 @@ class LearnerApp(ServiceApp):
 
 def build(config: LearnerConfig) -> LearnerApp:
     """Construct the service. No I/O but the replicas' token and authorities."""
-    token_file = config.replica_token_file
-    token = None if token_file is None else read_token_file(token_file, "replica_token_file")
+    secret = open_token_file(config.replica_token_file, "replica_token_file")
     check_readable(config.replica_ca_file, "replica_ca_file")
     retries = RetryPolicy(max_attempts=1)  # the publisher tries again by itself, and a step waits for one try
 
     def connect(address: Address) -> AsyncGenerationClient:
         authorities = config.replica_ca_file
         tls = TlsOptions(root_certs_file=authorities, server_name=address.server_name) if authorities else None
-        return AsyncGenerationClient(address.target, token=token, tls=tls, retries=retries, allow_insecure_token=True)
+        return AsyncGenerationClient(
+            address.target, token_file=secret, tls=tls, retries=retries, allow_insecure_token=True
+        )
 
     publisher = Publisher(Discovery(config.replicas), connect, make_transport(config.push, config.device), config.push)
     return LearnerApp(config, LearnerCore(config), publisher)

@@ -9,14 +9,12 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc.aio
-import numpy as np
 
 from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError, Starting
 from poise.learner.config import LearnerConfig
@@ -40,8 +38,13 @@ from poise_proto.v1 import learner_pb2_grpc
 
 MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20
-MAX_LOGPROB = 1e-3
-"""Engines round: a certain token may come out a little above 0."""
+MIN_LOGPROB, MAX_LOGPROB = -80.0, 1e-3
+"""Engines round: a certain token may come out a little above 0. No token is sampled whose chance is below e^-80, and
+importance weights, e to the difference of two log-probabilities, must stay finite in float32."""
+MAX_SIGNAL = 1e4
+"""Largest advantage or reward: the squares of losses and gradients must stay finite in float32."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.0099, 100.0
+"""What rollouts can be sampled at, rounding aside."""
 
 _LOOK_EVERY_S = 2.0
 
@@ -311,8 +314,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             f"{path}.response_token_ids",
             f"prompt and response have {num_prompt + num_response} tokens; the model holds {limit}",
         )
-        finite = np.isfinite(rollout.logprobs).all() and (rollout.logprobs <= MAX_LOGPROB).all()
-        wrong.check(bool(finite), f"{path}.rollout_logprobs", "required: finite, and not above 0")
+        are_possible = bool(((rollout.logprobs >= MIN_LOGPROB) & (rollout.logprobs <= MAX_LOGPROB)).all())
+        wrong.check(are_possible, f"{path}.rollout_logprobs", f"required: each finite, {MIN_LOGPROB:g} to 0")
         ends = [0, *(span.end_token for span in rollout.version_spans)]
         covers = ends[-1] == num_response and all(
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)
@@ -323,7 +326,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         """What a rollout is judged by comes with it, or comes of its reward."""
         advantage, reward = rollout.advantage, rollout.reward
         if self._config.critic is None:
-            wrong.check(math.isfinite(advantage), f"{path}.advantage", f"is {advantage}; required: finite")
+            required = f"required: finite, {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}"
+            wrong.check(abs(advantage) <= MAX_SIGNAL, f"{path}.advantage", f"is {advantage:g}; {required}")
             wrong.check(
                 reward is None,
                 f"{path}.reward",
@@ -331,7 +335,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             )
             return
         needed = "the learner's critic makes advantages of rewards: send each rollout's, finite, and advantage 0"
-        wrong.check(reward is not None and math.isfinite(reward), f"{path}.reward", f"is {reward}; {needed}")
+        is_usable = reward is not None and abs(reward) <= MAX_SIGNAL  # false of NaN
+        wrong.check(is_usable, f"{path}.reward", f"is {reward}; {needed}, at most {MAX_SIGNAL:g} in magnitude")
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 
 
@@ -345,8 +350,8 @@ def _check_header(header: BatchHeader) -> None:
         f"is {header.num_rollouts}; required: 1 to {MAX_ROLLOUTS}",
     )
     wrong.check(
-        math.isfinite(header.temperature) and 0 < header.temperature <= 100,
+        MIN_TEMPERATURE <= header.temperature <= MAX_TEMPERATURE,  # false of NaN
         "header.temperature",
-        f"is {header.temperature}; required: above 0 (greedy rollouts cannot be trained on), at most 100",
+        f"is {header.temperature:g}; required: 0.01 to {MAX_TEMPERATURE:g} (greedy rollouts cannot be trained on)",
     )
     wrong.raise_if_any()

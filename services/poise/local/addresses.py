@@ -63,14 +63,37 @@ def renew_taken_ports(folder: Path) -> bool:
 @contextlib.contextmanager
 def _ports_file(folder: Path) -> Iterator[Path]:
     """Hold the file of ports, so that two commands at once agree."""
-    path = folder / "services" / "ports.json"
+    path = private_folder(folder) / "ports.json"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            os.fchmod(lock.fileno(), 0o600)
             yield path
+            path.chmod(0o600)
     except OSError as error:
         raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
+
+
+def private_folder(folder: Path) -> Path:
+    """Return the folder of a run's services, which only this user can enter.
+
+    The run's own folder is made so too; one that exists keeps its mode.
+
+    Raises:
+        ConfigError: it cannot be made, or is another user's.
+    """
+    services = folder / "services"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        services.mkdir(mode=0o700, exist_ok=True)
+        facts = services.stat()
+        if facts.st_uid != os.getuid():
+            raise ConfigError(f"run.dir: {services} belongs to another user: choose another folder")
+        if facts.st_mode & 0o077:
+            services.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
+    return services
 
 
 def free_ports(num: int) -> list[int]:

@@ -32,6 +32,7 @@ from poise.orchestrator.measurement import Subject, evaluation_folder, load_held
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.config import ConfigError
 from poise.runtime.exit_status import OK
+from poise.runtime.files import keep_private
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
     def work() -> int:
         mixture = load_held_out(run.train)
         location = None if model is None else find_model(model, "--model", "`--checkpoint` reads checkpoints")
+        keep_private()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
         target = (run.dir / "evaluations" / f"{what}-{stamp}" if out is None else out.expanduser()).resolve()

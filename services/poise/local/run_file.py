@@ -24,6 +24,7 @@ from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
 from poise.local.credentials import wanted_by
 from poise.local.models import locate_model
+from poise.local.token import missing_tokens
 from poise.orchestrator.config import OrchestratorConfig
 from poise.runtime.config import (
     ConfigError,
@@ -157,54 +158,63 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     services, model = folder / "services", str(locate_model(file.model))
     ports, valkey_socket = run_ports(folder), socket_path(folder)
 
-    def listens(service: str) -> dict[str, Any]:
-        return {"grpc": {"port": ports[f"{service}.grpc"]}, "admin": {"port": ports[f"{service}.admin"]}}
+    tokens: dict[str, dict[str, Any]] = {}
 
-    generation = resolver.resolve(
-        GenerationConfig,
-        "generation",
-        listens("generation") | {"model": model, "engine": file.engine, "wait_for_learner": True},
-    )
-    of_replicas = wanted_by({"generation": generation})
-    value = resolver.resolve(
-        ValueConfig,
-        "value",
-        listens("value") | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}},
-    )
-    of_learner = (
-        listens("learner")
-        | {
+    def listens(service: str) -> dict[str, Any]:
+        ports_of = {"grpc": {"port": ports[f"{service}.grpc"]}, "admin": {"port": ports[f"{service}.admin"]}}
+        return ports_of | tokens.get(service, {})
+
+    def resolve_generation() -> GenerationConfig | None:
+        own = {"model": model, "engine": file.engine, "wait_for_learner": True}
+        return resolver.resolve(GenerationConfig, "generation", listens("generation") | own)
+
+    def resolve_value() -> ValueConfig | None:
+        own = {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}}
+        return resolver.resolve(ValueConfig, "value", listens("value") | own)
+
+    def of_learner() -> dict[str, Any]:
+        return listens("learner") | {
             "model": model,
             "state_dir": str(services / "learner"),
             "export_dir": str(folder),
             "replicas": [address(generation.grpc)] if generation else [],
             "seed": file.run.seed,
         }
-        | of_replicas.settings("replica_")
-    )
-    learner = resolver.resolve(LearnerConfig, "learner", of_learner)
+
+    generation, value = resolve_generation(), resolve_value()
+    learner = resolver.resolve(LearnerConfig, "learner", of_learner())
+    if generation is not None and value is not None and learner is not None:
+        auths = {"generation": generation.auth, "value": value.auth, "learner": learner.auth}
+        tokens = missing_tokens(auths, folder)
+        generation, value = resolve_generation(), resolve_value()
+    of_replicas = wanted_by({"generation": generation})
+    for_learner = of_learner() | of_replicas.settings("replica_")
+    learner = resolver.resolve(LearnerConfig, "learner", for_learner)
     endpoints = {"value": value, "learner": learner}
     of_all = wanted_by({"generation": generation, **endpoints})
-    train = resolver.resolve(
-        OrchestratorConfig,
-        "train",
-        {
-            "run_id": file.run.name,
-            "run_dir": str(folder),
-            "seed": file.run.seed,
-            "endpoints": {name: address(config.grpc) for name, config in endpoints.items() if config}
-            | ({"generation": [address(generation.grpc)]} if generation else {})
-            | of_all.settings(),
-        },
-    )
+    here = {name: address(config.grpc) for name, config in endpoints.items() if config}
+
+    def resolve_train(access: Mapping[str, str]) -> OrchestratorConfig | None:
+        replicas = {"generation": [address(generation.grpc)]} if generation else {}
+        own = {"run_id": file.run.name, "run_dir": str(folder), "seed": file.run.seed}
+        return resolver.resolve(OrchestratorConfig, "train", own | {"endpoints": {**here, **replicas, **access}})
+
+    train = resolve_train(of_all.settings())
+    is_elsewhere = train is not None and not {train.endpoints.value, train.endpoints.learner} & {*here.values()}
+    if is_elsewhere:  # other services have no use for what these want
+        train = resolve_train({})
     if learner is not None and train is not None:  # the file goes before what belongs to the algorithm
         of_algorithm = train.algorithm.learner_settings(train.sampling.max_tokens)
-        learner = resolver.resolve(LearnerConfig, "learner", merged(of_learner, of_algorithm))
+        learner = resolver.resolve(LearnerConfig, "learner", merged(for_learner, of_algorithm))
     if generation is None or value is None or learner is None or train is None:
         raise ConfigError("\n".join(resolver.problems))
     lacking = [
         *of_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file),
-        *of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file),
+        *(
+            ()
+            if is_elsewhere
+            else of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file)
+        ),
     ]
     if lacking:
         raise ConfigError("\n".join(lacking))
@@ -242,7 +252,8 @@ class _Resolver:
         try:
             return parse_config(cls, self.trees[name], self._overrides[name], source=f"{self._source}: {name}")
         except ConfigError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # it is resolved again once more is known
+                self.problems.append(str(error))
             return None
 
 

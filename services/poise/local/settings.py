@@ -10,11 +10,11 @@ from poise.local.run_file import CONFIGS, LocalRun, RunFile
 from poise.runtime.config_text import defaults_yaml, redacted
 
 _FILLED_IN = {
-    "generation": ("model", "engine", "wait_for_learner", "grpc.port", "admin.port"),
-    "value": ("state_dir", "queue.url", "grpc.port", "admin.port"),
+    "generation": ("model", "engine", "wait_for_learner", "grpc.port", "admin.port", "auth.token_file"),
+    "value": ("state_dir", "queue.url", "grpc.port", "admin.port", "auth.token_file"),
     "learner": (
         *("model", "state_dir", "export_dir", "replicas", "replica_token_file", "replica_ca_file", "seed"),
-        *("grpc.port", "admin.port"),
+        *("grpc.port", "admin.port", "auth.token_file"),
     ),
     "train": (
         *("run_id", "run_dir", "seed", "endpoints.generation", "endpoints.value", "endpoints.learner"),

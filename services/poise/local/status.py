@@ -47,6 +47,8 @@ def show_status(run: LocalRun, as_json: bool) -> int:
                 print(f"  replica   {replica['address']:21} {_replica_line(replica)}")
             if probes := facts.get("probes"):
                 print("\n".join([_PROBE_HEADER, *map(_probe_line, probes)]))
+        if run.train.endpoints.token_file is not None:
+            print(f"token: POISE_TOKEN_FILE={run.train.endpoints.token_file} for clients of your own")
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 

@@ -24,7 +24,7 @@ from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
 from poise.runtime.config import ConfigError
 from poise.runtime.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
-from poise.runtime.files import write_file
+from poise.runtime.files import keep_private, write_file
 from poise.runtime.output import is_unread
 from poise.runtime.signals import stopping_by_signal
 from poise.runtime.sockets import check_socket_path
@@ -51,6 +51,7 @@ def run_services(
     _refuse_other_model(run)
     check_socket_path(run.socket, "TMPDIR")
     make_model(run.model)
+    keep_private()
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -83,6 +84,8 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
                 return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
                 logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
+            if (token_file := run.train.endpoints.token_file) is not None:
+                logger.info("clients of your own show the run's token: export POISE_TOKEN_FILE=%s", token_file)
             logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
             await supervisor.first_of(stopped)
             return OUTPUT_CLOSED if is_unread() else OK

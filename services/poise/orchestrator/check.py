@@ -19,7 +19,7 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError, Settings, check_readable, load_config, read_token_file
+from poise.runtime.config import ConfigError, Settings, check_readable, load_config, open_token_file
 from poise.runtime.console import OutputConsole
 from poise.runtime.discovery import Discovery
 from poise.runtime.exit_status import FAILED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
@@ -56,10 +56,10 @@ async def check(config: CheckConfig, console: Console) -> None:
         ConfigError: the token or the authorities cannot be read.
     """
     endpoints = config.endpoints
-    token = None if endpoints.token_file is None else read_token_file(endpoints.token_file, "endpoints.token_file")
+    secret = open_token_file(endpoints.token_file, "endpoints.token_file")
     check_readable(endpoints.ca_file, "endpoints.ca_file")
     tls = TlsOptions(root_certs_file=endpoints.ca_file) if endpoints.ca_file else None
-    options: Any = {"token": token, "allow_insecure_token": True, "use_proxy": endpoints.use_proxy}
+    options: Any = {"token_file": secret, "allow_insecure_token": True, "use_proxy": endpoints.use_proxy}
     async with asyncio.timeout(config.timeout_s):
         async with AsyncLearnerClient(endpoints.learner, tls=tls, **options) as learner:
             status = await learner.get_status(timeout_s=config.timeout_s)

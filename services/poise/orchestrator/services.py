@@ -15,7 +15,7 @@ from poise.orchestrator.config import EndpointsConfig
 from poise.orchestrator.dispatch import Dispatch, RejectedPrompt
 from poise.orchestrator.replicas import Replicas
 from poise.orchestrator.waiting import StoppedWaiting, Waiting, may_pass, pause
-from poise.runtime.config import check_readable, read_token_file
+from poise.runtime.config import check_readable, open_token_file
 from poise.runtime.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
 from poise_client.errors import PoiseClientError, UnavailableError
@@ -61,15 +61,14 @@ class Services:
 
     def __init__(self, config: EndpointsConfig, stopping: asyncio.Event) -> None:
         self._stopping = stopping
-        token_file = config.token_file
-        token = None if token_file is None else read_token_file(token_file, "endpoints.token_file")
+        secret = open_token_file(config.token_file, "endpoints.token_file")
         check_readable(config.ca_file, "endpoints.ca_file")
         tls = TlsOptions(root_certs_file=config.ca_file) if config.ca_file else None
 
         def client(kind: type[C], target: str, tls: TlsOptions | None) -> C:
             return kind(
                 target,
-                token=token,
+                token_file=secret,
                 tls=tls,
                 allow_insecure_token=True,
                 retries=_NO_RETRIES,

@@ -47,6 +47,14 @@ class QueueDepth:
     """Published and not acknowledged: unread and delivered ones together."""
     num_dead_letters: int
     """Entries ever dead-lettered, whether or not still kept."""
+    num_losses: int = 0
+    """Times that published labels were found missing, as far as this process has seen."""
+    last_loss: str = ""
+    """What was missing the last time, and where; empty where nothing was."""
+    problem: str = ""
+    """Why nothing can be published, though the queue answers; empty while all is well."""
+    warnings: tuple[str, ...] = ()
+    """What may cost labels in a crash."""
 
 
 MAX_DEAD_LETTER_BYTES = 4 << 20
@@ -108,9 +116,24 @@ class LabelQueue(Protocol):
         """Whether an entry as old as `entry_id`, or older, is not acknowledged."""
         ...
 
+    def expect(self, entry_id: str) -> None:
+        """Take an entry of an earlier life for published: a stream that ends before it has lost labels."""
+        ...
+
     async def close(self) -> None:
         """Release connections. Entries delivered and not acknowledged stay owed."""
         ...
+
+
+def age_of(entry_id: str) -> tuple[int, int]:
+    """Return what orders the ids of entries by age, the oldest first."""
+    milliseconds, _, number = entry_id.partition("-")
+    return int(milliseconds), int(number or 0)
+
+
+def newer_entry(one: str, other: str) -> str:
+    """Return the newer of two ids; an empty one is none."""
+    return max(filter(None, (one, other)), key=age_of, default="")
 
 
 def queue_is_full(num_entries: int, num_bytes: int, max_entries: int, max_bytes: int, num_more: int) -> str:

@@ -162,6 +162,9 @@ class MemoryQueue:
     def _held(self) -> list[str]:
         return [*self._stream.pending, *(delivery.entry_id for delivery in self._stream.unread)]
 
+    def expect(self, entry_id: str) -> None:
+        """See `LabelQueue.expect`. Nothing here outlives the process, and nothing within it is lost."""
+
     async def close(self) -> None:
         """See `LabelQueue.close`."""
 

@@ -1,26 +1,22 @@
 """The queue on Redis Streams: one consumer group, acknowledged entries deleted, poison beside it.
 
-Owns the keys `<stream>` and `<stream>:dead`. An entry that was acknowledged is deleted, so that the stream's length is
-what is unread or owed, and bounds both. Durable as far as the server is: run it with `appendfsync always` (or
-accept losing the last second with `everysec`).
+Owns the keys `<stream>` and `{<stream>}:dead`, which a cluster keeps on one node. An entry that was acknowledged is
+deleted, so that the stream's length is what is unread or owed, and bounds both. Durable as far as the server is: run
+it with `appendfsync always`. What the server must be is in `redis_server`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import re
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Sequence
 from typing import Any, cast
-from urllib.parse import urlsplit
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import ConstantBackoff
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
-from poise.errors import BackendDown, QueueFull
+from poise.errors import QueueFull
 from poise.queue.interface import (
     MAX_DEAD_LETTER_BYTES,
     DeadLetter,
@@ -30,14 +26,18 @@ from poise.queue.interface import (
     no_such_letter,
     queue_is_full,
 )
-from poise.queue.redis_scripts import DEAD_LETTER, HOLDS, NEWEST, PUBLISH, REPLAY
-from poise.runtime.addresses import join_address
+from poise.queue.redis_client import Ask, Client, RedisClient
+from poise.queue.redis_errors import RETRY_AFTER_S, UnsuitableServerError, translated
+from poise.queue.redis_keys import dead_letter_key
+from poise.queue.redis_scripts import ACK, DEAD_LETTER, EXAMINE, HOLDS, MOVE_LETTERS, NEWEST, PUBLISH, REPLAY, STATE
+from poise.queue.stream_watch import Expectation, StreamState, StreamWatch
+
+logger = logging.getLogger(__name__)
 
 _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
-_CONNECT_TIMEOUT_S = 2.0
-_REPLY_TIMEOUT_S = 10.0
-_RETRY_AFTER_S = 1.0
+
+_RIGHTS = "+@connection +@stream +@scripting +type +exists +memory|usage +info +config|get"
 
 
 class RedisQueue:
@@ -60,7 +60,7 @@ class RedisQueue:
 
         Args:
             url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
-            stream: Key of the stream; the dead letters' key is `<stream>:dead`.
+            stream: Key of the stream; see `dead_letter_key` for that of the dead letters.
             group: The consumer group.
             consumer: This consumer's name, the same after a restart, so that it finds what it still owes.
             max_entries: Most entries unread or owed.
@@ -69,17 +69,13 @@ class RedisQueue:
             max_dead_letter_bytes: Most memory that these take; the newest is kept in any case.
             claim_idle_s: After so long without an acknowledgement another consumer's entries are taken over.
         """
-        self._redis = redis.asyncio.from_url(
+        self._client = RedisClient(
             url,
-            protocol=2,
-            socket_connect_timeout=_CONNECT_TIMEOUT_S,
-            socket_timeout=_REPLY_TIMEOUT_S,
-            # Once: a pooled connection may be of a server that has restarted since. More is the caller's decision.
-            retry=Retry(ConstantBackoff(0.05), 1),
+            needed_bytes=max_bytes + max_dead_letter_bytes,
+            examine_keys=self._examine_keys,
+            failed=self._forget_connection,
         )
-        parts = urlsplit(url)
-        self._address = join_address(parts.hostname, parts.port or 6379) if parts.hostname else parts.path
-        self._stream, self._dead_stream = stream, f"{stream}:dead"
+        self._stream, self._dead_stream = stream, dead_letter_key(stream)
         self._group, self._consumer = group, consumer
         self._max_entries, self._max_bytes = max_entries, max_bytes
         self._max_dead_letters, self._max_dead_letter_bytes = max_dead_letters, max_dead_letter_bytes
@@ -87,85 +83,138 @@ class RedisQueue:
         self._group_exists = False
         self._owed_after: str | None = "0-0"
         self._claim_cursor, self._next_claim_s = "0-0", 0.0
+        self._watch = StreamWatch()
+        self._are_letters_moved = False
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _forget_connection(self) -> None:
+        self._group_exists = False
+        self._owed_after = "0-0"  # an answer may have been lost on the way: ask again for what is owed
+
+    async def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
+        def work(client: Client) -> Awaitable[Any]:
+            return client.eval(script, len(keys), *keys, *arguments)
+
+        return await self._client.call(work)
+
+    async def _examine_keys(self, ask: Ask, is_cluster: bool) -> None:
+        """Check rights, types and completeness of the keys before a connection is used."""
+        if not is_cluster:  # there, earlier releases could not write dead letters
+            await self._move_letters(ask)
+        known = self._watch.known
         try:
-            yield
-        except OutOfMemoryError as error:
-            raise QueueFull(
-                f"Redis at {self._address} is out of memory: {error}",
-                remedy="Wait for the value service to consume, or raise Redis's maxmemory.",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error
-        except (RedisError, OSError) as error:
-            self._group_exists = False
-            self._owed_after = "0-0"  # an answer may have been lost on the way: ask again for what is owed
-            raise BackendDown(
-                f"Redis at {self._address} failed: {error or type(error).__name__}",
-                remedy="Check that the Redis server runs and that queue.url names it.",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error
+            arguments = self._stream, self._dead_stream, self._group, self._consumer
+            denied, state = await ask("EVAL", EXAMINE, 2, *arguments)
+        except NoPermissionError as error:
+            denied = [str(error).encode()]
+        if denied:
+            raise UnsuitableServerError(
+                f"does not let the user of queue.url do what is needed: {denied[0].decode()}",
+                f"Grant that user {_RIGHTS} on the keys ~{self._stream} and ~{self._dead_stream}.",
+            )
+        self._judge(StreamState.parse(state), known)
+
+    async def _move_letters(self, ask: Ask) -> None:
+        """Move dead letters, once, from the key where earlier releases kept them. Failing costs no more than these."""
+        former = f"{self._stream}:dead"
+        if self._are_letters_moved or former == self._dead_stream:
+            return
+        try:
+            if await ask("EXISTS", former):
+                num_moved = await ask("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
+                logger.info("moved %d dead letters from key %s to %s", num_moved, former, self._dead_stream)
+        except NoPermissionError:
+            pass  # so no earlier release wrote there
+        except ResponseError as error:
+            logger.warning("dead letters in key %s were not moved to %s: %s", former, self._dead_stream, error)
+        self._are_letters_moved = True
+
+    def _judge(self, state: StreamState, known: Expectation) -> None:
+        for key, kind in ((self._stream, state.kind), (self._dead_stream, state.letters_kind)):
+            if kind not in ("none", "stream"):
+                raise UnsuitableServerError(
+                    f"holds a {kind} under key {key!r}, not a stream",
+                    "Set queue.stream to another name, or delete the key.",
+                )
+        if self._watch.judge(state, known):
+            self._forget_connection()
 
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
-        with self._errors():
-            reply = self._redis.eval(PUBLISH, 1, self._stream, self._max_entries, self._max_bytes, *payloads)
-            accepted, *held = await cast(Awaitable[list[int]], reply)
+        await self._check_publishable()
+        limits = self._max_entries, self._max_bytes
+        accepted, *detail = await self._run(PUBLISH, [self._stream], *limits, *payloads)
         if not accepted:
-            raise self._full(held, len(payloads))
+            raise self._full(detail, len(payloads))
+        self._watch.saw_entry(detail[0].decode())
+
+    async def _check_publishable(self) -> None:
+        await self._client.call(_nothing)  # what was found may be of another server, or old
+        if self._client.report.publish_refusal is not None:
+            raise translated(self._client.report.publish_refusal, self._client.address)
 
     def _full(self, held: Sequence[int], num_more: int) -> QueueFull:
         num_entries, num_bytes = held
         message = queue_is_full(num_entries, num_bytes, self._max_entries, self._max_bytes, num_more)
-        return QueueFull(message, retry_after_s=_RETRY_AFTER_S)
+        return QueueFull(message, retry_after_s=RETRY_AFTER_S)
 
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
         """See `LabelQueue.read`."""
-        with self._errors():
+
+        async def work(client: Client) -> list[Delivery]:
             try:
-                await self._ensure_group()
-                return await self._read(max_entries, wait_s)
+                await self._ensure_group(client)
+                return await self._read(client, max_entries, wait_s)
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                # The server lost its data, or someone deleted the key: begin anew.
-                self._group_exists = False
+                await self._look(client)  # the server lost its data, or someone deleted the key: begin anew
+                self._forget_connection()
                 return []
 
-    async def _ensure_group(self) -> None:
+        return await self._client.call(work)
+
+    async def _look(self, client: Client) -> StreamState:
+        """Return the state of the stream, having compared it with what was known of it."""
+        known = self._watch.known
+        reply = client.eval(STATE, 2, self._stream, self._dead_stream, self._group)
+        state = StreamState.parse(await cast(Awaitable[list[Any]], reply))
+        self._judge(state, known)
+        return state
+
+    async def _ensure_group(self, client: Client) -> None:
         if self._group_exists:
             return
         try:
-            await self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            await client.xgroup_create(self._stream, self._group, id="0", mkstream=True)
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
         self._group_exists = True
+        self._watch.saw_group()
 
-    async def _read(self, max_entries: int, wait_s: float) -> list[Delivery]:
+    async def _read(self, client: Client, max_entries: int, wait_s: float) -> list[Delivery]:
         while self._owed_after is not None:
-            owed = await self._read_group(self._owed_after, max_entries, None)
+            owed = await self._read_group(client, self._owed_after, max_entries, None)
             self._owed_after = owed[-1][0].decode() if owed else None
-            if deliveries := await self._deliveries(owed):
+            if deliveries := await self._deliveries(client, owed):
                 return deliveries
-        if deliveries := await self._claim(max_entries):
+        if deliveries := await self._claim(client, max_entries):
             return deliveries
         wait_ms = max(1, round(wait_s * 1000))  # BLOCK 0 would mean for ever
-        return await self._deliveries(await self._read_group(">", max_entries, wait_ms))
+        return await self._deliveries(client, await self._read_group(client, ">", max_entries, wait_ms))
 
-    async def _read_group(self, after: str, max_entries: int, block_ms: int | None) -> list[Any]:
-        reply: Any = await self._redis.xreadgroup(
+    async def _read_group(self, client: Client, after: str, max_entries: int, block_ms: int | None) -> list[Any]:
+        reply: Any = await client.xreadgroup(
             self._group, self._consumer, {self._stream: after}, count=max_entries, block=block_ms
         )
         return cast(list[Any], reply[0][1]) if reply else []
 
-    async def _claim(self, max_entries: int) -> list[Delivery]:
+    async def _claim(self, client: Client, max_entries: int) -> list[Delivery]:
         """Take over what other consumers owe for too long. Looks at most twice in that time."""
         now_s = asyncio.get_running_loop().time()
         if now_s < self._next_claim_s:
             return []
-        cursor, entries, *_ = await self._redis.xautoclaim(
+        cursor, entries, *_ = await client.xautoclaim(
             self._stream,
             self._group,
             self._consumer,
@@ -176,24 +225,23 @@ class RedisQueue:
         self._claim_cursor = cursor.decode()
         if self._claim_cursor == "0-0":  # the list of owed entries was gone through
             self._next_claim_s = now_s + self._claim_idle_s / 2
-        return await self._deliveries(entries)
+        return await self._deliveries(client, entries)
 
-    async def _deliveries(self, entries: Sequence[Any]) -> list[Delivery]:
+    async def _deliveries(self, client: Client, entries: Sequence[Any]) -> list[Delivery]:
         """Drop the owed entries that were deleted under us (a trimmed stream): they cannot be read ever again."""
         gone = [entry_id for entry_id, fields in entries if not fields]
         if gone:
-            await self._redis.xack(self._stream, self._group, *gone)
-        return [_delivery(entry_id.decode(), fields) for entry_id, fields in entries if fields]
+            await client.xack(self._stream, self._group, *gone)
+            self._watch.found_deleted(len(gone))
+        deliveries = [_delivery(entry_id.decode(), fields) for entry_id, fields in entries if fields]
+        if deliveries:
+            self._watch.saw_entry(deliveries[-1].entry_id)
+        return deliveries
 
     async def ack(self, entry_ids: Sequence[str]) -> None:
         """See `LabelQueue.ack`."""
-        if not entry_ids:
-            return
-        with self._errors():
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xack(self._stream, self._group, *entry_ids)
-                pipeline.xdel(self._stream, *entry_ids)
-                await pipeline.execute()
+        if entry_ids:
+            await self._run(ACK, [self._stream], self._group, *entry_ids)
 
     async def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """See `LabelQueue.dead_letter`."""
@@ -204,19 +252,16 @@ class RedisQueue:
             _IS_WHOLE: int(len(delivery.payload) <= MAX_DEAD_LETTER_BYTES),
         }
         limits = self._max_dead_letters, self._max_dead_letter_bytes
-        with self._errors():
-            reply = self._redis.eval(
-                DEAD_LETTER,
-                *(2, self._stream, self._dead_stream),
-                *(self._group, delivery.entry_id, *limits),
-                *itertools.chain.from_iterable(fields.items()),
-            )
-            await cast(Awaitable[None], reply)
+        await self._run(
+            DEAD_LETTER,
+            [self._stream, self._dead_stream],
+            *(self._group, delivery.entry_id, *limits),
+            *itertools.chain.from_iterable(fields.items()),
+        )
 
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""
-        with self._errors():
-            entries = await self._redis.xrevrange(self._dead_stream, count=max_entries)
+        entries = await self._client.call(lambda client: client.xrevrange(self._dead_stream, count=max_entries))
         return [
             DeadLetter(
                 letter_id.decode(),
@@ -232,11 +277,9 @@ class RedisQueue:
         """See `LabelQueue.replay`."""
         wanted = list(dict.fromkeys(letter_ids))
         _check_letter_ids(wanted)
-        with self._errors():
-            reply = self._redis.eval(
-                REPLAY, 2, self._stream, self._dead_stream, self._max_entries, self._max_bytes, *wanted
-            )
-            outcome, *detail = await cast(Awaitable[list[Any]], reply)
+        await self._check_publishable()
+        limits = self._max_entries, self._max_bytes
+        outcome, *detail = await self._run(REPLAY, [self._stream, self._dead_stream], *limits, *wanted)
         if outcome == 0:
             raise self._full(detail, len(wanted))
         if outcome == -1:
@@ -249,35 +292,42 @@ class RedisQueue:
         known = [letter_id for letter_id in letter_ids if _is_letter_id(letter_id)]
         if not known:
             return 0
-        with self._errors():
-            return int(await self._redis.xdel(self._dead_stream, *known))
+        return int(await self._client.call(lambda client: client.xdel(self._dead_stream, *known)))
 
     async def depth(self) -> QueueDepth:
         """See `LabelQueue.depth`."""
-        with self._errors():
-            num_entries = await self._redis.xlen(self._stream)
-            try:
-                dead: dict[str, Any] = await self._redis.xinfo_stream(self._dead_stream)
-            except ResponseError as error:
-                if "no such key" not in str(error):
-                    raise
-                dead = {}
-        return QueueDepth(num_entries, int(dead.get("entries-added", 0)))
+        state = await self._client.call(self._look)
+        report, address = self._client.report, self._client.address
+        refusal = report.publish_refusal
+        return QueueDepth(
+            num_entries=state.length,
+            num_dead_letters=state.num_letters,
+            num_losses=self._watch.num_losses,
+            last_loss=self._watch.last_loss and f"Redis at {address} lost labels: {self._watch.last_loss}",
+            problem="" if refusal is None else f"Redis at {address} {refusal}. {refusal.remedy}",
+            warnings=tuple(f"Redis at {address} {warning}" for warning in report.warnings),
+        )
 
     async def newest(self) -> str | None:
         """See `LabelQueue.newest`."""
-        with self._errors():
-            found = await cast(Awaitable[bytes | None], self._redis.eval(NEWEST, 1, self._stream))
+        found: bytes | None = await self._run(NEWEST, [self._stream])
         return None if found is None else found.decode()
 
     async def holds(self, entry_id: str) -> bool:
         """See `LabelQueue.holds`."""
-        with self._errors():
-            return bool(await cast(Awaitable[int], self._redis.eval(HOLDS, 1, self._stream, entry_id)))
+        return bool(await self._run(HOLDS, [self._stream], entry_id))
+
+    def expect(self, entry_id: str) -> None:
+        """See `LabelQueue.expect`."""
+        self._watch.saw_entry(entry_id)
 
     async def close(self) -> None:
         """See `LabelQueue.close`."""
-        await self._redis.aclose()
+        await self._client.close()
+
+
+async def _nothing(_: Client) -> None:
+    """Only have the connection examined."""
 
 
 _LETTER_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")

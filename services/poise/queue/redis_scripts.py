@@ -8,7 +8,7 @@ end
 """
 
 # The whole batch or nothing, and never over the limit: only the server can check and append in one step.
-# ARGV: most entries, most bytes, payloads. Answers {1}, or {0, length, bytes} when they do not fit.
+# ARGV: most entries, most bytes, payloads. Answers {1, newest id}, or {0, length, bytes} when they do not fit.
 PUBLISH = (
     _HELD
     + """
@@ -16,10 +16,19 @@ local more = 0
 for i = 3, #ARGV do more = more + #ARGV[i] end
 local length, bytes = held(KEYS[1])
 if length + #ARGV - 2 > tonumber(ARGV[1]) or bytes + more > tonumber(ARGV[2]) then return {0, length, bytes} end
-for i = 3, #ARGV do redis.call('XADD', KEYS[1], '*', 'group', ARGV[i]) end
-return {1}
+local id = ''
+for i = 3, #ARGV do id = redis.call('XADD', KEYS[1], '*', 'group', ARGV[i]) end
+return {1, id}
 """
 )
+
+# ARGV: consumer group, entries. One script, not a transaction: it needs no rights but those checked by EXAMINE.
+ACK = """
+for i = 2, #ARGV do
+  redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
+  redis.call('XDEL', KEYS[1], ARGV[i])
+end
+"""
 
 # The id alone: an entry may be large.
 NEWEST = """
@@ -69,3 +78,86 @@ end
 return {1}
 """
 )
+
+_STATE = """
+local function fields(reply)
+  local found = {}
+  for i = 1, #reply, 2 do found[reply[i]] = reply[i + 1] end
+  return found
+end
+
+local function state(stream, dead, group)
+  local kinds = {redis.call('TYPE', stream)['ok'], redis.call('TYPE', dead)['ok']}
+  local length, last, has_group, pending, unread, letters = 0, '', 0, 0, -1, 0
+  if kinds[1] == 'stream' then
+    local facts = fields(redis.call('XINFO', 'STREAM', stream))
+    length, last = facts['length'], facts['last-generated-id']
+    for _, reply in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+      local own = fields(reply)
+      if own['name'] == group then
+        has_group, pending = 1, own['pending']
+        local added, read = facts['entries-added'], own['entries-read']
+        if own['last-delivered-id'] == '0-0' and length == added then read = 0 end
+        if added and read then unread = added - read end
+      end
+    end
+  end
+  if kinds[2] == 'stream' then
+    local facts = fields(redis.call('XINFO', 'STREAM', dead))
+    letters = facts['entries-added'] or facts['length']
+  end
+  return {kinds[1], kinds[2], length, last, has_group, pending, unread, letters}
+end
+"""
+
+# KEYS: stream, dead letters. ARGV: consumer group. Answers the type of each key; the stream's length and newest id;
+# whether the group exists, its pending entries, and how many it was not handed, -1 where the server cannot tell
+# (before Redis 7); and how many letters there ever were. Not `lag`: that takes trimmed entries for read.
+STATE = _STATE + "return state(KEYS[1], KEYS[2], ARGV[1])"
+
+# The same, and every command that the queue uses later on, with arguments that change nothing: what the user may not
+# do is an error now. ARGV: consumer group, consumer. Answers {denied, state}.
+EXAMINE = (
+    _STATE
+    + """
+local denied = {}
+local function try(command, key, ...)
+  local reply = redis.pcall(command, key, ...)
+  local text = type(reply) == 'table' and reply['err'] or ''
+  if string.find(text, 'ACL') or string.find(text, 'permission') or string.find(text, "can't") then
+    denied[#denied + 1] = command .. ' ' .. key .. ': ' .. text
+  end
+end
+for _, key in ipairs(KEYS) do
+  try('TYPE', key)
+  try('XLEN', key)
+  try('XRANGE', key, '0-1', '0-1')
+  try('XREVRANGE', key, '0-1', '0-1')
+  try('XADD', key, 'NOMKSTREAM', '0-0', 'group', '')
+  try('XDEL', key, '0-1')
+end
+try('XINFO', 'STREAM', KEYS[1])
+try('XINFO', 'GROUPS', KEYS[1])
+try('MEMORY', 'USAGE', KEYS[1])
+try('XACK', KEYS[1], ARGV[1], '0-1')
+try('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', '1', 'STREAMS', KEYS[1], '9007199254740991-0')
+try('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], '9007199254740991', '0-0', 'COUNT', '1')
+try('XTRIM', KEYS[2], 'MAXLEN', '9223372036854775807')
+if #denied > 0 then return {denied, {}} end
+return {denied, state(KEYS[1], KEYS[2], ARGV[1])}
+"""
+)
+
+# KEYS: dead letters where earlier releases kept them, and where they belong. Moves all; answers how many.
+MOVE_LETTERS = """
+local letters = redis.call('XLEN', KEYS[1])
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  redis.call('RENAME', KEYS[1], KEYS[2])
+  return letters
+end
+for _, letter in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+  redis.call('XADD', KEYS[2], '*', unpack(letter[2]))
+end
+redis.call('DEL', KEYS[1])
+return letters
+"""

@@ -32,11 +32,9 @@ from poise.runtime.addresses import bare_host
 from poise.runtime.config_text import explain
 from poise.runtime.config_tree import misspelt_variables, takes_number
 from poise.runtime.layers import left_of, spelled_out
+from poise_client import TokenFile, check_token
 
 MAX_FILE_BYTES = 1024 * 1024
-
-_SENDABLE = re.compile(r"[!-~]+")
-_SENDABLE_RULE = "must be visible ASCII characters without blanks or line breaks, at least one"
 
 _IPV6 = re.compile(r"\[[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%\w+)?\](:[0-9]+)?|[0-9A-Fa-f:]*::[0-9A-Fa-f:.]*")
 
@@ -114,15 +112,16 @@ class AuthConfig(StrictModel):
     token: SecretStr | None = None
     """Bearer token that callers must show. From the environment only: a file holding it is `token_file`."""
     token_file: Path | None = None
-    """File holding the bearer token, one line."""
+    """File holding the bearer token, one line, that no other user can read. Read again when it changes; the token
+    before is accepted for two more minutes."""
     allow_open_bind: bool = False
     """Listen beyond this machine without a token, because something else (a mesh, a network policy) guards it."""
 
     @field_validator("token")
     @classmethod
     def _can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and not _SENDABLE.fullmatch(token.get_secret_value()):
-            raise ValueError(_SENDABLE_RULE)  # an empty one would let everybody in
+        if token is not None:
+            check_token(token.get_secret_value())  # an empty one would let everybody in
         return token
 
     @model_validator(mode="after")
@@ -135,26 +134,30 @@ class AuthConfig(StrictModel):
         """Return the token in force; None when there is none.
 
         Raises:
-            ConfigError: the file cannot be read, or holds no token.
+            ConfigError: the file cannot be read, other users can read it, or it holds no token.
         """
+        secret = self.open()
+        return secret.current if isinstance(secret, TokenFile) else secret
+
+    def open(self) -> str | TokenFile | None:
+        """Return the token, or the file that holds it; None when there is none. Raises as `read_token`."""
         if self.token is not None:
             return self.token.get_secret_value()
-        return None if self.token_file is None else read_token_file(self.token_file, "auth.token_file")
+        return open_token_file(self.token_file, "auth.token_file")
 
 
-def read_token_file(path: Path, field: str) -> str:
-    """Return the bearer token in a file that the setting `field` names.
+def open_token_file(path: Path | None, field: str) -> TokenFile | None:
+    """Return the file with a bearer token that the setting `field` names; None where it names none.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no token.
+        ConfigError: the file cannot be read, other users can read it, or it holds no token.
     """
     try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return None if path is None else TokenFile(path)
+    except OSError as error:
         raise ConfigError(f"{field}: {path} cannot be read: {error}") from error
-    if not _SENDABLE.fullmatch(token):
-        raise ConfigError(f"{field}: what {path} holds {_SENDABLE_RULE}")
-    return token
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def check_readable(path: Path | None, field: str) -> None:

@@ -52,6 +52,11 @@ def free_bytes(folder: Path) -> float:
     return usage.free if usage.total else math.inf
 
 
+def keep_private() -> None:
+    """Let no other user read what this process and its children write from now on: weights, data, tokens, sockets."""
+    os.umask(os.umask(0) | 0o077)
+
+
 def commit_file(temporary: Path, target: Path) -> None:
     """Make a written file durable under its name."""
     with temporary.open("rb") as file:

@@ -13,6 +13,7 @@ from poise.runtime.app import ServiceApp
 from poise.runtime.config import ServiceConfig, load_config
 from poise.runtime.config_text import defaults_yaml
 from poise.runtime.exit_status import OK, WRONG_SETTINGS, exit_reason, exit_status
+from poise.runtime.files import keep_private
 from poise.runtime.logging import configure_logging
 from poise.runtime.output import ending_with_reader
 from poise.runtime.server import serve
@@ -53,6 +54,7 @@ def service_main(
         if options.show_defaults:
             print(defaults_yaml(config_cls))
             return OK
+    keep_private()
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:

@@ -59,13 +59,13 @@ def serve(app: ServiceApp) -> int:
     configure_logging(app.config.logging)
     configure_tracing(app.config.tracing, app.name)
     try:
-        token = app.config.auth.read_token()
-        refuse_open_bind(app.config, token)
+        secret = app.config.auth.open()
+        refuse_open_bind(app.config, secret)
     except ConfigError as error:
         logger.error("%s", error)
         return WRONG_SETTINGS
     logger.info("settings: %s", json.dumps(redacted(app.config)))
-    return asyncio.run(_Server(app, BearerAuth(token)).run())
+    return asyncio.run(_Server(app, BearerAuth(secret)).run())
 
 
 class _Server:

@@ -99,8 +99,9 @@ class ValueApp(ServiceApp):
         if saved is None:
             await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
+        queue.expect(estimator.newest_entry)
         changes = Changes()
-        refitter = Refitter(estimator, self._make_fitter, keeper, self._metrics, changes)
+        refitter = Refitter(estimator, self._make_fitter, keeper, queue, self._metrics, changes)
         consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue, self._metrics, changes)
         self.registry.register(StateCollector(estimator, lambda: consumer.depth))
         tasks = (
@@ -162,6 +163,9 @@ class ValueApp(ServiceApp):
             "num_duplicates": estimator.num_duplicates,
             "num_dead_letters": running.consumer.depth.num_dead_letters,
             "num_pending": running.consumer.depth.num_entries,
+            "num_queue_losses": running.consumer.depth.num_losses,
+            "last_queue_loss": running.consumer.depth.last_loss,
+            "queue_warnings": list(running.consumer.depth.warnings),
             "probes": [self._probe_facts(estimator, name) for name in sorted(estimator.domains)],
         }
 

@@ -6,7 +6,7 @@ Owns which groups are in it. Knows neither ids seen before nor probes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Window:
     def _slide(self) -> None:
         while self.num_rows > self._max_rows and len(self._groups) > 1:
             self.num_rows -= len(self._groups.popleft().rows)
+
+    def without(self, unwanted: Collection[LabelledRows]) -> Window:
+        """Return a window of the other groups, all of them added anew: what is stored is named by their numbers."""
+        gone = {id(group) for group in unwanted}
+        kept = [group for group in self._groups if id(group) not in gone]
+        return Window(self._max_rows, kept, self.num_added + len(kept))
 
     def outvoted(self) -> bool:
         """Count a group of another width against the window's; whether as many of others have come as of its own.

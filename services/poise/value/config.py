@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from poise.queue.redis_keys import dead_letter_key
 from poise.runtime.addresses import EVERY_HOST
 from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
 from poise.runtime.discovery import parse_name
@@ -21,7 +22,7 @@ class QueueConfig(StrictModel):
     url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     """`redis://[user:password@]host:port/db`, `rediss://…` for TLS, or `unix://path`."""
     stream: str = Field("poise:labels", min_length=1)
-    """Key of the stream. Dead letters go to `<stream>:dead`."""
+    """Key of the stream. Dead letters go to `{<stream>}:dead`: a Redis cluster keeps both keys on one node."""
     group: str = Field("value", min_length=1)
     """Consumer group."""
     max_entries: int = Field(8192, ge=1)
@@ -48,6 +49,12 @@ class QueueConfig(StrictModel):
                 "group would never fit"
             )
         return self
+
+    @field_validator("stream")
+    @classmethod
+    def _has_a_key_for_dead_letters(cls, stream: str) -> str:
+        dead_letter_key(stream)
+        return stream
 
     @field_validator("url")
     @classmethod

@@ -12,8 +12,9 @@ import logging
 import random
 import time
 
-from poise.errors import InvalidRequest, PoiseError
-from poise.queue.interface import Delivery, LabelQueue, QueueDepth
+from poise.errors import InvalidRequest, PoiseError, QueueFull
+from poise.queue.interface import Delivery, LabelQueue, QueueDepth, newer_entry
+from poise.runtime.repeats import RepeatLog
 from poise.value.config import QueueConfig
 from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
@@ -31,7 +32,13 @@ _READ_WAIT_S = 0.5
 _MAX_REASON = 1000
 """Characters kept of why an entry is poison."""
 
+_MAX_LOGGED = 200
+"""Characters of it that are logged; the dead letter has the rest."""
+
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
+
+_LOSS_SHOWN_S = 60.0
+"""How long readiness tells of lost labels: nothing brings them back, and those that come are consumed meanwhile."""
 
 
 class LabelConsumer:
@@ -57,14 +64,21 @@ class LabelConsumer:
         self._stopping = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()
-        self.problem = "the label queue has not been reached yet"
-        """Why nothing can be consumed now; empty while all is well."""
+        self._repeats = RepeatLog(logger)
+        self._problem = "the label queue has not been reached yet"
+        self._lost_s = -_LOSS_SHOWN_S
         self.depth = QueueDepth(0, 0)
         """Of the queue, as last seen."""
         self._learnt: list[str] = []
         self._fresh: list[tuple[str, float]] = []
         """Domain and time of publishing of the labels that are new and not durable yet."""
         self._poison: list[tuple[Delivery, str]] = []
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be consumed or published now, or what was lost lately; empty while all is well."""
+        is_loss_recent = time.monotonic() - self._lost_s < _LOSS_SHOWN_S
+        return self._problem or self.depth.problem or (self.depth.last_loss if is_loss_recent else "")
 
     @property
     def paused(self) -> bool:
@@ -96,8 +110,7 @@ class LabelConsumer:
         retry_s = _FIRST_RETRY_S
         while not self._stopping.is_set():
             try:
-                await self._turn()
-                self._report("")
+                self._report(await self._turn())
                 retry_s = _FIRST_RETRY_S
             except Exception as error:
                 self._report(_describe(error), None if isinstance(error, PoiseError | OSError) else error)
@@ -107,17 +120,31 @@ class LabelConsumer:
 
     def _report(self, problem: str, defect: Exception | None = None) -> None:
         """Log changes only: a queue that is down for an hour is one line."""
-        if problem and problem != self.problem:
+        if problem and problem != self._problem:
             logger.error("labels are not consumed: %s", problem, exc_info=defect)
-        elif self.problem and not problem:
+        elif self._problem and not problem:
             logger.info("labels can be consumed")
-        self.problem = problem
+        self._problem = problem
 
-    async def _turn(self) -> None:
+    def _observe(self, depth: QueueDepth) -> None:
+        """Take over what the queue says of itself, and log what is new in it."""
+        before, self.depth = self.depth, depth
+        for warning in depth.warnings:
+            if warning not in before.warnings:
+                logger.warning("the label queue: %s", warning)
+        if depth.problem and depth.problem != before.problem:
+            logger.error("no label can be published: %s", depth.problem)
+        if depth.num_losses > before.num_losses:
+            logger.error("%s; training goes on without them", depth.last_loss)
+            self._lost_s = time.monotonic()
+            self._estimator.newest_entry = ""  # of a stream that is no more
+
+    async def _turn(self) -> str:
+        """Consume a batch; return what is wrong though it was consumed."""
         await self._settle()  # what an earlier turn could not
         await self._pass_pause()
         if self._stopping.is_set():
-            return
+            return ""
         deliveries = await self._queue.read(max_entries=self._config.batch_entries, wait_s=_READ_WAIT_S)
         await self._pass_pause()  # paused while the read waited: what came is held
         for delivery in deliveries:
@@ -126,22 +153,30 @@ class LabelConsumer:
             if reason is None:
                 self._learnt.append(delivery.entry_id)
             else:
-                logger.warning("label entry %s is dead-lettered: %s", delivery.entry_id, reason)
+                shown = reason if len(reason) <= _MAX_LOGGED else reason[:_MAX_LOGGED] + "…"
+                self._repeats.log(logging.WARNING, f"label entry {delivery.entry_id} is dead-lettered: {shown}")
                 self._poison.append((delivery, reason[:_MAX_REASON]))
-        await self._settle()
+        problem = await self._settle()
         self._changes.tell()
-        self.depth = await self._queue.depth()
+        self._observe(await self._queue.depth())
+        return problem
 
     async def _pass_pause(self) -> None:
         """Wait until resumed, watching the queue meanwhile."""
         while self.paused:
-            self.depth = await self._queue.depth()
+            self._observe(await self._queue.depth())
             self._report("")
             await _wait(self._running, _READ_WAIT_S)
 
-    async def _settle(self) -> None:
-        """Give the queue what it is owed for the entries in hand. Nothing is forgotten when it fails halfway."""
+    async def _settle(self) -> str:
+        """Give the queue what it is owed for the entries in hand; return why some of the poison stays in hand.
+
+        Nothing is forgotten when it fails halfway. Poison that finds no room in a full server does not stop the labels
+        behind it, whose consumption makes room; more than a batch of it does.
+        """
         if self._learnt:
+            for entry_id in self._learnt:
+                self._estimator.newest_entry = newer_entry(self._estimator.newest_entry, entry_id)
             # Even for duplicates alone: they may have been learnt in this life and not be durable yet.
             await self._keeper.keep()
             self._tell_lag()
@@ -149,8 +184,14 @@ class LabelConsumer:
             await self._queue.ack(self._learnt)
             self._learnt = []
         while self._poison:
-            await self._queue.dead_letter(*self._poison[0])
+            try:
+                await self._queue.dead_letter(*self._poison[0])
+            except QueueFull as error:
+                if len(self._poison) > self._config.batch_entries:
+                    raise
+                return f"{len(self._poison)} refused labels cannot be dead-lettered: {_describe(error)}"
             del self._poison[0]
+        return ""
 
     def _tell_lag(self) -> None:
         now_s = time.time()

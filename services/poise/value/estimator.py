@@ -61,6 +61,8 @@ class BaselineEstimator:
         self.probes: Probes = {}
         self.num_groups_consumed = saved.num_groups_consumed if saved else 0
         self.num_duplicates = saved.num_duplicates if saved else 0
+        self.newest_entry = saved.newest_entry if saved else ""
+        """Id of the newest queue entry whose label is in the state."""
         if saved:
             self._restore(saved)
 
@@ -198,6 +200,11 @@ class BaselineEstimator:
             domain.record.add(ValuedGroup(label.run_id, label.step, pinned.probe.predict(label.inputs), label.rewards))
         return admission
 
+    def expel(self, name: str, groups: Sequence[LabelledRows]) -> None:
+        """Take learnt groups out of a domain's window. They stay on the ledger."""
+        domain = self._domains[name]
+        domain.window = domain.window.without(groups)
+
     def is_due(self, name: str, num_added: int | None = None) -> bool:
         """Whether a domain is past its warm-up and holds labels that its probe has not seen.
 
@@ -241,6 +248,7 @@ class BaselineEstimator:
             self._pins.all(),
             self.num_groups_consumed,
             self.num_duplicates,
+            self.newest_entry,
         )
 
 

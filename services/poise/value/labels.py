@@ -20,9 +20,10 @@ from poise_client.codec import (
     CodecError,
     decode_hidden,
     decode_prompt_features,
+    encode_labelled_group,
     from_tensor,
 )
-from poise_client.types import PromptFeatures
+from poise_client.types import EntropyStats, Features, LabelledGroup, PromptFeatures
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
@@ -31,6 +32,10 @@ MIN_SIBLINGS = 2
 
 MAX_SIBLINGS = 1024
 """Most rollouts of a group."""
+_HIDDEN = (-1e7, 1e7)
+"""What a hidden state may hold: ten times what models are known to. Squares of more drown those of all other rows."""
+_ENTROPY = (-1e-3, 25.0)
+"""What an entropy may be, nats: that of a uniform choice among e^25 tokens at most, and rounding below 0."""
 
 
 def parse_label(payload: bytes, max_bytes: int) -> LabelledRows:
@@ -70,13 +75,26 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     )
     siblings = _read_siblings(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
     rows = None if siblings is None else _stack([siblings])
-    if rows is not None and not _is_finite(rows):
-        _name_infinite(rows, path, wrong)
+    if rows is not None and not _can_be_fitted(rows):
+        _name_unfit(rows, path, wrong)
         rows = None
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if rows is None or rewards is None:
         return None
     return LabelledRows(message.run_id, message.step, message.group_id, domain, rows, rewards)
+
+
+def label_payload(label: LabelledRows) -> bytes:
+    """Return the queue entry that `parse_label` reads as this label."""
+    rows = label.rows
+    rollouts = tuple(
+        Features(prompt, response, *(EntropyStats(*entropies[start : start + 4].tolist()) for start in (0, 4, 8)))
+        for prompt, response, entropies in zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, strict=True)
+    )
+    group = LabelledGroup(
+        label.run_id, label.step, label.group_id, label.domain, rollouts, label.rewards, len(rollouts)
+    )
+    return encode_labelled_group(group).SerializeToString()
 
 
 def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureRows | None]:
@@ -98,15 +116,15 @@ def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violation
     questions: list[FeatureRows | None] = [None] * len(messages)
     for groups in read.values():
         all_rows = _stack([siblings for _, siblings, _ in groups])
-        all_finite = _is_finite(all_rows)
+        are_all_fit = _can_be_fitted(all_rows)
         start = 0
         for index, siblings, rewards in groups:
             rows = all_rows.part(start, start + len(siblings), rewards)
             start += len(siblings)
-            if all_finite or _is_finite(rows):
+            if are_all_fit or _can_be_fitted(rows):
                 questions[index] = rows
             else:
-                _name_infinite(rows, f"groups[{index}]", wrong)
+                _name_unfit(rows, f"groups[{index}]", wrong)
     return questions
 
 
@@ -196,8 +214,8 @@ def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations)
         return None
     if not prompt.prompt_hidden.size:
         wrong.add(f"{path}.prompt_hidden", "is empty; must have the model's width")
-    elif not np.isfinite(prompt.prompt_hidden).all():
-        wrong.add(f"{path}.prompt_hidden", "holds NaN or infinite numbers")
+    elif not _lie_within(prompt.prompt_hidden, _HIDDEN):
+        wrong.add(f"{path}.prompt_hidden", _what_is_unfit(prompt.prompt_hidden, _HIDDEN))
     return prompt
 
 
@@ -214,16 +232,33 @@ def _entropies(message: common_pb2.RolloutFeatures) -> list[float]:
     return [value for span in spans for value in (span.mean, span.last, span.max, span.min)]
 
 
-def _is_finite(rows: FeatureRows) -> bool:
-    return all(np.isfinite(columns).all() for columns in (rows.prompt_hidden, rows.response_hidden, rows.entropies))
+def _can_be_fitted(rows: FeatureRows) -> bool:
+    return (
+        _lie_within(rows.prompt_hidden, _HIDDEN)
+        and _lie_within(rows.response_hidden, _HIDDEN)
+        and _lie_within(rows.entropies, _ENTROPY)
+    )
 
 
-def _name_infinite(rows: FeatureRows, path: str, wrong: Violations) -> None:
-    """Note every field of these rollouts that holds what is not finite."""
-    for name, columns in (
-        ("prompt_hidden", rows.prompt_hidden),
-        ("response_hidden", rows.response_hidden),
-        *((name, rows.entropies[:, [column]]) for column, name in enumerate(_ENTROPIES)),
+def _lie_within(columns: Floats, bounds: tuple[float, float]) -> bool:
+    """Whether all numbers do; NaN does not."""
+    return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
+
+
+def _name_unfit(rows: FeatureRows, path: str, wrong: Violations) -> None:
+    """Note every field of these rollouts that holds what no probe can be fitted to."""
+    for name, columns, bounds in (
+        ("prompt_hidden", rows.prompt_hidden, _HIDDEN),
+        ("response_hidden", rows.response_hidden, _HIDDEN),
+        *((name, rows.entropies[:, [column]], _ENTROPY) for column, name in enumerate(_ENTROPIES)),
     ):
-        for index in np.flatnonzero(~np.isfinite(columns).all(axis=1)):
-            wrong.add(f"{path}.rollouts[{index}].{name}", "holds NaN or infinite numbers")
+        for index, row in enumerate(columns):
+            if not _lie_within(row, bounds):
+                wrong.add(f"{path}.rollouts[{index}].{name}", _what_is_unfit(row, bounds))
+
+
+def _what_is_unfit(numbers: Floats, bounds: tuple[float, float]) -> str:
+    if not np.isfinite(numbers).all():
+        return "holds NaN or infinite numbers"
+    worst = numbers.max() if numbers.max() > bounds[1] else numbers.min()
+    return f"holds {worst:g}; required: {bounds[0]:g} to {bounds[1]:g}"

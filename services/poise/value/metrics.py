@@ -70,6 +70,11 @@ class StateCollector(Collector):
         yield CounterMetricFamily(
             "poise_value_dead_letters", "Queue entries refused as poison.", depth.num_dead_letters
         )
+        yield CounterMetricFamily(
+            "poise_value_queue_losses",
+            "Times that published labels were found missing from the queue, since the process started.",
+            depth.num_losses,
+        )
         yield GaugeMetricFamily(
             "poise_value_groups_pending", "Groups published and not yet in the durable state.", depth.num_entries
         )

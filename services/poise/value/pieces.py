@@ -82,6 +82,7 @@ def split(snapshot: Snapshot, before: Document | None) -> tuple[Document, dict[s
         "instance_id": snapshot.instance_id,
         "num_groups_consumed": snapshot.num_groups_consumed,
         "num_duplicates": snapshot.num_duplicates,
+        "newest_entry": snapshot.newest_entry,
         "ledger": {
             "revision": ledger.revision,
             "retired_revision": ledger.retired_revision,
@@ -141,6 +142,7 @@ def join(document: Mapping[str, Any], pieces: Mapping[str, Mapping[str, NDArray[
         ),
         num_groups_consumed=document["num_groups_consumed"],
         num_duplicates=document["num_duplicates"],
+        newest_entry=document.get("newest_entry", ""),  # of a release that did not tell
     )
 
 

@@ -1,7 +1,8 @@
 """Refits probes when their domains hold labels they have not seen, in a thread beside queries.
 
 Labels that arrive during a fit are covered by the next one together. A fit works on groups that were on the ledger
-when it began, so what it gives has seen no label of a step that can still be pinned.
+when it began, so what it gives has seen no label of a step that can still be pinned. Groups that make a fit fail become
+dead letters.
 """
 
 from __future__ import annotations
@@ -9,19 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from poise.errors import PoiseError
+from poise.queue.interface import Delivery, LabelQueue
+from poise.runtime.repeats import RepeatLog
+from poise.value.buffer import Window
 from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
+from poise.value.labels import label_payload
 from poise.value.metrics import ValueMetrics
 from poise.value.pins import VersionedProbe
-from poise.value.probe import ProbeFitter
+from poise.value.probe import FittedProbe, ProbeFitter
+from poise.value.quarantine import UNFIT, unfit_groups
+from poise.value.rows import LabelledRows
 from poise.value.settling import Changes
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
-"""After a probe could not be made durable."""
+"""After a probe could not be made durable, or a dead letter not be sent."""
+
+_NO_ENTRY = "0-0"
+"""Stands for the queue entry of a group that was learnt: it is gone."""
 
 
 class Refitter:
@@ -32,9 +43,12 @@ class Refitter:
         estimator: BaselineEstimator,
         make_fitter: Callable[[], ProbeFitter],
         keeper: StateKeeper,
+        queue: LabelQueue,
         metrics: ValueMetrics,
         changes: Changes,
     ) -> None:
+        self._queue = queue
+        self._repeats = RepeatLog(logger)
         self._estimator = estimator
         self._make_fitter = make_fitter
         self._fitters: dict[str, ProbeFitter] = {}
@@ -79,23 +93,64 @@ class Refitter:
     async def _refit(self, name: str) -> None:
         window, before = self._estimator.domains[name].window, self._estimator.probes.get(name)
         num_added = window.num_added
-        if name not in self._fitters:
-            self._fitters[name] = self._make_fitter()
         started_s = time.perf_counter()
         try:
-            probe = await asyncio.to_thread(self._fitters[name].fit, window.groups)
+            probe = await self._fit(name, window)
             fit_s = time.perf_counter() - started_s
-            if self._estimator.domains[name].window is not window:
-                return  # another width has won meanwhile: these rows are none of the domain's any more
+            if probe is None or self._estimator.domains[name].window is not window:
+                return  # another width has won meanwhile, or groups left: the fit is of rows that are not there
             version = before.version + 1 if before else 1
             await self._keeper.install(name, VersionedProbe(version, probe, num_added, fit_s))
-        except OSError:  # the keeper has said so
+        except (OSError, PoiseError) as error:
+            if isinstance(error, PoiseError):  # of an OSError the keeper has told
+                self._repeats.log(logging.ERROR, f"groups that cannot be fitted are not dead-lettered yet: {error}")
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
-        except Exception:
+        except Exception as error:
             # A fit must not end the service: the probe before goes on answering, and the next labels may mend it.
-            logger.exception("the probe of domain %r could not be fitted", name)
+            self._repeats.log(logging.ERROR, f"the probe of domain {name!r} could not be fitted: {error!r}", error)
             self._metrics.fit_failures.labels(name).inc()
             self._failed_at[name] = num_added
         else:
             self._metrics.fit_seconds.labels(name).observe(fit_s)
             logger.info("probe of domain %r: version %d in %.2f s", name, version, fit_s)
+
+    async def _fit(self, name: str, window: Window) -> FittedProbe | None:
+        """Return the probe of a window; None where groups had to leave it first, which then is due again.
+
+        Raises:
+            ArithmeticError, ValueError: it cannot be fitted, and that is no fault of a few groups.
+            OSError, PoiseError: the groups to blame cannot be given away now.
+        """
+        if name not in self._fitters:
+            self._fitters[name] = self._make_fitter()
+        groups = window.groups
+        try:
+            return await asyncio.to_thread(self._fitters[name].fit, groups)
+        except UNFIT as error:
+            unfit = await asyncio.to_thread(unfit_groups, groups, self._can_be_fitted)
+            if not unfit:  # what the fitter had kept of earlier fits was to blame, and is gone
+                return await asyncio.to_thread(self._fitters[name].fit, groups)
+            if 2 * len(unfit) > len(groups):
+                raise
+            await self._expel(name, unfit, error)
+            return None
+
+    def _can_be_fitted(self, groups: Sequence[LabelledRows]) -> bool:
+        try:
+            self._make_fitter().fit(groups)
+        except UNFIT:
+            return False
+        return True
+
+    async def _expel(self, name: str, unfit: Sequence[LabelledRows], error: Exception) -> None:
+        """Move learnt groups to the dead letters, then out of the window: a crash in between only sends them twice."""
+        for group in unfit:
+            delivery = Delivery(_NO_ENTRY, label_payload(group), time.time())
+            await self._queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")
+        self._estimator.expel(name, unfit)
+        await self._keeper.keep()
+        self._repeats.log(
+            logging.WARNING,
+            f"{len(unfit)} groups of domain {name!r} are dead-lettered: no probe can be fitted with them: {error}",
+        )
+        self._wake.set()

@@ -45,3 +45,5 @@ class Snapshot:
     """`StepPins.all`."""
     num_groups_consumed: int
     num_duplicates: int
+    newest_entry: str = ""
+    """Id of the newest queue entry that was learnt: a queue that ends before it has lost labels."""

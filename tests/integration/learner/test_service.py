@@ -232,6 +232,21 @@ WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] 
         "rollouts[1].advantage",
     ),
     "advantage without end": (broken(lambda r: setattr(r, "advantage", float("inf"))), "rollouts[1].advantage"),
+    **{
+        f"advantage {number:g}": (
+            broken(lambda r, number=number: setattr(r, "advantage", number)),
+            "rollouts[1].advantage",
+        )
+        for number in (1e30, -1e30, 1.1e4, -3e38)
+    },
+    **{
+        f"logprob {number:g}": (
+            tensor("rollout_logprobs", [-1.0] * 5 + [number], "float32"),
+            "rollouts[1].rollout_logprobs",
+        )
+        for number in (-1e30, -3e38, -81.0)
+    },
+    "almost greedy": (header(temperature=1e-30), "header.temperature"),
     "data cut": (
         broken(lambda r: setattr(r.response_token_ids, "data", b"\0" * 23)),
         "rollouts[1].response_token_ids",
@@ -263,9 +278,24 @@ REWARDS_WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any]
     "no reward": (broken(lambda r: r.ClearField("reward")), "rollouts[1].reward"),
     "reward of nothing": (broken(lambda r: setattr(r, "reward", float("nan"))), "rollouts[1].reward"),
     "reward without end": (broken(lambda r: setattr(r, "reward", -float("inf"))), "rollouts[1].reward"),
+    "a reward too large": (broken(lambda r: setattr(r, "reward", 1e30)), "rollouts[1].reward"),
+    "a reward too low": (broken(lambda r: setattr(r, "reward", -2e4)), "rollouts[1].reward"),
     "an advantage": (broken(lambda r: setattr(r, "advantage", 0.5)), "rollouts[1].advantage"),
     "no advantage that is": (broken(lambda r: setattr(r, "advantage", float("nan"))), "rollouts[1].advantage"),
 }
+
+
+@pytest.mark.parametrize(("advantage", "temperature"), [(1e4, 0.01), (-1e4, 100.0), (1e-38, 1.0)])
+async def test_the_extremes_that_are_accepted_can_be_trained_on(serve, advantage: float, temperature: float):
+    service = await serve()
+    requests = messages(make_batch(0))
+    header(temperature=temperature)(requests)
+    tensor("rollout_logprobs", [-80.0] * 6, "float32")(requests)
+    for request in requests[1:]:
+        request.rollout.advantage = advantage
+    answer = await service.stub.SubmitAdvantages(iter(requests))
+    assert (answer.policy_version, answer.metrics.num_skipped_updates) == (1, 0)
+    assert np.isfinite([answer.metrics.loss, answer.metrics.gradient_norm]).all()
 
 
 async def test_a_learner_with_a_critic_takes_rewards_and_no_advantages(serve):

@@ -81,7 +81,24 @@ def entropy_not_a_number(label: pb.LabelledGroup, random: Random) -> None:
     label.rollouts[1].output_entropy.max = float("nan")
 
 
+def entropy_negative(label: pb.LabelledGroup, random: Random) -> None:
+    label.rollouts[1].reasoning_entropy.min = -5.0
+
+
+def entropy_beyond_any_vocabulary(label: pb.LabelledGroup, random: Random) -> None:
+    label.rollouts[0].answer_entropy.mean = float(random.choice([26.0, 1e30]))
+
+
+def hidden_state_beyond_squaring(label: pb.LabelledGroup, random: Random) -> None:
+    huge = np.zeros(8, np.float32)
+    huge[random.integers(8)] = random.choice([1e30, -3e38, 1.1e7])
+    label.rollouts[1].prompt_hidden.CopyFrom(to_tensor(huge))
+
+
 CHANGES = {
+    entropy_negative: "group.rollouts[1].reasoning_entropy.min: holds -5; required: -0.001 to 25",
+    entropy_beyond_any_vocabulary: "group.rollouts[0].answer_entropy.mean: holds ",
+    hidden_state_beyond_squaring: "group.rollouts[1].prompt_hidden: holds ",
     nan_in_features: "group.rollouts[0].response_hidden: holds NaN",
     nan_reward: "group.rewards: must lie in [0, 1]",
     reward_out_of_range: "group.rewards: must lie in [0, 1]",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.tokens import write_token
 
 from poise.local.addresses import renew_taken_ports, run_ports
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
@@ -229,7 +232,7 @@ def secured(folder: Path, **tokens: str) -> dict[str, Any]:
     """A file whose services want these tokens, each from a file of its own."""
     values: dict[str, Any] = dict(MINIMAL)
     for name, token in tokens.items():
-        (folder / f"{name}.token").write_text(f"{token}\n")
+        write_token(folder / f"{name}.token", token)
         values[name] = {"auth": {"token_file": str(folder / f"{name}.token")}}
     return values
 
@@ -237,14 +240,68 @@ def secured(folder: Path, **tokens: str) -> dict[str, Any]:
 def test_callers_show_the_token_that_the_services_want(tmp_path: Path) -> None:
     run = load(tmp_path, secured(tmp_path, generation="sesame", value="sesame"))
     assert run.learner.replica_token_file == run.train.endpoints.token_file == tmp_path / "generation.token"
-    run = load(tmp_path, secured(tmp_path, value="sesame"))
-    assert (run.learner.replica_token_file, run.train.endpoints.token_file) == (None, tmp_path / "value.token")
-    assert load(tmp_path).train.endpoints.token_file is None
+    run = load(tmp_path, secured(tmp_path, value="sesame"))  # the others want it, too
+    assert {run.learner.replica_token_file, run.train.endpoints.token_file} == {tmp_path / "value.token"}
+    assert run.generation.auth.token_file == run.learner.auth.token_file == tmp_path / "value.token"
+
+
+def test_a_run_makes_a_token_that_only_its_user_can_read(tmp_path: Path) -> None:
+    run = load(tmp_path)
+    token = run.services_dir / "token"
+    wanted = {run.generation.auth.token_file, run.value.auth.token_file, run.learner.auth.token_file}
+    assert {*wanted, run.learner.replica_token_file, run.train.endpoints.token_file} == {token}
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(run.dir.stat().st_mode) == stat.S_IMODE(run.services_dir.stat().st_mode) == 0o700
+    assert all(tree["auth"] == {"token_file": str(token)} for name, tree in run.trees.items() if name != "train")
+    before = token.read_text()
+    assert len(before.strip()) >= 32
+    load(tmp_path)
+    assert token.read_text() == before
+    assert before.strip() not in str(run.overrides)
+
+
+def test_the_runs_token_is_not_shown_to_services_elsewhere(tmp_path: Path) -> None:
+    elsewhere = {"generation": ["gpu-1:50051"], "value": "gpu-2:50052", "learner": "gpu-3:50053"}
+    train = MINIMAL["train"] | {"endpoints": elsewhere}
+    assert load(tmp_path, MINIMAL | {"train": train}).train.endpoints.token_file is None
+    own = write_token(tmp_path / "own", "sesame")
+    train = MINIMAL["train"] | {"endpoints": elsewhere | {"token_file": str(own)}}
+    assert load(tmp_path, MINIMAL | {"train": train}).train.endpoints.token_file == own
+
+
+def test_runs_have_different_tokens(tmp_path: Path) -> None:
+    runs = [load(tmp_path, MINIMAL | {"run": {"dir": str(tmp_path / name)}}) for name in ("a", "b")]
+    assert len({(run.services_dir / "token").read_text() for run in runs}) == 2
+
+
+def test_a_service_that_may_be_open_gets_no_token(tmp_path: Path) -> None:
+    run = load(tmp_path, MINIMAL | {"value": {"auth": {"allow_open_bind": True}}})
+    assert run.value.auth.token_file is None
+    assert run.learner.auth.token_file is not None
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o666, 0o622])
+def test_a_token_of_the_run_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+    token = load(tmp_path).services_dir / "token"
+    token.chmod(mode)
+    if mode == 0o640 and os.getuid() == 0:
+        return  # as Kubernetes mounts it
+    with pytest.raises(ConfigError, match=f"has mode {mode:04o}: other users can use the token. Run `chmod 600"):
+        load(tmp_path)
+
+
+def test_a_services_folder_that_others_can_enter_is_closed(tmp_path: Path) -> None:
+    services = load(tmp_path).services_dir
+    services.chmod(0o755)
+    load(tmp_path)
+    assert stat.S_IMODE(services.stat().st_mode) == 0o700
 
 
 def test_different_tokens_are_refused_with_what_to_do(tmp_path: Path) -> None:
     values = secured(tmp_path, generation="sesame", learner="rosebud")
-    with pytest.raises(ConfigError, match=r"endpoints\.token_file: .*generation and learner have different tokens"):
+    with pytest.raises(
+        ConfigError, match=r"endpoints\.token_file: .*generation and value and learner have different tokens"
+    ):
         load(tmp_path, values)
     by_hand = load(tmp_path, values, f"train.endpoints.token_file={tmp_path / 'learner.token'}")
     assert by_hand.train.endpoints.token_file == tmp_path / "learner.token"

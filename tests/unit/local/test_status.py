@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.tokens import write_token
 from tests.unit.local.test_run_file import load
 from tests.unit.orchestrator.test_run_folder import finish
 
@@ -192,13 +193,13 @@ def test_how_far_the_run_is(run: LocalRun, admins: Admins, capsys: pytest.Captur
 
 
 def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "token").write_text("open-sesame\n")
+    write_token(tmp_path / "token", "open-sesame")
     base = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
     run = load(tmp_path, base | {"value": {"auth": {"token_file": str(tmp_path / "token")}}})
     admins = Admins(run)
     monkeypatch.setattr("poise.local.status.ask_admin", admins)
     show_status(run, as_json=True)
-    assert [headers.get("Authorization") for headers in admins.headers] == [None, "Bearer open-sesame", None]
+    assert [headers.get("Authorization") for headers in admins.headers] == ["Bearer open-sesame"] * 3
 
 
 def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 import pytest
+from tests.support.tokens import write_token
 
 from poise.errors import Unauthenticated
 from poise.runtime import auth
 from poise.runtime.auth import BearerAuth, refuse_open_bind
 from poise.runtime.config import ConfigError, ServiceConfig
+from poise_client import TokenFile
 
 
 def config(**values):
@@ -60,3 +62,19 @@ def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
     assert all("auth.token_file" in line and "auth.allow_open_bind" in line for line in lines)
     refuse_open_bind(config(**beyond), "hunter2")
     refuse_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
+
+
+def test_a_new_token_is_accepted_without_a_restart(tmp_path, caplog):
+    path = write_token(tmp_path / "token", "first")
+    checks = BearerAuth(TokenFile(path))
+    assert checks.required
+    checks.check("Bearer first")
+    write_token(tmp_path / "new", "second").replace(path)
+    checks.check("Bearer second")
+    checks.check("Bearer first")  # of callers that have not seen the new one
+    with pytest.raises(Unauthenticated):
+        checks.check("Bearer third")
+    path.chmod(0o644)
+    for _ in range(3):
+        checks.check("Bearer second")
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["the token file changed and is not used"]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import SettingsConfigDict
+from tests.support.tokens import write_token
 
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
@@ -278,7 +279,7 @@ def test_a_token_in_a_file_or_on_the_command_line_is_refused_and_not_repeated(fi
 
 
 def test_a_token_comes_from_the_environment_or_from_a_file(monkeypatch, tmp_path):
-    (tmp_path / "token").write_text("of-the-file\n")
+    write_token(tmp_path / "token", "of-the-file")
     config = load_config(BakeryConfig, None, [f"auth.token_file={tmp_path / 'token'}"])
     assert config.auth.read_token() == "of-the-file"
     monkeypatch.setenv("POISE_BAKERY_AUTH__TOKEN", "hunter2")
@@ -299,9 +300,9 @@ def test_a_token_that_cannot_be_sent_or_would_let_everybody_in_is_refused(monkey
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"two\nlines", "hünter2".encode()])
 def test_a_token_file_that_holds_no_token_is_refused(tmp_path, content):
-    path = tmp_path / "token"
+    path = write_token(tmp_path / "token", "")
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^auth.token_file: ") as refused:
+    with pytest.raises(ConfigError, match=r"^auth.token_file: what .* must be visible ASCII") as refused:
         AuthConfig(token_file=path).read_token()
     assert "nter" not in str(refused.value)
 

@@ -28,7 +28,7 @@ class Maker:
         def floats(columns: int) -> np.ndarray:
             return self.random.normal(size=(n, columns)).astype(np.float32)
 
-        return FeatureRows(floats(width), floats(width), floats(NUM_ENTROPIES))
+        return FeatureRows(floats(width), floats(width), np.abs(floats(NUM_ENTROPIES)))
 
     def label(
         self,

@@ -53,6 +53,8 @@ class HeldFitter(MeanFitter):
 
 
 class FailingFitter(MeanFitter):
+    """Fails for no reason that lies in the rows."""
+
     def __init__(self, num_failures: int) -> None:
         self.num_failures = num_failures
         self.num_fits = 0
@@ -60,6 +62,20 @@ class FailingFitter(MeanFitter):
     def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
         self.num_fits += 1
         if self.num_fits <= self.num_failures:
+            raise RuntimeError("no more threads")
+        return super().fit(groups)
+
+
+class PickyFitter(MeanFitter):
+    """Cannot fit some groups; or, where `together`, not those in one fit."""
+
+    def __init__(self, unfit: Sequence[str], *, together: bool = False) -> None:
+        self._unfit = set(unfit)
+        self._together = together
+
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        found = self._unfit & {group.group_id for group in groups}
+        if found and (not self._together or found == self._unfit):
             raise ArithmeticError("the fit gave parameters that are not finite")
         return super().fit(groups)
 
@@ -81,7 +97,7 @@ class Parts:
         self.keeper = StateKeeper(self.estimator, self.store, self.metrics, self.given_up.append)
         self.queue = MemoryQueue(stream, "consumer")
         self.changes = changes = Changes()
-        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.metrics, changes)
+        self.refitter = Refitter(self.estimator, make_fitter, self.keeper, self.queue, self.metrics, changes)
         self.consumer = LabelConsumer(
             self.queue, self.estimator, self.keeper, self.refitter, config.queue, self.metrics, changes
         )

@@ -13,6 +13,7 @@ from tests.unit.value.parts import Parts, until
 
 import poise.value.consumer
 from poise.errors import BackendDown, QueueFull
+from poise.queue.interface import QueueDepth
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.estimator import BaselineEstimator
 from poise.value.keeper import StateKeeper
@@ -394,3 +395,68 @@ async def test_questions_are_answered_between_the_labels_of_one_batch(start, str
     asking.cancel()
     labels = [place for place, event in enumerate(order) if event == "label"]
     assert all("question" in order[one:other] for one, other in pairwise(labels))
+
+
+async def test_lost_labels_are_logged_and_others_still_learnt(start, stream, make, monkeypatch, caplog) -> None:
+    told = [QueueDepth(0, 0), QueueDepth(0, 0, num_losses=1, last_loss="Redis at r:1 lost labels: it is gone")]
+
+    async def depth() -> QueueDepth:
+        return told[0] if len(told) == 1 else told.pop(0)
+
+    with start().alive() as parts:
+        monkeypatch.setattr(parts.queue, "depth", depth)
+        await publish(stream, make.payload(0))
+        await parts.consume_until(lambda: empty(stream) and len(told) == 1 and parts.consumer.problem != "")
+        assert parts.consumer.problem == "Redis at r:1 lost labels: it is gone"
+        assert parts.consumer.depth.num_losses == 1
+        assert consumed(parts)
+        assert [record.levelname for record in caplog.records if "lost labels" in record.message] == ["ERROR"]
+        monkeypatch.setattr(poise.value.consumer, "_LOSS_SHOWN_S", 0.0)
+        assert parts.consumer.problem == ""
+
+
+async def test_warnings_of_the_queue_are_logged_once(start, stream, monkeypatch, caplog) -> None:
+    num_asked = 0
+
+    async def depth() -> QueueDepth:
+        nonlocal num_asked
+        num_asked += 1
+        return QueueDepth(0, 0, problem="it deletes any key", warnings=("it writes nothing to disk",))
+
+    with start().alive() as parts:
+        monkeypatch.setattr(parts.queue, "depth", depth)
+        await parts.consume_until(lambda: num_asked > 3)
+        assert parts.consumer.problem == "it deletes any key"
+    assert sum("nothing to disk" in message for message in caplog.messages) == 1
+    assert sum("deletes any key" in message for message in caplog.messages) == 1
+
+
+async def test_poison_without_room_does_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
+    await publish(stream, b"poison", *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().alive() as parts:
+        real = parts.queue.dead_letter
+
+        async def full(delivery, reason):
+            raise QueueFull("Redis is out of memory")
+
+        with monkeypatch.context() as out_of_memory:
+            out_of_memory.setattr(parts.queue, "dead_letter", full)
+            running = asyncio.create_task(parts.consumer.run())
+            await until(
+                lambda: len(consumed(parts)) == NUM_LABELS and "cannot be dead-lettered" in parts.consumer.problem
+            )
+            assert len(stream.pending) <= 5
+        monkeypatch.setattr(parts.queue, "dead_letter", real)
+        await until(lambda: empty(stream))
+        parts.consumer.stop()
+        await running
+        (letter,) = await parts.queue.dead_letters(max_entries=9)
+        assert letter.payload == b"poison"
+
+
+async def test_the_newest_entry_learnt_is_known_over_a_restart(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(12)])  # ids are numbers: 10 comes after 9
+    with start().alive() as parts:
+        await parts.consume_until(lambda: empty(stream))
+    with start().alive() as parts:
+        assert parts.estimator.newest_entry == "12-0"

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from poise.errors import InvalidRequest
-from poise.value.labels import parse_label
+from poise.runtime.validation import Violations
+from poise.value.labels import label_payload, parse_label, read_questions
 from poise_client.codec import to_tensor
 from poise_proto.v1.common_pb2 import Tensor
-from poise_proto.v1.value_pb2 import LabelledGroup
+from poise_proto.v1.value_pb2 import GroupFeatures, LabelledGroup
 
 Change = Callable[[LabelledGroup], object]
 NAN, INFINITE = float("nan"), float("inf")
@@ -198,3 +199,34 @@ def test_no_flipped_bit_escapes_as_anything_but_a_label_or_invalid_request(make)
         except InvalidRequest:
             num_refused += 1
     assert 500 < num_refused < 2000
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        ("prompt_hidden", 1e30),
+        ("response_hidden", -3e38),
+        ("prompt_hidden", 1.1e7),
+        ("entropies", -0.5),
+        ("entropies", 26.0),
+        ("entropies", 1e30),
+    ],
+)
+def test_numbers_that_cannot_be_fitted_are_named(make, field, number):
+    label = make.label(0)
+    getattr(label.rows, field)[1, 0] = number
+    name = "output_entropy.mean" if field == "entropies" else field
+    with pytest.raises(InvalidRequest, match=rf"rollouts\[1\].{name}: holds .*; required: "):
+        parse_label(make.message(label).SerializeToString(), 2**20)
+    question = GroupFeatures(group_id="g", rollouts=make.message(label).rollouts)
+    wrong = Violations()
+    assert read_questions([question], wrong) == [None]
+    assert wrong
+
+
+def test_a_label_survives_being_written_again(make):
+    label = make.label(3, "g7", n=3)
+    again = parse_label(label_payload(label), 2**20)
+    assert (again.run_id, again.step, again.group_id, again.domain) == ("run", 3, "g7", "default")
+    np.testing.assert_array_equal(again.rows.entropies, label.rows.entropies)
+    np.testing.assert_array_equal(again.rewards, label.rewards)

@@ -7,13 +7,16 @@ import logging
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from safetensors import SafetensorError
-from tests.unit.value.parts import TIMEOUT_S, FailingFitter, HeldFitter, MeanFitter, Parts, until
+from tests.unit.value.parts import TIMEOUT_S, FailingFitter, HeldFitter, MeanFitter, Parts, PickyFitter, until
 
 import poise.value.refitter
+from poise.errors import BackendDown
 from poise.queue.memory_queue import MemoryStream
+from poise.value.labels import parse_label
 from poise.value.pins import VersionedProbe
 from poise.value.probe import FittedProbe
 from poise.value.servicer import ValueServicer
@@ -302,3 +305,52 @@ async def test_saves_never_overlap_and_each_holds_the_state_when_it_began(start,
 
         await asyncio.gather(*(learn_and_keep(step) for step in range(5)))
         assert numbers[-1] == 5
+
+
+async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, caplog) -> None:
+    with start(lambda: PickyFitter(["bad"])).alive() as parts:
+        learn(parts, make, 0, 1, 2)
+        learn(parts, make, 3, group_id="bad")
+        bad = parts.estimator.domains["default"].window.groups[-1]
+        await parts.refit_until(lambda: version(parts) == 1)
+        (letter,) = await parts.queue.dead_letters(max_entries=9)
+        assert "no probe can be fitted with it" in letter.reason
+        again = parse_label(letter.payload, 2**20)
+        assert (again.step, again.group_id) == (3, "bad")
+        np.testing.assert_array_equal(again.rows.prompt_hidden, bad.rows.prompt_hidden)
+        np.testing.assert_array_equal(again.rows.entropies, bad.rows.entropies)
+    assert "Traceback" not in caplog.text
+    with start(lambda: PickyFitter(["bad"])).alive() as parts:  # it is gone for good, and cannot be learnt again
+        groups = parts.estimator.domains["default"].window.groups
+        assert [group.step for group in groups] == [0, 1, 2]
+        learn(parts, make, 3, group_id="bad")
+        assert parts.estimator.num_duplicates == 1
+        learn(parts, make, 4)
+        await parts.refit_until(lambda: version(parts) == 2)
+
+
+async def test_a_group_stays_while_its_dead_letter_cannot_be_sent(start, make, monkeypatch) -> None:
+    with start(lambda: PickyFitter(["bad"])).alive() as parts:
+        learn(parts, make, 0, 1, 2)
+        learn(parts, make, 3, group_id="bad")
+        num_tries = 0
+
+        async def down(delivery, reason):
+            nonlocal num_tries
+            num_tries += 1
+            raise BackendDown("Redis is down")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(parts.queue, "dead_letter", down)
+            await parts.refit_until(lambda: num_tries == 1)
+        assert len(parts.estimator.domains["default"].window.groups) == 4
+
+
+async def test_a_fit_that_fails_whatever_is_in_it_costs_no_label(start, make) -> None:
+    names = [f"g{step}" for step in range(6)]
+    with start(lambda: PickyFitter(names)).alive() as parts:
+        for step, name in enumerate(names):
+            learn(parts, make, step, group_id=name)
+        await parts.refit_until(lambda: parts.refitter.gives_up("default"))
+        assert len(parts.estimator.domains["default"].window.groups) == 6
+        assert await parts.queue.dead_letters(max_entries=9) == []

@@ -46,6 +46,7 @@ _PLACES = frozenset(
             for section in ("grpc", "admin", "auth", "logging", "tracing")
         ),
         *("generation.model", "learner.model", "learner.state_dir", "learner.export_dir", "learner.replicas"),
+        *("learner.replica_token_file", "learner.replica_ca_file"),
         *("value.state_dir", "value.queue.url", "train.run_dir", "train.endpoints", "train.samples_per_step"),
     }
 )

@@ -1,0 +1,101 @@
+"""A bearer token that a file holds: refused where others can read it, and read again when the file changes."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TOKEN_FILE_ENV = "POISE_TOKEN_FILE"  # noqa: S105 (a variable's name)
+"""Names the token file of clients that are given neither a token nor a file."""
+
+ROTATION_S = 120.0
+"""How long after a change the other side may still hold the token before: Kubernetes updates mounts within a minute."""
+
+_TOKEN = re.compile(r"[!-~]+")
+
+
+class TokenFile:
+    """A file with a bearer token, one line."""
+
+    def __init__(self, path: Path | str, now: Callable[[], float] = time.monotonic) -> None:
+        """Read it.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: others can read or write it, or it holds no token.
+        """
+        self.path = Path(path)
+        self._now = now
+        self._version = self._look()
+        self._token = self._read()
+        self._before: str | None = None
+        self._changed_s = -ROTATION_S
+        self.problem = ""
+        """Why the last change was not taken over; empty while the file is in order."""
+
+    @property
+    def current(self) -> str:
+        """The token that the file holds now; the one before while the file cannot be used."""
+        try:
+            version = self._look()
+            if version != self._version:
+                token = self._read()
+                if token != self._token:
+                    self._before, self._token, self._changed_s = self._token, token, self._now()
+                self._version = version
+            self.problem = ""
+        except (OSError, ValueError) as error:
+            self.problem = str(error)
+        return self._token
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The current token, and for a while after a change the one before it."""
+        current = self.current
+        return (current, self._before) if self.changed_lately and self._before is not None else (current,)
+
+    @property
+    def changed_lately(self) -> bool:
+        """Whether the other side may not have taken over the current token yet."""
+        return self._now() - self._changed_s < ROTATION_S
+
+    def _look(self) -> tuple[int, ...]:
+        facts = self.path.stat()
+        return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size, facts.st_mode
+
+    def _read(self) -> str:
+        with self.path.open("rb") as file:
+            refuse_shared_file(self.path, os.fstat(file.fileno()))
+            token = file.read(65536).decode("ascii", "replace").strip()
+        try:
+            check_token(token)
+        except ValueError as error:
+            raise ValueError(f"what {self.path} holds {error}") from None
+        return token
+
+
+def check_token(token: str) -> None:
+    """Raise `ValueError` for what cannot be sent as a bearer token."""
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("must be visible ASCII characters without blanks or line breaks, at least one")
+
+
+def refuse_shared_file(path: Path, facts: os.stat_result) -> None:
+    """Raise `ValueError` for a secret that other users of the machine can read or change.
+
+    A file of root's that one of this process's groups may read passes: so Kubernetes mounts secrets with `fsGroup`.
+    """
+    if os.name != "posix" or not facts.st_mode & 0o077:
+        return
+    is_mounted_secret = (
+        facts.st_uid == 0 and not facts.st_mode & 0o037 and facts.st_gid in {os.getegid(), *os.getgroups()}
+    )
+    if not is_mounted_secret:
+        raise ValueError(
+            f"{path} has mode {stat.S_IMODE(facts.st_mode):04o}: other users can use the token. "
+            f"Run `chmod 600 {path}`; in Kubernetes, set defaultMode: 0440 of the volume and fsGroup of the pod"
+        )

@@ -1,0 +1,167 @@
+"""The way to the Redis server: every connection is checked before its first use, and replaced when it fails.
+
+Owns connections, and following a server that fails over or a cluster that names another node. Knows no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import MovedError, RedisError, ResponseError
+
+from poise.errors import QueueFull
+from poise.queue.redis_errors import may_be_gone, translated
+from poise.queue.redis_server import ServerReport, examine, is_cluster, parse_info
+from poise.runtime.addresses import join_address
+
+T = TypeVar("T")
+
+Client = redis.asyncio.Redis
+
+Ask = Callable[..., Awaitable[Any]]
+"""Sends a command, given as its words, over one connection and returns the answer."""
+
+_CONNECT_TIMEOUT_S = 2.0
+_REPLY_TIMEOUT_S = 10.0
+_IDLE_CHECK_S = 15
+"""A connection that was idle for longer is asked for a PING before it is used."""
+_EXAMINE_EVERY_S = 30.0
+"""Settings of a server may change while a connection lives."""
+_MOST_TRIES = 3
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+
+
+class RedisClient:
+    """Runs commands on the server that the URL names, or on the cluster node that it names in turn."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        needed_bytes: int,
+        examine_keys: Callable[[Ask, bool], Awaitable[None]],
+        failed: Callable[[], None],
+    ) -> None:
+        """Prepare; no I/O.
+
+        Args:
+            url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
+            needed_bytes: memory that the queue may take in the server.
+            examine_keys: called with each new connection, and again now and then; the flag says whether the server is
+                a cluster node.
+            failed: called when a connection fails: an answer may have been lost.
+        """
+        self._url = url
+        self._needed_bytes = needed_bytes
+        self._examine_keys = examine_keys
+        self._failed = failed
+        parts = urlsplit(url)
+        self._home = join_address(parts.hostname, parts.port or 6379) if parts.hostname else parts.path
+        self.address = self._home
+        """host:port, or path, of the server that is used now."""
+        self.report = ServerReport(None, ())
+        """What was found when a connection was last examined."""
+        self._examined_s = -_EXAMINE_EVERY_S
+        self._client = self._make(None)
+
+    def _make(self, node: tuple[str, int] | None) -> Client:
+        is_tcp = not self._url.startswith("unix:")
+        pool = redis.asyncio.ConnectionPool.from_url(
+            self._url,
+            protocol=2,
+            socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            socket_timeout=_REPLY_TIMEOUT_S,
+            health_check_interval=_IDLE_CHECK_S,
+            retry=Retry(NoBackoff(), 0),  # `call` tries again, on a connection that was examined
+            redis_connect_func=self._greet,
+            **({"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE} if is_tcp else {}),
+        )
+        if node is not None:
+            pool.connection_kwargs |= {"host": node[0], "port": node[1]}
+        return redis.asyncio.Redis.from_pool(pool)
+
+    async def call(self, work: Callable[[Client], Awaitable[T]]) -> T:
+        """Run `work`; again over another connection where the one it had turns out to be dead or outdated.
+
+        Raises:
+            BackendDown, QueueFull: what the server or the system said, with a remedy.
+        """
+        for num_left in reversed(range(_MOST_TRIES)):
+            client = self._client
+            try:
+                await self._examine_if_due(client)
+                return await work(client)
+            except (RedisError, OSError) as error:
+                told = translated(error, self.address)
+                if isinstance(told, QueueFull):
+                    raise told from error
+                self._failed()
+                node = None
+                if isinstance(error, MovedError):  # without a host it means the one that was asked
+                    node = error.host or client.connection_pool.connection_kwargs["host"], error.port
+                await self._replace(client, node)
+                if not num_left or not (node or may_be_gone(error)):
+                    raise told from error
+        raise AssertionError("the last try returns or raises")
+
+    async def _replace(self, failed: Client, node: tuple[str, int] | None) -> None:
+        """Start over with new connections: to a node, or to what the URL names, looked up again."""
+        if self._client is not failed:
+            return  # another call has done so
+        self._client = self._make(node)
+        self._examined_s = -_EXAMINE_EVERY_S
+        self.address = join_address(*node) if node else self._home
+        with contextlib.suppress(RedisError, OSError):
+            await failed.aclose()
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+        await self._examine(connection)
+
+    async def _examine_if_due(self, client: Client) -> None:
+        if not self._is_due():
+            return
+        connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # has no annotations
+        try:
+            if self._is_due():  # it was not new
+                await self._examine(connection)
+        finally:
+            await client.connection_pool.release(connection)
+
+    def _is_due(self) -> bool:
+        return asyncio.get_running_loop().time() - self._examined_s >= _EXAMINE_EVERY_S
+
+    async def _examine(self, connection: AbstractConnection) -> None:
+        """Raises `UnsuitableServerError`, and what the server answers."""
+
+        async def ask(*command: Any) -> Any:
+            await connection.send_command(*command)
+            return await connection.read_response()
+
+        async def ask_if_allowed(*command: str) -> Any:
+            try:
+                return await ask(*command)
+            except ResponseError:
+                return None
+
+        info = parse_info((await ask_if_allowed("INFO") or b"").decode(errors="replace"))
+        settings = {}
+        for name in ("save", "appendfsync"):
+            if pair := await ask_if_allowed("CONFIG", "GET", name):
+                settings[name] = pair[1].decode()
+        report = examine(info, settings, self._needed_bytes)
+        await self._examine_keys(ask, is_cluster(info))
+        self.report, self._examined_s = report, asyncio.get_running_loop().time()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()

@@ -1,0 +1,123 @@
+"""What each error of a Redis server means and what to do about it. Knows no queue."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+
+from redis import exceptions
+from redis.exceptions import RedisError
+
+from poise.errors import BackendDown, PoiseError, QueueFull
+
+RETRY_AFTER_S = 1.0
+
+_MAX_TEXT = 250
+"""Characters shown of what a server says."""
+
+
+class UnsuitableServerError(RedisError):
+    """The server answers, but labels must not be kept there. The text says why, `remedy` what to change."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of error."""
+
+    words: tuple[str, ...]
+    """Any of them in the error's text marks the kind: an error inside a script keeps its code only there."""
+    remedy: str
+    types: tuple[type[BaseException], ...] = ()
+
+
+_KINDS = (
+    _Kind(
+        ("READONLY", "read only replica", "UNBLOCKED"),
+        "queue.url reaches a read-only replica. Name the primary, or a DNS name or proxy that follows a failover.",
+        (exceptions.ReadOnlyError,),
+    ),
+    _Kind(
+        ("MASTERDOWN",),
+        "queue.url reaches a replica that has lost its primary. Name the primary.",
+        (exceptions.MasterDownError,),
+    ),
+    _Kind(("LOADING",), "Wait until the server has loaded its data from disk.", (exceptions.BusyLoadingError,)),
+    _Kind(("max number of clients",), "Raise maxclients of the server, or close other connections to it."),
+    _Kind(("DENIED", "protected mode"), "The server is in protected mode. Set a password there and in queue.url."),
+    _Kind(
+        ("NOAUTH", "WRONGPASS", "Authentication required", "invalid password", "invalid username"),
+        "Put the user and the password into queue.url: redis://user:password@host:port/0.",
+        (exceptions.AuthenticationError,),
+    ),
+    _Kind(
+        ("NOPERM", "ACL failure", "no permissions", "can't run this command", "can't access"),
+        "Grant the user of queue.url what the error names.",
+        (exceptions.NoPermissionError,),
+    ),
+    _Kind(
+        ("MISCONF",),
+        "The server cannot write its data to disk and refuses writes. Make room on its disk and read its log.",
+    ),
+    _Kind(("NOREPLICAS",), "Too few replicas are in sync. Repair them, or lower min-replicas-to-write."),
+    _Kind(
+        ("CLUSTERDOWN", "Hash slot not served"),
+        "Repair the cluster: some of its slots have no node.",
+        (exceptions.ClusterDownError,),
+    ),
+    _Kind(
+        ("MOVED",),
+        "The cluster names another node for the queue's slot. Check that it can be reached from here.",
+        (exceptions.MovedError,),
+    ),
+    _Kind(
+        ("TRYAGAIN", "CROSSSLOT"),
+        "Wait until the cluster has moved the queue's slot.",
+        (exceptions.TryAgainError, exceptions.AskError, exceptions.ClusterCrossSlotError),
+    ),
+    _Kind(("WRONGTYPE",), "The key holds something else. Set queue.stream to another name, or delete the key."),
+    _Kind(("BUSY ",), "A script blocks the server. Wait for it, or end it with SCRIPT KILL."),
+    _Kind(
+        ("unknown command", "SELECT is not allowed", "DB index is out of range"),
+        "Use Redis 6.2 or newer, or Valkey, with all commands enabled, and a database that it has.",
+    ),
+)
+
+_UNREACHABLE = "Check that the Redis server runs and that queue.url names it, as rediss:// only if it speaks TLS."
+
+
+def translated(error: Exception, address: str) -> PoiseError:
+    """Return the error that callers see in place of the client's or the system's own."""
+    if isinstance(error, UnsuitableServerError):
+        return BackendDown(f"Redis at {address} {error}", remedy=error.remedy, retry_after_s=RETRY_AFTER_S)
+    text = str(error) or type(error).__name__
+    if len(text) > _MAX_TEXT:
+        text = text[:_MAX_TEXT] + "…"
+    if isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in text:
+        return QueueFull(
+            f"Redis at {address} is out of memory: {text}",
+            remedy="Wait for the value service to consume, discard dead letters, or raise Redis's maxmemory.",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return BackendDown(f"Redis at {address} failed: {text}", remedy=_remedy(error, text), retry_after_s=RETRY_AFTER_S)
+
+
+def may_be_gone(error: Exception) -> bool:
+    """Whether another connection may succeed where this one failed: the peer died, or is a replica by now."""
+    if isinstance(error, exceptions.AuthenticationError | exceptions.BusyLoadingError | UnsuitableServerError):
+        return False
+    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError | exceptions.ReadOnlyError):
+        return True
+    return any(words in str(error) for words in ("READONLY", "UNBLOCKED", "MASTERDOWN"))
+
+
+def _remedy(error: Exception, text: str) -> str:
+    for kind in _KINDS:
+        if isinstance(error, kind.types) or any(words in text for words in kind.words):
+            return kind.remedy
+    if isinstance(error, ssl.SSLError) or "SSL" in text or "certificate" in text.lower():
+        return "Check that the server speaks TLS on this port (rediss://) and that its certificate is trusted here."
+    return _UNREACHABLE

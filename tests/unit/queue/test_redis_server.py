@@ -1,0 +1,152 @@
+"""Judging a server by what it says of itself, and naming what each of its errors means."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+from redis import exceptions
+from redis.crc import key_slot
+
+from poise.errors import BackendDown, QueueFull
+from poise.queue.redis_errors import UnsuitableServerError, may_be_gone, translated
+from poise.queue.redis_keys import dead_letter_key
+from poise.queue.redis_server import examine, is_cluster, parse_info
+
+GOOD = {
+    "redis_version": "7.2.4",
+    "role": "master",
+    "loading": "0",
+    "maxmemory": "0",
+    "maxmemory_policy": "noeviction",
+    "aof_enabled": "1",
+    "aof_last_write_status": "ok",
+}
+NEEDED = 1000
+
+
+def test_a_good_server_is_neither_refused_nor_warned_of():
+    report = examine(GOOD, {"appendfsync": "always", "save": ""}, NEEDED)
+    assert (report.publish_refusal, report.warnings) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "remedy"),
+    [
+        ({"redis_version": "5.0.14"}, "runs version 5.0.14; the queue needs 6.2", "6.2"),
+        ({"redis_version": "6.0.16"}, "runs version 6.0.16; the queue needs 6.2", "6.2"),
+        ({"redis_version": "2.8"}, "needs 6.2", "Valkey"),
+        ({"redis_mode": "sentinel"}, "Sentinel", "primary"),
+        ({"loading": "1", "loading_eta_seconds": "40"}, "is loading its data from disk, 40 s left", "Wait"),
+        ({"role": "slave", "master_host": "db-1", "master_port": "6379"}, "replica of db-1:6379", "db-1:6379"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_refused_by_name(changes, named, remedy):
+    with pytest.raises(UnsuitableServerError, match=named) as caught:
+        examine(GOOD | changes, {}, NEEDED)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("version", ["6.2.0", "7.0.15", "9.1.2", "255.255.255", "unstable", ""])
+def test_newer_and_unknown_versions_are_accepted(version):
+    examine(GOOD | {"redis_version": version}, {}, NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "warning"),
+    [
+        ({"maxmemory": "1249"}, {}, "maxmemory 1249 bytes, and queue.max_bytes and queue.max_dead"),
+        ({"maxmemory_policy": "allkeys-lru"}, {}, "once maxmemory is set"),
+        ({"aof_enabled": "0"}, {"save": ""}, "writes nothing to disk"),
+        ({"aof_enabled": "0"}, {}, "keeps no append-only file"),
+        ({}, {"appendfsync": "everysec"}, "the last second of labels"),
+        ({"aof_last_write_status": "err"}, {}, "could not write its append-only file"),
+    ],
+)  # fmt: skip
+def test_what_may_lose_labels_is_warned_of(changes, config, warning):
+    (found,) = examine(GOOD | changes, config, NEEDED).warnings
+    assert warning in found
+
+
+def test_a_server_that_may_not_be_asked_is_warned_of():
+    (warning,) = examine({}, {}, NEEDED).warnings
+    assert "INFO" in warning
+
+
+def test_info_is_read_with_its_sections_and_odd_lines():
+    info = parse_info("# Server\r\nredis_version:7.0.15\r\n\r\n# Cluster\r\ncluster_enabled:1\r\nexecutable:/a:b\r\n")
+    assert info == {"redis_version": "7.0.15", "cluster_enabled": "1", "executable": "/a:b"}
+    assert is_cluster(info)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (exceptions.ReadOnlyError("You can't write against a read only replica."), "read-only replica"),
+        (exceptions.ResponseError("UNBLOCKED force unblock from blocking operation"), "read-only replica"),
+        (exceptions.ResponseError("Error running script (call to f_1): READONLY You can't write"), "read-only replica"),
+        (exceptions.MasterDownError("Link with MASTER is down"), "lost its primary"),
+        (exceptions.BusyLoadingError("Redis is loading the dataset in memory"), "loaded its data"),
+        (exceptions.ConnectionError("max number of clients reached"), "maxclients"),
+        (exceptions.ResponseError("DENIED Redis is running in protected mode"), "protected mode"),
+        (exceptions.AuthenticationError("invalid username-password pair"), "redis://user:password@"),
+        (exceptions.NoPermissionError("User x has no permissions"), "Grant"),
+        (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), "room on its disk"),
+        (exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), "min-replicas-to-write"),
+        (exceptions.ClusterDownError("The cluster is down"), "Repair the cluster"),
+        (exceptions.TryAgainError("Multiple keys request during rehashing of slot"), "has moved the queue's slot"),
+        (exceptions.ResponseError("WRONGTYPE Operation against a key"), "queue.stream"),
+        (exceptions.ResponseError("BUSY Redis is busy running a script"), "SCRIPT KILL"),
+        (exceptions.ResponseError("unknown command 'XAUTOCLAIM'"), "6.2"),
+        (exceptions.ResponseError("SELECT is not allowed in cluster mode"), "database that it has"),
+        (ssl.SSLError("record layer failure"), "speaks TLS"),
+        (ConnectionRefusedError("refused"), "Check that the Redis server runs"),
+    ],
+)  # fmt: skip
+def test_every_error_names_its_remedy(error, remedy):
+    told = translated(error, "host:6379")
+    assert isinstance(told, BackendDown)
+    assert "host:6379" in told.message
+    assert remedy in told.remedy
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+        exceptions.ResponseError("Error running script: OOM command not allowed when used memory > 'maxmemory'."),
+    ],
+)
+def test_a_server_without_memory_is_back_pressure(error):
+    assert isinstance(translated(error, "host:6379"), QueueFull)
+
+
+def test_what_a_server_says_is_cut():
+    assert len(translated(exceptions.ResponseError("x" * 5000), "host:6379").message) < 400
+
+
+def test_only_what_another_connection_may_mend_is_tried_again():
+    again = (exceptions.ReadOnlyError("x"), exceptions.ConnectionError("x"), exceptions.TimeoutError("x"), OSError("x"))
+    final = (exceptions.AuthenticationError("x"), exceptions.BusyLoadingError("x"), exceptions.ResponseError("x"))
+    assert [may_be_gone(error) for error in again] == [True] * 4
+    assert [may_be_gone(error) for error in final] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("stream", "key"),
+    [
+        ("poise:labels", "{poise:labels}:dead"),
+        ("{poise}:labels", "{poise}:labels:dead"),
+        ("a{b}c", "a{b}c:dead"),
+        ("a{b", "{a{b}:dead"),
+    ],
+)
+def test_dead_letters_share_the_slot_of_their_stream(stream, key):
+    assert dead_letter_key(stream) == key
+    assert key_slot(key.encode()) == key_slot(stream.encode())
+
+
+@pytest.mark.parametrize("stream", ["a}b", "{}a", "a{}b"])
+def test_a_name_whose_slot_no_other_key_shares_is_refused(stream):
+    with pytest.raises(ValueError, match="braces"):
+        dead_letter_key(stream)
