@@ -2,7 +2,7 @@
 
 Usage: hanging.py FOLDER [options of poise.learner]. Each process writes its id to FOLDER/pid-RANK. SIGUSR1 makes its
 main thread hang. With FOLDER/hang-RANK, that process removes the file and hangs as soon as it trains. While
-FOLDER/fail-RANK exists, training raises there.
+FOLDER/fail-RANK exists, training on the step that it holds raises there.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def hang(*_: object) -> None:
         time.sleep(1)
 
 
-def train_or_hang(self: Trainer, *args: Any) -> Any:
+def train_or_hang(self: Trainer, rollouts: Any, temperature: float) -> Any:
     (FOLDER / f"training-{RANK}").touch()
     if (FOLDER / f"hang-{RANK}").exists():
         (FOLDER / f"hang-{RANK}").unlink()
         hang()
-    if (FOLDER / f"fail-{RANK}").exists():
+    failing = FOLDER / f"fail-{RANK}"
+    if failing.exists() and rollouts[0].id.step == int(failing.read_text()):
         raise MemoryError("no memory left")
-    return train(self, *args)
+    return train(self, rollouts, temperature)
 
 
 if __name__ == "__main__":
