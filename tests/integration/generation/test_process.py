@@ -106,7 +106,7 @@ def test_death_of_the_engine_ends_the_process_with_status_1(tmp_path: Path) -> N
         process.wait_until_ready()
         with process.client(retries=RetryPolicy(max_attempts=1)) as client:
             assert len(sample(client, "live")) == 2
-            with pytest.raises(UnavailableError, match="the engine died"):
+            with pytest.raises(UnavailableError, match="the engine does not run"):
                 sample(client, "die")
         assert process.exit_status() == 1
         assert "generation ends: the engine died" in process.log
@@ -172,8 +172,8 @@ def test_torch_engine_serves_until_told_to_stop(tmp_path: Path, reference: Refer
 
 
 @pytest.mark.slow
-def test_model_that_is_not_there_ends_the_process_with_one_line(tmp_path: Path) -> None:
+def test_model_that_is_not_there_ends_the_process_with_status_2(tmp_path: Path) -> None:
     with run(tmp_path / "run", sys.executable, "-m", "poise.generation", "--set", "model=/nowhere/at/all") as process:
-        assert process.exit_status() == 1
+        assert process.exit_status() == 2
         assert "generation cannot start: model /nowhere/at/all cannot be loaded" in process.log
         assert "Traceback" not in process.log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
@@ -290,10 +289,9 @@ async def test_push_that_a_full_staging_folder_has_no_room_for_is_refused_with_i
 ) -> None:
     running, _ = scripted
     num_bytes = sum(array.nbytes for array in small().values())
-    full = shutil.disk_usage("/")._replace(free=num_bytes - 1)
     async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
         with monkeypatch.context() as patch:
-            patch.setattr(room.shutil, "disk_usage", lambda _: full)
+            patch.setattr(room, "free_bytes", lambda _: num_bytes - 1)
             folder = running.app.config.staging_dir
             said = f"stored in {folder}: it takes {num_bytes} bytes, and {num_bytes - 1} are free"
             with pytest.raises(UnavailableError, match=said) as caught:

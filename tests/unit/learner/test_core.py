@@ -15,14 +15,13 @@ from tests.unit.learner.batches import make_batch, make_config, rewarded
 from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner import checkpoint as checkpoint_module
 from poise.learner import policy as policy_module
-from poise.learner.checkpoint import CheckpointStore, StateError
+from poise.learner.checkpoint import CheckpointStore, StateError, StateMismatchError
 from poise.learner.checkpointing import Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.journal import Journal
 from poise.learner.models import Models
 from poise.learner.trainer import Trainer
-from poise.runtime.config import ConfigError
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, TrainingRollout, VersionSpan
@@ -261,7 +260,7 @@ def test_a_state_of_other_adapters_is_refused_by_name_and_left_as_it_was(start, 
     for step in range(2):
         core.submit(make_batch(step))
     core.close()
-    with pytest.raises(ConfigError, match=rf"state_dir .* cannot be gone on from.*{why}.*a fresh state_dir"):
+    with pytest.raises(StateMismatchError, match=rf"state_dir .* cannot be gone on from.*{why}.*a fresh state_dir"):
         start(**after)
     assert start(**before).published.digest == core.published.digest
 
