@@ -45,7 +45,7 @@ class Rejecting(World):
 class Unverified(World):
     """A verifier that fails on every response."""
 
-    async def verify(self, problem: Any, response: str) -> Any:
+    async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
         return dataclasses.replace(await super().verify(problem, "0"), error="crashed")
 
 
@@ -61,7 +61,7 @@ class NonFinite(World):
 class Equal(World):
     """Every response earns the same."""
 
-    async def verify(self, problem: Any, response: str) -> Any:
+    async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
         return await super().verify(problem, "1")
 
 
