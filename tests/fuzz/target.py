@@ -14,6 +14,8 @@ from poise.local.run_file import LocalRun
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc, learner_pb2, learner_pb2_grpc, value_pb2, value_pb2_grpc
 
 STATUS_TIMEOUT_S = 60.0
+_LINES_SHOWN = 120
+"""A traceback through the frameworks has 60 lines, and its last one says what happened."""
 _BAD_WORDS = ("Traceback (most recent call last)", " ERROR ", '"level": "ERROR"')
 
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
@@ -113,7 +115,7 @@ class Target:
             lines = self.new_log(service).splitlines()
             for index, line in enumerate(lines):
                 if any(word in line for word in _BAD_WORDS):
-                    found.append(f"{service}: " + "\n".join(lines[max(0, index - 1) : index + 30]))
+                    found.append(f"{service}: " + "\n".join(lines[max(0, index - 1) : index + _LINES_SHOWN]))
                     break
         return found
 

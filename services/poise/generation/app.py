@@ -105,8 +105,12 @@ class GenerationApp(ServiceApp):
             "num_running": self._servicer.sampler.num_running,
             "num_accepted": self._servicer.sampler.num_accepted,
             "paused": self._paused,
-            "engine": dataclasses.asdict(self._engine.info) if self._started else None,
+            "engine": self._engine_facts() if self._started else None,
         }
+
+    def _engine_facts(self) -> dict[str, Any]:
+        info = self._engine.info
+        return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
     async def pause(self) -> None:
         """Refuse new rollouts until `resume`; those accepted go on."""

@@ -157,5 +157,6 @@ def letter_was_cut(letter_id: str) -> InvalidRequest:
     """Return the error of `replay` for a letter that is not whole."""
     return InvalidRequest.field(
         "ids",
-        f"dead letter {letter_id!r} was cut off after {MAX_DEAD_LETTER_BYTES} bytes and cannot be replayed",
+        f"dead letter {letter_id!r} does not hold the whole entry, of which {MAX_DEAD_LETTER_BYTES} bytes are kept; it "
+        "cannot be replayed",
     )

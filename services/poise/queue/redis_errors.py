@@ -79,6 +79,10 @@ _KINDS = (
         (exceptions.TryAgainError, exceptions.AskError, exceptions.ClusterCrossSlotError),
     ),
     _Kind(("WRONGTYPE",), "The key holds something else. Set queue.stream to another name, or delete the key."),
+    _Kind(
+        ("exhausted the last possible ID",),
+        "The ids of the stream are used up. Set queue.stream to another name, or delete the key once it is consumed.",
+    ),
     _Kind(("BUSY ",), "A script blocks the server. Wait for it, or end it with SCRIPT KILL."),
     _Kind(
         ("unknown command", "SELECT is not allowed", "DB index is out of range"),

@@ -262,16 +262,7 @@ class RedisQueue:
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""
         entries = await self._client.call(lambda client: client.xrevrange(self._dead_stream, count=max_entries))
-        return [
-            DeadLetter(
-                letter_id.decode(),
-                fields[_ENTRY_ID].decode(),
-                fields[_PAYLOAD],
-                fields[_REASON].decode(),
-                fields[_IS_WHOLE] == b"1",
-            )
-            for letter_id, fields in cast(list[Any], entries)
-        ]
+        return [_letter(letter_id.decode(), fields) for letter_id, fields in cast(list[Any], entries)]
 
     async def replay(self, letter_ids: Sequence[str]) -> None:
         """See `LabelQueue.replay`."""
@@ -343,6 +334,17 @@ def _check_letter_ids(letter_ids: Sequence[str]) -> None:
     for letter_id in letter_ids:
         if not _is_letter_id(letter_id):
             raise no_such_letter(letter_id)
+
+
+def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    """Return a dead letter; one that another program wrote may lack any field, and then cannot be replayed."""
+    return DeadLetter(
+        letter_id,
+        fields.get(_ENTRY_ID, b"").decode(errors="replace"),
+        fields.get(_PAYLOAD, b""),
+        fields.get(_REASON, b"").decode(errors="replace"),
+        fields.get(_IS_WHOLE) == b"1" and _PAYLOAD in fields,
+    )
 
 
 def _delivery(entry_id: str, fields: dict[bytes, bytes]) -> Delivery:

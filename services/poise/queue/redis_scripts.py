@@ -65,7 +65,7 @@ for i = 3, #ARGV do
   if #found == 0 then return {-1, ARGV[i]} end
   local fields = {}
   for j = 1, #found[1][2], 2 do fields[found[1][2][j]] = found[1][2][j + 1] end
-  if fields['is_whole'] ~= '1' then return {-2, ARGV[i]} end
+  if fields['is_whole'] ~= '1' or not fields['group'] then return {-2, ARGV[i]} end
   payloads[i] = fields['group']
   more = more + #payloads[i]
 end
@@ -136,6 +136,7 @@ for _, key in ipairs(KEYS) do
   try('XADD', key, 'NOMKSTREAM', '0-0', 'group', '')
   try('XDEL', key, '0-1')
 end
+try('XGROUP', 'CREATE', KEYS[1], ARGV[1], 'no id')
 try('XINFO', 'STREAM', KEYS[1])
 try('XINFO', 'GROUPS', KEYS[1])
 try('MEMORY', 'USAGE', KEYS[1])

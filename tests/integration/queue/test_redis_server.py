@@ -10,7 +10,7 @@ import pytest
 import redis
 from tests.support.redis_servers import DURABLE, LETTERS, STREAM, Proxy, RedisServers, make_queue, port_with_bus
 
-from poise.errors import BackendDown, QueueFull
+from poise.errors import BackendDown, InvalidRequest, QueueFull
 
 
 async def problem_of(queue, call) -> BackendDown:
@@ -148,6 +148,7 @@ async def test_what_may_cost_labels_in_a_crash_is_warned_of(servers: RedisServer
         ("+@all -xtrim", "'xtrim'"),
         ("+@all -xautoclaim", "'xautoclaim'"),
         ("+@all -xreadgroup", "'xreadgroup'"),
+        ("+@all -xgroup", "'xgroup|create'"),
         ("+@all -@write", "XADD"),
     ],
 )
@@ -185,6 +186,26 @@ async def test_the_rights_that_the_remedy_names_are_enough(servers: RedisServers
     assert await queue.holds(str(await queue.newest()))
     assert (await queue.depth()).num_entries == 1
     assert await queue.discard([letter.letter_id]) == 0
+    await queue.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"other": "fields"},
+        {"is_whole": "1"},
+        {"group": b"\xff", "reason": b"\xff", "entry_id": b"\xff", "is_whole": "0"},
+    ],
+)
+async def test_letters_of_another_program_are_listed(servers: RedisServers, fields) -> None:
+    server = redis.Redis(port=(port := servers.start()))
+    server.xadd(LETTERS, fields)
+    queue = make_queue(port)
+    (letter,) = await queue.dead_letters(max_entries=9)
+    assert not letter.is_whole
+    with pytest.raises(InvalidRequest, match="cannot be replayed"):
+        await queue.replay([letter.letter_id])
+    assert await queue.discard([letter.letter_id]) == 1
     await queue.close()
 
 
