@@ -18,6 +18,7 @@ from poise.errors import BackendDown, InvalidRequest
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
 from poise.generation.bodies import Body
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
+from poise.generation.time_limit import TimeLimit
 from poise.generation.weights import check_weights
 from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
 
@@ -68,7 +69,7 @@ class ScriptedEngine:
     def is_alive(self) -> bool:
         return self._alive
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         self._check_alive()
         if not isinstance(content, str):
             content = "".join(f"<{turn['role']}>{turn['content']}" for turn in content) + "<assistant>"

@@ -43,9 +43,9 @@ MAX_CHARS_PER_TOKEN = 64
 """A text that has more for each token of max_model_len is refused before it is tokenised."""
 
 _PROMPT_S, _REQUEST_S = 5.0, 60.0
-"""How long tokenising may take: one prompt's template, and all of a request."""
-_TEXT_COPIES = 8
-"""How often a template's macros and filters may hand on the text of a prompt."""
+"""How long a prompt's chat template may take, and all prompts of a request."""
+_TEMPLATE_CHARS = 2**18
+"""What a chat template may add to a conversation, such as a description of tools."""
 _NUM_THREADS = 2
 _FEW_PROMPTS, _FEW_CHARS = 64, 2**14
 """Texts that are tokenised faster than a thread is asked."""
@@ -113,7 +113,7 @@ class Sampler:
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
         """Return of each prompt how many tokens it has, or why it cannot be sampled, however long it may be."""
-        return [await self._on_thread(self._check, prompt, TimeLimit(_PROMPT_S)) for prompt in prompts]
+        return [await self._on_thread(self._check, prompt, self._limit()) for prompt in prompts]
 
     def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
         try:
@@ -165,13 +165,13 @@ class Sampler:
 
     async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
         """Tokenise: beside the event loop, unless there is little to do."""
-        limit = TimeLimit(_REQUEST_S)
+        limit = self._limit()
         if _are_few(prompts):
             return self._tokenised(prompts, limit, sampling)
         return await self._on_thread(functools.partial(self._tokenised, sampling=sampling), prompts, limit)
 
     async def _on_thread(self, work: Callable[[P, TimeLimit], T], of: P, limit: TimeLimit) -> T:
-        """Run work on a tokenizing thread; end it once nobody waits for it."""
+        """Run work on a tokenizing thread; end it when the caller is cancelled."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, of, limit)
         except asyncio.CancelledError:
@@ -198,7 +198,7 @@ class Sampler:
             return self._checked_ids(cast(Sequence[int], content))
         text = cast(str | Sequence[Message], content)
         kind = "text" if isinstance(text, str) else "chat"
-        num_chars, max_chars = _num_chars(text), MAX_CHARS_PER_TOKEN * self._engine.info.max_model_len
+        num_chars, max_chars = _num_chars(text), self._max_chars
         if num_chars > max_chars:
             raise InvalidRequest.field(
                 kind,
@@ -206,14 +206,21 @@ class Sampler:
                 f"{max_chars} characters are not tokenised",
             )
         try:
-            with limit.bounded(_PROMPT_S, max_chars * (1 + _TEXT_COPIES)):
-                token_ids = self._engine.tokenize(text)
+            limit.check()
+            token_ids = self._engine.tokenize(text, limit)
         except LimitReached as error:
             raise InvalidRequest.field(kind, f"tokenising it was ended: {error}") from error
         if not token_ids:
             raise InvalidRequest.field(kind, "has no tokens; a prompt needs at least one")
         check_vocabulary(kind, token_ids, self._engine.info.vocabulary_size)
         return token_ids
+
+    @property
+    def _max_chars(self) -> int:
+        return MAX_CHARS_PER_TOKEN * self._engine.info.max_model_len
+
+    def _limit(self) -> TimeLimit:
+        return TimeLimit(_REQUEST_S, each_s=_PROMPT_S, max_chars=self._max_chars + _TEMPLATE_CHARS)
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         self._room(len(token_ids))  # before so many are looked at

@@ -25,6 +25,7 @@ from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
+from poise.generation.time_limit import TimeLimit
 from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_adapter import adapter_request
 from poise.generation.vllm_calls import answered, ask_workers
@@ -111,9 +112,9 @@ class VllmEngine:
         """See `Engine`."""
         return self._engine is not None and not self._broken and not self._engine.errored
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """See `Engine`."""
-        return self._loaded_tokenizer().encode(content)
+        return self._loaded_tokenizer().encode(content, limit)
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
         """See `Engine`."""
