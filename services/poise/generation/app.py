@@ -22,7 +22,7 @@ from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 LOADING = "the model is still loading"
-"""The first stage of a start, before the engine tells more."""
+"""The first stage of a start, until the engine reports its own."""
 
 _WATCH_EVERY_S = 0.5
 _HUNG_S = 600.0
@@ -36,7 +36,7 @@ class GenerationApp(ServiceApp):
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, engine: Engine, startup: Startup | None = None) -> None:
-        """`startup` is the engine's, which tells there how far it is."""
+        """`startup` is where the engine reports its progress."""
         super().__init__(config, CollectorRegistry())
         self._engine = engine
         self._startup = startup or Startup(LOADING)

@@ -263,7 +263,9 @@ class VllmEngine:
             seed=sampling.seed,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
-            skip_special_tokens=not tokenizer.names_special(sampling.stop),  # of the text that stops are looked for in
+            skip_special_tokens=not tokenizer.names_special(
+                sampling.stop
+            ),  # or a stop that holds one would never match
             stop_token_ids=sorted(tokenizer.stop_token_ids.union(sampling.stop_token_ids)),
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.DELTA,
@@ -301,7 +303,7 @@ class VllmEngine:
         return time.monotonic() - started
 
     def _not_serving(self) -> BackendDown:
-        """Return what to raise while vLLM starts, or once it is dead."""
+        """Return the error to raise while vLLM starts, or after it died."""
         if not self._has_started:
             return self._startup.error()
         why = "an update of the weights broke off halfway" if self._broken else "vLLM died"

@@ -217,7 +217,7 @@ async def test_checked_prompts_are_counted_or_have_a_problem(service: Service) -
         return [300] if content == "far" else list(str(content).encode())
 
     service.engine.tokenize = tokenize  # type: ignore[method-assign]
-    service.refusal = "waits for weights"  # which checking has no use for
+    service.refusal = "waits for weights"  # checking works without weights
     texts = [{"text": text} for text in ("x", "no", "far", "", "x" * 999)]
     specs = prompts(*texts, {"tokens": {"token_ids": [256]}})
 
