@@ -18,6 +18,7 @@ from poise.errors import BackendDown, InvalidRequest
 from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
 from poise.generation.bodies import Body
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
+from poise.generation.time_limit import TimeLimit
 from poise.generation.weights import check_weights
 from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
 
@@ -53,7 +54,7 @@ class ScriptedEngine:
     def info(self) -> EngineInfo:
         if not self._loaded:
             raise BackendDown("the model is still loading", retry_after_s=1.0)
-        return EngineInfo("torch", "scripted", WIDTH, 3, 1, self._max_model_len, VOCABULARY, b"bytes")
+        return EngineInfo("torch", "scripted", WIDTH, 3, 1, self._max_model_len, VOCABULARY, b"\xff" * 32)
 
     async def start(self) -> None:
         self._alive = self._loaded = True
@@ -68,7 +69,7 @@ class ScriptedEngine:
     def is_alive(self) -> bool:
         return self._alive
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         self._check_alive()
         if not isinstance(content, str):
             content = "".join(f"<{turn['role']}>{turn['content']}" for turn in content) + "<assistant>"

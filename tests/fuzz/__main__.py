@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: start services, send them inputs for a while, then train a little on them."""
+"""`python -m tests.fuzz`: start services, send them mutated inputs, then train on them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_fuzz_run(folder: Path, *, has_token: bool) -> Path:
-    """Write the run file of services to be fuzzed, which ask for a token or do not."""
+    """Write the run file of the services under test, with or without a token."""
     if not has_token:
         return write_run_file(folder, SETTINGS)
     token_file = folder / "token"
@@ -51,7 +51,7 @@ def write_fuzz_run(folder: Path, *, has_token: bool) -> Path:
 
 
 def fuzz(run_file: Path, *, seed: int, start: int, seconds: float, replay: Input | None = None) -> Campaign:
-    """Fuzz the services of a run file; then train with them. The campaign holds what went wrong."""
+    """Fuzz the services of a run file, then train with them. The campaign lists the problems."""
     with services_up(run_file) as run:
         campaign = asyncio.run(_campaign(run, seed, start, seconds, replay))
         _train(run_file, run, campaign)
@@ -87,7 +87,7 @@ def _say(text: str) -> None:
 
 
 def report(campaign: Campaign) -> str:
-    """Return how inputs ended, by RPC."""
+    """Return the counts of answers by RPC and status."""
     by_method: dict[str, list[str]] = defaultdict(list)
     for (method, status), count in sorted(campaign.counts.items()):
         by_method[method].append(f"{status} {count}")
@@ -95,7 +95,7 @@ def report(campaign: Campaign) -> str:
 
 
 def main() -> int:
-    """Run the command; the exit status is 1 if anything went wrong."""
+    """Run the command; return exit status 1 if there was a problem."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

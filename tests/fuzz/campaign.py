@@ -1,4 +1,4 @@
-"""Sends inputs, many at a time, in rounds; after each round the services must be as they were."""
+"""Sends inputs concurrently, in rounds; after each round the services must be unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from poise_proto.v1 import value_pb2
 TIMEOUT_S = 20.0
 IN_FLIGHT = 48
 MEMORY_BYTES = 256 * 2**20
-"""How far a service may grow beyond what it had after the first round."""
+"""How much more memory a service may hold than after the first round."""
 SETTLE_S = 120.0
 
 _DEFECTS = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
@@ -28,12 +28,12 @@ _PUBLISH = "/poise.v1.ValueService/PublishLabels"
 _SUBMIT = "/poise.v1.LearnerService/SubmitAdvantages"
 _PUSH = "/poise.v1.GenerationService/UpdateWeights"
 _CORE_ARTEFACTS = ("Internal error from Core", "Received RST_STREAM with error code")
-"""What a client's own gRPC says when a call ends while it still sends: no service sent it."""
+"""Errors of the client's own gRPC for a call that ends while it still sends; no service sent them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What went wrong; by which input, where that is known."""
+    """A fault, and the input that caused it, if known."""
 
     what: str
     input: Input | None = None
@@ -61,7 +61,7 @@ class Campaign:
     _instances: dict[str, int] = field(default_factory=dict)
 
     async def round(self, inputs: Sequence[Input], *, in_flight: int = IN_FLIGHT) -> None:
-        """Send inputs and look at the services afterwards."""
+        """Send inputs, then check the services."""
         self._instances = self._instances or self.target.instances()
         before = await self.target.state()
         waiting = iter(inputs)
@@ -84,12 +84,12 @@ class Campaign:
         if status in _DEFECTS or (status.startswith("5") and status != "503"):
             self.problems.append(Problem(f"{one.method} answered {status}: {outcome.detail}", one))
         elif one.must_be_refused and not status.startswith("4"):
-            self.problems.append(Problem(f"{one.method} answered {status} where it had to refuse", one))
+            self.problems.append(Problem(f"{one.method} answered {status} where it had to reject", one))
         elif one.rpc is not None and one.rpc.is_status and status in ("DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"):
             self.problems.append(Problem(f"{one.method} had to wait: {status}", one))
 
     async def _compare(self, before: State, outcomes: Sequence[Outcome]) -> None:
-        """Hold the state against what was accepted. Labels take a moment from the queue to the probe."""
+        """Compare the state with the accepted inputs. Labels take a moment from the queue to the probe."""
         accepted = [outcome for outcome in outcomes if outcome.status in ("OK", "CANCELLED", "DEADLINE_EXCEEDED")]
         least = most = before.num_labels
         for outcome in accepted:
@@ -215,7 +215,7 @@ async def run_rounds(
     per_round: int,
     say: Callable[[str], None],
 ) -> int:
-    """Send rounds until the time is over or something went wrong; return the number of the next input."""
+    """Send rounds until time is up or a problem occurs; return the number of the next input."""
     began_s = time.monotonic()
     number = start
     while time.monotonic() - began_s < seconds and not campaign.problems:

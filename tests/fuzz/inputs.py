@@ -1,4 +1,4 @@
-"""One input of the fuzzer: made from a seed and a number, saved when it fails, read again to be replayed."""
+"""One input of the fuzzer: made from a seed and a number, saved if it fails, and loaded to be replayed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUTES = (
     *(("POST", f"/admin/v1/{name}") for name in ("resume", "dead-letters/replay", "dead-letters/discard")),
 )
 FORBIDDEN_ROUTES = tuple(("POST", f"/admin/v1/{name}") for name in ("pause", "drain", "checkpoint"))
-"""What would succeed: sent only in ways that must be refused."""
+"""Routes that would succeed; sent only in ways that must be rejected."""
 
 FORBIDDING_HEADERS: tuple[dict[str, str], ...] = (
     {"host": "evil.example", "x-poise": "1"},
@@ -87,18 +87,18 @@ BODIES = (
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What is sent. Either a call of an RPC, or bytes to an HTTP or gRPC port."""
+    """A call of an RPC, or bytes for an HTTP or gRPC port."""
 
     seed: int
     number: int
     service: str
     method: str
-    """The RPC; else `http` or `raw`."""
+    """Full name of the RPC; `http` or `raw` for bytes."""
     messages: tuple[bytes, ...]
-    """Of the RPC; or what is sent to the port."""
+    """Encoded requests of the RPC, or the bytes for the port."""
     has_token: bool = True
     cancel_after: int | None = None
-    """How many messages come before the client gives the call up; None lets it end."""
+    """Messages sent before the client cancels the call; None if it does not cancel."""
     must_be_refused: bool = False
 
     @property
@@ -204,7 +204,7 @@ def _http(seed: int, number: int, random_: random.Random, tokens: dict[str, str 
 
 
 def _raw(seed: int, number: int, random_: random.Random) -> Input:
-    """Return bytes for a gRPC port that are no HTTP/2, or begin as it."""
+    """Return bytes for a gRPC port that are not HTTP/2, or stop being it."""
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     settings = b"\0\0\0\x04\0\0\0\0\0"
     data = random_.choice(

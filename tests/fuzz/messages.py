@@ -1,4 +1,4 @@
-"""Messages of every RPC that are right, or nearly so: what the fuzzer begins from."""
+"""Valid, or nearly valid, messages of every RPC, from which the fuzzer starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from poise_client.codec import LABEL_SCHEMA_VERSION
 from poise_proto.v1 import common_pb2, generation_pb2, learner_pb2, value_pb2
 
 FUTURE_VERSION = 2**40
-"""Rollouts of it are rejected by the learner, and named: nothing is trained."""
+"""The learner rejects rollouts of this run by name, so nothing is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class Rpc:
     method: str
     """`/package.Service/Method`."""
     is_streaming: tuple[bool, bool]
-    """Whether requests, whether answers."""
+    """Whether requests are a stream, and whether answers are."""
     make: Callable[[random.Random, int], list[Message]]
-    """Makes right requests, of a model of the given width."""
+    """Makes valid requests for a model of the given width."""
     weight: float
-    """How often it is called, beside the others."""
+    """Relative frequency of its calls."""
     is_status: bool = False
-    """Whether it must be answered however much else goes on."""
+    """Whether it must be answered under any load."""
 
 
 def _floats(random_: random.Random, count: int) -> common_pb2.Tensor:
@@ -86,7 +86,7 @@ def _encode_prompts(random_: random.Random, width: int) -> list[Message]:
 
 
 def _update_weights(random_: random.Random, width: int) -> list[Message]:
-    """A push that is right in itself, of no parameters that a model has: it is refused at its end."""
+    """Return a valid push of parameters that no model has, which is rejected at its end."""
     bodies = {f"fuzz.{i}": random_.randbytes(8) for i in range(2)}
     hashes = {name: hashlib.sha256(body).digest() for name, body in bodies.items()}
     tensors = [

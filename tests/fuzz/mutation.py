@@ -1,4 +1,4 @@
-"""Changes messages field by field, by their descriptors, and their bytes beside them."""
+"""Mutates messages: their fields, by descriptor, and their encoded bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 
 HUGE_SHARE = 0.004
-"""Of the changes, those that make a message large: they cost a hundred times the others."""
+"""Share of mutations that make a message large. They cost a hundred times the others."""
 
 STRINGS = (
     *("", "\0", "a\0b", "x" * 129, "../../../etc/passwd", "/dev/null", "/proc/self/mem", "%s%n", "{{7*7}}", "' OR 1=1"),
@@ -61,7 +61,7 @@ Site = Callable[[random.Random], None]
 
 
 def mutated(message: Message, random_: random.Random) -> bytes:
-    """Return the bytes of a message with nought to three of its fields, or its bytes, changed. It changes, too."""
+    """Return an encoded message with up to three fields, or its bytes, mutated. Changes `message` too."""
     for _ in range(random_.choice((0, 1, 1, 1, 2, 3))):
         if sites := list(_sites(message)):
             random_.choice(sites)(random_)
@@ -72,7 +72,7 @@ def mutated(message: Message, random_: random.Random) -> bytes:
 
 
 def _sites(message: Message) -> Iterator[Site]:
-    """Yield what can be changed of a message: every field, set or not, and of every message within."""
+    """Yield a mutation for every field of a message, set or not, and of its nested messages."""
     for field in message.DESCRIPTOR.fields:
         yield _site(message, field)
         if field.type != Field.TYPE_MESSAGE or _is_map(field):

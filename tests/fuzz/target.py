@@ -14,6 +14,8 @@ from poise.local.run_file import LocalRun
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc, learner_pb2, learner_pb2_grpc, value_pb2, value_pb2_grpc
 
 STATUS_TIMEOUT_S = 60.0
+_LINES_SHOWN = 120
+"""Enough for the last line of a traceback, which names the error."""
 _BAD_WORDS = ("Traceback (most recent call last)", " ERROR ", '"level": "ERROR"')
 
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
@@ -21,17 +23,17 @@ _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_me
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What no rejected input may change."""
+    """State that no rejected input may change."""
 
     policy: tuple[Any, ...]
     training: tuple[Any, ...]
     num_labels: int
-    """Labels ever taken, whatever became of them."""
+    """Labels ever accepted: consumed, pending or dead-lettered."""
     is_ready: tuple[bool, ...]
 
 
 class Target:
-    """Services that are up. Use within an event loop, and close it."""
+    """Running services. Use it within an event loop, and close it."""
 
     def __init__(self, run: LocalRun, channels_each: int = 4) -> None:
         self.run = run
@@ -54,7 +56,7 @@ class Target:
                 await channel.close()
 
     def metadata(self, service: str) -> tuple[tuple[str, str], ...]:
-        """Return what a caller with the token sends."""
+        """Return the metadata of a caller that has the token."""
         token = self.tokens[service]
         return () if token is None else (("authorization", f"Bearer {token}"),)
 
@@ -65,7 +67,7 @@ class Target:
         return host.strip("[]"), int(port)
 
     async def state(self) -> State:
-        """Return what the services hold. Raises `grpc.aio.AioRpcError` for one that does not say."""
+        """Return the state of the services. Raises `grpc.aio.AioRpcError` if one does not answer."""
         policy = await self._ask(
             "generation", generation_pb2_grpc.GenerationServiceStub, "GetPolicy", generation_pb2.GetPolicyRequest()
         )
@@ -87,7 +89,7 @@ class Target:
         )
 
     async def width(self) -> int:
-        """Return the model's."""
+        """Return the width of the model."""
         policy = await self._ask(
             "generation", generation_pb2_grpc.GenerationServiceStub, "GetPolicy", generation_pb2.GetPolicyRequest()
         )
@@ -98,7 +100,7 @@ class Target:
         return await call(request, metadata=self.metadata(service), timeout=STATUS_TIMEOUT_S)
 
     def new_log(self, service: str) -> str:
-        """Return what a service has logged since it was last asked."""
+        """Return the log of a service since the last call."""
         path = self.run.log(service)
         with path.open("rb") as file:
             file.seek(self._log_ends[service])
@@ -113,16 +115,16 @@ class Target:
             lines = self.new_log(service).splitlines()
             for index, line in enumerate(lines):
                 if any(word in line for word in _BAD_WORDS):
-                    found.append(f"{service}: " + "\n".join(lines[max(0, index - 1) : index + 30]))
+                    found.append(f"{service}: " + "\n".join(lines[max(0, index - 1) : index + _LINES_SHOWN]))
                     break
         return found
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return each service's resident memory. Raises `KeyError` for one that does not run."""
+        """Return the resident memory of each service. Raises `KeyError` if one does not run."""
         pids = json.loads((self.run.services_dir / "pids.json").read_text())
         return {name: psutil.Process(pids[name][0]).memory_info().rss for name in SERVICES}
 
     def instances(self) -> dict[str, int]:
-        """Return the process id of each service: another after a restart."""
+        """Return the process id of each service, which changes with a restart."""
         pids = json.loads((self.run.services_dir / "pids.json").read_text())
         return {name: pids[name][0] for name in SERVICES}

@@ -1,4 +1,4 @@
-"""Real Valkey servers of any settings, a proxy whose target can be changed, and queues on them."""
+"""Real Valkey servers with any settings, a proxy with a changeable target, and queues on them."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ MAY_BE_HEAVY = (
     "poise.generation.torch_*",
     "poise.generation.vllm_*",
     "poise.generation.tokens",  # the tokenizer, which both engines share
+    "poise.generation.template_worker",  # a process that imports nothing else
     "poise.learner.*",
     "poise.runtime.collective",  # groups of processes, which both sides of a push are members of
     "poise.local.models",

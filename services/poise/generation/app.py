@@ -22,7 +22,7 @@ from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 LOADING = "the model is still loading"
-"""The first stage of a start, before the engine tells more."""
+"""The first stage of a start, until the engine reports its own."""
 
 _WATCH_EVERY_S = 0.5
 _HUNG_S = 600.0
@@ -36,7 +36,7 @@ class GenerationApp(ServiceApp):
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, engine: Engine, startup: Startup | None = None) -> None:
-        """`startup` is the engine's, which tells there how far it is."""
+        """`startup` is where the engine reports its progress."""
         super().__init__(config, CollectorRegistry())
         self._engine = engine
         self._startup = startup or Startup(LOADING)
@@ -105,8 +105,12 @@ class GenerationApp(ServiceApp):
             "num_running": self._servicer.sampler.num_running,
             "num_accepted": self._servicer.sampler.num_accepted,
             "paused": self._paused,
-            "engine": dataclasses.asdict(self._engine.info) if self._started else None,
+            "engine": self._engine_facts() if self._started else None,
         }
+
+    def _engine_facts(self) -> dict[str, Any]:
+        info = self._engine.info
+        return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
     async def pause(self) -> None:
         """Refuse new rollouts until `resume`; those accepted go on."""

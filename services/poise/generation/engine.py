@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from poise.generation.bodies import Body
+from poise.generation.time_limit import TimeLimit
 from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
 
 
@@ -88,8 +89,11 @@ class Engine(Protocol):
         """Whether the engine can still serve; False once its processes died."""
         ...
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
-        """Return ids of a text as it stands, or of a conversation with its generation prompt."""
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
+        """Return ids of a text as it stands, or of a conversation with its generation prompt.
+
+        Raises `LimitReached` for a chat template that takes more than `limit` allows.
+        """
         ...
 
     async def generate(self, request: EngineRequest) -> EngineRollout:

@@ -40,18 +40,18 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 MAX_CHARS_PER_TOKEN = 64
-"""A text that has more for each token of max_model_len is refused before it is tokenised."""
+"""Longer texts, relative to max_model_len, are rejected before they are tokenised."""
 
 _PROMPT_S, _REQUEST_S = 5.0, 60.0
-"""How long tokenising may take: one prompt's template, and all of a request."""
-_TEXT_COPIES = 8
-"""How often a template's macros and filters may hand on the text of a prompt."""
+"""How long a prompt's chat template may take, and all prompts of a request."""
+_TEMPLATE_CHARS = 2**18
+"""What a chat template may add to a conversation, such as a description of tools."""
 _NUM_THREADS = 2
 _FEW_PROMPTS, _FEW_CHARS = 64, 2**14
-"""Texts that are tokenised faster than a thread is asked."""
+"""Up to here, tokenising on the event loop is faster than using a thread."""
 
 MAX_PROBLEM_CHARS = 200
-"""Of what is wrong with a prompt: 4096 of them fit an answer."""
+"""Characters kept of a prompt's problem, so that 4096 of them fit one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,8 @@ class Sampler:
         return self._run(prompts, Sampling(max_tokens=1), 1, self._encode)
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
-        """Return of each prompt how many tokens it has, or why it cannot be sampled, however long it may be."""
-        return [await self._on_thread(self._check, prompt, TimeLimit(_PROMPT_S)) for prompt in prompts]
+        """Return each prompt's number of tokens, however large, or why it cannot be sampled."""
+        return [await self._on_thread(self._check, prompt, self._limit()) for prompt in prompts]
 
     def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
         try:
@@ -156,7 +156,7 @@ class Sampler:
             self._idle.set()
 
     def close(self) -> None:
-        """Tokenise nothing more."""
+        """Tokenise no further prompts."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def idle(self) -> None:
@@ -164,14 +164,14 @@ class Sampler:
         await self._idle.wait()
 
     async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
-        """Tokenise: beside the event loop, unless there is little to do."""
-        limit = TimeLimit(_REQUEST_S)
+        """Tokenise on a thread, unless there is little to do."""
+        limit = self._limit()
         if _are_few(prompts):
             return self._tokenised(prompts, limit, sampling)
         return await self._on_thread(functools.partial(self._tokenised, sampling=sampling), prompts, limit)
 
     async def _on_thread(self, work: Callable[[P, TimeLimit], T], of: P, limit: TimeLimit) -> T:
-        """Run work on a tokenizing thread; end it once nobody waits for it."""
+        """Run work on a tokenizing thread; end it when the caller is cancelled."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, of, limit)
         except asyncio.CancelledError:
@@ -198,7 +198,7 @@ class Sampler:
             return self._checked_ids(cast(Sequence[int], content))
         text = cast(str | Sequence[Message], content)
         kind = "text" if isinstance(text, str) else "chat"
-        num_chars, max_chars = _num_chars(text), MAX_CHARS_PER_TOKEN * self._engine.info.max_model_len
+        num_chars, max_chars = _num_chars(text), self._max_chars
         if num_chars > max_chars:
             raise InvalidRequest.field(
                 kind,
@@ -206,8 +206,8 @@ class Sampler:
                 f"{max_chars} characters are not tokenised",
             )
         try:
-            with limit.bounded(_PROMPT_S, max_chars * (1 + _TEXT_COPIES)):
-                token_ids = self._engine.tokenize(text)
+            limit.check()
+            token_ids = self._engine.tokenize(text, limit)
         except LimitReached as error:
             raise InvalidRequest.field(kind, f"tokenising it was ended: {error}") from error
         if not token_ids:
@@ -215,8 +215,15 @@ class Sampler:
         check_vocabulary(kind, token_ids, self._engine.info.vocabulary_size)
         return token_ids
 
+    @property
+    def _max_chars(self) -> int:
+        return MAX_CHARS_PER_TOKEN * self._engine.info.max_model_len
+
+    def _limit(self) -> TimeLimit:
+        return TimeLimit(_REQUEST_S, each_s=_PROMPT_S, max_chars=self._max_chars + _TEMPLATE_CHARS)
+
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        self._room(len(token_ids))  # before so many are looked at
+        self._room(len(token_ids))  # first, as it needs only their number
         check_vocabulary("tokens.token_ids", token_ids, self._engine.info.vocabulary_size)
         return list(token_ids)
 
@@ -287,7 +294,7 @@ def _num_chars(content: str | Sequence[Message]) -> int:
 
 
 def _are_few(prompts: Sequence[Prompt]) -> bool:
-    """Whether prompts are tokenised in no time. Conversations never are: their template is a program."""
+    """Whether prompts are tokenised at once. Conversations are not: their template is a program."""
     num_chars = 0
     for prompt in prompts:
         if not prompt.content or isinstance(prompt.content[0], dict):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.errors import InvalidRequest, Unusable
+from poise.generation.chat_template import ChatTemplates
+from poise.generation.time_limit import LimitReached, TimeLimit
 from poise.runtime.decoder import position_limit
 from poise.runtime.generation_config import load_generation_config
 from poise_client.types import Message
@@ -21,6 +23,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._templates = ChatTemplates()
         self.stop_token_ids = stop_token_ids
         self._special_texts = _special_texts(tokenizer)
         self.digest = _digest(tokenizer)
@@ -40,7 +43,7 @@ class Tokenizer:
         stops |= set(declared) if isinstance(declared, list) else {declared}
         return cls(tokenizer, frozenset(stop for stop in stops if stop is not None))
 
-    def encode(self, content: str | Sequence[Message]) -> list[int]:
+    def encode(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """Return ids of a text as it stands, or of a conversation with its generation prompt.
 
         A text that already begins with BOS gets no second one.
@@ -48,6 +51,7 @@ class Tokenizer:
         Raises:
             InvalidRequest: a text that the tokenizer rejects; a conversation that the chat template rejects, or no
                 template.
+            LimitReached: the chat template takes more than `limit` allows.
         """
         if isinstance(content, str):
             try:
@@ -56,12 +60,23 @@ class Tokenizer:
                 raise InvalidRequest.field("text", f"the model's tokenizer rejects it: {error}") from error
             return ids[1:] if self._has_second_bos(content, ids) else ids
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in content], add_generation_prompt=True, return_dict=True
-            )
+            return self._encode_chat(content, limit or TimeLimit())
+        except LimitReached:
+            raise
         except Exception as error:  # templates are programs: they raise what they like
             raise InvalidRequest.field("chat", f"the model's chat template refuses it: {error}") from error
-        return list(rendered["input_ids"])
+
+    def _encode_chat(self, messages: Sequence[Message], limit: TimeLimit) -> list[int]:
+        import transformers
+
+        tokenizer = self._tokenizer
+        if type(tokenizer).apply_chat_template is not transformers.PreTrainedTokenizerBase.apply_chat_template:
+            # A tokenizer that brings code instead of a template, as Mistral's do.
+            chat = [dict(message) for message in messages]
+            return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+        template = tokenizer.get_chat_template()
+        text = self._templates.render(template, messages, tokenizer.special_tokens_map, limit)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Return the text, special tokens left out unless `with_special`."""

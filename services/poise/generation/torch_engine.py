@@ -28,6 +28,7 @@ from poise.generation.bodies import Body, wait_for_body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.time_limit import TimeLimit
 from poise.generation.tokens import Tokenizer, check_feature_layer, model_len
 from poise.generation.torch_adapter import LoadedAdapter, TorchAdapter, read_adapter, read_tensors, shapes_of
 from poise.generation.torch_draw import draw
@@ -104,9 +105,9 @@ class TorchEngine:
         """See `Engine`."""
         return self._model is not None
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """See `Engine`."""
-        return self._loaded_tokenizer().encode(content)
+        return self._loaded_tokenizer().encode(content, limit)
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
         """See `Engine`."""

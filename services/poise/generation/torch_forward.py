@@ -15,7 +15,7 @@ import transformers
 logger = logging.getLogger(__name__)
 
 _NUM_PREFILLED, _NUM_TRIED = 8, 20
-"""Tokens of the sequence that a cache is tried with."""
+"""Tokens of the sequence with which a cache is tested: in its first pass, and in all."""
 _ALLOWED_NATS = {torch.float32: 2e-3}
 _ALLOWED_NATS_HALF = 0.5
 
@@ -31,14 +31,14 @@ class TorchForward:
         if problem := self._cache_problem():
             self._caches = False
             logger.warning(
-                "model %s (%s) is sampled from without a cache, each token by the whole sequence, which is slow: %s",
+                "model %s (%s) runs without a cache of keys and values, which makes sampling slow: %s",
                 name,
                 type(model).__name__,
                 problem,
             )
 
     def new_cache(self) -> transformers.Cache | None:
-        """Return an empty cache of keys and values; None where each token takes the whole sequence."""
+        """Return an empty cache of keys and values; None if the model runs without one."""
         return transformers.DynamicCache(config=self._model.config) if self._caches else None
 
     @torch.inference_mode()
@@ -49,7 +49,7 @@ class TorchForward:
         return logits_V
 
     def _cache_problem(self) -> str:
-        """Return how logits from a cache differ from those of whole sequences; empty where they do not."""
+        """Return why logits from a cache cannot be used; empty if they equal those of whole sequences."""
         num_ids = self._model.config.get_text_config().vocab_size
         tokens_1T = torch.arange(_NUM_TRIED, device=self._model.device)[None] * 7 % num_ids
         try:

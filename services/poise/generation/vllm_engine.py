@@ -25,6 +25,7 @@ from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
 from poise.generation.pooling import build_features, pooled_response
+from poise.generation.time_limit import TimeLimit
 from poise.generation.tokens import Tokenizer
 from poise.generation.vllm_adapter import adapter_request
 from poise.generation.vllm_calls import answered, ask_workers
@@ -111,9 +112,9 @@ class VllmEngine:
         """See `Engine`."""
         return self._engine is not None and not self._broken and not self._engine.errored
 
-    def tokenize(self, content: str | Sequence[Message]) -> list[int]:
+    def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """See `Engine`."""
-        return self._loaded_tokenizer().encode(content)
+        return self._loaded_tokenizer().encode(content, limit)
 
     async def generate(self, request: EngineRequest) -> EngineRollout:
         """See `Engine`."""
@@ -262,7 +263,9 @@ class VllmEngine:
             seed=sampling.seed,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
-            skip_special_tokens=not tokenizer.names_special(sampling.stop),  # of the text that stops are looked for in
+            skip_special_tokens=not tokenizer.names_special(
+                sampling.stop
+            ),  # or a stop that holds one would never match
             stop_token_ids=sorted(tokenizer.stop_token_ids.union(sampling.stop_token_ids)),
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.DELTA,
@@ -300,7 +303,7 @@ class VllmEngine:
         return time.monotonic() - started
 
     def _not_serving(self) -> BackendDown:
-        """Return what to raise while vLLM starts, or once it is dead."""
+        """Return the error to raise while vLLM starts, or after it died."""
         if not self._has_started:
             return self._startup.error()
         why = "an update of the weights broke off halfway" if self._broken else "vLLM died"

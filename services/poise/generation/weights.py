@@ -128,7 +128,7 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
 
 
 def check_sizes(num_axes: Sequence[int], file: str) -> None:
-    """Raise `InvalidRequest` for what is too much to be looked at: call it before the shapes are read."""
+    """Raise `InvalidRequest` for too many tensors or axes, or too long a path. Call it before reading shapes."""
     if not 1 <= len(num_axes) <= MAX_TENSORS:
         raise InvalidRequest.field("begin.tensors", f"has {len(num_axes)}; 1 to {MAX_TENSORS} are accepted")
     for index, number in enumerate(num_axes):
@@ -138,7 +138,7 @@ def check_sizes(num_axes: Sequence[int], file: str) -> None:
             )
     if len(file) > MAX_PATH_BYTES or "\0" in file:
         raise InvalidRequest.field(
-            "begin.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} bytes, none of them zero"
+            "begin.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} characters, without NUL"
         )
 
 

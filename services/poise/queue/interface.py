@@ -48,13 +48,13 @@ class QueueDepth:
     num_dead_letters: int
     """Entries ever dead-lettered, whether or not still kept."""
     num_losses: int = 0
-    """Times that published labels were found missing, as far as this process has seen."""
+    """How often this process found published labels missing."""
     last_loss: str = ""
-    """What was missing the last time, and where; empty where nothing was."""
+    """Describes the last loss; empty if there was none."""
     problem: str = ""
-    """Why nothing can be published, though the queue answers; empty while all is well."""
+    """Why the queue answers but accepts no labels; empty if it accepts them."""
     warnings: tuple[str, ...] = ()
-    """What may cost labels in a crash."""
+    """Server settings that may lose labels in a crash."""
 
 
 MAX_DEAD_LETTER_BYTES = 4 << 20
@@ -117,7 +117,7 @@ class LabelQueue(Protocol):
         ...
 
     def expect(self, entry_id: str) -> None:
-        """Take an entry of an earlier life for published: a stream that ends before it has lost labels."""
+        """Note an entry known from before a restart. A stream whose newest entry is older has lost labels."""
         ...
 
     async def close(self) -> None:
@@ -126,13 +126,13 @@ class LabelQueue(Protocol):
 
 
 def age_of(entry_id: str) -> tuple[int, int]:
-    """Return what orders the ids of entries by age, the oldest first."""
+    """Return a sort key for entry ids: the oldest entry sorts first."""
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number or 0)
 
 
 def newer_entry(one: str, other: str) -> str:
-    """Return the newer of two ids; an empty one is none."""
+    """Return the newer of two entry ids, either of which may be empty."""
     return max(filter(None, (one, other)), key=age_of, default="")
 
 
@@ -157,5 +157,6 @@ def letter_was_cut(letter_id: str) -> InvalidRequest:
     """Return the error of `replay` for a letter that is not whole."""
     return InvalidRequest.field(
         "ids",
-        f"dead letter {letter_id!r} was cut off after {MAX_DEAD_LETTER_BYTES} bytes and cannot be replayed",
+        f"dead letter {letter_id!r} does not hold the whole entry, of which {MAX_DEAD_LETTER_BYTES} bytes are kept; it "
+        "cannot be replayed",
     )

@@ -163,7 +163,7 @@ class MemoryQueue:
         return [*self._stream.pending, *(delivery.entry_id for delivery in self._stream.unread)]
 
     def expect(self, entry_id: str) -> None:
-        """See `LabelQueue.expect`. Nothing here outlives the process, and nothing within it is lost."""
+        """See `LabelQueue.expect`. No entry outlives the process, so there is nothing to compare."""
 
     async def close(self) -> None:
         """See `LabelQueue.close`."""

@@ -1,6 +1,6 @@
-"""The way to the Redis server: every connection is checked before its first use, and replaced when it fails.
+"""Connections to the Redis server: each is checked before its first use and replaced when it fails.
 
-Owns connections, and following a server that fails over or a cluster that names another node. Knows no queue.
+Follows a failover to the new primary, and a cluster's redirection to another node. Knows no queue.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ T = TypeVar("T")
 Client = redis.asyncio.Redis
 
 Ask = Callable[..., Awaitable[Any]]
-"""Sends a command, given as its words, over one connection and returns the answer."""
+"""Sends one command, split into words, and returns its answer."""
 
 _CONNECT_TIMEOUT_S = 2.0
 _REPLY_TIMEOUT_S = 10.0
 _IDLE_CHECK_S = 15
-"""A connection that was idle for longer is asked for a PING before it is used."""
+"""A connection that was idle for longer is checked by a PING before use."""
 _EXAMINE_EVERY_S = 30.0
-"""Settings of a server may change while a connection lives."""
+"""How often an open connection is examined again: settings of a server may change."""
 _MOST_TRIES = 3
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
 class RedisClient:
-    """Runs commands on the server that the URL names, or on the cluster node that it names in turn."""
+    """Runs commands on the server of the URL, or on the cluster node to which that server redirects."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class RedisClient:
         Args:
             url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
             needed_bytes: memory that the queue may take in the server.
-            examine_keys: called with each new connection, and again now and then; the flag says whether the server is
-                a cluster node.
-            failed: called when a connection fails: an answer may have been lost.
+            examine_keys: called with each new connection, and every 30 s; the flag says whether the server is a
+                cluster node.
+            failed: called when a connection fails, which may have lost an answer.
         """
         self._url = url
         self._needed_bytes = needed_bytes
@@ -67,9 +67,9 @@ class RedisClient:
         parts = urlsplit(url)
         self._home = join_address(parts.hostname, parts.port or 6379) if parts.hostname else parts.path
         self.address = self._home
-        """host:port, or path, of the server that is used now."""
+        """host:port, or path, of the current server."""
         self.report = ServerReport(None, ())
-        """What was found when a connection was last examined."""
+        """Result of the last examination of a connection."""
         self._examined_s = -_EXAMINE_EVERY_S
         self._client = self._make(None)
 
@@ -81,7 +81,7 @@ class RedisClient:
             socket_connect_timeout=_CONNECT_TIMEOUT_S,
             socket_timeout=_REPLY_TIMEOUT_S,
             health_check_interval=_IDLE_CHECK_S,
-            retry=Retry(NoBackoff(), 0),  # `call` tries again, on a connection that was examined
+            retry=Retry(NoBackoff(), 0),  # `call` retries, over an examined connection
             redis_connect_func=self._greet,
             **({"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE} if is_tcp else {}),
         )
@@ -90,10 +90,10 @@ class RedisClient:
         return redis.asyncio.Redis.from_pool(pool)
 
     async def call(self, work: Callable[[Client], Awaitable[T]]) -> T:
-        """Run `work`; again over another connection where the one it had turns out to be dead or outdated.
+        """Run `work`; retry it over a new connection if the old one is dead or leads to a replica.
 
         Raises:
-            BackendDown, QueueFull: what the server or the system said, with a remedy.
+            BackendDown, QueueFull: the error of the server or of the system, with a remedy.
         """
         for num_left in reversed(range(_MOST_TRIES)):
             client = self._client
@@ -101,22 +101,22 @@ class RedisClient:
                 await self._examine_if_due(client)
                 return await work(client)
             except (RedisError, OSError) as error:
-                told = translated(error, self.address)
-                if isinstance(told, QueueFull):
-                    raise told from error
+                shown = translated(error, self.address)
+                if isinstance(shown, QueueFull):
+                    raise shown from error
                 self._failed()
                 node = None
-                if isinstance(error, MovedError):  # without a host it means the one that was asked
+                if isinstance(error, MovedError):  # without a host it means the same host
                     node = error.host or client.connection_pool.connection_kwargs["host"], error.port
                 await self._replace(client, node)
                 if not num_left or not (node or may_be_gone(error)):
-                    raise told from error
+                    raise shown from error
         raise AssertionError("the last try returns or raises")
 
     async def _replace(self, failed: Client, node: tuple[str, int] | None) -> None:
-        """Start over with new connections: to a node, or to what the URL names, looked up again."""
+        """Use new connections: to `node`, or to the address of the URL, resolved again."""
         if self._client is not failed:
-            return  # another call has done so
+            return  # another call did so
         self._client = self._make(node)
         self._examined_s = -_EXAMINE_EVERY_S
         self.address = join_address(*node) if node else self._home
@@ -132,7 +132,7 @@ class RedisClient:
             return
         connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # has no annotations
         try:
-            if self._is_due():  # it was not new
+            if self._is_due():  # a new connection was examined when it was made
                 await self._examine(connection)
         finally:
             await client.connection_pool.release(connection)
@@ -141,7 +141,7 @@ class RedisClient:
         return asyncio.get_running_loop().time() - self._examined_s >= _EXAMINE_EVERY_S
 
     async def _examine(self, connection: AbstractConnection) -> None:
-        """Raises `UnsuitableServerError`, and what the server answers."""
+        """Check the server and the keys. Raises `UnsuitableServerError`, or the server's own error."""
 
         async def ask(*command: Any) -> Any:
             await connection.send_command(*command)

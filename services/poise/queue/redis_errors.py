@@ -1,4 +1,4 @@
-"""What each error of a Redis server means and what to do about it. Knows no queue."""
+"""Translates errors of a Redis server into errors with remedies. Knows no queue."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from poise.errors import BackendDown, PoiseError, QueueFull
 RETRY_AFTER_S = 1.0
 
 _MAX_TEXT = 250
-"""Characters shown of what a server says."""
+"""Characters shown of a server's error."""
 
 
 class UnsuitableServerError(RedisError):
-    """The server answers, but labels must not be kept there. The text says why, `remedy` what to change."""
+    """The server answers, but is unsuitable for the queue. The text says why; `remedy` says what to change."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class _Kind:
     """One kind of error."""
 
     words: tuple[str, ...]
-    """Any of them in the error's text marks the kind: an error inside a script keeps its code only there."""
+    """Any of them in the error's text identifies the kind. Errors within scripts have no code elsewhere."""
     remedy: str
     types: tuple[type[BaseException], ...] = ()
 
@@ -55,12 +55,12 @@ _KINDS = (
     ),
     _Kind(
         ("NOPERM", "ACL failure", "no permissions", "can't run this command", "can't access"),
-        "Grant the user of queue.url what the error names.",
+        "Grant the user of queue.url the right that the error names.",
         (exceptions.NoPermissionError,),
     ),
     _Kind(
         ("MISCONF",),
-        "The server cannot write its data to disk and refuses writes. Make room on its disk and read its log.",
+        "The server cannot write its data to disk and rejects writes. Free space on its disk and read its log.",
     ),
     _Kind(("NOREPLICAS",), "Too few replicas are in sync. Repair them, or lower min-replicas-to-write."),
     _Kind(
@@ -78,7 +78,11 @@ _KINDS = (
         "Wait until the cluster has moved the queue's slot.",
         (exceptions.TryAgainError, exceptions.AskError, exceptions.ClusterCrossSlotError),
     ),
-    _Kind(("WRONGTYPE",), "The key holds something else. Set queue.stream to another name, or delete the key."),
+    _Kind(("WRONGTYPE",), "The key is not a stream. Set queue.stream to another name, or delete the key."),
+    _Kind(
+        ("exhausted the last possible ID",),
+        "The ids of the stream are used up. Set queue.stream to another name, or delete the key once it is consumed.",
+    ),
     _Kind(("BUSY ",), "A script blocks the server. Wait for it, or end it with SCRIPT KILL."),
     _Kind(
         ("unknown command", "SELECT is not allowed", "DB index is out of range"),
@@ -106,7 +110,7 @@ def translated(error: Exception, address: str) -> PoiseError:
 
 
 def may_be_gone(error: Exception) -> bool:
-    """Whether another connection may succeed where this one failed: the peer died, or is a replica by now."""
+    """Whether a new connection may succeed: the peer died, or became a replica."""
     if isinstance(error, exceptions.AuthenticationError | exceptions.BusyLoadingError | UnsuitableServerError):
         return False
     if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError | exceptions.ReadOnlyError):

@@ -88,7 +88,7 @@ class RedisQueue:
 
     def _forget_connection(self) -> None:
         self._group_exists = False
-        self._owed_after = "0-0"  # an answer may have been lost on the way: ask again for what is owed
+        self._owed_after = "0-0"  # an answer may have been lost: read the pending entries again
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
         def work(client: Client) -> Awaitable[Any]:
@@ -97,8 +97,8 @@ class RedisQueue:
         return await self._client.call(work)
 
     async def _examine_keys(self, ask: Ask, is_cluster: bool) -> None:
-        """Check rights, types and completeness of the keys before a connection is used."""
-        if not is_cluster:  # there, earlier releases could not write dead letters
+        """Check the rights to the keys, their types, and that no entry is missing."""
+        if not is_cluster:  # in a cluster, earlier releases could not write dead letters
             await self._move_letters(ask)
         known = self._watch.known
         try:
@@ -108,13 +108,13 @@ class RedisQueue:
             denied = [str(error).encode()]
         if denied:
             raise UnsuitableServerError(
-                f"does not let the user of queue.url do what is needed: {denied[0].decode()}",
+                f"denies the user of queue.url a required right: {denied[0].decode()}",
                 f"Grant that user {_RIGHTS} on the keys ~{self._stream} and ~{self._dead_stream}.",
             )
         self._judge(StreamState.parse(state), known)
 
     async def _move_letters(self, ask: Ask) -> None:
-        """Move dead letters, once, from the key where earlier releases kept them. Failing costs no more than these."""
+        """Move dead letters, once, from the key of earlier releases. If that fails, they stay there."""
         former = f"{self._stream}:dead"
         if self._are_letters_moved or former == self._dead_stream:
             return
@@ -123,7 +123,7 @@ class RedisQueue:
                 num_moved = await ask("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
                 logger.info("moved %d dead letters from key %s to %s", num_moved, former, self._dead_stream)
         except NoPermissionError:
-            pass  # so no earlier release wrote there
+            pass  # then no earlier release wrote there
         except ResponseError as error:
             logger.warning("dead letters in key %s were not moved to %s: %s", former, self._dead_stream, error)
         self._are_letters_moved = True
@@ -148,7 +148,7 @@ class RedisQueue:
         self._watch.saw_entry(detail[0].decode())
 
     async def _check_publishable(self) -> None:
-        await self._client.call(_nothing)  # what was found may be of another server, or old
+        await self._client.call(_nothing)  # the report may be old, or of another server
         if self._client.report.publish_refusal is not None:
             raise translated(self._client.report.publish_refusal, self._client.address)
 
@@ -167,14 +167,14 @@ class RedisQueue:
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                await self._look(client)  # the server lost its data, or someone deleted the key: begin anew
+                await self._look(client)  # the server lost its data, or the key was deleted: create the group again
                 self._forget_connection()
                 return []
 
         return await self._client.call(work)
 
     async def _look(self, client: Client) -> StreamState:
-        """Return the state of the stream, having compared it with what was known of it."""
+        """Return the state of the stream, and note what it lost since the last look."""
         known = self._watch.known
         reply = client.eval(STATE, 2, self._stream, self._dead_stream, self._group)
         state = StreamState.parse(await cast(Awaitable[list[Any]], reply))
@@ -228,7 +228,7 @@ class RedisQueue:
         return await self._deliveries(client, entries)
 
     async def _deliveries(self, client: Client, entries: Sequence[Any]) -> list[Delivery]:
-        """Drop the owed entries that were deleted under us (a trimmed stream): they cannot be read ever again."""
+        """Drop pending entries that were deleted, as by XTRIM: they can no longer be read."""
         gone = [entry_id for entry_id, fields in entries if not fields]
         if gone:
             await client.xack(self._stream, self._group, *gone)
@@ -262,16 +262,7 @@ class RedisQueue:
     async def dead_letters(self, *, max_entries: int) -> list[DeadLetter]:
         """See `LabelQueue.dead_letters`."""
         entries = await self._client.call(lambda client: client.xrevrange(self._dead_stream, count=max_entries))
-        return [
-            DeadLetter(
-                letter_id.decode(),
-                fields[_ENTRY_ID].decode(),
-                fields[_PAYLOAD],
-                fields[_REASON].decode(),
-                fields[_IS_WHOLE] == b"1",
-            )
-            for letter_id, fields in cast(list[Any], entries)
-        ]
+        return [_letter(letter_id.decode(), fields) for letter_id, fields in cast(list[Any], entries)]
 
     async def replay(self, letter_ids: Sequence[str]) -> None:
         """See `LabelQueue.replay`."""
@@ -327,7 +318,7 @@ class RedisQueue:
 
 
 async def _nothing(_: Client) -> None:
-    """Only have the connection examined."""
+    """Do nothing: `RedisClient.call` examines the connection."""
 
 
 _LETTER_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
@@ -343,6 +334,17 @@ def _check_letter_ids(letter_ids: Sequence[str]) -> None:
     for letter_id in letter_ids:
         if not _is_letter_id(letter_id):
             raise no_such_letter(letter_id)
+
+
+def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    """Return a dead letter; one that another program wrote may lack any field, and then cannot be replayed."""
+    return DeadLetter(
+        letter_id,
+        fields.get(_ENTRY_ID, b"").decode(errors="replace"),
+        fields.get(_PAYLOAD, b""),
+        fields.get(_REASON, b"").decode(errors="replace"),
+        fields.get(_IS_WHOLE) == b"1" and _PAYLOAD in fields,
+    )
 
 
 def _delivery(entry_id: str, fields: dict[bytes, bytes]) -> Delivery:

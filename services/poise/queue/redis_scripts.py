@@ -1,4 +1,4 @@
-"""What only the Redis server can check and change in one step: Lua."""
+"""Lua scripts: what must be checked and changed in one step on the server."""
 
 # What a stream holds: entries, and bytes of memory. All nodes are counted, not a sample: entries differ in size.
 _HELD = """
@@ -30,7 +30,7 @@ for i = 2, #ARGV do
 end
 """
 
-# The id alone: an entry may be large.
+# Only the id, as an entry may be large.
 NEWEST = """
 local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 return found[1] and found[1][1]
@@ -65,7 +65,7 @@ for i = 3, #ARGV do
   if #found == 0 then return {-1, ARGV[i]} end
   local fields = {}
   for j = 1, #found[1][2], 2 do fields[found[1][2][j]] = found[1][2][j + 1] end
-  if fields['is_whole'] ~= '1' then return {-2, ARGV[i]} end
+  if fields['is_whole'] ~= '1' or not fields['group'] then return {-2, ARGV[i]} end
   payloads[i] = fields['group']
   more = more + #payloads[i]
 end
@@ -111,12 +111,12 @@ end
 """
 
 # KEYS: stream, dead letters. ARGV: consumer group. Answers the type of each key; the stream's length and newest id;
-# whether the group exists, its pending entries, and how many it was not handed, -1 where the server cannot tell
-# (before Redis 7); and how many letters there ever were. Not `lag`: that takes trimmed entries for read.
+# whether the group exists, its pending entries, and its unread entries, -1 where the server does not count them
+# (before Redis 7); and the number of letters ever written. `lag` is of no use: it counts trimmed entries as read.
 STATE = _STATE + "return state(KEYS[1], KEYS[2], ARGV[1])"
 
-# The same, and every command that the queue uses later on, with arguments that change nothing: what the user may not
-# do is an error now. ARGV: consumer group, consumer. Answers {denied, state}.
+# The same, after every command that the queue uses, with arguments that change nothing: a missing right is an error
+# now. ARGV: consumer group, consumer. Answers {denied, state}.
 EXAMINE = (
     _STATE
     + """
@@ -136,6 +136,7 @@ for _, key in ipairs(KEYS) do
   try('XADD', key, 'NOMKSTREAM', '0-0', 'group', '')
   try('XDEL', key, '0-1')
 end
+try('XGROUP', 'CREATE', KEYS[1], ARGV[1], 'no id')
 try('XINFO', 'STREAM', KEYS[1])
 try('XINFO', 'GROUPS', KEYS[1])
 try('MEMORY', 'USAGE', KEYS[1])

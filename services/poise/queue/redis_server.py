@@ -1,4 +1,4 @@
-"""What the queue needs of a Redis server, judged by what the server says of itself. Pure; opens no connection.
+"""Judges whether a Redis server suits the queue, from its INFO and its settings. Pure; opens no connection.
 
 A server that loses labels in normal operation is rejected. One that may lose them in a crash gets a warning.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from poise.queue.redis_errors import UnsuitableServerError
 
 OLDEST_VERSION = (6, 2)
-"""The first with XAUTOCLAIM, which takes over what a dead consumer left."""
+"""The first with XAUTOCLAIM, which takes over the entries of a dead consumer."""
 
 _HEADROOM = 1.25
-"""What the server needs besides the entries, as a factor."""
+"""Memory of the server relative to that of the entries."""
 
 Info = Mapping[str, str]
 """The fields of INFO."""
@@ -22,12 +22,12 @@ Info = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """What is wrong with a server that may be used."""
+    """Shortcomings of a server that can be used."""
 
     publish_refusal: UnsuitableServerError | None
-    """Why no label may be published there; None where it may. What is there can still be consumed."""
+    """Why no label may be published there; None if it may. Labels already there can be consumed."""
     warnings: tuple[str, ...]
-    """What the user should know."""
+    """One sentence each."""
 
 
 def parse_info(text: str) -> dict[str, str]:

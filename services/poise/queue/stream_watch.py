@@ -1,6 +1,6 @@
-"""Finds out that a stream has lost labels which were published and not acknowledged.
+"""Detects that a stream has lost labels that were published and not acknowledged.
 
-Owns what must be true of a stream. Knows no server: its states come from `redis_scripts.STATE`.
+Knows no server: states of the stream come from `redis_scripts.STATE`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from poise.queue.interface import age_of, newer_entry
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """What the server says of the stream and of its dead letters at one moment."""
+    """The stream and its dead letters at one moment, as reported by the server."""
 
     kind: str
     """Type of the stream's key; `none` where there is no such key."""
     letters_kind: str
     length: int
     newest: str
-    """Id of the newest entry there ever was; empty where there is no stream."""
+    """Id of the newest entry ever added; empty if there is no stream."""
     has_group: bool
     num_pending: int
     num_unread: int | None
-    """Entries that no consumer was handed; None where the server cannot tell."""
+    """Entries not yet delivered to any consumer; None if the server does not count them."""
     num_letters: int
-    """Dead letters there ever were."""
+    """Dead letters ever added."""
 
     @property
     def num_missing(self) -> int:
-        """Entries that were deleted before they were consumed, as far as the server can tell."""
+        """Entries that were deleted before they were consumed; 0 if the server does not count them."""
         if not self.has_group or self.num_unread is None:
             return 0
         return max(0, self.num_unread + self.num_pending - self.length)
@@ -54,7 +54,7 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What was known of the stream when its state was asked for: it can have grown since, and lost nothing."""
+    """What was known of the stream before its state was requested. It may only have grown since."""
 
     newest: str
     """Newest entry known to have been published; empty where none is."""
@@ -64,7 +64,7 @@ class Expectation:
 
 
 class StreamWatch:
-    """What one process knows of a stream, and the losses that it found."""
+    """What this process knows of a stream, and the losses that it found."""
 
     def __init__(self) -> None:
         self._known = Expectation("", False, 0)
@@ -73,7 +73,7 @@ class StreamWatch:
 
     @property
     def known(self) -> Expectation:
-        """To be taken before a state is asked for, and handed to `judge` with it."""
+        """Read it before requesting a state, and pass both to `judge`."""
         return self._known
 
     def saw_entry(self, entry_id: str) -> None:
@@ -86,14 +86,17 @@ class StreamWatch:
         self._known = Expectation(self._known.newest, True, self._known.num_missing)
 
     def judge(self, state: StreamState, known: Expectation) -> bool:
-        """Compare a state with what was known before it was asked for; return whether labels were lost."""
+        """Compare a state with what was known before the request; return whether labels were lost."""
         if known.newest and not state.newest:
-            return self._lost("the stream is gone, with every label that was not yet consumed", state)
+            return self._lost("the stream was deleted, with every label that was not yet consumed", state)
         if known.newest and age_of(state.newest) < age_of(known.newest):
             what = f"the stream ends at {state.newest}, but {known.newest} was published"
             return self._lost(f"{what}: the server went back to older data", state)
         if known.has_group and not state.has_group:
-            return self._lost("the stream was deleted and made anew, without the labels not yet consumed", state)
+            return self._lost(
+                "the stream or its consumer group was deleted and created again; labels may be missing",
+                state,
+            )
         num_missing = state.num_missing
         if num_missing > known.num_missing:
             return self._lost(f"{num_missing - known.num_missing} labels were deleted before they were consumed", state)
@@ -101,18 +104,18 @@ class StreamWatch:
         return False
 
     def found_deleted(self, num_deleted: int) -> None:
-        """Note entries that this consumer owed and that are no longer there."""
+        """Note pending entries of this consumer that were deleted."""
         known = self._known
         if num_deleted > known.num_missing:
-            self._tell(f"{num_deleted - known.num_missing} labels were deleted before they were consumed")
+            self._count(f"{num_deleted - known.num_missing} labels were deleted before they were consumed")
         self._known = Expectation(known.newest, known.has_group, max(0, known.num_missing - num_deleted))
 
     def _lost(self, what: str, state: StreamState) -> bool:
-        """Count a loss, and expect from now on what is there."""
-        self._tell(what)
+        """Count a loss, and take the present state as the new expectation."""
+        self._count(what)
         self._known = Expectation(state.newest, state.has_group, state.num_missing)
         return True
 
-    def _tell(self, what: str) -> None:
+    def _count(self, what: str) -> None:
         self.num_losses += 1
         self.last_loss = what

@@ -40,9 +40,9 @@ class Window:
             self.num_rows -= len(self._groups.popleft().rows)
 
     def without(self, unwanted: Collection[LabelledRows]) -> Window:
-        """Return a window of the other groups, all of them added anew: what is stored is named by their numbers."""
-        gone = {id(group) for group in unwanted}
-        kept = [group for group in self._groups if id(group) not in gone]
+        """Return a window of the other groups, numbered afresh, as stored pieces are named by these numbers."""
+        unwanted_ids = {id(group) for group in unwanted}
+        kept = [group for group in self._groups if id(group) not in unwanted_ids]
         return Window(self._max_rows, kept, self.num_added + len(kept))
 
     def outvoted(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -20,7 +21,8 @@ class QueueConfig(StrictModel):
     """The queue of labelled rollouts, a Redis Stream."""
 
     url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
-    """`redis://[user:password@]host:port/db`, `rediss://…` for TLS, or `unix://path`."""
+    """`redis://[user:password@]host:port/db`, `rediss://…` for TLS, or `unix://path`. Options after `?` are `db`, and
+    with TLS `ssl_ca_certs`, `ssl_ca_path`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs` and `ssl_check_hostname`."""
     stream: str = Field("poise:labels", min_length=1)
     """Key of the stream. Dead letters go to `{<stream>}:dead`: a Redis cluster keeps both keys on one node."""
     group: str = Field("value", min_length=1)
@@ -60,15 +62,46 @@ class QueueConfig(StrictModel):
     @classmethod
     def _names_a_server(cls, url: SecretStr) -> SecretStr:
         # Here, for what fails to parse it later may quote it, password and all.
-        if not _names_redis(url.get_secret_value()):
+        text = url.get_secret_value()
+        if not _names_redis(text):
             raise ValueError(
                 "names no Redis server: must be redis://[user:password@]host:port/db, rediss://… or unix:///path, "
                 "with / ? # @ : in the password percent-encoded"
             )
+        if not _has_known_options(text):
+            raise ValueError(
+                f"has an option after ? that is unknown or has a wrong value; known: {', '.join(_URL_OPTIONS)}; those "
+                "for TLS need rediss://"
+            )
         return url
 
 
+_URL_OPTIONS = {
+    "db": r"\d{1,9}",
+    "username": ".+",
+    "password": ".+",
+    "ssl_ca_certs": ".+",
+    "ssl_ca_path": ".+",
+    "ssl_certfile": ".+",
+    "ssl_keyfile": ".+",
+    "ssl_cert_reqs": "none|optional|required",
+    "ssl_check_hostname": "(?i:true|false|yes|no|0|1)",
+}
+"""Options of a URL that leave the queue's own time limits in force, each with the pattern of its values."""
+
+
+def _has_known_options(url: str) -> bool:
+    parts = urlsplit(url)
+    return all(
+        re.fullmatch(_URL_OPTIONS.get(name, "(?!)"), value)
+        and (parts.scheme == "rediss" or not name.startswith("ssl_"))
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+    )
+
+
 def _names_redis(url: str) -> bool:
+    if not url.isprintable() or " " in url:
+        return False
     try:
         parts = urlsplit(url)
         if parts.scheme == "unix":
@@ -76,7 +109,7 @@ def _names_redis(url: str) -> bool:
         has_host = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, most often because the password holds a / or #
         return False
-    return parts.scheme in ("redis", "rediss") and has_host and (parts.path[1:] or "0").isdecimal()
+    return parts.scheme in ("redis", "rediss") and has_host and re.fullmatch(r"\d{0,9}", parts.path[1:]) is not None
 
 
 class ProbeConfig(StrictModel):

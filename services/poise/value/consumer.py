@@ -33,12 +33,12 @@ _MAX_REASON = 1000
 """Characters kept of why an entry is poison."""
 
 _MAX_LOGGED = 200
-"""Characters of it that are logged; the dead letter has the rest."""
+"""Characters of the reason that are logged; the dead letter has the rest."""
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
 
 _LOSS_SHOWN_S = 60.0
-"""How long readiness tells of lost labels: nothing brings them back, and those that come are consumed meanwhile."""
+"""How long readiness reports lost labels. They cannot be restored, and new ones are consumed all the time."""
 
 
 class LabelConsumer:
@@ -76,7 +76,7 @@ class LabelConsumer:
 
     @property
     def problem(self) -> str:
-        """Why nothing can be consumed or published now, or what was lost lately; empty while all is well."""
+        """Why labels cannot be consumed or published, or which were lost in the last minute; empty if neither."""
         is_loss_recent = time.monotonic() - self._lost_s < _LOSS_SHOWN_S
         return self._problem or self.depth.problem or (self.depth.last_loss if is_loss_recent else "")
 
@@ -127,7 +127,7 @@ class LabelConsumer:
         self._problem = problem
 
     def _observe(self, depth: QueueDepth) -> None:
-        """Take over what the queue says of itself, and log what is new in it."""
+        """Keep the queue's state, and log new warnings, problems and losses."""
         before, self.depth = self.depth, depth
         for warning in depth.warnings:
             if warning not in before.warnings:
@@ -135,12 +135,12 @@ class LabelConsumer:
         if depth.problem and depth.problem != before.problem:
             logger.error("no label can be published: %s", depth.problem)
         if depth.num_losses > before.num_losses:
-            logger.error("%s; training goes on without them", depth.last_loss)
+            logger.error("%s; training continues without them", depth.last_loss)
             self._lost_s = time.monotonic()
-            self._estimator.newest_entry = ""  # of a stream that is no more
+            self._estimator.newest_entry = ""  # it belonged to the lost stream
 
     async def _turn(self) -> str:
-        """Consume a batch; return what is wrong though it was consumed."""
+        """Consume a batch; return a problem that did not prevent it, or an empty text."""
         await self._settle()  # what an earlier turn could not
         await self._pass_pause()
         if self._stopping.is_set():
@@ -169,10 +169,10 @@ class LabelConsumer:
             await _wait(self._running, _READ_WAIT_S)
 
     async def _settle(self) -> str:
-        """Give the queue what it is owed for the entries in hand; return why some of the poison stays in hand.
+        """Acknowledge learnt entries and dead-letter poison; return why some of the poison is kept for a later try.
 
-        Nothing is forgotten when it fails halfway. Poison that finds no room in a full server does not stop the labels
-        behind it, whose consumption makes room; more than a batch of it does.
+        A failure halfway forgets nothing. A server without memory for dead letters does not stop consumption, which
+        frees memory; more than a batch of poison does.
         """
         if self._learnt:
             for entry_id in self._learnt:
@@ -189,7 +189,7 @@ class LabelConsumer:
             except QueueFull as error:
                 if len(self._poison) > self._config.batch_entries:
                     raise
-                return f"{len(self._poison)} refused labels cannot be dead-lettered: {_describe(error)}"
+                return f"{len(self._poison)} rejected labels cannot be dead-lettered yet: {_describe(error)}"
             del self._poison[0]
         return ""
 

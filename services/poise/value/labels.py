@@ -33,9 +33,9 @@ MIN_SIBLINGS = 2
 MAX_SIBLINGS = 1024
 """Most rollouts of a group."""
 _HIDDEN = (-1e7, 1e7)
-"""What a hidden state may hold: ten times what models are known to. Squares of more drown those of all other rows."""
+"""Bounds of a hidden state: ten times what models produce. Squares of larger numbers swamp those of all other rows."""
 _ENTROPY = (-1e-3, 25.0)
-"""What an entropy may be, nats: that of a uniform choice among e^25 tokens at most, and rounding below 0."""
+"""Bounds of an entropy, nats: up to a uniform choice among e^25 tokens; below 0 only by rounding."""
 
 
 def parse_label(payload: bytes, max_bytes: int) -> LabelledRows:
@@ -68,7 +68,7 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
     wrong.check(
-        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are told of below
+        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are reported below
         f"{path}.num_rollouts",
         f"is {message.num_rollouts}, and {len(message.rollouts)} rollouts are here; publish whole groups, with the "
         "number that was sampled",
@@ -241,12 +241,12 @@ def _can_be_fitted(rows: FeatureRows) -> bool:
 
 
 def _lie_within(columns: Floats, bounds: tuple[float, float]) -> bool:
-    """Whether all numbers do; NaN does not."""
+    """Whether all numbers lie within the bounds; NaN does not."""
     return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
 
 
 def _name_unfit(rows: FeatureRows, path: str, wrong: Violations) -> None:
-    """Note every field of these rollouts that holds what no probe can be fitted to."""
+    """Note every field of these rollouts whose numbers are out of bounds."""
     for name, columns, bounds in (
         ("prompt_hidden", rows.prompt_hidden, _HIDDEN),
         ("response_hidden", rows.response_hidden, _HIDDEN),

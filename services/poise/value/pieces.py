@@ -122,7 +122,7 @@ def join(document: Mapping[str, Any], pieces: Mapping[str, Mapping[str, NDArray[
         for each in document["probes"]
     ]
     ledger, pins = document["ledger"], document["pins"]
-    behind = document.get("behind", [None] * len(pins))  # of a release that did not tell
+    behind = document.get("behind", [None] * len(pins))  # absent in states of earlier releases
     return Snapshot(
         instance_id=document["instance_id"],
         domains=tuple(_domain(each, pieces, probes) for each in document["domains"]),
@@ -142,7 +142,7 @@ def join(document: Mapping[str, Any], pieces: Mapping[str, Mapping[str, NDArray[
         ),
         num_groups_consumed=document["num_groups_consumed"],
         num_duplicates=document["num_duplicates"],
-        newest_entry=document.get("newest_entry", ""),  # of a release that did not tell
+        newest_entry=document.get("newest_entry", ""),  # absent in states of earlier releases
     )
 
 

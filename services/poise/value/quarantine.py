@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from poise.value.rows import LabelledRows
 
 UNFIT = (ArithmeticError, ValueError)
-"""What fitting raises because of the numbers; `numpy.linalg.LinAlgError` is one."""
+"""Errors that fitting raises because of the numbers; `numpy.linalg.LinAlgError` is one of them."""
 
 
 def unfit_groups(
     groups: Sequence[LabelledRows], can_be_fitted: Callable[[Sequence[LabelledRows]], bool]
 ) -> list[LabelledRows]:
-    """Return the groups without which the rest can be fitted, by halving: few fits where few groups are to blame."""
+    """Return the groups without which the rest can be fitted.
+
+    Searches by halving, which needs few fits if few groups are to blame.
+    """
     fit: list[LabelledRows] = []
 
     def search(candidates: Sequence[LabelledRows]) -> list[LabelledRows]:

@@ -29,10 +29,10 @@ from poise.value.settling import Changes
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
-"""After a probe could not be made durable, or a dead letter not be sent."""
+"""Pause after a probe could not be stored or a dead letter not be sent."""
 
 _NO_ENTRY = "0-0"
-"""Stands for the queue entry of a group that was learnt: it is gone."""
+"""Id given for the queue entry of a learnt group, which was deleted when it was acknowledged."""
 
 
 class Refitter:
@@ -98,15 +98,15 @@ class Refitter:
             probe = await self._fit(name, window)
             fit_s = time.perf_counter() - started_s
             if probe is None or self._estimator.domains[name].window is not window:
-                return  # another width has won meanwhile, or groups left: the fit is of rows that are not there
+                return  # the window was replaced meanwhile, by another width or without unfit groups
             version = before.version + 1 if before else 1
             await self._keeper.install(name, VersionedProbe(version, probe, num_added, fit_s))
         except (OSError, PoiseError) as error:
-            if isinstance(error, PoiseError):  # of an OSError the keeper has told
-                self._repeats.log(logging.ERROR, f"groups that cannot be fitted are not dead-lettered yet: {error}")
+            if isinstance(error, PoiseError):  # the keeper logs an OSError
+                self._repeats.log(logging.ERROR, f"groups that cannot be fitted could not be dead-lettered: {error}")
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
         except Exception as error:
-            # A fit must not end the service: the probe before goes on answering, and the next labels may mend it.
+            # A failed fit must not end the service: the previous probe answers, and the next labels may help.
             self._repeats.log(logging.ERROR, f"the probe of domain {name!r} could not be fitted: {error!r}", error)
             self._metrics.fit_failures.labels(name).inc()
             self._failed_at[name] = num_added
@@ -115,11 +115,11 @@ class Refitter:
             logger.info("probe of domain %r: version %d in %.2f s", name, version, fit_s)
 
     async def _fit(self, name: str, window: Window) -> FittedProbe | None:
-        """Return the probe of a window; None where groups had to leave it first, which then is due again.
+        """Return the probe of a window; None if groups were expelled instead, after which the window is due again.
 
         Raises:
-            ArithmeticError, ValueError: it cannot be fitted, and that is no fault of a few groups.
-            OSError, PoiseError: the groups to blame cannot be given away now.
+            ArithmeticError, ValueError: it cannot be fitted, even without a few groups.
+            OSError, PoiseError: the unfit groups cannot be dead-lettered now.
         """
         if name not in self._fitters:
             self._fitters[name] = self._make_fitter()
@@ -128,7 +128,7 @@ class Refitter:
             return await asyncio.to_thread(self._fitters[name].fit, groups)
         except UNFIT as error:
             unfit = await asyncio.to_thread(unfit_groups, groups, self._can_be_fitted)
-            if not unfit:  # what the fitter had kept of earlier fits was to blame, and is gone
+            if not unfit:  # the cause was state of earlier fits, which the fitter has dropped
                 return await asyncio.to_thread(self._fitters[name].fit, groups)
             if 2 * len(unfit) > len(groups):
                 raise
@@ -143,7 +143,7 @@ class Refitter:
         return True
 
     async def _expel(self, name: str, unfit: Sequence[LabelledRows], error: Exception) -> None:
-        """Move learnt groups to the dead letters, then out of the window: a crash in between only sends them twice."""
+        """Dead-letter learnt groups, then remove them from the window. A crash in between only sends them twice."""
         for group in unfit:
             delivery = Delivery(_NO_ENTRY, label_payload(group), time.time())
             await self._queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")

@@ -54,7 +54,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         self._queue: LabelQueue | None = None
         self._settling: Settling | None = None
         self._closed = False
-        # One thread: requests are read in the order in which they came, and never freeze the event loop.
+        # One thread keeps requests in order, and reading them off the event loop.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="value-reader")
 
     def open(self, estimator: BaselineEstimator, queue: LabelQueue, settling: Settling) -> None:
@@ -64,10 +64,10 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     def close(self) -> None:
         """Refuse new requests with `Draining`."""
         self._closed = True
-        self._reader.shutdown(wait=False)  # what it was given is read all the same
+        self._reader.shutdown(wait=False)  # requests already queued are still read
 
-    async def _aside(self, read: Callable[[], T]) -> T:
-        """Return what a request holds. Raises `Draining` if the service closed meanwhile: it may pin no step then."""
+    async def _read_on_thread(self, read: Callable[[], T]) -> T:
+        """Read a request on the reader thread. Raises `Draining` if the service closed meanwhile."""
         content = await asyncio.get_running_loop().run_in_executor(self._reader, read)
         self._parts()
         return content
@@ -84,7 +84,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
         estimator, _ = self._parts()
-        groups = await self._aside(lambda: _read_questions(request))
+        groups = await self._read_on_thread(lambda: _read_questions(request))
         domains = [group.domain for group in groups]
         behind = await self._settle(request, domains, context)
         answers = estimator.estimate(request.run_id, request.step, groups, behind=behind)
@@ -113,7 +113,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.ScorePromptsResponse:
         """See value.proto."""
         estimator, _ = self._parts()
-        scores = estimator.score(await self._aside(lambda: _read_prompts(request)))
+        scores = estimator.score(await self._read_on_thread(lambda: _read_prompts(request)))
         return pb.ScorePromptsResponse(prompts=[encode_prompt_score(score) for score in scores])
 
     async def PublishLabels(  # noqa: N802
@@ -122,7 +122,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         """See value.proto."""
         estimator, queue = self._parts()
         wrong = Violations()
-        labels, payloads = await self._aside(lambda: _read_labels(request, self._config.queue, wrong))
+        labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config.queue, wrong))
         for index, label in labels:
             refusal = estimator.refusal(label.domain, label.rows.width)
             if refusal is not None:
@@ -208,7 +208,7 @@ def _read_prompts(request: pb.ScorePromptsRequest) -> list[PromptFeatures]:
 def _read_labels(
     request: pb.PublishLabelsRequest, limits: QueueConfig, wrong: Violations
 ) -> tuple[list[tuple[int, LabelledRows]], list[bytes]]:
-    """Return the labels that could be read, by index, and what the queue is to hold of each group."""
+    """Return the readable labels, each with its index, and the queue entry of every group."""
     _check_counts(request.groups, wrong)
     wrong.check(
         len(request.groups) <= limits.max_entries,

@@ -1,4 +1,4 @@
-"""Inputs whose size, shape or content once froze the generation service or made it fail: refused, and it goes on."""
+"""Inputs that once froze the generation service or made it fail are rejected, and the service continues."""
 
 from __future__ import annotations
 

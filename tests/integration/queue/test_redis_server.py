@@ -1,4 +1,4 @@
-"""What the queue takes for granted of a server is checked, and named with its remedy."""
+"""The queue checks its assumptions about the server, and names the remedy where one fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import redis
 from tests.support.redis_servers import DURABLE, LETTERS, STREAM, Proxy, RedisServers, make_queue, port_with_bus
 
-from poise.errors import BackendDown, QueueFull
+from poise.errors import BackendDown, InvalidRequest, QueueFull
 
 
 async def problem_of(queue, call) -> BackendDown:
@@ -83,7 +83,7 @@ async def test_a_half_open_connection_is_found_and_replaced(servers: RedisServer
     async with Proxy(servers.start()).open() as proxy:
         queue = make_queue(proxy.port)
         await queue.publish([b"1"])
-        proxy.is_mute = True  # for the connections there are, once they say something
+        proxy.is_mute = True  # open connections hang at their next byte
         hanging = asyncio.create_task(queue.publish([b"2"]))
         await asyncio.sleep(0.2)
         proxy.is_mute = False
@@ -101,7 +101,7 @@ async def test_no_label_is_published_where_any_key_may_be_evicted(servers: Redis
             await call(queue)
         assert "noeviction" in caught.value.remedy
     assert policy in (await queue.depth()).problem
-    assert await read(queue) == []  # what is there can be consumed
+    assert await read(queue) == []  # reading is still possible
     redis.Redis(port=port).config_set("maxmemory-policy", "noeviction")
     await queue.close()
     repaired = make_queue(port)
@@ -130,7 +130,7 @@ async def test_labels_are_published_where_no_key_of_ours_is_evicted(servers: Red
         ((*DURABLE, "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy allkeys-lru"),
     ],
 )
-async def test_what_may_cost_labels_in_a_crash_is_warned_of(servers: RedisServers, arguments, warning: str) -> None:
+async def test_settings_that_may_lose_labels_give_a_warning(servers: RedisServers, arguments, warning: str) -> None:
     queue = make_queue(servers.start(*arguments))
     (found,) = (await queue.depth()).warnings
     assert warning in found
@@ -148,6 +148,7 @@ async def test_what_may_cost_labels_in_a_crash_is_warned_of(servers: RedisServer
         ("+@all -xtrim", "'xtrim'"),
         ("+@all -xautoclaim", "'xautoclaim'"),
         ("+@all -xreadgroup", "'xreadgroup'"),
+        ("+@all -xgroup", "'xgroup|create'"),
         ("+@all -@write", "XADD"),
     ],
 )
@@ -185,6 +186,26 @@ async def test_the_rights_that_the_remedy_names_are_enough(servers: RedisServers
     assert await queue.holds(str(await queue.newest()))
     assert (await queue.depth()).num_entries == 1
     assert await queue.discard([letter.letter_id]) == 0
+    await queue.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"other": "fields"},
+        {"is_whole": "1"},
+        {"group": b"\xff", "reason": b"\xff", "entry_id": b"\xff", "is_whole": "0"},
+    ],
+)
+async def test_letters_of_another_program_are_listed(servers: RedisServers, fields) -> None:
+    server = redis.Redis(port=(port := servers.start()))
+    server.xadd(LETTERS, fields)
+    queue = make_queue(port)
+    (letter,) = await queue.dead_letters(max_entries=9)
+    assert not letter.is_whole
+    with pytest.raises(InvalidRequest, match="cannot be replayed"):
+        await queue.replay([letter.letter_id])
+    assert await queue.discard([letter.letter_id]) == 1
     await queue.close()
 
 
@@ -265,7 +286,7 @@ def make_anew(server: redis.Redis) -> None:
 
 @pytest.mark.parametrize("lose", [delete, flush, trim, delete_one, make_anew])
 @pytest.mark.parametrize("were_read", [True, False])
-async def test_labels_that_the_server_lost_are_told_of_once(servers: RedisServers, lose, were_read: bool) -> None:
+async def test_labels_that_the_server_lost_are_reported_once(servers: RedisServers, lose, were_read: bool) -> None:
     server = redis.Redis(port=(port := servers.start()))
     queue = make_queue(port)
     await queue.publish([b"0"])
@@ -278,14 +299,14 @@ async def test_labels_that_the_server_lost_are_told_of_once(servers: RedisServer
     found = await queue.depth()
     assert found.num_losses == 1
     assert "lost labels" in found.last_loss
-    await queue.publish([b"later"])  # and it goes on
+    await queue.publish([b"later"])  # the queue still works
     payloads = [each.payload for _ in range(2) for each in await read(queue)]
     assert b"later" in payloads
     assert (await queue.depth()).num_losses == 1
     await queue.close()
 
 
-async def test_a_server_that_went_back_to_older_data_is_told_of(servers: RedisServers) -> None:
+async def test_a_server_restored_from_older_data_is_reported(servers: RedisServers) -> None:
     server = redis.Redis(port=(port := servers.start()))
     queue = make_queue(port)
     await queue.publish([b"1"])
@@ -299,7 +320,7 @@ async def test_a_server_that_went_back_to_older_data_is_told_of(servers: RedisSe
 
 
 @pytest.mark.parametrize("lose", [delete, flush])
-async def test_a_loss_between_two_lives_is_told_of(servers: RedisServers, lose) -> None:
+async def test_a_loss_during_downtime_is_reported(servers: RedisServers, lose) -> None:
     server = redis.Redis(port=(port := servers.start()))
     queue = make_queue(port)
     await queue.publish([b"1"])

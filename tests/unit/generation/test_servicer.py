@@ -202,7 +202,7 @@ async def test_min_policy_version_is_checked_against_the_served(service: Service
 
 
 async def test_tokens_beyond_the_vocabulary_reject_their_prompt(service: Service) -> None:
-    service.engine.tokenize = lambda content: [300] if content == "ho" else [1]  # type: ignore[method-assign]
+    service.engine.tokenize = lambda content, limit: [300] if content == "ho" else [1]  # type: ignore[method-assign]
     with pytest.raises(InvalidRequest) as caught:
         await service.stream(request_of())
     assert [violation.field for violation in caught.value.violations] == ["prompts[1].text"]
@@ -211,13 +211,13 @@ async def test_tokens_beyond_the_vocabulary_reject_their_prompt(service: Service
 
 
 async def test_checked_prompts_are_counted_or_have_a_problem(service: Service) -> None:
-    def tokenize(content: Any) -> list[int]:
+    def tokenize(content: Any, limit: Any) -> list[int]:
         if content == "no":
             raise InvalidRequest.field("text", "cannot be")
         return [300] if content == "far" else list(str(content).encode())
 
     service.engine.tokenize = tokenize  # type: ignore[method-assign]
-    service.refusal = "waits for weights"  # which checking has no use for
+    service.refusal = "waits for weights"  # checking works without weights
     texts = [{"text": text} for text in ("x", "no", "far", "", "x" * 999)]
     specs = prompts(*texts, {"tokens": {"token_ids": [256]}})
 

@@ -27,6 +27,7 @@ def refusal(*settings: str) -> str:
         "rediss://user:p%2Fss@[::1]:6379/0",
         "unix:///run/valkey.sock",
         "unix://user:secret@/run/valkey.sock?db=1",
+        "rediss://host?ssl_ca_certs=/ca.pem&ssl_cert_reqs=required&ssl_check_hostname=False",
     ],
 )
 def test_a_url_that_names_a_server_is_taken(url: str) -> None:
@@ -46,6 +47,8 @@ def test_a_url_that_names_a_server_is_taken(url: str) -> None:
         "redis://user:s3cret@host:6379/labels",
         "redis://user:s3cret@[::1:6379",
         "unix://user:s3cret@",
+        "redis://user:s3cret@ho st",
+        "redis://host/9999999999999999999999s3cret",
     ],
 )
 def test_a_url_that_names_none_is_refused_with_a_remedy_and_never_quoted(url: str) -> None:
@@ -53,6 +56,27 @@ def test_a_url_that_names_none_is_refused_with_a_remedy_and_never_quoted(url: st
     assert "queue.url: names no Redis server" in text
     assert "percent-encoded" in text
     assert "cret" not in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host?s3cret=1",
+        "redis://host?s3cret",
+        "redis://host?socket_timeout=0.001",
+        "redis://host?decode_responses=true",
+        "redis://host?db=s3cret",
+        "redis://host?ssl_ca_certs=/ca.pem",
+        "rediss://host?ssl_cert_reqs=maybe",
+        "rediss://host?ssl_check_hostname=",
+        "unix:///run/valkey.sock?max_connections=1",
+    ],
+)
+def test_an_option_that_the_queue_cannot_have_is_rejected(url: str) -> None:
+    text = refusal(f"queue.url={url}")
+    assert "queue.url: has an option after ?" in text
+    assert "ssl_ca_certs" in text
+    assert "cret=" not in text
 
 
 def test_a_window_in_which_no_probe_could_ever_be_fitted_is_refused_by_name() -> None:
