@@ -1,6 +1,6 @@
-"""Which format a file is of that is not JSON lines, and how to make JSON lines of it.
+"""Recognise files that are not JSON lines, and name the command that converts them.
 
-Knows formats by their first bytes only: names of files are not looked at.
+Looks at the first bytes of a file only, not at its name.
 """
 
 from __future__ import annotations
