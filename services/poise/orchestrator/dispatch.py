@@ -31,7 +31,7 @@ _PUSH_PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RejectedPrompt:
-    """A prompt that generation does not take, whichever replica is asked: what there is instead of its group."""
+    """A prompt that every replica rejects; yielded in place of its group."""
 
     group_id: str
     reason: str
@@ -188,7 +188,7 @@ def _is_cut_off(group: Group) -> bool:
 
 
 def _rejected_prompts(error: InvalidRequestError) -> dict[int, str]:
-    """Return which prompts of a request are wrong, and why; none where anything else of the request is."""
+    """Return the reason for each rejected prompt, by index; empty if another field of the request is wrong too."""
     rejected: dict[int, str] = {}
     for field, what in error.violations:
         if match := _PROMPT_FIELD.match(field):

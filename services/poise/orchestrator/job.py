@@ -131,7 +131,7 @@ async def _train_and_report(
     stopping: asyncio.Event,
 ) -> ModelExport | None:
     """Train to the end and write what is left of the run; return its model, None if it was stopped before."""
-    storage = Storage(stopping)
+    storage = Storage(stopping, folder.check_held)
     async with Services(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:
         scorer = Scorer(services, verifiers)
         sampler = StepSampler(config, folder.journal, services, mixture, scorer, watcher, storage)

@@ -10,7 +10,7 @@
     trajectories.jsonl  some groups of each step, to read
     evaluations.jsonl   a line an evaluation
     probes.json         each domain's probe, as the value service had it in the end
-    memory.jsonl        a line a step: what the algorithm is to know of it later
+    memory.jsonl        a line a step: what the algorithm remembers of it
     generations/        of each evaluation all rollouts, a line each
 
 Owns the files, but for those of the journal.
@@ -100,7 +100,7 @@ class RunFolder:
         """Files that hold the lines of a step which is not finished."""
 
     def open(self, run_id: str, settings: Mapping[str, Any]) -> RunState:
-        """Take the folder and return how far the run is. Settings that changed since are told in the log.
+        """Take the folder and return how far the run is. Log the settings that changed since.
 
         Raises:
             RunError: another process drives it, it holds another run, or it cannot be written.

@@ -154,7 +154,7 @@ class StepSampler:
     async def _draw(self, step: int, policy_version: int, phases: Phases) -> _Drawn:
         """Sample and verify the step's prompts, and others until there are enough groups that the algorithm keeps.
 
-        Where none is kept of all that may be drawn, those of the last draw are: they teach nothing; the run goes on.
+        If none of the possible draws is kept, return the groups of the last one: they train nothing.
         """
         drawn, wanted = _Drawn(), self._config.prompts_per_step
         while drawn.num_rounds < self._algorithm.max_draws and len(drawn.kept) < wanted:
@@ -162,7 +162,7 @@ class StepSampler:
         if not drawn.sampled:
             problem, reason = drawn.rejected[-1]
             raise RunError(
-                f"step {step}: generation rejects all {len(drawn.rejected)} prompts that it was given, the last, of "
+                f"step {step}: generation rejects all {len(drawn.rejected)} prompts of the step. The last one, from "
                 f"{problem.origin}: {reason}"
             )
         drawn.num_filtered = len(drawn.sampled) - len(drawn.kept)
@@ -181,7 +181,7 @@ class StepSampler:
         drawn.num_rounds += 1
 
     async def _draw_once(self, drawn: _Drawn, step: int, num: int, policy_version: int, phases: Phases) -> None:
-        # Draws are numbered over the whole run: one that drew more for a step before goes on after those.
+        # Draws are numbered over the whole run, including the additional draws of earlier steps.
         config, draw = self._config, step + self._num_extra_draws + drawn.num_draws
         problems = self._mixture.problems(draw, num)
         sampling = Sampling(

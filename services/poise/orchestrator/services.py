@@ -48,9 +48,9 @@ _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
 _EXPORT_TIMEOUT_S = 3600.0
 CHECKED_AT_ONCE = 256
-"""Prompts in a call that checks them: few enough to spread over replicas, and to show how far it is."""
+"""Prompts in a call that checks them: few enough to spread over replicas and to show progress."""
 _CHECKS_AT_ONCE = 8
-"""Such calls."""
+"""Concurrent `check_prompts` calls."""
 
 
 class Services:
@@ -128,7 +128,7 @@ class Services:
     async def check_prompts(
         self, contents: Sequence[PromptContent], on_checked: Callable[[int], None]
     ) -> list[PromptCheck]:
-        """Return what generation's tokenizer makes of prompts, in order; `on_checked` is told how many are done."""
+        """Return the check of each prompt, in order; `on_checked` receives the number of prompts checked so far."""
         numbered = [Prompt(f"{index:08d}", content) for index, content in enumerate(contents)]
         parts = [numbered[first : first + CHECKED_AT_ONCE] for first in range(0, len(numbered), CHECKED_AT_ONCE)]
         gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
@@ -209,7 +209,7 @@ class Services:
             await pause(self._stopping)
 
     async def _ask_generation(self, call: Callable[[AsyncGenerationClient], Awaitable[T]]) -> T:
-        """Ask a replica that is ready, another one each time."""
+        """Call a replica that is ready; rotate over the replicas."""
 
         async def ask() -> T:
             while (client := self._replicas.next_ready()) is None:

@@ -1,6 +1,6 @@
-"""Writing to the run's folder: waits while its disk refuses, says why, and resumes when it can.
+"""Retries writes to the run's folder while its disk fails, and logs why.
 
-Knows neither the files nor what is in them.
+Does not know the files or their content.
 """
 
 from __future__ import annotations
@@ -18,28 +18,35 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAME = "the run's folder"
-_REMEDY = ". The run resumes by itself then"
+_REMEDY = ". The run then resumes"
 
 
 class Storage:
-    """The disk of one run, as the loop sees it: always there in the end."""
+    """Retries failed writes of one run until they succeed."""
 
-    def __init__(self, stopping: asyncio.Event | None = None) -> None:
-        """`stopping` ends the waiting."""
+    def __init__(self, stopping: asyncio.Event | None = None, check: Callable[[], None] | None = None) -> None:
+        """Create it.
+
+        Args:
+            stopping: ends the waiting.
+            check: raises the cause of a failed write where it knows one; see `RunFolder.check_held`.
+        """
         self._stopping = stopping or asyncio.Event()
+        self._check = check
 
     async def keep(self, work: Callable[[], T]) -> T:
-        """Return what `work` does, on a thread; call it again for as long as it raises `OSError`.
+        """Run `work` on a thread and return its result; retry while it raises `OSError`.
 
         Raises:
-            StoppedWaiting: stopping was asked for while the disk refused.
+            StoppedWaiting: a stop was requested while the disk failed.
+            RunError: the folder was deleted.
         """
         waiting = Waiting(_NAME, self._stopping, _REMEDY)
         while True:
             try:
                 done = await to_its_end(asyncio.to_thread(work))
             except OSError as error:
-                waiting.say(f"{_NAME}: {describe_disk_error(error)}")
+                waiting.say(f"{_NAME}: {describe_disk_error(self._cause(error))}")
                 if not self._stopping.is_set():
                     await pause(self._stopping)
                 if self._stopping.is_set():
@@ -47,6 +54,15 @@ class Storage:
             else:
                 waiting.over("can be written again")
                 return done
+
+    def _cause(self, error: OSError) -> OSError:
+        """Return why a write failed: a folder that was moved explains more than a missing file."""
+        if self._check is not None:
+            try:
+                self._check()
+            except OSError as cause:
+                return cause
+        return error
 
 
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:

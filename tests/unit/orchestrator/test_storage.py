@@ -78,7 +78,7 @@ async def test_a_run_outlasts_a_disk_that_refuses(
 
     assert not disk[0].left
     assert f"waiting for the run's folder: {remedy}" in caplog.text
-    assert "The run resumes by itself then" in caplog.text
+    assert "The run then resumes" in caplog.text
     assert "the run's folder can be written again after" in caplog.text
     for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl"):
         expected = [line["step"] for line in lines(tmp_path / "undisturbed", name)]
@@ -287,3 +287,33 @@ def _flags(descriptor: int) -> int:
     import fcntl
 
     return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+async def test_journal_of_a_moved_folder_is_written_after_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, stopping = RunFolder(tmp_path / "run"), asyncio.Event()
+    folder.open("run", {})
+    folder.path.rename(tmp_path / "elsewhere")
+
+    writing = asyncio.create_task(
+        Storage(stopping, folder.check_held).keep(lambda: folder.journal.write(journalled(0)))
+    )
+    while "waiting for" not in caplog.text:
+        await asyncio.sleep(0.01)
+    (tmp_path / "elsewhere").rename(folder.path)
+    await writing
+
+    assert f"was moved to {tmp_path / 'elsewhere'}. Move it back to {folder.path}" in caplog.text
+    assert folder.journal.read(0) is not None
+    folder.close()
+
+
+async def test_journal_of_a_deleted_folder_ends_the_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open("run", {})
+    shutil.rmtree(folder.path)
+
+    with pytest.raises(RunError, match="was deleted while the run was driven"):
+        await Storage(check=folder.check_held).keep(lambda: folder.journal.write(journalled(0)))
+    folder.close()

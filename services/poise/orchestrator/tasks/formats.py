@@ -1,10 +1,11 @@
-"""Which format a file is of that is not JSON lines, and how to make JSON lines of it.
+"""Recognise files that are not JSON lines, and name the command that converts them.
 
-Knows formats by their first bytes only: names of files are not looked at.
+Looks at the first bytes of a file only, not at its name.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 
 HEAD_BYTES = 4096
@@ -59,6 +60,10 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
 )
 """First bytes, name, and remedy. A format comes before another whose first bytes it begins with."""
 
+_BINARY = "is binary; name a file of JSON lines, in UTF-8"
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+_HEADER = re.compile(rb'"?[A-Za-z_][\w .-]*"?(?:[,\t]"?[A-Za-z_][\w .-]*"?)+')
+"""The names of the columns of a table."""
 _AT_OFFSET = ((257, b"ustar", "tar", "unpack it: tar xf {shell}"), (8, b"DUCK", "DuckDB", _EXPORT))
 
 
@@ -76,14 +81,18 @@ def foreign_format(head: bytes, path: str) -> str | None:
 def _binary(head: bytes, path: str) -> str | None:
     sample = head[:256]
     if b"\x00" not in sample:
-        return None
+        is_text = _CONTROL.search(sample) is None or head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        return None if is_text else _BINARY
+    for start, name in ((b"{\0\0\0", "UTF-32LE"), (b"\0\0\0{", "UTF-32BE")):
+        if head.startswith(start):
+            return _told(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
     for zeros, others, name in (
         (sample[1::2], sample[::2], "UTF-16LE"),
         (sample[::2], sample[1::2], "UTF-16BE"),
     ):
         if zeros.count(0) > len(zeros) * 0.7 and others.count(0) < len(others) * 0.3:
             return _told(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
-    return None if sample.lstrip().startswith(b"{") else "is binary; name a file of JSON lines, in UTF-8"
+    return None if sample.lstrip().startswith(b"{") else _BINARY
 
 
 def _text(head: bytes, path: str) -> str | None:
@@ -96,7 +105,9 @@ def _text(head: bytes, path: str) -> str | None:
         return _told("JSON object over several lines", "write one object on each line: jq -c . {shell}", path)
     if text[:14].lower() == b"<!doctype html" or text[:5].lower() == b"<html":
         return _told("HTML page", "download the file itself", path)
-    if b"prompt" in first.lower() and b"{" not in first:
+    if text[:5].lower() == b"<?xml":
+        return _told("XML", _EXPORT, path)
+    if (b"prompt" in first.lower() and b"{" not in first) or _HEADER.fullmatch(first):
         if b"," in first:
             return _told("CSV", _CONVERT.replace("{reader}", "read_csv"), path)
         if b"\t" in first:

@@ -109,6 +109,8 @@ def _problem(task: JsonlTask, line: bytes) -> Problem:
 def _parse(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise _Wrong(f"line: is longer than {MAX_LINE_BYTES} bytes; put one JSON object on each line")
+    if b"\0" in line:
+        raise _Wrong("line: holds NUL bytes, so the file was damaged or not written to its end; copy it again")
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -118,6 +120,8 @@ def _parse(line: bytes) -> dict[str, Any]:
             text, parse_float=LiteralFloat, parse_constant=_refuse_constant, object_pairs_hook=_no_repeats
         )
     except json.JSONDecodeError as error:
+        if "control character" in error.msg:
+            raise _Wrong(f"line: holds a bare control character at column {error.colno}; escape it, as \\t") from None
         cut_off = not line.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1
         hint = "the file was cut off here" if cut_off or "Unterminated" in error.msg else "put one object on each line"
         raise _Wrong(f"line: is not JSON at column {error.colno} ({error.msg}); {hint}") from None

@@ -81,7 +81,7 @@ class Mixture:
         return dict(zip(self._names, self._given[step - self._first_draw], strict=True))
 
     def resume(self, step: int, given: Mapping[str, int]) -> None:
-        """Go on at a draw before which tasks gave so many problems; one that is not named gave none."""
+        """Continue at a draw, given how many problems each task gave before it; 0 for tasks not named."""
         self._first_draw = step
         self._given = [[given.get(name, 0) for name in self._names]]
 
@@ -95,7 +95,7 @@ class Mixture:
         return [file for source in self._listed() for file in source.files]
 
     def keep(self, files: Sequence[DataFile]) -> None:
-        """Go on with what is left of `files`, given in the order of the property.
+        """Replace the files by `files`, in the order of the property `files`.
 
         Raises:
             TaskError: nothing is left of a task to train on.

@@ -1,4 +1,4 @@
-"""What was read of a data file, which of its rows are bad, and how that is told.
+"""The rows read from a data file, its bad rows, and the messages about them.
 
 Knows neither JSON nor tokens: others find what is wrong with a row.
 """

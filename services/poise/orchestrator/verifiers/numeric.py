@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from fractions import Fraction
 
 from poise.orchestrator.verifiers.numbers.arithmetic import CONTEXT, inexact
-from poise.orchestrator.verifiers.numbers.extraction import MAX_CHARS, answer_values, response_values
+from poise.orchestrator.verifiers.numbers.extraction import ANCHOR, MAX_CHARS, answer_values, response_values
+from poise.orchestrator.verifiers.numbers.plain_text import SUPERSCRIPT
 from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value, same
 from poise.orchestrator.verifiers.parts import after_hashes, final_part, last_box
 from poise.orchestrator.verifiers.score import Score
@@ -25,6 +27,13 @@ _SHOWN_EXACTLY = 10**18
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|ln|log|exp|pi)(?![A-Za-z])")
 _ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _EXPONENT = re.compile(r"(?:\*\*|\^)\s*(-?\w{2,}|-\w|\([^()]*\))")
+_UNICODE_SIGNS = str.maketrans(
+    dict.fromkeys("−–﹣－", "-")
+    | dict.fromkeys("×✕", r"\times ")
+    | dict.fromkeys("·⋅∙", r"\cdot ")
+    | {"÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "θ": r"\theta "}
+)
+_UNICODE_ROOT = re.compile(r"√\s*\(([^()]*)\)|√\s*(\w+)")
 _WORDS = re.compile(r"[A-Za-z]{3,}")
 
 
@@ -83,18 +92,30 @@ def _score_formula(given: str, wanted: str, *, is_boxed: bool) -> Score:
 
     # It warns that its own time limits are off: the process has one that no signal handler can miss.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    wanted, given = _ascii(wanted), _ascii(given[-MAX_CHARS:])
     gold = math_verify.parse(f"${_latex(wanted.strip('$ '))}$", parsing_timeout=None)
     if not gold:
         raise ValueError(_no_expression(wanted))
-    given = given[-MAX_CHARS:]
     tries = [f"\\boxed{{{_latex(given)}}}"] if is_boxed else [given]
-    if not is_boxed and len(given) <= _MAX_BARE_FORMULA and "\n" not in given and "$" not in given:
-        tries.append(f"${_latex(given.strip(' .'))}$")
+    if not is_boxed and "$" not in given:
+        anchors = list(ANCHOR.finditer(given))
+        bare = [given, *([given[anchors[-1].end() :].strip().partition("\n")[0]] if anchors else [])]
+        short = (each.strip(" .*") for each in bare if len(each) <= _MAX_BARE_FORMULA and "\n" not in each)
+        tries += [f"${_latex(each)}$" for each in short]
     for text in tries:
         found = math_verify.parse(text, parsing_timeout=None)
         if found and math_verify.verify(gold, found, timeout_seconds=None):
             return Score(1.0, f"math-verify finds {text[:80]!r} equal to {wanted[:80]!r}")
     return Score(0.0, f"math-verify finds nothing equal to {wanted[:80]!r} in the final answer")
+
+
+def _ascii(formula: str) -> str:
+    """Return a formula with LaTeX for Unicode's signs, superscripts and full-width characters."""
+    if formula.isascii():
+        return formula
+    formula = SUPERSCRIPT.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", formula)
+    formula = _UNICODE_ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", formula.translate(_UNICODE_SIGNS))
+    return unicodedata.normalize("NFKC", formula).replace("\u2212", "-")
 
 
 def _latex(formula: str) -> str:

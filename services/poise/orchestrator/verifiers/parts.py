@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-_THINK = re.compile(r"<(/?)think>", re.IGNORECASE)
-_ANSWER_OPEN = re.compile(r"<answer>", re.IGNORECASE)
-_ANSWER_CLOSE = re.compile(r"</answer>", re.IGNORECASE)
+_THINK = re.compile(r"<(/?)think\s*>", re.IGNORECASE)
+_ANSWER_OPEN = re.compile(r"<answer\s*>", re.IGNORECASE)
+_ANSWER_CLOSE = re.compile(r"</answer\s*>", re.IGNORECASE)
 _CUT_CLOSE = re.compile(r"</?(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?\Z", re.IGNORECASE)
 """The start of `</answer>` at the end of a response that was cut there."""
 _BOX = re.compile(r"\\f?boxed\s*(?=[{\w\\.+-])")
@@ -27,10 +27,10 @@ def final_part(response: str, *, in_thought: bool = False) -> str:
         in_thought: whether the prompt ends inside a thought, as some chat templates do.
     """
     spoken = outside_thoughts(response, in_thought=in_thought)
-    for part in reversed(spoken):
-        starts = list(_ANSWER_OPEN.finditer(part))
+    for index in reversed(range(len(spoken))):
+        starts = list(_ANSWER_OPEN.finditer(spoken[index]))
         if starts:
-            said = part[starts[-1].end() :]
+            said = "\n".join([spoken[index][starts[-1].end() :], *spoken[index + 1 :]])
             end = _ANSWER_CLOSE.search(said)
             return (said[: end.start()] if end else _CUT_CLOSE.sub("", said)).strip()
     return spoken[-1].strip()

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -43,8 +44,8 @@ def exact(response: str, answer: Answer) -> Score:
     A final part that is one `\boxed{…}` counts as what it contains. An answer that is a number is also matched by
     another decimal notation of that number, such as 5.0 for 5.
     """
-    said = _unboxed(final_part(response)).strip(_TRIMMED)
-    wanted = answer_text(answer).strip(_TRIMMED)
+    said = _trimmed(_unboxed(final_part(response)))
+    wanted = _trimmed(answer_text(answer))
     is_same = said.casefold() == wanted.casefold() or (not isinstance(answer, str) and _same_decimal(said, wanted))
     return Score(float(is_same), f"the final answer is {said[:80]!r}, the right one {wanted[:80]!r}")
 
@@ -225,6 +226,15 @@ def _unboxed(said: str) -> str:
     """Return what a text that is one box contains; any other text as it is."""
     box = _BOXED.fullmatch(said)
     return said if box is None else box[1] or box[2] or ""
+
+
+def _trimmed(text: str) -> str:
+    """Return a text in Unicode's composed form without surrounding punctuation; `.5` keeps its point."""
+    text = unicodedata.normalize("NFC", text).rstrip(_TRIMMED)
+    bare = text.lstrip(_TRIMMED)
+    start = len(text) - len(bare)
+    has_point = bare[:1].isdigit() and text[max(0, start - 2) : start].endswith(".") and text[start - 2 : start] != ".."
+    return f".{bare}" if has_point else bare
 
 
 def _same_decimal(said: str, wanted: str) -> bool:

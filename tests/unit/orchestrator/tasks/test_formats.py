@@ -79,6 +79,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "JSON object over several lines": (lambda _: b'{\n  "prompt": "a",\n  "answer": "b"\n}\n', "jq -c ."),
     "CSV": (lambda _: b"prompt,answer\n2+2=,4\n", "pandas.read_csv("),
     "TSV": (lambda _: b"\xef\xbb\xbfPrompt\tanswer\n2+2=\t4\n", "pandas.read_table("),
+    "XML": (lambda _: b'<?xml version="1.0"?>\n<rows/>', "export its rows"),
+    "UTF-32LE": (lambda _: TEXT.encode("utf-32-le"), "iconv -f UTF-32LE -t UTF-8"),
     "HTML page": (lambda _: b"<!DOCTYPE html>\n<html></html>", "download the file itself"),
     "Git LFS pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
 }
@@ -100,9 +102,17 @@ def test_file_of_another_format_is_named_with_the_remedy(tmp_path: Path, name: s
     assert "\n" not in said
 
 
-def test_binary_file_of_no_known_format_is_said_to_be_binary(tmp_path: Path) -> None:
+def test_table_with_other_columns_is_named_csv(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
-    path.write_bytes(b"\x17\x00\x00\x03" * 40)
+    path.write_bytes(b'"question",solution\n2+2=,4\n')
+    with pytest.raises(TaskError, match=r"own\.jsonl: is not JSON lines but CSV"):
+        Mixture([JsonlTask(path=path)], 0)
+
+
+@pytest.mark.parametrize("data", [b"\x17\x00\x00\x03" * 40, b"\x0b\x02\x80compressed text\x03"])
+def test_binary_file_of_no_known_format_is_said_to_be_binary(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(data)
     with pytest.raises(TaskError, match=r"own\.jsonl: is binary; name a file of JSON lines, in UTF-8"):
         Mixture([JsonlTask(path=path)], 0)
 

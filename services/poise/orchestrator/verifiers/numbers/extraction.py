@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from poise.orchestrator.verifiers.numbers.arithmetic import FUNCTIONS
 from poise.orchestrator.verifiers.numbers.literals import Style
 from poise.orchestrator.verifiers.numbers.operations import Unreadable
 from poise.orchestrator.verifiers.numbers.plain_text import DOLLAR, SET_OPEN, plain_text
-from poise.orchestrator.verifiers.numbers.quantity import Number, Value, is_numeric
+from poise.orchestrator.verifiers.numbers.quantity import Group, Number, Value, is_numeric
 from poise.orchestrator.verifiers.numbers.reader import Reader
 from poise.orchestrator.verifiers.numbers.units import OTHER
 
@@ -19,7 +19,7 @@ MAX_CHARS = 4000
 
 _COMMAS = ("thousands", "list", "decimal")
 """What a comma between digits may be, the most likely first."""
-_ANCHOR = re.compile(
+ANCHOR = re.compile(
     r"(?:answer|result|solution)s?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?!\s*not\b)", re.IGNORECASE
 )
 _LABEL = re.compile(
@@ -34,6 +34,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _WORD = re.compile(r"[A-Za-z]+")
 _OPERATOR_AFTER = re.compile(r"\s*(?:[=^*/+<>≤≥]|-(?=\s|\d))|\(")
 _DIGITS = re.compile(r"[\d.:]*\d")
+_EXCLAMATION = re.compile(r"(?<=\d)!++(?=\s|$)")
 _COMMAND = re.compile(r"\\(?!frac)[A-Za-z]")
 _SIGNS = re.compile(r"[-+±]+")
 _CONTINUED = re.compile(r"[:.]\d|\d")
@@ -72,12 +73,21 @@ def response_values(text: str, *, boxed: bool, lists: bool) -> list[Value]:
     """
     text = plain_text(text[-MAX_CHARS:])
     bare = text.strip()
-    styles = list(_styles(text, _COMMAS))
-    is_formula = boxed and _COMMAND.search(text) is not None
-    return _distinct(_whole(bare, style) or (None if is_formula else _in_prose(text, style, lists)) for style in styles)
+    if boxed and _COMMAND.search(text):
+        return _distinct(_whole(bare, style) for style in _styles(text, _COMMAS))
+    # In a sentence, "42!" is a factorial or an exclamation.
+    prose = [text] if boxed else list(dict.fromkeys((text, _EXCLAMATION.sub(".", text))))
+    found: list[Value | None] = []
+    for style in _styles(text, _COMMAS):
+        whole = _whole(bare, style)
+        if whole and not _LABEL.match(bare):
+            found.append(whole)
+        else:
+            found += [_whole(each.strip(), style) or _in_prose(each, style, lists) for each in prose]
+    return _distinct(found)
 
 
-def _distinct(values: Iterator[Value | None]) -> list[Value]:
+def _distinct(values: Iterable[Value | None]) -> list[Value]:
     distinct: list[Value] = []
     for value in values:
         if value is not None and value not in distinct:
@@ -93,6 +103,8 @@ def _styles(text: str, commas: tuple[str, ...]) -> Iterator[Style]:
 
 def _whole(text: str, style: Style) -> Value | None:
     """Read a text that is one value, with words for its unit at most."""
+    if text == "{}":
+        return Group("set", ())
     label = _LABEL.match(text)
     try:
         value, end = Reader(text, style).value(label.end() if label else 0, lists=True)
@@ -111,7 +123,7 @@ def _whole(text: str, style: Style) -> Value | None:
 def _in_prose(text: str, style: Style, lists: bool) -> Value | None:
     """Return the value after the last "answer is", else the last one."""
     text = _BULLET.sub(lambda match: " " * len(match[0]), text) if "\n" in text else text
-    if anchors := list(_ANCHOR.finditer(text)):
+    if anchors := list(ANCHOR.finditer(text)):
         after = next(_search(text, anchors[-1].end(), style, lists), None)
         if after is not None and is_numeric(after):
             return after

@@ -30,14 +30,15 @@ _CHARACTERS = {
     "µ": "μ",
     "＄": DOLLAR,
 }
-_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾]+")
+SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾]+")
 _DASH_AS_RANGE = re.compile(r"(?<=\d)\s*–\s*(?=\d)")
 _TIMES = re.compile(r"((?<![\d.,])0)?(?<=\d)(\s*)[xX](\s*)(?=[\d(])")
+_SIGN_WORD = re.compile(r"\b(?:minus|negative)\s+(?=[\d.√π∞(\\]|sqrt|pi\b|infinity\b)", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])(\*\*?|__?)(?=[^\s*_])([^*_\n]{1,80})\1(?![\w(*])")
 
 _COMMANDS = (
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\!|\\phantom\{[^{}]*\}|\\label\{[^{}]*\}"), ""),
+    (re.compile(r"\\!\s*|\\phantom\{[^{}]*\}|\\label\{[^{}]*\}"), ""),
     (re.compile(r"\{\s*([,'])\s*\}"), r"\1"),
     (re.compile(r"\\[{]|\\lbrace(?![A-Za-z])"), SET_OPEN),
     (re.compile(r"\\[}]|\\rbrace(?![A-Za-z])"), SET_CLOSE),
@@ -83,12 +84,13 @@ _COMMANDS = (
 def plain_text(text: str) -> str:
     """Return `text` in plain notation: ASCII digits and signs, LaTeX commands as operators, no markup."""
     text = _DASH_AS_RANGE.sub(" to ", text).replace("–", "-")
-    text = _SUPERSCRIPT.sub(lambda match: f"^({unicodedata.normalize('NFKC', match[0])})", text)
+    text = SUPERSCRIPT.sub(lambda match: f"^({unicodedata.normalize('NFKC', match[0])})", text)
     text = "".join(character if character < "\x80" else _plain_character(character) for character in text)
     for pattern, plain in _COMMANDS:
         text = pattern.sub(plain, text)
     text = _dollars(text).replace("`", " ")
     text = _BOLD.sub(r" \2 ", text)
+    text = _SIGN_WORD.sub("-", text)
     return _TIMES.sub(lambda match: match[0] if match[1] and not match[2] else f"{match[1] or ''}*", text)
 
 

@@ -7,12 +7,14 @@ from fractions import Fraction
 from typing import Any
 
 from poise.orchestrator.verifiers.numbers.arithmetic import CONTEXT, add, equal, inexact, multiply
-from poise.orchestrator.verifiers.numbers.units import OTHER, PERCENT, PERMILLE, Unit
+from poise.orchestrator.verifiers.numbers.units import OTHER, PERCENT, PERMILLE, UNITS, Unit
 
 _ROUNDED_DIGITS = 6
 """Fewest significant digits with which a decimal stands for the longer value that it rounds."""
 _LONG_DIGITS = 12
 """Significant digits from which a decimal itself stands for a value that has no end."""
+_POUNDS = {UNITS["pounds"], UNITS["£"]}
+"""Mass and money of the same name."""
 _DOUBLE_DIGITS = range(15, 18)
 """Significant digits of a decimal that may carry the rounding of a double."""
 _DOUBLE_ROUNDING = CONTEXT.mpf(10) ** -14
@@ -87,6 +89,8 @@ def _same_numbers(left: Number, right: Number) -> bool:
         if _close(left, right):
             return not _is_share_of_one(left, right)
         return OTHER not in (left.unit, right.unit) and _close(_without_factor(left), _without_factor(right))
+    if {left.unit, right.unit} == _POUNDS:
+        return _close(left, right)
     return left.unit.is_like(right.unit) and _close(_in_base(left, left.unit), _in_base(right, right.unit))
 
 
@@ -97,7 +101,9 @@ def _is_share_of_one(left: Number, right: Number) -> bool:
 
 
 def _in_base(number: Number, unit: Unit) -> Number:
-    return Number(multiply(number.value, unit.factor))
+    shift = {PERCENT: 2, PERMILLE: 3}.get(unit)
+    value = multiply(number.value, unit.factor)
+    return Number(value) if shift is None else Number(value, None, number.digits, number.decimals + shift)
 
 
 def _without_factor(number: Number) -> Number:

@@ -28,8 +28,8 @@ _MAX_SIGNS = 3
 _MAX_STEPS = 10_000
 """Values that one reader reads: far more than an answer has, and reached within a second."""
 
-_SCALE = re.compile(r" *(hundred|thousand|million|billion|trillion)s?(?![A-Za-z])")
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf" *({'|'.join(_SCALES)})s?(?![A-Za-z])")
 _WORD = re.compile(r"[A-Za-z]+|[α-ωΑ-Ω]")
 _MODULE = re.compile(r"(?:math|np|numpy|cmath|sympy)\.(?=[A-Za-z])")
 _FUNCTION_NAMES = {
@@ -206,7 +206,7 @@ class Reader:
         if isinstance(value, Group) or value.value is None or value.unit is not None:
             return value, end
         if scale := _SCALE.match(self._text, end):
-            scaled = arithmetic.multiply(value.value, Fraction(10 ** _SCALES[scale[1]]))
+            scaled = arithmetic.multiply(value.value, Fraction(_SCALES[scale[1]]))
             value, end = Number(scaled), scale.end()
         if _FUNCTION_CALL.match(self._text, end):
             return value, end

@@ -115,6 +115,8 @@ _POWER = r"\s*\^\s*[({]?\s*(?P<power>-?[1-9])(?!\d)\s*[)}]?"
 _PART = re.compile(rf"\s*(?P<per>per\s+|/\s*)?(?:(?P<word>square|cubic|sq)\s+)?(?P<name>{_NAME})(?:{_POWER})?")
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 _MAX_PARTS = 4
+_INCH = re.compile(r"\s*(?:[.,;:!)\]}]|$)")
+"""What follows `in` where it is a unit and not a preposition."""
 
 
 @lru_cache(maxsize=1024)
@@ -126,6 +128,8 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
     for _ in range(_MAX_PARTS):
         part = _PART.match(text, end)
         unit = part and UNITS.get(part["name"])
+        if part and part["name"] == "in" and _INCH.match(text, part.end()):
+            unit = UNITS["inch"]
         if not part or not unit or bool(part["per"]) != bool(end) or (end and unit.is_factor):
             break
         if unit.is_factor:
