@@ -45,8 +45,8 @@ class Rejecting(World):
 class Unverified(World):
     """A verifier that fails on every response."""
 
-    async def verify(self, problem: Any, response: str) -> Any:
-        return dataclasses.replace(await super().verify(problem, "0"), error="crashed")
+    async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
+        return dataclasses.replace(await super().verify(problem, "0", finish_reason), error="crashed")
 
 
 class NonFinite(World):
@@ -61,8 +61,8 @@ class NonFinite(World):
 class Equal(World):
     """Every response earns the same."""
 
-    async def verify(self, problem: Any, response: str) -> Any:
-        return await super().verify(problem, "1")
+    async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
+        return await super().verify(problem, "1", finish_reason)
 
 
 def finished_steps(folder: Path) -> list[int]:
