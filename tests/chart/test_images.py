@@ -148,6 +148,15 @@ def test_compose_writes_nowhere_but_into_volumes_and_gives_no_rights() -> None:
         assert all(volume in COMPOSE["volumes"] or volume.startswith("./") for volume in volumes)
 
 
+def test_the_token_of_compose_belongs_to_the_user_of_the_images() -> None:
+    users = {argument for path in DOCKERFILES for instruction, argument in instructions(path) if instruction == "USER"}
+    (user,) = {user.split(":")[0] for user in users}
+    for text in ((DEPLOY / "compose.yaml").read_text(), (DEPLOY / "README.md").read_text()):
+        assert f"sudo chown {user} deploy/token && sudo chmod 400 deploy/token" in text
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"/deploy/token", "/deploy/data/"} <= set(ignored), "a secret and a data set of the user's own"
+
+
 ENDS_BY_ITSELF = {"model", "train-cpu", "train"}
 """Of compose's services."""
 

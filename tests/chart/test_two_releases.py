@@ -54,6 +54,7 @@ def series(namespace: str, release: str, *, is_well: bool) -> dict[str, str]:
         f'poise_value_label_lag_seconds_bucket{{{scope}, domain="d", le="60"}}': counting,
         f'poise_value_label_lag_seconds_bucket{{{scope}, domain="d", le="+Inf"}}': counting,
         f"poise_value_dead_letters_total{{{scope}}}": still if is_well else counting,
+        f"poise_value_queue_losses_total{{{scope}}}": still if is_well else counting,
         f"poise_learner_skipped_updates_total{{{scope}}}": still if is_well else counting,
         f'poise_learner_rejected_rollouts_total{{{scope}, reason="stale"}}': bad if is_well else counting,
         f"poise_learner_rollouts_total{{{scope}}}": "0+1000x180" if is_well else counting,

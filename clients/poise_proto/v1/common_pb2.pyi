@@ -121,7 +121,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class RolloutId(_message.Message):
-    """Names one rollout for ever. Every consumer is idempotent by it."""
+    """Names one rollout, uniquely and permanently. Every consumer is idempotent by it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -186,7 +186,7 @@ Global___VersionSpan: _TypeAlias = VersionSpan  # noqa: Y015
 @_typing.final
 class EntropyStats(_message.Message):
     """Token entropies, in nats, of the full-vocabulary sampling distribution over one stretch of the
-    response. All zero for an empty stretch.
+    response. All zero for an empty stretch. The value service accepts 0 to 25, and -0.001 for rounding.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -221,7 +221,9 @@ Global___EntropyStats: _TypeAlias = EntropyStats  # noqa: Y015
 
 @_typing.final
 class RolloutFeatures(_message.Message):
-    """What the probe sees of one rollout, from the forward passes that generated it."""
+    """What the probe sees of one rollout, from the forward passes that generated it. The value service accepts hidden states
+    from -1e7 to 1e7.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

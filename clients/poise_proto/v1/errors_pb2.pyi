@@ -110,8 +110,8 @@ class PoiseErrorDetail(_message.Message):
     remedy: _builtins.str
     """One sentence that tells a person what to do. May be empty."""
     starting: _builtins.bool
-    """Whether the service is still loading or recovering: the message says what it does, and for how long. Show it as
-    progress, and call again.
+    """Whether the service is still loading or recovering. The message then names the current stage and its duration. Show it
+    as progress, and call again.
     """
     def __init__(
         self,

@@ -56,7 +56,7 @@ class ChatPrompt(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """The turns, oldest first. At least one."""
+        """The turns, oldest first. At least one; at most 32768 in all conversations of a request."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class PromptSpec(_message.Message):
     group_id: _builtins.str
     """Unique within the request; the group's id in every rollout id. 1..128 characters. Required."""
     text: _builtins.str
-    """Text, tokenised as it stands: no chat template. One that begins with the tokenizer's BOS gets no second BOS."""
+    """Text, tokenised without a chat template. Text that begins with the tokenizer's BOS gets no second BOS."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """A conversation."""
@@ -162,13 +162,13 @@ class SamplingParams(_message.Message):
     """Seed of the request; rollout i of group g draws from a seed derived from it. Unset means fresh entropy."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end a response; they stay in it. Those that name special tokens, such as "<|im_end|>", are looked for
-        in the response with its special tokens. At most 16.
+        """Strings that end a response and stay in it. A string that names special tokens, such as "<|im_end|>", is matched
+        against the response with its special tokens. At most 16, of 1..256 characters each.
         """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end a response, besides the model's own; they stay in it. Ids in the model's vocabulary. At most 16."""
+        """Tokens that end a response and stay in it, in addition to the model's own. Ids in the model's vocabulary. At most 16."""
 
     def __init__(
         self,
@@ -468,7 +468,7 @@ Global___CheckPromptsRequest: _TypeAlias = CheckPromptsRequest  # noqa: Y015
 
 @_typing.final
 class PromptCheck(_message.Message):
-    """What was found about one prompt."""
+    """The check of one prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -480,7 +480,9 @@ class PromptCheck(_message.Message):
     num_tokens: _builtins.int
     """Prompt tokens as the model would see them; 0 where it cannot be sampled."""
     problem: _builtins.str
-    """Why it cannot be sampled, whatever `max_model_len` is; empty when it can be."""
+    """Why it cannot be sampled, at most 200 characters; empty if it can be. Compare num_tokens with
+    GetPolicyResponse.max_model_len yourself.
+    """
     def __init__(
         self,
         *,
@@ -498,14 +500,14 @@ Global___PromptCheck: _TypeAlias = PromptCheck  # noqa: Y015
 
 @_typing.final
 class CheckPromptsResponse(_message.Message):
-    """What was found, in the order of the prompts."""
+    """The checks, in the order of the prompts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptCheck]:
-        """One for each prompt."""
+        """One a prompt."""
 
     def __init__(
         self,
@@ -544,7 +546,7 @@ class WeightTensor(_message.Message):
     """Bytes of its block in the body of a delta; 0 where nothing changed, and 0 but in a delta."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Axis lengths."""
+        """Axis lengths, of at most 8 axes."""
 
     def __init__(
         self,
@@ -638,7 +640,7 @@ class WeightsGroup(_message.Message):
     rendezvous: _builtins.bytes
     """Where they meet: NCCL's unique id, or host:port of the sender's store. They keep the group while it is the same."""
     timeout_s: _builtins.float
-    """Seconds after which the replica gives it up. Required."""
+    """Seconds after which the replica gives it up. Above 0, at most 3600. Required."""
     def __init__(
         self,
         *,
@@ -679,13 +681,14 @@ class WeightsBegin(_message.Message):
     """
     file: _builtins.str
     """Unset: the body follows in chunks. Set: it lies in this file of the replica's host, within a folder that the
-    replica's `shared_dirs` allows, and no chunks follow. A full body is then a safetensors file: its header first.
+    replica's `shared_dirs` allows, and no chunks follow. A full body is then a safetensors file: its header first. At most
+    4096 bytes.
     """
     keep: _builtins.bool
     """Whether the sender would like these weights kept as the base of a later delta."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightTensor]:
-        """The parameters, in the order their bytes follow. Tied parameters are sent once."""
+        """The parameters, in the order their bytes follow. Tied parameters are sent once. 1..65536."""
 
     @_builtins.property
     def base(self) -> Global___WeightsBase:
@@ -914,9 +917,9 @@ class GetPolicyResponse(_message.Message):
     group_backend: _builtins.str
     """Backend of the groups through which it takes the bodies of pushes; empty where it takes none."""
     tokenizer_digest: _builtins.bytes
-    """SHA-256 of the tokenizer with its chat template, 32 bytes: where it is the same, prompts become the same tokens."""
+    """SHA-256 of the tokenizer with its chat template, 32 bytes: equal digests tokenise prompts alike."""
     vocabulary_size: _builtins.int
-    """Token ids that the model has embeddings for: 0 to this - 1."""
+    """Number of token ids that the model has embeddings for: 0 to vocabulary_size - 1."""
     def __init__(
         self,
         *,

@@ -83,8 +83,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CheckPrompts(self, request, context):
-        """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
-        For checking a whole data set before training on it.
+        """Tokenises prompts without running the model, and returns each one's number of tokens or why it cannot be sampled.
+        Use it to check a whole data set before training on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,8 +44,8 @@ class GenerationServiceStub:
     ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
     """
     CheckPrompts: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]
-    """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
-    For checking a whole data set before training on it.
+    """Tokenises prompts without running the model, and returns each one's number of tokens or why it cannot be sampled.
+    Use it to check a whole data set before training on it.
     """
     UpdateWeights: _grpc.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
@@ -68,8 +68,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
     """
     CheckPrompts: _aio.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]  # type: ignore[assignment]
-    """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
-    For checking a whole data set before training on it.
+    """Tokenises prompts without running the model, and returns each one's number of tokens or why it cannot be sampled.
+    Use it to check a whole data set before training on it.
     """
     UpdateWeights: _aio.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
     """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
@@ -107,8 +107,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CheckPromptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CheckPromptsResponse, _abc.Awaitable[_generation_pb2.CheckPromptsResponse]]:
-        """Tokenises prompts without passing them through the model: how many tokens each has, or why it cannot be sampled.
-        For checking a whole data set before training on it.
+        """Tokenises prompts without running the model, and returns each one's number of tokens or why it cannot be sampled.
+        Use it to check a whole data set before training on it.
         """
 
     @_abc_1.abstractmethod

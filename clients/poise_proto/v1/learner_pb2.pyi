@@ -39,7 +39,9 @@ class BatchHeader(_message.Message):
     num_rollouts: _builtins.int
     """Rollouts that follow; a stream that ends early is refused whole. 1..65536."""
     temperature: _builtins.float
-    """Sampling temperature of the rollouts: the loss uses the same distribution. Unset means 1."""
+    """Sampling temperature of the rollouts: the loss uses the same distribution. 0.01..100, for greedy rollouts cannot be
+    trained on. Unset means 1.
+    """
     def __init__(
         self,
         *,
@@ -73,10 +75,10 @@ class TrainingRollout(_message.Message):
     VERSION_SPANS_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
     advantage: _builtins.float
-    """A_i = r_i - b_i. Finite; 0 where the learner has a critic."""
+    """A_i = r_i - b_i. From -1e4 to 1e4; 0 where the learner has a critic."""
     reward: _builtins.float
-    """r_i, from which a critic makes the advantages. Finite. Required where the learner has one, and refused where it has
-    none: see GetStatusResponse.has_critic.
+    """r_i, from which a critic makes the advantages. From -1e4 to 1e4. Required where the learner has a critic, and rejected
+    where it has none: see GetStatusResponse.has_critic.
     """
     @_builtins.property
     def id(self) -> _common_pb2.RolloutId:
@@ -92,7 +94,7 @@ class TrainingRollout(_message.Message):
 
     @_builtins.property
     def rollout_logprobs(self) -> _common_pb2.Tensor:
-        """float32 [T]: log-probabilities under the policy that sampled it."""
+        """float32 [T]: log-probabilities under the policy that sampled it, each from -80 to 0."""
 
     @_builtins.property
     def version_spans(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.VersionSpan]:
@@ -248,7 +250,7 @@ class StepMetrics(_message.Message):
     num_model_tokens: _builtins.int
     """Tokens that went through the model forward and back: responses, and prompts once for the siblings of a row."""
     tokens_per_s: _builtins.float
-    """num_model_tokens by train_s."""
+    """num_model_tokens / train_s."""
     mfu: _builtins.float
     """Share of the device's peak arithmetic that the model's own took; 0 where the peak is not known."""
     value_loss: _builtins.float
@@ -315,7 +317,7 @@ class RejectedRollout(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """"stale", "duplicate" or "future_version"; "failed" where training on the batch failed again and again."""
+    """"stale", "duplicate" or "future_version"; "failed" where training on the batch failed repeatedly."""
     @_builtins.property
     def id(self) -> _common_pb2.RolloutId:
         """Which."""
@@ -550,8 +552,8 @@ class ExportModelRequest(_message.Message):
     name: _builtins.str
     """Name of the folder, [A-Za-z0-9._-], 1..64 characters; an export of the same name is replaced. Required."""
     check_only: _builtins.bool
-    """Whether only to check that an export of this name would succeed: everything but the parameters is written beside it,
-    and removed. Set it before training.
+    """Only check that an export of this name would succeed: write everything but the parameters to a temporary folder, and
+    remove it. Use it before training.
     """
     def __init__(
         self,

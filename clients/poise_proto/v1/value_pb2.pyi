@@ -60,7 +60,7 @@ class GroupFeatures(_message.Message):
     """Which probe values it. Empty means "default"."""
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.RolloutFeatures]:
-        """The siblings' features by rollout_index. At least one."""
+        """The siblings' features by rollout_index. 1..1024; at most 65536 in all groups of a request."""
 
     @_builtins.property
     def rewards(self) -> _common_pb2.Tensor:
@@ -99,11 +99,10 @@ class EstimateBaselinesRequest(_message.Message):
     step: _builtins.int
     """The step whose labels must not have reached the probe."""
     settle_s: _builtins.float
-    """Seconds to wait at most, before a step is pinned, until every label that was published before this question has been
-    learnt and fitted on by the probes of the domains asked about here, and of those that the run has taught: which probe
-    answers then no longer follows from how fast anything went.
-    Ends before the call's deadline, and at once while consuming is paused. A step that is pinned is answered without
-    waiting. 0..600; unset means 0: by the probes of now.
+    """Longest wait before a step is pinned, in seconds: until the probes are fitted on every label that was published before
+    this call, so the answer does not depend on timing. It covers the domains of this request and those that the run has
+    labels for. The wait ends before the call's deadline, and at once while consuming is paused. A pinned step is answered
+    without waiting. 0..600; unset means 0: use the current probes.
     """
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupFeatures]:
@@ -213,7 +212,7 @@ class PromptFeatures(_message.Message):
     """Which probe values it. Empty means "default"."""
     @_builtins.property
     def prompt_hidden(self) -> _common_pb2.Tensor:
-        """float32 [d]: mean over the last prompt tokens of the residual stream after the feature layer."""
+        """float32 [d]: mean over the last prompt tokens of the residual stream after the feature layer. Each from -1e7 to 1e7."""
 
     def __init__(
         self,
@@ -340,7 +339,7 @@ class LabelledGroup(_message.Message):
     """Rollouts that were sampled of the prompt: as many as are here, for half a group teaches a probe another mean. Required."""
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.RolloutFeatures]:
-        """The siblings' features by rollout_index. At least two."""
+        """The siblings' features by rollout_index. 2..1024; at most 65536 in all groups of a request."""
 
     @_builtins.property
     def rewards(self) -> _common_pb2.Tensor:

@@ -3,14 +3,14 @@
 {{- define "poise.serviceConfig" -}}
 {{- $drain := dict "generation" 120 "value" 30 "learner" 300 -}}
 grpc:
-  host: "::" # IPv4 too, and alone where a node has no IPv6
+  host: "::" # both families; only IPv4 where a node has no IPv6
   port: {{ include "poise.grpcPort" .role }}
   {{- if .root.Values.tls.enabled }}
   tls_cert_file: /etc/poise/tls/tls.crt
   tls_key_file: /etc/poise/tls/tls.key
   {{- end }}
 admin:
-  host: "::" # IPv4 too, and alone where a node has no IPv6
+  host: "::" # both families; only IPv4 where a node has no IPv6
   port: {{ include "poise.adminPort" .role }}
   allowed_hosts: {{ include "poise.allowedHosts" . }}
 auth:

@@ -8,7 +8,7 @@ annotations:
   {{- if ne .role "valkey" }}
   checksum/config: {{ include "poise.config" . | sha256sum }}
   {{- end }}
-  {{- /* Read once, when a pod starts: another secret that the chart made starts those that read it anew. */}}
+  {{- /* A new secret of the chart's own restarts the pods that use it. */}}
   {{- $made := include "poise.madeSecrets" .root | fromJson }}
   {{- if and (ne .role "valkey") (not .root.Values.auth.existingSecret) }}
   checksum/token: {{ $made.token | sha256sum }}
@@ -63,7 +63,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* The user's tolerations, and how long a node may be lost before its pods are given up. Without the latter it would be 300 s. */}}
+{{/* The user's tolerations, and how long a node may be lost before its pods are evicted; Kubernetes' default is 300 s. */}}
 {{- define "poise.tolerations" -}}
 {{- $all := .own -}}
 {{- range $key := list "node.kubernetes.io/not-ready" "node.kubernetes.io/unreachable" -}}

@@ -11,7 +11,7 @@ import numpy as np
 
 from poise.orchestrator.budget import Spent, passes_multiple
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.report.scores import score_table
 from poise.orchestrator.run_folder import RunFolder
 from poise.orchestrator.scoring import Scorer, sampling_seed
@@ -120,7 +120,7 @@ class Evaluator:
         problems, scored = found.problems, found.groups
         if not scored:
             problem, reason = found.rejected[-1]
-            raise RunError(f"generation rejects all held-out prompts, the last, of {problem.origin}: {reason}")
+            raise SettingsError(f"generation rejects all held-out prompts, the last, of {problem.origin}: {reason}")
         by_domain: dict[str, list[float]] = {}
         for item in scored:
             by_domain.setdefault(item.domain, []).append(float(item.rewards.mean()))

@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.budget import Spent, sampled_tokens
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.evaluating import Evaluator
 from poise.orchestrator.numbers import learner_numbers
 from poise.orchestrator.pipeline import Pipeline
@@ -57,8 +57,9 @@ class TrainingLoop:
         """Go on from where the run is to its end; return whether the end was reached.
 
         Raises:
-            SettingsError: the services hold another history than this run, or the learner takes no rollouts as old.
-            RunError: too many steps in a row trained nothing, or engine and learner disagree in the first step.
+            SettingsError: the services hold another history than this run, the learner takes no rollouts as old, or
+                engine and learner disagree in the first step.
+            RunError: too many steps in a row trained nothing.
             PoiseClientError: a service refused in a way that waiting does not mend.
         """
         config = self._config
@@ -121,10 +122,10 @@ class TrainingLoop:
         return journalled.numbers | learner_numbers(result) | {"time_s": seconds}
 
     def _check_mismatch(self, metrics: StepMetrics) -> None:
-        """Raise `RunError` where engine and learner disagree about what they both hold: the policy before training."""
+        """Raise `SettingsError` where engine and learner disagree about the policy before training."""
         allowed, found = self._config.max_mismatch_kl, metrics.mismatch_kl
         if allowed is not None and found > allowed:  # not a number where nothing was trained on
-            raise RunError(
+            raise SettingsError(
                 f"engine and learner disagree about the tokens of step 0: KL {found:.3g} nats a token, mean |Δ log p| "
                 f"{metrics.mismatch_logprob:.3g}; `train.max_mismatch_kl` allows {allowed:g}. One of them leaves out "
                 "part of the model, so training would follow a wrong gradient. `poise models check MODEL` compares "

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import SettingsError, kind_of_error
 from poise.orchestrator.report import TensorBoardLog, render_report
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.checkpoints import EXPORT_MARK
@@ -24,13 +24,14 @@ def try_outputs(config: OrchestratorConfig, mixture: Mixture) -> TensorBoardLog:
     """Return the open curves of a run, once everything else that it writes at its end was tried.
 
     Raises:
-        RunError: a library is missing, or a file or folder cannot be written.
+        SettingsError: a library is missing, or something else is where the model goes.
+        RunError: a file or folder cannot be written.
         TaskError: there are too few held-out problems.
     """
     mixture.held_out(config.evaluation.num_prompts)
     model = config.run_dir / MODEL
     if os.path.lexists(model) and not (model / EXPORT_MARK).is_file():
-        raise RunError(
+        raise SettingsError(
             f"{model} is where this run puts its model, and holds something else: it has no {EXPORT_MARK}. Move it "
             "away, or name another run folder"
         )
@@ -38,9 +39,11 @@ def try_outputs(config: OrchestratorConfig, mixture: Mixture) -> TensorBoardLog:
         render_report(config.run_dir)
         return TensorBoardLog(config.run_dir / "tensorboard")
     except ImportError as error:
-        raise RunError(f"the run's report and curves cannot be written: {error}. Install what is missing") from error
+        raise SettingsError(
+            f"the run's report and curves cannot be written: {error}. Install what is missing"
+        ) from error
     except OSError as error:
-        raise RunError(
+        raise kind_of_error(error)(
             f"{config.run_dir}/tensorboard cannot be written: {describe_disk_error(error)}. Then run the same command "
             "again"
         ) from error

@@ -19,7 +19,6 @@ Owns the files, but for those of the journal.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -32,7 +31,7 @@ from typing import IO, Any
 import yaml
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.errors import RunError, SettingsError, kind_of_error
 from poise.orchestrator.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.rows import DataFile
 from poise.runtime.files import (
@@ -53,8 +52,6 @@ _FREE_TO_CHANGE = frozenset(
 )
 """Settings that change nothing of what a step learns."""
 
-_STAYS_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG})
-"""What another start does not change, unlike a full or absent disk."""
 _LEAST_FREE_BYTES = 2**20
 
 
@@ -112,8 +109,7 @@ class RunFolder:
             raise RunError(f"{self.path} is being driven by another process; wait for it, or stop it") from None
         except OSError as error:
             self.close()
-            kind = SettingsError if error.errno in _STAYS_UNUSABLE else RunError
-            raise kind(
+            raise kind_of_error(error)(
                 f"{self.path} cannot be used as the run's folder: {describe_disk_error(error)}. Then run the same "
                 "command again, or name another folder"
             ) from error
@@ -155,7 +151,7 @@ class RunFolder:
             owner = values.pop("run_id")
             state = RunState(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path} is damaged: {error}; restore it, or use another run folder") from error
+            raise kind_of_error(error)(f"{path} is damaged: {error}; restore it, or use another run folder") from error
         if owner != run_id:
             raise SettingsError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
         return state

@@ -13,7 +13,7 @@ from typing import Any
 
 from poise.orchestrator.algorithms.algorithm import Memory
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.numbers import predictions, step_numbers
 from poise.orchestrator.scoring import Scorer, sampling_seed
 from poise.orchestrator.services import Services
@@ -108,7 +108,7 @@ class StepSampler:
 
         Raises:
             SettingsError: the probe has learnt from a step of this name before.
-            RunError: generation rejects all that is drawn.
+            SettingsError: generation rejects all that is drawn.
         """
         config = self._config
         phases = Phases(self._watcher, step)
@@ -161,7 +161,7 @@ class StepSampler:
             await self._draw_round(drawn, step, policy_version, phases)
         if not drawn.sampled:
             problem, reason = drawn.rejected[-1]
-            raise RunError(
+            raise SettingsError(
                 f"step {step}: generation rejects all {len(drawn.rejected)} prompts of the step. The last one, from "
                 f"{problem.origin}: {reason}"
             )

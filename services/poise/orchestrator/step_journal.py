@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import kind_of_error
 from poise.runtime.files import sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
@@ -85,7 +85,7 @@ class StepJournal:
             batch = load_batch((path / "batch.pb").read_bytes())
             return JournalledStep(step, labels, batch, **about)
         except (OSError, ValueError, TypeError, CodecError) as error:
-            raise RunError(
+            raise kind_of_error(error)(
                 f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
                 "else start a new run"
             ) from error

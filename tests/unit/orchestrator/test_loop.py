@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import RunError, SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -335,11 +335,11 @@ async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Pat
 async def test_a_run_stops_where_engine_and_learner_disagree(tmp_path: Path, found: float, allowed: float) -> None:
     world = World()
     world.mismatch_kl = found
-    with pytest.raises(RunError, match=r"step 0: KL .*max_mismatch_kl.*poise models check") as caught:
+    with pytest.raises(SettingsError, match=r"step 0: KL .*max_mismatch_kl.*poise models check") as caught:
         await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
     assert f"allows {allowed:g}" in str(caught.value)
     assert list(world.batches) == ["step-00000000"]
-    with pytest.raises(RunError):  # the same command stops again
+    with pytest.raises(SettingsError):  # the same command stops again
         await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
 
 

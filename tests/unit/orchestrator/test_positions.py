@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.unit.orchestrator.world import World, drive, settings
 
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.tasks.mixture import Mixture
 
 NUM_ROWS = 90
@@ -136,7 +136,9 @@ async def test_rejected_prompts_and_restarts_keep_the_order(tmp_path: Path, task
 async def test_run_whose_every_prompt_is_rejected_stops(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {f"q{i}" for i in range(NUM_ROWS)}
-    with pytest.raises(RunError, match=r"step 0: generation rejects all 18 prompts.*own\.jsonl:\d+: text: is too long"):
+    with pytest.raises(
+        SettingsError, match=r"step 0: generation rejects all 18 prompts.*own\.jsonl:\d+: text: is too long"
+    ):
         await drive(settings(tmp_path / "run", tasks=tasks, evaluation=NO_EVALUATION), world)
 
 
@@ -155,5 +157,7 @@ async def test_rejected_held_out_prompts_are_counted_and_left_out(tmp_path: Path
 async def test_evaluation_of_which_every_prompt_is_rejected_stops(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {f"e{i}" for i in range(4)}
-    with pytest.raises(RunError, match=r"rejects all held-out prompts, the last, of .*eval\.jsonl:\d: text: is too"):
+    with pytest.raises(
+        SettingsError, match=r"rejects all held-out prompts, the last, of .*eval\.jsonl:\d: text: is too"
+    ):
         await drive(settings(tmp_path / "run", tasks=tasks, evaluation={"num_prompts": 4}), world)

@@ -105,7 +105,7 @@ def test_a_damaged_journal_is_named(folder: RunFolder) -> None:
     folder.journal.write(journalled(0))
     batch = folder.path / "journal" / "step-00000000" / "batch.pb"
     batch.write_bytes(batch.read_bytes()[:-3])
-    with pytest.raises(RunError, match="step-00000000 is damaged"):
+    with pytest.raises(SettingsError, match="step-00000000 is damaged"):
         folder.journal.read(0)
 
 
@@ -217,7 +217,7 @@ def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '"x"', '{"run_id": "run", "unheard_of": 1}', "{}"])
 def test_a_damaged_state_is_named_and_not_taken_for_a_new_run(folder: RunFolder, content: str) -> None:
     (folder.path / "state.json").write_text(content)
-    with pytest.raises(RunError, match=r"state\.json is damaged: .*restore it, or use another run folder"):
+    with pytest.raises(SettingsError, match=r"state\.json is damaged: .*restore it, or use another run folder"):
         again(folder)
 
 

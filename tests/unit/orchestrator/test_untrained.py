@@ -46,7 +46,7 @@ class Unverified(World):
     """A verifier that fails on every response."""
 
     async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
-        return dataclasses.replace(await super().verify(problem, "0"), error="crashed")
+        return dataclasses.replace(await super().verify(problem, "0", finish_reason), error="crashed")
 
 
 class NonFinite(World):
@@ -62,7 +62,7 @@ class Equal(World):
     """Every response earns the same."""
 
     async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
-        return await super().verify(problem, "1")
+        return await super().verify(problem, "1", finish_reason)
 
 
 def finished_steps(folder: Path) -> list[int]:
