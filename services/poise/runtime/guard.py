@@ -66,7 +66,8 @@ class Guard:
             return
         try:
             self._check(scope)
-            body = await _read_body(Headers(scope=scope), receive)
+            # No route reads the body of a GET, which would keep a connection busy before any token is checked.
+            body = b"" if scope["method"] in _READING else await _read_body(Headers(scope=scope), receive)
         except (PoiseError, BodyRefused) as error:
             await self._answer(error)(scope, receive, send)
             return
