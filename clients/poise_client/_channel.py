@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 
+from poise_client._fork import note_use, refuse_after_fork
 from poise_client._target import check_target
 from poise_client._token import TOKEN_FILE_ENV, TokenFile
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
@@ -148,31 +149,10 @@ def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool 
     return _open(target, credentials, None if tls is None else tls.server_name, use_proxy)
 
 
-_opened_by: int | None = None
-"""Process that opened a channel first: this one, or one that it was forked from."""
-
-
-def is_forked() -> bool:
-    """Whether this process was forked from one that has used gRPC: calls would hang here, or crash it."""
-    return _opened_by not in (None, os.getpid())
-
-
-def refuse_after_fork() -> None:
-    """Raise `RuntimeError` where `is_forked`."""
-    if is_forked():
-        raise RuntimeError(
-            f"process {os.getpid()} was forked after process {_opened_by} had used gRPC, which does not work across a "
-            'fork. Start children with multiprocessing.get_context("spawn") or "forkserver", or fork before the first '
-            "call of any client"
-        )
-
-
 def _open(
     target: str, credentials: grpc.ChannelCredentials | None, server_name: str | None, use_proxy: bool
 ) -> grpc.aio.Channel:
-    global _opened_by
-    refuse_after_fork()
-    _opened_by = os.getpid()
+    note_use()
     options: Sequence[ChannelOption] = (
         *_OPTIONS,
         *(() if use_proxy else _NO_PROXY_OPTIONS),

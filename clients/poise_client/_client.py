@@ -12,7 +12,8 @@ from typing import ClassVar, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from poise_client._channel import Dialer, TlsOptions, is_forked, refuse_after_fork
+from poise_client._channel import Dialer, TlsOptions
+from poise_client._fork import is_forked, refuse_after_fork
 from poise_client._retry import Attempts, Clock, RetryPolicy
 from poise_client._status import error_from_rpc
 from poise_client._token import TokenFile

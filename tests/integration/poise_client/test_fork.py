@@ -122,3 +122,29 @@ async def test_a_pool_of_forked_workers_names_the_remedy(tmp_path, target):
     status, output = await run(tmp_path, target, body)
     assert status == 0, output
     assert output.count('get_context("spawn")') == 3
+
+
+async def test_children_forked_during_calls_exit_normally(tmp_path, target):
+    body = """
+        from concurrent.futures import ThreadPoolExecutor
+        client = ValueClient(target)
+        def call():
+            while not stopping:
+                client.get_probe()
+        stopping = []
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(4):
+                threads.submit(call)
+            for _ in range(20):
+                child = os.fork()
+                if not child:
+                    os._exit(7)
+                print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            stopping.append(True)
+        client.close()
+        print("environment:", os.environ.get("GRPC_ENABLE_FORK_SUPPORT"))
+    """
+    status, output = await run(tmp_path, target, body)
+    assert status == 0, output
+    assert output.count("child: 7") == 20, output
+    assert "environment: None" in output
