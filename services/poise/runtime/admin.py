@@ -69,7 +69,7 @@ class ServiceState(BaseModel):
 class ServiceStatus(ServiceState):
     """That, and what the service holds and does: facts of its own, which differ from service to service."""
 
-    model_config = ConfigDict(extra="allow", ser_json_bytes="hex")  # digests are no UTF-8
+    model_config = ConfigDict(extra="allow")
 
 
 class SettingsInForce(RootModel[dict[str, Any]]):
