@@ -107,11 +107,13 @@ def _check_origin(headers: Headers) -> None:
     """Raise `Forbidden` for a request that a browser sent for a page of another origin."""
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin"):
-        raise Forbidden(f"the request is from a web page of another site (Sec-Fetch-Site: {quoted(site)})", remedy=_REMEDY)
+        raise Forbidden(
+            f"the request is from a web page of another site (Sec-Fetch-Site: {quoted(site)})", remedy=_REMEDY
+        )
     origin, host = headers.get("origin"), headers.get("host", "")
     if origin is not None and origin.lower().partition("://")[2] != host.lower():
         raise Forbidden(
-            f"the request is from a web page at {quoted(origin)}; this service is at {quoted(host)}", remedy=_REMEDY
+            f"a web page at {quoted(origin)} sent the request; this service is at {quoted(host)}", remedy=_REMEDY
         )
 
 
