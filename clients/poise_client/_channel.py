@@ -1,4 +1,4 @@
-"""Opening a channel: TLS, tokens, keepalive, proxies, and the refusal to send a token where anybody may read it."""
+"""Opening a channel: TLS, tokens, keepalive, proxies. Tokens are not sent in plaintext to other machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ChannelOption = tuple[str, int | str]
 _PING_AFTER_MS = 15_000
 """Silence after which a peer is pinged. gRPC may take twice as long."""
 _PING_TIMEOUT_MS = 20_000
-"""Wait for the answer to a ping. A peer that died without a word is thus found within 50 s."""
+"""Wait for the answer to a ping. A peer that died silently is detected within 50 s."""
 
 KEEPALIVE_OPTIONS: tuple[ChannelOption, ...] = (
     ("grpc.keepalive_time_ms", _PING_AFTER_MS),
@@ -123,7 +123,7 @@ class Dialer:
 
     @property
     def is_token_new(self) -> bool:
-        """Whether the service may not know the token yet: its file has changed lately."""
+        """Whether the token file has changed lately, so that the service may not know the new token yet."""
         return self._token_file is not None and self._token_file.changed_lately
 
     def open(self) -> grpc.aio.Channel:
@@ -132,7 +132,7 @@ class Dialer:
 
 
 def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool = False) -> grpc.aio.Channel:
-    """Open a channel as the clients do, on the running event loop: for calls that they do not know.
+    """Open a channel with the options of the clients, on the running event loop, for calls that they do not offer.
 
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
@@ -140,7 +140,7 @@ def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool 
         use_proxy: follow `http_proxy` and the like of the environment.
 
     Raises:
-        ValueError: the target is none.
+        ValueError: the target is not valid.
         OSError: a TLS file cannot be read.
         RuntimeError: this process was forked from one that has used gRPC.
     """

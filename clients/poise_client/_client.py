@@ -150,7 +150,7 @@ class AsyncClient:
         except grpc.aio.AioRpcError as error:
             failure = error_from_rpc(error, call)
             if isinstance(failure, UnauthenticatedError) and self._dialer.is_token_new:
-                failure.retryable = True  # the service takes over the new token within a minute or two
+                failure.retryable = True  # the service reads the new token within a minute or two
             raise failure from error
         except CodecError as error:
             raise InternalError(f"the answer makes no sense: {error}", call=call) from error

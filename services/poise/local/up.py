@@ -101,12 +101,12 @@ def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
 
 @contextlib.contextmanager
 def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Stop once the reader of the output is gone; yield what tells whether it was."""
+    """Stop once the reader of the output has exited; yield a function that returns whether it has."""
 
     async def look() -> None:
         while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
             await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
-        logger.warning("nobody reads the output any more")
+        logger.warning("the reader of the output has exited")
         stop()
 
     looking = asyncio.create_task(look(), name="look-at-output")
