@@ -54,7 +54,7 @@ class ScriptedEngine:
     def info(self) -> EngineInfo:
         if not self._loaded:
             raise BackendDown("the model is still loading", retry_after_s=1.0)
-        return EngineInfo("torch", "scripted", WIDTH, 3, 1, self._max_model_len, VOCABULARY, b"\xff" * 32)
+        return EngineInfo("torch", "scripted", WIDTH, 3, 1, self._max_model_len, VOCABULARY, b"\xff\x00")  # no UTF-8
 
     async def start(self) -> None:
         self._alive = self._loaded = True

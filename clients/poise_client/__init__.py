@@ -3,6 +3,9 @@
 The nouns are in `poise_client.types`, the exceptions in `poise_client.errors`.
 """
 
+from poise_client import _fork  # noqa: F401 (first: it loads gRPC)
+
+# isort: split
 from poise_client._channel import KEEPALIVE_OPTIONS, TlsOptions, open_channel
 from poise_client._generation import AsyncGenerationClient
 from poise_client._learner import AsyncLearnerClient

@@ -1,4 +1,4 @@
-"""Opening a channel: TLS, tokens, keepalive, proxies, and the refusal to send a token where anybody may read it."""
+"""Opening a channel: TLS, tokens, keepalive, proxies. Tokens are not sent in plaintext to other machines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 
+from poise_client._fork import note_use, refuse_after_fork
 from poise_client._target import check_target
 from poise_client._token import TOKEN_FILE_ENV, TokenFile
 from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
@@ -22,7 +23,7 @@ ChannelOption = tuple[str, int | str]
 _PING_AFTER_MS = 15_000
 """Silence after which a peer is pinged. gRPC may take twice as long."""
 _PING_TIMEOUT_MS = 20_000
-"""Wait for the answer to a ping. A peer that died without a word is thus found within 50 s."""
+"""Wait for the answer to a ping. A peer that died silently is detected within 50 s."""
 
 KEEPALIVE_OPTIONS: tuple[ChannelOption, ...] = (
     ("grpc.keepalive_time_ms", _PING_AFTER_MS),
@@ -122,7 +123,7 @@ class Dialer:
 
     @property
     def is_token_new(self) -> bool:
-        """Whether the service may not know the token yet: its file has changed lately."""
+        """Whether the token file has changed lately, so that the service may not know the new token yet."""
         return self._token_file is not None and self._token_file.changed_lately
 
     def open(self) -> grpc.aio.Channel:
@@ -131,7 +132,7 @@ class Dialer:
 
 
 def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool = False) -> grpc.aio.Channel:
-    """Open a channel as the clients do, on the running event loop: for calls that they do not know.
+    """Open a channel with the options of the clients, on the running event loop, for calls that they do not offer.
 
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
@@ -139,7 +140,7 @@ def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool 
         use_proxy: follow `http_proxy` and the like of the environment.
 
     Raises:
-        ValueError: the target is none.
+        ValueError: the target is not valid.
         OSError: a TLS file cannot be read.
         RuntimeError: this process was forked from one that has used gRPC.
     """
@@ -148,31 +149,10 @@ def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool 
     return _open(target, credentials, None if tls is None else tls.server_name, use_proxy)
 
 
-_opened_by: int | None = None
-"""Process that opened a channel first: this one, or one that it was forked from."""
-
-
-def is_forked() -> bool:
-    """Whether this process was forked from one that has used gRPC: calls would hang here, or crash it."""
-    return _opened_by not in (None, os.getpid())
-
-
-def refuse_after_fork() -> None:
-    """Raise `RuntimeError` where `is_forked`."""
-    if is_forked():
-        raise RuntimeError(
-            f"process {os.getpid()} was forked after process {_opened_by} had used gRPC, which does not work across a "
-            'fork. Start children with multiprocessing.get_context("spawn") or "forkserver", or fork before the first '
-            "call of any client"
-        )
-
-
 def _open(
     target: str, credentials: grpc.ChannelCredentials | None, server_name: str | None, use_proxy: bool
 ) -> grpc.aio.Channel:
-    global _opened_by
-    refuse_after_fork()
-    _opened_by = os.getpid()
+    note_use()
     options: Sequence[ChannelOption] = (
         *_OPTIONS,
         *(() if use_proxy else _NO_PROXY_OPTIONS),

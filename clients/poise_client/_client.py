@@ -12,7 +12,8 @@ from typing import ClassVar, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from poise_client._channel import Dialer, TlsOptions, is_forked, refuse_after_fork
+from poise_client._channel import Dialer, TlsOptions
+from poise_client._fork import is_forked, refuse_after_fork
 from poise_client._retry import Attempts, Clock, RetryPolicy
 from poise_client._status import error_from_rpc
 from poise_client._token import TokenFile
@@ -149,7 +150,7 @@ class AsyncClient:
         except grpc.aio.AioRpcError as error:
             failure = error_from_rpc(error, call)
             if isinstance(failure, UnauthenticatedError) and self._dialer.is_token_new:
-                failure.retryable = True  # the service takes over the new token within a minute or two
+                failure.retryable = True  # the service reads the new token within a minute or two
             raise failure from error
         except CodecError as error:
             raise InternalError(f"the answer makes no sense: {error}", call=call) from error

@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from poise_client import _background
-from poise_client._channel import TlsOptions, is_forked, refuse_after_fork
+from poise_client._channel import TlsOptions
 from poise_client._client import AsyncClient
+from poise_client._fork import is_forked, refuse_after_fork
 from poise_client._retry import RetryPolicy
 from poise_client._token import TokenFile
 from poise_client.errors import UnavailableError

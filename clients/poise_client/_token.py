@@ -1,4 +1,4 @@
-"""A bearer token that a file holds: refused where others can read it, and read again when the file changes."""
+"""A bearer token in a file: rejected if other users can read the file, and re-read when it changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 TOKEN_FILE_ENV = "POISE_TOKEN_FILE"  # noqa: S105 (a variable's name)
-"""Names the token file of clients that are given neither a token nor a file."""
+"""Environment variable: the token file of clients without `token` and `token_file`."""
 
 ROTATION_S = 120.0
-"""How long after a change the other side may still hold the token before: Kubernetes updates mounts within a minute."""
+"""Time after a change in which both tokens are in use. Kubernetes updates mounts within a minute."""
 
 _TOKEN = re.compile(r"[!-~]+")
 
@@ -35,7 +35,7 @@ class TokenFile:
         self._before: str | None = None
         self._changed_s = -ROTATION_S
         self.problem = ""
-        """Why the last change was not taken over; empty while the file is in order."""
+        """Why the last change of the file was rejected; empty while the file is valid."""
 
     @property
     def current(self) -> str:
@@ -74,12 +74,12 @@ class TokenFile:
         try:
             check_token(token)
         except ValueError as error:
-            raise ValueError(f"what {self.path} holds {error}") from None
+            raise ValueError(f"the token in {self.path} {error}") from None
         return token
 
 
 def check_token(token: str) -> None:
-    """Raise `ValueError` for what cannot be sent as a bearer token."""
+    """Raise `ValueError` for a string that cannot be sent as a bearer token."""
     if not _TOKEN.fullmatch(token):
         raise ValueError("must be visible ASCII characters without blanks or line breaks, at least one")
 
@@ -87,7 +87,7 @@ def check_token(token: str) -> None:
 def refuse_shared_file(path: Path, facts: os.stat_result) -> None:
     """Raise `ValueError` for a secret that other users of the machine can read or change.
 
-    A file of root's that one of this process's groups may read passes: so Kubernetes mounts secrets with `fsGroup`.
+    A file of root that only a group of this process can read is accepted: Kubernetes mounts secrets so with `fsGroup`.
     """
     if os.name != "posix" or not facts.st_mode & 0o077:
         return

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests.running import COMMAND
+from tests.support.forwarder import forwarding
 
 from poise.local.run_file import LocalRun
 from poise.orchestrator.check import CheckConfig, CheckFailed, compare, run_check
@@ -28,6 +31,18 @@ def test_services_that_work_pass_and_are_left_as_they_were(tiny_run: LocalRun) -
         assert done.returncode == 0, done.stdout + done.stderr
         assert [line.split()[0] for line in done.stdout.splitlines()] == ["learner", "generation", "value", "all"]
         assert (value.get_probe(), learner.get_status()) == before
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_replicas_at_ipv6_addresses_pass(tiny_run: LocalRun, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoints = tiny_run.train.endpoints
+
+    async def check() -> int:
+        async with forwarding(endpoints.generation[0], host="::1") as replica:
+            there = endpoints.model_copy(update={"generation": (replica.address,)})
+            return await asyncio.to_thread(run_check, CheckConfig(endpoints=there))
+
+    assert asyncio.run(check()) == 0, capsys.readouterr().out
 
 
 def test_a_service_that_does_not_answer_fails_in_time(tiny_run: LocalRun, capsys: pytest.CaptureFixture[str]) -> None:

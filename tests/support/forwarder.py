@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from poise.runtime.addresses import join_address
+
 
 class Forwarder:
-    """Forwards 127.0.0.1:`port` to `target`, which is host:port."""
+    """Forwards what it accepts to `target`, which is host:port."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -58,11 +60,11 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dead
 
 
 @contextlib.asynccontextmanager
-async def forwarding(target: str) -> AsyncIterator[Forwarder]:
-    """Run a forwarder to a server."""
+async def forwarding(target: str, host: str = "127.0.0.1") -> AsyncIterator[Forwarder]:
+    """Run a forwarder to a server, which listens on `host`."""
     forwarder = Forwarder(target)
-    server = await asyncio.start_server(forwarder.accept, "127.0.0.1", 0)
-    forwarder.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(forwarder.accept, host, 0)
+    forwarder.address = join_address(host, server.sockets[0].getsockname()[1])
     try:
         yield forwarder
     finally:

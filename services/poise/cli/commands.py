@@ -22,7 +22,7 @@ PROGRAMS = ("generation", "value", "learner", "train")
 
 
 class _Poise(click.Group):
-    """Ends quietly, as other tools do, when whoever read its output is gone."""
+    """Ends quietly, as other tools do, when the reader of its output has exited."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Parse the arguments; `--help` is printed here."""

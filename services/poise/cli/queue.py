@@ -97,11 +97,16 @@ def _queue_admin(
     admin: str | None,
     token_file: Path | None,
 ) -> QueueAdmin:
-    from poise.local.queue import QueueAdmin
+    from poise.local.queue import QueueAdmin, admin_url
     from poise.runtime.config import open_token_file
 
     if admin is None:
+        if token_file is not None:
+            fail("--token-file goes with --admin; a run's own token is known")
         run = load_options(path, preset, overrides)
         return QueueAdmin(f"http://{run.admin_address('value')}", checked(run.value.auth.read_token))
+    if path is not None or preset is not None or overrides:
+        fail("give either --admin or a run (-c, --preset, --set), not both")
+    url = checked(lambda: admin_url(admin))
     token = checked(lambda: open_token_file(token_file, "--token-file"))
-    return QueueAdmin(admin.rstrip("/"), None if token is None else token.current)
+    return QueueAdmin(url, None if token is None else token.current)

@@ -12,7 +12,7 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import Engine
+from poise.generation.engine import Engine, EngineInfo
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
 from poise.runtime.app import Readiness, ServiceApp
@@ -105,12 +105,8 @@ class GenerationApp(ServiceApp):
             "num_running": self._servicer.sampler.num_running,
             "num_accepted": self._servicer.sampler.num_accepted,
             "paused": self._paused,
-            "engine": self._engine_facts() if self._started else None,
+            "engine": _facts(self._engine.info) if self._started else None,
         }
-
-    def _engine_facts(self) -> dict[str, Any]:
-        info = self._engine.info
-        return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
     async def pause(self) -> None:
         """Refuse new rollouts until `resume`; those accepted go on."""
@@ -142,6 +138,11 @@ class GenerationApp(ServiceApp):
                 return
             await asyncio.sleep(_WATCH_EVERY_S)
         self.fail("the engine died")
+
+
+def _facts(info: EngineInfo) -> dict[str, Any]:
+    """Return what the status shows of an engine, JSON-able."""
+    return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
 
 def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Engine:

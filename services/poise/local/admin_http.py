@@ -1,4 +1,4 @@
-"""Requests to admin apps: sent to them directly, whatever proxy the environment names."""
+"""Requests to admin apps, which ignore the proxies of the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a local run inherit of the environment: all but what is meant for other programs."""
+"""The environment of the processes of a local run: without variables that are meant for other programs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 
 _OTHERS = (
-    # torchrun's and SLURM's, of a job that `poise` was started in: the learner would take itself for a part of it.
+    # Of torchrun or SLURM, if `poise` runs within their job: the learner would join it.
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
     *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-    # Of networks between machines, while all processes of a run are on this one.
+    # Of networks between machines; all processes of a run are on this one.
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP", "VLLM_PORT"),
-    # A process would wait for input at its end, and exit with status 0.
+    # Processes would wait for input when they end, and exit with status 0.
     "PYTHONINSPECT",
 )
 _OTHERS_PREFIX = "TORCHELASTIC_"

@@ -10,7 +10,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 from poise.local.admin_http import ask_admin
 from poise.runtime.config import ConfigError
@@ -57,10 +59,8 @@ class QueueAdmin:
         return status["num_pending"], status["num_dead_letters"]
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"{self.url}: must be http://host:port of the value service's admin app")
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/admin/v1{path}", data, method=method)  # noqa: S310 (checked)
+        request = urllib.request.Request(f"{self.url}/admin/v1{path}", data, method=method)  # noqa: S310 (of `admin_url`)
         request.add_header("content-type", "application/json")
         request.add_header("x-poise", "1")  # which web pages cannot send
         if self.token is not None:
@@ -73,17 +73,30 @@ class QueueAdmin:
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise QueueError(f"the value service at {self.url} does not answer: {reason}; is it up?") from error
-        except ValueError as error:
-            raise QueueError(f"something else than a value service listens at {self.url}") from error
+        except (HTTPException, ValueError) as error:
+            raise QueueError(f"something other than a value service's admin app listens at {self.url}") from error
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     try:
         answer = json.load(error)
         fields = "; ".join(f"{one['field']}: {one['description']}" for one in answer["violations"])
-        return f"{fields or answer['message']} {answer['remedy']}".strip()
+        return ". ".join(part for part in ((fields or answer["message"]).rstrip("."), answer["remedy"]) if part)
     except (ValueError, KeyError, TypeError):
-        return f"something else than a value service answered: {error}"
+        return f"something other than a value service's admin app answered: {error}"
+
+
+def admin_url(text: str) -> str:
+    """Return what `--admin` names, as `http://host:port`. Raises `ConfigError`."""
+    try:
+        parts = urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets that do not close, or a port that is no number
+        is_url = False
+    rest = text.partition("://")[2].rstrip("/")
+    if not is_url or not rest.isascii() or not rest.isprintable() or any(letter in rest for letter in " /?#@"):
+        raise ConfigError(f"--admin: {text!r} must be the value service's admin app: http://host:port")
+    return f"{parts.scheme}://{rest}"
 
 
 def letter_line(letter: dict[str, Any]) -> str:

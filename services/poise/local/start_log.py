@@ -1,4 +1,4 @@
-"""When to say what is waited for while services start: when it has changed, and the same again ever more rarely."""
+"""When to log what is still starting: at each change, and unchanged states at growing intervals."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class StartLog:
     """The messages of one wait."""
 
     def __init__(self, every_s: float) -> None:
-        """Say nothing for the first `every_s`, nor more often."""
+        """Log at most once in `every_s`, and nothing before that."""
         self._every_s = every_s
         self._patience_s = every_s
         self._said_s = time.monotonic()
         self._stages = ""
 
     def is_due(self, reasons: Sequence[str]) -> bool:
-        """Whether to say now why the services are waited for; if so, it counts as said."""
+        """Return whether to log `reasons` now, and if so count them as logged."""
         stages = without_elapsed("; ".join(reasons))
         is_new = stages != self._stages
         now_s = time.monotonic()

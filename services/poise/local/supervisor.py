@@ -192,7 +192,7 @@ class Supervisor:
                 status = await _whole_life(process)
                 await asyncio.sleep(self._note_death(process, deaths, status))
                 process = await self._start(process.spec)
-        except Exception as error:  # any: what nobody watches any more would be waited for without end
+        except Exception as error:  # any: else the supervisor would wait for it without end
             if not isinstance(error, SupervisorError):
                 logger.error("%s cannot be kept running", process.spec.name, exc_info=True)
                 error = SupervisorError(f"{process.spec.name} cannot be kept running: {error!r}")

@@ -1,4 +1,4 @@
-"""The bearer token of a run on this machine, so that its other users can neither push weights nor pause."""
+"""The bearer token of a local run, which keeps other users of the machine from its services."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from poise.local.run_file import LocalRun
 from poise.local.status import push_problems
 from poise.local.supervisor import Supervisor, SupervisorError
 from poise.local.valkey import valkey_command
-from poise.runtime.config import ConfigError
+from poise.runtime.config import ConfigError, ServiceConfig, check_readable
 from poise.runtime.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
 from poise.runtime.files import keep_private, write_file
 from poise.runtime.output import is_unread
@@ -43,13 +43,15 @@ def run_services(
     to the terminal.
 
     Raises:
-        ConfigError: the model cannot be made, the folder holds a run of another, a socket's path is too long, or this
-            is no Linux.
+        ConfigError: the model cannot be made, the folder holds a run of another, a socket's path is too long, a file of
+            a token or certificate cannot be read, or this is no Linux.
     """
     if platform.system() != "Linux":
         raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
     _refuse_other_model(run)
     check_socket_path(run.socket, "TMPDIR")
+    for name in SERVICES:
+        _check_files(name, getattr(run, name))
     make_model(run.model)
     keep_private()
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
@@ -99,12 +101,12 @@ def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
 
 @contextlib.contextmanager
 def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Stop once the reader of the output is gone; yield what tells whether it was."""
+    """Stop once the reader of the output has exited; yield a function that returns whether it has."""
 
     async def look() -> None:
         while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
             await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
-        logger.warning("nobody reads the output any more")
+        logger.warning("the reader of the output has exited")
         stop()
 
     looking = asyncio.create_task(look(), name="look-at-output")
@@ -136,6 +138,13 @@ def _refuse_other_model(run: LocalRun) -> None:
             f"{run.dir} holds a run of model {began_with}, not {model}; give the new run a name, or folder, of its "
             "own: --set run.name=..."
         )
+
+
+def _check_files(name: str, config: ServiceConfig) -> None:
+    """Read what a service reads first, before anything starts. Raises `ConfigError`."""
+    config.auth.open()  # names no service: one file may serve all
+    check_readable(config.grpc.tls_cert_file, f"{name}: grpc.tls_cert_file")
+    check_readable(config.grpc.tls_key_file, f"{name}: grpc.tls_key_file")
 
 
 def _model_name(run: LocalRun) -> str:

@@ -75,7 +75,8 @@ async def check(config: CheckConfig, console: Console) -> None:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
-            groups.append(GroupFeatures(address, "default", tuple(rollout.features for rollout in group.rollouts)))
+            group_id = str(len(groups))  # an address may hold what an id must not, such as brackets
+            groups.append(GroupFeatures(group_id, "default", tuple(rollout.features for rollout in group.rollouts)))
             console.print(
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
                 f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"

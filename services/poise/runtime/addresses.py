@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from urllib.parse import urlsplit
 
 EVERY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 (compared, not bound)
 """Hosts that mean every interface of this machine."""
+
+_NAME = re.compile(r"[^\s/:*@?#\[\]]*")
+_NUMBERS = re.compile(r"[0-9.]+")
 
 
 def bare_host(host: str) -> str:
@@ -24,9 +28,28 @@ def bare_host(host: str) -> str:
             raise ValueError(
                 "must be a name or an address, without scheme or port, such as 127.0.0.1, ::1 or localhost"
             ) from None
-    elif "/" in bare or any(letter.isspace() for letter in bare):
+    elif not _NAME.fullmatch(bare) or (_NUMBERS.fullmatch(bare) and not _is_ipv4(bare)):
         raise ValueError("must be a name or an address, such as 127.0.0.1, ::1 or localhost")
     return bare
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def bare_name(host: str) -> str:
+    """Return a name or address that clients use, as `bare_host` does; `.example.com` stands for a domain.
+
+    Raises:
+        ValueError: it is none, or empty.
+    """
+    if not host.strip("."):
+        raise ValueError("must be a name or an address without a port, such as poise.example.com or .example.com")
+    return bare_host(host)
 
 
 def join_address(host: str, port: int) -> str:

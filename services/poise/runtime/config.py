@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from poise.errors import Misconfigured
-from poise.runtime.addresses import bare_host
+from poise.runtime.addresses import bare_host, bare_name
 from poise.runtime.config_text import explain
 from poise.runtime.config_tree import misspelt_variables, takes_number
 from poise.runtime.layers import left_of, spelled_out
@@ -100,7 +100,7 @@ class AdminConfig(StrictModel):
     """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
     """Port; 0 takes any free one and says which."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[Annotated[str, AfterValidator(bare_name)], ...] = ()
     """Names and addresses, without a port, that requests may address the app by; `.example.com` allows that name and
     all below it. `localhost`, loopback addresses, `host` and the address that was connected to are always allowed, and
     `/healthz`, `/readyz` and `/metrics` answer under any name. This keeps out web pages that rebind their own name."""

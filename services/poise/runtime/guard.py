@@ -1,7 +1,7 @@
-"""What every HTTP request passes before the admin app reads its body: where it is from, its token, its size.
+"""Checks of every HTTP request before the admin app reads its body: its origin, its token, its size.
 
-ASGI middleware. Web pages are kept out although they run in a browser that reaches this machine: by the name that they
-address the app by (DNS rebinding), by what browsers say of a request's origin, and by a header that no form can send.
+ASGI middleware. A web page in a browser on this machine can reach the app. Three checks reject it: the `Host` header
+(DNS rebinding), the `Origin` and `Sec-Fetch-Site` headers, and a header that no form can send.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ MAX_BODY_BYTES = 2**18
 """Largest body: several times a full list of dead letters."""
 
 BODY_TIMEOUT_S = 10.0
-"""How long a body may take to come."""
+"""Time within which a body must arrive."""
 
 CHANGE_HEADER = "x-poise"
-"""Required of requests that change something: a form of a web page cannot send it, and a script must ask first."""
+"""Required of requests that change something: forms cannot send it, and scripts need a preflight request for it."""
 
 _PROBES = ("/healthz", "/readyz", "/metrics")
 _OPEN = ("/docs", "/openapi.json")
-"""What needs no token."""
+"""Routes without a token."""
 _READING = ("GET", "HEAD", "OPTIONS")
+_REMEDY = "Use `poise`, curl, or a page of this service's own address."
 
 
 class BodyRefused(Exception):
-    """A body that is not read to its end: its HTTP status, and why."""
+    """A body that is not read to its end, with its HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -44,7 +45,7 @@ class BodyRefused(Exception):
 
 
 class Guard:
-    """Answers what may not pass; passes on the rest with its whole body."""
+    """Rejects requests that fail a check; passes the others on with their whole body."""
 
     def __init__(
         self,
@@ -66,7 +67,8 @@ class Guard:
             return
         try:
             self._check(scope)
-            body = await _read_body(Headers(scope=scope), receive)
+            # A GET needs no body. Waiting for one would let callers without a token occupy connections.
+            body = b"" if scope["method"] in _READING else await _read_body(Headers(scope=scope), receive)
         except (PoiseError, BodyRefused) as error:
             await self._answer(error)(scope, receive, send)
             return
@@ -74,16 +76,17 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         if scope["path"] in _PROBES and scope["method"] in _READING:
-            return  # a kubelet asks by the pod's address, a Prometheus by any name
+            return  # a kubelet uses the pod's address, Prometheus any name
         headers = Headers(scope=scope)
         self._check_host(headers, scope)
         if scope["path"] in _OPEN:
             return
         _check_origin(headers)
         self._auth.check(headers.get("authorization"))
-        if scope["method"] not in _READING and not (CHANGE_HEADER in headers or "authorization" in headers):
+        has_token = headers.get("authorization", "").lower().startswith("bearer ")  # URLs can make browsers send Basic
+        if scope["method"] not in _READING and not (CHANGE_HEADER in headers or has_token):
             raise Forbidden(
-                f"a {scope['method']} without the header {CHANGE_HEADER}, which web pages cannot send",
+                f"the {scope['method']} lacks the header {CHANGE_HEADER}, which proves that no web page sent it",
                 remedy="Send `X-Poise: 1`.",
             )
 
@@ -101,13 +104,17 @@ class Guard:
 
 
 def _check_origin(headers: Headers) -> None:
-    """Raise `Forbidden` for what a browser sends for a page of another origin."""
+    """Raise `Forbidden` for a request that a browser sent for a page of another origin."""
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin"):
-        raise Forbidden(f"a web page asks from elsewhere (Sec-Fetch-Site: {quoted(site)})")
+        raise Forbidden(
+            f"the request is from a web page of another site (Sec-Fetch-Site: {quoted(site)})", remedy=_REMEDY
+        )
     origin, host = headers.get("origin"), headers.get("host", "")
     if origin is not None and origin.lower().partition("://")[2] != host.lower():
-        raise Forbidden(f"a web page asks from the origin {quoted(origin)}; this one is at {quoted(host)}")
+        raise Forbidden(
+            f"a web page at {quoted(origin)} sent the request; this service is at {quoted(host)}", remedy=_REMEDY
+        )
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
@@ -127,11 +134,11 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise BodyRefused(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
+        raise BodyRefused(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body, and then what else comes."""
+    """Return a `receive` that returns the body first, then later messages."""
     given = False
 
     async def replay() -> Message:
@@ -148,7 +155,7 @@ def _hostname(url: str) -> str:
     """Return the host of a URL without its port; empty where it has none."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises where it is none)
+        parts.port  # noqa: B018 (raises for an invalid port)
     except ValueError:
         return ""
     is_bare = parts.username is None and not (parts.path or parts.query or parts.fragment)
@@ -156,8 +163,8 @@ def _hostname(url: str) -> str:
 
 
 def _normalised(host: str) -> str:
-    """Return a host in one spelling: lower case, without brackets or a last dot, an IPv4 address as one."""
-    host = host.strip().lower().strip("[]").removesuffix(".")
+    """Return a host in one spelling: lower case, without brackets, zone or final dot; IPv4 within IPv6 as IPv4."""
+    host = host.strip().lower().strip("[]").partition("%")[0].removesuffix(".")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

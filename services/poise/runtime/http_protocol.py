@@ -1,6 +1,6 @@
-"""uvicorn's HTTP protocol with deadlines: for the head of a request, for a client that does not read, and in number.
+"""uvicorn's HTTP protocol with limits: time to send a request's head, time to read an answer, number of connections.
 
-uvicorn itself waits for a request's head, and for its answer to be read, for ever.
+uvicorn has no limit for either wait.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT_S = 10.0
-"""From connecting, or from the answer before, to the end of a request's head."""
+"""Time from connecting, or from the previous answer, to the end of a request's head."""
 READ_TIMEOUT_S = 30.0
 """How long a client may leave an answer unread."""
 MAX_CONNECTIONS = 256
-"""Beyond it, the connection that has waited longest for a request gives way, so that probes always get in."""
+"""Beyond it, the connection whose deadline is nearest is closed, so that probes always get in."""
 MAX_HEAD_BYTES = 16 * 2**10
 """Largest head of a request."""
 
@@ -32,7 +32,7 @@ class DeadlineProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             self._displace()
-        self._start_clock(HEAD_TIMEOUT_S)
+        self._restart_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -40,30 +40,29 @@ class DeadlineProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """Stop the clock once a request's head has come."""
+        """Stop the clock once a request's head is complete."""
         super().handle_events()
-        if self.is_answering:
+        if self.is_answering and not self.flow.write_paused:
             self._stop_clock()
 
     def on_response_complete(self) -> None:
-        """Start it again. What is left of a body that was refused is read in that time, and dropped."""
+        """Restart the clock. The rest of a refused body is read within that time, and dropped."""
         super().on_response_complete()
-        if not self.is_answering:
-            self._start_clock(HEAD_TIMEOUT_S)
+        self._restart_clock()
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
         super().pause_writing()
-        self._start_clock(READ_TIMEOUT_S)
+        self._restart_clock()
 
     def resume_writing(self) -> None:
         """See `asyncio.Protocol`."""
         super().resume_writing()
-        self._stop_clock()
+        self._restart_clock()
 
     @property
     def is_answering(self) -> bool:
-        """Whether a request has come that is not answered yet."""
+        """Whether a request is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _displace(self) -> None:
@@ -71,10 +70,13 @@ class DeadlineProtocol(H11Protocol):
         longest = min(waiting, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=self)
         longest.transport.abort()
 
-    def _start_clock(self, timeout_s: float) -> None:
+    def _restart_clock(self) -> None:
+        """Set the deadline for what the client must do next; none while only the service has work to do."""
         self._stop_clock()
-        if not self.transport.is_closing():
-            self._deadline = self.loop.call_later(timeout_s, self.transport.abort)
+        if self.flow.write_paused or self.transport.is_closing():  # closing ends once the answer is read
+            self._deadline = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+        elif not self.is_answering:
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
 
     def _stop_clock(self) -> None:
         if self._deadline is not None:

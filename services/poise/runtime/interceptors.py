@@ -276,7 +276,7 @@ def is_disk_error(error: BaseException) -> TypeGuard[OSError]:
 
 
 def disk_error(error: OSError) -> PoiseError:
-    """Return what a caller is told of a disk or folder that refused: no defect, and it may pass."""
+    """Return the error for a caller whose call failed on a disk or folder: not a defect, and worth retrying."""
     return BackendDown(
         f"the service's disk refused: {describe_disk_error(error)}", remedy="Then call again.", retry_after_s=1.0
     )

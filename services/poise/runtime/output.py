@@ -1,4 +1,4 @@
-"""Output whose reader may go away, as in `poise run | head`: noticed, and ended without a traceback."""
+"""Output whose reader may exit, as in `poise run | head`: the program detects it and ends without a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from poise.runtime.exit_status import OUTPUT_CLOSED
 
 
 class OutputClosed(Exception):
-    """Nobody reads standard output any more. No `OSError`, which callers may take for trouble with a disk."""
+    """Standard output has no reader any more. Not an `OSError`, which callers may handle as a disk error."""
 
 
 def is_unread(stream: IO[Any] | None) -> bool:
@@ -31,7 +31,7 @@ def is_unread(stream: IO[Any] | None) -> bool:
 
 
 def abandon_output() -> None:
-    """Send the rest of standard output nowhere: the interpreter would fail on it once more when it exits."""
+    """Discard the rest of standard output, on which the interpreter would fail again when it exits."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -20,12 +20,12 @@ Parse = Callable[[bytes], Any]
 MAX_MESSAGE_BYTES = 4 * 2**20
 """gRPC's own limit, refused here in words."""
 MAX_READ_BYTES = 2 * MAX_MESSAGE_BYTES
-"""What gRPC lets through to be refused; of larger ones it says itself that they are."""
+"""Limit of gRPC, above ours so that our error is the one that clients see; gRPC itself rejects larger ones."""
 MAX_MESSAGES = 2**17
 """Messages in a stream of requests: twice as many as the largest push has in chunks of 1 MiB."""
 
 PATIENCE_S = 60.0
-"""How long a call may wait for its client. Waiting uses it up; messages restore it at `MIN_BYTES_PER_S`."""
+"""Budget of waiting for the client of a call. Waiting spends it; received bytes restore it at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 2**18
 
 _MAX_UNREAD = 1024
@@ -52,10 +52,10 @@ def parsed(parse: Parse, data: bytes) -> Any:
 
 
 class RequestStream:
-    """The messages of a stream of requests, one by one. Waiting for one may be cancelled, and taken up again.
+    """The messages of a stream of requests, one by one. A wait for one may be cancelled and repeated.
 
-    A client that trickles is given up: what counts is progress, so that no call holds its slot, or a lock, for ever.
-    Time that the service itself spends between two messages does not count.
+    A call whose client sends too slowly fails, so that no call holds its slot, or a lock, without end. Only the time
+    spent waiting for the client counts, not the time that the service takes between two messages.
     """
 
     def __init__(self, parse: Parse, requests: AsyncIterator[bytes], patience_s: float = PATIENCE_S) -> None:
@@ -76,7 +76,7 @@ class RequestStream:
         except TimeoutError:
             raise InvalidRequest.field(
                 "request",
-                f"comes too slowly: the service waited {self._patience_s:g} s for too few bytes; the call is given up",
+                f"arrives too slowly: the service waited {self._patience_s:g} s for too few bytes and ended the call",
                 remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second, or end the call.",
             ) from None
         finally:

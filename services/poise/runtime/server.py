@@ -44,14 +44,14 @@ ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
 
 _READINESS_EVERY_S = 0.25
 _LEAST_PING_INTERVAL_MS = 5000
-"""A client may ping as often; gRPC's own limit is five minutes, and disconnects whoever pings more often."""
+"""Shortest interval of pings that is accepted. gRPC's default, five minutes, would disconnect our clients."""
 
 _MAX_CONNECTIONS = 1024
 _MAX_STREAMS = 1024
 """Calls on one connection; further ones wait in the client."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
 _IDLE_CONNECTION_MS = 120_000
-"""A connection without a call for so long is closed; clients connect again by themselves."""
+"""A connection without a call for this long is closed; clients reconnect at the next call."""
 
 
 def serve(app: ServiceApp) -> int:
@@ -183,7 +183,7 @@ class _Server:
                 readiness = self._app.readiness()
             except Exception:
                 logger.exception("%s: a defect in its readiness", self._app.name)
-                self._app.fail("whether it is ready cannot be told")
+                self._app.fail("the readiness check raised an exception")
                 return
             if (readiness.ready, readiness.reason) != said:
                 said = (readiness.ready, readiness.reason)
@@ -198,7 +198,7 @@ class _Server:
 
 
 class _PortTaken(Exception):
-    """Nothing is wrong with the settings: whoever listens there may be gone soon."""
+    """The settings may be right: the program that listens there may end soon."""
 
 
 _MAY_PASS = (errno.EADDRINUSE, socket.EAI_AGAIN)

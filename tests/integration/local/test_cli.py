@@ -6,8 +6,10 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -15,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from poise.cli import main
+from poise.local.addresses import SERVICES
 from poise.runtime.exit_status import OUTPUT_CLOSED
 
 COMMAND = [sys.executable, "-c", "from poise.cli import main; main()"]
@@ -81,7 +84,26 @@ def test_every_command_and_option_explains_itself() -> None:
         (["compare", "-c", "good.yaml"], "good.yaml: name: required, and set nowhere"),
         (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot be a run's own here"),
         (["queue", "list"], "give either -c FILE or --preset NAME"),
-        (["queue", "list", "--admin", "file:///etc"], "must be http://host:port"),
+        (["up", "-c", "good.yaml", "--set", "learner.auth.token_file=gone"], "poise: auth.token_file: gone cannot"),
+        (
+            ["up", "-c", "good.yaml"]
+            + [f"--set={name}.grpc.tls_{kind}_file=gone" for name in SERVICES for kind in ("cert", "key")],
+            "generation: grpc.tls_cert_file: gone cannot be read",
+        ),
+        *(
+            (["queue", "list", "--admin", url], f"--admin: {url!r} must be")
+            for url in (
+                "file:///etc",
+                "a:1",
+                "http://",
+                "http://[::1",
+                "http://a b:1",
+                "http://a:99999",
+                "http://a:1/x",
+            )
+        ),
+        (["queue", "list", "--admin", "http://a:1", "--preset", "tiny"], "give either --admin or a run"),
+        (["queue", "list", "--preset", "tiny", "--token-file", "gone"], "--token-file goes with --admin"),
         (
             ["queue", "list", "--admin", "http://127.0.0.1:1", "--token-file", "gone"],
             "--token-file: gone cannot be read",
@@ -108,6 +130,25 @@ def test_a_queue_that_is_out_of_reach_may_be_asked_again(action: list[str]) -> N
     done = poise("queue", *action, "--admin", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "does not answer" in done.stderr
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x00\x00\x04\x08", b"HTTP/1.1 200 OK\r\n\r\n<html>", b"SSH-2.0-OpenSSH\r\n"])
+def test_a_queue_at_which_something_else_listens_says_so(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = poise("queue", "status", "--admin", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert done.returncode == 1
+    assert "something other than a value service" in done.stderr or "does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> None:

@@ -122,3 +122,24 @@ async def test_a_pool_of_forked_workers_names_the_remedy(tmp_path, target):
     status, output = await run(tmp_path, target, body)
     assert status == 0, output
     assert output.count('get_context("spawn")') == 3
+
+
+async def test_children_forked_during_a_stream_exit_normally(tmp_path, target):
+    body = """
+        generation = GenerationClient(target)
+        for step in range(20):
+            prompts = [Prompt(str(i), "?") for i in range(8)]
+            groups = generation.stream_trajectories("r", step, prompts, num_rollouts=1)
+            next(groups)
+            child = os.fork()
+            if not child:
+                os._exit(7)
+            print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            groups.close()
+        generation.close()
+        print("environment:", os.environ.get("GRPC_ENABLE_FORK_SUPPORT"))
+    """
+    status, output = await run(tmp_path, target, body)
+    assert status == 0, output
+    assert output.count("child: 7") == 20, output
+    assert "environment: None" in output

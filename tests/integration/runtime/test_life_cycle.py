@@ -159,7 +159,7 @@ def test_a_service_that_cannot_tell_its_readiness_gives_up(stage):
     running = stage("start=unreadable")
     assert running.exit_status() == 1
     assert "RuntimeError: a slip of the pen" in running.log
-    assert "stage ends: whether it is ready cannot be told" in running.log
+    assert "stage ends: the readiness check raised an exception" in running.log
 
 
 def test_a_service_that_gives_up_later_ends_with_status_1(stage):

@@ -48,10 +48,23 @@ def test_any_host_that_is_bound_can_be_reached(host, reached):
         assert address(config) == reached
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:5", "[::1]:5", "::g", "[127.0.0.1]", "http://a", "a b"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:5", "[::1]:5", "::g", "[127.0.0.1]", "http://a", "a b", "999.1.1.1", "1.2.3", "*"]
+)
 def test_a_host_with_a_port_or_scheme_is_refused(host):
     with pytest.raises(ValueError, match="must be a name or an address"):
         GrpcConfig(host=host)
+
+
+@pytest.mark.parametrize("host", ["", ".", "*", "*.example.com", "a:80", "http://a", "a/b", "[::1]:80", "10.0.0.0.1"])
+def test_allowed_hosts_that_match_nothing_are_refused(host):
+    with pytest.raises(ValueError, match="must be a name or an address"):
+        AdminConfig(allowed_hosts=(host,))
+
+
+@pytest.mark.parametrize("host", ["a", "a.b-c_d.example", ".example.com", "10.0.0.1", "[fd00::1]", "fd00::1"])
+def test_allowed_hosts_are_names_and_addresses(host):
+    assert AdminConfig(allowed_hosts=(host,)).allowed_hosts == (host.strip("[]"),)
 
 
 @has_ipv6

@@ -302,7 +302,7 @@ def test_a_token_that_cannot_be_sent_or_would_let_everybody_in_is_refused(monkey
 def test_a_token_file_that_holds_no_token_is_refused(tmp_path, content):
     path = write_token(tmp_path / "token", "")
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^auth.token_file: what .* must be visible ASCII") as refused:
+    with pytest.raises(ConfigError, match=r"^auth.token_file: the token in .* must be visible ASCII") as refused:
         AuthConfig(token_file=path).read_token()
     assert "nter" not in str(refused.value)
 
