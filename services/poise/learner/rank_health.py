@@ -171,9 +171,14 @@ class RankHealth:
         return RankLost(f"processes {_listed(sorted(still))} of {self._size} are gone: {error}") if still else error
 
     def stop(self) -> None:
-        """End the heartbeat: the group parts in order."""
+        """End the heartbeat before this process ends: at exit, a thread within the store's own code would abort it.
+
+        After a loss, that thread uses the store no more. It only waits to end this process, should nothing else do so.
+        """
         self._stopped.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._has_loss.is_set() or threading.current_thread() is self._thread:
+            return
+        if self._thread.is_alive():
             self._thread.join(self._timeout_s + _BEAT_EVERY_S)
 
     def _run(self) -> None:
