@@ -1,4 +1,4 @@
-"""How far the parts of a training are from a model's own forward: for `poise models check`, before anything runs.
+"""Differences of engines, learner and adapters from a model's own forward, for `poise models check`.
 
 Shapes: N response tokens.
 """

@@ -352,3 +352,9 @@ def test_rotary_embeddings_by_length_bound_the_sequences(tmp_path):
     trainer = Trainer(settings(folder))
     trainer.load()
     assert trainer.max_tokens == 64
+
+
+def test_attention_that_ranks_keys_bounds_the_sequences(tmp_path):
+    trainer = Trainer(settings(make_architecture(tmp_path, "doge", keep_window_size=100)))
+    trainer.load()
+    assert trainer.max_tokens == 100
