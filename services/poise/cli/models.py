@@ -80,10 +80,10 @@ def check(
     poise models check -c run.yaml                  the run's model, engine and settings
 
     Each row shows the largest and the mean difference of the log-probabilities of the same tokens. In float32, rounding
-    makes about 1e-5; more means that part of the model is left out. A run makes the same comparison when it loads the
-    model, and `train.max_mismatch_kl` bounds the difference of engine and learner in its first step.
+    makes about 1e-5; more means that a part of the model is not computed. A run makes the same comparison when it loads
+    the model, and `train.max_mismatch_kl` bounds the difference of engine and learner in its first step.
 
-    Status 1 where the model cannot be trained, with the reason; 2 where there is no such model.
+    The exit status is 1 if the model cannot be trained, or 2 if it does not exist.
     """
     from poise.local.model_check import check_model
 

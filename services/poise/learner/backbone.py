@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from poise.errors import Unusable
 from poise.learner import attention
-from poise.learner.attention import Span, keys_of
+from poise.learner.attention import keys_of
 from poise.learner.config import LearnerConfig
 from poise.learner.packing import PackedRow
 from poise.runtime.decoder import decoder_layers
 from poise.runtime.generation_config import load_generation_config
 
 logger = logging.getLogger(__name__)
-
-_MAX_PADDING = 0.25
-"""Share of padding among the tokens of sequences that are computed together."""
 
 
 def load_model(config: LearnerConfig) -> Any:
@@ -36,24 +31,61 @@ def load_model(config: LearnerConfig) -> Any:
     generation_config, repairs = load_generation_config(config.model, transformers.GenerationConfig)
     if repairs:
         logger.warning("%s", repairs)
+    settings = load_config(config.model)
     try:
         model, about = transformers.AutoModelForCausalLM.from_pretrained(
             config.model,
+            config=settings,
             dtype=torch.float32,
+            trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # rejected below, by name
             **({"generation_config": generation_config} if repairs else {}),
         )
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise Unusable(f"model {config.model} cannot be loaded: {error}") from error
+    except Exception as error:  # architectures fail in ways of their own
+        raise _unusable(config.model, error) from error
+    named = f"model {config.model} ({type(model).__name__})"
     if missing := sorted(about["missing_keys"]):
         raise Unusable(
-            f"model {config.model} ({type(model).__name__}) lacks {len(missing)} of its weights, such as {missing[0]}: "
-            "they would start from random numbers",
+            f"{named} lacks {len(missing)} of its weights, such as {missing[0]}: they would start from random numbers",
             remedy="Take a complete causal language model.",
         )
+    if mismatched := sorted(about["mismatched_keys"]):
+        name, found, required = mismatched[0]
+        raise Unusable(
+            f"{named} has {len(mismatched)} weights of another shape than its config.json requires, such as {name}: "
+            f"{list(found)} instead of {list(required)}",
+            remedy="Take the config.json that belongs to these weights.",
+        )
     return model.eval()
+
+
+def load_config(model: str) -> Any:
+    """Load a model's config.json, without entries that change what `forward` returns or which kernels it needs.
+
+    Raises:
+        Unusable: transformers cannot load it.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config._attn_implementation = None
+        for part in (config, config.get_text_config()):
+            part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+    except Exception as error:  # architectures fail in ways of their own
+        raise _unusable(model, error) from error
+    return config
+
+
+def _unusable(model: str, error: Exception) -> Unusable:
+    if "trust_remote_code" in str(error):
+        return Unusable(
+            f"model {model} needs Python code from its own folder, which is never run",
+            remedy="Choose a model whose architecture is part of transformers.",
+        )
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return Unusable(f"model {model} cannot be loaded: {kind}{' '.join(str(error).split())}")
 
 
 def recompute_layers(model: Any) -> None:
@@ -93,28 +125,15 @@ def _states_at_once(decoder: Any, row: PackedRow) -> torch.Tensor:
 
 
 def _states_by_sequence(decoder: Any, row: PackedRow) -> torch.Tensor:
-    """Return the states in the order of the row: of what siblings share, those of the first of them."""
+    """Return the states in the order of the row: of what siblings share, those of the first of them.
+
+    The decoder runs once a row: under FSDP, every process must run it equally often.
+    """
     spans = row.spans.spans
-    parts: list[torch.Tensor | None] = [None] * len(spans)
-    for indices in _of_similar_length(spans):
-        sequences = [row.token_ids_1L[0, keys_of(spans[i]).to(row.token_ids_1L.device)] for i in indices]
-        # A causal model's states do not depend on what follows, so padding on the right needs no mask.
-        states_BTd = decoder(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False).last_hidden_state
-        for i, states_Td in zip(indices, states_BTd, strict=True):
-            parts[i] = states_Td[spans[i].num_shared : spans[i].num_keys]
-    return torch.cat([part for part in parts if part is not None])
-
-
-def _of_similar_length(spans: Sequence[Span]) -> Iterator[list[int]]:
-    """Yield indices of spans to compute together, so that little of it is padding."""
-    batch: list[int] = []
-    num_tokens = 0
-    for index in sorted(range(len(spans)), key=lambda i: -spans[i].num_keys):
-        longest = spans[batch[0]].num_keys if batch else 0
-        num_tokens += spans[index].num_keys
-        if batch and num_tokens < (1 - _MAX_PADDING) * longest * (len(batch) + 1):
-            yield batch
-            batch, num_tokens = [], spans[index].num_keys
-        batch.append(index)
-    if batch:
-        yield batch
+    sequences = [row.token_ids_1L[0, keys_of(span).to(row.token_ids_1L.device)] for span in spans]
+    # A causal model's states do not depend on what follows, so padding on the right needs no mask.
+    states_BTd = decoder(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False).last_hidden_state
+    own = [
+        states_Td[span.num_shared : span.num_keys] for span, states_Td in zip(spans, states_BTd.unbind(), strict=True)
+    ]
+    return torch.cat(own)

@@ -1,20 +1,20 @@
-"""How far the parts of a training are from a model's own forward: for `poise models check`, before anything runs.
+"""Differences of engines, learner and adapters from a model's own forward, for `poise models check`.
 
 Shapes: N response tokens.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from poise.errors import BackendDown
 from poise.learner import adapters
-from poise.learner.backbone import load_model
+from poise.learner.backbone import load_config, load_model
 from poise.learner.config import LearnerConfig, LoraSettings
 from poise.learner.forward_check import (
     LARGEST_NATS,
@@ -77,13 +77,9 @@ def checkpoint_dtype(model: str) -> str:
     """Return the element type that a model's config declares, float32 where it declares none.
 
     Raises:
-        BackendDown: it has no config that transformers knows.
+        Unusable: it has no config that transformers can load.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackendDown(f"model {model} cannot be loaded: {error}") from error
-    return str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+    return str(load_config(model).get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
 def compare(config: LearnerConfig, samples: Sequence[EngineSample], engine_dtype: str) -> list[Comparison]:
@@ -117,8 +113,13 @@ def _learner(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -
     try:
         policy = _policy(config, lora=None)
         difference = Difference.between(_logprobs(policy, config, groups), _own(model, groups))
+        with tempfile.TemporaryDirectory(prefix="poise-export-") as folder:
+            policy.save_without_parameters(folder)
     except BackendDown as error:
         return Comparison("learner", config.dtype, detail=_reason(error))
+    except Exception as error:  # architectures and tokenizers fail in ways of their own
+        why = f"its export fails: {type(error).__name__}: {error}"
+        return Comparison("learner", config.dtype, detail=why)
     return Comparison("learner", config.dtype, difference, str(policy.logprobs.mode))
 
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped
+from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped, Unusable
 from poise.learner import adapters
 from poise.learner.admission import admit
 from poise.learner.attempts import Attempts
@@ -344,7 +344,8 @@ class LearnerCore:
 
         Raises:
             StateError: a folder cannot be written, or has no room.
-            PoiseError: the model cannot be exported.
+            BackendDown: `export_dir` cannot be written.
+            Unusable: the model cannot be exported.
         """
         try:
             self._store.try_writing()
@@ -353,7 +354,12 @@ class LearnerCore:
             raise StateError(
                 f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
             ) from error
-        self.check_export(_CHECK_NAME)
+        try:
+            self.check_export(_CHECK_NAME)
+        except BackendDown:
+            raise
+        except PoiseError as error:
+            raise Unusable(str(error), remedy=error.remedy) from error
         num_parameters = self._trainer.num_parameters()
         num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
         num_trained += num_parameters if self._config.critic else 0

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from poise.errors import Unusable
 from poise.learner.attention import PACKED
@@ -165,6 +166,11 @@ class _Check:
             raise Unusable(
                 f"{named} cannot be trained: its own forward fails: {type(error).__name__}: {error}"
             ) from error
+        if not self._own_N.isfinite().all():
+            raise Unusable(
+                f"{named} cannot be trained: its own forward gives log-probabilities that are not finite",
+                remedy="Check its weights for NaN and infinity, and that they belong to its config.json.",
+            )
 
     def forward(self, mode: ForwardMode, dtype: torch.dtype) -> PackedForward:
         """Return the learner's forward pass."""
@@ -205,10 +211,9 @@ class _Check:
 
 
 def probe_groups(model: Any) -> list[PromptGroup]:
-    """Return prompts with siblings of various lengths, of random tokens that are no special ones."""
+    """Return prompts with siblings of various lengths. Their tokens are random, and none is a special one."""
     config = model.config.get_text_config()
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and value is not None}
-    ordinary = np.array([token for token in range(config.vocab_size) if token not in special], np.int32)
+    ordinary = _ordinary_tokens(config)
     generator = np.random.default_rng(0)
     longest = position_limit(model.config) or sys.maxsize
     groups = []
@@ -229,6 +234,17 @@ def probe_groups(model: Any) -> list[PromptGroup]:
             )
         groups.append(PromptGroup(prompt, tuple(rollouts)))
     return groups
+
+
+def _ordinary_tokens(config: Any) -> NDArray[np.int32]:
+    """Return the ids below the vocabulary's size that a config names nowhere; all of them where it names all."""
+    every = np.arange(config.vocab_size, dtype=np.int32)
+    special: set[Any] = set()
+    for name, value in config.to_dict().items():
+        if name.endswith("token_id"):
+            special.update(value if isinstance(value, list | tuple) else (value,))
+    ordinary = np.array([token for token in every if token not in special], np.int32)
+    return ordinary if ordinary.size else every
 
 
 def own_logprobs(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from poise.learner.config import LearnerConfig
 from poise.learner.losses import denominator
-from poise.learner.packing import PackedRow, PromptGroup, build_row, pack, split_siblings
+from poise.learner.packing import PackedRow, PromptGroup, build_row, pack, pack_padded
 from poise.learner.world import World
 
 T = TypeVar("T")
@@ -56,14 +56,12 @@ def build_mini_batch(
 ) -> MiniBatch:
     """Pack groups; in halves, where the variance of their gradient is to be measured and there are two at least.
 
-    `share_prompts` puts the siblings of a prompt behind one copy of it; else each has its own.
+    `share_prompts` puts the siblings of a prompt behind one copy of it. Otherwise each has its own, and rows are packed
+    for a model that computes their sequences padded to the longest.
     """
     half = len(groups) // 2 if config.measure_gradient_variance else 0
-    packed = [
-        pack(part if share_prompts else split_siblings(part), config.micro_batch_tokens)
-        for part in (groups[:half], groups[half:])
-        if part
-    ]
+    distribute = pack if share_prompts else pack_padded
+    packed = [distribute(part, config.micro_batch_tokens) for part in (groups[:half], groups[half:]) if part]
     rows: list[PackedRow] = []
     counts: list[bool] = []
     num_rows = []

@@ -66,11 +66,6 @@ def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
     return [PromptGroup(siblings[0].prompt_token_ids, tuple(siblings)) for siblings in groups.values()]
 
 
-def split_siblings(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """Return a group for each rollout, with the prompt to itself."""
-    return [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
-
-
 def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
     """Distribute groups over rows of at most `max_tokens` tokens: first fit, the largest first.
 
@@ -86,6 +81,21 @@ def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGrou
             room.append(max_tokens)
         rows[index].append(piece)
         room[index] -= piece.num_tokens
+    return rows
+
+
+def pack_padded(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
+    """Distribute rollouts, each with a prompt of its own, over rows of similar lengths.
+
+    A row has at most `max_tokens` tokens once its sequences are padded to the longest. A longer rollout gets a row of
+    its own.
+    """
+    alone = [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
+    rows: list[list[PromptGroup]] = []
+    for sequence in sorted(alone, key=lambda sequence: -sequence.num_tokens):
+        if not rows or (len(rows[-1]) + 1) * rows[-1][0].num_tokens > max_tokens:
+            rows.append([])
+        rows[-1].append(sequence)
     return rows
 
 

@@ -95,7 +95,12 @@ class Policy:
         tensors = {name: kept(tensor, self._world) for name, tensor in adapters.merged(self.model, whole)}
         own = {name: kept(whole(parameter), self._world) for name, parameter in self.trained()}
         if self._world.rank == 0:
-            self._save(folder, tensors, own)
+            self._save(folder, tensors | self._buffers(), own)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a checkpoint that are no parameters, such as the expert biases of DeepSeek-V3."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in parameters}
 
     def save_without_parameters(self, folder: str) -> None:
         """Write all that `save` writes but the parameters, of which it writes the smallest; on one process.
@@ -112,7 +117,7 @@ class Policy:
         if self._config.lora is not None:
             adapters.save(adapter, self._config.lora, self._config.model, folder)
         if self._tokenizer is None:  # kept: by the end of training the model's folder may be gone
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._config.model)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._config.model, trust_remote_code=False)
         self._tokenizer.save_pretrained(folder)
 
     def _skeleton(self) -> Any:

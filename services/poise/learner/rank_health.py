@@ -2,7 +2,7 @@
 
 Each process writes a heartbeat to the store through which they met. The first process watches all the others; the
 others watch the first. A process that fails, or is started again under a running group, writes the reason to the store.
-Whoever sees a loss ends its own process with status 1. The supervisor (torchrun, a kubelet) then starts all of them
+A process that sees a loss ends itself with status 1. The supervisor (torchrun, a kubelet) then starts all of them
 again, and the first resumes from the checkpoint and the journal.
 
 Deliberately not here: collectives. They have time limits of their own, see `world`.
@@ -48,7 +48,7 @@ class RankLost(BackendDown):
 
 @dataclass(frozen=True, slots=True)
 class RankEvents:
-    """What the first process wants to know. All are called from the health thread."""
+    """Callbacks of the first process. All are called from the health thread."""
 
     lost: Callable[[RankLost], object]
     """A process is lost; this one is to end with status 1, within a few seconds."""
@@ -78,7 +78,7 @@ class RankHealth:
         self._watching = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rank-health", daemon=True)
         self._events: RankEvents | None = None
-        self._told_leaving = False
+        self._has_reported_leaving = False
         self._touched: float | None = None
         self._loss: RankLost | None = None
         self._has_loss = threading.Event()
@@ -143,7 +143,7 @@ class RankHealth:
         self._touched = time.monotonic()
 
     def fail(self, reason: str, *, in_training: bool = False) -> None:
-        """Make all the others end, with this process's reason. The first reason counts."""
+        """End all the others, with this process's reason. The first reason counts."""
         content = json.dumps({"reason": reason, "in_training": in_training})
         with contextlib.suppress(RuntimeError), self._lock:  # without a store they notice by themselves
             self._store.compare_set(_FAILED, "", content)
@@ -171,9 +171,14 @@ class RankHealth:
         return RankLost(f"processes {_listed(sorted(still))} of {self._size} are gone: {error}") if still else error
 
     def stop(self) -> None:
-        """End the heartbeat: the group parts in order."""
+        """End the heartbeat before this process ends: at exit, a thread within the store's own code would abort it.
+
+        After a loss, that thread uses the store no more. It only waits to end this process, should nothing else do so.
+        """
         self._stopped.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._has_loss.is_set() or threading.current_thread() is self._thread:
+            return
+        if self._thread.is_alive():
             self._thread.join(self._timeout_s + _BEAT_EVERY_S)
 
     def _run(self) -> None:
@@ -206,8 +211,8 @@ class RankHealth:
                     seen = dict.fromkeys(watched, time.monotonic())
             except RuntimeError as error:
                 loss, leaving = RankLost(f"the store on the first node is gone: {error}"), False
-            if leaving and not self._told_leaving and self._events is not None:
-                self._told_leaving = True
+            if leaving and not self._has_reported_leaving and self._events is not None:
+                self._has_reported_leaving = True
                 self._events.leaving("a process of the learner was asked to end")
             if loss is not None and not self._stopped.is_set():
                 self._end(loss)

@@ -1,4 +1,4 @@
-"""Whether the learner's folders have room for what they are to hold. Knows sizes, not what is in the files."""
+"""Checks that the file systems of the learner's folders have room for the files to come."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from poise.runtime.files import free_bytes
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A folder and what it must have room for."""
+    """A folder and the bytes that it must have room for."""
 
     setting: str
     """Names the folder in the settings."""
     folder: Path
     num_bytes: int
     what: str
-    """What takes these bytes, for people."""
+    """The file or folder of this size, in words."""
 
 
 def lacking_room(rooms: Sequence[Room]) -> Iterator[str]:
-    """Yield what is wrong for each folder whose file system has less room than all folders on it need."""
+    """Yield a message for each folder whose file system has less room than all folders on it need."""
     needed: dict[int, int] = {}
     for room in rooms:
         folder = _existing(room.folder)

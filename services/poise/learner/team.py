@@ -25,7 +25,7 @@ from poise.learner.follower_probes import answering_probes
 from poise.learner.rank_health import RankEvents, RankLost
 from poise.learner.trainer import Trainer
 from poise.learner.world import World, leave, local_rank, rank, world_size
-from poise.runtime.exit_status import INTERRUPTED
+from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, exit_reason, exit_status
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, StepMetrics, TrainingRollout, WeightArray
 
@@ -152,11 +152,15 @@ def follow(config: LearnerConfig) -> int:
         trainer = Trainer(config)
         try:
             world = trainer.load()
-        except PoiseError as error:
-            logger.error("process %d cannot start: %s", rank(), error)
+        except Exception as error:
+            if isinstance(error, PoiseError):
+                logger.error("process %d cannot start: %s", rank(), exit_reason(error))
+            else:
+                logger.exception("process %d cannot start", rank())
             if trainer.health is not None:
-                trainer.health.fail(f"process {rank()} cannot start: {error}")
-            return 1
+                trainer.health.fail(f"process {rank()} cannot start: {exit_reason(error)}")
+                trainer.health.stop()
+            return exit_status(error)
         signals.ask_before_leaving(world)
         if loaded is not None:
             loaded.set()
@@ -176,13 +180,14 @@ def _follow(trainer: Trainer, world: World) -> int:
         reason = health.explain(error)
         if reason is error:
             logger.exception("process %d failed at the command %s", world.rank, command.name)
-            health.fail(f"process {world.rank} failed: {error}", in_training=command is _Command.TRAIN)
+            health.fail(f"process {world.rank} failed: {exit_reason(error)}", in_training=command is _Command.TRAIN)
         else:
             logger.error("%s", reason)
-        return 1
-    health.stop()
+        return FAILED
+    finally:
+        health.stop()
     leave()
-    return 0
+    return OK
 
 
 def _obey(trainer: Trainer, command: _Command, content: bytes) -> None:

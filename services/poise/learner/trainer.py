@@ -198,6 +198,8 @@ class Trainer:
 
     def close(self) -> None:
         """Part from the other processes."""
+        if self.health is not None:
+            self.health.stop()
         leave()
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
+_POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length", "keep_window_size")
+"""The last is Doge's: beyond it, a token sees the keys that rank highest among those of the whole sequence."""
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -31,7 +32,7 @@ def position_limit(config: Any) -> int | None:
     """Return the most tokens of prompt and response together that a model's config allows; None where it sets no limit.
 
     Rotary embeddings that change with the length of a sequence end where they begin to change: beyond, a token's
-    log-probability would depend on what follows it, and on what it is computed with.
+    log-probability would depend on the tokens after it.
     """
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in _POSITION_LIMITS]

@@ -1,7 +1,7 @@
 """A model's generation_config.json, repaired where transformers would not load or save it.
 
 The file says how a model is sampled by default. Neither training nor sampling here uses it, but for the tokens that end
-a response; so a wrong entry must stop neither. transformers is imported late.
+a response; so an invalid entry must stop neither. transformers is imported late.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ _FIRST = (
 )
 """Kept before other entries: these decide which others are valid beside them."""
 
+_TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+_MAX_SHOWN = 5
+"""Entries that a message names."""
+_MAX_CHARACTERS = 80
+"""Characters of an entry's value in a message."""
+
 _INTERNAL = ("_from_model_config", "transformers_version")
 
 
@@ -44,7 +51,7 @@ def load_generation_config(model: str, make: Callable[..., Any]) -> tuple[Any | 
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return make(), f"{_FILE} of model {model} cannot be read and is left out: {error}"
     return repaired(values, model, make)
 
@@ -60,17 +67,22 @@ def repaired(values: Mapping[str, Any], model: str, make: Callable[..., Any]) ->
         if name in _INTERNAL:
             continue
         if _valid({**kept, name: values[name]}, make) is None:
-            left_out.append(f"{name} {json.dumps(values[name], default=str)}")
+            text = json.dumps(values[name], default=str)
+            left_out.append(f"{name} {text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + ' …'}")
         else:
             kept[name] = values[name]
+    shown = ", ".join(left_out[:_MAX_SHOWN])
+    more = f" and {len(left_out) - _MAX_SHOWN} more" if len(left_out) > _MAX_SHOWN else ""
     return _valid(kept, make), (
-        f"{_FILE} of model {model} cannot be saved as it is, and exports leave out: {', '.join(left_out)}. Training "
-        "does not use them; correct the file to keep them"
+        f"{_FILE} of model {model} has invalid entries, and exports leave out: {shown}{more}. "
+        "Training does not use them; correct the file to keep them"
     )
 
 
 def _valid(values: Mapping[str, Any], make: Callable[..., Any]) -> Any | None:
     """Return the settings that transformers makes of `values`; None if it would not load or save them."""
+    if not all(_are_ids(values[name]) for name in _TOKEN_IDS if name in values):
+        return None
     try:
         config = make(**values)
         config.validate(strict=True)
@@ -78,6 +90,11 @@ def _valid(values: Mapping[str, Any], make: Callable[..., Any]) -> Any | None:
     except Exception:  # the checks of transformers compare what they are given: they raise whatever that raises
         return None
     return config
+
+
+def _are_ids(value: Any) -> bool:
+    """Return whether a value is a token id, several of them, or None. transformers accepts anything."""
+    return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
 
 
 def _path(model: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a service does until it is ready, and for how long: `loading weights, 40 s`."""
+"""The present stage of a service's start and its duration: `loading weights, 40 s`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Startup:
 
     @property
     def stage(self) -> str:
-        """What is done now."""
-        if (told := self._ask()) and told != self._now[0]:
-            self.begin(told)
+        """The present stage."""
+        if (stage := self._ask()) and stage != self._now[0]:
+            self.begin(stage)
         return self._now[0]
 
     @property
@@ -59,5 +59,5 @@ def with_elapsed(stage: str, elapsed_s: float) -> str:
 
 
 def without_elapsed(text: str) -> str:
-    """Return what stays the same of a text while its stages last."""
+    """Return a text without the seconds of its stages, to compare it with an earlier one."""
     return _ELAPSED.sub("", text)

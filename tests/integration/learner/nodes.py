@@ -90,7 +90,7 @@ class Nodes:
     def log(self) -> str:
         """The last lines of every node."""
         logs = (self._folder / f"log-{node}" for node in range(self._num_nodes))
-        return "\n".join(f"== {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+        return "\n".join(f"== {log.name}\n{log.read_text()[-40_000:]}" for log in logs)
 
     def _start(self, node: int) -> subprocess.Popen[bytes]:
         self.num_starts[node] += 1

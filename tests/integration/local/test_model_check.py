@@ -97,6 +97,15 @@ def remove_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def test_an_export_is_tried(llama, tmp_path):
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    remove_tokenizer(folder)
+    _, found = facts(folder)
+    learner = next(part for part in found["parts"] if part["part"] == "learner")
+    assert not learner["ok"]
+    assert learner["detail"].startswith("its export fails: ")
+
+
 def remove_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 

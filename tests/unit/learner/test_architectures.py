@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.support.architectures import ALONE, PACKED, make_architecture
 
-from poise.errors import BackendDown
+from poise.errors import BackendDown, Unusable
 from poise.learner.config import LearnerConfig
 from poise.learner.critic import Critic
 from poise.learner.packing import PackedRow, build_row, group_by_prompt
@@ -257,6 +259,62 @@ def test_a_model_that_sees_ahead_is_rejected_by_name(name, load, tmp_path):
         load(settings(folder), World(CPU))
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eos_token_id": [1, 2, 3]},
+        {"eos_token_id": list(range(265))},
+        {"pad_token_id": -1},
+        {"output_attentions": True, "output_hidden_states": True},
+        {"return_dict": False},
+        {"attn_implementation": "flash_attention_2"},
+        {"use_cache": False},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_entries_of_a_config_that_do_not_matter(changes, tmp_path):
+    folder = make_architecture(tmp_path / "model", "llama")
+    own = expected(plain(folder), folder).detach()
+    change_config(folder, **changes)
+    policy = Policy(settings(folder), World(CPU))
+    assert_same(policy.logprobs(row_of(folder), TEMPERATURE)[0].detach(), own)
+    assert policy.logprobs.mode.packed
+    policy.save(str(tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"vocab_size": "abc"}, "cannot be loaded: .*vocab_size"),
+        ({"num_attention_heads": 0}, "cannot be loaded: ZeroDivisionError"),
+        ({"hidden_act": "nonesuch"}, "cannot be loaded: KeyError: 'nonesuch'"),
+        ({"rope_parameters": 7}, "cannot be loaded: .*rope_parameters"),
+        ({"dtype": "float99"}, "cannot be loaded: .*float99"),
+        ({"vocab_size": 100}, r"has 2 weights of another shape .* lm_head.weight: \[265, 32\] instead of \[100, 32\]"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "needs Python code from its own folder"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_rejected(changes, why, tmp_path):
+    folder = make_architecture(tmp_path, "llama")
+    change_config(folder, **changes)
+    with pytest.raises(Unusable, match=rf"^model {folder} .*{why}|^model {folder} {why}"):
+        Policy(settings(folder), World(CPU))
+
+
+def test_weights_that_are_not_finite_are_rejected(tmp_path):
+    folder = make_architecture(tmp_path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Unusable, match="its own forward gives log-probabilities that are not finite"):
+        Policy(settings(folder), World(CPU))
+
+
 def test_a_model_that_lacks_weights_is_rejected(tmp_path):
     folder = make_architecture(tmp_path, "qwen3", tie_word_embeddings=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -294,3 +352,9 @@ def test_rotary_embeddings_by_length_bound_the_sequences(tmp_path):
     trainer = Trainer(settings(folder))
     trainer.load()
     assert trainer.max_tokens == 64
+
+
+def test_attention_that_ranks_keys_bounds_the_sequences(tmp_path):
+    trainer = Trainer(settings(make_architecture(tmp_path, "doge", keep_window_size=100)))
+    trainer.load()
+    assert trainer.max_tokens == 100

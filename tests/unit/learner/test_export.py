@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tests.support.architectures import make_architecture
 
 from poise.errors import BackendDown, InvalidRequest, PoiseError
 from poise.learner.checkpoint import StateError
@@ -21,6 +23,7 @@ from poise.learner.core import LearnerCore
 from poise.learner.export_folder import MARK
 from poise.learner.policy import Policy
 from poise.learner.world import World
+from poise.runtime.exit_status import FAILED, WRONG_SETTINGS, exit_status
 from poise.runtime.generation_config import load_generation_config
 
 Configure = Callable[..., LearnerConfig]
@@ -47,7 +50,7 @@ def recovered(config: Configure) -> Iterator[Callable[..., LearnerCore]]:
         core.close()
 
 
-WRONG_SETTINGS: list[tuple[Any, set[str]]] = [
+INVALID: list[tuple[Any, set[str]]] = [
     ({"do_sample": False, "temperature": 0.9, "top_p": 0.6}, {"temperature", "top_p"}),
     ({"temperature": 0.0}, {"temperature"}),
     ({"top_k": 20, "eos_token_id": 3}, {"top_k"}),
@@ -62,10 +65,13 @@ WRONG_SETTINGS: list[tuple[Any, set[str]]] = [
     ({"cache_implementation": "nonsense"}, {"cache_implementation"}),
     ({"watermarking_config": {"seeding_scheme": "x"}}, {"watermarking_config"}),
     ({"compile_config": {"a": 1}}, {"compile_config"}),
+    ({"eos_token_id": "</s>"}, {"eos_token_id"}),
+    ({"eos_token_id": [2, "3"], "bos_token_id": 1.5, "pad_token_id": True}, {"eos_token_id", "bos_token_id"}),
+    ({"self": 3, "validate": 5}, {"self", "validate"}),
 ]
 
 
-@pytest.mark.parametrize(("settings", "left_out"), WRONG_SETTINGS)
+@pytest.mark.parametrize(("settings", "left_out"), INVALID)
 def test_generation_settings_that_cannot_be_saved_are_repaired(
     own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, settings: Any, left_out: set[str]
 ) -> None:
@@ -82,7 +88,7 @@ def test_generation_settings_that_cannot_be_saved_are_repaired(
     assert all(name in caplog.text for name in left_out)
 
 
-@pytest.mark.parametrize("text", ["{not json", "[]", "", "null", "\x00\xff"])
+@pytest.mark.parametrize("text", ["{not json", "[]", "", "null", "\x00\xff", "[" * 100_000])
 def test_generation_settings_that_cannot_be_read_are_left_out(
     own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
@@ -90,6 +96,14 @@ def test_generation_settings_that_cannot_be_read_are_left_out(
     recovered(model=str(own_model)).export("model")
     assert "generation_config.json of model" in caplog.text
     assert "cannot be read and is left out" in caplog.text
+
+
+def test_a_message_of_left_out_settings_is_short(own_model: Path) -> None:
+    settings = dict.fromkeys(("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), "x" * 999)
+    (own_model / "generation_config.json").write_text(json.dumps(settings))
+    _, repairs = load_generation_config(str(own_model), transformers.GenerationConfig)
+    assert "and 1 more" in repairs
+    assert len(repairs) < 1000
 
 
 def test_generation_settings_in_the_models_own_configuration_are_repaired(own_model: Path, recovered: Any) -> None:
@@ -143,9 +157,10 @@ def test_what_an_export_would_lack_is_noticed_at_the_start(
     export_dir = tmp_path / "exports"
     spoil(own_model, export_dir)
     core = LearnerCore(config(model=str(own_model), export_dir=export_dir))
-    with pytest.raises(PoiseError, match=f"(?s){why}"):
+    with pytest.raises(BackendDown, match=f"(?s){why}") as raised:
         core.recover()
     core.close()
+    assert exit_status(raised.value) == (WRONG_SETTINGS if spoil is spoil_tokenizer else FAILED)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +237,19 @@ def test_an_export_of_adapters_holds_the_merged_model(model: Path, config: Confi
     weights = policy.weights()
     assert saved.keys() == weights.keys()
     assert all(torch.equal(saved[name].detach(), torch.from_numpy(each.array)) for name, each in weights.items())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "minimax"])
+def test_an_export_of_adapters_holds_the_models_buffers(name: str, config: Configure, tmp_path: Path) -> None:
+    folder = make_architecture(tmp_path / "model", name)
+    state = load_file(folder / "model.safetensors")
+    save_file({key: tensor + 0.5 for key, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    lora = LoraSettings(rank=2, target_modules=["o_proj"] if name != "minimax" else ["q_proj"])
+    policy = Policy(config(model=str(folder), lora=lora), World(torch.device("cpu")))
+    policy.save(str(tmp_path / "out"))
+    exported, own = (load_file(each / "model.safetensors") for each in (tmp_path / "out", folder))
+    assert exported.keys() == own.keys()
+    assert all(torch.equal(exported[key], tensor) for key, tensor in own.items())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from tests.unit.learner.batches import VOCABULARY, make_group
 
 from poise.learner import attention
 from poise.learner.attention import PACKED, Span, SpanMasks, build_index, build_spans
-from poise.learner.packing import build_row, group_by_prompt, pack
+from poise.learner.packing import build_row, group_by_prompt, pack, pack_padded
 
 CPU = torch.device("cpu")
 
@@ -148,3 +148,12 @@ def test_siblings_too_many_for_a_row_share_their_prompt_as_far_as_they_fit():
     rows = pack(group_by_prompt(group), 45)
     assert [[len(piece.rollouts) for piece in row] for row in rows] == [[3], [3], [1]]
     assert all(piece.prompt_token_ids.size == 10 for row in rows for piece in row)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_rows"), [(10**6, 1), (96, 2), (32, 3), (16, 6), (1, 8)])
+def test_padded_rows_hold_every_rollout_once_within_their_limit(max_tokens, num_rows):
+    rows = pack_padded(group_by_prompt(rollouts()), max_tokens)
+    ids = [rollout.id for row in rows for group in row for rollout in group.rollouts]
+    assert len(ids) == len(set(ids)) == sum(len(row) for row in rows) == len(rollouts())
+    assert len(rows) == num_rows
+    assert all(len(row) == 1 or len(row) * max(each.num_tokens for each in row) <= max_tokens for row in rows)
