@@ -501,7 +501,7 @@ async def test_silent_push_is_given_up(service: Service, num_sent: int) -> None:
         await asyncio.Event().wait()
 
     requests = RequestStream(pb.UpdateWeightsRequest.FromString, silent(), patience_s=0.01)
-    with pytest.raises(InvalidRequest, match="given up"):
+    with pytest.raises(InvalidRequest, match="arrives too slowly"):
         await service.servicer.UpdateWeights(requests, CONTEXT)
     assert service.staged() == []
     assert (await service.push(push_messages(weights(), 1))).policy_version == 1

@@ -40,6 +40,11 @@ def settings(folder: Path, **changes: Any) -> LearnerConfig:
     return LearnerConfig(model=str(folder), state_dir=folder / "state", **changes)
 
 
+ROUNDING = {"qwen3_next": 2e-3}
+"""Nats by which transformers' own model differs between padded and single sequences, where that is much: its chunked
+delta rule differs by 8e-4."""
+
+
 def rollouts(folder: Path) -> list[TrainingRollout]:
     """Return siblings of three prompts, of lengths on both sides of the windows."""
     size = transformers.AutoConfig.from_pretrained(folder).vocab_size
@@ -95,7 +100,7 @@ def test_logprobs_are_the_models_own(name, tmp_path):
     policy = Policy(settings(folder), World(CPU))
     with torch.no_grad():
         own, learner = expected(plain(folder), folder), policy.logprobs(row_of(folder), TEMPERATURE)[0]
-    assert_same(learner, own)
+    assert_same(learner, own, ROUNDING.get(name, 5e-4))
     assert policy.logprobs.mode.packed == (name in PACKED)
 
 
