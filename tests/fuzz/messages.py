@@ -85,6 +85,10 @@ def _encode_prompts(random_: random.Random, width: int) -> list[Message]:
     return [generation_pb2.EncodePromptsRequest(prompts=_prompts(random_))]
 
 
+def _check_prompts(random_: random.Random, width: int) -> list[Message]:
+    return [generation_pb2.CheckPromptsRequest(prompts=_prompts(random_))]
+
+
 def _update_weights(random_: random.Random, width: int) -> list[Message]:
     """Return a valid push of parameters that no model has, which is rejected at its end."""
     bodies = {f"fuzz.{i}": random_.randbytes(8) for i in range(2)}
@@ -176,6 +180,7 @@ _ONE, _ANSWERS, _UPLOAD, _BOTH = (False, False), (False, True), (True, False), (
 RPCS = (
     Rpc("generation", "/poise.v1.GenerationService/StreamTrajectories", _ANSWERS, _stream_trajectories, 1.5),
     Rpc("generation", "/poise.v1.GenerationService/EncodePrompts", _ANSWERS, _encode_prompts, 1.5),
+    Rpc("generation", "/poise.v1.GenerationService/CheckPrompts", _ONE, _check_prompts, 1.5),
     Rpc("generation", "/poise.v1.GenerationService/UpdateWeights", _UPLOAD, _update_weights, 5),
     Rpc(
         *("generation", "/poise.v1.GenerationService/GetPolicy", _ONE),

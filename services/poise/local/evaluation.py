@@ -26,12 +26,12 @@ from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
 from poise.local.run_file import LocalRun
 from poise.local.start_log import StartLog
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
+from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.job import guarded
 from poise.orchestrator.measurement import Subject, evaluation_folder, load_held_out, measure
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.config import ConfigError
-from poise.runtime.exit_status import OK
+from poise.runtime.exit_status import OK, WRONG_SETTINGS
 from poise.runtime.files import keep_private
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ async def _measure_alone(
         try:
             await asyncio.wait({measuring, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not measuring.done():
-                raise RunError(
+                kind = SettingsError if ended.result() == WRONG_SETTINGS else RunError
+                raise kind(
                     f"generation {describe_exit(ended.result())}; the end of its log, {spec.log}:\n{process.log_tail()}"
                 )
             measuring.result()

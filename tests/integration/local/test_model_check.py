@@ -155,5 +155,5 @@ def test_a_mistake_is_told_with_status_2(arguments, message):
 
 def test_help_teaches():
     result = check("--help")
-    for words in ("--engine vllm", "-c run.yaml", "nats", "Status 1 where the model cannot be trained"):
+    for words in ("--engine vllm", "-c run.yaml", "nats", "status is 1 if the model cannot be trained"):
         assert words in result.output
