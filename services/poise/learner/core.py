@@ -103,7 +103,7 @@ class LearnerCore:
     @property
     def has_other_processes(self) -> bool:
         """Whether other processes train with this one."""
-        return self._trainer.health is not None
+        return self._trainer.is_one_of_several
 
     def listen(self, lost: Callable[[str], object], leaving: Callable[[str], object]) -> None:
         """Call `lost` once another process is lost, `leaving` once one was asked to end; both from another thread."""
@@ -291,7 +291,7 @@ class LearnerCore:
         version = self.progress.policy_version
         with (
             self._failing_with_ranks(),
-            self._exporting(f"version {version}", together=self._trainer.is_one_of_several),
+            self._exporting(f"version {version}", together=self.has_other_processes),
         ):
             return ModelExport(str(write_export(self._export_dir, name, version, self._trainer.save_model)), version)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.runtime.files import write_file
+from poise.runtime.files import check_writable, write_file
 from poise_client.codec import load_batch
 from poise_client.types import Batch, RolloutId, StepMetrics
 
@@ -79,9 +79,7 @@ class Journal:
 
     def try_writing(self) -> None:
         """Write a file and remove it. Raises `OSError`."""
-        probe = self._folder / "probe"
-        write_file(probe, b"probe")
-        probe.unlink()
+        check_writable(self._folder)
 
     def write_batch(self, sequence: int, content: bytes) -> None:
         """Keep a batch, durable on return."""

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -158,11 +158,11 @@ class RankHealth:
         if self._has_loss.wait(2 * _BEAT_EVERY_S):
             return self._loss or error
         try:
-            before = self._beats()
-            deadline = time.monotonic() + 5 * _BEAT_EVERY_S
             still = set(range(self._size)) - {self._rank}
+            before = self._beats(still)
+            deadline = time.monotonic() + 5 * _BEAT_EVERY_S
             while still and time.monotonic() < deadline and not self._has_loss.wait(_BEAT_EVERY_S / 4):
-                now = self._beats()
+                now = self._beats(still)
                 still = {rank for rank in still if now[rank] == before[rank]}
         except RuntimeError as unreachable:
             return RankLost(f"the first node is gone: {unreachable}")
@@ -183,7 +183,7 @@ class RankHealth:
 
     def _run(self) -> None:
         watched = range(1, self._size) if self._rank == 0 else range(1)
-        beat, beats = 0, [b""] * self._size
+        beat, beats = 0, dict.fromkeys(watched, b"")
         seen = dict.fromkeys(watched, time.monotonic())
         last = time.monotonic()
         while not self._stopped.wait(_BEAT_EVERY_S):
@@ -202,7 +202,7 @@ class RankHealth:
                     loss = self._failure()
                     leaving = self._rank == 0 and self._store.check([_LEAVING])
                 if self._watching.is_set() and loss is None:
-                    current = self._beats()
+                    current = self._beats(watched)
                     seen |= {rank: time.monotonic() for rank in watched if current[rank] != beats[rank]}
                     beats = current
                     silent = [rank for rank in watched if time.monotonic() - seen[rank] > self._timeout_s]
@@ -224,13 +224,13 @@ class RankHealth:
         first, own = (f"torchelastic/role_info/{each}" for each in ("0", host))
         return self._launcher_store.check([first]) and not self._launcher_store.check([own])
 
-    def _beats(self) -> list[bytes]:
+    def _beats(self, ranks: Iterable[int]) -> dict[int, bytes]:
+        """Return the last heartbeat of each of these processes; empty before the first."""
         with self._lock:
-            beats = []
-            for rank in range(self._size):
-                key = f"beat/{rank}"
-                beats.append(bytes(self._store.get(key)) if self._store.check([key]) else b"")
-            return beats
+            keys = {rank: f"beat/{rank}" for rank in ranks}
+            return {
+                rank: bytes(self._store.get(key)) if self._store.check([key]) else b"" for rank, key in keys.items()
+            }
 
     def _failure(self) -> RankLost | None:
         if not self._store.check([_FAILED]):

@@ -36,6 +36,7 @@ from poise.orchestrator.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.rows import DataFile
 from poise.runtime.files import (
     append_file,
+    check_writable,
     describe_disk_error,
     free_bytes,
     json_line,
@@ -134,7 +135,7 @@ class RunFolder:
         self._tidy(state.next_step)
         self.journal.open()
         self._generations.mkdir(exist_ok=True)
-        _check_writable(self._generations)
+        check_writable(self._generations)
         return state
 
     def read_state(self, run_id: str) -> RunState:
@@ -344,13 +345,6 @@ def _path_of(descriptor: int) -> str:
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())
     except OSError:
         return ""
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise `OSError` unless a file can be written to `folder`."""
-    probe = folder / ".probe"
-    write_file(probe, b"probe")
-    probe.unlink()
 
 
 def _describe_data(found: Mapping[str, Any]) -> str:

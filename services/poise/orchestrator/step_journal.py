@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.orchestrator.errors import kind_of_error
-from poise.runtime.files import sync_folder, write_file
+from poise.runtime.files import check_writable, sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, LabelledGroup
 
@@ -49,7 +49,7 @@ class StepJournal:
         self._path.mkdir(parents=True, exist_ok=True)
         writing = self._path / "writing"
         writing.mkdir(exist_ok=True)
-        write_file(writing / "probe", b"probe")
+        check_writable(writing)
         shutil.rmtree(writing)
 
     def write(self, step: JournalledStep) -> None:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 import poise
 from poise.errors import InvalidRequest, PoiseError
+from poise.runtime.addresses import EVERY_HOST
 from poise.runtime.app import ServiceApp
 from poise.runtime.auth import BearerAuth
 from poise.runtime.config import AdminConfig
@@ -131,7 +132,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
 
 def _hosts(config: AdminConfig) -> tuple[str, ...]:
     """Return the names that the app goes by. That of every interface is none: web pages may use it to reach them."""
-    own = () if config.host in ("", "0.0.0.0", "::") else (config.host,)  # noqa: S104 (is not bound here)
+    own = () if config.host in EVERY_HOST else (config.host,)
     return (*own, *config.allowed_hosts)
 
 

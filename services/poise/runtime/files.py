@@ -52,6 +52,13 @@ def free_bytes(folder: Path) -> float:
     return usage.free if usage.total else math.inf
 
 
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` unless a file can be written to `folder`; leave nothing there."""
+    probe = folder / ".probe"
+    write_file(probe, b"probe")
+    probe.unlink()
+
+
 def keep_private() -> None:
     """Let no other user read what this process and its children write from now on: weights, data, tokens, sockets."""
     os.umask(os.umask(0) | 0o077)

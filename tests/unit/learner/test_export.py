@@ -171,7 +171,7 @@ def test_what_an_export_would_lack_is_noticed_at_the_start(
         (errno.EROFS, "Read-only file system.*Mount it writable"),
     ],
 )
-@pytest.mark.parametrize("written", ["checkpoint.safetensors.torch.save_file", "journal.write_file"])
+@pytest.mark.parametrize("written", ["checkpoint.safetensors.torch.save_file", "journal.check_writable"])
 def test_a_state_folder_that_cannot_be_written_is_noticed_at_the_start(
     config: Configure, monkeypatch: pytest.MonkeyPatch, written: str, number: int, why: str
 ) -> None:
