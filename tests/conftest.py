@@ -15,3 +15,15 @@ def umask() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment() -> Iterator[None]:
+    """Fail where a module's tests leave an environment variable of ours behind: every later test would see it."""
+    before = poise_variables()
+    yield
+    assert poise_variables() == before
+
+
+def poise_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("POISE_")}

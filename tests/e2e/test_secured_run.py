@@ -20,9 +20,7 @@ DATA = Path(__file__).parents[1] / "integration" / "runtime" / "data"
 CERTIFICATE, KEY = DATA / "localhost.crt", DATA / "localhost.key"
 
 
-def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(tmp_path: Path) -> None:
     token_file = write_token(tmp_path / "token", "open-sesame")
     settings = tiny_settings(make_tiny_llama(tmp_path / "model"))
     for service in ("generation", "value", "learner"):
@@ -31,8 +29,8 @@ def test_a_run_with_a_token_and_tls_trains_and_lets_in_nobody_else(
             "grpc": {"tls_cert_file": str(CERTIFICATE), "tls_key_file": str(KEY)},
         }
     settings["train"] = settings["train"] | {"prompts_per_step": 8, "evaluation": {"num_prompts": 0}}  # type: ignore[operator]
-    with services_up(write_run_file(tmp_path, settings)) as run:
-        monkeypatch.delenv("POISE_TOKEN_FILE")
+    with services_up(write_run_file(tmp_path, settings)) as run, pytest.MonkeyPatch.context() as environment:
+        environment.delenv("POISE_TOKEN_FILE")
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, "train", "-c", str(tmp_path / "run.yaml")], capture_output=True, text=True
         )
