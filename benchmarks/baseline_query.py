@@ -71,12 +71,12 @@ asyncio.run(main())
 RESTLESS = """
 # The value service as it is, but that while a file is there every domain is due, and no two fits have the same rows.
 import itertools, os, sys
-from poise.runtime.main import service_main
+from poise.runtime.cli.service_main import service_main
 from poise.value import app
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator
-from poise.value.gram import GramFitter
-from poise.value.refitter import Refitter
+from poise.value.probe.incremental import GramFitter
+from poise.value.updater import Refitter
 
 flag = sys.argv[1]
 

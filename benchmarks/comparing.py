@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from poise.orchestrator.comparison.figures import curve_figure
+from poise.report.comparison.figures import curve_figure
 
 HERE = Path(__file__).parent
 OURS, REFERENCE = "poise-2", "grpo-8"

@@ -26,7 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from poise.local.models import make_model
+from poise.local.models.catalog import make_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

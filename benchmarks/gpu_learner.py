@@ -137,7 +137,7 @@ def learn(folder: Path, size: Size, device: str, num_prompts: int, num_steps: in
     from torch.distributed.tensor import DTensor
 
     from poise.learner.config import LearnerConfig, OptimiserConfig
-    from poise.learner.trainer import Trainer
+    from poise.learner.training.trainer import Trainer
 
     trainer = Trainer(
         LearnerConfig(
@@ -313,9 +313,9 @@ def sending_device(device: str) -> str | None:
 
 async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
     """Push versions in turn: one whole, the other as what changed; over gRPC, then through a file."""
-    from poise.learner.publishing.groups import GroupSender
+    from poise.learner.publishing.process_group import GroupSender
     from poise.learner.publishing.transports import SharedTransport
-    from poise.runtime.collective import backend_of
+    from poise.runtime.network.broadcast_group import backend_of
 
     versions = [load(folder / f"version-{number}.safetensors") for number in (1, 2)]
     started_s = time.perf_counter()

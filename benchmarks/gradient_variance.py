@@ -39,16 +39,16 @@ from rich.console import Console
 from rich.table import Table
 
 from poise.learner.config import LearnerConfig
-from poise.learner.trainer import Trainer
+from poise.learner.training.trainer import Trainer
 from poise.local.run_file import LocalRun, load_run, preset_path
+from poise.orchestrator.callbacks import RunClock
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.services import Services
-from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.rewards.pool import VerifierPool
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.storage.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
-from poise.orchestrator.verifiers.pool import VerifierPool
-from poise.orchestrator.watcher import RunClock
 
 HERE = Path(__file__).parent
 REFERENCE = "grpo-8"

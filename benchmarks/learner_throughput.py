@@ -127,7 +127,7 @@ def learner_step(
 ) -> Callable[[], dict[str, float]]:
     """Load the learner's trainer; return what takes one step."""
     from poise.learner.config import LearnerConfig, OptimiserConfig
-    from poise.learner.trainer import Trainer
+    from poise.learner.training.trainer import Trainer
 
     trainer = Trainer(
         LearnerConfig(

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
-from poise.generation.vllm_engine import VllmEngine
-from poise.local.models import make_model
+from poise.generation.engines.vllm.engine import VllmEngine
+from poise.local.models.catalog import make_model
 from poise_client.types import Sampling
 
 HERE = Path(__file__).parent

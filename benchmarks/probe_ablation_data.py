@@ -27,17 +27,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from poise.domain.features import default_feature_layer
+from poise.algorithms.features import default_feature_layer
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest, EngineRollout
-from poise.generation.vllm_engine import VllmEngine
-from poise.local.models import make_model
+from poise.generation.engines.vllm.engine import VllmEngine
+from poise.local.models.catalog import make_model
+from poise.orchestrator.rewards.rules import bind
 from poise.orchestrator.tasks import primer
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.rules import bind
-from poise.runtime.cache import cache_dir
-from poise.runtime.files import write_file
-from poise.value.rows import FeatureRows, LabelledRows
+from poise.runtime.files.atomic import write_file
+from poise.runtime.files.cache import cache_dir
+from poise.value.probe.features import FeatureRows, LabelledRows
 from poise_client.types import Features, Message, Sampling
 
 MODEL = "smollm2-135m-instruct"

@@ -17,14 +17,14 @@ from critic import Floats
 from probe_ablation_data import MODEL, Domain, digest
 from probe_ablation_metrics import Doubles, beta_moments, others, row_sums
 
-from poise.domain.baselines import batch_mean
-from poise.domain.tracker import BetaTracker
-from poise.local.models import make_model
-from poise.runtime.files import write_file
+from poise.algorithms.baselines import batch_mean
+from poise.algorithms.spo_tracker import BetaTracker
+from poise.local.models.catalog import make_model
+from poise.runtime.files.atomic import write_file
 from poise.value.config import ProbeConfig
-from poise.value.gram import GramFitter
-from poise.value.probe import FittedProbe, ProbeInput
-from poise.value.rows import FeatureRows, LabelledRows
+from poise.value.probe.features import FeatureRows, LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import FittedProbe, ProbeInput
 
 PAPER: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 REFERENCE = "probe: the paper's three"

@@ -34,9 +34,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController, threadpool_info
 
-from poise.value.buffer import training_rows
-from poise.value.gram import GramFitter
-from poise.value.rows import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows, Floats, LabelledRows
+from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows, Floats, LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.window import training_rows
 
 HERE = Path(__file__).parent
 COMPONENTS = (32, 64)
@@ -140,7 +140,7 @@ def measure(
 
 
 def kept_bytes(width: int, num_rows: int) -> int:
-    """What a fitter keeps between fits; see the docstring of poise.value.gram."""
+    """What a fitter keeps between fits; see the docstring of poise.value.probe.incremental."""
     columns = sum(width if width <= 128 else k + 48 for k in COMPONENTS)
     return (8 * num_rows + 16 * width) * columns
 

@@ -25,11 +25,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from poise.local.models import make_model
+from poise.local.models.catalog import make_model
 from poise.local.run_file import LocalRun, load_run, preset_path
-from poise.orchestrator.comparison.arithmetic import Curve, common_levels, crossing, make_curve
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
+from poise.report.comparison.arithmetic import Curve, common_levels, crossing, make_curve
 
 HERE = Path(__file__).parent
 TRL = HERE.parent / ".venv-trl" / "bin" / "python"

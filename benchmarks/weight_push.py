@@ -42,8 +42,8 @@ from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import EngineInfo
 from poise.learner.config import LearnerConfig, OptimiserConfig
 from poise.learner.publishing.transports import SharedTransport
-from poise.runtime.auth import BearerAuth
-from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.network.auth import BearerAuth
+from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise_client import AsyncGenerationClient, WeightPush, hash_weights
 from poise_client.types import Prompt, RolloutId, Sampling, TrainingRollout, VersionSpan, WeightArray
 
@@ -291,7 +291,7 @@ def measure_deltas(folder: str, state_dir: Path, num_updates: int, prompts: int)
     import torch
     import transformers
 
-    from poise.learner.trainer import Trainer
+    from poise.learner.training.trainer import Trainer
 
     config = LearnerConfig(
         model=folder,
@@ -442,7 +442,7 @@ def main(model: str, repeats: int, updates: int, prompts: int, vllm: bool, engin
         asyncio.run(serve(engine, model, folder))
         return
     if not model:
-        from poise.local.models import make_model
+        from poise.local.models.catalog import make_model
 
         model = str(make_model("smollm2-135m-instruct"))
     shared_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from poise.domain.rivals import Centring
+from poise.algorithms.group_baselines import Centring
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.step import ScoredGroup, StepBaselines, centred
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred
 
 
 class BestOfOptions(AlgorithmOptions):

@@ -15,25 +15,25 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from poise.generation.config import GenerationConfig
+from poise.generation.engines.transformers.engine import TorchEngine
 from poise.generation.sampler import Sampler
-from poise.generation.torch_engine import TorchEngine
-from poise.learner.trainer import Trainer
+from poise.learner.training.trainer import Trainer
 from poise.local.run_file import LocalRun
+from poise.orchestrator.callbacks import RunClock
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.rewards.pool import Verdict
+from poise.orchestrator.rewards.rules import bind
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.storage.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.pool import Verdict
-from poise.orchestrator.verifiers.rules import bind
-from poise.orchestrator.watcher import RunClock
-from poise.runtime.validation import Violations
+from poise.runtime.rpc.validation import Violations
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.gram import GramFitter
-from poise.value.labels import parse_label, read_questions
-from poise.value.pins import VersionedProbe
+from poise.value.messages import parse_label, read_questions
+from poise.value.probe.incremental import GramFitter
+from poise.value.step_probes import VersionedProbe
 from poise_client.codec import encode_group_features, encode_labelled_group
 from poise_client.types import (
     Batch,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from poise.local.process import ask_ready
+from poise.local.processes.process import ask_ready
 from poise.local.run_file import SERVICES, LocalRun, load_run
 
 READY_TIMEOUT_S = 180.0

@@ -15,11 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
-from poise.generation.adapters import WEIGHTS_FILE, check_adapter, read_config
-from poise.generation.bodies import Body
 from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
-from poise.generation.time_limit import TimeLimit
-from poise.generation.weights import check_weights
+from poise.generation.prompts.time_limit import TimeLimit
+from poise.generation.weights.adapter_files import WEIGHTS_FILE, check_adapter, read_config
+from poise.generation.weights.manifest import check_weights
+from poise.generation.weights.payload import Body
 from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
 
 WIDTH = 4

@@ -17,8 +17,8 @@ from poise.generation.config import GenerationConfig
 from poise.learner.app import build as build_learner
 from poise.learner.config import LearnerConfig
 from poise.queue.interface import QueueDepth
-from poise.runtime.auth import BearerAuth
-from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.network.auth import BearerAuth
+from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise.value.app import build as build_value
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator

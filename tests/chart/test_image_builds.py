@@ -10,7 +10,12 @@ from tests.chart.test_images import DOCKERFILES, ROOT, entry_point
 from tests.support.dockerfile import build, can_build, stages
 
 MODULES = {
-    "cpu": ("poise.generation.torch_engine", "poise.value.app", "poise.learner.app", "poise.orchestrator.job"),
+    "cpu": (
+        "poise.generation.engines.transformers.engine",
+        "poise.value.app",
+        "poise.learner.app",
+        "poise.orchestrator.job",
+    ),
     "generation": ("poise.generation.app", "poise.learner.app"),
     "learner": ("poise.learner.app",),
     "train": ("poise.orchestrator.job", "poise.orchestrator.check"),

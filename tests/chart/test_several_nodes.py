@@ -12,7 +12,7 @@ import pytest
 from tests.chart.cluster import Cluster
 from tests.chart.rendering import merged, render, values_of
 
-from poise.local.models import make_model
+from poise.local.models.catalog import make_model
 from poise_client import LearnerClient
 
 FIRST, SECOND = "run-poise-learner-0", "run-poise-learner-follower-1"

@@ -13,7 +13,7 @@ from tests.chart.cluster import Cluster
 from tests.chart.monitoring import DASHBOARD, Prometheus, filled_in, find, promtool
 from tests.chart.rendering import merged, render, values_of
 
-from poise.local.models import make_model
+from poise.local.models.catalog import make_model
 
 SHORT = {"train": {"config": {"num_steps": 6, "evaluation": {"num_prompts": 16}}}}
 SERVICES = ("run-poise-valkey-0", "run-poise-value-0", "run-poise-learner-0", "run-poise-generation-0")

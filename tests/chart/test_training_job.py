@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.chart.rendering import CHART, VALUES, Manifest, merged, render, values_of
 
-from poise.runtime.exit_status import FAILED, INTERRUPTED, WRONG_SETTINGS
+from poise.runtime.cli.exit_status import FAILED, INTERRUPTED, WRONG_SETTINGS
 
 OWN_SECRETS: Manifest = {
     "auth": {"existingSecret": "token"},

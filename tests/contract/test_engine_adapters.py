@@ -86,10 +86,10 @@ def make_engine(kind: str, folder: Path, **changes: object) -> Engine:
     }
     config = GenerationConfig(**settings | POOLED | changes)  # type: ignore[arg-type]
     if kind == "torch":
-        from poise.generation.torch_engine import TorchEngine
+        from poise.generation.engines.transformers.engine import TorchEngine
 
         return TorchEngine(config)
-    from poise.generation.vllm_engine import VllmEngine
+    from poise.generation.engines.vllm.engine import VllmEngine
 
     return VllmEngine(config)
 

@@ -18,10 +18,10 @@ from tests.contract.test_engines import DEADLINE_S, MAX_MODEL_LEN, Reference, sa
 from tests.models import make_tiny_llama
 
 from poise.errors import BackendDown
-from poise.generation.bodies import Body
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine
-from poise.runtime.collective import Group, Rendezvous, invite
+from poise.generation.weights.payload import Body
+from poise.runtime.network.broadcast_group import Group, Rendezvous, invite
 from poise_client.codec import safetensors_header
 from poise_client.types import Sampling
 
@@ -45,11 +45,11 @@ async def engine(request: pytest.FixtureRequest, reference: Reference) -> AsyncI
         torch=TorchConfig(threads=1),
     )
     if request.param == "torch":
-        from poise.generation.torch_engine import TorchEngine
+        from poise.generation.engines.transformers.engine import TorchEngine
 
         engine: Engine = TorchEngine(config)
     else:
-        from poise.generation.vllm_engine import VllmEngine
+        from poise.generation.engines.vllm.engine import VllmEngine
 
         engine = VllmEngine(config)
     with warnings.catch_warnings():

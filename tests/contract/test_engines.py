@@ -20,13 +20,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import make_tiny_llama
 
-from poise.domain.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
+from poise.algorithms.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise.generation.pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.feature_pooling import build_features, mean_or_zeros, pooled_response
+from poise.generation.prompts.tokenizer import Tokenizer
 from poise.generation.sampler import Sampler
-from poise.generation.tokens import Tokenizer
 from poise_client.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -139,10 +139,10 @@ def make_engine(kind: str, folder: Path) -> Engine:
         torch=TorchConfig(threads=1),
     )
     if kind == "torch":
-        from poise.generation.torch_engine import TorchEngine
+        from poise.generation.engines.transformers.engine import TorchEngine
 
         return TorchEngine(config)
-    from poise.generation.vllm_engine import VllmEngine
+    from poise.generation.engines.vllm.engine import VllmEngine
 
     return VllmEngine(config)
 

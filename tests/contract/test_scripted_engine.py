@@ -18,10 +18,10 @@ from tests.models import make_tiny_llama
 from tests.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, InvalidRequest
-from poise.generation.adapters import CONFIG_FILE, WEIGHTS_FILE
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise.generation.torch_engine import TorchEngine
+from poise.generation.engines.transformers.engine import TorchEngine
+from poise.generation.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from poise_client.types import Sampling
 
 MAX_MODEL_LEN = 64

@@ -32,14 +32,14 @@ from tests.contract.test_engines import (
 )
 from tests.models import make_tiny_llama, make_tiny_qwen2
 
-from poise.domain.features import POOL_TOKENS, response_window
+from poise.algorithms.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
-from poise.generation import vllm_engine
 from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest, EngineRollout
-from poise.generation.vllm_engine import VllmEngine
-from poise.generation.vllm_recorder import RUN_ON_TOKENS
-from poise.generation.vllm_updates import load_weights, prepare_weights
+from poise.generation.engines.vllm import engine as vllm_engine
+from poise.generation.engines.vllm.engine import VllmEngine
+from poise.generation.engines.vllm.recorder import RUN_ON_TOKENS
+from poise.generation.engines.vllm.weights.updates import load_weights, prepare_weights
 from poise_client.types import Sampling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -54,7 +54,7 @@ warnings.simplefilter("ignore")
 
 async def serve(model):
     from poise.generation.config import GenerationConfig, VllmConfig
-    from poise.generation.vllm_engine import VllmEngine
+    from poise.generation.engines.vllm.engine import VllmEngine
 
     engine = VllmEngine(GenerationConfig(model=model, max_num_seqs=2, vllm=VllmConfig(kv_cache_gib=0.01)))
     await engine.start()

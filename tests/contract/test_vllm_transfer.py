@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from poise.generation.room import MemoryTurn
-from poise.generation.vllm_orphans import SERVER_PID_VARIABLE
+from poise.generation.engines.vllm.orphans import SERVER_PID_VARIABLE
+from poise.generation.weights.capacity import MemoryTurn
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What loads weights in vLLM's worker, with a model that takes no memory. Files are ready at once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from poise.generation import vllm_transfer
+        from poise.generation.engines.vllm.weights import loader as vllm_transfer
 
     monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
     monkeypatch.setenv("TMPDIR", str(tmp_path))

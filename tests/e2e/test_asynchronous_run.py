@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tests.e2e.test_tiny_run import ROLLOUTS, STALL_S, Run
 
-from poise.learner.checkpoint import CheckpointStore
-from poise.value.state import StateStore
+from poise.learner.storage.checkpoint import CheckpointStore
+from poise.value.store.folder import StateStore
 
 NUM_STEPS, PROMPTS, AHEAD = 8, 16, 2
 

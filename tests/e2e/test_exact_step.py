@@ -23,17 +23,17 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from poise.domain.features import locate_spans
+from poise.algorithms.features import locate_spans
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.run_folder import RunFolder
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.services import Services
+from poise.orchestrator.rewards.pool import Verdict
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.pool import Verdict
 from poise_client import AsyncLearnerClient, AsyncValueClient
 from poise_client.types import Batch, Group, GroupBaselines, Prompt, Rollout, Sampling, StepResult
 

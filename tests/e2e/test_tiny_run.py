@@ -13,8 +13,8 @@ import psutil
 import pytest
 from tests.running import poise
 
-from poise.learner.checkpoint import CheckpointStore
-from poise.value.state import StateStore
+from poise.learner.storage.checkpoint import CheckpointStore
+from poise.value.store.folder import StateStore
 
 NUM_STEPS, PROMPTS, ROLLOUTS = 36, 48, 2
 VICTIMS = ("value", "generation", "learner", "valkey", "train")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from poise.runtime.addresses import join_address
+from poise.runtime.network.addresses import join_address
 
 
 class Forwarder:

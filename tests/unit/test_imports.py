@@ -15,7 +15,7 @@ SOURCES = (ROOT / "services", ROOT / "clients")
 HEAVY = ("torch", "vllm", "transformers")
 SERVICES = ("poise.generation", "poise.value", "poise.learner")
 TOPS = ("poise.orchestrator", "poise.local", "poise.cli")
-SHARED = ("poise.domain", "poise.errors", "poise.queue", "poise.runtime")
+SHARED = ("poise.algorithms", "poise.errors", "poise.queue", "poise.runtime")
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,23 @@ class Rule:
 
 
 RULES = (
-    Rule("poise.domain", never=("poise", "poise_client", "poise_proto", "grpc", *HEAVY), but=("poise.domain",)),
+    Rule("poise.algorithms", never=("poise", "poise_client", "poise_proto", "grpc", *HEAVY), but=("poise.algorithms",)),
     *(Rule(shared, never=(*SERVICES, *TOPS)) for shared in SHARED),
     *(Rule(service, never=(*SERVICES, *TOPS), but=(service,)) for service in SERVICES),
     Rule("poise.orchestrator", never=(*SERVICES, "poise.local", "poise.cli", "poise.queue")),
+    Rule("poise.report", never=(*SERVICES, *TOPS, "poise.queue")),
     Rule("poise_client", never=("poise", *HEAVY)),
     Rule("poise_proto", never=("poise", "poise_client", *HEAVY)),
 )
 
 MAY_BE_HEAVY = (
-    "poise.generation.*_engine",
-    "poise.generation.torch_*",
-    "poise.generation.vllm_*",
-    "poise.generation.tokens",  # the tokenizer, which both engines share
-    "poise.generation.template_worker",  # a process that imports nothing else
+    "poise.generation.engines.*",
+    "poise.generation.weights.process_group",  # receives beside the model
+    "poise.generation.prompts.tokenizer",  # which both engines share
+    "poise.generation.prompts.template_worker",  # a process that imports nothing else
     "poise.learner.*",
-    "poise.runtime.collective",  # groups of processes, which both sides of a push are members of
-    "poise.local.models",
-    "poise.local.smollm2",
-    "poise.local.tiny_model",
+    "poise.runtime.network.broadcast_group",  # groups of processes, which both sides of a push are members of
+    "poise.local.models.*",
 )
 
 
@@ -111,10 +109,10 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
     write(
         tmp_path,
         {
-            "poise/domain/baselines.py": "import numpy\nfrom poise.domain import features\nfrom . import features",
-            "poise/generation/servicer.py": "from poise.domain import features\nfrom poise_client import codec",
-            "poise/generation/vllm_engine.py": "import vllm",
-            "poise/learner/losses.py": "def f():\n    import torch",
+            "poise/algorithms/baselines.py": "import numpy\nfrom poise.algorithms import b\nfrom . import b",
+            "poise/generation/servicer.py": "from poise.algorithms import features\nfrom poise_client import codec",
+            "poise/generation/engines/vllm/engine.py": "import vllm",
+            "poise/learner/training/losses.py": "def f():\n    import torch",
             "poise/value/app.py": "from poise.value.probe import Probe\nfrom .probe import Probe\nimport poise.queue",
             "poise/orchestrator/loop.py": "from poise_client import AsyncValueClient\nimport poise.errors",
             "poise/local/up.py": "from poise.value.config import ValueConfig\nimport torchlight",
@@ -127,14 +125,14 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "source", "imported"),
     [
-        ("poise/domain/a.py", "import poise.errors", "poise.errors"),
-        ("poise/domain/a.py", "from poise import errors", "poise.errors"),
-        ("poise/domain/a.py", "from ..errors import NotFound", "poise.errors.NotFound"),
-        ("poise/domain/__init__.py", "from ..runtime import app", "poise.runtime.app"),
-        ("poise/domain/a.py", "import grpc.aio", "grpc.aio"),
-        ("poise/domain/a.py", "import torch", "torch"),
+        ("poise/algorithms/a.py", "import poise.errors", "poise.errors"),
+        ("poise/algorithms/a.py", "from poise import errors", "poise.errors"),
+        ("poise/algorithms/a.py", "from ..errors import NotFound", "poise.errors.NotFound"),
+        ("poise/algorithms/__init__.py", "from ..runtime import app", "poise.runtime.app"),
+        ("poise/algorithms/a.py", "import grpc.aio", "grpc.aio"),
+        ("poise/algorithms/a.py", "import torch", "torch"),
         ("poise/generation/app.py", "def f():\n    from poise.value import probe", "poise.value.probe"),
-        ("poise/value/app.py", "from poise.learner.losses import loss", "poise.learner.losses.loss"),
+        ("poise/value/app.py", "from poise.learner.training.losses import loss", "poise.learner.training.losses.loss"),
         ("poise/learner/app.py", "from poise import generation", "poise.generation"),
         ("poise/learner/app.py", "import importlib\nimportlib.import_module('poise.value')", "poise.value"),
         ("poise/learner/app.py", "from ..orchestrator import loop", "poise.orchestrator.loop"),
@@ -142,7 +140,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
         ("poise/orchestrator/loop.py", "from poise.generation.config import C", "poise.generation.config.C"),
         ("poise/runtime/server.py", "from poise.value.app import build", "poise.value.app.build"),
         ("poise/generation/servicer.py", "import transformers", "transformers"),
-        ("poise/value/probe.py", "def f():\n    from torch import nn", "torch.nn"),
+        ("poise/value/probe/model.py", "def f():\n    from torch import nn", "torch.nn"),
         ("poise/orchestrator/loop.py", "from vllm.config import X", "vllm.config.X"),
         ("poise/cli.py", "import torch", "torch"),
         ("poise_client/codec/_tensor.py", "from poise.errors import NotFound", "poise.errors.NotFound"),

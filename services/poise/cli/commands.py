@@ -13,7 +13,7 @@ from poise.cli.models import models
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
 from poise.cli.verify import verify
-from poise.runtime.output import ending_with_reader
+from poise.runtime.cli.broken_pipe import ending_with_reader
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -75,7 +75,7 @@ def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> Non
 def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Train against services that are up: those of `poise up`, or wherever train.endpoints says."""
     from poise.orchestrator.job import train as train_job
-    from poise.runtime.files import keep_private
+    from poise.runtime.files.atomic import keep_private
 
     keep_private()
     sys.exit(train_job(load_options(path, preset, overrides).train))
@@ -178,7 +178,7 @@ def config(
     path: Path | None, preset: str | None, overrides: tuple[str, ...], show_defaults: bool, program: str | None
 ) -> None:
     """Show a run's settings as each program will see them, secrets masked; or all defaults."""
-    from poise.local.settings import defaults_text, resolved_text
+    from poise.local.config_text import defaults_text, resolved_text
 
     if show_defaults:
         click.echo(defaults_text(program))

@@ -33,8 +33,8 @@ def models(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from poise.local.models import KNOWN_MODELS, is_ready
-    from poise.runtime.cache import cache_dir
+    from poise.local.models.catalog import KNOWN_MODELS, is_ready
+    from poise.runtime.files.cache import cache_dir
 
     for known, about in KNOWN_MODELS.items():
         state = "ready" if is_ready(known) else f"takes about {about.seconds} s"
@@ -46,7 +46,7 @@ def models(ctx: click.Context) -> None:
 @click.argument("name")
 def make(name: str) -> None:
     """Make a model in the cache, and print its folder."""
-    from poise.local.models import KNOWN_MODELS, make_model
+    from poise.local.models.catalog import KNOWN_MODELS, make_model
 
     if name not in KNOWN_MODELS:
         fail(f"model {name!r} is unknown; there are: {', '.join(KNOWN_MODELS)}. `poise models check` takes any folder")
@@ -85,7 +85,7 @@ def check(
 
     The exit status is 1 if the model cannot be trained, or 2 if it does not exist.
     """
-    from poise.local.model_check import check_model
+    from poise.local.models.check import check_model
 
     if path is None and preset is None and overrides:
         fail("--set changes the settings of a run: give -c FILE or --preset NAME as well")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from poise.runtime.exit_status import FAILED, WRONG_SETTINGS
+from poise.runtime.cli.exit_status import FAILED, WRONG_SETTINGS
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -42,7 +42,7 @@ def load_options(path: Path | None, preset: str | None, overrides: tuple[str, ..
 
 def log_to_terminal() -> None:
     """Let the log be seen."""
-    from poise.runtime.config import LoggingConfig
+    from poise.runtime.config.settings import LoggingConfig
     from poise.runtime.logging import configure_logging
 
     configure_logging(LoggingConfig())
@@ -51,7 +51,7 @@ def log_to_terminal() -> None:
 def checked(work: Callable[[], T]) -> T:
     """Return what `work` does; end with its message where it raises what a user can mend."""
     from poise.local.queue import QueueError
-    from poise.runtime.config import ConfigError
+    from poise.runtime.config.settings import ConfigError
 
     try:
         return work()

@@ -98,7 +98,7 @@ def _queue_admin(
     token_file: Path | None,
 ) -> QueueAdmin:
     from poise.local.queue import QueueAdmin, admin_url
-    from poise.runtime.config import open_token_file
+    from poise.runtime.config.settings import open_token_file
 
     if admin is None:
         if token_file is not None:

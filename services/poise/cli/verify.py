@@ -59,8 +59,8 @@ def verify(
 
     Status 1: a reward is not the expected one, or a verifier failed. Status 2: a case cannot be used.
     """
-    from poise.orchestrator.verifiers.cases import Case, CaseError, read_cases, try_cases
-    from poise.orchestrator.verifiers.config import VerifierConfig
+    from poise.orchestrator.rewards.cases import Case, CaseError, read_cases, try_cases
+    from poise.orchestrator.rewards.config import VerifierConfig
 
     single = (verifier, answer, response)
     if path is None and None in single:

@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until told to stop."""
     from poise.generation.app import build
     from poise.generation.config import GenerationConfig
-    from poise.runtime.main import service_main
+    from poise.runtime.cli.service_main import service_main
 
     return service_main("generation", GenerationConfig, build, argv)
 

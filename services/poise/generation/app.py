@@ -15,7 +15,7 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineInfo
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
-from poise.runtime.app import Readiness, ServiceApp
+from poise.runtime.service import Readiness, ServiceApp
 from poise.runtime.startup import Startup
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 
@@ -152,13 +152,13 @@ def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Eng
         ConfigError: vLLM's sockets would have too long a path.
     """
     if config.engine == "torch":
-        from poise.generation.torch_engine import TorchEngine
+        from poise.generation.engines.transformers.engine import TorchEngine
 
         return TorchEngine(config, startup)
-    from poise.generation.vllm_launch import check_socket_folder
+    from poise.generation.engines.vllm.launch import check_socket_folder
 
     check_socket_folder()
-    from poise.generation.vllm_engine import VllmEngine
+    from poise.generation.engines.vllm.engine import VllmEngine
 
     return VllmEngine(config, startup)
 

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from poise.domain.features import POOL_TOKENS
-from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.algorithms.features import POOL_TOKENS
+from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
 
 
 class VllmConfig(StrictModel):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from poise.generation.bodies import Body
-from poise.generation.time_limit import TimeLimit
+from poise.generation.prompts.time_limit import TimeLimit
+from poise.generation.weights.payload import Body
 from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from poise.errors import Busy, InvalidRequest
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise.generation.time_limit import LimitReached, TimeLimit
-from poise.runtime.validation import Violations
+from poise.generation.prompts.time_limit import LimitReached, TimeLimit
+from poise.runtime.rpc.validation import Violations
 from poise_client.types import (
     EncodedPrompt,
     Group,

@@ -17,10 +17,10 @@ from poise.errors import BackendDown, Draining, PoiseError, VersionMismatch
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
-from poise.generation.policy import ServedPolicy
-from poise.generation.pushes import PushReceiver
 from poise.generation.sampler import Sampler
-from poise.runtime.validation import Violations, quoted
+from poise.generation.served_policy import ServedPolicy
+from poise.generation.weights.receiver import PushReceiver
+from poise.runtime.rpc.validation import Violations, quoted
 from poise_client.codec import (
     CodecError,
     decode_prompt,

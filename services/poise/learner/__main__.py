@@ -10,11 +10,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until told to stop; of torchrun's processes the first serves, others follow."""
     from poise.learner.app import build
     from poise.learner.config import LearnerConfig
-    from poise.learner.world import rank
-    from poise.runtime.main import service_main
+    from poise.learner.distributed.process_group import rank
+    from poise.runtime.cli.service_main import service_main
 
     if rank() > 0:
-        from poise.learner.team import follow
+        from poise.learner.distributed.coordinator import follow
 
         return service_main("learner", LearnerConfig, build, argv, run=follow)
     return service_main("learner", LearnerConfig, build, argv)

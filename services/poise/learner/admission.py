@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 
-from poise.domain.staleness import staleness
+from poise.algorithms.staleness import staleness
 from poise_client.types import Batch, RolloutId, TrainingRollout
 
 

@@ -18,10 +18,10 @@ from poise.learner.metrics import LearnerMetrics, ReplicaCollector
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
 from poise.learner.servicer import LearnerServicer
-from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import check_readable, open_token_file
-from poise.runtime.discovery import Address, Discovery
-from poise.runtime.files import describe_disk_error
+from poise.runtime.config.settings import check_readable, open_token_file
+from poise.runtime.files.atomic import describe_disk_error
+from poise.runtime.network.discovery import Address, Discovery
+from poise.runtime.service import Readiness, ServiceApp
 from poise_client import AsyncGenerationClient, RetryPolicy, TlsOptions
 from poise_proto.v1 import learner_pb2, learner_pb2_grpc
 

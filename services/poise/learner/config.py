@@ -8,8 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
-from poise.runtime.discovery import parse_name
+from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.runtime.network.discovery import parse_name
 
 
 class OptimiserConfig(StrictModel):
@@ -28,7 +28,7 @@ class OptimiserConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """The policy loss. poise.learner.losses has the formulas."""
+    """The policy loss. poise.learner.training.losses has the formulas."""
 
     policy: Literal["ppo", "gspo", "cispo"] = "ppo"
     """`ppo`: clip-higher and dual clip, token by token; `gspo`: one ratio for a rollout, clipped as a whole: take

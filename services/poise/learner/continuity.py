@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from poise.learner.checkpoint import StateMismatchError
 from poise.learner.config import LearnerConfig
-from poise.learner.models import holds_critic
+from poise.learner.models.model_set import holds_critic
+from poise.learner.storage.checkpoint import StateMismatchError
 from poise_client.types import Batch
 
 

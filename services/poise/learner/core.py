@@ -22,22 +22,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped, Unusable
-from poise.learner import adapters
 from poise.learner.admission import admit
-from poise.learner.attempts import Attempts
-from poise.learner.checkpoint import Checkpoint, CheckpointStore, Progress, StateError, StateMismatchError
-from poise.learner.checkpointing import ANSWERS_KEPT, Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.continuity import check_checkpoint, check_journalled
-from poise.learner.export_folder import try_export, write_export
-from poise.learner.journal import FAILED, Answer, Journal
-from poise.learner.kept import KeptBatches
-from poise.learner.origin import misfit, origin_of
-from poise.learner.published import HashedWeights, Published
-from poise.learner.rank_health import RankEvents, RankLost
-from poise.learner.room import Room, lacking_room
-from poise.learner.team import make_trainer
-from poise.runtime.files import describe_disk_error
+from poise.learner.distributed.coordinator import make_trainer
+from poise.learner.distributed.rank_health import RankEvents, RankLost
+from poise.learner.kept_batches import KeptBatches
+from poise.learner.models import lora as adapters
+from poise.learner.publishing.published import HashedWeights, Published
+from poise.learner.quarantine import Attempts
+from poise.learner.resume_checks import misfit, origin_of
+from poise.learner.storage.capacity import Room, lacking_room
+from poise.learner.storage.checkpoint import Checkpoint, CheckpointStore, Progress, StateError, StateMismatchError
+from poise.learner.storage.checkpoint_writer import ANSWERS_KEPT, Checkpointer
+from poise.learner.storage.export_folder import try_export, write_export
+from poise.learner.storage.journal import FAILED, Answer, Journal
+from poise.runtime.files.atomic import describe_disk_error
 from poise.runtime.startup import Startup
 from poise_client.codec import dump_batch
 from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetrics

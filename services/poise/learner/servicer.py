@@ -22,8 +22,8 @@ from poise.learner.core import LearnerCore
 from poise.learner.metrics import LearnerMetrics
 from poise.learner.publishing.publisher import Publisher
 from poise.runtime.logging import log_ids
-from poise.runtime.parsing import read_rest
-from poise.runtime.validation import Violations
+from poise.runtime.rpc.request_stream import read_rest
+from poise.runtime.rpc.validation import Violations
 from poise_client.codec import (
     CodecError,
     decode_batch_header,

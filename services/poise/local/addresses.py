@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from poise.runtime.addresses import join_address, reachable_host
-from poise.runtime.config import AdminConfig, ConfigError, GrpcConfig
-from poise.runtime.files import write_file
+from poise.runtime.config.settings import AdminConfig, ConfigError, GrpcConfig
+from poise.runtime.files.atomic import write_file
+from poise.runtime.network.addresses import join_address, reachable_host
 
 logger = logging.getLogger(__name__)
 

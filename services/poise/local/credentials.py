@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.runtime.config import ServiceConfig
+from poise.runtime.config.settings import ServiceConfig
 
 
 @dataclass(frozen=True, slots=True)

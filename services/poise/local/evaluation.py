@@ -21,18 +21,18 @@ from typing import Any
 import yaml
 
 from poise.local.addresses import address, free_ports
-from poise.local.models import find_model, make_model
-from poise.local.process import ProcessSpec, SupervisedProcess, describe_exit
+from poise.local.models.catalog import find_model, make_model
+from poise.local.processes.process import ProcessSpec, SupervisedProcess, describe_exit
+from poise.local.processes.start_log import StartLog
 from poise.local.run_file import LocalRun
-from poise.local.start_log import StartLog
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.evaluation.eval_command import Subject, evaluation_folder, load_held_out, measure
 from poise.orchestrator.job import guarded
-from poise.orchestrator.measurement import Subject, evaluation_folder, load_held_out, measure
 from poise.orchestrator.tasks.mixture import Mixture
-from poise.runtime.config import ConfigError
-from poise.runtime.exit_status import OK, WRONG_SETTINGS
-from poise.runtime.files import keep_private
+from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS
+from poise.runtime.config.settings import ConfigError
+from poise.runtime.files.atomic import keep_private
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
 
 def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
     from poise.errors import BackendDown
-    from poise.learner.checkpoint import StateError
-    from poise.learner.checkpoint_export import export_checkpoint, newest_checkpoint
+    from poise.learner.storage.checkpoint import StateError
+    from poise.learner.storage.checkpoint_export import export_checkpoint, newest_checkpoint
 
     folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
     if checkpoint != LATEST and not folder.is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from poise.local.admin_http import ask_admin
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 _TIMEOUT_S = 30.0
 _MAX_LETTERS = 1000

@@ -23,10 +23,11 @@ from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
 from poise.local.credentials import wanted_by
-from poise.local.models import locate_model
+from poise.local.models.catalog import locate_model
 from poise.local.token import missing_tokens
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config import (
+from poise.runtime.config.merge import merged
+from poise.runtime.config.settings import (
     ConfigError,
     ServiceConfig,
     Settings,
@@ -35,8 +36,7 @@ from poise.runtime.config import (
     parse_overrides,
     read_yaml,
 )
-from poise.runtime.config_text import explain
-from poise.runtime.layers import merged
+from poise.runtime.config.text import explain
 from poise.value.config import ValueConfig
 
 C = TypeVar("C", bound=Settings)

@@ -12,11 +12,11 @@ from typing import Any
 
 from poise.local.addresses import SERVICES
 from poise.local.admin_http import ask_admin
+from poise.local.processes.supervisor import process_state
 from poise.local.run_file import LocalRun
-from poise.local.supervisor import process_state
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.run_folder import RunFolder
-from poise.runtime.config import AuthConfig, ConfigError
+from poise.orchestrator.storage.run_folder import RunFolder
+from poise.runtime.config.settings import AuthConfig, ConfigError
 from poise.runtime.startup import without_elapsed
 
 _TIMEOUT_S = 3.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.local.addresses import private_folder
-from poise.runtime.config import AuthConfig, ConfigError, open_token_file
+from poise.runtime.config.settings import AuthConfig, ConfigError, open_token_file
 
 _NUM_BYTES = 32
 

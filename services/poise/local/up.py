@@ -16,18 +16,18 @@ from pathlib import Path
 import yaml
 
 from poise.local.addresses import SERVICES, renew_taken_ports
-from poise.local.models import KNOWN_MODELS, locate_model, make_model
-from poise.local.process import ProcessSpec
+from poise.local.models.catalog import KNOWN_MODELS, locate_model, make_model
+from poise.local.processes.process import ProcessSpec
+from poise.local.processes.supervisor import Supervisor, SupervisorError
+from poise.local.processes.valkey import valkey_command
 from poise.local.run_file import LocalRun
 from poise.local.status import push_problems
-from poise.local.supervisor import Supervisor, SupervisorError
-from poise.local.valkey import valkey_command
-from poise.runtime.config import ConfigError, ServiceConfig, check_readable
-from poise.runtime.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
-from poise.runtime.files import keep_private, write_file
-from poise.runtime.output import is_unread
-from poise.runtime.signals import stopping_by_signal
-from poise.runtime.sockets import check_socket_path
+from poise.runtime.cli.broken_pipe import is_unread
+from poise.runtime.cli.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
+from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.config.settings import ConfigError, ServiceConfig, check_readable
+from poise.runtime.files.atomic import keep_private, write_file
+from poise.runtime.network.unix_sockets import check_socket_path
 
 logger = logging.getLogger(__name__)
 

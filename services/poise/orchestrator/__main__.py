@@ -12,8 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and train."""
     from poise.orchestrator.config import OrchestratorConfig
     from poise.orchestrator.job import train
-    from poise.runtime.config import ConfigError, load_config
-    from poise.runtime.exit_status import WRONG_SETTINGS
+    from poise.runtime.cli.exit_status import WRONG_SETTINGS
+    from poise.runtime.config.settings import ConfigError, load_config
 
     parser = argparse.ArgumentParser(prog="python -m poise.orchestrator", description=main.__doc__)
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings, YAML")

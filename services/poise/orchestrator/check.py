@@ -19,11 +19,11 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.runtime.config import ConfigError, Settings, check_readable, load_config, open_token_file
-from poise.runtime.console import OutputConsole
-from poise.runtime.discovery import Discovery
-from poise.runtime.exit_status import FAILED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
-from poise.runtime.output import OutputClosed
+from poise.runtime.cli.broken_pipe import OutputClosed
+from poise.runtime.cli.console import OutputConsole
+from poise.runtime.cli.exit_status import FAILED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
+from poise.runtime.config.settings import ConfigError, Settings, check_readable, load_config, open_token_file
+from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling

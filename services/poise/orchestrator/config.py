@@ -11,11 +11,11 @@ from pydantic_settings import SettingsConfigDict
 from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig
 from poise.orchestrator.budget import Limits
+from poise.orchestrator.rewards.config import VerifierConfig
 from poise.orchestrator.tasks.config import TaskConfig
 from poise.orchestrator.tasks.rows import OnBadRow
-from poise.orchestrator.verifiers.config import VerifierConfig
-from poise.runtime.config import LoggingConfig, Settings, StrictModel, TracingConfig
-from poise.runtime.discovery import parse_name
+from poise.runtime.config.settings import LoggingConfig, Settings, StrictModel, TracingConfig
+from poise.runtime.network.discovery import parse_name
 
 MIN_TEMPERATURE = 0.01
 """The generation service samples at no temperature between 0 and this."""

@@ -14,30 +14,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.data_check import check_data
 from poise.orchestrator.errors import RunError, SettingsError
-from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.outputs import MODEL, keep_model, try_outputs
 from poise.orchestrator.progress import ConsoleWatcher, clock, speaker
-from poise.orchestrator.report import TensorBoardLog, summarise, write_report, write_summary
-from poise.orchestrator.run_folder import RunFolder, RunState
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.services import Services
-from poise.orchestrator.storage import Storage
+from poise.orchestrator.rewards.pool import VerifierPool
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.sampling.waiting import StoppedWaiting
+from poise.orchestrator.storage.disk_retry import Storage
+from poise.orchestrator.storage.final_outputs import MODEL, keep_model, try_outputs
+from poise.orchestrator.storage.run_folder import RunFolder, RunState
+from poise.orchestrator.tasks.data_check import check_data
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
-from poise.orchestrator.untrained import UntrainedSteps
-from poise.orchestrator.verifiers.pool import VerifierPool
-from poise.orchestrator.waiting import StoppedWaiting
-from poise.runtime.config import ConfigError
-from poise.runtime.config_text import redacted
-from poise.runtime.console import OutputConsole
-from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
+from poise.orchestrator.untrained_steps import UntrainedSteps
+from poise.report import TensorBoardLog, summarise, write_report, write_summary
+from poise.runtime.cli.broken_pipe import OutputClosed
+from poise.runtime.cli.console import OutputConsole
+from poise.runtime.cli.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
+from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.config.settings import ConfigError
+from poise.runtime.config.text import redacted
 from poise.runtime.logging import configure_logging
-from poise.runtime.output import OutputClosed
-from poise.runtime.signals import stopping_by_signal
 from poise.runtime.tracing import configure_tracing
 from poise_client.errors import InvalidRequestError, PoiseClientError
 from poise_client.types import ModelExport

@@ -12,18 +12,18 @@ from functools import partial
 from typing import Any
 
 from poise.orchestrator.budget import Spent, sampled_tokens
+from poise.orchestrator.callbacks import Phases, RunClock, Watcher
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import SettingsError
-from poise.orchestrator.evaluating import Evaluator
-from poise.orchestrator.numbers import learner_numbers
+from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.pipeline import Pipeline
-from poise.orchestrator.run_folder import RunFolder, RunState
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.services import Services
-from poise.orchestrator.step_journal import JournalledStep
-from poise.orchestrator.storage import Storage
-from poise.orchestrator.untrained import UntrainedSteps
-from poise.orchestrator.watcher import Phases, RunClock, Watcher
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.step_metrics import learner_numbers
+from poise.orchestrator.storage.disk_retry import Storage
+from poise.orchestrator.storage.run_folder import RunFolder, RunState
+from poise.orchestrator.storage.step_journal import JournalledStep
+from poise.orchestrator.untrained_steps import UntrainedSteps
 from poise.runtime.tracing import step_span
 from poise_client.types import LearnerStatus, StepMetrics
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from poise.orchestrator.step_journal import JournalledStep
+from poise.orchestrator.storage.step_journal import JournalledStep
 
 SampleStep = Callable[[int, int, int], Awaitable[JournalledStep]]
 """Samples and journals a step. Takes the step, the least policy version, and how many steps it is ahead."""

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.untrained import describe_rejections
-from poise.runtime.config import LoggingConfig
+from poise.orchestrator.untrained_steps import describe_rejections
+from poise.runtime.config.settings import LoggingConfig
 from poise.runtime.logging import log_ids
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class ConsoleWatcher:
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """See `Watcher`."""
-        from poise.orchestrator.report.statistics import bootstrap_interval
+        from poise.report.statistics import bootstrap_interval
 
         interval = bootstrap_interval(line["rewards"])
         when = {"before": "before training", "after": "after training"}.get(line["when"], f"at step {line['step']}")

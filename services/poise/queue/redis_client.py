@@ -21,7 +21,7 @@ from redis.exceptions import MovedError, RedisError, ResponseError
 from poise.errors import QueueFull
 from poise.queue.redis_errors import may_be_gone, translated
 from poise.queue.redis_server import ServerReport, examine, is_cluster, parse_info
-from poise.runtime.addresses import join_address
+from poise.runtime.network.addresses import join_address
 
 T = TypeVar("T")
 

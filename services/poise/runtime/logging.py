@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from poise.runtime.config import LoggingConfig
+from poise.runtime.config.settings import LoggingConfig
 
 _IDS: ContextVar[Mapping[str, Any]] = ContextVar("poise_log_ids", default=MappingProxyType({}))
 

@@ -21,19 +21,19 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from poise.errors import PoiseError
-from poise.runtime.addresses import join_address, listen
-from poise.runtime.admin import build_admin_app
-from poise.runtime.app import ServiceApp
-from poise.runtime.auth import BearerAuth, refuse_open_bind
-from poise.runtime.certificates import Certificate
-from poise.runtime.config import ConfigError, GrpcConfig
-from poise.runtime.config_text import redacted
-from poise.runtime.exit_status import FAILED, OK, WRONG_SETTINGS, exit_reason, exit_status
-from poise.runtime.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol
-from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.admin.app import build_admin_app
+from poise.runtime.admin.http_limits import MAX_HEAD_BYTES, DeadlineProtocol
+from poise.runtime.cli.exit_status import FAILED, OK, WRONG_SETTINGS, exit_reason, exit_status
+from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.config.settings import ConfigError, GrpcConfig
+from poise.runtime.config.text import redacted
 from poise.runtime.logging import configure_logging
-from poise.runtime.parsing import MAX_READ_BYTES
-from poise.runtime.signals import stopping_by_signal
+from poise.runtime.network.addresses import join_address, listen
+from poise.runtime.network.auth import BearerAuth, refuse_open_bind
+from poise.runtime.network.certificates import Certificate
+from poise.runtime.rpc.interceptors import ServiceInterceptor
+from poise.runtime.rpc.request_stream import MAX_READ_BYTES
+from poise.runtime.service import ServiceApp
 from poise.runtime.tracing import configure_tracing
 from poise_client import KEEPALIVE_OPTIONS
 

@@ -18,7 +18,7 @@ from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from poise.runtime.config import TracingConfig
+from poise.runtime.config.settings import TracingConfig
 from poise.runtime.logging import log_ids
 from poise_client import TRACEPARENT, TRACEPARENT_KEY
 

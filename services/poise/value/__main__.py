@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until told to stop."""
-    from poise.runtime.main import service_main
+    from poise.runtime.cli.service_main import service_main
     from poise.value.app import build
     from poise.value.config import ValueConfig
 

@@ -16,22 +16,22 @@ from prometheus_client import CollectorRegistry
 from poise.errors import BackendDown, Draining
 from poise.queue.interface import LabelQueue
 from poise.queue.redis_queue import RedisQueue
-from poise.runtime.app import Readiness, ServiceApp
+from poise.runtime.service import Readiness, ServiceApp
 from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.consumer import LabelConsumer
 from poise.value.dead_letters import dead_letter_routes
 from poise.value.estimator import BaselineEstimator
 from poise.value.gateway import ValueGateway
-from poise.value.gram import GramFitter
-from poise.value.keeper import StateKeeper
+from poise.value.label_barrier import Changes, Settling
 from poise.value.metrics import StateCollector, ValueMetrics
-from poise.value.probe import ProbeFitter
-from poise.value.refitter import Refitter
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import ProbeFitter
 from poise.value.servicer import ValueServicer, probe_status
-from poise.value.settling import Changes, Settling
 from poise.value.standby import Standby
-from poise.value.state import StateStore
+from poise.value.store.folder import StateStore
+from poise.value.store.saver import StateKeeper
+from poise.value.updater import Refitter
 from poise_proto.v1 import value_pb2, value_pb2_grpc
 
 QueueFactory = Callable[[str], LabelQueue]

@@ -11,10 +11,10 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from poise.queue.redis_keys import dead_letter_key
-from poise.runtime.addresses import EVERY_HOST
-from poise.runtime.config import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
-from poise.runtime.discovery import parse_name
-from poise.value.probe import ProbeInput
+from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
+from poise.runtime.network.addresses import EVERY_HOST
+from poise.runtime.network.discovery import parse_name
+from poise.value.probe.model import ProbeInput
 
 
 class QueueConfig(StrictModel):

@@ -14,15 +14,15 @@ import time
 
 from poise.errors import InvalidRequest, PoiseError, QueueFull
 from poise.queue.interface import Delivery, LabelQueue, QueueDepth, newer_entry
-from poise.runtime.repeats import RepeatLog
+from poise.runtime.repeat_log import RepeatLog
 from poise.value.config import QueueConfig
+from poise.value.dedup import Admission
 from poise.value.estimator import BaselineEstimator
-from poise.value.keeper import StateKeeper
-from poise.value.labels import parse_label
-from poise.value.ledger import Admission
+from poise.value.label_barrier import Changes
+from poise.value.messages import parse_label
 from poise.value.metrics import ValueMetrics
-from poise.value.refitter import Refitter
-from poise.value.settling import Changes
+from poise.value.store.saver import StateKeeper
+from poise.value.updater import Refitter
 
 logger = logging.getLogger(__name__)
 

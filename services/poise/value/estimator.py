@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from poise.domain.baselines import mean_of_others
+from poise.algorithms.baselines import mean_of_others
 from poise.errors import FieldViolation, InvalidRequest
-from poise.value.buffer import Window
 from poise.value.config import ValueConfig
-from poise.value.ledger import Admission, Ledger
-from poise.value.pins import Probes, StepPins, VersionedProbe
-from poise.value.probe import PromptProbe
-from poise.value.rows import FeatureRows, Floats, LabelledRows
-from poise.value.snapshot import DomainSnapshot, Snapshot
-from poise.value.track_record import TrackRecord, ValuedGroup
+from poise.value.dedup import Admission, Ledger
+from poise.value.probe.diagnostics import TrackRecord, ValuedGroup
+from poise.value.probe.features import FeatureRows, Floats, LabelledRows
+from poise.value.probe.model import PromptProbe
+from poise.value.probe.window import Window
+from poise.value.step_probes import Probes, StepPins, VersionedProbe
+from poise.value.store.snapshot import DomainSnapshot, Snapshot
 from poise_client.types import GroupBaselines, PromptFeatures, PromptScore
 
 

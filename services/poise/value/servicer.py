@@ -15,13 +15,13 @@ import grpc.aio
 
 from poise.errors import Draining, NotFound
 from poise.queue.interface import LabelQueue
+from poise.runtime.rpc.validation import Violations, quoted
 from poise.runtime.startup import Startup
-from poise.runtime.validation import Violations, quoted
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.labels import read_label, read_prompt, read_questions
-from poise.value.rows import LabelledRows
-from poise.value.settling import Settling
+from poise.value.label_barrier import Settling
+from poise.value.messages import read_label, read_prompt, read_questions
+from poise.value.probe.features import LabelledRows
 from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
 from poise_client.types import ProbeReport, ProbeStatus, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb

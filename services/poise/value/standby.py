@@ -10,8 +10,8 @@ import logging
 
 from poise.value.config import StandbyConfig
 from poise.value.relay import Relay
-from poise.value.snapshot import Snapshot
-from poise.value.state import StateInUseError, StateStore
+from poise.value.store.folder import StateInUseError, StateStore
+from poise.value.store.snapshot import Snapshot
 from poise_client import TlsOptions
 
 logger = logging.getLogger(__name__)

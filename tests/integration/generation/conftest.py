@@ -19,8 +19,8 @@ from tests.scripted_engine import ScriptedEngine
 
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig
-from poise.runtime.auth import BearerAuth
-from poise.runtime.interceptors import ServiceInterceptor
+from poise.runtime.network.auth import BearerAuth
+from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise_client import AsyncGenerationClient
 from poise_client.types import Rollout
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub

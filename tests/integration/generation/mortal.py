@@ -7,7 +7,7 @@ from tests.scripted_engine import ScriptedEngine
 from poise.generation.app import GenerationApp
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
-from poise.runtime.main import service_main
+from poise.runtime.cli.service_main import service_main
 
 
 def build(config: GenerationConfig) -> GenerationApp:

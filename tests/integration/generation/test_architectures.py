@@ -12,7 +12,7 @@ from tests.support.architectures import make_architecture
 
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest, EngineRollout
-from poise.generation.torch_engine import TorchEngine
+from poise.generation.engines.transformers.engine import TorchEngine
 from poise_client.types import Sampling
 
 CACHED = [

@@ -15,9 +15,9 @@ from tests.integration.generation.conftest import Running
 from tests.models import CHAT_TEMPLATE, make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.data_check import check_data
-from poise.orchestrator.dispatch import RejectedPrompt
-from poise.orchestrator.services import Services
+from poise.orchestrator.sampling.load_balancer import RejectedPrompt
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.tasks.data_check import check_data
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
 from poise_client.types import Group, Prompt, Sampling

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.learner.__main__ import main
-from poise.learner.trainer import Trainer
+from poise.learner.training.trainer import Trainer
 
 FOLDER = Path(sys.argv[1])
 RANK = os.environ["RANK"]

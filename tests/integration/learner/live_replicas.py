@@ -21,8 +21,8 @@ from tests.integration.learner.replicas import interceptors
 
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig
-from poise.generation.torch_engine import TorchEngine
-from poise.learner.published import Published
+from poise.generation.engines.transformers.engine import TorchEngine
+from poise.learner.publishing.published import Published
 from poise_client import combine_digests, hash_weights
 from poise_client.types import WeightArray
 from poise_proto.v1 import generation_pb2 as pb

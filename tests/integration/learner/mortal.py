@@ -10,11 +10,12 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from poise.learner import app, checkpoint
+from poise.learner import app
 from poise.learner.config import LearnerConfig
-from poise.learner.models import Models
-from poise.learner.trainer import Trainer
-from poise.runtime.main import service_main
+from poise.learner.models.model_set import Models
+from poise.learner.storage import checkpoint
+from poise.learner.training.trainer import Trainer
+from poise.runtime.cli.service_main import service_main
 
 
 def die() -> NoReturn:

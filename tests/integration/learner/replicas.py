@@ -15,9 +15,9 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from poise.errors import BackendDown
-from poise.generation.policy import ServedPolicy, admit_push
-from poise.runtime.auth import BearerAuth
-from poise.runtime.interceptors import ServiceInterceptor
+from poise.generation.served_policy import ServedPolicy, admit_push
+from poise.runtime.network.auth import BearerAuth
+from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise_client import RetryPolicy
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1 import generation_pb2_grpc

@@ -24,10 +24,10 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
-from poise.learner.published import Published
+from poise.learner.publishing.published import Published
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
-from poise.runtime.discovery import Discovery
+from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient
 from poise_client.types import Prompt, Sampling
 

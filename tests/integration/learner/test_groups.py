@@ -24,10 +24,10 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S
 
 from poise.learner.config import PushConfig
 from poise.learner.core import Published
-from poise.learner.publishing import groups
+from poise.learner.publishing import process_group as groups
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
-from poise.runtime.discovery import Discovery
+from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient, GenerationClient, WeightPush
 from poise_client.types import Policy
 

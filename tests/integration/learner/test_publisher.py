@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, Replica, eventually
 
-from poise.generation.policy import ServedPolicy
+from poise.generation.served_policy import ServedPolicy
 from poise.learner.config import PushConfig
-from poise.learner.published import Published
 from poise.learner.publishing import replica as module
+from poise.learner.publishing.published import Published
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
-from poise.runtime.discovery import Address, Discovery
+from poise.runtime.network.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, combine_digests, hash_weights
 from poise_client.types import WeightArray
 

@@ -18,14 +18,14 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 from tests.unit.learner.batches import VOCABULARY, make_batch, make_config, rewarded
 
 from poise.errors import Draining
-from poise.generation.policy import ServedPolicy
+from poise.generation.served_policy import ServedPolicy
 from poise.learner.app import LearnerApp, build
-from poise.learner.checkpoint import CheckpointStore, StateError
-from poise.learner.models import Models
-from poise.learner.policy import Policy
+from poise.learner.models.model_set import Models
+from poise.learner.models.policy import Policy
 from poise.learner.publishing import replica as replica_module
-from poise.learner.trainer import Trainer
-from poise.runtime.validation import Violations
+from poise.learner.storage.checkpoint import CheckpointStore, StateError
+from poise.learner.training.trainer import Trainer
+from poise.runtime.rpc.validation import Violations
 from poise_client import AsyncLearnerClient
 from poise_client._status import error_from_rpc
 from poise_client.codec import encode_batch_header, encode_training_rollout, to_tensor

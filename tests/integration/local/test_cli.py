@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from poise.cli import main
 from poise.local.addresses import SERVICES
-from poise.runtime.exit_status import OUTPUT_CLOSED
+from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 
 COMMAND = [sys.executable, "-c", "from poise.cli import main; main()"]
 

@@ -17,10 +17,10 @@ import yaml
 from tests.integration.local.test_cli import poise
 from tests.running import poise as poise_process
 
+from poise.local.processes.supervisor import Supervisor
 from poise.local.run_file import load_run
-from poise.local.supervisor import Supervisor
 from poise.local.up import run_services
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 DEADLINE_S = 60.0
 

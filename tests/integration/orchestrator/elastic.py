@@ -20,15 +20,15 @@ from typing import Any
 from tests.models import make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.run_folder import RunFolder
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.services import Services
+from poise.orchestrator.rewards.pool import Verdict
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.pool import Verdict
 from poise_client import LearnerClient
 
 DEADLINE_S = 120.0

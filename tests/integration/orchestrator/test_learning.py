@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.in_process import learning_curve
 
-from poise.local.models import make_model
+from poise.local.models.catalog import make_model
 from poise.local.run_file import load_run, preset_path
 from poise.orchestrator.algorithms.registry import AnyOptions
 

@@ -15,9 +15,9 @@ from fastapi import APIRouter
 from pydantic_settings import SettingsConfigDict
 
 from poise import errors
-from poise.runtime.app import Readiness, ServiceApp
-from poise.runtime.config import ConfigError, ServiceConfig
-from poise.runtime.main import service_main
+from poise.runtime.cli.service_main import service_main
+from poise.runtime.config.settings import ConfigError, ServiceConfig
+from poise.runtime.service import Readiness, ServiceApp
 from poise_proto.v1 import generation_pb2, generation_pb2_grpc, value_pb2, value_pb2_grpc
 
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from tests.integration.runtime.process import TIMEOUT_S, run_stage
 
-from poise.runtime import guard
+from poise.runtime.admin import request_guard as guard
 
 TOKEN = "hunter2-hunter2"
 CHANGES = ("pause", "resume", "drain", "checkpoint")

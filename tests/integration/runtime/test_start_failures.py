@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from poise.local.process import ask_ready
+from poise.local.processes.process import ask_ready
 from poise_client import ValueClient
 
 MISCONFIGURED, FAILED = 2, 1

@@ -20,9 +20,9 @@ from typing import Literal, get_args
 
 from tests.integration.value.service import TIMEOUT_S, Maker, ValueService, consumed, eventually
 
-from poise.local.valkey import valkey_command
-from poise.value.ledger import step_groups
-from poise.value.state import StateStore
+from poise.local.processes.valkey import valkey_command
+from poise.value.dedup import step_groups
+from poise.value.store.folder import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
 from poise_client.types import LabelledGroup

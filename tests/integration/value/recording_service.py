@@ -24,18 +24,18 @@ from pathlib import Path
 
 from poise.queue.interface import Delivery
 from poise.queue.redis_queue import RedisQueue
-from poise.runtime.main import service_main
+from poise.runtime.cli.service_main import service_main
 from poise.value import app
 from poise.value.config import ValueConfig
 from poise.value.consumer import LabelConsumer
-from poise.value.gram import GramFitter
-from poise.value.keeper import StateKeeper
-from poise.value.pins import VersionedProbe
-from poise.value.probe import FittedProbe
-from poise.value.rows import LabelledRows
-from poise.value.settling import Settling
-from poise.value.snapshot import Snapshot
-from poise.value.state import StateStore
+from poise.value.label_barrier import Settling
+from poise.value.probe.features import LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import FittedProbe
+from poise.value.step_probes import VersionedProbe
+from poise.value.store.folder import StateStore
+from poise.value.store.saver import StateKeeper
+from poise.value.store.snapshot import Snapshot
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])

@@ -15,9 +15,9 @@ from poise.generation import app as app_module
 from poise.generation import sampler as sampler_module
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig
-from poise.generation.policy import ServedPolicy
-from poise.generation.torch_engine import TorchEngine
-from poise.runtime.app import Readiness
+from poise.generation.engines.transformers.engine import TorchEngine
+from poise.generation.served_policy import ServedPolicy
+from poise.runtime.service import Readiness
 
 Build = Callable[..., GenerationConfig]
 

@@ -18,7 +18,7 @@ from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
-from poise.runtime.parsing import RequestStream
+from poise.runtime.rpc.request_stream import RequestStream
 from poise_client import WeightPush
 from poise_client.codec import decode_encoded_prompt, decode_group, decode_policy
 from poise_client.types import EncodedPrompt, Group, Policy

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from poise.learner.config import LearnerConfig, LossConfig
-from poise.learner.shards import part_of, whole
-from poise.learner.trainer import Trainer
-from poise.learner.world import World
+from poise.learner.distributed.fsdp import part_of, whole
+from poise.learner.distributed.process_group import World
+from poise.learner.training.trainer import Trainer
 from poise_client.types import TrainingRollout
 
 LOSSES = {

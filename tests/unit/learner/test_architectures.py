@@ -16,11 +16,11 @@ from tests.support.architectures import ALONE, PACKED, make_architecture
 
 from poise.errors import BackendDown, Unusable
 from poise.learner.config import LearnerConfig
-from poise.learner.critic import Critic
-from poise.learner.packing import PackedRow, build_row, group_by_prompt
-from poise.learner.policy import Policy, load_reference
-from poise.learner.trainer import Trainer
-from poise.learner.world import World
+from poise.learner.distributed.process_group import World
+from poise.learner.models.critic import Critic
+from poise.learner.models.policy import Policy, load_reference
+from poise.learner.training.packing import PackedRow, build_row, group_by_prompt
+from poise.learner.training.trainer import Trainer
 from poise_client.types import RolloutId, TrainingRollout, VersionSpan
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_siblings_may_share_a_row_of_a_model_that_cannot_pack(tmp_path):
     [("mistral", {"sliding_window": 4096}), ("llama4_text", {"attention_chunk_size": 8192})],
 )
 def test_windows_beyond_the_check_are_crossed_in_it(name, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.learner.attention._mask", _full_mask)
+    monkeypatch.setattr("poise.learner.models.attention._mask", _full_mask)
     folder = make_architecture(tmp_path, name, **changes)
     policy = Policy(settings(folder), World(CPU))
     assert not policy.logprobs.mode.packed  # packed attention, here without windows, is found out

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from poise.learner.app import build
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 
 @pytest.mark.parametrize("target", ["http://gen:50051", "gen", "dns:gen:1"])

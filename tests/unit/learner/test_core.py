@@ -13,15 +13,15 @@ from tests.models import make_tiny_llama
 from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.errors import BackendDown, Conflict, TrainingStopped
-from poise.learner import checkpoint as checkpoint_module
-from poise.learner import policy as policy_module
-from poise.learner.checkpoint import CheckpointStore, StateError, StateMismatchError
-from poise.learner.checkpointing import Checkpointer
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
-from poise.learner.journal import Journal
-from poise.learner.models import Models
-from poise.learner.trainer import Trainer
+from poise.learner.models import policy as policy_module
+from poise.learner.models.model_set import Models
+from poise.learner.storage import checkpoint as checkpoint_module
+from poise.learner.storage.checkpoint import CheckpointStore, StateError, StateMismatchError
+from poise.learner.storage.checkpoint_writer import Checkpointer
+from poise.learner.storage.journal import Journal
+from poise.learner.training.trainer import Trainer
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
 from poise_client.types import Batch, TrainingRollout, VersionSpan
@@ -409,7 +409,7 @@ def test_what_is_not_needed_any_more_is_dropped_and_nothing_else(start):
 
 def test_answers_are_forgotten_oldest_first_and_then_their_rollouts_are_duplicates(start, monkeypatch):
     monkeypatch.setattr("poise.learner.core.ANSWERS_KEPT", 2)
-    monkeypatch.setattr("poise.learner.checkpointing.ANSWERS_KEPT", 2)
+    monkeypatch.setattr("poise.learner.storage.checkpoint_writer.ANSWERS_KEPT", 2)
     core = start()
     for step in range(4):
         core.submit(make_batch(step))

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from tests.support.architectures import make_architecture
 
 from poise.errors import BackendDown, InvalidRequest, PoiseError
-from poise.learner.checkpoint import StateError
 from poise.learner.config import LearnerConfig, LoraSettings
 from poise.learner.core import LearnerCore
-from poise.learner.export_folder import MARK
-from poise.learner.policy import Policy
-from poise.learner.world import World
-from poise.runtime.exit_status import FAILED, WRONG_SETTINGS, exit_status
-from poise.runtime.generation_config import load_generation_config
+from poise.learner.distributed.process_group import World
+from poise.learner.models.policy import Policy
+from poise.learner.storage.checkpoint import StateError
+from poise.learner.storage.export_folder import MARK
+from poise.runtime.cli.exit_status import FAILED, WRONG_SETTINGS, exit_status
+from poise.runtime.models.generation_config import load_generation_config
 
 Configure = Callable[..., LearnerConfig]
 
@@ -188,7 +188,7 @@ def test_a_state_folder_that_cannot_be_written_is_noticed_at_the_start(
 def test_a_disk_without_room_for_checkpoint_and_export_is_noticed_at_the_start(
     config: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("poise.learner.room.free_bytes", lambda _: 2.1e6)
+    monkeypatch.setattr("poise.learner.storage.capacity.free_bytes", lambda _: 2.1e6)
     core = LearnerCore(config())
     with pytest.raises(StateError, match=r"export_dir .* has 0.00 GB free, and an export beside the others takes"):
         core.recover()
@@ -201,7 +201,7 @@ def test_a_run_that_resumes_is_not_stopped_for_lack_of_room(
     core = recovered()
     core.checkpoint()
     core.close()
-    monkeypatch.setattr("poise.learner.room.free_bytes", lambda _: 0)
+    monkeypatch.setattr("poise.learner.storage.capacity.free_bytes", lambda _: 0)
     recovered()
     assert "GB free, and a checkpoint takes" in caplog.text
 
@@ -290,7 +290,7 @@ def test_an_export_that_lost_its_group_restarts_the_learner(recovered: Any, monk
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(Policy, "save", fail)
-    monkeypatch.setattr("poise.learner.trainer.Trainer.is_one_of_several", True)
+    monkeypatch.setattr("poise.learner.training.trainer.Trainer.is_one_of_several", True)
     with pytest.raises(BackendDown, match="a process of the learner's group was lost: Connection closed") as raised:
         core.export("model")
     assert "The learner restarts from its checkpoint and journal" in raised.value.remedy

@@ -15,8 +15,8 @@ from poise.errors import BackendDown
 from poise.learner import core as module
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
-from poise.learner.journal import Journal
-from poise.learner.trainer import Trainer
+from poise.learner.storage.journal import Journal
+from poise.learner.training.trainer import Trainer
 
 REFUSALS = [
     (errno.ENOSPC, "No space left on device. Free some space"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from poise.local.supervisor import process_state
+from poise.local.processes.supervisor import process_state
 
 
 @pytest.fixture

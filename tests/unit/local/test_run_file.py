@@ -15,9 +15,9 @@ import yaml
 from tests.support.tokens import write_token
 
 from poise.local.addresses import renew_taken_ports, run_ports
+from poise.local.config_text import defaults_text, resolved_text
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
-from poise.local.settings import defaults_text, resolved_text
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tests.support.tokens import write_token
 from tests.unit.local.test_run_file import load
-from tests.unit.orchestrator.test_run_folder import finish
+from tests.unit.orchestrator.storage.test_run_folder import finish
 
 from poise.local.run_file import LocalRun
 from poise.local.status import push_problems, show_status
-from poise.orchestrator.run_folder import RunFolder
-from poise.runtime.config import ConfigError
+from poise.orchestrator.storage.run_folder import RunFolder
+from poise.runtime.config.settings import ConfigError
 
 READY: dict[str, dict[str, Any]] = {
     "generation": {"ready": True, "policy_version": 4, "digest": "", "num_running": 3},

@@ -12,9 +12,9 @@ import pytest
 from tests.unit.orchestrator.test_asynchronous_loop import slow_world
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
-from poise.orchestrator import watcher
+from poise.orchestrator import callbacks as watcher
 from poise.orchestrator.budget import Limits, Spent, passes_multiple, sampled_tokens
-from poise.orchestrator.watcher import RunClock
+from poise.orchestrator.callbacks import RunClock
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.orchestrator.test_run_folder import finish
+from tests.unit.orchestrator.storage.test_run_folder import finish
 
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError, SettingsError
-from poise.orchestrator.run_folder import RunFolder
+from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.problem import TaskError
-from poise.runtime.config import ConfigError
-from poise.runtime.exit_status import OUTPUT_CLOSED
-from poise.runtime.output import OutputClosed
+from poise.runtime.cli.broken_pipe import OutputClosed
+from poise.runtime.cli.exit_status import OUTPUT_CLOSED
+from poise.runtime.config.settings import ConfigError
 from poise_client.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
 
 

@@ -304,7 +304,7 @@ async def test_a_probe_that_was_waited_for_in_vain_is_told_once_and_again_when_i
 ) -> None:
     world = World()
     world.unsettled = {1, 2, 4}
-    with caplog.at_level(logging.INFO, "poise.orchestrator.sampling"):
+    with caplog.at_level(logging.INFO, "poise.orchestrator.sampling.sampler"):
         await drive(settings(tmp_path, num_steps=5), world)
     said = [(record.levelname, record.getMessage().split(" was")[0]) for record in caplog.records]
     for cause in ("paused", "queue down", "fit failed"):

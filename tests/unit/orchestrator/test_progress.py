@@ -10,7 +10,7 @@ from rich.console import Console
 
 from poise.orchestrator.budget import Limits
 from poise.orchestrator.progress import ConsoleWatcher, MeasurementWatcher, clock
-from poise.runtime.config import LoggingConfig
+from poise.runtime.config.settings import LoggingConfig
 
 
 def numbers(step: int) -> dict[str, Any]:

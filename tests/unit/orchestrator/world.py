@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.dispatch import RejectedPrompt
-from poise.orchestrator.evaluating import Evaluator
+from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.run_folder import RunFolder, RunState
-from poise.orchestrator.sampling import StepSampler
-from poise.orchestrator.scoring import Scorer
-from poise.orchestrator.step_journal import JournalledStep, StepJournal
+from poise.orchestrator.rewards.pool import Verdict
+from poise.orchestrator.sampling.load_balancer import RejectedPrompt
+from poise.orchestrator.sampling.sampler import StepSampler
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.storage.run_folder import RunFolder, RunState
+from poise.orchestrator.storage.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
-from poise.orchestrator.verifiers.pool import Verdict
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import (
     Batch,

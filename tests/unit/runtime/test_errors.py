@@ -4,8 +4,8 @@ from google.rpc import error_details_pb2
 
 from poise import errors
 from poise.errors import FieldViolation, InvalidRequest, PoiseError
-from poise.runtime.admin import _HTTP_STATUS
-from poise.runtime.interceptors import rich_status
+from poise.runtime.admin.app import _HTTP_STATUS
+from poise.runtime.rpc.interceptors import rich_status
 from poise_proto.v1 import errors_pb2
 
 FAMILY = PoiseError.__subclasses__()

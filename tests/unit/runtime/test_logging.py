@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from poise.runtime.config import LoggingConfig
+from poise.runtime.config.settings import LoggingConfig
 from poise.runtime.logging import configure_logging
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from poise.errors import BackendDown, Starting
 from poise.runtime import startup as module
-from poise.runtime.app import Readiness
-from poise.runtime.interceptors import rich_status
+from poise.runtime.rpc.interceptors import rich_status
+from poise.runtime.service import Readiness
 from poise.runtime.startup import Startup, without_elapsed
 from poise_proto.v1 import errors_pb2
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from poise.runtime.config import LoggingConfig
+from poise.runtime.config.settings import LoggingConfig
 from poise.runtime.logging import configure_logging, log_ids
 from poise.runtime.tracing import call_span, step_span
 from poise_client import TRACEPARENT

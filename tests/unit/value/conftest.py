@@ -10,7 +10,7 @@ import pytest
 
 from poise.value.config import ValueConfig
 from poise.value.estimator import GroupRows
-from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
 from poise_client.codec import encode_labelled_group
 from poise_client.types import EntropyStats, Features, LabelledGroup
 from poise_proto.v1 import value_pb2

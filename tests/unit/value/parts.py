@@ -16,15 +16,15 @@ from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.config import ValueConfig
 from poise.value.consumer import LabelConsumer
 from poise.value.estimator import BaselineEstimator
-from poise.value.keeper import StateKeeper
+from poise.value.label_barrier import Changes, Settling
 from poise.value.metrics import ValueMetrics
-from poise.value.pieces import join, split
-from poise.value.probe import FittedProbe
-from poise.value.refitter import Refitter
-from poise.value.rows import LabelledRows
-from poise.value.settling import Changes, Settling
-from poise.value.snapshot import Snapshot
-from poise.value.state import StateStore
+from poise.value.probe.features import LabelledRows
+from poise.value.probe.model import FittedProbe
+from poise.value.store.folder import StateStore
+from poise.value.store.pieces import join, split
+from poise.value.store.saver import StateKeeper
+from poise.value.store.snapshot import Snapshot
+from poise.value.updater import Refitter
 
 TIMEOUT_S = 30.0
 

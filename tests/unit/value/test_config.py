@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from poise.runtime.config import ConfigError, load_config
+from poise.runtime.config.settings import ConfigError, load_config
 from poise.value.config import ValueConfig
 
 STATE = ["state_dir=/nowhere"]

@@ -16,7 +16,7 @@ from poise.errors import BackendDown, QueueFull
 from poise.queue.interface import QueueDepth
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.estimator import BaselineEstimator
-from poise.value.keeper import StateKeeper
+from poise.value.store.saver import StateKeeper
 
 NUM_LABELS = 10
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from poise.errors import Draining, InvalidRequest
-from poise.runtime.validation import MAX_NAMED, Violations
-from poise.value.labels import read_label, read_questions
+from poise.runtime.rpc.validation import MAX_NAMED, Violations
+from poise.value.messages import read_label, read_questions
 from poise.value.servicer import ValueServicer
 from poise_client.codec import CodecError, from_tensor, to_tensor
 from poise_proto.v1 import common_pb2

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from tests.unit.value.parts import stored
 
-from poise.domain.baselines import mean_of_others
+from poise.algorithms.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
-from poise.value.buffer import training_rows
 from poise.value.config import ValueConfig
+from poise.value.dedup import Admission
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.gram import GramFitter
-from poise.value.ledger import Admission
-from poise.value.pins import VersionedProbe
-from poise.value.probe import RidgeFitter
-from poise.value.rows import LabelledRows
+from poise.value.probe.features import LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import RidgeFitter
+from poise.value.probe.window import training_rows
+from poise.value.step_probes import VersionedProbe
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
@@ -89,7 +89,7 @@ def test_a_label_taints_its_step_in_every_domain_even_before_any_fit(fitted, mak
 
 def test_nothing_is_computed_for_a_refused_request(fitted, make, monkeypatch) -> None:
     fitted.learn(make.label(3))
-    monkeypatch.setattr("poise.value.probe.FittedProbe.predict", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("poise.value.probe.model.FittedProbe.predict", lambda *_: pytest.fail("computed"))
     with pytest.raises(LabelsConsumed):
         fitted.estimate("run", 3, [make.question()])
 
@@ -273,7 +273,7 @@ def test_domains_are_answered_by_their_own_probes_in_the_order_asked(fitted, mak
 
 
 def test_the_probe_is_asked_once_a_domain(fitted, make, monkeypatch) -> None:
-    from poise.value.probe import FittedProbe
+    from poise.value.probe.model import FittedProbe
 
     sizes = []
     predict = FittedProbe.predict

@@ -11,9 +11,9 @@ from tests.unit.value.conftest import features
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.value.estimator import BaselineEstimator
-from poise.value.pins import VersionedProbe
-from poise.value.probe import FittedProbe, PromptProbe
+from poise.value.probe.model import FittedProbe, PromptProbe
 from poise.value.servicer import MAX_GROUPS, MAX_SETTLE_S, ValueServicer
+from poise.value.step_probes import VersionedProbe
 from poise_client.codec import (
     decode_group_baselines,
     decode_probe_report,

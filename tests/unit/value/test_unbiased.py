@@ -16,12 +16,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from poise.domain.baselines import advantages, batch_mean, mean_of_others
+from poise.algorithms.baselines import advantages, batch_mean, mean_of_others
 from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.gram import GramFitter
-from poise.value.pins import VersionedProbe
-from poise.value.probe import ProbeInput, RidgeFitter
-from poise.value.rows import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import ProbeInput, RidgeFitter
+from poise.value.step_probes import VersionedProbe
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable
 
 from poise.learner.config import PushConfig
-from poise.learner.publishing.offer import Offer, Version
 from poise.learner.publishing.replica import Replica
 from poise.learner.publishing.transports import Transport
-from poise.runtime.discovery import Address, Discovery
+from poise.learner.publishing.weight_version import Offer, Version
+from poise.runtime.network.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient
 from poise_client.types import ReplicaResult
 

@@ -14,8 +14,8 @@ import time
 
 from poise.errors import PoiseError
 from poise.learner.config import PushConfig
-from poise.learner.publishing.groups import GroupSender
-from poise.learner.publishing.offer import Offer
+from poise.learner.publishing.process_group import GroupSender
+from poise.learner.publishing.weight_version import Offer
 from poise.runtime.startup import without_elapsed
 from poise_client import AsyncGenerationClient, WeightPush
 from poise_client.errors import (

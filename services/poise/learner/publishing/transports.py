@@ -11,8 +11,8 @@ from typing import Protocol
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
-from poise.learner.publishing.groups import GroupSender
-from poise.runtime.scratch import ScratchFolder
+from poise.learner.publishing.process_group import GroupSender
+from poise.runtime.files.scratch import ScratchFolder
 from poise_client import WeightPush
 
 _PREFIX = "poise-push-"

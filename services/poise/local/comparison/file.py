@@ -8,8 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from poise.runtime.config import ConfigError, StrictModel, read_yaml
-from poise.runtime.config_text import explain
+from poise.runtime.config.settings import ConfigError, StrictModel, read_yaml
+from poise.runtime.config.text import explain
 
 _NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,47}$"
 Name = Annotated[str, StringConstraints(pattern=_NAME)]

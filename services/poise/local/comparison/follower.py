@@ -15,7 +15,7 @@ from rich.console import Console
 from poise.local.run_file import LocalRun
 from poise.orchestrator.budget import Spent
 from poise.orchestrator.progress import clock
-from poise.runtime.output import OutputClosed
+from poise.runtime.cli.broken_pipe import OutputClosed
 
 _LOOK_EVERY_S = 1.0
 

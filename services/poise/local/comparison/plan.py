@@ -17,8 +17,8 @@ from poise.local.comparison.file import CompareFile, RunEntry
 from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
-from poise.runtime.config import ConfigError, read_yaml
-from poise.runtime.config_text import redacted
+from poise.runtime.config.settings import ConfigError, read_yaml
+from poise.runtime.config.text import redacted
 
 _NO_STEPS = 10**9
 """Steps that no run gets to before it has spent its tokens or seconds."""

@@ -19,13 +19,13 @@ from poise.local.comparison.file import read_compare_file
 from poise.local.comparison.follower import Follower
 from poise.local.comparison.plan import Plan, PlannedRun, make_plan, refuse_changes
 from poise.local.up import run_services
-from poise.orchestrator.comparison import ComparedRun, Comparison, State, write_comparison
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.run_folder import RunFolder
-from poise.runtime.config import ConfigError
-from poise.runtime.console import OutputConsole
-from poise.runtime.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
-from poise.runtime.files import describe_disk_error, write_file
+from poise.orchestrator.storage.run_folder import RunFolder
+from poise.report.comparison import ComparedRun, Comparison, State, write_comparison
+from poise.runtime.cli.console import OutputConsole
+from poise.runtime.cli.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
+from poise.runtime.config.settings import ConfigError
+from poise.runtime.files.atomic import describe_disk_error, write_file
 
 logger = logging.getLogger(__name__)
 

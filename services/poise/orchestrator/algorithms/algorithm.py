@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from poise.orchestrator.step import ScoredGroup, StepBaselines
-from poise.runtime.config import StrictModel
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines
+from poise.runtime.config.settings import StrictModel
 from poise_client.types import GroupBaselines
 
 AskProbe = Callable[[], Awaitable[Sequence[GroupBaselines]]]

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from poise.domain import rivals
+from poise.algorithms import group_baselines
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.step import ScoredGroup, StepBaselines, centred, lengths_of
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, lengths_of
 
 
 class DapoOptions(AlgorithmOptions):
@@ -48,7 +48,7 @@ class Dapo(Algorithm):
         margin = min(self._options.overlong_margin_tokens, self._max_tokens)
         penalties = None
         if margin:
-            penalties = [rivals.overlong_penalty(n, self._max_tokens, margin) for n in lengths_of(scored)]
+            penalties = [group_baselines.overlong_penalty(n, self._max_tokens, margin) for n in lengths_of(scored)]
         shaped = [item.rewards if penalties is None else item.rewards + penalties[i] for i, item in enumerate(scored)]
-        centring = rivals.group_mean(shaped, divide=self._options.std_normalisation)
+        centring = group_baselines.group_mean(shaped, divide=self._options.std_normalisation)
         return centred(scored, "group", centring, penalties)

@@ -1,6 +1,6 @@
 """Baselines from the rewards of a step alone: RLOO, GRPO, Dr. GRPO, OPO, REINFORCE++.
 
-`domain.rivals` has the formulas.
+`algorithms.group_baselines` has the formulas.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from poise.domain import rivals
-from poise.domain.rivals import Centring
+from poise.algorithms import group_baselines
+from poise.algorithms.group_baselines import Centring
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.step import ScoredGroup, StepBaselines, centred, lengths_of, rewards_of
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, lengths_of, rewards_of
 
 PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 """The symmetric clip that GRPO's family was published with."""
@@ -38,7 +38,7 @@ class RlooOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("group", lambda scored: rivals.rloo(rewards_of(scored)))
+        return Rewards("group", lambda scored: group_baselines.rloo(rewards_of(scored)))
 
 
 class GrpoOptions(AlgorithmOptions):
@@ -51,7 +51,7 @@ class GrpoOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        centre = partial(rivals.group_mean, divide=self.std_normalisation)
+        centre = partial(group_baselines.group_mean, divide=self.std_normalisation)
         return Rewards("group", lambda scored: centre(rewards_of(scored)))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class DrGrpoOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("group", lambda scored: rivals.group_mean(rewards_of(scored), divide=False))
+        return Rewards("group", lambda scored: group_baselines.group_mean(rewards_of(scored), divide=False))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
@@ -82,7 +82,9 @@ class OpoOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("group", lambda scored: rivals.length_weighted_mean(rewards_of(scored), lengths_of(scored)))
+        return Rewards(
+            "group", lambda scored: group_baselines.length_weighted_mean(rewards_of(scored), lengths_of(scored))
+        )
 
 
 class ReinforcePpOptions(AlgorithmOptions):
@@ -94,7 +96,7 @@ class ReinforcePpOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("batch", lambda scored: rivals.whitened(rewards_of(scored)))
+        return Rewards("batch", lambda scored: group_baselines.whitened(rewards_of(scored)))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""

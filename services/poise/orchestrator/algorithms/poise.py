@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.step import Bootstrap, ScoredGroup, StepBaselines, choose_baselines
+from poise.orchestrator.sampling.step_arithmetic import Bootstrap, ScoredGroup, StepBaselines, choose_baselines
 
 
 class PoiseOptions(AlgorithmOptions):

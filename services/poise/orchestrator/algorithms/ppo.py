@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
 from poise.orchestrator.algorithms.group import PPO_CLIP
-from poise.orchestrator.step import ScoredGroup, StepBaselines, left_to_critic
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, left_to_critic
 
 
 class PpoOptions(AlgorithmOptions):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from poise.domain import rivals
-from poise.domain.rivals import Centring
-from poise.domain.tracker import BetaTracker
+from poise.algorithms import group_baselines
+from poise.algorithms.group_baselines import Centring
+from poise.algorithms.spo_tracker import BetaTracker
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe, Memory
-from poise.orchestrator.step import ScoredGroup, StepBaselines, centred, rewards_of
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, rewards_of
 
 KEY_CHARS = 16
 """Of a prompt's identity, hexadecimal: enough to tell a billion prompts apart."""
@@ -54,7 +54,9 @@ class Spo(Algorithm):
         rewards = rewards_of(scored)
         ones = [np.ones(r.shape, np.float32) for r in rewards]
         normalise = self._options.batch_normalisation
-        return centred(scored, "tracker", rivals.whitened(rewards, values) if normalise else Centring(values, ones))
+        return centred(
+            scored, "tracker", group_baselines.whitened(rewards, values) if normalise else Centring(values, ones)
+        )
 
     def remember(self, scored: Sequence[ScoredGroup]) -> Memory:
         """See `Algorithm`: the trackers of the step's prompts, after it."""

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field
 
 from poise.orchestrator.tasks import digits, primer
 from poise.orchestrator.tasks.rows import OnBadRow
-from poise.runtime.config import StrictModel
-from poise.runtime.validation import IDENTIFIER
+from poise.runtime.config.settings import StrictModel
+from poise.runtime.rpc.validation import IDENTIFIER
 
 VERIFIERS = ("exact", "numeric", "regex")
 """Verifiers by name; any other is an import path."""

@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from poise.orchestrator.rewards.rules import pack
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.problem import Problem, TaskError
-from poise.orchestrator.verifiers.rules import pack
 from poise_client.types import Message
 
 

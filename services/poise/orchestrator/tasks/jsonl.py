@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from poise.orchestrator.rewards.rules import check_answer
 from poise.orchestrator.tasks.answer import Answer, LiteralFloat, kind_name, read_answer
 from poise.orchestrator.tasks.config import JsonlTask, domain_problem
 from poise.orchestrator.tasks.formats import HEAD_BYTES, foreign_format
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.rows import BadRows, DataFile, OnBadRow
-from poise.orchestrator.verifiers.rules import check_answer
 from poise_client.types import Message
 
 MAX_LINE_BYTES = 1024 * 1024

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from functools import lru_cache
 from typing import Protocol
 
+from poise.orchestrator.rewards.rules import resolve
 from poise.orchestrator.tasks import digits, gym, primer
 from poise.orchestrator.tasks.config import DigitsTask, GymTask, JsonlTask, PrimerTask, TaskConfig
 from poise.orchestrator.tasks.jsonl import read_file
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.rows import DataFile, OnBadRow
-from poise.orchestrator.verifiers.rules import resolve
 
 HELD_OUT_SHARE = 8
 """One in so many prompts is held out."""

@@ -10,7 +10,7 @@ import yaml
 
 from poise.local.comparison.file import BudgetSection, CompareFile, RunEntry, example_text, read_compare_file
 from poise.local.comparison.plan import make_plan
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 GOOD: dict[str, Any] = {
     "name": "trial",

@@ -11,7 +11,7 @@ import yaml
 
 from poise.local.comparison.file import CompareFile
 from poise.local.comparison.plan import Plan, make_plan, refuse_changes
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 
 def plan(folder: Path, **changes: Any) -> Plan:

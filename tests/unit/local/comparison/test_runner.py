@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit.orchestrator.comparison.conftest import evaluation_row, step_row
+from tests.unit.report.comparison.conftest import evaluation_row, step_row
 
 from poise.local.comparison import runner
 from poise.local.run_file import LocalRun
-from poise.runtime.config import ConfigError
+from poise.runtime.config.settings import ConfigError
 
 STEPS = 2
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from poise.domain.rivals import EPSILON
+from poise.algorithms.group_baselines import EPSILON
 from poise.orchestrator.algorithms.algorithm import AlgorithmOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
-from poise.orchestrator.step import ScoredGroup
+from poise.orchestrator.sampling.step_arithmetic import ScoredGroup
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
 
 MAX_TOKENS = 8

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
+from poise.orchestrator.rewards.rules import bind
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.gym import drawer
 from poise.orchestrator.tasks.problem import TaskError
-from poise.orchestrator.verifiers.rules import bind
 
 
 def draw(seed=0, **settings):

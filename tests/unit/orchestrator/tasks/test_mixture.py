@@ -183,7 +183,7 @@ def test_no_tasks_are_refused():
 
 def test_tasks_need_no_torch():
     code = (
-        "import sys; import poise.orchestrator.tasks.mixture, poise.orchestrator.verifiers.pool\n"
+        "import sys; import poise.orchestrator.tasks.mixture, poise.orchestrator.rewards.pool\n"
         "print({'torch', 'transformers', 'vllm', 'reasoning_gym', 'math_verify'} & set(sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

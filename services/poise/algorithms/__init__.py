@@ -1,0 +1,1 @@
+"""The mathematics of POISE and its rivals, in numpy: features, baselines, trackers, advantages, staleness."""

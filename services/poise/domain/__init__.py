@@ -1,1 +1,0 @@
-"""Pure mathematics of POISE: features, baselines, advantages, staleness. Knows numpy alone."""

@@ -1,0 +1,1 @@
+"""The `torch` engine: transformers, exact and slow, the reference of the tests."""

@@ -1,0 +1,67 @@
+"""Fetches the records of finished rollouts from the worker, and frees those of aborted ones.
+
+A call to the worker waits for the step in progress, so those that come meanwhile share the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from poise.algorithms.features import Span
+from poise.errors import BackendDown
+from poise.generation.engines.vllm.recorder import Record
+from poise.generation.engines.vllm.worker_calls import ask_workers
+
+
+class Collector:
+    """Calls `poise_collect`, one call at a time."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._wanted: list[tuple[tuple[str, int, int, int], asyncio.Future[Record | None]]] = []
+        self._dropped: list[tuple[str, asyncio.Future[Record | None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def collect(self, rollout_id: str, num_tokens: int, window: Span) -> Record | None:
+        """Return a finished rollout's record and free it in the worker; see `Recorder.collect`."""
+        done = self._future()
+        self._wanted.append(((rollout_id, num_tokens, window.start, window.end), done))
+        return await done
+
+    async def drop(self, rollout_id: str) -> None:
+        """Free what the worker holds of a rollout."""
+        done = self._future()
+        self._dropped.append((rollout_id, done))
+        await done
+
+    def _future(self) -> asyncio.Future[Record | None]:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="collector")
+        return asyncio.get_running_loop().create_future()
+
+    async def _run(self) -> None:
+        while self._wanted or self._dropped:
+            wanted, self._wanted = self._wanted, []
+            dropped, self._dropped = self._dropped, []
+            waiting = [done for _, done in (*wanted, *dropped)]
+            try:
+                told = ([rollout for rollout, _ in wanted], [rollout for rollout, _ in dropped])
+                ranks = await ask_workers(self._engine, "poise_collect", *told)
+                records = next(records for records in ranks if records is not None)
+            except Exception as error:
+                down = BackendDown(f"the engine did not hand over its rollouts: {error}")
+                _settle(waiting, [down] * len(waiting))
+            else:
+                _settle(waiting, [*records, *[None] * len(dropped)])
+        self._task = None
+
+
+def _settle(waiting: list[asyncio.Future[Record | None]], outcomes: list[Any]) -> None:
+    for done, outcome in zip(waiting, outcomes, strict=True):
+        if done.done():  # its caller was cancelled
+            continue
+        if isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)

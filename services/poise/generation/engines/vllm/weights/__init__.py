@@ -1,0 +1,1 @@
+"""Weight updates of a running vLLM model."""

@@ -1,0 +1,1 @@
+"""Prompts to token ids: chat templates, the tokenizer, and limits on both."""

@@ -1,0 +1,1 @@
+"""Weight pushes: validate, receive and stage the parameters of a new policy version."""

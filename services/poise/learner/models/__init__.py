@@ -1,0 +1,1 @@
+"""The models in training: policy, critic, reference, and their forward pass."""

@@ -1,0 +1,139 @@
+"""The model that training starts from, and its states of a packed row: common to policy, reference and critic.
+
+Shapes: L tokens of the row, N response tokens of it, B sequences of up to T tokens, d the model's width.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from poise.errors import Unusable
+from poise.learner.config import LearnerConfig
+from poise.learner.models import attention
+from poise.learner.models.attention import keys_of
+from poise.learner.training.packing import PackedRow
+from poise.runtime.models.decoder import decoder_layers
+from poise.runtime.models.generation_config import load_generation_config
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(config: LearnerConfig) -> Any:
+    """Load the model that training starts from, in float32 and in evaluation mode. Raises `Unusable`."""
+    attention.register()
+    generation_config, repairs = load_generation_config(config.model, transformers.GenerationConfig)
+    if repairs:
+        logger.warning("%s", repairs)
+    settings = load_config(config.model)
+    try:
+        model, about = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model,
+            config=settings,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # rejected below, by name
+            **({"generation_config": generation_config} if repairs else {}),
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # architectures fail in ways of their own
+        raise _unusable(config.model, error) from error
+    named = f"model {config.model} ({type(model).__name__})"
+    if missing := sorted(about["missing_keys"]):
+        raise Unusable(
+            f"{named} lacks {len(missing)} of its weights, such as {missing[0]}: they would start from random numbers",
+            remedy="Take a complete causal language model.",
+        )
+    if mismatched := sorted(about["mismatched_keys"]):
+        name, found, required = mismatched[0]
+        raise Unusable(
+            f"{named} has {len(mismatched)} weights of another shape than its config.json requires, such as {name}: "
+            f"{list(found)} instead of {list(required)}",
+            remedy="Take the config.json that belongs to these weights.",
+        )
+    return model.eval()
+
+
+def load_config(model: str) -> Any:
+    """Load a model's config.json, without entries that change what `forward` returns or which kernels it needs.
+
+    Raises:
+        Unusable: transformers cannot load it.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config._attn_implementation = None
+        for part in (config, config.get_text_config()):
+            part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+    except Exception as error:  # architectures fail in ways of their own
+        raise _unusable(model, error) from error
+    return config
+
+
+def _unusable(model: str, error: Exception) -> Unusable:
+    if "trust_remote_code" in str(error):
+        return Unusable(
+            f"model {model} needs Python code from its own folder, which is never run",
+            remedy="Choose a model whose architecture is part of transformers.",
+        )
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return Unusable(f"model {model} cannot be loaded: {kind}{' '.join(str(error).split())}")
+
+
+def recompute_layers(model: Any) -> None:
+    """Save only the inputs of the decoder's layers for the backward pass, which recomputes the rest.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    for layer in decoder_layers(model):
+        # The models' own switch works in training mode only, where dropout would be active too.
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def predictor_states(decoder: Any, row: PackedRow, dtype: torch.dtype, *, packed: bool) -> torch.Tensor:
+    """Return the states before each response token of a row, [N, d]: those that predict it. Computed in `dtype`.
+
+    Args:
+        decoder: the model without its head.
+        row: the row.
+        dtype: element type of matrix products.
+        packed: compute the whole row in one pass, with the attention of `poise.learner.models.attention`; else one
+            pass for each sequence, as the model computes it without packing.
+    """
+    with torch.autocast(row.token_ids_1L.device.type, dtype, enabled=dtype != torch.float32):
+        states_Ld = _states_at_once(decoder, row) if packed else _states_by_sequence(decoder, row)
+    return states_Ld.index_select(0, row.predictors_N)
+
+
+def _states_at_once(decoder: Any, row: PackedRow) -> torch.Tensor:
+    states_1Ld: torch.Tensor = decoder(
+        input_ids=row.token_ids_1L,
+        position_ids=row.positions_1L,
+        attention_spans=row.spans,
+        use_cache=False,
+    ).last_hidden_state
+    return states_1Ld[0]
+
+
+def _states_by_sequence(decoder: Any, row: PackedRow) -> torch.Tensor:
+    """Return the states in the order of the row: of what siblings share, those of the first of them.
+
+    The decoder runs once a row: under FSDP, every process must run it equally often.
+    """
+    spans = row.spans.spans
+    sequences = [row.token_ids_1L[0, keys_of(span).to(row.token_ids_1L.device)] for span in spans]
+    # A causal model's states do not depend on what follows, so padding on the right needs no mask.
+    states_BTd = decoder(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False).last_hidden_state
+    own = [
+        states_Td[span.num_shared : span.num_keys] for span, states_Td in zip(spans, states_BTd.unbind(), strict=True)
+    ]
+    return torch.cat(own)

@@ -1,0 +1,162 @@
+"""Differences of engines, learner and adapters from a model's own forward, for `poise models check`.
+
+Shapes: N response tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from poise.errors import BackendDown
+from poise.learner.config import LearnerConfig, LoraSettings
+from poise.learner.distributed.fsdp import whole
+from poise.learner.distributed.process_group import World
+from poise.learner.models import lora as adapters
+from poise.learner.models.backbone import load_config, load_model
+from poise.learner.models.forward_check import (
+    LARGEST_NATS,
+    MEAN_NATS,
+    MEAN_NATS_BFLOAT16,
+    Difference,
+    own_logprobs,
+    probe_groups,
+    use_attention,
+)
+from poise.learner.models.policy import Policy
+from poise.learner.training.packing import PromptGroup, build_row, group_by_prompt
+from poise_client.types import TrainingRollout
+
+_ADAPTER_STD = 0.02
+"""Of the adapters' elements while they are compared: fresh ones change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of a part with the model's own forward, in float32, on the same tokens."""
+
+    part: str
+    """"engine torch", "engine vllm", "learner" or "adapters"."""
+    dtype: str
+    """What the part computes in."""
+    difference: Difference | None = None
+    """None where the part fails."""
+    detail: str = ""
+    """How the part computes, or why it fails."""
+    is_needed: bool = True
+    """Whether a training with these settings uses the part."""
+
+    @property
+    def allowed_nats(self) -> tuple[float | None, float]:
+        """Largest and mean difference allowed; None bounds no single token."""
+        return (LARGEST_NATS, MEAN_NATS) if self.dtype == "float32" else (None, MEAN_NATS_BFLOAT16)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether rounding explains the difference."""
+        if self.difference is None:
+            return False
+        largest, mean = self.allowed_nats
+        return self.difference.mean <= mean and (largest is None or self.difference.largest <= largest)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSample:
+    """What an engine sampled; nothing, with a reason, where it cannot."""
+
+    engine: str
+    rollouts: Sequence[TrainingRollout] = ()
+    failure: str = ""
+
+
+def checkpoint_dtype(model: str) -> str:
+    """Return the element type that a model's config declares, float32 where it declares none.
+
+    Raises:
+        Unusable: it has no config that transformers can load.
+    """
+    return str(load_config(model).get_text_config().dtype or torch.float32).removeprefix("torch.")
+
+
+def compare(config: LearnerConfig, samples: Sequence[EngineSample], engine_dtype: str) -> list[Comparison]:
+    """Compare engines, learner and adapters with the model's own forward, on what the engines sampled.
+
+    Learner and adapters are compared on the first sample, or on random tokens where no engine samples.
+
+    Raises:
+        BackendDown: the model cannot be loaded.
+    """
+    model = load_model(config).to(config.device)
+    rollouts = next((sample.rollouts for sample in samples if sample.rollouts), None)
+    groups = probe_groups(model) if rollouts is None else group_by_prompt(rollouts)
+    return [
+        *(_engine(model, sample, engine_dtype) for sample in samples),
+        _learner(config, model, groups),
+        _adapters(config, model, groups),
+    ]
+
+
+def _engine(model: Any, sample: EngineSample, dtype: str) -> Comparison:
+    part = f"engine {sample.engine}"
+    if sample.failure:
+        return Comparison(part, dtype, detail=sample.failure)
+    groups = group_by_prompt(sample.rollouts)
+    theirs_N = torch.cat([torch.from_numpy(rollout.logprobs) for group in groups for rollout in group.rollouts])
+    return Comparison(part, dtype, Difference.between(theirs_N, _own(model, groups).cpu()))
+
+
+def _learner(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -> Comparison:
+    try:
+        policy = _policy(config, lora=None)
+        difference = Difference.between(_logprobs(policy, config, groups), _own(model, groups))
+        with tempfile.TemporaryDirectory(prefix="poise-export-") as folder:
+            policy.save_without_parameters(folder)
+    except BackendDown as error:
+        return Comparison("learner", config.dtype, detail=_reason(error))
+    except Exception as error:  # architectures and tokenizers fail in ways of their own
+        why = f"its export fails: {type(error).__name__}: {error}"
+        return Comparison("learner", config.dtype, detail=why)
+    return Comparison("learner", config.dtype, difference, str(policy.logprobs.mode))
+
+
+def _adapters(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -> Comparison:
+    """Compare adapters inside the learner with the model that they are merged into, as replicas get it."""
+    lora, is_needed = config.lora or LoraSettings(), config.lora is not None
+    try:
+        policy = _policy(config, lora)
+        random = torch.Generator(config.device).manual_seed(0)
+        with torch.no_grad():
+            for _, parameter in policy.trained():
+                parameter.normal_(0, _ADAPTER_STD, generator=random)
+            merged = dict(adapters.merged(policy.model, whole))
+            for name, parameter in model.named_parameters():
+                parameter.copy_(merged[name])
+        difference = Difference.between(_logprobs(policy, config, groups), _own(model, groups))
+    except BackendDown as error:
+        return Comparison("adapters", config.dtype, detail=_reason(error), is_needed=is_needed)
+    return Comparison("adapters", config.dtype, difference, f"rank {lora.rank}, merged", is_needed)
+
+
+def _policy(config: LearnerConfig, lora: LoraSettings | None) -> Policy:
+    return Policy(config.model_copy(update={"lora": lora, "dropout": False}), World(torch.device(config.device)))
+
+
+def _reason(error: BackendDown) -> str:
+    return f"{error}. {error.remedy}" if error.remedy else str(error)
+
+
+@torch.no_grad()
+def _own(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
+    use_attention(model, "eager")
+    return own_logprobs(model, groups)
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, config: LearnerConfig, groups: Sequence[PromptGroup]) -> torch.Tensor:
+    row = build_row(groups, torch.device(config.device), getattr(torch, config.dtype))
+    logprobs_N: torch.Tensor = policy.logprobs(row, 1.0)[0]
+    return logprobs_N

@@ -1,0 +1,1 @@
+"""The learner's durable state: journal, checkpoints, exports."""

@@ -1,0 +1,158 @@
+"""Rollouts laid end to end in rows without padding; siblings share their prompt's tokens.
+
+A row holds, for each group, the prompt and then the siblings' responses. Positions restart after the prompt for every
+sibling, and spans of attention keep each to its prompt and itself, so that each token sees exactly what it saw alone;
+a prompt is computed once.
+
+Shapes: L tokens of the row, N response tokens of it, R rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from poise.learner.models.attention import Span, Spans, build_spans
+from poise_client.types import Ints, TrainingRollout
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """Siblings of one prompt, all or some of them."""
+
+    prompt_token_ids: Ints
+    rollouts: tuple[TrainingRollout, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """What it takes of a row."""
+        return int(self.prompt_token_ids.size) + sum(rollout.token_ids.size for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """What goes through the model at once, and which of its outputs predict response tokens."""
+
+    token_ids_1L: torch.Tensor
+    positions_1L: torch.Tensor
+    spans: Spans
+    predictors_N: torch.Tensor
+    """Index of the token whose output predicts each response token."""
+    targets_N: torch.Tensor
+    rollout_logprobs_N: torch.Tensor
+    advantages_N: torch.Tensor
+    rewards_R: torch.Tensor
+    """Not a number where a rollout has none."""
+    lengths_R: torch.Tensor
+    """Response tokens of each rollout."""
+    num_attended: int
+    """Pairs of a token and one that it sees."""
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return int(self.token_ids_1L.numel())
+
+
+def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
+    """Gather siblings, in order of first appearance: same run, step, group and prompt tokens."""
+    groups: dict[tuple[str, int, str, bytes], list[TrainingRollout]] = {}
+    for rollout in rollouts:
+        key = (rollout.id.run_id, rollout.id.step, rollout.id.group_id, rollout.prompt_token_ids.tobytes())
+        groups.setdefault(key, []).append(rollout)
+    return [PromptGroup(siblings[0].prompt_token_ids, tuple(siblings)) for siblings in groups.values()]
+
+
+def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
+    """Distribute groups over rows of at most `max_tokens` tokens: first fit, the largest first.
+
+    Siblings too many for a row are split over several, each with the prompt; a rollout too long for one goes alone.
+    """
+    rows: list[list[PromptGroup]] = []
+    room: list[int] = []
+    pieces = [piece for group in groups for piece in _split(group, max_tokens)]
+    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):  # stable: the same batch packs alike
+        index = next((i for i, free in enumerate(room) if free >= piece.num_tokens), len(rows))
+        if index == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[index].append(piece)
+        room[index] -= piece.num_tokens
+    return rows
+
+
+def pack_padded(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
+    """Distribute rollouts, each with a prompt of its own, over rows of similar lengths.
+
+    A row has at most `max_tokens` tokens once its sequences are padded to the longest. A longer rollout gets a row of
+    its own.
+    """
+    alone = [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
+    rows: list[list[PromptGroup]] = []
+    for sequence in sorted(alone, key=lambda sequence: -sequence.num_tokens):
+        if not rows or (len(rows[-1]) + 1) * rows[-1][0].num_tokens > max_tokens:
+            rows.append([])
+        rows[-1].append(sequence)
+    return rows
+
+
+def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.dtype) -> PackedRow:
+    """Lay groups out as tensors, for models that compute in `dtype` on `device`."""
+    token_ids: list[Ints] = []
+    positions: list[Ints] = []
+    predictors: list[Ints] = []
+    spans: list[Span] = []
+    start = 0
+    for group in groups:
+        num_prompt = int(group.prompt_token_ids.size)
+        prompt_start, start = start, start + num_prompt
+        token_ids.append(group.prompt_token_ids)
+        positions.append(np.arange(num_prompt))
+        for rollout in group.rollouts:
+            num_own = int(rollout.token_ids.size)
+            token_ids.append(rollout.token_ids)
+            positions.append(np.arange(num_prompt, num_prompt + num_own))
+            # The prompt's last token predicts the first, each but the last its next.
+            predictors += [np.array([prompt_start + num_prompt - 1]), np.arange(start, start + num_own - 1)]
+            first = start == prompt_start + num_prompt
+            spans.append(
+                Span(prompt_start, start + num_own)
+                if first
+                else Span(start, start + num_own, prompt_start, prompt_start + num_prompt)
+            )
+            start += num_own
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = np.array([rollout.token_ids.size for rollout in rollouts])
+    advantages = np.array([rollout.advantage for rollout in rollouts], np.float32)
+    rewards = np.array([np.nan if rollout.reward is None else rollout.reward for rollout in rollouts], np.float32)
+    return PackedRow(
+        token_ids_1L=_tensor(np.concatenate(token_ids).astype(np.int64), device)[None],
+        positions_1L=_tensor(np.concatenate(positions), device)[None],
+        spans=build_spans(spans, device, dtype),
+        predictors_N=_tensor(np.concatenate(predictors), device),
+        targets_N=_tensor(np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64), device),
+        rollout_logprobs_N=_tensor(np.concatenate([rollout.logprobs for rollout in rollouts]), device),
+        advantages_N=_tensor(np.repeat(advantages, lengths), device),
+        rewards_R=_tensor(rewards, device),
+        lengths_R=_tensor(lengths, device),
+        num_attended=sum(span.num_attended for span in spans),
+    )
+
+
+def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
+    parts: list[list[TrainingRollout]] = []
+    room = 0
+    for rollout in group.rollouts:
+        if not parts or rollout.token_ids.size > room:
+            parts.append([])
+            room = max_tokens - int(group.prompt_token_ids.size)
+        parts[-1].append(rollout)
+        room -= int(rollout.token_ids.size)
+    return [PromptGroup(group.prompt_token_ids, tuple(part)) for part in parts]
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)

@@ -1,0 +1,1 @@
+"""Models made or unpacked on this machine, and `poise models check`."""

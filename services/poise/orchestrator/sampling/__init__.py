@@ -1,0 +1,1 @@
+"""From problems to scored rollouts: service clients, load balancing, rewards, baselines."""

@@ -1,0 +1,207 @@
+"""The numbers that a comparison comes down to, as a plain tree for comparison.json, its tables and its plots.
+
+What is not known is None; there is never a NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from poise.report.comparison.arithmetic import (
+    Curve,
+    MeanCurve,
+    common_levels,
+    crossing,
+    describe_spread,
+    make_curve,
+    mean_curve,
+    ratio,
+    spread,
+)
+from poise.report.curves import PHASES, RunRecord, load_run, nan_mean, number, series
+
+State = Literal["finished", "unfinished", "failed", "not begun"]
+
+AXES = {"tokens": "tokens", "seconds": "wall_s"}
+"""What curves are drawn against, and where each evaluation has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRun:
+    """One run of a comparison."""
+
+    name: str
+    """Of the settings; it is the same for every seed."""
+    seed: int
+    algorithm: str
+    folder: Path
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared."""
+
+    name: str
+    budget: Mapping[str, float]
+    """Of every run: `tokens`, `wall_s` or `updates`."""
+    reference: str
+    """Name of the run that ratios are against."""
+    levels: Sequence[float]
+    """Rewards to be reached; empty chooses them from the curves."""
+    runs: Sequence[ComparedRun]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seed:
+    """One run, read."""
+
+    run: ComparedRun
+    record: RunRecord
+    curves: dict[str, Curve]
+    """By axis."""
+
+
+def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
+    """Return the tree. `runs` in it is by name, and within each `seeds` by seed."""
+    by_name: dict[str, list[_Seed]] = {}
+    for run in comparison.runs:
+        by_name.setdefault(run.name, []).append(_read(run))
+    means = {
+        name: {axis: mean_curve([seed.curves[axis] for seed in seeds]) for axis in AXES}
+        for name, seeds in by_name.items()
+    }
+    on_tokens = [mean.curve for name in by_name if (mean := means[name]["tokens"])]
+    levels = list(comparison.levels) or common_levels(on_tokens)
+    runs = {name: _run_tree(seeds, means[name], levels) for name, seeds in by_name.items()}
+    for tree in runs.values():
+        _add_ratios(tree, runs[comparison.reference])
+    return {
+        "name": comparison.name,
+        "budget": dict(comparison.budget),
+        "reference": comparison.reference,
+        "is_complete": all(run.state == "finished" for run in comparison.runs),
+        "levels": levels,
+        "levels_from": "settings" if comparison.levels else "curves",
+        "runs": runs,
+    }
+
+
+def _read(run: ComparedRun) -> _Seed:
+    record = load_run(run.folder)
+    curves = {
+        axis: make_curve((getattr(one, place), one.interval.mean) for one in record.evaluations)
+        for axis, place in AXES.items()
+    }
+    return _Seed(run, record, curves)
+
+
+def _run_tree(seeds: Sequence[_Seed], means: Mapping[str, MeanCurve | None], levels: Sequence[float]) -> dict[str, Any]:
+    measured = [seed for seed in seeds if seed.record.metrics]
+    return {
+        "algorithm": seeds[0].run.algorithm,
+        "spread": describe_spread(sum(bool(seed.record.evaluations) for seed in seeds)),
+        "seeds": {str(seed.run.seed): _seed_tree(seed, levels) for seed in seeds},
+        "curves": {axis: _curve_tree(mean) for axis, mean in means.items()},
+        "final": _final(seeds),
+        "to_reach": {axis: [_reach(mean, level) for level in levels] for axis, mean in means.items()},
+        "num_steps": _over(measured, lambda record: float(len(record.metrics))),
+        "tokens": _over(measured, lambda record: number(record.metrics[-1], "tokens")),
+        "wall_s": _over(measured, lambda record: number(record.metrics[-1], "wall_s")),
+        "mean_squared_advantage": _over(measured, lambda record: _mean(record, "advantage_variance", "used")),
+        "gradient_variance": _over(measured, _gradient_variance),
+        "gradient_variance_at_equal_tokens": _over(measured, _variance_at_equal_tokens),
+        "zero_advantage_share": _over(measured, lambda record: _mean(record, "zero_advantage_share")),
+        "time_s": {phase: _over(measured, partial(_total_s, phase)) for phase in (*PHASES, "total")},
+    }
+
+
+def _seed_tree(seed: _Seed, levels: Sequence[float]) -> dict[str, Any]:
+    rows = seed.record.metrics
+    return {
+        "state": seed.run.state,
+        "folder": str(seed.run.folder),
+        "num_steps": len(rows),
+        "evaluations": [
+            {"step": one.step, "tokens": _plain(one.tokens), "wall_s": _plain(one.wall_s), **asdict(one.interval)}
+            for one in seed.record.evaluations
+        ],
+        "to_reach": {axis: [crossing(curve, level) for level in levels] for axis, curve in seed.curves.items()},
+    }
+
+
+def _curve_tree(mean: MeanCurve | None) -> dict[str, Any] | None:
+    if mean is None:
+        return None
+    return {
+        "x": mean.curve.x.tolist(),
+        "mean": mean.curve.y.tolist(),
+        "low": mean.low.tolist(),
+        "high": mean.high.tolist(),
+    }
+
+
+def _reach(mean: MeanCurve | None, level: float) -> dict[str, Any]:
+    return {"level": level, "on_mean_curve": None if mean is None else crossing(mean.curve, level)}
+
+
+def _final(seeds: Sequence[_Seed]) -> dict[str, Any] | None:
+    """Return the last held-out reward: its mean over seeds, or, of a single one, with its interval over prompts."""
+    last = [seed.record.evaluations[-1].interval for seed in seeds if seed.record.evaluations]
+    if not last:
+        return None
+    if len(last) == 1:
+        return asdict(last[0]) | {"interval": "95 % over held-out prompts, one seed"}
+    return asdict(spread([one.mean for one in last])) | {"interval": describe_spread(len(last))}
+
+
+def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
+    """Add to a run's tree what it took relative to the reference: on the mean curves, and seed by seed."""
+    for axis, reaches in tree["to_reach"].items():
+        for index, reach in enumerate(reaches):
+            theirs = reference["to_reach"][axis][index]["on_mean_curve"]
+            reach["ratio"] = ratio(reach["on_mean_curve"], theirs)
+            reach["by_seed"] = {seed: one["to_reach"][axis][index] for seed, one in tree["seeds"].items()}
+            reach["ratio_by_seed"] = {
+                seed: ratio(value, reference["seeds"][seed]["to_reach"][axis][index])
+                for seed, value in reach["by_seed"].items()
+            }
+    for name in ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens"):
+        ours, theirs = tree[name], reference[name]
+        if ours is not None:
+            ours["ratio"] = ratio(ours["mean"], theirs and theirs["mean"])
+
+
+def _over(seeds: Sequence[_Seed], measure: Callable[[RunRecord], float]) -> dict[str, Any] | None:
+    """Return a number's mean and spread over the seeds that have it; None when none has."""
+    values = [value for seed in seeds if math.isfinite(value := measure(seed.record))]
+    return asdict(spread(values)) | {"num_seeds": len(values)} if values else None
+
+
+def _mean(record: RunRecord, *path: str) -> float:
+    return nan_mean(series(record.metrics, *path))
+
+
+def _gradient_variance(record: RunRecord) -> float:
+    """Return its mean over the steps; NaN where it was not measured, of which the learner makes 0 throughout."""
+    return _mean(record, "learner", "gradient_variance") or math.nan
+
+
+def _variance_at_equal_tokens(record: RunRecord) -> float:
+    """Return the variance times the tokens of a step: a step of twice the tokens has half of it by size alone."""
+    return _gradient_variance(record) * number(record.metrics[-1], "tokens") / len(record.metrics)
+
+
+def _total_s(phase: str, record: RunRecord) -> float:
+    return float(np.nansum(series(record.metrics, "time_s", phase)))
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,170 @@
+"""The tables of a comparison as rows of words, for the page and for Markdown alike.
+
+Owns the words; the numbers are `summary`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from poise.report.curves import PHASES
+from poise.report.page import decimal, duration, thousands
+
+Tree = Mapping[str, Any]
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with its title and what to know when reading it."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def headline(tree: Tree) -> str:
+    """Say what was compared, and whether all of it was run."""
+    (kind, amount), *_ = tree["budget"].items()
+    unit = {"tokens": "response tokens", "wall_s": "seconds of training", "updates": "updates"}[kind]
+    states = [seed["state"] for run in tree["runs"].values() for seed in run["seeds"].values()]
+    num_finished = states.count("finished")
+    partial = "" if tree["is_complete"] else f" {num_finished} of {len(states)} runs are finished: this is not the end."
+    return f"Each run may spend {thousands(amount)} {unit}.{partial}"
+
+
+def tables(tree: Tree) -> list[Table]:
+    """Return all of them."""
+    to_reach = [_to_reach(tree, "tokens", thousands), _to_reach(tree, "seconds", duration)]
+    return [_final(tree), *to_reach, _gradients(tree), _time(tree), _runs(tree)]
+
+
+def _final(tree: Tree) -> Table:
+    rows = []
+    for name, run in tree["runs"].items():
+        final = run["final"]
+        told = [decimal(final["mean"]), _range(final), final["interval"]] if final else [UNKNOWN] * 3
+        spent = [_mean(run["num_steps"], thousands), _mean(run["tokens"], thousands), _mean(run["wall_s"], duration)]
+        rows.append([name, run["algorithm"], *told, *spent])
+    head = ["run", "algorithm", "held-out reward", "interval", "of what", "steps", "tokens", "time"]
+    note = "The last evaluation of each run. Steps, tokens and seconds are means over seeds; no evaluation counts."
+    return Table("Final held-out reward", note, head, rows)
+
+
+def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
+    title = f"{axis.capitalize()} to reach a held-out reward"
+    rows = []
+    for name, run in tree["runs"].items():
+        cells = []
+        for reach in run["to_reach"][axis]:
+            if reach["on_mean_curve"] is None:
+                cells.append("not reached" + _by_seed(reach, write))
+            else:
+                against = "" if reach["ratio"] is None else f" ×{decimal(reach['ratio'], 2)}"
+                cells.append(f"{write(reach['on_mean_curve'])}{against}{_by_seed(reach, write)}")
+        rows.append([name, *cells])
+    if not tree["levels"]:
+        return Table(title, "No level is above the common start and reached by all.", ["run"], rows)
+    note = (
+        f"Interpolated on the mean curve, which ends where the first of its seeds does; × is the ratio to "
+        f"{tree['reference']}, below 1 is less. In brackets the least and greatest of the seeds' own curves, and how "
+        "many of them reached it, where there are several."
+    )
+    return Table(title, note, ["run", *map(decimal, tree["levels"])], rows)
+
+
+def _by_seed(reach: Tree, write: Any) -> str:
+    values = [value for value in reach["by_seed"].values() if value is not None]
+    num_seeds = len(reach["by_seed"])
+    if num_seeds < 2:
+        return ""
+    if not values:
+        return f" (0 of {num_seeds})"
+    of_all = "" if len(values) == num_seeds else f", {len(values)} of {num_seeds}"
+    return f" ({write(min(values))} to {write(max(values))}{of_all})"
+
+
+def _gradients(tree: Tree) -> Table:
+    names = ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens")
+    rows = [
+        [name, *(_measured(run[one]) for one in names), _mean(run["zero_advantage_share"], _percent)]
+        for name, run in tree["runs"].items()
+    ]
+    head = ["run", "mean squared advantage", "gradient variance", "at equal tokens", "groups of zero advantage"]
+    note = (
+        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. At equal tokens: the variance of a "
+        "mini-batch's gradient times the tokens of a step, for a larger step has less of it by its size alone."
+    )
+    return Table("Advantages and gradients", note, head, rows)
+
+
+def _time(tree: Tree) -> Table:
+    rows = [
+        [name, *(_mean(run["time_s"][phase], duration) for phase in (*PHASES, "total"))]
+        for name, run in tree["runs"].items()
+    ]
+    note = "Mean over seeds of the whole run. Phases of steps that are sampled ahead overlap those of others."
+    return Table("Time per phase", note, ["run", *PHASES, "total"], rows)
+
+
+def _runs(tree: Tree) -> Table:
+    rows = [
+        [name, seed, one["state"], str(one["num_steps"]), one["folder"]]
+        for name, run in tree["runs"].items()
+        for seed, one in run["seeds"].items()
+    ]
+    return Table("Runs", "", ["run", "seed", "state", "steps", "folder"], rows)
+
+
+def markdown(tree: Tree) -> str:
+    """Return comparison.md."""
+    return "\n".join(_markdown_lines(tree)) + "\n"
+
+
+def plain(tree: Tree) -> str:
+    """Return what people are shown when runs are done: the rewards, and the tokens to reach them."""
+    return "\n\n".join([headline(tree), *("\n".join([one.title, *_aligned(one)]) for one in tables(tree)[:2])])
+
+
+def _aligned(table: Table) -> Iterator[str]:
+    rows = [table.head, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _markdown_lines(tree: Tree) -> Iterator[str]:
+    yield from (f"# {tree['name']}", "", headline(tree))
+    for table in tables(tree):
+        yield from ("", f"## {table.title}", "")
+        if table.note:
+            yield from (table.note, "")
+        yield from (_markdown_row(table.head), _markdown_row(["---"] * len(table.head)))
+        yield from map(_markdown_row, table.rows)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _mean(one: Tree | None, write: Any) -> str:
+    return write(one["mean"]) if one else UNKNOWN
+
+
+def _measured(one: Tree | None) -> str:
+    if one is None:
+        return UNKNOWN
+    against = "" if one["ratio"] is None else f" ×{decimal(one['ratio'], 2)}"
+    within = f" ({one['low']:.3g} to {one['high']:.3g})" if one["num_seeds"] > 1 else ""
+    return f"{one['mean']:.3g}{against}{within}"
+
+
+def _range(interval: Tree) -> str:
+    return f"{decimal(interval['low'])} to {decimal(interval['high'])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,222 @@
+"""report.html of a run: one file that needs nothing else, no network and no script.
+
+Owns the words; figures.py owns the drawings, summary.py the numbers. Everything from the run's files is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.report import figures
+from poise.report.curves import Row, RunRecord, load_run, number
+from poise.report.page import render_page
+from poise.report.scores import score_names, score_rows
+from poise.report.summary import summarise_record
+from poise.runtime.files.atomic import write_file
+
+_ESSENTIALS = (
+    "model",
+    "engine",
+    "dtype",
+    "algorithm",
+    "bootstrap",
+    "seed",
+    "num_steps",
+    "prompts_per_step",
+    "rollouts_per_prompt",
+    "name",
+    "domain",
+    "weight",
+    "temperature",
+    "top_p",
+    "pass_threshold",
+    "max_tokens",
+    "num_prompts",
+    "every_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_updates",
+    "mini_batch_prompts",
+    "max_staleness",
+    "warmup_steps",
+    "alpha",
+    "inputs",
+)
+"""Names of settings that a reader needs to judge the run. A list of what is shown, so that no secret can slip in."""
+
+_MAX_TRAJECTORIES = 12
+_MAX_TEXT = 2000
+"""Characters shown of a prompt or response."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into the run folder, whole or not at all, and return its path.
+
+    Any folder will do: what a run has not recorded yet is left out, and said to be.
+    """
+    path = run_dir / "report.html"
+    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON can hold halves of surrogate pairs
+    return path
+
+
+def render_report(run_dir: Path) -> str:
+    """Return the text of report.html."""
+    from markupsafe import Markup
+
+    record = load_run(run_dir)
+    drawings = {
+        "reward": figures.reward_figure(record),
+        "calibration": figures.calibration_figure(record.values),
+        "variance": figures.variance_figure(record.metrics),
+        "time": figures.time_figure(record.metrics),
+        "health": figures.health_figure(record.metrics),
+    }
+    summary = summarise_record(record)
+    return render_page(
+        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"),
+        name=_run_name(run_dir),
+        summary=summary,
+        verdict=_verdict(summary["held_out"]),
+        figures={name: Markup(svg) if svg else None for name, svg in drawings.items()},  # noqa: S704  (our own SVG)
+        settings=_settings(run_dir / "config.yaml"),
+        trajectories=_samples(record),
+        domains=_domains(summary["held_out"]),
+        scores=_scores(summary["held_out"]),
+        probes=_probes(run_dir / "probes.json"),
+    )
+
+
+def _verdict(held_out: dict[str, Any] | None) -> str:
+    """Say in a sentence what the held-out reward did."""
+    if held_out is None:
+        return "Held-out reward was not evaluated."
+    if held_out["before"] is None:
+        return "Held-out reward was not evaluated before training, so there is nothing to compare with."
+    if held_out["after"] is None:
+        return "Held-out reward has been evaluated before training only."
+    so_far = "" if held_out["after"]["when"] == "after" else f" so far, at step {held_out['after']['step']}"
+    words = {
+        "rose_beyond_intervals": "rose beyond the intervals",
+        "rose": "rose: on the same prompts the gain is above zero, though the two intervals meet",
+        "fell": "fell",
+        "unclear": "did not rise beyond the intervals",
+    }
+    return f"Held-out reward {words[held_out['verdict']]}{so_far}."
+
+
+def _domains(held_out: dict[str, Any] | None) -> list[tuple[str, float | None, float | None]]:
+    """Return (domain, before, after) of every domain, when there is more than one."""
+    if held_out is None:
+        return []
+    before, after = (held_out[when]["by_domain"] if held_out[when] else {} for when in ("before", "after"))
+    names = sorted({*before, *after})
+    return [(name, before.get(name), after.get(name)) for name in names] if len(names) > 1 else []
+
+
+def _scores(held_out: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the table of avg@n and pass@k, with the intervals before and after in each cell; None without scores."""
+    tables = [one and one["scores"] for one in (held_out["before"], held_out["after"])] if held_out else []
+    told = [dict(score_rows(table)) for table in tables if table]
+    if not told:
+        return None
+    names = score_names(told[-1]["overall"])
+    rows = [
+        (
+            group,
+            scores["num_prompts"],
+            [[table[group][name] for table in told if _tells(table, group, name)] for name in names],
+        )
+        for group, scores in told[-1].items()
+    ]
+    return {"names": names, "rows": rows}
+
+
+def _tells(table: dict[str, Any], group: str, name: str) -> bool:
+    return name in table.get(group, {})
+
+
+def _probes(path: Path) -> list[dict[str, Any]]:
+    """Return what the value service said of its probes in the end; nothing where it did not."""
+    try:
+        probes = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [probe for probe in probes if isinstance(probe, dict)] if isinstance(probes, list) else []
+
+
+def _samples(record: RunRecord) -> list[dict[str, Any]]:
+    """Return trajectories to show: half from the run's beginning, half from its end."""
+    rows = record.trajectories
+    if len(rows) > _MAX_TRAJECTORIES:
+        half = _MAX_TRAJECTORIES // 2
+        rows = rows[:half] + rows[-half:]
+    return [
+        {
+            "step": row.get("step"),
+            "domain": row.get("domain"),
+            "prompt": _shortened(_text(row.get("prompt"))),
+            "response": _shortened(_text(row.get("response"))),
+            "answer": _shortened(_text(row.get("answer"))),
+            **{key: _finite(row, key) for key in ("reward", "value", "advantage")},
+        }
+        for row in rows
+    ]
+
+
+def _text(value: Any) -> str:
+    """Return a prompt as text, be it text or chat messages."""
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in value)
+    return "" if value is None else str(value)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_TEXT:
+        return text
+    return f"{text[:_MAX_TEXT]}… ({len(text) - _MAX_TEXT} more characters)"
+
+
+def _finite(row: Row, key: str) -> float | None:
+    value = number(row, key)
+    return value if abs(value) < float("inf") else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return the tree of a YAML file; empty when it is missing or no tree."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _run_name(run_dir: Path) -> str:
+    config = _config(run_dir / "config.yaml")
+    run = config.get("run")
+    name = config.get("run_id") or (run.get("name") if isinstance(run, dict) else None)
+    return str(name or run_dir.resolve().name)
+
+
+def _settings(path: Path) -> list[tuple[str, str]]:
+    """Return the essential settings as (dotted path, value)."""
+    return [(name, value) for name, value in _leaves(_config(path)) if name.rpartition(".")[2] in _ESSENTIALS]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, (dict, list)) for item in tree):
+        for index, item in enumerate(tree):
+            yield from _leaves(item, f"{prefix}.{index}")
+    elif isinstance(tree, list):
+        yield prefix, ", ".join(map(str, tree))
+    elif tree is not None:
+        yield prefix, re.sub(r"://[^/@\s]*@", "://…@", str(tree))

@@ -1,0 +1,1 @@
+"""The REST admin app that every service has."""

@@ -1,0 +1,1 @@
+"""What command-line programs share: exit statuses, signals, closed pipes, the console."""

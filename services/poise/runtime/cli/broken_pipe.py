@@ -1,0 +1,59 @@
+"""Output whose reader may exit, as in `poise run | head`: the program detects it and ends without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+from poise.runtime.cli.exit_status import OUTPUT_CLOSED
+
+
+class OutputClosed(Exception):
+    """Standard output has no reader any more. Not an `OSError`, which callers may handle as a disk error."""
+
+
+def is_unread(stream: IO[Any] | None) -> bool:
+    """Whether a stream is a pipe or socket whose other end is closed."""
+    try:
+        descriptor = -1 if stream is None else stream.fileno()
+    except (OSError, ValueError):  # a stream of no file, or closed
+        return False
+    if descriptor < 0:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def abandon_output() -> None:
+    """Discard the rest of standard output, on which the interpreter would fail again when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def ending_with_reader() -> Iterator[None]:
+    """Exit with `OUTPUT_CLOSED` when standard output cannot be written because its reader is gone."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # is None where a program was started without one
+                sys.stdout.flush()
+    except OutputClosed:
+        sys.exit(OUTPUT_CLOSED)
+    except OSError as error:
+        if error.errno == errno.EPIPE and is_unread(sys.stdout):
+            abandon_output()
+            sys.exit(OUTPUT_CLOSED)
+        if error.errno == errno.ENOSPC and error.filename is None:  # such as /dev/full
+            abandon_output()
+            sys.exit(f"poise: the output cannot be written: {error.strerror}")
+        raise

@@ -1,0 +1,22 @@
+"""The console that programs print their progress and results on."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from poise.runtime.cli.broken_pipe import OutputClosed, abandon_output
+
+
+class OutputConsole(Console):
+    """A console on standard output. Raises `OutputClosed` when its reader is gone, where rich would exit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(file=sys.stdout, **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Called by rich when a write failed."""
+        abandon_output()
+        raise OutputClosed from None

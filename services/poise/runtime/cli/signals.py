@@ -1,0 +1,36 @@
+"""Stopping by signal, alike everywhere: the first asks to finish the work in hand, the second ends the process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from poise.runtime.cli.exit_status import INTERRUPTED
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stopping_by_signal(finish: Callable[[], None], abandon: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """On the running loop, call `finish` at the first SIGINT or SIGTERM; at the second, `abandon`, and exit at once."""
+    loop = asyncio.get_running_loop()
+    signalled = False
+
+    def on_signal() -> None:
+        nonlocal signalled
+        if signalled:
+            abandon()
+            os._exit(INTERRUPTED)
+        signalled = True
+        finish()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,1 @@
+"""Typed settings: reading, merging, checking and printing them."""

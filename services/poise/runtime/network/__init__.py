@@ -1,0 +1,1 @@
+"""Addresses, name resolution, certificates, tokens, and process groups that broadcast bytes."""

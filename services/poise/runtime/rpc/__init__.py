@@ -1,0 +1,1 @@
+"""gRPC requests: interceptors, stream parsing and field validation."""

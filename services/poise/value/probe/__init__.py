@@ -1,0 +1,1 @@
+"""The probe: its inputs, window, fit and diagnostics."""

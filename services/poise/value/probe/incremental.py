@@ -1,0 +1,203 @@
+"""Fits the probe of one domain again and again as its window slides, at the cost of the rows that changed.
+
+Owns what is kept between fits. Knows no versions and no steps. The mathematics is `RidgeFitter`'s. The principal
+components of each hidden state are followed instead of being computed afresh, see `subspace`; and as every row is known
+by its few coordinates in those bases, the standardised ridge follows from their sums of products, kept too.
+
+Kept in memory, and made again from the window after a restart: with l = components + 48, (8·n + 16·d)·l bytes a hidden
+input. At n = 4096, d = 2560 and the default components that is 14 MB a domain; its window is 84 MB.
+
+Shapes: n rows, d the model's width, m coordinates of a row: in the basis of each hidden input, scalars, target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from poise.value.probe.features import ENTROPY_MEANS, Floats, LabelledRows
+from poise.value.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
+from poise.value.probe.subspace import Doubles, Subspace
+
+_SCALAR_COLUMNS = {"entropy": len(ENTROPY_MEANS), "sibling_reward": 1}
+
+_ROUNDING = 1e-7
+"""Of a column's mean: a standard deviation below it is taken for none."""
+
+
+class GramFitter:
+    """The probe of one domain. Deterministic: the same sequence of fits gives the same probes; where it is not
+    incremental, the same groups in the same order do."""
+
+    def __init__(
+        self,
+        inputs: tuple[ProbeInput, ...],
+        prompt_components: int,
+        response_components: int,
+        alpha: float,
+        rows_per_component: int = 1,
+        *,
+        incremental: bool = True,
+    ) -> None:
+        self._inputs = inputs
+        self._scalars = [name for name in inputs if name not in HIDDEN_INPUTS]
+        self._prompt_components = prompt_components
+        self._response_components = response_components
+        self._alpha = alpha
+        self._rows_per_component = rows_per_component
+        self._incremental = incremental
+        self._threads = ThreadpoolController()
+        self._forget()
+
+    def _forget(self) -> None:
+        components = {"prompt_hidden": self._prompt_components, "response_hidden": self._response_components}
+        self._subspaces: dict[str, Subspace] = {
+            name: Subspace(components[name], self._rows_per_component) for name in self._inputs if name in HIDDEN_INPUTS
+        }
+        self._kept: dict[int, tuple[LabelledRows, Doubles]] = {}
+        """By identity: the groups of the last fit, each with its rows' coordinates in everything, [n, m]."""
+        self._num_rows = self._num_rows_added = 0
+        self.num_fits_since_rebuild = 0
+        """0 if the last fit passed over all rows."""
+        self._sum: Doubles = np.zeros(0)
+        self._products: Doubles = np.zeros((0, 0))
+
+    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        """See `ProbeFitter.fit`. Groups are told apart by identity: the same one must hold the same numbers."""
+        if not self._incremental:
+            self._forget()
+        try:
+            # One thread: an update is made of products so small that two threads mostly wait for each other, ten times
+            # as long when the cores have other work; and the other cores are the queries'. What is not finite is found
+            # in the end.
+            with self._threads.limit(limits=1), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                return self._fit(groups)
+        except Exception:
+            self._forget()  # half updated
+            raise
+
+    def _fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+        now = {id(group) for group in groups}
+        removed = [group for group, _ in self._kept.values() if id(group) not in now]
+        added = [group for group in groups if id(group) not in self._kept]
+        num_rows = sum(len(group.rows) for group in groups)
+        self._num_rows_added += sum(len(group.rows) for group in added)
+        fits = all(subspace.fits(_hidden(groups, name)) for name, subspace in self._subspaces.items())
+        # Once the whole window has been replaced, nothing is left of the rows that the bases were made for.
+        if not self._kept or not fits or self._num_rows_added >= num_rows:
+            self._rebuild(groups)
+            return self._solve()
+        self.num_fits_since_rebuild += 1
+        self._remove(removed)
+        self._add(added, {name: subspace.add(_hidden(added, name)) for name, subspace in self._subspaces.items()})
+        probe = self._solve()
+        if any(subspace.outdated for subspace in self._subspaces.values()):
+            self._rebuild(groups)
+            probe = self._solve()
+        return probe
+
+    def _rebuild(self, groups: Sequence[LabelledRows]) -> None:
+        hidden = {name: subspace.rebuild(_hidden(groups, name)) for name, subspace in self._subspaces.items()}
+        self._kept, self._num_rows, self._num_rows_added, self.num_fits_since_rebuild = {}, 0, 0, 0
+        self._sum, self._products = np.zeros(()), np.zeros(())
+        self._add(groups, hidden)
+
+    def _add(self, groups: Sequence[LabelledRows], hidden: Mapping[str, Doubles]) -> None:
+        if not groups:
+            return
+        scalars = [_scalars(groups, name) for name in self._scalars]
+        targets = np.concatenate([group.targets for group in groups]).astype(np.float64)
+        coordinates = np.column_stack([*hidden.values(), *scalars, targets])
+        self._count(coordinates, 1)
+        start = 0
+        for group in groups:
+            self._kept[id(group)] = group, coordinates[start : start + len(group.rows)]
+            start += len(group.rows)
+
+    def _remove(self, groups: Sequence[LabelledRows]) -> None:
+        if not groups:
+            return
+        coordinates = np.concatenate([self._kept.pop(id(group))[1] for group in groups])
+        self._count(coordinates, -1)
+        start = 0
+        for name, subspace in self._subspaces.items():
+            end = start + subspace.basis.shape[1]
+            subspace.remove(_hidden(groups, name), coordinates[:, start:end])
+            start = end
+
+    def _count(self, coordinates: Doubles, sign: int) -> None:
+        self._num_rows += sign * len(coordinates)
+        self._sum = self._sum + sign * coordinates.sum(axis=0)
+        self._products = self._products + sign * (coordinates.T @ coordinates)
+
+    def _solve(self) -> FittedProbe:
+        """Return the probe, and the prompt's own, which takes no more than its part of the same sums."""
+        mean = self._sum / self._num_rows
+        scatter = self._products - self._num_rows * np.outer(mean, mean)
+        maps: dict[str, Doubles] = {}
+        start = 0
+        prompt_only = None
+        for name, subspace in self._subspaces.items():
+            here = slice(start, start + subspace.basis.shape[1])
+            maps[name] = subspace.rotation(scatter[here, here], mean[here], self._num_rows)
+            start = here.stop
+            if name == "prompt_hidden":
+                kept = np.r_[here, -1]
+                weights, bias = self._regress({name: maps[name]}, mean[kept], scatter[np.ix_(kept, kept)])
+                prompt_only = PromptProbe(weights[name], bias)
+        maps |= {name: np.eye(_SCALAR_COLUMNS[name]) for name in self._scalars}
+        return FittedProbe(*self._regress(maps, mean, scatter), prompt_only)
+
+    def _regress(
+        self, maps: Mapping[str, Doubles], mean: Doubles, scatter: Doubles
+    ) -> tuple[dict[str, Doubles], float]:
+        """Return weights and bias of the ridge regression of the targets on the standardised components and scalars.
+
+        `maps` holds, of each input, its coordinates' map to them; `mean` [m] and `scatter` [m, m] end with the target.
+        """
+        derive = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
+        variances = derive.T @ scatter[:-1, :-1] @ derive
+        scale = np.sqrt(np.maximum(variances.diagonal(), 0) / self._num_rows)
+        # Of a column that never varies the subtraction leaves rounding. Scaled by 1 it stays that small.
+        scale[scale <= _ROUNDING * np.abs(mean[:-1] @ derive)] = 1.0
+        penalised = variances / np.outer(scale, scale) + self._alpha * np.eye(len(scale))
+        coefficients = derive @ (np.linalg.solve(penalised, derive.T @ scatter[:-1, -1] / scale) / scale)
+
+        bias = float(mean[-1] - mean[:-1] @ coefficients)
+        weights: dict[str, Doubles] = {}
+        start = 0
+        for name, rotation in maps.items():
+            own = coefficients[start : start + len(rotation)]
+            start += len(rotation)
+            if name in self._subspaces:
+                subspace = self._subspaces[name]
+                weights[name] = subspace.basis @ own
+                bias -= float(subspace.origin @ weights[name])
+            else:
+                weights[name] = own
+        if not np.isfinite(bias) or not all(np.isfinite(array).all() for array in weights.values()):
+            raise ArithmeticError("the fit gave parameters that are not finite")
+        return weights, bias
+
+
+def _hidden(groups: Sequence[LabelledRows], name: str) -> list[Floats]:
+    if name == "prompt_hidden":
+        return [group.rows.prompt_hidden for group in groups]
+    return [group.rows.response_hidden for group in groups]
+
+
+def _scalars(groups: Sequence[LabelledRows], name: str) -> Floats:
+    if name == "entropy":
+        return np.concatenate([group.rows.entropies for group in groups])[:, ENTROPY_MEANS]
+    return np.concatenate([group.rewards for group in groups])[:, None]
+
+
+def _block_diagonal(blocks: Sequence[Doubles]) -> Doubles:
+    whole = np.zeros((sum(len(block) for block in blocks), sum(block.shape[1] for block in blocks)))
+    row = column = 0
+    for block in blocks:
+        whole[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return whole

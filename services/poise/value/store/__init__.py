@@ -1,0 +1,1 @@
+"""The value service's durable state."""

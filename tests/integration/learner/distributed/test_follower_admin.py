@@ -1,0 +1,45 @@
+"""The admin port of a process that follows."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+
+from poise.learner.distributed.follower_admin import answering_probes
+from poise.runtime.config.settings import AdminConfig, ConfigError
+
+
+@pytest.fixture
+def config() -> AdminConfig:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return AdminConfig(port=listening.getsockname()[1])
+
+
+def ask(config: AdminConfig, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{config.port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_follower_lives_at_once_and_is_ready_once_it_has_loaded(config: AdminConfig) -> None:
+    with answering_probes(config) as loaded:
+        assert ask(config, "/healthz") == (200, "ok")
+        assert ask(config, "/readyz")[0] == 503
+        loaded.set()
+        assert ask(config, "/readyz")[0] == 200
+        assert ask(config, "/metrics") == (200, "")
+        assert ask(config, "/admin/v1/status")[0] == 404
+    with pytest.raises(OSError, match="refused"):
+        ask(config, "/healthz")
+
+
+def test_a_taken_port_is_named(config: AdminConfig) -> None:
+    taken = answering_probes(config)
+    with answering_probes(config), pytest.raises(ConfigError, match=f"admin: cannot listen on 127.0.0.1:{config.port}"):
+        taken.__enter__()

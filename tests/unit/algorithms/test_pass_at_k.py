@@ -1,0 +1,50 @@
+"""pass@k against numbers worked by hand, and against counting every draw."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from poise.algorithms.pass_at_k import attempt_counts, pass_at_k
+
+
+def test_hand_worked_numbers() -> None:
+    passed = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert pass_at_k(passed, 1).tolist() == pytest.approx([1 / 4, 1 / 2, 3 / 4])
+    # C(3, 2) / C(4, 2) = 3/6 draws of two hold no pass; of two failures there is one such draw; of one, none.
+    assert pass_at_k(passed, 2).tolist() == pytest.approx([1 / 2, 5 / 6, 1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("num_passed", range(7))
+def test_it_is_the_share_of_draws_that_hold_a_pass(num_passed: int, k: int) -> None:
+    passed = [index < num_passed for index in range(6)]
+    draws = list(combinations(passed, k))
+    assert pass_at_k([passed], k)[0] == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_none_that_passed_is_exactly_0_and_all_exactly_1() -> None:
+    for k in (1, 3, 8):
+        assert pass_at_k([[False] * 8, [True] * 8], k).tolist() == [0, 1]
+
+
+def test_all_rollouts_drawn_hold_a_pass_if_there_is_any() -> None:
+    assert pass_at_k([[0, 0, 0], [0, 0, 1], [1, 1, 1]], 3).tolist() == [0, 1, 1]
+
+
+def test_many_rollouts_neither_overflow_nor_vanish() -> None:
+    passed = np.arange(256) < 1
+    assert pass_at_k([passed], 128)[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_more_attempts_than_rollouts_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match="k must be in 1 to 3, the rollouts of a prompt, not"):
+        pass_at_k([[1, 0, 0]], k)
+
+
+@pytest.mark.parametrize(("num_rollouts", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (8, [1, 2, 4, 8])])
+def test_counts_are_powers_of_two_up_to_the_rollouts(num_rollouts: int, counts: list[int]) -> None:
+    assert attempt_counts(num_rollouts) == counts

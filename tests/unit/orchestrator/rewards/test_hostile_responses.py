@@ -1,0 +1,58 @@
+"""Reading a response takes time in proportion to its length, whatever it contains.
+
+A quadratic search over a million characters takes hours; the limit here leaves any machine enough time for a
+linear one.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from poise.orchestrator.rewards.config import VerifierConfig
+from poise.orchestrator.rewards.pool import VerifierPool
+from poise.orchestrator.tasks.problem import Problem
+
+LENGTH = 1_000_000
+TAGS = ["<think>", "</think>", "<answer>", "<think></think><answer>", "<answer></answer", "<", " "]
+NUMBERS = [
+    *(r"\boxed{", r"\boxed", r"\frac{", r"\sqrt", r"\text{", r"\{", "\\", "#### ", "#", "the answer is ", "\n- ", "a"),
+    *("1", "1,", ",234", "1.", "1_", "1 ", "1e", "2^", "1+", "±1", "2x", "$1", "½", "²", "１", "√", "-", "*", "**a"),
+    *("(", "(1,", "[1,", "{", "|", "log(", "sin ", "5 m/", "(1,2)∪"),
+]
+
+
+async def verify_all(responses, verifier, answer):
+    config = VerifierConfig(num_workers=1, timeout_s=300, max_response_chars=LENGTH)
+    async with VerifierPool(config) as pool:
+        verdicts = await pool.verify_all([Problem("d", "p", answer, verifier)] * len(responses), responses)
+    return {response[:20]: verdict.error for response, verdict in zip(responses, verdicts, strict=True)}
+
+
+@pytest.mark.parametrize(("verifier", "texts"), [("exact", TAGS), ("regex", TAGS), ("numeric", TAGS + NUMBERS)])
+async def test_million_characters_are_read_in_linear_time(verifier, texts):
+    responses = [text * (LENGTH // len(text)) for text in texts]
+    errors = await verify_all(responses, verifier, "4")
+    assert set(errors.values()) == {None}
+
+
+@pytest.mark.parametrize("answer", ["4", "(1,2)", "x+1"])
+async def test_boxes_full_of_nonsense_are_read(answer):
+    responses = [f"\\boxed{{{text * (1000 // len(text))}" for text in NUMBERS]
+    errors = await verify_all(responses, "numeric", answer)
+    assert set(errors.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["9**9**9**9", "2000!*1999!*1998!", "1e999999999", "exp(exp(exp(exp(9))))", "9^" * 900 + "9", "sin(1e999999)"],
+)
+async def test_values_too_large_to_compute_are_wrong_at_once(response):
+    async with VerifierPool(VerifierConfig(num_workers=1, timeout_s=120)) as pool:
+        verdict = await pool.verify(Problem("d", "p", 4, "numeric"), f"\\boxed{{{response}}}")
+    assert (verdict.reward, verdict.error) == (0, None)
+
+
+async def test_pattern_that_backtracks_for_ever_is_ended():
+    async with VerifierPool(VerifierConfig(num_workers=1, timeout_s=1)) as pool:
+        verdict = await pool.verify(Problem("d", "p", "(a+)+$", "regex"), "a" * 60 + "!")
+    assert (verdict.reward, verdict.error) == (0, "did not finish within 1 s, and was killed")

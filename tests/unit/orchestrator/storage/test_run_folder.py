@@ -1,0 +1,297 @@
+"""What a run keeps over a crash at any point."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poise.orchestrator.budget import Limits, Spent
+from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.storage.run_folder import RunFolder
+from poise.orchestrator.storage.step_journal import JournalledStep
+from poise_client.types import (
+    Batch,
+    CalibrationBin,
+    Features,
+    LabelledGroup,
+    ProbeQuality,
+    ProbeReport,
+    ProbeStatus,
+    RolloutId,
+    TrainingRollout,
+    VersionSpan,
+)
+
+
+def journalled(step: int) -> JournalledStep:
+    features = Features(np.ones(3, np.float32), np.zeros(3, np.float32))
+    rollout = TrainingRollout(
+        RolloutId("run", step, "g", 0),
+        np.array([1], np.int32),
+        np.array([2, 3], np.int32),
+        np.array([-1, -2], np.float32),
+        0.5,
+        (VersionSpan(0, 2, step),),
+    )
+    return JournalledStep(
+        step=step,
+        labels=[LabelledGroup("run", step, "g", "d", (features, features), np.array([0, 1], np.float32), 2)],
+        batch=Batch("run", f"step-{step:08d}", step, (rollout,), 0.75),
+        numbers={"step": step, "time_s": {}},
+        values={"step": step, "predicted": [0.5], "realised": [1.0]},
+        samples=[{"step": step, "response": "é"}],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = RunFolder(tmp_path / "run")
+    folder.open("run", {"num_steps": 3})
+    yield folder
+    folder.close()
+    for successor in SUCCESSORS:
+        successor.close()
+    SUCCESSORS.clear()
+
+
+SUCCESSORS: list[RunFolder] = []
+
+
+def again(folder: RunFolder, run_id: str = "run") -> tuple[RunFolder, int]:
+    """What a process that starts after this one died finds."""
+    folder.close()
+    successor = RunFolder(folder.path)
+    SUCCESSORS.append(successor)
+    return successor, successor.open(run_id, {}).next_step
+
+
+def finish(folder: RunFolder, step: int) -> None:
+    step_done = journalled(step)
+    folder.journal.write(step_done)
+    folder.finish_step(
+        step_done, step_done.numbers | {"wall_s": 2.0, "tokens": 7 * (step + 1), "policy_version": step + 1}
+    )
+
+
+def test_a_journalled_step_is_found_whole(folder: RunFolder) -> None:
+    folder.journal.write(journalled(0))
+    successor, next_step = again(folder)
+    found = successor.journal.read(0)
+    assert next_step == 0
+    assert found is not None
+    assert found.batch.rollouts[0].token_ids.tolist() == [2, 3]
+    assert found.batch.temperature == 0.75
+    assert found.labels[0].rewards.tolist() == [0, 1]
+    assert (found.numbers, found.samples) == (journalled(0).numbers, journalled(0).samples)
+
+
+def test_a_journal_half_written_is_none_at_all(folder: RunFolder) -> None:
+    writing = folder.path / "journal" / "writing"
+    writing.mkdir(parents=True)
+    (writing / "labels.pb").write_bytes(b"half")
+    assert folder.journal.read(0) is None
+    folder.journal.write(journalled(0))
+    assert folder.journal.read(0) is not None
+
+
+def test_a_damaged_journal_is_named(folder: RunFolder) -> None:
+    folder.journal.write(journalled(0))
+    batch = folder.path / "journal" / "step-00000000" / "batch.pb"
+    batch.write_bytes(batch.read_bytes()[:-3])
+    with pytest.raises(SettingsError, match="step-00000000 is damaged"):
+        folder.journal.read(0)
+
+
+def test_a_finished_step_is_not_done_again(folder: RunFolder) -> None:
+    finish(folder, 0)
+    successor, next_step = again(folder)
+    assert next_step == 1
+    assert successor.journal.read(0) is None
+    assert not list((folder.path / "journal").iterdir())
+
+
+def test_lines_written_before_a_crash_that_lost_the_state_are_written_once(folder: RunFolder) -> None:
+    finish(folder, 0)
+    state = (folder.path / "state.json").read_bytes()
+    finish(folder, 1)
+    (folder.path / "state.json").write_bytes(state)
+    with (folder.path / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "cut')
+    successor, next_step = again(folder)
+    assert next_step == 1
+    finish(successor, 1)
+    for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl"):
+        steps = [json.loads(line)["step"] for line in (folder.path / name).read_text().splitlines()]
+        assert steps == [0, 1], name
+
+
+def test_texts_of_any_characters_come_back_whole(folder: RunFolder) -> None:
+    texts = ["one\u2028two", "three\x85four", "five\r\nsix", "\ud800é"[1:], '"{}']
+    for step, text in enumerate(texts):
+        done = replace(journalled(step), samples=[{"step": step, "response": text}])
+        folder.journal.write(done)
+        folder.finish_step(done, done.numbers | {"wall_s": 1.0, "tokens": 0, "policy_version": step + 1})
+    before = (folder.path / "trajectories.jsonl").read_bytes()
+    _, next_step = again(folder)
+    assert next_step == len(texts)
+    assert (folder.path / "trajectories.jsonl").read_bytes() == before
+    assert [json.loads(line)["response"] for line in before.split(b"\n")[:-1]] == texts
+
+
+def test_a_line_cut_off_within_a_character_is_dropped(folder: RunFolder) -> None:
+    finish(folder, 0)
+    path = folder.path / "trajectories.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 0, "response": "é'.encode()[:-1])
+    again(folder)
+    assert path.read_bytes() == whole
+
+
+def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFolder) -> None:
+    folder.write_evaluation({"when": "before", "step": 0}, [])
+    with (folder.path / "evaluations.jsonl").open("a") as file:
+        file.write('{"when": "step", "st')
+    successor, _ = again(folder)
+    successor.write_evaluation({"when": "step", "step": 2}, [])
+    assert successor.evaluated("before", 0)
+    assert successor.evaluated("step", 2)
+
+
+def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.path / "generations" / "step-00000002.jsonl"
+    responses = [{"response": "one\u2028two"}, {"response": "é"}]
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(folder, "_append", die)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_evaluation({"when": "step", "step": 2}, responses[:1])
+    path.with_name("after-00000003.jsonl.tmp").write_text("cut o")
+    successor, _ = again(folder)
+    assert not successor.evaluated("step", 2)
+    assert not list(path.parent.iterdir())
+    successor.write_evaluation({"when": "step", "step": 2}, responses)
+    written = path.read_bytes()
+    assert [json.loads(line) for line in written.split(b"\n")[:-1]] == responses
+    third, _ = again(successor)
+    assert path.read_bytes() == written
+    (line,) = (folder.path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["generations"] == "generations/step-00000002.jsonl"
+    assert third.evaluated("step", 2)
+
+
+def test_all_steps_in_hand_are_found_up_to_a_gap(folder: RunFolder) -> None:
+    finish(folder, 0)
+    for step in (1, 2, 4):
+        folder.journal.write(journalled(step))
+    successor, next_step = again(folder)
+    assert next_step == 1
+    assert {step: found.batch.step for step, found in successor.journal.read_pending(1).items()} == {1: 1, 2: 2}
+    names = sorted(path.name for path in (folder.path / "journal").iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    successor.journal.drop(2)
+    assert list(successor.journal.read_pending(1)) == [1]
+
+
+def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
+    folder.journal.write(journalled(0))
+    kept = folder.path / "journal" / "step-00000000"
+    left_over = folder.path / "journal" / "step-00000007"
+    shutil.copytree(kept, left_over)
+    (folder.path / "journal" / "writing").mkdir()
+    again(folder)
+    assert list(left_over.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '"x"', '{"run_id": "run", "unheard_of": 1}', "{}"])
+def test_a_damaged_state_is_named_and_not_taken_for_a_new_run(folder: RunFolder, content: str) -> None:
+    (folder.path / "state.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"state\.json is damaged: .*restore it, or use another run folder"):
+        again(folder)
+
+
+def test_a_refused_folder_is_let_go(folder: RunFolder) -> None:
+    finish(folder, 0)
+    with pytest.raises(RunError):
+        again(folder, "other")
+    assert again(folder)[1] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"file/run cannot be used as the run's folder"):
+        RunFolder(tmp_path / "file" / "run").open("run", {})
+
+
+def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"seed": 0, "num_steps": 3, "sampling": {"max_tokens": 4, "top_p": 1.0}, "endpoints": {"value": "a:1"}}
+    folder = RunFolder(tmp_path)
+    folder.open("run", settings)
+    finish(folder, 0)
+    folder.close()
+    changed = {"seed": 1, "num_steps": 9, "sampling": {"max_tokens": 8, "top_p": 1.0}, "endpoints": {"value": "b:2"}}
+    folder.open("run", changed)
+    folder.close()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "settings changed since this run began; from step 1 on it follows the new ones: "
+        "sampling.max_tokens: 4 -> 8; seed: 0 -> 1"
+    )
+    caplog.clear()
+    folder.open("run", changed)
+    folder.close()
+    assert not caplog.records
+
+
+def test_a_run_is_finished_once_it_was_reported_for_as_many_steps(folder: RunFolder) -> None:
+    finish(folder, 0)
+    assert not folder.read_state("run").is_finished(Limits(1))
+    folder.mark_reported()
+    state = folder.read_state("run")
+    assert state.is_finished(Limits(1))
+    assert state.is_finished(Limits(2, tokens=7))
+    assert not state.is_finished(Limits(2))
+    assert (state.wall_s, state.policy_version, state.tokens) == (2.0, 1, 7)
+    finish(folder, 1)
+    assert not folder.read_state("run").is_finished(Limits(2))
+
+
+def test_two_processes_cannot_drive_a_run(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="driven by another process"):
+        RunFolder(folder.path).open("run", {})
+
+
+def test_the_folder_of_another_run_is_refused(folder: RunFolder) -> None:
+    finish(folder, 0)
+    with pytest.raises(RunError, match="holds run 'run', not 'other'"):
+        again(folder, "other")
+
+
+def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
+    assert folder.last_evaluated() == Spent()
+    folder.write_evaluation({"when": "before", "step": 0, "tokens": 0, "wall_s": 0.0}, [])
+    folder.write_evaluation({"when": "step", "step": 2, "tokens": 30, "wall_s": 1.5}, [])
+    successor, _ = again(folder)
+    assert successor.evaluated("before", 0)
+    assert not successor.evaluated("after", 0)
+    assert successor.last_evaluated() == Spent(2, 30, 1.5)
+
+
+def test_what_is_not_known_of_a_probe_is_null(folder: RunFolder) -> None:
+    quality = ProbeQuality(0, nan, nan, nan, nan, nan, nan, nan, nan, (CalibrationBin(0.1, 0.2, 3),))
+    folder.write_probes(ProbeReport((ProbeStatus("d", 0, 2, 4, 1, 4, 0.0, nan, quality),), 2, 0, 0, 0))
+    (probe,) = json.loads((folder.path / "probes.json").read_text())
+    assert (probe["domain"], probe["num_rows"], probe["label_lag_s"]) == ("d", 4, None)
+    assert probe["quality"]["brier"] is None
+    assert probe["quality"]["calibration"] == [{"predicted": 0.1, "realised": 0.2, "count": 3}]

@@ -1,0 +1,50 @@
+"""Output whose reader goes away, in programs of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from poise.runtime.cli.broken_pipe import is_unread
+from poise.runtime.cli.exit_status import OUTPUT_CLOSED
+
+HEAD = "import sys; from poise.runtime.cli.console import OutputConsole; from poise.runtime.cli.broken_pipe import *\n"
+PROGRAMS = {
+    "print": "with ending_with_reader():\n    while True: print('line')",
+    "what the buffer held": "with ending_with_reader():\n    print('line', end='')",
+    "an exit": "with ending_with_reader():\n    print('line', end=''); sys.exit(0)",
+    "a console": "with ending_with_reader():\n    while True: OutputConsole().print('line')",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_whose_reader_is_gone_ends_quietly(program):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + PROGRAMS[program]], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (OUTPUT_CLOSED, "")
+
+
+def test_a_full_disk_is_told_without_a_traceback():
+    program = HEAD + PROGRAMS["what the buffer held"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr == "poise: the output cannot be written: No space left on device\n"
+
+
+def test_a_pipe_is_unread_once_its_reader_is_closed(tmp_path):
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe, (tmp_path / "file").open("w") as file:
+        assert not is_unread(pipe)
+        assert not is_unread(file)
+        assert not is_unread(None)
+        os.close(reader)
+        assert is_unread(pipe)

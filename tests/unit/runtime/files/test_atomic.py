@@ -1,0 +1,68 @@
+import os
+import stat
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from poise.runtime.files.atomic import commit_file, save_tensors, write_file
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The order in which files are made durable and renamed."""
+    seen = []
+    fsync, replace = os.fsync, os.rename
+
+    def noted_fsync(descriptor):
+        seen.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        seen.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return seen
+
+
+def test_a_file_is_durable_before_it_has_its_name_and_its_name_is_durable_after(tmp_path, calls):
+    (tmp_path / "new").write_text("whole")
+    (tmp_path / "old").write_text("former")
+    commit_file(tmp_path / "new", tmp_path / "old")
+    assert calls == ["sync file", "rename", "sync folder"]
+    assert (tmp_path / "old").read_text() == "whole"
+    assert not (tmp_path / "new").exists()
+
+
+def test_writing_leaves_nothing_beside_the_file(tmp_path, calls):
+    write_file(tmp_path / "state.json", b"1")
+    write_file(tmp_path / "state.json", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert (tmp_path / "state.json").read_bytes() == b"2"
+    assert calls == ["sync file", "rename", "sync folder"] * 2
+
+
+def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
+    write_file(tmp_path / "state.json", b"former")
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_file(tmp_path / "state.json", b"new")
+    assert (tmp_path / "state.json").read_bytes() == b"former"
+
+
+def test_tensors_come_back_and_are_durable(tmp_path, calls):
+    save_tensors(tmp_path / "t", {"a": np.arange(3)})
+    assert safetensors.numpy.load_file(tmp_path / "t")["a"].tolist() == [0, 1, 2]
+    assert calls[-1:] == ["sync file"]
+
+
+def test_an_error_of_safetensors_is_told_as_the_systems_own(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors(tmp_path / "nowhere" / "t", {"a": np.arange(3)})
+    assert caught.value.filename == str(tmp_path / "nowhere" / "t")

@@ -1,0 +1,80 @@
+import pytest
+from tests.support.tokens import write_token
+
+from poise.errors import Unauthenticated
+from poise.runtime.config.settings import ConfigError, ServiceConfig
+from poise.runtime.network import auth
+from poise.runtime.network.auth import BearerAuth, refuse_open_bind
+from poise_client import TokenFile
+
+
+def config(**values):
+    return ServiceConfig(**values)
+
+
+@pytest.mark.parametrize("given", [None, "", "Bearer x", "anything"])
+def test_without_a_token_everybody_passes(given):
+    checks = BearerAuth(None)
+    checks.check(given)
+    assert not checks.required
+
+
+@pytest.mark.parametrize("given", ["Bearer hunter2", "bearer hunter2", "BEARER hunter2"])
+def test_the_token_passes_whatever_the_case_of_its_scheme(given):
+    checks = BearerAuth("hunter2")
+    checks.check(given)
+    assert checks.required
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer ", "Bearer  hunter2", "Bearer hunter", "Bearer hunter22", "hunter2",
+              "Basic hunter2", "Bearer HUNTER2", "Bearer hünter2", "Bearer \udcff"]
+)  # fmt: skip
+def test_anything_else_is_refused_with_a_remedy_and_without_the_token(given):
+    with pytest.raises(Unauthenticated) as refused:
+        BearerAuth("hunter2").check(given)
+    assert refused.value.remedy
+    assert "hunter2" not in str(refused.value)
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    checks = BearerAuth("hunter2")
+    checks.check("Bearer hunter2")
+    with pytest.raises(Unauthenticated):
+        checks.check("Bearer x")
+    assert compared == [(b"hunter2", b"hunter2"), (b"x", b"hunter2")]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_listening_on_this_machine_needs_no_token(host):
+    refuse_open_bind(config(grpc={"host": host}, admin={"host": host}), None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"])
+def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
+    beyond = {"grpc": {"host": host}, "admin": {"host": host}}
+    with pytest.raises(ConfigError) as refused:
+        refuse_open_bind(config(**beyond), None)
+    lines = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["grpc.host", "admin.host"]
+    assert all("auth.token_file" in line and "auth.allow_open_bind" in line for line in lines)
+    refuse_open_bind(config(**beyond), "hunter2")
+    refuse_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
+
+
+def test_a_new_token_is_accepted_without_a_restart(tmp_path, caplog):
+    path = write_token(tmp_path / "token", "first")
+    checks = BearerAuth(TokenFile(path))
+    assert checks.required
+    checks.check("Bearer first")
+    write_token(tmp_path / "new", "second").replace(path)
+    checks.check("Bearer second")
+    checks.check("Bearer first")  # of callers that have not seen the new one
+    with pytest.raises(Unauthenticated):
+        checks.check("Bearer third")
+    path.chmod(0o644)
+    for _ in range(3):
+        checks.check("Bearer second")
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["the token file changed and is not used"]

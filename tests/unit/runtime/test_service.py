@@ -1,0 +1,47 @@
+import pytest
+
+from poise.errors import InvalidRequest
+from poise.runtime.config.settings import ServiceConfig
+from poise.runtime.service import Readiness, ServiceApp
+
+
+class Oven(ServiceApp):
+    """A service that offers the least."""
+
+    name = "oven"
+    grpc_services = ()
+
+    def register(self, server):
+        pass
+
+    async def start(self):
+        pass
+
+    async def drain(self):
+        pass
+
+    async def stop(self):
+        pass
+
+    def readiness(self):
+        return Readiness(True)
+
+    def status(self):
+        return {}
+
+
+@pytest.mark.parametrize("action", ["pause", "resume", "checkpoint"])
+async def test_what_a_service_cannot_do_it_refuses_by_name(action):
+    with pytest.raises(InvalidRequest, match="the oven service"):
+        await getattr(Oven(ServiceConfig()), action)()
+
+
+def test_giving_up_is_noted_with_its_reason():
+    app = Oven(ServiceConfig())
+    app.fail("the gas is out")
+    assert app.failed.is_set()
+    assert app.failure == "the gas is out"
+
+
+def test_services_share_no_metrics():
+    assert Oven(ServiceConfig()).registry is not Oven(ServiceConfig()).registry

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.value.parts import stored
+
+from poise.value.dedup import LedgerSnapshot
+from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.probe.incremental import GramFitter
+from poise.value.probe.model import FittedProbe, RidgeFitter
+from poise.value.probe.window import training_rows
+from poise.value.store.snapshot import DomainSnapshot, Snapshot
+
+ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
+
+
+class Source:
+    """Groups whose hidden states lie near a few directions, far from zero, and whose rewards these explain."""
+
+    def __init__(self, width: int = 400, rank: int = 12, noise: float = 0.01, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.width = width
+        self.noise = noise
+        self.turn(rank)
+
+    def turn(self, rank: int) -> None:
+        """Let the directions be others from now on."""
+        self.directions = (
+            np.linalg.qr(self.random.normal(size=(self.width, rank))).Q.T * np.geomspace(8, 1, rank)[:, None]
+        )
+
+    def group(self, n: int = 2) -> LabelledRows:
+        def hidden(latent: np.ndarray) -> np.ndarray:
+            noise = self.noise * self.random.normal(size=(n, self.width))
+            return (20 + latent @ self.directions + noise).astype(np.float32)
+
+        prompt, response = self.random.normal(size=(2, n, len(self.directions)))
+        rows = FeatureRows(
+            hidden(np.repeat(prompt[:1], n, axis=0)),
+            hidden(response),
+            self.random.gamma(1, 1, (n, NUM_ENTROPIES)).astype(np.float32),
+        )
+        rewards = 1 / (1 + np.exp(-prompt[0, 0] - response[:, 0]))
+        return LabelledRows("run", 0, f"g{self.random.integers(1 << 60)}", "d", rows, rewards.astype(np.float32))
+
+    def groups(self, num: int, n: int = 2) -> list[LabelledRows]:
+        return [self.group(n) for _ in range(num)]
+
+
+def fitter(**changes: object) -> GramFitter:
+    return GramFitter(
+        **{"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
+    )  # type: ignore[arg-type]
+
+
+def reference(groups: Iterable[LabelledRows], **changes: object) -> FittedProbe:
+    configured = {"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
+    rows, targets = training_rows(groups)
+    # Doubles, because scikit-learn forms covariances about zero: in single precision too coarse far from it.
+    doubles = replace(
+        rows,
+        prompt_hidden=rows.prompt_hidden.astype(float),  # type: ignore[arg-type]
+        response_hidden=rows.response_hidden.astype(float),  # type: ignore[arg-type]
+    )
+    return RidgeFitter(**configured).fit(doubles, targets)  # type: ignore[arg-type]
+
+
+def assert_alike(fitted: FittedProbe, expected: FittedProbe, groups: list[LabelledRows], atol: float) -> None:
+    rows, _ = training_rows(groups)
+    np.testing.assert_allclose(fitted.predict(rows), expected.predict(rows), atol=atol)
+    if expected.prompt_only is None:
+        assert fitted.prompt_only is None
+        return
+    values = [each.prompt_only.predict(rows.prompt_hidden) for each in (fitted, expected)]  # type: ignore[union-attr]
+    np.testing.assert_allclose(*values, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ALL_INPUTS,
+        (*ALL_INPUTS, "sibling_reward"),
+        ("sibling_reward", "response_hidden", "prompt_hidden"),
+        ("entropy", "response_hidden"),
+        ("prompt_hidden",),
+        ("entropy",),
+        ("sibling_reward",),
+    ],
+)
+def test_a_first_fit_predicts_as_the_reference(inputs: tuple[str, ...]) -> None:
+    source = Source()
+    groups, asked = source.groups(150), source.groups(50)
+    assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), asked, atol=2e-4)
+
+
+def test_a_window_that_fills_is_fitted_with_the_components_it_can_bear() -> None:
+    source, filling = Source(), fitter(rows_per_component=40)
+    groups, asked = source.groups(50), source.groups(50)
+    for num_components in (4, 5, 10, 12):  # of 100, 200, 400 and 800 rows
+        expected = reference(groups, prompt_components=num_components, response_components=num_components)
+        assert_alike(filling.fit(groups), expected, asked, atol=5e-4)
+        assert_alike(reference(groups, rows_per_component=40), expected, asked, atol=1e-6)
+        groups = groups + source.groups(len(groups))
+
+
+@pytest.mark.parametrize("inputs", [ALL_INPUTS, ("response_hidden", "sibling_reward", "prompt_hidden")])
+def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch(inputs: tuple[str, ...]) -> None:
+    """Wider than what is solved exactly: bases are followed, not computed. All else is single precision."""
+    source, sliding = Source(), fitter(inputs=inputs)
+    groups, asked = source.groups(120), source.groups(50)
+    num_rebuilds = 0
+    for update in range(50):
+        fitted = sliding.fit(groups)
+        num_rebuilds += sliding.num_fits_since_rebuild == 0
+        if update % 7 == 0 or update == 49:
+            assert_alike(fitted, reference(groups, inputs=inputs), asked, atol=5e-4)
+        groups = groups[10:] + source.groups(10)
+    assert 4 <= num_rebuilds <= 6  # 12 updates replace the window
+
+
+def test_sums_of_a_hundred_updates_are_those_of_a_rebuild() -> None:
+    """Groups go and come back, so that the window, and with it the need of a rebuild, stays as it is."""
+    source, sliding = Source(), fitter()
+    groups, others = source.groups(400), source.groups(3)
+    sliding.fit(groups)
+    for _ in range(50):
+        sliding.fit(groups[3:] + others)
+        fitted = sliding.fit(groups)
+    assert sliding.num_fits_since_rebuild == 100
+    fresh = fitter().fit(groups)
+    for name, weights in fresh.weights.items():
+        np.testing.assert_allclose(fitted.weights[name], weights, atol=1e-4 * np.abs(weights).max())
+
+
+def test_random_rows_of_few_columns_are_fitted_exactly() -> None:
+    """No direction stands out, so that nothing but the whole basis gives the reference's components."""
+    source, sliding = Source(width=80, rank=80, noise=5.0), fitter()
+    groups, asked = source.groups(300, n=3), source.groups(50)
+    for _ in range(5):
+        assert_alike(sliding.fit(groups), reference(groups), asked, atol=2e-3)
+        groups = groups[40:] + source.groups(40, n=3)
+
+
+def test_directions_never_seen_before_are_found_at_once() -> None:
+    source, sliding = Source(rank=6), fitter()
+    groups = source.groups(200)
+    sliding.fit(groups)
+    source.turn(rank=6)
+    groups = groups[60:] + source.groups(60)
+    fitted = sliding.fit(groups)
+    assert sliding.num_fits_since_rebuild == 0
+    assert_alike(fitted, reference(groups), source.groups(50), atol=2e-3)
+
+
+def test_the_same_fits_give_the_same_probes() -> None:
+    def fits() -> list[FittedProbe]:
+        source, sliding = Source(), fitter()
+        first = source.groups(60)
+        return [sliding.fit(first), sliding.fit(first[5:] + source.groups(5))]
+
+    for one, other in zip(fits(), fits(), strict=True):
+        assert all(np.array_equal(array, other.arrays()[name]) for name, array in one.arrays().items())
+
+
+def test_a_new_fitter_goes_on_where_the_one_before_ended() -> None:
+    source, sliding = Source(), fitter()
+    groups, asked = source.groups(120), source.groups(50)
+    for _ in range(5):
+        fitted = sliding.fit(groups)
+        before, groups = groups, groups[8:] + source.groups(8)
+    assert_alike(fitter().fit(before), fitted, asked, atol=2e-4)
+
+
+@pytest.mark.parametrize("width", [64, 400])
+def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart(width: int) -> None:
+    source, kept = Source(width), fitter(incremental=False)
+    groups, asked = source.groups(60), FeatureRows.concatenate([group.rows for group in source.groups(50)])
+    for _ in range(4):
+        groups = groups[4:] + source.groups(4)
+        fitted, first = kept.fit(groups), fitter(incremental=False).fit(restored(groups))
+        assert fitted.bias == first.bias
+        assert all(np.array_equal(array, first.arrays()[name]) for name, array in fitted.arrays().items())
+        assert fitted.predict(asked).tobytes() == first.predict(asked).tobytes()
+
+
+def restored(groups: list[LabelledRows]) -> list[LabelledRows]:
+    """The groups as they come back from a state on disk."""
+    domain = DomainSnapshot("d", tuple(groups), len(groups), 1, None)
+    return list(stored(Snapshot("id", (domain,), LedgerSnapshot(), (), 0, 0)).domains[0].groups)
+
+
+@pytest.mark.parametrize(("num_groups", "width"), [(1, 300), (1, 5), (2, 1), (5, 2000), (40, 3)])
+def test_fewer_rows_or_columns_than_components_still_fit(num_groups: int, width: int) -> None:
+    source, sliding = Source(width=width, rank=1), fitter()
+    groups = source.groups(num_groups)
+    assert_alike(sliding.fit(groups), reference(groups), groups, atol=1e-3)
+    groups = [*groups, source.group()]
+    assert_alike(sliding.fit(groups), reference(groups), groups, atol=1e-3)
+
+
+def without_responses(group: LabelledRows) -> LabelledRows:
+    rows = FeatureRows(group.rows.prompt_hidden, np.full_like(group.rows.response_hidden, 0.1), group.rows.entropies)
+    return LabelledRows(group.run_id, group.step, group.group_id, group.domain, rows, group.rewards)
+
+
+def test_inputs_that_never_vary_are_left_out_until_they_do() -> None:
+    source, sliding = Source(), fitter()
+    constant, varying = [without_responses(group) for group in source.groups(50)], source.groups(50)
+    assert not sliding.fit(constant).weights["response_hidden"].any()
+    assert_alike(sliding.fit(constant[25:] + varying), reference(constant[25:] + varying), varying, atol=5e-4)
+    assert not sliding.fit(constant).weights["response_hidden"].any()
+
+
+def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
+    rows = FeatureRows(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), np.full((2, 12), 0.3, np.float32))
+    groups = [LabelledRows("r", 0, str(reward), "d", rows, np.float32([reward, reward])) for reward in (0, 0, 0, 1)]
+    for inputs in (ALL_INPUTS, ("prompt_hidden",)):
+        np.testing.assert_allclose(fitter(inputs=inputs).fit(groups).predict(rows), 0.25, atol=1e-6)
+
+
+def test_siblings_sharing_a_prompt_do_not_blow_up_rounding_noise() -> None:
+    """4 prompts have 3 directions; a 4th component would be noise scaled up to one."""
+    source = Source(noise=0.0)
+    groups = source.groups(4, n=8)
+    assert_alike(fitter(alpha=1e-6).fit(groups), reference(groups, alpha=1e-6), groups, atol=2e-3)
+
+
+def test_a_fit_that_overflows_is_refused_and_the_next_one_starts_afresh() -> None:
+    source, sliding = Source(), fitter()
+    groups = source.groups(60)
+    sliding.fit(groups)
+    rows = FeatureRows(*(np.full((2, width), 3e38, np.float32) for width in (400, 400, NUM_ENTROPIES)))
+    bad = LabelledRows("run", 0, "bad", "d", rows, np.float32([0, 1]))
+    with pytest.raises((ArithmeticError, ValueError)):
+        sliding.fit([*groups, bad])
+    assert_alike(sliding.fit(groups), fitter().fit(groups), groups, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_sequence_of_windows_predicts_as_the_reference(data: st.DataObject) -> None:
+    source = Source(width=data.draw(st.integers(1, 12)), rank=1, noise=1.0, seed=data.draw(st.integers(0, 99)))
+    pool = [source.group(n) for n in data.draw(st.lists(st.integers(2, 4), min_size=2, max_size=12))]
+    # As many components as can be: where some are left out, which of near equal ones are is no one's to say.
+    sliding = fitter()
+    for _ in range(data.draw(st.integers(1, 6))):
+        groups = data.draw(st.lists(st.sampled_from(pool), min_size=1, unique_by=id))
+        assert_alike(sliding.fit(groups), reference(groups), pool, atol=2e-3)
