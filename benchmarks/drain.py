@@ -35,7 +35,7 @@ from tests.integration.generation.draining import drain_under_load  # noqa: E402
 from tests.integration.generation.test_process import run  # noqa: E402
 from tests.integration.learner.draining import drain_within_a_step  # noqa: E402
 from tests.integration.value.draining import drain_under_load as drain_value_under_load  # noqa: E402
-from tests.models import make_tiny_llama  # noqa: E402
+from tests.support.tiny_models import make_tiny_llama  # noqa: E402
 
 LIMIT_S = 120.0
 """drain_timeout_s of generation, as the chart sets it; Kubernetes gives half a minute more."""

@@ -26,7 +26,7 @@ from tests.contract.test_engines import (
     sample,
     sample_all,
 )
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, LoraConfig, TorchConfig, VllmConfig

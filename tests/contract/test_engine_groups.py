@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file
 from tests.contract.test_engines import DEADLINE_S, MAX_MODEL_LEN, Reference, sample
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig

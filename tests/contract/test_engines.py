@@ -18,7 +18,7 @@ import pytest_asyncio
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.algorithms.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
 from poise.errors import InvalidRequest

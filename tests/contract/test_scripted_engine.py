@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tests.models import make_tiny_llama
-from tests.scripted_engine import PARAMETERS, ScriptedEngine
+from tests.support.scripted_engine import PARAMETERS, ScriptedEngine
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.config import GenerationConfig

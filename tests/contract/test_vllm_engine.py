@@ -30,7 +30,7 @@ from tests.contract.test_engines import (
     sample,
     sample_all,
 )
-from tests.models import make_tiny_llama, make_tiny_qwen2
+from tests.support.tiny_models import make_tiny_llama, make_tiny_qwen2
 
 from poise.algorithms.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.models import make_tiny_llama
-from tests.running import services_up, write_run_file
+from tests.support.local_services import services_up, write_run_file
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.local.run_file import LocalRun
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.running import COMMAND
 from tests.support.forwarder import forwarding
+from tests.support.local_services import COMMAND
 
 from poise.local.run_file import LocalRun
 from poise.orchestrator.check import CheckConfig, CheckFailed, compare, run_check

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 from tests.e2e.conftest import tiny_settings
-from tests.models import make_tiny_llama
-from tests.running import poise
+from tests.support.local_services import poise
+from tests.support.tiny_models import make_tiny_llama
 
 STALL_S = 240.0
 BUDGET, NUM_EVALUATIONS, TOKENS_A_ROLLOUT, ROLLOUTS = 640, 1, 4, 32

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.running import services_up, write_run_file
+from tests.support.local_services import services_up, write_run_file
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "custom_loop.py"
 NUM_STEPS = 12

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.running import COMMAND, services_up, write_run_file
+from tests.support.local_services import COMMAND, services_up, write_run_file
 
 NUM_STEPS, NUM_PROMPTS = 2, 48
 PATIENCE_S = 120.0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.conftest import tiny_settings
-from tests.models import make_tiny_llama
-from tests.running import COMMAND, services_up, write_run_file
+from tests.support.local_services import COMMAND, services_up, write_run_file
+from tests.support.tiny_models import make_tiny_llama
 from tests.support.tokens import write_token
 
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, TlsOptions, ValueClient

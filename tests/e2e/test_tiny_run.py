@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.running import poise
+from tests.support.local_services import poise
 
 from poise.learner.storage.checkpoint import CheckpointStore
 from poise.value.store.folder import StateStore

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tests.running import poise
+from tests.support.local_services import poise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.running import poise
+from tests.support.local_services import poise
 
 NUM_STEPS = 6
 TIMEOUT_S = 400.0

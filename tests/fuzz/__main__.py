@@ -15,7 +15,7 @@ from typing import Any
 from tests.fuzz.campaign import Campaign, Problem, run_rounds
 from tests.fuzz.inputs import Input, make_input
 from tests.fuzz.target import Target
-from tests.running import COMMAND, services_up, write_run_file
+from tests.support.local_services import COMMAND, services_up, write_run_file
 
 from poise.local.addresses import SERVICES
 from poise.local.run_file import LocalRun, load_run

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tests.models import make_tokenizer
+from tests.support.tiny_models import make_tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _COMMON = {

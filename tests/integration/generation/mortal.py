@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 from poise.generation.app import GenerationApp
 from poise.generation.config import GenerationConfig

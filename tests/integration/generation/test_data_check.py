@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import transformers
 from tests.integration.generation.conftest import Running
-from tests.models import CHAT_TEMPLATE, make_tiny_llama
+from tests.support.tiny_models import CHAT_TEMPLATE, make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.sampling.load_balancer import RejectedPrompt

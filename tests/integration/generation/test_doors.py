@@ -12,7 +12,7 @@ import grpc
 import pytest
 import transformers
 from tests.integration.generation.conftest import Reference, Running
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise_client import combine_digests
 from poise_proto.v1 import common_pb2

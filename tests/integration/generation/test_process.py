@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from tests.integration.generation.conftest import Reference
 from tests.integration.generation.polling import DEADLINE_S
-from tests.pushes import push_messages, weight_arrays
-from tests.scripted_engine import PARAMETERS
+from tests.support.pushes import push_messages, weight_arrays
+from tests.support.scripted_engine import PARAMETERS
 
 from poise_client import GenerationClient, RetryPolicy
 from poise_client.errors import UnavailableError

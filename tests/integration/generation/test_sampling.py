@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.integration.generation.conftest import Reference, Running
 from tests.integration.generation.polling import DEADLINE_S, eventually
-from tests.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 from poise_client import AsyncGenerationClient, GenerationClient, RetryPolicy
 from poise_client.errors import (
@@ -171,7 +171,7 @@ async def test_chat_that_the_template_refuses_is_named(tiny: Running) -> None:
 
 
 async def test_version_that_is_not_served_yet_is_refused(tiny: Running, reference: Reference) -> None:
-    from tests.pushes import weight_arrays
+    from tests.support.pushes import weight_arrays
 
     with pytest.raises(VersionMismatchError, match="version 0 is served"):
         await stream(tiny.client, ["x"], min_policy_version=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.integration.learner.replicas import Replica
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tests.integration.local.test_cli import poise
 from tests.integration.local.test_up import DEADLINE_S, wait_for
-from tests.running import poise as poise_process
+from tests.support.local_services import poise as poise_process
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.integration.local.test_cli import poise
-from tests.running import poise as poise_process
+from tests.support.local_services import poise as poise_process
 
 from poise.local.processes.supervisor import Supervisor
 from poise.local.run_file import load_run

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.evaluation.evaluator import Evaluator

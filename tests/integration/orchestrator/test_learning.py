@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from tests.in_process import learning_curve
+from tests.support.in_process import learning_curve
 
 from poise.local.models.catalog import make_model
 from poise.local.run_file import load_run, preset_path

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.critic import Critic, train
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 
 @pytest.fixture(scope="module")

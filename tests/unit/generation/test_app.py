@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 
 import pytest
-from tests.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 from poise.errors import BackendDown
 from poise.generation import app as app_module

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import numpy as np
 import pytest
-from tests.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 from poise.errors import Busy, InvalidRequest
 from poise.generation.config import GenerationConfig

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from tests.pushes import push_messages, weight_arrays
-from tests.scripted_engine import PARAMETERS, ScriptedEngine
+from tests.support.pushes import push_messages, weight_arrays
+from tests.support.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, Busy, Conflict, Draining, InvalidRequest, VersionMismatch
 from poise.generation.config import GenerationConfig

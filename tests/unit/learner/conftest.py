@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 from tests.unit.learner.batches import make_config
 
 from poise.learner.config import LearnerConfig

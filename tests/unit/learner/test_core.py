@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.errors import BackendDown, Conflict, TrainingStopped

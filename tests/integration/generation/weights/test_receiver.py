@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tests.integration.generation.conftest import Reference, Running
 from tests.integration.generation.polling import DEADLINE_S, eventually
-from tests.pushes import push_messages, weight_arrays
-from tests.scripted_engine import PARAMETERS, ScriptedEngine
+from tests.support.pushes import push_messages, weight_arrays
+from tests.support.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.generation.weights import capacity as room
 from poise_client import AsyncGenerationClient, RetryPolicy, weights_digest

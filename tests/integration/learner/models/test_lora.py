@@ -16,7 +16,7 @@ import torch
 import transformers
 from tests.integration.learner.live_replicas import FAULTS, LiveReplica, Proxy
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually, interceptors
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 from tests.unit.learner.batches import make_config
 
 from poise.learner.app import LearnerApp, build

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import load_file, save_file
-from tests.scripted_engine import PARAMETERS, ScriptedEngine
+from tests.support.scripted_engine import PARAMETERS, ScriptedEngine
 
 from poise.errors import BackendDown, InvalidRequest, PoiseError, VersionMismatch
 from poise.generation.config import GenerationConfig

@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from tests.models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import BackendDown
 from poise.generation.app import build
