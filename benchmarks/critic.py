@@ -87,7 +87,7 @@ def train(
     torch.manual_seed(0)
     source = random.Random(0)
     critic = Critic(model, float(mean_rewards.mean()))
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": critic.backbone.parameters(), "lr": MODEL_LEARNING_RATE},
             {"params": critic.head.parameters(), "lr": HEAD_LEARNING_RATE},
@@ -96,7 +96,7 @@ def train(
     num_updates = num_epochs * -(-len(prompts) // BATCH_PROMPTS)
     warmup = max(1, round(WARMUP_SHARE * num_updates))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda update: min((update + 1) / warmup, (num_updates - update) / (num_updates - warmup))
+        optimizer, lambda update: min((update + 1) / warmup, (num_updates - update) / (num_updates - warmup))
     )
     trained = Trained([], [])
     update_s: list[float] = []
@@ -106,10 +106,10 @@ def train(
             started_s = time.perf_counter()
             targets = torch.from_numpy(mean_rewards[indices])
             loss = binary_cross_entropy_with_logits(critic([prompts[index] for index in indices]), targets)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             update_s.append(time.perf_counter() - started_s)
         trained.seconds.append(len(update_s) * statistics.median(update_s))

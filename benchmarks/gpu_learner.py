@@ -136,7 +136,7 @@ def learn(folder: Path, size: Size, device: str, num_prompts: int, num_steps: in
     import torch
     from torch.distributed.tensor import DTensor
 
-    from poise.learner.config import LearnerConfig, OptimiserConfig
+    from poise.learner.config import LearnerConfig, OptimizerConfig
     from poise.learner.training.trainer import Trainer
 
     trainer = Trainer(
@@ -148,7 +148,7 @@ def learn(folder: Path, size: Size, device: str, num_prompts: int, num_steps: in
             mini_batch_prompts=num_prompts,
             micro_batch_tokens=size.micro_batch_tokens,
             gradient_checkpointing=checkpointing,
-            optimiser=OptimiserConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
+            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
         )
     )
     world = trainer.load()

@@ -170,10 +170,10 @@ def still_trainer(config: OrchestratorConfig, learner: LearnerConfig, model: str
     """Return the learner's trainer with the loss that belongs to the algorithm; its policy does not move."""
     settings = config.algorithm.learner_settings(config.sampling.max_tokens)
     if "critic" in settings:
-        settings["critic"] = {"learning_rate": learner.optimiser.learning_rate}
+        settings["critic"] = {"learning_rate": learner.optimizer.learning_rate}
     values = learner.model_dump() | {"model": model, "mini_batch_prompts": ROLLOUTS, "measure_gradient_variance": True}
     values |= {
-        "optimiser": learner.optimiser.model_dump() | STILL,
+        "optimizer": learner.optimizer.model_dump() | STILL,
         "loss": learner.loss.model_dump() | settings.get("loss", {}),
     }
     trainer = Trainer(LearnerConfig(**(values | {"critic": settings.get("critic")})))

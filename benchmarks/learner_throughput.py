@@ -1,6 +1,6 @@
 """How much faster, and in how much less memory, does the learner train than a plain loop of transformers and AdamW?
 
-Both take the same optimiser step on the same rollouts, with the same loss: SmolLM2-135M's architecture with random
+Both take the same optimizer step on the same rollouts, with the same loss: SmolLM2-135M's architecture with random
 weights, full float32, pairs of siblings whose responses have lengths as wide apart as those of reasoning models. The
 plain loop is what the documentation of transformers and of torch leads to: eight rollouts at a time, padded to the
 longest, logits for all, log_softmax, gather, clipped ratios, backward, AdamW (fused: the plain one is slower, and holds
@@ -89,11 +89,11 @@ def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     num_tokens = sum(rollout.token_ids.size for rollout in rollouts)
 
     def step() -> dict[str, float]:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         total = 0.0
         for start in range(0, len(rollouts), at_a_time):
             part = rollouts[start : start + at_a_time]
@@ -116,7 +116,7 @@ def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int)
             loss.backward()
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        optimiser.step()
+        optimizer.step()
         return {"loss": total, "gradient_norm": norm}
 
     return step
@@ -126,7 +126,7 @@ def learner_step(
     folder: str, rollouts: Sequence[TrainingRollout], contender: Contender
 ) -> Callable[[], dict[str, float]]:
     """Load the learner's trainer; return what takes one step."""
-    from poise.learner.config import LearnerConfig, OptimiserConfig
+    from poise.learner.config import LearnerConfig, OptimizerConfig
     from poise.learner.training.trainer import Trainer
 
     trainer = Trainer(
@@ -136,7 +136,7 @@ def learner_step(
             mini_batch_prompts=len(rollouts),
             micro_batch_tokens=contender.micro_batch_tokens,
             gradient_checkpointing=contender.gradient_checkpointing,
-            optimiser=OptimiserConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
+            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
         )
     )
     trainer.load()

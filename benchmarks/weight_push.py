@@ -40,7 +40,7 @@ from rich.table import Table
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import EngineInfo
-from poise.learner.config import LearnerConfig, OptimiserConfig
+from poise.learner.config import LearnerConfig, OptimizerConfig
 from poise.learner.publishing.transports import SharedTransport
 from poise.runtime.network.auth import BearerAuth
 from poise.runtime.rpc.interceptors import ServiceInterceptor
@@ -298,7 +298,7 @@ def measure_deltas(folder: str, state_dir: Path, num_updates: int, prompts: int)
         state_dir=state_dir,
         dtype="bfloat16",
         mini_batch_prompts=prompts,
-        optimiser=OptimiserConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_updates=0),
     )
     trainer = Trainer(config)
     trainer.load()

@@ -31,13 +31,13 @@ def settings(source: str, role: str) -> dict[str, Any]:
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_learner_updates_as_the_paper_does(source: str) -> None:
     config = parse_config(LearnerConfig, settings(source, "learner"))
-    loss, optimiser = config.loss, config.optimiser
+    loss, optimizer = config.loss, config.optimizer
     assert (loss.policy, loss.aggregation, loss.clip_low, loss.clip_high) == ("ppo", "token_mean", 0.2, 0.28)
     assert (loss.dual_clip, loss.kl_coefficient) == (10, 0)
     # The cap says nothing unless ratios are taken to the policy before the step.
     assert (loss.old_logprobs, loss.importance_cap) == ("recompute", 2)
-    assert (optimiser.learning_rate, optimiser.weight_decay) == (1e-6, 0.01)
-    assert (optimiser.warmup_updates, optimiser.gradient_clip, config.mini_batch_prompts) == (10, 1.0, 32)
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-6, 0.01)
+    assert (optimizer.warmup_updates, optimizer.gradient_clip, config.mini_batch_prompts) == (10, 1.0, 32)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -41,7 +41,7 @@ def tiny_settings(model: Path) -> dict[str, object]:
             "threads": 1,
             "mini_batch_prompts": 8,
             "micro_batch_tokens": 96,
-            "optimiser": {"learning_rate": 1e-3, "warmup_updates": 4, "weight_decay": 0.05, "gradient_clip": 0.5},
+            "optimizer": {"learning_rate": 1e-3, "warmup_updates": 4, "weight_decay": 0.05, "gradient_clip": 0.5},
         },
         "train": {"num_steps": 1, "tasks": [{"kind": "digits"}]},
     }

@@ -39,7 +39,7 @@ def test_services_checkpoint_and_exported_model_answer_alike(tmp_path: Path) -> 
             "threads": 1,
             "checkpoint_every_steps": 1,
             "mini_batch_prompts": 8,
-            "optimiser": {"learning_rate": 1e-3, "warmup_updates": 0},
+            "optimizer": {"learning_rate": 1e-3, "warmup_updates": 0},
         },
         "train": {
             "num_steps": NUM_STEPS,

@@ -176,7 +176,7 @@ def token_loss(logprob, old, rollout_logprob, advantage):
     return loss * min(math.exp(float(old) - float(rollout_logprob)), 2.0)
 
 
-def reference_step(model, optimiser, groups: Sequence[Group], advantages: np.ndarray, first_update: int) -> float:
+def reference_step(model, optimizer, groups: Sequence[Group], advantages: np.ndarray, first_update: int) -> float:
     """Train on mini-batches of eight prompts; return the mean loss of a token.
 
     `old` is the policy before all of them.
@@ -199,13 +199,13 @@ def reference_step(model, optimiser, groups: Sequence[Group], advantages: np.nda
                 before = old[group.group_id, rollout.id.rollout_index]
                 advantage = float(advantages[g, rollout.id.rollout_index])
                 losses += [token_loss(logprobs[t], before[t], rollout.logprobs[t], advantage) for t in range(len(ids))]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         all_losses += [float(loss.detach()) for loss in losses]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for parameters in optimiser.param_groups:
+        for parameters in optimizer.param_groups:
             parameters["lr"] = 1e-3 * min(1.0, (update + 1) / 4)
-        optimiser.step()
+        optimizer.step()
     return float(np.mean(all_losses))
 
 
@@ -269,7 +269,7 @@ async def test_two_steps_of_the_loop_equal_the_same_steps_line_by_line(tiny_run:
     torch.set_num_threads(1)
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_run.learner.model, dtype=torch.float32)
     TOKENIZER[:] = [transformers.AutoTokenizer.from_pretrained(tiny_run.learner.model)]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
     endpoints = tiny_run.train.endpoints
     async with (
         AsyncValueClient(endpoints.value) as value,
@@ -286,7 +286,7 @@ async def test_two_steps_of_the_loop_equal_the_same_steps_line_by_line(tiny_run:
         others = (first_rewards.sum() - first_rewards.sum(1, keepdims=True)) / (first_rewards.size - 2)
         assert (result.policy_version, result.metrics.num_updates, result.rejected) == (1, 2, ())
         assert all(replica.current for replica in result.replicas)
-        loss = reference_step(model, optimiser, groups, first_rewards - others, first_update=0)
+        loss = reference_step(model, optimizer, groups, first_rewards - others, first_update=0)
         np.testing.assert_allclose(numbers["learner"]["loss"], loss, rtol=1e-4, atol=1e-6)
         await check_weights(learner, model, "after-0")
 
@@ -302,7 +302,7 @@ async def test_two_steps_of_the_loop_equal_the_same_steps_line_by_line(tiny_run:
         baselines = np.stack([answer.baselines for answer in answers])
         np.testing.assert_allclose(baselines, expected[:, ::-1], rtol=1e-3, atol=1e-4)
         assert services.result.policy_version == 2
-        loss = reference_step(model, optimiser, groups, rewards_of(groups) - baselines, first_update=2)
+        loss = reference_step(model, optimizer, groups, rewards_of(groups) - baselines, first_update=2)
         np.testing.assert_allclose(numbers["learner"]["loss"], loss, rtol=1e-4, atol=1e-6)
         await check_weights(learner, model, "after-1")
 

@@ -26,7 +26,7 @@ def test_run_on_vllm(tmp_path: Path) -> None:
         f"train.num_steps={NUM_STEPS}",
         "train.evaluation.num_prompts=64",
         "value.probe.warmup_steps=2",
-        "learner.optimiser.learning_rate=1e-3",
+        "learner.optimizer.learning_rate=1e-3",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     log = tmp_path / "log"

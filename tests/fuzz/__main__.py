@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "engine": "torch",
     "generation": {"default_max_tokens": 4, "shared_dirs": ["/dev/shm"]},
     "value": {"probe": {"warmup_steps": 4, "prompt_components": 16, "response_components": 16, "alpha": 30}},
-    "learner": {"optimiser": {"learning_rate": 3e-4, "warmup_updates": 4}, "threads": 1},
+    "learner": {"optimizer": {"learning_rate": 3e-4, "warmup_updates": 4}, "threads": 1},
     "train": {
         "num_steps": 3,
         "prompts_per_step": 16,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -12,7 +13,7 @@ from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig
 from poise.runtime.network.discovery import parse_name
 
 
-class OptimiserConfig(StrictModel):
+class OptimizerConfig(StrictModel):
     """AdamW."""
 
     learning_rate: float = Field(1e-6, gt=0)
@@ -71,7 +72,7 @@ class LoraSettings(StrictModel):
 class CriticConfig(StrictModel):
     """A critic as large as the policy: a second model, loaded from `model` with a head of one value, whose generalised
     advantage estimates (GAE) take the place of the rollouts' advantages. Betas, weight decay and the bound of the
-    gradient are those of `optimiser`."""
+    gradient are those of `optimizer`."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """After the warm-up."""
@@ -117,6 +118,8 @@ class LearnerConfig(ServiceConfig):
 
     model_config = SettingsConfigDict(env_prefix="POISE_LEARNER_")
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"optimiser": "optimizer"}
+
     grpc: GrpcConfig = GrpcConfig(port=50053)
     """Where the gRPC service listens."""
     admin: AdminConfig = AdminConfig(port=8053)
@@ -135,7 +138,7 @@ class LearnerConfig(ServiceConfig):
     replica_ca_file: Path | None = None
     """PEM of the authorities that sign the replicas' certificates; set it to speak TLS to them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type that the policy computes in, and is pushed in. The optimiser moves float32 weights all the same: in
+    """Element type that the policy computes in, and is pushed in. The optimizer moves float32 weights all the same: in
     bfloat16 its steps would round to nothing."""
     device: str = "cpu"
     """A torch device, such as `cpu` or `cuda:0`."""
@@ -153,7 +156,7 @@ class LearnerConfig(ServiceConfig):
     model with the adapters merged, or with `push.transport: lora` the adapters alone; an export holds the merged model
     and, in `adapter`, the adapters. Takes learning rates ten to a hundred times those of whole models."""
     mini_batch_prompts: int = Field(32, ge=1)
-    """Prompts an optimiser step trains on."""
+    """Prompts an optimizer step trains on."""
     micro_batch_tokens: int = Field(4096, ge=1)
     """Tokens that go through the model at once, packed without padding; a longer rollout goes alone. Bounds memory and
     changes nothing else."""
@@ -178,8 +181,8 @@ class LearnerConfig(ServiceConfig):
     trained again at a restart, to the same weights."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept."""
-    optimiser: OptimiserConfig = OptimiserConfig()
-    """The optimiser."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
     loss: LossConfig = LossConfig()
     """The policy loss."""
     critic: CriticConfig | None = None

@@ -414,7 +414,7 @@ class LearnerCore:
             raise TrainingStopped(
                 f"the last {in_a_row} updates were not finite, and nothing is trained on any more",
                 remedy=f"Look at the log, and at the batches in {self._nonfinite.folder}. Start the learner with a "
-                "lower optimiser.learning_rate, or, where batches are to blame, with a higher max_nonfinite_in_a_row.",
+                "lower optimizer.learning_rate, or, where batches are to blame, with a higher max_nonfinite_in_a_row.",
             )
 
     def _try(self, batch: Batch, content: bytes, answered: Answer | None = None) -> Answer:

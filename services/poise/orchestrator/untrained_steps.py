@@ -36,7 +36,7 @@ def why_untrained(line: Mapping[str, Any]) -> str | None:
     if learner["num_skipped_updates"] and not learner["num_updates"]:
         return (
             f"none of its {learner['num_skipped_updates']} updates had a finite loss and gradient: the learner's log "
-            "says more. Lower learner.optimiser.learning_rate, or look at the batches in the folder `nonfinite` of its "
+            "says more. Lower learner.optimizer.learning_rate, or look at the batches in the folder `nonfinite` of its "
             "state_dir"
         )
     if line["verifier_errors"] >= num_rollouts:

@@ -16,9 +16,9 @@ VOCABULARY = 260
 
 def make_config(folder: Path, state_dir: Path, **changes: object) -> LearnerConfig:
     """Settings of a learner that starts from the model in `folder` and moves far in a step."""
-    optimiser = {"learning_rate": 1e-3, "warmup_updates": 0} | changes.pop("optimiser", {})  # type: ignore[operator]
+    optimizer = {"learning_rate": 1e-3, "warmup_updates": 0} | changes.pop("optimizer", {})  # type: ignore[operator]
     values = {"model": str(folder), "state_dir": state_dir, "threads": 1, "mini_batch_prompts": 2}
-    return LearnerConfig(**values | {"optimiser": optimiser} | changes)
+    return LearnerConfig(**values | {"optimizer": optimizer} | changes)
 
 
 def make_group(

@@ -37,7 +37,7 @@ class GradientTrainer(Trainer):
 
     def load(self) -> World:
         world = super().load()
-        self._models.optimiser.clip = self._keep  # type: ignore[method-assign]
+        self._models.optimizer.clip = self._keep  # type: ignore[method-assign]
         return world
 
     @torch.no_grad()

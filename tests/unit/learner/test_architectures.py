@@ -208,7 +208,7 @@ def test_merged_adapters_give_the_learners_logprobs(name, modules, tmp_path):
 def test_a_step_moves_the_policy_of_an_architecture(name, tmp_path):
     folder = make_architecture(tmp_path, name)
     trainer = Trainer(
-        settings(folder, optimiser={"learning_rate": 0.01, "warmup_updates": 0}, loss={"kl_coefficient": 0.1})
+        settings(folder, optimizer={"learning_rate": 0.01, "warmup_updates": 0}, loss={"kl_coefficient": 0.1})
     )
     trainer.load()
     before = trainer.weights()

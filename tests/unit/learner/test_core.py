@@ -428,13 +428,13 @@ def test_other_weights_after_training_again_go_out_as_a_new_lineage(start, caplo
     for step in range(3):
         core.submit(make_batch(step))
     lineage, digest = core.published.lineage_id, core.published.digest
-    again = start(optimiser={"learning_rate": 2e-3})
+    again = start(optimizer={"learning_rate": 2e-3})
     assert again.published.policy_version == 3
     assert again.published.digest != digest
     assert again.published.lineage_id != lineage
     assert "training again gave other weights for version 3" in caplog.text
     # From now on this is the truth.
-    settled = start(optimiser={"learning_rate": 2e-3})
+    settled = start(optimizer={"learning_rate": 2e-3})
     assert settled.published.lineage_id == again.published.lineage_id
     assert settled.published.digest == again.published.digest
 
@@ -446,8 +446,8 @@ def test_a_kill_while_other_weights_come_out_still_ends_in_a_new_lineage(start, 
     with monkeypatch.context() as patch:
         point(patch)
         with pytest.raises(Killed):
-            start(optimiser={"learning_rate": 2e-3})
-    again = start(optimiser={"learning_rate": 2e-3})
+            start(optimizer={"learning_rate": 2e-3})
+    again = start(optimizer={"learning_rate": 2e-3})
     assert again.published.lineage_id != core.published.lineage_id
 
 

@@ -119,9 +119,9 @@ def test_a_port_of_ones_own_is_told_to_all(tmp_path: Path) -> None:
 
 
 def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
-    values = MINIMAL | {"learner": {"optimiser": {"learning_rate": 0.5}}, "engine": "torch"}
-    run = load(tmp_path, values, "learner.optimiser.weight_decay=0.25", "run.seed=7", "train.num_steps=3")
-    assert (run.learner.optimiser.learning_rate, run.learner.optimiser.weight_decay) == (0.5, 0.25)
+    values = MINIMAL | {"learner": {"optimizer": {"learning_rate": 0.5}}, "engine": "torch"}
+    run = load(tmp_path, values, "learner.optimizer.weight_decay=0.25", "run.seed=7", "train.num_steps=3")
+    assert (run.learner.optimizer.learning_rate, run.learner.optimizer.weight_decay) == (0.5, 0.25)
     assert (run.train.seed, run.learner.seed, run.train.num_steps) == (7, 7, 3)
     assert run.generation.engine == "torch"
 
@@ -133,7 +133,7 @@ def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
         (MINIMAL | {"value": {"probe": {"alhpa": 1}}}, "value: probe.alhpa: unknown; did you mean 'alpha'"),
         (MINIMAL | {"run": {"name": "a/b"}}, "run.name"),
         (MINIMAL | {"run": {"nmae": "a"}}, "run.nmae: unknown; did you mean 'name'"),
-        (MINIMAL | {"learner": {"optimizer": {}}}, "learner: optimizer: unknown; did you mean 'optimiser'"),
+        (MINIMAL | {"learner": {"optimiser": {}}}, "learner: optimiser: unknown; it was renamed to 'optimizer'"),
         (MINIMAL | {"generation": {"grpc": 3}}, "generation: grpc"),
         (MINIMAL | {"value": 3}, "value"),
         ({"model": "m"}, "train: tasks: required"),

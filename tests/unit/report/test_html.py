@@ -219,7 +219,7 @@ def test_settings_show_essentials_and_never_secrets(make_run: Callable[..., Path
     (run_dir / "config.yaml").write_text(
         "run: {name: sums}\n"
         "model: hub://me:hunter1@host/m\n"
-        "learner: {replica_token: hunter2, optimiser: {learning_rate: 1.0e-4}}\n"
+        "learner: {replica_token: hunter2, optimizer: {learning_rate: 1.0e-4}}\n"
         "train: {token: hunter3, algorithm: poise, tasks: [{num_prompts: 7}]}\n"
         "value: {queue: {url: 'redis://:hunter4@h'}}\n"
     )
@@ -230,7 +230,7 @@ def test_settings_show_essentials_and_never_secrets(make_run: Callable[..., Path
     assert settings == {
         "run.name": "sums",
         "model": "hub://…@host/m",
-        "learner.optimiser.learning_rate": "0.0001",
+        "learner.optimizer.learning_rate": "0.0001",
         "train.algorithm": "poise",
         "train.tasks.0.num_prompts": "7",
     }

@@ -243,5 +243,5 @@ class _Signals:
 
 
 def _steps(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the optimiser's counters, which are the same in all processes."""
+    """Return the optimizer's counters, which are the same in all processes."""
     return {name: float(tensor) for name, tensor in tensors.items() if name.startswith(("step.", "critic.step."))}

@@ -1,6 +1,6 @@
 """The critic: a model like the policy that values the state before each token, and what the policy learns from it.
 
-Owns its parameters and their optimiser. It is loaded from the policy's model, without the head over the vocabulary and
+Owns its parameters and their optimizer. It is loaded from the policy's model, without the head over the vocabulary and
 with one of a single value, 0 at first. Parameters are float32 whatever it computes in. With several processes all of
 them must make the same calls.
 
@@ -28,7 +28,7 @@ from poise.learner.training.flops import ModelSize, model_size
 from poise.learner.training.gradients import Before, Lesson
 from poise.learner.training.losses import value_losses
 from poise.learner.training.minibatch import MiniBatch
-from poise.learner.training.optimizer import Optimiser
+from poise.learner.training.optimizer import Optimizer
 from poise.learner.training.packing import PackedRow
 from poise.runtime.models.decoder import decoder_layers, decoder_of
 
@@ -84,7 +84,7 @@ class Critic:
         if world.is_sharded:
             shard(self.values, decoder_layers(model), world)
         own = {"learning_rate": settings.learning_rate, "warmup_updates": settings.warmup_updates}
-        self.optimiser = Optimiser(self.values.named_parameters(), config.optimiser.model_copy(update=own), world)
+        self.optimizer = Optimizer(self.values.named_parameters(), config.optimizer.model_copy(update=own), world)
 
     @torch.no_grad()
     def teach(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[list[Lesson]], float]:

@@ -22,7 +22,7 @@ from poise.learner.models.policy import Policy, load_reference
 from poise.learner.training.gradient_variance import HalfGradient
 from poise.learner.training.gradients import Before, Sums, accumulate
 from poise.learner.training.minibatch import MiniBatch
-from poise.learner.training.optimizer import Optimiser
+from poise.learner.training.optimizer import Optimizer
 from poise.learner.training.packing import PackedRow
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Models:
         self._config = config
         self._world = world
         self.policy = Policy(config, world)
-        self.optimiser = Optimiser(self.policy.trained(), config.optimiser, world)
+        self.optimizer = Optimizer(self.policy.trained(), config.optimizer, world)
         self.critic: Critic | None = None if config.critic is None else Critic(config, config.critic, world)
         self._reference: PackedForward | None = None
         """The model that training started from; None where the loss does not look at it."""
@@ -93,18 +93,18 @@ class Models:
 
         `first` says that it is the first of its batch. Nothing changes unless all of it is finite.
         """
-        optimisers = [self.optimiser] if self.critic is None else [self.optimiser, self.critic.optimiser]
-        for optimiser in optimisers:
-            optimiser.clear()
+        optimizers = [self.optimizer] if self.critic is None else [self.optimizer, self.critic.optimizer]
+        for optimizer in optimizers:
+            optimizer.clear()
         sums, variance = self._accumulate(mini_batch, before, temperature, first=first)
         if self.critic is not None:
             sums += Sums(value_loss=self.critic.accumulate(mini_batch, before))
         sums = Sums.from_tensor(self._world.sum(sums.to_tensor(self._world.device)))
-        norm, *critic_norm = [optimiser.clip() for optimiser in optimisers]
+        norm, *critic_norm = [optimizer.clip() for optimizer in optimizers]
         update = Update(sums, norm, sum(critic_norm), variance)
         if update.is_finite:
-            for optimiser in optimisers:
-                optimiser.step(number)
+            for optimizer in optimizers:
+                optimizer.step(number)
             return update
         logger.error(
             "a mini-batch changes nothing: its loss is %s, the norm of its gradient %s%s; look at its %s",
@@ -113,15 +113,15 @@ class Models:
             f", those of its critic {sums.value_loss} and {critic_norm[0]}" if critic_norm else "",
             "rewards" if critic_norm else "advantages",
         )
-        for optimiser in optimisers:
-            optimiser.clear()
+        for optimizer in optimizers:
+            optimizer.clear()
         return update
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all that training goes on from, by name. Not copies; empty on all processes but the first."""
-        tensors = self.optimiser.state()
+        tensors = self.optimizer.state()
         if self.critic is not None:
-            tensors |= {f"{_CRITIC}{name}": tensor for name, tensor in self.critic.optimiser.state().items()}
+            tensors |= {f"{_CRITIC}{name}": tensor for name, tensor in self.critic.optimizer.state().items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -130,10 +130,10 @@ class Models:
         Raises:
             KeyError: a parameter is missing. The models are then half restored.
         """
-        self.optimiser.restore(tensors)
+        self.optimizer.restore(tensors)
         if self.critic is not None:
             own = {name.removeprefix(_CRITIC): each for name, each in tensors.items() if name.startswith(_CRITIC)}
-            self.critic.optimiser.restore(own)
+            self.critic.optimizer.restore(own)
 
     def _accumulate(
         self, mini_batch: MiniBatch, before: Sequence[Before], temperature: float, *, first: bool
@@ -142,7 +142,7 @@ class Models:
         halves, half, sums = mini_batch.halves, None, Sums()
         for index, (row, known, counts) in enumerate(zip(mini_batch.rows, before, mini_batch.counts, strict=True)):
             if halves is not None and index == halves.num_rows:
-                half = HalfGradient(self.optimiser.parameters, halves.num_groups)
+                half = HalfGradient(self.optimizer.parameters, halves.num_groups)
             of_row = accumulate(
                 lambda row: self.policy.logprobs(row, temperature),
                 row,

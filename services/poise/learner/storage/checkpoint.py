@@ -3,7 +3,7 @@
     <folder>/lock                            held while a service uses the folder
     <folder>/lineage                         names the sequence of versions
     <folder>/checkpoint-00000042/            renamed into place when all in it is durable
-        tensors.safetensors                  parameters and optimiser moments
+        tensors.safetensors                  parameters and optimizer moments
         seen.safetensors                     digests of the rollouts trained on
         state.json                           the rest, with checksums of all
 

@@ -1,4 +1,4 @@
-"""What an optimiser step trains on: some prompts' rollouts in rows, dealt out to the processes.
+"""What an optimizer step trains on: some prompts' rollouts in rows, dealt out to the processes.
 
 Knows no model. Every process packs all of a mini-batch, and takes every so manieth row.
 """
@@ -31,7 +31,7 @@ class Halves:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What an optimiser step trains on."""
+    """What an optimizer step trains on."""
 
     rows: list[PackedRow]
     """This process's share; as many in every process, for each pass is one of all of them."""

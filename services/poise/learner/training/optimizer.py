@@ -10,18 +10,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
-from poise.learner.config import OptimiserConfig
+from poise.learner.config import OptimizerConfig
 from poise.learner.distributed.fsdp import kept, part_of, whole
 from poise.learner.distributed.process_group import World
 
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Optimiser:
+class Optimizer:
     """Of named parameters, which it moves in place."""
 
     def __init__(
-        self, parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimiserConfig, world: World
+        self, parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, world: World
     ) -> None:
         self._parameters = dict(parameters)
         self._settings = settings
@@ -79,7 +79,7 @@ class Optimiser:
         """Take over what `state` gave.
 
         Raises:
-            KeyError: a parameter is missing. The optimiser is then half restored.
+            KeyError: a parameter is missing. The optimizer is then half restored.
         """
         for name, parameter in self._parameters.items():
             parameter.copy_(part_of(parameter, tensors[f"model.{name}"]))

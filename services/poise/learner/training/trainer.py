@@ -85,7 +85,7 @@ class Trainer:
         return size
 
     def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
-        """Take one optimiser step for each mini-batch of prompts, one epoch. Needs at least one rollout.
+        """Take one optimizer step for each mini-batch of prompts, one epoch. Needs at least one rollout.
 
         With a critic, rollouts need rewards, and advantages are made of these. A mini-batch of which a loss or gradient
         is not finite changes nothing, and has no part in the means.
@@ -129,7 +129,7 @@ class Trainer:
             truncated_share=_mean(totals.truncated, totals.num_tokens),
             reference_kl=_mean(totals.reference_kl, totals.num_tokens),
             gradient_norm=_mean(sum(update.norm for update in updates), len(updates)),
-            learning_rate=self._models.optimiser.learning_rate(max(0, self._num_updates - 1)),
+            learning_rate=self._models.optimizer.learning_rate(max(0, self._num_updates - 1)),
             num_tokens=int(totals.num_tokens),
             num_rollouts=len(rollouts),
             num_updates=num_updates,

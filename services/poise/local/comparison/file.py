@@ -67,7 +67,7 @@ class CompareFile(StrictModel):
     reference: str | None = None
     """The run that ratios are against; null is the first."""
     keep_state: bool = False
-    """Keep the services' state of a finished run, its optimiser and queue. Its results and model always stay."""
+    """Keep the services' state of a finished run, its optimizer and queue. Its results and model always stay."""
     runs: dict[Name, RunEntry] = Field(min_length=1)
     """What is compared, by names of your choice."""
 

@@ -76,17 +76,17 @@ def _train(
     model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTrainedTokenizerFast, source: Random
 ) -> None:
     num_steps = _CLEAN_STEPS + _NOISY_STEPS
-    optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
     model.train()
     for step in range(num_steps):
         examples = [_example(tokenizer, source, noisy=step >= _CLEAN_STEPS) for _ in range(_BATCH)]
         rows, labels = zip(*examples, strict=True)
         loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     model.eval()
 

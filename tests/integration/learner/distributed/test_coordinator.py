@@ -42,7 +42,7 @@ COMPARED += ("value_loss", "explained_variance", "critic_gradient_norm", "gradie
 SETTINGS = {
     "mini_batch_prompts": 2,
     "micro_batch_tokens": 24,  # rows that do not divide by two
-    "optimiser": {"learning_rate": 1e-3, "weight_decay": 0.0},
+    "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0},
     "checkpoint_every_steps": 2,
     "gradient_checkpointing": True,
 }

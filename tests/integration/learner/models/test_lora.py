@@ -54,7 +54,7 @@ async def learner(model: Path, folder: Path, *addresses: str, **push: Any) -> As
             lora=LORA,
             push={"transport": "lora", "timeout_s": TIMEOUT_S, "reconcile_every_s": 0.05} | push,
             mini_batch_prompts=8,  # one update a step: its mismatch is that of the policy that sampled
-            optimiser={"learning_rate": 1e-2},
+            optimizer={"learning_rate": 1e-2},
         )
     )
     server = grpc.aio.server(interceptors=interceptors("learner", app.registry))

@@ -68,8 +68,8 @@ class PlainPpo:
         self.head = torch.nn.Linear(self.critic.config.hidden_size, 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        decay = config.optimiser.weight_decay
-        self.of_policy = torch.optim.AdamW(self.policy.parameters(), config.optimiser.learning_rate, weight_decay=decay)
+        decay = config.optimizer.weight_decay
+        self.of_policy = torch.optim.AdamW(self.policy.parameters(), config.optimizer.learning_rate, weight_decay=decay)
         both = [*self.critic.parameters(), *self.head.parameters()]
         self.of_critic = torch.optim.AdamW(both, self.critic_config.learning_rate, weight_decay=decay)
         self.num_clipped = 0
@@ -123,12 +123,12 @@ class PlainPpo:
                 own_losses.append(0.5 * error)
             self.of_policy.zero_grad()
             torch.cat(policy_losses).mean().backward()
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optimiser.gradient_clip)
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optimizer.gradient_clip)
             self.of_policy.step()
             self.of_critic.zero_grad()
             torch.cat(own_losses).mean().backward()
             both = [*self.critic.parameters(), *self.head.parameters()]
-            norms.append(float(torch.nn.utils.clip_grad_norm_(both, self.config.optimiser.gradient_clip)))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(both, self.config.optimizer.gradient_clip)))
             self.of_critic.step()
             value_losses += [loss.detach() for loss in own_losses]
         return {

@@ -118,7 +118,7 @@ def test_a_step_is_peft_and_torch_s_own(config):
     with torch.no_grad():
         for name, parameter in theirs.items():
             parameter.copy_(own[name])
-    optimiser = torch.optim.AdamW(theirs.values(), lr=1e-3, weight_decay=settings.optimiser.weight_decay)
+    optimizer = torch.optim.AdamW(theirs.values(), lr=1e-3, weight_decay=settings.optimizer.weight_decay)
     losses = []
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_token_ids, *r.token_ids]])
@@ -129,8 +129,8 @@ def test_a_step_is_peft_and_torch_s_own(config):
         loss = torch.maximum(-r.advantage * ratio, -r.advantage * ratio.clamp(0.8, 1.28))
         losses.append(loss.clamp(max=-r.advantage * 10) if r.advantage < 0 else loss)
     torch.cat(losses).mean().backward()
-    torch.nn.utils.clip_grad_norm_(theirs.values(), settings.optimiser.gradient_clip)
-    optimiser.step()
+    torch.nn.utils.clip_grad_norm_(theirs.values(), settings.optimizer.gradient_clip)
+    optimizer.step()
     trainer.train(rollouts, 1.0)
     for name, parameter in trainer.policy.trained():
         assert (parameter - theirs[name]).abs().quantile(0.99) < 1e-6, name
@@ -161,7 +161,7 @@ def test_in_float32_what_is_served_is_what_is_trained(config):
 
 def test_in_bfloat16_what_is_served_is_what_is_trained_rounded_and_small_updates_are_not_served(config):
     """Half a step of bfloat16 is the most it is off by, and what moved by less may not move there at all."""
-    settings = config(dtype="bfloat16", lora={"rank": 4, "alpha": 8}, optimiser={"learning_rate": 1e-4})
+    settings = config(dtype="bfloat16", lora={"rank": 4, "alpha": 8}, optimizer={"learning_rate": 1e-4})
     before, served, trained = served_and_trained(settings, 2)
     moved, lost = 0, 0
     for name, weight in trained.items():

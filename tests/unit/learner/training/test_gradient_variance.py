@@ -63,7 +63,7 @@ def gradients(config: LearnerConfig, groups: Sequence[Group], num_tokens: int) -
 
 
 def settings_for(config, num_prompts: int, **changes: object) -> LearnerConfig:
-    changes = {"micro_batch_tokens": 24, "optimiser": STILL, "measure_gradient_variance": True} | changes
+    changes = {"micro_batch_tokens": 24, "optimizer": STILL, "measure_gradient_variance": True} | changes
     return config(mini_batch_prompts=num_prompts, **changes)
 
 

@@ -41,12 +41,12 @@ class PlainLoop:
     def __init__(self, config: LearnerConfig) -> None:
         self.config = config
         self.model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        settings = config.optimiser
-        self.optimiser = torch.optim.AdamW(
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda update: min(1.0, (update + 1) / max(1, settings.warmup_updates))
+            self.optimizer, lambda update: min(1.0, (update + 1) / max(1, settings.warmup_updates))
         )
 
     def logprobs(self, rollout: TrainingRollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ class PlainLoop:
         losses, entropies, mismatches, norms, clipped, truncated = [], [], [], [], [], []
         c = self.config.loss
         for index, mini_batch in enumerate(mini_batches):
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             mini_losses = []
             for r in mini_batch:
                 logprobs, entropy = self.logprobs(r, temperature)
@@ -83,8 +83,8 @@ class PlainLoop:
                     mismatches.append(before[r.id] - rollout_logprobs)
             torch.cat(mini_losses).mean().backward()
             losses += [loss.detach() for loss in mini_losses]
-            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.gradient_clip))
-            self.optimiser.step()
+            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip))
+            self.optimizer.step()
             self.schedule.step()
         d = torch.cat(mismatches)
         return {
@@ -130,7 +130,7 @@ def test_a_step_is_that_of_a_plain_torch_loop(config, temperature, old_logprobs)
 def test_several_mini_batches_are_bounded_by_the_policy_before_them_and_follow_the_warm_up(config, old_logprobs):
     """Two steps of two mini-batches each: ratios, moments, learning rate and decay all carry over."""
     settings = config(
-        optimiser={"learning_rate": 4e-3, "warmup_updates": 3, "gradient_clip": 0.5},
+        optimizer={"learning_rate": 4e-3, "warmup_updates": 3, "gradient_clip": 0.5},
         loss={"clip_low": 0.01, "clip_high": 0.02, "old_logprobs": old_logprobs},
     )
     trainer, loop = loaded(settings), PlainLoop(settings)
@@ -162,7 +162,7 @@ def test_the_split_into_micro_batches_changes_nothing(config):
 
 
 def test_an_advantage_of_nothing_moves_nothing_but_by_decay(config):
-    trainer = loaded(config(optimiser={"weight_decay": 0.0}))
+    trainer = loaded(config(optimizer={"weight_decay": 0.0}))
     before = weights(trainer)
     trainer.train([dataclasses.replace(r, advantage=0.0) for r in rollouts()], 1.0)
     assert_same(weights(trainer), before)
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(config, caplog):
 
 
 def test_training_goes_on_bit_for_bit_from_a_state(config, tmp_path):
-    settings = config(mini_batch_prompts=2, optimiser={"warmup_updates": 5})
+    settings = config(mini_batch_prompts=2, optimizer={"warmup_updates": 5})
     straight = loaded(settings)
     straight.train(rollouts(0), 1.0)
     tensors, num_updates = straight.state()
@@ -234,7 +234,7 @@ def test_a_parameter_that_never_had_a_gradient_is_restored_without_moments(confi
     tensors, num_updates = trainer.state()
     assert not any(name.endswith("layers.0.mlp.down_proj.weight") and "exp" in name for name in tensors)
     trainer.restore({name: tensor.clone() for name, tensor in tensors.items()}, num_updates)
-    assert idle not in trainer._models.optimiser.adam.state
+    assert idle not in trainer._models.optimizer.adam.state
     assert trainer.train(rollouts(1), 1.0).num_updates == 2
 
 
@@ -255,7 +255,7 @@ def test_tied_weights_travel_once(config, model):
 
 def test_bfloat16_pushes_the_rounded_weights_and_learns_by_steps_too_small_for_it(config):
     """The published recipe's learning rate, 1e-6, is under a bfloat16's resolution of all but the smallest weights."""
-    trainer = loaded(config(dtype="bfloat16", optimiser={"learning_rate": 1e-6}))
+    trainer = loaded(config(dtype="bfloat16", optimizer={"learning_rate": 1e-6}))
     exact = loaded(config())
     for name, weight in trainer.weights().items():
         assert (weight.dtype, weight.array.dtype) == ("bfloat16", np.uint16)

@@ -59,12 +59,12 @@ def test_the_budget_ends_runs_and_divides_their_curves(
 def test_a_run_has_settings_of_its_own(tmp_path: Path) -> None:
     settings = {
         "train.rollouts_per_prompt": 8,
-        "learner.optimiser.learning_rate": 1e-5,
+        "learner.optimizer.learning_rate": 1e-5,
         "train.sampling.stop": ["}", "a: b"],
     }
     local = plan(tmp_path, **own("grpo", **settings)).runs[0].local
     assert local.train.rollouts_per_prompt == 8
-    assert local.learner.optimiser.learning_rate == 1e-5
+    assert local.learner.optimizer.learning_rate == 1e-5
     assert local.train.sampling.stop == ("}", "a: b")
 
 
@@ -134,16 +134,16 @@ def test_a_base_whose_runs_would_share_a_state_or_measure_nothing_is_refused(
 
 @pytest.mark.parametrize(
     ("said_by_base", "own_settings", "found"),
-    [({}, {}, 9), ({"weight_decay": 3}, {}, 3), ({}, {"learner.optimiser.weight_decay": 4}, 4)],
+    [({}, {}, 9), ({"weight_decay": 3}, {}, 3), ({}, {"learner.optimizer.weight_decay": 4}, 4)],
 )
 def test_what_all_are_told_gives_way_to_what_the_base_or_a_run_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by_base: Any, own_settings: Any, found: float
 ) -> None:
-    monkeypatch.setattr("poise.local.comparison.plan._UNLESS_SAID", {"learner.optimiser.weight_decay": 9})
-    base = {"model": "m", "learner": {"optimiser": said_by_base}, "train": {"tasks": [{"kind": "digits"}]}}
+    monkeypatch.setattr("poise.local.comparison.plan._UNLESS_SAID", {"learner.optimizer.weight_decay": 9})
+    base = {"model": "m", "learner": {"optimizer": said_by_base}, "train": {"tasks": [{"kind": "digits"}]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     run = plan(tmp_path, base="run.yaml", **own(**own_settings)).runs[0]
-    assert run.local.learner.optimiser.weight_decay == found
+    assert run.local.learner.optimizer.weight_decay == found
 
 
 def begin(begun: Plan) -> None:
