@@ -8,7 +8,7 @@ seeds, one budget of sampled tokens; ten minutes on two cores, resumable. Writes
 - `tokens_vs_grpo_best`: likewise, each with the updates that serve it best;
 - `grpo_8_of_16_vs_32`, …: GRPO's own tokens by what it takes with updates of 32, likewise.
 
-Prints a table of the levels, draws the curves into docs/figures. The whole report is in compare/compare_batches.
+Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_batches.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ sampled tokens; an hour and more on two cores, resumable. Writes results/compare
 
 - `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach.
 
-Prints a table of the levels, draws the curves into docs/figures. The whole report is in compare/compare_smollm2.
+Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_smollm2.
 """
 
 from __future__ import annotations

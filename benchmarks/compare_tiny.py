@@ -6,7 +6,7 @@ half an hour on two cores) and then `gradient_variance.py`, and puts both togeth
 - `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach;
 - `gradient_variance_vs_grpo`: noise by signal of the gradient at equal tokens, POISE's by GRPO-8's, at one policy.
 
-Prints a table of the levels, draws the curves into docs/figures. The whole report is in compare/compare_tiny.
+Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_tiny.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def show(tree: Tree, noise: Mapping[str, float]) -> None:
 
 
 def keep(name: str, tree: Tree, figures: Mapping[str, float | None]) -> None:
-    """Write results/NAME.json, and the curves into docs/figures."""
+    """Write results/NAME.json, and the curves into benchmarks/figures."""
     for run in tree["runs"].values():
         for seed in run["seeds"].values():
             del seed["folder"]  # of this machine
@@ -85,5 +85,5 @@ def keep(name: str, tree: Tree, figures: Mapping[str, float | None]) -> None:
     path.write_text(json.dumps({"figures": figures, "comparison": tree}, separators=(",", ":")) + "\n")
     for axis in ("tokens", "seconds"):
         if (drawing := curve_figure(tree, axis)) is not None:
-            (HERE.parent / "docs" / "figures" / f"{name}_{axis}.svg").write_text(drawing)
+            (HERE / "figures" / f"{name}_{axis}.svg").write_text(drawing)
     print(f"{dict(figures)}; wrote {path}")

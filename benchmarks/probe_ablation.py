@@ -1,7 +1,7 @@
 """What does the probe see? Each input alone and together, beside its rivals, on real rollouts.
 
 `collect` samples SmolLM2-135M-Instruct once, see `probe_ablation_data`; `evaluate` compares on what was sampled, prints
-tables, and writes results/probe_ablation.json and ../docs/figures/probe_ablation.svg. The critic is trained at the
+tables, and writes results/probe_ablation.json and figures/probe_ablation.svg. The critic is trained at the
 first `evaluate`, about ten minutes, and its answers are kept beside the rollouts.
 
 **New prompts.** Everything is fitted on the training prompts, 384 a domain with two rollouts each, and judged on 48
@@ -96,7 +96,7 @@ def evaluate(folder: Path) -> None:
     console.print("training, s: " + ", ".join(f"{name} {spent:.2f}" for name, spent in training_s.items()))
 
     lines = {name: [again[passes][name]["squared_advantage"] for passes in PASSES] for name in again[0]}
-    plot(new, lines, PASSES, best, HERE.parent / "docs/figures/probe_ablation.svg")
+    plot(new, lines, PASSES, best, HERE / "figures/probe_ablation.svg")
     result = {
         "figures": key_figures(new, again, best, training_s),
         "machine": {

@@ -3,7 +3,7 @@
 A window of 4096 rows with two 2560-wide hidden states, 512 rows of it replaced at each update. Beside `GramFitter`, on
 the same rows in the same run, the plain scikit-learn pipeline: randomised PCA twice, StandardScaler, Ridge; on
 as many threads as BLAS takes, and on one, which is what `GramFitter` takes. Prints tables, writes
-results/probe_refit.json and ../docs/figures/probe_refit.svg.
+results/probe_refit.json and figures/probe_refit.svg.
 
 The rows are synthetic. Groups of two share a prompt. A hidden state is a point in a 512-dimensional subspace, with
 standard deviations falling as i^-0.6 (variances over a range of 1800), far from zero, with white noise of a hundredth
@@ -245,7 +245,7 @@ def main(updates: int) -> None:
     show("growth with the window, an eighth of it new", by_rows)
     by_width = [row_of(4096, d, *measure(4096, d, 512, 9, every=3)) for d in (256, 512, 1024, 2048, 4096)]
     show("growth with the width", by_width)
-    plot(by_rows, by_width, HERE.parent / "docs/figures/probe_refit.svg")
+    plot(by_rows, by_width, HERE / "figures/probe_refit.svg")
     result = {
         "figures": {key: main_row[key] for key in ("speedup", "speedup_in_total", "brier_gap")},
         "machine": machine(),

@@ -1,4 +1,4 @@
-"""Generates docs/metrics.md: every metric of every service, from the services' own registries.
+"""Generates docs/reference/metrics.md: every metric of every service, from the services' own registries.
 
 generate_metrics_docs.py           write it
 generate_metrics_docs.py --check   fail if it is out of date
@@ -24,12 +24,12 @@ from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator
 from poise.value.metrics import StateCollector
 
-TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"
+TARGET = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
 
 HEAD = """# Metrics
 
 Every service answers `GET /metrics` on its admin port. Generated from the services' registries by `make chart`.
-Histograms have `_bucket`, `_sum` and `_count`. Alerts on them are explained in the [runbook](runbook.md); a Grafana
+Histograms have `_bucket`, `_sum` and `_count`. Alerts on them are explained in the [runbook](../how_to/runbook.md); a Grafana
 dashboard comes with the chart (`monitoring.dashboard`).
 """
 

@@ -13,7 +13,7 @@ from tests.chart.rendering import Manifest, merged, render, values_of
 
 ALL_RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 RULES = [rule for rule in ALL_RULES if "alert" in rule]
-METRICS = set(re.findall(r"`(poise_\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
+METRICS = set(re.findall(r"`(poise_\w+)`", (ROOT / "docs" / "reference" / "metrics.md").read_text()))
 RECORDED = {rule["record"] for rule in ALL_RULES if "record" in rule}
 
 

@@ -44,7 +44,7 @@ def test_all_pods_secrets_and_claims_of_the_worked_example_are_found_by_its_labe
 
 def typed_manifests() -> list[Manifest]:
     """What the guides of the repository apply by hand, claims filled in."""
-    texts = [path.read_text() for path in (CHART / "README.md", *(CHART.parents[1] / "docs").glob("*.md"))]
+    texts = [path.read_text() for path in (CHART / "README.md", *(CHART.parents[1] / "docs").rglob("*.md"))]
     heredoc = re.compile(r"<<'?END'?.*?\n(.*?)\n +END$", re.DOTALL | re.MULTILINE)
     applied = [text for page in texts for text in heredoc.findall(page)]
     filled = [re.sub(r"\$\{?\d(:-\$\d\})?", "claim", textwrap.dedent(text)) for text in applied]

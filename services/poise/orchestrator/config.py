@@ -123,7 +123,7 @@ class OrchestratorConfig(Settings):
     """Rollouts of each prompt, the group; null takes what the algorithm is used with: 2 for `poise`, 1 for `spo` and
     `ppo`, 8 for the others."""
     algorithm: AlgorithmConfig = PoiseOptions()
-    """What advantages are made of: its name, or `kind` and its options. docs/algorithms.md has the formulas."""
+    """What advantages are made of: its name, or `kind` and its options. docs/reference/algorithms.md has the formulas."""
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
@@ -138,7 +138,7 @@ class OrchestratorConfig(Settings):
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts
-    too (docs/learner.md, "Exact resume"). Only where `max_staleness` is 0; 0 never waits."""
+    too (docs/explanation/learner.md, "Exact resume"). Only where `max_staleness` is 0; 0 never waits."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """What is trained on; a mixture by weight."""
     on_bad_row: OnBadRow = "stop"

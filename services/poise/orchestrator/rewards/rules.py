@@ -65,7 +65,7 @@ def regex(response: str, answer: Answer) -> Score:
 
 
 def numeric(response: str, answer: Answer) -> Score:
-    r"""Return 1 where the final part comes to the value of the answer, see `docs/verifiers.md`.
+    r"""Return 1 where the final part comes to the value of the answer, see `docs/reference/verifiers.md`.
 
     Of the response counts the last \boxed{…}, else what follows the last `####`, else what follows the last "answer
     is", else the last value; of the answer, what follows its last `####`, if any.
