@@ -1,7 +1,7 @@
-"""Generates docs/reference/metrics.md: every metric of every service, from the services' own registries.
+"""Generate docs/reference/metrics.md: every metric of every service, read from its registry.
 
-generate_metrics_docs.py           write it
-generate_metrics_docs.py --check   fail if it is out of date
+    generate_metrics_docs.py           write the page
+    generate_metrics_docs.py --check   fail if it is out of date
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TARGET = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
 
 HEAD = """# Metrics
 
-Every service answers `GET /metrics` on its admin port. Generated from the services' registries by `make chart`.
-Histograms have `_bucket`, `_sum` and `_count`. Alerts on them are explained in the [runbook](../how_to/runbook.md); a Grafana
-dashboard comes with the chart (`monitoring.dashboard`).
+Every service serves these at `GET /metrics` on its admin port. This page is generated from the code by `make chart`.
+A histogram has the series `_bucket`, `_sum` and `_count`. The [runbook](../how_to/runbook.md) explains the alerts on these
+metrics; [Observe a run](../how_to/observe.md) shows the dashboard.
 """
 
 
 def registries() -> dict[str, CollectorRegistry]:
-    """Return each service's registry, with nothing started."""
+    """Return the registry of each service, without starting any."""
     nowhere = Path("/nonexistent")
     value_config = ValueConfig(state_dir=nowhere)
     found = {
@@ -50,7 +50,7 @@ def registries() -> dict[str, CollectorRegistry]:
 
 
 def rows(registry: CollectorRegistry) -> list[tuple[str, str, str, str]]:
-    """Return name, type, labels and help of each metric, by name."""
+    """Return name, type, labels and help of each metric, sorted by name."""
     found = set()
     collectors: list[Collector] = list(registry._collector_to_names)
     for collector in collectors:
@@ -64,7 +64,7 @@ def rows(registry: CollectorRegistry) -> list[tuple[str, str, str, str]]:
 
 
 def document() -> str:
-    """Return the whole page."""
+    """Return the text of the page."""
     parts = [HEAD]
     for service, registry in registries().items():
         parts.append(f"\n## {service}\n\n| metric | type | labels | |\n|---|---|---|---|\n")
@@ -73,7 +73,7 @@ def document() -> str:
 
 
 def main() -> int:
-    """Write the page, or check it."""
+    """Write the page, or with --check fail if it is out of date."""
     text = document()
     if "--check" in sys.argv[1:]:
         if not TARGET.exists() or TARGET.read_text() != text:

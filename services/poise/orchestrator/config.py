@@ -123,7 +123,7 @@ class OrchestratorConfig(Settings):
     """Rollouts of each prompt, the group; null takes what the algorithm is used with: 2 for `poise`, 1 for `spo` and
     `ppo`, 8 for the others."""
     algorithm: AlgorithmConfig = PoiseOptions()
-    """What advantages are made of: its name, or `kind` and its options. docs/reference/algorithms.md has the formulas."""
+    """How advantages are computed: a name, or `kind` and its options. See docs/reference/algorithms.md."""
     max_staleness: int = Field(0, ge=0, le=64)
     """Steps that may be sampled ahead of the learner, and so the versions that their rollouts may be behind it when it
     trains on them; 0 is exactly on-policy, each side waiting for the other. At most the learner's own max_staleness."""
