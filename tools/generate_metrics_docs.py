@@ -1,7 +1,7 @@
 """Generate docs/reference/metrics.md: every metric of every service, read from its registry.
 
-    generate_metrics_docs.py           write the page
-    generate_metrics_docs.py --check   fail if it is out of date
+generate_metrics_docs.py           write the page
+generate_metrics_docs.py --check   fail if it is out of date
 """
 
 from __future__ import annotations

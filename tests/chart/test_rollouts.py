@@ -129,7 +129,7 @@ def test_a_toleration_of_the_out_of_service_taint_is_rejected(role: str, tolerat
     assert render(merged(values_of("laptop"), {role: {"tolerations": harmless}})).all("Job")
 
 
-@pytest.mark.parametrize("page", ["helm/poise/README.md", "docs/how_to/runbook.md"])
+@pytest.mark.parametrize("page", ["docs/how_to/kubernetes.md", "docs/how_to/runbook.md"])
 def test_the_guides_name_the_taint_of_a_lost_node(page: str) -> None:
     text = (CHART.parents[1] / page).read_text()
     assert "kubectl taint nodes NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute" in text
