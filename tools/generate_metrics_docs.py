@@ -29,8 +29,8 @@ TARGET = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
 HEAD = """# Metrics
 
 Every service serves these at `GET /metrics` on its admin port. This page is generated from the code by `make chart`.
-A histogram has the series `_bucket`, `_sum` and `_count`. The [runbook](../how_to/runbook.md) explains the alerts on these
-metrics; [Observe a run](../how_to/observe.md) shows the dashboard.
+A histogram has the series `_bucket`, `_sum` and `_count`. The [runbook](../how_to/runbook.md) explains the alerts on
+these metrics; [Observe a run](../how_to/observe.md) shows the dashboard.
 """
 
 

@@ -138,7 +138,7 @@ class OrchestratorConfig(Settings):
     settle_probe_s: float = Field(30.0, ge=0, le=600)
     """Before a step is valued, wait at most so long until the probe is fitted on all labels of the steps before, which
     takes no time as a rule: they were published before the learner trained. A run can then be repeated, over restarts
-    too (docs/explanation/learner.md, "Exact resume"). Only where `max_staleness` is 0; 0 never waits."""
+    too (docs/how_to/resume_exactly.md). Only where `max_staleness` is 0; 0 never waits."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """What is trained on; a mixture by weight."""
     on_bad_row: OnBadRow = "stop"
