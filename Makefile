@@ -55,6 +55,9 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/poise.binpb
+	@$(BIN)/buf build --exclude-source-info -o - | cmp -s - protos/poise.binpb || \
+		{ echo "protos/poise.binpb is out of date: run 'make proto-image' and commit it"; exit 1; }
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_chart_docs.py --check
 	$(BIN)/python tools/generate_metrics_docs.py --check
@@ -72,6 +75,12 @@ format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
 .PHONY: protos
 protos: $(PROTOS_VENV)/.done  ## Generate clients/poise_proto from protos/.
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+# To break the protos deliberately, delete the image first.
+.PHONY: proto-image
+proto-image: $(VENV)/.dev  ## Record the protos that `make check` compares later ones with. Rejects breaking changes.
+	@test ! -e protos/poise.binpb || $(BIN)/buf breaking --against protos/poise.binpb
+	$(BIN)/buf build --exclude-source-info -o protos/poise.binpb
 
 .PHONY: chart
 chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the chart's schema, tables and dashboard from their sources.

@@ -335,13 +335,13 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
             took_s = time.perf_counter() - started_s
             if shared:
                 transport.remove(placed)
-            if (await client.get_policy()).digest != one.begin.digest:
+            if (await client.get_policy()).digest != one.manifest.digest:
                 raise SystemExit(f"after {name}, the engine serves other weights than it was sent")
             rows.setdefault(name, []).append((took_s, update.pause_s, one.body_bytes))
 
         def prepare(which: int, *, keep: bool) -> WeightPush:
             return WeightPush.prepare(
-                "benchmark", next(numbers), versions[which], sha256_by_name=hashes[which], keep=keep
+                "benchmark", next(numbers), versions[which], sha256_by_name=hashes[which], keep_as_base=keep
             )
 
         delta_s = []
@@ -362,7 +362,7 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
                 started_s = time.perf_counter()
                 update = await sender.send(one, client, await client.get_policy(), 600)
                 took_s = time.perf_counter() - started_s
-                if (await client.get_policy()).digest != one.begin.digest:
+                if (await client.get_policy()).digest != one.manifest.digest:
                     raise SystemExit("what came through the group is not what was sent")
                 if repeat:  # the first of them meets
                     rows.setdefault(f"whole, {backend_of(sending)}", []).append(

@@ -146,7 +146,7 @@ async def timed(work: Callable[[], Awaitable[Any]]) -> float:
 async def stream_bare(channel: grpc.aio.Channel, push: WeightPush) -> None:
     """Send the same chunks as a push does, and nothing else."""
     call = channel.stream_unary(BARE)
-    assert int(await call(data for data in push._chunks(2**20))) == push.body_bytes
+    assert int(await call(data for data in push._chunks(2**20))) == push.payload_bytes
 
 
 async def measure_transport(
@@ -158,7 +158,7 @@ async def measure_transport(
 
     def prepared(which: Weights = weights, *, keep: bool = False) -> WeightPush:
         known = hashes if which is weights else changed_hashes
-        return WeightPush.prepare("lineage", next(numbers), which, sha256_by_name=known, keep=keep)
+        return WeightPush.prepare("lineage", next(numbers), which, sha256_by_name=known, keep_as_base=keep)
 
     transport = SharedTransport(folder / "shared")
     source = folder / "shared" / "source"
@@ -321,7 +321,7 @@ def measure_deltas(folder: str, state_dir: Path, num_updates: int, prompts: int)
         if update % UPDATES_A_STEP == 0:
             by_step.append(share_of(pushes[-1], pushes[0]))
             pushes = pushes[-1:]
-    total = sum(int(np.prod(tensor.shape)) for tensor in pushes[-1].begin.tensors)
+    total = sum(int(np.prod(tensor.shape)) for tensor in pushes[-1].manifest.tensors)
     return {
         "num_updates": num_updates,
         "updates_without_a_signal": num_even,
@@ -339,8 +339,8 @@ def share_of(new: WeightPush, base: WeightPush) -> tuple[int, float]:
     delta = new.delta(base)
     if delta is None:
         raise SystemExit("too much changed for a delta")
-    sizes = [push.begin.ByteSize() + push.body_bytes for push in (delta, new)]
-    return sum(tensor.num_changed for tensor in delta.begin.tensors), sizes[0] / sizes[1]
+    sizes = [push.manifest.ByteSize() + push.payload_bytes for push in (delta, new)]
+    return sum(tensor.num_changed for tensor in delta.manifest.tensors), sizes[0] / sizes[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- report

@@ -166,7 +166,7 @@ class ValueClient(SyncClient[AsyncValueClient]):
         step: int,
         groups: Sequence[GroupFeatures],
         *,
-        settle_s: float = 0.0,
+        wait_for_labels_s: float = 0.0,
         timeout_s: float | None = None,
     ) -> list[GroupBaselines]:
         """Value a step's rollouts, before its labels are published; the answers come in the order of `groups`.
@@ -175,16 +175,20 @@ class ValueClient(SyncClient[AsyncValueClient]):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
-            settle_s: at most how long the service waits, before it pins the step, until the probes of the domains asked
-                about, and of those that the run has taught, are fitted on every label published before; `settled` of an
-                answer says whether its domain's was. 0 takes the probes of now.
+            wait_for_labels_s: longest wait, before the first answer for a step, until the probes are fitted on every
+                label published before. It covers the domains asked about and those that the run has taught.
+                `GroupBaselines.up_to_date` says whether the wait succeeded. 0 uses the current probes.
             timeout_s: deadline of it all; a minute by default.
 
         Raises:
             LabelsConsumedError: the probe has learnt from this step, which was not valued before.
             PoiseClientError: see `poise_client.errors`.
         """
-        return self._run(self._client.estimate_baselines(run_id, step, groups, settle_s=settle_s, timeout_s=timeout_s))
+        return self._run(
+            self._client.estimate_baselines(
+                run_id, step, groups, wait_for_labels_s=wait_for_labels_s, timeout_s=timeout_s
+            )
+        )
 
     def score_prompts(self, prompts: Sequence[PromptFeatures], *, timeout_s: float | None = None) -> list[PromptScore]:
         """Value prompts before any rollout, by the current probes; the answers come in the order of `prompts`.

@@ -36,7 +36,7 @@ class AsyncValueClient(AsyncClient):
         step: int,
         groups: Sequence[GroupFeatures],
         *,
-        settle_s: float = 0.0,
+        wait_for_labels_s: float = 0.0,
         timeout_s: float | None = None,
     ) -> list[GroupBaselines]:
         """Value a step's rollouts; the answers come in the order of `groups`.
@@ -48,9 +48,9 @@ class AsyncValueClient(AsyncClient):
             run_id: the training run.
             step: step of the run.
             groups: the features of each prompt's siblings.
-            settle_s: at most how long the service waits, before it pins the step, until the probes of the domains asked
-                about, and of those that the run has taught, are fitted on every label published before; `settled` of an
-                answer says whether its domain's was. 0 takes the probes of now.
+            wait_for_labels_s: longest wait, before the first answer for a step, until the probes are fitted on every
+                label published before. It covers the domains asked about and those that the run has taught.
+                `GroupBaselines.up_to_date` says whether the wait succeeded. 0 uses the current probes.
                 Every request carries it, but only the one that pins the step waits: the first.
             timeout_s: deadline of it all; a minute by default.
 
@@ -67,7 +67,7 @@ class AsyncValueClient(AsyncClient):
         for part in pack(messages):
             with encoding("request"):
                 request = pb.EstimateBaselinesRequest(
-                    run_id=run_id, step=step, groups=[messages[i] for i in part], settle_s=settle_s
+                    run_id=run_id, step=step, groups=[messages[i] for i in part], wait_for_labels_s=wait_for_labels_s
                 )
             try:
                 answers += await self._estimate(request, attempts)

@@ -21,6 +21,7 @@ from poise_client.codec import (
     SAFETENSORS_DTYPES,
     CodecError,
     adapter_seal,
+    backend_number,
     encode_adapter,
     host_dtype,
     make_delta,
@@ -89,9 +90,9 @@ def weights_digest(weights: Mapping[str, WeightArray]) -> bytes:
 class WeightPush:
     """One version of a policy, made ready: hashed once, sent to as many replicas, and as often, as it takes."""
 
-    begin: pb.WeightsBegin
-    """What opens it. Not to be changed."""
-    body: tuple[memoryview, ...]
+    manifest: pb.WeightsManifest
+    """The first message of the push. Do not change it."""
+    payload: tuple[memoryview, ...]
     """What follows: each parameter whole, in the order announced; or, of a delta, the blocks of those that changed."""
 
     @classmethod
@@ -102,7 +103,7 @@ class WeightPush:
         weights: Mapping[str, WeightArray],
         *,
         sha256_by_name: Mapping[str, bytes] | None = None,
-        keep: bool = False,
+        keep_as_base: bool = False,
         adapter: Adapter | None = None,
     ) -> WeightPush:
         """Make a push of whole parameters.
@@ -112,7 +113,7 @@ class WeightPush:
             policy_version: must exceed the one served, within a lineage.
             weights: every parameter by its Hugging Face name, tied ones once. Must not change as long as this is used.
             sha256_by_name: what `hash_weights` gave; None hashes them here, which is not for an event loop's thread.
-            keep: ask replicas to keep these weights, so that a `delta` can follow.
+            keep_as_base: ask replicas to keep these weights, so that a `delta` can follow.
             adapter: says that `weights` are an adapter's, named as in peft's files; None for a model's.
 
         Raises:
@@ -120,7 +121,7 @@ class WeightPush:
         """
         if sha256_by_name is None:
             sha256_by_name = hash_weights(weights)
-        begin = pb.WeightsBegin(
+        manifest = pb.WeightsManifest(
             lineage_id=lineage_id,
             policy_version=policy_version,
             tensors=[
@@ -133,20 +134,20 @@ class WeightPush:
                 for name, weight in weights.items()
             ],
             digest=combine_digests(sha256_by_name, adapter),
-            keep=keep,
+            keep_as_base=keep_as_base,
             adapter=None if adapter is None else encode_adapter(adapter),
         )
-        return cls(begin, tuple(wire_view(weight, name) for name, weight in weights.items()))
+        return cls(manifest, tuple(wire_view(weight, name) for name, weight in weights.items()))
 
     @property
     def is_delta(self) -> bool:
-        """Whether it holds only what changed since `begin.base`."""
-        return self.begin.HasField("base")
+        """Whether it holds only what changed since `manifest.base`."""
+        return self.manifest.HasField("base")
 
     @property
-    def body_bytes(self) -> int:
-        """How much follows `begin`."""
-        return sum(len(part) for part in self.body)
+    def payload_bytes(self) -> int:
+        """Size of the payload in bytes."""
+        return sum(len(part) for part in self.payload)
 
     def delta(self, base: WeightPush) -> WeightPush | None:
         """Return this push as what changed since `base`; None where the parameters differ or most of them changed.
@@ -155,60 +156,61 @@ class WeightPush:
         """
         if self.is_delta or base.is_delta:
             raise ValueError("a delta is made of two pushes of whole parameters")
-        if [_form(tensor) for tensor in self.begin.tensors] != [_form(tensor) for tensor in base.begin.tensors]:
+        if [_form(tensor) for tensor in self.manifest.tensors] != [_form(tensor) for tensor in base.manifest.tensors]:
             return None
-        sizes = [SAFETENSORS_DTYPES[DTYPE_NAMES[tensor.dtype]][1] for tensor in self.begin.tensors]
-        triples = list(zip(base.body, self.body, sizes, strict=True))
+        sizes = [SAFETENSORS_DTYPES[DTYPE_NAMES[tensor.dtype]][1] for tensor in self.manifest.tensors]
+        triples = list(zip(base.payload, self.payload, sizes, strict=True))
         counts = [len(new) // size for _, new, size in triples]
         if max(counts, default=0) > MAX_DELTA_ELEMENTS:
             return None
         if sum(_in_threads(_num_changed, triples)) > MAX_CHANGED_SHARE * sum(counts):
             return None
-        begin, body = pb.WeightsBegin(), []
-        begin.CopyFrom(self.begin)
-        begin.base.lineage_id, begin.base.policy_version = base.begin.lineage_id, base.begin.policy_version
-        begin.base.digest = base.begin.digest
-        for tensor, (num_changed, block) in zip(begin.tensors, _in_threads(_encode, triples), strict=True):
+        manifest, payload = pb.WeightsManifest(), []
+        manifest.CopyFrom(self.manifest)
+        manifest.base.lineage_id, manifest.base.policy_version = base.manifest.lineage_id, base.manifest.policy_version
+        manifest.base.digest = base.manifest.digest
+        for tensor, (num_changed, block) in zip(manifest.tensors, _in_threads(_encode, triples), strict=True):
             tensor.num_changed, tensor.block_bytes = num_changed, len(block)
-            body.append(memoryview(block))
-        return WeightPush(begin, tuple(body))
+            payload.append(memoryview(block))
+        return WeightPush(manifest, tuple(payload))
 
     def in_file(self, path: str) -> WeightPush:
         """Return this push with its body in a file, which must hold `file_parts`."""
-        begin = pb.WeightsBegin()
-        begin.CopyFrom(self.begin)
-        begin.file = path
-        return WeightPush(begin, self.body)
+        manifest = pb.WeightsManifest()
+        manifest.CopyFrom(self.manifest)
+        manifest.file = path
+        return WeightPush(manifest, self.payload)
 
     def through_group(self, backend: str, rendezvous: bytes, timeout_s: float) -> WeightPush:
         """Return this push with its body coming through a group of processes, as generation.proto tells."""
-        begin = pb.WeightsBegin()
-        begin.CopyFrom(self.begin)
-        begin.group.backend, begin.group.rendezvous, begin.group.timeout_s = backend, rendezvous, timeout_s
-        return WeightPush(begin, self.body)
+        manifest = pb.WeightsManifest()
+        manifest.CopyFrom(self.manifest)
+        manifest.process_group.backend = backend_number(backend, "process_group.backend")
+        manifest.process_group.rendezvous, manifest.process_group.timeout_s = rendezvous, timeout_s
+        return WeightPush(manifest, self.payload)
 
     def file_parts(self) -> Iterator[bytes | memoryview]:
         """Yield what a file of the body holds: of whole parameters a safetensors file, of a delta its blocks alone."""
         if not self.is_delta:
-            yield safetensors_header((t.name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in self.begin.tensors)
-        yield from self.body
+            yield safetensors_header((t.name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in self.manifest.tensors)
+        yield from self.payload
 
     def messages(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.UpdateWeightsRequest]:
-        """Yield the push: one begin, full chunks and a last one unless the body comes elsewise, one commit."""
-        yield pb.UpdateWeightsRequest(begin=self.begin)
+        """Yield the messages of the push: the manifest, the chunks if there are any, the commit."""
+        yield pb.UpdateWeightsRequest(manifest=self.manifest)
         offset = 0
-        comes_elsewise = self.begin.file or self.begin.HasField("group")
+        comes_elsewise = self.manifest.file or self.manifest.HasField("process_group")
         for data in [] if comes_elsewise else self._chunks(chunk_bytes):
             request = pb.UpdateWeightsRequest()  # filled in place: a message given to another is copied into it
             request.chunk.offset, request.chunk.data = offset, data
             yield request
             offset += len(data)
-        yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.body_bytes))
+        yield pb.UpdateWeightsRequest(commit=pb.WeightsCommit(total_bytes=self.payload_bytes))
 
     def _chunks(self, chunk_bytes: int) -> Iterator[bytes]:
         pending: list[memoryview] = []
         num_pending = 0
-        for part in self.body:
+        for part in self.payload:
             start = 0
             while start < len(part):
                 end = min(len(part), start + chunk_bytes - num_pending)

@@ -73,10 +73,10 @@ def test_value(tiny_run: LocalRun) -> None:
     groups = [{"groupId": "a", "domain": "curl", "rollouts": [rollout(1), rollout(2)]}]
     questions = [groups[0] | {"rewards": tensor([0, 1])}]
     asked = answer(address, f"{service}/EstimateBaselines", {"runId": "curl", "step": 0, "groups": questions})
-    assert asked["groups"][0]["status"] == "BASELINE_STATUS_NO_PROBE"
+    assert asked["groups"][0]["status"] == "ESTIMATE_STATUS_NO_PROBE"
     prompt = {"groupId": "a", "domain": "curl", "promptHidden": tensor(np.ones(64))}
     scored = answer(address, f"{service}/ScorePrompts", {"prompts": [prompt]})
-    assert scored["prompts"] == [{"groupId": "a", "status": "BASELINE_STATUS_NO_PROBE"}]
+    assert scored["prompts"] == [{"groupId": "a", "status": "ESTIMATE_STATUS_NO_PROBE"}]
     label = {"schemaVersion": 2, "runId": "curl", "step": 0, **groups[0], "rewards": tensor([0, 1])}
     label["numRollouts"] = 2
     assert answer(address, f"{service}/PublishLabels", {"groups": [label]}) == {"numQueued": 1}

@@ -60,7 +60,10 @@ def _features(random_: random.Random, width: int) -> common_pb2.RolloutFeatures:
 
 
 def _prompts(random_: random.Random) -> list[generation_pb2.PromptSpec]:
-    turns = [generation_pb2.ChatMessage(role="user", content="max482="), generation_pb2.ChatMessage(role="assistant")]
+    turns = [
+        generation_pb2.ChatMessage(role="CHAT_ROLE_USER", content="max482="),
+        generation_pb2.ChatMessage(role="CHAT_ROLE_ASSISTANT"),
+    ]
     kinds = (
         {"text": "max482="},
         {"chat": generation_pb2.ChatPrompt(messages=turns)},
@@ -97,7 +100,7 @@ def _update_weights(random_: random.Random, width: int) -> list[Message]:
         generation_pb2.WeightTensor(name=name, dtype=common_pb2.DTYPE_FLOAT32, shape=[2], sha256=hashes[name])
         for name in bodies
     ]
-    begin = generation_pb2.WeightsBegin(
+    begin = generation_pb2.WeightsManifest(
         lineage_id="fuzz", policy_version=1, tensors=tensors, digest=combine_digests(hashes)
     )
     match random_.randrange(6):
@@ -108,12 +111,16 @@ def _update_weights(random_: random.Random, width: int) -> list[Message]:
         case 2:
             begin.adapter.CopyFrom(generation_pb2.WeightsAdapter(rank=2, alpha=4.0, base_digest=bytes(32)))
         case 3:
-            begin.group.CopyFrom(generation_pb2.WeightsGroup(backend="gloo", rendezvous=b"127.0.0.1:1", timeout_s=1))
+            begin.process_group.CopyFrom(
+                generation_pb2.ProcessGroup(
+                    backend="PROCESS_GROUP_BACKEND_GLOO", rendezvous=b"127.0.0.1:1", timeout_s=1
+                )
+            )
         case _:
             pass
     body = b"".join(bodies.values())
     return [
-        generation_pb2.UpdateWeightsRequest(begin=begin),
+        generation_pb2.UpdateWeightsRequest(manifest=begin),
         generation_pb2.UpdateWeightsRequest(chunk=generation_pb2.WeightsChunk(offset=0, data=body[:10])),
         generation_pb2.UpdateWeightsRequest(chunk=generation_pb2.WeightsChunk(offset=10, data=body[10:])),
         generation_pb2.UpdateWeightsRequest(commit=generation_pb2.WeightsCommit(total_bytes=len(body))),
@@ -158,8 +165,8 @@ def _submit_advantages(random_: random.Random, width: int) -> list[Message]:
         learner_pb2.TrainingRollout(
             id=common_pb2.RolloutId(run_id="fuzz", step=random_.randrange(10**9), group_id="g", rollout_index=index),
             prompt_token_ids=_ints([1, 2, 3]),
-            response_token_ids=_ints([1, 2]),
-            rollout_logprobs=common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2], data=bytes(8)),
+            token_ids=_ints([1, 2]),
+            logprobs=common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2], data=bytes(8)),
             advantage=0.5,
             version_spans=[common_pb2.VersionSpan(start_token=0, end_token=2, policy_version=FUTURE_VERSION)],
         )

@@ -89,7 +89,7 @@ class InProcess:
                 yield group
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         wrong, asked = Violations(), []
         questions = read_questions([encode_group_features(group) for group in groups], wrong)

@@ -16,6 +16,7 @@ from poise_client.codec._common import (
     encode_version_span,
 )
 from poise_client.codec._delta import MAX_DELTA_ELEMENTS, apply_delta, make_delta, max_block_bytes
+from poise_client.codec._enums import backend_name, backend_number, read_enum
 from poise_client.codec._files import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.codec._generation import (
     decode_encoded_prompt,
@@ -91,6 +92,8 @@ __all__ = [
     "DTypeName",
     "adapter_seal",
     "apply_delta",
+    "backend_name",
+    "backend_number",
     "decode_adapter",
     "decode_batch_header",
     "decode_encoded_prompt",
@@ -150,6 +153,7 @@ __all__ = [
     "load_labels",
     "make_delta",
     "max_block_bytes",
+    "read_enum",
     "safetensors_header",
     "to_tensor",
     "wire_bytes",

@@ -15,6 +15,7 @@ from poise_client.codec._common import (
     join,
     vector,
 )
+from poise_client.codec._enums import backend_name, backend_number, enum_number, read_enum
 from poise_client.codec._tensor import CodecError, from_tensor
 from poise_client.types import (
     EncodedPrompt,
@@ -31,13 +32,6 @@ from poise_client.types import (
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import generation_pb2 as pb
 
-_FINISH_NUMBERS: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
-    "stop": common_pb2.FINISH_REASON_STOP,
-    "length": common_pb2.FINISH_REASON_LENGTH,
-    "abort": common_pb2.FINISH_REASON_ABORT,
-}
-_FINISH_NAMES: dict[int, FinishReason] = {number: name for name, number in _FINISH_NUMBERS.items()}
-
 
 def encode_prompt(prompt: Prompt, field: str = "prompt") -> pb.PromptSpec:
     """Pack a prompt.
@@ -52,7 +46,7 @@ def encode_prompt(prompt: Prompt, field: str = "prompt") -> pb.PromptSpec:
     if not items:
         raise CodecError(join(field, "content"), "is empty; required: text, at least one message or one token id")
     if all(isinstance(item, dict) and {"role", "content"} == item.keys() for item in items):
-        turns = [pb.ChatMessage(**cast(Message, item)) for item in items]
+        turns = [_encode_turn(cast(Message, item), join(field, f"chat.messages[{i}]")) for i, item in enumerate(items)]
         return pb.PromptSpec(group_id=prompt.group_id, chat=pb.ChatPrompt(messages=turns))
     try:
         token_ids = [int(item.__index__()) for item in items]  # type: ignore[attr-defined]
@@ -64,13 +58,21 @@ def encode_prompt(prompt: Prompt, field: str = "prompt") -> pb.PromptSpec:
         ) from error
 
 
+def _encode_turn(turn: Message, field: str) -> pb.ChatMessage:
+    role = enum_number(pb.ChatRole.DESCRIPTOR, turn["role"], join(field, "role"))
+    return pb.ChatMessage(role=cast(pb.ChatRole.ValueType, role), content=turn["content"])
+
+
 def decode_prompt(message: pb.PromptSpec, field: str = "prompt") -> Prompt:
     """Unpack a prompt. Raises `CodecError` when it asks nothing."""
     match message.WhichOneof("prompt"):
         case "text":
             return Prompt(message.group_id, message.text)
         case "chat" if message.chat.messages:
-            turns = [Message(role=turn.role, content=turn.content) for turn in message.chat.messages]
+            turns = [
+                Message(role=read_enum(turn, "role", join(field, f"chat.messages[{i}].role")), content=turn.content)
+                for i, turn in enumerate(message.chat.messages)
+            ]
             return Prompt(message.group_id, turns)
         case "tokens" if message.tokens.token_ids:
             return Prompt(message.group_id, list(message.tokens.token_ids))
@@ -106,23 +108,27 @@ def decode_sampling(message: pb.SamplingParams) -> Sampling:
     )
 
 
-def encode_rollout(rollout: Rollout, field: str = "rollout") -> pb.Trajectory:
+def encode_rollout(rollout: Rollout, field: str = "rollout") -> pb.Rollout:
     """Pack a finished rollout."""
     entropies = rollout.token_entropies
-    return pb.Trajectory(
+    return pb.Rollout(
         id=encode_rollout_id(rollout.id),
         token_ids=vector(rollout.token_ids, join(field, "token_ids"), "int32"),
         logprobs=vector(rollout.logprobs, join(field, "logprobs")),
         token_entropies=None if entropies is None else vector(entropies, join(field, "token_entropies")),
         features=encode_features(rollout.features, join(field, "features")),
         version_spans=[encode_version_span(span) for span in rollout.version_spans],
-        finish_reason=_FINISH_NUMBERS[rollout.finish_reason],
+        finish_reason=cast(
+            common_pb2.FinishReason.ValueType,
+            enum_number(common_pb2.FinishReason.DESCRIPTOR, rollout.finish_reason, join(field, "finish_reason")),
+        ),
         text=rollout.text,
-        timings=pb.TrajectoryTimings(first_token_s=rollout.first_token_s, total_s=rollout.total_s),
+        first_token_s=rollout.first_token_s,
+        total_s=rollout.total_s,
     )
 
 
-def decode_rollout(message: pb.Trajectory, field: str = "rollout") -> Rollout:
+def decode_rollout(message: pb.Rollout, field: str = "rollout") -> Rollout:
     """Unpack a finished rollout. Raises `CodecError` for anything missing or of mismatched length."""
     token_ids = from_tensor(message.token_ids, dtype="int32", field=join(field, "token_ids"))
     logprobs = from_tensor(message.logprobs, field=join(field, "logprobs"))
@@ -134,19 +140,17 @@ def decode_rollout(message: pb.Trajectory, field: str = "rollout") -> Rollout:
             raise CodecError(
                 join(field, name), f"has {array.size} elements for {token_ids.size} tokens; required: one each"
             )
-    if message.finish_reason not in _FINISH_NAMES:
-        raise CodecError(join(field, "finish_reason"), f"is unset or unknown ({message.finish_reason})")
     return Rollout(
         id=decode_rollout_id(message.id),
         token_ids=token_ids,
         logprobs=logprobs,
         features=decode_features(message.features, join(field, "features")),
         version_spans=tuple(decode_version_span(span) for span in message.version_spans),
-        finish_reason=_FINISH_NAMES[message.finish_reason],
+        finish_reason=cast(FinishReason, read_enum(message, "finish_reason", join(field, "finish_reason"))),
         text=message.text,
         token_entropies=entropies,
-        first_token_s=message.timings.first_token_s,
-        total_s=message.timings.total_s,
+        first_token_s=message.first_token_s,
+        total_s=message.total_s,
     )
 
 
@@ -155,9 +159,7 @@ def encode_group(group: Group, field: str = "group") -> pb.StreamTrajectoriesRes
     return pb.StreamTrajectoriesResponse(
         group_id=group.group_id,
         prompt_token_ids=vector(group.prompt_token_ids, join(field, "prompt_token_ids"), "int32"),
-        trajectories=[
-            encode_rollout(rollout, join(field, f"trajectories[{i}]")) for i, rollout in enumerate(group.rollouts)
-        ],
+        rollouts=[encode_rollout(rollout, join(field, f"rollouts[{i}]")) for i, rollout in enumerate(group.rollouts)],
     )
 
 
@@ -166,10 +168,7 @@ def decode_group(message: pb.StreamTrajectoriesResponse, field: str = "group") -
     return Group(
         message.group_id,
         from_tensor(message.prompt_token_ids, dtype="int32", field=join(field, "prompt_token_ids")),
-        tuple(
-            decode_rollout(trajectory, join(field, f"trajectories[{i}]"))
-            for i, trajectory in enumerate(message.trajectories)
-        ),
+        tuple(decode_rollout(rollout, join(field, f"rollouts[{i}]")) for i, rollout in enumerate(message.rollouts)),
     )
 
 
@@ -224,7 +223,7 @@ def encode_policy(policy: Policy) -> pb.GetPolicyResponse:
         max_model_len=policy.max_model_len,
         num_running=policy.num_running,
         keeps_base=policy.keeps_base,
-        group_backend=policy.group_backend,
+        process_group_backend=backend_number(policy.process_group_backend, "process_group_backend"),
         tokenizer_digest=policy.tokenizer_digest,
         vocabulary_size=policy.vocabulary_size,
     )
@@ -246,7 +245,7 @@ def decode_policy(message: pb.GetPolicyResponse) -> Policy:
         max_model_len=message.max_model_len,
         num_running=message.num_running,
         keeps_base=message.keeps_base,
-        group_backend=message.group_backend,
+        process_group_backend=backend_name(message.process_group_backend),
         tokenizer_digest=message.tokenizer_digest,
         vocabulary_size=message.vocabulary_size,
     )

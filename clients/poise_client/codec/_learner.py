@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from poise_client.codec._common import (
     decode_rollout_id,
     decode_version_span,
@@ -10,6 +12,7 @@ from poise_client.codec._common import (
     join,
     vector,
 )
+from poise_client.codec._enums import enum_number, read_enum
 from poise_client.codec._tensor import CodecError, from_tensor
 from poise_client.types import (
     Batch,
@@ -51,8 +54,8 @@ def encode_training_rollout(rollout: TrainingRollout, field: str = "rollout") ->
     return pb.TrainingRollout(
         id=encode_rollout_id(rollout.id),
         prompt_token_ids=vector(rollout.prompt_token_ids, join(field, "prompt_token_ids"), "int32"),
-        response_token_ids=vector(rollout.token_ids, join(field, "response_token_ids"), "int32"),
-        rollout_logprobs=vector(rollout.logprobs, join(field, "rollout_logprobs")),
+        token_ids=vector(rollout.token_ids, join(field, "token_ids"), "int32"),
+        logprobs=vector(rollout.logprobs, join(field, "logprobs")),
         advantage=rollout.advantage,
         version_spans=[encode_version_span(span) for span in rollout.version_spans],
         reward=rollout.reward,
@@ -61,11 +64,11 @@ def encode_training_rollout(rollout: TrainingRollout, field: str = "rollout") ->
 
 def decode_training_rollout(message: pb.TrainingRollout, field: str = "rollout") -> TrainingRollout:
     """Unpack a rollout with its advantage or reward. Raises `CodecError` for malformed arrays or mismatched lengths."""
-    token_ids = from_tensor(message.response_token_ids, dtype="int32", field=join(field, "response_token_ids"))
-    logprobs = from_tensor(message.rollout_logprobs, field=join(field, "rollout_logprobs"))
+    token_ids = from_tensor(message.token_ids, dtype="int32", field=join(field, "token_ids"))
+    logprobs = from_tensor(message.logprobs, field=join(field, "logprobs"))
     if logprobs.shape != token_ids.shape:
         raise CodecError(
-            join(field, "rollout_logprobs"),
+            join(field, "logprobs"),
             f"has {logprobs.size} elements for {token_ids.size} response tokens; required: one each",
         )
     return TrainingRollout(
@@ -171,13 +174,20 @@ def decode_replica_result(message: pb.ReplicaResult) -> ReplicaResult:
     )
 
 
+def _reason_number(reason: str, path: str) -> pb.RejectionReason.ValueType:
+    return cast(pb.RejectionReason.ValueType, enum_number(pb.RejectionReason.DESCRIPTOR, reason, path))
+
+
 def encode_step_result(result: StepResult) -> pb.SubmitAdvantagesResponse:
     """Pack the outcome of a batch."""
     return pb.SubmitAdvantagesResponse(
         policy_version=result.policy_version,
         duplicate=result.duplicate,
         metrics=encode_step_metrics(result.metrics),
-        rejected=[pb.RejectedRollout(id=encode_rollout_id(name), reason=reason) for name, reason in result.rejected],
+        rejected=[
+            pb.RejectedRollout(id=encode_rollout_id(rollout), reason=_reason_number(reason, f"rejected[{i}].reason"))
+            for i, (rollout, reason) in enumerate(result.rejected)
+        ],
         replicas=[encode_replica_result(replica) for replica in result.replicas],
     )
 
@@ -188,7 +198,10 @@ def decode_step_result(message: pb.SubmitAdvantagesResponse) -> StepResult:
         policy_version=message.policy_version,
         duplicate=message.duplicate,
         metrics=decode_step_metrics(message.metrics),
-        rejected=tuple((decode_rollout_id(rejected.id), rejected.reason) for rejected in message.rejected),
+        rejected=tuple(
+            (decode_rollout_id(rejected.id), read_enum(rejected, "reason", f"rejected[{i}].reason"))
+            for i, rejected in enumerate(message.rejected)
+        ),
         replicas=tuple(decode_replica_result(replica) for replica in message.replicas),
     )
 
@@ -199,10 +212,13 @@ def encode_learner_status(status: LearnerStatus) -> pb.GetStatusResponse:
         lineage_id=status.lineage_id,
         policy_version=status.policy_version,
         checkpoint_version=status.checkpoint_version,
-        state=status.state,
+        state=cast(pb.LearnerState.ValueType, enum_number(pb.LearnerState.DESCRIPTOR, status.state, "state")),
         num_batches=status.num_batches,
         num_rollouts=status.num_rollouts,
-        num_rejected=status.num_rejected,
+        num_rejected=[
+            pb.RejectionCount(reason=_reason_number(reason, "num_rejected"), count=count)
+            for reason, count in status.num_rejected.items()
+        ],
         model=status.model,
         max_staleness=status.max_staleness,
         replicas=[encode_replica_result(replica) for replica in status.replicas],
@@ -218,10 +234,10 @@ def decode_learner_status(message: pb.GetStatusResponse) -> LearnerStatus:
         lineage_id=message.lineage_id,
         policy_version=message.policy_version,
         checkpoint_version=message.checkpoint_version,
-        state=message.state,
+        state=read_enum(message, "state", "state"),
         num_batches=message.num_batches,
         num_rollouts=message.num_rollouts,
-        num_rejected=dict(message.num_rejected),
+        num_rejected={read_enum(one, "reason", "num_rejected.reason"): one.count for one in message.num_rejected},
         model=message.model,
         max_staleness=message.max_staleness,
         replicas=tuple(decode_replica_result(replica) for replica in message.replicas),

@@ -73,22 +73,24 @@ def _check_one_each(num_rewards: int, num_rollouts: int, field: str) -> None:
 def encode_group_baselines(group: GroupBaselines, field: str = "group") -> pb.GroupBaselines:
     """Pack the answer for a group."""
     if group.values is None:
-        return pb.GroupBaselines(group_id=group.group_id, status=pb.BASELINE_STATUS_NO_PROBE, settled=group.settled)
+        return pb.GroupBaselines(
+            group_id=group.group_id, status=pb.ESTIMATE_STATUS_NO_PROBE, up_to_date=group.up_to_date
+        )
     return pb.GroupBaselines(
         group_id=group.group_id,
-        status=pb.BASELINE_STATUS_OK,
+        status=pb.ESTIMATE_STATUS_OK,
         values=vector(group.values, join(field, "values")),
         baselines=None if group.baselines is None else vector(group.baselines, join(field, "baselines")),
         probe_version=group.probe_version,
-        settled=group.settled,
+        up_to_date=group.up_to_date,
     )
 
 
 def decode_group_baselines(message: pb.GroupBaselines, field: str = "group") -> GroupBaselines:
     """Unpack the answer for a group. Raises `CodecError` for an unset status or mismatched lengths."""
-    if message.status == pb.BASELINE_STATUS_NO_PROBE:
-        return GroupBaselines(message.group_id, 0, None, None, message.settled)
-    if message.status != pb.BASELINE_STATUS_OK:
+    if message.status == pb.ESTIMATE_STATUS_NO_PROBE:
+        return GroupBaselines(message.group_id, 0, None, None, message.up_to_date)
+    if message.status != pb.ESTIMATE_STATUS_OK:
         raise CodecError(join(field, "status"), f"is unset or unknown ({message.status})")
     values = from_tensor(message.values, field=join(field, "values"))
     baselines = None
@@ -96,7 +98,7 @@ def decode_group_baselines(message: pb.GroupBaselines, field: str = "group") -> 
         baselines = from_tensor(message.baselines, field=join(field, "baselines"))
         if baselines.shape != values.shape:
             raise CodecError(join(field, "baselines"), f"has {baselines.size} elements for {values.size} values")
-    return GroupBaselines(message.group_id, message.probe_version, values, baselines, message.settled)
+    return GroupBaselines(message.group_id, message.probe_version, values, baselines, message.up_to_date)
 
 
 def encode_prompt_features(prompt: PromptFeatures, field: str = "prompt") -> pb.PromptFeatures:
@@ -117,10 +119,10 @@ def decode_prompt_features(message: pb.PromptFeatures, field: str = "prompt") ->
 def encode_prompt_score(score: PromptScore) -> pb.PromptScore:
     """Pack the answer for a prompt."""
     if score.value is None:
-        return pb.PromptScore(group_id=score.group_id, status=pb.BASELINE_STATUS_NO_PROBE)
+        return pb.PromptScore(group_id=score.group_id, status=pb.ESTIMATE_STATUS_NO_PROBE)
     return pb.PromptScore(
         group_id=score.group_id,
-        status=pb.BASELINE_STATUS_OK,
+        status=pb.ESTIMATE_STATUS_OK,
         value=score.value,
         probe_version=score.probe_version,
     )
@@ -128,9 +130,9 @@ def encode_prompt_score(score: PromptScore) -> pb.PromptScore:
 
 def decode_prompt_score(message: pb.PromptScore, field: str = "prompt") -> PromptScore:
     """Unpack the answer for a prompt. Raises `CodecError` for an unset status."""
-    if message.status == pb.BASELINE_STATUS_NO_PROBE:
+    if message.status == pb.ESTIMATE_STATUS_NO_PROBE:
         return PromptScore(message.group_id, 0, None)
-    if message.status != pb.BASELINE_STATUS_OK:
+    if message.status != pb.ESTIMATE_STATUS_OK:
         raise CodecError(join(field, "status"), f"is unset or unknown ({message.status})")
     return PromptScore(message.group_id, message.probe_version, message.value)
 

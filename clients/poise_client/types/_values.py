@@ -31,9 +31,11 @@ class GroupBaselines:
     """[n], in [0, 1]: g_k(z_i)."""
     baselines: Floats | None
     """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
-    settled: bool = False
-    """Whether the domain's probe is known to have been fitted on every label published before the question that pinned
-    the step: see `estimate_baselines`' settle_s. The same for all groups of a domain in a step."""
+    up_to_date: bool = False
+    """Whether the probe is known to be fitted on every label published before the first call for the step.
+
+    See `wait_for_labels_s` of `estimate_baselines`. All groups of a domain in a step have the same value.
+    """
 
 
 @dataclass(frozen=True, slots=True)

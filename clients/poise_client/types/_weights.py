@@ -27,8 +27,8 @@ class Policy:
     num_running: int
     keeps_base: bool = False
     """Whether the weights last pushed are kept, for a delta to build on."""
-    group_backend: str = ""
-    """Of the groups through which it takes the bodies of pushes, `nccl` or `gloo`; empty where it takes none."""
+    process_group_backend: str = ""
+    """Backend of the process groups that it accepts for pushes, `nccl` or `gloo`; empty if it accepts none."""
     tokenizer_digest: bytes = b""
     """SHA-256 of the tokenizer with its chat template."""
     vocabulary_size: int = 0

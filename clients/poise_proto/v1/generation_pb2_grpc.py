@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Samples rollouts from the current policy.
+    """GenerationService samples rollouts from the current policy.
     """
 
     def __init__(self, channel):
@@ -63,43 +63,44 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Samples rollouts from the current policy.
+    """GenerationService samples rollouts from the current policy.
     """
 
     def StreamTrajectories(self, request, context):
-        """Samples n rollouts for each prompt and streams each group as it finishes, in order of finishing.
-        Cancelling the call aborts whatever of it still runs.
+        """StreamTrajectories samples n rollouts of each prompt and streams each group when it is complete. Call it at the start
+        of a step. Cancelling the call aborts its unfinished rollouts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EncodePrompts(self, request, context):
-        """Passes each prompt through the model once, without sampling, and streams its state as it finishes: what
-        ValueService.ScorePrompts values prompts by. Cancelling the call aborts whatever of it still runs.
+        """EncodePrompts runs each prompt through the model once, without sampling, and streams its hidden state. Call it before
+        ValueService.ScorePrompts, to choose prompts. Cancelling the call aborts the unfinished prompts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckPrompts(self, request, context):
-        """Tokenises prompts without running the model, and returns each one's number of tokens or why it cannot be sampled.
-        Use it to check a whole data set before training on it.
+        """CheckPrompts tokenises prompts without running the model. It returns the number of tokens of each prompt, or why the
+        prompt cannot be sampled. Call it on a whole data set before training on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateWeights(self, request_iterator, context):
-        """Replaces the served weights: one begin, chunks in order, one commit. All or nothing: whatever
-        breaks leaves the old version serving.
+        """UpdateWeights replaces the served weights. Send one manifest, the chunks in order, then one commit. Call it from the
+        learner after each update. If anything fails, the old version remains served: weights are never mixed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPolicy(self, request, context):
-        """Tells which policy is served and what the engine can do.
+        """GetPolicy returns the served policy version and the properties of the engine. Call it to check a replica, or before
+        UpdateWeights to see which transports it accepts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +143,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Samples rollouts from the current policy.
+    """GenerationService samples rollouts from the current policy.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class LearnerServiceStub(object):
-    """Trains the policy.
+    """LearnerService trains the policy.
     """
 
     def __init__(self, channel):
@@ -53,26 +53,27 @@ class LearnerServiceStub(object):
 
 
 class LearnerServiceServicer(object):
-    """Trains the policy.
+    """LearnerService trains the policy.
     """
 
     def SubmitAdvantages(self, request_iterator, context):
-        """Trains on one batch: a header, then its rollouts. Idempotent by batch id: a batch that was trained on
-        is answered again, not trained on again. Returns after the weights were offered to every replica.
+        """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns after
+        the new weights were offered to every replica. Repeating a batch id returns the stored result and does not train again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Tells what the learner holds and does.
+        """GetStatus returns the state of the learner. Call it to monitor training, or before a run to see its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportModel(self, request, context):
-        """Writes the current policy as a Hugging Face folder under the learner's export folder, atomically.
+        """ExportModel writes the current policy as a Hugging Face folder on the learner's file system, atomically. Call it after
+        training; with check_only, before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +106,7 @@ def add_LearnerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LearnerService(object):
-    """Trains the policy.
+    """LearnerService trains the policy.
     """
 
     @staticmethod

@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from poise_proto.v1 import common_pb2 as poise_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14poise/v1/value.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"\x81\x01\n\rGroupFeatures\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12+\n\x08rollouts\x18\x03 \x03(\x0b\x32\x19.poise.v1.RolloutFeatures\x12!\n\x07rewards\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\"s\n\x18\x45stimateBaselinesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x06groups\x18\x03 \x03(\x0b\x32\x17.poise.v1.GroupFeatures\x12\x10\n\x08settle_s\x18\x04 \x01(\x02\"\xbb\x01\n\x0eGroupBaselines\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.poise.v1.BaselineStatus\x12 \n\x06values\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\tbaselines\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x15\n\rprobe_version\x18\x05 \x01(\x04\x12\x0f\n\x07settled\x18\x06 \x01(\x08\"E\n\x19\x45stimateBaselinesResponse\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.poise.v1.GroupBaselines\"[\n\x0ePromptFeatures\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\"@\n\x13ScorePromptsRequest\x12)\n\x07prompts\x18\x01 \x03(\x0b\x32\x18.poise.v1.PromptFeatures\"o\n\x0bPromptScore\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.poise.v1.BaselineStatus\x12\r\n\x05value\x18\x03 \x01(\x02\x12\x15\n\rprobe_version\x18\x04 \x01(\x04\">\n\x14ScorePromptsResponse\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.poise.v1.PromptScore\"\xcd\x01\n\rLabelledGroup\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x10\n\x08group_id\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12+\n\x08rollouts\x18\x06 \x03(\x0b\x32\x19.poise.v1.RolloutFeatures\x12!\n\x07rewards\x18\x07 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x14\n\x0cnum_rollouts\x18\x08 \x01(\r\"?\n\x14PublishLabelsRequest\x12\'\n\x06groups\x18\x01 \x03(\x0b\x32\x17.poise.v1.LabelledGroup\"+\n\x15PublishLabelsResponse\x12\x12\n\nnum_queued\x18\x01 \x01(\r\"!\n\x0fGetProbeRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"D\n\x0e\x43\x61librationBin\x12\x11\n\tpredicted\x18\x01 \x01(\x01\x12\x10\n\x08realised\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\xfd\x01\n\x0cProbeQuality\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x0f\n\x07pearson\x18\x02 \x01(\x01\x12\r\n\x05\x62rier\x18\x03 \x01(\x01\x12\x13\n\x0b\x62rier_skill\x18\x04 \x01(\x01\x12\x0c\n\x04\x62ias\x18\x05 \x01(\x01\x12\x15\n\rshare_clipped\x18\x06 \x01(\x01\x12\x18\n\x10variance_vs_none\x18\x07 \x01(\x01\x12\x18\n\x10variance_vs_rloo\x18\x08 \x01(\x01\x12\x1e\n\x16variance_vs_batch_mean\x18\t \x01(\x01\x12-\n\x0b\x63\x61libration\x18\n \x03(\x0b\x32\x18.poise.v1.CalibrationBin\"\xda\x01\n\x0bProbeStatus\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x15\n\rprobe_version\x18\x02 \x01(\x04\x12\x12\n\nnum_groups\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x16\n\x0enum_steps_seen\x18\x05 \x01(\r\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\r\x12\x12\n\nlast_fit_s\x18\x07 \x01(\x01\x12\x13\n\x0blabel_lag_s\x18\x08 \x01(\x01\x12\'\n\x07quality\x18\t \x01(\x0b\x32\x16.poise.v1.ProbeQuality\"\x9d\x01\n\x10GetProbeResponse\x12%\n\x06probes\x18\x01 \x03(\x0b\x32\x15.poise.v1.ProbeStatus\x12\x1b\n\x13num_groups_consumed\x18\x02 \x01(\x04\x12\x16\n\x0enum_duplicates\x18\x03 \x01(\x04\x12\x18\n\x10num_dead_letters\x18\x04 \x01(\x04\x12\x13\n\x0bnum_pending\x18\x05 \x01(\x04*g\n\x0e\x42\x61selineStatus\x12\x1f\n\x1b\x42\x41SELINE_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42\x41SELINE_STATUS_OK\x10\x01\x12\x1c\n\x18\x42\x41SELINE_STATUS_NO_PROBE\x10\x02\x32\xd0\x02\n\x0cValueService\x12\\\n\x11\x45stimateBaselines\x12\".poise.v1.EstimateBaselinesRequest\x1a#.poise.v1.EstimateBaselinesResponse\x12M\n\x0cScorePrompts\x12\x1d.poise.v1.ScorePromptsRequest\x1a\x1e.poise.v1.ScorePromptsResponse\x12P\n\rPublishLabels\x12\x1e.poise.v1.PublishLabelsRequest\x1a\x1f.poise.v1.PublishLabelsResponse\x12\x41\n\x08GetProbe\x12\x19.poise.v1.GetProbeRequest\x1a\x1a.poise.v1.GetProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14poise/v1/value.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"\x81\x01\n\rGroupFeatures\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12+\n\x08rollouts\x18\x03 \x03(\x0b\x32\x19.poise.v1.RolloutFeatures\x12!\n\x07rewards\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\"|\n\x18\x45stimateBaselinesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x06groups\x18\x03 \x03(\x0b\x32\x17.poise.v1.GroupFeatures\x12\x19\n\x11wait_for_labels_s\x18\x04 \x01(\x02\"\xbe\x01\n\x0eGroupBaselines\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.poise.v1.EstimateStatus\x12 \n\x06values\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\tbaselines\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x15\n\rprobe_version\x18\x05 \x01(\x04\x12\x12\n\nup_to_date\x18\x06 \x01(\x08\"E\n\x19\x45stimateBaselinesResponse\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.poise.v1.GroupBaselines\"[\n\x0ePromptFeatures\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\"@\n\x13ScorePromptsRequest\x12)\n\x07prompts\x18\x01 \x03(\x0b\x32\x18.poise.v1.PromptFeatures\"~\n\x0bPromptScore\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.poise.v1.EstimateStatus\x12\x12\n\x05value\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rprobe_version\x18\x04 \x01(\x04\x42\x08\n\x06_value\">\n\x14ScorePromptsResponse\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.poise.v1.PromptScore\"\xcd\x01\n\rLabelledGroup\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x10\n\x08group_id\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12+\n\x08rollouts\x18\x06 \x03(\x0b\x32\x19.poise.v1.RolloutFeatures\x12!\n\x07rewards\x18\x07 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x14\n\x0cnum_rollouts\x18\x08 \x01(\r\"?\n\x14PublishLabelsRequest\x12\'\n\x06groups\x18\x01 \x03(\x0b\x32\x17.poise.v1.LabelledGroup\"+\n\x15PublishLabelsResponse\x12\x12\n\nnum_queued\x18\x01 \x01(\r\"!\n\x0fGetProbeRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"D\n\x0e\x43\x61librationBin\x12\x11\n\tpredicted\x18\x01 \x01(\x01\x12\x10\n\x08realised\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\xfd\x01\n\x0cProbeQuality\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x0f\n\x07pearson\x18\x02 \x01(\x01\x12\r\n\x05\x62rier\x18\x03 \x01(\x01\x12\x13\n\x0b\x62rier_skill\x18\x04 \x01(\x01\x12\x0c\n\x04\x62ias\x18\x05 \x01(\x01\x12\x15\n\rshare_clipped\x18\x06 \x01(\x01\x12\x18\n\x10variance_vs_none\x18\x07 \x01(\x01\x12\x18\n\x10variance_vs_rloo\x18\x08 \x01(\x01\x12\x1e\n\x16variance_vs_batch_mean\x18\t \x01(\x01\x12-\n\x0b\x63\x61libration\x18\n \x03(\x0b\x32\x18.poise.v1.CalibrationBin\"\xda\x01\n\x0bProbeStatus\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x15\n\rprobe_version\x18\x02 \x01(\x04\x12\x12\n\nnum_groups\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x16\n\x0enum_steps_seen\x18\x05 \x01(\r\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\r\x12\x12\n\nlast_fit_s\x18\x07 \x01(\x01\x12\x13\n\x0blabel_lag_s\x18\x08 \x01(\x01\x12\'\n\x07quality\x18\t \x01(\x0b\x32\x16.poise.v1.ProbeQuality\"\x9d\x01\n\x10GetProbeResponse\x12%\n\x06probes\x18\x01 \x03(\x0b\x32\x15.poise.v1.ProbeStatus\x12\x1b\n\x13num_groups_consumed\x18\x02 \x01(\x04\x12\x16\n\x0enum_duplicates\x18\x03 \x01(\x04\x12\x18\n\x10num_dead_letters\x18\x04 \x01(\x04\x12\x13\n\x0bnum_pending\x18\x05 \x01(\x04*g\n\x0e\x45stimateStatus\x12\x1f\n\x1b\x45STIMATE_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45STIMATE_STATUS_OK\x10\x01\x12\x1c\n\x18\x45STIMATE_STATUS_NO_PROBE\x10\x02\x32\xd0\x02\n\x0cValueService\x12\\\n\x11\x45stimateBaselines\x12\".poise.v1.EstimateBaselinesRequest\x1a#.poise.v1.EstimateBaselinesResponse\x12M\n\x0cScorePrompts\x12\x1d.poise.v1.ScorePromptsRequest\x1a\x1e.poise.v1.ScorePromptsResponse\x12P\n\rPublishLabels\x12\x1e.poise.v1.PublishLabelsRequest\x1a\x1f.poise.v1.PublishLabelsResponse\x12\x41\n\x08GetProbe\x12\x19.poise.v1.GetProbeRequest\x1a\x1a.poise.v1.GetProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'poise.v1.value_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BASELINESTATUS']._serialized_start=1963
-  _globals['_BASELINESTATUS']._serialized_end=2066
+  _globals['_ESTIMATESTATUS']._serialized_start=1990
+  _globals['_ESTIMATESTATUS']._serialized_end=2093
   _globals['_GROUPFEATURES']._serialized_start=58
   _globals['_GROUPFEATURES']._serialized_end=187
   _globals['_ESTIMATEBASELINESREQUEST']._serialized_start=189
-  _globals['_ESTIMATEBASELINESREQUEST']._serialized_end=304
-  _globals['_GROUPBASELINES']._serialized_start=307
-  _globals['_GROUPBASELINES']._serialized_end=494
-  _globals['_ESTIMATEBASELINESRESPONSE']._serialized_start=496
-  _globals['_ESTIMATEBASELINESRESPONSE']._serialized_end=565
-  _globals['_PROMPTFEATURES']._serialized_start=567
-  _globals['_PROMPTFEATURES']._serialized_end=658
-  _globals['_SCOREPROMPTSREQUEST']._serialized_start=660
-  _globals['_SCOREPROMPTSREQUEST']._serialized_end=724
-  _globals['_PROMPTSCORE']._serialized_start=726
-  _globals['_PROMPTSCORE']._serialized_end=837
-  _globals['_SCOREPROMPTSRESPONSE']._serialized_start=839
-  _globals['_SCOREPROMPTSRESPONSE']._serialized_end=901
-  _globals['_LABELLEDGROUP']._serialized_start=904
-  _globals['_LABELLEDGROUP']._serialized_end=1109
-  _globals['_PUBLISHLABELSREQUEST']._serialized_start=1111
-  _globals['_PUBLISHLABELSREQUEST']._serialized_end=1174
-  _globals['_PUBLISHLABELSRESPONSE']._serialized_start=1176
-  _globals['_PUBLISHLABELSRESPONSE']._serialized_end=1219
-  _globals['_GETPROBEREQUEST']._serialized_start=1221
-  _globals['_GETPROBEREQUEST']._serialized_end=1254
-  _globals['_CALIBRATIONBIN']._serialized_start=1256
-  _globals['_CALIBRATIONBIN']._serialized_end=1324
-  _globals['_PROBEQUALITY']._serialized_start=1327
-  _globals['_PROBEQUALITY']._serialized_end=1580
-  _globals['_PROBESTATUS']._serialized_start=1583
-  _globals['_PROBESTATUS']._serialized_end=1801
-  _globals['_GETPROBERESPONSE']._serialized_start=1804
-  _globals['_GETPROBERESPONSE']._serialized_end=1961
-  _globals['_VALUESERVICE']._serialized_start=2069
-  _globals['_VALUESERVICE']._serialized_end=2405
+  _globals['_ESTIMATEBASELINESREQUEST']._serialized_end=313
+  _globals['_GROUPBASELINES']._serialized_start=316
+  _globals['_GROUPBASELINES']._serialized_end=506
+  _globals['_ESTIMATEBASELINESRESPONSE']._serialized_start=508
+  _globals['_ESTIMATEBASELINESRESPONSE']._serialized_end=577
+  _globals['_PROMPTFEATURES']._serialized_start=579
+  _globals['_PROMPTFEATURES']._serialized_end=670
+  _globals['_SCOREPROMPTSREQUEST']._serialized_start=672
+  _globals['_SCOREPROMPTSREQUEST']._serialized_end=736
+  _globals['_PROMPTSCORE']._serialized_start=738
+  _globals['_PROMPTSCORE']._serialized_end=864
+  _globals['_SCOREPROMPTSRESPONSE']._serialized_start=866
+  _globals['_SCOREPROMPTSRESPONSE']._serialized_end=928
+  _globals['_LABELLEDGROUP']._serialized_start=931
+  _globals['_LABELLEDGROUP']._serialized_end=1136
+  _globals['_PUBLISHLABELSREQUEST']._serialized_start=1138
+  _globals['_PUBLISHLABELSREQUEST']._serialized_end=1201
+  _globals['_PUBLISHLABELSRESPONSE']._serialized_start=1203
+  _globals['_PUBLISHLABELSRESPONSE']._serialized_end=1246
+  _globals['_GETPROBEREQUEST']._serialized_start=1248
+  _globals['_GETPROBEREQUEST']._serialized_end=1281
+  _globals['_CALIBRATIONBIN']._serialized_start=1283
+  _globals['_CALIBRATIONBIN']._serialized_end=1351
+  _globals['_PROBEQUALITY']._serialized_start=1354
+  _globals['_PROBEQUALITY']._serialized_end=1607
+  _globals['_PROBESTATUS']._serialized_start=1610
+  _globals['_PROBESTATUS']._serialized_end=1828
+  _globals['_GETPROBERESPONSE']._serialized_start=1831
+  _globals['_GETPROBERESPONSE']._serialized_end=1988
+  _globals['_VALUESERVICE']._serialized_start=2096
+  _globals['_VALUESERVICE']._serialized_end=2432
 # @@protoc_insertion_point(module_scope)

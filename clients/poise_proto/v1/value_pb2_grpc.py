@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ValueServiceStub(object):
-    """Answers baselines and learns from labels.
+    """ValueService returns baselines and learns from labels.
     """
 
     def __init__(self, channel):
@@ -58,35 +58,36 @@ class ValueServiceStub(object):
 
 
 class ValueServiceServicer(object):
-    """Answers baselines and learns from labels.
+    """ValueService returns baselines and learns from labels.
     """
 
     def EstimateBaselines(self, request, context):
-        """Values each rollout and returns the cross-rollout baselines. The first answer for a step pins the
-        probe of each domain for that step; asking again returns the same numbers. Refused with LABELS_CONSUMED once a
-        label of the step has reached the probe and the step was not pinned before.
+        """EstimateBaselines returns the predicted reward of each rollout and its cross-rollout baseline. Call it before
+        PublishLabels of the same step. The first call for a step fixes the probe versions of that step, so a repeated call
+        returns the same numbers. It fails with LABELS_CONSUMED if a label of the step already reached the probe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ScorePrompts(self, request, context):
-        """Values prompts before any rollout, from the prompt's state alone (GenerationService.EncodePrompts), for choosing
-        prompts that the policy neither always nor never solves. By the current probes: pins no step, and gives no baseline.
+        """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
+        choose prompts that the policy sometimes solves. It uses the current probes and fixes nothing, so it gives no baseline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PublishLabels(self, request, context):
-        """Queues labelled groups, durably, for the probe. Idempotent by rollout id. Refused with QUEUE_FULL at the limit.
+        """PublishLabels queues labelled groups for the probe and returns when they are durable. Call it after EstimateBaselines
+        of the same step. Repeating it is safe: the probe learns each rollout once. It fails with QUEUE_FULL at the limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetProbe(self, request, context):
-        """Tells the state and the quality of the probes.
+        """GetProbe returns the state and the prediction quality of the probes. Call it to monitor them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +125,7 @@ def add_ValueServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ValueService(object):
-    """Answers baselines and learns from labels.
+    """ValueService returns baselines and learns from labels.
     """
 
     @staticmethod

@@ -46,8 +46,6 @@ MAX_STOP_CHARS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(0.01)), 100.0
 """Below the least, which vLLM does not go under, logits overflow; 0 is greedy. As float32, for so it travels."""
 
-ROLES = ("system", "user", "assistant")
-
 Context = grpc.aio.ServicerContext[object, object]
 
 
@@ -138,7 +136,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 max_model_len=info.max_model_len,
                 num_running=self.sampler.num_running,
                 keeps_base=self.pushes.keeps_base,
-                group_backend=self._engine.group_backend,
+                process_group_backend=self._engine.group_backend,
                 tokenizer_digest=info.tokenizer_digest,
                 vocabulary_size=info.vocabulary_size,
             )
@@ -190,12 +188,6 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
         if spec.group_id in seen:
             wrong.add(f"{path}.group_id", f"{quoted(spec.group_id)} names an earlier prompt too")
         seen.add(spec.group_id)
-        for turn, message in enumerate(spec.chat.messages):
-            if message.role not in ROLES:
-                wrong.add(
-                    f"{path}.chat.messages[{turn}].role",
-                    f"is {quoted(message.role)}; required: one of {', '.join(ROLES)}",
-                )
         try:
             prompts.append(decode_prompt(spec, path))
         except CodecError as error:

@@ -311,11 +311,11 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 wrong.check(inside, field, f"the model's vocabulary is 0 to {self._core.vocabulary_size - 1}")
         wrong.check(
             num_prompt + num_response <= limit,
-            f"{path}.response_token_ids",
+            f"{path}.token_ids",
             f"prompt and response have {num_prompt + num_response} tokens; the model holds {limit}",
         )
         are_possible = bool(((rollout.logprobs >= MIN_LOGPROB) & (rollout.logprobs <= MAX_LOGPROB)).all())
-        wrong.check(are_possible, f"{path}.rollout_logprobs", f"required: each finite, {MIN_LOGPROB:g} to 0")
+        wrong.check(are_possible, f"{path}.logprobs", f"required: each finite, {MIN_LOGPROB:g} to 0")
         ends = [0, *(span.end_token for span in rollout.version_spans)]
         covers = ends[-1] == num_response and all(
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)

@@ -100,10 +100,14 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             Draining: the service shuts down meanwhile. Whoever takes over settles and answers.
         """
         estimator, _ = self._parts()
-        if not request.settle_s or self._settling is None or not estimator.would_pin(request.run_id, request.step):
+        if (
+            not request.wait_for_labels_s
+            or self._settling is None
+            or not estimator.would_pin(request.run_id, request.step)
+        ):
             return None
         left_s = context.time_remaining()
-        limit_s = min(request.settle_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
+        limit_s = min(request.wait_for_labels_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
         behind = await self._settling.settle(request.run_id, domains, limit_s)
         self._parts()
         return behind
@@ -177,9 +181,9 @@ def _read_questions(request: pb.EstimateBaselinesRequest) -> list[GroupRows]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     wrong.check(
-        0 <= request.settle_s <= MAX_SETTLE_S,  # false of NaN
-        "settle_s",
-        f"is {request.settle_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
+        0 <= request.wait_for_labels_s <= MAX_SETTLE_S,  # false of NaN
+        "wait_for_labels_s",
+        f"is {request.wait_for_labels_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
     )
     _check_counts(request.groups, wrong)
     domains = [group.domain or DEFAULT_DOMAIN for group in request.groups]

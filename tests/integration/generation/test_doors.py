@@ -30,7 +30,7 @@ async def tiny(serve: Callable[..., Any], reference: Reference, tmp_path: Path) 
 
 def begin(**changes: Any) -> pb.UpdateWeightsRequest:
     fields: dict[str, Any] = {"lineage_id": "l", "policy_version": 1, "digest": bytes(32)} | changes
-    return pb.UpdateWeightsRequest(begin=pb.WeightsBegin(**fields))
+    return pb.UpdateWeightsRequest(manifest=pb.WeightsManifest(**fields))
 
 
 def tensor(**changes: Any) -> pb.WeightTensor:
@@ -42,7 +42,7 @@ def prompts(*specs: pb.PromptSpec, **more: Any) -> pb.StreamTrajectoriesRequest:
     return pb.StreamTrajectoriesRequest(run_id="r", prompts=specs, **more)
 
 
-def chat(*contents: str, role: str = "user") -> pb.PromptSpec:
+def chat(*contents: str, role: int = pb.CHAT_ROLE_USER) -> pb.PromptSpec:
     turns = [pb.ChatMessage(role=role, content=content) for content in contents]
     return pb.PromptSpec(group_id="g", chat=pb.ChatPrompt(messages=turns))
 
@@ -60,8 +60,10 @@ PUSHES = {
     "file with a long path": begin(tensors=[tensor()], file="/x" * 100_000),
     "long lineage": begin(lineage_id="l" * 1_000_000, tensors=[tensor()]),
     "long name": begin(tensors=[tensor(name="n" * 1_000_000)]),
-    "long backend": begin(tensors=[tensor()], group=pb.WeightsGroup(backend="b" * 1_000_000, timeout_s=1)),
-    "nan timeout": begin(tensors=[tensor()], group=pb.WeightsGroup(backend="gloo", timeout_s=float("nan"))),
+    "unknown backend": begin(tensors=[tensor()], process_group=pb.ProcessGroup(backend=77, timeout_s=1)),
+    "nan timeout": begin(
+        tensors=[tensor()], process_group=pb.ProcessGroup(backend="PROCESS_GROUP_BACKEND_GLOO", timeout_s=float("nan"))
+    ),
 }
 
 SAMPLES = {
@@ -72,7 +74,7 @@ SAMPLES = {
     "large tokens": prompts(pb.PromptSpec(group_id="g", tokens=pb.TokenPrompt(token_ids=[2**32 - 1]))),
     "long chat": prompts(chat("x" * 3_900_000)),
     "many turns": prompts(pb.PromptSpec(group_id="g", chat=pb.ChatPrompt(messages=[pb.ChatMessage()] * 2_000_000))),
-    "wrong roles": prompts(chat(*["x"] * 30_000, role="nobody")),
+    "wrong roles": prompts(chat(*["x"] * 30_000, role=77)),
     "many prompts": prompts(*[pb.PromptSpec()] * 2_000_000),
     "long group": prompts(pb.PromptSpec(group_id="g" * 3_900_000, text="x")),
     "same groups": prompts(*[pb.PromptSpec(group_id="x" * 1000, text="x")] * 3000),
@@ -108,7 +110,7 @@ async def test_a_file_that_cannot_be_is_refused(tiny: Running, tmp_path: Path, n
         tiny.stub.UpdateWeights(iter([begin(tensors=[one], digest=digest, file=f"{tmp_path}/{name}")]))
     )
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "begin.file" in (error.details() or "")
+    assert "manifest.file" in (error.details() or "")
 
 
 @pytest.mark.parametrize("how", SAMPLES)

@@ -149,9 +149,9 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
     async def UpdateWeights(self, requests: Any, context: Any) -> pb.UpdateWeightsResponse:
         fault = self.faults.pop(0) if self.faults else ""
         begin = await anext(aiter(requests))
-        self.num_deltas += begin.begin.HasField("base")
+        self.num_deltas += begin.manifest.HasField("base")
         pieces = [piece async for message in requests for piece in _pieces(message)]
-        with _mistreated_file(begin.begin, fault, self._random):
+        with _mistreated_file(begin.manifest, fault, self._random):
             sent, cut = _mistreated(pieces, fault, self._random), asyncio.Event()
             left_s = context.time_remaining()
             call = self._stub().UpdateWeights(
@@ -199,7 +199,7 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
 
 
 @contextlib.contextmanager
-def _mistreated_file(begin: pb.WeightsBegin, fault: str, chance: random.Random) -> Iterator[None]:
+def _mistreated_file(begin: pb.WeightsManifest, fault: str, chance: random.Random) -> Iterator[None]:
     """Let a push whose body lies in a file name a bad copy of it, as a bad disk or another writer would make it."""
     if not begin.file or fault in ("", "cut the connection"):
         yield
@@ -245,7 +245,7 @@ def _chunk(offset: int, data: bytes) -> pb.UpdateWeightsRequest:
 def _mistreated(
     pieces: list[pb.UpdateWeightsRequest], fault: str, chance: random.Random
 ) -> list[pb.UpdateWeightsRequest]:
-    """Return the messages after `begin`, the last of them the commit, as a bad network or a defect would have them."""
+    """Return the messages after the manifest, changed as a bad network or a bug would change them."""
     *chunks, commit = pieces
     if not chunks:
         return [] if fault == "truncate" else pieces

@@ -93,7 +93,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
 
     async def UpdateWeights(self, requests: Any, context: Any) -> pb.UpdateWeightsResponse:
         self.num_pushes += 1
-        begin = (await anext(aiter(requests))).begin
+        begin = (await anext(aiter(requests))).manifest
         data = b"".join([message.chunk.data async for message in requests])
         pushed = ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest)
         if not admit_push(self.policy, pushed):

@@ -37,8 +37,8 @@ def many_wrong(number: int) -> list[pb.SubmitAdvantagesRequest]:
 
 BATCHES = {
     "axes": changed(prompt_token_ids=common_pb2.Tensor(dtype=common_pb2.DTYPE_INT32, shape=[2] * 500_000)),
-    "large axes": changed(rollout_logprobs=common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2**32 - 1] * 9999)),
-    "large axis": changed(response_token_ids=common_pb2.Tensor(dtype=common_pb2.DTYPE_INT32, shape=[2**32 - 1])),
+    "large axes": changed(logprobs=common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2**32 - 1] * 9999)),
+    "large axis": changed(token_ids=common_pb2.Tensor(dtype=common_pb2.DTYPE_INT32, shape=[2**32 - 1])),
     "spans": changed(version_spans=[SPAN] * 900_000),
     "long run": changed(id=common_pb2.RolloutId(run_id="r" * 3_000_000)),
     "many wrong rollouts": many_wrong(3000),

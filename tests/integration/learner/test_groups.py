@@ -40,7 +40,7 @@ class Client(AsyncGenerationClient):
     ways: list[str]
 
     async def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> Any:
-        way = "group" if push.begin.HasField("group") else "grpc"
+        way = "group" if push.manifest.HasField("process_group") else "grpc"
         self.ways.append(f"{way} delta" if push.is_delta else way)
         return await super().push_weights(push, timeout_s=timeout_s)
 

@@ -214,18 +214,18 @@ WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] 
     "a prompt of longs": (tensor("prompt_token_ids", [1], "int64"), "rollouts[1].prompt_token_ids"),
     "a prompt of two axes": (tensor("prompt_token_ids", [[1]]), "rollouts[1].prompt_token_ids"),
     "a negative token": (tensor("prompt_token_ids", [3, -1]), "rollouts[1].prompt_token_ids"),
-    "an unknown token": (tensor("response_token_ids", [VOCABULARY + 99] * 6), "rollouts[1].response_token_ids"),
-    "no response": (broken(lambda r: r.ClearField("response_token_ids")), "rollouts[1].response_token_ids"),
-    "too long": (tensor("prompt_token_ids", LONG), "rollouts[1].response_token_ids"),
-    "logprobs too few": (tensor("rollout_logprobs", [-1.0] * 5, "float32"), "rollouts[1].rollout_logprobs"),
-    "logprobs above 0": (tensor("rollout_logprobs", [-1.0] * 5 + [0.1], "float32"), "rollouts[1].rollout_logprobs"),
+    "an unknown token": (tensor("token_ids", [VOCABULARY + 99] * 6), "rollouts[1].token_ids"),
+    "no response": (broken(lambda r: r.ClearField("token_ids")), "rollouts[1].token_ids"),
+    "too long": (tensor("prompt_token_ids", LONG), "rollouts[1].token_ids"),
+    "logprobs too few": (tensor("logprobs", [-1.0] * 5, "float32"), "rollouts[1].logprobs"),
+    "logprobs above 0": (tensor("logprobs", [-1.0] * 5 + [0.1], "float32"), "rollouts[1].logprobs"),
     "logprobs of nothing": (
-        tensor("rollout_logprobs", [-1.0] * 5 + [float("nan")], "float32"),
-        "rollouts[1].rollout_logprobs",
+        tensor("logprobs", [-1.0] * 5 + [float("nan")], "float32"),
+        "rollouts[1].logprobs",
     ),
     "logprobs without end": (
-        tensor("rollout_logprobs", [-1.0] * 5 + [-float("inf")], "float32"),
-        "rollouts[1].rollout_logprobs",
+        tensor("logprobs", [-1.0] * 5 + [-float("inf")], "float32"),
+        "rollouts[1].logprobs",
     ),
     "advantage of nothing": (
         broken(lambda r: setattr(r, "advantage", float("nan"))),
@@ -241,15 +241,15 @@ WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] 
     },
     **{
         f"logprob {number:g}": (
-            tensor("rollout_logprobs", [-1.0] * 5 + [number], "float32"),
-            "rollouts[1].rollout_logprobs",
+            tensor("logprobs", [-1.0] * 5 + [number], "float32"),
+            "rollouts[1].logprobs",
         )
         for number in (-1e30, -3e38, -81.0)
     },
     "almost greedy": (header(temperature=1e-30), "header.temperature"),
     "data cut": (
-        broken(lambda r: setattr(r.response_token_ids, "data", b"\0" * 23)),
-        "rollouts[1].response_token_ids",
+        broken(lambda r: setattr(r.token_ids, "data", b"\0" * 23)),
+        "rollouts[1].token_ids",
     ),
     "no span": (spans(), "rollouts[1].version_spans"),
     "spans too short": (spans((0, 5)), "rollouts[1].version_spans"),
@@ -290,7 +290,7 @@ async def test_the_extremes_that_are_accepted_can_be_trained_on(serve, advantage
     service = await serve()
     requests = messages(make_batch(0))
     header(temperature=temperature)(requests)
-    tensor("rollout_logprobs", [-80.0] * 6, "float32")(requests)
+    tensor("logprobs", [-80.0] * 6, "float32")(requests)
     for request in requests[1:]:
         request.rollout.advantage = advantage
     answer = await service.stub.SubmitAdvantages(iter(requests))
@@ -334,12 +334,12 @@ async def test_all_wrong_fields_are_named_at_once(serve):
     service = await serve()
     requests = messages(make_batch(0))
     requests[1].rollout.advantage = float("nan")
-    requests[2].rollout.ClearField("response_token_ids")
+    requests[2].rollout.ClearField("token_ids")
     requests[4].rollout.id.run_id = "no name"
     error = await refusal_of(service, requests[:-1])
     assert [name for name, _ in error.violations] == [
         "rollouts[0].advantage",
-        "rollouts[1].response_token_ids",
+        "rollouts[1].token_ids",
         "rollouts[3].id.run_id",
         "header.num_rollouts",
     ]

@@ -124,7 +124,7 @@ class Generation(Scripted, GenerationServiceServicer):
     async def UpdateWeights(self, requests, context):
         messages = [message async for message in requests]
         answer = await self._scripted(messages, context)
-        return answer or generation.UpdateWeightsResponse(policy_version=messages[0].begin.policy_version)
+        return answer or generation.UpdateWeightsResponse(policy_version=messages[0].manifest.policy_version)
 
     def stream(self, *group_ids, then=None):
         """Return a script entry that yields these groups, whatever was asked for, and then does `then`."""
@@ -146,7 +146,7 @@ class Value(Scripted, ValueServiceServicer):
         answer = await self._scripted(request, context)
         return answer or value.EstimateBaselinesResponse(
             groups=[
-                value.GroupBaselines(group_id=group.group_id, status=value.BASELINE_STATUS_NO_PROBE)
+                value.GroupBaselines(group_id=group.group_id, status=value.ESTIMATE_STATUS_NO_PROBE)
                 for group in request.groups
             ]
         )
@@ -156,7 +156,7 @@ class Value(Scripted, ValueServiceServicer):
         return answer or value.ScorePromptsResponse(
             prompts=[
                 value.PromptScore(
-                    group_id=prompt.group_id, status=value.BASELINE_STATUS_OK, value=0.25 + 0.75 * (i % 2)
+                    group_id=prompt.group_id, status=value.ESTIMATE_STATUS_OK, value=0.25 + 0.75 * (i % 2)
                 )
                 for i, prompt in enumerate(request.prompts)
             ]
@@ -176,7 +176,7 @@ class Learner(Scripted, LearnerServiceServicer):
         return await self._scripted(messages, context) or learner.SubmitAdvantagesResponse(policy_version=9)
 
     async def GetStatus(self, request, context):
-        return await self._scripted(request, context) or learner.GetStatusResponse(state="idle")
+        return await self._scripted(request, context) or learner.GetStatusResponse(state="LEARNER_STATE_IDLE")
 
     async def ExportModel(self, request, context):
         answer = await self._scripted(request, context)

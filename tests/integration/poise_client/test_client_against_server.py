@@ -285,12 +285,12 @@ def labelled(group_id, width=2):
 async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, value_service):
     names = [f"g{i}" for i in range(256)]
     asked = [unlabelled(name, 2560) for name in names]
-    answers = await value.estimate_baselines("run", 5, asked, settle_s=2.5)
+    answers = await value.estimate_baselines("run", 5, asked, wait_for_labels_s=2.5)
     assert [answer.group_id for answer in answers] == names
     assert len(value_service.requests) == 4
     for request in value_service.requests:
         assert request.ByteSize() <= 3 * 2**20
-        assert (request.run_id, request.step, request.settle_s) == ("run", 5, 2.5)
+        assert (request.run_id, request.step, request.wait_for_labels_s) == ("run", 5, 2.5)
     sent = [group.group_id for request in value_service.requests for group in request.groups]
     assert sent == names
 
@@ -392,7 +392,7 @@ async def test_weights_arrive_in_chunks_with_offsets_and_digests(generation, gen
     assert update.policy_version == 4
     assert len(generation_service.requests) == 2
     for messages in generation_service.requests:
-        begin, commit = messages[0].begin, messages[-1].commit
+        begin, commit = messages[0].manifest, messages[-1].commit
         received = bytearray()
         for message in messages[1:-1]:
             assert message.chunk.offset == len(received)

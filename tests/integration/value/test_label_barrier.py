@@ -25,11 +25,11 @@ async def known(client, domain: str) -> tuple[int, int]:
 
 async def test_a_question_right_after_labels_is_answered_by_a_probe_that_knows_them_all(client, make) -> None:
     await client.publish_labels(labels(make, "settles"))
-    (answer,) = await client.estimate_baselines("asks", 0, [make.question("a", "settles")], settle_s=TIMEOUT_S)
-    assert answer.settled
+    (answer,) = await client.estimate_baselines("asks", 0, [make.question("a", "settles")], wait_for_labels_s=TIMEOUT_S)
+    assert answer.up_to_date
     assert await known(client, "settles") == (answer.probe_version, NUM_STEPS * GROUPS)
-    (again,) = await client.estimate_baselines("asks", 0, [make.question("b", "settles")], settle_s=TIMEOUT_S)
-    assert (again.settled, again.probe_version) == (True, answer.probe_version)
+    (again,) = await client.estimate_baselines("asks", 0, [make.question("b", "settles")], wait_for_labels_s=TIMEOUT_S)
+    assert (again.up_to_date, again.probe_version) == (True, answer.probe_version)
 
 
 async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared, client, make) -> None:
@@ -38,7 +38,9 @@ async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared,
         await client.publish_labels(labels(make, "settles.killed"))
         waiting = asyncio.create_task(shared.ambush("settle", 0, dies=False, wait_s=TIMEOUT_S))
         asking = asyncio.create_task(
-            client.estimate_baselines("asks.killed", 0, [question], settle_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S)
+            client.estimate_baselines(
+                "asks.killed", 0, [question], wait_for_labels_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S
+            )
         )
         assert "settle" in await waiting
         await consumed(client)
@@ -47,7 +49,7 @@ async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared,
         shared.kill()
     shared.start()
     (answer,) = await asking
-    assert answer.settled
+    assert answer.up_to_date
     assert answer.probe_version > 0
     assert await known(client, "settles.killed") == (answer.probe_version, NUM_STEPS * GROUPS)
 
@@ -57,7 +59,7 @@ async def test_the_rest_of_a_step_asked_about_after_kill_9_is_as_settled_as_the_
 ) -> None:
     await client.publish_labels(labels(make, "settles.parts"))
     (first,) = await client.estimate_baselines(
-        "asks.parts", 0, [make.question("a", "settles.parts")], settle_s=TIMEOUT_S
+        "asks.parts", 0, [make.question("a", "settles.parts")], wait_for_labels_s=TIMEOUT_S
     )
     await client.publish_labels([make.label("settles.parts", NUM_STEPS, domain="settles.parts")])
     await fitted(client, "settles.parts", first.probe_version + 1)  # the pin is durable with the label
@@ -65,24 +67,24 @@ async def test_the_rest_of_a_step_asked_about_after_kill_9_is_as_settled_as_the_
     shared.start()
     await shared.ready()
     (rest,) = await client.estimate_baselines(
-        "asks.parts", 0, [make.question("b", "settles.parts")], settle_s=TIMEOUT_S
+        "asks.parts", 0, [make.question("b", "settles.parts")], wait_for_labels_s=TIMEOUT_S
     )
-    assert (rest.settled, rest.probe_version) == (True, first.probe_version)
+    assert (rest.up_to_date, rest.probe_version) == (True, first.probe_version)
 
 
 async def test_a_domain_of_another_run_that_is_not_fitted_keeps_nobody_waiting(shared, client, make) -> None:
     await client.publish_labels(labels(make, "settles.own"))
-    await client.estimate_baselines("asks.own", 0, [make.question("a", "settles.own")], settle_s=TIMEOUT_S)
+    await client.estimate_baselines("asks.own", 0, [make.question("a", "settles.own")], wait_for_labels_s=TIMEOUT_S)
     with shared.held_fits():
         await client.publish_labels(labels(make, "settles.stranger"))
         await consumed(client)
         asking = client.estimate_baselines(
-            "asks.own", 1, [make.question("a", "settles.own")], settle_s=600, timeout_s=1200
+            "asks.own", 1, [make.question("a", "settles.own")], wait_for_labels_s=600, timeout_s=1200
         )
         (answer,) = await asyncio.wait_for(asking, TIMEOUT_S)
-        assert answer.settled
+        assert answer.up_to_date
         (other,) = await client.estimate_baselines("asks.own", 1, [make.question("b", "settles.stranger")])
-        assert (other.settled, other.values) == (False, None)
+        assert (other.up_to_date, other.values) == (False, None)
     await fitted(client, "settles.stranger", 1)
 
 
@@ -93,14 +95,14 @@ async def test_where_consuming_is_paused_the_answer_comes_at_once_and_says_that_
     try:
         await client.publish_labels(labels(make, "settles.paused"))
         question = make.question("a", "settles.paused")
-        asking = client.estimate_baselines("asks.paused", 0, [question], settle_s=600, timeout_s=1200)
+        asking = client.estimate_baselines("asks.paused", 0, [question], wait_for_labels_s=600, timeout_s=1200)
         (answer,) = await asyncio.wait_for(asking, TIMEOUT_S)
-        assert (answer.settled, answer.values) == (False, None)
+        assert (answer.up_to_date, answer.values) == (False, None)
     finally:
         await shared.post("resume")
     await fitted(client, "settles.paused", 1)
 
 
 async def test_a_wait_that_cannot_be_is_refused_by_name(client, make) -> None:
-    with pytest.raises(InvalidRequestError, match="settle_s"):
-        await client.estimate_baselines("asks.wrong", 0, [make.question()], settle_s=-1)
+    with pytest.raises(InvalidRequestError, match="wait_for_labels_s"):
+        await client.estimate_baselines("asks.wrong", 0, [make.question()], wait_for_labels_s=-1)

@@ -83,7 +83,10 @@ def prompts(*specs: dict[str, Any]) -> list[pb.PromptSpec]:
     return [pb.PromptSpec(**{"group_id": f"g{i}", "text": "x"} | spec) for i, spec in enumerate(specs)]
 
 
-def chat(*roles: str) -> pb.ChatPrompt:
+SYSTEM, USER, ASSISTANT = pb.CHAT_ROLE_SYSTEM, pb.CHAT_ROLE_USER, pb.CHAT_ROLE_ASSISTANT
+
+
+def chat(*roles: int) -> pb.ChatPrompt:
     return pb.ChatPrompt(messages=[pb.ChatMessage(role=role, content="x") for role in roles])
 
 
@@ -108,8 +111,8 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ({"prompts": [pb.PromptSpec(group_id="g", tokens=pb.TokenPrompt())]}, ["prompts[0].tokens"]),
         ({"prompts": [pb.PromptSpec(group_id="g", text="")]}, ["prompts[0].text"]),
         ({"prompts": [pb.PromptSpec(group_id="g", tokens={"token_ids": [256]})]}, ["prompts[0].tokens.token_ids"]),
-        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat("user", ""))]}, ["prompts[0].chat.messages[1].role"]),
-        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat("pope"))]}, ["prompts[0].chat.messages[0].role"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat(USER, 0))]}, ["prompts[0].chat.messages[1].role"]),
+        ({"prompts": [pb.PromptSpec(group_id="g", chat=chat(77))]}, ["prompts[0].chat.messages[0].role"]),
         (sampling(temperature=-0.1), ["sampling.temperature"]),
         (sampling(temperature=0.0099), ["sampling.temperature"]),
         (sampling(temperature=100.1), ["sampling.temperature"]),
@@ -144,7 +147,7 @@ async def test_wrong_fields_are_all_named(service: Service, changes: dict[str, A
         {"run_id": "x" * 128},
         {"run_id": "A/b:c_d.e-9"},
         {"num_rollouts": 256},
-        {"prompts": [pb.PromptSpec(group_id="g", chat=chat("system", "user", "assistant"))]},
+        {"prompts": [pb.PromptSpec(group_id="g", chat=chat(SYSTEM, USER, ASSISTANT))]},
         {"prompts": [pb.PromptSpec(group_id="g", tokens={"token_ids": [0, 255]})]},
         sampling(temperature=0.0),
         sampling(temperature=0.01),
@@ -236,7 +239,7 @@ async def test_checked_prompts_are_counted_or_have_a_problem(service: Service) -
 
 
 async def test_wrong_fields_of_prompts_to_check_are_all_named(service: Service) -> None:
-    specs = [*prompts({}, {"group_id": "a b"}), pb.PromptSpec(group_id="g", chat=chat("pope"))]
+    specs = [*prompts({}, {"group_id": "a b"}), pb.PromptSpec(group_id="g", chat=chat(77))]
     with pytest.raises(InvalidRequest) as caught:
         await service.servicer.CheckPrompts(pb.CheckPromptsRequest(prompts=specs), CONTEXT)
     fields = [violation.field for violation in caught.value.violations]
@@ -261,7 +264,7 @@ async def test_prompts_are_encoded_with_the_version_served(service: Service) -> 
         (prompts(*[{}] * 4097), ["prompts"]),
         (prompts({}, {"group_id": ""}, {"group_id": "g0"}), ["prompts[1].group_id", "prompts[2].group_id"]),
         ([pb.PromptSpec(group_id="g")], ["prompts[0].prompt"]),
-        ([pb.PromptSpec(group_id="g", chat=chat("pope"))], ["prompts[0].chat.messages[0].role"]),
+        ([pb.PromptSpec(group_id="g", chat=chat(77))], ["prompts[0].chat.messages[0].role"]),
         (prompts({}, {"text": "x" * 64}), ["prompts[1].prompt"]),
     ],
 )
@@ -346,7 +349,7 @@ async def test_what_is_served_is_told(service: Service) -> None:
     messages = push_messages(weights(), 7, lineage="a")
     await service.push(messages)
     after = await service.policy()
-    assert (after.lineage_id, after.policy_version, after.digest) == ("a", 7, messages[0].begin.digest)
+    assert (after.lineage_id, after.policy_version, after.digest) == ("a", 7, messages[0].manifest.digest)
     assert after.instance_id == before.instance_id
     assert service.metric("policy_version") == 7
 
@@ -398,14 +401,14 @@ def broken(how: str) -> list[pb.UpdateWeightsRequest]:
         case "damaged":
             chunks[1].chunk.data = b"\xff" + chunks[1].chunk.data[1:]
         case "wrong digest":
-            begin.begin.digest = b"x" * 32
+            begin.manifest.digest = b"x" * 32
         case "no lineage":
-            begin.begin.lineage_id = ""
+            begin.manifest.lineage_id = ""
         case "nothing":
             return []
         case "no begin":
             return [*chunks, commit]
-        case "begin twice":
+        case "manifest twice":
             return [begin, begin, *chunks, commit]
         case "no part":
             chunks[1] = pb.UpdateWeightsRequest()
@@ -428,23 +431,23 @@ def broken(how: str) -> list[pb.UpdateWeightsRequest]:
         case "large chunk":
             chunks[0].chunk.data = bytes(2 * 2**20 + 1)
         case "no tensors":
-            begin.begin.ClearField("tensors")
+            begin.manifest.ClearField("tensors")
         case "wrong dtype":
-            begin.begin.tensors[0].dtype = 5
+            begin.manifest.tensors[0].dtype = 5
         case "larger than may be":
-            begin.begin.tensors[0].shape[:] = [2**20, 2**20]
+            begin.manifest.tensors[0].shape[:] = [2**20, 2**20]
     return [begin, *chunks, commit]
 
 
 @pytest.mark.parametrize(
     ("how", "field"),
     [
-        ("damaged", "begin.tensors[0].sha256"),
-        ("wrong digest", "begin.digest"),
-        ("no lineage", "begin.lineage_id"),
+        ("damaged", "manifest.tensors[0].sha256"),
+        ("wrong digest", "manifest.digest"),
+        ("no lineage", "manifest.lineage_id"),
         ("nothing", "part"),
         ("no begin", "part"),
-        ("begin twice", "part"),
+        ("manifest twice", "part"),
         ("no part", "part"),
         ("cut off in the chunks", "part"),
         ("cut off before the commit", "part"),
@@ -455,9 +458,9 @@ def broken(how: str) -> list[pb.UpdateWeightsRequest]:
         ("too much", "chunk.data"),
         ("empty chunk", "chunk.data"),
         ("large chunk", "chunk.data"),
-        ("no tensors", "begin.tensors"),
-        ("wrong dtype", "begin.tensors[0].dtype"),
-        ("larger than may be", "begin.tensors"),
+        ("no tensors", "manifest.tensors"),
+        ("wrong dtype", "manifest.tensors[0].dtype"),
+        ("larger than may be", "manifest.tensors"),
         ("wrong shape", "tensors"),
         ("missing parameter", "tensors"),
         ("unknown parameter", "tensors"),
@@ -489,7 +492,7 @@ async def test_a_body_through_a_group_is_refused_where_none_is_taken(service: Se
     push = WeightPush.prepare("lineage", 1, weight_arrays(weights())).through_group("gloo", b"host:1", 10.0)
     with pytest.raises(InvalidRequest, match="set `nccl`"):
         await service.push(push.messages())
-    assert (await service.policy()).group_backend == ""
+    assert (await service.policy()).process_group_backend == ""
     assert service.staged() == []
 
 

@@ -184,10 +184,10 @@ async def test_less_staleness_than_before_samples_again_what_was_too_far_ahead(t
 
 async def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(tmp_path: Path) -> None:
     class Consumed(World):
-        async def estimate_baselines(self, run_id: str, step: int, groups: Any, settle_s: float) -> Any:
+        async def estimate_baselines(self, run_id: str, step: int, groups: Any, wait_for_labels_s: float) -> Any:
             if step == 2:
                 raise RunError("step 2 cannot be valued")
-            return await super().estimate_baselines(run_id, step, groups, settle_s)
+            return await super().estimate_baselines(run_id, step, groups, wait_for_labels_s)
 
     world = Consumed()
     world.max_staleness, world.slowness = 3, 20

@@ -282,11 +282,15 @@ async def test_the_probes_baselines_are_subtracted(tmp_path: Path) -> None:
     assert (line["baseline"]["source"], line["baseline"]["probe_version"]) == ("probe", {"digits": 1})
 
 
-@pytest.mark.parametrize(("options", "settle_s"), [({}, 30), ({"settle_probe_s": 7}, 7), ({"settle_probe_s": 0}, 0)])
-async def test_on_policy_steps_wait_for_the_probe(tmp_path: Path, options: dict[str, Any], settle_s: float) -> None:
+@pytest.mark.parametrize(
+    ("options", "wait_for_labels_s"), [({}, 30), ({"settle_probe_s": 7}, 7), ({"settle_probe_s": 0}, 0)]
+)
+async def test_on_policy_steps_wait_for_the_probe(
+    tmp_path: Path, options: dict[str, Any], wait_for_labels_s: float
+) -> None:
     world = World()
     await drive(settings(tmp_path, **options), world)
-    assert world.settle_s == [settle_s] * 3
+    assert world.wait_for_labels_s == [wait_for_labels_s] * 3
     assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [True] * 3
 
 
@@ -295,7 +299,7 @@ async def test_steps_sampled_ahead_do_not_wait_for_the_probe(tmp_path: Path) -> 
     world.max_staleness = 1
     world.unsettled = {0, 1, 2}
     await drive(settings(tmp_path, max_staleness=1), world)
-    assert world.settle_s == [0] * 3
+    assert world.wait_for_labels_s == [0] * 3
     assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [False] * 3
 
 

@@ -64,7 +64,7 @@ class World:
         self.labels: dict[tuple[int, str], LabelledGroup] = {}
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
-        self.settle_s: list[float] = []
+        self.wait_for_labels_s: list[float] = []
         """What each question was ready to wait."""
         self.unsettled: set[int] = set()
         """Steps valued before the probe has learnt all."""
@@ -120,10 +120,10 @@ class World:
         return Group(prompt.group_id, np.array([7], np.int32), tuple(rollouts))
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         self.note(f"baselines {step}")
-        self.settle_s.append(settle_s)
+        self.wait_for_labels_s.append(wait_for_labels_s)
         settled = step not in self.unsettled
         if any(published == step for published, _ in self.labels):
             raise LabelsConsumedError("a baseline now would leak them")

@@ -85,7 +85,7 @@ async def test_a_malformed_rollout_is_refused_by_its_place():
     ids = np.zeros(2, np.int32)
     rollout = TrainingRollout(RolloutId("run", 0, "g", 0), ids, ids, SQUARE, 0.5, ())
     fields = await refused(client.submit_advantages(Batch("run", "b", 0, (rollout,))))
-    assert fields == ["rollouts[0].rollout_logprobs"]
+    assert fields == ["rollouts[0].logprobs"]
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])

@@ -19,6 +19,9 @@ doubles = st.floats(allow_nan=False)
 singles = st.floats(width=32, allow_nan=False)
 digests = st.binary(max_size=32)
 booleans = st.booleans()
+roles = st.sampled_from(["system", "user", "assistant"])
+reasons = st.sampled_from(["stale", "duplicate", "future_version", "failed"])
+states = st.sampled_from(["idle", "training", "publishing", "recovering", "paused"])
 
 
 def floats(size):
@@ -44,7 +47,7 @@ prompts = st.builds(
     names,
     st.one_of(
         texts,
-        st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), min_size=1, max_size=3),
+        st.lists(st.fixed_dictionaries({"role": roles, "content": texts}), min_size=1, max_size=3),
         st.lists(uint32s, min_size=1, max_size=3),
     ),
 )
@@ -133,7 +136,7 @@ PAIRS = {
     "features": (features, common_pb2.RolloutFeatures),
     "prompt": (prompts, generation_pb2.PromptSpec),
     "sampling": (samplings, generation_pb2.SamplingParams),
-    "rollout": (rollouts(), generation_pb2.Trajectory),
+    "rollout": (rollouts(), generation_pb2.Rollout),
     "group": (
         st.builds(types.Group, names, ints(2), tuples(rollouts())),
         generation_pb2.StreamTrajectoriesResponse,
@@ -159,7 +162,7 @@ PAIRS = {
                 uint32s,
                 uint32s,
                 booleans,
-                texts,
+                st.sampled_from(["", "nccl", "gloo"]),
                 digests,
                 uint32s,
             ),
@@ -195,14 +198,14 @@ PAIRS = {
     "replica_result": (replicas, learner_pb2.ReplicaResult),
     "step_result": (
         st.builds(
-            types.StepResult, uint64s, booleans, metrics, tuples(st.tuples(rollout_ids, names)), tuples(replicas)
+            types.StepResult, uint64s, booleans, metrics, tuples(st.tuples(rollout_ids, reasons)), tuples(replicas)
         ),
         learner_pb2.SubmitAdvantagesResponse,
     ),
     "learner_status": (
         st.builds(
             types.LearnerStatus,
-            *(names, uint64s, uint64s, names, uint64s, uint64s, st.dictionaries(names, uint64s, max_size=2), names),
+            *(names, uint64s, uint64s, states, uint64s, uint64s, st.dictionaries(reasons, uint64s, max_size=2), names),
             *(uint32s, tuples(replicas), digests, names, booleans),
         ),
         learner_pb2.GetStatusResponse,
@@ -356,9 +359,9 @@ CASES = [
     (whole_score, codec.decode_prompt_score, "status", None),
     (whole_score, codec.decode_prompt_score, "status", 77),
     (whole_training, codec.decode_training_rollout, "prompt_token_ids", None),
-    (whole_training, codec.decode_training_rollout, "response_token_ids", None),
-    (whole_training, codec.decode_training_rollout, "rollout_logprobs", None),
-    (whole_training, codec.decode_training_rollout, "rollout_logprobs", THREE),
+    (whole_training, codec.decode_training_rollout, "token_ids", None),
+    (whole_training, codec.decode_training_rollout, "logprobs", None),
+    (whole_training, codec.decode_training_rollout, "logprobs", THREE),
 ]
 
 

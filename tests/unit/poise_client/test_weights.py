@@ -68,9 +68,9 @@ def test_a_parameter_that_is_not_what_it_says_is_refused_by_name(array, dtype):
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 5, 28, 1000])
 def test_a_push_sends_every_byte_once_in_full_chunks(chunk_bytes):
     messages = list(WeightPush.prepare("lineage", 7, WEIGHTS).messages(chunk_bytes))
-    begin, commit = messages[0].begin, messages[-1].commit
+    begin, commit = messages[0].manifest, messages[-1].commit
     chunks = [message.chunk for message in messages[1:-1]]
-    assert [message.WhichOneof("part") for message in messages] == ["begin", *["chunk"] * len(chunks), "commit"]
+    assert [message.WhichOneof("part") for message in messages] == ["manifest", *["chunk"] * len(chunks), "commit"]
 
     data = b"".join(chunk.data for chunk in chunks)
     assert [chunk.offset for chunk in chunks] == list(range(0, len(data), chunk_bytes))
@@ -112,22 +112,22 @@ def versions(seed=0):
 
 def test_a_delta_announces_the_whole_and_carries_what_changed():
     old, new = versions()
-    base, full = WeightPush.prepare("l", 3, old), WeightPush.prepare("l", 4, new, keep=True)
+    base, full = WeightPush.prepare("l", 3, old), WeightPush.prepare("l", 4, new, keep_as_base=True)
     delta = full.delta(base)
     assert delta is not None
     assert (delta.is_delta, full.is_delta) == (True, False)
-    assert delta.body_bytes < full.body_bytes / 20
-    assert delta.begin.base == pb.WeightsBase(lineage_id="l", policy_version=3, digest=weights_digest(old))
-    assert [tensor.num_changed for tensor in delta.begin.tensors] == [30, 1, 0]
-    assert [tensor.block_bytes for tensor in delta.begin.tensors] == [len(block) for block in delta.body]
-    assert delta.begin.tensors[2].block_bytes == 0
-    whole = pb.WeightsBegin()
-    whole.CopyFrom(delta.begin)
+    assert delta.payload_bytes < full.payload_bytes / 20
+    assert delta.manifest.base == pb.WeightsBase(lineage_id="l", policy_version=3, digest=weights_digest(old))
+    assert [tensor.num_changed for tensor in delta.manifest.tensors] == [30, 1, 0]
+    assert [tensor.block_bytes for tensor in delta.manifest.tensors] == [len(block) for block in delta.payload]
+    assert delta.manifest.tensors[2].block_bytes == 0
+    whole = pb.WeightsManifest()
+    whole.CopyFrom(delta.manifest)
     whole.ClearField("base")
     for tensor in whole.tensors:
         tensor.num_changed = tensor.block_bytes = 0
-    assert whole == full.begin
-    for block, name, size in zip(delta.body, "mvs", (2, 4, 2), strict=True):
+    assert whole == full.manifest
+    for block, name, size in zip(delta.payload, "mvs", (2, 4, 2), strict=True):
         rebuilt = bytearray(old[name].array.tobytes())
         apply_delta(rebuilt, block, len(block) and {"m": 30, "v": 1}[name], size, name)
         assert rebuilt == new[name].array.tobytes()
@@ -151,9 +151,9 @@ def test_a_push_in_a_file_names_it_and_sends_no_chunk(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"".join(push.file_parts()))
     begin, commit = push.in_file(str(path)).messages()
-    assert begin.begin.file == str(path)
-    assert commit.commit.total_bytes == push.body_bytes
-    assert not push.begin.file
+    assert begin.manifest.file == str(path)
+    assert commit.commit.total_bytes == push.payload_bytes
+    assert not push.manifest.file
     with safe_open(path, framework="numpy") as file:
         assert list(file.keys()) == sorted(new)
         np.testing.assert_array_equal(file.get_tensor("v"), new["v"].array)
@@ -163,12 +163,12 @@ def test_a_push_in_a_file_names_it_and_sends_no_chunk(tmp_path):
 def test_a_file_of_a_delta_holds_its_blocks_alone():
     old, new = versions()
     delta = WeightPush.prepare("l", 4, new).delta(WeightPush.prepare("l", 3, old))
-    assert b"".join(delta.file_parts()) == b"".join(delta.body)
+    assert b"".join(delta.file_parts()) == b"".join(delta.payload)
 
 
 def test_hashes_given_are_not_taken_again():
     given = {name: name.encode().ljust(32) for name in WEIGHTS}
     push = WeightPush.prepare("l", 4, WEIGHTS, sha256_by_name=given)
-    assert {tensor.name: tensor.sha256 for tensor in push.begin.tensors} == given
-    assert push.begin.digest == combine_digests(given)
+    assert {tensor.name: tensor.sha256 for tensor in push.manifest.tensors} == given
+    assert push.manifest.digest == combine_digests(given)
     assert combine_digests(hash_weights(WEIGHTS)) == by_hand()

@@ -149,7 +149,7 @@ def test_a_step_is_as_settled_after_a_restart_as_it_was_when_pinned(fitted, conf
     questions = [make.question(domain=domain) for domain in ("default", "behind")]
     fitted.estimate("run", 0, questions[:1], behind=frozenset({"behind"}))
     again = restart(fitted, config()).estimate("run", 0, questions, behind=None)
-    assert [answer.settled for answer in again] == [True, False]
+    assert [answer.up_to_date for answer in again] == [True, False]
 
 
 def test_after_a_restart_a_step_not_pinned_with_consumed_labels_is_refused(fitted, config, make) -> None:

@@ -79,10 +79,12 @@ class Service:
         *groups: pb.GroupFeatures,
         run_id: str = "run",
         step: int = 0,
-        settle_s: float = 0.0,
+        wait_for_labels_s: float = 0.0,
         left_s: float | None = None,
     ):
-        request = pb.EstimateBaselinesRequest(run_id=run_id, step=step, groups=groups, settle_s=settle_s)
+        request = pb.EstimateBaselinesRequest(
+            run_id=run_id, step=step, groups=groups, wait_for_labels_s=wait_for_labels_s
+        )
         response = await self.servicer.EstimateBaselines(request, Call(left_s))
         return [decode_group_baselines(group, "group") for group in response.groups]
 
@@ -232,72 +234,74 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
 
 async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by_what_came_of_it(service) -> None:
     service.settling.meanwhile = service.install
-    (answer,) = await service.estimate(service.group(), settle_s=30)
-    assert (answer.probe_version, answer.settled) == (1, True)
+    (answer,) = await service.estimate(service.group(), wait_for_labels_s=30)
+    assert (answer.probe_version, answer.up_to_date) == (1, True)
     service.settling.behind = None
-    (answer,) = await service.estimate(service.group(), step=1, settle_s=30)
-    assert not answer.settled
+    (answer,) = await service.estimate(service.group(), step=1, wait_for_labels_s=30)
+    assert not answer.up_to_date
     assert service.settling.limits_s == [30, 30]
 
 
 async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of_others(service) -> None:
     service.settling.behind = frozenset({"code", "chess"})
     answers = await service.estimate(
-        *(service.group(domain=domain) for domain in ("math", "code", "", "math")), run_id="asks", settle_s=30
+        *(service.group(domain=domain) for domain in ("math", "code", "", "math")), run_id="asks", wait_for_labels_s=30
     )
-    assert [answer.settled for answer in answers] == [True, False, True, True]
+    assert [answer.up_to_date for answer in answers] == [True, False, True, True]
     assert service.settling.asked == [("asks", {"math", "code", "default"})]
     service.settling.behind = frozenset()
     later = await service.estimate(
-        *(service.group(domain=domain) for domain in ("chess", "math")), run_id="asks", settle_s=30
+        *(service.group(domain=domain) for domain in ("chess", "math")), run_id="asks", wait_for_labels_s=30
     )
-    assert [answer.settled for answer in later] == [False, True]
+    assert [answer.up_to_date for answer in later] == [False, True]
 
 
 async def test_a_question_that_does_not_ask_for_it_does_not_wait(service) -> None:
     (answer,) = await service.estimate(service.group())
-    assert not answer.settled
+    assert not answer.up_to_date
     assert service.settling.limits_s == []
 
 
 async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(service) -> None:
-    for step, settle_s in enumerate([30, 0]):
-        await service.estimate(service.group(), step=step, settle_s=settle_s)
+    for step, wait_for_labels_s in enumerate([30, 0]):
+        await service.estimate(service.group(), step=step, wait_for_labels_s=wait_for_labels_s)
     for step, settled in enumerate([True, False]):
-        (answer,) = await service.estimate(service.group("another"), step=step, settle_s=30)
-        assert answer.settled is settled
+        (answer,) = await service.estimate(service.group("another"), step=step, wait_for_labels_s=30)
+        assert answer.up_to_date is settled
     assert service.settling.limits_s == [30]
 
 
 async def test_a_step_whose_labels_came_first_is_refused_at_once(service) -> None:
     service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
-        await service.estimate(service.group(), settle_s=30)
+        await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.settling.limits_s == []
 
 
 async def test_labels_of_the_step_that_come_while_it_waits_refuse_it(service) -> None:
     service.settling.meanwhile = lambda: service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
-        await service.estimate(service.group(), settle_s=30)
+        await service.estimate(service.group(), wait_for_labels_s=30)
 
 
 async def test_waiting_leaves_time_for_the_answer_before_the_deadline(service) -> None:
-    await service.estimate(service.group(), settle_s=30, left_s=10)
-    await service.estimate(service.group(), step=1, settle_s=30, left_s=100)
+    await service.estimate(service.group(), wait_for_labels_s=30, left_s=10)
+    await service.estimate(service.group(), step=1, wait_for_labels_s=30, left_s=100)
     assert service.settling.limits_s == [pytest.approx(9), 30]
 
 
 async def test_a_service_that_shuts_down_while_a_question_waits_leaves_it_to_another(service) -> None:
     service.settling.meanwhile = service.servicer.close
     with pytest.raises(Draining):
-        await service.estimate(service.group(), settle_s=30)
+        await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.estimator.would_pin("run", 0)
 
 
-@pytest.mark.parametrize("settle_s", [-0.1, float("nan"), float("inf"), MAX_SETTLE_S + 1])
-async def test_a_wait_that_cannot_be_is_named(service, settle_s) -> None:
-    assert await fields_of(service.estimate(service.group(), settle_s=settle_s)) == ["settle_s"]
+@pytest.mark.parametrize("wait_for_labels_s", [-0.1, float("nan"), float("inf"), MAX_SETTLE_S + 1])
+async def test_a_wait_that_cannot_be_is_named(service, wait_for_labels_s) -> None:
+    assert await fields_of(service.estimate(service.group(), wait_for_labels_s=wait_for_labels_s)) == [
+        "wait_for_labels_s"
+    ]
     assert service.settling.limits_s == []
 
 

@@ -34,18 +34,19 @@ def admit_adapter(adapter: Adapter | None, config: GenerationConfig, base_digest
     """
     if config.lora is None:
         if adapter is not None:
-            raise InvalidRequest.field("begin.adapter", "is set; this replica takes whole parameters: set `lora`")
+            raise InvalidRequest.field("manifest.adapter", "is set; this replica takes whole parameters: set `lora`")
         return
     if adapter is None:
         raise InvalidRequest.field(
-            "begin.adapter", "is unset; this replica takes adapters alone, for `lora` is set: push.transport is `lora`"
+            "manifest.adapter",
+            "is unset; this replica takes adapters alone, for `lora` is set: push.transport is `lora`",
         )
     if not 1 <= adapter.rank <= config.lora.max_rank:
         raise InvalidRequest.field(
-            "begin.adapter.rank", f"is {adapter.rank}; required: 1 to {config.lora.max_rank} (lora.max_rank)"
+            "manifest.adapter.rank", f"is {adapter.rank}; required: 1 to {config.lora.max_rank} (lora.max_rank)"
         )
     if not (math.isfinite(adapter.alpha) and adapter.alpha > 0):
-        raise InvalidRequest.field("begin.adapter.alpha", f"is {adapter.alpha:g}; required: above 0")
+        raise InvalidRequest.field("manifest.adapter.alpha", f"is {adapter.alpha:g}; required: above 0")
     if adapter.base_digest != base_digest:
         raise VersionMismatch(
             f"the adapter belongs to base {adapter.base_digest.hex()[:16]}, and this replica started from "

@@ -98,7 +98,7 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
     seen: set[str] = set()
     total = 0
     for index, tensor in enumerate(tensors):
-        path = f"begin.tensors[{index}]"
+        path = f"manifest.tensors[{index}]"
         if not _NAME.fullmatch(tensor.name):
             raise InvalidRequest.field(f"{path}.name", f"is {quoted(tensor.name)}; required: a state-dict name")
         if tensor.name in seen:
@@ -111,34 +111,35 @@ def check_announcement(announced: Announcement, max_bytes: int) -> None:
         total += tensor.num_bytes
         if total > max_bytes:
             raise InvalidRequest.field(
-                "begin.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}, exceeded at {tensor.name}"
+                "manifest.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}, exceeded at {tensor.name}"
             )
         _check_changes(tensor, path, is_delta=announced.base is not None)
     if announced.policy.digest != policy_digest(tensors, announced.adapter):
-        raise InvalidRequest.field("begin.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
+        raise InvalidRequest.field("manifest.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
     if announced.rendezvous is not None:
         if announced.file:
-            raise InvalidRequest.field("begin.file", "is set; the body comes through a group")
+            raise InvalidRequest.field("manifest.file", "is set; the body comes through a group")
         if not 0 < announced.timeout_s <= MAX_GROUP_TIMEOUT_S:
             raise InvalidRequest.field(
-                "begin.group.timeout_s", f"is {announced.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}"
+                "manifest.process_group.timeout_s",
+                f"is {announced.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}",
             )
     if announced.adapter is not None and announced.base is not None:
-        raise InvalidRequest.field("begin.base", "is set; adapters come whole")
+        raise InvalidRequest.field("manifest.base", "is set; adapters come whole")
 
 
 def check_sizes(num_axes: Sequence[int], file: str) -> None:
     """Raise `InvalidRequest` for too many tensors or axes, or too long a path. Call it before reading shapes."""
     if not 1 <= len(num_axes) <= MAX_TENSORS:
-        raise InvalidRequest.field("begin.tensors", f"has {len(num_axes)}; 1 to {MAX_TENSORS} are accepted")
+        raise InvalidRequest.field("manifest.tensors", f"has {len(num_axes)}; 1 to {MAX_TENSORS} are accepted")
     for index, number in enumerate(num_axes):
         if number > MAX_AXES:
             raise InvalidRequest.field(
-                f"begin.tensors[{index}].shape", f"has {number} axes; at most {MAX_AXES} are accepted"
+                f"manifest.tensors[{index}].shape", f"has {number} axes; at most {MAX_AXES} are accepted"
             )
     if len(file) > MAX_PATH_BYTES or "\0" in file:
         raise InvalidRequest.field(
-            "begin.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} characters, without NUL"
+            "manifest.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} characters, without NUL"
         )
 
 

@@ -145,7 +145,7 @@ class StagedWeights:
     def _close_tensor(self, tensor: ExpectedTensor) -> None:
         if self._hash.digest() != tensor.sha256:
             raise InvalidRequest.field(
-                f"begin.tensors[{self._index}].sha256", f"does not match the bytes received of {tensor.name}"
+                f"manifest.tensors[{self._index}].sha256", f"does not match the bytes received of {tensor.name}"
             )
         self._index += 1
         self._in_tensor = 0
@@ -199,7 +199,7 @@ class StagedDelta(StagedWeights):
             self._rebuild(self._tensors[self._index])
 
     def _rebuild(self, tensor: ExpectedTensor) -> None:
-        field = f"begin.tensors[{self._index}]"
+        field = f"manifest.tensors[{self._index}]"
         end = self._base_offset + tensor.num_bytes
         content = bytearray(self._base[self._base_offset : end])
         try:
@@ -235,7 +235,7 @@ class LinkedWeights(StagedWeights):
 
     def _refuse_unless(self, right: bool) -> None:
         if not right:
-            raise InvalidRequest.field("begin.file", f"{self.source} is not the safetensors file that was announced")
+            raise InvalidRequest.field("manifest.file", f"{self.source} is not the safetensors file that was announced")
 
     def _link(self, source: Path) -> None:
         self.path.unlink()
@@ -254,4 +254,4 @@ def _reading(source: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InvalidRequest.field("begin.file", f"{source} cannot be read: {error.strerror}") from error
+        raise InvalidRequest.field("manifest.file", f"{source} cannot be read: {error.strerror}") from error

@@ -26,7 +26,7 @@ from poise.runtime.models.checkpoint_digest import checkpoint_digest
 from poise.runtime.network.broadcast_group import Rendezvous
 from poise.runtime.rpc.request_stream import MIN_BYTES_PER_S, PATIENCE_S, read_rest
 from poise.runtime.rpc.validation import Violations, quoted
-from poise_client.codec import DTYPE_NAMES, decode_adapter
+from poise_client.codec import DTYPE_NAMES, backend_name, decode_adapter
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -94,9 +94,9 @@ class PushReceiver:
     async def _receive_and_apply(self, requests: Requests) -> WeightUpdate:
         started = time.monotonic()
         first = await anext(requests, None)
-        if first is None or first.WhichOneof("part") != "begin":
-            raise InvalidRequest.field("part", "the first message of a push must be `begin`")
-        announced = await asyncio.to_thread(_read_begin, first.begin, self._config.max_update_bytes)
+        if first is None or first.WhichOneof("part") != "manifest":
+            raise InvalidRequest.field("part", "the first message of a push must be `manifest`")
+        announced = await asyncio.to_thread(_read_begin, first.manifest, self._config.max_update_bytes)
         admit_adapter(announced.adapter, self._config, self._base_digest)
         if not admit_push(self.policy, announced.policy):
             return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
@@ -118,7 +118,7 @@ class PushReceiver:
         if not rendezvous.backend or rendezvous.backend != self._engine.group_backend:
             takes = self._engine.group_backend or "none is taken: set `nccl`"
             raise InvalidRequest.field(
-                "begin.group.backend", f"is {quoted(rendezvous.backend)}; required here: {takes}"
+                "manifest.process_group.backend", f"is {quoted(rendezvous.backend)}; required here: {takes}"
             )
 
     async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
@@ -175,7 +175,7 @@ async def _receive(requests: Requests, staged: StagedWeights) -> None:
                     return
                 case other:
                     raise InvalidRequest.field(
-                        "part", f"is {other or 'unset'}; after `begin` come chunks and one `commit`"
+                        "part", f"is {other or 'unset'}; after `manifest` come chunks and one `commit`"
                     )
         raise InvalidRequest.field("part", "the push ended without `commit`; the old version goes on being served")
     finally:
@@ -211,9 +211,9 @@ class _Storing:
                 self._current.exception()
 
 
-def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
+def _read_begin(begin: pb.WeightsManifest, max_bytes: int) -> Announcement:
     wrong = Violations()
-    wrong.identifier("begin.lineage_id", begin.lineage_id)
+    wrong.identifier("manifest.lineage_id", begin.lineage_id)
     wrong.raise_if_any()
     check_sizes([len(tensor.shape) for tensor in begin.tensors], begin.file)
     announced = Announcement(
@@ -233,10 +233,12 @@ def _read_begin(begin: pb.WeightsBegin, max_bytes: int) -> Announcement:
         if begin.HasField("base")
         else None,
         file=begin.file,
-        keep=begin.keep,
+        keep=begin.keep_as_base,
         adapter=decode_adapter(begin.adapter) if begin.HasField("adapter") else None,
-        rendezvous=Rendezvous(begin.group.backend, begin.group.rendezvous) if begin.HasField("group") else None,
-        timeout_s=begin.group.timeout_s,
+        rendezvous=Rendezvous(backend_name(begin.process_group.backend), begin.process_group.rendezvous)
+        if begin.HasField("process_group")
+        else None,
+        timeout_s=begin.process_group.timeout_s,
     )
     check_announcement(announced, max_bytes)
     return announced

@@ -123,7 +123,7 @@ class Staging:
                 remedy="Push whole parameters.",
             )
         if [tensor.form for tensor in self.base.tensors] != [tensor.form for tensor in announced.tensors]:
-            raise InvalidRequest.field("begin.tensors", "are not those of the base, in its order")
+            raise InvalidRequest.field("manifest.tensors", "are not those of the base, in its order")
         return self.base
 
     def _shared_file(self, announced: Announcement) -> Path:
@@ -134,12 +134,14 @@ class Staging:
             within = any(path.is_relative_to(os.path.realpath(one)) for one in self._shared_dirs)
             is_file = within and path.is_file()
         except (OSError, ValueError) as error:  # such as a name longer than the disk takes
-            raise InvalidRequest.field("begin.file", f"{quoted(announced.file)} cannot be read: {error}") from error
+            raise InvalidRequest.field("manifest.file", f"{quoted(announced.file)} cannot be read: {error}") from error
         if not given.is_absolute() or not within:
             allowed = ", ".join(map(str, self._shared_dirs)) or "none is allowed: set it to take such pushes"
-            raise InvalidRequest.field("begin.file", f"must lie within one of shared_dirs ({allowed})")
+            raise InvalidRequest.field("manifest.file", f"must lie within one of shared_dirs ({allowed})")
         if not is_file:
-            raise InvalidRequest.field("begin.file", f"{quoted(str(path))} is no file here; do both run on one host?")
+            raise InvalidRequest.field(
+                "manifest.file", f"{quoted(str(path))} is no file here; do both run on one host?"
+            )
         return path
 
 

@@ -58,7 +58,7 @@ class GroupSender:
 
     def reaches(self, policy: Policy) -> bool:
         """Whether a replica takes what this process could send."""
-        return policy.group_backend == backend_of(self._device)
+        return policy.process_group_backend == backend_of(self._device)
 
     async def send(
         self, push: WeightPush, client: AsyncGenerationClient, policy: Policy, timeout_s: float
@@ -110,7 +110,7 @@ class GroupSender:
 
 
 def _pieces(push: WeightPush) -> Iterator[torch.Tensor]:
-    for part in push.body:
+    for part in push.payload:
         start = 0
         for size in piece_sizes(len(part)):
             piece = part[start : start + size]

@@ -165,7 +165,7 @@ class Replica:
             error="",
             push_s=time.monotonic() - started,
             pause_s=update.pause_s,
-            sent_bytes=0 if push.begin.file else push.body_bytes,
+            sent_bytes=0 if push.manifest.file else push.payload_bytes,
         )
 
     def _left_s(self, started: float) -> float:

@@ -84,7 +84,7 @@ class SharedTransport:
         try:
             with self._lock:
                 folder = self._folder.ensure()
-            path = folder / f"{kind}-{push.begin.policy_version}-{push.begin.digest.hex()[:16]}.safetensors"
+            path = folder / f"{kind}-{push.manifest.policy_version}-{push.manifest.digest.hex()[:16]}.safetensors"
             _write(path, push)
         except OSError as error:
             raise BackendDown(
@@ -95,7 +95,7 @@ class SharedTransport:
 
     def remove(self, push: WeightPush) -> None:
         """See `Transport`."""
-        Path(push.begin.file).unlink(missing_ok=True)
+        Path(push.manifest.file).unlink(missing_ok=True)
 
     def group_sender(self) -> GroupSender | None:
         """See `Transport`."""

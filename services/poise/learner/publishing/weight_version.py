@@ -84,7 +84,7 @@ class Offer:
         push = await asyncio.shield(self._delta)
         if push is None:
             return None
-        base = push.begin.base
+        base = push.manifest.base
         if (base.lineage_id, base.policy_version, base.digest) != (
             policy.lineage_id,
             policy.policy_version,
@@ -110,14 +110,16 @@ class Offer:
             version.weights,
             sha256_by_name=version.sha256_by_name,
             # In float32 nearly all elements change with every step: no delta, and nothing to keep for one.
-            keep=self._deltas and any(weight.array.itemsize == 2 for weight in version.weights.values()),
+            keep_as_base=self._deltas and any(weight.array.itemsize == 2 for weight in version.weights.values()),
             adapter=version.adapter,
         )
 
     async def _compare(self, base: asyncio.Future[WeightPush]) -> WeightPush | None:
         try:
             push = await asyncio.shield(self._bare)
-            return await asyncio.to_thread(push.delta, await asyncio.shield(base)) if push.begin.keep else None
+            return (
+                await asyncio.to_thread(push.delta, await asyncio.shield(base)) if push.manifest.keep_as_base else None
+            )
         except Exception as error:
             logger.warning("no delta of version %d: %s", self.version.policy_version, error)
             return None

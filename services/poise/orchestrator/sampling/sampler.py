@@ -211,16 +211,18 @@ class StepSampler:
         valued follows from how fast the learner was.
         """
         config = self._config
-        settle_s = config.settle_probe_s if config.max_staleness == 0 else 0.0
+        wait_for_labels_s = config.settle_probe_s if config.max_staleness == 0 else 0.0
         try:
-            answers = await self._services.estimate_baselines(config.run_id, step, group_features(scored), settle_s)
+            answers = await self._services.estimate_baselines(
+                config.run_id, step, group_features(scored), wait_for_labels_s
+            )
         except LabelsConsumedError as error:
             raise SettingsError(
                 f"the value service has learnt from step {step} of run {self._config.run_id!r} before: the name was "
                 "used by another run. Give this run another run_id"
             ) from error
-        if settle_s:
-            self._say_settled(step, all(answer.settled for answer in answers))
+        if wait_for_labels_s:
+            self._say_settled(step, all(answer.up_to_date for answer in answers))
         return answers
 
     def _say_settled(self, step: int, settled: bool) -> None:

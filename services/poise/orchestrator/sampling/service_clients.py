@@ -151,12 +151,14 @@ class Services:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], settle_s: float
+        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         """See `AsyncValueClient`."""
-        timeout_s = _CALL_TIMEOUT_S + settle_s
+        timeout_s = _CALL_TIMEOUT_S + wait_for_labels_s
         return await self._ask_value(
-            lambda: self._value.estimate_baselines(run_id, step, groups, settle_s=settle_s, timeout_s=timeout_s)
+            lambda: self._value.estimate_baselines(
+                run_id, step, groups, wait_for_labels_s=wait_for_labels_s, timeout_s=timeout_s
+            )
         )
 
     async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:

@@ -121,7 +121,7 @@ def choose_baselines(
     num_probed = sum(answer.values is not None for answer in answers)
     source = "probe" if num_probed == len(answers) else "mixed" if num_probed else "bootstrap"
     versions = {item.domain: answer.probe_version for item, answer in zip(scored, answers, strict=True)}
-    settled = all(answer.settled for answer in answers)
+    settled = all(answer.up_to_date for answer in answers)
     return StepBaselines(baselines, source, [answer.values for answer in answers], versions, settled)
 
 

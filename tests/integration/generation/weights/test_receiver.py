@@ -111,7 +111,7 @@ def broken(how: str, arrays: Arrays) -> list[pb.UpdateWeightsRequest]:
             middle = chunks[len(chunks) // 2].chunk
             middle.data = middle.data[:100] + bytes([middle.data[100] ^ 1]) + middle.data[101:]
         case "wrong checksum":
-            begin.begin.tensors[-1].sha256 = b"x" * 32
+            begin.manifest.tensors[-1].sha256 = b"x" * 32
         case "cut off half-way":
             return [begin, *chunks[: len(chunks) // 2]]
         case "out of order":

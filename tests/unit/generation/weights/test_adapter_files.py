@@ -113,7 +113,7 @@ async def test_the_digest_is_of_the_adapter_over_its_base(receiver: Receive) -> 
     await push(pushes, messages(1))
     assert pushes.policy.digest == digest_of(tensors(1), 2, 8.0, ADAPTER.base_digest)
     other = dataclasses.replace(ADAPTER, alpha=4.0)
-    assert WeightPush.prepare("l", 1, tensors(1), adapter=other).begin.digest != pushes.policy.digest
+    assert WeightPush.prepare("l", 1, tensors(1), adapter=other).manifest.digest != pushes.policy.digest
 
 
 def flip(parts: list[pb.UpdateWeightsRequest]) -> None:
@@ -129,11 +129,11 @@ def drop_the_commit(parts: list[pb.UpdateWeightsRequest]) -> None:
 
 
 def say_other_alpha(parts: list[pb.UpdateWeightsRequest]) -> None:
-    parts[0].begin.adapter.alpha = 16.0
+    parts[0].manifest.adapter.alpha = 16.0
 
 
 def be_a_delta(parts: list[pb.UpdateWeightsRequest]) -> None:
-    parts[0].begin.base.lineage_id = "lineage"
+    parts[0].manifest.base.lineage_id = "lineage"
 
 
 @pytest.mark.parametrize("spoil", [flip, drop_a_chunk, drop_the_commit, say_other_alpha, be_a_delta])

@@ -44,16 +44,16 @@ def announcement(tensors: list[ExpectedTensor], **more: object) -> Announcement:
 @pytest.mark.parametrize(
     ("tensors", "field"),
     [
-        (changed(1, name=""), "begin.tensors[1].name"),
-        (changed(1, name="../../etc/pass wd"), "begin.tensors[1].name"),
-        (changed(1, name="x" * 513), "begin.tensors[1].name"),
-        (changed(2, name="model.b"), "begin.tensors[2].name"),
-        (changed(0, dtype="int32"), "begin.tensors[0].dtype"),
-        (changed(0, dtype=""), "begin.tensors[0].dtype"),
-        (changed(3, sha256=b"x" * 31), "begin.tensors[3].sha256"),
-        (changed(3, shape=(2**20, 2**20)), "begin.tensors"),
-        (changed(0, num_changed=1), "begin.tensors[0].num_changed"),
-        (changed(0, block_bytes=1), "begin.tensors[0].block_bytes"),
+        (changed(1, name=""), "manifest.tensors[1].name"),
+        (changed(1, name="../../etc/pass wd"), "manifest.tensors[1].name"),
+        (changed(1, name="x" * 513), "manifest.tensors[1].name"),
+        (changed(2, name="model.b"), "manifest.tensors[2].name"),
+        (changed(0, dtype="int32"), "manifest.tensors[0].dtype"),
+        (changed(0, dtype=""), "manifest.tensors[0].dtype"),
+        (changed(3, sha256=b"x" * 31), "manifest.tensors[3].sha256"),
+        (changed(3, shape=(2**20, 2**20)), "manifest.tensors"),
+        (changed(0, num_changed=1), "manifest.tensors[0].num_changed"),
+        (changed(0, block_bytes=1), "manifest.tensors[0].block_bytes"),
     ],
 )
 def test_impossible_announcement_is_refused_by_field(tensors: list[ExpectedTensor], field: str) -> None:
@@ -68,10 +68,10 @@ GROUP = {"rendezvous": Rendezvous("gloo", b"host:1"), "timeout_s": 10.0}
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"file": "/a"}, "begin.file"),
-        ({"timeout_s": 0.0}, "begin.group.timeout_s"),
-        ({"timeout_s": 3601.0}, "begin.group.timeout_s"),
-        ({"timeout_s": float("nan")}, "begin.group.timeout_s"),
+        ({"file": "/a"}, "manifest.file"),
+        ({"timeout_s": 0.0}, "manifest.process_group.timeout_s"),
+        ({"timeout_s": 3601.0}, "manifest.process_group.timeout_s"),
+        ({"timeout_s": float("nan")}, "manifest.process_group.timeout_s"),
     ],
 )
 def test_impossible_group_is_refused_by_field(changes: dict[str, object], field: str) -> None:
@@ -118,9 +118,9 @@ BASE = ServedPolicy("lineage", 0, b"x" * 32)
 @pytest.mark.parametrize(
     ("tensors", "field"),
     [
-        (changed(0, num_changed=7, block_bytes=9), "begin.tensors[0].num_changed"),
-        (changed(0, num_changed=2, block_bytes=10_000), "begin.tensors[0].block_bytes"),
-        (changed(0, block_bytes=1), "begin.tensors[0].block_bytes"),
+        (changed(0, num_changed=7, block_bytes=9), "manifest.tensors[0].num_changed"),
+        (changed(0, num_changed=2, block_bytes=10_000), "manifest.tensors[0].block_bytes"),
+        (changed(0, block_bytes=1), "manifest.tensors[0].block_bytes"),
     ],
 )
 def test_impossible_delta_is_refused_by_field(tensors: list[ExpectedTensor], field: str) -> None:
@@ -140,19 +140,19 @@ def test_delta_counts_by_its_whole_parameters_and_travels_as_its_blocks() -> Non
 
 def test_digest_that_is_not_of_these_tensors_is_refused() -> None:
     announced = dataclasses.replace(announcement(TENSORS), policy=ServedPolicy("lineage", 1, b"x" * 32))
-    with pytest.raises(InvalidRequest, match=r"begin\.digest"):
+    with pytest.raises(InvalidRequest, match=r"manifest\.digest"):
         check_announcement(announced, max_bytes=10_000)
 
 
 @pytest.mark.parametrize(
     ("num_axes", "file", "field"),
     [
-        ([], "", "begin.tensors"),
-        ([1] * 65537, "", "begin.tensors"),
-        ([2, 9], "", "begin.tensors[1].shape"),
-        ([500_000], "", "begin.tensors[0].shape"),
-        ([1], "/dev/shm/a\0b", "begin.file"),
-        ([1], "/" + "x" * 5000, "begin.file"),
+        ([], "", "manifest.tensors"),
+        ([1] * 65537, "", "manifest.tensors"),
+        ([2, 9], "", "manifest.tensors[1].shape"),
+        ([500_000], "", "manifest.tensors[0].shape"),
+        ([1], "/dev/shm/a\0b", "manifest.file"),
+        ([1], "/" + "x" * 5000, "manifest.file"),
     ],
 )
 def test_sizes_are_checked_before_use(num_axes: list[int], file: str, field: str) -> None:

@@ -87,7 +87,7 @@ def test_staged_file_holds_the_tensors_sent(tmp_path: Path, chunk_bytes: int) ->
 def test_damage_in_any_tensor_is_found(tmp_path: Path, index: int, chunk_bytes: int) -> None:
     last_byte = ENDS[index] - 1
     damaged = DATA[:last_byte] + bytes([DATA[last_byte] ^ 1]) + DATA[last_byte + 1 :]
-    path = rf"begin\.tensors\[{index}\]\.sha256.*{TENSORS[index].name}"
+    path = rf"manifest\.tensors\[{index}\]\.sha256.*{TENSORS[index].name}"
     with staged_in(tmp_path, announcement()) as staged, pytest.raises(InvalidRequest, match=path):
         send(staged, damaged, chunk_bytes)
 
@@ -303,7 +303,7 @@ def test_delta_of_other_parameters_than_the_base_s_is_refused(tmp_path: Path) ->
         announced, _ = delta(new_arrays())
         swapped = (announced.tensors[1], announced.tensors[0], *announced.tensors[2:])
         for tensors in (swapped, announced.tensors[:-1]):
-            with pytest.raises(InvalidRequest, match=r"begin\.tensors: are not those of the base"):
+            with pytest.raises(InvalidRequest, match=r"manifest\.tensors: are not those of the base"):
                 staging.receive(dataclasses.replace(announced, tensors=tensors))
 
 
@@ -413,7 +413,7 @@ def test_files_outside_the_shared_folders_are_refused_whatever_leads_there(tmp_p
             str(tmp_path / "shared-too" / "x"),
             "/etc/passwd",
         ):
-            with pytest.raises(InvalidRequest, match=r"begin\.file: must lie within one of shared_dirs"):
+            with pytest.raises(InvalidRequest, match=r"manifest\.file: must lie within one of shared_dirs"):
                 staging.receive(announcement(file=path))
         for path in (str(inside), str(inside / "nothing")):
             with pytest.raises(InvalidRequest, match="is no file here"):

@@ -40,10 +40,10 @@ def test_shared_weights_lie_in_a_file_until_they_are_removed(tmp_path):
     transport = SharedTransport(tmp_path / "new")
     whole, changes = push(2, changed=5), push(2, changed=5).delta(push(1))
     placed, placed_changes = transport.place(whole), transport.place(changes)
-    files = [Path(one.begin.file) for one in (placed, placed_changes)]
+    files = [Path(one.manifest.file) for one in (placed, placed_changes)]
     with safe_open(files[0], framework="numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("b"), np.ones(3))
-    assert files[1].read_bytes() == b"".join(changes.body)
+    assert files[1].read_bytes() == b"".join(changes.payload)
     assert all(file.is_relative_to(tmp_path / "new") for file in files)
     transport.remove(placed)
     assert [file.exists() for file in files] == [False, True]
@@ -64,7 +64,7 @@ def test_what_a_killed_learner_shared_is_removed_by_the_next(tmp_path):
     (left,) = tmp_path.rglob("*.safetensors")
     transport = SharedTransport(tmp_path)
     placed = transport.place(push(1))
-    assert [str(path) for path in tmp_path.rglob("*.safetensors")] == [placed.begin.file]
+    assert [str(path) for path in tmp_path.rglob("*.safetensors")] == [placed.manifest.file]
     transport.close()
     assert not left.exists()
 

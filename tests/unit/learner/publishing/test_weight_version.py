@@ -39,8 +39,8 @@ async def test_a_delta_is_for_who_keeps_the_version_before():
     offer = offered(second, offered(first))
     delta = await offer.delta_for(serving(first))
     assert delta is not None
-    assert [tensor.num_changed for tensor in delta.begin.tensors] == [3]
-    assert delta.begin.digest == second.digest
+    assert [tensor.num_changed for tensor in delta.manifest.tensors] == [3]
+    assert delta.manifest.digest == second.digest
     for other in (serving(first, keeps_base=False), serving(published(0)), serving(second)):
         assert await offer.delta_for(other) is None
     assert not (await offer.whole()).is_delta
@@ -51,22 +51,22 @@ async def test_adapters_say_what_they_are_and_travel_whole():
     versions = [dataclasses.replace(published(number), adapter=adapter) for number in (1, 2)]
     offer = offered(versions[1], offered(versions[0]))
     assert await offer.delta_for(serving(versions[0])) is None
-    begin = (await offer.whole()).begin
+    begin = (await offer.whole()).manifest
     assert (begin.adapter.rank, begin.adapter.alpha, begin.adapter.base_digest) == (4, 8.0, b"b" * 32)
-    assert not begin.keep
+    assert not begin.keep_as_base
 
 
 async def test_the_first_offer_has_no_delta_and_asks_for_keeping_its_weights():
     offer = offered(published(1))
     assert await offer.delta_for(serving(published(0))) is None
-    assert (await offer.whole()).begin.keep
+    assert (await offer.whole()).manifest.keep_as_base
 
 
 @pytest.mark.parametrize(("deltas", "dtype"), [(False, "bfloat16"), (True, "float32")])
 async def test_nothing_is_kept_where_no_delta_would_come(deltas, dtype):
     first, second = published(1, dtype), published(2, dtype)
     offer = offered(second, offered(first, deltas=deltas), deltas=deltas)
-    assert not (await offer.whole()).begin.keep
+    assert not (await offer.whole()).manifest.keep_as_base
     assert await offer.delta_for(serving(first)) is None
 
 
@@ -80,7 +80,7 @@ async def test_the_hashes_that_are_known_are_not_taken_again():
     version = published(1)
     hashes = {"a": b"x" * 32}
     offer = offered(Published("l", 1, version.weights, hashes, combine_digests(hashes)))
-    assert (await offer.whole()).begin.tensors[0].sha256 == b"x" * 32
+    assert (await offer.whole()).manifest.tensors[0].sha256 == b"x" * 32
 
 
 async def test_the_weights_before_are_let_go_once_compared():
@@ -102,7 +102,7 @@ async def test_files_are_written_only_when_wanted_and_removed_when_withdrawn(tmp
     offer = offered(published(2), before, transport=transport)
     assert list(tmp_path.rglob("*.safetensors")) == []
     whole, delta = await offer.whole(), await offer.delta_for(serving(published(1)))
-    assert {str(path) for path in tmp_path.rglob("*.safetensors")} == {whole.begin.file, delta.begin.file}
+    assert {str(path) for path in tmp_path.rglob("*.safetensors")} == {whole.manifest.file, delta.manifest.file}
     await before.withdraw()
     await offer.withdraw()
     assert list(tmp_path.rglob("*.safetensors")) == []
@@ -124,4 +124,4 @@ async def test_weights_that_make_no_sense_are_an_error_of_their_pushes_alone():
         await broken.whole()
     offer = offered(published(2), broken)
     assert await offer.delta_for(serving(published(1))) is None
-    assert (await offer.whole()).begin.policy_version == 2
+    assert (await offer.whole()).manifest.policy_version == 2
