@@ -19,7 +19,8 @@ from tests.support.dockerfile import instructions
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config.settings import ServiceConfig, load_config
+from poise.runtime.config.load import load_config
+from poise.runtime.config.settings import ServiceConfig
 from poise.value.config import ValueConfig
 
 ROOT = Path(__file__).parents[2]

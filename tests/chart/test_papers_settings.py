@@ -11,7 +11,7 @@ from tests.chart.test_images import DEPLOY
 
 from poise.learner.config import LearnerConfig
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config.settings import parse_config
+from poise.runtime.config.load import parse_config
 from poise.value.config import ValueConfig
 
 PARAMETERS = 4.02e9

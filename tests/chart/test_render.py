@@ -18,7 +18,7 @@ from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.orchestrator.check import CheckConfig
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config.settings import parse_config
+from poise.runtime.config.load import parse_config
 from poise.value.config import ValueConfig
 
 SWITCHES: dict[str, Manifest] = {

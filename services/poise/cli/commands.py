@@ -172,18 +172,39 @@ def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
 
 @main.command()
 @run_options
-@click.option("--show-defaults", is_flag=True, help="Print every setting with its default and what it means.")
+@click.option("--all", "everything", is_flag=True, help="Print every setting as each program will see it.")
+@click.option("--show-defaults", is_flag=True, help="Print every setting with its meaning and its default.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of run.yaml, for editors.")
 @click.argument("program", required=False, type=click.Choice(PROGRAMS))
 def config(
-    path: Path | None, preset: str | None, overrides: tuple[str, ...], show_defaults: bool, program: str | None
+    path: Path | None,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    everything: bool,
+    show_defaults: bool,
+    schema: bool,
+    program: str | None,
 ) -> None:
-    """Show a run's settings as each program will see them, secrets masked; or all defaults."""
-    from poise.local.config_text import defaults_text, resolved_text
+    """Print the settings of a run: the twenty that matter, or all of them. Secrets are masked.
 
-    if show_defaults:
+    PROGRAM limits the output to all settings of one program.
+
+    \b
+    poise config -c run.yaml                       the settings that matter, with their values
+    poise config -c run.yaml --all                 every setting of every program, with its value
+    poise config -c run.yaml learner               every setting of the learner, with its value
+    poise config --show-defaults > run.yaml        a file to start from
+    poise config --schema > run.schema.json        completion and checks for editors
+    """
+    from poise.local.show_config import defaults_text, key_settings_text, resolved_text, schema_text
+
+    if schema:
+        click.echo(schema_text())
+    elif show_defaults:
         click.echo(defaults_text(program))
     else:
-        click.echo(resolved_text(load_options(path, preset, overrides), program))
+        local_run = load_options(path, preset, overrides)
+        click.echo(resolved_text(local_run, program) if everything or program else key_settings_text(local_run))
 
 
 def _run_services(path: Path | None, preset: str | None, overrides: tuple[str, ...], *, train: bool) -> int:

@@ -1,79 +1,134 @@
-"""What callers show to the services of a run, and what they trust: worked out from what the services are told.
+"""Tokens and certificates of a local run: what its services require, and what their callers send and trust.
 
-Every caller here has one token and one set of authorities for all that it calls. Reads tokens to compare them, and
-keeps none.
+A run has a bearer token of its own, which keeps other users of the machine out. Every caller has one token and one CA
+file for all services that it calls.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from poise.runtime.config.settings import ServiceConfig
+from poise.local.addresses import private_folder
+from poise.runtime.config.settings import AuthConfig, ConfigError, ServiceConfig, open_token_file
+
+_NUM_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What the services of `names` ask of whoever calls them."""
+    """What a caller needs for a set of services."""
 
     token_file: Path | None
-    """Holds the token that all take which want one; None where none does, or there is no such file."""
+    """File with the token that they accept; None if they accept none in common, or need none."""
     ca_file: Path | None
-    """The certificate that all show; None where they speak no TLS, or there is no such file."""
-    token_wanted: str
-    """Why there must be a token file, and what to do where there is none; empty where none is needed."""
-    ca_wanted: str
-    """The same of authorities."""
+    """Certificate that all of them present; None if they present different ones, or do not use TLS."""
+    token_reason: str
+    """Why a token file is required; empty if it is not."""
+    ca_reason: str
+    """Why a CA file is required; empty if it is not."""
 
     def settings(self, prefix: str = "") -> dict[str, str]:
-        """Return the settings of a caller whose names begin with `prefix`, as far as they are known."""
+        """Return the known settings of a caller, their names after `prefix`."""
         files = {"token_file": self.token_file, "ca_file": self.ca_file}
         return {f"{prefix}{name}": str(file) for name, file in files.items() if file is not None}
 
-    def missing(self, section: str, token_file: Path | None, ca_file: Path | None) -> Iterator[str]:
-        """Yield what a caller lacks, whose settings hold these two, their names beginning with `section`."""
-        if self.token_wanted and token_file is None:
-            yield f"{section}token_file: required, for {self.token_wanted}"
-        if self.ca_wanted and ca_file is None:
-            yield f"{section}ca_file: required, for {self.ca_wanted}"
+    def missing(self, prefix: str, token_file: Path | None, ca_file: Path | None) -> Iterator[str]:
+        """Yield a problem for each required file that a caller, whose settings begin with `prefix`, does not have."""
+        if self.token_reason and token_file is None:
+            yield f"{prefix}token_file: required: {self.token_reason}"
+        if self.ca_reason and ca_file is None:
+            yield f"{prefix}ca_file: required: {self.ca_reason}"
 
 
-def wanted_by(services: Mapping[str, ServiceConfig | None]) -> Credentials:
-    """Return what services want of one caller. None stands for one whose settings are wrong.
+def required_by(services: Mapping[str, ServiceConfig]) -> Credentials:
+    """Return the credentials of one caller of all these services.
 
     Raises:
-        ConfigError: a token's file cannot be read.
+        ConfigError: a token file cannot be read.
     """
-    known = {name: service for name, service in services.items() if service is not None}
-    token_file, token_wanted = _token(known)
-    ca_file, ca_wanted = _authorities(known)
-    return Credentials(token_file, ca_file, token_wanted, ca_wanted)
+    token_file, token_reason = _common_token(services)
+    ca_file, ca_reason = _common_certificate(services)
+    return Credentials(token_file, ca_file, token_reason, ca_reason)
 
 
-def _token(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, str]:
+def _common_token(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, str]:
     auths = {name: service.auth for name, service in services.items()}
-    asking = {name: auth for name, auth in auths.items() if auth.token is not None or auth.token_file is not None}
-    if not asking:
+    protected = {name: auth for name, auth in auths.items() if auth.token is not None or auth.token_file is not None}
+    if not protected:
         return None, ""
-    names = " and ".join(asking)
-    files = [auth.token_file for auth in asking.values() if auth.token_file is not None]
+    names = " and ".join(protected)
+    files = [auth.token_file for auth in protected.values() if auth.token_file is not None]
     if not files:
-        return None, f"{names} got a token from the environment: write it to a file and name that in auth.token_file"
-    is_one_file = len(files) == len(asking) and len(set(files)) == 1
-    if not is_one_file and len({auth.read_token() for auth in asking.values()}) > 1:
-        return None, f"{names} have different tokens, and a caller shows all of them the same one: give them one"
-    return files[0], f"{names} want a token"
+        return None, f"{names} got a token from the environment. Write it to a file and name that in auth.token_file"
+    is_one_file = len(files) == len(protected) and len(set(files)) == 1
+    if not is_one_file and len({auth.read_token() for auth in protected.values()}) > 1:
+        return None, f"{names} have different tokens, but a caller sends the same to all. Give them one token"
+    return files[0], f"{names} require a token"
 
 
-def _authorities(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, str]:
+def _common_certificate(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, str]:
     chains = {name: service.grpc.tls_cert_file for name, service in services.items()}
     secure = [name for name, chain in chains.items() if chain is not None]
     if not secure:
         return None, ""
     if len(secure) < len(chains):
         plain = " and ".join(name for name in chains if name not in secure)
-        return None, f"{' and '.join(secure)} speak TLS and {plain} not, and a caller speaks alike to all: change one"
+        return None, f"TLS is on for {' and '.join(secure)} and off for {plain}. A caller needs it on or off for all"
     if len({*chains.values()}) > 1:
-        return None, "the services show different certificates: name a file with the authorities that signed them"
-    return next(iter(chains.values())), "the services speak TLS"
+        return None, "the services present different certificates. Name a file with the CAs that signed them"
+    return next(iter(chains.values())), "the services use TLS"
+
+
+def missing_tokens(auths: Mapping[str, AuthConfig], folder: Path) -> dict[str, dict[str, Any]]:
+    """Return, by service, settings that give a token to the services without one.
+
+    It is the token file of another service, or else the run's own. A token from the environment is never written to a
+    file for others. Raises as `run_token_file`.
+    """
+    unprotected = [
+        name
+        for name, auth in auths.items()
+        if auth.token is None and auth.token_file is None and not auth.allow_open_bind
+    ]
+    files = [auth.token_file for auth in auths.values() if auth.token_file is not None]
+    if not unprotected or (not files and any(auth.token is not None for auth in auths.values())):
+        return {}
+    token_file = files[0] if files else run_token_file(folder)
+    return {name: {"auth": {"token_file": str(token_file)}} for name in unprotected}
+
+
+def run_token_file(folder: Path) -> Path:
+    """Return the file with the run's own token; create it if it does not exist.
+
+    Raises:
+        ConfigError: the folder cannot be written, or other users can read the file.
+    """
+    path = private_folder(folder) / "token"
+    try:
+        if not path.exists():
+            _create_token(path)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder} cannot be used: {error}") from error
+    open_token_file(path, "auth.token_file")
+    return path
+
+
+def _create_token(path: Path) -> None:
+    """Create the file atomically. If two processes do so at once, the first one wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(_NUM_BYTES) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()

@@ -1,11 +1,6 @@
-"""The one file of a run on this machine: `run.yaml`, and what each process is told because of it.
+"""Load run.yaml, and resolve the settings of every program of the run: addresses, folders, the queue, tokens.
 
-    run:        {name, dir, seed}
-    model:      a known name (`poise models`), a Hugging Face folder or a name on the hub
-    engine:     vllm | torch
-    generation: value: learner: train:      any setting of that program
-
-Owns the filling-in: addresses, folders, the queue. Starts nothing.
+Starts nothing.
 """
 
 from __future__ import annotations
@@ -15,112 +10,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from pydantic import Field, ValidationError
+from typing import Any
 
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
-from poise.local.credentials import wanted_by
+from poise.local.credentials import missing_tokens, required_by
 from poise.local.models.catalog import locate_model
-from poise.local.token import missing_tokens
+from poise.local.run_settings import CONFIGS, PROGRAMS, SHARED, RunFile, SharedSettings, shared_by
 from poise.orchestrator.config import OrchestratorConfig
-from poise.runtime.config.merge import merged
-from poise.runtime.config.settings import (
-    ConfigError,
-    ServiceConfig,
-    Settings,
-    StrictModel,
-    parse_config,
-    parse_overrides,
-    read_yaml,
-)
-from poise.runtime.config.text import explain
+from poise.runtime.config.load import merged, parse_config, parse_overrides, read_yaml
+from poise.runtime.config.settings import ConfigError, ServiceConfig
 from poise.value.config import ValueConfig
-
-C = TypeVar("C", bound=Settings)
-
-CONFIGS: Mapping[str, type[Settings]] = {
-    "generation": GenerationConfig,
-    "value": ValueConfig,
-    "learner": LearnerConfig,
-    "train": OrchestratorConfig,
-}
-"""What each program's settings are."""
-
-PROGRAMS = tuple(CONFIGS)
-
-
-class RunSection(StrictModel):
-    """The run."""
-
-    name: str = Field("run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
-    """Names the run. The same name in the same folder resumes."""
-    dir: Path | None = None
-    """Its folder; null means runs/<name>."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Prompts and sampling follow from it."""
-
-
-class RunFile(StrictModel):
-    """What run.yaml holds."""
-
-    run: RunSection = RunSection()
-    """The run."""
-    model: str
-    """A known name (see `poise models`), a Hugging Face folder, or a name on the hub."""
-    engine: Literal["vllm", "torch"] = "vllm"
-    """What samples: vLLM, or transformers (exact and slow)."""
-    generation: dict[str, Any] = Field({})
-    """Settings of the generation service."""
-    value: dict[str, Any] = Field({})
-    """Settings of the value service."""
-    learner: dict[str, Any] = Field({})
-    """Settings of the learner service."""
-    train: dict[str, Any] = Field({})
-    """Settings of the training run."""
 
 
 @dataclass(frozen=True)
 class LocalRun:
     """A run on this machine, resolved and checked."""
 
-    name: str
-    dir: Path
-    model: str
-    """As the file names it."""
+    shared: SharedSettings
+    """What the programs share, with the folder resolved."""
     generation: GenerationConfig
     value: ValueConfig
     learner: LearnerConfig
     train: OrchestratorConfig
     trees: Mapping[str, Mapping[str, Any]]
-    """What each program's settings file holds, by program."""
+    """Content of each program's settings file."""
     overrides: Mapping[str, Sequence[str]]
-    """What each program's command line says besides, by program."""
+    """`--set` arguments of each program's command line."""
     socket: Path
-    """Of the embedded Valkey."""
+    """Socket of the embedded Valkey."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.shared.run.name
+
+    @property
+    def dir(self) -> Path:
+        """Folder of the run."""
+        return self.train.run_dir
+
+    @property
+    def model(self) -> str:
+        """The model as run.yaml names it."""
+        return self.shared.model
 
     @property
     def services_dir(self) -> Path:
-        """Where the processes keep their settings, state and addresses."""
+        """Folder of the processes' settings, state and addresses."""
         return self.dir / "services"
 
     @property
     def drain_timeout_s(self) -> float:
-        """How long the services may take to finish their work in hand, s."""
+        """How long the services may take to finish running requests, s."""
         return max(self._service(name).drain_timeout_s for name in SERVICES)
 
     def log(self, process: str) -> Path:
-        """A process's log."""
+        """Return the path of a process's log."""
         return self.dir / "logs" / f"{process}.log"
 
     def grpc_address(self, service: str) -> str:
-        """host:port where this machine reaches a service's gRPC."""
+        """Return host:port at which this machine reaches a service's gRPC."""
         return address(self._service(service).grpc)
 
     def admin_address(self, service: str) -> str:
-        """host:port where this machine reaches a service's admin app."""
+        """Return host:port at which this machine reaches a service's admin app."""
         return address(self._service(service).admin)
 
     def _service(self, name: str) -> ServiceConfig:
@@ -129,7 +84,7 @@ class LocalRun:
 
 
 def preset_names() -> list[str]:
-    """Return the presets that ship with the package."""
+    """Return the names of the presets in this package."""
     return sorted(
         path.name.removesuffix(".yaml")
         for path in (resources.files("poise.local") / "presets").iterdir()
@@ -140,7 +95,7 @@ def preset_names() -> list[str]:
 def preset_path(name: str) -> Path:
     """Return a preset's file. Raises `ConfigError` for an unknown name."""
     if name not in preset_names():
-        raise ConfigError(f"preset {name!r} is unknown; there are: {', '.join(preset_names())}")
+        raise ConfigError(f"preset {name!r} is unknown; known: {', '.join(preset_names())}")
     return Path(str(resources.files("poise.local") / "presets" / f"{name}.yaml"))
 
 
@@ -148,150 +103,145 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     """Read run.yaml and resolve every program's settings.
 
     Raises:
-        ConfigError: anything wrong, with the field's path and the remedy.
+        ConfigError: names every problem, with its path and the remedy.
     """
-    _refuse_stray_variables(os.environ)
-    own, by_program = _split(overrides)
-    file = _parse(read_yaml(path), own, str(path))
-    folder = (file.run.dir or Path("runs") / file.run.name).expanduser().resolve()
-    resolver = _Resolver(file, by_program, str(path))
-    services, model = folder / "services", str(locate_model(file.model))
-    ports, valkey_socket = run_ports(folder), socket_path(folder)
-
-    tokens: dict[str, dict[str, Any]] = {}
-
-    def listens(service: str) -> dict[str, Any]:
-        ports_of = {"grpc": {"port": ports[f"{service}.grpc"]}, "admin": {"port": ports[f"{service}.admin"]}}
-        return ports_of | tokens.get(service, {})
-
-    def resolve_generation() -> GenerationConfig | None:
-        own = {"model": model, "engine": file.engine, "wait_for_learner": True}
-        return resolver.resolve(GenerationConfig, "generation", listens("generation") | own)
-
-    def resolve_value() -> ValueConfig | None:
-        own = {"state_dir": str(services / "value"), "queue": {"url": f"unix://{valkey_socket}"}}
-        return resolver.resolve(ValueConfig, "value", listens("value") | own)
-
-    def of_learner() -> dict[str, Any]:
-        return listens("learner") | {
-            "model": model,
-            "state_dir": str(services / "learner"),
-            "export_dir": str(folder),
-            "replicas": [address(generation.grpc)] if generation else [],
-            "seed": file.run.seed,
+    _reject_variables(os.environ)
+    values = {name: value for name, value in read_yaml(path).items() if value is not None}  # `learner:` sets nothing
+    shared = parse_config(RunFile, values, overrides, file=str(path))
+    folder = (shared.run.dir or Path("runs") / shared.run.name).expanduser().resolve()
+    shared = shared.model_copy(update={"run": shared.run.model_copy(update={"dir": folder})})
+    programs = _Programs(path, merged(values, parse_overrides(_of_run(overrides))), overrides)
+    ports, socket = run_ports(folder), socket_path(folder)
+    listening = {
+        name: {"grpc": {"port": ports[f"{name}.grpc"]}, "admin": {"port": ports[f"{name}.admin"]}} for name in SERVICES
+    }
+    services = folder / "services"
+    programs.resolve(
+        {
+            "generation": listening["generation"] | _shared(shared, "generation") | {"wait_for_learner": True},
+            "value": listening["value"] | {"state_dir": str(services / "value"), "queue": {"url": f"unix://{socket}"}},
+            "learner": listening["learner"]
+            | _shared(shared, "learner")
+            | {"state_dir": str(services / "learner"), "export_dir": str(folder)},
+            "train": _shared(shared, "train"),
         }
-
-    generation, value = resolve_generation(), resolve_value()
-    learner = resolver.resolve(LearnerConfig, "learner", of_learner())
-    if generation is not None and value is not None and learner is not None:
-        auths = {"generation": generation.auth, "value": value.auth, "learner": learner.auth}
-        tokens = missing_tokens(auths, folder)
-        generation, value = resolve_generation(), resolve_value()
-    of_replicas = wanted_by({"generation": generation})
-    for_learner = of_learner() | of_replicas.settings("replica_")
-    learner = resolver.resolve(LearnerConfig, "learner", for_learner)
-    endpoints = {"value": value, "learner": learner}
-    of_all = wanted_by({"generation": generation, **endpoints})
-    here = {name: address(config.grpc) for name, config in endpoints.items() if config}
-
-    def resolve_train(access: Mapping[str, str]) -> OrchestratorConfig | None:
-        replicas = {"generation": [address(generation.grpc)]} if generation else {}
-        own = {"run_id": file.run.name, "run_dir": str(folder), "seed": file.run.seed}
-        return resolver.resolve(OrchestratorConfig, "train", own | {"endpoints": {**here, **replicas, **access}})
-
-    train = resolve_train(of_all.settings())
-    is_elsewhere = train is not None and not {train.endpoints.value, train.endpoints.learner} & {*here.values()}
-    if is_elsewhere:  # other services have no use for what these want
-        train = resolve_train({})
-    if learner is not None and train is not None:  # the file goes before what belongs to the algorithm
-        of_algorithm = train.algorithm.learner_settings(train.sampling.max_tokens)
-        learner = resolver.resolve(LearnerConfig, "learner", merged(for_learner, of_algorithm))
-    if generation is None or value is None or learner is None or train is None:
-        raise ConfigError("\n".join(resolver.problems))
-    lacking = [
-        *of_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file),
-        *(
-            ()
-            if is_elsewhere
-            else of_all.missing("train.endpoints.", train.endpoints.token_file, train.endpoints.ca_file)
-        ),
-    ]
-    if lacking:
-        raise ConfigError("\n".join(lacking))
-    return LocalRun(
-        name=file.run.name,
-        dir=folder,
-        model=file.model,
-        generation=generation,
-        value=value,
-        learner=learner,
-        train=train,
-        trees=resolver.trees,
-        overrides=by_program,
-        socket=valkey_socket,
     )
+    programs.resolve(missing_tokens({name: getattr(programs, name).auth for name in SERVICES}, folder))
+    if shared.lora is not None and programs.learner.push.transport == "lora":
+        programs.resolve({"generation": {"lora": {"max_rank": shared.lora.rank}}})
+    generation, value = programs.generation, programs.value
+    by_replicas = required_by({"generation": generation})
+    replicas = [address(generation.grpc)]
+    programs.resolve({"learner": {"replicas": replicas} | by_replicas.settings("replica_")})
+    here = {"value": address(value.grpc), "learner": address(programs.learner.grpc)}
+    programs.resolve({"train": {"endpoints": here | {"generation": replicas}}})
+    endpoints = programs.train.endpoints
+    is_elsewhere = not {endpoints.value, endpoints.learner} & {*here.values()}
+    by_all = required_by({"generation": generation, "value": value, "learner": programs.learner})
+    if not is_elsewhere:  # other services do not accept this run's credentials
+        programs.resolve({"train": {"endpoints": by_all.settings()}})
+        endpoints = programs.train.endpoints
+    train = programs.train
+    programs.resolve({"learner": train.algorithm.learner_settings(train.sampling.max_tokens)})
+    learner = programs.learner
+    missing = [*by_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file)]
+    if not is_elsewhere:
+        missing += by_all.missing("train.endpoints.", endpoints.token_file, endpoints.ca_file)
+    if missing:
+        raise ConfigError("\n".join(missing))
+    return LocalRun(shared, generation, value, learner, train, programs.trees, programs.overrides, socket)
 
 
-class _Resolver:
-    """Each program's settings, and what is wrong in any of them."""
+class _Programs:
+    """The settings of each program, which become complete step by step."""
 
-    def __init__(self, file: RunFile, overrides: Mapping[str, Sequence[str]], source: str) -> None:
-        self._file = file
-        self._overrides = overrides
-        self._source = source
+    generation: GenerationConfig
+    value: ValueConfig
+    learner: LearnerConfig
+    train: OrchestratorConfig
+
+    def __init__(self, path: Path, sections: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        self._path = path
+        self._sections = {program: _without_unset(program, sections.get(program, {})) for program in PROGRAMS}
+        self._filled_in: dict[str, dict[str, Any]] = {program: {} for program in PROGRAMS}
+        self.overrides = {
+            # They reach the program as they are: its environment takes precedence over the file, and they over both.
+            program: [text.strip().removeprefix(f"{program}.") for text in overrides if _is_of(text, program)]
+            for program in PROGRAMS
+        }
         self.trees: dict[str, dict[str, Any]] = {}
-        self.problems: list[str] = []
 
-    def resolve(self, cls: type[C], name: str, filled_in: Mapping[str, Any]) -> C | None:
-        """Return a program's settings: what the file says over what follows from the run. None when they are wrong."""
-        section: dict[str, Any] = getattr(self._file, name)
-        fields = cls.model_fields
-        # `tasks:` with nothing behind it, as the defaults are shown, sets nothing.
-        given = {k: v for k, v in section.items() if v is not None or k not in fields or not fields[k].is_required()}
-        self.trees[name] = merged(filled_in, given)
-        try:
-            return parse_config(cls, self.trees[name], self._overrides[name], source=f"{self._source}: {name}")
-        except ConfigError as error:
-            if str(error) not in self.problems:  # it is resolved again once more is known
-                self.problems.append(str(error))
-            return None
+    def resolve(self, filled_in: Mapping[str, Mapping[str, Any]]) -> None:
+        """Fill in settings of some programs that the file does not set, and resolve these programs again.
 
-
-def _refuse_stray_variables(environment: Mapping[str, str]) -> None:
-    prefixes = [*(cls.model_config.get("env_prefix", "") for cls in CONFIGS.values()), "POISE_CHECK_"]
-    for name in environment:
-        if name.startswith("POISE_") and "__" in name and not name.startswith(tuple(prefixes)):
-            raise ConfigError(f"{name} (environment): no program's setting; they begin with {', '.join(prefixes)}")
-
-
-def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the overrides of the run file itself, and those of each program's settings, without its name.
-
-    The latter go to the program as they are: its environment stands between them and the file.
-    """
-    own: list[str] = []
-    by_program: dict[str, list[str]] = {program: [] for program in PROGRAMS}
-    for override in overrides:
-        program, dot, rest = override.strip().partition(".")
-        if dot and program in by_program:
-            by_program[program].append(rest)
-        else:
-            own.append(override)
-    return own, by_program
+        Raises:
+            ConfigError: names the problems of all of them.
+        """
+        problems = []
+        for program, tree in filled_in.items():
+            self._filled_in[program] = merged(self._filled_in[program], tree)
+            self.trees[program] = merged(self._filled_in[program], self._sections[program])
+            try:
+                config = parse_config(
+                    CONFIGS[program],
+                    self.trees[program],
+                    self.overrides[program],
+                    file=str(self._path),
+                    section=program,
+                )
+                setattr(self, program, config)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
-def _parse(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunFile:
-    given = {name: value for name, value in values.items() if value is not None}  # `learner:` and nothing below it
-    try:
-        return RunFile(**merged(given, parse_overrides(overrides)))
-    except ValidationError as error:
-        lines = [f"{source}: {line}" for line in explain(error, RunFile)]
-        unknown = (str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "extra_forbidden")
-        lines += [hint for name in unknown if (hint := _programs_with(name))]
-        raise ConfigError("\n".join(lines)) from None
+def _shared(shared: SharedSettings, program: str) -> dict[str, Any]:
+    """Return the settings of a program that run.yaml states at its top."""
+    values: dict[str, Any] = {
+        "run.name": shared.run.name,
+        "run.dir": str(shared.run.dir),
+        "model": str(locate_model(shared.model)),
+        "engine": shared.engine,
+        "seed": shared.seed,
+        "dtype": shared.dtype,
+        "max_staleness": shared.max_staleness,
+        "lora": None if shared.lora is None else shared.lora.model_dump(mode="json"),
+    }
+    if program == "generation":
+        values["lora"] = None  # only a learner that pushes adapters needs them there
+    return {name: values[key] for name, key in shared_by(program) if values[key] is not None}
 
 
-def _programs_with(name: str) -> str:
-    """Return a line that names the programs which have a setting; empty where none has."""
-    programs = [f"{program}.{name}" for program, cls in CONFIGS.items() if name in cls.model_fields]
-    return f"{name} is a setting of programs: give {' or '.join(programs)}" if programs else ""
+def _without_unset(program: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section without required settings that are null: `tasks:`, as the defaults show it, sets nothing."""
+    required = {name for name, field in CONFIGS[program].model_fields.items() if field.is_required()}
+    return {name: value for name, value in section.items() if value is not None or name not in required}
+
+
+def _is_of(override: str, program: str) -> bool:
+    return override.strip().startswith(f"{program}.")
+
+
+def _of_run(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that are not of one program."""
+    return [text for text in overrides if not any(_is_of(text, program) for program in PROGRAMS)]
+
+
+def _reject_variables(environment: Mapping[str, str]) -> None:
+    """Reject variables that are no program's setting, and those that would contradict the top of run.yaml."""
+    prefixes = {program: cls.model_config.get("env_prefix", "") for program, cls in CONFIGS.items()}
+    known = (*prefixes.values(), "POISE_CHECK_")
+    for variable in environment:
+        if variable.startswith("POISE_") and "__" in variable and not variable.startswith(known):
+            raise ConfigError(
+                f"{variable} (environment): is not a program's setting; they begin with {', '.join(known)}"
+            )
+        for name, settings in SHARED.items():
+            for setting in settings:
+                program, _, field = setting.partition(".")
+                if f"{variable}__".startswith(f"{prefixes[program]}{field.upper()}__"):
+                    raise ConfigError(
+                        f"{variable} (environment): sets {setting} of one program only. Set `{name}` in run.yaml, "
+                        "which reaches every program"
+                    )

@@ -13,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from poise.orchestrator.config import OrchestratorConfig
     from poise.orchestrator.job import train
     from poise.runtime.cli.exit_status import WRONG_SETTINGS
-    from poise.runtime.config.settings import ConfigError, load_config
+    from poise.runtime.config.load import load_config
+    from poise.runtime.config.settings import ConfigError
 
     parser = argparse.ArgumentParser(prog="python -m poise.orchestrator", description=main.__doc__)
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings, YAML")

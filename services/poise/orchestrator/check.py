@@ -22,7 +22,8 @@ from poise.orchestrator.config import EndpointsConfig
 from poise.runtime.cli.broken_pipe import OutputClosed
 from poise.runtime.cli.console import OutputConsole
 from poise.runtime.cli.exit_status import FAILED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
-from poise.runtime.config.settings import ConfigError, Settings, check_readable, load_config, open_token_file
+from poise.runtime.config.load import load_config
+from poise.runtime.config.settings import ConfigError, Settings, check_readable, open_token_file
 from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError

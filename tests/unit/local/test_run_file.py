@@ -15,8 +15,9 @@ import yaml
 from tests.support.tokens import write_token
 
 from poise.local.addresses import renew_taken_ports, run_ports
-from poise.local.config_text import defaults_text, resolved_text
-from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
+from poise.local.run_file import LocalRun, load_run, preset_names, preset_path
+from poise.local.run_settings import PROGRAMS
+from poise.local.show_config import defaults_text, resolved_text
 from poise.runtime.config.settings import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
@@ -120,7 +121,7 @@ def test_a_port_of_ones_own_is_told_to_all(tmp_path: Path) -> None:
 
 def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
     values = MINIMAL | {"learner": {"optimizer": {"learning_rate": 0.5}}, "engine": "torch"}
-    run = load(tmp_path, values, "learner.optimizer.weight_decay=0.25", "run.seed=7", "train.num_steps=3")
+    run = load(tmp_path, values, "learner.optimizer.weight_decay=0.25", "seed=7", "train.num_steps=3")
     assert (run.learner.optimizer.learning_rate, run.learner.optimizer.weight_decay) == (0.5, 0.25)
     assert (run.train.seed, run.learner.seed, run.train.num_steps) == (7, 7, 3)
     assert run.generation.engine == "torch"
@@ -130,30 +131,30 @@ def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
     ("values", "message"),
     [
         (MINIMAL | {"lerner": {}}, "lerner: unknown; did you mean 'learner'"),
-        (MINIMAL | {"value": {"probe": {"alhpa": 1}}}, "value: probe.alhpa: unknown; did you mean 'alpha'"),
+        (MINIMAL | {"value": {"probe": {"alhpa": 1}}}, "value.probe.alhpa: unknown; did you mean 'alpha'"),
         (MINIMAL | {"run": {"name": "a/b"}}, "run.name"),
         (MINIMAL | {"run": {"nmae": "a"}}, "run.nmae: unknown; did you mean 'name'"),
-        (MINIMAL | {"learner": {"optimiser": {}}}, "learner: optimiser: unknown; it was renamed to 'optimizer'"),
-        (MINIMAL | {"generation": {"grpc": 3}}, "generation: grpc"),
+        (MINIMAL | {"learner": {"optimiser": {}}}, "learner.optimiser: unknown; it was renamed to 'optimizer'"),
+        (MINIMAL | {"generation": {"grpc": 3}}, "generation.grpc: "),
         (MINIMAL | {"value": 3}, "value"),
-        ({"model": "m"}, "train: tasks: required"),
+        ({"model": "m"}, "train.tasks: required, but not set"),
         (MINIMAL | {"engine": "jax"}, "engine"),
         (MINIMAL | {"model": "./nowhere"}, "folder ./nowhere does not exist"),
-        (MINIMAL | {"generation": {"auth": {"token": "secret"}}}, "auth.token: secrets do not belong"),
+        (MINIMAL | {"generation": {"auth": {"token": "secret"}}}, "auth.token: a secret must not be in a file"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.").replace("?", r"\?")) as caught:
         load(tmp_path, values)
-    assert "secret" not in str(caught.value).replace("secrets", "")
+    assert "secret" not in str(caught.value).replace("a secret", "")
 
 
 def test_problems_of_all_programs_are_told_at_once(tmp_path: Path) -> None:
     values = {"model": "m", "generation": {"max_num_seqs": 0}, "train": {"tasks": [{"kind": "digits"}], "num_steps": 0}}
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, values)
-    assert "generation: max_num_seqs" in str(caught.value)
-    assert "train: num_steps" in str(caught.value)
+    assert "generation.max_num_seqs" in str(caught.value)
+    assert "train.num_steps" in str(caught.value)
 
 
 def test_the_socket_path_is_short_however_long_the_folder(tmp_path: Path) -> None:
@@ -174,16 +175,16 @@ def test_presets_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match="preset 'huge' is unknown; there are: smollm2, tiny"):
+    with pytest.raises(ConfigError, match="preset 'huge' is unknown; known: smollm2, tiny"):
         preset_path("huge")
 
 
 def test_the_defaults_shown_are_a_file_that_loads(tmp_path: Path) -> None:
     values = yaml.safe_load(defaults_text(None))
-    with pytest.raises(ConfigError, match=r"model: required, and set nowhere"):
+    with pytest.raises(ConfigError, match=r"model: required, but not set"):
         load(tmp_path, values)
     values |= {"model": "org/model", "run": {"name": "mine", "dir": str(tmp_path / "run")}}
-    with pytest.raises(ConfigError, match=r"train: tasks: required, and set nowhere"):
+    with pytest.raises(ConfigError, match=r"train.tasks: required, but not set"):
         load(tmp_path, values)
     values["train"]["tasks"] = [{"kind": "digits"}]
     shown, bare = load(tmp_path, values), load(tmp_path)
@@ -318,7 +319,7 @@ def test_a_token_from_the_environment_alone_is_refused_with_what_to_do(
         "learner.replica_token_file",
         "train.endpoints.token_file",
     ]
-    assert "generation got a token from the environment: write it to a file" in str(caught.value)
+    assert "generation got a token from the environment. Write it to a file" in str(caught.value)
     assert "sesame" not in str(caught.value)
 
 
@@ -330,7 +331,7 @@ def test_callers_trust_the_certificate_that_all_services_show(tmp_path: Path) ->
     named = load(tmp_path, secure, "learner.replica_ca_file=a.pem", "train.endpoints.ca_file=b.pem")
     assert (named.learner.replica_ca_file, named.train.endpoints.ca_file) == (Path("a.pem"), Path("b.pem"))
     other = secure | {"value": {"grpc": files | {"tls_cert_file": str(tmp_path / "other")}}}
-    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*different certificates: name a file"):
+    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*different certificates. Name a file"):
         load(tmp_path, other)
-    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*generation and learner speak TLS and value not"):
+    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*TLS is on for generation and learner and off for value"):
         load(tmp_path, secure | {"value": {}})

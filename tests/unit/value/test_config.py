@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from poise.runtime.config.settings import ConfigError, load_config
+from poise.runtime.config.load import load_config
+from poise.runtime.config.settings import ConfigError
 from poise.value.config import ValueConfig
 
 STATE = ["state_dir=/nowhere"]

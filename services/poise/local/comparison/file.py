@@ -8,8 +8,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from poise.runtime.config.settings import ConfigError, StrictModel, read_yaml
-from poise.runtime.config.text import explain
+from poise.runtime.config.load import read_yaml
+from poise.runtime.config.settings import ConfigError, StrictModel
+from poise.runtime.config.text import dotted, problems_in
 
 _NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,47}$"
 Name = Annotated[str, StringConstraints(pattern=_NAME)]
@@ -99,7 +100,8 @@ def read_compare_file(path: Path) -> CompareFile:
     try:
         return CompareFile(**read_yaml(path))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, CompareFile))) from None
+        lines = (f"{path}: {dotted(where)}: {text}" for where, text in problems_in(error, CompareFile))
+        raise ConfigError("\n".join(lines)) from None
 
 
 def example_text() -> str:

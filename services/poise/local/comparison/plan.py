@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 
 from poise.local.comparison.file import CompareFile, RunEntry
-from poise.local.run_file import PROGRAMS, LocalRun, load_run, preset_names, preset_path
+from poise.local.run_file import LocalRun, load_run, preset_names, preset_path
+from poise.local.run_settings import PROGRAMS
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
-from poise.runtime.config.settings import ConfigError, read_yaml
+from poise.runtime.config.load import read_yaml
+from poise.runtime.config.settings import ConfigError
 from poise.runtime.config.text import redacted
 
 _NO_STEPS = 10**9
@@ -33,8 +35,7 @@ _DECIDED = {
     "train.budget": "`budget` decides it",
     "train.evaluation": "all runs are measured alike: set it in the base; `num_evaluations` says how often",
     "train.tasks": "all runs are measured on the same prompts: set it in the base",
-    "train.seed": "`seeds` decides it",
-    "learner.seed": "`seeds` decides it",
+    "seed": "`seeds` decides it",
 }
 """What `set` may not hold, and what to do instead."""
 
@@ -175,9 +176,7 @@ def _decided(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed:
     return {
         "run.name": label,
         "run.dir": str(folder),
-        "run.seed": seed,
-        "train.seed": seed,
-        "learner.seed": seed,
+        "seed": seed,
         "train.algorithm": entry.algorithm,
         "train.num_steps": budget.updates or _NO_STEPS,
         "train.budget.tokens": budget.tokens,
@@ -191,8 +190,6 @@ def _decided(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed:
 def _refuse_shared_places(run: LocalRun) -> None:
     """Refuse what would let runs share a state: in the base, or in the environment."""
     expected = {
-        "train.run_id": (run.train.run_id, run.name),
-        "train.run_dir": (run.train.run_dir, run.dir),
         "learner.state_dir": (run.learner.state_dir, run.services_dir / "learner"),
         "value.state_dir": (run.value.state_dir, run.services_dir / "value"),
         "value.queue.url": (run.value.queue.url.get_secret_value(), f"unix://{run.socket}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -29,5 +29,10 @@ AnyOptions = (
     | PpoOptions
 )
 
-AlgorithmConfig = Annotated[Annotated[AnyOptions, Field(discriminator="kind")], BeforeValidator(_by_one_word)]
+_Options = Annotated[AnyOptions, Field(discriminator="kind")]
+_Name = Annotated[
+    str, Field(json_schema_extra={"enum": [cls.model_fields["kind"].default for cls in get_args(AnyOptions)]})
+]
+
+AlgorithmConfig = Annotated[_Options, BeforeValidator(_by_one_word, json_schema_input_type=_Name | _Options)]
 """Settings of an algorithm: its name, or its name as `kind` and its options."""

@@ -11,7 +11,8 @@ from typing import TypeVar
 from poise.errors import Misconfigured
 from poise.runtime.cli.broken_pipe import ending_with_reader
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS, exit_reason, exit_status
-from poise.runtime.config.settings import ServiceConfig, load_config
+from poise.runtime.config.load import load_config
+from poise.runtime.config.settings import ServiceConfig
 from poise.runtime.config.text import defaults_yaml
 from poise.runtime.files.atomic import keep_private
 from poise.runtime.logging import configure_logging

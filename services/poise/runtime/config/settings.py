@@ -1,98 +1,79 @@
-"""Typed, frozen settings: one tree a service, unknown keys refused, every problem reported at once.
+"""The base of all settings, and the sections that programs share. `load` builds settings, `text` shows them.
 
-Precedence: `--set` on the command line > environment > YAML file > default. Owns loading; knows no service's settings,
-and not how they are shown: see `config_text`.
+Settings are typed and frozen. Unknown keys are rejected.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from poise.errors import Misconfigured
-from poise.runtime.config.merge import left_of, spelled_out
-from poise.runtime.config.text import explain
-from poise.runtime.config.tree import misspelt_variables, takes_number
 from poise.runtime.network.addresses import bare_host, bare_name
 from poise_client import TokenFile, check_token
-
-MAX_FILE_BYTES = 1024 * 1024
-
-_IPV6 = re.compile(r"\[[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%\w+)?\](:[0-9]+)?|[0-9A-Fa-f:]*::[0-9A-Fa-f:.]*")
-
-C = TypeVar("C", bound="Settings")
 
 Host = Annotated[str, AfterValidator(bare_host)]
 """A host to listen on."""
 
-_file_values: ContextVar[Mapping[str, Any]] = ContextVar("file_values")
-
 
 class ConfigError(ValueError, Misconfigured):
-    """Settings that cannot be used; the text names every problem and what would be right."""
+    """Settings that cannot be used. The text names every problem and the remedy."""
 
 
-class _Numbers(BaseModel):
-    """Takes numbers for numbers: no `true` for 1, which YAML also reads `yes` and `on` as, and nothing infinite."""
+class StrictModel(BaseModel):
+    """Base of sections. A number must be finite and not a boolean: YAML reads `yes` and `on` as true."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Old names of settings in this section, each with its new name. Errors about unknown names show it."""
 
+    MOVED: ClassVar[Mapping[str, str]] = {}
+    """Settings that do not belong in this section, each with what to set instead. Errors show it likewise."""
+
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_for_a_number(cls, values: Any) -> Any:
-        given = values if isinstance(values, Mapping) else {}
-        for name, field in cls.model_fields.items():
-            if isinstance(given.get(name), bool) and takes_number(field.annotation):
-                raise ValueError(f"{name} must be a number, not {str(given[name]).lower()}")
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if (
+                isinstance(value, bool)
+                and name in cls.model_fields
+                and _takes_number(cls.model_fields[name].annotation)
+            ):
+                raise ValueError(f"{name} must be a number, not {str(value).lower()}")
         return values
 
 
-class StrictModel(_Numbers):
-    """Base of nested sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+def _takes_number(annotation: Any) -> bool:
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 class GrpcConfig(StrictModel):
     """Where gRPC listens."""
 
     host: Host = "127.0.0.1"
-    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    """Address to bind; `::` takes IPv4 too. Any but a loopback address requires a token or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
-    """Port; 0 takes any free one and says which."""
+    """Port; 0 takes a free one and logs it."""
     tls_cert_file: Path | None = None
-    """PEM chain of the service; with `tls_key_file` gRPC speaks TLS."""
+    """PEM certificate chain of the service. With `tls_key_file`, gRPC uses TLS."""
     tls_key_file: Path | None = None
-    """PEM key of that chain."""
+    """PEM private key of `tls_cert_file`."""
     max_concurrent_rpcs: int = Field(256, ge=1)
-    """Most calls of one RPC at a time; beyond it a call is refused with RESOURCE_EXHAUSTED. RPCs do not share places: a
-    status is answered however many uploads wait."""
+    """Concurrent calls of each RPC; more are rejected with RESOURCE_EXHAUSTED. Each RPC has its own limit, so uploads
+    never block status calls."""
 
     @model_validator(mode="after")
     def _tls_files_go_together(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file go together: set both or neither")
+            raise ValueError("only one of tls_cert_file and tls_key_file is set. Set both or neither")
         return self
 
 
@@ -100,60 +81,61 @@ class AdminConfig(StrictModel):
     """Where the REST admin app listens."""
 
     host: Host = "127.0.0.1"
-    """Address to bind; `::` takes IPv4 too. Beyond this machine it needs a token, or `auth.allow_open_bind`."""
+    """Address to bind; `::` takes IPv4 too. Any but a loopback address requires a token or `auth.allow_open_bind`."""
     port: int = Field(0, ge=0, le=65535)
-    """Port; 0 takes any free one and says which."""
+    """Port; 0 takes a free one and logs it."""
     allowed_hosts: tuple[Annotated[str, AfterValidator(bare_name)], ...] = ()
-    """Names and addresses, without a port, that requests may address the app by; `.example.com` allows that name and
-    all below it. `localhost`, loopback addresses, `host` and the address that was connected to are always allowed, and
-    `/healthz`, `/readyz` and `/metrics` answer under any name. This keeps out web pages that rebind their own name."""
+    """Names and addresses, without a port, that a request's Host header may contain; `.example.com` allows that name
+    and its subdomains. `localhost`, loopback addresses, `host` and the connection's own address are always allowed, and
+    `/healthz`, `/readyz` and `/metrics` accept any name. This prevents DNS rebinding by web pages."""
 
 
 class AuthConfig(StrictModel):
     """Who may call."""
 
     token: SecretStr | None = None
-    """Bearer token that callers must show. From the environment only: a file holding it is `token_file`."""
+    """Bearer token that callers must send. Only from the environment; `token_file` names a file with it."""
     token_file: Path | None = None
-    """File holding the bearer token, one line, that no other user can read. Read again when it changes; the token
-    before is accepted for two more minutes."""
+    """File with the bearer token on one line, which no other user can read. A change takes effect without a restart;
+    the previous token is accepted for two more minutes."""
     allow_open_bind: bool = False
-    """Listen beyond this machine without a token, because something else (a mesh, a network policy) guards it."""
+    """Listen on all addresses without a token, because something else protects the service: a mesh, a network
+    policy."""
 
     @field_validator("token")
     @classmethod
     def _can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None:
-            check_token(token.get_secret_value())  # an empty one would let everybody in
+            check_token(token.get_secret_value())  # an empty one would admit everyone
         return token
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.token is not None and self.token_file is not None:
-            raise ValueError("token and token_file are both set: keep one")
+            raise ValueError("token and token_file are both set. Keep one")
         return self
 
     def read_token(self) -> str | None:
-        """Return the token in force; None when there is none.
+        """Return the current token; None if there is none.
 
         Raises:
-            ConfigError: the file cannot be read, other users can read it, or it holds no token.
+            ConfigError: the file cannot be read, other users can read it, or it contains no token.
         """
         secret = self.open()
         return secret.current if isinstance(secret, TokenFile) else secret
 
     def open(self) -> str | TokenFile | None:
-        """Return the token, or the file that holds it; None when there is none. Raises as `read_token`."""
+        """Return the token, or the file that contains it; None if there is none. Raises as `read_token`."""
         if self.token is not None:
             return self.token.get_secret_value()
         return open_token_file(self.token_file, "auth.token_file")
 
 
 def open_token_file(path: Path | None, field: str) -> TokenFile | None:
-    """Return the file with a bearer token that the setting `field` names; None where it names none.
+    """Return the token file that the setting `field` names; None if it names none.
 
     Raises:
-        ConfigError: the file cannot be read, other users can read it, or it holds no token.
+        ConfigError: the file cannot be read, other users can read it, or it contains no token.
     """
     try:
         return None if path is None else TokenFile(path)
@@ -164,7 +146,7 @@ def open_token_file(path: Path | None, field: str) -> TokenFile | None:
 
 
 def check_readable(path: Path | None, field: str) -> None:
-    """Read a file that the setting `field` names, where it names one, before anything depends on it.
+    """Check that the file which the setting `field` names can be read; None is no file.
 
     Raises:
         ConfigError: it cannot be read.
@@ -177,34 +159,27 @@ def check_readable(path: Path | None, field: str) -> None:
 
 
 class LoggingConfig(StrictModel):
-    """What is logged, to standard error."""
+    """Logging, to standard error."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe level shown."""
+    """Lowest level that is logged."""
     format: Literal["text", "json"] = "text"
     """`json` writes one object a line, for log collectors."""
 
 
 class TracingConfig(StrictModel):
-    """Traces, one for each step, by OpenTelemetry."""
+    """OpenTelemetry tracing: one trace for each step."""
 
     otlp_endpoint: str = Field("", pattern=r"^(https?://.+)?$")
-    """Where a collector takes OTLP over HTTP, such as `http://collector:4318`; empty records nothing."""
+    """Collector that accepts OTLP over HTTP, such as `http://collector:4318`; empty disables tracing."""
     use_proxy: bool = False
-    """Reach the collector through the proxy that `http_proxy` and the like name."""
+    """Connect to the collector through the proxy of `http_proxy` and similar variables."""
 
 
-class Settings(_Numbers, BaseSettings):
+class Settings(StrictModel, BaseSettings):
     """Base of a program's whole tree."""
 
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        validate_default=True,
-        env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
-    )
+    model_config = SettingsConfigDict(env_nested_delimiter="__", nested_model_default_partial_update=True)
 
     @classmethod
     def settings_customise_sources(
@@ -215,12 +190,12 @@ class Settings(_Numbers, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line (as init arguments), environment, YAML."""
-        return init_settings, env_settings, _FileSource(settings_cls)
+        """Take only what is passed in: `load` merges the sources, so that errors can name the one they came from."""
+        return (init_settings,)
 
 
 class ServiceConfig(Settings):
-    """What every service has."""
+    """Settings that every service has."""
 
     grpc: GrpcConfig = GrpcConfig()
     """Where gRPC listens."""
@@ -229,105 +204,8 @@ class ServiceConfig(Settings):
     auth: AuthConfig = AuthConfig()
     """Who may call."""
     logging: LoggingConfig = LoggingConfig()
-    """What is logged."""
+    """Logging."""
     tracing: TracingConfig = TracingConfig()
-    """What is traced."""
+    """Tracing."""
     drain_timeout_s: float = Field(30.0, gt=0)
-    """How long shutting down waits for work in hand, s."""
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """What `load_config` read from YAML."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        values = _file_values.get({})
-        return values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return left_of(_file_values.get({}), self.current_state)
-
-
-def load_config(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
-    """Build the settings from a YAML file, the environment and `a.b=value` overrides.
-
-    Raises:
-        ConfigError: anything wrong, all of it at once, as `field.path: what is wrong`.
-    """
-    return parse_config(cls, read_yaml(path) if path is not None else {}, overrides, source=str(path or ""))
-
-
-def parse_config(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "") -> C:
-    """Build the settings from what a file held. See `load_config`."""
-    tree = spelled_out(parse_overrides(overrides), values)
-    prefix = cls.model_config.get("env_prefix", "")
-    problems = list(misspelt_variables(cls, prefix, os.environ)) if prefix else []
-    if any(
-        isinstance(auth := place.get("auth"), Mapping) and auth.get("token") is not None for place in (values, tree)
-    ):
-        problems.append(
-            "auth.token: secrets do not belong in files or on command lines; name a file in auth.token_file, "
-            f"or set {prefix}AUTH__TOKEN"
-        )
-    context = _file_values.set(values)
-    try:
-        settings = cls(**tree)
-    except ValidationError as error:
-        where = f"{source}: " if source else ""
-        problems[:0] = [where + line for line in explain(error, cls)]
-    except ValueError as error:  # an environment variable that is no JSON where a list or a map is needed
-        problems.append(f"environment: {error}")
-    finally:
-        _file_values.reset(context)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return settings
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping. Raises `ConfigError` that names the file, and the line where there is one."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        text = content.decode() if len(content) <= MAX_FILE_BYTES else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if text is None:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is it the right file?")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; brackets without end
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `name: value` lines at its top, not a {type(values).__name__}")
-    if odd := [key for key in values if not isinstance(key, str)]:
-        raise ConfigError(f"{path}: {odd[0]!r} is no name of a setting; YAML reads on, off, yes and no as booleans")
-    return values
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `a.b=value` into a tree; values are read as YAML, so 3, true, null and [1, 2] mean what they look like.
-
-    An IPv6 address, with or without brackets and port, is a string: YAML takes `::` for a mapping, `[::1]` for a list.
-
-    Raises:
-        ConfigError: not of that form, or two that contradict.
-    """
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        parts = name.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"--set {override!r}: must look like section.field=value")
-        try:
-            value = text if _IPV6.fullmatch(text) else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--set {name}: {text!r} is not a YAML value; quote it") from error
-        node = tree
-        for part in parts[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {name}: {part} was set to a value before; set one of them")
-        node[parts[-1]] = value
-    return tree
+    """How long a shutdown waits for running requests, s."""

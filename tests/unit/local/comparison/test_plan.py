@@ -69,9 +69,8 @@ def test_a_run_has_settings_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
-    base = {"model": "org/model", "run": {"name": "other", "seed": 5}, "train": {"tasks": [{"kind": "digits"}]}}
-    base["train"] |= {"budget": {"wall_s": 5}, "seed": 3}  # type: ignore[operator]
-    base["learner"] = {"seed": 3}
+    base = {"model": "org/model", "seed": 5, "run": {"name": "other"}, "train": {"tasks": [{"kind": "digits"}]}}
+    base["train"] |= {"budget": {"wall_s": 5}}  # type: ignore[operator]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     run = plan(tmp_path, base="run.yaml").runs[0].local
     assert (run.model, run.name, run.train.seed, run.learner.seed) == ("org/model", "rloo-seed0", 0, 0)
@@ -88,7 +87,7 @@ def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
         (own(**{"train.num_steps": 8}), "runs.a: set: train.num_steps: cannot be a run's own here: `budget` decides"),
         (own(**{"train.budget.tokens": 8}), "set: train.budget.tokens: cannot be"),
         (own(**{"train": {"num_steps": 8}}), "set: train: cannot be"),
-        (own(**{"run.seed": 8}), "set: run.seed: cannot be"),
+        (own(**{"seed": 8}), "set: seed: cannot be"),
         (own(**{"train.evaluation.num_prompts": 8}), "all runs are measured alike"),
         (own(**{"train.algorithm": "grpo"}), "give it as `algorithm`"),
         (own(**{"learner.state_dir": "/var/x"}), "learner.state_dir: is set in the base"),
@@ -103,7 +102,7 @@ def test_what_is_wrong_with_any_run_is_told_before_one_starts(
 
 
 def test_all_that_is_wrong_is_told_once(tmp_path: Path) -> None:
-    runs = {"a": {"algorithm": "rlo"}, "b": {"algorithm": "rloo", "set": {"train.seed": 1}}}
+    runs = {"a": {"algorithm": "rlo"}, "b": {"algorithm": "rloo", "set": {"seed": 1}}}
     with pytest.raises(ConfigError) as refused:
         plan(tmp_path, runs=runs)
     assert [line.split(": ")[1] for line in str(refused.value).splitlines()] == ["runs.a", "runs.b"]
@@ -117,7 +116,7 @@ def test_all_that_is_wrong_is_told_once(tmp_path: Path) -> None:
             "num_prompts: is 0 in the base, which leaves nothing to compare",
         ),
         ({"value": {"queue": {"url": "redis://:secret@host:6379/0"}}}, "value.queue.url: is set in the base"),
-        ({"train": {"run_id": "mine"}}, "train.run_id: is set in the base"),
+        ({"train": {"run_id": "mine"}}, "train.run_id: unknown here; set `run.name`"),
         ({"train": {"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}}, "absent.jsonl: cannot be read"),
     ],
 )
