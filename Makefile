@@ -62,6 +62,7 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	$(BIN)/python tools/generate_chart_docs.py --check
 	$(BIN)/python tools/generate_metrics_docs.py --check
 	$(BIN)/python tools/generate_dashboard.py --check
+	@$(BIN)/poise config --schema | cmp - docs/reference/run.schema.json || (echo "run 'make chart' and commit what it writes"; exit 1)
 
 .PHONY: scan
 scan: $(VENV)/.dev $(SCAN_VENV)/.done  ## Scan the rendered chart for what Kubernetes policies object to.
@@ -83,10 +84,11 @@ proto-image: $(VENV)/.dev  ## Record the protos that `make check` compares later
 	$(BIN)/buf build --exclude-source-info -o protos/poise.binpb
 
 .PHONY: chart
-chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the chart's schema, tables and dashboard from their sources.
+chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the schemas of the chart and of run.yaml, the tables and the dashboard.
 	$(BIN)/python tools/generate_chart_docs.py
 	$(BIN)/python tools/generate_metrics_docs.py
 	$(BIN)/python tools/generate_dashboard.py
+	$(BIN)/poise config --schema > docs/reference/run.schema.json
 
 .PHONY: setup
 setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.

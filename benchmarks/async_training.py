@@ -68,8 +68,7 @@ def run(folder: Path, max_staleness: int, num_steps: int, settings: list[str]) -
     values = [
         f"run.dir={folder}",
         f"train.num_steps={num_steps}",
-        f"train.max_staleness={max_staleness}",
-        f"learner.max_staleness={max_staleness}",
+        f"max_staleness={max_staleness}",
         "train.evaluation.num_prompts=100",
         *settings,
     ]

@@ -122,7 +122,7 @@ def main(preset: str, tokens: int, evaluations: int, seed: int) -> None:
         folder = Path(name)
         settings = [
             f"run.dir={folder}/poise",
-            f"run.seed={seed}",
+            f"seed={seed}",
             "train.num_steps=10000",
             f"train.budget.tokens={tokens}",
             f"train.evaluation.every_tokens={every}",

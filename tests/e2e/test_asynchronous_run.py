@@ -22,8 +22,7 @@ def test_a_run_that_samples_ahead_survives_the_death_of_its_loop(tmp_path: Path)
     process = run.start(
         f"train.num_steps={NUM_STEPS}",
         f"train.prompts_per_step={PROMPTS}",
-        f"train.max_staleness={AHEAD}",
-        f"learner.max_staleness={AHEAD}",
+        f"max_staleness={AHEAD}",
         "train.evaluation.num_prompts=0",
         "value.probe.warmup_steps=1",
     )

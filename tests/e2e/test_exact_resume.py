@@ -35,7 +35,7 @@ def run_to_its_end(folder: Path, options: tuple[str, ...], victims: tuple[str, .
         f"train.num_steps={NUM_STEPS}",
         f"train.prompts_per_step={PROMPTS}",
         "train.evaluation.num_prompts=0",
-        "learner.dtype=float32",
+        "dtype=float32",
         "learner.mini_batch_prompts=8",
         "learner.checkpoint_every_steps=3",
         *options,

@@ -72,7 +72,7 @@ def check(
     """Compare engine, learner and LoRA adapters with the model's own forward, in nats a token.
 
     FOLDER is a Hugging Face folder, a name of `poise models`, or org/name on the hub. With -c or --preset the settings
-    of that run are used, such as `learner.dtype` and `learner.lora`, and FOLDER may be left out.
+    of that run are used, such as `dtype` and `lora`, and FOLDER may be left out.
 
     \b
     poise models check my/model                     transformers engine, learner, adapters

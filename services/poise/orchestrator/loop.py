@@ -171,8 +171,8 @@ class TrainingLoop:
         if status.max_staleness < wanted:
             raise SettingsError(
                 f"max_staleness of this run is {wanted}, and the learner's own is {status.max_staleness}: it would "
-                f"reject what is sampled ahead. Set the learner's max_staleness (`learner.max_staleness` in run.yaml) "
-                f"to {wanted}, or the run's (`train.max_staleness`) to {status.max_staleness}"
+                f"reject what is sampled ahead. Set the learner's `max_staleness` to {wanted}, or the run's to "
+                f"{status.max_staleness}. run.yaml has one `max_staleness` for both"
             )
 
     def _check_critic(self, status: LearnerStatus) -> None:

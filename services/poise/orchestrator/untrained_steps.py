@@ -11,7 +11,7 @@ from typing import Any
 from poise.orchestrator.errors import RunError
 
 _REJECTIONS = {
-    "stale": "from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness",
+    "stale": "from older weights than max_staleness allows: raise it for the learner, or lower it for the run",
     "future_version": "from newer weights than the learner holds: it lost its state, or another pushes to the replicas",
     "duplicate": "trained on before: give the run a name of its own",
     "failed": "of a batch on which training failed repeatedly: the learner's log names the error, and the folder "

@@ -34,7 +34,7 @@ async def test_the_reward_rises(tmp_path: Path, algorithm: str, seed: int) -> No
     num_rollouts = ALGORITHMS[algorithm]
     settings = {
         "run.dir": tmp_path / "run",
-        "run.seed": seed,
+        "seed": seed,
         "train.num_steps": NUM_STEPS,
         "train.rollouts_per_prompt": num_rollouts,
         "train.prompts_per_step": NUM_ROLLOUTS // num_rollouts,

@@ -16,8 +16,6 @@ from tests.support.tokens import write_token
 
 from poise.local.addresses import renew_taken_ports, run_ports
 from poise.local.run_file import LocalRun, load_run, preset_names, preset_path
-from poise.local.run_settings import PROGRAMS
-from poise.local.show_config import defaults_text, resolved_text
 from poise.runtime.config.settings import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
@@ -179,26 +177,6 @@ def test_an_unknown_preset_is_refused() -> None:
         preset_path("huge")
 
 
-def test_the_defaults_shown_are_a_file_that_loads(tmp_path: Path) -> None:
-    values = yaml.safe_load(defaults_text(None))
-    with pytest.raises(ConfigError, match=r"model: required, but not set"):
-        load(tmp_path, values)
-    values |= {"model": "org/model", "run": {"name": "mine", "dir": str(tmp_path / "run")}}
-    with pytest.raises(ConfigError, match=r"train.tasks: required, but not set"):
-        load(tmp_path, values)
-    values["train"]["tasks"] = [{"kind": "digits"}]
-    shown, bare = load(tmp_path, values), load(tmp_path)
-    for program in PROGRAMS:  # nothing that is filled in was shown with another value
-        assert getattr(shown, program) == getattr(bare, program)
-
-
-def test_what_is_shown_hides_secrets(tmp_path: Path) -> None:
-    run = load(tmp_path, MINIMAL | {"value": {"queue": {"url": "redis://user:pa55word@host:1/0"}}})
-    shown = resolved_text(run, None)
-    assert "pa55word" not in shown
-    assert yaml.safe_load(shown)["train"]["run_id"] == "mine"
-
-
 def with_train(**values: Any) -> dict[str, Any]:
     return MINIMAL | {"train": MINIMAL["train"] | values}
 
@@ -333,5 +311,7 @@ def test_callers_trust_the_certificate_that_all_services_show(tmp_path: Path) ->
     other = secure | {"value": {"grpc": files | {"tls_cert_file": str(tmp_path / "other")}}}
     with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*different certificates. Name a file"):
         load(tmp_path, other)
-    with pytest.raises(ConfigError, match=r"endpoints\.ca_file: .*TLS is on for generation and learner and off for value"):
+    with pytest.raises(
+        ConfigError, match=r"endpoints\.ca_file: .*TLS is on for generation and learner and off for value"
+    ):
         load(tmp_path, secure | {"value": {}})

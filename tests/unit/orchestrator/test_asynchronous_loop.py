@@ -207,6 +207,5 @@ async def test_a_learner_that_takes_no_rollouts_as_old_is_found_out_at_the_start
         return
     with pytest.raises(RunError, match=message) as refused:
         await drive(ahead(tmp_path, 2), world)
-    assert "`learner.max_staleness`" in str(refused.value)
-    assert "`train.max_staleness`" in str(refused.value)
+    assert "run.yaml has one `max_staleness` for both" in str(refused.value)
     assert world.events == []

@@ -71,7 +71,7 @@ def test_rollouts_that_the_learner_rejected_are_told_with_what_to_do() -> None:
     assert (step.split()[0], next_step.split()[0]) == ("3", "4")
     assert rejected.strip() == (
         "5 of 8 rollouts were not trained on: "
-        "3 from older weights than learner.max_staleness allows: raise that, or lower train.max_staleness; "
+        "3 from older weights than max_staleness allows: raise it for the learner, or lower it for the run; "
         "1 trained on before: give the run a name of its own; 1 new_reason"
     )
 

@@ -72,7 +72,7 @@ def finished_steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("world", "options", "why"),
     [
-        (Rejecting("stale"), {}, "rejected every rollout: 4 from older weights.*lower train.max_staleness"),
+        (Rejecting("stale"), {}, "rejected every rollout: 4 from older weights.*lower it for the run"),
         (Rejecting("future_version"), {}, "rejected every rollout: 4 from newer weights"),
         (Rejecting("duplicate"), {}, "rejected every rollout: 4 trained on before: give the run a name"),
         (Rejecting("failed"), {}, "training failed repeatedly.*folder `failed`.*micro_batch_tokens"),

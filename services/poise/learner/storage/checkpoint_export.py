@@ -71,7 +71,7 @@ def export_checkpoint(config: LearnerConfig, path: Path, checkpoint: Checkpoint,
     if {name: tensor.shape for name, tensor in found.items()} != {name: own.shape for name, own in trained.items()}:
         raise StateError(
             f"checkpoint {path} holds other parameters than model {config.model} has under these settings; name the "
-            "run file of its run, with the same model and learner.lora"
+            "run file of its run, with the same model and lora"
         )
     with torch.no_grad():
         for name, parameter in trained.items():

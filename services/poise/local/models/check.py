@@ -174,7 +174,7 @@ def _table(facts: dict[str, Any]) -> str:
     if facts["parts"]:
         lines.append(f"  {'':14} {'dtype':9} {'largest':>10} {'mean':>10}")
     for part in facts["parts"]:
-        outcome = "ok" if part["ok"] else "WRONG" if part["needed"] else "unusable (needed by `learner.lora` only)"
+        outcome = "ok" if part["ok"] else "WRONG" if part["needed"] else "unusable (needed only for `lora`)"
         numbers = ("-" if part[name] is None else f"{part[name]:.2g}" for name in ("largest_nats", "mean_nats"))
         detail = f"; {part['detail']}" if part["detail"] else ""
         lines.append(

@@ -61,19 +61,19 @@ def test_a_model_that_cannot_be_trained_has_status_1_and_a_reason(name, tmp_path
 def test_adapters_count_where_they_are_configured(tmp_path):
     folder = make_architecture(tmp_path / "model", "mamba")
     (tmp_path / "run.yaml").write_text(
-        f"model: {folder}\nengine: torch\nlearner: {{lora: {{rank: 4}}}}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
+        f"model: {folder}\nengine: torch\nlora: {{rank: 4}}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
     )
     status, found = facts("-c", tmp_path / "run.yaml")
     assert (status, found["trainable"]) == (1, False)
     assert "cannot take these adapters" in found["problem"]
-    status, found = facts("-c", tmp_path / "run.yaml", "--set", "learner.lora.target_modules=[in_proj]")
+    status, found = facts("-c", tmp_path / "run.yaml", "--set", "lora.target_modules=[in_proj]")
     assert (status, found["problem"]) == (0, "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_brings_its_settings(dtype, llama, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        f"model: {llama}\nengine: torch\nlearner: {{dtype: {dtype}}}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
+        f"model: {llama}\nengine: torch\ndtype: {dtype}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
     )
     status, found = facts("-c", tmp_path / "run.yaml")
     learner = next(part for part in found["parts"] if part["part"] == "learner")
@@ -143,7 +143,7 @@ def test_a_damaged_folder_is_one_clear_message(damage, status, message, llama, t
     [
         ([], "name a model"),
         (["/nowhere"], "FOLDER: /nowhere does not exist"),
-        (["tiny", "--set", "learner.dtype=bfloat16"], "give -c FILE or --preset NAME"),
+        (["tiny", "--set", "dtype=bfloat16"], "give -c FILE or --preset NAME"),
         (["tiny", "--engine", "fast"], "'fast' is not one of"),
     ],
 )

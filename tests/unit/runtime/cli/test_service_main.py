@@ -36,7 +36,7 @@ def test_file_environment_and_overrides_reach_the_service(served, monkeypatch, t
 
 def test_wrong_settings_are_said_on_standard_error_with_status_2(served, capsys):
     assert run("--set", "grpc.prot=1") == 2
-    assert capsys.readouterr().err == "grpc.prot: unknown; did you mean 'port'?\n"
+    assert capsys.readouterr().err == "--set grpc.prot: unknown; did you mean 'port'?\n"
     assert not served
 
 
