@@ -33,7 +33,7 @@ def key_settings_text(run: LocalRun) -> str:
     return "\n".join(
         [
             _SCHEMA_LINES,
-            "# The twenty settings that matter. `poise config --all` shows every value, `--show-defaults` every meaning.",
+            "# The settings that matter. `poise config --all` shows every value, `--show-defaults` every meaning.",
             *_key_setting_lines(run),
         ]
     )
