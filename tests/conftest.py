@@ -19,11 +19,13 @@ def umask() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def environment() -> Iterator[None]:
-    """Fail where a module's tests leave an environment variable of ours behind: every later test would see it."""
+    """Fail if a module's tests leave a `POISE_` variable behind, which every later test would see."""
     before = poise_variables()
     yield
     assert poise_variables() == before
 
 
 def poise_variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("POISE_")}
+    """Return the `POISE_` variables, except what the vllm engine sets in its own process for its children."""
+    inherited = "POISE_GENERATION_SERVER_PID"
+    return {name: value for name, value in os.environ.items() if name.startswith("POISE_") and name != inherited}
