@@ -1,4 +1,4 @@
-"""Alerts that fire when they must and only then, each with a section in the runbook; and what the chart makes of it."""
+"""Each alert fires when it must and only then, and has a section in the runbook; the chart installs alerts and dashboard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_alerts_fire_when_they_must_and_only_then() -> None:
     assert "SUCCESS" in promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yaml")))
 
 
-def test_every_alert_is_tried_both_ways() -> None:
+def test_every_alert_is_tested_firing_and_silent() -> None:
     groups = yaml.safe_load(Path(__file__).with_name("alerts_test.yaml").read_text())["tests"]
     silent = {each["alertname"] for each in groups[0]["alert_rule_test"] if each["exp_alerts"] == []}
     firing = re.findall(r'alertname="(\w+)"', str(groups[1]["promql_expr_test"]))
@@ -30,10 +30,11 @@ def test_every_alert_is_tried_both_ways() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_every_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
+def test_every_alert_has_texts_and_a_runbook_section(rule: dict[str, dict[str, str]]) -> None:
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
     titles = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
     assert rule["alert"] in titles
+    assert rule["annotations"]["summary"] and rule["annotations"]["description"]
     assert anchor == str(rule["alert"]).lower()
     assert rule["labels"]["severity"] in ("warning", "critical")
 
@@ -52,12 +53,12 @@ def expressions() -> list[str]:
 
 
 @pytest.mark.parametrize("expression", [*expressions(), *(str(rule["expr"]) for rule in ALL_RULES)])
-def test_whatever_is_asked_for_is_a_metric(expression: str) -> None:
+def test_expressions_use_only_existing_metrics(expression: str) -> None:
     for name in re.findall(r"\bpoise_\w+", expression):
         assert re.sub(r"_(bucket|sum|count)$", "", name) in METRICS | RECORDED, name
 
 
-def test_the_chart_brings_the_alerts_and_the_dashboard_where_they_are_wanted() -> None:
+def test_chart_installs_alerts_and_dashboard_on_request() -> None:
     switches = {"monitoring": {"rules": True, "dashboard": True, "labels": {"release": "mine"}}}
     rendered = render(merged(values_of("laptop"), switches))
     (rules,) = rendered.all("PrometheusRule")
