@@ -1,4 +1,4 @@
-# Sets up what each target needs, once, in .venv. `make help` lists the targets.
+# Each target first sets up what it needs, once, in .venv. `make help` lists the targets.
 
 PYTHON ?= python3
 PRESET ?= smollm2
@@ -15,7 +15,7 @@ PROTOS_VENV := .venv-protos
 SCAN_VENV := .venv-scan
 TRL_VENV := .venv-trl
 
-# vLLM is set up only for what samples with it.
+# vLLM is installed only for runs that sample with it.
 ifeq ($(PRESET)$(if $(filter vllm,$(ENGINE)),vllm),tiny)
 RUN_NEEDS := $(VENV)/.cpu
 else
@@ -28,29 +28,29 @@ endif
 help:  ## List the targets.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "PRESET=tiny|smollm2 chooses the run of make train; ENGINE=vllm|torch overrides what samples;"
-	@echo "ARGS='--set train.num_steps=20' passes options on."
-	@echo "TORCH='$(TORCH)' is what pip installs of torch: on some machines the build for CUDA, of several GB. Any other"
-	@echo "requirement goes, such as TORCH='torch==2.13.0+cpu'; where pip looks is set as ever, by PIP_EXTRA_INDEX_URL."
+	@echo "PRESET=tiny|smollm2 selects the run of make train; ENGINE=vllm|torch overrides its engine."
+	@echo "ARGS='--set train.num_steps=20' passes options to the command."
+	@echo "TORCH='$(TORCH)' is the requirement that pip installs. On some machines it is the CUDA build of several GB."
+	@echo "Another one is TORCH='torch==2.13.0+cpu', with PIP_EXTRA_INDEX_URL set to an index that has it."
 
 .PHONY: train
-train: $(RUN_NEEDS)  ## Train: services, Valkey, the loop, and a report at the end. Again: resume.
+train: $(RUN_NEEDS)  ## Train on this machine and write a report. The same command resumes.
 	$(BIN)/poise run --preset $(PRESET) $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests, with the real parts.
+test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests, with a real vLLM, Valkey and processes.
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-unit
-test-unit: $(VENV)/.cpu $(VENV)/.dev  ## Run the unit tests alone: under a minute.
+test-unit: $(VENV)/.cpu $(VENV)/.dev  ## Run only the unit tests, under a minute.
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(VENV)/.cpu $(VENV)/.dev  ## Send the services inputs of every kind for SECONDS, from SEED; then train on them.
+fuzz: $(VENV)/.cpu $(VENV)/.dev  ## Send random inputs to the services for SECONDS, from SEED; then train.
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos and generated code.
+check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Check lint, format, types, protos and generated files.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,11 +65,11 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Lint, types, protos a
 	@$(BIN)/poise config --schema | cmp - docs/reference/run.schema.json || (echo "run 'make chart' and commit what it writes"; exit 1)
 
 .PHONY: scan
-scan: $(VENV)/.dev $(SCAN_VENV)/.done  ## Scan the rendered chart for what Kubernetes policies object to.
+scan: $(VENV)/.dev $(SCAN_VENV)/.done  ## Scan the rendered chart with checkov.
 	$(BIN)/python tools/scan_chart.py $(SCAN_VENV)/bin/checkov
 
 .PHONY: format
-format: $(VENV)/.dev  ## Format the code, and mend what lint can mend.
+format: $(VENV)/.dev  ## Format the code and apply lint fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -84,7 +84,7 @@ proto-image: $(VENV)/.dev  ## Record the protos that `make check` compares later
 	$(BIN)/buf build --exclude-source-info -o protos/poise.binpb
 
 .PHONY: chart
-chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the schemas of the chart and of run.yaml, the tables and the dashboard.
+chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate schemas, tables of settings and metrics, and the dashboard.
 	$(BIN)/python tools/generate_chart_docs.py
 	$(BIN)/python tools/generate_metrics_docs.py
 	$(BIN)/python tools/generate_dashboard.py
@@ -94,16 +94,16 @@ chart: $(VENV)/.cpu $(VENV)/.dev  ## Generate the schemas of the chart and of ru
 setup: $(VENV)/.vllm $(VENV)/.dev  ## Set up everything in .venv.
 
 .PHONY: clean
-clean:  ## Remove what set-up made. Runs stay.
+clean:  ## Remove the environments. Runs stay.
 	rm -rf $(VENV) $(PROTOS_VENV) $(SCAN_VENV) $(TRL_VENV)
 
 $(BIN)/python:
 	@echo "setting up $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-	$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux" and "Linux is needed: processes are supervised by what it alone has")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux" and "Linux is needed: supervision of processes uses features of its kernel")'
 	$(PYTHON) -m venv $(VENV)
 
-# Locks are installed with --no-deps: each is complete, and some packages ask for what has no build or no use here.
+# Locks are installed with --no-deps. Each is complete, and some packages require others that have no build or no use here.
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml | $(BIN)/python
 	@echo "installing torch and the services (about a minute)"
 	$(PIP) $(TORCH)
@@ -120,17 +120,17 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
-# Debian's package, unpacked without being installed. Without it the tests of alerts and dashboard are skipped, and say
-# so, but under CI; the next time it is fetched again.
+# Debian's package, unpacked without being installed. If it is unavailable, the tests of alerts and dashboard are skipped,
+# except in CI, and the next make tries again.
 $(VENV)/.prometheus: | $(BIN)/python
 	@echo "fetching prometheus and promtool"
 	@mkdir -p $(VENV)/prometheus
 	@if (cd $(VENV)/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb); \
 		then touch $@; \
-		else echo "they cannot be had here: the tests of alerts and dashboard will be skipped"; \
+		else echo "not available here: the tests of alerts and dashboard will be skipped"; \
 		test "$$CI" != true || command -v promtool; fi
 
-# The generators need an older protobuf than the services: an environment of their own.
+# The generators need an older protobuf than the services, hence their own environment.
 $(PROTOS_VENV)/.done: requirements/protos.txt $(VENV)/.dev
 	$(PYTHON) -m venv $(PROTOS_VENV)
 	$(PROTOS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/protos.txt
@@ -142,7 +142,7 @@ $(SCAN_VENV)/.done: requirements/scan.txt | $(BIN)/python
 	$(SCAN_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/scan.txt
 	@touch $@
 
-# The rival of benchmarks/versus_trl.py.
+# TRL, for benchmarks/versus_trl.py.
 $(TRL_VENV)/.done: requirements/trl.txt
 	$(PYTHON) -m venv $(TRL_VENV)
 	$(TRL_VENV)/bin/python -m pip --disable-pip-version-check install -q $(TORCH)

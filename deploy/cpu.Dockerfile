@@ -1,4 +1,4 @@
-# All roles on CPUs, with the `torch` engine: to try things on a laptop. The command says which role.
+# All roles on CPUs, with the `torch` engine, for trying things on a laptop. The command selects the role.
 FROM python:3.11.14-slim-bookworm AS wheel
 WORKDIR /src
 COPY requirements/cpu.txt /tmp/lock.txt
@@ -10,7 +10,7 @@ RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-d
 
 FROM python:3.11.14-slim-bookworm
 COPY requirements/cpu.txt /tmp/lock.txt
-# The lock is complete but for torch. PyPI's build carries CUDA; a smaller one comes by
+# The lock lists everything but torch. PyPI's build contains CUDA; for a smaller one use
 # --build-arg TORCH="torch==2.13.0+cpu --index-url ...".
 ARG TORCH="torch==2.13.0"
 # hadolint ignore=DL3013,SC2086
@@ -22,7 +22,7 @@ RUN --mount=from=wheel,source=/wheels,target=/wheels \
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
-# Which port there is to ask depends on the role: compose.yaml and the chart say it.
+# The port of the health check depends on the role; compose.yaml and the chart define the checks.
 HEALTHCHECK NONE
 ENTRYPOINT ["python3", "-m"]
 CMD ["poise.value"]

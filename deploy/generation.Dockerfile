@@ -1,5 +1,5 @@
-# The generation service: the upstream image of vLLM, of the version whose internals the worker follows. It can run the
-# learner too, which needs vLLM for `push.transport: nccl`.
+# The generation service, based on vLLM's own image of the version whose internals the worker uses. It can also run the
+# learner, which needs vLLM for `push.transport: nccl`.
 FROM python:3.11.14-slim-bookworm AS wheel
 WORKDIR /src
 COPY requirements/cpu.txt /tmp/lock.txt
@@ -10,8 +10,8 @@ COPY clients clients
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM vllm/vllm-openai:v0.32.0
-# vLLM, torch and their own dependencies are the image's. What poise adds is of the versions that the tests ran with,
-# beside this vLLM. The image's Python may be marked as managed by the distribution (PEP 668).
+# vLLM, torch and their dependencies come with the image. Packages that poise adds have the versions that were tested with
+# this vLLM. The image's Python may be marked as managed by the distribution (PEP 668).
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) && \

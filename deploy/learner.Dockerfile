@@ -9,8 +9,8 @@ COPY clients clients
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
-# The image's own torch stays: the lock names all but it. Its Python is marked as managed by the distribution (PEP 668),
-# which pip respects unless told otherwise; a virtual environment would hide this Python from the image's torchrun.
+# The image's own torch stays: the lock lists everything but torch. Its Python is marked as managed by the distribution
+# (PEP 668), so pip needs an override; a virtual environment would hide this Python from the image's torchrun.
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) && \

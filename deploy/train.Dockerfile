@@ -9,7 +9,7 @@ COPY clients clients
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.11.14-slim-bookworm
-# Every version is that of the lock the tests ran with.
+# All versions are those of the tested lock.
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) && \
@@ -18,6 +18,6 @@ RUN --mount=from=wheel,source=/wheels,target=/wheels \
 RUN useradd --uid 10001 --user-group --no-create-home poise && install -d -o poise -g poise /models /state /runs
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
-# It serves nothing: whether it lives is whether it runs.
+# It serves nothing, so a running process is a healthy one.
 HEALTHCHECK NONE
 ENTRYPOINT ["python3", "-m", "poise.orchestrator"]

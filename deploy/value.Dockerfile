@@ -9,7 +9,7 @@ COPY clients clients
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.11.14-slim-bookworm
-# Every version is that of the lock the tests ran with.
+# All versions are those of the tested lock.
 COPY requirements/cpu.txt /tmp/lock.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) && \

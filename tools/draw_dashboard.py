@@ -1,6 +1,6 @@
-"""Draws docs/figures/dashboard.png: the dashboard's queries, answered by a Prometheus that scraped a run.
+"""Draw docs/figures/dashboard.png: the dashboard's queries, answered by a Prometheus that scraped a run.
 
-Trains the tiny preset in a scratch folder, a minute or two. Needs `make .venv/.prometheus`.
+Trains the tiny preset in a temporary folder for a minute or two. Needs `make .venv/.prometheus`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SERVICES = ("generation", "value", "learner")
 
 
 def query_range(expression: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
-    """Return the lines of a query over time."""
+    """Return the series of a query over time."""
     asked = {"query": expression, "start": start_s, "end": end_s, "step": "1s"}
     with urllib.request.urlopen(f"http://{ADDRESS}/api/v1/query_range?{urllib.parse.urlencode(asked)}") as answer:
         lines: list[dict[str, Any]] = json.load(answer)["data"]["result"]
@@ -41,14 +41,14 @@ def query_range(expression: str, start_s: float, end_s: float) -> list[dict[str,
 
 
 def named(legend: str, labels: dict[str, str]) -> str:
-    """Fill a legend in as Grafana would."""
+    """Return a legend with its labels filled in, as Grafana does."""
     for name, value in labels.items():
         legend = legend.replace(f"{{{{{name}}}}}", value)
     return legend
 
 
 def draw(start_s: float, end_s: float) -> None:
-    """Ask for every panel, and draw them."""
+    """Query every panel and draw them."""
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if "targets" in panel]
     figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(15, 3 * -(-len(panels) // 3)), layout="constrained")
     for axis, panel in zip(axes.flat, panels, strict=True):
@@ -66,7 +66,7 @@ def draw(start_s: float, end_s: float) -> None:
 
 
 def main() -> None:
-    """Train, scrape, draw."""
+    """Train, scrape and draw."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [f"run.dir={scratch}/run", "train.evaluation.num_prompts=0"]
         run = load_run(preset_path("tiny"), overrides)

@@ -1,7 +1,7 @@
-"""Generates what follows from helm/poise/values.yaml: values.schema.json, and the table of settings in its README.
+"""Generate values.schema.json and the settings table of the chart's README from helm/poise/values.yaml.
 
-In values.yaml the comment above a key describes it, and one behind its value may narrow it: `one of: a, b`, `min: 1`,
-`quantity` (as Kubernetes writes sizes), `of: string` (elements of a list), `free` (any keys, checked elsewhere).
+In values.yaml the comment above a key describes it. A comment after its value may restrict it: `one of: a, b`,
+`min: 1`, `quantity` (a Kubernetes size), `of: string` (elements of a list), `free` (any keys; checked elsewhere).
 
     generate_chart_docs.py           write both
     generate_chart_docs.py --check   fail if either is out of date
@@ -39,7 +39,7 @@ class Setting:
 
 
 def read_settings(text: str) -> list[Setting]:
-    """Read the keys with their comments, as a tree."""
+    """Return the keys with their comments, as a tree."""
     top: list[Setting] = []
     open_settings: list[tuple[int, Setting]] = []
     comment: list[str] = []
@@ -70,7 +70,7 @@ def _at(values: Any, path: str) -> Any:
 
 
 def schema_of(settings: list[Setting]) -> dict[str, Any]:
-    """Return a strict JSON schema: unknown keys are refused."""
+    """Return a strict JSON schema, which rejects unknown keys."""
     return {
         "type": "object",
         "additionalProperties": False,
@@ -102,7 +102,7 @@ _TYPES = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "
 def table_of(settings: list[Setting]) -> str:
     """Return the Markdown table of all settings."""
     rows = [f"| `{leaf.path}` | `{json.dumps(leaf.default)}` | {leaf.about} |" for leaf in _leaves(settings)]
-    return "\n".join(["| setting | default | what it is |", "| --- | --- | --- |", *rows])
+    return "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows])
 
 
 def _leaves(settings: list[Setting]) -> Iterator[Setting]:
@@ -114,10 +114,10 @@ def _leaves(settings: list[Setting]) -> Iterator[Setting]:
 
 
 def generated() -> dict[Path, str]:
-    """Return what each generated file should hold."""
+    """Return the text of each generated file."""
     settings = read_settings((CHART / "values.yaml").read_text())
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "poise"} | schema_of(settings)
-    # `global` is Helm's own.
+    # Helm itself passes `global`.
     schema["properties"]["global"] = {"type": "object"}
     readme = (CHART / "README.md").read_text()
     before, rest = readme.split(BEGIN)
@@ -129,7 +129,7 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write, or check."""
+    """Write the files, or with --check fail if one is out of date."""
     outdated = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in outdated:

@@ -1,6 +1,6 @@
-"""Generates helm/poise/files/dashboard.json, the Grafana dashboard, from the panels below.
+"""Generate helm/poise/files/dashboard.json, the Grafana dashboard, from the panels below.
 
-generate_dashboard.py           write it
+generate_dashboard.py           write the dashboard
 generate_dashboard.py --check   fail if it is out of date
 """
 
@@ -19,13 +19,13 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 8
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over time."""
+    """One panel with time series."""
 
     title: str
     unit: str
     about: str
     queries: tuple[tuple[str, str], ...]
-    """PromQL, and how its lines are called."""
+    """PromQL, and the legend of its series."""
 
 
 ROWS: dict[str, tuple[Panel, ...]] = {
@@ -33,22 +33,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Brier skill of the probe",
             "none",
-            "1 - squared error / that of the domain's mean. Below 0 a constant would do better.",
+            "1 - squared error / squared error of the domain's mean. Below 0 a constant predicts better.",
             (("poise_value_brier_skill", "{{domain}}"),),
         ),
         Panel(
             "Variance of the advantages",
             "percentunit",
-            "Mean squared advantage with the probe, as a share of that with the siblings' mean reward.",
+            "Mean squared advantage with the probe, relative to that with the siblings' mean reward.",
             (("poise_value_variance_vs_rloo", "{{domain}}"),),
         ),
-        Panel("Entropy", "none", "Nats a token, of the last step.", (("poise_learner_entropy_nats", "entropy"),)),
+        Panel("Entropy", "none", "Nats a token in the last step.", (("poise_learner_entropy_nats", "entropy"),)),
     ),
     "Is it trustworthy?": (
         Panel(
-            "Engine and learner apart",
+            "Difference of engine and learner",
             "none",
-            "Of the same tokens, nats: what the importance weights correct.",
+            "Nats a token, on the same tokens. The importance weights correct for it.",
             (
                 ("poise_learner_mismatch_logprob_nats", "mean |difference|"),
                 ("poise_learner_mismatch_kl_nats", "KL"),
@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Gradient norm",
             "none",
-            "Before clipping, of the last step.",
+            "Before clipping, in the last step.",
             (("poise_learner_gradient_norm", "norm"),),
         ),
         Panel(
@@ -71,14 +71,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
     ),
-    "Is anybody waiting?": (
+    "Is a service waiting?": (
         Panel(
             "Where the learner's time goes",
             "percentunit",
-            "What is neither is waiting for rollouts.",
+            "The rest is waiting for rollouts.",
             (
                 ("rate(poise_learner_train_seconds_sum[5m])", "training"),
-                ("rate(poise_learner_publish_seconds_sum[5m])", "handing weights over"),
+                ("rate(poise_learner_publish_seconds_sum[5m])", "pushing weights"),
             ),
         ),
         Panel(
@@ -104,14 +104,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Versions",
             "none",
-            "The learner's, and what each replica serves.",
+            "Version of the learner, and the version that each replica serves.",
             (
                 ("poise_learner_policy_version", "learner"),
                 ("poise_learner_replica_policy_version", "{{replica}}"),
             ),
         ),
         Panel(
-            "Sampling stands still for new weights",
+            "Sampling pauses for new weights",
             "s",
             "Mean over pushes.",
             (
@@ -123,9 +123,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Age of rollouts, versions",
+            "Staleness, versions",
             "none",
-            "Mean of those trained on.",
+            "Mean over the rollouts trained on.",
             (
                 (
                     "rate(poise_learner_staleness_versions_sum[5m]) / rate(poise_learner_staleness_versions_count[5m])",
@@ -135,9 +135,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Labels queued", "none", "Groups.", (("poise_value_groups_pending", "pending"),)),
         Panel(
-            "Labels: from publishing to the durable state",
+            "Label lag",
             "s",
-            "Nine of ten are faster.",
+            "90th percentile of the time from publishing a label to its being durable.",
             (
                 (
                     "histogram_quantile(0.9, sum by (domain, le) (rate(poise_value_label_lag_seconds_bucket[5m])))",
@@ -148,7 +148,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Fits of the probe",
             "s",
-            "Mean.",
+            "Mean duration.",
             (
                 (
                     "rate(poise_value_fit_seconds_sum[5m]) / rate(poise_value_fit_seconds_count[5m])",
@@ -161,11 +161,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 SCOPE = '{namespace=~"$namespace", release=~"$release"}'
-"""What the variables of the dashboard choose, of every metric."""
+"""Selector of the dashboard's variables, added to every metric."""
 
 
 def dashboard() -> dict[str, Any]:
-    """Return Grafana's own model."""
+    """Return the dashboard in Grafana's JSON model."""
     panels: list[dict[str, Any]] = []
     y = 0
     for row, of_row in ROWS.items():
@@ -196,7 +196,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def _variable(name: str, among: str) -> dict[str, Any]:
-    """Values of a label of the learner's metrics; all of them, and none, at first."""
+    """Return a variable over the values of a label of the learner's metrics, with All selected."""
     return {
         "name": name,
         "type": "query",
@@ -230,7 +230,7 @@ def _panel(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the file, or check it."""
+    """Write the file, or with --check fail if it is out of date."""
     text = json.dumps(dashboard(), indent=1) + "\n"
     if "--check" in sys.argv[1:]:
         if not TARGET.exists() or TARGET.read_text() != text:

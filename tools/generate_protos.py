@@ -1,7 +1,7 @@
-"""Generate clients/poise_proto from protos/, or with --check say whether it is up to date.
+"""Generate clients/poise_proto from protos/, or with --check fail if it is out of date.
 
-protoc writes `from poise.v1 import x`, which would collide with the package `poise`; that one prefix is
-rewritten to `poise_proto.v1`.
+protoc writes `from poise.v1 import x`, which would collide with the package `poise`. That prefix is rewritten to
+`poise_proto.v1`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TARGET = ROOT / "clients" / "poise_proto"
 
 
 def generate(target: Path) -> None:
-    """Write the package `poise_proto` into `target`."""
+    """Write the package `poise_proto` to `target`."""
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(
@@ -37,7 +37,7 @@ def generate(target: Path) -> None:
                 *sources,
             ],
             check=True,
-            # The plugins lie beside this interpreter, whether or not its environment is active.
+            # The plugins are beside this interpreter, whether or not its environment is active.
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"},
         )
         out = target / "v1"
@@ -56,7 +56,7 @@ def generate(target: Path) -> None:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Names of the generated files that are missing on a side or differ."""
+    """Return the names of generated files that differ or are missing on one side."""
     pattern = "*.py*"
     names = {str(path.relative_to(root)) for root in (left, right) for path in root.rglob(pattern)}
     names = {name for name in names if "__pycache__" not in name}
@@ -70,7 +70,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def main() -> int:
-    """Generate or check; exit status 1 when the committed code is out of date."""
+    """Generate, or check; return 1 if the committed code is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the committed code differs")
     if not parser.parse_args().check:

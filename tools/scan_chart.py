@@ -1,8 +1,8 @@
-"""Scans the chart, rendered with each values file, for what Kubernetes policies object to, with checkov.
+"""Scan the chart, rendered with each values file, with checkov.
 
     scan_chart.py PATH_OF_CHECKOV
 
-Findings fail, but for those in EXPLAINED.
+Findings other than the explained ones below fail.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.chart.rendering import VALUES, merged, render, values_of
 
 EXPLAINED = {
-    "CKV_K8S_11": "CPU limits throttle what is latency-bound, and requests share CPUs fairly without them",
-    "CKV_K8S_15": "tags are of versions, which do not change; pulling tens of GB of CUDA at every restart would",
-    "CKV_K8S_43": "images are the user's own; images.digests takes theirs",
-    "CKV_K8S_35": "the URL of the queue holds its password; settings come from the environment or from ConfigMaps",
+    "CKV_K8S_11": "CPU limits throttle latency-bound services; requests share CPUs fairly without them",
+    "CKV_K8S_15": "tags name fixed versions; pulling always would load tens of GB of CUDA at every restart",
+    "CKV_K8S_43": "images are the user's own; images.digests pins them",
+    "CKV_K8S_35": "the queue's URL contains its password; settings come from the environment or ConfigMaps",
 }
 OF_FOLLOWERS = {
-    "CKV_K8S_8": "a follower of the learner that hangs is found by the first pod, which ends all",
-    "CKV_K8S_9": "nobody calls a follower of the learner, and an update must not wait for one",
+    "CKV_K8S_8": "the first pod detects a hanging follower of the learner and restarts all",
+    "CKV_K8S_9": "no client calls a follower of the learner, and an update must not wait for one",
 }
 OF_TEST_POD = {
-    "CKV_K8S_8": "the pod of `helm test` runs once, to its end",
-    "CKV_K8S_9": "the pod of `helm test` runs once, to its end",
+    "CKV_K8S_8": "the pod of `helm test` runs once, to completion",
+    "CKV_K8S_9": "the pod of `helm test` runs once, to completion",
 }
 EVERYTHING = {
     "tls": {"enabled": True, "existingSecret": "certificate"},
@@ -42,7 +42,7 @@ EVERYTHING = {
     "learner": {"config": {"max_staleness": 1}},
     "train": {"config": {"max_staleness": 1}},
 }
-"""Switched on besides, for one more round."""
+"""Optional parts, enabled for a second scan of each values file."""
 
 
 def findings(checkov: str, folder: Path) -> list[dict[str, Any]]:
@@ -55,14 +55,14 @@ def findings(checkov: str, folder: Path) -> list[dict[str, Any]]:
         raise SystemExit(f"checkov failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}") from None
     answer = answer[0] if isinstance(answer, list) else answer
     if answer["summary"]["passed"] == 0 or answer["summary"]["parsing_errors"]:
-        raise SystemExit(f"checkov understood nothing: {answer['summary']}")
+        raise SystemExit(f"checkov parsed no manifest: {answer['summary']}")
     failed: list[dict[str, Any]] = answer["results"]["failed_checks"]
     print(f"checkov: {answer['summary']['passed']} checks passed, {len(failed)} did not")
     return failed
 
 
 def is_explained(finding: dict[str, Any]) -> bool:
-    """Whether a finding is as it should be."""
+    """Return whether a finding is accepted above."""
     check: str = finding["check_id"]
     resource: str = finding["resource"]
     return (
@@ -73,7 +73,7 @@ def is_explained(finding: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Render, scan, tell."""
+    """Render, scan and print the findings."""
     with tempfile.TemporaryDirectory() as folder:
         for name in VALUES:
             for suffix, changes in (("", {}), ("-everything", EVERYTHING)):

@@ -1,4 +1,4 @@
-"""Runs the rendered manifests as processes of this machine, the way a kubelet would run their containers.
+"""Run the rendered manifests as processes of this machine, as a kubelet would run their containers.
 
 Each pod has a loopback address of its own. What a container's world would give is translated in its command, arguments,
 environment and mounted files, and nothing else is changed: mount paths become folders, names of pods and services
@@ -44,7 +44,7 @@ PONG = "import socket, sys; s = socket.create_connection((sys.argv[1], 6379), 5)
 
 @dataclass
 class Pod:
-    """One pod, its place on disk and its address."""
+    """One pod, its folder and its address."""
 
     name: str
     owner: Manifest
@@ -55,9 +55,9 @@ class Pod:
     process: subprocess.Popen[bytes] | None = None
     num_restarts: int = 0
     has_started: bool = False
-    """Whether the startup probe has passed since the container was started."""
+    """Whether the startup probe has passed since the container started."""
     num_failed_liveness: int = 0
-    """In a row."""
+    """Consecutive failures of the liveness probe."""
 
     @property
     def container(self) -> Manifest:
@@ -71,7 +71,7 @@ class Pod:
 
 
 class Cluster:
-    """The pods of one release. Addresses begin at `first_address`, such as 127.3.0.1."""
+    """The pods of one release. Addresses start at `first_address`, such as 127.3.0.1."""
 
     def __init__(self, release: Release, folder: Path, network: str) -> None:
         self._release = release
@@ -97,7 +97,7 @@ class Cluster:
                 yield Pod(pod_name, owner, template, f"{self._network}.{number}", folder)
 
     def _make_names(self) -> dict[str, str]:
-        """What DNS would answer: a pod of a headless service, or the one pod behind a service."""
+        """Return the DNS answer: a pod of a headless service, or the only pod behind a service."""
         names = {}
         for service in self._release.all("Service"):
             name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
@@ -193,7 +193,7 @@ class Cluster:
             )
 
     def watch(self) -> None:
-        """Start again what ended and should not have, as its restart policy says."""
+        """Restart containers that exited, according to their restart policy."""
         for pod in self.pods.values():
             status = None if pod.process is None else pod.process.poll()
             if status is None:
@@ -205,14 +205,14 @@ class Cluster:
                 self._start_container(pod)
 
     def _is_replaced(self, job: Manifest, status: int) -> bool:
-        """Whether a Job makes another pod for one that ended so."""
+        """Return whether a Job replaces a pod with this exit status."""
         for rule in job["spec"]["podFailurePolicy"]["rules"]:
             if status in rule.get("onExitCodes", {}).get("values", ()):
                 return bool(rule["action"] != "FailJob")
         return status != 0
 
     def is_ready(self, name: str) -> bool:
-        """Ask a pod's probes as a kubelet does: until it has started only that, then whether it lives and is ready."""
+        """Run a pod's probes as a kubelet does: the startup probe until it passes, then liveness and readiness."""
         pod, container = self.pods[name], self.pods[name].container
         if "readinessProbe" not in container:
             return pod.process is not None and pod.process.poll() is None
@@ -226,7 +226,7 @@ class Cluster:
         return is_alive and self.passes(pod, container["readinessProbe"])
 
     def passes(self, pod: Pod, probe: Manifest) -> bool:
-        """Ask a probe once."""
+        """Run a probe once."""
         timeout_s = probe.get("timeoutSeconds", 1)
         if "httpGet" in probe:
             ports = {port["name"]: port["containerPort"] for port in pod.container["ports"]}
@@ -254,7 +254,7 @@ class Cluster:
         self._wait(lambda: all(self.is_ready(name) for name in names), f"{names} ready", timeout_s)
 
     def wait_success(self, name: str, timeout_s: float = 240.0) -> None:
-        """Wait until a pod that ends has ended well."""
+        """Wait until a pod that runs to completion has succeeded."""
         pod = self.pods[name]
         self._wait(lambda: pod.process is not None and pod.process.poll() == 0, f"{name} succeeded", timeout_s)
 
@@ -266,12 +266,12 @@ class Cluster:
             time.sleep(0.2)
 
     def logs(self) -> str:
-        """The last lines of every pod."""
+        """Return the last log lines of every pod."""
         texts = ((pod.name, pod.log.read_text().splitlines()[-8:]) for pod in self.pods.values() if pod.log.exists())
         return "\n".join(f"== {name}\n" + "\n".join(lines) for name, lines in texts)
 
     def terminate(self, name: str) -> float:
-        """End a pod as Kubernetes does, within its grace; return the seconds that it took."""
+        """Stop a pod as Kubernetes does, within its grace period; return the seconds that it took."""
         pod = self.pods[name]
         assert pod.process is not None
         started = time.monotonic()
@@ -282,7 +282,7 @@ class Cluster:
         return time.monotonic() - started
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill all processes that still run."""
         for pod in self.pods.values():
             if pod.process is not None and pod.process.poll() is None:
                 family = psutil.Process(pod.process.pid)

@@ -1,4 +1,4 @@
-"""A real Prometheus, and its promtool."""
+"""Run a real Prometheus and its promtool."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def filled_in(expression: str) -> str:
 
 
 def find(name: str) -> str | None:
-    """Return where `prometheus` or `promtool` is; None where there is none."""
+    """Return the path of `prometheus` or `promtool`, or None."""
     unpacked = Path(sys.executable).parents[1] / "prometheus" / "usr" / "bin" / name
     return str(unpacked) if unpacked.exists() else shutil.which(name)
 
 
 def program(name: str) -> str:
-    """As `find`; without it the test is skipped."""
+    """Return the path of a program; skip the test without it."""
     found = find(name)
     if found is None:
-        pytest.skip(f"{name} is not here; `make .venv/.prometheus` fetches it where there is apt-get")
+        pytest.skip(f"{name} is not installed; `make .venv/.prometheus` fetches it with apt-get")
     return found
 
 
 def promtool(*arguments: str, text: str | None = None) -> str:
-    """Run promtool; return what it says. It must be content."""
+    """Run promtool, which must succeed, and return its output."""
     done = subprocess.run(
         [program("promtool"), *arguments], input=text, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
@@ -51,10 +51,10 @@ def promtool(*arguments: str, text: str | None = None) -> str:
 
 
 class Prometheus:
-    """One server, which scrapes every second."""
+    """One Prometheus server that scrapes every second."""
 
     def __init__(self, folder: Path, address: str, targets: Mapping[str, str]) -> None:
-        """Scrape `targets`, host:port by job."""
+        """Start a server that scrapes `targets`, host:port by job."""
         jobs = [
             {
                 "job_name": job,
@@ -80,14 +80,14 @@ class Prometheus:
             )
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the samples of an instant query that are numbers."""
+        """Return the samples of an instant query, without NaN."""
         url = f"{self._url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
         with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return [sample for sample in result if sample["value"][1] != "NaN"]
 
     def wait_for(self, expression: str) -> list[dict[str, Any]]:
-        """Return the samples of a query once there are any."""
+        """Wait until a query has samples; return them."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
@@ -99,6 +99,6 @@ class Prometheus:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._process.terminate()
         self._process.wait(DEADLINE_S)

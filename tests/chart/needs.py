@@ -1,4 +1,4 @@
-"""What a release asks of a cluster, summed over its pods."""
+"""Sum what the pods of a release request from a cluster."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ GIBI = 2.0**30
 
 @dataclass(frozen=True)
 class Needs:
-    """Sums over all pods that stay, and the claims that the chart makes."""
+    """Sums over all lasting pods and the claims that the chart creates."""
 
     gpus: int
     cpus: float
     memory_gib: float
-    """Requested."""
+    """Memory requested."""
     limit_gib: float
-    """Of memory, at most."""
+    """Memory limit."""
     disk_gib: float
-    """Of claims."""
+    """Disk of the claims."""
 
 
 def needs_of(release: Release) -> Needs:
-    """Add up requests, limits and claims. The pod of `helm test` does not count."""
+    """Return the sums of requests, limits and claims, without the pod of `helm test`."""
     containers = [one for owner, pod in _lasting(release) for one in pod["spec"]["containers"] * _replicas(owner)]
     claims = release.all("PersistentVolumeClaim")
     return Needs(
@@ -40,7 +40,7 @@ def needs_of(release: Release) -> Needs:
 
 
 def quantity(text: str) -> float:
-    """Return a quantity of Kubernetes as a number, of bytes where it is a size."""
+    """Return a Kubernetes quantity as a number; sizes in bytes."""
     match = re.fullmatch(r"([\d.]+)(m|Mi|Gi|Ti)?", text)
     assert match is not None, text
     return float(match[1]) * _UNITS[match[2] or ""]

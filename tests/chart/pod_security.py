@@ -1,4 +1,4 @@
-"""The restricted profile of Kubernetes' Pod Security Standards, as far as a manifest shows it."""
+"""Check pods against the restricted profile of Kubernetes' Pod Security Standards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PROFILES = ("RuntimeDefault", "Localhost")
 
 
 def violations(pod: Manifest) -> Iterator[str]:
-    """Yield what the admission controller would object to in a pod, or in a pod's template."""
+    """Yield the violations in a pod or in a pod's template."""
     spec = pod["spec"]
     whole = spec.get("securityContext", {})
     for name in ("hostNetwork", "hostPID", "hostIPC"):

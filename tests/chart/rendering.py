@@ -1,4 +1,4 @@
-"""The chart as Kubernetes gets it."""
+"""Render the chart."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Release:
         return found
 
     def pods(self) -> Iterator[tuple[Manifest, Manifest]]:
-        """Every pod's template, with the manifest that makes it."""
+        """Yield every manifest that creates pods, with its pod template."""
         for manifest in self.manifests:
             if manifest["kind"] == "Pod":
                 yield manifest, manifest
@@ -53,7 +53,7 @@ def values_of(name: str) -> Manifest:
 
 
 def merged(base: Manifest, changes: Manifest) -> Manifest:
-    """`changes` over `base`, as Helm merges values files."""
+    """Return `base` with `changes` applied, as Helm merges values files."""
     both = dict(base)
     for key, value in changes.items():
         both[key] = merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value

@@ -1,4 +1,4 @@
-"""The names that the chart makes of images and of services."""
+"""The chart builds the right names of images, services and hosts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DIGEST = f"sha256:{'0' * 64}"
     ],
     ids=str,
 )
-def test_an_image_is_found_by_tag_or_digest_behind_any_registry(images: Manifest, image: str) -> None:
+def test_images_resolve_by_tag_or_digest_in_any_registry(images: Manifest, image: str) -> None:
     values = merged(values_of("laptop"), {"images": {"value": "poise-value"} | images})
     pod = render(values).one("StatefulSet", "run-poise-value")["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == image
 
 
 @pytest.mark.parametrize("replicas", [0, 1, 4])
-def test_replicas_are_found_by_their_services_name_however_many_there_are(replicas: int) -> None:
+def test_replicas_are_addressed_by_their_services_name(replicas: int) -> None:
     changes = {"generation": {"replicas": replicas}}
     release = render(merged(values_of("laptop"), changes))
     name = ["dns:///run-poise-generation.rl.svc:50051"]
@@ -40,7 +40,7 @@ def test_replicas_are_found_by_their_services_name_however_many_there_are(replic
 
 
 @pytest.mark.parametrize("role", ["generation", "learner"])
-def test_a_model_that_an_image_cannot_make_is_refused(role: str) -> None:
+def test_a_model_that_the_image_cannot_build_is_rejected(role: str) -> None:
     images = {"model": {"builtin": "smollm2-135m-instruct"}}
     assert render(merged(values_of("laptop"), images)).all("Job")
     with pytest.raises(helm_python.HelmError, match=f"set images.{role}: poise-cpu"):
@@ -51,7 +51,7 @@ def test_a_model_that_an_image_cannot_make_is_refused(role: str) -> None:
 @pytest.mark.parametrize(
     "host", ["run-poise-{}", "run-poise-{}.rl.svc", "run-poise-{0}-0.run-poise-{0}.rl.svc.cluster.local"]
 )
-def test_admin_apps_answer_to_the_names_of_their_service(role: str, host: str) -> None:
+def test_admin_api_allows_the_names_of_its_service(role: str, host: str) -> None:
     given = {role: {"config": {"admin": {"allowed_hosts": ["admin.example.com"]}}}}
     hosts = render(merged(values_of("laptop"), given)).config(role)["admin"]["allowed_hosts"]
     assert "admin.example.com" in hosts

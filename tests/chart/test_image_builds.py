@@ -1,4 +1,4 @@
-"""Every Dockerfile's steps, executed over this machine's file system, end in an image whose programs start."""
+"""Every Dockerfile's steps, executed over this machine's file system, give an image whose programs start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_image_builds_and_its_programs_start(dockerfile: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["generation", "learner"])
-def test_a_base_image_refuses_pip_unless_it_is_told(role: str, tmp_path: Path) -> None:
+def test_an_externally_managed_base_image_rejects_pip(role: str, tmp_path: Path) -> None:
     text = (ROOT / "deploy" / f"{role}.Dockerfile").read_text()
     untold = tmp_path / "untold.Dockerfile"
     untold.write_text(text.replace("PIP_BREAK_SYSTEM_PACKAGES=1", ""))

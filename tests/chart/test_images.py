@@ -1,4 +1,4 @@
-"""The images hold what the chart and compose.yaml run in them, and everything that they are built from is there."""
+"""The images contain the programs that the chart and compose.yaml run, and their sources exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 def entry_point(image: str) -> list[str]:
-    """Of one of our images, by its name in compose.yaml or the chart."""
+    """Return the Dockerfile of one of our images, by its name in compose.yaml or the chart."""
     dockerfile = DEPLOY / f"{image.removeprefix('poise-').split(':')[0]}.Dockerfile"
     (entry,) = (argument for instruction, argument in instructions(dockerfile) if instruction == "ENTRYPOINT")
     listed = json.loads(entry)
@@ -50,7 +50,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
-def test_all_that_is_copied_is_there_and_in_the_context(dockerfile: Path) -> None:
+def test_copied_files_exist_in_the_build_context(dockerfile: Path) -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for instruction, argument in instructions(dockerfile):
         if instruction == "COPY":
@@ -60,7 +60,7 @@ def test_all_that_is_copied_is_there_and_in_the_context(dockerfile: Path) -> Non
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
-def test_images_end_as_a_user_without_rights_and_name_real_extras(dockerfile: Path) -> None:
+def test_images_run_unprivileged_and_name_real_extras(dockerfile: Path) -> None:
     steps = instructions(dockerfile)
     assert [argument for instruction, argument in steps if instruction == "USER"] == ["10001:10001"]
     last = max(index for index, (instruction, _) in enumerate(steps) if instruction == "USER")
@@ -73,13 +73,13 @@ def test_images_end_as_a_user_without_rights_and_name_real_extras(dockerfile: Pa
 
 
 def installs(dockerfile: Path) -> list[str]:
-    """Its pip commands."""
+    """Return the pip commands of a Dockerfile."""
     runs = [argument for instruction, argument in instructions(dockerfile) if instruction == "RUN"]
     return [part.strip() for run in runs for part in run.split("&&") if "pip install" in part]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
-def test_all_that_is_installed_is_of_a_version_that_is_written_down(dockerfile: Path) -> None:
+def test_installed_packages_have_pinned_versions(dockerfile: Path) -> None:
     steps = instructions(dockerfile)
     copied = {argument.split()[-1]: argument.split()[0] for name, argument in steps if name == "COPY"}
     defaults = dict(argument.split("=", 1) for name, argument in steps if name == "ARG")
@@ -93,7 +93,7 @@ def test_all_that_is_installed_is_of_a_version_that_is_written_down(dockerfile: 
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
-def test_the_lock_names_all_that_an_image_adds(dockerfile: Path) -> None:
+def test_the_lock_covers_what_an_image_adds(dockerfile: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
     locked = {name.lower().replace("_", "-") for name in lock} | {"torch"}  # of the base image, or TORCH
@@ -115,7 +115,7 @@ def test_entry_points_exist(dockerfile: Path) -> None:
     assert all(importlib.util.find_spec(f"{name}.__main__") for name in module)
 
 
-def test_every_command_of_the_chart_is_one_that_its_image_has() -> None:
+def test_commands_of_the_chart_exist_in_their_images() -> None:
     scripts = {"poise", "hf"}  # of poise and huggingface_hub
     for name in VALUES:
         for _, pod in render(values_of(name)).pods():
@@ -132,7 +132,7 @@ def test_every_command_of_the_chart_is_one_that_its_image_has() -> None:
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
-def test_every_service_of_compose_is_given_settings_that_it_accepts(name: str) -> None:
+def test_compose_services_accept_their_settings(name: str) -> None:
     service = COMPOSE["services"][name]
     if not service["image"].startswith("poise-") or "entrypoint" in service:
         return
@@ -142,14 +142,14 @@ def test_every_service_of_compose_is_given_settings_that_it_accepts(name: str) -
     load_config(CONFIGS[module], DEPLOY / "compose" / path.removeprefix("/config/"))
 
 
-def test_compose_writes_nowhere_but_into_volumes_and_gives_no_rights() -> None:
+def test_compose_services_are_read_only_and_unprivileged() -> None:
     for service in COMPOSE["services"].values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         volumes = [volume.split(":")[0] for volume in service.get("volumes", ())]
         assert all(volume in COMPOSE["volumes"] or volume.startswith("./") for volume in volumes)
 
 
-def test_the_token_of_compose_belongs_to_the_user_of_the_images() -> None:
+def test_compose_token_belongs_to_the_user_of_the_images() -> None:
     users = {argument for path in DOCKERFILES for instruction, argument in instructions(path) if instruction == "USER"}
     (user,) = {user.split(":")[0] for user in users}
     for text in ((DEPLOY / "compose.yaml").read_text(), (DEPLOY / "README.md").read_text()):
@@ -163,32 +163,32 @@ ENDS_BY_ITSELF = {"model", "train-cpu", "train"}
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF)
-def test_every_service_of_compose_is_asked_whether_it_works(name: str) -> None:
+def test_compose_services_have_health_checks(name: str) -> None:
     assert COMPOSE["services"][name]["healthcheck"]["test"][0] == "CMD"
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF - {"valkey"})
-def test_compose_gives_every_service_the_time_to_drain(name: str) -> None:
+def test_compose_services_have_time_to_drain(name: str) -> None:
     service = COMPOSE["services"][name]
     settings = yaml.safe_load((DEPLOY / "compose" / Path(service["command"][-1]).name).read_text())
     drain_s = settings.get("drain_timeout_s", ServiceConfig.model_fields["drain_timeout_s"].default)
     assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + 30
 
 
-def test_compose_keeps_what_is_downloaded() -> None:
+def test_compose_keeps_downloads() -> None:
     for name in ("generation", "learner"):
         service = COMPOSE["services"][name]
         kept = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
         assert any(service["environment"]["HF_HOME"].startswith(f"{folder}/") for folder in kept), name
 
 
-def test_the_queue_of_compose_refuses_what_does_not_fit() -> None:
+def test_compose_queue_rejects_instead_of_evicting() -> None:
     command = COMPOSE["services"]["valkey"]["command"]
     assert command[command.index("--maxmemory") + 1] == "2gb"
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
 
 
-def test_the_services_of_compose_find_each_other() -> None:
+def test_compose_services_find_each_other() -> None:
     for profile in ("cpu", "gpu"):
         names = {
             alias

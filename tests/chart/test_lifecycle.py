@@ -1,4 +1,4 @@
-"""When pods are started anew, and how long they are given to end."""
+"""Pods restart when their own inputs change, and have time to drain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OWN_SECRETS: Manifest = {
 }
 
 
-def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
+def test_a_changed_config_restarts_only_its_own_pods() -> None:
     before = render(values_of("laptop"))
     after = render(merged(values_of("laptop"), {"value": {"config": {"horizon_steps": 7}}}))
     changed = {
@@ -39,7 +39,7 @@ def test_a_changed_config_rolls_its_pods_and_no_others() -> None:
     ],
     ids=str,
 )
-def test_a_job_whose_pod_would_change_is_another_job_on_the_same_folder(changes: Manifest) -> None:
+def test_a_changed_pod_makes_another_job_on_the_same_folder(changes: Manifest) -> None:
     # Kubernetes refuses to change the pod of a Job that exists: `helm upgrade` would fail.
     before, after = (
         render(merged(values, OWN_SECRETS)).all("Job")[0]
@@ -57,7 +57,7 @@ def test_a_job_whose_pod_would_change_is_another_job_on_the_same_folder(changes:
 
 
 def checksums(values: Manifest) -> dict[str, dict[str, str]]:
-    """What rolls each pod, but its settings."""
+    """Return the checksums that restart each pod, except that of its settings."""
     return {
         pod["metadata"]["labels"]["app.kubernetes.io/component"]: {
             name: value
@@ -69,7 +69,7 @@ def checksums(values: Manifest) -> dict[str, dict[str, str]]:
     }
 
 
-def test_another_token_or_password_starts_those_anew_that_read_it_at_their_start() -> None:
+def test_a_new_token_or_password_restarts_its_readers() -> None:
     # Without a cluster to look at, each rendering makes its own.
     before, after = checksums(values_of("laptop")), checksums(values_of("laptop"))
     changed = {
@@ -81,7 +81,7 @@ def test_another_token_or_password_starts_those_anew_that_read_it_at_their_start
     assert checksums(merged(values_of("laptop"), OWN_SECRETS)) == checksums(merged(values_of("laptop"), OWN_SECRETS))
 
 
-def test_what_a_job_may_change_and_what_does_not_concern_it_leave_it_as_it_is() -> None:
+def test_mutable_and_unrelated_settings_keep_the_job() -> None:
     changes = {"train": {"backoffLimit": 7}, "value": {"env": [{"name": "A", "value": "b"}]}}
     names = [
         render(merged(values, OWN_SECRETS)).all("Job")[0]["metadata"]["name"]
@@ -91,7 +91,7 @@ def test_what_a_job_may_change_and_what_does_not_concern_it_leave_it_as_it_is() 
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_pods_live_longer_than_their_services_drain(name: str) -> None:
+def test_grace_periods_exceed_the_drain_times(name: str) -> None:
     release = render(values_of(name))
     for role in ("generation", "value", "learner"):
         pod = release.one("StatefulSet", f"run-poise-{role}")["spec"]["template"]["spec"]
@@ -99,7 +99,7 @@ def test_pods_live_longer_than_their_services_drain(name: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"nodes": 2}, {"gpusPerNode": 2}], ids=str)
-def test_torchrun_lets_the_learner_drain_and_is_done_before_the_pods_time_is_over(changes: dict[str, int]) -> None:
+def test_torchrun_waits_for_the_drain_within_the_grace(changes: dict[str, int]) -> None:
     settings = {"learner": changes | {"config": {"drain_timeout_s": 200.5}}}
     pod = render(merged(values_of("laptop"), settings)).one("StatefulSet", "run-poise-learner")["spec"]["template"][
         "spec"
@@ -110,7 +110,7 @@ def test_torchrun_lets_the_learner_drain_and_is_done_before_the_pods_time_is_ove
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5])
-def test_only_the_learners_first_pod_is_asked_whether_it_is_ready(nodes: int) -> None:
+def test_only_the_first_learner_pod_has_a_readiness_probe(nodes: int) -> None:
     release = render(merged(values_of("laptop"), {"learner": {"nodes": nodes}}))
     sets = {one["metadata"]["name"]: one["spec"] for one in release.all("StatefulSet")}
     first = sets["run-poise-learner"]
@@ -136,7 +136,7 @@ def spec_of(values: Manifest, role: str) -> Manifest:
 
 
 @pytest.mark.parametrize("role", ["generation", "learner"])
-def test_replicas_are_spread_over_what_the_user_says(role: str) -> None:
+def test_replicas_are_spread_over_the_configured_label(role: str) -> None:
     def spread(over: str) -> list[str]:
         constraints = spec_of(merged(values_of("cluster"), {role: {"spreadOver": over}}), role).get(
             "topologySpreadConstraints", ()
@@ -148,7 +148,7 @@ def test_replicas_are_spread_over_what_the_user_says(role: str) -> None:
     assert spread("") == []
 
 
-def test_the_pod_of_helm_test_goes_where_the_loop_may_go() -> None:
+def test_the_test_pod_is_scheduled_like_the_loop() -> None:
     where = {"nodeSelector": {"pool": "cpu"}, "tolerations": [{"key": "cpu", "operator": "Exists"}]}
     spec = spec_of(merged(values_of("laptop"), {"train": where | {"priorityClassName": "low"}}), "test")
     assert spec["nodeSelector"] == where["nodeSelector"]
@@ -165,7 +165,7 @@ def in_bytes(quantity: str) -> int:
 
 
 @pytest.mark.parametrize(("size", "limit"), [("20Gi", 30 * GIBI), ("60Gi", 70 * GIBI), ("512Mi", 10.5 * GIBI)])
-def test_no_pod_is_evicted_for_a_model_that_its_volume_has_room_for(size: str, limit: float) -> None:
+def test_storage_limit_covers_the_models_volume(size: str, limit: float) -> None:
     values = merged(values_of("qwen3-4b-two-gpus"), {"model": {"download": {"size": size}}})
     for role in ("generation", "learner"):
         pod = render(values).one("StatefulSet", f"run-poise-{role}")["spec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""Each alert fires when it must and only then, and has a section in the runbook; the chart installs alerts and dashboard."""
+"""Each alert fires when it must and only then, and has a runbook section; the chart installs alerts and dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every values file says at its top what it needs, and that is what its manifests ask for."""
+"""The head of every values file lists what its manifests request."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tests.chart.rendering import VALUES, Manifest, merged, render, values_of
 from tests.chart.test_images import DEPLOY
 
 PARAMETERS, LAYERS, WIDTH, VOCABULARY = 4.02e9, 36, 2560, 151_936
-"""Of Qwen3-4B."""
+"""Sizes of Qwen3-4B."""
 LAYER_PARAMETERS = 100.9e6
 LAYER_BYTES_PER_TOKEN = 170.8e3
-"""What autograd saves of one layer in bfloat16, measured on a CPU with torch's hooks for saved tensors."""
+"""Bytes that autograd saves for one layer in bfloat16, measured on a CPU with torch's hooks for saved tensors."""
 OTHER_GB = 5.0
-"""CUDA, NCCL, fragmentation."""
+"""Bytes for CUDA, NCCL and fragmentation."""
 
 GPU_GB = {"qwen3-4b-two-gpus": 141.0, "cluster": 80.0}
 
 
 def head_of(name: str) -> dict[str, str]:
-    """The lines of "What it needs", by their first word."""
+    """Return the lines of "What it needs", by their first word."""
     comment = VALUES[name].read_text().partition("\n\n")[0].replace("\n#            ", " ")
     return dict(re.findall(r"^#   (GPUs|Driver|CPU|Memory|Disk) +(.+)$", comment, re.MULTILINE))
 
@@ -32,7 +32,7 @@ def first_number(text: str) -> float:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_the_head_of_a_values_file_says_what_it_needs(name: str) -> None:
+def test_head_of_a_values_file_lists_what_it_needs(name: str) -> None:
     head, needs = head_of(name), needs_of(render(values_of(name)))
     assert head.keys() == {"GPUs", "Driver", "CPU", "Memory", "Disk"}
     assert first_number(head["GPUs"]) == needs.gpus
@@ -46,7 +46,7 @@ def test_the_head_of_a_values_file_says_what_it_needs(name: str) -> None:
 
 
 def budget_gb(config: Manifest, num_gpus: int, longest_tokens: int) -> float:
-    """What a GPU of the learner holds in a step, in bfloat16 with float32 weights."""
+    """Return the bytes on a GPU of the learner in a step, in bfloat16 with float32 weights."""
     state = 16 * PARAMETERS / num_gpus
     # Several GPUs gather the embeddings, and two layers at a time.
     copies = 2 * PARAMETERS if num_gpus == 1 else 6 * (VOCABULARY * WIDTH + 2 * LAYER_PARAMETERS)
@@ -58,7 +58,7 @@ def budget_gb(config: Manifest, num_gpus: int, longest_tokens: int) -> float:
 
 
 @pytest.mark.parametrize("name", GPU_GB)
-def test_a_step_fits_the_gpu_that_the_values_file_asks_for(name: str) -> None:
+def test_a_step_fits_the_gpu_of_the_values_file(name: str) -> None:
     values = values_of(name)
     config = render(values).config("learner")
     longest = values["generation"]["config"]["max_model_len"]
@@ -71,7 +71,7 @@ def test_a_step_fits_the_gpu_that_the_values_file_asks_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GPU_GB)
-def test_the_learners_volume_and_shared_memory_hold_the_model(name: str) -> None:
+def test_volume_and_shared_memory_hold_the_model(name: str) -> None:
     values = values_of(name)
     claim = render(values).one("PersistentVolumeClaim", "run-poise-learner")
     size_gib = first_number(claim["spec"]["resources"]["requests"]["storage"])

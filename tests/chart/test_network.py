@@ -1,4 +1,4 @@
-"""The network policies allow the arrows of the design, and nothing else."""
+"""The network policies allow the calls of the design and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARROWS = {
     ("test", "value"),
     ("test", "learner"),
 }
-"""Who may call whom."""
+"""Caller and called, with the port."""
 
 
 GRPC, REDIS = [{"port": "grpc", "protocol": "TCP"}], [{"port": "redis", "protocol": "TCP"}]
@@ -29,7 +29,7 @@ DNS = {
 
 
 def rules(values: Manifest) -> tuple[dict[tuple[str, str], Any], list[tuple[str, Manifest]]]:
-    """The arrows between roles with their ports, from both ends alike; and every other rule, by role."""
+    """Return the allowed calls between roles with their ports, checked from both ends, and all other rules by role."""
     called: dict[tuple[str, str], Any] = {}
     calling: dict[tuple[str, str], Any] = {}
     others: list[tuple[str, Manifest]] = []
@@ -49,7 +49,7 @@ def rules(values: Manifest) -> tuple[dict[tuple[str, str], Any], list[tuple[str,
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_the_network_policies_allow_exactly_the_arrows_of_the_design(name: str) -> None:
+def test_network_policies_allow_exactly_the_designed_calls(name: str) -> None:
     values = values_of(name)
     arrows, others = rules(values)
     expected: dict[tuple[str, str], Any] = {arrow: REDIS if arrow[1] == "valkey" else GRPC for arrow in ARROWS}
@@ -68,7 +68,7 @@ def test_the_network_policies_allow_exactly_the_arrows_of_the_design(name: str) 
     assert sorted(map(str, others)) == sorted(map(str, allowed))
 
 
-def test_only_the_value_service_reaches_a_queue_elsewhere_and_only_where_it_is() -> None:
+def test_only_the_value_service_reaches_an_external_queue() -> None:
     peers = [{"ipBlock": {"cidr": "10.1.2.3/32"}}]
     valkey = {"enabled": False, "externalSecret": "redis", "externalPort": 6380, "externalPeers": peers}
     arrows, others = rules(merged(values_of("laptop"), {"valkey": valkey}))
@@ -78,7 +78,7 @@ def test_only_the_value_service_reaches_a_queue_elsewhere_and_only_where_it_is()
     ]
 
 
-def test_names_may_be_asked_of_a_node_local_cache_and_on_other_ports() -> None:
+def test_dns_servers_and_ports_are_configurable() -> None:
     servers = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
     policy = {"networkPolicy": {"dns": {"servers": servers, "ports": [53, 5353]}}}
     _, others = rules(merged(values_of("laptop"), policy))
@@ -90,7 +90,7 @@ def test_names_may_be_asked_of_a_node_local_cache_and_on_other_ports() -> None:
         ]
 
 
-def test_every_pod_of_the_release_is_under_a_policy() -> None:
+def test_every_pod_has_a_network_policy() -> None:
     release = render(values_of("laptop"))
     guarded = {
         policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]

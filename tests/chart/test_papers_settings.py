@@ -16,7 +16,7 @@ from poise.value.config import ValueConfig
 
 PARAMETERS = 4.02e9
 FLOAT32_STATE_GB = 16 * PARAMETERS / 1e9
-"""Weights, two moments, gradient."""
+"""Bytes a parameter: weights, two moments, gradient."""
 
 SOURCES = ("chart", "compose")
 
@@ -29,7 +29,7 @@ def settings(source: str, role: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_learner_updates_as_the_paper_does(source: str) -> None:
+def test_learner_settings_are_the_papers(source: str) -> None:
     config = parse_config(LearnerConfig, settings(source, "learner"))
     loss, optimizer = config.loss, config.optimizer
     assert (loss.policy, loss.aggregation, loss.clip_low, loss.clip_high) == ("ppo", "token_mean", 0.2, 0.28)
@@ -41,7 +41,7 @@ def test_the_learner_updates_as_the_paper_does(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_probe_is_the_papers(source: str) -> None:
+def test_probe_settings_are_the_papers(source: str) -> None:
     train = parse_config(OrchestratorConfig, settings(source, "train"))
     probe = parse_config(ValueConfig, settings(source, "value")).probe
     assert probe.inputs == ("prompt_hidden", "response_hidden", "entropy")
@@ -53,7 +53,7 @@ def test_the_probe_is_the_papers(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_is_trained_fits_the_gpu_that_is_asked_for(source: str) -> None:
+def test_training_fits_the_requested_gpu(source: str) -> None:
     config = parse_config(LearnerConfig, settings(source, "learner"))
     copies_gb = 2 * PARAMETERS / 1e9 * (config.dtype == "bfloat16")
     assert config.lora is None and config.gradient_checkpointing

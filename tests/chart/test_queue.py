@@ -1,4 +1,4 @@
-"""The bundled queue: the programs of its image, what it refuses, and whom it answers."""
+"""The bundled queue starts, rejects instead of evicting, and answers other hosts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEADLINE_S = 60.0
         (f"chainguard/valkey@sha256:{'0' * 64}", "valkey"),
     ],
 )
-def test_the_queue_is_started_and_asked_by_its_images_own_programs(image: str, program: str) -> None:
+def test_the_queue_uses_the_programs_of_its_image(image: str, program: str) -> None:
     release = render(merged(values_of("laptop"), {"images": {"valkey": image}}))
     (container,) = release.one("StatefulSet", "run-poise-valkey")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == [f"{program}-server"]
@@ -35,7 +35,7 @@ def test_the_queue_is_started_and_asked_by_its_images_own_programs(image: str, p
         assert container[probe]["exec"]["command"] == [f"{program}-cli", "ping"]
 
 
-def test_the_labels_may_take_only_part_of_the_memory() -> None:
+def test_labels_may_use_only_part_of_the_memory() -> None:
     changes = {"valkey": {"resources": {"limits": {"memory": "1Gi"}}}}
     release = render(merged(values_of("laptop"), changes))
     pod = release.one("StatefulSet", "run-poise-valkey")["spec"]["template"]["spec"]
@@ -46,7 +46,7 @@ def test_the_labels_may_take_only_part_of_the_memory() -> None:
 
 
 @pytest.mark.parametrize("source", ["chart", "compose"])
-def test_the_queue_answers_other_hosts_than_its_own(source: str, tmp_path: Path) -> None:
+def test_the_queue_answers_other_hosts(source: str, tmp_path: Path) -> None:
     # Valkey's own image is built without protected mode; the binary here, as that of most images, has it.
     cluster = Cluster(render(values_of("laptop")), tmp_path, "127.79.0")
     if source == "chart":
@@ -66,7 +66,7 @@ def test_the_queue_answers_other_hosts_than_its_own(source: str, tmp_path: Path)
 
 
 def other_host() -> str:
-    """Return an address that a server does not take for its own host's: one that does not begin with 127."""
+    """Return an address of this host that a server does not treat as loopback."""
     addresses = [one.address for of_card in psutil.net_if_addrs().values() for one in of_card]
     found = [address for address in addresses if re.fullmatch(r"[\d.]+", address) and not address.startswith("127.")]
     if not found:
@@ -75,7 +75,7 @@ def other_host() -> str:
 
 
 def ping(address: str, source_address: str) -> bytes:
-    """Ask from another address than the loopback's."""
+    """Send a command from an address that is not loopback."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What the chart renders is what Kubernetes accepts, what the services accept, and as safe as it can be."""
+"""Kubernetes and the services accept the rendered chart, and it satisfies the restricted security profile."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def release(request: pytest.FixtureRequest) -> Release:
 
 
 @pytest.mark.parametrize("version", ["1.29", "1.37"])
-def test_every_manifest_is_what_kubernetes_accepts(release: Release, version: str) -> None:
+def test_manifests_satisfy_the_kubernetes_schema(release: Release, version: str) -> None:
     for manifest in release.manifests:
         if manifest["apiVersion"].split("/")[0] in ("cert-manager.io", "keda.sh", "monitoring.coreos.com"):
             continue  # of operators, whose schemas are their own
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_every_manifest_has_a_name_of_its_own_and_the_releases_labels(release: Release) -> None:
+def test_manifests_have_unique_names_and_release_labels(release: Release) -> None:
     names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in release.manifests]
     assert len(set(names)) == len(names)
     for manifest in release.manifests:
@@ -80,7 +80,7 @@ def test_every_service_accepts_its_rendered_config(release: Release, monkeypatch
         parse_config(CheckConfig, release.config("test"))
 
 
-def test_all_that_is_mounted_exists_and_all_that_configs_name_is_mounted(release: Release) -> None:
+def test_mounts_exist_and_cover_the_paths_in_configs(release: Release) -> None:
     made = {
         kind: {manifest["metadata"]["name"] for manifest in release.all(kind)}
         for kind in ("ConfigMap", "Secret", "PersistentVolumeClaim")
@@ -105,7 +105,7 @@ def test_all_that_is_mounted_exists_and_all_that_configs_name_is_mounted(release
                 assert any(path.startswith(mount) for mount in mounts), f"{path} lies in no volume"
 
 
-def test_no_container_is_root_or_can_become_it_or_writes_outside_its_volumes(release: Release) -> None:
+def test_containers_are_unprivileged_and_read_only(release: Release) -> None:
     for _, pod in release.pods():
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
@@ -126,7 +126,7 @@ def test_every_pod_satisfies_the_restricted_profile(release: Release) -> None:
         assert list(violations(pod)) == [], owner["metadata"]["name"]
 
 
-def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Release) -> None:
+def test_no_secret_leaks_into_other_manifests(release: Release) -> None:
     secrets = release.all("Secret")
     hidden = [value for secret in secrets for value in secret.get("stringData", {}).values()]
     encoded = [value for secret in secrets for value in secret.get("data", {}).values()]
@@ -155,7 +155,7 @@ def test_no_secret_stands_in_a_command_an_environment_or_a_config(release: Relea
     ],
     ids=str,
 )
-def test_wrong_values_are_refused_by_name(changes: Manifest, complaint: str) -> None:
+def test_wrong_values_are_rejected_by_name(changes: Manifest, complaint: str) -> None:
     with pytest.raises(helm_python.HelmError, match=complaint):
         render(merged(values_of("laptop"), changes))
 
@@ -188,7 +188,7 @@ def config_of(release: Release, pod: Manifest) -> Manifest:
     return {} if role == "valkey" else release.config(role)
 
 
-def test_every_program_sends_its_traces_to_the_collector_and_may() -> None:
+def test_every_program_may_send_traces_to_the_collector() -> None:
     release = render(merged(values_of("cluster"), SWITCHES["traced"]))
     for role in CONFIGS:
         assert release.config(role)["tracing"] == {"otlp_endpoint": "http://collector:4318"}

@@ -1,4 +1,4 @@
-"""What an upgrade, a rollback, a lost node and a larger volume do to a release."""
+"""Effects of an upgrade, a rollback, a lost node and a larger volume on a release."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWN_SECRETS: Manifest = {
     "auth": {"existingSecret": "token"},
     "valkey": {"enabled": False, "externalSecret": "redis"},
 }
-"""Without a cluster to look at, each rendering would make secrets of its own."""
+"""Without a cluster, each rendering would create new secrets."""
 
 LOST = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
@@ -50,7 +50,7 @@ def test_another_chart_version_alone_restarts_nothing(name: str, tmp_path: Path)
     ],
     ids=str,
 )
-def test_what_does_not_concern_the_pods_restarts_none(changes: Manifest) -> None:
+def test_changes_outside_the_pods_restart_none(changes: Manifest) -> None:
     values = merged(merged(values_of("laptop"), OWN_SECRETS), {"networkPolicy": {"monitors": [{"podSelector": {}}]}})
     assert templates(render(values)) == templates(render(merged(values, changes)))
 
@@ -97,7 +97,7 @@ def test_volumes_may_grow_and_only_their_users_have_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("role", ["value", "learner", "train", "valkey"])
-def test_a_claim_of_the_users_takes_the_place_of_the_charts(role: str) -> None:
+def test_an_existing_claim_replaces_the_charts_own(role: str) -> None:
     release = render(merged(values_of("laptop"), {role: {"storage": {"claim": "mine"}}}))
     assert f"run-poise-{role}" not in [one["metadata"]["name"] for one in release.all("PersistentVolumeClaim")]
     (pod,) = (pod for name, pod in templates(release).items() if name.startswith(f"run-poise-{role}"))
@@ -106,13 +106,13 @@ def test_a_claim_of_the_users_takes_the_place_of_the_charts(role: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 300])
-def test_pods_of_a_lost_node_are_given_up_when_the_user_says(seconds: int) -> None:
+def test_pods_of_a_lost_node_are_evicted_after_the_set_time(seconds: int) -> None:
     for pod in templates(render(merged(values_of("cluster"), {"pods": {"lostNodeSeconds": seconds}}))).values():
         limits = {one["key"]: one.get("tolerationSeconds") for one in pod["spec"]["tolerations"] if one["key"] in LOST}
         assert limits == dict.fromkeys(LOST, seconds)
 
 
-def test_tolerations_of_the_user_for_a_lost_node_stay() -> None:
+def test_own_tolerations_of_a_lost_node_are_kept() -> None:
     own = {"key": LOST[0], "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 9}
     release = render(merged(values_of("laptop"), {"value": {"tolerations": [own]}}))
     given = templates(release)["run-poise-value"]["spec"]["tolerations"]

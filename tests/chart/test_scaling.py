@@ -1,4 +1,4 @@
-"""Generation that grows and shrinks with what the learner asks for."""
+"""Generation scales with the time that the learner waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.chart.rendering import Manifest, merged, render, values_of
 
 
 @pytest.mark.parametrize("through", ["hpa", "keda"])
-def test_generation_scales_with_the_time_that_the_learner_waits(through: str) -> None:
+def test_generation_scales_with_the_learners_waiting_time(through: str) -> None:
     scaling = {"enabled": True, "through": through, "prometheusUrl": "http://prometheus:9090", "maxReplicas": 5}
     values = merged(values_of("cluster"), {"generation": {"autoscaling": scaling}, "monitoring": {"rules": True}})
     release = render(values)
@@ -32,7 +32,7 @@ def test_generation_scales_with_the_time_that_the_learner_waits(through: str) ->
         ({}, "set monitoring.rules"),
     ],
 )
-def test_an_autoscaler_that_could_not_work_is_refused(changes: Manifest, remedy: str) -> None:
+def test_an_autoscaler_that_cannot_work_is_rejected(changes: Manifest, remedy: str) -> None:
     scaling = {"generation": {"autoscaling": {"enabled": True} | changes}}
     with pytest.raises(Exception, match=remedy):
         render(merged(values_of("cluster"), scaling))
@@ -48,13 +48,13 @@ def test_an_autoscaler_that_could_not_work_is_refused(changes: Manifest, remedy:
     ],
     ids=str,
 )
-def test_an_autoscaler_whose_metric_would_be_missing_or_mean_nothing_is_refused(changes: Manifest, remedy: str) -> None:
+def test_an_autoscaler_without_a_useful_metric_is_rejected(changes: Manifest, remedy: str) -> None:
     scaling = {"generation": {"autoscaling": {"enabled": True}}, "monitoring": {"rules": True}}
     with pytest.raises(Exception, match=remedy):
         render(merged(merged(values_of("cluster"), scaling), changes))
 
 
-def test_the_window_is_the_users_in_the_recorded_rule_and_in_the_query() -> None:
+def test_rule_and_query_use_the_configured_window() -> None:
     scaling = {"enabled": True, "windowMinutes": 75}
     values = merged(values_of("cluster"), {"generation": {"autoscaling": scaling}, "monitoring": {"rules": True}})
     (rules,) = render(values).all("PrometheusRule")

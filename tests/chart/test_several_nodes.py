@@ -1,4 +1,4 @@
-"""A learner on two nodes, as rendered: two pods that torchrun joins, each of which a kubelet finds well."""
+"""A learner on two nodes, as rendered: torchrun joins two pods, and both pass their probes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cluster.close()
 
 
-async def test_both_pods_are_ready_work_together_and_end_in_their_grace(cluster: Cluster) -> None:
+async def test_both_pods_work_together_and_stop_in_their_grace(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.wait_ready, FIRST, SECOND)
     pods = [cluster.pods[name] for name in (FIRST, SECOND)]
     token = (pods[0].mounts["/etc/poise/auth"] / "token").read_text()

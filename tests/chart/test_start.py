@@ -1,4 +1,4 @@
-"""The chart really starts the system: its rendered manifests, run as processes, train."""
+"""The rendered manifests, run as processes, train."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cluster.close()
 
 
-def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
+def test_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
     (job,) = (name for name in cluster.pods if name.startswith("run-poise-train"))
     for name in (*SERVICES, job):  # in no order: none may need another to be there first
         cluster.start(name)
@@ -58,7 +58,7 @@ def test_the_laptop_values_train_show_themselves_and_pass_helm_test(cluster: Clu
 
 
 def watch_the_run(cluster: Cluster, job: str, folder: Path) -> None:
-    """Scrape the run until it ends; every query of the dashboard is to return data."""
+    """Scrape the run until it ends; every query of the dashboard must return data."""
     scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
     prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)  # before the first push, so that it sees each
     try:

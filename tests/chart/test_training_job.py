@@ -1,4 +1,4 @@
-"""How the training Job treats pods that fail: which are replaced, which count, and which end it."""
+"""The training Job replaces, ignores or gives up after failed pods, by their exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def job_of(name: str) -> Manifest:
 
 
 def action(spec: Manifest, status: int | None, conditions: tuple[str, ...]) -> str:
-    """What Kubernetes does about a failed pod: the first rule that fits, else it counts."""
+    """Return the action of Kubernetes for a failed pod: that of the first matching rule, else it counts."""
     for rule in spec["podFailurePolicy"]["rules"]:
         wanted: list[dict[str, Any]] = rule.get("onPodConditions", [])
         if any(one["type"] in conditions and one["status"] == "True" for one in wanted):
@@ -62,13 +62,13 @@ def test_a_failed_pod_stays_with_its_log(name: str) -> None:
     ],
     ids=str,
 )
-def test_disruptions_do_not_count_and_wrong_settings_end_it(
+def test_disruptions_do_not_count_and_wrong_settings_fail(
     status: int | None, conditions: tuple[str, ...], expected: str
 ) -> None:
     assert action(job_of("laptop"), status, conditions) == expected
 
 
-def test_another_failure_policy_is_another_job(tmp_path: Path) -> None:
+def test_a_changed_failure_policy_makes_another_job(tmp_path: Path) -> None:
     other = tmp_path / "poise"
     shutil.copytree(CHART, other)
     template = other / "templates" / "train.yaml"
@@ -79,7 +79,7 @@ def test_another_failure_policy_is_another_job(tmp_path: Path) -> None:
     assert first["metadata"]["name"] != second["metadata"]["name"], "that of a Job that exists cannot be changed"
 
 
-def test_every_container_leaves_its_last_words() -> None:
+def test_containers_report_their_last_log_lines() -> None:
     for owner, pod in render(values_of("laptop")).pods():
         for container in pod["spec"]["containers"]:
             if owner["kind"] != "Pod":

@@ -1,4 +1,4 @@
-"""How weights travel in the chart: what works is opened, what cannot is rejected with the remedy."""
+"""The chart opens the ports that a push transport needs, and rejects transports that cannot work."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_a_transport_that_cannot_work_is_rejected(transport: str, changes: Manif
         pushing(transport, changes, name)
 
 
-def test_nccl_takes_an_image_of_ones_own() -> None:
+def test_nccl_accepts_a_custom_learner_image() -> None:
     assert pushing("nccl", {"images": {"learner": "you/learner-with-vllm:7"}}).config("generation")["nccl"] is True
 
 
 def open_between(release: Release, direction: str, role: str, other: str) -> list[Any]:
-    """The ports of each rule of `role` towards or from `other`; None is all."""
+    """Return the ports of each rule of `role` towards or from `other`; None means all."""
     policy = release.one("NetworkPolicy", f"run-poise-{role}")["spec"]
     side = "to" if direction == "egress" else "from"
     return [

@@ -1,4 +1,4 @@
-"""What two releases beside each other do not see of each other: alerts, autoscaling, the dashboard."""
+"""Alerts, autoscaling and dashboards of two releases do not mix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fullname(release: str) -> str:
 
 
 def series(namespace: str, release: str, *, is_well: bool) -> dict[str, str]:
-    """Every metric that alerts look at, of a release that is well or where everything hurts."""
+    """Return every metric that alerts use, of a healthy or a failing release."""
     scope = f'namespace="{namespace}", release="{release}"'
     pod = f'namespace="{namespace}", pod="{fullname(release)}-learner-0", node="{namespace}-{release}"'
     job = f'namespace="{namespace}", job_name="{fullname(release)}-train-0a1b2c3d"'
@@ -69,7 +69,7 @@ def series(namespace: str, release: str, *, is_well: bool) -> dict[str, str]:
 
 
 def try_rules(folder: Path, rules: Manifest, given: dict[str, str], expected: list[str]) -> None:
-    """Have promtool hold the names of the alerts that fire after 150 min against those expected."""
+    """Compare the alerts that fire after 150 min with the expected ones, by promtool."""
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
     count = 'count by (alertname) (ALERTS{alertstate="firing"})'
     samples = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in expected]
@@ -84,9 +84,7 @@ def try_rules(folder: Path, rules: Manifest, given: dict[str, str], expected: li
 
 
 @pytest.mark.parametrize("where", [SAME_NAMESPACE, SAME_NAME], ids=["same namespace", "same name"])
-def test_each_release_has_its_own_alerts_and_none_of_the_other(
-    where: tuple[str, str, str, str], tmp_path: Path
-) -> None:
+def test_alerts_of_two_releases_do_not_mix(where: tuple[str, str, str, str], tmp_path: Path) -> None:
     well, ill = where[:2], where[2:]
     given = series(*well, is_well=True) | series(*ill, is_well=False)
     alerts = [rule["alert"] for group in rules_of(*ill)["groups"] for rule in group["rules"] if "alert" in rule]
@@ -95,7 +93,7 @@ def test_each_release_has_its_own_alerts_and_none_of_the_other(
 
 
 @pytest.mark.parametrize("where", [SAME_NAMESPACE, SAME_NAME], ids=["same namespace", "same name"])
-def test_the_plain_rules_tell_releases_apart(where: tuple[str, str, str, str], tmp_path: Path) -> None:
+def test_plain_rules_distinguish_releases(where: tuple[str, str, str, str], tmp_path: Path) -> None:
     rules = yaml.safe_load(ALERTS.read_text())
     given = series(*where[:2], is_well=True) | series(*where[2:], is_well=False)
     alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
@@ -104,7 +102,7 @@ def test_the_plain_rules_tell_releases_apart(where: tuple[str, str, str, str], t
 
 
 @pytest.mark.parametrize("release", ["run", "poise", "my-poise"])
-def test_every_selector_of_the_rules_is_of_the_release(release: str) -> None:
+def test_every_selector_of_the_rules_names_the_release(release: str) -> None:
     text = "\n".join(str(rule) for group in rules_of("rl", release)["groups"] for rule in group["rules"])
     selectors = re.findall(r"\b((?:poise|kube)_\w+|up)(\{[^}]*\})", text)
     assert len(selectors) > 30

@@ -1,4 +1,4 @@
-{{/* Each program's settings: the user's tree, and over it what only the chart knows. */}}
+{{/* Settings of each program: the user's tree, overridden by what only the chart knows. */}}
 
 {{- define "poise.serviceConfig" -}}
 {{- $drain := dict "generation" 120 "value" 30 "learner" 300 -}}
@@ -22,7 +22,7 @@ tracing:
   otlp_endpoint: {{ .root.Values.tracing.otlpEndpoint | quote }}
 {{- end }}
 
-{{- /* The names of the service and of its pods, short and long, and those of the user's. */}}
+{{- /* Short and long names of the service and its pods, and the user's own names. */}}
 {{- define "poise.allowedHosts" -}}
 {{- $name := include "poise.name" . -}}
 {{- $long := printf "%s.%s" $name .root.Release.Namespace -}}
@@ -62,7 +62,7 @@ tracing:
 {{- mergeOverwrite (deepCopy .Values.learner.config) $common $own | toYaml -}}
 {{- end }}
 
-{{/* Where the services are, as the SDK's users are told. */}}
+{{/* Addresses of the services, in the form of the SDK. */}}
 {{- define "poise.endpoints" -}}
 {{- $endpoints := dict "token_file" "/etc/poise/auth/token" "generation" (include "poise.generationAddresses" . | fromJsonArray) -}}
 {{- $_ := set $endpoints "value" (include "poise.podAddress" (dict "root" . "role" "value" "index" 0)) -}}

@@ -1,11 +1,11 @@
-{{/* Names, labels and addresses. Every helper takes the root context, or a dict of root and role. */}}
+{{/* Names, labels and addresses. Each helper takes the root context, or a dict of root and role. */}}
 
 {{- define "poise.fullname" -}}
 {{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}
 {{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
-{{/* Of a role: dict "root" $ "role" "value". */}}
+{{/* The name of a role: dict "root" $ "role" "value". */}}
 {{- define "poise.name" -}}
 {{ include "poise.fullname" .root }}-{{ .role }}
 {{- end }}
@@ -16,7 +16,7 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
-{{/* Of pods: nothing that changes with the chart's version, for another label starts every pod anew. */}}
+{{/* Labels of pods. They do not contain the chart's version, because a changed label restarts every pod. */}}
 {{- define "poise.podLabels" -}}
 {{ include "poise.selector" . }}
 app.kubernetes.io/part-of: {{ .root.Chart.Name }}
@@ -30,12 +30,12 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
-{{/* Registry, path and name of a role's image, without tag and digest. The first part may hold a port. */}}
+{{/* Registry, path and name of a role's image, without tag and digest. The registry may have a port. */}}
 {{- define "poise.repository" -}}
 {{- regexReplaceAll "(:[^:/@]+)?(@.*)?$" (printf "%s%s" .root.Values.images.prefix (index .root.Values.images .role)) "" -}}
 {{- end }}
 
-{{/* A tag or digest of its own wins over the common tag. */}}
+{{/* An image's own tag or digest overrides the common tag. */}}
 {{- define "poise.image" -}}
 {{- $image := printf "%s%s" .root.Values.images.prefix (index .root.Values.images .role) -}}
 {{- $digest := get .root.Values.images.digests .role -}}
@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ $name }}-{{ .index }}.{{ $name }}.{{ .root.Release.Namespace }}.svc:{{ include "poise.grpcPort" .role }}
 {{- end }}
 
-{{/* The claim of a role's volume: the user's, or the one that the chart makes. */}}
+{{/* The claim of a role's volume: the user's, or the one that the chart creates. */}}
 {{- define "poise.claim" -}}
 {{ (index .root.Values .role).storage.claim | default (include "poise.name" .) }}
 {{- end }}
@@ -75,7 +75,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if .Values.valkey.enabled }}{{ include "poise.fullname" . }}-valkey{{ else }}{{ .Values.valkey.externalSecret }}{{ end }}
 {{- end }}
 
-{{/* Token and password that the chart made: those of the release as it is, or new ones, the same in all of a rendering. */}}
+{{/* Token and password of the chart: those of the installed release, or new ones. They are the same throughout a rendering. */}}
 {{- define "poise.madeSecrets" -}}
 {{- if not (hasKey .Values "madeSecrets") -}}
 {{- $auth := (lookup "v1" "Secret" .Release.Namespace (include "poise.authSecret" .)).data | default dict -}}
@@ -98,7 +98,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if or .Values.model.claim .Values.model.download.repository .Values.model.builtin }}yes{{ end }}
 {{- end }}
 
-{{/* The replicas, by the name of their service: whoever comes later, by an autoscaler or kubectl scale, is found too. */}}
+{{/* The replicas, by the name of their service, so that later ones (autoscaler, kubectl scale) are found too. */}}
 {{- define "poise.generationAddresses" -}}
 {{- $name := include "poise.name" (dict "root" . "role" "generation") -}}
 {{- list (printf "dns:///%s.%s.svc:%s" $name .Release.Namespace (include "poise.grpcPort" "generation")) | toJson -}}

@@ -1,4 +1,4 @@
-{{/* The parts that every pod of the release shares. All take dict "root" $ "role" "…". */}}
+{{/* Parts shared by all pods of the release. All take dict "root" $ "role" "…". */}}
 
 {{- define "poise.podMetadata" -}}
 labels:
@@ -8,7 +8,7 @@ annotations:
   {{- if ne .role "valkey" }}
   checksum/config: {{ include "poise.config" . | sha256sum }}
   {{- end }}
-  {{- /* A new secret of the chart's own restarts the pods that use it. */}}
+  {{- /* A new secret of the chart restarts the pods that use it. */}}
   {{- $made := include "poise.madeSecrets" .root | fromJson }}
   {{- if and (ne .role "valkey") (not .root.Values.auth.existingSecret) }}
   checksum/token: {{ $made.token | sha256sum }}
@@ -20,7 +20,7 @@ annotations:
   {{- with .root.Values.pods.annotations }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 
-{{/* As whom the pod runs. */}}
+{{/* User and permissions of the pod. */}}
 {{- define "poise.podIdentity" -}}
 serviceAccountName: {{ include "poise.fullname" .root }}
 automountServiceAccountToken: false
@@ -39,7 +39,7 @@ imagePullSecrets: {{- range . }}
 {{- end }}
 {{- end }}
 
-{{/* As whom the pod runs, and where it may. That of `helm test` is where the loop is. */}}
+{{/* User, permissions and scheduling of the pod. The pod of `helm test` is scheduled like the loop. */}}
 {{- define "poise.podSpec" -}}
 {{- include "poise.podIdentity" . }}
 {{- $own := index .root.Values (eq .role "test" | ternary "train" .role) }}
@@ -63,7 +63,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* The user's tolerations, and how long a node may be lost before its pods are evicted; Kubernetes' default is 300 s. */}}
+{{/* The user's tolerations, and the time until pods of a lost node are evicted. Kubernetes' default is 300 s. */}}
 {{- define "poise.tolerations" -}}
 {{- $all := .own -}}
 {{- range $key := list "node.kubernetes.io/not-ready" "node.kubernetes.io/unreachable" -}}
@@ -83,18 +83,18 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Bytes of a quantity as Kubernetes writes sizes, such as 20Gi. */}}
+{{/* Bytes of a Kubernetes quantity, such as 20Gi. */}}
 {{- define "poise.bytes" -}}
 {{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
 {{- $number := regexFind "^[0-9.]+" . -}}
 {{- mulf $number (get $units (trimPrefix $number .)) | int64 -}}
 {{- end }}
 
-{{/* Requests and limits, with the GPUs: dict "resources" … "gpus" n, and "modelSize" where the pod's own volume holds a model. */}}
+{{/* Requests and limits with GPUs: dict "resources" … "gpus" n, and "modelSize" if the pod's own volume holds a model. */}}
 {{- define "poise.resources" -}}
 {{- $gpus := dict -}}
 {{- if gt (int .gpus) 0 -}}{{- $gpus = dict "limits" (dict "nvidia.com/gpu" (toString .gpus)) "requests" (dict "nvidia.com/gpu" (toString .gpus)) -}}{{- end -}}
-{{- /* 8Gi of /tmp, logs, and the model where it is downloaded: the pod is evicted beyond. */}}
+{{- /* Limit of 8Gi for /tmp, 2Gi for logs, and a downloaded model. A pod beyond it is evicted. */}}
 {{- $mebibytes := add 10240 (div (include "poise.bytes" (.modelSize | default "0")) 1048576) -}}
 {{- $storage := dict "requests" (dict "ephemeral-storage" "1Gi") "limits" (dict "ephemeral-storage" (printf "%dMi" $mebibytes)) -}}
 resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | nindent 2 }}
@@ -122,8 +122,7 @@ resources: {{- mergeOverwrite $storage (deepCopy .resources) $gpus | toYaml | ni
   emptyDir: {sizeLimit: 8Gi}
 {{- end }}
 
-{{/* Of services: what starting, ready and alive mean. Readiness is the service's own, over the protocol that callers use;
-but a kubelet speaks no TLS with gRPC. */}}
+{{/* Probes of services. Readiness uses gRPC, as callers do; with TLS it uses HTTP, because a kubelet's gRPC probe has no TLS. */}}
 {{- define "poise.probes" -}}
 startupProbe:
   httpGet: {path: /healthz, port: admin}
@@ -150,25 +149,25 @@ ports:
   - {name: admin, containerPort: {{ include "poise.adminPort" .role }}, protocol: TCP}
 {{- end }}
 
-{{/* Time to drain, and to write the state after it. */}}
+{{/* Time to drain and then to write the state. */}}
 {{- define "poise.grace" -}}
 terminationGracePeriodSeconds: {{ add (include "poise.drainSeconds" .) 30 }}
 {{- end }}
 
-{{/* Seconds that a service has to finish what it accepted, of its own settings. */}}
+{{/* Seconds that a service has to finish accepted work, from its own settings. */}}
 {{- define "poise.drainSeconds" -}}
 {{- $config := include "poise.config" . | fromYaml -}}
 {{- ceil $config.drain_timeout_s -}}
 {{- end }}
 
-{{/* The model: mounted, or fetched by an init container. dict "root" $ "role" … */}}
+{{/* The model, mounted or downloaded by an init container: dict "root" $ "role" … */}}
 {{- define "poise.modelMount" -}}
 {{- if include "poise.hasModelVolume" .root }}
 - {name: model, mountPath: /models, readOnly: true}
 {{- end }}
 {{- end }}
 
-{{/* Size of the pod's own volume with the model; empty where there is none. */}}
+{{/* Size of the pod's own volume with the model; empty without one. */}}
 {{- define "poise.ownModelSize" -}}
 {{- if and (not .root.Values.model.claim) (include "poise.hasModelVolume" .root) }}{{ .root.Values.model.download.size }}{{ end }}
 {{- end }}

@@ -18,7 +18,7 @@ def prompts(*lengths: int) -> list[np.ndarray]:
     return [source.integers(5, 100, length).astype(np.int32) for length in lengths]
 
 
-def test_padding_does_not_reach_a_prompts_value(folder: str) -> None:
+def test_padding_does_not_change_a_prompts_value(folder: str) -> None:
     critic = Critic(folder, 0.3)
     torch.nn.init.normal_(critic.head.weight)
     asked = prompts(3, 17, 9)
@@ -28,11 +28,11 @@ def test_padding_does_not_reach_a_prompts_value(folder: str) -> None:
     assert np.ptp(alone) > 0.01
 
 
-def test_it_begins_as_the_mean_reward(folder: str) -> None:
+def test_critic_starts_at_the_mean_reward(folder: str) -> None:
     np.testing.assert_allclose(Critic(folder, 0.3).values(prompts(4, 8)), 0.3, rtol=1e-5)
 
 
-def test_it_learns_which_prompts_are_rewarded(folder: str) -> None:
+def test_critic_learns_which_prompts_are_rewarded(folder: str) -> None:
     asked = [np.array([7, 8, 9, kind], np.int32) for kind in (20, 21)]
     trained = train(folder, asked * 40, np.array([0.9, 0.1] * 40, np.float32), asked, num_epochs=8)
     assert len(trained.values) == len(trained.seconds) == 8

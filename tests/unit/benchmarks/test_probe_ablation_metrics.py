@@ -1,4 +1,4 @@
-"""The figures of `probe_ablation`, against numpy on all pairs, one by one; and that no value meets its own reward."""
+"""Figures of `probe_ablation` equal numpy over all pairs, and no value is compared with its own reward."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def plain(values: np.ndarray, rewards: np.ndarray, held_against: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("judged", [others, other_half])
-def test_figures_are_those_of_all_pairs_counted_out(source: np.random.Generator, judged) -> None:
+def test_figures_equal_those_over_all_pairs(source: np.random.Generator, judged) -> None:
     values, rewards = source.random((5, 6), np.float32), source.random((5, 6), np.float32)
     found = figures(row_sums(values, rewards, judged(6)).sum(axis=0))
     assert found.keys() == plain(values, rewards, judged(6)).keys()
@@ -51,7 +51,7 @@ def test_figures_are_those_of_all_pairs_counted_out(source: np.random.Generator,
         assert found[name] == pytest.approx(wanted, rel=1e-6), name
 
 
-def test_a_bootstrap_draw_is_the_figures_of_the_prompts_drawn(source: np.random.Generator) -> None:
+def test_a_bootstrap_draw_equals_figures_of_drawn_prompts(source: np.random.Generator) -> None:
     values, rewards = source.random((3, 4), np.float32), source.random((3, 4), np.float32)
     sums = row_sums(values, rewards, others(4))
     taken = [0, 2, 2]
@@ -60,7 +60,7 @@ def test_a_bootstrap_draw_is_the_figures_of_the_prompts_drawn(source: np.random.
         assert found[name] == pytest.approx([wanted], rel=1e-6), name
 
 
-def test_draws_take_as_many_prompts_as_there_are() -> None:
+def test_draws_take_as_many_prompts_as_exist() -> None:
     counts = draws(7, 500, seed=0)
     assert counts.shape == (500, 7)
     assert (counts.sum(axis=1) == 7).all()
@@ -68,7 +68,7 @@ def test_draws_take_as_many_prompts_as_there_are() -> None:
 
 
 @pytest.mark.parametrize("judged", [others, other_half])
-def test_no_value_is_held_against_its_own_reward(judged) -> None:
+def test_no_value_is_compared_with_its_own_reward(judged) -> None:
     held_against = judged(8)
     assert not held_against.diagonal().any()
     # A value that is the rollout's own reward looks perfect only where it meets itself.
@@ -103,7 +103,7 @@ def test_beta_moments_recover_the_distribution(source: np.random.Generator) -> N
     assert beta_moments(rewards) == (pytest.approx(0.3, abs=0.005), pytest.approx(4.0, abs=0.15))
 
 
-def test_siblings_that_do_not_covary_give_a_firm_prior_that_is_finite() -> None:
+def test_uncorrelated_siblings_give_a_finite_prior() -> None:
     mean, strength = beta_moments(np.array([[1, 0], [0, 1]], np.float32))
     assert mean == 0.5
     assert 50 < strength < 200
