@@ -1,16 +1,22 @@
-"""What holds for every test."""
+"""Settings and checks that every test shares."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.distribution import FileScheduler
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose time on more threads
 
 
 @pytest.fixture(autouse=True)
 def umask() -> Iterator[None]:
-    """Undo a change of the umask: programs that a test calls in this process keep what they write private."""
+    """Restore the umask, which programs change when a test calls them in this process."""
     before = os.umask(0)
     os.umask(before)
     yield
@@ -29,3 +35,27 @@ def poise_variables() -> dict[str, str]:
     """Return the `POISE_` variables, except what the vllm engine sets in its own process for its children."""
     inherited = "POISE_GENERATION_SERVER_PID"
     return {name: value for name, value in os.environ.items() if name.startswith("POISE_") and name != inherited}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order tests for parallel workers; a run in one process keeps the order of its arguments."""
+    if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        from tests.support.distribution import start_order
+
+        items.sort(key=lambda item: start_order(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers for `-n auto`."""
+    from tests.support.distribution import num_workers
+
+    return num_workers()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileScheduler:
+    """Keep the tests of a file in one worker."""
+    from tests.support.distribution import FileScheduler
+
+    return FileScheduler(config, log)

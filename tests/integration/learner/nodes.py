@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from tests.support.ports import free_port
 
 from poise.learner.config import LearnerConfig
 from poise_client import AsyncLearnerClient, RetryPolicy
@@ -138,12 +138,6 @@ class Nodes:
             return any(child.status() == psutil.STATUS_STOPPED for child in children)
         except psutil.NoSuchProcess:
             return False
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def _kill_family(process: subprocess.Popen[bytes]) -> None:

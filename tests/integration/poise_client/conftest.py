@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
+from tests.support.ports import free_port
 
 from poise_client import codec
 from poise_client.types import EncodedPrompt, Features, Group, PromptCheck, Rollout, RolloutId
@@ -205,9 +205,7 @@ def unavailable(failing) -> Callable:
 @pytest.fixture
 def unused_port() -> int:
     """A port of 127.0.0.1 where nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture

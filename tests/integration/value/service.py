@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from tests.support.ports import free_port
 
 from poise_client import AsyncValueClient
 from poise_client.types import EntropyStats, Features, GroupFeatures, LabelledGroup
@@ -26,12 +26,6 @@ TIMEOUT_S = 60.0
 WIDTH = 8
 
 PROBE = ("probe.warmup_steps=2", "probe.min_rows=4", "probe.alpha=1")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def eventually(condition: Callable[[], Any], what: str = "") -> Any:

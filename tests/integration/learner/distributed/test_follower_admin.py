@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 
 import pytest
+from tests.support.ports import free_port
 
 from poise.learner.distributed.follower_admin import answering_probes
 from poise.runtime.config.settings import AdminConfig, ConfigError
@@ -14,9 +14,7 @@ from poise.runtime.config.settings import AdminConfig, ConfigError
 
 @pytest.fixture
 def config() -> AdminConfig:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return AdminConfig(port=listening.getsockname()[1])
+    return AdminConfig(port=free_port())
 
 
 def ask(config: AdminConfig, path: str) -> tuple[int, str]:

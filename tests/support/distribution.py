@@ -1,0 +1,46 @@
+"""How pytest-xdist spreads tests over worker processes: how many workers, which tests stay together, which start first.
+
+A file stays in one worker, so its module-scoped fixtures are made once. Files that need the same scarce thing form one
+group, which one worker runs from end to end.
+"""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+from xdist.scheduler import LoadScopeScheduling
+
+WORKER_BYTES = 4 * 2**30
+"""Memory of one worker with the services that its test has started; vLLM takes the most."""
+
+GROUPS = {
+    "tests/contract/test_engines.py": "vllm",
+    "tests/contract/test_vllm_engine.py": "vllm",
+    "tests/contract/test_vllm_transfer.py": "vllm",
+    "tests/e2e/test_vllm_run.py": "vllm",
+}
+"""One vLLM engine at a time: each takes 3 GiB and both cores."""
+
+FIRST = ("tests/contract", "tests/e2e", "tests/integration", "tests/chart", "tests/fuzz", "tests/unit")
+"""Folders in the order in which they start. Long files come first, so that no worker ends long after the others."""
+
+
+def num_workers() -> int:
+    """Return how many workers this machine's cores and free memory can feed."""
+    by_memory = psutil.virtual_memory().available // WORKER_BYTES
+    return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+
+
+def start_order(path: str) -> int:
+    """Return the rank of a test file; lower ranks start earlier."""
+    ranks = [rank for rank, folder in enumerate(FIRST) if path.startswith(f"{folder}/")]
+    return ranks[0] if ranks else len(FIRST)
+
+
+class FileScheduler(LoadScopeScheduling):  # type: ignore[misc]
+    """Give each worker whole files, or whole groups of files."""
+
+    def _split_scope(self, nodeid: str) -> str:  # the hook of pytest-xdist for this
+        path = nodeid.partition("::")[0]
+        return GROUPS.get(path, path)
