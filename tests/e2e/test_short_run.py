@@ -1,24 +1,28 @@
-"""One trace a step, over all services, as a collector gets it."""
+"""Six steps of the tiny preset: one trace a step over all services, and the recorded weights after every step."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.support.local_services import poise
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-NUM_STEPS = 2
+RECORDED = json.loads((Path(__file__).parent / "data" / "tiny_digests.json").read_text())
+NUM_STEPS = len(RECORDED["digests"])
+TIMEOUT_S = 500.0
 
 
 class Collector:
-    """Takes OTLP over HTTP, and keeps what it gets."""
+    """Receives OTLP over HTTP and keeps the spans."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, str, bytes]] = []
@@ -47,22 +51,39 @@ class Collector:
         self._server.server_close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     made = Collector()
     yield made
     made.close()
 
 
-def test_each_step_is_one_trace_from_sampling_to_the_weights(collector: Collector, tmp_path: Path) -> None:
-    settings = [f"run.dir={tmp_path / 'run'}", f"train.num_steps={NUM_STEPS}", "train.evaluation.num_prompts=0"]
+@pytest.fixture(scope="module")
+def run_folder(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("short") / "run"
+    settings = [f"run.dir={folder}", f"train.num_steps={NUM_STEPS}", "train.evaluation.num_prompts=0"]
     settings += [
         f"{program}.tracing.otlp_endpoint={collector.url}" for program in ("generation", "value", "learner", "train")
     ]
-    with (tmp_path / "log").open("w") as log:
+    log = folder.with_name("log")
+    with log.open("w") as output:
         flags = [part for setting in settings for part in ("--set", setting)]
-        process = poise("run", "--preset", "tiny", *flags, stdout=log, stderr=log)
-        assert process.wait(240) == 0, (tmp_path / "log").read_text()[-3000:]
+        process = poise("run", "--preset", "tiny", *flags, stdout=output, stderr=output)
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()[-3000:]
+    return folder
+
+
+def this_machine() -> dict[str, str]:
+    """Return the facts that decide the bits of a run."""
+    (vendor, *_) = (
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith(("vendor_id", "CPU implementer"))
+    )
+    return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability(), "vendor": vendor}
+
+
+def test_each_step_is_one_trace(collector: Collector, run_folder: Path) -> None:
     by_trace: dict[bytes, set[tuple[str, str]]] = {}
     for service, name, trace_id in collector.spans:
         by_trace.setdefault(trace_id, set()).add((service, name.rpartition(".")[2]))
@@ -76,3 +97,12 @@ def test_each_step_is_one_trace_from_sampling_to_the_weights(collector: Collecto
             ("poise-value", "ValueService/PublishLabels"),
             ("poise-learner", "LearnerService/SubmitAdvantages"),
         }
+
+
+@pytest.mark.skipif(this_machine() != RECORDED["machine"], reason=f"recorded on {RECORDED['machine']}")
+def test_weights_after_each_step_are_the_recorded_ones(run_folder: Path) -> None:
+    answers = sorted((run_folder / "services" / "learner" / "journal").glob("answer-*.json"))
+
+    digests = [json.loads(path.read_text())["digest"] for path in answers]
+
+    assert digests == RECORDED["digests"]
