@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 SECONDS ?= 60
 SEED ?= 0
+WORKERS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PROTOS_VENV := .venv-protos
 SCAN_VENV := .venv-scan
 TRL_VENV := .venv-trl
+# Tests start many Python processes: those load faster with compiled modules.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS)
 
 # vLLM is installed only for runs that sample with it.
 ifeq ($(PRESET)$(if $(filter vllm,$(ENGINE)),vllm),tiny)
@@ -38,12 +41,12 @@ train: $(RUN_NEEDS)  ## Train on this machine and write a report. The same comma
 	$(BIN)/poise run --preset $(PRESET) $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests, with a real vLLM, Valkey and processes.
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.vllm $(VENV)/.dev $(VENV)/.prometheus  ## Run all tests in WORKERS processes, with a real vLLM, Valkey and services.
+	$(PYTEST) $(ARGS)
 
-.PHONY: test-unit
-test-unit: $(VENV)/.cpu $(VENV)/.dev  ## Run only the unit tests, under a minute.
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+.PHONY: test-quick
+test-quick: $(VENV)/.cpu $(VENV)/.dev  ## Run the unit tests, and the contract tests that start no engine.
+	$(PYTEST) -m "not slow" tests/unit tests/contract $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.cpu $(VENV)/.dev  ## Send random inputs to the services for SECONDS, from SEED; then train.
