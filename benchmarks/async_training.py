@@ -1,16 +1,15 @@
-"""What does sampling ahead of the learner save, and does the policy learn as well?
+"""How much time does sampling one step ahead save, and does the policy learn as well?
 
-Real runs of the `tiny` preset, each with services of its own: `max_staleness` 0 (each side waits for the other) against
-1, for the same number of updates. Cases:
+Runs the `tiny` preset with its own services, once with `max_staleness` 0 and once with 1, for the same number of
+updates:
 
-- `preset`: as it is. Sampling takes most of a step, so there is little to overlap.
+- `preset`: unchanged. Sampling takes most of a step, so little can overlap.
 - `balanced`: shorter responses, more updates a step, and a learner that saves memory (small micro-batches, gradient
-  checkpointing), so that both sides take more nearly as long: where asynchrony gives most.
-- `slow_environment`: answers take their time, as in a sandbox or before a judge, while no core is busy.
+  checkpointing). Both sides take about equally long, where asynchrony gains most.
+- `slow_environment`: the verifier takes its time, like a sandbox or a judge, while no core is busy.
 
-Generation and learner share this machine's cores, with the orchestrator and the queue besides: the ceiling, what
-overlapping the two sides of the synchronous run perfectly would give, is not reached where there are only two.
-Wall clock is taken from the runs' own metrics, without the start and without evaluations. Prints a table, writes
+Generation, learner, orchestrator and queue share this machine's cores, so two cores cannot reach perfect overlap.
+Wall clock comes from the runs' own metrics, without start and evaluations. Prints a table and writes
 results/async_training.json, whose `speedup` is that of `balanced`.
 """
 
@@ -34,29 +33,29 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 NUM_WARM_STEPS = 2
-"""Left out of the wall clock: the first steps pay for warming up."""
+"""First steps, excluded from the wall clock because they warm up."""
 NUM_LAST_STEPS = 5
 ANSWER_S = 0.05
-"""The slow environment takes so long for an answer, in each of `WORKERS` processes."""
+"""Seconds that the slow environment takes for an answer, in each of `WORKERS` processes."""
 WORKERS = 4
 
 
 def slow_exact(response: str, answer: str) -> float:
-    """Compare, taking the time that a sandbox takes."""
+    """Compare after the delay of a sandbox."""
     time.sleep(ANSWER_S)
     return float(response.strip() == answer)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run's own record says."""
+    """Numbers from a run's own record."""
 
     wall_s: float
-    """Of the steps after the first few."""
+    """Of the steps after the warm-up."""
     sampling_s: float
-    """Of those, a step: until its journal was written."""
+    """Mean of a step, until its journal is written."""
     learning_s: float
-    """Of those, a step: publishing, training, and handing over the weights."""
+    """Mean of a step: publishing, training, pushing weights."""
     staleness: float
     first_reward: float
     last_reward: float
@@ -64,7 +63,7 @@ class Outcome:
 
 
 def run(folder: Path, max_staleness: int, num_steps: int, settings: list[str]) -> Outcome:
-    """Train, and read the record."""
+    """Train, and return the numbers of the run."""
     values = [
         f"run.dir={folder}",
         f"train.num_steps={num_steps}",
@@ -98,7 +97,7 @@ def run(folder: Path, max_staleness: int, num_steps: int, settings: list[str]) -
 
 
 def slow_environment(folder: Path) -> list[str]:
-    """Return the settings of the same problems, checked by `slow_exact`."""
+    """Return settings for the same problems with the verifier `slow_exact`."""
     from poise.orchestrator.tasks.config import DigitsTask
     from poise.orchestrator.tasks.mixture import Mixture
 
@@ -120,7 +119,7 @@ def median(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def compared(synchronous: Outcome, asynchronous: Outcome) -> dict[str, float]:
-    """Return what the second is worth beside the first."""
+    """Return the figures of the asynchronous run relative to the synchronous one."""
     sides = (synchronous.sampling_s, synchronous.learning_s)
     return {
         "speedup": round(synchronous.wall_s / asynchronous.wall_s, 3),
@@ -151,10 +150,10 @@ COLUMNS = ("case", "ahead", "s", "sampling", "learning", "stale", "reward", "hel
 
 @click.command()
 @click.option("--steps", default=16, show_default=True, help="Updates of each run.")
-@click.option("--repeats", default=2, show_default=True, help="Runs of each kind, in turn.")
+@click.option("--repeats", default=2, show_default=True, help="Runs of each kind, in turns.")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), default=("preset", "balanced"))
 def main(steps: int, repeats: int, cases: tuple[str, ...]) -> None:
-    """Run, compare, write."""
+    """Measure what sampling one step ahead saves."""
     figures: dict[str, Any] = {"steps": steps, "repeats": repeats, "cores": os.cpu_count()}
     table = Table(title=f"{steps} updates, medians of {repeats}; sampling and learning in seconds a step")
     for column in COLUMNS:

@@ -1,18 +1,17 @@
-"""What does a baseline query cost beside a bare gRPC echo of the same bytes, idle and while the probe refits?
+"""What does a baseline question cost relative to a bare gRPC echo of the same bytes, idle and while the probe refits?
 
-A real value service in its own process, on a real Valkey, with a full window of 4096 rows of two 2560-wide hidden
-states; an echo service of grpc.aio in another. Two loads: one call for 512 rollouts, which the SDK sends as four
-messages one after the other, for gRPC takes 4 MiB in one; and 16 callers with 2 rollouts each. Under three conditions,
-in turn:
+A real value service in its own process, on a real Valkey, has a full window of 4096 rows of two 2560-wide hidden
+states; a grpc.aio echo runs in another. There are two loads: one call for 512 rollouts, which the SDK sends as four
+messages one after the other, because gRPC accepts 4 MiB a message; and 16 callers with 2 rollouts each. Three
+conditions take turns:
 
 - idle;
-- refitting: the service asked refits without pause, each time with another 512 of its rows, and makes each probe
-  durable;
-- elsewhere: a twin of that service does so, in a process of its own with a state of its own. The machine has the same
-  work and the asked service none of it, so what a query takes longer under the second condition is because of refits.
+- refitting: the service refits without pause, each time with another 512 of its rows, and makes each probe durable;
+- elsewhere: a twin in another process does that work with its own state. The machine is equally busy, so a longer
+  question under the second condition is due to refits.
 
-Labels come meanwhile, 32 groups five times a second, to whoever refits. Rates are of the whole time, not of a median.
-Prints a table and writes results/baseline_query.json.
+Labels arrive meanwhile, 32 groups five times a second, at the service that refits. Rates are over the whole time, not
+of a median. Prints a table and writes results/baseline_query.json.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ asyncio.run(main())
 """
 
 RESTLESS = """
-# The value service as it is, but that while a file is there every domain is due, and no two fits have the same rows.
+# The value service, except that while a file exists every domain is due, and no two fits have the same rows.
 import itertools, os, sys
 from poise.runtime.cli.service_main import service_main
 from poise.value import app
@@ -100,7 +99,7 @@ sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))
 
 
 class Source:
-    """Groups of two with random features, and rewards that follow from them."""
+    """Groups of two with random features, and rewards computed from them."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
@@ -128,16 +127,16 @@ def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Service:
-    """A value service of ours."""
+    """A running value service."""
 
     address: str
     restless: Path
-    """While this file is there, it refits."""
+    """The service refits while this file exists."""
 
 
 @contextlib.asynccontextmanager
 async def services(folder: Path) -> AsyncIterator[tuple[Service, Service, str]]:
-    """Start everything; yield the service to be asked, its twin, and the echo's address."""
+    """Start everything; yield the service to ask, its twin, and the echo's address."""
     valkey = ValkeyServer(port=0, data_dir=folder, unix_socket_path=folder / "socket", config={"appendonly": "yes"})
     await asyncio.to_thread(valkey.start)
     processes = [subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)]
@@ -176,16 +175,16 @@ def start_value(folder: Path, name: str) -> subprocess.Popen[str]:
 
 @dataclass
 class Timing:
-    """Of one load on one service, over all turns."""
+    """Times of one load on one service, over all turns."""
 
     took_s: list[float] = field(default_factory=list)
-    """Of each round of the load's messages."""
+    """Seconds of each round of the load's messages."""
     total_s: float = 0.0
 
     async def measure(
         self, call: Callable[[bytes], Awaitable[bytes]], messages: list[bytes], seconds: float, callers: int
     ) -> None:
-        """Send all messages again and again from some callers."""
+        """Send all messages repeatedly from several callers."""
         began = time.perf_counter()
 
         async def caller() -> None:
@@ -203,7 +202,7 @@ class Timing:
 
 
 async def publish(client: AsyncValueClient, source: Source, steps: AsyncIterator[int]) -> None:
-    """Publish 32 groups a time, five times a second."""
+    """Publish 32 groups five times a second."""
     labels = [source.label(0, f"g{i}") for i in range(32)]
     async for step in steps:
         await client.publish_labels([dataclasses.replace(label, step=step) for label in labels])
@@ -212,7 +211,7 @@ async def publish(client: AsyncValueClient, source: Source, steps: AsyncIterator
 
 @contextlib.asynccontextmanager
 async def refitting(service: Service, source: Source, first_step: int) -> AsyncIterator[list[float]]:
-    """Let a service refit without pause; what is yielded says in the end how many refits there were, in what time."""
+    """Let a service refit without pause. At the end, the yielded list holds the number of refits and their seconds."""
     refits: list[float] = []
     async with AsyncValueClient(service.address) as client:
         service.restless.touch()
@@ -331,9 +330,9 @@ def row(load: str, condition: str, num_rows: int, ours: Timing, echo: Timing) ->
 
 
 @click.command()
-@click.option("--seconds", default=1.0, show_default=True, help="Of each turn of each load.")
+@click.option("--seconds", default=1.0, show_default=True, help="Seconds of each turn of each load.")
 def main(seconds: float) -> None:
-    """Measure, print, write."""
+    """Measure what a baseline question costs."""
     result = asyncio.run(measure(seconds))
     table = Table(title=f"EstimateBaselines, width {WIDTH}, window {WINDOW_ROWS} rows")
     entries = result["rows"]

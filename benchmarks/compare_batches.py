@@ -1,14 +1,15 @@
-"""How much does POISE save beside GRPO when updates are small, and when they are large?
+"""How many tokens does POISE save relative to GRPO with small and with large updates?
 
-Runs `poise compare -c compare_batches.yaml`: both on the tiny preset with 16, 32, 64 and 128 rollouts an update, three
-seeds, one budget of sampled tokens; ten minutes on two cores, resumable. Writes results/compare_batches.json, with
+Runs `poise compare -c compare_batches.yaml`: both on the tiny preset with 16, 32, 64 and 128 rollouts an update,
+three seeds, one budget of sampled tokens; ten minutes on two cores, resumable. Prints a table of the levels, and
+writes results/compare_batches.json and the curves in figures/:
 
-- `tokens_vs_grpo_16`, `_32`, `_64`, `_128`: POISE's tokens by those of GRPO-8 with updates of that size, to the highest
-  of the levels that both mean curves reach;
-- `tokens_vs_grpo_best`: likewise, each with the updates that serve it best;
-- `grpo_8_of_16_vs_32`, …: GRPO's own tokens by what it takes with updates of 32, likewise.
+- `tokens_vs_grpo_16`, `_32`, `_64`, `_128`: POISE's tokens / GRPO-8's with updates of that size, at the highest level
+  that both mean curves reach;
+- `tokens_vs_grpo_best`: the same, each with its best size of update;
+- `grpo_8_of_16_vs_32`, …: GRPO's own tokens relative to updates of 32.
 
-Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_batches.
+The whole report is in compare/compare_batches.
 """
 
 from __future__ import annotations

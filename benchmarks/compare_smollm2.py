@@ -1,11 +1,12 @@
-"""How many tokens does POISE take to a held-out reward beside its rivals, on a real language model with real vLLM?
+"""How many tokens does each algorithm need to reach a held-out reward, on a real language model with vLLM?
 
-Runs `poise compare -c compare_smollm2.yaml`: seven ways to train SmolLM2-135M-Instruct, two seeds, one budget of
-sampled tokens; an hour and more on two cores, resumable. Writes results/compare_smollm2.json:
+Runs `poise compare -c compare_smollm2.yaml`: seven algorithms on SmolLM2-135M-Instruct, two seeds, one budget of
+sampled tokens; an hour or more on two cores, resumable. Prints a table of the levels, and writes
+results/compare_smollm2.json and the curves in figures/:
 
-- `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach.
+- `tokens_vs_grpo`: POISE's tokens / GRPO-8's, at the highest level that the mean curves of both reach.
 
-Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_smollm2.
+The whole report is in compare/compare_smollm2.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""How many tokens does POISE take to a held-out reward, beside its rivals, and how noisy are their gradients?
+"""How many tokens does each algorithm need to reach a held-out reward, and how noisy is its gradient?
 
-Runs `poise compare -c compare_tiny.yaml` (seven ways to train, five seeds, one budget of sampled tokens; resumable,
-half an hour on two cores) and then `gradient_variance.py`, and puts both together in results/compare_tiny.json:
+Runs `poise compare -c compare_tiny.yaml` (seven algorithms, five seeds, one budget of sampled tokens; resumable, half
+an hour on two cores), then `gradient_variance.py`. Prints a table of the levels, and writes results/compare_tiny.json
+and the curves in figures/:
 
-- `tokens_vs_grpo`: POISE's tokens by GRPO-8's, to the highest of the levels that the mean curves of both reach;
-- `gradient_variance_vs_grpo`: noise by signal of the gradient at equal tokens, POISE's by GRPO-8's, at one policy.
+- `tokens_vs_grpo`: POISE's tokens / GRPO-8's, at the highest level that the mean curves of both reach;
+- `gradient_variance_vs_grpo`: noise / signal of the gradient at equal tokens and one policy, relative to GRPO-8.
 
-Prints a table of the levels, draws the curves into benchmarks/figures. The whole report is in compare/compare_tiny.
+The whole report is in compare/compare_tiny.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the comparisons of algorithms have in common: running one, showing its levels, keeping what came out.
+"""Run a comparison of algorithms, print its levels, and write its results.
 
-Knows neither preset nor budget: those are in the YAML file of each.
+Presets and budgets are in the YAML file of each comparison.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from poise.report.comparison.figures import curve_figure
 HERE = Path(__file__).parent
 OURS, REFERENCE = "poise-2", "grpo-8"
 Tree = dict[str, Any]
-"""Of comparison.json."""
+"""Content of comparison.json."""
 
 
 def compare(name: str) -> Tree:
-    """Run `poise compare` on the file of that name beside this one, or finish it, and return what it found."""
+    """Run or resume `poise compare` on NAME.yaml beside this file, and return its comparison.json."""
     command = [sys.executable, "-c", "from poise.cli import main; main()", "compare"]
     if status := subprocess.run([*command, "-c", str(HERE / f"{name}.yaml")]).returncode:
-        raise SystemExit(status)  # it has said why
+        raise SystemExit(status)  # the command has printed the reason
     tree: Tree = json.loads((Path("compare") / name / "comparison.json").read_text())
     return tree
 
 
 def tokens_ratio(tree: Tree, ours: Sequence[str] = (OURS,), reference: Sequence[str] = (REFERENCE,)) -> float | None:
-    """Return some runs' tokens by others', to the highest of the levels that the mean curves of both reach.
+    """Return tokens of `ours` / tokens of `reference` at the highest level that the mean curves of both reach.
 
-    The best of the runs counts at each level.
+    At each level the best of the runs counts. None if there is no common level.
     """
     both = zip(_fewest_tokens(tree, ours), _fewest_tokens(tree, reference), strict=True)
     reached = [one / other for one, other in both if one < math.inf and other < math.inf]
@@ -44,7 +44,7 @@ def tokens_ratio(tree: Tree, ours: Sequence[str] = (OURS,), reference: Sequence[
 
 
 def _fewest_tokens(tree: Tree, names: Sequence[str]) -> list[float]:
-    """Return how many the best of the runs took to each level; infinity where none reached it."""
+    """Return the tokens of the best run to each level; infinity where none reached it."""
     runs = [tree["runs"][name]["to_reach"]["tokens"] for name in names]
     reached = [
         [math.inf if reach["on_mean_curve"] is None else reach["on_mean_curve"] for reach in run] for run in runs
@@ -53,7 +53,7 @@ def _fewest_tokens(tree: Tree, names: Sequence[str]) -> list[float]:
 
 
 def _ratios(tree: Tree) -> dict[str, dict[float, float | None]]:
-    """Return the tokens of each run to each level, by the reference's."""
+    """Return the tokens of each run to each level, relative to the reference."""
     return {
         name: {reach["level"]: reach["ratio"] for reach in run["to_reach"]["tokens"]}
         for name, run in tree["runs"].items()
@@ -61,8 +61,8 @@ def _ratios(tree: Tree) -> dict[str, dict[float, float | None]]:
 
 
 def show(tree: Tree, noise: Mapping[str, float]) -> None:
-    """Print a line for each run; `noise` of its gradient by the reference's, where it was measured."""
-    table = Table(title=f"tokens to a held-out reward, by those of {tree['reference']}")
+    """Print one line a run, with the `noise` of its gradient relative to the reference where measured."""
+    table = Table(title=f"tokens to a held-out reward, relative to {tree['reference']}")
     columns = ["", *(f"{level:g}" for level in tree["levels"]), "final", *(["noise/signal"] if noise else [])]
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
@@ -77,10 +77,10 @@ def show(tree: Tree, noise: Mapping[str, float]) -> None:
 
 
 def keep(name: str, tree: Tree, figures: Mapping[str, float | None]) -> None:
-    """Write results/NAME.json, and the curves into benchmarks/figures."""
+    """Write results/NAME.json, and the curves to figures/."""
     for run in tree["runs"].values():
         for seed in run["seeds"].values():
-            del seed["folder"]  # of this machine
+            del seed["folder"]  # a path on this machine
     path = HERE / "results" / f"{name}.json"
     path.write_text(json.dumps({"figures": figures, "comparison": tree}, separators=(",", ":")) + "\n")
     for axis in ("tokens", "seconds"):

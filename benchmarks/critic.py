@@ -1,8 +1,8 @@
-"""A critic of the policy's own scale: the same model, a value head instead of the vocabulary, all weights trained.
+"""A critic for probe_ablation: the same model with a value head instead of the vocabulary, all weights trained.
 
-Owns its training and its answers. The value of a prompt is the logistic function of a linear map of the last layer's
-normed state at the prompt's last token, which is where PPO's critic stands before the first action. It is fitted by
-cross-entropy to the rewards of the prompt's rollouts; a rollout's own response would be no baseline for that rollout.
+The value of a prompt is the logistic function of a linear map of the last layer's normed state at the prompt's last
+token, where PPO's critic is before the first action. It is fitted by cross-entropy to the rewards of the prompt's
+rollouts. A rollout's own response is not an input, because that would bias its baseline.
 
 Shapes: P prompts, d the model's width.
 """
@@ -29,18 +29,18 @@ BATCH_PROMPTS = 16
 MODEL_LEARNING_RATE = 2e-5
 HEAD_LEARNING_RATE = 1e-3
 WARMUP_SHARE = 0.1
-"""Of the updates; after them the rates fall linearly to 0."""
+"""Share of the updates; after them the rates fall linearly to 0."""
 SETTINGS = {
     "batch_prompts": BATCH_PROMPTS,
     "model_learning_rate": MODEL_LEARNING_RATE,
     "head_learning_rate": HEAD_LEARNING_RATE,
     "warmup_share": WARMUP_SHARE,
 }
-"""What a critic depends on, its data and the number of epochs apart."""
+"""Settings that a critic depends on, besides its data and the number of epochs."""
 
 
 class Critic(torch.nn.Module):
-    """Begins as a constant: the mean reward."""
+    """A critic that starts as a constant, the mean reward."""
 
     def __init__(self, model: str, mean_reward: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Critic(torch.nn.Module):
     def forward(self, prompts: Sequence[Ints]) -> torch.Tensor:
         """Return the logit of each prompt's value, [P]."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        # Padded on the right: causal attention never looks there.
+        # Padded on the right, where causal attention never looks.
         padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(p).long() for p in prompts], batch_first=True)
         states = self.backbone(input_ids=padded, use_cache=False).last_hidden_state
         logits: torch.Tensor = self.head(states[torch.arange(len(prompts)), lengths - 1])[:, 0]
@@ -69,20 +69,20 @@ class Critic(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a critic said after each epoch."""
+    """Values of a critic after each epoch."""
 
     values: list[Floats]
-    """[held-out prompts], an epoch each."""
+    """[held-out prompts] for each epoch."""
     seconds: list[float]
-    """Of training until the end of each epoch: updates so far × the median one, whatever else the machine did."""
+    """Training time until the end of each epoch: updates so far × the median update, whatever the load."""
 
 
 def train(
     model: str, prompts: Sequence[Ints], mean_rewards: Floats, held_out: Sequence[Ints], num_epochs: int
 ) -> Trained:
-    """Fine-tune all weights on prompts [P] and the mean reward of each one's rollouts [P], in random batches.
+    """Fine-tune all weights on prompts [P] and the mean rewards of their rollouts [P], in random batches.
 
-    Cross-entropy is linear in its target: the mean reward gives the gradient of the single rewards' mean.
+    Cross-entropy is linear in its target, so the mean reward gives the mean gradient of the single rewards.
     """
     torch.manual_seed(0)
     source = random.Random(0)
@@ -118,7 +118,7 @@ def train(
 
 
 def _shuffled(prompts: Sequence[Ints], source: random.Random) -> list[list[int]]:
-    """Return batches of prompts of like length, which waste little on padding, in random order."""
+    """Return batches of prompts of similar length, to save padding, in random order."""
     order = list(range(len(prompts)))
     source.shuffle(order)
     pools = [order[start : start + 4 * BATCH_PROMPTS] for start in range(0, len(order), 4 * BATCH_PROMPTS)]

@@ -1,12 +1,12 @@
-"""How long does a service take to end under load, and is anything lost that it had accepted?
+"""How long does a service take to stop under load, and does it lose accepted work?
 
-Services of a tiny model, each in a process of its own; SIGTERM after a random time, several times over:
+Services of a tiny model, each in its own process, receive SIGTERM after a random time, several times:
 
-- generation, on the torch engine, while four callers ask again and again: calls in flight at the signal,
-- learner, within a step: the batch in hand, and the version of the learner that is started again,
-- value, while three callers ask and publish: labels whose publishing returned, in the durable state in the end.
+- generation on the torch engine, with four callers: calls in flight at the signal;
+- learner, within a step: the current batch, and the version of the restarted learner;
+- value, with three callers that ask and publish: published labels that are in the durable state in the end.
 
-Prints a table, writes results/drain.json.
+Prints a table and writes results/drain.json.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tests.integration.value.draining import drain_under_load as drain_value_und
 from tests.support.tiny_models import make_tiny_llama  # noqa: E402
 
 LIMIT_S = 120.0
-"""drain_timeout_s of generation, as the chart sets it; Kubernetes gives half a minute more."""
+"""drain_timeout_s of generation in the chart. Kubernetes waits half a minute longer."""
 
 T = TypeVar("T")
 
 
 def several(rounds: int, drain: Callable[[Path], Coroutine[Any, Any, T]]) -> list[T]:
-    """Drain so often, each time in a folder of its own."""
+    """Drain `rounds` times, each in a new folder, and return the outcomes."""
     outcomes = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(prefix="poise-benchmark-") as folder:
@@ -58,10 +58,10 @@ def times(drains_s: list[float]) -> dict[str, float]:
 
 @click.command()
 @click.option("--rounds", default=10, show_default=True, help="Drains of generation.")
-@click.option("--other-rounds", default=3, show_default=True, help="Drains of learner and value, each.")
-@click.option("--max-tokens", default=100, show_default=True, help="Longest response.")
+@click.option("--other-rounds", default=3, show_default=True, help="Drains of the learner, and of the value service.")
+@click.option("--max-tokens", default=100, show_default=True, help="Maximum response tokens.")
 def main(rounds: int, other_rounds: int, max_tokens: int) -> None:
-    """Drain, count, write."""
+    """Drain services under load and count lost work."""
     source = random.Random(0)
     settings = (f"model={make_model('tiny')}", f"drain_timeout_s={LIMIT_S}")
     command = [sys.executable, "-m", "poise.generation", *(part for one in settings for part in ("--set", one))]
@@ -107,7 +107,7 @@ def main(rounds: int, other_rounds: int, max_tokens: int) -> None:
     path.write_text(json.dumps({"figures": figures, "rounds": [asdict(one) for one in generation]}, indent=1) + "\n")
     lost = [name for numbers in figures.values() for name, number in numbers.items() if "lost" in name and number]
     if lost:
-        raise SystemExit(f"what was accepted was lost: {', '.join(lost)}")
+        raise SystemExit(f"accepted work was lost: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Generation replicas that come and go while a run is driven: is the work shared, and is anything lost or doubled?
+"""Is work lost or doubled when generation replicas die, join and drain during a run?
 
-A run of a tiny model on three replicas of the torch engine, each a process of its own: one is killed with work in hand,
-one is added, one is told to stop with work in hand; then the run goes on to its end. It is the scenario of
-tests/integration/orchestrator/test_elastic_generation.py. Prints a table, writes results/elastic_generation.json.
+Runs a tiny model on three replicas of the torch engine, each in its own process. One is killed with unfinished
+rollouts, one is added, and one is drained; then the run continues to its end.
+tests/integration/orchestrator/test_elastic_generation.py runs the same scenario. Prints a table and writes
+results/elastic_generation.json.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What do the learner and its weights do on a GPU?
+"""How do training, sampling and pushes of weights perform on a GPU?
 
-A Qwen3 with random weights, of 0.6, 1.7 or 4 billion parameters, bfloat16:
+Builds a Qwen3 with random weights and 0.6, 1.7 or 4 billion parameters, in bfloat16:
 
-- the torch engine samples a few rollouts, through the generation service. The learner's log-probabilities of them,
-  before it is trained, are compared with the engine's: two implementations, the same numbers.
-- the learner takes steps on prompts of 100 to 400 tokens, two siblings each, whose responses have the lengths of
-  reasoning models; as it is, and under torchrun with FSDP2, on as many GPUs as `--processes` says: one will do.
-- what it made of the weights is pushed to the engine, on the same GPU: whole and as a delta, over gRPC and through a
-  shared file. The digests are compared. With a second GPU, and vllm beside torch, whole versions go to it by NCCL too.
+- The torch engine samples a few rollouts through the generation service. The learner's log-probabilities of them,
+  before it is trained, are compared with the engine's.
+- The learner takes steps on prompts of 100 to 400 tokens with two siblings each, whose responses have the lengths of
+  reasoning models: as one process, and under torchrun with FSDP2 on `--processes` GPUs (one is enough).
+- The new weights are pushed to the engine on the same GPU: whole and as a delta, over gRPC and through a shared file.
+  The digests are compared. With a second GPU and vLLM, whole versions are also pushed by NCCL.
 
-The engine and the learner take turns on the GPU, each in a process of its own. Prints a table, and on a GPU writes
-results/gpu_learner.json. `--device cpu --size tiny` shows that the script works, and nothing else.
+Engine and learner take turns on the GPU, each in its own process. Prints a table, and on a GPU writes
+results/gpu_learner.json. `--device cpu --size tiny` only checks that the script runs.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ Weights = dict[str, WeightArray]
 
 @dataclass(frozen=True)
 class Size:
-    """A shape of Qwen3, and work that fits it."""
+    """A shape of Qwen3, and the work to measure."""
 
     model: dict[str, int]
     vocabulary: int = 151936
     prompt_tokens: tuple[int, int] = (100, 400)
     response_tokens: tuple[int, int] = (1000, 4096)
-    """Median and limit."""
+    """Median and maximum."""
     micro_batch_tokens: int = 16384
 
 
@@ -81,7 +81,7 @@ SIZES = {
 
 
 def make_model(folder: Path, size: Size, device: str) -> None:
-    """Write a model with random weights, and a tokenizer of as many words."""
+    """Write a model with random weights, and a tokenizer of its vocabulary."""
     import tokenizers
     import torch
     import transformers
@@ -99,7 +99,7 @@ def make_model(folder: Path, size: Size, device: str) -> None:
         model = transformers.Qwen3ForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     del model
-    torch.cuda.empty_cache()  # all of the GPU is the others'
+    torch.cuda.empty_cache()  # leave the GPU to the other processes
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w1")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), eos_token="w0", clean_up_tokenization_spaces=False
@@ -107,7 +107,7 @@ def make_model(folder: Path, size: Size, device: str) -> None:
 
 
 def make_rollouts(size: Size, num_prompts: int, seed: int = 0) -> list[TrainingRollout]:
-    """Pairs of siblings with log-normal lengths."""
+    """Return pairs of siblings with log-normal lengths."""
     random = np.random.default_rng(seed)
     median, limit = size.response_tokens
     rollouts = []
@@ -120,7 +120,7 @@ def make_rollouts(size: Size, num_prompts: int, seed: int = 0) -> list[TrainingR
                     RolloutId("benchmark", 0, f"g{group}", index),
                     prompt,
                     random.integers(1, size.vocabulary, length).astype(np.int32),
-                    np.full(length, -np.log(size.vocabulary), np.float32),  # about what random weights say
+                    np.full(length, -np.log(size.vocabulary), np.float32),  # about that of random weights
                     float(random.normal()),
                     (VersionSpan(0, length, 0),),
                 )
@@ -226,7 +226,7 @@ def load(path: Path) -> Weights:
 
 @contextlib.asynccontextmanager
 async def engine(folder: Path, device: str) -> AsyncIterator[AsyncGenerationClient]:
-    """Run a generation service with the torch engine; yield a client of it when it is ready."""
+    """Run a generation service with the torch engine, and yield a client once it is ready."""
     address = folder / "address.json"
     address.unlink(missing_ok=True)
     settings = {
@@ -273,7 +273,7 @@ async def is_ready(client: AsyncGenerationClient) -> bool:
 
 
 async def sample(folder: Path, size: Size, device: str, num_prompts: int, num_tokens: int) -> dict[str, float]:
-    """Sample pairs of rollouts, and keep them as a batch for the learner."""
+    """Sample pairs of rollouts, and save them as a batch for the learner."""
     random = np.random.default_rng(1)
     prompts = [
         Prompt(f"s{i}", random.integers(1, size.vocabulary, size.prompt_tokens[0]).tolist()) for i in range(num_prompts)
@@ -303,7 +303,7 @@ async def sample(folder: Path, size: Size, device: str, num_prompts: int, num_to
 
 
 def sending_device(device: str) -> str | None:
-    """Return where a version is sent from to an engine on a device: NCCL's members have a GPU each."""
+    """Return the device that sends to an engine on `device`, or None. Each NCCL member needs its own GPU."""
     import torch
 
     if not device.startswith("cuda"):
@@ -312,7 +312,7 @@ def sending_device(device: str) -> str | None:
 
 
 async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
-    """Push versions in turn: one whole, the other as what changed; over gRPC, then through a file."""
+    """Push versions in turn, one whole and one as a delta, over gRPC and through a file."""
     from poise.learner.publishing.process_group import GroupSender
     from poise.learner.publishing.transports import SharedTransport
     from poise.runtime.network.broadcast_group import backend_of
@@ -336,7 +336,7 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
             if shared:
                 transport.remove(placed)
             if (await client.get_policy()).digest != one.manifest.digest:
-                raise SystemExit(f"after {name}, the engine serves other weights than it was sent")
+                raise SystemExit(f"after {name}, the engine serves other weights than those sent")
             rows.setdefault(name, []).append((took_s, update.pause_s, one.body_bytes))
 
         def prepare(which: int, *, keep: bool) -> WeightPush:
@@ -363,8 +363,8 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
                 update = await sender.send(one, client, await client.get_policy(), 600)
                 took_s = time.perf_counter() - started_s
                 if (await client.get_policy()).digest != one.manifest.digest:
-                    raise SystemExit("what came through the group is not what was sent")
-                if repeat:  # the first of them meets
+                    raise SystemExit("the engine serves other weights than those sent through the group")
+                if repeat:  # the first one also forms the group
                     rows.setdefault(f"whole, {backend_of(sending)}", []).append(
                         (took_s, update.pause_s, one.body_bytes)
                     )
@@ -439,15 +439,15 @@ def machine(device: str) -> dict[str, object]:
 @click.option("--size", type=click.Choice(list(SIZES)), default="1.7b", show_default=True, help="Shape of the model.")
 @click.option("--device", default="cuda", show_default=True, help="A torch device.")
 @click.option("--processes", default=1, show_default=True, help="GPUs for FSDP2.")
-@click.option("--prompts", default=32, show_default=True, help="Prompts of a step, two rollouts each.")
-@click.option("--steps", default=3, show_default=True, help="Steps measured, after two that are not.")
+@click.option("--prompts", default=32, show_default=True, help="Prompts a step, two rollouts each.")
+@click.option("--steps", default=3, show_default=True, help="Measured steps, after two warm-ups.")
 @click.option("--repeats", default=3, show_default=True, help="Rounds of pushes.")
 @click.option("--checkpointing/--no-checkpointing", default=True, show_default=True, help="Gradient checkpointing.")
 @click.option("--learn", "folder", type=click.Path(path_type=Path), hidden=True)
 def main(
     size: str, device: str, processes: int, prompts: int, steps: int, repeats: int, checkpointing: bool, folder: Path
 ) -> None:
-    """Measure, print, write."""
+    """Measure the learner, the engine and pushes on a GPU."""
     if folder is not None:
         learn(folder, SIZES[size], device, prompts, steps, checkpointing=checkpointing)
         return

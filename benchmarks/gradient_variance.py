@@ -1,20 +1,20 @@
-"""How noisy is the gradient of each algorithm, at the same policy and for the same number of sampled tokens?
+"""How noisy is each algorithm's gradient, at the same policy and for the same number of sampled tokens?
 
-A run of the `tiny` preset is stopped in the middle. Its policy is then held still, its services stay up, and each
-algorithm samples batches of its own, by the very code that a run samples with; the learner's own code computes their
-gradients, before clipping, at a learning rate that moves nothing. Over K independent batches with gradients g_k
+Stops a run of the `tiny` preset in the middle and keeps its services up. Each algorithm samples batches with the
+run's own code, and the learner's code computes their gradients before clipping, at a learning rate that moves
+nothing. Over K independent batches with gradients g_k
 
     noise   tr Cov(g) = (Σ‖g_k‖² − ‖Σ g_k‖²/K) / (K − 1)
     signal  ‖E g‖²    = (‖Σ g_k‖² − Σ‖g_k‖²) / (K(K − 1))
 
-are unbiased. A batch of twice the tokens has half the noise, so noise is told times the tokens that a batch sampled,
-those of dropped groups included. Algorithms that divide by a standard deviation, or shrink the gradient with a baseline
-that holds the rollout's own reward, scale noise and signal alike; what counts is noise by signal. `halves` is tr Cov(g)
-as `learner.measure_gradient_variance` finds it, from the two halves of each batch alone.
+are unbiased. A batch of twice the tokens has half the noise, so noise is multiplied by the tokens of a batch,
+including those of dropped groups. Dividing by a standard deviation, and a baseline that contains the rollout's own
+reward, scale noise and signal alike, so the result is noise / signal. `halves` is tr Cov(g) as
+`learner.measure_gradient_variance` estimates it, from the two halves of each batch.
 
-What each baseline knows is what the run would have let it know: the probe is the run's own, taught by older policies;
-SPO's trackers and PPO's critic are taught on the prompts that the run trained on, sampled anew from the policy of now.
-Prints a table, writes results/gradient_variance.json. Intervals are of 95 %, by the jackknife over batches.
+Each baseline knows what it would know in the run. The probe is the run's own, fitted to older policies. SPO's
+trackers and PPO's critic learn on the prompts that the run trained on, sampled again from the current policy. Prints
+a table and writes results/gradient_variance.json. Intervals are 95 %, by the jackknife over batches.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from poise.orchestrator.tasks.mixture import Mixture
 HERE = Path(__file__).parent
 REFERENCE = "grpo-8"
 ROLLOUTS = 128
-"""Of a batch."""
+"""Rollouts of a batch."""
 FIRST_STEP = 100_000
-"""Of the batches measured: their prompts are none that the run trained on in the same order."""
+"""First step of the measured batches, so that their prompts differ from those of the run."""
 STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "gradient_clip": 1e30, "warmup_updates": 0}
 
 ALGORITHMS: dict[str, tuple[str, int]] = {
@@ -76,10 +76,10 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one algorithm; intervals are half their width."""
+    """Result of one algorithm; intervals are half widths."""
 
     tokens: float
-    """Sampled for a batch, mean."""
+    """Mean tokens sampled for a batch."""
     noise: float
     """tr Cov(g) of a batch."""
     noise_interval: float
@@ -93,7 +93,7 @@ class Measured:
 
 
 class Nowhere:
-    """A journal that keeps nothing; and a watcher that looks away."""
+    """A journal and a callback that discard everything."""
 
     def write(self, step: JournalledStep) -> None: ...
 
@@ -103,14 +103,14 @@ class Nowhere:
 
 
 def noise_and_signal(products: Doubles) -> tuple[float, float]:
-    """Return both, of the gradients' inner products [K, K]."""
+    """Return noise and signal from the gradients' inner products [K, K]."""
     k = len(products)
     squares, square_of_sum = float(np.trace(products)), float(products.sum())
     return (squares - square_of_sum / k) / (k - 1), (square_of_sum - squares) / (k * (k - 1))
 
 
 def jackknifed(products: Doubles, statistic: Callable[[Doubles], float]) -> float:
-    """Return half the width of a statistic's 95 % interval."""
+    """Return the half width of a statistic's 95 % interval."""
     k = len(products)
     left_out = [statistic(np.delete(np.delete(products, i, 0), i, 1)) for i in range(k)]
     return 1.96 * math.sqrt((k - 1) / k * float(np.square(np.array(left_out) - np.mean(left_out)).sum()))
@@ -119,7 +119,7 @@ def jackknifed(products: Doubles, statistic: Callable[[Doubles], float]) -> floa
 async def measure(
     name: str, run: LocalRun, services: Services, scorer: Scorer, model: str, num_batches: int, policy_version: int
 ) -> Measured:
-    """Sample batches, and return how their gradients scatter."""
+    """Sample batches and return noise and signal of their gradients."""
     kind, num_rollouts = ALGORITHMS[name]
     config = run.train.model_validate(
         run.train.model_dump()
@@ -167,7 +167,7 @@ async def measure(
 
 
 def still_trainer(config: OrchestratorConfig, learner: LearnerConfig, model: str) -> Trainer:
-    """Return the learner's trainer with the loss that belongs to the algorithm; its policy does not move."""
+    """Return a trainer with the algorithm's loss, whose policy does not move."""
     settings = config.algorithm.learner_settings(config.sampling.max_tokens)
     if "critic" in settings:
         settings["critic"] = {"learning_rate": learner.optimizer.learning_rate}
@@ -183,7 +183,7 @@ def still_trainer(config: OrchestratorConfig, learner: LearnerConfig, model: str
 
 @asynccontextmanager
 async def services_of(run: LocalRun, options: list[str]) -> AsyncIterator[None]:
-    """Keep the services of a run that was stopped up, as it left them."""
+    """Run the services of a stopped run."""
     command = [sys.executable, "-c", "from poise.cli import main; main()"]
     up = subprocess.Popen([*command, "up", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -197,7 +197,7 @@ async def services_of(run: LocalRun, options: list[str]) -> AsyncIterator[None]:
 
 
 async def measure_all(run: LocalRun, options: list[str], names: list[str], num_batches: int) -> dict[str, Measured]:
-    """Return what each algorithm's gradients are like at the run's policy."""
+    """Return the result of each algorithm at the run's policy."""
     results = {}
     async with (
         services_of(run, options),
@@ -232,10 +232,10 @@ def show(results: dict[str, Measured], num_steps: int) -> None:
 
 
 @click.command()
-@click.option("--steps", default=12, show_default=True, help="Steps of the run whose policy is held still.")
-@click.option("--batches", default=64, show_default=True, help="Batches an algorithm.")
+@click.option("--steps", default=12, show_default=True, help="Steps of the run before its policy is frozen.")
+@click.option("--batches", default=64, show_default=True, help="Batches for each algorithm.")
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(ALGORITHMS)), help="Of these algorithms, and the reference."
+    "--only", multiple=True, type=click.Choice(list(ALGORITHMS)), help="Measure these algorithms and the reference."
 )
 def main(steps: int, batches: int, only: tuple[str, ...]) -> None:
     torch.set_num_threads(1)

@@ -1,15 +1,14 @@
-"""How much faster, and in how much less memory, does the learner train than a plain loop of transformers and AdamW?
+"""How much faster does the learner train than a plain transformers loop with AdamW, and in how much less memory?
 
-Both take the same optimizer step on the same rollouts, with the same loss: SmolLM2-135M's architecture with random
-weights, full float32, pairs of siblings whose responses have lengths as wide apart as those of reasoning models. The
-plain loop is what the documentation of transformers and of torch leads to: eight rollouts at a time, padded to the
-longest, logits for all, log_softmax, gather, clipped ratios, backward, AdamW (fused: the plain one is slower, and holds
-more). It computes neither entropies nor the other numbers of a step; the learner does.
+Both take the same optimizer step on the same rollouts with the same loss: SmolLM2-135M's architecture with random
+weights, in float32, pairs of siblings whose response lengths vary as widely as those of reasoning models. The plain
+loop follows the documentation of transformers and torch: eight rollouts at a time, padded to the longest, logits for
+all tokens, log_softmax, gather, clipped ratios, backward, fused AdamW (the plain one is slower and needs more
+memory). It computes no entropies and no other metrics; the learner does.
 
-Each contender lives in a process of its own, and they take steps in turn. Memory is the largest resident set of the
-process after its first step began, less the resident set when the model was loaded: gradients, AdamW's moments and
-all that passes through. That both losses and gradient norms are the same is checked. Prints a table and writes
-results/learner_throughput.json.
+Each contender runs in its own process, and they take steps in turn. Memory is the peak resident set after the first
+step began, minus the resident set after loading: gradients, AdamW's moments and all temporary tensors. Losses and
+gradient norms must agree. Prints a table and writes results/learner_throughput.json.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def make_rollouts(num_prompts: int, num_siblings: int, seed: int = 0) -> list[Tr
                     RolloutId("benchmark", 0, f"g{group}", index),
                     prompt,
                     random.integers(0, VOCABULARY, length).astype(np.int32),
-                    np.full(length, -np.log(VOCABULARY), np.float32),  # about what random weights say
+                    np.full(length, -np.log(VOCABULARY), np.float32),  # about that of random weights
                     float(random.normal()),
                     (VersionSpan(0, length, 0),),
                 )
@@ -83,7 +82,7 @@ def make_rollouts(num_prompts: int, num_siblings: int, seed: int = 0) -> list[Tr
 
 
 def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int) -> Callable[[], dict[str, float]]:
-    """Load a model; return what takes one step."""
+    """Load a model, and return a function that takes one step."""
     import torch
     import transformers
 
@@ -125,7 +124,7 @@ def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int)
 def learner_step(
     folder: str, rollouts: Sequence[TrainingRollout], contender: Contender
 ) -> Callable[[], dict[str, float]]:
-    """Load the learner's trainer; return what takes one step."""
+    """Load the learner's trainer, and return a function that takes one step."""
     from poise.learner.config import LearnerConfig, OptimizerConfig
     from poise.learner.training.trainer import Trainer
 
@@ -149,14 +148,14 @@ def learner_step(
 
 
 def worker(folder: str, contender: Contender, num_prompts: int, num_siblings: int) -> None:
-    """Load, say so; then a step for every line that comes in, and its numbers out."""
+    """Load and print a line; then take a step for each input line, and print its numbers."""
     rollouts = make_rollouts(num_prompts, num_siblings)
     if contender.plain_rollouts:
         step = plain_step(folder, rollouts, contender.plain_rollouts)
     else:
         step = learner_step(folder, rollouts, contender)
     loaded_bytes = memory_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here: what loading took is not training's
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, to exclude loading
     print("{}", flush=True)
     for _ in sys.stdin:
         started_s = time.perf_counter()
@@ -233,7 +232,7 @@ def measure(num_prompts: int, num_siblings: int, num_steps: int) -> list[dict[st
         for contender in CONTENDERS:
             workers.append(Worker(contender, arguments))
             stack.callback(workers[-1].close)
-        for _ in range(1 + num_steps):  # the first makes AdamW's moments
+        for _ in range(1 + num_steps):  # the first step creates AdamW's moments
             for one in workers:
                 one.step()
         return [one.row(num_tokens) for one in workers]
@@ -270,12 +269,12 @@ def machine() -> dict[str, object]:
 
 @click.command()
 @click.option("--prompts", default=12, show_default=True, help="Prompts of the batch.")
-@click.option("--siblings", default=2, show_default=True, help="Rollouts of each prompt.")
-@click.option("--steps", default=3, show_default=True, help="Steps measured, after one that is not.")
+@click.option("--siblings", default=2, show_default=True, help="Rollouts a prompt.")
+@click.option("--steps", default=3, show_default=True, help="Measured steps, after one warm-up.")
 @click.option("--worker", "contender", hidden=True)
 @click.option("--folder", hidden=True)
 def main(prompts: int, siblings: int, steps: int, contender: str | None, folder: str) -> None:
-    """Measure, print, write."""
+    """Compare the learner with a plain loop."""
     if contender is not None:
         worker(folder, Contender(**json.loads(contender)), prompts, siblings)
         return

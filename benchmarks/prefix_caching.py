@@ -1,8 +1,8 @@
-"""What do siblings gain that read their prompt from vLLM's prefix cache, and what do short prompts lose?
+"""How much do siblings gain from vLLM's prefix cache, and what do short prompts lose?
 
-Groups of one engine with the cache and of one without, one after the other, and that twice; every round has prompts of
-its own, so that siblings alone share. CPU seconds are of vLLM's processes: they hold on a machine that others use,
-which rollouts/s do not. Prints a table, writes results/prefix_caching.json.
+Samples groups with and without the cache, in turns, twice. Each round has new prompts, so only siblings share. CPU
+seconds are those of vLLM's processes, which other load on the machine does not change, unlike rollouts/s. Prints a
+table and writes results/prefix_caching.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Cost = tuple[float, float]
 
 
 def cpu_s() -> float:
-    """Return what vLLM's processes have used."""
+    """Return the CPU seconds of vLLM's processes."""
     times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
     return sum(time.user + time.system for time in times)
 
@@ -47,11 +47,11 @@ def cpu_s() -> float:
 async def measure(
     model: str, prefix_caching: bool, rounds: int, groups: int, max_tokens: int, seeds: itertools.count[int]
 ) -> dict[Shape, list[Cost]]:
-    """Return what each round cost, by shape; the first of each is not counted."""
+    """Return the cost of each round by shape, without the first round."""
     vllm = VllmConfig(threads=1, prefix_caching=prefix_caching)
     engine = VllmEngine(GenerationConfig(model=model, max_model_len=1024, max_num_seqs=32, vllm=vllm))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of vLLM's imports
+        warnings.simplefilter("ignore")  # from vLLM's imports
         await engine.start()
     costs: dict[Shape, list[Cost]] = {shape: [] for shape in SHAPES}
     try:
@@ -77,12 +77,12 @@ async def measure(
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="A model that `poise up` knows.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds of each shape that count, each time.")
+@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="A model of `poise models`.")
+@click.option("--rounds", default=3, show_default=True, help="Measured rounds of each shape.")
 @click.option("--groups", default=2, show_default=True, help="Groups at once.")
-@click.option("--max-tokens", default=8, show_default=True, help="Longest response.")
+@click.option("--max-tokens", default=8, show_default=True, help="Maximum response tokens.")
 def main(model: str, rounds: int, groups: int, max_tokens: int) -> None:
-    """Measure, print, write."""
+    """Measure the gain of vLLM's prefix cache."""
     seeds = itertools.count()
     costs: dict[bool, dict[Shape, list[Cost]]] = {on: {shape: [] for shape in SHAPES} for on in (False, True)}
     for on in (False, True, True, False):

@@ -1,16 +1,16 @@
-"""What does the probe see? Each input alone and together, beside its rivals, on real rollouts.
+"""Which inputs help the probe, and how good are other estimators, on real rollouts?
 
-`collect` samples SmolLM2-135M-Instruct once, see `probe_ablation_data`; `evaluate` compares on what was sampled, prints
-tables, and writes results/probe_ablation.json and figures/probe_ablation.svg. The critic is trained at the
-first `evaluate`, about ten minutes, and its answers are kept beside the rollouts.
+`collect` samples SmolLM2-135M-Instruct once (see `probe_ablation_data`). `evaluate` compares estimators on these
+rollouts, prints tables, and writes results/probe_ablation.json and figures/probe_ablation.svg. The first `evaluate`
+trains the critic, about ten minutes, and saves its values beside the rollouts.
 
-**New prompts.** Everything is fitted on the training prompts, 384 a domain with two rollouts each, and judged on 48
-held-out prompts a domain with sixteen. Each rollout's value is held against the eight rollouts of the other half of its
-prompt: against their mean (Avg@8), and against each of their rewards, which is the advantage of a group of two.
-Intervals: bootstrap over held-out prompts within domains, 95 %; domains count alike.
+**New prompts.** Estimators are fitted on the training prompts, 384 a domain with two rollouts each, and judged on 48
+held-out prompts a domain with sixteen. Each rollout's value is compared with the eight rollouts of the other half of
+its prompt: with their mean (Avg@8), and with each of their rewards, which gives the advantage of a group of two.
+Intervals are 95 % bootstraps over held-out prompts within domains; all domains have equal weight.
 
 **Prompts that come again.** Half of a held-out prompt's rollouts are its past, two a pass; the other half are new and
-held against each other. The tracker has seen the past, and so has a probe whose window holds it.
+compared with each other. The tracker has seen the past, and so has a probe whose window contains it.
 """
 
 from __future__ import annotations
@@ -57,27 +57,28 @@ HERE = Path(__file__).parent
 )
 @click.pass_context
 def main(context: click.Context, folder: Path) -> None:
-    """Compare what the probe sees, and its rivals, on real rollouts."""
+    """Compare inputs of the probe, and other estimators, on real rollouts."""
     context.obj = folder
 
 
 @main.command("collect")
 @click.pass_obj
 def collect_command(folder: Path) -> None:
-    """Sample what is missing: about a quarter of an hour on two cores. Ended early, it goes on when called again."""
+    """Sample the missing rollouts: about 15 minutes on two cores. An interrupted call can be repeated."""
     collect(folder)
 
 
 @main.command()
 @click.pass_obj
 def evaluate(folder: Path) -> None:
-    """Fit, compare, print, write."""
+    """Fit and compare the estimators; print and write the results."""
     console = Console(width=180)
     domains = load(folder)
     console.print(domains_table(domains))
     rewards = [domain.held_out.rewards for domain in domains]
     best = float(np.mean([within_variance(r) for r in rewards]))
-    told = f"means over {', '.join(domain.name for domain in domains)}; of mean A² {best:.4f} is rollouts' own chance"
+    names = ", ".join(domain.name for domain in domains)
+    caption = f"means over {names}; {best:.4f} of the mean A² is the rollouts' own chance"
 
     values, training_s = on_new_prompts(domains, folder)
     sums = {
@@ -86,11 +87,11 @@ def evaluate(folder: Path) -> None:
     }
     new = report(sums, REFERENCE)
     against_critic = report(sums, CRITIC)[FRUGAL[WITH_REWARD]]["squared_advantage"].gap
-    console.print("A² of the probe as it comes less the critic's, and its interval, paired by prompt:", against_critic)
-    console.print(report_table("new prompts", new, told))
+    console.print("A² of the default probe minus the critic's, with its interval, paired by prompt:", against_critic)
+    console.print(report_table("new prompts", new, caption))
     again = {passes: report(sums, SEEN) for passes, sums in on_prompts_again(domains).items()}
     for passes, found in again.items():
-        console.print(report_table(f"prompts that came {passes} times before", found, told))
+        console.print(report_table(f"prompts that came {passes} times before", found, caption))
     windows = {num_rows: on_windows(domains, num_rows) for num_rows in tqdm(WINDOWS, "windows", leave=False)}
     console.print(windows_table(windows))
     console.print("training, s: " + ", ".join(f"{name} {spent:.2f}" for name, spent in training_s.items()))
@@ -125,8 +126,8 @@ def evaluate(folder: Path) -> None:
 
 
 def processor() -> str:
-    told = (line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    return next((line[1].strip() for line in told if line[0].strip() == "model name"), platform.processor())
+    lines = (line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return next((line[1].strip() for line in lines if line[0].strip() == "model name"), platform.processor())
 
 
 def key_figures(

@@ -1,10 +1,10 @@
-"""The rollouts that `probe_ablation` judges estimators on: sampled once from SmolLM2-135M-Instruct, kept, reused.
+"""Rollouts for `probe_ablation`, sampled once from SmolLM2-135M-Instruct and kept in files.
 
-Owns the tasks, the sampling and the files. Three domains of elementary skills, each with one solved example. Training
-prompts have two rollouts each, as in a POISE step; held-out prompts, which are others, sixteen.
+Three domains of elementary skills, each with one solved example. Training prompts have two rollouts each, as in a
+POISE step; held-out prompts are different ones with sixteen.
 
-A folder holds `settings.json`, and of every batch of prompts a `.json` with their problems and the texts of the
-responses, and a `.safetensors` with all numbers, written last. What is there is not sampled again.
+A folder holds `settings.json`. Each batch of prompts has a `.json` with its problems and responses, and a
+`.safetensors` with all numbers, which is written last. Existing batches are not sampled again.
 
 Shapes: P prompts of a batch, n rollouts of each, d the model's width.
 """
@@ -46,7 +46,7 @@ TEMPERATURE = 1.0
 MAX_TOKENS = 32
 MAX_MODEL_LEN = 256
 SPLITS = {"training": (384, 2), "held_out": (48, 16)}
-"""Prompts a domain, and rollouts of each."""
+"""Prompts of a domain, and rollouts of each."""
 ROLLOUTS_A_BATCH = 192
 
 
@@ -86,7 +86,7 @@ LIST_SKILLS = {"repeat": _repeat, "reverse": _reverse, "sort": _sort, "count": _
 
 
 def _draw_list(source: random.Random) -> Problem:
-    """Tell a problem as `primer.draw` does."""
+    """Return a problem of the domain `lists`, in the form of `primer.draw`."""
     skill = source.choice(list(LIST_SKILLS))
     example, solution = LIST_SKILLS[skill](random.Random(100))
     question, answer = LIST_SKILLS[skill](source)
@@ -117,7 +117,7 @@ class Batch:
 
 
 def batches() -> list[Batch]:
-    """Return all of a collection, always the same. Held-out prompts and training prompts are disjoint."""
+    """Return all batches of a collection, always the same. Held-out and training prompts are disjoint."""
     found = []
     for domain, draw in DOMAINS.items():
         problems = _distinct(domain, draw, sum(num_prompts for num_prompts, _ in SPLITS.values()))
@@ -131,7 +131,7 @@ def batches() -> list[Batch]:
 
 
 def _distinct(domain: str, draw: Callable[[random.Random], Problem], num: int) -> list[Problem]:
-    """Return problems with different prompts, shuffled: some skills run out of them before others."""
+    """Return problems with distinct prompts, shuffled because some skills have fewer of them."""
     source = random.Random(domain)
     problems: dict[str, Problem] = {}
     while len(problems) < num:
@@ -143,7 +143,7 @@ def _distinct(domain: str, draw: Callable[[random.Random], Problem], num: int) -
 
 
 def settings() -> dict[str, object]:
-    """Return what a collection depends on."""
+    """Return the settings that a collection depends on."""
     keys = [problem.key for batch in batches() for problem in batch.problems]
     return {
         "model": MODEL,
@@ -157,7 +157,7 @@ def settings() -> dict[str, object]:
 
 
 def check_settings(folder: Path) -> bool:
-    """Whether the folder holds a collection, begun or done; one of other settings is refused."""
+    """Return whether the folder holds a collection, partial or complete; reject one with other settings."""
     path = folder / "settings.json"
     if not path.exists():
         return False
@@ -165,7 +165,7 @@ def check_settings(folder: Path) -> bool:
     if differing := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
         raise click.ClickException(
             f"{folder} was collected with other settings: {', '.join(differing)}. Name another folder with --data, or "
-            "remove this one to sample anew."
+            "remove this one to sample again."
         )
     return True
 
@@ -175,7 +175,7 @@ def missing(folder: Path) -> list[Batch]:
 
 
 def collect(folder: Path) -> None:
-    """Sample what is not there. Ended at any moment, it goes on from there when called again."""
+    """Sample the missing batches. An interrupted call can be repeated."""
     if not check_settings(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "settings.json", json.dumps(settings(), indent=2).encode())
@@ -222,10 +222,10 @@ def _write(
     folder: Path, batch: Batch, prompts: Sequence[Sequence[int]], rollouts: Sequence[EngineRollout], seconds: float
 ) -> None:
     siblings = [rollouts[i : i + batch.num_rollouts] for i in range(0, len(rollouts), batch.num_rollouts)]
-    rewards, told = [], []
+    rewards, records = [], []
     for problem, group in zip(batch.problems, siblings, strict=True):
         rewards += [bind(problem)(rollout.text) for rollout in group]
-        told.append({**asdict(problem), "responses": [rollout.text for rollout in group]})
+        records.append({**asdict(problem), "responses": [rollout.text for rollout in group]})
     arrays = {
         "prompt_ids": np.concatenate([np.array(prompt, np.int32) for prompt in prompts]),
         "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
@@ -236,7 +236,7 @@ def _write(
         "response_hidden": np.stack([rollout.features.response_hidden for rollout in rollouts]),
         "entropies": np.array([_entropies(rollout.features) for rollout in rollouts], np.float32),
     }
-    write_file(folder / f"{batch.name}.json", json.dumps({"seconds": seconds, "problems": told}, indent=1).encode())
+    write_file(folder / f"{batch.name}.json", json.dumps({"seconds": seconds, "problems": records}, indent=1).encode())
     write_file(folder / f"{batch.name}.safetensors", save(arrays))
 
 
@@ -251,7 +251,7 @@ class Prompts:
 
     groups: list[LabelledRows]
     token_ids: list[NDArray[np.int32]]
-    """Of each group's prompt."""
+    """Tokens of each group's prompt."""
 
     @property
     def rewards(self) -> NDArray[np.float32]:
@@ -261,7 +261,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """What was sampled of a domain."""
+    """Rollouts of one domain."""
 
     name: str
     training: Prompts
@@ -271,11 +271,9 @@ class Domain:
 def load(folder: Path) -> list[Domain]:
     """Read a whole collection."""
     if not check_settings(folder):
-        raise click.ClickException(f"{folder} holds no rollouts. Run `collect` first: about a quarter of an hour.")
+        raise click.ClickException(f"{folder} holds no rollouts. Run `collect` first; it takes about 15 minutes.")
     if left := missing(folder):
-        raise click.ClickException(
-            f"{folder}: {len(left)} batches are not sampled yet. Run `collect` again: it goes on."
-        )
+        raise click.ClickException(f"{folder}: {len(left)} batches are not sampled yet. Run `collect` again.")
     splits: dict[tuple[str, str], Prompts] = {}
     for batch in batches():
         domain, split, _ = batch.name.split("-")
@@ -294,5 +292,5 @@ def _groups(batch: Batch, domain: str, arrays: dict[str, NDArray[np.float32]]) -
 
 
 def digest(domains: Sequence[Domain]) -> str:
-    """Return the identity of what estimators are fitted on, hex."""
+    """Return a hex digest of the data that estimators are fitted on."""
     return hashlib.sha256(b"".join(domain.training.rewards.tobytes() for domain in domains)).hexdigest()

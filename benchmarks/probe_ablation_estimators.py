@@ -1,4 +1,4 @@
-"""What a prompt's rollouts are expected to get, told by each estimator of `probe_ablation`: the probe and its rivals.
+"""The estimators of `probe_ablation`: the probe with various inputs, and its rivals.
 
 Shapes: P prompts of a domain's split, n rollouts of each, S sums.
 """
@@ -40,7 +40,7 @@ INPUTS: dict[str, tuple[ProbeInput, ...]] = {
 }
 ROWS_PER_COMPONENT = ProbeConfig().rows_per_component
 FRUGAL = {name: f"{name}, {ROWS_PER_COMPONENT} rows a dimension" for name in (REFERENCE, WITH_REWARD)}
-"""Inputs that are tried with as few dimensions as the service takes by default, and what that is called."""
+"""Inputs that are also tried with the default number of dimensions, and the name of that estimator."""
 COMPONENTS = (32, 64)
 ALPHA = 100.0
 
@@ -49,10 +49,10 @@ RLOO = "sibling's reward (RLOO of 2)"
 SEEN = "probe, past in its window"
 
 DISCOUNTS = (1.0, 0.875)
-"""Of the tracker: none, which is best while the policy stands still; and one that keeps 8 visits in mind."""
+"""Half-lives of the tracker: none, which is best for a fixed policy, and 8 visits."""
 TRACKER = f"tracker, discount {DISCOUNTS[0]:g}"
 PASSES = (0, 1, 2, 4)
-"""How often a prompt came before, with two rollouts each time."""
+"""Numbers of earlier passes over a prompt, with two rollouts each."""
 
 CRITIC_EPOCHS = 2
 CRITIC = f"critic, epoch {CRITIC_EPOCHS}"
@@ -69,7 +69,7 @@ def fitted(
 
 
 def asked(probe: FittedProbe, groups: Sequence[LabelledRows]) -> Floats:
-    """Return the probe's values of groups of one size, [P, n]."""
+    """Return the probe's values of groups of equal size, [P, n]."""
     return probe.predict(FeatureRows.concatenate([group.inputs for group in groups])).reshape(len(groups), -1)
 
 
@@ -82,13 +82,13 @@ def repeated(values_P: Floats, num_rollouts: int) -> Floats:
 
 
 def half_means(rewards_Pn: Floats) -> Floats:
-    """Return of each row the mean of its own half, [P, n]."""
+    """Return for each row the mean of its own half, [P, n]."""
     halves = np.split(rewards_Pn, 2, axis=1)
     return np.concatenate([repeated(half.mean(axis=1), half.shape[1]) for half in halves], axis=1)
 
 
 def batch_means(domains: Sequence[Domain]) -> list[Floats]:
-    """Return the batch-mean baselines where all held-out prompts are one step, two rollouts at a time."""
+    """Return batch-mean baselines, with all held-out prompts as one step and two rollouts at a time."""
     rewards = np.concatenate([domain.held_out.rewards for domain in domains])
     means = np.empty_like(rewards)
     for start in range(0, rewards.shape[1], 2):
@@ -97,9 +97,9 @@ def batch_means(domains: Sequence[Domain]) -> list[Floats]:
 
 
 def critic_values(domains: Sequence[Domain], folder: Path) -> tuple[list[list[Floats]], list[float]]:
-    """Return after each epoch the critic's values of each domain's held-out prompts, [P], and the seconds until then.
+    """Return the critic's values of each domain's held-out prompts, [P], after each epoch, and the seconds until then.
 
-    Trained once; what it said is kept in the folder.
+    It is trained once; its values are saved in the folder.
     """
     settings = {**critic.SETTINGS, "epochs": CRITIC_EPOCHS, "rollouts": digest(domains)}
     path = folder / "critic.json"
@@ -120,7 +120,7 @@ def critic_values(domains: Sequence[Domain], folder: Path) -> tuple[list[list[Fl
 
 
 def on_new_prompts(domains: Sequence[Domain], folder: Path) -> tuple[dict[str, list[Floats]], dict[str, float]]:
-    """Return every estimator's values, [P, n] a domain, and what training the probe and the critic took, s."""
+    """Return every estimator's values, [P, n] a domain, and the training seconds of probe and critic."""
     rewards = [domain.held_out.rewards for domain in domains]
     means = [float(domain.training.rewards.mean()) for domain in domains]
     values = {
@@ -148,7 +148,7 @@ def on_new_prompts(domains: Sequence[Domain], folder: Path) -> tuple[dict[str, l
 
 
 def on_prompts_again(domains: Sequence[Domain]) -> dict[int, dict[str, list[Doubles]]]:
-    """Return sums, [P, S] a domain, by how often the prompts came before and estimator; each half is the past once."""
+    """Return sums, [P, S] a domain, by number of passes and estimator; each half is the past once."""
     sums: dict[int, dict[str, list[Doubles]]] = {passes: {} for passes in PASSES}
     for domain in domains:
         prior = BetaTracker.prior(*beta_moments(domain.training.rewards))
@@ -164,7 +164,7 @@ def on_prompts_again(domains: Sequence[Domain]) -> dict[int, dict[str, list[Doub
 
 
 def _again(domain: Domain, prior: BetaTracker, past: range, new: range) -> dict[str, Doubles]:
-    """Return the sums on the rollouts `new` of the held-out prompts, of which there were pairs that start at `past`."""
+    """Return the sums on the rollouts `new` of the held-out prompts, after the pairs that start at `past`."""
     visits = [[part(group, start, start + 2) for start in past] for group in domain.held_out.groups]
     groups = [part(group, new.start, new.stop) for group in domain.held_out.groups]
     rewards = np.stack([group.rewards for group in groups])

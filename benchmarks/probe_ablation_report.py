@@ -1,4 +1,4 @@
-"""From sums to figures with intervals, tables, a picture and JSON: what `probe_ablation` shows. Knows no estimator."""
+"""Figures with intervals, tables, plot and JSON of `probe_ablation`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ NUM_BOOTSTRAPS = 2000
 
 @dataclass(frozen=True)
 class Figure:
-    """Of one estimator, domains counting alike."""
+    """A figure of one estimator; all domains have equal weight."""
 
     value: float
     low: float
     high: float
-    """Where 95 % of bootstraps over prompts lie."""
+    """Bounds of 95 % of bootstraps over prompts."""
     by_domain: list[float]
     gap: tuple[float, float, float] | None
-    """How much more it is than the reference's, and where 95 % of the same bootstraps lie; None for the reference."""
+    """Difference to the reference, and bounds of 95 % of the same bootstraps; None for the reference."""
 
 
 Report = dict[str, dict[str, Figure]]
-"""By estimator, by figure."""
+"""Figures by estimator and name."""
 
 
 def report(sums: Mapping[str, Sequence[Doubles]], reference: str) -> Report:
-    """Turn each estimator's sums, [P, S] a domain, into figures with intervals; the same draws for all."""
+    """Return figures with intervals from each estimator's sums, [P, S] a domain, with the same draws for all."""
     counts = [draws(len(of_domain), NUM_BOOTSTRAPS, seed) for seed, of_domain in enumerate(sums[reference])]
     points, drawn = {}, {}
     for name, by_domain in sums.items():
@@ -104,7 +104,7 @@ def domains_table(domains: Sequence[Domain]) -> Table:
 
 
 def plot(new: Report, again: Mapping[str, Sequence[Figure]], passes: Sequence[int], best: float, path: Path) -> None:
-    """Draw figures on new prompts, and squared advantages on prompts that came before, by estimator and `passes`."""
+    """Plot figures on new prompts, and squared advantages on repeated prompts by estimator and `passes`."""
     mpl.rcParams.update({"svg.hashsalt": "poise", "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.4), layout="constrained", width_ratios=(1.2, 1, 1.1))
     names = [*reversed(new)]
@@ -134,6 +134,6 @@ def plot(new: Report, again: Mapping[str, Sequence[Figure]], passes: Sequence[in
 
 
 def as_json(found: Report) -> Any:
-    """Return plain values; NaN, which JSON lacks, becomes null."""
+    """Return plain values; NaN becomes null, because JSON has none."""
     plain = {name: {key: asdict(figure) for key, figure in by_key.items()} for name, by_key in found.items()}
     return json.loads(json.dumps(plain), parse_constant=lambda _: None)

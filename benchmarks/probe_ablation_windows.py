@@ -1,7 +1,4 @@
-"""How the probe's fit bears small windows: α and dimensions, and whether cross-validation in the window finds them.
-
-Owns the fits that `probe_ablation` tries, and the windows that it tries them on.
-"""
+"""How well the probe fits small windows: α and dimensions, and whether cross-validation in the window finds them."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ WINDOWS = (64, 128, 256, 768)
 ALPHAS = (10.0, 30.0, 100.0, 300.0, 1000.0)
 SIZES = ((4, 4), (8, 8), (16, 16), COMPONENTS)
 NUM_WINDOWS = 4
-"""Random windows of each size that the training prompts hold more than one of."""
+"""Number of random windows of each size, if the training prompts hold more than one."""
 NUM_FOLDS = 4
 
 
@@ -62,7 +59,7 @@ def tried(inputs: str) -> list[Fit]:
 
 
 SEARCHED = (REFERENCE, WITH_REWARD)
-"""Inputs of which α and dimensions are searched."""
+"""Inputs for which α and dimensions are searched."""
 FRUGAL = [Fit(inputs, rows_per_component=ROWS_PER_COMPONENT) for inputs in SEARCHED]
 FITS = [
     *(fit for inputs in SEARCHED for fit in tried(inputs)),
@@ -76,16 +73,16 @@ def chosen(inputs: str) -> str:
 
 
 def on_windows(domains: Sequence[Domain], num_rows: int) -> Report:
-    """Return how probes of random windows of a size fare on new prompts, by fit; all windows' rows together."""
+    """Return the figures of probes of random windows on new prompts, by fit, over all windows' rows."""
     sums: dict[str, list[Doubles]] = {}
     for domain in domains:
         rewards, windows = domain.held_out.rewards, random_windows(domain, num_rows)
-        told = {str(fit): [fit.values(window, domain.held_out.groups) for window in windows] for fit in FITS}
+        values_by_fit = {str(fit): [fit.values(window, domain.held_out.groups) for window in windows] for fit in FITS}
         for inputs in SEARCHED:
             by_window = [str(cross_validated(inputs, window)) for window in windows]
-            told[chosen(inputs)] = [told[fit][place] for place, fit in enumerate(by_window)]
-        told[CONSTANT] = [np.full_like(rewards, np.mean([g.rewards for g in window])) for window in windows]
-        for name, values in told.items():
+            values_by_fit[chosen(inputs)] = [values_by_fit[fit][place] for place, fit in enumerate(by_window)]
+        values_by_fit[CONSTANT] = [np.full_like(rewards, np.mean([g.rewards for g in window])) for window in windows]
+        for name, values in values_by_fit.items():
             sums.setdefault(name, []).append(
                 np.sum([row_sums(v, rewards, other_half(rewards.shape[1])) for v in values], axis=0)
             )
@@ -102,7 +99,7 @@ def random_windows(domain: Domain, num_rows: int) -> list[list[LabelledRows]]:
 
 
 def cross_validated(inputs: str, window: Sequence[LabelledRows]) -> Fit:
-    """Return the fit tried that leaves the least squared advantage on groups of the window that it did not see."""
+    """Return the fit with the least squared advantage in cross-validation within the window."""
     fits = tried(inputs)
     losses = np.zeros(len(fits))
     for fold in range(NUM_FOLDS):

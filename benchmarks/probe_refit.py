@@ -1,14 +1,14 @@
-"""How much faster is a refit of the probe than fitting it from scratch, and is it as good?
+"""How much faster is an incremental refit of the probe than a fit from scratch, and does it predict as well?
 
-A window of 4096 rows with two 2560-wide hidden states, 512 rows of it replaced at each update. Beside `GramFitter`, on
-the same rows in the same run, the plain scikit-learn pipeline: randomised PCA twice, StandardScaler, Ridge; on
-as many threads as BLAS takes, and on one, which is what `GramFitter` takes. Prints tables, writes
-results/probe_refit.json and figures/probe_refit.svg.
+A window of 4096 rows with two 2560-wide hidden states; each update replaces 512 rows. The reference, on the same rows
+in the same run, is the plain scikit-learn pipeline: randomised PCA twice, StandardScaler, Ridge. It runs on BLAS's
+default number of threads and on one, which is what the refit uses. Prints tables and writes results/probe_refit.json
+and figures/probe_refit.svg.
 
-The rows are synthetic. Groups of two share a prompt. A hidden state is a point in a 512-dimensional subspace, with
-standard deviations falling as i^-0.6 (variances over a range of 1800), far from zero, with white noise of a hundredth
-of the leading variance's root in all dimensions; the subspace is random. The chance of a reward is the logistic
-function of ten leading coordinates of each hidden state and of one entropy.
+The rows are synthetic. Groups of two share a prompt. A hidden state is a point in a random 512-dimensional subspace,
+with standard deviations falling as i^-0.6 (variances over a range of 1800), far from zero, plus white noise in all
+dimensions with a hundredth of the leading standard deviation. The chance of a reward is the logistic function of ten
+leading coordinates of each hidden state and of one entropy.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def plain_columns(rows: FeatureRows) -> Floats:
 
 
 def plain_fit(columns: Floats, targets: Floats, width: int) -> object:
-    """The pipeline as a user of scikit-learn writes it."""
+    """Fit the pipeline as a user of scikit-learn writes it."""
     prompt, response = (PCA(min(k, width - 1), svd_solver="randomized", random_state=0) for k in COMPONENTS)
     reduce = ColumnTransformer(
         [("prompt", prompt, slice(0, width)), ("response", response, slice(width, 2 * width))], remainder="passthrough"
@@ -106,7 +106,7 @@ class Update:
 def measure(
     window_rows: int, width: int, new_rows: int, num_updates: int, *, every: int = 1
 ) -> tuple[list[Update], float]:
-    """Return the updates, of which the reference fits every so many-th, and the time of the fit before them, s."""
+    """Return the updates and the seconds of the first fit. The reference fits every `every`-th update."""
     source = Source(width)
     groups, held_out = source.groups(window_rows), source.groups(4096)
     asked, _ = training_rows(held_out)
@@ -124,7 +124,7 @@ def measure(
         reference_s = reference_one_thread_s = reference_brier = float("nan")
         if update % every == 0:
             rows, targets = training_rows(groups)
-            columns = plain_columns(rows)  # not counted: a reference of one's own would hold it like this
+            columns = plain_columns(rows)  # not timed: a user of scikit-learn would keep the rows in this form
             started_s = time.perf_counter()
             plain = plain_fit(columns, targets, width)
             reference_s = time.perf_counter() - started_s
@@ -140,7 +140,7 @@ def measure(
 
 
 def kept_bytes(width: int, num_rows: int) -> int:
-    """What a fitter keeps between fits; see the docstring of poise.value.probe.incremental."""
+    """Return the bytes that a fitter keeps between fits; see poise.value.probe.incremental."""
     columns = sum(width if width <= 128 else k + 48 for k in COMPONENTS)
     return (8 * num_rows + 16 * width) * columns
 
@@ -236,9 +236,9 @@ def machine() -> dict[str, object]:
 
 
 @click.command()
-@click.option("--updates", default=24, show_default=True, help="Updates of the main measurement.")
+@click.option("--updates", default=24, show_default=True, help="Updates in the main measurement.")
 def main(updates: int) -> None:
-    """Measure, print, write."""
+    """Compare incremental refits with scikit-learn."""
     main_row = row_of(4096, 2560, *measure(4096, 2560, 512, updates))
     show("512 new rows an update", [main_row])
     by_rows = [row_of(n, 2560, *measure(n, 2560, n // 8, 9, every=3)) for n in (512, 1024, 2048, 4096, 8192)]

@@ -1,8 +1,8 @@
-"""Is every label learnt once, however often the value service and Valkey are killed, and whenever?
+"""Is every label learnt exactly once, however often and whenever the value service and Valkey are killed?
 
-Labels are published in rounds, in each of which the value service, Valkey or both die by kill -9, a random moment
-after the service began to publish, to consume, to fit or to checkpoint; what was going on at the moment is counted. In
-the end the state on disk is compared with what was published. Prints a table, writes results/value_chaos.json.
+Publishes labels in rounds. In each, `kill -9` ends the value service, Valkey or both, a random moment after the
+service began to publish, consume, fit or save. In the end the state on disk is compared with the published labels.
+Prints a table and writes results/value_chaos.json.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tests.integration.value.chaos import PHASES, VICTIMS, WIDTH, run_chaos  # n
 
 
 @click.command()
-@click.option("--rounds", default=50, show_default=True, help="Kills, of one victim or both.")
-@click.option("--seed", default=0, show_default=True, help="Of victims and moments.")
+@click.option("--rounds", default=50, show_default=True, help="Number of rounds with a kill.")
+@click.option("--seed", default=0, show_default=True, help="Seed of victims and moments.")
 def main(rounds: int, seed: int) -> None:
-    """Kill, count, write."""
+    """Kill services at random moments and count the labels."""
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="poise-benchmark-") as folder:
         outcome = asyncio.run(run_chaos(Path(folder), rounds, seed))

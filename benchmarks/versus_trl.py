@@ -1,12 +1,12 @@
-"""To the same held-out reward: how many tokens, and how many seconds, beside TRL's GRPOTrainer?
+"""How many tokens and seconds do POISE and TRL's GRPOTrainer need to reach the same held-out reward?
 
-Same model, prompts, rule that rewards, learning rate and its warm-up, rollouts an update, budget of response tokens,
-machine; one after the other. POISE runs as `poise run` does, with its services; TRL in an environment of its own with
-its own defaults (groups of 8, its DAPO loss, transformers' generate), but for what it would only lose time by here:
-gradient checkpointing and bfloat16 are off. Held-out prompts are measured as tokens pass multiples of the budget, and
-what that takes counts for neither; start-up does not either. Prints a table, writes results/versus_trl.json.
+Model, prompts, reward rule, learning rate, warm-up, rollouts an update, budget of response tokens and machine are the
+same; they run one after the other. POISE runs as `poise run`, with its services. TRL runs in its own environment with
+its own defaults (groups of 8, its DAPO loss, transformers' generate), except that gradient checkpointing and
+bfloat16, which would only slow it down here, are off. Held-out prompts are evaluated each time the tokens pass a part
+of the budget. Evaluations and start-up are excluded. Prints a table and writes results/versus_trl.json.
 
-`make .venv-trl/.done` sets TRL up. Takes seventeen minutes on two cores.
+`make .venv-trl/.done` installs TRL. Takes seventeen minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from poise.report.comparison.arithmetic import Curve, common_levels, crossing, m
 HERE = Path(__file__).parent
 TRL = HERE.parent / ".venv-trl" / "bin" / "python"
 GROUP = 8
-"""TRL's own `num_generations`."""
+"""TRL's default of `num_generations`."""
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one side's held-out reward rose."""
+    """Held-out reward of one side by tokens and by seconds."""
 
     by_tokens: Curve
     by_seconds: Curve
@@ -65,7 +65,7 @@ def run_poise(options: list[str], run: LocalRun) -> Side:
     return side([json.loads(line) for line in (run.dir / "evaluations.jsonl").read_text().splitlines()])
 
 
-def told(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+def as_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     if others := {problem.verifier for problem in problems} - {"exact"}:
         raise click.ClickException(f"only the verifier `exact` is the same rule on both sides, not {', '.join(others)}")
     return [
@@ -78,13 +78,13 @@ def run_trl(run: LocalRun, folder: Path, budget: int, every: int) -> Side:
     train, mixture = run.train, Mixture(run.train.tasks, run.train.seed)
     num_rollouts = train.prompts_per_step * train.group_size
     num_prompts = num_rollouts // GROUP
-    num_steps = 2 + budget // num_rollouts  # a response has a token at least
+    num_steps = 2 + budget // num_rollouts  # a response has at least one token
     spec = {
         "model": run.learner.model,
         "folder": str(folder / "trl"),
         "output": str(folder / "trl.jsonl"),
-        "training": told([p for step in range(num_steps) for p in mixture.problems(step, num_prompts)]),
-        "held_out": told(mixture.held_out(train.evaluation.num_prompts)),
+        "training": as_records([p for step in range(num_steps) for p in mixture.problems(step, num_prompts)]),
+        "held_out": as_records(mixture.held_out(train.evaluation.num_prompts)),
         "held_out_batch": 64,
         "rollouts_per_prompt": train.evaluation.rollouts_per_prompt,
         "rollouts_per_step": num_rollouts,
@@ -110,10 +110,10 @@ def at(curve: Curve, level: float) -> float:
 
 
 @click.command()
-@click.option("--preset", default="smollm2", show_default=True, help="The run that both sides do.")
-@click.option("--tokens", default=3000, show_default=True, help="Response tokens sampled for training, each side.")
-@click.option("--evaluations", default=5, show_default=True, help="Measurements within the budget.")
-@click.option("--seed", default=0, show_default=True, help="Of prompts and sampling.")
+@click.option("--preset", default="smollm2", show_default=True, help="The run of both sides.")
+@click.option("--tokens", default=3000, show_default=True, help="Response tokens sampled for training on each side.")
+@click.option("--evaluations", default=5, show_default=True, help="Evaluations within the budget.")
+@click.option("--seed", default=0, show_default=True, help="Seed of prompts and sampling.")
 def main(preset: str, tokens: int, evaluations: int, seed: int) -> None:
     if not TRL.exists():
         raise click.ClickException("TRL is not set up: make .venv-trl/.done")

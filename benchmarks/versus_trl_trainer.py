@@ -1,7 +1,7 @@
-"""TRL's side of versus_trl.py, in TRL's own environment: GRPOTrainer on the same prompts, told in a JSON file.
+"""TRL's side of versus_trl.py, run in TRL's own environment: GRPOTrainer on the prompts of a JSON file.
 
-Writes a line of JSON for each evaluation on the held-out prompts: response tokens sampled so far, seconds of training
-so far without evaluations, and the rewards. Knows of poise only the rule that rewards.
+Writes a JSON line for each evaluation on the held-out prompts: response tokens sampled so far, seconds of training so
+far without evaluations, and the rewards. Uses only the reward rule of poise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from poise.orchestrator.rewards.rules import exact
 
 
 def reply(completion: Any) -> str:
-    """Return what was said: of a conversation, its last message."""
+    """Return the text of a completion; of a conversation, its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 class Watch(TrainerCallback):
-    """Counts tokens, stops the clock for evaluations, and training at the budget."""
+    """Count tokens, pause the clock for evaluations, and stop training at the budget."""
 
     def __init__(self, spec: dict[str, Any], tokenizer: Any) -> None:
         self._spec = spec
@@ -39,7 +39,7 @@ class Watch(TrainerCallback):
     def reward(
         self, completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any
     ) -> list[float]:
-        """Reward what was sampled, as TRL asks, and count it."""
+        """Return the rewards of sampled completions, and count their tokens."""
         self._tokens += sum(map(len, completion_ids))
         return [exact(reply(c), a) for c, a in zip(completions, answer, strict=True)]
 
@@ -86,9 +86,13 @@ class Watch(TrainerCallback):
                 num_return_sequences=num,
                 pad_token_id=self._tokenizer.pad_token_id,
             )
-            said = self._tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts_sampled = self._tokenizer.batch_decode(
+                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             for index, problem in enumerate(self._spec["held_out"][start : start + size]):
-                rewards.append([exact(text, problem["answer"]) for text in said[index * num : (index + 1) * num]])
+                rewards.append(
+                    [exact(text, problem["answer"]) for text in texts_sampled[index * num : (index + 1) * num]]
+                )
         model.train()
         line = {"tokens": self._tokens, "wall_s": self._seconds, "rewards": rewards}
         with Path(self._spec["output"]).open("a") as file:
@@ -116,7 +120,7 @@ def main() -> None:
             max_completion_length=spec["max_tokens"],
             max_steps=10_000,
             shuffle_dataset=False,
-            gradient_checkpointing=False,  # TRL's default would only cost it time here
+            gradient_checkpointing=False,  # TRL's default would only slow it down here
             seed=spec["seed"],
             bf16=False,
             use_cpu=True,

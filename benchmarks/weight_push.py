@@ -1,15 +1,15 @@
-"""What does it cost to bring a new version of the policy to a generation replica?
+"""What does it cost to bring a new policy version to a generation replica?
 
-The weights of SmolLM2-135M in bfloat16, 269 MB, to a replica in a process of its own on this machine:
+Pushes SmolLM2-135M in bfloat16, 269 MB, to a replica in another process of this machine:
 
-- a push over gRPC beside bare gRPC streaming of the same bytes in the same chunks, and a push through a shared file
-  beside copying that file. The replica receives, checks every byte and stages; its engine does nothing, for this is
-  about transport.
-- how long sampling stands still while rollouts run, as a share of a whole push: with the torch engine and with vLLM.
-- how many bytes a delta takes: real updates by the learner's own trainer at the reference learning rate, on rollouts
-  of the model itself. A version is one update, and eight: a reference step of 256 prompts in mini-batches of 32.
+- a push over gRPC, compared with bare gRPC streaming of the same bytes in the same chunks; and a push through a
+  shared file, compared with copying that file. The replica receives, checks every byte and stages; its engine does
+  nothing.
+- the pause of sampling while rollouts run, as a share of a whole push, with the torch engine and with vLLM.
+- the bytes of a delta, for real updates by the learner's own trainer at the reference learning rate, on the model's
+  own rollouts. A version is one update, or eight: a reference step of 256 prompts in mini-batches of 32.
 
-The contenders of a comparison take turns; ratios are of medians. Prints tables, writes results/weight_push.json.
+The contenders of a comparison take turns; ratios are of medians. Prints tables and writes results/weight_push.json.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Weights = dict[str, WeightArray]
 
 
 class NoEngine:
-    """Serves whatever it is given, at once."""
+    """An engine that accepts any weights at once."""
 
     info = EngineInfo("torch", "none", 1, 1, 0, 1, 1)
 
@@ -84,7 +84,7 @@ async def serve(engine: str, model: str, folder: Path) -> None:
     config = GenerationConfig(
         model=model,
         engine="vllm" if engine == "vllm" else "torch",
-        dtype="float32",  # as fast as it gets on a CPU
+        dtype="float32",  # the fastest type on a CPU
         max_model_len=512,
         max_num_seqs=4,
         staging_dir=folder / "staging",
@@ -287,7 +287,7 @@ def sample_rollouts(model: Any, tokenizer: Any, step: int, num_prompts: int) -> 
 
 
 def measure_deltas(folder: str, state_dir: Path, num_updates: int, prompts: int) -> tuple[dict[str, Any], Weights]:
-    """Train; return the sizes of deltas between versions, and the weights after the first update."""
+    """Train, and return the sizes of deltas between versions and the weights after the first update."""
     import torch
     import transformers
 
@@ -335,7 +335,7 @@ def measure_deltas(folder: str, state_dir: Path, num_updates: int, prompts: int)
 
 
 def share_of(new: WeightPush, base: WeightPush) -> tuple[int, float]:
-    """Return how many elements changed, and the bytes of the delta over those of the whole, announcements included."""
+    """Return the changed elements, and the bytes of the delta relative to the whole version, manifests included."""
     delta = new.delta(base)
     if delta is None:
         raise SystemExit("too much changed for a delta")
@@ -428,15 +428,15 @@ def measure_all(model: str, folder: Path, repeats: int, updates: int, prompts: i
 
 
 @click.command()
-@click.option("--model", default="", help="Hugging Face folder; by default SmolLM2-135M, made ready if need be.")
+@click.option("--model", default="", help="Hugging Face folder; SmolLM2-135M by default.")
 @click.option("--repeats", default=7, show_default=True, help="Rounds of each comparison.")
 @click.option("--updates", default=16, show_default=True, help="Real updates, a multiple of eight.")
-@click.option("--prompts", default=4, show_default=True, help="Prompts of an update, two rollouts each.")
-@click.option("--vllm/--no-vllm", default=True, show_default=True, help="Measure the pause of vLLM too.")
+@click.option("--prompts", default=4, show_default=True, help="Prompts an update, two rollouts each.")
+@click.option("--vllm/--no-vllm", default=True, show_default=True, help="Also measure the pause of vLLM.")
 @click.option("--serve", "engine", default="", hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 def main(model: str, repeats: int, updates: int, prompts: int, vllm: bool, engine: str, folder: Path | None) -> None:
-    """Measure, print, write."""
+    """Measure what a push of weights costs."""
     if engine:
         assert folder is not None
         asyncio.run(serve(engine, model, folder))
