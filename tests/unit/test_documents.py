@@ -56,6 +56,18 @@ def test_every_document_is_listed_in_the_index(page: Path) -> None:
     assert page == index or page in listed
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_in_documents_exist(page: Path) -> None:
+    """Paths from the root, and modules such as `value/store` below services/poise."""
+    package = ROOT / "services" / "poise"
+    for path in re.findall(r"`([\w.]+(?:/[\w.]+)+)`", prose(page)):
+        first = path.split("/")[0]
+        if first in ("benchmarks", "clients", "deploy", "docs", "helm", "protos", "services", "tests", "tools"):
+            assert (ROOT / path).exists(), path
+        elif (package / first).is_dir() and page.name != "module_map.md":
+            assert (package / path).is_dir() or (package / f"{path}.py").exists(), path
+
+
 def test_documents_named_in_code_exist() -> None:
     named = {name for path in SOURCES for name in re.findall(r"\bdocs/[\w/]+\.(?:md|png|py)\b", path.read_text())}
     named.discard("docs/reference/delta_format.md")  # not written yet
