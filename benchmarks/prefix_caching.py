@@ -26,7 +26,7 @@ from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.engines.vllm.engine import VllmEngine
 from poise.local.models.catalog import make_model
-from poise_client.types import Sampling
+from poise_client.types import RolloutId, Sampling
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ async def measure(
             started, started_cpu_s = time.monotonic(), cpu_s()
             await asyncio.gather(
                 *(
-                    engine.generate(EngineRequest(f"{group}-{i}", prompt, sampling))
+                    engine.generate(EngineRequest(RolloutId("bench", 0, str(group), i), prompt, sampling))
                     for group, prompt in enumerate(prompts)
                     for i in range(num_rollouts)
                 )

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from poise.algorithms.features import default_feature_layer
 from poise.generation.config import GenerationConfig, VllmConfig
-from poise.generation.engine import EngineRequest, EngineRollout
+from poise.generation.engine import EngineRequest
 from poise.generation.engines.vllm.engine import VllmEngine
 from poise.local.models.catalog import make_model
 from poise.orchestrator.rewards.rules import bind
@@ -38,7 +38,7 @@ from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.files.atomic import write_file
 from poise.runtime.files.cache import cache_dir
 from poise.value.probe.features import FeatureRows, LabelledRows
-from poise_client.types import Features, Message, Sampling
+from poise_client.types import Features, Message, Rollout, RolloutId, Sampling
 
 MODEL = "smollm2-135m-instruct"
 NUM_LAYERS = 30
@@ -204,7 +204,7 @@ async def _sample(folder: Path, left: Sequence[Batch]) -> None:
                 *(
                     engine.generate(
                         EngineRequest(
-                            f"{batch.name}/{index}/{sibling}",
+                            RolloutId(batch.name, 0, str(index), sibling),
                             prompt,
                             Sampling(temperature=TEMPERATURE, max_tokens=MAX_TOKENS),
                         )
@@ -219,7 +219,7 @@ async def _sample(folder: Path, left: Sequence[Batch]) -> None:
 
 
 def _write(
-    folder: Path, batch: Batch, prompts: Sequence[Sequence[int]], rollouts: Sequence[EngineRollout], seconds: float
+    folder: Path, batch: Batch, prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout], seconds: float
 ) -> None:
     siblings = [rollouts[i : i + batch.num_rollouts] for i in range(0, len(rollouts), batch.num_rollouts)]
     rewards, records = [], []

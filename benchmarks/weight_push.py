@@ -61,6 +61,7 @@ class NoEngine:
     """An engine that accepts any weights at once."""
 
     info = EngineInfo("torch", "none", 1, 1, 0, 1, 1)
+    process_group_backend = ""
 
     async def start(self) -> None: ...
 

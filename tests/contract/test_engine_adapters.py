@@ -30,8 +30,8 @@ from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, LoraConfig, TorchConfig, VllmConfig
-from poise.generation.engine import Engine, EngineRequest, EngineRollout
-from poise_client.types import Sampling
+from poise.generation.engine import Engine
+from poise_client.types import Rollout, Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -112,7 +112,7 @@ async def engine(started: Engine) -> AsyncIterator[Engine]:
     await assert_nothing_open(started)
 
 
-async def start_rollouts(engine: Engine) -> list[asyncio.Task[EngineRollout]]:
+async def start_rollouts(engine: Engine) -> list[asyncio.Task[Rollout]]:
     """Return long ones that have sampled some tokens: as many as a short one that began after them."""
     running = [asyncio.create_task(sample(engine, PROMPT, LONG)) for _ in range(7)]
     await sample(engine, PROMPT, Sampling(max_tokens=5, temperature=0.0))
@@ -127,7 +127,7 @@ async def check(engine: Engine, reference: AdaptedReference, *, version: int) ->
     for prompt, sampling, rollout in zip(prompts, samplings, rollouts, strict=True):
         assert [span.policy_version for span in rollout.version_spans] == [version]
         reference.check(prompt, sampling, rollout, engine.info.feature_layer)
-    encoding = await engine.encode(PROMPT)
+    encoding = await engine.encode("g", PROMPT)
     assert encoding.policy_version == version
     expected = reference.prompt_hidden(PROMPT, engine.info.feature_layer)
     np.testing.assert_allclose(encoding.prompt_hidden, expected, atol=TOLERANCE)
@@ -180,7 +180,7 @@ async def test_an_update_that_aborts_ends_what_runs(
     old, new = (reference.write_adapter(tmp_path / str(seed), seed=seed) for seed in (6, 7))
     before, after = next(VERSIONS), next(VERSIONS)
     await engine.update_adapter(old, before)
-    monkeypatch.setattr(engine, "_config", engine._config.model_copy(update={"in_flight": "abort"}))  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "config", engine.config.model_copy(update={"in_flight": "abort"}))  # type: ignore[attr-defined]
     running = await start_rollouts(engine)
     await engine.update_adapter(new, after)
     aborted = [rollout for rollout in await asyncio.gather(*running) if rollout.finish_reason == "abort"]
@@ -240,7 +240,7 @@ async def test_in_bfloat16_logprobs_are_pefts_own(folder: Path, reference: Adapt
     await engine.start()
     try:
         await engine.update_adapter(adapter, 1)
-        rollout = await engine.generate(EngineRequest("r", PROMPT, Sampling(max_tokens=20, seed=1)))
+        rollout = await sample(engine, PROMPT, Sampling(max_tokens=20, seed=1))
     finally:
         await engine.stop()
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""One suite for every engine that receives through a group of two processes: gloo moves the bytes, as on any CPU."""
+"""One suite for every engine that receives pushes through a process group. On a CPU, the group uses gloo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny_models import make_tiny_llama
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine
-from poise.generation.weights.payload import Body
+from poise.generation.weights.process_group import GroupPayload
 from poise.runtime.network.broadcast_group import Group, Rendezvous, invite
 from poise_client.codec import safetensors_header
 from poise_client.types import Sampling
@@ -89,23 +89,21 @@ class Sender:
         self._group.abort()
 
 
-def body_of(weights: Path, rendezvous: Rendezvous, path: Path, timeout_s: float = DEADLINE_S) -> Body:
+def payload_of(weights: Path, rendezvous: Rendezvous, path: Path, timeout_s: float = DEADLINE_S) -> GroupPayload:
     tensors = load_file(weights)
     header = safetensors_header((name, "float32", tuple(tensor.shape)) for name, tensor in tensors.items())
-    return Body(rendezvous, tuple(tensor.nbytes for tensor in tensors.values()), header, path, timeout_s)
+    return GroupPayload(rendezvous, tuple(tensor.nbytes for tensor in tensors.values()), header, path, timeout_s)
 
 
-async def test_what_comes_through_a_group_is_served_exactly(
-    engine: Engine, reference: Reference, tmp_path: Path
-) -> None:
-    assert engine.group_backend == "gloo"
+async def test_weights_from_a_group_are_served_exactly(engine: Engine, reference: Reference, tmp_path: Path) -> None:
+    assert engine.process_group_backend == "gloo"
     sender = Sender()
     running = asyncio.create_task(sample(engine, [65, 66], Sampling(max_tokens=300, seed=1)))
     for version in (1, 2, 3):  # through one group
         weights = reference.write_weights(tmp_path / f"{version}.safetensors", seed=version)
-        path = tmp_path / "body"
+        path = tmp_path / "payload"
         await asyncio.gather(
-            engine.receive(body_of(weights, sender.rendezvous, path)),
+            engine.receive_payload(payload_of(weights, sender.rendezvous, path)),
             sender.send(list(load_file(weights).values())),
         )
         received, sent = load_file(path), load_file(weights)
@@ -120,35 +118,37 @@ async def test_what_comes_through_a_group_is_served_exactly(
     await running
 
 
-async def test_a_sender_that_leaves_midway_is_reported_and_another_is_met(
+async def test_lost_sender_is_reported_and_the_next_one_works(
     engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=4)
     tensors = list(load_file(weights).values())
     sender = Sender()
-    receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body")))
+    payload = payload_of(weights, sender.rendezvous, tmp_path / "payload")
+    receiving = asyncio.create_task(engine.receive_payload(payload))
     await sender.send(tensors[:3])
     sender.leave()
-    with pytest.raises(BackendDown, match="did not come through its group"):
+    with pytest.raises(BackendDown, match="did not arrive through its group"):
         await receiving
     assert engine.is_alive()
     another = Sender()
     await asyncio.gather(
-        engine.receive(body_of(weights, another.rendezvous, tmp_path / "body")),
+        engine.receive_payload(payload_of(weights, another.rendezvous, tmp_path / "payload")),
         another.send(tensors),
     )
-    assert load_file(tmp_path / "body").keys() == load_file(weights).keys()
+    assert load_file(tmp_path / "payload").keys() == load_file(weights).keys()
 
 
 @pytest.mark.parametrize("ends", ["its time is over", "it is cancelled"])
-async def test_a_body_that_does_not_go_on_is_given_up(
+async def test_payload_that_stops_arriving_is_aborted(
     engine: Engine, reference: Reference, tmp_path: Path, ends: str
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=5)
     tensors = list(load_file(weights).values())
     sender = Sender()
     timeout_s = 2.0 if ends == "its time is over" else DEADLINE_S
-    receiving = asyncio.create_task(engine.receive(body_of(weights, sender.rendezvous, tmp_path / "body", timeout_s)))
+    payload = payload_of(weights, sender.rendezvous, tmp_path / "payload", timeout_s)
+    receiving = asyncio.create_task(engine.receive_payload(payload))
     await sender.send(tensors[:3])
     if ends == "it is cancelled":
         receiving.cancel()
@@ -163,7 +163,7 @@ async def test_a_body_that_does_not_go_on_is_given_up(
         another = Sender()
         sending = asyncio.create_task(another.send(tensors))
         try:
-            await engine.receive(body_of(weights, another.rendezvous, tmp_path / "body"))
+            await engine.receive_payload(payload_of(weights, another.rendezvous, tmp_path / "payload"))
         except BackendDown:
             assert time.monotonic() < deadline
             sending.cancel()

@@ -23,11 +23,11 @@ from tests.support.tiny_models import make_tiny_llama
 from poise.algorithms.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
-from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.engine import Engine, EngineRequest
 from poise.generation.feature_pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.prompts.tokenizer import Tokenizer
 from poise.generation.sampler import Sampler
-from poise_client.types import Prompt, Sampling
+from poise_client.types import Prompt, Rollout, RolloutId, Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -41,7 +41,7 @@ POOLED = {"prompt_pool_tokens": 7, "response_pool_tokens": 13}
 TOLERANCE = 1e-4
 DEADLINE_S = 60.0
 
-REQUEST_IDS = itertools.count()
+ROLLOUT_INDICES = itertools.count()
 """Versions must rise over the whole module, so that each test can push."""
 VERSIONS = itertools.count(1)
 
@@ -83,7 +83,7 @@ class Reference:
         return outputs, torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
 
     @torch.inference_mode()
-    def check(self, prompt: list[int], sampling: Sampling, rollout: EngineRollout, layer: int) -> None:
+    def check(self, prompt: list[int], sampling: Sampling, rollout: Rollout, layer: int) -> None:
         """Hold all numbers of a rollout against a separate pass over it."""
         token_ids = rollout.token_ids.tolist()
         outputs, logprobs = self._forward(prompt, sampling, token_ids)
@@ -181,11 +181,11 @@ async def assert_nothing_open(engine: Engine) -> None:
         await asyncio.sleep(0.05)
 
 
-async def sample(engine: Engine, prompt: list[int], sampling: Sampling) -> EngineRollout:
-    return await engine.generate(EngineRequest(f"request-{next(REQUEST_IDS)}", prompt, sampling))
+async def sample(engine: Engine, prompt: list[int], sampling: Sampling) -> Rollout:
+    return await engine.generate(EngineRequest(RolloutId("run", 0, "g", next(ROLLOUT_INDICES)), prompt, sampling))
 
 
-async def sample_all(engine: Engine, prompts: list[list[int]], samplings: list[Sampling]) -> list[EngineRollout]:
+async def sample_all(engine: Engine, prompts: list[list[int]], samplings: list[Sampling]) -> list[Rollout]:
     return await asyncio.gather(*(sample(engine, p, s) for p, s in zip(prompts, samplings, strict=True)))
 
 
@@ -332,7 +332,7 @@ async def test_stop_string_ends_the_rollout_and_stays_in_it(engine: Engine, refe
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 
 
-def cut_at(rollout: EngineRollout, stop: int) -> list[int]:
+def cut_at(rollout: Rollout, stop: int) -> list[int]:
     """Return a rollout's tokens up to the first `stop`."""
     token_ids: list[int] = rollout.token_ids.tolist()
     return token_ids[: token_ids.index(stop) + 1]
@@ -384,7 +384,7 @@ async def test_prompts_are_encoded_as_by_a_separate_pass(engine: Engine, referen
     prompts = [long_prompt(length, seed=length) for length in (1, 6, 7, 8, 127, 128, 129, 300, MAX_MODEL_LEN - 1)]
     sampling = Sampling(max_tokens=30, seed=1)
     rollout, *encodings = await asyncio.gather(
-        sample(engine, prompts[0], sampling), *(engine.encode(prompt) for prompt in prompts)
+        sample(engine, prompts[0], sampling), *(engine.encode("g", prompt) for prompt in prompts)
     )
     reference.check(prompts[0], sampling, rollout, engine.info.feature_layer)
     for prompt, encoding in zip(prompts, encodings, strict=True):
@@ -394,11 +394,11 @@ async def test_prompts_are_encoded_as_by_a_separate_pass(engine: Engine, referen
 
 async def test_prompts_are_encoded_by_the_new_weights(engine: Engine, reference: Reference, tmp_path: Path) -> None:
     prompt, version = long_prompt(20), next(VERSIONS)
-    before = await engine.encode(prompt)
+    before = await engine.encode("g", prompt)
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
     await engine.update_weights(weights, version)
     reference.use(weights)
-    after = await engine.encode(prompt)
+    after = await engine.encode("g", prompt)
     assert before.policy_version < after.policy_version == version
     assert_close(after.prompt_hidden, reference.prompt_hidden(prompt, engine.info.feature_layer))
     assert np.abs(after.prompt_hidden - before.prompt_hidden).max() > 100 * TOLERANCE
@@ -406,7 +406,7 @@ async def test_prompts_are_encoded_by_the_new_weights(engine: Engine, reference:
 
 async def test_cancelled_encodings_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
     prompt = long_prompt(200)
-    tasks = [asyncio.create_task(engine.encode(prompt)) for _ in range(30)]
+    tasks = [asyncio.create_task(engine.encode("g", prompt)) for _ in range(30)]
     kept = tasks.pop()
     for count, task in enumerate(tasks):
         if count % 10 == 0:
@@ -498,7 +498,7 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
 @pytest.fixture
 def aborting(started: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make updates abort what runs."""
-    monkeypatch.setattr(started, "_config", started._config.model_copy(update={"in_flight": "abort"}))
+    monkeypatch.setattr(started, "config", started.config.model_copy(update={"in_flight": "abort"}))
 
 
 @pytest.mark.usefixtures("aborting")

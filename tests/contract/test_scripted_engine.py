@@ -19,10 +19,10 @@ from tests.support.tiny_models import make_tiny_llama
 
 from poise.errors import BackendDown, InvalidRequest
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.engine import Engine, EngineRequest
 from poise.generation.engines.transformers.engine import TorchEngine
 from poise.generation.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from poise_client.types import Sampling
+from poise_client.types import Rollout, RolloutId, Sampling
 
 MAX_MODEL_LEN = 64
 DEADLINE_S = 60.0
@@ -69,8 +69,8 @@ async def engine(case: Case) -> Engine:
 IDS = itertools.count()
 
 
-async def sample(engine: Engine, prompt: list[int], **sampling: object) -> EngineRollout:
-    return await engine.generate(EngineRequest(f"r{next(IDS)}", prompt, Sampling(**sampling)))  # type: ignore[arg-type]
+async def sample(engine: Engine, prompt: list[int], **sampling: object) -> Rollout:
+    return await engine.generate(EngineRequest(RolloutId("run", 0, "g", next(IDS)), prompt, Sampling(**sampling)))  # type: ignore[arg-type]
 
 
 async def test_life_goes_from_loading_to_alive_to_stopped(case: Case) -> None:
@@ -92,7 +92,7 @@ async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engin
     with pytest.raises(BackendDown):
         await sample(engine, [65], max_tokens=2)
     with pytest.raises(BackendDown):
-        await engine.encode([65])
+        await engine.encode("g", [65])
     with pytest.raises(BackendDown):
         await engine.update_weights(tmp_path / "weights.safetensors", 1)
     with pytest.raises(BackendDown):
@@ -100,7 +100,7 @@ async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engin
 
 
 async def test_calls_that_a_stop_meets_end_as_unavailable(engine: Engine) -> None:
-    calls = [asyncio.create_task(engine.encode([65] * length)) for length in range(1, 40)]
+    calls = [asyncio.create_task(engine.encode("g", [65] * length)) for length in range(1, 40)]
     calls += [asyncio.create_task(sample(engine, [65], max_tokens=20)) for _ in range(4)]
     await asyncio.sleep(0)
     await engine.stop()
@@ -167,7 +167,7 @@ async def test_cancelled_rollout_ends_at_once_and_others_do_not(engine: Engine) 
 
 
 async def test_encoding_is_the_state_that_the_prompts_rollouts_have(engine: Engine) -> None:
-    encodings = [await engine.encode(prompt) for prompt in ([65, 66], [65] * (MAX_MODEL_LEN - 1))]
+    encodings = [await engine.encode("g", prompt) for prompt in ([65, 66], [65] * (MAX_MODEL_LEN - 1))]
     for encoding in encodings:
         state = encoding.prompt_hidden
         assert (state.shape, state.dtype, encoding.policy_version) == ((engine.info.hidden_size,), np.float32, 0)
@@ -179,13 +179,13 @@ async def test_encoding_is_the_state_that_the_prompts_rollouts_have(engine: Engi
 async def test_encoding_tells_the_version_it_comes_from(case: Case, engine: Engine, tmp_path: Path) -> None:
     save_file(case.weights, tmp_path / "weights.safetensors")
     await engine.update_weights(tmp_path / "weights.safetensors", 3)
-    assert (await engine.encode([65, 66])).policy_version == 3
+    assert (await engine.encode("g", [65, 66])).policy_version == 3
 
 
 async def test_cancelled_encoding_ends_at_once_and_others_do_not(engine: Engine) -> None:
     if isinstance(engine, ScriptedEngine):
         engine.before_rollout = lambda request: asyncio.sleep(0.01 if request.prompt_token_ids == [65] else 1000)
-    kept, doomed = (asyncio.create_task(engine.encode(prompt)) for prompt in ([65], [66]))
+    kept, doomed = (asyncio.create_task(engine.encode("g", prompt)) for prompt in ([65], [66]))
     await asyncio.sleep(0)
     doomed.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -214,7 +214,7 @@ async def test_new_adapters_are_told_in_the_spans(case: Case, engine: Engine, tm
     for version in (3, 4, 1):
         assert await engine.update_adapter(write_adapter(case, tmp_path), version) > 0
         assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}
-        assert (await engine.encode([65])).policy_version == version
+        assert (await engine.encode("g", [65])).policy_version == version
 
 
 @pytest.mark.parametrize("spoil", ["another rank", "no config", "no weights"])

@@ -35,12 +35,9 @@ from tests.support.tiny_models import make_tiny_llama, make_tiny_qwen2
 from poise.algorithms.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, VllmConfig
-from poise.generation.engine import EngineRequest, EngineRollout
-from poise.generation.engines.vllm import engine as vllm_engine
 from poise.generation.engines.vllm.engine import VllmEngine
 from poise.generation.engines.vllm.recorder import RUN_ON_TOKENS
-from poise.generation.engines.vllm.weights.updates import load_weights, prepare_weights
-from poise_client.types import Sampling
+from poise_client.types import Rollout, Sampling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 on_engines_loop = pytest.mark.asyncio(loop_scope="module")
@@ -82,7 +79,7 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
         GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
     )
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setenv("TMPDIR", temporary)  # no other engine of this machine is to have the turn to make weights ready
+        patch.setenv("TMPDIR", temporary)  # no other engine of this machine may hold the memory lock
         warnings.simplefilter("ignore")
         await engine.start()
         try:
@@ -100,31 +97,30 @@ async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
 
 async def check_rollout(engine: VllmEngine, reference: Reference) -> None:
     sampling = Sampling(max_tokens=20, seed=0)
-    rollout = await engine.generate(EngineRequest("checked", [65, 66], sampling))
+    rollout = await sample(engine, [65, 66], sampling)
     reference.check([65, 66], sampling, rollout, engine.info.feature_layer)
 
 
 async def check_updates(
     engine: VllmEngine, reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch, *, first_version: int
 ) -> None:
-    """Update in each of both ways after each; what is made ready beforehand must change nothing."""
+    """Update with and without preparation, in every order. Preparing must not change what is served."""
 
-    async def prepare_nothing(*_: object) -> str:
-        """As where memory does not allow it."""
-        return ""
+    async def prepare_nothing(_: Path) -> None:
+        """Behave as if memory were short."""
 
     for number, is_prepared in enumerate((True, True, False, False, True)):
         version = first_version + number
         weights = reference.write_weights(folder / f"{number}.safetensors", seed=number)
         if is_prepared:
-            await prepare_weights(engine._engine, weights, "")
+            await engine.prepare_weights(weights)
             await check_rollout(engine, reference)
             reference.use(weights)
-            weights.unlink()  # what was not made ready cannot be loaded now
-            await engine._exchange(lambda path=weights, number=version: load_weights(engine._engine, path, number))
+            weights.unlink()  # so only prepared weights can be loaded
+            await engine.load_weights(weights, version)
         else:
             with monkeypatch.context() as patch:
-                patch.setattr(vllm_engine, "prepare_weights", prepare_nothing)
+                patch.setattr(engine, "prepare_weights", prepare_nothing)
                 await engine.update_weights(weights, version)
             reference.use(weights)
         await check_rollout(engine, reference)
@@ -132,7 +128,7 @@ async def check_updates(
 
 async def cross_an_update(
     engine: VllmEngine, prompt: list[int], samplings: list[Sampling], original: Path, weights: Path
-) -> tuple[list[EngineRollout], int]:
+) -> tuple[list[Rollout], int]:
     """Return rollouts of which an update from the one to the other found some underway, and its version."""
     deadline = time.monotonic() + DEADLINE_S
     for trial in itertools.count(1):
@@ -152,10 +148,10 @@ async def cross_an_update(
 @on_engines_loop
 async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: VllmEngine, reference: Reference) -> None:
     prompt = engine.tokenize("run on")
-    free = await engine.generate(EngineRequest("free", prompt, Sampling(max_tokens=400, seed=4)))
+    free = await sample(engine, prompt, Sampling(max_tokens=400, seed=4))
     stop = next(free.text[i : i + 2] for i in range(8, 60) if free.text[i : i + 2].isascii())
     sampling = Sampling(max_tokens=400, seed=4, stop=(stop,))
-    task = asyncio.create_task(engine.generate(EngineRequest("stopped", prompt, sampling)))
+    task = asyncio.create_task(sample(engine, prompt, sampling))
     await asyncio.sleep(0)  # once to submit, then nobody listens while the engine goes on
     for _ in range(3):
         await asyncio.sleep(0.001)
@@ -192,7 +188,7 @@ async def test_tokens_after_an_update_come_from_the_new_weights_alone(
 def num_cached(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompt tokens each finished rollout read from the cache, as vLLM counts them."""
     counts: list[int] = []
-    generate = engine._engine.generate
+    generate = engine.llm.generate
 
     async def generate_and_count(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         output = None
@@ -201,7 +197,7 @@ def num_cached(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]
         assert output is not None
         counts.append(output.num_cached_tokens)
 
-    monkeypatch.setattr(engine._engine, "generate", generate_and_count)
+    monkeypatch.setattr(engine.llm, "generate", generate_and_count)
     return counts
 
 
@@ -234,7 +230,7 @@ async def test_prompts_that_begin_alike_share_no_more_than_that(
     for seed in (1001, 1002):
         prompt = beginning + long_prompt(300 - num_alike, seed=seed)
         reference.check(prompt, sampling, await sample(engine, prompt, sampling), engine.info.feature_layer)
-    encoding = await engine.encode(beginning)
+    encoding = await engine.encode("g", beginning)
     assert_close(encoding.prompt_hidden, reference.prompt_hidden(beginning, engine.info.feature_layer))
     assert num_cached[:2] == [0, num_read]
 
@@ -284,20 +280,20 @@ async def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_cancell
 
 
 @on_engines_loop
-async def test_weights_made_ready_need_no_file_any_more(
+async def test_prepared_weights_need_their_file_no_longer(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
-    await prepare_weights(engine._engine, weights, "")
+    await engine.prepare_weights(weights)
     reference.use(weights)
     weights.unlink()
-    await engine._exchange(lambda: load_weights(engine._engine, weights, 3))
+    await engine.load_weights(weights, 3)
     await check_rollout(engine, reference)
     await engine.update_weights(folder / "model.safetensors", 4)
 
 
 @on_engines_loop
-async def test_weights_are_served_exactly_whether_or_not_they_could_be_made_ready(
+async def test_weights_are_served_exactly_prepared_or_not(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await check_updates(engine, reference, tmp_path, monkeypatch, first_version=5)
@@ -314,10 +310,7 @@ async def test_biases_and_a_head_of_its_own_are_updated(tmp_path: Path, monkeypa
 @on_engines_loop
 async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
     assert engine.is_alive()
-    running = [
-        asyncio.create_task(engine.generate(EngineRequest(f"doomed-{i}", [65, 66], Sampling(max_tokens=400))))
-        for i in range(8)
-    ]
+    running = [asyncio.create_task(sample(engine, [65, 66], Sampling(max_tokens=400))) for i in range(8)]
     await asyncio.sleep(0.05)
     (worker,) = _children("VLLM::Worker")
     worker.kill()
@@ -327,7 +320,7 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
     assert all(isinstance(failure, BackendDown) for failure in failures)
     assert not engine.is_alive()
     with pytest.raises(BackendDown):
-        await engine.generate(EngineRequest("late", [65, 66], Sampling(max_tokens=4)))
+        await sample(engine, [65, 66], Sampling(max_tokens=4))
 
 
 @pytest.mark.asyncio
@@ -342,8 +335,8 @@ async def test_an_update_ends_when_the_engine_dies_meanwhile(
         calls = [
             asyncio.create_task(call)
             for call in (
-                prepare_weights(engine._engine, weights, ""),
-                engine._exchange(lambda: load_weights(engine._engine, weights, 1)),
+                engine.prepare_weights(weights),
+                engine.load_weights(weights, 1),
             )
         ]
         await asyncio.sleep(0.5)

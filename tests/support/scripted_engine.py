@@ -1,4 +1,4 @@
-"""An engine without a model: what it samples follows from the seed alone, and tests say when it finishes.
+"""An engine without a model: the seed decides what it samples, and tests decide when it finishes.
 
 `tests/contract/test_scripted_engine.py` holds it to what the torch engine promises.
 """
@@ -15,12 +15,22 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest
-from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineInfo, EngineRequest
 from poise.generation.prompts.time_limit import TimeLimit
 from poise.generation.weights.adapter_files import WEIGHTS_FILE, check_adapter, read_config
-from poise.generation.weights.manifest import check_weights
-from poise.generation.weights.payload import Body
-from poise_client.types import EntropyStats, Features, Floats, Message, Sampling, VersionSpan
+from poise.generation.weights.manifest import check_shapes
+from poise.generation.weights.process_group import GroupPayload
+from poise_client.types import (
+    EncodedPrompt,
+    EntropyStats,
+    Features,
+    Floats,
+    Message,
+    Rollout,
+    RolloutId,
+    Sampling,
+    VersionSpan,
+)
 
 WIDTH = 4
 VOCABULARY = 256
@@ -33,15 +43,15 @@ async def at_once(_: object) -> None:
 
 
 class ScriptedEngine:
-    """See `Engine`. Tokens are bytes; a response has as many as may be."""
+    """See `Engine`. Tokens are bytes, and every response has max_tokens of them."""
 
     def __init__(self, *, max_model_len: int = 64) -> None:
         self.before_rollout: Callable[[EngineRequest], Awaitable[None]] = at_once
-        """Awaited by each rollout and encoding while it runs: to hold it back, or to make it fail."""
+        """Awaited by each rollout and encoding while it runs, to delay it or to make it fail."""
         self.before_update: Callable[[Path], Awaitable[None]] = at_once
         """Awaited by each update before it takes effect."""
         self.requests: list[EngineRequest] = []
-        """All that were submitted, in order."""
+        """All submitted requests, in order."""
         self.num_aborted = 0
         self.most_at_once = 0
         self._num_running = 0
@@ -63,7 +73,7 @@ class ScriptedEngine:
         self._alive = False
 
     def die(self) -> None:
-        """End as an engine does whose processes were killed."""
+        """Behave like an engine whose processes were killed."""
         self._alive = False
 
     def is_alive(self) -> bool:
@@ -75,16 +85,17 @@ class ScriptedEngine:
             content = "".join(f"<{turn['role']}>{turn['content']}" for turn in content) + "<assistant>"
         return list(content.encode())
 
-    async def generate(self, request: EngineRequest) -> EngineRollout:
+    async def generate(self, request: EngineRequest) -> Rollout:
         first_version = await self._run(request)
         return self._rollout(request, first_version)
 
-    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
-        request = EngineRequest("encode", prompt_token_ids, Sampling(max_tokens=1))
-        return EngineEncoding(_prompt_hidden(prompt_token_ids), await self._run(request))
+    async def encode(self, group_id: str, prompt_token_ids: Sequence[int]) -> EncodedPrompt:
+        rollout_id = RolloutId("", 0, group_id, 0)
+        version = await self._run(EngineRequest(rollout_id, prompt_token_ids, Sampling(max_tokens=1)))
+        return EncodedPrompt(group_id, len(prompt_token_ids), _prompt_hidden(prompt_token_ids), version)
 
     async def _run(self, request: EngineRequest) -> int:
-        """Take as long as the test says; return the version served at the start."""
+        """Wait as long as the test wants. Return the version served at the start."""
         self._check_alive()
         self.requests.append(request)
         self._num_running += 1
@@ -102,15 +113,15 @@ class ScriptedEngine:
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         self._check_alive()
-        check_weights(PARAMETERS, _shapes(weights))
+        check_shapes(PARAMETERS, _shapes(weights))
         return await self._update(weights, policy_version)
 
     @property
-    def group_backend(self) -> str:
+    def process_group_backend(self) -> str:
         return ""
 
-    async def receive(self, body: Body) -> None:
-        raise BackendDown("a scripted engine is a member of no group")
+    async def receive_payload(self, payload: GroupPayload) -> None:
+        raise BackendDown("a scripted engine joins no group")
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         self._check_alive()
@@ -118,17 +129,17 @@ class ScriptedEngine:
         check_adapter(PARAMETERS, _shapes(folder / WEIGHTS_FILE), rank)
         return await self._update(folder, policy_version)
 
-    async def _update(self, given: Path, policy_version: int) -> float:
-        await self.before_update(given)
+    async def _update(self, weights: Path, policy_version: int) -> float:
+        await self.before_update(weights)
         self._check_alive()
         self._version = policy_version
         return 0.001
 
     def _check_alive(self) -> None:
         if not self._alive:
-            raise BackendDown("the engine does not run")
+            raise BackendDown("the engine is not running")
 
-    def _rollout(self, request: EngineRequest, first_version: int) -> EngineRollout:
+    def _rollout(self, request: EngineRequest, first_version: int) -> Rollout:
         sampling = request.sampling
         seed = next(_SEEDS) if sampling.seed is None else sampling.seed
         entropy = hashlib.sha256(f"{seed}/{list(request.prompt_token_ids)}".encode()).digest()
@@ -139,7 +150,8 @@ class ScriptedEngine:
         spans = [VersionSpan(0, length, first_version)]
         if self._version != first_version:
             spans = [VersionSpan(0, 1, first_version), VersionSpan(1, length, self._version)][: min(length, 2)]
-        return EngineRollout(
+        return Rollout(
+            id=request.id,
             token_ids=token_ids,
             logprobs=-random.uniform(0, 2, length).astype(np.float32),
             token_entropies=entropies,

@@ -1,1 +1,1 @@
-"""The generation service: rollouts, with the features of the very passes that produced them."""
+"""The generation service: samples rollouts, with features from the same forward passes."""

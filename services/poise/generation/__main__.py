@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve until told to stop."""
+    """Run the service with the settings of the command line. Return the exit status."""
     from poise.generation.app import build
     from poise.generation.config import GenerationConfig
     from poise.runtime.cli.service_main import service_main

@@ -1,4 +1,4 @@
-"""The generation service as a whole: the engine, what is served, and when it is ready."""
+"""The generation service: builds its engine and servicer, watches the engine, and decides when it is ready."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 LOADING = "the model is still loading"
-"""The first stage of a start, until the engine reports its own."""
+"""The stage of a start before the engine reports its own."""
 
-_WATCH_EVERY_S = 0.5
+_WATCH_INTERVAL_S = 0.5
 _HUNG_S = 600.0
-"""An engine out of which nothing comes hangs: after this, or, where that is longer, a second for each token that its
-longest rollout may have."""
+"""An engine hangs if nothing enters or leaves it for this time, or for one second per token of max_model_len if that is
+longer."""
 
 
 class GenerationApp(ServiceApp):
@@ -36,16 +36,16 @@ class GenerationApp(ServiceApp):
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, engine: Engine, startup: Startup | None = None) -> None:
-        """`startup` is where the engine reports its progress."""
+        """The engine reports its progress to `startup`."""
         super().__init__(config, CollectorRegistry())
-        self._engine = engine
+        self.engine = engine
         self._startup = startup or Startup(LOADING)
         self._metrics = GenerationMetrics(
             self.registry,
-            num_running=lambda: self._servicer.sampler.num_running,
-            num_accepted=lambda: self._servicer.sampler.num_accepted,
+            num_running=lambda: self.servicer.sampler.num_running,
+            num_accepted=lambda: self.servicer.sampler.num_accepted,
         )
-        self._servicer = GenerationServicer(engine, config, self._metrics, self._refusal)
+        self.servicer = GenerationServicer(engine, config, self._metrics, self._not_ready_reason)
         self._started = False
         self._paused = False
         self._draining = False
@@ -63,93 +63,93 @@ class GenerationApp(ServiceApp):
 
     def register(self, server: grpc.aio.Server) -> None:
         """See `ServiceApp`."""
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._servicer, server)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.servicer, server)
 
     async def start(self) -> None:
-        """Load the model, then watch over the engine."""
+        """Load the model and start watching the engine."""
         if self.config.lora is not None:
             self._startup.begin("reading the model's files")
-        await asyncio.to_thread(self._servicer.pushes.start)
-        await self._engine.start()
+        await asyncio.to_thread(self.servicer.receiver.start)
+        await self.engine.start()
         self._started = True
         self._metrics.loaded()
         self._watcher = asyncio.create_task(self._watch(), name="engine-watcher")
 
     async def drain(self) -> None:
-        """Refuse new rollouts and let those accepted finish."""
+        """Reject new rollouts and wait for the accepted ones to finish."""
         self._draining = True
-        await self._servicer.sampler.idle()
+        await self.servicer.sampler.idle()
 
     async def stop(self) -> None:
         """See `ServiceApp`."""
         if self._watcher is not None:
             self._watcher.cancel()
-        await self._engine.stop()
-        self._servicer.sampler.close()
-        self._servicer.pushes.close()
+        await self.engine.stop()
+        self.servicer.sampler.close()
+        self.servicer.receiver.close()
 
     def readiness(self) -> Readiness:
-        """Ready when rollouts are accepted, from the policy they should come from."""
-        refusal = self._refusal()
-        return Readiness(not refusal, refusal, None if self._started else self._startup.elapsed_s)
+        """Ready once rollouts are accepted."""
+        reason = self._not_ready_reason()
+        return Readiness(not reason, reason, None if self._started else self._startup.elapsed_s)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""
-        policy = self._servicer.policy
+        policy = self.servicer.policy
         return {
-            "instance_id": self._servicer.instance_id,
+            "instance_id": self.servicer.instance_id,
             "lineage_id": policy.lineage_id,
             "policy_version": policy.policy_version,
             "digest": policy.digest.hex(),
-            "keeps_base": self._servicer.pushes.keeps_base,
-            "num_running": self._servicer.sampler.num_running,
-            "num_accepted": self._servicer.sampler.num_accepted,
+            "keeps_base": self.servicer.receiver.keeps_base,
+            "num_running": self.servicer.sampler.num_running,
+            "num_accepted": self.servicer.sampler.num_accepted,
             "paused": self._paused,
-            "engine": _facts(self._engine.info) if self._started else None,
+            "engine": _info_dict(self.engine.info) if self._started else None,
         }
 
     async def pause(self) -> None:
-        """Refuse new rollouts until `resume`; those accepted go on."""
+        """Reject new rollouts until `resume`. Accepted rollouts continue."""
         self._paused = True
 
     async def resume(self) -> None:
         """Accept rollouts again."""
         self._paused = False
 
-    def _refusal(self) -> str:
+    def _not_ready_reason(self) -> str:
         if self._draining:
             return "the generation service is shutting down"
         if not self._started:
             return self._startup.stage
-        if not self._engine.is_alive():
+        if not self.engine.is_alive():
             return "the engine died"
         if self._paused:
-            return "paused; resume by POST /admin/v1/resume"
-        if self.config.wait_for_learner and not self._servicer.policy.lineage_id:
+            return "paused; resume with POST /admin/v1/resume"
+        if self.config.wait_for_learner and not self.servicer.policy.lineage_id:
             return "waiting for a learner to push the weights"
         return ""
 
     async def _watch(self) -> None:
-        """End the process when its engine is dead, or hangs."""
-        limit_s = max(_HUNG_S, self._engine.info.max_model_len)
-        while self._engine.is_alive():
-            if self._servicer.sampler.quiet_s > limit_s:
-                self.fail(f"the engine hangs: nothing has come out of it for {limit_s:.0f} s")
+        """End the process when the engine dies or hangs."""
+        limit_s = max(_HUNG_S, self.engine.info.max_model_len)
+        while self.engine.is_alive():
+            if self.servicer.sampler.stalled_s > limit_s:
+                self.fail(f"the engine hangs: no rollout started or finished for {limit_s:.0f} s")
                 return
-            await asyncio.sleep(_WATCH_EVERY_S)
+            await asyncio.sleep(_WATCH_INTERVAL_S)
         self.fail("the engine died")
 
 
-def _facts(info: EngineInfo) -> dict[str, Any]:
-    """Return what the status shows of an engine, JSON-able."""
+def _info_dict(info: EngineInfo) -> dict[str, Any]:
+    """Return an engine's facts with JSON values only."""
     return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
 
 def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Engine:
-    """Construct the engine that the settings choose. No I/O; its libraries are imported here.
+    """Return the engine that the settings choose, not started. Imports its libraries; no other I/O.
 
     Raises:
-        ConfigError: vLLM's sockets would have too long a path.
+        ConfigError: the path of vLLM's sockets would be too long.
     """
     if config.engine == "torch":
         from poise.generation.engines.transformers.engine import TorchEngine
@@ -164,6 +164,6 @@ def make_engine(config: GenerationConfig, startup: Startup | None = None) -> Eng
 
 
 def build(config: GenerationConfig) -> GenerationApp:
-    """Construct the service. No I/O; the engine's libraries are imported here, for the one chosen."""
+    """Return the service, not started. Imports the engine's libraries; no other I/O."""
     startup = Startup(LOADING)
     return GenerationApp(config, make_engine(config, startup), startup)

@@ -1,9 +1,6 @@
-"""The engine interface: what the generation service asks of vLLM or of transformers.
+"""The interface of inference engines, implemented by `engines.vllm` and `engines.transformers`.
 
-Knows neither gRPC nor protobuf. Implementations: `torch_engine`, `vllm_engine`; one contract suite holds them
-together.
-
-Shapes: P prompt tokens, T response tokens, d the model's width.
+One suite of contract tests runs on every implementation.
 """
 
 from __future__ import annotations
@@ -14,13 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from poise.generation.prompts.time_limit import TimeLimit
-from poise.generation.weights.payload import Body
-from poise_client.types import Features, FinishReason, Floats, Ints, Message, Sampling, VersionSpan
+from poise.generation.weights.process_group import GroupPayload
+from poise_client.types import EncodedPrompt, Message, Rollout, RolloutId, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What does not change while an engine runs."""
+    """Facts about the loaded model that do not change while the engine runs."""
 
     engine: str
     model: str
@@ -30,109 +27,93 @@ class EngineInfo:
     max_model_len: int
     vocabulary_size: int
     tokenizer_digest: bytes = b""
-    """SHA-256 of all that turns prompts into ids: tokenizer and chat template; empty where it is not known."""
+    """SHA-256 of the tokenizer with its chat template; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One rollout to sample."""
 
-    request_id: str
-    """Unique among the running ones."""
+    id: RolloutId
+    """Copied into the rollout."""
     prompt_token_ids: Sequence[int]
-    """At least one, and leaving room for at least one response token in max_model_len."""
+    """At least one, and fewer than max_model_len."""
     sampling: Sampling
-    """max_tokens is resolved: at least 1, and P + max_tokens ≤ max_model_len."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRollout:
-    """One finished rollout."""
-
-    token_ids: Ints
-    logprobs: Floats
-    token_entropies: Floats
-    features: Features
-    version_spans: tuple[VersionSpan, ...]
-    finish_reason: FinishReason
-    text: str
-    first_token_s: float
-    total_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class EngineEncoding:
-    """One encoded prompt."""
-
-    prompt_hidden: Floats
-    """[d]"""
-    policy_version: int
+    """With max_tokens resolved: at least 1, and at most max_model_len minus the prompt."""
 
 
 class Engine(Protocol):
-    """A language model that samples rollouts and takes new weights in place."""
+    """A language model that samples rollouts and replaces its weights in place."""
 
     @property
     def info(self) -> EngineInfo:
-        """Facts of the loaded model. Valid after `start`."""
+        """Facts about the model. Raises `Starting` before `start` returned."""
         ...
 
     async def start(self) -> None:
-        """Load the model. Raises `BackendDown` with the reason when it cannot."""
+        """Load the model. Raises `BackendDown` with the reason if that fails."""
         ...
 
     async def stop(self) -> None:
-        """End every process and free the memory. Safe to call twice."""
+        """End all processes and free the memory. Safe to call twice."""
         ...
 
     def is_alive(self) -> bool:
-        """Whether the engine can still serve; False once its processes died."""
+        """Return whether the engine can still serve; False once its processes died."""
         ...
 
     def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
-        """Return ids of a text as it stands, or of a conversation with its generation prompt.
+        """Return the token ids of a text, or of a conversation with its generation prompt.
 
-        Raises `LimitReached` for a chat template that takes more than `limit` allows.
+        Raises:
+            InvalidRequest: the tokenizer or the chat template rejects the content.
+            LimitReached: the chat template exceeds `limit`.
         """
         ...
 
-    async def generate(self, request: EngineRequest) -> EngineRollout:
-        """Sample one rollout. Cancelling the task aborts it in the engine and frees what it held."""
+    async def generate(self, request: EngineRequest) -> Rollout:
+        """Sample one rollout, with its token entropies. Cancelling aborts it and frees its memory."""
         ...
 
-    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
-        """Return the `prompt_hidden` that rollouts of a prompt would have, by one pass, for a prompt fit to be sampled.
+    async def encode(self, group_id: str, prompt_token_ids: Sequence[int]) -> EncodedPrompt:
+        """Return the `prompt_hidden` that rollouts of this prompt would have, from one forward pass.
 
-        Cancelling the task aborts it in the engine and frees what it held.
+        The prompt must leave space for one response token. Cancelling aborts the pass and frees its memory.
         """
         ...
 
     @property
-    def group_backend(self) -> str:
-        """Of the groups that `receive` can take part in; empty where `nccl` is not set. Valid after `start`."""
+    def process_group_backend(self) -> str:
+        """Backend of the process groups that `receive_payload` can join; empty without `nccl`. Valid after `start`."""
         ...
 
-    async def receive(self, body: Body) -> None:
-        """Write into a file what comes through a group, while rollouts go on.
+    async def receive_payload(self, payload: GroupPayload) -> None:
+        """Receive the payload of a push through a process group, while sampling continues.
 
-        Raises `BackendDown` when it does not come, or not in time; cancelling the task gives it up.
+        Cancelling aborts it.
+
+        Raises:
+            BackendDown: the payload did not arrive, or not in time.
         """
         ...
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
-        """Serve the parameters of a safetensors file from the next step boundary on.
+        """Serve the parameters in a safetensors file from the next step boundary on. Drops prefix caches.
 
-        Running rollouts go on under the new version (their spans say so), or where `in_flight` is `abort` they end with
-        what they have, at least a token, and finish_reason "abort"; prefix caches are dropped. Returns the
-        seconds for which generation stood still. Raises `InvalidRequest`, with nothing changed, when the file does not
-        fit the model.
+        With `in_flight: keep`, running rollouts continue under the new version, and their version spans show it. With
+        `abort`, they end with the tokens they have, at least one, and finish_reason "abort".
+
+        Returns the seconds for which generation paused.
+
+        Raises:
+            InvalidRequest: the file does not fit the model. Nothing changed.
         """
         ...
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
-        """Serve the model with an adapter, in place of any other, from the next step boundary on.
+        """Serve the model with the adapter in a peft folder, as `update_weights` does with parameters.
 
-        For an engine whose `lora` is set, and which then takes no other weights. The folder is as peft writes them, and
-        stays as it is until another is served. All else is as in `update_weights`.
+        Only for an engine with `lora` set, which accepts no other weights. The folder must not change while the adapter
+        is served.
         """
         ...

@@ -1,4 +1,4 @@
-"""From what an engine kept of a rollout to its features; the rules themselves are `algorithms.features`.
+"""Features of one rollout from its hidden states and token entropies. The rules are in `algorithms.features`.
 
 Shapes: T response tokens, d the model's width.
 """
@@ -14,7 +14,7 @@ from poise_client.types import EntropyStats, Features, Floats
 
 
 def pooled_response(token_texts: Sequence[str], pool_tokens: int) -> tuple[Span, ResponseSpans]:
-    """Return which response tokens `response_hidden` averages, and the stretches whose entropies are summarised."""
+    """Return the response tokens that `response_hidden` averages, and the spans whose entropies are summarized."""
     spans = locate_spans(token_texts)
     return response_window(len(token_texts), spans.think_close_end, pool_tokens), spans
 
@@ -22,7 +22,7 @@ def pooled_response(token_texts: Sequence[str], pool_tokens: int) -> tuple[Span,
 def build_features(
     prompt_hidden_d: Floats, response_hidden_d: Floats, entropies_T: Floats, spans: ResponseSpans
 ) -> Features:
-    """Assemble the features from the two pooled states and the token entropies."""
+    """Return the features from the two pooled states and the token entropies."""
     whole = Span(0, entropies_T.size)
     output, reasoning, answer = (
         EntropyStats(*entropy_stats(entropies_T, span)) for span in (whole, spans.reasoning, spans.answer)
@@ -31,7 +31,7 @@ def build_features(
 
 
 def mean_or_zeros(states_Td: Floats, window: Span) -> Floats:
-    """Return the mean state over a window, [d]; zeros for an empty one."""
+    """Return the mean state over a window, [d]; zeros for an empty window."""
     if not window:
         return np.zeros(states_Td.shape[1], np.float32)
     pooled: Floats = states_Td[window.start : window.end].mean(axis=0, dtype=np.float64).astype(np.float32)

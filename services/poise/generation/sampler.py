@@ -1,7 +1,4 @@
-"""From prompts to finished groups, or to their own states: limits, seeds, and the order of finishing.
-
-Owns how many rollouts run and wait. Knows engines by their interface and no transport.
-"""
+"""Samples groups of rollouts and encodes prompts: tokenization, limits and seeds. Streams results as they finish."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +17,7 @@ import numpy as np
 
 from poise.errors import Busy, InvalidRequest
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import Engine, EngineRequest, EngineRollout
+from poise.generation.engine import Engine, EngineRequest
 from poise.generation.prompts.time_limit import LimitReached, TimeLimit
 from poise.runtime.rpc.validation import Violations
 from poise_client.types import (
@@ -40,50 +36,49 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 MAX_CHARS_PER_TOKEN = 64
-"""Longer texts, relative to max_model_len, are rejected before they are tokenised."""
+"""Texts with more characters than this times max_model_len are rejected before they are tokenized."""
 
 _PROMPT_S, _REQUEST_S = 5.0, 60.0
-"""How long a prompt's chat template may take, and all prompts of a request."""
+"""Longest time for the chat template of one prompt, and for all prompts of a request."""
 _TEMPLATE_CHARS = 2**18
-"""What a chat template may add to a conversation, such as a description of tools."""
+"""Most characters that a chat template may add to a conversation, such as descriptions of tools."""
 _NUM_THREADS = 2
-_FEW_PROMPTS, _FEW_CHARS = 64, 2**14
-"""Up to here, tokenising on the event loop is faster than using a thread."""
+_MAX_INLINE_PROMPTS, _MAX_INLINE_CHARS = 64, 2**14
+"""Up to this size, tokenizing on the event loop is faster than on a thread."""
 
 MAX_PROBLEM_CHARS = 200
-"""Characters kept of a prompt's problem, so that 4096 of them fit one answer."""
+"""Characters kept of a prompt's problem, so that the problems of 4096 prompts fit one response."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One group to sample."""
+class _TokenizedPrompt:
+    """One prompt with its token ids and its resolved sampling parameters."""
 
     group_id: str
-    prompt_token_ids: list[int]
+    token_ids: list[int]
     sampling: Sampling
 
 
 class Sampler:
-    """Runs at most `max_num_seqs` rollouts at a time; refuses beyond `max_queued_rollouts`."""
+    """Runs at most `max_num_seqs` rollouts at once, and rejects requests beyond `max_queued_rollouts`."""
 
     def __init__(self, engine: Engine, config: GenerationConfig) -> None:
         self._engine = engine
         self._config = config
         self._slots = asyncio.Semaphore(config.max_num_seqs)
         self._threads = ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="tokenize")
-        self._request_ids = itertools.count()
-        self.num_accepted = 0
-        """Rollouts accepted, of groups not yet handed over, and prompts to be encoded."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self._last_activity_s = time.monotonic()
+        self.num_accepted = 0
+        """Accepted rollouts of groups that were not yet handed over, and prompts to encode."""
         self.num_running = 0
         """Rollouts and prompts in the engine."""
-        self._stirred_s = time.monotonic()
 
     @property
-    def quiet_s(self) -> float:
-        """How long nothing went into the engine or came out of it, though something is in it; 0 where nothing is."""
-        return time.monotonic() - self._stirred_s if self.num_running else 0.0
+    def stalled_s(self) -> float:
+        """Seconds since anything entered or left the engine; 0 while it is empty."""
+        return time.monotonic() - self._last_activity_s if self.num_running else 0.0
 
     def sample(
         self,
@@ -94,52 +89,61 @@ class Sampler:
         sampling: Sampling,
         return_token_entropies: bool,
     ) -> AsyncGenerator[Group, None]:
-        """Yield each group as its last rollout finishes. Closing the iterator aborts what still runs.
+        """Yield each group when its last rollout finishes. Closing the iterator aborts the others.
 
         Raises:
-            InvalidRequest: a prompt that cannot be, takes too long to tokenise, or leaves no room for a response.
-            Busy: too many rollouts wait already.
+            InvalidRequest: a prompt is malformed, too long, or takes too long to tokenize.
+            Busy: too many rollouts are waiting.
         """
         return self._run(
             prompts,
             sampling,
             num_rollouts,
-            lambda job: self._sample_group(run_id, step, job, num_rollouts, return_token_entropies),
+            lambda prompt: self._sample_group(run_id, step, prompt, num_rollouts, return_token_entropies),
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> AsyncGenerator[EncodedPrompt, None]:
-        """Yield each prompt's state as it is there, under the limits of as many rollouts. Otherwise as `sample`."""
+        """Yield each encoded prompt when it finishes. Each counts as one rollout; otherwise as `sample`."""
         return self._run(prompts, Sampling(max_tokens=1), 1, self._encode)
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
-        """Return each prompt's number of tokens, however large, or why it cannot be sampled."""
+        """Return each prompt's number of tokens, even above max_model_len, or why it cannot be sampled."""
         return [await self._on_thread(self._check, prompt, self._limit()) for prompt in prompts]
 
-    def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
-        try:
-            return PromptCheck(prompt.group_id, len(self._token_ids(prompt.content, limit)), "")
-        except InvalidRequest as error:
-            return PromptCheck(prompt.group_id, 0, error.message[:MAX_PROBLEM_CHARS])
+    async def idle(self) -> None:
+        """Return once no accepted rollout is left."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Stop tokenizing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         num_rollouts: int,
-        work: Callable[[_Job], Coroutine[Any, Any, T]],
+        work: Callable[[_TokenizedPrompt], Coroutine[Any, Any, T]],
     ) -> AsyncGenerator[T, None]:
         num_new = len(prompts) * num_rollouts
         limit = self._config.max_queued_rollouts
         if num_new > limit:
-            raise InvalidRequest.field("prompts", f"ask for {num_new} rollouts; max_queued_rollouts is {limit}")
+            raise InvalidRequest.field(
+                "prompts",
+                f"need {num_new} rollouts; max_queued_rollouts is {limit}",
+                remedy="Send fewer prompts or rollouts per request, or raise max_queued_rollouts.",
+            )
         if self.num_accepted + num_new > limit:
-            raise Busy(f"{self.num_accepted} rollouts are waiting, of at most {limit}", retry_after_s=1.0)
+            raise Busy(
+                f"{self.num_accepted} rollouts are waiting and {num_new} more exceed max_queued_rollouts, {limit}",
+                retry_after_s=1.0,
+            )
         self.num_accepted += num_new
         self._idle.clear()
         tasks: list[asyncio.Task[T]] = []
         num_left = num_new
         try:
-            tasks += [asyncio.create_task(work(job)) for job in await self._jobs(prompts, sampling)]
+            tasks += [asyncio.create_task(work(prompt)) for prompt in await self._tokenize_all(prompts, sampling)]
             for task in asyncio.as_completed(tasks):
                 yield await task
                 num_left -= num_rollouts
@@ -147,7 +151,7 @@ class Sampler:
         finally:
             try:
                 await _cancel(tasks)
-            finally:  # cancelled once more, they are given up all the same
+            finally:  # even if this task is cancelled a second time
                 self._release(num_left)
 
     def _release(self, num_rollouts: int) -> None:
@@ -155,65 +159,105 @@ class Sampler:
         if self.num_accepted == 0:
             self._idle.set()
 
-    def close(self) -> None:
-        """Tokenise no further prompts."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def idle(self) -> None:
-        """Return once nothing accepted is left."""
-        await self._idle.wait()
-
-    async def _jobs(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_Job]:
-        """Tokenise on a thread, unless there is little to do."""
-        limit = self._limit()
-        if _are_few(prompts):
-            return self._tokenised(prompts, limit, sampling)
-        return await self._on_thread(functools.partial(self._tokenised, sampling=sampling), prompts, limit)
-
-    async def _on_thread(self, work: Callable[[P, TimeLimit], T], of: P, limit: TimeLimit) -> T:
-        """Run work on a tokenizing thread; end it when the caller is cancelled."""
+    async def _sample_group(
+        self, run_id: str, step: int, prompt: _TokenizedPrompt, num_rollouts: int, return_token_entropies: bool
+    ) -> Group:
+        ids = [RolloutId(run_id, step, prompt.group_id, index) for index in range(num_rollouts)]
+        siblings = [asyncio.create_task(self._sample_rollout(prompt, rollout_id)) for rollout_id in ids]
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, of, limit)
+            rollouts = await asyncio.gather(*siblings)
+        finally:
+            await _cancel(siblings)
+        if not return_token_entropies:
+            rollouts = [dataclasses.replace(rollout, token_entropies=None) for rollout in rollouts]
+        return Group(prompt.group_id, np.array(prompt.token_ids, np.int32), tuple(rollouts))
+
+    async def _sample_rollout(self, prompt: _TokenizedPrompt, rollout_id: RolloutId) -> Rollout:
+        sampling = prompt.sampling
+        if sampling.seed is not None:
+            seed = rollout_seed(sampling.seed, prompt.group_id, rollout_id.rollout_index)
+            sampling = dataclasses.replace(sampling, seed=seed)
+        async with self._slot():
+            return await self._engine.generate(EngineRequest(rollout_id, prompt.token_ids, sampling))
+
+    async def _encode(self, prompt: _TokenizedPrompt) -> EncodedPrompt:
+        async with self._slot():
+            return await self._engine.encode(prompt.group_id, prompt.token_ids)
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        async with self._slots:
+            self.num_running += 1
+            self._last_activity_s = time.monotonic()
+            try:
+                yield
+            finally:
+                self.num_running -= 1
+                self._last_activity_s = time.monotonic()
+
+    def _check(self, prompt: Prompt, limit: TimeLimit) -> PromptCheck:
+        try:
+            return PromptCheck(prompt.group_id, len(self._token_ids(prompt.content, limit)), "")
+        except InvalidRequest as error:
+            return PromptCheck(prompt.group_id, 0, error.message[:MAX_PROBLEM_CHARS])
+
+    async def _tokenize_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_TokenizedPrompt]:
+        """Tokenize on a thread, unless the prompts are short."""
+        limit = self._limit()
+        if _are_short(prompts):
+            return self._tokenize(prompts, limit, sampling)
+        return await self._on_thread(functools.partial(self._tokenize, sampling=sampling), prompts, limit)
+
+    async def _on_thread(self, work: Callable[[P, TimeLimit], T], argument: P, limit: TimeLimit) -> T:
+        """Run work on a tokenizing thread. Cancelling the caller ends it at its next check of `limit`."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument, limit)
         except asyncio.CancelledError:
             limit.cancel()
             raise
 
-    def _tokenised(self, prompts: Sequence[Prompt], limit: TimeLimit, sampling: Sampling) -> list[_Job]:
-        jobs, wrong = [], Violations()
+    def _tokenize(self, prompts: Sequence[Prompt], limit: TimeLimit, sampling: Sampling) -> list[_TokenizedPrompt]:
+        tokenized, wrong = [], Violations()
         for index, prompt in enumerate(prompts):
             if wrong.is_full:
                 break
             try:
                 token_ids = self._token_ids(prompt.content, limit)
-                resolved = dataclasses.replace(sampling, max_tokens=self._max_tokens(len(token_ids), sampling))
-                jobs.append(_Job(prompt.group_id, token_ids, resolved))
+                max_response = self._max_response_tokens(len(token_ids))
+                max_tokens = min(sampling.max_tokens or self._config.default_max_tokens, max_response)
+                resolved = dataclasses.replace(sampling, max_tokens=max_tokens)
+                tokenized.append(_TokenizedPrompt(prompt.group_id, token_ids, resolved))
             except InvalidRequest as error:
                 for violation in error.violations:
                     wrong.add(f"prompts[{index}].{violation.field}", violation.description)
         wrong.raise_if_any()
-        return jobs
+        return tokenized
 
     def _token_ids(self, content: PromptContent, limit: TimeLimit) -> list[int]:
+        vocabulary_size = self._engine.info.vocabulary_size
         if not isinstance(content, str) and content and isinstance(content[0], int):
-            return self._checked_ids(cast(Sequence[int], content))
+            token_ids = cast(Sequence[int], content)
+            self._max_response_tokens(len(token_ids))  # first, because it needs only their number
+            check_vocabulary("tokens.token_ids", token_ids, vocabulary_size)
+            return list(token_ids)
         text = cast(str | Sequence[Message], content)
         kind = "text" if isinstance(text, str) else "chat"
         num_chars, max_chars = _num_chars(text), self._max_chars
         if num_chars > max_chars:
             raise InvalidRequest.field(
                 kind,
-                f"has {num_chars} characters; max_model_len is {self._engine.info.max_model_len} tokens, and more than "
-                f"{max_chars} characters are not tokenised",
+                f"has {num_chars} characters; required: at most {max_chars}, which is {MAX_CHARS_PER_TOKEN} for each "
+                f"token of max_model_len, {self._engine.info.max_model_len}",
             )
         try:
             limit.check()
-            token_ids = self._engine.tokenize(text, limit)
+            ids = self._engine.tokenize(text, limit)
         except LimitReached as error:
-            raise InvalidRequest.field(kind, f"tokenising it was ended: {error}") from error
-        if not token_ids:
-            raise InvalidRequest.field(kind, "has no tokens; a prompt needs at least one")
-        check_vocabulary(kind, token_ids, self._engine.info.vocabulary_size)
-        return token_ids
+            raise InvalidRequest.field(kind, f"tokenizing was stopped: {error}") from error
+        if not ids:
+            raise InvalidRequest.field(kind, "has no tokens; required: at least one")
+        check_vocabulary(kind, ids, vocabulary_size)
+        return ids
 
     @property
     def _max_chars(self) -> int:
@@ -222,69 +266,31 @@ class Sampler:
     def _limit(self) -> TimeLimit:
         return TimeLimit(_REQUEST_S, each_s=_PROMPT_S, max_chars=self._max_chars + _TEMPLATE_CHARS)
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        self._room(len(token_ids))  # first, as it needs only their number
-        check_vocabulary("tokens.token_ids", token_ids, self._engine.info.vocabulary_size)
-        return list(token_ids)
-
-    def _max_tokens(self, num_prompt_tokens: int, sampling: Sampling) -> int:
-        return min(sampling.max_tokens or self._config.default_max_tokens, self._room(num_prompt_tokens))
-
-    def _room(self, num_prompt_tokens: int) -> int:
-        """Return how many response tokens there is room for. Raises `InvalidRequest` when it is none."""
-        room = self._engine.info.max_model_len - num_prompt_tokens
-        if room < 1:
+    def _max_response_tokens(self, num_prompt_tokens: int) -> int:
+        """Return how many response tokens fit after a prompt. Raises `InvalidRequest` if none do."""
+        max_model_len = self._engine.info.max_model_len
+        if num_prompt_tokens >= max_model_len:
             raise InvalidRequest.field(
                 "prompt",
-                f"has {num_prompt_tokens} tokens; max_model_len is {self._engine.info.max_model_len}, and a response "
-                "needs at least one",
+                f"has {num_prompt_tokens} tokens; required: at most {max_model_len - 1}, because max_model_len is "
+                f"{max_model_len} and a response needs at least one token",
             )
-        return room
-
-    async def _sample_group(
-        self, run_id: str, step: int, job: _Job, num_rollouts: int, return_token_entropies: bool
-    ) -> Group:
-        siblings = [asyncio.create_task(self._sample_rollout(job, index)) for index in range(num_rollouts)]
-        try:
-            finished = await asyncio.gather(*siblings)
-        finally:
-            await _cancel(siblings)
-        rollouts = [
-            _rollout(RolloutId(run_id, step, job.group_id, index), done, return_token_entropies)
-            for index, done in enumerate(finished)
-        ]
-        return Group(job.group_id, np.array(job.prompt_token_ids, np.int32), tuple(rollouts))
-
-    async def _sample_rollout(self, job: _Job, index: int) -> EngineRollout:
-        sampling = job.sampling
-        if sampling.seed is not None:
-            sampling = dataclasses.replace(sampling, seed=rollout_seed(sampling.seed, job.group_id, index))
-        async with self._slot():
-            request = EngineRequest(f"rollout-{next(self._request_ids)}", job.prompt_token_ids, sampling)
-            return await self._engine.generate(request)
-
-    async def _encode(self, job: _Job) -> EncodedPrompt:
-        async with self._slot():
-            done = await self._engine.encode(job.prompt_token_ids)
-        return EncodedPrompt(job.group_id, len(job.prompt_token_ids), done.prompt_hidden, done.policy_version)
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        async with self._slots:
-            self.num_running += 1
-            self._stirred_s = time.monotonic()
-            try:
-                yield
-            finally:
-                self.num_running -= 1
-                self._stirred_s = time.monotonic()
+        return max_model_len - num_prompt_tokens
 
 
 def check_vocabulary(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
-    """Raise `InvalidRequest` for a token that the model has no embedding for."""
-    beyond = next((token for token in token_ids if not 0 <= token < vocabulary_size), None)
-    if beyond is not None:
-        raise InvalidRequest.field(field, f"has token {beyond}; the model's vocabulary is 0 to {vocabulary_size - 1}")
+    """Raise `InvalidRequest` for a token id that the model has no embedding for."""
+    unknown = next((token for token in token_ids if not 0 <= token < vocabulary_size), None)
+    if unknown is not None:
+        raise InvalidRequest.field(
+            field, f"has token {unknown}; required: 0 to {vocabulary_size - 1}, the model's vocabulary"
+        )
+
+
+def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:
+    """Return the seed of one rollout, below 2^63. It does not depend on the order in which rollouts run."""
+    digest = hashlib.sha256(f"{seed}/{rollout_index}/{group_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _num_chars(content: str | Sequence[Message]) -> int:
@@ -293,38 +299,17 @@ def _num_chars(content: str | Sequence[Message]) -> int:
     return sum(len(turn["content"]) + len(turn["role"]) for turn in content)
 
 
-def _are_few(prompts: Sequence[Prompt]) -> bool:
-    """Whether prompts are tokenised at once. Conversations are not: their template is a program."""
+def _are_short(prompts: Sequence[Prompt]) -> bool:
+    """Return whether to tokenize on the event loop. False for conversations, whose chat template is a program."""
     num_chars = 0
     for prompt in prompts:
         if not prompt.content or isinstance(prompt.content[0], dict):
             return False
         num_chars += len(prompt.content)
-    return len(prompts) <= _FEW_PROMPTS and num_chars <= _FEW_CHARS
-
-
-def rollout_seed(seed: int, group_id: str, rollout_index: int) -> int:
-    """Return the seed of one rollout, below 2^63: independent of the order in which rollouts run."""
-    digest = hashlib.sha256(f"{seed}/{rollout_index}/{group_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return len(prompts) <= _MAX_INLINE_PROMPTS and num_chars <= _MAX_INLINE_CHARS
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _rollout(rollout_id: RolloutId, done: EngineRollout, return_token_entropies: bool) -> Rollout:
-    return Rollout(
-        id=rollout_id,
-        token_ids=done.token_ids,
-        logprobs=done.logprobs,
-        features=done.features,
-        version_spans=done.version_spans,
-        finish_reason=done.finish_reason,
-        text=done.text,
-        token_entropies=done.token_entropies if return_token_entropies else None,
-        first_token_s=done.first_token_s,
-        total_s=done.total_s,
-    )

@@ -1,4 +1,4 @@
-"""Which policy is being served, and which push may follow it (DESIGN §3: versions, all-or-nothing)."""
+"""The policy version being served, and which pushes can replace it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from poise.errors import Conflict
 
 @dataclass(frozen=True, slots=True)
 class ServedPolicy:
-    """A version within a lineage; the empty lineage is the model as it was loaded."""
+    """A version within a lineage. The empty lineage is the model as it was loaded."""
 
     lineage_id: str = ""
     policy_version: int = 0
     digest: bytes = b""
 
 
-def admit_push(served: ServedPolicy, pushed: ServedPolicy) -> bool:
-    """Return whether a push must be applied; False when it is being served already.
+def must_apply(served: ServedPolicy, pushed: ServedPolicy) -> bool:
+    """Return whether a push must be applied; False if exactly this version is already served.
 
-    A new lineage may begin at any version: another learner numbers from here on.
+    A new lineage can start at any version, because another learner numbers it.
 
     Raises:
-        Conflict: the same lineage at this version with other weights, or at a lower version.
+        Conflict: within the lineage, the version is lower, or equal with other weights.
     """
     if pushed == served:
         return False
@@ -30,10 +30,10 @@ def admit_push(served: ServedPolicy, pushed: ServedPolicy) -> bool:
         return True
     if pushed.policy_version == served.policy_version:
         raise Conflict(
-            f"version {pushed.policy_version} is served with other weights",
-            remedy="Two learners share a lineage, or one lost its state: give the learner a fresh state_dir.",
+            f"version {pushed.policy_version} is already served with other weights",
+            remedy="Two learners share a lineage, or one lost its state: give each learner its own, empty state_dir.",
         )
     raise Conflict(
         f"version {pushed.policy_version} is older than version {served.policy_version}, which is served",
-        remedy="Push a version above it; a learner that went back starts a new lineage.",
+        remedy="Push a higher version. A learner that went back to an earlier version must start a new lineage.",
     )

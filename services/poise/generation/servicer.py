@@ -1,7 +1,4 @@
-"""GenerationService on the wire: protobuf to the sampler and the engine, and back.
-
-Owns validation of requests. Knows neither vLLM nor torch.
-"""
+"""The gRPC servicer: validates requests and translates between protobuf, the sampler and the push receiver."""
 
 from __future__ import annotations
 
@@ -39,46 +36,50 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 4096
 MAX_TURNS = 32768
-"""Turns of all conversations of a request."""
+"""Most turns in all conversations of a request."""
 MAX_ROLLOUTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(0.01)), 100.0
-"""Below the least, which vLLM does not go under, logits overflow; 0 is greedy. As float32, for so it travels."""
+"""Below the minimum, which is vLLM's, logits overflow; 0 means greedy. Rounded to float32, as requests carry it."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Samples and takes pushes. `refusal` says why new rollouts are refused now; empty when they are not."""
+    """Samples rollouts and receives pushes."""
 
     def __init__(
-        self, engine: Engine, config: GenerationConfig, metrics: GenerationMetrics, refusal: Callable[[], str]
+        self,
+        engine: Engine,
+        config: GenerationConfig,
+        metrics: GenerationMetrics,
+        not_ready_reason: Callable[[], str],
     ) -> None:
+        """`not_ready_reason` returns why new rollouts are rejected now, or an empty string."""
         self._engine = engine
-        self._config = config
         self._metrics = metrics
         self.sampler = Sampler(engine, config)
-        self.pushes = PushReceiver(engine, config, metrics)
+        self.receiver = PushReceiver(engine, config, metrics)
         self.instance_id = uuid.uuid4().hex
-        self._refusal = refusal
+        self._not_ready_reason = not_ready_reason
 
     async def StreamTrajectories(  # noqa: N802
         self, request: pb.StreamTrajectoriesRequest, context: Context
     ) -> AsyncIterator[pb.StreamTrajectoriesResponse]:
         """See generation.proto."""
-        self._refuse_unless_ready()
+        self._check_ready()
         prompts, sampling, num_rollouts = _read_request(request, self._engine.info.vocabulary_size)
         if request.HasField("min_policy_version") and self.policy.policy_version < request.min_policy_version:
             raise VersionMismatch(
                 f"version {self.policy.policy_version} is served; min_policy_version is {request.min_policy_version}",
-                remedy="Wait for the learner's push, and ask again.",
+                remedy="Wait for the learner's push and try again.",
             )
         groups = self.sampler.sample(
             request.run_id, request.step, prompts, num_rollouts, sampling, request.return_token_entropies
         )
         try:
-            with self._engine_deaths():
+            with self._engine_death_as_unavailable():
                 async for group in groups:
                     self._metrics.observe(group)
                     yield encode_group(group)
@@ -89,13 +90,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.EncodePromptsRequest, context: Context
     ) -> AsyncIterator[pb.EncodePromptsResponse]:
         """See generation.proto."""
-        self._refuse_unless_ready()
+        self._check_ready()
         wrong = Violations()
         prompts = _read_prompts(request.prompts, wrong)
         wrong.raise_if_any()
         encoded = self.sampler.encode(prompts)
         try:
-            with self._engine_deaths():
+            with self._engine_death_as_unavailable():
                 async for prompt in encoded:
                     yield encode_encoded_prompt(prompt)
         finally:
@@ -114,29 +115,29 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
     ) -> pb.UpdateWeightsResponse:
         """See generation.proto."""
-        with self._engine_deaths():
-            return encode_weight_update(await self.pushes.take(request_iterator))
+        with self._engine_death_as_unavailable():
+            return encode_weight_update(await self.receiver.receive(request_iterator))
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
         """See generation.proto."""
         info = self._engine.info
-        refusal = self._refusal()
+        not_ready_reason = self._not_ready_reason()
         return encode_policy(
             Policy(
                 instance_id=self.instance_id,
                 lineage_id=self.policy.lineage_id,
                 policy_version=self.policy.policy_version,
                 digest=self.policy.digest,
-                ready=not refusal,
-                not_ready_reason=refusal,
+                ready=not not_ready_reason,
+                not_ready_reason=not_ready_reason,
                 engine=info.engine,
                 model=info.model,
                 hidden_size=info.hidden_size,
                 feature_layer=info.feature_layer,
                 max_model_len=info.max_model_len,
                 num_running=self.sampler.num_running,
-                keeps_base=self.pushes.keeps_base,
-                process_group_backend=self._engine.group_backend,
+                keeps_base=self.receiver.keeps_base,
+                process_group_backend=self._engine.process_group_backend,
                 tokenizer_digest=info.tokenizer_digest,
                 vocabulary_size=info.vocabulary_size,
             )
@@ -144,16 +145,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     @property
     def policy(self) -> ServedPolicy:
-        """What is served."""
-        return self.pushes.policy
+        """The version being served."""
+        return self.receiver.policy
 
-    def _refuse_unless_ready(self) -> None:
-        if refusal := self._refusal():
-            raise Draining(refusal, retry_after_s=0.5)
+    def _check_ready(self) -> None:
+        if reason := self._not_ready_reason():
+            raise Draining(reason, retry_after_s=0.5)
 
     @contextmanager
-    def _engine_deaths(self) -> Iterator[None]:
-        """Let callers try again later when what they met is the engine's death rather than a defect."""
+    def _engine_death_as_unavailable(self) -> Iterator[None]:
+        """Raise a retryable error if the engine died during the call; other exceptions are defects."""
         try:
             yield
         except PoiseError:
@@ -186,7 +187,7 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
         path = f"prompts[{index}]"
         wrong.identifier(f"{path}.group_id", spec.group_id)
         if spec.group_id in seen:
-            wrong.add(f"{path}.group_id", f"{quoted(spec.group_id)} names an earlier prompt too")
+            wrong.add(f"{path}.group_id", f"is {quoted(spec.group_id)}, like an earlier prompt's; required: unique")
         seen.add(spec.group_id)
         try:
             prompts.append(decode_prompt(spec, path))
@@ -204,7 +205,7 @@ def _check_sampling(sampling: Sampling, vocabulary_size: int, wrong: Violations)
         "sampling.temperature",
         f"is {temperature:g}; required: {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, or 0 (greedy)",
     )
-    wrong.check(0 < top_p <= 1, "sampling.top_p", f"is {top_p}; required: above 0, at most 1")
+    wrong.check(0 < top_p <= 1, "sampling.top_p", f"is {top_p:g}; required: above 0, at most 1")
     for index, stop in enumerate(sampling.stop):
         wrong.check(
             1 <= len(stop) <= MAX_STOP_CHARS,
@@ -212,10 +213,12 @@ def _check_sampling(sampling: Sampling, vocabulary_size: int, wrong: Violations)
             f"has {len(stop)} characters; required: 1 to {MAX_STOP_CHARS}",
         )
     token_ids = sampling.stop_token_ids
-    wrong.check(len(token_ids) <= MAX_STOPS, "sampling.stop_token_ids", f"has {len(token_ids)}; at most {MAX_STOPS}")
+    wrong.check(
+        len(token_ids) <= MAX_STOPS, "sampling.stop_token_ids", f"has {len(token_ids)}; required: at most {MAX_STOPS}"
+    )
     for index, token in enumerate(token_ids[:MAX_STOPS]):
         wrong.check(
             token < vocabulary_size,
             f"sampling.stop_token_ids[{index}]",
-            f"is {token}; the model's vocabulary is 0 to {vocabulary_size - 1}",
+            f"is {token}; required: 0 to {vocabulary_size - 1}, the model's vocabulary",
         )

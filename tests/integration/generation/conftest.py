@@ -1,4 +1,4 @@
-"""The generation service on a real port of this process, and what its pushes must amount to."""
+"""The generation service on a real port of this process, and a reference model to compare pushes with."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Running:
         return GenerationServiceStub(self.channel)
 
     def staged(self) -> list[Path]:
-        """Return the files of pushes that were not applied."""
-        base = self.app._servicer.pushes._staging.base
+        """Return the files of pushes except the kept base."""
+        base = self.app.servicer.receiver.staging.base
         files = self.app.config.staging_dir.rglob("*.safetensors")
         return [path for path in files if base is None or path != base.path]
 

@@ -11,9 +11,9 @@ import transformers
 from tests.support.architectures import make_architecture
 
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import EngineRequest, EngineRollout
+from poise.generation.engine import EngineRequest
 from poise.generation.engines.transformers.engine import TorchEngine
-from poise_client.types import Sampling
+from poise_client.types import Rollout, RolloutId, Sampling
 
 CACHED = [
     "bloom",
@@ -32,18 +32,19 @@ UNCACHED = ["bamba", "mamba", "openai-gpt", "recurrent_gemma"]
 TEMPERATURE = 0.7
 
 
-async def sample(folder: Path) -> tuple[list[int], EngineRollout, int]:
+async def sample(folder: Path) -> tuple[list[int], Rollout, int]:
     engine = TorchEngine(GenerationConfig(model=str(folder), engine="torch"))
     await engine.start()
     try:
         ids = engine.tokenize("12+3=")
         sampling = Sampling(max_tokens=24, temperature=TEMPERATURE, seed=1)
-        return ids, await engine.generate(EngineRequest("r", ids, sampling)), engine.info.max_model_len
+        rollout = await engine.generate(EngineRequest(RolloutId("run", 0, "g", 0), ids, sampling))
+        return ids, rollout, engine.info.max_model_len
     finally:
         await engine.stop()
 
 
-def own_logprobs(folder: Path, ids: list[int], rollout: EngineRollout) -> np.ndarray:
+def own_logprobs(folder: Path, ids: list[int], rollout: Rollout) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # the others leave the cap out

@@ -99,13 +99,13 @@ class LiveReplica:
     async def serves(self) -> bytes:
         """Return the fingerprint of its parameters, between two steps of the engine."""
         assert self.app is not None
-        engine = self.app._engine
+        engine = self.app.engine
         assert isinstance(engine, TorchEngine)
 
         def look() -> bytes:
-            return _fingerprint({name: p.detach().numpy() for name, p in engine._model.named_parameters()})
+            return _fingerprint({name: p.detach().numpy() for name, p in engine.model.named_parameters()})
 
-        return await engine._on_thread(look)
+        return await engine.run_on_thread(look)
 
 
 class Proxy(generation_pb2_grpc.GenerationServiceServicer):

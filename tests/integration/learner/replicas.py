@@ -15,7 +15,7 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from poise.errors import BackendDown
-from poise.generation.served_policy import ServedPolicy, admit_push
+from poise.generation.served_policy import ServedPolicy, must_apply
 from poise.runtime.network.auth import BearerAuth
 from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise_client import RetryPolicy
@@ -96,7 +96,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         begin = (await anext(aiter(requests))).manifest
         data = b"".join([message.chunk.data async for message in requests])
         pushed = ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest)
-        if not admit_push(self.policy, pushed):
+        if not must_apply(self.policy, pushed):
             return pb.UpdateWeightsResponse(policy_version=pushed.policy_version, already_applied=True)
         await self.release.wait()
         await asyncio.sleep(self.takes_s)

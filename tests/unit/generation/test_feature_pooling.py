@@ -1,4 +1,4 @@
-"""From what an engine kept to features."""
+"""Features from hidden states and entropies."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from poise_client.types import EntropyStats
 
 def test_last_tokens_that_went_through_the_model_are_pooled() -> None:
     window, spans = pooled_response(["a"] * 30, POOL_TOKENS)
-    assert window == Span(29 - POOL_TOKENS, 29)  # the last token sampled never went through
+    assert window == Span(29 - POOL_TOKENS, 29)  # the last sampled token never goes through the model
     assert not spans.reasoning
 
 
@@ -27,7 +27,7 @@ def test_window_of_a_single_token_is_empty() -> None:
     assert not window
 
 
-def test_mean_is_over_the_window_alone() -> None:
+def test_mean_is_over_the_window_only() -> None:
     states = np.arange(12, dtype=np.float32).reshape(4, 3)
     pooled = mean_or_zeros(states, Span(1, 3))
     assert pooled.dtype == np.float32
@@ -44,7 +44,7 @@ def test_mean_of_many_states_does_not_lose_precision() -> None:
     assert mean_or_zeros(states, Span(0, 4))[0] == np.float32((2**24 + 3) / 4)
 
 
-def test_features_summarise_the_entropies_of_each_stretch() -> None:
+def test_features_summarize_the_entropies_of_each_span() -> None:
     _, spans = pooled_response(["<think>", "a", "b", "</think>", "c", "d"], POOL_TOKENS)
     entropies = np.array([9.0, 1.0, 2.0, 9.0, 3.0, 0.5], np.float32)
     features = build_features(np.ones(2, np.float32), np.zeros(2, np.float32), entropies, spans)
@@ -55,7 +55,7 @@ def test_features_summarise_the_entropies_of_each_stretch() -> None:
     np.testing.assert_array_equal(features.response_hidden, [0, 0])
 
 
-def test_empty_stretches_are_zero() -> None:
+def test_empty_spans_are_zero() -> None:
     _, spans = pooled_response(["a", "b"], POOL_TOKENS)
     features = build_features(np.ones(2, np.float32), np.ones(2, np.float32), np.ones(2, np.float32), spans)
     assert features.reasoning_entropy == features.answer_entropy == EntropyStats()

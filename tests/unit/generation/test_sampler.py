@@ -1,4 +1,4 @@
-"""Limits, seeds, order, and that whatever ends a request frees what it held."""
+"""Limits, seeds and order of rollouts, and that every end of a request frees what it held."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def all_groups(groups: AsyncGenerator[Group, None]) -> dict[str, Group]:
 
 
 class Gate:
-    """Holds rollouts of a prompt back until it is opened."""
+    """Delays the rollouts of a prompt until it is opened."""
 
     def __init__(self) -> None:
         self._events: dict[str, asyncio.Event] = {}
@@ -48,19 +48,23 @@ class Gate:
 
 
 async def settle() -> None:
-    """Let every task run until it waits for something."""
+    """Let every task run until it waits."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
-def assert_all_freed(sampler: Sampler, engine: ScriptedEngine, max_num_seqs: int) -> None:
+async def assert_all_freed(sampler: Sampler, engine: ScriptedEngine, max_num_seqs: int) -> None:
+    """Check that nothing is left, and that as many rollouts as ever can run at once."""
     assert sampler.num_accepted == sampler.num_running == 0
-    assert sampler._idle.is_set()
-    assert sampler._slots._value == max_num_seqs
+    await asyncio.wait_for(sampler.idle(), 1)
+    engine.before_rollout = lambda request: asyncio.sleep(0.001)
+    engine.most_at_once = 0
+    await all_groups(start(sampler, ["a"], num_rollouts=max_num_seqs))
+    assert engine.most_at_once == max_num_seqs
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-async def test_no_more_rollouts_run_at_once_than_may(engine: ScriptedEngine, config: Build, limit: int) -> None:
+async def test_rollouts_at_once_are_limited(engine: ScriptedEngine, config: Build, limit: int) -> None:
     sampler = Sampler(engine, config(max_num_seqs=limit))
     running: list[int] = []
 
@@ -72,7 +76,7 @@ async def test_no_more_rollouts_run_at_once_than_may(engine: ScriptedEngine, con
     groups = await all_groups(start(sampler, ["a", "b", "c", "d"], num_rollouts=3))
     assert len(groups) == 4
     assert engine.most_at_once == max(running) == limit
-    assert_all_freed(sampler, engine, limit)
+    await assert_all_freed(sampler, engine, limit)
 
 
 async def test_requests_share_the_limit(engine: ScriptedEngine, config: Build) -> None:
@@ -85,7 +89,7 @@ async def test_requests_share_the_limit(engine: ScriptedEngine, config: Build) -
     gate.open("b")
     await asyncio.gather(*both)
     assert engine.most_at_once == 3
-    assert_all_freed(sampler, engine, 3)
+    await assert_all_freed(sampler, engine, 3)
 
 
 async def test_groups_come_in_order_of_finishing(engine: ScriptedEngine, config: Build) -> None:
@@ -124,7 +128,7 @@ async def test_encoding_shares_the_limits_of_rollouts(engine: ScriptedEngine, co
     first = asyncio.ensure_future(anext(prompts))
     await settle()
     assert (sampler.num_running, sampler.num_accepted) == (3, 5)
-    with pytest.raises(Busy, match="of at most 5"):
+    with pytest.raises(Busy, match="exceed max_queued_rollouts, 5"):
         await anext(encode(sampler, ["e"]))
     with pytest.raises(InvalidRequest, match="max_queued_rollouts is 5"):
         await anext(encode(sampler, ["e"] * 6))
@@ -136,10 +140,10 @@ async def test_encoding_shares_the_limits_of_rollouts(engine: ScriptedEngine, co
         gate.open(content)
     assert {(await first).group_id} | {prompt.group_id async for prompt in prompts} == {"g0", "g1", "g2"}
     await idle
-    assert_all_freed(sampler, engine, 3)
+    await assert_all_freed(sampler, engine, 3)
 
 
-async def test_closed_encoding_aborts_what_runs(engine: ScriptedEngine, config: Build) -> None:
+async def test_closing_aborts_running_encodings(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     sampler = Sampler(engine, config(max_num_seqs=3))
     gate.open("a")
@@ -147,7 +151,7 @@ async def test_closed_encoding_aborts_what_runs(engine: ScriptedEngine, config: 
         assert (await anext(prompts)).group_id == "g0"
         await settle()
     assert engine.num_aborted == 3
-    assert_all_freed(sampler, engine, 3)
+    await assert_all_freed(sampler, engine, 3)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +163,14 @@ async def test_prompts_that_cannot_be_sampled_are_not_encoded(
     sampler = Sampler(engine, config())
     with pytest.raises(InvalidRequest, match=rf"^prompts\[1\]\.{field}: "):
         await anext(encode(sampler, ["x" * 63, content]))
-    assert_all_freed(sampler, engine, config().max_num_seqs)
+    await assert_all_freed(sampler, engine, config().max_num_seqs)
 
 
 async def test_group_holds_its_prompt_and_its_rollouts_in_order(engine: ScriptedEngine, config: Build) -> None:
     first_done = asyncio.Event()
 
     async def last_first(request: EngineRequest) -> None:
-        if request.request_id.endswith("-0"):
+        if request.id.rollout_index == 0:
             await first_done.wait()
         first_done.set()
 
@@ -180,14 +184,14 @@ async def test_group_holds_its_prompt_and_its_rollouts_in_order(engine: Scripted
     assert all(rollout.token_entropies is None for rollout in group.rollouts)
 
 
-async def test_token_entropies_come_when_asked_for(engine: ScriptedEngine, config: Build) -> None:
+async def test_token_entropies_are_returned_on_request(engine: ScriptedEngine, config: Build) -> None:
     groups = await all_groups(start(Sampler(engine, config()), ["hi"], entropies=True))
     for rollout in groups["g0"].rollouts:
         assert rollout.token_entropies is not None
         assert rollout.token_entropies.size == rollout.token_ids.size
 
 
-async def test_closing_aborts_all_that_runs_or_waits(engine: ScriptedEngine, config: Build) -> None:
+async def test_closing_aborts_running_and_waiting_rollouts(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     gate.open("a")
     sampler = Sampler(engine, config(max_num_seqs=3))
@@ -196,10 +200,10 @@ async def test_closing_aborts_all_that_runs_or_waits(engine: ScriptedEngine, con
     await settle()
     await groups.aclose()
     assert engine.num_aborted == 3
-    assert_all_freed(sampler, engine, 3)
+    await assert_all_freed(sampler, engine, 3)
 
 
-async def test_cancelling_aborts_all_even_when_cancelled_twice(engine: ScriptedEngine, config: Build) -> None:
+async def test_cancelling_twice_aborts_everything(engine: ScriptedEngine, config: Build) -> None:
     async def slow_to_abort(request: EngineRequest) -> None:
         try:
             await asyncio.Event().wait()
@@ -218,7 +222,7 @@ async def test_cancelling_aborts_all_even_when_cancelled_twice(engine: ScriptedE
     with pytest.raises(asyncio.CancelledError):
         await task
     await settle()
-    assert_all_freed(sampler, engine, 4)
+    await assert_all_freed(sampler, engine, 4)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 8])
@@ -234,14 +238,14 @@ async def test_failing_rollout_aborts_the_rest(engine: ScriptedEngine, config: B
     sampler = Sampler(engine, config(max_num_seqs=max_num_seqs))
     with pytest.raises(RuntimeError, match="out of luck"):
         await all_groups(start(sampler, ["a", "b", "c"]))
-    assert_all_freed(sampler, engine, max_num_seqs)
+    await assert_all_freed(sampler, engine, max_num_seqs)
     engine.before_rollout = ScriptedEngine().before_rollout
     assert len(await all_groups(start(sampler, ["a", "b", "c"]))) == 3
 
 
 async def test_failing_rollout_aborts_its_siblings(engine: ScriptedEngine, config: Build) -> None:
     async def fail_first(request: EngineRequest) -> None:
-        if request.request_id.endswith("-0"):
+        if request.id.rollout_index == 0:
             raise RuntimeError("out of luck")
         await asyncio.Event().wait()
 
@@ -250,26 +254,26 @@ async def test_failing_rollout_aborts_its_siblings(engine: ScriptedEngine, confi
     with pytest.raises(RuntimeError, match="out of luck"):
         await all_groups(start(sampler, ["a"], num_rollouts=4))
     assert engine.num_aborted == 3
-    assert_all_freed(sampler, engine, 4)
+    await assert_all_freed(sampler, engine, 4)
 
 
-async def test_request_beyond_what_waits_already_is_told_to_come_again(engine: ScriptedEngine, config: Build) -> None:
+async def test_request_beyond_the_queue_is_busy(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     gate.open("b")
-    sampler = Sampler(engine, config(max_num_seqs=16, max_queued_rollouts=8))
+    sampler = Sampler(engine, config(max_num_seqs=8, max_queued_rollouts=8))
     waiting = asyncio.create_task(all_groups(start(sampler, ["a"], num_rollouts=7)))
     await settle()
-    with pytest.raises(Busy, match="7 rollouts are waiting, of at most 8") as caught:
+    with pytest.raises(Busy, match="7 rollouts are waiting and 2 more exceed max_queued_rollouts, 8") as caught:
         await all_groups(start(sampler, ["b"], num_rollouts=2))
     assert caught.value.retry_after_s
     assert sampler.num_accepted == 7
     assert len(await all_groups(start(sampler, ["b"], num_rollouts=1))) == 1
     gate.open("a")
     await waiting
-    assert_all_freed(sampler, engine, 16)
+    await assert_all_freed(sampler, engine, 8)
 
 
-async def test_groups_handed_over_make_room(engine: ScriptedEngine, config: Build) -> None:
+async def test_groups_handed_over_free_the_queue(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     gate.open("a")
     sampler = Sampler(engine, config(max_queued_rollouts=4))
@@ -283,12 +287,12 @@ async def test_groups_handed_over_make_room(engine: ScriptedEngine, config: Buil
     gate.open("b")
     await waiting
     await groups.aclose()
-    assert_all_freed(sampler, engine, 4)
+    await assert_all_freed(sampler, engine, 4)
 
 
-async def test_request_larger_than_the_queue_can_never_be(engine: ScriptedEngine, config: Build) -> None:
+async def test_request_larger_than_the_queue_is_invalid(engine: ScriptedEngine, config: Build) -> None:
     sampler = Sampler(engine, config(max_queued_rollouts=8))
-    with pytest.raises(InvalidRequest, match="prompts: ask for 9 rollouts; max_queued_rollouts is 8"):
+    with pytest.raises(InvalidRequest, match="prompts: need 9 rollouts; max_queued_rollouts is 8"):
         await all_groups(start(sampler, ["a", "b", "c"], num_rollouts=3))
     assert len(await all_groups(start(sampler, ["a", "b"], num_rollouts=4))) == 2
 
@@ -316,7 +320,7 @@ async def sampled(engine: ScriptedEngine, config: GenerationConfig, contents: di
         return {(g.group_id, r.id.rollout_index): r.token_ids.tolist() async for g in groups for r in g.rollouts}
 
 
-async def test_seeded_rollouts_depend_on_no_order_and_no_company(engine: ScriptedEngine, config: Build) -> None:
+async def test_seeded_rollouts_do_not_depend_on_order_or_others(engine: ScriptedEngine, config: Build) -> None:
     contents = {"g0": "x", "g1": "x", "g2": "y"}
     together = await sampled(engine, config(max_num_seqs=1), contents, 5)
     reordered = await sampled(engine, config(max_num_seqs=9), dict(reversed(contents.items())), 5)
@@ -338,44 +342,36 @@ def test_seeds_differ_between_siblings_groups_and_requests() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-async def test_running_requests_have_different_ids(engine: ScriptedEngine, config: Build) -> None:
-    sampler = Sampler(engine, config())
-    await asyncio.gather(*(all_groups(start(sampler, ["a", "b"])) for _ in range(3)))
-    assert len({request.request_id for request in engine.requests}) == 12
-
-
 @pytest.mark.parametrize(
-    ("asked", "num_prompt_tokens", "given"),
+    ("requested", "num_prompt_tokens", "expected"),
     [(0, 10, 8), (5, 10, 5), (500, 10, 54), (0, 60, 4), (500, 63, 1)],
 )
-async def test_response_length_is_the_default_the_asked_or_the_room(
-    engine: ScriptedEngine, config: Build, asked: int, num_prompt_tokens: int, given: int
+async def test_response_length_is_limited_by_default_request_or_model(
+    engine: ScriptedEngine, config: Build, requested: int, num_prompt_tokens: int, expected: int
 ) -> None:
-    sampling = Sampling(max_tokens=asked)
+    sampling = Sampling(max_tokens=requested)
     await all_groups(start(Sampler(engine, config()), ["x" * num_prompt_tokens], 1, sampling))
-    assert engine.requests[0].sampling.max_tokens == given
+    assert engine.requests[0].sampling.max_tokens == expected
 
 
-async def test_prompts_without_room_are_all_named_with_the_limit(engine: ScriptedEngine, config: Build) -> None:
+async def test_prompts_that_are_too_long_are_all_named(engine: ScriptedEngine, config: Build) -> None:
     sampler = Sampler(engine, config())
     contents: list[PromptContent] = ["x" * 64, "fine", [65] * 70, "x" * 63]
     with pytest.raises(InvalidRequest) as caught:
         await all_groups(start(sampler, contents))
     found = {violation.field: violation.description for violation in caught.value.violations}
     assert found.keys() == {"prompts[0].prompt", "prompts[2].prompt"}
-    assert "has 64 tokens; max_model_len is 64" in found["prompts[0].prompt"]
-    assert "has 70 tokens; max_model_len is 64" in found["prompts[2].prompt"]
+    assert "has 64 tokens; required: at most 63" in found["prompts[0].prompt"]
+    assert "has 70 tokens; required: at most 63" in found["prompts[2].prompt"]
     assert engine.requests == []
-    assert_all_freed(sampler, engine, 4)
+    await assert_all_freed(sampler, engine, 4)
 
 
 @pytest.mark.parametrize(
     ("content", "field"),
     [("", "prompts[0].text"), ([0, 256], "prompts[0].tokens.token_ids"), ([2**32 - 1], "prompts[0].tokens.token_ids")],
 )
-async def test_prompt_that_cannot_be_is_named(
-    engine: ScriptedEngine, config: Build, content: PromptContent, field: str
-) -> None:
+async def test_wrong_prompt_is_named(engine: ScriptedEngine, config: Build, content: PromptContent, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await all_groups(start(Sampler(engine, config()), [content]))
     assert [violation.field for violation in caught.value.violations] == [field]

@@ -1,9 +1,9 @@
-"""Which push may follow which."""
+"""Which push may follow which version."""
 
 import pytest
 
 from poise.errors import Conflict
-from poise.generation.served_policy import ServedPolicy, admit_push
+from poise.generation.served_policy import ServedPolicy, must_apply
 
 BASE = ServedPolicy()
 SERVED = ServedPolicy("a", 5, b"x" * 32)
@@ -24,13 +24,13 @@ SERVED = ServedPolicy("a", 5, b"x" * 32)
         (SERVED, ServedPolicy("b", 0, b"y" * 32), True),
     ],
 )
-def test_pushes_are_admitted_refused_or_served_already(
+def test_push_is_applied_rejected_or_already_served(
     served: ServedPolicy, pushed: ServedPolicy, outcome: bool | type[Exception]
 ) -> None:
     if isinstance(outcome, bool):
-        assert admit_push(served, pushed) is outcome
+        assert must_apply(served, pushed) is outcome
     else:
         with pytest.raises(outcome) as caught:
-            admit_push(served, pushed)
+            must_apply(served, pushed)
         assert f"version {pushed.policy_version}" in str(caught.value)
         assert "learner" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""Requests are checked field by field, and pushes are taken whole or not at all."""
+"""Requests are checked field by field, and pushes are applied whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from poise_proto.v1 import generation_pb2 as pb
 
 Build = Callable[..., GenerationConfig]
 CONTEXT: Any = None
-"""The servicer asks nothing of it."""
+"""The servicer does not use it."""
 
 
 class Service:
@@ -35,12 +35,12 @@ class Service:
     def __init__(self, engine: ScriptedEngine, config: GenerationConfig) -> None:
         self.engine = engine
         self.config = config
-        self.refusal = ""
+        self.not_ready_reason = ""
         self.registry = CollectorRegistry()
         metrics = GenerationMetrics(
             self.registry, lambda: self.servicer.sampler.num_running, lambda: self.servicer.sampler.num_accepted
         )
-        self.servicer = GenerationServicer(engine, config, metrics, lambda: self.refusal)
+        self.servicer = GenerationServicer(engine, config, metrics, lambda: self.not_ready_reason)
 
     async def stream(self, request: pb.StreamTrajectoriesRequest) -> list[Group]:
         return [decode_group(group) async for group in self.servicer.StreamTrajectories(request, CONTEXT)]
@@ -161,7 +161,7 @@ async def test_values_at_the_limits_are_accepted(service: Service, changes: dict
     assert await service.stream(request_of(**changes))
 
 
-async def test_as_many_prompts_as_may_be_are_accepted(service: Service) -> None:
+async def test_most_prompts_allowed_are_accepted(service: Service) -> None:
     assert len(await service.stream(request_of(prompts=prompts(*[{}] * 4096)))) == 4096
 
 
@@ -184,8 +184,8 @@ async def test_sampling_reaches_the_engine(service: Service) -> None:
     assert (asked.stop, asked.stop_token_ids) == (("a", "b"), (7, 9))
 
 
-async def test_refusal_is_told_with_its_reason(service: Service) -> None:
-    service.refusal = "paused for tea"
+async def test_rejection_names_the_reason(service: Service) -> None:
+    service.not_ready_reason = "paused for tea"
     with pytest.raises(Draining, match="paused for tea") as caught:
         await service.stream(request_of())
     assert caught.value.retry_after_s
@@ -209,18 +209,18 @@ async def test_tokens_beyond_the_vocabulary_reject_their_prompt(service: Service
     with pytest.raises(InvalidRequest) as caught:
         await service.stream(request_of())
     assert [violation.field for violation in caught.value.violations] == ["prompts[1].text"]
-    assert "has token 300; the model's vocabulary is 0 to 255" in str(caught.value)
+    assert "has token 300; required: 0 to 255, the model's vocabulary" in str(caught.value)
     assert service.engine.requests == []
 
 
-async def test_checked_prompts_are_counted_or_have_a_problem(service: Service) -> None:
+async def test_checked_prompts_have_a_length_or_a_problem(service: Service) -> None:
     def tokenize(content: Any, limit: Any) -> list[int]:
         if content == "no":
             raise InvalidRequest.field("text", "cannot be")
         return [300] if content == "far" else list(str(content).encode())
 
     service.engine.tokenize = tokenize  # type: ignore[method-assign]
-    service.refusal = "waits for weights"  # checking works without weights
+    service.not_ready_reason = "waits for weights"  # checking works without weights
     texts = [{"text": text} for text in ("x", "no", "far", "", "x" * 999)]
     specs = prompts(*texts, {"tokens": {"token_ids": [256]}})
 
@@ -277,8 +277,8 @@ async def test_wrong_fields_of_prompts_to_encode_are_all_named(
     assert service.engine.requests == []
 
 
-async def test_encoding_is_refused_when_rollouts_are(service: Service) -> None:
-    service.refusal = "paused for tea"
+async def test_encoding_is_rejected_when_rollouts_are(service: Service) -> None:
+    service.not_ready_reason = "paused for tea"
     with pytest.raises(Draining, match="paused for tea") as caught:
         await service.encode(encoding_of(*prompts({})))
     assert caught.value.retry_after_s
@@ -317,9 +317,9 @@ async def test_finished_groups_are_counted(service: Service) -> None:
     assert service.metric("running_rollouts") == service.metric("accepted_rollouts") == 0
 
 
-async def test_death_of_the_engine_is_worth_another_try_and_a_defect_is_not(service: Service) -> None:
+async def test_death_of_the_engine_is_retryable_and_a_defect_is_not(service: Service) -> None:
     async def fail(_: object) -> None:
-        raise RuntimeError("a slip of the pen")
+        raise RuntimeError("a defect")
 
     async def die(_: object) -> None:
         service.engine.die()
@@ -331,7 +331,7 @@ async def test_death_of_the_engine_is_worth_another_try_and_a_defect_is_not(serv
         lambda: service.push(push_messages(weights(), 1)),
     ):
         service.engine.before_rollout = service.engine.before_update = fail
-        with pytest.raises(RuntimeError, match="slip"):
+        with pytest.raises(RuntimeError, match="a defect"):
             await call()
         service.engine.before_rollout = service.engine.before_update = die
         with pytest.raises(BackendDown, match="died") as caught:
@@ -342,7 +342,7 @@ async def test_death_of_the_engine_is_worth_another_try_and_a_defect_is_not(serv
     assert service.staged() == []
 
 
-async def test_what_is_served_is_told(service: Service) -> None:
+async def test_policy_describes_what_is_served(service: Service) -> None:
     before = await service.policy()
     assert (before.lineage_id, before.policy_version, before.digest, before.ready) == ("", 0, b"", True)
     assert (before.model, before.hidden_size, before.feature_layer, before.max_model_len) == ("scripted", 4, 1, 64)
@@ -354,7 +354,7 @@ async def test_what_is_served_is_told(service: Service) -> None:
     assert service.metric("policy_version") == 7
 
 
-async def test_policy_of_a_loading_model_is_not_told(config: Build) -> None:
+async def test_loading_model_has_no_policy(config: Build) -> None:
     service = Service(ScriptedEngine(), config())
     with pytest.raises(BackendDown, match="loading"):
         await service.policy()
@@ -379,7 +379,7 @@ async def test_push_is_applied_once(service: Service) -> None:
 
 
 @pytest.mark.parametrize(("version", "value"), [(5, 1.0), (4, 0.0), (0, 0.0)])
-async def test_version_that_is_taken_or_past_is_a_conflict(service: Service, version: int, value: float) -> None:
+async def test_version_already_used_or_older_is_a_conflict(service: Service, version: int, value: float) -> None:
     await service.push(push_messages(weights(), 5))
     with pytest.raises(Conflict):
         await service.push(push_messages(weights(value), version))
@@ -388,7 +388,7 @@ async def test_version_that_is_taken_or_past_is_a_conflict(service: Service, ver
 
 
 def broken(how: str) -> list[pb.UpdateWeightsRequest]:
-    """Return the messages of a push that is wrong in one way."""
+    """Return the messages of a push with one error."""
     arrays = weights(1.0)
     if how == "wrong shape":
         arrays["second.weight"] = np.ones(6, np.float32)
@@ -488,16 +488,16 @@ async def test_broken_push_changes_nothing_and_leaves_nothing(
     assert (await service.push(push_messages(weights(1.0), 9))).policy_version == 9
 
 
-async def test_a_body_through_a_group_is_refused_where_none_is_taken(service: Service) -> None:
+async def test_payload_through_a_group_is_rejected_without_nccl(service: Service) -> None:
     push = WeightPush.prepare("lineage", 1, weight_arrays(weights())).through_group("gloo", b"host:1", 10.0)
-    with pytest.raises(InvalidRequest, match="set `nccl`"):
+    with pytest.raises(InvalidRequest, match="`nccl` is unset"):
         await service.push(push.messages())
     assert (await service.policy()).process_group_backend == ""
     assert service.staged() == []
 
 
 @pytest.mark.parametrize("num_sent", [0, 1, 2])
-async def test_silent_push_is_given_up(service: Service, num_sent: int) -> None:
+async def test_silent_push_is_ended(service: Service, num_sent: int) -> None:
     async def silent() -> AsyncIterator[bytes]:
         for message in push_messages(weights(), 1)[:num_sent]:
             yield message.SerializeToString()
@@ -510,7 +510,7 @@ async def test_silent_push_is_given_up(service: Service, num_sent: int) -> None:
     assert (await service.push(push_messages(weights(), 1))).policy_version == 1
 
 
-async def test_second_push_at_once_is_told_to_come_again(service: Service) -> None:
+async def test_second_push_at_once_is_busy(service: Service) -> None:
     release = asyncio.Event()
 
     async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
@@ -531,7 +531,7 @@ async def test_second_push_at_once_is_told_to_come_again(service: Service) -> No
     assert (await service.push(push_messages(weights(), 2))).policy_version == 2
 
 
-async def test_push_cancelled_while_it_is_received_is_forgotten(service: Service) -> None:
+async def test_push_cancelled_while_received_leaves_nothing(service: Service) -> None:
     async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
         yield push_messages(weights(), 1)[0]
         await asyncio.Event().wait()
@@ -547,7 +547,7 @@ async def test_push_cancelled_while_it_is_received_is_forgotten(service: Service
 
 
 @pytest.mark.parametrize("works", [True, False])
-async def test_push_cancelled_while_it_is_applied_ends_before_the_next(service: Service, works: bool) -> None:
+async def test_push_cancelled_while_applied_ends_before_the_next(service: Service, works: bool) -> None:
     applying, release = asyncio.Event(), asyncio.Event()
     there: list[bool] = []
 
@@ -556,7 +556,7 @@ async def test_push_cancelled_while_it_is_applied_ends_before_the_next(service: 
         await release.wait()
         there.append(path.exists())
         if not works:
-            raise InvalidRequest.field("weights", "do not please")
+            raise InvalidRequest.field("weights", "do not fit")
 
     service.engine.before_update = hold
     push = asyncio.create_task(service.push(push_messages(weights(), 1)))

@@ -1,1 +1,1 @@
-"""The engines that sample: one package each, behind the protocol in `generation.engine`."""
+"""The inference engines, one package each. They implement `generation.engine.Engine`."""

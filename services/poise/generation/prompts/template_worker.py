@@ -1,9 +1,9 @@
-"""The process that renders chat templates for `ChatTemplates`: requests on standard input, answers on standard output.
+"""The process that renders chat templates for `ChatTemplates`. Reads requests from stdin, writes responses to stdout.
 
     → {"template": "...", "messages": [...], "variables": {...}, "max_chars": 1000}
     ← {"text": "..."} or {"error": "..."} or {"error": "...", "out_of_memory": true}
 
-The first line that it writes is `{"ready": true}`. Arguments: most bytes of memory, most CPU seconds of one request.
+The first line it writes is `{"ready": true}`. Arguments: most bytes of memory, most CPU seconds per request.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Respond to requests until stdin ends."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     max_bytes, max_cpu_s = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints must not look like an answer
-    answers.write('{"ready": true}\n')
-    answers.flush()
+    responses = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # keep the output of libraries out of the responses
+    responses.write('{"ready": true}\n')
+    responses.flush()
     for line in sys.stdin:
         _limit_cpu(max_cpu_s)
-        answers.write(json.dumps(_answer(line, render_jinja_template)) + "\n")
-        answers.flush()
+        responses.write(json.dumps(_respond(line, render_jinja_template)) + "\n")
+        responses.flush()
 
 
-def _answer(line: str, render: Any) -> dict[str, Any]:
+def _respond(line: str, render: Any) -> dict[str, Any]:
     try:
         request = json.loads(line)
         ((text,), _) = render(
@@ -43,15 +43,15 @@ def _answer(line: str, render: Any) -> dict[str, Any]:
         )
     except MemoryError:
         return {"error": "MemoryError", "out_of_memory": True}
-    except Exception as error:  # templates are programs: they raise what they like
+    except Exception as error:  # templates are programs and raise any type
         return {"error": (str(error) or type(error).__name__)[:2000]}
     if len(text) > request["max_chars"]:
-        return {"error": f"it makes {len(text)} characters; at most {request['max_chars']} are tokenised"}
+        return {"error": f"it produces {len(text)} characters; required: at most {request['max_chars']}"}
     return {"text": text}
 
 
 def _limit_cpu(seconds: int) -> None:
-    """End this process after so much more work: no caller may be left to end it."""
+    """Limit the CPU time from now on: the caller may be dead and unable to end this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

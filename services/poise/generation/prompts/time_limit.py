@@ -1,4 +1,4 @@
-"""What turning the prompts of a request into ids may take."""
+"""A limit on the time and size of tokenizing the prompts of one request."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 
 
 class LimitReached(Exception):
-    """The work was ended; the text says why."""
+    """The work was stopped; the text says why."""
 
 
 class TimeLimit:
-    """A deadline for several prompts together. Another thread may cancel it."""
+    """A deadline for several prompts together. Another thread can cancel it."""
 
     def __init__(self, total_s: float = 60.0, *, each_s: float = 5.0, max_chars: int = 2**24) -> None:
         """Start the clock.
 
         Args:
-            total_s: most seconds of all prompts together.
-            each_s: most seconds that a chat template may take for one conversation.
-            max_chars: most characters that it may make of one.
+            total_s: most seconds for all prompts together.
+            each_s: most seconds for the chat template of one conversation.
+            max_chars: most characters that a chat template may produce.
         """
         self.each_s = each_s
         self.max_chars = max_chars
@@ -29,12 +29,12 @@ class TimeLimit:
         self._is_cancelled = False
 
     def cancel(self) -> None:
-        """Let `check` raise from now on. For another thread to call."""
+        """Make `check` raise from now on. Safe to call from another thread."""
         self._is_cancelled = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock meanwhile; it can still be cancelled."""
+        """Stop the clock inside the context. `cancel` still works."""
         started_s, end_s = time.monotonic(), self._end_s
         self._end_s = float("inf")
         try:
@@ -43,8 +43,8 @@ class TimeLimit:
             self._end_s = end_s + time.monotonic() - started_s
 
     def check(self) -> None:
-        """Raise `LimitReached` when nothing more may run."""
+        """Raise `LimitReached` after the deadline or after `cancel`."""
         if self._is_cancelled:
             raise LimitReached("the request was cancelled")
         if time.monotonic() > self._end_s:
-            raise LimitReached(f"all prompts took more than {self._total_s:g} s")
+            raise LimitReached(f"the prompts of the request took more than {self._total_s:g} s")

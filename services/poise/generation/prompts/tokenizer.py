@@ -1,4 +1,4 @@
-"""What both engines need of a model's tokenizer and limits. transformers is imported late."""
+"""A model's tokenizer with its chat template, and its limits. Both engines use it. transformers is imported late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from poise.algorithms.features import default_feature_layer
 from poise.errors import InvalidRequest, Unusable
 from poise.generation.prompts.chat_template import ChatTemplates
 from poise.generation.prompts.time_limit import LimitReached, TimeLimit
@@ -15,11 +16,11 @@ from poise.runtime.models.generation_config import load_generation_config
 from poise_client.types import Message
 
 UNLIMITED_MODEL_LEN = 8192
-"""Taken for `max_model_len` where neither the settings nor the model, such as a recurrent one, set a limit."""
+"""Used for `max_model_len` if neither the settings nor the model, such as a recurrent one, set a limit."""
 
 
 class Tokenizer:
-    """Text to ids and back, and which ids end a response."""
+    """Converts text to token ids and back, and knows which ids end a response."""
 
     def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -27,51 +28,51 @@ class Tokenizer:
         self.stop_token_ids = stop_token_ids
         self._special_texts = _special_texts(tokenizer)
         self.digest = _digest(tokenizer)
-        """SHA-256 of all that turns prompts into ids."""
+        """SHA-256 of everything that decides how a prompt is tokenized."""
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
-        """Read a model's tokenizer. Raises `OSError` or `ValueError` when there is none."""
+        """Load a model's tokenizer. Raises `OSError` or `ValueError` if there is none."""
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        tokenizer("")  # drops padding and truncation that the files ask for: later, threads would fail while one does
+        tokenizer("")  # resets the padding and truncation of the model's files; concurrent threads would fail at it
         stops = {tokenizer.eos_token_id}
-        # The learner reports what is wrong with it.
+        # Ignore its problems, which the learner reports.
         generation_config, _ = load_generation_config(model, transformers.GenerationConfig)
         declared = None if generation_config is None else generation_config.eos_token_id
         stops |= set(declared) if isinstance(declared, list) else {declared}
         return cls(tokenizer, frozenset(stop for stop in stops if stop is not None))
 
     def encode(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
-        """Return ids of a text as it stands, or of a conversation with its generation prompt.
+        """Return the token ids of a text, or of a conversation with its generation prompt.
 
         A text that already begins with BOS gets no second one.
 
         Raises:
-            InvalidRequest: a text that the tokenizer rejects; a conversation that the chat template rejects, or no
-                template.
-            LimitReached: the chat template takes more than `limit` allows.
+            InvalidRequest: the tokenizer rejects the text, the chat template rejects the conversation, or there is no
+                chat template.
+            LimitReached: the chat template exceeds `limit`.
         """
         if isinstance(content, str):
             try:
                 ids = list(self._tokenizer(content)["input_ids"])
-            except Exception as error:  # tokenizers of models bring their own code
-                raise InvalidRequest.field("text", f"the model's tokenizer rejects it: {error}") from error
+            except Exception as error:  # some models bring tokenizers with their own code
+                raise InvalidRequest.field("text", f"is rejected by the model's tokenizer: {error}") from error
             return ids[1:] if self._has_second_bos(content, ids) else ids
         try:
             return self._encode_chat(content, limit or TimeLimit())
         except LimitReached:
             raise
-        except Exception as error:  # templates are programs: they raise what they like
-            raise InvalidRequest.field("chat", f"the model's chat template refuses it: {error}") from error
+        except Exception as error:  # templates are programs and raise any type
+            raise InvalidRequest.field("chat", f"is rejected by the model's chat template: {error}") from error
 
     def _encode_chat(self, messages: Sequence[Message], limit: TimeLimit) -> list[int]:
         import transformers
 
         tokenizer = self._tokenizer
         if type(tokenizer).apply_chat_template is not transformers.PreTrainedTokenizerBase.apply_chat_template:
-            # A tokenizer that brings code instead of a template, as Mistral's do.
+            # A tokenizer with code instead of a template, such as Mistral's.
             chat = [dict(message) for message in messages]
             return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
         template = tokenizer.get_chat_template()
@@ -79,20 +80,20 @@ class Tokenizer:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
-        """Return the text, special tokens left out unless `with_special`."""
+        """Return the text, without special tokens unless `with_special`."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special)
         return text
 
     def names_special(self, stops: Sequence[str]) -> bool:
-        """Whether any of these strings holds a special token, and so is found only in text that has them."""
+        """Return whether a stop string contains a special token, and so occurs only in text decoded with them."""
         return any(special in stop for stop in stops for special in self._special_texts)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return each token's own text, special tokens included."""
+        """Return the text of each token, including special tokens."""
         return [self._tokenizer.decode([token]) for token in token_ids]
 
     def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether the tokenizer put BOS before a text that begins with it."""
+        """Return whether the tokenizer added BOS to a text that begins with it."""
         bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
         if bos_id is None or not text.startswith(bos) or list(ids[:2]) != [bos_id, bos_id]:
             return False
@@ -100,7 +101,7 @@ class Tokenizer:
 
 
 def _special_texts(tokenizer: Any) -> frozenset[str]:
-    """Return the texts of the tokens that `decode` leaves out."""
+    """Return the texts of the special tokens, which `decode` leaves out."""
     added = tokenizer.added_tokens_decoder.values()
     return frozenset({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
 
@@ -109,26 +110,28 @@ def _digest(tokenizer: Any) -> bytes:
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)  # only fast tokenizers have one
-    about = [
+    parts = [
         transformers.__version__,
         type(tokenizer).__name__,
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
     ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).digest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
 
 
-def check_feature_layer(layer: int, num_layers: int) -> int:
-    """Return `layer`, or raise `Unusable` when the model has no such layer."""
-    if layer >= num_layers:
-        raise Unusable(f"feature_layer is {layer}; the model has layers 0 to {num_layers - 1}")
-    return layer
+def resolve_feature_layer(configured: int | None, num_layers: int) -> int:
+    """Return the decoder layer to pool. Raises `Unusable` if the model does not have the configured one."""
+    if configured is None:
+        return default_feature_layer(num_layers)
+    if configured >= num_layers:
+        raise Unusable(f"feature_layer is {configured}; required: 0 to {num_layers - 1}, the model's decoder layers")
+    return configured
 
 
-def model_len(wanted: int | None, model_config: Any) -> int:
-    """Return most tokens of prompt and response together, or raise `Unusable` beyond the model's own limit."""
-    own = position_limit(model_config)
-    if wanted is not None and own is not None and wanted > own:
-        raise Unusable(f"max_model_len is {wanted}; the model holds at most {own}")
-    return wanted or own or UNLIMITED_MODEL_LEN
+def resolve_max_model_len(configured: int | None, model_config: Any) -> int:
+    """Return the most tokens of prompt and response together. Raises `Unusable` beyond the model's own limit."""
+    limit = position_limit(model_config)
+    if configured is not None and limit is not None and configured > limit:
+        raise Unusable(f"max_model_len is {configured}; required: at most {limit}, the model's limit")
+    return configured or limit or UNLIMITED_MODEL_LEN

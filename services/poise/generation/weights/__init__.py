@@ -1,1 +1,1 @@
-"""Weight pushes: validate, receive and stage the parameters of a new policy version."""
+"""Weight pushes: receive, check and stage a new policy version, then hand it to the engine."""

@@ -1,4 +1,4 @@
-"""Where there is room for a push of weights: on disk, and in memory. Knows sizes, not what is in them."""
+"""Free disk and memory for a push: where to stage it, and whether a second copy of the weights fits."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ from pathlib import Path
 from poise.errors import BackendDown
 from poise.runtime.files.atomic import free_bytes
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (files in it get unguessable names)
 _CGROUP = Path("/sys/fs/cgroup")
-_VERSIONS_HELD = 2
-"""What a folder has room for to be chosen: the version before may be kept while the next one comes."""
+_NUM_VERSIONS = 2
+"""Versions that a staging folder should have space for: the base of the next delta, and the next version."""
 
 
-def staging_folders(named: Path | None) -> list[Path]:
-    """Return where pushes may be collected, the best first: the folder that is named, else those of this machine."""
-    if named is not None:
-        return [named]
+def staging_folders(configured: Path | None) -> list[Path]:
+    """Return the folders to stage pushes in, best first: the configured one, or those of this machine."""
+    if configured is not None:
+        return [configured]
     temporary = _temporary_folder()
     return [folder for folder in (_SHARED_MEMORY, temporary) if os.access(folder, os.W_OK)] or [temporary]
 
 
 def choose_folder(folders: Sequence[Path], num_bytes: int) -> Path:
-    """Return the first folder with room for twice `num_bytes`; where none has, that with most. Raises `OSError`."""
+    """Return the first folder with space for two versions of `num_bytes`, or else the one with most free space.
+
+    Raises:
+        OSError: the free space of a folder cannot be read.
+    """
     if len(folders) == 1:
         return folders[0]
     for folder in folders:
-        if free_bytes(folder) >= _VERSIONS_HELD * num_bytes:
+        if free_bytes(folder) >= _NUM_VERSIONS * num_bytes:
             return folder
     return max(folders, key=free_bytes)
 
 
-def refuse_unless_room(folder: Path, num_bytes: int) -> None:
-    """Raise `BackendDown` where `num_bytes` cannot be stored in `folder`, which must be there. Raises `OSError`."""
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Raise `BackendDown` unless an existing folder has `num_bytes` free. Raises `OSError` if that cannot be read."""
     free = free_bytes(folder)
     if free < num_bytes:
         raise BackendDown(
-            f"the push cannot be stored in {folder}: it takes {num_bytes} bytes, and {free:.0f} are free",
-            remedy="Make room for it there, or name another folder in staging_dir.",
+            f"the push cannot be stored in {folder}: it needs {num_bytes} bytes, and {free:.0f} are free",
+            remedy="Free space there, or set staging_dir to another folder.",
         )
 
 
 def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
-    """Return how much memory this process can still take: of the machine's, and within its container's limit."""
+    """Return the memory that this process can still take, within the machine's and its container's limits."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -55,33 +59,33 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
         statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except OSError:
-        return free  # there is no limit, or one that cannot be seen
+        return free  # no limit, or none that this process can read
     if limit == "max":
         return free
     reclaimable = int(statistics["inactive_file"]) + int(statistics["active_file"])
     return min(free, int(limit) - int(used) + reclaimable)
 
 
-def return_freed_memory() -> None:
-    """Give back to the machine what this process has freed and its allocator keeps, as far as that can be told to.
+def trim_memory() -> None:
+    """Return freed memory from this process's allocator to the machine, which otherwise counts it as used.
 
-    It would count as used otherwise. glibc keeps what lies below something that is still in use.
+    glibc cannot return memory below a block that is still in use.
     """
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class MemoryTurn:
-    """A turn to take much memory, after a look at how much is free: else two processes would count on the same.
+class MemoryLock:
+    """A lock around measuring and then taking much memory, so that two processes do not count on the same bytes.
 
-    One process has it at a time, of those of a user that share the folder for temporary files. Who dies loses it.
+    Shared by the processes of one user that have the same temporary folder. It ends with its process.
     """
 
     def __init__(self) -> None:
         self._file: int | None = None
 
-    def take(self) -> bool:
-        """Return whether this has the turn now; never waits. Raises `OSError` where its file cannot be had."""
+    def try_acquire(self) -> bool:
+        """Return whether this object now has the lock; never blocks. Raises `OSError` if its file cannot be opened."""
         if self._file is not None:
             return True
         path = _temporary_folder() / f"poise-memory-{os.getuid()}.lock"
@@ -97,13 +101,13 @@ class MemoryTurn:
         self._file = file
         return True
 
-    def give_back(self) -> None:
-        """Let others have it."""
+    def release(self) -> None:
+        """Release the lock if this object has it."""
         if self._file is not None:
             os.close(self._file)
         self._file = None
 
 
 def _temporary_folder() -> Path:
-    # As it is named, usable or not: `tempfile` would quietly take another, and nobody would be told what to mend.
+    # Not `tempfile.gettempdir`: it silently falls back to another folder when TMPDIR cannot be used.
     return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108

@@ -1,170 +1,295 @@
-"""What a push says it brings, and whether that can be right. Knows neither gRPC, nor files, nor an engine."""
+"""The manifest of a weight push, and every check that needs no byte of its payload.
+
+`staging` checks the payload's bytes. The engine checks names and shapes against the model, with `check_shapes`.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from poise.errors import InvalidRequest
+from poise.errors import InvalidRequest, VersionMismatch
+from poise.generation.config import GenerationConfig
 from poise.generation.served_policy import ServedPolicy
 from poise.runtime.network.broadcast_group import Rendezvous
-from poise.runtime.rpc.validation import quoted
+from poise.runtime.rpc.validation import Violations, quoted
 from poise_client import combine_digests
-from poise_client.codec import SAFETENSORS_DTYPES, max_block_bytes
+from poise_client.codec import (
+    DTYPE_NAMES,
+    SAFETENSORS_DTYPES,
+    backend_name,
+    decode_adapter,
+    max_block_bytes,
+    safetensors_header,
+)
 from poise_client.types import Adapter
+from poise_proto.v1 import generation_pb2 as pb
 
 MAX_TENSORS = 65536
 MAX_AXES = 8
-MAX_PATH_BYTES = 4096
+MAX_PATH_CHARS = 4096
 MAX_GROUP_TIMEOUT_S = 3600
+_MAX_PROBLEMS = 5
+"""Tensors that an error about shapes lists; the others are counted."""
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
 
 
 @dataclass(frozen=True, slots=True)
-class ExpectedTensor:
-    """One parameter as announced."""
+class TensorSpec:
+    """One parameter of a push."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     sha256: bytes
     num_changed: int = 0
-    """Elements that differ from the base's, in a delta."""
+    """Elements that differ from the base; 0 except in a delta."""
     block_bytes: int = 0
-    """Of what tells them, in a delta."""
+    """Size of the block that encodes these changes; 0 except in a delta."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes of one element."""
         return SAFETENSORS_DTYPES[self.dtype][1]
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Bytes of the whole parameter."""
         return math.prod(self.shape) * self.itemsize
 
     @property
-    def form(self) -> tuple[str, str, tuple[int, ...]]:
-        """What a delta leaves as it is."""
+    def layout(self) -> tuple[str, str, tuple[int, ...]]:
+        """Name, dtype and shape: what a delta must share with its base."""
         return self.name, self.dtype, self.shape
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
-    """What opens a push."""
+class Manifest:
+    """The description of a push, from its first message."""
 
     policy: ServedPolicy
-    """What is to be served."""
-    tensors: tuple[ExpectedTensor, ...]
+    """The version to serve."""
+    tensors: tuple[TensorSpec, ...]
     base: ServedPolicy | None = None
-    """What the push is a delta against; None for whole parameters."""
+    """The version that a delta builds on; None for whole parameters."""
     file: str = ""
-    """Where the body lies, if not in chunks."""
-    keep: bool = False
-    """Whether the sender would like to send a delta next time."""
+    """Path of the payload; empty if it comes in chunks or through a group."""
+    keep_as_base: bool = False
+    """Whether the sender may send a delta against this version next."""
     adapter: Adapter | None = None
-    """What the parameters are, if an adapter's rather than the model's."""
+    """Rank, scale and base of a low-rank adapter; None for the model's own parameters."""
     rendezvous: Rendezvous | None = None
-    """Where the group meets that the body comes through, if it does."""
+    """Where to join the process group that broadcasts the payload, if one does."""
     timeout_s: float = 0.0
-    """How long that may take."""
+    """Longest time that the group may take."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all parameters, whole."""
+        """Size of all parameters, decoded."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
     def part_bytes(self) -> tuple[int, ...]:
-        """Sizes of what travels: of each parameter, or of what tells its changes."""
+        """Size of each tensor's part of the payload: the whole parameter, or its block of a delta."""
         return tuple(tensor.num_bytes if self.base is None else tensor.block_bytes for tensor in self.tensors)
 
     @property
-    def body_bytes(self) -> int:
-        """Of what travels."""
+    def payload_bytes(self) -> int:
+        """Size of the payload."""
         return sum(self.part_bytes)
 
+    @property
+    def header(self) -> bytes:
+        """The header of a safetensors file that holds the whole parameters in this order."""
+        return safetensors_header(tensor.layout for tensor in self.tensors)
 
-def policy_digest(tensors: Sequence[ExpectedTensor], adapter: Adapter | None = None) -> bytes:
-    """Return the digest that generation.proto tells of."""
-    return combine_digests({tensor.name: tensor.sha256 for tensor in tensors}, adapter)
+    @property
+    def digest(self) -> bytes:
+        """The digest that the tensors' hashes give; see `WeightsManifest.digest` in generation.proto."""
+        return combine_digests({tensor.name: tensor.sha256 for tensor in self.tensors}, self.adapter)
 
 
-def check_announcement(announced: Announcement, max_bytes: int) -> None:
-    """Raise `InvalidRequest` for a push that cannot be right, before any byte of it is taken."""
-    tensors = announced.tensors
+def read_manifest(
+    message: pb.WeightsManifest, config: GenerationConfig, *, base_digest: bytes = b"", group_backend: str = ""
+) -> Manifest:
+    """Return the manifest in the first message of a push, once it passes every check.
+
+    Args:
+        message: the first message of the push.
+        config: what this replica accepts.
+        base_digest: digest of the model that adapters are served over.
+        group_backend: backend of the groups that the engine can join; empty for none.
+
+    Raises:
+        InvalidRequest: a field is wrong, or this replica does not accept such pushes.
+        VersionMismatch: the adapter was trained on another model.
+    """
+    _check_sizes(message)
+    manifest = Manifest(
+        policy=ServedPolicy(message.lineage_id, message.policy_version, message.digest),
+        tensors=tuple(
+            TensorSpec(
+                tensor.name,
+                DTYPE_NAMES.get(tensor.dtype, ""),
+                tuple(tensor.shape),
+                tensor.sha256,
+                tensor.num_changed,
+                tensor.block_bytes,
+            )
+            for tensor in message.tensors
+        ),
+        base=ServedPolicy(message.base.lineage_id, message.base.policy_version, message.base.digest)
+        if message.HasField("base")
+        else None,
+        file=message.file,
+        keep_as_base=message.keep_as_base,
+        adapter=decode_adapter(message.adapter) if message.HasField("adapter") else None,
+        rendezvous=Rendezvous(backend_name(message.process_group.backend), message.process_group.rendezvous)
+        if message.HasField("process_group")
+        else None,
+        timeout_s=message.process_group.timeout_s,
+    )
+    _check_tensors(manifest, config.max_update_bytes)
+    _check_adapter(manifest, config, base_digest)
+    _check_group(manifest, group_backend)
+    return manifest
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `InvalidRequest` that lists the parameters that are missing, unknown or of another shape."""
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is not a parameter of this model" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {list(found[name])}; required: {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise InvalidRequest.field(
+            "tensors",
+            "; ".join(sorted(problems)[:_MAX_PROBLEMS]) + more,
+            remedy="Start the learner and this replica from the same model.",
+        )
+
+
+def _check_sizes(message: pb.WeightsManifest) -> None:
+    """Check the lengths of all lists and texts. Must run before the shapes are read."""
+    wrong = Violations()
+    wrong.identifier("manifest.lineage_id", message.lineage_id)
+    wrong.count("manifest.tensors", len(message.tensors), MAX_TENSORS, at_least=1)
+    for index, tensor in enumerate(message.tensors):
+        if len(tensor.shape) > MAX_AXES:
+            wrong.add(f"manifest.tensors[{index}].shape", f"has {len(tensor.shape)} axes; required: at most {MAX_AXES}")
+            break
+    if len(message.file) > MAX_PATH_CHARS or "\0" in message.file:
+        wrong.add(
+            "manifest.file",
+            f"is {quoted(message.file)}; required: at most {MAX_PATH_CHARS} characters, none of them NUL",
+        )
+    wrong.raise_if_any()
+
+
+def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
     seen: set[str] = set()
     total = 0
-    for index, tensor in enumerate(tensors):
+    for index, tensor in enumerate(manifest.tensors):
         path = f"manifest.tensors[{index}]"
         if not _NAME.fullmatch(tensor.name):
-            raise InvalidRequest.field(f"{path}.name", f"is {quoted(tensor.name)}; required: a state-dict name")
+            raise InvalidRequest.field(
+                f"{path}.name", f"is {quoted(tensor.name)}; required: 1 to 512 characters of A-Z a-z 0-9 . _ / -"
+            )
         if tensor.name in seen:
-            raise InvalidRequest.field(f"{path}.name", f"{tensor.name} is announced twice")
+            raise InvalidRequest.field(f"{path}.name", f"is {tensor.name} a second time; required: each tensor once")
         seen.add(tensor.name)
         if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise InvalidRequest.field(f"{path}.dtype", f"required: one of {', '.join(SAFETENSORS_DTYPES)}")
+            raise InvalidRequest.field(
+                f"{path}.dtype", f"is unset or not supported; required: one of {', '.join(SAFETENSORS_DTYPES)}"
+            )
         if len(tensor.sha256) != 32:
             raise InvalidRequest.field(f"{path}.sha256", f"has {len(tensor.sha256)} bytes; required: 32")
         total += tensor.num_bytes
         if total > max_bytes:
             raise InvalidRequest.field(
-                "manifest.tensors", f"hold {total} bytes; max_update_bytes is {max_bytes}, exceeded at {tensor.name}"
+                "manifest.tensors",
+                f"have {total} bytes or more, counted up to {tensor.name}; max_update_bytes is {max_bytes}",
+                remedy="Raise max_update_bytes of the generation service.",
             )
-        _check_changes(tensor, path, is_delta=announced.base is not None)
-    if announced.policy.digest != policy_digest(tensors, announced.adapter):
+        _check_delta(tensor, path, is_delta=manifest.base is not None)
+    if manifest.policy.digest != manifest.digest:
         raise InvalidRequest.field("manifest.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
-    if announced.rendezvous is not None:
-        if announced.file:
-            raise InvalidRequest.field("manifest.file", "is set; the body comes through a group")
-        if not 0 < announced.timeout_s <= MAX_GROUP_TIMEOUT_S:
-            raise InvalidRequest.field(
-                "manifest.process_group.timeout_s",
-                f"is {announced.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}",
-            )
-    if announced.adapter is not None and announced.base is not None:
-        raise InvalidRequest.field("manifest.base", "is set; adapters come whole")
 
 
-def check_sizes(num_axes: Sequence[int], file: str) -> None:
-    """Raise `InvalidRequest` for too many tensors or axes, or too long a path. Call it before reading shapes."""
-    if not 1 <= len(num_axes) <= MAX_TENSORS:
-        raise InvalidRequest.field("manifest.tensors", f"has {len(num_axes)}; 1 to {MAX_TENSORS} are accepted")
-    for index, number in enumerate(num_axes):
-        if number > MAX_AXES:
-            raise InvalidRequest.field(
-                f"manifest.tensors[{index}].shape", f"has {number} axes; at most {MAX_AXES} are accepted"
-            )
-    if len(file) > MAX_PATH_BYTES or "\0" in file:
-        raise InvalidRequest.field(
-            "manifest.file", f"is {quoted(file)}; required: a path of at most {MAX_PATH_BYTES} characters, without NUL"
-        )
-
-
-def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `InvalidRequest` naming every parameter that is missing, unknown, or of another shape."""
-    problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
-    problems += [f"{name} is no parameter of this model" for name in given.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {list(given[name])}, the model's has {list(expected[name])}"
-        for name in expected.keys() & given.keys()
-        if given[name] != expected[name]
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InvalidRequest.field("tensors", "; ".join(sorted(problems)[:5]) + more)
-
-
-def _check_changes(tensor: ExpectedTensor, path: str, *, is_delta: bool) -> None:
+def _check_delta(tensor: TensorSpec, path: str, *, is_delta: bool) -> None:
     num_elements = math.prod(tensor.shape) if is_delta else 0
     if tensor.num_changed > num_elements:
         raise InvalidRequest.field(
-            f"{path}.num_changed", f"is {tensor.num_changed}; required: at most {num_elements}, and 0 but in a delta"
+            f"{path}.num_changed",
+            f"is {tensor.num_changed}; required: at most {num_elements}"
+            + ("" if is_delta else ", because `base` is unset and the push is no delta"),
         )
-    limit = max_block_bytes(tensor.num_changed, tensor.itemsize) if tensor.num_changed else 0
-    if tensor.block_bytes > limit:
+    max_bytes = max_block_bytes(tensor.num_changed, tensor.itemsize) if tensor.num_changed else 0
+    if tensor.block_bytes > max_bytes:
         raise InvalidRequest.field(
-            f"{path}.block_bytes", f"is {tensor.block_bytes}; {tensor.num_changed} changes take at most {limit}"
+            f"{path}.block_bytes",
+            f"is {tensor.block_bytes}; required: at most {max_bytes} for {tensor.num_changed} changed elements",
+        )
+
+
+def _check_adapter(manifest: Manifest, config: GenerationConfig, base_digest: bytes) -> None:
+    """Check that a replica with `lora` gets an adapter for its model, and that any other gets whole parameters."""
+    adapter = manifest.adapter
+    if config.lora is None:
+        if adapter is not None:
+            raise InvalidRequest.field(
+                "manifest.adapter",
+                "is set, but `lora` is unset on this replica, which serves whole parameters",
+                remedy="Set `lora` of the generation service, or choose another push.transport of the learner.",
+            )
+        return
+    if adapter is None:
+        raise InvalidRequest.field(
+            "manifest.adapter",
+            "is unset, but `lora` is set on this replica, which serves adapters only",
+            remedy="Set push.transport of the learner to `lora`, or unset `lora` of the generation service.",
+        )
+    if manifest.base is not None:
+        raise InvalidRequest.field("manifest.base", "is set; required: unset, because adapters are sent whole")
+    if not 1 <= adapter.rank <= config.lora.max_rank:
+        raise InvalidRequest.field(
+            "manifest.adapter.rank", f"is {adapter.rank}; required: 1 to {config.lora.max_rank} (lora.max_rank)"
+        )
+    if not (math.isfinite(adapter.alpha) and adapter.alpha > 0):
+        raise InvalidRequest.field("manifest.adapter.alpha", f"is {adapter.alpha:g}; required: above 0 and finite")
+    if adapter.base_digest != base_digest:
+        raise VersionMismatch(
+            f"the adapter was trained on the model with digest {adapter.base_digest.hex()[:16]}; this replica serves "
+            f"{config.model} with digest {base_digest.hex()[:16]}",
+            remedy="Start the replica and the learner from the same model.",
+        )
+
+
+def _check_group(manifest: Manifest, group_backend: str) -> None:
+    if manifest.rendezvous is None:
+        return
+    if manifest.file:
+        raise InvalidRequest.field(
+            "manifest.file", "is set; required: unset, because `process_group` sends the payload"
+        )
+    if not 0 < manifest.timeout_s <= MAX_GROUP_TIMEOUT_S:
+        raise InvalidRequest.field(
+            "manifest.process_group.timeout_s",
+            f"is {manifest.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}",
+        )
+    if not group_backend:
+        raise InvalidRequest.field(
+            "manifest.process_group",
+            "is set, but `nccl` is unset on this replica",
+            remedy="Set `nccl` of the generation service, or choose another push.transport of the learner.",
+        )
+    if manifest.rendezvous.backend != group_backend:
+        raise InvalidRequest.field(
+            "manifest.process_group.backend", f"is {quoted(manifest.rendezvous.backend)}; required: {group_backend}"
         )

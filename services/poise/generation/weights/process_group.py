@@ -1,74 +1,120 @@
-"""Receives the body of a push through a group of processes into a file: beside the model, so in vLLM's worker, too.
+"""Receiving the payload of a push through a process group, into a file, on a thread beside the model.
 
-It does so on a thread, for sampling to go on; whoever started it asks for the outcome.
+The `torch` engine runs it in the server, the `vllm` engine in its first worker. torch is imported late.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from poise.generation.weights.payload import Body
+from poise.errors import BackendDown
 from poise.runtime.network.broadcast_group import Group, Rendezvous, join, piece_sizes
 
 logger = logging.getLogger(__name__)
 
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPayload:
+    """A payload to receive through a process group, and the file to write it to."""
+
+    rendezvous: Rendezvous
+    part_bytes: tuple[int, ...]
+    """Sizes of the parts, in order."""
+    header: bytes
+    """Bytes to write before the parts."""
+    path: Path
+    timeout_s: float
+
 
 class GroupReceiver:
-    """Receives one body at a time. Members that have met keep their group for the next."""
+    """Receives one payload at a time. Keeps its group while the rendezvous stays the same."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._met: Rendezvous | None = None
+        self._rendezvous: Rendezvous | None = None
         self._group: Group | None = None
-        self._abandoned = False
+        self._is_aborted = False
         self._outcome: str | None = ""
 
-    def start(self, body: Body) -> None:
-        """Begin to receive."""
-        if self._outcome is None:  # a communicator that waits for a sender which is gone cannot be woken
-            raise RuntimeError("another body is being received")
-        self._outcome, self._abandoned = None, False
-        threading.Thread(target=self._run, args=(body,), name="group-receiver", daemon=True).start()
+    def start(self, payload: GroupPayload) -> None:
+        """Start receiving. Raises `RuntimeError` while an earlier payload is still being received."""
+        if self._outcome is None:  # a communicator that waits for a dead sender cannot be woken
+            raise RuntimeError("another payload is being received")
+        self._outcome, self._is_aborted = None, False
+        threading.Thread(target=self._run, args=(payload,), name="group-receiver", daemon=True).start()
 
     def outcome(self) -> str | None:
-        """Return what went wrong; empty when all came; None while it comes."""
+        """Return None while receiving, "" after success, and otherwise the error."""
         return self._outcome
 
-    def abandon(self) -> None:
-        """Give up what is being received, and the group."""
-        self._abandoned = True
-        group, self._group, self._met = self._group, None, None
+    def abort(self) -> None:
+        """Stop receiving and leave the group."""
+        self._is_aborted = True
+        group, self._group, self._rendezvous = self._group, None, None
         if group is not None:
             group.abort()
 
-    def _run(self, body: Body) -> None:
+    def _run(self, payload: GroupPayload) -> None:
         try:
-            self._receive(body, self._meet(body))
+            self._receive(payload, self._join(payload))
             self._outcome = ""
-        except Exception as error:  # whatever a communicator raises
-            logger.warning("a body did not come through its group: %s", error)
-            self.abandon()
+        except Exception as error:  # communicators raise many types
+            logger.warning("receiving the payload of a push through a group failed: %s", error)
+            self.abort()
             self._outcome = str(error) or type(error).__name__
 
-    def _meet(self, body: Body) -> Group:
-        if self._group is not None and self._met == body.rendezvous:
+    def _join(self, payload: GroupPayload) -> Group:
+        if self._group is not None and self._rendezvous == payload.rendezvous:
             return self._group
         if self._group is not None:
             self._group.abort()
-        self._group = group = join(body.rendezvous, self._device, body.timeout_s)
-        self._met = body.rendezvous
-        if self._abandoned:  # in the meantime
-            raise RuntimeError("it was given up")
+        self._group = group = join(payload.rendezvous, self._device, payload.timeout_s)
+        self._rendezvous = payload.rendezvous
+        if self._is_aborted:  # during `join`
+            raise RuntimeError("the push was aborted")
         return group
 
-    def _receive(self, body: Body, group: Group) -> None:
-        with body.path.open("wb") as file:
-            file.write(body.header)
-            for part in body.part_bytes:
+    def _receive(self, payload: GroupPayload, group: Group) -> None:
+        import torch
+
+        with payload.path.open("wb") as file:
+            file.write(payload.header)
+            for part in payload.part_bytes:
                 for size in piece_sizes(part):
                     piece = torch.empty(size, dtype=torch.uint8, device=self._device)
                     group.broadcast(piece)
                     file.write(piece.cpu().numpy().data)
+
+
+async def wait_for_payload(
+    outcome: Callable[[], Awaitable[str | None]], abort: Callable[[], Awaitable[None]], timeout_s: float
+) -> None:
+    """Return once a `GroupReceiver` has received its payload.
+
+    Args:
+        outcome: calls `GroupReceiver.outcome`.
+        abort: calls `GroupReceiver.abort`.
+        timeout_s: longest wait.
+
+    Raises:
+        BackendDown: the payload did not arrive, or not in time. The receiver was aborted.
+    """
+    result: str | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            while (result := await outcome()) is None:  # noqa: ASYNC110 (it may be in another process)
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        result = f"it took longer than {timeout_s:.0f} s"
+    finally:
+        if result != "":
+            await asyncio.shield(abort())
+    if result:
+        raise BackendDown(f"the payload of the push did not arrive through its group: {result}")

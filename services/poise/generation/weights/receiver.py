@@ -1,12 +1,8 @@
-"""Pushes of weights: the protocol of UpdateWeights, and which policy is served.
-
-A push is received beside what is served, checked to the last byte, and only then given to the engine: all or nothing.
-"""
+"""The server side of UpdateWeights: receive a push, check it to the last byte, then hand it to the engine."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import time
@@ -17,16 +13,12 @@ from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.generation.config import GenerationConfig
 from poise.generation.engine import Engine
 from poise.generation.metrics import GenerationMetrics
-from poise.generation.served_policy import ServedPolicy, admit_push
-from poise.generation.weights.adapter_files import admit_adapter
-from poise.generation.weights.manifest import Announcement, ExpectedTensor, check_announcement, check_sizes
-from poise.generation.weights.received_files import StagedWeights
-from poise.generation.weights.staging import Staging
+from poise.generation.served_policy import ServedPolicy, must_apply
+from poise.generation.weights.adapter_files import adapter_folder
+from poise.generation.weights.manifest import read_manifest
+from poise.generation.weights.staging import StagedPush, Staging
 from poise.runtime.models.checkpoint_digest import checkpoint_digest
-from poise.runtime.network.broadcast_group import Rendezvous
 from poise.runtime.rpc.request_stream import MIN_BYTES_PER_S, PATIENCE_S, read_rest
-from poise.runtime.rpc.validation import Violations, quoted
-from poise_client.codec import DTYPE_NAMES, backend_name, decode_adapter
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -38,51 +30,51 @@ Requests = AsyncIterator[pb.UpdateWeightsRequest]
 
 
 class PushReceiver:
-    """Takes one push at a time. Close it at the end."""
+    """Receives one push at a time, all or nothing. Close it when the process ends."""
 
     def __init__(self, engine: Engine, config: GenerationConfig, metrics: GenerationMetrics) -> None:
         self._engine = engine
         self._config = config
         self._metrics = metrics
-        self._staging = Staging(config.staging_dir, keep_base=config.keep_base, shared_dirs=config.shared_dirs)
-        self._pushing = asyncio.Lock()
+        self._is_busy = asyncio.Lock()
         self._base_digest = b""
-        """Of the model as it was loaded; known where adapters are served over it."""
+        """Digest of the model that adapters are served over; empty without `lora`."""
+        self.staging = Staging(config.staging_dir, keep_base=config.keep_base, shared_dirs=config.shared_dirs)
         self.policy = ServedPolicy()
-        """What is served."""
+        """The version being served."""
 
     @property
     def keeps_base(self) -> bool:
-        """Whether a delta against what is served is taken."""
-        return self._staging.base is not None and self._staging.base.policy == self.policy
+        """Whether a delta against the served version is accepted."""
+        return self.staging.base is not None and self.staging.base.manifest.policy == self.policy
 
     def start(self) -> None:
-        """Remove what killed processes left in the staging folder, and see over what adapters are to be served. Blocks.
+        """Remove the files of killed processes; with `lora`, hash the model's files. Blocks.
 
         Raises:
             BackendDown: the model's files cannot be read.
         """
-        self._staging.remove_leftovers()
+        self.staging.remove_leftovers()
         if self._config.lora is not None:
             self._base_digest = checkpoint_digest(self._config.model)
 
     def close(self) -> None:
-        """Leave nothing in the staging folder."""
-        self._staging.close()
+        """Remove all staged files."""
+        self.staging.close()
 
-    async def take(self, requests: Requests) -> WeightUpdate:
-        """Receive a push, check it, serve it.
+    async def receive(self, requests: Requests) -> WeightUpdate:
+        """Receive, check and apply one push.
 
         Raises:
-            PoiseError: why it is not served; what was served before is.
+            PoiseError: the push was not applied, and the old version is still served.
         """
         try:
             if not self._engine.is_alive():
                 _ = self._engine.info  # raises, with the progress, while the model is loading
                 raise BackendDown("the engine died; the process restarts", retry_after_s=1.0)
-            if self._pushing.locked():
+            if self._is_busy.locked():
                 raise Busy("another push is being received or applied", retry_after_s=1.0)
-            async with self._pushing:
+            async with self._is_busy:
                 update = await self._receive_and_apply(requests)
         except PoiseError:
             await read_rest(requests)
@@ -95,150 +87,116 @@ class PushReceiver:
         started = time.monotonic()
         first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "manifest":
-            raise InvalidRequest.field("part", "the first message of a push must be `manifest`")
-        announced = await asyncio.to_thread(_read_begin, first.manifest, self._config.max_update_bytes)
-        admit_adapter(announced.adapter, self._config, self._base_digest)
-        if not admit_push(self.policy, announced.policy):
-            return WeightUpdate(announced.policy.policy_version, True, 0.0, 0.0)
-        with contextlib.ExitStack() as files:
-            landed = None
-            if announced.rendezvous is not None:
-                self._check_group(announced.rendezvous)
-                body = files.enter_context(self._staging.landing(announced))
-                allowed_s = PATIENCE_S + announced.body_bytes / MIN_BYTES_PER_S
-                await self._engine.receive(dataclasses.replace(body, timeout_s=min(body.timeout_s, allowed_s)))
-                landed = body.path
-            staged = files.enter_context(self._staging.receive(announced, landed))
-            await _receive(requests, staged)
+            raise InvalidRequest.field("part", "is not `manifest`, which must be the first message of a push")
+        manifest = await asyncio.to_thread(
+            read_manifest,
+            first.manifest,
+            self._config,
+            base_digest=self._base_digest,
+            group_backend=self._engine.process_group_backend,
+        )
+        version = manifest.policy.policy_version
+        if not must_apply(self.policy, manifest.policy):
+            return WeightUpdate(version, True, 0.0, 0.0)
+        with self.staging.open(manifest) as push:
+            if manifest.rendezvous is not None:
+                payload = push.group_payload()
+                limit_s = PATIENCE_S + manifest.payload_bytes / MIN_BYTES_PER_S
+                await self._engine.receive_payload(
+                    dataclasses.replace(payload, timeout_s=min(payload.timeout_s, limit_s))
+                )
+            await _receive(requests, push)
             receive_s = time.monotonic() - started
-            pause_s = await self._apply_to_its_end(staged, announced, receive_s)
-        return WeightUpdate(announced.policy.policy_version, False, receive_s, pause_s)
+            applying = asyncio.create_task(self._apply(push, receive_s), name="apply-weights")
+            try:
+                pause_s = await asyncio.shield(applying)
+            except asyncio.CancelledError:
+                # The caller left. Finish before the file is removed and the next push starts.
+                await asyncio.wait({applying})
+                raise
+        return WeightUpdate(version, False, receive_s, pause_s)
 
-    def _check_group(self, rendezvous: Rendezvous) -> None:
-        if not rendezvous.backend or rendezvous.backend != self._engine.group_backend:
-            takes = self._engine.group_backend or "none is taken: set `nccl`"
-            raise InvalidRequest.field(
-                "manifest.process_group.backend", f"is {quoted(rendezvous.backend)}; required here: {takes}"
-            )
-
-    async def _apply(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
-        pushed = announced.policy
-        if announced.adapter is None:
-            pause_s = await self._engine.update_weights(staged.path, pushed.policy_version)
+    async def _apply(self, push: StagedPush, receive_s: float) -> float:
+        """Serve a complete push; return the seconds for which generation paused."""
+        manifest, version = push.manifest, push.manifest.policy.policy_version
+        if manifest.adapter is None:
+            folder = None
+            pause_s = await self._engine.update_weights(push.path, version)
         else:
-            with self._staging.lay_out(staged, announced) as folder:
-                pause_s = await self._engine.update_adapter(folder, pushed.policy_version)
-            self._staging.serves(folder)
-        self.policy = pushed
-        self._staging.applied(staged, announced)
-        self._metrics.weights_applied(pushed.policy_version, receive_s, pause_s)
+            names = [tensor.name for tensor in manifest.tensors]
+            with adapter_folder(push.path, names, manifest.adapter, self.staging.folder) as folder:
+                pause_s = await self._engine.update_adapter(folder, version)
+        self.policy = manifest.policy
+        self.staging.applied(push, folder)
+        self._metrics.weights_applied(version, receive_s, pause_s)
         logger.info(
-            "serving version %d of lineage %s: %s received in %.2f s, stood still for %.2f s",
-            pushed.policy_version,
-            pushed.lineage_id[:8],
-            "all" if announced.base is None else "what changed",
+            "serving version %d of lineage %s (%s): received in %.2f s, generation paused for %.2f s",
+            version,
+            manifest.policy.lineage_id[:8],
+            "whole" if manifest.base is None else "delta",
             receive_s,
             pause_s,
         )
         return pause_s
 
-    async def _apply_to_its_end(self, staged: StagedWeights, announced: Announcement, receive_s: float) -> float:
-        applying = asyncio.create_task(self._apply(staged, announced, receive_s), name="apply-weights")
-        try:
-            return await asyncio.shield(applying)
-        except asyncio.CancelledError:
-            # The caller left; what has begun ends, applied or not, before the next push or the file's deletion.
-            await asyncio.wait({applying})
-            raise
 
-
-async def _receive(requests: Requests, staged: StagedWeights) -> None:
-    """Fill the file. What is stored and hashed is done on a thread, while the next message comes."""
-    storing = _Storing()
+async def _receive(requests: Requests, push: StagedPush) -> None:
+    """Fill the file of a push. A thread stores and hashes each message while the next one arrives."""
+    thread = _SerialThread()
     try:
-        if staged.source is not None:
-            await storing.then(staged.read_source)
+        if not push.comes_in_chunks:
+            await thread.start(push.read_file)
         async for message in requests:
             match message.WhichOneof("part"):
                 case "chunk":
                     chunk = message.chunk
-                    if staged.source is not None:
-                        raise InvalidRequest.field("part", "is chunk; the body lies in a file, and `commit` follows")
+                    if not push.comes_in_chunks:
+                        raise InvalidRequest.field(
+                            "part", "is chunk; required: commit, because the manifest names a file or a process group"
+                        )
                     if not 1 <= len(chunk.data) <= MAX_CHUNK_BYTES:
                         raise InvalidRequest.field(
                             "chunk.data", f"has {len(chunk.data)} bytes; required: 1 to {MAX_CHUNK_BYTES}"
                         )
-                    await storing.then(partial(staged.write, chunk.offset, chunk.data))
+                    await thread.start(partial(push.write, chunk.offset, chunk.data))
                 case "commit":
-                    await storing.then(partial(staged.finish, message.commit.total_bytes))
-                    await storing.over()
+                    await thread.start(partial(push.finish, message.commit.total_bytes))
+                    await thread.join()
                     return
                 case other:
                     raise InvalidRequest.field(
-                        "part", f"is {other or 'unset'}; after `manifest` come chunks and one `commit`"
+                        "part",
+                        f"is {other or 'unset'}; required after `manifest`: chunk, or commit as the last message",
                     )
-        raise InvalidRequest.field("part", "the push ended without `commit`; the old version goes on being served")
+        raise InvalidRequest.field("part", "the push ended without `commit`; the old version is still served")
     finally:
-        await storing.settle()
+        await thread.wait()
 
 
-class _Storing:
-    """Work on a thread, one piece after another."""
+class _SerialThread:
+    """Runs one call at a time on a thread."""
 
     def __init__(self) -> None:
-        self._current: asyncio.Future[None] | None = None
+        self._running: asyncio.Future[None] | None = None
 
-    async def then(self, work: Callable[[], None]) -> None:
-        """Start the next piece once the last is done. Raises what that raised."""
-        await self.over()
-        self._current = asyncio.get_running_loop().run_in_executor(None, work)
+    async def start(self, work: Callable[[], None]) -> None:
+        """Start a call once the last one ended. Raises the error of the last one."""
+        await self.join()
+        self._running = asyncio.get_running_loop().run_in_executor(None, work)
 
-    async def over(self) -> None:
-        """Return once all is done. Raises what the last piece raised."""
-        if self._current is not None:
-            current, self._current = self._current, None
+    async def join(self) -> None:
+        """Return once the last call ended. Raises its error."""
+        if self._running is not None:
+            running, self._running = self._running, None
             try:
-                await asyncio.shield(current)
+                await asyncio.shield(running)
             except asyncio.CancelledError:
-                self._current = current
+                self._running = running
                 raise
 
-    async def settle(self) -> None:
-        """Return once nothing runs any more, however it ended."""
-        if self._current is not None:
-            await asyncio.wait({self._current})
-            if not self._current.cancelled():
-                self._current.exception()
-
-
-def _read_begin(begin: pb.WeightsManifest, max_bytes: int) -> Announcement:
-    wrong = Violations()
-    wrong.identifier("manifest.lineage_id", begin.lineage_id)
-    wrong.raise_if_any()
-    check_sizes([len(tensor.shape) for tensor in begin.tensors], begin.file)
-    announced = Announcement(
-        policy=ServedPolicy(begin.lineage_id, begin.policy_version, begin.digest),
-        tensors=tuple(
-            ExpectedTensor(
-                tensor.name,
-                DTYPE_NAMES.get(tensor.dtype, ""),
-                tuple(tensor.shape),
-                tensor.sha256,
-                tensor.num_changed,
-                tensor.block_bytes,
-            )
-            for tensor in begin.tensors
-        ),
-        base=ServedPolicy(begin.base.lineage_id, begin.base.policy_version, begin.base.digest)
-        if begin.HasField("base")
-        else None,
-        file=begin.file,
-        keep=begin.keep_as_base,
-        adapter=decode_adapter(begin.adapter) if begin.HasField("adapter") else None,
-        rendezvous=Rendezvous(backend_name(begin.process_group.backend), begin.process_group.rendezvous)
-        if begin.HasField("process_group")
-        else None,
-        timeout_s=begin.process_group.timeout_s,
-    )
-    check_announcement(announced, max_bytes)
-    return announced
+    async def wait(self) -> None:
+        """Return once the last call ended, with or without an error."""
+        if self._running is not None:
+            await asyncio.wait({self._running})
+            if not self._running.cancelled():
+                self._running.exception()

@@ -127,10 +127,11 @@ async def _rollouts(engine: Engine) -> list[TrainingRollout]:
             )
         for index in range(_NUM_SIBLINGS):
             sampling = Sampling(max_tokens=min(_NUM_TOKENS, engine.info.max_model_len - len(ids)), seed=index)
-            sampled = await engine.generate(EngineRequest(f"{group}-{index}", ids, sampling))
+            rollout_id = RolloutId("check", 0, str(group), index)
+            sampled = await engine.generate(EngineRequest(rollout_id, ids, sampling))
             rollouts.append(
                 TrainingRollout(
-                    id=RolloutId("check", 0, str(group), index),
+                    id=rollout_id,
                     prompt_token_ids=np.array(ids, np.int32),
                     token_ids=sampled.token_ids,
                     logprobs=sampled.logprobs,

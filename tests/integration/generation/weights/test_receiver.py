@@ -18,7 +18,7 @@ from tests.integration.generation.polling import DEADLINE_S, eventually
 from tests.support.pushes import push_messages, weight_arrays
 from tests.support.scripted_engine import PARAMETERS, ScriptedEngine
 
-from poise.generation.weights import capacity as room
+from poise.generation.weights import capacity
 from poise_client import AsyncGenerationClient, RetryPolicy, weights_digest
 from poise_client.errors import BusyError, ConflictError, InvalidRequestError, UnavailableError
 from poise_client.types import Group, Prompt, Sampling, WeightUpdate
@@ -291,9 +291,9 @@ async def test_push_that_a_full_staging_folder_has_no_room_for_is_refused_with_i
     num_bytes = sum(array.nbytes for array in small().values())
     async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
         with monkeypatch.context() as patch:
-            patch.setattr(room, "free_bytes", lambda _: num_bytes - 1)
+            patch.setattr(capacity, "free_bytes", lambda _: num_bytes - 1)
             folder = running.app.config.staging_dir
-            said = f"stored in {folder}: it takes {num_bytes} bytes, and {num_bytes - 1} are free"
+            said = f"stored in {folder}: it needs {num_bytes} bytes, and {num_bytes - 1} are free"
             with pytest.raises(UnavailableError, match=said) as caught:
                 await push(hasty, small(), 1)
         assert "staging_dir" in caught.value.remedy

@@ -203,9 +203,9 @@ async def test_a_replica_of_another_model_says_so(live, model: Path, tmp_path: P
     assert not replica.app.readiness().ready
 
 
-async def test_who_takes_what_is_said_where_it_differs(live, model: Path, tmp_path: Path) -> None:
+async def test_replica_rejects_the_other_kind_of_push(live, model: Path, tmp_path: Path) -> None:
     whole, adapters = await live(lora=None), await live()
     async with learner(model, tmp_path / "a", whole.address) as client:
-        assert "set `lora`" in await refusal(client)
+        assert "`lora` is unset" in await refusal(client)
     async with learner(model, tmp_path / "b", adapters.address, transport="grpc") as client:
-        assert "takes adapters alone" in await refusal(client)
+        assert "serves adapters only" in await refusal(client)

@@ -1,4 +1,4 @@
-"""Chat templates are rendered in a process of their own, whose time, memory and text are limited."""
+"""Limits on time, memory and output of chat templates, which a separate process renders."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def children() -> set[int]:
 
 
 @pytest.mark.parametrize("template", LOOPS.values(), ids=LOOPS)
-def test_a_template_that_takes_too_long_is_ended(renderer: ChatTemplates, template: str) -> None:
+def test_template_that_takes_too_long_is_stopped(renderer: ChatTemplates, template: str) -> None:
     with pytest.raises(LimitReached, match=r"takes more than 0\.2 s"):
         render(renderer, template, TimeLimit(3600.0, each_s=0.2))
 
 
 @pytest.mark.parametrize("template", EXPLOSIONS.values(), ids=EXPLOSIONS)
-def test_a_template_that_fills_memory_is_ended(renderer: ChatTemplates, template: str) -> None:
+def test_template_that_fills_memory_is_stopped(renderer: ChatTemplates, template: str) -> None:
     with pytest.raises((LimitReached, TemplateRejected), match=r"512 MiB of memory|long|large|big|limit|memory"):
         render(renderer, template)
     assert render(renderer, "ok") == "ok"
@@ -75,15 +75,15 @@ def test_a_template_that_fills_memory_is_ended(renderer: ChatTemplates, template
         "{% macro f() %}{{ messages[0].content }}{% endmacro %}{% for i in range(9999) %}{{ f() }}{% endfor %}",
     ],
 )
-def test_a_template_that_makes_too_much_text_is_rejected(renderer: ChatTemplates, template: str) -> None:
-    with pytest.raises(TemplateRejected, match="makes 9999000 characters; at most 50000 are tokenised"):
+def test_template_that_produces_too_much_text_is_rejected(renderer: ChatTemplates, template: str) -> None:
+    with pytest.raises(TemplateRejected, match="produces 9999000 characters; required: at most 50000"):
         render(renderer, template, TimeLimit(3600.0, each_s=3600.0, max_chars=50_000))
 
 
 @pytest.mark.parametrize(
     "template", [HARMLESS, "{{ messages | tojson }}", "{{ extra | join('ü\\n\\0') }}", "{% if 0 %}x{% endif %}"]
 )
-def test_the_text_is_what_transformers_makes(renderer: ChatTemplates, template: str) -> None:
+def test_text_equals_that_of_transformers(renderer: ChatTemplates, template: str) -> None:
     ((expected,), _) = templates.render_jinja_template(
         [CHAT], chat_template=template, add_generation_prompt=True, **VARIABLES
     )
@@ -100,14 +100,14 @@ def test_the_text_is_what_transformers_makes(renderer: ChatTemplates, template: 
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
 )
-def test_what_the_template_says_is_reported(renderer: ChatTemplates, template: str, said: str) -> None:
+def test_error_of_the_template_is_reported(renderer: ChatTemplates, template: str, said: str) -> None:
     with pytest.raises(TemplateRejected, match=said):
         render(renderer, template)
 
 
-def test_all_conversations_share_the_whole_time(renderer: ChatTemplates) -> None:
+def test_all_conversations_share_the_total_time(renderer: ChatTemplates) -> None:
     render(renderer, "started")
-    with pytest.raises(LimitReached, match=r"all prompts took more than 0\.1 s"):
+    with pytest.raises(LimitReached, match=r"prompts of the request took more than 0\.1 s"):
         render(renderer, LOOPS["nested loops"], TimeLimit(0.1, each_s=3600.0))
 
 
@@ -136,9 +136,9 @@ def test_no_process_outlives_its_owner() -> None:
     assert children() == before
 
 
-def test_a_process_without_a_caller_ends_after_its_share_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_a_caller_ends_at_its_cpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_MAX_CPU_S", 1)
-    with pytest.raises(LimitReached, match="process that renders it ended"):
+    with pytest.raises(LimitReached, match="process that renders the chat template exited"):
         render(ChatTemplates(), LOOPS["power"])
 
 

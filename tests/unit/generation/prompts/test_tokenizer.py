@@ -1,4 +1,4 @@
-"""What a tokenizer makes of prompts, and which strings it can find in a response."""
+"""Prompts to token ids, and special tokens in stop strings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_text_that_begins_with_bos_gets_no_second_one(bos: str, text: str, ids: 
     assert tokenizer(bos=bos).encode(text.format(bos=bos)) == ids
 
 
-def test_text_is_taken_as_it_stands_where_no_bos_is_added() -> None:
+def test_text_is_unchanged_if_the_tokenizer_adds_no_bos() -> None:
     assert tokenizer(adds_bos=False).encode("<s><s>a") == [BOS, BOS, 0]
 
 
@@ -62,10 +62,10 @@ def test_chat_whose_template_writes_bos_has_one() -> None:
         (None, "chat template"),
     ],
 )
-def test_chat_that_the_template_rejects_is_an_invalid_request(template: str | None, said: str) -> None:
+def test_chat_rejected_by_the_template_is_an_invalid_request(template: str | None, said: str) -> None:
     fast = backend()
     fast.chat_template = template
-    with pytest.raises(InvalidRequest, match=f"chat: the model's chat template refuses it: .*{said}"):
+    with pytest.raises(InvalidRequest, match=f"chat: is rejected by the model's chat template: .*{said}"):
         Tokenizer(fast, frozenset()).encode([{"role": "user", "content": "ab"}])
 
 
@@ -81,7 +81,7 @@ def test_chat_that_the_template_rejects_is_an_invalid_request(template: str | No
         ([], False),
     ],
 )
-def test_stops_that_hold_a_special_token_are_known(stops: list[str], names: bool) -> None:
+def test_stops_with_a_special_token_are_recognized(stops: list[str], names: bool) -> None:
     assert tokenizer().names_special(stops) is names
 
 
@@ -90,7 +90,7 @@ def test_special_tokens_are_decoded_on_request_only() -> None:
     assert tokenizer().decode([0, END, 1], with_special=True) == "a<|im_end|>b"
 
 
-def test_digest_follows_all_that_makes_ids() -> None:
+def test_digest_covers_tokenizer_and_template() -> None:
     other_template = backend()
     other_template.chat_template = TEMPLATE + " "
     digests = {
@@ -105,7 +105,7 @@ def test_digest_follows_all_that_makes_ids() -> None:
 
 
 class Refusing:
-    """A tokenizer with code of its own, which raises."""
+    """A tokenizer with its own code, which raises."""
 
     bos_token = bos_token_id = chat_template = None
     all_special_tokens = special_tokens_map = ()
@@ -121,6 +121,6 @@ class Refusing:
         return {}
 
 
-def test_text_that_the_tokenizer_rejects_is_an_invalid_request() -> None:
-    with pytest.raises(InvalidRequest, match="text: the model's tokenizer rejects it: 'x'"):
+def test_text_rejected_by_the_tokenizer_is_an_invalid_request() -> None:
+    with pytest.raises(InvalidRequest, match="text: is rejected by the model's tokenizer: 'x'"):
         Tokenizer(Refusing(), frozenset()).encode("x")

@@ -1,4 +1,4 @@
-"""Which folder a push is collected in, and when it is refused."""
+"""The choice of the staging folder, and checks of free disk and memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import psutil
 import pytest
 
 from poise.errors import BackendDown
-from poise.generation.weights import capacity as room
+from poise.generation.weights import capacity
 from poise.generation.weights.capacity import (
-    MemoryTurn,
+    MemoryLock,
+    check_free_space,
     choose_folder,
     free_memory_bytes,
-    refuse_unless_room,
-    return_freed_memory,
     staging_folders,
+    trim_memory,
 )
 
-TAKE_THE_TURN = """
+ACQUIRE = """
 import sys
-from poise.generation.weights.capacity import MemoryTurn
+from poise.generation.weights.capacity import MemoryLock
 
-turn = MemoryTurn()
-print(turn.take(), flush=True)
+lock = MemoryLock()
+print(lock.try_acquire(), flush=True)
 sys.stdin.read()
 """
 
@@ -38,7 +38,7 @@ MEMORY, TEMPORARY = Path("/memory"), Path("/temporary")
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Says how many bytes are free in each folder; None for a file system that has no size."""
+    """Sets the free bytes of each folder; None for a file system without a size."""
 
     def say(memory: int | None, temporary: int | None) -> None:
         sizes = {MEMORY: memory, TEMPORARY: temporary}
@@ -58,40 +58,38 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (200, 1000, MEMORY),
         (199, 1000, TEMPORARY),
         (None, 1000, MEMORY),
-        (199, 150, MEMORY),  # neither has room for two: the roomier
+        (199, 150, MEMORY),  # neither fits two: the one with more space
         (64, 99, TEMPORARY),
     ],
 )
-def test_the_first_folder_with_room_for_two_versions_is_chosen(
+def test_first_folder_with_space_for_two_versions_is_chosen(
     free: Callable[..., None], memory: int | None, temporary: int, chosen: Path
 ) -> None:
     free(memory, temporary)
     assert choose_folder([MEMORY, TEMPORARY], 100) == chosen
 
 
-def test_a_folder_that_is_named_is_the_only_one(free: Callable[..., None]) -> None:
+def test_configured_folder_is_the_only_one(free: Callable[..., None]) -> None:
     assert staging_folders(MEMORY) == [MEMORY]
     free(0, 1000)
     assert choose_folder([MEMORY], 100) == MEMORY
 
 
-def test_folders_of_the_machine_are_shared_memory_and_the_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_folders_are_shared_memory_and_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = tmp_path / "memory"
-    monkeypatch.setattr(room, "_SHARED_MEMORY", memory)
+    monkeypatch.setattr(capacity, "_SHARED_MEMORY", memory)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert staging_folders(None) == [tmp_path]
     memory.mkdir()
     assert staging_folders(None) == [memory, tmp_path]
 
 
-def test_what_does_not_fit_is_refused_with_folder_and_bytes(free: Callable[..., None]) -> None:
+def test_error_about_space_names_folder_and_bytes(free: Callable[..., None]) -> None:
     free(100, None)
-    refuse_unless_room(MEMORY, 100)
-    refuse_unless_room(TEMPORARY, 10**12)
-    with pytest.raises(BackendDown, match="stored in /memory: it takes 101 bytes, and 100 are free") as caught:
-        refuse_unless_room(MEMORY, 101)
+    check_free_space(MEMORY, 100)
+    check_free_space(TEMPORARY, 10**12)
+    with pytest.raises(BackendDown, match="stored in /memory: it needs 101 bytes, and 100 are free") as caught:
+        check_free_space(MEMORY, 101)
     assert "staging_dir" in caught.value.remedy
 
 
@@ -99,7 +97,7 @@ def test_what_does_not_fit_is_refused_with_folder_and_bytes(free: Callable[..., 
     ("limit", "expected"),
     [("1000", 1000 - 700 + 30 + 5), ("max", None), ("1000000000000000000", None), (None, None)],
 )
-def test_memory_is_that_of_the_machine_or_of_a_container_with_less(
+def test_free_memory_respects_the_container_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, expected: int | None
 ) -> None:
     memory = psutil.virtual_memory()
@@ -117,49 +115,49 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_memory_is_taken_by_one_at_a_time(temporary_folder: Path) -> None:
-    turn, other = MemoryTurn(), MemoryTurn()
-    assert turn.take()
-    assert turn.take(), "it has the turn"
-    assert not other.take()
-    turn.give_back()
-    assert other.take()
-    assert not turn.take()
-    turn.give_back()
-    assert not turn.take(), "that was the other's to give"
+def test_memory_lock_has_one_owner_at_a_time(temporary_folder: Path) -> None:
+    lock, other = MemoryLock(), MemoryLock()
+    assert lock.try_acquire()
+    assert lock.try_acquire(), "it has the lock"
+    assert not other.try_acquire()
+    lock.release()
+    assert other.try_acquire()
+    assert not lock.try_acquire()
+    lock.release()
+    assert not lock.try_acquire(), "only the other can release it"
 
 
-def test_who_dies_loses_the_turn(temporary_folder: Path) -> None:
+def test_memory_lock_ends_with_its_process(temporary_folder: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", TAKE_THE_TURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ACQUIRE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "True\n"
-        turn = MemoryTurn()
-        assert not turn.take()
+        lock = MemoryLock()
+        assert not lock.try_acquire()
         process.kill()
         process.wait()
-        assert turn.take()
-    turn.give_back()
+        assert lock.try_acquire()
+    lock.release()
 
 
-def test_the_turns_file_is_the_users_own_and_no_link(temporary_folder: Path) -> None:
-    turn = MemoryTurn()
-    turn.take()
-    turn.give_back()
+def test_memory_lock_file_is_private_and_not_a_link(temporary_folder: Path) -> None:
+    lock = MemoryLock()
+    lock.try_acquire()
+    lock.release()
     (path,) = temporary_folder.iterdir()
     assert str(os.getuid()) in path.name
     assert path.stat().st_mode & 0o777 == 0o600
     path.unlink()
     path.symlink_to(temporary_folder / "elsewhere")
     with pytest.raises(OSError, match=path.name):
-        turn.take()
+        lock.try_acquire()
     assert not (temporary_folder / "elsewhere").exists()
 
 
-def test_what_was_freed_is_returned_to_the_machine() -> None:
-    """Of blocks too small for a mapping of their own, all are freed but the last, above which nothing is in use."""
+def test_freed_memory_is_returned_to_the_machine() -> None:
+    """Frees all blocks but the last. They are too small for mappings of their own, and nothing above is in use."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         pytest.skip("not glibc")
@@ -172,7 +170,7 @@ def test_what_was_freed_is_returned_to_the_machine() -> None:
     for block in blocks[:-1]:
         libc.free(block)
     before = psutil.Process().memory_info().rss
-    return_freed_memory()
+    trim_memory()
     after = psutil.Process().memory_info().rss
     libc.free(blocks[-1])
     assert before - after > size * count / 2

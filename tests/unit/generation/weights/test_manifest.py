@@ -1,4 +1,4 @@
-"""What a push must announce."""
+"""Checks of a push's manifest."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 
 from poise.errors import InvalidRequest
-from poise.generation.served_policy import ServedPolicy
-from poise.generation.weights.manifest import (
-    Announcement,
-    ExpectedTensor,
-    check_announcement,
-    check_sizes,
-    check_weights,
-    policy_digest,
-)
-from poise.runtime.network.broadcast_group import Rendezvous
+from poise.generation.config import GenerationConfig
+from poise.generation.weights.manifest import Manifest, TensorSpec, check_shapes, read_manifest
+from poise_client import combine_digests
+from poise_client.codec import DTYPE_NAMES
+from poise_proto.v1 import generation_pb2 as pb
 
 ARRAYS = {
     "model.b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -28,17 +23,44 @@ ARRAYS = {
 }
 DATA = b"".join(array.tobytes() for array in ARRAYS.values())
 TENSORS = [
-    ExpectedTensor(name, array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest())
+    TensorSpec(name, array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest())
     for name, array in ARRAYS.items()
 ]
+DTYPE_NUMBERS = {name: number for number, name in DTYPE_NAMES.items()}
+BASE = pb.WeightsBase(lineage_id="lineage", policy_version=0, digest=b"x" * 32)
 
 
-def changed(index: int, **changes: object) -> list[ExpectedTensor]:
+def changed(index: int, **changes: object) -> list[TensorSpec]:
     return [dataclasses.replace(t, **changes) if i == index else t for i, t in enumerate(TENSORS)]
 
 
-def announcement(tensors: list[ExpectedTensor], **more: object) -> Announcement:
-    return Announcement(ServedPolicy("lineage", 1, policy_digest(tensors)), tuple(tensors), **more)  # type: ignore[arg-type]
+def message_of(specs: list[TensorSpec], **more: object) -> pb.WeightsManifest:
+    tensors = [
+        pb.WeightTensor(
+            name=tensor.name,
+            dtype=DTYPE_NUMBERS.get(tensor.dtype, 0),
+            shape=tensor.shape,
+            sha256=tensor.sha256,
+            num_changed=tensor.num_changed,
+            block_bytes=tensor.block_bytes,
+        )
+        for tensor in specs
+    ]
+    digest = combine_digests({tensor.name: tensor.sha256 for tensor in specs})
+    fields = {"lineage_id": "lineage", "policy_version": 1, "tensors": tensors, "digest": digest}
+    return pb.WeightsManifest(**fields | more)
+
+
+def read(message: pb.WeightsManifest, max_bytes: int = 10_000, group_backend: str = "") -> Manifest:
+    config = GenerationConfig(model="tiny", max_update_bytes=max_bytes)
+    return read_manifest(message, config, group_backend=group_backend)
+
+
+def wrong_fields(message: pb.WeightsManifest, **more: object) -> list[str]:
+    with pytest.raises(InvalidRequest) as caught:
+        read(message, **more)
+    assert len(str(caught.value)) < 300
+    return [violation.field for violation in caught.value.violations]
 
 
 @pytest.mark.parametrize(
@@ -56,63 +78,66 @@ def announcement(tensors: list[ExpectedTensor], **more: object) -> Announcement:
         (changed(0, block_bytes=1), "manifest.tensors[0].block_bytes"),
     ],
 )
-def test_impossible_announcement_is_refused_by_field(tensors: list[ExpectedTensor], field: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        check_announcement(announcement(tensors), max_bytes=10_000)
-    assert [violation.field for violation in caught.value.violations] == [field]
+def test_wrong_tensor_is_rejected_by_field(tensors: list[TensorSpec], field: str) -> None:
+    assert wrong_fields(message_of(tensors)) == [field]
 
 
-GROUP = {"rendezvous": Rendezvous("gloo", b"host:1"), "timeout_s": 10.0}
+def group(**changes: object) -> pb.ProcessGroup:
+    return pb.ProcessGroup(
+        **{"backend": pb.PROCESS_GROUP_BACKEND_GLOO, "rendezvous": b"host:1", "timeout_s": 10.0} | changes
+    )
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("changes", "backend", "field"),
     [
-        ({"file": "/a"}, "manifest.file"),
-        ({"timeout_s": 0.0}, "manifest.process_group.timeout_s"),
-        ({"timeout_s": 3601.0}, "manifest.process_group.timeout_s"),
-        ({"timeout_s": float("nan")}, "manifest.process_group.timeout_s"),
+        ({"process_group": group(), "file": "/a"}, "gloo", "manifest.file"),
+        ({"process_group": group(timeout_s=0.0)}, "gloo", "manifest.process_group.timeout_s"),
+        ({"process_group": group(timeout_s=3601.0)}, "gloo", "manifest.process_group.timeout_s"),
+        ({"process_group": group(timeout_s=float("nan"))}, "gloo", "manifest.process_group.timeout_s"),
+        ({"process_group": group(backend=pb.PROCESS_GROUP_BACKEND_NCCL)}, "gloo", "manifest.process_group.backend"),
+        ({"process_group": group(backend=0)}, "gloo", "manifest.process_group.backend"),
+        ({"process_group": group()}, "", "manifest.process_group"),
     ],
 )
-def test_impossible_group_is_refused_by_field(changes: dict[str, object], field: str) -> None:
-    check_announcement(announcement(TENSORS, **GROUP), max_bytes=10_000)
-    with pytest.raises(InvalidRequest) as caught:
-        check_announcement(announcement(TENSORS, **GROUP | changes), max_bytes=10_000)
-    assert [violation.field for violation in caught.value.violations] == [field]
+def test_wrong_group_is_rejected_by_field(changes: dict[str, object], backend: str, field: str) -> None:
+    read(message_of(TENSORS, process_group=group()), group_backend="gloo")
+    assert wrong_fields(message_of(TENSORS, **changes), group_backend=backend) == [field]
 
 
-def test_announcement_may_fill_the_limit_and_not_exceed_it() -> None:
-    check_announcement(announcement(TENSORS), max_bytes=len(DATA))
-    with pytest.raises(InvalidRequest, match=f"hold {len(DATA)} bytes; max_update_bytes is {len(DATA) - 1}"):
-        check_announcement(announcement(TENSORS), max_bytes=len(DATA) - 1)
+def test_push_may_fill_the_limit_but_not_exceed_it() -> None:
+    read(message_of(TENSORS), max_bytes=len(DATA))
+    with pytest.raises(InvalidRequest, match=f"have {len(DATA)} bytes .*max_update_bytes is {len(DATA) - 1}"):
+        read(message_of(TENSORS), max_bytes=len(DATA) - 1)
 
 
-def test_digest_is_over_the_names_in_order_whatever_the_order_sent() -> None:
+def test_digest_covers_the_hashes_in_order_of_name() -> None:
     expected = hashlib.sha256(b"".join(t.sha256 for t in sorted(TENSORS, key=lambda t: t.name))).digest()
-    assert policy_digest(TENSORS) == policy_digest(TENSORS[::-1]) == expected
-    assert policy_digest(changed(0, sha256=b"x" * 32)) != expected
+    assert read(message_of(TENSORS)).digest == read(message_of(TENSORS[::-1])).digest == expected
+    assert read(message_of(changed(0, sha256=b"x" * 32))).digest != expected
 
 
-def test_misfits_are_named_missing_unknown_and_misshaped() -> None:
+def test_digest_of_other_tensors_is_rejected() -> None:
+    assert wrong_fields(message_of(TENSORS, digest=b"x" * 32)) == ["manifest.digest"]
+
+
+def test_missing_unknown_and_misshapen_parameters_are_named() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        check_weights({"a": (1,), "b": (2, 3), "c": (4,)}, {"b": (3, 2), "c": (4,), "d": (1,)})
+        check_shapes({"a": (1,), "b": (2, 3), "c": (4,)}, {"b": (3, 2), "c": (4,), "d": (1,)})
     text = caught.value.message
     assert "a is missing" in text
-    assert "d is no parameter of this model" in text
-    assert "b has shape [3, 2], the model's has [2, 3]" in text
+    assert "d is not a parameter of this model" in text
+    assert "b has shape [3, 2]; required: [2, 3]" in text
     assert "c " not in text
 
 
-def test_many_misfits_are_counted() -> None:
+def test_many_wrong_parameters_are_counted() -> None:
     with pytest.raises(InvalidRequest, match="and 7 more"):
-        check_weights({f"p{i}": (1,) for i in range(12)}, {})
+        check_shapes({f"p{i}": (1,) for i in range(12)}, {})
 
 
-def test_fitting_weights_are_accepted() -> None:
-    check_weights({"a": (1,)}, {"a": (1,)})
-
-
-BASE = ServedPolicy("lineage", 0, b"x" * 32)
+def test_fitting_parameters_are_accepted() -> None:
+    check_shapes({"a": (1,)}, {"a": (1,)})
 
 
 @pytest.mark.parametrize(
@@ -123,25 +148,17 @@ BASE = ServedPolicy("lineage", 0, b"x" * 32)
         (changed(0, block_bytes=1), "manifest.tensors[0].block_bytes"),
     ],
 )
-def test_impossible_delta_is_refused_by_field(tensors: list[ExpectedTensor], field: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        check_announcement(announcement(tensors, base=BASE), max_bytes=10_000)
-    assert [violation.field for violation in caught.value.violations] == [field]
+def test_wrong_delta_is_rejected_by_field(tensors: list[TensorSpec], field: str) -> None:
+    assert wrong_fields(message_of(tensors, base=BASE)) == [field]
 
 
-def test_delta_counts_by_its_whole_parameters_and_travels_as_its_blocks() -> None:
-    announced = announcement(changed(0, num_changed=6, block_bytes=30), base=BASE)
-    check_announcement(announced, max_bytes=len(DATA))
+def test_limit_of_a_delta_counts_whole_parameters() -> None:
+    message = message_of(changed(0, num_changed=6, block_bytes=30), base=BASE)
+    manifest = read(message, max_bytes=len(DATA))
+    assert (manifest.total_bytes, manifest.payload_bytes) == (len(DATA), 30)
+    assert read(message_of(TENSORS)).payload_bytes == len(DATA)
     with pytest.raises(InvalidRequest, match="max_update_bytes"):
-        check_announcement(announced, max_bytes=len(DATA) - 1)
-    assert (announced.total_bytes, announced.body_bytes) == (len(DATA), 30)
-    assert announcement(TENSORS).body_bytes == len(DATA)
-
-
-def test_digest_that_is_not_of_these_tensors_is_refused() -> None:
-    announced = dataclasses.replace(announcement(TENSORS), policy=ServedPolicy("lineage", 1, b"x" * 32))
-    with pytest.raises(InvalidRequest, match=r"manifest\.digest"):
-        check_announcement(announced, max_bytes=10_000)
+        read(message, max_bytes=len(DATA) - 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +173,5 @@ def test_digest_that_is_not_of_these_tensors_is_refused() -> None:
     ],
 )
 def test_sizes_are_checked_before_use(num_axes: list[int], file: str, field: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        check_sizes(num_axes, file)
-    assert [violation.field for violation in caught.value.violations] == [field]
-    assert len(str(caught.value)) < 300
+    tensors = [pb.WeightTensor(shape=[1] * number) for number in num_axes]
+    assert wrong_fields(message_of([], tensors=tensors, file=file)) == [field]

@@ -1,1 +1,1 @@
-"""The `torch` engine: transformers, exact and slow, the reference of the tests."""
+"""The `torch` engine, on transformers: exact and slow, the reference for tests."""

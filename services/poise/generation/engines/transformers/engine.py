@@ -1,7 +1,7 @@
-"""The `torch` engine: transformers, one token of one rollout at a time. Exact and slow: the reference.
+"""The `torch` engine: samples with transformers, one token of one rollout at a time.
 
-Everything that touches the model runs on one thread, a token at a time, so that rollouts interleave, a cancelled one
-stops at the next token, and new weights take effect between two tokens.
+All work on the model runs on one thread, one token per call. So rollouts interleave, a cancelled rollout stops at its
+next token, and new weights take effect between two tokens.
 
 Shapes: P prompt tokens, T response tokens, V vocabulary, d the model's width.
 """
@@ -22,10 +22,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from poise.algorithms.features import default_feature_layer, prompt_window
+from poise.algorithms.features import prompt_window
 from poise.errors import BackendDown, Unusable
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineInfo, EngineRequest
 from poise.generation.engines.transformers.forward import TorchForward
 from poise.generation.engines.transformers.lora import (
     LoadedAdapter,
@@ -34,18 +34,17 @@ from poise.generation.engines.transformers.lora import (
     read_tensors,
     shapes_of,
 )
-from poise.generation.engines.transformers.sampling import draw
+from poise.generation.engines.transformers.sampling import sample_token
 from poise.generation.feature_pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.prompts.time_limit import TimeLimit
-from poise.generation.prompts.tokenizer import Tokenizer, check_feature_layer, model_len
-from poise.generation.weights.manifest import check_weights
-from poise.generation.weights.payload import Body, wait_for_body
-from poise.generation.weights.process_group import GroupReceiver
+from poise.generation.prompts.tokenizer import Tokenizer, resolve_feature_layer, resolve_max_model_len
+from poise.generation.weights.manifest import check_shapes
+from poise.generation.weights.process_group import GroupPayload, GroupReceiver, wait_for_payload
 from poise.runtime.models.decoder import decoder_layers
 from poise.runtime.models.generation_config import load_generation_config
 from poise.runtime.network.broadcast_group import backend_of
 from poise.runtime.startup import Startup
-from poise_client.types import FinishReason, Floats, Message, VersionSpan
+from poise_client.types import EncodedPrompt, FinishReason, Floats, Message, Rollout, VersionSpan
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +53,20 @@ T = TypeVar("T")
 
 @dataclass
 class _Running:
-    """One rollout being sampled."""
+    """The state of one unfinished rollout."""
 
     request: EngineRequest
     generator: torch.Generator
     started: float
     cache: transformers.Cache | None = None
     cache_version: int | None = None
-    """Policy version whose keys and values `cache` holds."""
+    """Policy version that computed `cache`."""
     prompt_hidden_d: Floats | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     hidden: list[Floats] = field(default_factory=list)
-    """State of each response token that went through the model, [d] each."""
+    """Hidden state of each response token that went through the model, [d] each."""
     versions: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
 
@@ -76,11 +75,11 @@ class TorchEngine:
     """See `Engine`."""
 
     def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
-        self._config = config
+        self.config = config
         self._startup = startup or Startup("loading the model")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._receiver = GroupReceiver(config.torch.device)
-        self._model: Any = None
+        self.model: Any = None
         self._forward: TorchForward | None = None
         self._tokenizer: Tokenizer | None = None
         self._info: EngineInfo | None = None
@@ -98,26 +97,26 @@ class TorchEngine:
 
     async def start(self) -> None:
         """See `Engine`."""
-        await self._on_thread(self._load)
+        await self.run_on_thread(self._load)
 
     async def stop(self) -> None:
         """See `Engine`."""
         self._stopped = True
-        self._model = self._forward = None
-        await asyncio.to_thread(self._receiver.abandon)
+        self.model = self._forward = None
+        await asyncio.to_thread(self._receiver.abort)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def is_alive(self) -> bool:
         """See `Engine`."""
-        return self._model is not None
+        return self.model is not None
 
     def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """See `Engine`."""
         return self._loaded_tokenizer().encode(content, limit)
 
-    async def generate(self, request: EngineRequest) -> EngineRollout:
+    async def generate(self, request: EngineRequest) -> Rollout:
         """See `Engine`."""
-        generator = torch.Generator(self._config.torch.device)
+        generator = torch.Generator(self.config.torch.device)
         if request.sampling.seed is None:
             generator.seed()
         else:
@@ -125,46 +124,46 @@ class TorchEngine:
         running = _Running(request, generator, time.monotonic())
         reason: FinishReason | None = None
         while reason is None:
-            reason = await self._on_thread(lambda: self._sample_token(running))
+            reason = await self.run_on_thread(lambda: self._sample_token(running))
         return self._finish(running, reason)
 
-    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
+    async def encode(self, group_id: str, prompt_token_ids: Sequence[int]) -> EncodedPrompt:
         """See `Engine`."""
-        return await self._on_thread(lambda: self._encode(prompt_token_ids))
+        return await self.run_on_thread(lambda: self._encode(group_id, prompt_token_ids))
 
     @property
-    def group_backend(self) -> str:
+    def process_group_backend(self) -> str:
         """See `Engine`."""
-        return backend_of(self._config.torch.device) if self._config.nccl else ""
+        return backend_of(self.config.torch.device) if self.config.nccl else ""
 
-    async def receive(self, body: Body) -> None:
+    async def receive_payload(self, payload: GroupPayload) -> None:
         """See `Engine`."""
 
-        async def ask() -> str | None:
+        async def outcome() -> str | None:
             return self._receiver.outcome()
 
         try:
-            self._receiver.start(body)
+            self._receiver.start(payload)
         except RuntimeError as error:
             raise BackendDown(str(error)) from error
-        await wait_for_body(ask, lambda: asyncio.to_thread(self._receiver.abandon), body.timeout_s)
+        await wait_for_payload(outcome, lambda: asyncio.to_thread(self._receiver.abort), payload.timeout_s)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         new = await asyncio.to_thread(self._read_weights, weights)
-        return await self._on_thread(lambda: self._exchange_weights(new, policy_version))
+        return await self.run_on_thread(lambda: self._replace_weights(new, policy_version))
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         """See `Engine`."""
         new = await asyncio.to_thread(self._read_adapter, folder)
-        return await self._on_thread(lambda: self._exchange_adapter(new, policy_version))
+        return await self.run_on_thread(lambda: self._replace_adapter(new, policy_version))
 
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        """Run what touches the model, one call at a time.
+    async def run_on_thread(self, work: Callable[[], T]) -> T:
+        """Run work on the model's thread, one call at a time.
 
         Raises:
-            BackendDown: the engine was stopped. Its thread cancels what waits, and what runs finds no model; neither
-                means that the caller was cancelled, or that there is a defect.
+            BackendDown: the engine was stopped. That cancels waiting calls and fails the running one, which must not
+                look like a cancelled caller or a defect.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -180,64 +179,63 @@ class TorchEngine:
         return self._tokenizer
 
     def _load(self) -> None:
-        settings = self._config.torch
+        settings = self.config.torch
         torch.set_num_threads(settings.threads)
         try:
             self._startup.begin("loading the tokenizer")
-            tokenizer = Tokenizer.load(self._config.model)
+            tokenizer = Tokenizer.load(self.config.model)
             self._startup.begin("loading weights")
-            generation_config, repairs = load_generation_config(self._config.model, transformers.GenerationConfig)
+            generation_config, repairs = load_generation_config(self.config.model, transformers.GenerationConfig)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                self._config.model,
-                dtype=self._config.dtype,
+                self.config.model,
+                dtype=self.config.dtype,
                 **({"generation_config": generation_config} if repairs else {}),
             )
             if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-                model.set_attn_implementation("eager")  # transformers' other implementations leave the cap out
+                model.set_attn_implementation("eager")  # the other implementations ignore the cap
             layers = decoder_layers(model)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise Unusable(f"model {self._config.model} cannot be loaded: {error}") from error
+            raise Unusable(f"model {self.config.model} cannot be loaded: {error}") from error
         self._startup.begin(f"moving weights to {settings.device}")
         try:
             model = model.to(settings.device).eval()
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it supports the device
             raise Unusable(f"torch.device {settings.device} cannot be used: {error}") from error
         text_config = model.config.get_text_config()
-        layer = self._config.feature_layer
-        layer = default_feature_layer(len(layers)) if layer is None else check_feature_layer(layer, len(layers))
-        layers[layer].register_forward_hook(self._keep_hidden)
-        self._forward = TorchForward(model, self._config.model)
-        self._model, self._tokenizer, self._adapter = model, tokenizer, TorchAdapter(model)
+        layer = resolve_feature_layer(self.config.feature_layer, len(layers))
+        layers[layer].register_forward_hook(self._save_hidden)
+        self._forward = TorchForward(model, self.config.model)
+        self.model, self._tokenizer, self._adapter = model, tokenizer, TorchAdapter(model)
         self._info = EngineInfo(
             engine="torch",
-            model=self._config.model,
+            model=self.config.model,
             hidden_size=text_config.hidden_size,
             num_layers=len(layers),
             feature_layer=layer,
-            max_model_len=model_len(self._config.max_model_len, model.config),
+            max_model_len=resolve_max_model_len(self.config.max_model_len, model.config),
             vocabulary_size=text_config.vocab_size,
             tokenizer_digest=tokenizer.digest,
         )
 
-    def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
+    def _save_hidden(self, module: Any, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, (tuple, list)) else output
         self._hidden = states[0].float()
 
     @torch.inference_mode()
     def _sample_token(self, running: _Running) -> FinishReason | None:
-        """Sample one token; return why the rollout ended, if it did."""
+        """Sample one token. Return the finish reason if the rollout ends, else None."""
         forward = self._forward
         assert forward is not None  # noqa: S101 (loaded)
         first = running.prompt_hidden_d is None
-        if self._config.in_flight == "abort" and not first and running.cache_version != self._version:
+        if self.config.in_flight == "abort" and not first and running.cache_version != self._version:
             return "abort"
         if running.cache is None or running.cache_version != self._version:
-            # What the old weights cached is not what the new ones would have: the sequence goes through them again.
+            # The cache holds keys and values of the old weights: compute the whole sequence again.
             running.cache, running.cache_version = forward.new_cache(), self._version
             ids = [*running.request.prompt_token_ids, *running.token_ids]
         else:
             ids = running.token_ids[-1:]
-        logits_V = forward(torch.tensor([ids], device=self._config.torch.device), running.cache)
+        logits_V = forward(torch.tensor([ids], device=self.config.torch.device), running.cache)
         hidden: Floats = self._hidden_rows()
         if first:
             running.prompt_hidden_d = self._pool_prompt(hidden)
@@ -246,31 +244,32 @@ class TorchEngine:
 
         sampling = running.request.sampling
         logprobs_V = torch.log_softmax(logits_V.float() / (sampling.temperature or 1.0), -1)
-        token = draw(logprobs_V, sampling, running.generator)
+        token = sample_token(logprobs_V, sampling, running.generator)
         running.token_ids.append(token)
         running.logprobs.append(float(logprobs_V[token]))
         running.entropies.append(float(torch.special.entr(logprobs_V.exp()).sum()))
         running.versions.append(self._version)
         if len(running.token_ids) == 1:
             running.first_token_s = time.monotonic() - running.started
-        return self._why_ended(running)
+        return self._finish_reason(running)
 
     @torch.inference_mode()
-    def _encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
-        inputs = torch.tensor([list(prompt_token_ids)], device=self._config.torch.device)
+    def _encode(self, group_id: str, prompt_token_ids: Sequence[int]) -> EncodedPrompt:
+        inputs = torch.tensor([list(prompt_token_ids)], device=self.config.torch.device)
         assert self._forward is not None  # noqa: S101 (loaded)
         self._forward(inputs, None)
-        return EngineEncoding(self._pool_prompt(self._hidden_rows()), self._version)
+        hidden_d = self._pool_prompt(self._hidden_rows())
+        return EncodedPrompt(group_id, len(prompt_token_ids), hidden_d, self._version)
 
     def _pool_prompt(self, states_Pd: Floats) -> Floats:
-        return mean_or_zeros(states_Pd, prompt_window(len(states_Pd), self._config.prompt_pool_tokens))
+        return mean_or_zeros(states_Pd, prompt_window(len(states_Pd), self.config.prompt_pool_tokens))
 
     def _hidden_rows(self) -> Floats:
         assert self._hidden is not None  # noqa: S101 (the hook ran in the forward pass)
         rows: Floats = self._hidden.cpu().numpy()
         return rows
 
-    def _why_ended(self, running: _Running) -> FinishReason | None:
+    def _finish_reason(self, running: _Running) -> FinishReason | None:
         tokenizer, sampling = self._loaded_tokenizer(), running.request.sampling
         if running.token_ids[-1] in tokenizer.stop_token_ids or running.token_ids[-1] in sampling.stop_token_ids:
             return "stop"
@@ -280,14 +279,15 @@ class TorchEngine:
                 return "stop"
         return "length" if len(running.token_ids) >= sampling.max_tokens else None
 
-    def _finish(self, running: _Running, reason: FinishReason) -> EngineRollout:
+    def _finish(self, running: _Running, reason: FinishReason) -> Rollout:
         tokenizer = self._loaded_tokenizer()
         texts = tokenizer.token_texts(running.token_ids)
-        window, spans = pooled_response(texts, self._config.response_pool_tokens)
+        window, spans = pooled_response(texts, self.config.response_pool_tokens)
         entropies_T = np.array(running.entropies, np.float32)
         states_Td = np.stack(running.hidden) if running.hidden else np.zeros((0, self.info.hidden_size), np.float32)
         assert running.prompt_hidden_d is not None  # noqa: S101 (set with the first token)
-        return EngineRollout(
+        return Rollout(
+            id=running.request.id,
             token_ids=np.array(running.token_ids, np.int32),
             logprobs=np.array(running.logprobs, np.float32),
             token_entropies=entropies_T,
@@ -300,38 +300,38 @@ class TorchEngine:
         )
 
     def _read_weights(self, weights: Path) -> dict[str, torch.Tensor]:
-        """Return a file's parameters, checked and in the model's own element types, while rollouts go on."""
+        """Return the parameters in a file, checked and in the model's dtypes. Sampling continues meanwhile."""
         parameters = self._parameters()
         new = read_tensors(weights)
-        check_weights(shapes_of(parameters), shapes_of(new))
+        check_shapes(shapes_of(parameters), shapes_of(new))
         return {name: new[name].to(parameter.dtype, copy=True) for name, parameter in parameters.items()}
 
     def _read_adapter(self, folder: Path) -> LoadedAdapter:
         return read_adapter(folder, self._parameters())
 
     def _parameters(self) -> dict[str, torch.Tensor]:
-        model = self._model
+        model = self.model
         if model is None:
             raise BackendDown("the engine was stopped")
         return dict(model.named_parameters())
 
-    def _exchange_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:
+    def _replace_weights(self, new: dict[str, torch.Tensor], policy_version: int) -> float:
         started = time.monotonic()
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             parameter.data = new.pop(name).to(parameter.device)
         self._version = policy_version
         return time.monotonic() - started
 
-    def _exchange_adapter(self, new: LoadedAdapter, policy_version: int) -> float:
+    def _replace_adapter(self, new: LoadedAdapter, policy_version: int) -> float:
         started = time.monotonic()
-        assert self._adapter is not None  # noqa: S101 (loaded, for there is an adapter that fits)
+        assert self._adapter is not None  # noqa: S101 (loaded)
         self._adapter.use(new)
         self._version = policy_version
         return time.monotonic() - started
 
 
 def _version_spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Return the stretches of equal versions."""
+    """Return the spans of equal versions."""
     starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
     ends = [*starts[1:], len(versions)]
     return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""A low-rank adapter beside the linear modules of a model in transformers: y + (α / r)·B·A·x, never merged.
+"""A low-rank adapter on the linear modules of a transformers model: y + (α / r)·B·A·x, unmerged.
 
 Shapes: r the adapter's rank; a linear module's weight is [out, in], its A [r, in], its B [out, r].
 """
@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from poise.errors import InvalidRequest
 from poise.generation.weights.adapter_files import (
-    DOWN,
+    LORA_A,
+    LORA_B,
     PREFIX,
-    UP,
     WEIGHTS_FILE,
     adapted_modules,
     check_adapter,
@@ -29,7 +29,7 @@ from poise.generation.weights.adapter_files import (
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter's tensors, by their names in peft's files, where the model's are and of the same element types."""
+    """An adapter's tensors by their names in peft's files, on the model's device and in its dtype."""
 
     tensors: dict[str, torch.Tensor]
     scaling: float
@@ -37,29 +37,33 @@ class LoadedAdapter:
 
 
 class TorchAdapter:
-    """The adapter that a model computes with; none at first."""
+    """The adapter that a model currently computes with; none at first."""
 
     def __init__(self, model: Any) -> None:
         self._modules = dict(model.named_modules())
         self._hooks: list[RemovableHandle] = []
 
     def use(self, adapter: LoadedAdapter) -> None:
-        """Compute with this one instead of any other. Not during a forward pass."""
+        """Replace the adapter. Must not run during a forward pass."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
             self._modules[module].register_forward_hook(
-                _adding(adapter.tensors[f"{PREFIX}{module}{DOWN}"], adapter.tensors[f"{PREFIX}{module}{UP}"], adapter)
+                _lora_hook(
+                    adapter.tensors[f"{PREFIX}{module}{LORA_A}"],
+                    adapter.tensors[f"{PREFIX}{module}{LORA_B}"],
+                    adapter.scaling,
+                )
             )
             for module in sorted(adapted_modules(adapter.tensors))
         ]
 
 
 def read_adapter(folder: Path, parameters: Mapping[str, torch.Tensor]) -> LoadedAdapter:
-    """Read the adapter in a folder, for the model that these are the parameters of.
+    """Return the adapter in a folder, for a model with these parameters.
 
     Raises:
-        InvalidRequest: it cannot be read, or does not fit.
+        InvalidRequest: the adapter cannot be read or does not fit the model.
     """
     rank, alpha = read_config(folder)
     new = read_tensors(folder / WEIGHTS_FILE)
@@ -69,12 +73,12 @@ def read_adapter(folder: Path, parameters: Mapping[str, torch.Tensor]) -> Loaded
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return all of a safetensors file. Raises `InvalidRequest` when it cannot be read."""
+    """Return the tensors of a safetensors file. Raises `InvalidRequest` if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
+        raise InvalidRequest.field("weights", f"{path} cannot be read: {error}") from error
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -82,8 +86,8 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _adding(down_ri: torch.Tensor, up_or: torch.Tensor, adapter: LoadedAdapter) -> Callable[..., torch.Tensor]:
+def _lora_hook(a_ri: torch.Tensor, b_or: torch.Tensor, scaling: float) -> Callable[..., torch.Tensor]:
     def add(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + linear(linear(inputs[0], down_ri), up_or) * adapter.scaling
+        return output + linear(linear(inputs[0], a_ri), b_or) * scaling
 
     return add

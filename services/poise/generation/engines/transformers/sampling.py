@@ -1,4 +1,4 @@
-"""Drawing a token from a distribution, as the `torch` engine does.
+"""Sampling one token from a distribution, with top-k and top-p.
 
 Shapes: V vocabulary.
 """
@@ -10,8 +10,8 @@ import torch
 from poise_client.types import Sampling
 
 
-def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token: greedy at temperature 0, else among the top-k and the nucleus of mass top_p."""
+def sample_token(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return a token: the likeliest at temperature 0, else one drawn from the top k and the nucleus of mass top_p."""
     if sampling.temperature == 0:
         return int(logprobs_V.argmax())
     probabilities_V = logprobs_V.exp()
@@ -20,7 +20,7 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, generator: torch.Generato
         keep = torch.ones_like(ordered, dtype=torch.bool)
         if sampling.top_k:
             keep[sampling.top_k :] = False
-        # A token stays while the mass before it is below top_p: the first always does.
+        # Keep a token if the mass before it is below top_p. This always keeps the first.
         keep &= ordered.cumsum(0) - ordered < sampling.top_p
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered * keep)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))

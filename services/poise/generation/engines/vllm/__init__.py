@@ -1,1 +1,1 @@
-"""The `vllm` engine: AsyncLLM in child processes with our recorder in its workers."""
+"""The `vllm` engine: AsyncLLM in child processes, with a recorder of hidden states in its workers."""

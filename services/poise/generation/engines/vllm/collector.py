@@ -1,6 +1,6 @@
-"""Fetches the records of finished rollouts from the worker, and frees those of aborted ones.
+"""Fetches the records of finished rollouts from the worker, and frees those of aborted rollouts.
 
-A call to the worker waits for the step in progress, so those that come meanwhile share the next one.
+A call to the worker waits for the current step. Requests that arrive meanwhile share the next call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from poise.algorithms.features import Span
 from poise.errors import BackendDown
 from poise.generation.engines.vllm.recorder import Record
-from poise.generation.engines.vllm.worker_calls import ask_workers
+from poise.generation.engines.vllm.worker_client import call_workers
 
 
 class Collector:
@@ -30,7 +30,7 @@ class Collector:
         return await done
 
     async def drop(self, rollout_id: str) -> None:
-        """Free what the worker holds of a rollout."""
+        """Free a rollout's record in the worker."""
         done = self._future()
         self._dropped.append((rollout_id, done))
         await done
@@ -46,20 +46,20 @@ class Collector:
             dropped, self._dropped = self._dropped, []
             waiting = [done for _, done in (*wanted, *dropped)]
             try:
-                told = ([rollout for rollout, _ in wanted], [rollout for rollout, _ in dropped])
-                ranks = await ask_workers(self._engine, "poise_collect", *told)
+                rollouts = ([rollout for rollout, _ in wanted], [rollout for rollout, _ in dropped])
+                ranks = await call_workers(self._engine, "poise_collect", *rollouts)
                 records = next(records for records in ranks if records is not None)
             except Exception as error:
-                down = BackendDown(f"the engine did not hand over its rollouts: {error}")
-                _settle(waiting, [down] * len(waiting))
+                down = BackendDown(f"the records of finished rollouts cannot be fetched from vLLM: {error}")
+                _resolve(waiting, [down] * len(waiting))
             else:
-                _settle(waiting, [*records, *[None] * len(dropped)])
+                _resolve(waiting, [*records, *[None] * len(dropped)])
         self._task = None
 
 
-def _settle(waiting: list[asyncio.Future[Record | None]], outcomes: list[Any]) -> None:
+def _resolve(waiting: list[asyncio.Future[Record | None]], outcomes: list[Any]) -> None:
     for done, outcome in zip(waiting, outcomes, strict=True):
-        if done.done():  # its caller was cancelled
+        if done.done():  # the caller was cancelled
             continue
         if isinstance(outcome, Exception):
             done.set_exception(outcome)

@@ -1,6 +1,6 @@
-"""The `vllm` engine: AsyncLLM in child processes, our recorder in its workers.
+"""The `vllm` engine: runs AsyncLLM in child processes with a recorder in its workers.
 
-Owns the life of a rollout in vLLM, from submitting it to freeing what the worker kept, and the exchange of weights.
+Submits rollouts, collects or frees their records, and replaces weights.
 
 Shapes: T response tokens, d the model's width.
 """
@@ -21,27 +21,32 @@ from safetensors import SafetensorError, safe_open
 
 from poise.errors import BackendDown, InvalidRequest, Unusable
 from poise.generation.config import GenerationConfig
-from poise.generation.engine import EngineEncoding, EngineInfo, EngineRequest, EngineRollout
+from poise.generation.engine import EngineInfo, EngineRequest
 from poise.generation.engines.vllm.collector import Collector
 from poise.generation.engines.vllm.launch import ModelFacts, check_version, import_vllm, launch, num_slots, read_model
 from poise.generation.engines.vllm.load_progress import StageFile
 from poise.generation.engines.vllm.lora import adapter_request
-from poise.generation.engines.vllm.weights.process_group import WorkerReceiver
-from poise.generation.engines.vllm.weights.updates import load_adapter, load_weights, prepare_weights
-from poise.generation.engines.vllm.worker_calls import answered, ask_workers
+from poise.generation.engines.vllm.worker_client import (
+    answered,
+    call_workers,
+    load_adapter,
+    load_weights,
+    prepare_weights,
+    receive_payload,
+)
 from poise.generation.feature_pooling import build_features, pooled_response
 from poise.generation.prompts.time_limit import TimeLimit
 from poise.generation.prompts.tokenizer import Tokenizer
 from poise.generation.weights.adapter_files import WEIGHTS_FILE, check_adapter, read_config
-from poise.generation.weights.manifest import check_weights
-from poise.generation.weights.payload import Body
+from poise.generation.weights.manifest import check_shapes
+from poise.generation.weights.process_group import GroupPayload
 from poise.runtime.startup import Startup
-from poise_client.types import FinishReason, Floats, Message, Sampling, VersionSpan
+from poise_client.types import EncodedPrompt, FinishReason, Message, Rollout, RolloutId, Sampling, VersionSpan
 
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 10.0
-"""How long vLLM's processes may take to end before they are killed."""
+"""Time for vLLM's processes to end before they are killed."""
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -50,29 +55,30 @@ class VllmEngine:
     """See `Engine`."""
 
     def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
-        self._config = config
+        self.config = config
         self._startup = startup or Startup("loading the model")
         self._has_started = False
         self._facts: ModelFacts | None = None
         self._tokenizer: Tokenizer | None = None
-        self._engine: Any = None
+        self.llm: Any = None
+        """vLLM's `AsyncLLM`; None before `start` and after `stop`."""
         self._collector: Collector | None = None
         self._lora: Any = None
-        """What each rollout names, for vLLM to compute it with the adapter that is served."""
-        self._receiver: WorkerReceiver | None = None
-        self._group_backend = ""
-        self._broken = False
+        """vLLM's request for the served adapter, sent with each rollout; None without `lora`."""
+        self._process_group_backend = ""
+        self._is_broken = False
+        """Whether replacing the weights failed halfway."""
         self._obstacle = ""
-        """What kept the last weights from being made ready beforehand."""
+        """Why the last weights could not be prepared."""
         self._slots = asyncio.Semaphore(num_slots(config))
-        self._rollout_ids = itertools.count()
+        self._request_ids = itertools.count()
         self._updating = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def info(self) -> EngineInfo:
         """See `Engine`."""
-        if self._facts is None or self._engine is None:
+        if self._facts is None or self.llm is None:
             raise self._not_serving()
         return self._facts.info
 
@@ -80,70 +86,80 @@ class VllmEngine:
         """See `Engine`."""
         check_version()
         self._startup.begin("loading the tokenizer")
-        self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        self._tokenizer = await asyncio.to_thread(Tokenizer.load, self.config.model)
         self._startup.begin("reading the model's configuration")
-        self._facts = await asyncio.to_thread(read_model, self._config, self._tokenizer.digest)
+        self._facts = await asyncio.to_thread(read_model, self.config, self._tokenizer.digest)
         try:
             self._startup.begin("importing vLLM")
-            await asyncio.to_thread(import_vllm, self._config)
+            await asyncio.to_thread(import_vllm, self.config)
             self._startup.begin("starting vLLM")
             with contextlib.closing(StageFile()) as stages, self._startup.asking(stages.read):
-                self._engine = await asyncio.to_thread(launch, self._config, self._facts)
+                self.llm = await asyncio.to_thread(launch, self.config, self._facts)
             self._startup.begin("preparing weight updates")
             await self._prepare_updates()
         except (ValueError, NotImplementedError) as error:  # pydantic's errors are ValueErrors too
             await self.stop()
-            raise Unusable(f"vLLM cannot serve {self._config.model} with these settings: {error}") from error
-        except Exception as error:  # whatever vLLM raises; its processes have logged the reason
+            raise Unusable(f"vLLM cannot serve {self.config.model} with these settings: {error}") from error
+        except Exception as error:  # vLLM raises many types; its processes logged the reason
             await self.stop()
             raise BackendDown(f"vLLM did not start: {error}") from error
-        self._collector = Collector(self._engine)
+        self._collector = Collector(self.llm)
         self._has_started = True
 
     async def stop(self) -> None:
         """See `Engine`."""
-        engine, self._engine, self._collector = self._engine, None, None
+        engine, self.llm, self._collector = self.llm, None, None
         if engine is not None:
             if engine.output_handler is not None:
-                engine.output_handler.cancel()  # or it would report the end of the engine as an error
+                engine.output_handler.cancel()  # else it reports the shutdown as an error
             await asyncio.to_thread(engine.shutdown, _SHUTDOWN_S)
 
     def is_alive(self) -> bool:
         """See `Engine`."""
-        return self._engine is not None and not self._broken and not self._engine.errored
+        return self.llm is not None and not self._is_broken and not self.llm.errored
 
     def tokenize(self, content: str | Sequence[Message], limit: TimeLimit | None = None) -> list[int]:
         """See `Engine`."""
         return self._loaded_tokenizer().encode(content, limit)
 
-    async def generate(self, request: EngineRequest) -> EngineRollout:
+    async def generate(self, request: EngineRequest) -> Rollout:
         """See `Engine`."""
-        return await self._in_slot(request.prompt_token_ids, request.sampling)
+        return await self._in_slot(request)
 
-    async def encode(self, prompt_token_ids: Sequence[int]) -> EngineEncoding:
-        """See `Engine`. vLLM samples a token, whose pass is the prompt's own."""
-        rollout = await self._in_slot(prompt_token_ids, Sampling(temperature=0.0, max_tokens=1))
-        return EngineEncoding(rollout.features.prompt_hidden, rollout.version_spans[0].policy_version)
+    async def encode(self, group_id: str, prompt_token_ids: Sequence[int]) -> EncodedPrompt:
+        """See `Engine`. Samples one token, which takes only the prompt's forward pass."""
+        sampling = Sampling(temperature=0.0, max_tokens=1)
+        rollout = await self._in_slot(EngineRequest(RolloutId("", 0, group_id, 0), prompt_token_ids, sampling))
+        version = rollout.version_spans[0].policy_version
+        return EncodedPrompt(group_id, len(prompt_token_ids), rollout.features.prompt_hidden, version)
 
     @property
-    def group_backend(self) -> str:
+    def process_group_backend(self) -> str:
         """See `Engine`."""
-        return self._group_backend
+        return self._process_group_backend
 
-    async def receive(self, body: Body) -> None:
-        """See `Engine`. The first worker receives, on a thread, and all of them read the file."""
-        if self._receiver is None or not self.is_alive():
+    async def receive_payload(self, payload: GroupPayload) -> None:
+        """See `Engine`. The first worker receives on a thread; later all workers read the file."""
+        if not self.is_alive():
             raise self._not_serving()
-        await self._receiver.receive(body)
+        await receive_payload(self.llm, payload)
 
     async def update_weights(self, weights: Path, policy_version: int) -> float:
         """See `Engine`."""
         if self._facts is None or not self.is_alive():
             raise self._not_serving()
-        check_weights(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
+        check_shapes(self._facts.parameter_shapes, await asyncio.to_thread(_read_shapes, weights))
         async with self._updating:
-            self._obstacle = await prepare_weights(self._engine, weights, self._obstacle)
-            return await self._exchange(lambda: load_weights(self._engine, weights, policy_version))
+            await self.prepare_weights(weights)
+            return await self.load_weights(weights, policy_version)
+
+    async def prepare_weights(self, weights: Path) -> None:
+        """Prepare the weights in a file while sampling continues, where that is possible."""
+        self._obstacle = await prepare_weights(self.llm, weights, self._obstacle)
+
+    async def load_weights(self, weights: Path, policy_version: int) -> float:
+        """Replace the weights, prepared or not. Return the seconds for which generation paused."""
+        return await self._replace(lambda: load_weights(self.llm, weights, policy_version))
 
     async def update_adapter(self, folder: Path, policy_version: int) -> float:
         """See `Engine`."""
@@ -153,64 +169,66 @@ class VllmEngine:
         shapes = await asyncio.to_thread(_read_shapes, folder / WEIGHTS_FILE)
         check_adapter(self._facts.parameter_shapes, shapes, rank)
         async with self._updating:
-            return await self._exchange(lambda: load_adapter(self._engine, folder, policy_version))
+            return await self._replace(lambda: load_adapter(self.llm, folder, policy_version))
 
     async def num_open_rollouts(self) -> int:
-        """Return for how many rollouts the worker holds memory."""
-        counts: list[int] = await ask_workers(self._engine, "poise_num_open")
+        """Return the number of rollouts that have a slot in the worker's recorder."""
+        counts: list[int] = await call_workers(self.llm, "poise_num_open")
         return max(counts)
 
-    async def _in_slot(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> EngineRollout:
-        """Sample a rollout. However this ends, vLLM and the worker are rid of it before its slot is given on."""
+    async def _in_slot(self, request: EngineRequest) -> Rollout:
+        """Sample a rollout in a slot. Release the slot only once vLLM and the worker have freed the rollout."""
         if self._collector is None or not self.is_alive():
             raise self._not_serving()
-        rollout_id = f"poise-{next(self._rollout_ids)}"
+        request_id = f"poise-{next(self._request_ids)}"
         await self._slots.acquire()
         try:
-            num_pooled = self._config.prompt_pool_tokens
-            rollout = await self._sample(rollout_id, prompt_token_ids, sampling, num_pooled)
+            rollout = await self._sample(request_id, request, self.config.prompt_pool_tokens)
         except BaseException:
-            task = asyncio.create_task(self._clean_up(rollout_id), name=f"clean-up-{rollout_id}")
+            task = asyncio.create_task(self._clean_up(request_id), name=f"clean-up-{request_id}")
             self._background.add(task)
             task.add_done_callback(self._background.discard)
             raise
         self._slots.release()
         return rollout
 
-    async def _clean_up(self, rollout_id: str) -> None:
+    async def _clean_up(self, request_id: str) -> None:
         try:
             if self._collector is not None and self.is_alive():
-                # Again: a task cancelled while it was submitting may have left the request running.
-                await self._engine.abort(rollout_id)
-                await self._collector.drop(rollout_id)
+                # vLLM may not have aborted it: a task cancelled during submission can leave the request running.
+                await self.llm.abort(request_id)
+                await self._collector.drop(request_id)
         except Exception:
             if self.is_alive():
-                logger.exception("freeing %s failed", rollout_id)
+                logger.exception("freeing rollout %s failed", request_id)
         finally:
             self._slots.release()
 
-    async def _sample(
-        self, rollout_id: str, prompt_token_ids: Sequence[int], sampling: Sampling, num_pooled_prompt_tokens: int
-    ) -> EngineRollout:
+    async def _sample(self, request_id: str, request: EngineRequest, num_pooled_prompt_tokens: int) -> Rollout:
         started = time.monotonic()
         assert self._collector is not None  # noqa: S101 (checked before)
-        params = self._sampling_params(rollout_id, sampling, num_pooled_prompt_tokens)
-        last, token_ids, first_token_s = await self._run(rollout_id, prompt_token_ids, params)
+        prompt_token_ids = request.prompt_token_ids
+        params = self._sampling_params(request_id, request.sampling, num_pooled_prompt_tokens)
+        last, token_ids, first_token_s = await self._run(request_id, prompt_token_ids, params)
         while last.finish_reason == "abort" and not token_ids:
-            # New weights came before its first token: nothing is lost by beginning again, under them.
-            await self._collector.drop(rollout_id)
-            last, token_ids, first_token_s = await self._run(rollout_id, prompt_token_ids, params)
+            # A push aborted it before its first token: start again under the new weights.
+            await self._collector.drop(request_id)
+            last, token_ids, first_token_s = await self._run(request_id, prompt_token_ids, params)
         tokenizer = self._loaded_tokenizer()
-        window, spans = pooled_response(tokenizer.token_texts(token_ids), self._config.response_pool_tokens)
-        record = await self._collector.collect(rollout_id, len(token_ids), window)
+        window, spans = pooled_response(tokenizer.token_texts(token_ids), self.config.response_pool_tokens)
+        record = await self._collector.collect(request_id, len(token_ids), window)
         if record is None:
-            raise BackendDown(f"the worker did not see all of {rollout_id}")
+            raise BackendDown(f"vLLM's worker did not record all of rollout {request_id}")
         prompt_hidden_d, response_hidden_d, logprobs_T, entropies_T = (np.frombuffer(r, np.float32) for r in record)
         if not response_hidden_d.size:
-            num_pooled = window.end - window.start
+            # vLLM sampled so far past a stop string that it overwrote these states. Pool them in another pass, as the
+            # last tokens of a prompt.
             prefix = [*prompt_token_ids, *token_ids[: window.end]]
-            response_hidden_d = await self._pool_again(rollout_id, prefix, num_pooled)
-        return EngineRollout(
+            again = EngineRequest(request.id, prefix, Sampling(temperature=0.0, max_tokens=1))
+            rollout = await self._sample(request_id, again, window.end - window.start)
+            response_hidden_d = rollout.features.prompt_hidden
+        return Rollout(
+            id=request.id,
             token_ids=np.array(token_ids, np.int32),
             logprobs=logprobs_T,
             token_entropies=entropies_T,
@@ -222,8 +240,8 @@ class VllmEngine:
             total_s=time.monotonic() - started,
         )
 
-    async def _run(self, rollout_id: str, prompt_token_ids: Sequence[int], params: Any) -> tuple[Any, list[int], float]:
-        """Sample in vLLM; return its last output, all tokens, and the time to the first, s."""
+    async def _run(self, request_id: str, prompt_token_ids: Sequence[int], params: Any) -> tuple[Any, list[int], float]:
+        """Sample in vLLM. Return its last output, all tokens, and the seconds to the first token."""
         from vllm.inputs import tokens_input
 
         started = time.monotonic()
@@ -231,8 +249,8 @@ class VllmEngine:
         first_token_s = 0.0
         last = None
         try:
-            async for output in self._engine.generate(
-                tokens_input(list(prompt_token_ids)), params, request_id=rollout_id, lora_request=self._lora
+            async for output in self.llm.generate(
+                tokens_input(list(prompt_token_ids)), params, request_id=request_id, lora_request=self._lora
             ):
                 last = output.outputs[0]
                 first_token_s = first_token_s or time.monotonic() - started
@@ -242,19 +260,16 @@ class VllmEngine:
                 raise
             raise BackendDown(f"vLLM died: {error}", retry_after_s=1.0) from error
         if last is None or last.finish_reason not in _FINISH_REASONS:
-            raise BackendDown(f"vLLM ended {rollout_id} with {last and last.finish_reason}")
+            raise BackendDown(f"vLLM ended rollout {request_id} with finish reason {last and last.finish_reason}")
         return last, token_ids, first_token_s
 
-    async def _pool_again(self, rollout_id: str, token_ids: Sequence[int], num_pooled: int) -> Floats:
-        """Return the pooled states of the last tokens by another pass: vLLM ran on too far past a stop string."""
-        again = await self._sample(rollout_id, token_ids, Sampling(temperature=0.0, max_tokens=1), num_pooled)
-        return again.features.prompt_hidden
-
-    def _sampling_params(self, rollout_id: str, sampling: Sampling, num_pooled_prompt_tokens: int) -> Any:
+    def _sampling_params(self, request_id: str, sampling: Sampling, num_pooled_prompt_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         tokenizer = self._loaded_tokenizer()
+        # A stop string with a special token only matches text that keeps special tokens.
+        keeps_special_tokens = tokenizer.names_special(sampling.stop)
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -263,51 +278,51 @@ class VllmEngine:
             seed=sampling.seed,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
-            skip_special_tokens=not tokenizer.names_special(
-                sampling.stop
-            ),  # or a stop that holds one would never match
+            skip_special_tokens=not keeps_special_tokens,
             stop_token_ids=sorted(tokenizer.stop_token_ids.union(sampling.stop_token_ids)),
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.DELTA,
-            extra_args={"poise_id": rollout_id, "poise_pool_tokens": num_pooled_prompt_tokens},
+            extra_args={"poise_id": request_id, "poise_pool_tokens": num_pooled_prompt_tokens},
         )
 
     async def _prepare_updates(self) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        if self._config.lora is None:
-            init = self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-            await answered(self._engine, init)
+        if self.config.lora is None:
+            init = self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await answered(self.llm, init)
         else:
-            await ask_workers(self._engine, "poise_add_empty_adapter")
+            await call_workers(self.llm, "poise_add_empty_adapter")
             self._lora = adapter_request()
-        await answered(self._engine, self._engine.update_weight_version("0"))
-        await answered(self._engine, self._engine.get_supported_tasks())  # kept: no rollout need ask for it
-        if self._config.nccl:
-            self._receiver = WorkerReceiver(self._engine)
-            self._group_backend = await self._receiver.backend()
+        await answered(self.llm, self.llm.update_weight_version("0"))
+        await answered(self.llm, self.llm.get_supported_tasks())  # vLLM caches the result for all rollouts
+        if self.config.nccl:
+            self._process_group_backend = (await call_workers(self.llm, "poise_process_group_backend"))[0]
 
-    async def _exchange(self, load: Callable[[], Coroutine[Any, Any, None]]) -> float:
-        """Exchange weights at a step boundary. A failure in between leaves a mix: the engine counts as dead."""
+    async def _replace(self, load: Callable[[], Coroutine[Any, Any, None]]) -> float:
+        """Replace the weights at a step boundary; return the seconds for which generation paused.
+
+        A failure can leave a mix of versions, so the engine then counts as dead.
+        """
         started = time.monotonic()
         try:
-            # Kept rollouts are frozen; they begin again from their tokens so far, under the new weights.
-            await answered(self._engine, self._engine.pause_generation(mode=self._config.in_flight))
-            await answered(self._engine, load())
-            await answered(self._engine, self._engine.resume_generation())
+            # With `keep`, running rollouts are frozen, and vLLM computes their tokens again under the new weights.
+            await answered(self.llm, self.llm.pause_generation(mode=self.config.in_flight))
+            await answered(self.llm, load())
+            await answered(self.llm, self.llm.resume_generation())
         except BaseException as error:
-            self._broken = True
+            self._is_broken = True
             if isinstance(error, Exception):
-                raise BackendDown(f"an update broke off halfway, the engine must restart: {error}") from error
+                raise BackendDown(f"replacing the weights failed halfway; the engine must restart: {error}") from error
             raise
         return time.monotonic() - started
 
     def _not_serving(self) -> BackendDown:
-        """Return the error to raise while vLLM starts, or after it died."""
+        """Return the error for calls before vLLM started or after it died."""
         if not self._has_started:
             return self._startup.error()
-        why = "an update of the weights broke off halfway" if self._broken else "vLLM died"
-        return BackendDown(f"{why}; the process restarts", retry_after_s=1.0)
+        reason = "replacing the weights failed halfway" if self._is_broken else "vLLM died"
+        return BackendDown(f"{reason}; the process restarts", retry_after_s=1.0)
 
     def _loaded_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -318,6 +333,6 @@ class VllmEngine:
 def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(weights, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise InvalidRequest.field("weights", f"cannot be read: {error}") from error
+        raise InvalidRequest.field("weights", f"{weights} cannot be read: {error}") from error

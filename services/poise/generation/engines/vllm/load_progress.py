@@ -1,7 +1,6 @@
-"""Reports to the server what vLLM's first worker does while the engine starts.
+"""Reports the stage of vLLM's start from its first worker to the server.
 
-The worker is a descendant process of the server. It writes to a file in memory that the server opened, so no file is
-left on disk after a crash.
+The worker is a descendant of the server. It writes to an in-memory file of the server, so no file survives a crash.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _MAX_BYTES = 200
 
 
 class StageFile:
-    """The server's side. Open it before the processes start, and close it after they did."""
+    """The server's side. Open it before vLLM's processes start, and close it once they have started."""
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create(_NAME)
@@ -33,9 +32,9 @@ class StageFile:
         os.close(self._descriptor)
 
 
-def tell_stage(stage: str) -> None:
-    """Report to the server what this process does now, if the server still reads."""
-    with contextlib.suppress(KeyError, OSError):  # failing to report must not fail the start
+def report_stage(stage: str) -> None:
+    """Report the current stage to the server, if the server still reads it."""
+    with contextlib.suppress(KeyError, OSError):  # an unreported stage must not fail the start
         path = Path(os.environ[STAGE_FILE_VARIABLE])
-        if path.readlink().name.startswith(f"memfd:{_NAME}"):  # else the server has closed it, and it is another file
+        if path.readlink().name.startswith(f"memfd:{_NAME}"):  # else the server closed it and reused its number
             path.write_text(stage)

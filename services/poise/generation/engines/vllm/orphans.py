@@ -1,8 +1,8 @@
-"""No process of the engine outlives the server, however that dies.
+"""Ends vLLM's processes when the server dies, even by SIGKILL.
 
-vLLM's worker hangs below its engine core, and that below the server: a SIGKILL of the server reaches neither, and
-PR_SET_PDEATHSIG would follow the thread that started the engine, not the process. So each worker watches its ancestors
-by pidfd, which names one process for ever, unlike its number, and ends what is left.
+vLLM's worker is a child of its engine core, which is a child of the server. PR_SET_PDEATHSIG would follow the thread
+that started the engine, not the server's process. So each worker watches its ancestors through pidfds, which, unlike
+process ids, are never reused, and kills the remaining ones.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ SERVER_PID_VARIABLE = "POISE_GENERATION_SERVER_PID"
 
 
 def end_with_server() -> None:
-    """Watch, on a thread, the server named in the environment and the processes between it and this one."""
+    """Start a thread that watches the processes from this one up to the server that the environment names."""
     import psutil
 
     ancestors = [parent.pid for parent in psutil.Process().parents()]
     server = int(os.environ[SERVER_PID_VARIABLE])
-    if server not in ancestors:  # it died while this process was being started
+    if server not in ancestors:  # the server died while this process started
         os.kill(os.getpid(), signal.SIGKILL)
     watched = [os.pidfd_open(pid) for pid in ancestors[: ancestors.index(server) + 1]]
     threading.Thread(target=_watch, args=(watched,), name="orphan-watch", daemon=True).start()
 
 
 def _watch(pidfds: Sequence[int]) -> None:
-    """Wait for the first of these processes to end; end those below the last, the server, and this one."""
+    """Wait until one of these processes ends. Kill them, except the last, which is the server, and then this one."""
     poll = select.poll()
     for pidfd in pidfds:
         poll.register(pidfd, select.POLLIN)

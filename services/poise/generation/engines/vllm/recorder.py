@@ -1,11 +1,11 @@
-"""What the vLLM worker keeps of each rollout while it runs: pooled states, logprobs, entropies.
+"""Records hidden states, log-probabilities and entropies of running rollouts in vLLM's worker.
 
-Memory is fixed when the model loads, whatever the length of the rollouts: a rollout holds one slot, and a slot holds
-the sum of its prompt's last states, a ring of its latest response states, the pooled state where its last `</think>`
-ended, and two floats a token. Everything stays on the model's device, written by a few indexed operations a step and
-without waiting for it; only `collect` copies to the host.
+The memory is allocated once, independent of the length of rollouts. Each rollout has a slot, which holds the sum of its
+prompt's last states, a ring buffer of its latest response states, the pooled state at its last `</think>`, and two
+floats per token. Everything stays on the model's device, and a few indexed operations per step write it without
+synchronizing. Only `collect` copies to the host.
 
-Knows neither vLLM nor text. All positions count from the start of the prompt.
+Positions count from the start of the prompt. This module does not import vLLM.
 
 Shapes: N tokens of a step, R requests of a step, V vocabulary, d the model's width, S slots.
 """
@@ -22,27 +22,29 @@ from numpy.typing import NDArray
 from poise.generation.engines.vllm.think_tokens import ENDED, NUM_STATES
 
 RUN_ON_TOKENS = 22
-"""Response states kept a rollout beyond a window: of tokens that run on before the engine hears of a stop string."""
+"""Response states kept beyond the pooled window: vLLM samples on until it detects a stop string."""
 
 IntArray = NDArray[np.int64]
 
 Record = tuple[bytes, bytes, bytes, bytes]
-"""float32 bytes of prompt_hidden [d], response_hidden [d] (empty: no longer held), logprobs [T], entropies [T]."""
+"""float32 bytes of prompt_hidden [d], response_hidden [d], logprobs [T] and entropies [T].
+
+response_hidden is empty if its states were overwritten."""
 
 NEVER = -1
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Whose tokens the current step holds."""
+    """The requests of the current step."""
 
     slots_R: IntArray
     sampled_R: IntArray
-    """Index of the response token that each request samples in this step."""
+    """Index of the response token that each request samples."""
 
 
 class Recorder:
-    """Slots for `num_slots` rollouts; those beyond it are not recorded."""
+    """Records up to `num_slots` rollouts at once. Further ones are not recorded."""
 
     def __init__(
         self,
@@ -55,8 +57,8 @@ class Recorder:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        rows = num_slots + 1  # the last is written by whatever has no slot, and never read
-        self._nowhere = num_slots
+        rows = num_slots + 1  # requests without a slot write to the last row, which is never read
+        self._no_slot = num_slots
         self._free = list(range(num_slots))
         self._slot_of_request: dict[str, int] = {}
         self._request_of_rollout: dict[str, str] = {}
@@ -80,11 +82,11 @@ class Recorder:
 
     @property
     def num_open(self) -> int:
-        """Rollouts that hold a slot."""
+        """Number of rollouts with a slot."""
         return len(self._slot_of_request)
 
     def open(self, request_id: str, rollout_id: str, num_prompt_tokens: int, pool_tokens: int) -> None:
-        """Give a rollout a slot; `prompt_hidden` will average its prompt's last `pool_tokens`."""
+        """Assign a slot to a rollout. `prompt_hidden` will average the last `pool_tokens` of its prompt."""
         if request_id in self._slot_of_request or not self._free:
             return
         slot = self._free.pop()
@@ -106,17 +108,17 @@ class Recorder:
         token_ids_N: torch.Tensor,
         hidden_Nd: torch.Tensor,
     ) -> None:
-        """Take the states of a step's tokens.
+        """Record the hidden states of a step's tokens.
 
-        Those computed anew after a preemption were taken the first time; but a prompt that was cut short is pooled
-        anew, for the weights may be others by now.
+        Tokens that are computed again after a preemption were already recorded. Only a prompt that was preempted before
+        its end is pooled from the start, because the weights may have changed.
         """
-        slots_R = np.array([self._slot_of_request.get(r, self._nowhere) for r in request_ids], np.int64)
+        slots_R = np.array([self._slot_of_request.get(r, self._no_slot) for r in request_ids], np.int64)
         num_seen_R = self._num_seen_S[slots_R]
-        cut_short = slots_R[(num_computed_R < num_seen_R) & (num_seen_R < self._num_prompt_S[slots_R])]
-        if cut_short.size:
-            self._num_seen_S[cut_short] = self._num_pooled_S[cut_short] = 0
-            self._prompt_sum_Sd[self._to_device(cut_short)] = 0
+        restarted = slots_R[(num_computed_R < num_seen_R) & (num_seen_R < self._num_prompt_S[slots_R])]
+        if restarted.size:
+            self._num_seen_S[restarted] = self._num_pooled_S[restarted] = 0
+            self._prompt_sum_Sd[self._to_device(restarted)] = 0
         num_after_R = num_computed_R + num_scheduled_R
         starts_R = np.cumsum(num_scheduled_R) - num_scheduled_R
         slots_N = np.repeat(slots_R, num_scheduled_R)
@@ -134,16 +136,16 @@ class Recorder:
         if response.size:
             rows = self._to_device(response)
             indices = self._to_device((positions_N - num_prompt_N)[response])
-            self._take_response(self._to_device(slots_N[response]), indices, token_ids_N[rows], hidden_Nd[rows])
+            self._record_response(self._to_device(slots_N[response]), indices, token_ids_N[rows], hidden_Nd[rows])
 
         self._num_seen_S[slots_R] = np.maximum(self._num_seen_S[slots_R], num_after_R)
         self._step = _Step(slots_R, num_after_R - self._num_prompt_S[slots_R])
 
     def record_sampled(self, logprobs_RV: torch.Tensor, sampled_R: torch.Tensor, kept_R: NDArray[np.bool_]) -> None:
-        """Take logprob and entropy of the tokens that the step sampled, from their distributions before truncation."""
+        """Record log-probability and entropy of the sampled tokens, from the distributions before truncation."""
         if self._step is None:
             return
-        rows = np.flatnonzero(kept_R & (self._step.slots_R != self._nowhere))
+        rows = np.flatnonzero(kept_R & (self._step.slots_R != self._no_slot))
         if not rows.size:
             return
         slots, indices = self._to_device(self._step.slots_R[rows]), self._to_device(self._step.sampled_R[rows])
@@ -152,9 +154,9 @@ class Recorder:
         self._entropies[slots, indices] = torch.special.entr(logprobs_RV.exp()).sum(-1)[kept]
 
     def collect(self, rollout_id: str, num_tokens: int, start: int, end: int) -> Record | None:
-        """Return and free what was kept of a rollout of `num_tokens`, its states pooled over response [start, end).
+        """Return and free the record of a rollout of `num_tokens`, with states pooled over response [start, end).
 
-        None for a rollout without a slot, and for one whose prompt's last states did not all go through the model here.
+        Returns None for a rollout without a slot, or if pooled prompt tokens did not go through the model.
         """
         slot = self._slot_of_rollout(rollout_id)
         if slot is None:
@@ -173,20 +175,20 @@ class Recorder:
         return record
 
     def drop(self, rollout_id: str) -> None:
-        """Free a rollout's slot; nothing happens when it holds none."""
+        """Free a rollout's slot, if it has one."""
         request_id = self._request_of_rollout.pop(rollout_id, None)
         if request_id is not None:
             self._free.append(self._slot_of_request.pop(request_id))
 
-    def _take_response(
+    def _record_response(
         self, slots: torch.Tensor, indices: torch.Tensor, token_ids: torch.Tensor, hidden: torch.Tensor
     ) -> None:
-        """Take one response token of each of `slots`, all different: a rollout samples one token a step."""
+        """Record one response token for each of `slots`, which are distinct: a rollout samples one token per step."""
         self._ring[slots, indices % self._ring_tokens] = hidden
         moved = self._think_table_SV[self._think_state_S[slots], token_ids].long()
         self._think_state_S[slots] = moved % NUM_STATES
         ended = moved >= ENDED
-        # For all, ended or not: asking which would wait for the device.
+        # Pool for all slots: selecting those where the tag ended would synchronize with the device.
         pooled = self._pool(slots, indices + 1)
         self._think_hidden_Sd[slots] = torch.where(ended[:, None], pooled, self._think_hidden_Sd[slots])
         self._think_end_S[slots] = torch.where(ended, indices + 1, self._think_end_S[slots])
@@ -194,9 +196,9 @@ class Recorder:
     def _pool(self, slots: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Return the mean of the states in the window before each end, [len(slots), d]."""
         indices = ends[:, None] - 1 - self._window
-        held = (indices >= 0).float()
+        is_valid = (indices >= 0).float()
         states = self._ring[slots[:, None], indices % self._ring_tokens].float()
-        return torch.einsum("rwd,rw->rd", states, held) / held.sum(1, keepdim=True)
+        return torch.einsum("rwd,rw->rd", states, is_valid) / is_valid.sum(1, keepdim=True)
 
     def _response_hidden(self, slot: int, start: int, end: int) -> bytes:
         if start == end:
@@ -206,8 +208,8 @@ class Recorder:
         num_recorded = int(self._num_seen_S[slot] - self._num_prompt_S[slot])
         if num_recorded < end or num_recorded - start > self._ring_tokens:
             return b""
-        held = torch.arange(start, end, device=self._device) % self._ring_tokens
-        return _to_bytes(self._ring[slot, held].float().mean(0))
+        rows = torch.arange(start, end, device=self._device) % self._ring_tokens
+        return _to_bytes(self._ring[slot, rows].float().mean(0))
 
     def _slot_of_rollout(self, rollout_id: str) -> int | None:
         request_id = self._request_of_rollout.get(rollout_id)

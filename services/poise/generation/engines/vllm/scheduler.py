@@ -1,11 +1,11 @@
-"""vLLM's scheduler, reading the prefix cache up to the tokens whose states are pooled. Imported inside vLLM, by name.
+"""vLLM's scheduler, with a limit on reading the prefix cache. Imported in vLLM's processes, by name.
 
-What is read from the cache does not go through the model and gives no states. So the search for cached blocks ends
-before a prompt's last tokens, those that `prompt_hidden` averages: siblings share their prompt, and different prompts
-their beginning, and each rollout still sees all the states it must pool. A prompt's end is computed at least from its
-first pooled token's block on: on a GPU, at most 15 tokens more than are pooled; on a CPU, 127.
+Tokens read from the cache do not go through the model and give no hidden states. So the search for cached blocks stops
+before the last tokens of a prompt, which `prompt_hidden` averages. Siblings share the rest of their prompt, different
+prompts a common beginning. Every rollout computes at least the blocks of its pooled tokens: on a GPU up to 15 tokens
+more than are pooled, on a CPU up to 127.
 
-vLLM empties the cache itself when it pauses for new weights, and fails the update if it cannot.
+vLLM empties the cache when it pauses for new weights, and fails the update if it cannot.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 
-class _SparesPooled:
-    """Keeps the cache from a prompt's pooled tokens. What a rollout that goes on has cached, it has recorded."""
+class _ComputesPooledTokens:
+    """Never reads pooled prompt tokens from the cache, unless the rollout recorded them before it was preempted."""
 
     def _get_local_prefix_cache_hit(self: Any, request: Any) -> tuple[Any, int, int, bool]:
-        """Return the cached blocks, the tokens in them, where a shared prefix ends that some layers lack, and False."""
+        """Return the cached blocks, their tokens, the end of a shared prefix that some layers lack, and False."""
         if request.num_output_tokens:
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc, no-any-return]
         manager = self.kv_cache_manager
         limit = request.num_prompt_tokens - request.sampling_params.extra_args["poise_pool_tokens"]
         if limit <= 0 or not manager.prefix_cache_lookup_enabled(request):
             return manager.empty_kv_cache_blocks, 0, 0, False
-        blocks, num_cached, num_lacked = manager.coordinator.find_longest_cache_hit(request.block_hashes, limit)
-        shared_end = num_cached + num_lacked if num_lacked else 0
+        blocks, num_cached, num_missing = manager.coordinator.find_longest_cache_hit(request.block_hashes, limit)
+        shared_end = num_cached + num_missing if num_missing else 0
         return manager.create_kv_cache_blocks(blocks), num_cached, shared_end, False
 
 
-class _Scheduler(_SparesPooled, Scheduler):  # type: ignore[misc]
+class _Scheduler(_ComputesPooledTokens, Scheduler):  # type: ignore[misc]
     pass
 
 
-class _AsyncScheduler(_SparesPooled, AsyncScheduler):  # type: ignore[misc]
+class _AsyncScheduler(_ComputesPooledTokens, AsyncScheduler):  # type: ignore[misc]
     pass
 
 
 class PoiseScheduler:
-    """Becomes the scheduler for how vLLM will step: ahead of the device, as on GPUs, or not, as on CPUs."""
+    """Constructs the asynchronous scheduler, as on GPUs, or the synchronous one, as on CPUs."""
 
     def __new__(cls, *, vllm_config: Any, **arguments: Any) -> Any:
         """See vLLM."""
@@ -50,10 +50,10 @@ class PoiseScheduler:
         return chosen(vllm_config=vllm_config, **arguments)
 
 
-def _is_true(record: logging.LogRecord) -> bool:
-    """Whether a record is not vLLM's warning that stepping ahead is off with a scheduler that is not its own."""
+def _is_correct(record: logging.LogRecord) -> bool:
+    """Return False for vLLM's warning that custom schedulers disable asynchronous scheduling, which is wrong here."""
     return not str(record.msg).startswith("Using custom scheduler class")
 
 
-# Here, for vLLM's engine process imports this module with its settings, and warns next.
-logging.getLogger("vllm.config.scheduler").addFilter(_is_true)
+# vLLM's engine process imports this module before it logs the warning.
+logging.getLogger("vllm.config.scheduler").addFilter(_is_correct)

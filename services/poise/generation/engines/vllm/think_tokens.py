@@ -1,8 +1,8 @@
-"""Where `</think>` ends, found among token ids, step by step and without a text.
+"""A state machine that finds the ends of `</think>` in a stream of token ids.
 
-The worker pools the tokens before the last `</think>` while the response is still being sampled, when it holds token
-ids on a GPU and no text. So the search for the tag is a table: how much of it has been matched so far, and the next
-token, give how much is matched now. `algorithms.features.locate_spans` finds the same ends in the texts.
+The worker pools the tokens before the last `</think>` during sampling, when it has token ids on a GPU but no text. The
+table maps the characters matched so far and the next token to the characters matched then.
+`algorithms.features.locate_spans` finds the same ends in texts.
 
 Shapes: S states (characters of the tag matched so far), V vocabulary.
 """
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from poise.algorithms.features import THINK_CLOSE
 
 NUM_STATES = len(THINK_CLOSE)
-"""Between 0 and 7 characters matched; all 8 is an end, and begins anew."""
+"""0 to 7 matched characters. Matching all 8 ends the tag and returns to state 0."""
 
 ENDED = NUM_STATES
-"""Added to a table's entry when the tag ends within the token."""
+"""Added to an entry if the tag ends within the token."""
 
 
 def think_close_table(token_texts: Sequence[str]) -> NDArray[np.int8]:
-    """Return [S, V]: the next state, plus `ENDED` where the tag ends within the token."""
+    """Return the table, [S, V]: the next state, plus `ENDED` if the tag ends within the token."""
     table = np.zeros((NUM_STATES, len(token_texts)), np.int8)
     for token, text in enumerate(token_texts):
         for state in range(NUM_STATES):
@@ -40,7 +40,7 @@ def _advance(state: int, text: str) -> int:
         if character == THINK_CLOSE[state]:
             state += 1
         else:
-            # "<" occurs in the tag once, at its start: nothing shorter can go on matching.
+            # "<" occurs only at the start of the tag, so no shorter match can continue.
             state = int(character == THINK_CLOSE[0])
         if state == NUM_STATES:
             state, ended = 0, ENDED

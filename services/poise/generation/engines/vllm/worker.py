@@ -1,8 +1,8 @@
-"""vLLM's worker, with a recorder beside the model. Imported inside vLLM's own processes, by name.
+"""vLLM's worker, which records hidden states, log-probabilities and entropies. Imported in vLLM's processes, by name.
 
-The states of the feature layer are outputs of the model itself (the interface made for EAGLE-3), so they are right
-under torch.compile and CUDA graphs too; models without it need a hook and eager mode.
-Logprobs and entropies come from the logits of the step before temperature, top-k and top-p touch them in place.
+The hidden states are outputs of the model, through vLLM's interface for EAGLE-3, so torch.compile and CUDA graphs
+return them too. Models without this interface need a forward hook and eager mode. Log-probabilities and entropies come
+from the step's logits before vLLM applies temperature, top-k and top-p in place.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from poise.generation.engines.vllm.load_progress import tell_stage
+from poise.generation.engines.vllm.load_progress import report_stage
 from poise.generation.engines.vllm.lora import add_empty_adapter
 from poise.generation.engines.vllm.orphans import end_with_server
 from poise.generation.engines.vllm.recorder import Record, Recorder
 from poise.generation.engines.vllm.think_tokens import think_close_table
-from poise.generation.engines.vllm.weights.loader import register_backend
+from poise.generation.engines.vllm.weight_loader import register_backend
 from poise.generation.prompts.tokenizer import Tokenizer
-from poise.generation.weights.payload import Body
-from poise.generation.weights.process_group import GroupReceiver
+from poise.generation.weights.process_group import GroupPayload, GroupReceiver
 from poise.runtime.network.broadcast_group import Rendezvous, backend_of
 
 if current_platform.is_cpu():
@@ -35,11 +34,11 @@ else:
 logger = logging.getLogger(__name__)
 
 _GREEDY_BELOW = 1e-5
-"""Temperatures that vLLM takes for 0."""
+"""vLLM treats lower temperatures as 0."""
 
 
 class PoiseWorker(BaseWorker):  # type: ignore[misc]
-    """Records what `poise_collect` returns. With several ranks they all hold the same, and the first records."""
+    """Records rollouts for `poise_collect`. All ranks compute the same states, so only rank 0 records."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         end_with_server()
@@ -50,26 +49,26 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         """See vLLM."""
-        self._tell_stage("loading weights")
+        self._report_stage("loading weights")
         register_backend()
         super().load_model(**kwargs)
         if self.use_v2_model_runner:
-            raise RuntimeError("vLLM chose its second model runner; only the first is known")
+            raise RuntimeError("vLLM uses its v2 model runner, which the recorder does not support")
         layer = self.vllm_config.additional_config["poise_feature_layer"]
         self._expose_states(layer)
         if self.rank == 0:
             self._recorder = self._make_recorder()
-            self.model_runner._sample = self._recording(self.model_runner._sample)
+            self.model_runner._sample = self._with_recording(self.model_runner._sample)
 
     def determine_available_memory(self) -> int:
         """See vLLM."""
-        self._tell_stage("measuring memory for the KV cache")
+        self._report_stage("measuring memory for the KV cache")
         num_bytes: int = super().determine_available_memory()
         return num_bytes
 
     def compile_or_warm_up_model(self) -> Any:
         """See vLLM."""
-        self._tell_stage("warming up" if self.model_config.enforce_eager else "compiling and warming up")
+        self._report_stage("warming up" if self.model_config.enforce_eager else "compiling and warming up")
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -83,7 +82,10 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
     def poise_collect(
         self, wanted: Sequence[tuple[str, int, int, int]], dropped: Sequence[str]
     ) -> list[Record | None] | None:
-        """Answer and free finished rollouts, (id, num_tokens, start, end) each; free others. None but on rank 0."""
+        """Return and free the records of `wanted` rollouts, (id, num_tokens, start, end) each, and free `dropped` ones.
+
+        Returns None on ranks other than 0.
+        """
         if self._recorder is None:
             return None
         for rollout_id in dropped:
@@ -91,48 +93,48 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         return [self._recorder.collect(*rollout) for rollout in wanted]
 
     def poise_add_empty_adapter(self) -> None:
-        """Let rollouts name an adapter before one was pushed: those that run when it comes then go on with it."""
+        """Serve an adapter of zeros until the first push, so that rollouts running then continue with the new one."""
         add_empty_adapter(self.model_runner.lora_manager)
 
-    def poise_group_backend(self) -> str:
-        """Return of which groups this worker can be a member."""
+    def poise_process_group_backend(self) -> str:
+        """Return the backend of the process groups that this worker can join."""
         return backend_of(str(self.device))
 
-    def poise_receive(
+    def poise_receive_payload(
         self, backend: str, key: bytes, part_bytes: Sequence[int], header: bytes, path: str, timeout_s: float
     ) -> None:
-        """Begin to receive the body of a push, on rank 0."""
+        """Start receiving the payload of a push, on rank 0."""
         if self.rank == 0:
-            body = Body(Rendezvous(backend, key), tuple(part_bytes), header, Path(path), timeout_s)
+            payload = GroupPayload(Rendezvous(backend, key), tuple(part_bytes), header, Path(path), timeout_s)
             self._receiver = self._receiver or GroupReceiver(str(self.device))
-            self._receiver.start(body)
+            self._receiver.start(payload)
 
-    def poise_received(self) -> str | None:
-        """Return what went wrong; empty when all came; None while it comes."""
+    def poise_receive_outcome(self) -> str | None:
+        """See `GroupReceiver.outcome`."""
         return "" if self._receiver is None else self._receiver.outcome()
 
-    def poise_abandon(self) -> None:
-        """Give up what is being received."""
+    def poise_abort_receive(self) -> None:
+        """See `GroupReceiver.abort`."""
         if self._receiver is not None:
-            self._receiver.abandon()
+            self._receiver.abort()
 
-    def poise_prepare(self, path: str) -> tuple[int, str]:
-        """Begin to make a file's weights ready while sampling goes on; return why not, after a log's level for it."""
-        told: tuple[int, str] = self.weight_transfer_engine.prepare(path)
-        return told
+    def poise_prepare_weights(self, path: str) -> tuple[int, str]:
+        """See `FileWeightTransferEngine.prepare`."""
+        obstacle: tuple[int, str] = self.weight_transfer_engine.prepare(path)
+        return obstacle
 
     def poise_is_preparing(self) -> bool:
-        """Return whether that goes on."""
+        """See `FileWeightTransferEngine.is_preparing`."""
         preparing: bool = self.weight_transfer_engine.is_preparing
         return preparing
 
     def poise_num_open(self) -> int:
-        """Return how many rollouts hold memory in the recorder."""
+        """See `Recorder.num_open`."""
         return 0 if self._recorder is None else self._recorder.num_open
 
-    def _tell_stage(self, stage: str) -> None:
+    def _report_stage(self, stage: str) -> None:
         if self.rank == 0:
-            tell_stage(stage)
+            report_stage(stage)
 
     def _make_recorder(self) -> Recorder:
         config = self.model_config
@@ -156,17 +158,19 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
             self.model_runner.use_aux_hidden_state_outputs = True
             return
         if not self.model_config.enforce_eager:
-            raise RuntimeError(f"{type(model).__name__} gives its states in eager mode only: set vllm.enforce_eager")
+            raise RuntimeError(
+                f"vLLM returns the hidden states of {type(model).__name__} in eager mode only; set vllm.enforce_eager"
+            )
         layers = next(
             module
             for module in model.modules()
             if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
         )
-        layers[layer].register_forward_hook(self._keep_states)
-        logger.info("%s: feature states by a forward hook", type(model).__name__)
+        layers[layer].register_forward_hook(self._save_states)
+        logger.info("%s: recording hidden states with a forward hook", type(model).__name__)
 
-    def _keep_states(self, module: Any, inputs: Any, output: Any) -> None:
-        # A decoder layer returns what it adds and what it adds it to, or their sum.
+    def _save_states(self, module: Any, inputs: Any, output: Any) -> None:
+        # A decoder layer returns its output and the residual separately, or their sum.
         states, residual = output if isinstance(output, tuple) else (output, None)
         self._hooked = states if residual is None else states + residual
 
@@ -190,12 +194,12 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
             states[:num_tokens],
         )
 
-    def _recording(self, sample: Callable[..., Any]) -> Callable[..., Any]:
-        """Return vLLM's sampling of a step, made to tell the recorder."""
+    def _with_recording(self, sample: Callable[..., Any]) -> Callable[..., Any]:
+        """Return vLLM's sampling method with recording added."""
 
         def sample_and_record(logits: torch.Tensor, *args: Any) -> Any:
             runner, recorder = self.model_runner, self._recorder
-            assert recorder is not None  # noqa: S101 (set before)
+            assert recorder is not None  # noqa: S101 (set by `load_model`)
             logprobs_RV = _log_distribution(logits, runner.input_batch.sampling_metadata.temperature)
             output = sample(logits, *args)
             kept_R = ~runner.discard_request_mask.np[: logits.shape[0]].astype(bool)
@@ -206,7 +210,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
 
 
 def _log_distribution(logits_RV: torch.Tensor, temperature_R: torch.Tensor | None) -> torch.Tensor:
-    """Return what is sampled from before any truncation; at temperature 0, the distribution at temperature 1."""
+    """Return the log-probabilities before any truncation. At temperature 0, those at temperature 1."""
     if temperature_R is None:
         return torch.log_softmax(logits_RV.float(), -1)
     divisor = torch.where(temperature_R < _GREEDY_BELOW, 1.0, temperature_R)

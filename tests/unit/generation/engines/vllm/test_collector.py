@@ -7,12 +7,12 @@ import pytest
 
 from poise.algorithms.features import Span
 from poise.errors import BackendDown
-from poise.generation.engines.vllm import worker_calls as vllm_calls
+from poise.generation.engines.vllm import worker_client
 from poise.generation.engines.vllm.collector import Collector
 
 
 class FakeEngine:
-    """Answers each call with the ids asked for, from the second of two ranks, when told to."""
+    """Answers each call with records of the wanted ids, from the second of two ranks, once it may."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], list[str]]] = []
@@ -33,7 +33,7 @@ def start(collector: Collector, *names: str) -> list[asyncio.Task[Any]]:
     return [asyncio.create_task(collector.collect(name, 7, Span(1, 6))) for name in names]
 
 
-async def test_those_that_finish_during_a_call_share_the_next() -> None:
+async def test_rollouts_that_finish_during_a_call_share_the_next() -> None:
     engine = FakeEngine()
     collector = Collector(engine)
     tasks = start(collector, "a")
@@ -50,7 +50,7 @@ async def test_those_that_finish_during_a_call_share_the_next() -> None:
     assert await later == "record of e"
 
 
-async def test_cancelled_caller_takes_nobody_with_it() -> None:
+async def test_cancelled_caller_does_not_affect_others() -> None:
     engine = FakeEngine()
     collector = Collector(engine)
     doomed, kept = start(collector, "a", "b")
@@ -62,8 +62,8 @@ async def test_cancelled_caller_takes_nobody_with_it() -> None:
     assert doomed.cancelled()
 
 
-async def test_an_engine_that_died_leaves_no_caller_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_calls, "_LOOK_S", 0.01)
+async def test_dead_engine_leaves_no_caller_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_client, "_CHECK_ALIVE_S", 0.01)
     engine = FakeEngine()
     tasks = start(Collector(engine), "a", "b")
     await asyncio.sleep(0.05)

