@@ -114,7 +114,7 @@ class Cluster:
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             for mount in container["volumeMounts"]:
                 if mount["mountPath"] == "/dev/shm":
-                    continue  # this machine has its own
+                    continue  # this machine has its own files there
                 folder = pod.folder / "volumes" / mount["name"]
                 claim = volumes.get(mount["name"], {}).get("persistentVolumeClaim")
                 if claim:
@@ -125,7 +125,7 @@ class Cluster:
             for file, text in self._contents(volume):
                 path = pod.folder / "volumes" / name / file
                 path.write_text(self._translate(pod, text))
-                if "defaultMode" in volume.get("secret", {}):  # there, the files are root's and the pod's group's
+                if "defaultMode" in volume.get("secret", {}):  # in a cluster, root and the pod's group own these files
                     path.chmod(volume["secret"]["defaultMode"] & ~0o077)
 
     def _contents(self, volume: Manifest) -> Iterator[tuple[str, str]]:
@@ -167,7 +167,7 @@ class Cluster:
         rest = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], part) for part in rest]
         command = [PROGRAMS[program], *(self._translate(pod, part) for part in rest)]
         if program == "valkey-server":
-            command += ["--bind", pod.address]  # as the pod's network would
+            command += ["--bind", pod.address]  # as in the pod's network
         return command
 
     def start(self, name: str) -> Pod:
@@ -286,7 +286,7 @@ class Cluster:
         for pod in self.pods.values():
             if pod.process is not None and pod.process.poll() is None:
                 family = psutil.Process(pod.process.pid)
-                for process in (*family.children(recursive=True), family):  # torchrun's are in sessions of their own
+                for process in (*family.children(recursive=True), family):  # torchrun starts them in their own sessions
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                 pod.process.wait()

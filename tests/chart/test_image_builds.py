@@ -33,7 +33,7 @@ pytestmark = [
 def test_an_image_builds_and_its_programs_start(dockerfile: Path) -> None:
     module = [*entry_point(dockerfile.stem), "poise.value"][
         :3
-    ]  # the image of all roles takes the role from its command
+    ]  # the command of the image of all roles selects the role
     imports = "; ".join(f"import {name}" for name in MODULES[dockerfile.stem])
     checks = [
         shlex.join([*module, "--help"]),

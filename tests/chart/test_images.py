@@ -96,7 +96,7 @@ def test_installed_packages_have_pinned_versions(dockerfile: Path) -> None:
 def test_the_lock_covers_what_an_image_adds(dockerfile: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
-    locked = {name.lower().replace("_", "-") for name in lock} | {"torch"}  # of the base image, or TORCH
+    locked = {name.lower().replace("_", "-") for name in lock} | {"torch"}  # from the base image, or TORCH
     extras = re.findall(r"\$\{wheel\}\[(\w+)\]", " ".join(installs(dockerfile)))
     wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
     assert {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted} <= locked  # type: ignore[index]
@@ -116,7 +116,7 @@ def test_entry_points_exist(dockerfile: Path) -> None:
 
 
 def test_commands_of_the_chart_exist_in_their_images() -> None:
-    scripts = {"poise", "hf"}  # of poise and huggingface_hub
+    scripts = {"poise", "hf"}  # from poise and huggingface_hub
     for name in VALUES:
         for _, pod in render(values_of(name)).pods():
             for container in (*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]):

@@ -40,7 +40,7 @@ def test_a_changed_config_restarts_only_its_own_pods() -> None:
     ids=str,
 )
 def test_a_changed_pod_makes_another_job_on_the_same_folder(changes: Manifest) -> None:
-    # Kubernetes refuses to change the pod of a Job that exists: `helm upgrade` would fail.
+    # Kubernetes rejects a change of an existing Job's pod, so `helm upgrade` would fail.
     before, after = (
         render(merged(values, OWN_SECRETS)).all("Job")[0]
         for values in (values_of("laptop"), merged(values_of("laptop"), changes))
@@ -70,7 +70,7 @@ def checksums(values: Manifest) -> dict[str, dict[str, str]]:
 
 
 def test_a_new_token_or_password_restarts_its_readers() -> None:
-    # Without a cluster to look at, each rendering makes its own.
+    # Without a cluster, each rendering creates new secrets.
     before, after = checksums(values_of("laptop")), checksums(values_of("laptop"))
     changed = {
         (role, name) for role, values in before.items() for name, value in values.items() if value != after[role][name]
@@ -119,7 +119,7 @@ def test_only_the_first_learner_pod_has_a_readiness_probe(nodes: int) -> None:
     if nodes > 1:
         followers = sets["run-poise-learner-follower"]
         assert (followers["replicas"], followers["ordinals"]) == (nodes - 1, {"start": 1})
-        # Whose readiness waits for the first pod would hold up the update that is to replace them all.
+        # A follower with a readiness probe would block the update that must replace all pods.
         assert not {"startupProbe", "readinessProbe"} & followers["template"]["spec"]["containers"][0].keys()
 
 
@@ -171,6 +171,6 @@ def test_storage_limit_covers_the_models_volume(size: str, limit: float) -> None
         pod = render(values).one("StatefulSet", f"run-poise-{role}")["spec"]["template"]["spec"]
         for container in (*pod["initContainers"], *pod["containers"]):
             assert in_bytes(container["resources"]["limits"]["ephemeral-storage"]) == limit
-        # All that is written to the node's disk: what lies in memory counts elsewhere.
+        # Volumes on the node's disk; those in memory count as memory.
         written = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
         assert sum(in_bytes(one["sizeLimit"]) for one in written if one.get("medium") != "Memory") < limit

@@ -48,7 +48,7 @@ def test_head_of_a_values_file_lists_what_it_needs(name: str) -> None:
 def budget_gb(config: Manifest, num_gpus: int, longest_tokens: int) -> float:
     """Return the bytes on a GPU of the learner in a step, in bfloat16 with float32 weights."""
     state = 16 * PARAMETERS / num_gpus
-    # Several GPUs gather the embeddings, and two layers at a time.
+    # Several GPUs gather the embeddings and two layers at a time.
     copies = 2 * PARAMETERS if num_gpus == 1 else 6 * (VOCABULARY * WIDTH + 2 * LAYER_PARAMETERS)
     row = max(longest_tokens, config.get("micro_batch_tokens", 4096))
     inputs, of_layer = 2 * WIDTH * row, LAYER_BYTES_PER_TOKEN * row
@@ -65,7 +65,7 @@ def test_a_step_fits_the_gpu_of_the_values_file(name: str) -> None:
     num_gpus = values["learner"]["nodes"] * values["learner"]["gpusPerNode"]
     assert f"{GPU_GB[name]:g} GB or more" in head_of(name)["GPUs"]
     assert budget_gb(config, num_gpus, longest) < 0.8 * GPU_GB[name]
-    # The allocator reserves about a tenth more than is in use.
+    # The allocator reserves about a tenth more than it uses.
     without = budget_gb(merged(config, {"gradient_checkpointing": False}), num_gpus, longest)
     assert 1.1 * without > GPU_GB[name]
 
@@ -75,7 +75,7 @@ def test_volume_and_shared_memory_hold_the_model(name: str) -> None:
     values = values_of(name)
     claim = render(values).one("PersistentVolumeClaim", "run-poise-learner")
     size_gib = first_number(claim["spec"]["resources"]["requests"]["storage"])
-    # Weights and moments, of two checkpoints and one being written; and an export.
+    # Weights and moments of two checkpoints and of one that is being written, and an export.
     assert size_gib * 2**30 > (3 * 12 + 4) * PARAMETERS
     for role in ("generation", "learner"):
         assert first_number(values[role]["sharedMemory"]) * 2**30 >= 2 * 2 * PARAMETERS

@@ -56,7 +56,7 @@ def test_network_policies_allow_exactly_the_designed_calls(name: str) -> None:
     if values["learner"].get("nodes", 1) > 1:
         expected[("learner", "learner")] = None  # NCCL chooses its own ports
     assert arrows == expected
-    # What else may be reached: names, and the hub while a model is downloaded from it; and who else may come.
+    # Other allowed peers: DNS, the hub if a model is downloaded, and external callers.
     roles = ("generation", "value", "learner", "train", "valkey", "test")
     allowed = [(role, DNS) for role in roles]
     if values["model"].get("download"):

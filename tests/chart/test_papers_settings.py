@@ -34,7 +34,7 @@ def test_learner_settings_are_the_papers(source: str) -> None:
     loss, optimizer = config.loss, config.optimizer
     assert (loss.policy, loss.aggregation, loss.clip_low, loss.clip_high) == ("ppo", "token_mean", 0.2, 0.28)
     assert (loss.dual_clip, loss.kl_coefficient) == (10, 0)
-    # The cap says nothing unless ratios are taken to the policy before the step.
+    # The cap has no effect unless ratios are taken to the policy before the step.
     assert (loss.old_logprobs, loss.importance_cap) == ("recompute", 2)
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-6, 0.01)
     assert (optimizer.warmup_updates, optimizer.gradient_clip, config.mini_batch_prompts) == (10, 1.0, 32)

@@ -47,7 +47,7 @@ def test_labels_may_use_only_part_of_the_memory() -> None:
 
 @pytest.mark.parametrize("source", ["chart", "compose"])
 def test_the_queue_answers_other_hosts(source: str, tmp_path: Path) -> None:
-    # Valkey's own image is built without protected mode; the binary here, as that of most images, has it.
+    # Valkey's own image is built without protected mode. The binary here has it, like that of most images.
     cluster = Cluster(render(values_of("laptop")), tmp_path, "127.79.0")
     if source == "chart":
         pod = cluster.start("run-poise-valkey-0")

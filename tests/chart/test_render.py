@@ -58,7 +58,7 @@ def release(request: pytest.FixtureRequest) -> Release:
 def test_manifests_satisfy_the_kubernetes_schema(release: Release, version: str) -> None:
     for manifest in release.manifests:
         if manifest["apiVersion"].split("/")[0] in ("cert-manager.io", "keda.sh", "monitoring.coreos.com"):
-            continue  # of operators, whose schemas are their own
+            continue  # operators define these schemas
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -71,7 +71,7 @@ def test_manifests_have_unique_names_and_release_labels(release: Release) -> Non
 
 
 def test_every_service_accepts_its_rendered_config(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What comes from a secret at run time.
+    # Values that come from a secret at run time.
     monkeypatch.setenv("POISE_VALUE_QUEUE__URL", "redis://poise:x@queue:6379/0")
     roles = [role for role in CONFIGS if role != "train" or release.all("Job")]
     for role in roles:
@@ -101,8 +101,8 @@ def test_mounts_exist_and_cover_the_paths_in_configs(release: Release) -> None:
             paths = re.findall(r"/(?:etc/poise|state|runs|models|data)\b[^\s\"',\]]*", str(config_of(release, pod)))
             for path in paths if container in pod["spec"]["containers"] else ():
                 if path == "/state" and pod["metadata"]["labels"].get("poise/rank") == "follower":
-                    continue  # the first pod's, which alone writes there
-                assert any(path.startswith(mount) for mount in mounts), f"{path} lies in no volume"
+                    continue  # only the first pod has that volume
+                assert any(path.startswith(mount) for mount in mounts), f"{path} is in no volume"
 
 
 def test_containers_are_unprivileged_and_read_only(release: Release) -> None:

@@ -60,9 +60,9 @@ def test_no_pod_waits_for_another_before_it_is_replaced(nodes: int) -> None:
     sets = render(merged(values_of("laptop"), {"learner": {"nodes": nodes}})).all("StatefulSet")
     assert len(sets) == 4 + (nodes > 1)
     for one in sets:
-        # In order, a pod that never becomes ready would not be replaced, not even by a rollback.
+        # OrderedReady would never replace a pod that is not ready, not even on a rollback.
         assert one["spec"]["podManagementPolicy"] == "Parallel", one["metadata"]["name"]
-        # Pods that are only ready together would hold up the update of each other.
+        # Pods that are only ready together would block each other's update.
         are_a_group = one["spec"]["replicas"] > 1 and "learner" in one["metadata"]["name"]
         assert not (are_a_group and "readinessProbe" in one["spec"]["template"]["spec"]["containers"][0])
 

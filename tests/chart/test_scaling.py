@@ -19,7 +19,7 @@ def test_generation_scales_with_the_learners_waiting_time(through: str) -> None:
     text = yaml.safe_dump(scaler)
     assert "stabilizationWindowSeconds: 900" in text
     assert ("value: 200m" in text) if through == "hpa" else ("threshold: '0.2'" in text)
-    # Whoever comes later is found by name.
+    # Later replicas are found by name.
     name = ["dns:///run-poise-generation.rl.svc:50051"]
     assert release.config("learner")["replicas"] == release.config("train")["endpoints"]["generation"] == name
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(render(merged(values_of("laptop"), SHORT)), tmp_path, "127.77.0")
     for name in SERVICES:
-        if "/models" in cluster.pods[name].mounts:  # made once for all tests: each pod would take half a minute
+        if "/models" in cluster.pods[name].mounts:  # built once for all tests; each pod would take half a minute
             shutil.copytree(make_model("tiny"), cluster.pods[name].mounts["/models"] / "tiny")
     try:
         yield cluster
@@ -38,9 +38,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def test_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path) -> None:
     (job,) = (name for name in cluster.pods if name.startswith("run-poise-train"))
-    for name in (*SERVICES, job):  # in no order: none may need another to be there first
+    for name in (*SERVICES, job):  # in any order: no service may need another one to start
         cluster.start(name)
-    if find("prometheus") is None:  # without it, everything but the monitoring is tried; test_monitoring says so
+    if find("prometheus") is None:  # without it, everything but monitoring is tested; test_monitoring reports the skip
         cluster.wait_ready(*SERVICES)
         cluster.wait_success(job)
     else:
@@ -60,7 +60,7 @@ def test_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path
 def watch_the_run(cluster: Cluster, job: str, folder: Path) -> None:
     """Scrape the run until it ends; every query of the dashboard must return data."""
     scraped = {f"poise-{role}": f"{cluster.pods[f'run-poise-{role}-0'].address}:{port}" for role, port in ADMIN.items()}
-    prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)  # before the first push, so that it sees each
+    prometheus = Prometheus(folder, "127.77.1.1:9090", scraped)  # before the first push, to scrape each one
     try:
         cluster.wait_ready(*SERVICES)
         cluster.wait_success(job)

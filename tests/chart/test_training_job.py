@@ -54,10 +54,10 @@ def test_a_failed_pod_stays_with_its_log(name: str) -> None:
         (FAILED, (), "Count"),
         (137, (), "Count"),  # out of memory
         (139, (), "Count"),
-        (INTERRUPTED, (), "Ignore"),  # someone deleted the pod
+        (INTERRUPTED, (), "Ignore"),  # deleted by a user
         (INTERRUPTED, ("DisruptionTarget",), "Ignore"),
-        (137, ("DisruptionTarget",), "Ignore"),  # evicted, and too slow to end
-        (None, ("DisruptionTarget",), "Ignore"),  # its node is gone
+        (137, ("DisruptionTarget",), "Ignore"),  # evicted, and too slow to stop
+        (None, ("DisruptionTarget",), "Ignore"),  # its node was lost
         (FAILED, ("DisruptionTarget",), "Ignore"),
     ],
     ids=str,

@@ -97,7 +97,9 @@ def test_plain_rules_distinguish_releases(where: tuple[str, str, str, str], tmp_
     rules = yaml.safe_load(ALERTS.read_text())
     given = series(*where[:2], is_well=True) | series(*where[2:], is_well=False)
     alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
-    alerts.remove("PoiseServiceAbsent")  # what is absent has no label: only the chart's rules know whom to expect
+    alerts.remove(
+        "PoiseServiceAbsent"
+    )  # an absent series has no label; only the chart's rules name the expected release
     try_rules(tmp_path, rules, given, alerts)
 
 
@@ -108,13 +110,13 @@ def test_every_selector_of_the_rules_names_the_release(release: str) -> None:
     assert len(selectors) > 30
     for name, selector in selectors:
         if name == "kube_node_status_condition":
-            continue  # nodes are nobody's; the pods on them are
+            continue  # nodes belong to no release; the pods on them do
         assert 'namespace="rl"' in selector, name
         if name.startswith("kube_"):
             assert f'"{fullname(release)}-' in selector, name
         else:
             assert f'release="{release}"' in selector, name
-    # Nor is there a metric without a selector.
+    # No metric lacks a selector.
     assert not re.findall(r"\bpoise_\w+(?![\w{])", text.replace("'record': 'poise_learner_waiting_ratio'", ""))
 
 
@@ -137,7 +139,7 @@ def test_the_monitor_labels_what_it_scrapes_with_the_release() -> None:
     relabelings = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
     release = "__meta_kubernetes_pod_label_app_kubernetes_io_instance"
     assert {"sourceLabels": [release], "targetLabel": "release"} in relabelings
-    # A pod that still pulls its image answers nothing, and is not down.
+    # A pod that still pulls its image does not answer but is not down.
     assert {"sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Running", "action": "keep"} in relabelings
 
 

@@ -1,4 +1,4 @@
-"""The critic: a batch says what each prompt alone would get, and training teaches it to tell prompts apart."""
+"""The critic values a batch like single prompts, and training distinguishes prompts."""
 
 import numpy as np
 import pytest
