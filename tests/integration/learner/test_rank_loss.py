@@ -82,17 +82,24 @@ async def lose_while_training(nodes: Nodes, lose: Callable[[Nodes, int], None], 
     await submitting
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("lose", [kill, stop, hang])
+@pytest.mark.parametrize(
+    ("lose", "idle_rank", "training_rank"),
+    [(kill, 0, 1), (stop, 1, 0), (hang, 1, 0)],  # each loss at each rank, and each rank both idle and training
+)
 async def test_loss_of_a_process_restarts_all(
-    model: Path, tmp_path: Path, undisturbed: bytes, lose: Callable[[Nodes, int], None], rank: int
+    model: Path,
+    tmp_path: Path,
+    undisturbed: bytes,
+    lose: Callable[[Nodes, int], None],
+    idle_rank: int,
+    training_rank: int,
 ) -> None:
     async with make_nodes(model, tmp_path).running() as nodes:
         await submit(nodes, 0)
 
-        await lose_while_idle(nodes, lose, rank)
+        await lose_while_idle(nodes, lose, idle_rank)
         await submit(nodes, 1)
-        await lose_while_training(nodes, lose, rank, 2)
+        await lose_while_training(nodes, lose, training_rank, 2)
 
         assert await digest(nodes) == undisturbed, nodes.log()
 
@@ -111,17 +118,15 @@ async def test_batch_that_fails_on_a_follower_is_set_aside(model: Path, tmp_path
     assert "process 1 failed: no memory left" in nodes.log()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-async def test_stopped_process_of_one_torchrun_is_killed(
-    model: Path, tmp_path: Path, undisturbed: bytes, rank: int
-) -> None:
+async def test_stopped_process_of_one_torchrun_is_killed(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
     async with make_nodes(model, tmp_path, num_nodes=1).running() as nodes:
         for step in range(NUM_BATCHES):
             await submit(nodes, step)
 
-        await lose_while_idle(nodes, stop, rank)
+        for rank in (0, 1):
+            await lose_while_idle(nodes, stop, rank)
 
-        assert await digest(nodes) == undisturbed, nodes.log()
+            assert await digest(nodes) == undisturbed, nodes.log()
 
 
 async def test_follower_told_to_end_drains_all(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
