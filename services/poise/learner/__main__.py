@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from poise.runtime.cli.lean_imports import hide_unused_packages
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until told to stop; of torchrun's processes the first serves, others follow."""
+    hide_unused_packages()
     from poise.learner.app import build
     from poise.learner.config import LearnerConfig
     from poise.learner.distributed.process_group import rank
