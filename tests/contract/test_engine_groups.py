@@ -21,7 +21,7 @@ from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine
 from poise.generation.weights.process_group import GroupPayload
-from poise.runtime.network.broadcast_group import Group, Rendezvous, invite
+from poise.runtime.network.broadcast_group import BroadcastGroup, Rendezvous, invite
 from poise_client.codec import safetensors_header
 from poise_client.types import Sampling
 
@@ -64,7 +64,7 @@ class Sender:
 
     def __init__(self) -> None:
         self.rendezvous, self._meet = invite("cpu", DEADLINE_S)
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
 
     async def send(self, tensors: list[torch.Tensor]) -> None:
         """On a thread that nobody waits for: the other member may never come."""

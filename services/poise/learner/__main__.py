@@ -9,7 +9,7 @@ from poise.runtime.cli.lean_imports import hide_unused_packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve until told to stop; of torchrun's processes the first serves, others follow."""
+    """Serve until stopped. Under torchrun, rank 0 serves and the other ranks follow its commands."""
     hide_unused_packages()
     from poise.learner.app import build
     from poise.learner.config import LearnerConfig

@@ -1,4 +1,4 @@
-"""Which rollouts of a batch may be trained on, and which not, by name (DESIGN §3: staleness, exactly once). Pure."""
+"""Decides which rollouts of a batch are trained on. Enforces staleness and exactly-once training."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from poise_client.types import Batch, RolloutId, TrainingRollout
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A batch, split."""
+    """The rollouts of a batch, accepted or rejected."""
 
     accepted: list[TrainingRollout] = field(default_factory=list)
-    names: set[bytes] = field(default_factory=set)
-    """What stands for each accepted rollout, 16 bytes."""
+    digests: set[bytes] = field(default_factory=set)
+    """A digest of each accepted rollout's id, 16 bytes."""
     ages: Counter[int] = field(default_factory=Counter)
-    """Accepted rollouts by how many versions old they are."""
+    """Number of accepted rollouts by staleness."""
     rejected: list[tuple[RolloutId, str]] = field(default_factory=list)
-    """And why: "duplicate", "future_version" or "stale"."""
+    """Ids with a reason: "duplicate", "future_version" or "stale"."""
 
 
 def admit(batch: Batch, seen: Set[bytes], policy_version: int, max_staleness: int) -> Admission:
-    """Split a batch by what was trained on before (`seen`), and by age under the version of now."""
-    split = Admission()
+    """Accept rollouts that are not in `seen` and whose staleness under `policy_version` is at most `max_staleness`."""
+    admission = Admission()
     for rollout in batch.rollouts:
         age = staleness((span.policy_version for span in rollout.version_spans), policy_version)
-        name = _name(rollout.id)
-        if name in seen or name in split.names:
-            split.rejected.append((rollout.id, "duplicate"))
+        digest = _digest(rollout.id)
+        if digest in seen or digest in admission.digests:
+            admission.rejected.append((rollout.id, "duplicate"))
         elif age < 0:
-            split.rejected.append((rollout.id, "future_version"))
+            admission.rejected.append((rollout.id, "future_version"))
         elif age > max_staleness:
-            split.rejected.append((rollout.id, "stale"))
+            admission.rejected.append((rollout.id, "stale"))
         else:
-            split.names.add(name)
-            split.ages[age] += 1
-            split.accepted.append(rollout)
-    return split
+            admission.digests.add(digest)
+            admission.ages[age] += 1
+            admission.accepted.append(rollout)
+    return admission
 
 
-def _name(rollout_id: RolloutId) -> bytes:
+def _digest(rollout_id: RolloutId) -> bytes:
     text = f"{rollout_id.run_id}\0{rollout_id.step}\0{rollout_id.group_id}\0{rollout_id.rollout_index}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""The learner service as a whole: the core, its replicas, and when it is ready."""
+"""The learner service: wires the core, the publisher and the servicer together."""
 
 from __future__ import annotations
 
@@ -56,23 +56,25 @@ class LearnerApp(ServiceApp):
         learner_pb2_grpc.add_LearnerServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Recover the state; training again on the batches since the last checkpoint may take a while."""
+        """Recover the state. Replaying the batches since the last checkpoint may take minutes."""
         loop = asyncio.get_running_loop()
 
-        def end(reason: str) -> None:
-            logger.warning("%s: the learner drains, and all its processes end", reason)
+        def drain(reason: str) -> None:
+            logger.warning("%s: the learner drains, and all its ranks exit", reason)
             self.leaving.set()
 
         self._core.listen(
-            lost=lambda reason: loop.call_soon_threadsafe(self.fail, reason),
-            leaving=lambda reason: loop.call_soon_threadsafe(end, reason),
+            on_lost=lambda reason: loop.call_soon_threadsafe(self.fail, reason),
+            on_leaving=lambda reason: loop.call_soon_threadsafe(drain, reason),
         )
         await self._servicer.recover()
 
     async def drain(self) -> None:
-        """Finish the batch in hand and take a checkpoint."""
+        """Finish the current batch and write a checkpoint."""
         await self._servicer.close()
-        await self._checkpoint_if_behind()
+        core = self._core
+        if core.published and not core.failure and core.checkpoint_version != core.progress.policy_version:
+            await self._servicer.on_thread(core.checkpoint)
 
     async def stop(self) -> None:
         """See `ServiceApp`."""
@@ -82,8 +84,8 @@ class LearnerApp(ServiceApp):
             await self._servicer.stop()
 
     def readiness(self) -> Readiness:
-        """Ready when a batch is accepted."""
-        refusal = self._servicer.refusal or self._core.problem
+        """Ready while batches are accepted."""
+        refusal = self._servicer.refusal or self._core.disk_error
         return Readiness(not refusal, refusal, self._servicer.starting_s)
 
     def status(self) -> dict[str, Any]:
@@ -95,46 +97,38 @@ class LearnerApp(ServiceApp):
         return facts | {"digest": facts["digest"].hex(), "replicas": replicas}
 
     async def pause(self) -> None:
-        """Accept no batch until `resume`; the one in hand is finished."""
-        self._refuse_unless_recovered()
+        """Reject batches until `resume`; finish the current one."""
+        self._check_recovered()
         self._servicer.paused = True
 
     async def resume(self) -> None:
         """Accept batches again."""
-        self._refuse_unless_recovered()
+        self._check_recovered()
         self._servicer.paused = False
         self._metrics.resumed()
 
     async def checkpoint(self) -> dict[str, Any]:
-        """Take a checkpoint now, after the batch in hand."""
-        self._refuse_unless_recovered()
+        """Write a checkpoint after the current batch."""
+        self._check_recovered()
         try:
             path = await self._servicer.on_thread(self._core.checkpoint)
         except OSError as error:
             raise BackendDown(
                 f"the checkpoint cannot be written to state_dir {self.config.state_dir}: {describe_disk_error(error)}",
-                remedy="Nothing is lost: the journal holds what was trained on since the last one.",
+                remedy="Nothing is lost: the journal has all batches since the last checkpoint.",
             ) from error
         return {"path": str(path), "policy_version": self._core.checkpoint_version}
 
-    async def _checkpoint_if_behind(self) -> None:
-        if (
-            self._core.published
-            and not self._core.failure
-            and self._core.checkpoint_version != self._core.progress.policy_version
-        ):
-            await self._servicer.on_thread(self._core.checkpoint)
-
-    def _refuse_unless_recovered(self) -> None:
+    def _check_recovered(self) -> None:
         if self._core.published is None:
             raise Draining("the learner is recovering", retry_after_s=1.0)
 
 
 def build(config: LearnerConfig) -> LearnerApp:
-    """Construct the service. No I/O but the replicas' token and authorities."""
+    """Return the service. Reads only the replicas' token and CA file."""
     secret = open_token_file(config.replica_token_file, "replica_token_file")
     check_readable(config.replica_ca_file, "replica_ca_file")
-    retries = RetryPolicy(max_attempts=1)  # the publisher tries again by itself, and a step waits for one try
+    retries = RetryPolicy(max_attempts=1)  # the publisher retries, and a step waits for only one attempt
 
     def connect(address: Address) -> AsyncGenerationClient:
         authorities = config.replica_ca_file

@@ -17,100 +17,99 @@ class OptimizerConfig(StrictModel):
     """AdamW."""
 
     learning_rate: float = Field(1e-6, gt=0)
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments."""
+    """Decay rates of the first and second moments."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled decay."""
+    """Decoupled weight decay."""
     warmup_updates: int = Field(10, ge=0)
     """Updates over which the learning rate rises linearly."""
     gradient_clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
 
 
 class LossConfig(StrictModel):
-    """The policy loss. poise.learner.training.losses has the formulas."""
+    """The policy loss. `poise.learner.training.losses` has the formulas."""
 
     policy: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """`ppo`: clip-higher and dual clip, token by token; `gspo`: one ratio for a rollout, clipped as a whole: take
-    `sequence_mean`, and bounds of about 3e-4 and 4e-4; `cispo`: a clipped ratio as a constant weight, so that every
-    token keeps its gradient: take a `clip_low` of 1, which bounds nothing."""
+    """`ppo`: clip-higher and dual clip for each token. `gspo`: one clipped ratio for each rollout; use it with
+    `sequence_mean` and clips of about 3e-4 and 4e-4. `cispo`: a clipped ratio as a constant weight, so that every token
+    keeps its gradient; use it with `clip_low` 1, which disables the lower clip."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """The mean of a mini-batch: over its tokens; over its rollouts, of the means over their tokens; or over its
-    rollouts, of the sums over their tokens divided by `normaliser_tokens`."""
+    """How token losses are averaged over a mini-batch. `token_mean`: over all tokens. `sequence_mean`: over the means
+    of its rollouts. `constant`: over the sums of its rollouts, each divided by `normaliser_tokens`."""
     normaliser_tokens: int = Field(1024, ge=1)
-    """What `constant` divides by: the most tokens that a response may have."""
+    """The divisor of `constant`: the maximum response length in tokens."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
-    """What ratios are taken to. `rollout`: what the engine said when it sampled, without another forward pass: the
-    ratio corrects for the engine's own arithmetic and for staleness at once, and the clip bounds both. `recompute`: the
-    policy before the step's first update, by another forward pass where a step has several mini-batches; the clip
-    bounds the step alone, and a weight of at most `importance_cap` corrects for the rest."""
+    """The old policy in ratios. `rollout`: the engine's log-probabilities from sampling, without another forward pass.
+    The ratio then covers engine mismatch and staleness too, and the clip bounds both. `recompute`: the policy before
+    the step's first update, with another forward pass if a step has several mini-batches. The clip then bounds only the
+    step, and an importance weight of at most `importance_cap` corrects for the rest."""
     clip_low: float = Field(0.2, gt=0, le=1)
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(0.28, gt=0)
     """Ratios above 1 + clip_high are clipped."""
     dual_clip: float = Field(10.0, gt=1)
-    """Bound c of the `ppo` loss at negative advantages: at most -c x advantage."""
+    """With a negative advantage, the `ppo` loss is at most -dual_clip x advantage."""
     importance_cap: float = Field(2.0, gt=0)
-    """Cap C of learner/rollout probability with `recompute`."""
+    """Maximum importance weight (learner / rollout probability) with `recompute`."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the model that training started from; above 0 that model is held beside the
-    policy, and computes every batch once more."""
+    """Weight of the KL divergence from the model that training started from. Above 0, that model stays in memory and
+    does one more forward pass over every batch."""
 
 
 class LoraSettings(StrictModel):
-    """Train low-rank adapters, and hold the model itself still."""
+    """Train low-rank adapters and freeze the model."""
 
     rank: int = Field(32, ge=1)
-    """Columns of an adapter's matrices."""
+    """Rank of an adapter's matrices."""
     alpha: int = Field(64, ge=1)
-    """What an adapter adds is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the modules that get one; `all-linear` is all but the head."""
+    """Names of the modules that get an adapter; `all-linear` means all linear layers but the head."""
 
 
 class CriticConfig(StrictModel):
-    """A critic as large as the policy: a second model, loaded from `model` with a head of one value, whose generalised
-    advantage estimates (GAE) take the place of the rollouts' advantages. Betas, weight decay and the bound of the
-    gradient are those of `optimizer`."""
+    """A critic as large as the policy: a second copy of `model` with a head of one value. Its generalised advantage
+    estimates (GAE) replace the rollouts' advantages. Betas, weight decay and gradient clip are those of `optimizer`."""
 
     learning_rate: float = Field(1e-5, gt=0)
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_updates: int = Field(10, ge=0)
     """Updates over which the learning rate rises linearly."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
-    """λ: 1 takes a token's advantage from the reward alone, 0 from the value of the next token alone."""
+    """λ: with 1 an advantage depends on the reward only, with 0 on the next token's value only."""
     discount: float = Field(1.0, gt=0, le=1)
-    """γ: what a reward counts, a token earlier."""
+    """γ: discount of the reward per token."""
     value_clip: float | None = Field(0.2, gt=0)
-    """How far the loss follows a value from what it was before the step; null follows it anywhere."""
+    """Clip of a value's change from before the step; null disables it."""
     whiten_advantages: bool = True
-    """Bring the advantages of a batch's tokens to mean 0 and variance 1."""
+    """Scale advantages to mean 0 and variance 1 over the tokens of a batch."""
 
 
 def _default_shared_dir() -> Path:
-    shared_memory = Path("/dev/shm")  # noqa: S108 (files in it are made with unguessable names)
+    shared_memory = Path("/dev/shm")  # noqa: S108 (its files get unguessable names)
     return shared_memory if shared_memory.is_dir() else Path("/tmp")  # noqa: S108
 
 
 class PushConfig(StrictModel):
-    """Publishing weights to the generation replicas."""
+    """Pushing weights to the generation replicas."""
 
     transport: Literal["grpc", "shared", "lora", "nccl"] = "grpc"
-    """How weights travel: `grpc` in chunks to anywhere; `shared` through a file, written once for all replicas of this
-    host, which must allow `shared_dir` in their `shared_dirs`; `lora` as `grpc`, but the adapters alone, to replicas
-    that set `lora` and started from the same `model`; `nccl` from GPU to GPU, to replicas that set `nccl`, and as
-    `grpc` to others and where that breaks. It needs vllm beside torch."""
+    """How weights are sent. `grpc`: in chunks to any host. `shared`: through one file for all replicas on this host,
+    which must list `shared_dir` in their `shared_dirs`. `lora`: like `grpc`, but only the adapters, to replicas with
+    `lora` set and the same `model`. `nccl`: from GPU to GPU, to replicas with `nccl` set; it falls back to `grpc`, and
+    needs vllm beside torch."""
     shared_dir: Path = Field(default_factory=_default_shared_dir)
-    """Where `shared` writes: memory-backed is fastest. Holds two versions of the model while they change."""
+    """Folder of `shared`; memory-backed is fastest. It needs space for two versions of the model."""
     deltas: bool = True
-    """Send only what changed, without loss, to replicas that keep the version before: in bfloat16 a hundredth of the
-    bytes at the usual learning rates. In float32 nearly everything changes, and everything is sent."""
+    """Send lossless deltas to replicas that keep the previous version: in bfloat16 about a hundredth of the bytes at
+    usual learning rates. In float32 nearly every element changes, so everything is sent."""
     timeout_s: float = Field(60.0, gt=0)
-    """How long a step waits for its replicas, s. One that takes longer catches up behind it, and no step waits for it
-    again until it has; its pushes may then take up to eight times as long."""
+    """How long a step waits for its replicas, s. A slower replica catches up in the background, and no step waits for
+    it until it has. Its pushes may then take up to eight times as long."""
     reconcile_every_s: float = Field(1.0, gt=0)
-    """How often each replica is asked what it serves, s."""
+    """Interval at which each replica is asked for its version, s."""
 
 
 class LearnerConfig(ServiceConfig):
@@ -121,88 +120,89 @@ class LearnerConfig(ServiceConfig):
     RENAMED: ClassVar[Mapping[str, str]] = {"optimiser": "optimizer"}
 
     grpc: GrpcConfig = GrpcConfig(port=50053)
-    """Where the gRPC service listens."""
+    """Address of the gRPC service."""
     admin: AdminConfig = AdminConfig(port=8053)
-    """Where the admin app listens."""
+    """Address of the admin app."""
     model: str
-    """Hugging Face folder of the model to start from, or its name on the hub."""
+    """Folder of the Hugging Face model to start from, or its name on the hub."""
     state_dir: Path
-    """Folder of the durable state: checkpoints and the journal of batches. One service at a time may use it."""
+    """Folder for checkpoints and the journal of batches. Only one service at a time can use it."""
     export_dir: Path | None = None
-    """Where exports go; null takes `<state_dir>/exports`."""
+    """Folder for exports; null means `<state_dir>/exports`."""
     replicas: tuple[str, ...] = ()
-    """Generation replicas that get every version: `host:port`, or `dns:///name:port` for all addresses that a name has,
-    looked up again every `push.reconcile_every_s`."""
+    """Generation replicas that get every version: `host:port`, or `dns:///name:port` for all addresses of a name,
+    looked up every `push.reconcile_every_s`."""
     replica_token_file: Path | None = None
-    """File holding the bearer token of the replicas."""
+    """File with the bearer token of the replicas."""
     replica_ca_file: Path | None = None
-    """PEM of the authorities that sign the replicas' certificates; set it to speak TLS to them."""
+    """PEM file of the authorities that sign the replicas' certificates. Setting it enables TLS to them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type that the policy computes in, and is pushed in. The optimizer moves float32 weights all the same: in
-    bfloat16 its steps would round to nothing."""
+    """Element type of the policy's computation and of pushes. The optimizer always updates float32 weights, because in
+    bfloat16 its updates would round to zero."""
     device: str = "cpu"
     """A torch device, such as `cpu` or `cuda:0`."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads; null leaves it to torch."""
+    """CPU threads; null uses torch's default."""
     rank_timeout_s: float = Field(30.0, ge=1)
-    """Used with several processes (torchrun): how long one may be silent, or keep the others waiting in a collective,
-    before all of them restart, s. Raise it for a slow network or uneven hosts."""
+    """With several ranks (torchrun): how long one may miss heartbeats, or delay a collective, before all of them
+    restart, s. Raise it for a slow network or uneven hosts."""
     seed: int = 0
-    """Seeds torch's random numbers: those that adapters start from, and dropout's."""
+    """Seed of torch's random numbers, used for new adapters and dropout."""
     max_staleness: int = Field(0, ge=0)
-    """Versions a rollout may be old; 0 is on-policy."""
+    """Maximum staleness of rollouts in versions; 0 is on-policy."""
     lora: LoraSettings | None = None
-    """Train adapters instead of the whole model: a fraction of the memory for moments and checkpoints. Replicas get the
-    model with the adapters merged, or with `push.transport: lora` the adapters alone; an export holds the merged model
-    and, in `adapter`, the adapters. Takes learning rates ten to a hundred times those of whole models."""
+    """Train adapters instead of the whole model: moments and checkpoints take a fraction of the memory. Replicas get
+    the model with adapters merged, or with `push.transport: lora` only the adapters. An export has the merged model
+    and, in `adapter`, the adapters. Use a learning rate ten to a hundred times that of whole models."""
     mini_batch_prompts: int = Field(32, ge=1)
-    """Prompts an optimizer step trains on."""
+    """Prompts in an optimizer step."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Tokens that go through the model at once, packed without padding; a longer rollout goes alone. Bounds memory and
-    changes nothing else."""
+    """Maximum tokens of a packed row, which goes through the model at once; a longer rollout gets its own row. Limits
+    memory and does not change results."""
     logprob_chunk_tokens: int = Field(256, ge=1)
-    """Tokens whose logits are held at once. Bounds memory and changes nothing else."""
+    """Tokens whose logits are computed at once. Limits memory and does not change results."""
     dropout: bool = False
-    """Apply the dropout of the model's config.json in policy and critic. By default there is none: the policy that is
-    trained is then exactly the one that sampled. With it, the mismatch of each step includes its noise."""
+    """Apply the dropout of the model's config.json in policy and critic. Without it the trained policy is exactly the
+    one that sampled; with it, the reported mismatch includes dropout noise."""
     gradient_checkpointing: bool = False
-    """Keep the inputs of the layers alone, and compute the rest again for the gradient: a fraction of the memory for
-    about a third more time."""
+    """Save only layer inputs; recompute activations in the backward pass. Takes a fraction of the memory and about a
+    third more time."""
     peak_flops: float | None = Field(None, gt=0)
-    """Operations a second that a device does at most, for the MFU among the numbers of a step; null takes what is known
-    of common GPUs in bfloat16."""
+    """Peak FLOP/s of the device, for the MFU metric; null uses the known bfloat16 peak of common GPUs."""
     max_nonfinite_in_a_row: int = Field(3, ge=1)
-    """Updates in a row, skipped because their loss or gradient was not finite, after which the learner trains on
-    nothing until it is started with other settings."""
+    """Training stops after this many updates in a row with a loss or gradient that is not finite. Restart the learner
+    with other settings to continue."""
     keep_nonfinite: int = Field(8, ge=1)
-    """Batches with such updates kept for inspection in `<state_dir>/nonfinite`."""
+    """Number of batches with such updates kept in `<state_dir>/nonfinite` for inspection."""
     checkpoint_every_steps: int = Field(10, ge=1)
-    """Batches between checkpoints, which are copied and then written beside training; those after the last one are
-    trained again at a restart, to the same weights."""
+    """Batches between checkpoints, which are written while training continues. A restart replays the batches after the
+    last one, to the same weights."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer."""
+    """AdamW."""
     loss: LossConfig = LossConfig()
     """The policy loss."""
     critic: CriticConfig | None = None
-    """Learn a critic beside the policy (PPO): about twice the memory. Rollouts must then come with rewards and without
-    advantages. With `lora` it is trained whole all the same."""
+    """Train a critic beside the policy (PPO). It takes about as much memory as the policy, and needs rollouts with
+    rewards and without advantages. With `lora` the critic is still trained whole."""
     measure_gradient_variance: bool = False
-    """Tell how the policy's gradient scatters: each mini-batch is computed in two halves of its prompts, and a copy of
-    the gradient is held in between."""
+    """Report the variance of the policy's gradient. Each mini-batch is computed in two halves of its prompts, with a
+    copy of the gradient in memory in between."""
     push: PushConfig = PushConfig()
-    """Publishing weights."""
+    """Pushing weights to replicas."""
 
     @model_validator(mode="after")
-    def _adapters_can_travel(self) -> Self:
+    def _lora_push_needs_adapters(self) -> Self:
         if self.push.transport == "lora" and self.lora is None:
-            raise ValueError("push.transport is `lora`, and there are no adapters: set `lora`, or take `grpc`")
+            raise ValueError(
+                "push.transport is `lora`, but `lora` is not set. Set `lora`, or use push.transport `grpc`"
+            )
         return self
 
     @field_validator("replicas")
     @classmethod
-    def _replicas_can_be_found(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+    def _replicas_are_addresses(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
         for target in replicas:
             parse_name(target)
         return replicas

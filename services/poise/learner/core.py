@@ -1,12 +1,12 @@
-"""The learner without its wire: batches in order, each once, over any crash.
+"""The learner's state machine: each batch is journalled, trained on and answered, exactly once over any crash.
 
-A batch is journalled, then trained on, then answered; a checkpoint follows every few. A restart loads the last
-checkpoint and trains again on the batches journalled since: the same versions, the same weights. What fails between
-journal and answer leaves the memory in doubt, not the disk: the core refuses all from then on, for a restart to mend.
-A batch on which training fails again and again is set aside, and changes nothing.
+    submit ─► journal ─► train ─► answer (durable) ─► publish ─► every few batches: checkpoint, on a thread
 
-Owns versions, what was trained on, and what was answered. Knows neither gRPC nor replicas. All its methods block and
-must be called from one thread at a time, but for the read-only properties.
+A restart loads the last checkpoint and replays the journal: the same versions with the same weights. If something fails
+between journal and answer, the weights in memory are unreliable but the disk is not. The core then rejects every call,
+and the service restarts. A batch on which training fails repeatedly is quarantined and changes nothing.
+
+All methods block and must be called from one thread at a time, except those that say otherwise.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from poise.errors import BackendDown, Conflict, PoiseError, TrainingStopped, Unusable
 from poise.learner.admission import admit
 from poise.learner.config import LearnerConfig
-from poise.learner.continuity import check_checkpoint, check_journalled
 from poise.learner.distributed.coordinator import make_trainer
 from poise.learner.distributed.rank_health import RankEvents, RankLost
-from poise.learner.kept_batches import KeptBatches
-from poise.learner.models import lora as adapters
-from poise.learner.publishing.published import HashedWeights, Published
-from poise.learner.quarantine import Attempts
-from poise.learner.resume_checks import misfit, origin_of
-from poise.learner.storage.capacity import Room, lacking_room
-from poise.learner.storage.checkpoint import Checkpoint, CheckpointStore, Progress, StateError, StateMismatchError
-from poise.learner.storage.checkpoint_writer import ANSWERS_KEPT, Checkpointer
-from poise.learner.storage.export_folder import try_export, write_export
-from poise.learner.storage.journal import FAILED, Answer, Journal
+from poise.learner.models import lora
+from poise.learner.publishing.weight_version import WeightVersion
+from poise.learner.quarantine import BatchFolder, Quarantine
+from poise.learner.resume_checks import check_batch, check_checkpoint, origin_of
+from poise.learner.storage import export
+from poise.learner.storage.capacity import SpaceNeed, missing_space
+from poise.learner.storage.checkpoint import Checkpoint, CheckpointStore, Progress, StateError
+from poise.learner.storage.journal import ANSWERS_KEPT, FAILED, Answer, Journal
 from poise.runtime.files.atomic import describe_disk_error
 from poise.runtime.startup import Startup
 from poise_client.codec import dump_batch
@@ -45,76 +43,77 @@ from poise_client.types import Adapter, Batch, ModelExport, RolloutId, StepMetri
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-"""Between two attempts to write what must be durable."""
+"""Pause between two attempts to write an answer."""
 _CHECK_NAME = "poise-check"
 _CHECKPOINT_BYTES, _EXPORT_BYTES = 12, 4
-"""Of a parameter: its value and two moments; its value. All float32."""
+"""Bytes a parameter: value and two moments; value. All float32."""
+_NO_WEIGHTS = WeightVersion("", 0, {}, {}, b"")
 
 
 class LearnerCore:
-    """The learner's state, in memory and on disk."""
+    """The learner's state in memory and on disk."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._trainer = make_trainer(config)
-        self._store = CheckpointStore(config.state_dir, config.keep_checkpoints)
         self._journal = Journal(config.state_dir / "journal")
-        self._checkpoints = Checkpointer(self._store, self._journal)
-        self._nonfinite = KeptBatches(config.state_dir / "nonfinite", config.keep_nonfinite)
-        self._attempts = Attempts(self._journal, KeptBatches(config.state_dir / "failed", config.keep_nonfinite))
+        self._checkpoints = CheckpointStore(config.state_dir, config.keep_checkpoints, self._checkpoint_saved)
+        self._nonfinite = BatchFolder(config.state_dir / "nonfinite", config.keep_nonfinite)
+        self._quarantine = Quarantine(self._journal, BatchFolder(config.state_dir / "failed", config.keep_nonfinite))
         self._answers: dict[tuple[str, str], Answer] = {}
+        """The last answers by run and batch id."""
         self._seen: set[bytes] = set()
-        self._weights = HashedWeights({}, {}, b"")
+        """Digests of the rollouts trained on."""
+        self._lineage_id = ""
+        self._weights = _NO_WEIGHTS
+        """The trainer's present weights, published once the batch is answered."""
         self._adapter: Adapter | None = None
-        """What is published, where that is adapters alone."""
+        """Describes the adapter if only the adapter's weights are published."""
+        self._training: tuple[int, Batch, bytes] | None = None
+        """Number and content of the batch that is being trained on."""
+        self._stop_waiting = threading.Event()
         self.startup = Startup("recovering")
-        """What `recover` does."""
+        """The progress of `recover`."""
         self.progress = Progress()
-        self.published: Published | None = None
+        self.published: WeightVersion | None = None
         """The current version; None until recovered."""
-        self._in_hand: tuple[int, Batch, bytes] | None = None
-        """The batch that is being trained on."""
         self.failure = ""
-        """Why the state in memory is not to be trusted any more; empty while it is."""
-        self.problem = ""
+        """Why the weights in memory are unreliable; empty while they are not."""
+        self.disk_error = ""
         """Why `state_dir` cannot be written; empty while it can."""
-        self._leaving = threading.Event()
+        self.checkpoint_version = 0
+        """The policy version of the last durable checkpoint."""
 
     @property
     def is_stopped(self) -> bool:
-        """Whether nothing is trained on any more, for the last updates in a row were not finite."""
+        """Whether training has stopped after too many updates in a row that were not finite."""
         return self.progress.num_skipped_in_a_row >= self._config.max_nonfinite_in_a_row
 
     @property
-    def checkpoint_version(self) -> int:
-        """The policy version of the last durable checkpoint."""
-        return self._checkpoints.version
-
-    @property
     def max_tokens(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Maximum tokens of prompt and response together."""
         return self._trainer.max_tokens
 
     @property
     def vocabulary_size(self) -> int:
-        """Token ids are below it."""
+        """Upper bound of token ids, exclusive."""
         return self._trainer.vocabulary_size
 
     @property
-    def has_other_processes(self) -> bool:
+    def has_other_ranks(self) -> bool:
         """Whether other processes train with this one."""
-        return self._trainer.is_one_of_several
+        return self._trainer.has_other_ranks
 
-    def listen(self, lost: Callable[[str], object], leaving: Callable[[str], object]) -> None:
-        """Call `lost` once another process is lost, `leaving` once one was asked to end; both from another thread."""
-        self._trainer.listen(RankEvents(lambda loss: lost(str(loss)), leaving, self._count_failure))
+    def listen(self, on_lost: Callable[[str], object], on_leaving: Callable[[str], object]) -> None:
+        """Call `on_lost` when another rank is lost, `on_leaving` when one is told to exit; both on another thread."""
+        self._trainer.listen(RankEvents(lambda loss: on_lost(str(loss)), on_leaving, self._count_remote_failure))
 
     def touch(self) -> None:
-        """Show the other processes that this one's event loop runs; from any thread."""
+        """Tell the other ranks that this process's event loop runs. May be called from any thread."""
         self._trainer.touch()
 
     def ping(self) -> None:
-        """Check that the other processes, where there are any, still take commands.
+        """Check that the other ranks, if any, still take commands.
 
         Raises:
             RankLost: one does not; see `failure`.
@@ -122,342 +121,222 @@ class LearnerCore:
         with self._failing_with_ranks():
             self._trainer.ping()
 
+    def stop_waiting(self) -> None:
+        """Stop waiting for a disk that cannot be written. May be called from any thread."""
+        self._stop_waiting.set()
+
     def recover(self) -> None:
-        """Take the state folder and bring the policy to where it was.
+        """Lock the state folder, load the last checkpoint and replay the journal.
 
         Raises:
-            StateError: the folder is in use, damaged beyond its spares, or of another model, other adapters, or a
-                training with a critic where there is none now, or the other way round.
-            BackendDown: the model cannot be loaded or exported, or training again failed.
+            StateError: the folder is in use or damaged, or was written with another model, adapters or critic.
+            BackendDown: the model cannot be loaded or exported, or training failed again.
         """
-        self._store.open()
+        self._checkpoints.open()
         self._journal.open()
         self.startup.begin("loading weights")
         self._trainer.load()
-        self.startup.begin("trying an export and a checkpoint")
-        self._try_outputs()
+        self.startup.begin("checking that exports and checkpoints can be written")
+        self._check_outputs()
         self.startup.begin("copying and hashing weights")
         if self._config.lora is not None and self._config.push.transport == "lora":
-            self._adapter = adapters.describe(self._config.lora, self._config.model)
-        lineage_id = self._store.lineage()
-        self._take_weights()
+            self._adapter = lora.describe(self._config.lora, self._config.model)
+        self._lineage_id = self._checkpoints.lineage()
+        self._take_weights(0)
         self.progress = Progress(origin=origin_of(self._config, self._weights))
         self.startup.begin("reading the last checkpoint")
-        if (checkpoint := self._store.load()) is not None:
-            self._go_on_from(checkpoint)
-        answered = dict(self._journal.answers())
-        first = self.progress.num_batches
-        for sequence, answer in answered.items():
-            if sequence < first and answer is not None:
-                self._answers[answer.run_id, answer.batch_id] = answer
-        while (batch := self._journalled(self.progress.num_batches)) is not None:
-            sequence = self.progress.num_batches
-            check_journalled(batch, self._config)
-            logger.info("training again on batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
-            self.startup.begin(f"training again on batch {sequence - first + 1} after the checkpoint")
-            before = answered.get(sequence)
-            again = self._try(batch, dump_batch(batch), before)
-            if sequence in answered and (before is None or before.digest != again.digest):
-                # Another machine, library or setting: the versions that were served are not these, or may not be.
-                # Before the new answer hides it: a restart in between must see it again.
-                lineage_id = self._store.new_lineage()
-                logger.warning(
-                    "training again gave other weights for version %d: they go out as new lineage %s",
-                    again.policy_version,
-                    lineage_id[:8],
-                )
-            self._keep(sequence, again)
-        self._publish(lineage_id)
-
-    def _go_on_from(self, checkpoint: Checkpoint) -> None:
-        check_checkpoint(checkpoint.tensors, self._config)
-        then, origin = checkpoint.progress, self.progress.origin
-        shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}
-        if why := misfit(then.origin, origin, shapes, self._trainer.trained_shapes()):
-            raise StateMismatchError(
-                f"the checkpoint in state_dir {self._config.state_dir} cannot be gone on from: {why}; set it back, or "
-                "use a fresh state_dir to start from the model"
-            )
-        self._trainer.restore(checkpoint.tensors, then.num_updates)
-        self._trainer.num_skipped_in_a_row = then.num_skipped_in_a_row
-        self.progress, self._seen = dataclasses.replace(then, origin=origin), checkpoint.seen
-        self._checkpoints.version = then.policy_version
-        self._take_weights()
-
-    def close(self) -> None:
-        """Let go of the state folder, after the checkpoint that is being written."""
-        with contextlib.ExitStack() as last:  # each, whatever becomes of the one before
-            last.callback(self._store.close)
-            last.callback(self._trainer.close)
-            self._checkpoints.close()
+        if (checkpoint := self._checkpoints.load()) is not None:
+            self._restore(checkpoint)
+        self._replay(dict(self._journal.answers()))
+        self.published = dataclasses.replace(self._weights, lineage_id=self._lineage_id)
 
     def submit(self, batch: Batch) -> tuple[Answer, bool]:
-        """Train on a batch unless it was trained on; return the answer, durable, and whether it is a stored one.
+        """Train on a batch unless it has been trained on; return the durable answer, and whether it is a stored one.
 
         Raises:
-            Conflict: its id was used for other content.
+            Conflict: its id belongs to a batch of other content.
             TrainingStopped: the last updates in a row were not finite; nothing has changed.
             BackendDown: it cannot be journalled, and nothing has changed; or `failure` says what went wrong.
         """
-        self._refuse_if_failed()
-        content = dump_batch(batch)
-        known = self._known(batch, hashlib.sha256(content).hexdigest())
-        if known is not None:
-            return known, True
-        self._refuse_if_stopped()
+        self._check_healthy()
         assert self.published is not None  # noqa: S101 (recovered)
+        content = dump_batch(batch)
+        if (stored := self._stored_answer(batch, content)) is not None:
+            return stored, True
+        self._check_not_stopped()
         sequence = self.progress.num_batches
+        self._write_batch(sequence, content)
         try:
-            self._journal.write_batch(sequence, content)
-        except OSError as error:
-            self._note_refusal(error)
-            raise BackendDown(
-                f"nothing was trained on: {self.problem}",
-                remedy="The batch is taken as soon as it can be written.",
-                retry_after_s=1.0,
-            ) from error
-        self.problem = ""
-        try:
-            answer = self._try(batch, content)
-            self._keep(sequence, answer)
+            answer = self._train(batch, content)
         except Exception as error:
-            trained = not isinstance(error, BackendDown)
-            self.failure = f"the answer to batch {batch.batch_id} cannot be kept: {error}" if trained else str(error)
-            logger.exception("batch %s came to no answer", batch.batch_id)
-            self._refuse_if_failed()
+            self._fail(str(error))
+        try:
+            self._write_answer(sequence, answer)
+        except Exception as error:
+            self._fail(f"the answer to batch {batch.batch_id} cannot be written: {error}")
         if answer.policy_version != self.published.policy_version:
-            self._publish(self.published.lineage_id)
+            self.published = self._weights
         if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
-            with self._failing_with_ranks():
-                self._begin_checkpoint()
+            self._start_checkpoint()
         return answer, False
 
-    def try_writing(self) -> None:
-        """Look whether `state_dir` can be written again, if it could not."""
-        if not self.problem:
-            return
-        try:
-            self._journal.try_writing()
-        except OSError as error:
-            self._note_refusal(error)
-        else:
-            self.problem = ""
-            logger.info("state_dir %s can be written again", self._config.state_dir)
-
-    def leave(self) -> None:
-        """Wait for no disk any more. May be called from any thread."""
-        self._leaving.set()
-
-    def _note_refusal(self, error: OSError) -> None:
-        before = self.problem
-        self.problem = f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
-        if self.problem != before:
-            logger.error("%s", self.problem)
-
     def checkpoint(self) -> Path:
-        """Make the state of now durable by itself; return its folder.
+        """Write a checkpoint of the present state, durable on return; return its folder.
 
         Raises:
             BackendDown: see `failure`.
             OSError: it cannot be written; nothing is lost.
         """
-        self._refuse_if_failed()
-        with self._failing_with_ranks():
-            self._begin_checkpoint()
-        path = self._checkpoints.finish()
-        assert path is not None  # noqa: S101 (begun)
+        self._check_healthy()
+        self._start_checkpoint()
+        path = self._checkpoints.finish_saving()
+        assert path is not None  # noqa: S101 (started)
         return path
 
-    def _begin_checkpoint(self) -> None:
-        try:
-            tensors, num_updates = self._trainer.state()
-        except Exception as error:
-            # What was trained on is journalled and answered; but a process of the group is lost, or its memory.
-            self.failure = f"the state to checkpoint cannot be read: {type(error).__name__}: {error}"
-            logger.exception("no checkpoint was taken")
-            self._refuse_if_failed()
-        self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
-        self._checkpoints.begin(self.progress, tensors, self._seen)
-
     def export(self, name: str) -> ModelExport:
-        """Write the policy as a Hugging Face folder; an earlier export of the same name is replaced.
+        """Write the policy as a Hugging Face folder, replacing an earlier export of the same name.
 
         Raises:
             InvalidRequest: something else has that name.
-            BackendDown: see `failure`.
-            OSError: it cannot be written; nothing is lost.
+            BackendDown: it cannot be written, and nothing is lost; or see `failure`.
         """
-        self._refuse_if_failed()
+        self._check_healthy()
         version = self.progress.policy_version
         with (
             self._failing_with_ranks(),
-            self._exporting(f"version {version}", together=self.has_other_processes),
+            self._exporting(f"version {version}", collective=self.has_other_ranks),
         ):
-            return ModelExport(str(write_export(self._export_dir, name, version, self._trainer.save_model)), version)
+            path = export.write_export(self._export_dir, name, version, self._trainer.save_model)
+        return ModelExport(str(path), version)
 
     def check_export(self, name: str) -> ModelExport:
-        """Return what `export` would, and raise what it would, leaving nothing: all but the parameters is written."""
-        self._refuse_if_failed()
-        with self._exporting(f"model {self._config.model}", together=False):
-            path = try_export(self._export_dir, name, self._trainer.save_without_parameters)
+        """Return or raise what `export` would, by writing and deleting an export without parameters."""
+        self._check_healthy()
+        with self._exporting(f"model {self._config.model}", collective=False):
+            path = export.check_export(self._export_dir, name, self._trainer.save_without_parameters)
         return ModelExport(str(path), self.progress.policy_version)
 
-    @property
-    def _export_dir(self) -> Path:
-        return self._config.export_dir or self._config.state_dir / "exports"
-
-    @contextlib.contextmanager
-    def _exporting(self, what: str, *, together: bool) -> Iterator[None]:
-        """Turn what an export may raise into errors that say what happened and what to do.
-
-        `together` says that other processes take part: what torch.distributed raises then is a `RuntimeError`.
-        """
+    def check_disk(self) -> None:
+        """Clear `disk_error` if `state_dir` can be written again."""
+        if not self.disk_error:
+            return
         try:
-            yield
-        except PoiseError:
-            raise
+            self._journal.check_writable()
         except OSError as error:
-            raise BackendDown(
-                f"{what} cannot be exported to export_dir {self._export_dir}: {describe_disk_error(error)}",
-                remedy="Then ask for the export again; training is not affected.",
-                retry_after_s=1.0,
-            ) from error
-        except Exception as error:
-            if together and isinstance(error, RuntimeError):
-                # The others may be gone, or wait for what this process no longer does.
-                self.failure = f"{what} was not exported, for a process of the learner's group was lost: {error}"
-                logger.exception("the export broke off")
-                raise BackendDown(
-                    self.failure,
-                    remedy="The learner restarts from its checkpoint and journal; ask for the export again then.",
-                    retry_after_s=1.0,
-                ) from error
-            logger.exception("the export failed")
-            raise PoiseError(
-                f"{what} cannot be exported: {type(error).__name__}: {error}",
-                remedy="Correct what it names in the model's folder. The policy is in the learner's checkpoints, and "
-                "the learner's log has the traceback.",
-            ) from error
+            self._set_disk_error(error)
+        else:
+            self.disk_error = ""
+            logger.info("state_dir %s can be written again", self._config.state_dir)
 
-    def _try_outputs(self) -> None:
-        """Write what is otherwise first written after training: an export, a checkpoint, the journal; then remove it.
-
-        Raises:
-            StateError: a folder cannot be written, or has no room.
-            BackendDown: `export_dir` cannot be written.
-            Unusable: the model cannot be exported.
-        """
+    def close(self) -> None:
+        """Wait for the checkpoint being written, leave the process group and unlock the state folder."""
         try:
-            self._store.try_writing()
-            self._journal.try_writing()
-        except OSError as error:
-            raise StateError(
-                f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
-            ) from error
-        try:
-            self.check_export(_CHECK_NAME)
-        except BackendDown:
-            raise
-        except PoiseError as error:
-            raise Unusable(str(error), remedy=error.remedy) from error
-        num_parameters = self._trainer.num_parameters()
-        num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
-        num_trained += num_parameters if self._config.critic else 0
-        rooms = [
-            Room("state_dir", self._config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
-            Room("export_dir", self._export_dir, num_parameters * _EXPORT_BYTES, "an export"),
-        ]
-        for problem in lacking_room(rooms):
-            if not self._store.sequences():
-                raise StateError(problem)
-            logger.error("%s", problem)  # there may be room again before it is needed; the run goes on until then
+            self._checkpoints.close()
+        finally:
+            self._trainer.close()
 
-    def _known(self, batch: Batch, content: str) -> Answer | None:
-        known = self._answers.get((batch.run_id, batch.batch_id))
-        if known is not None and known.content != content:
-            raise Conflict(
-                f"batch {batch.batch_id} of run {batch.run_id} was trained on with other content",
-                remedy="Give every batch an id of its own; a resumed run must resubmit what it submitted.",
-            )
-        return known
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        origin, progress = self.progress.origin, checkpoint.progress
+        check_checkpoint(checkpoint, self._config, origin, self._trainer.trained_shapes())
+        self._trainer.restore(checkpoint.tensors, progress.num_updates)
+        self._trainer.num_skipped_in_a_row = progress.num_skipped_in_a_row
+        self.progress, self._seen = dataclasses.replace(progress, origin=origin), checkpoint.seen
+        self.checkpoint_version = progress.policy_version
+        self._take_weights(progress.policy_version)
 
-    def _journalled(self, sequence: int) -> Batch | None:
+    def _replay(self, answers: dict[int, Answer | None]) -> None:
+        """Train again on the batches journalled after the checkpoint; start a new lineage if the weights differ."""
+        first = self.progress.num_batches
+        for sequence, answer in answers.items():
+            if sequence < first and answer is not None:
+                self._answers[answer.run_id, answer.batch_id] = answer
+        while (batch := self._read_batch(self.progress.num_batches)) is not None:
+            sequence = self.progress.num_batches
+            check_batch(batch, self._config)
+            logger.info("replaying batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
+            self.startup.begin(f"replaying batch {sequence - first + 1} after the checkpoint")
+            old = answers.get(sequence)
+            new = self._train(batch, dump_batch(batch), old)
+            if sequence in answers and (old is None or old.digest != new.digest):
+                # Another machine, library or setting: replicas may serve other weights under this version number.
+                # Start the lineage before the new answer hides the difference from the next restart.
+                self._lineage_id = self._checkpoints.new_lineage()
+                logger.warning(
+                    "replaying gave other weights for version %d: publishing them as new lineage %s",
+                    new.policy_version,
+                    self._lineage_id[:8],
+                )
+            self._write_answer(sequence, new)
+
+    def _read_batch(self, sequence: int) -> Batch | None:
         try:
             return self._journal.read_batch(sequence)
         except ValueError as error:
             raise StateError(
-                f"{error}; restore it from a backup, or delete it, those after it and the file lineage beside the "
-                "checkpoints: the learner then goes on from before it"
+                f"{error}. Restore it from a backup, or delete it, all later ones and the file lineage beside the "
+                "checkpoints: the learner then resumes from the batch before it"
             ) from error
 
-    @contextlib.contextmanager
-    def _failing_with_ranks(self) -> Iterator[None]:
-        try:
-            yield
-        except RankLost as error:
-            self.failure = str(error)
-            raise
-
-    def _count_failure(self, loss: RankLost) -> None:
-        """Count a failure of the batch in hand that another process reported, where this one cannot return from it."""
-        if loss.in_training and self._in_hand is not None:
-            self._attempts.failed(*self._in_hand, loss)
-
-    def _refuse_if_failed(self) -> None:
-        if self.failure:
-            remedy = "The learner restarts from its checkpoint and journal, and trains on what is not answered."
-            raise BackendDown(self.failure, remedy=remedy, retry_after_s=1.0)
-
-    def _refuse_if_stopped(self) -> None:
-        if self.is_stopped:
-            in_a_row = self.progress.num_skipped_in_a_row
-            raise TrainingStopped(
-                f"the last {in_a_row} updates were not finite, and nothing is trained on any more",
-                remedy=f"Look at the log, and at the batches in {self._nonfinite.folder}. Start the learner with a "
-                "lower optimizer.learning_rate, or, where batches are to blame, with a higher max_nonfinite_in_a_row.",
+    def _stored_answer(self, batch: Batch, content: bytes) -> Answer | None:
+        answer = self._answers.get((batch.run_id, batch.batch_id))
+        if answer is not None and answer.content != hashlib.sha256(content).hexdigest():
+            raise Conflict(
+                f"batch {batch.batch_id} of run {batch.run_id} was already trained on with other content",
+                remedy="Use a new id for every batch. A resumed run must resubmit exactly what it submitted.",
             )
+        return answer
 
-    def _try(self, batch: Batch, content: bytes, answered: Answer | None = None) -> Answer:
-        """Train on a journalled batch, or set it aside. Raises `BackendDown`, counted, where training fails."""
-        sequence = self.progress.num_batches
-        if self._attempts.are_over(sequence, content, answered):
-            self._attempts.set_aside(sequence, batch, content)
-            return self._count(batch, content, StepMetrics(), [(rollout.id, FAILED) for rollout in batch.rollouts])
-        self._in_hand = sequence, batch, content
+    def _write_batch(self, sequence: int, content: bytes) -> None:
         try:
-            return self._train(batch, content)
+            self._journal.write_batch(sequence, content)
+        except OSError as error:
+            self._set_disk_error(error)
+            raise BackendDown(
+                f"nothing was trained on: {self.disk_error}",
+                remedy="The learner accepts the batch once it can write there.",
+                retry_after_s=1.0,
+            ) from error
+        self.disk_error = ""
+
+    def _train(self, batch: Batch, content: bytes, answered: Answer | None = None) -> Answer:
+        """Train on the rollouts of a journalled batch that can be admitted; return the answer.
+
+        Raises:
+            BackendDown: training failed; the quarantine has counted it unless another rank was lost.
+        """
+        sequence = self.progress.num_batches
+        if self._quarantine.must_reject(sequence, content, answered):
+            self._quarantine.keep(sequence, batch, content)
+            return self._advance(batch, content, StepMetrics(), [(rollout.id, FAILED) for rollout in batch.rollouts])
+        self._training = sequence, batch, content
+        try:
+            version, metrics = self.progress.policy_version, StepMetrics()
+            admission = admit(batch, self._seen, version, self._config.max_staleness)
+            if admission.accepted:
+                metrics = self._trainer.train(admission.accepted, batch.temperature)
+                metrics = dataclasses.replace(metrics, staleness=dict(admission.ages))
+            if metrics.num_skipped_updates:
+                logger.error(
+                    "batch %s: skipped %d mini-batches whose loss or gradient was not finite; the batch is kept in %s",
+                    batch.batch_id,
+                    metrics.num_skipped_updates,
+                    self._nonfinite.save(sequence, content) or "no file",
+                )
+            self._seen |= admission.digests
+            if admission.accepted:
+                self._take_weights(version + 1)
+            return self._advance(batch, content, metrics, admission.rejected)
         except Exception as error:
             if isinstance(error, RankLost) and not error.in_training:
-                raise  # the batch is not to blame
-            raise self._attempts.failed(sequence, batch, content, error) from error
+                raise  # not the batch's fault
+            raise self._quarantine.count_failure(sequence, batch, content, error) from error
         finally:
-            self._in_hand = None
+            self._training = None
 
-    def _train(self, batch: Batch, content: bytes) -> Answer:
-        """Train on what of a journalled batch may be trained on."""
-        progress = self.progress
-        split = admit(batch, self._seen, progress.policy_version, self._config.max_staleness)
-        metrics = StepMetrics()
-        if split.accepted:
-            metrics = self._trainer.train(split.accepted, batch.temperature)
-            metrics = dataclasses.replace(metrics, staleness=dict(split.ages))
-        if metrics.num_skipped_updates:
-            logger.error(
-                "batch %s: %d of its mini-batches changed nothing, for their loss or gradient was not finite; it is "
-                "kept as %s",
-                batch.batch_id,
-                metrics.num_skipped_updates,
-                self._nonfinite.save(progress.num_batches, content) or "nothing",
-            )
-        self._seen |= split.names
-        if split.accepted:
-            self._take_weights()
-        return self._count(batch, content, metrics, split.rejected)
-
-    def _count(
+    def _advance(
         self, batch: Batch, content: bytes, metrics: StepMetrics, rejected: Sequence[tuple[RolloutId, str]]
     ) -> Answer:
-        """Go on past a batch, to the next version where any of it was trained on; return what came of it."""
+        """Count a batch as processed, with a new version if any rollout was trained on; return the answer."""
         progress = self.progress
         num_accepted = len(batch.rollouts) - len(rejected)
         self.progress = dataclasses.replace(
@@ -480,24 +359,144 @@ class LearnerCore:
             rejected=tuple(rejected),
         )
 
-    def _keep(self, sequence: int, answer: Answer) -> None:
-        """Make an answer durable. Waits for a disk that refuses: the policy in memory is right meanwhile."""
+    def _take_weights(self, policy_version: int) -> None:
+        self._weights = _NO_WEIGHTS  # free the old ones first: they are as large as the model
+        self._weights = WeightVersion.of(self._lineage_id, policy_version, self._trainer.weights(), self._adapter)
+
+    def _write_answer(self, sequence: int, answer: Answer) -> None:
+        """Make an answer durable. Wait while the disk cannot be written: the weights in memory stay correct."""
         while True:
             try:
                 self._journal.write_answer(sequence, answer)
                 break
             except OSError as error:
-                self._note_refusal(error)
-                if self._leaving.wait(_RETRY_S):
+                self._set_disk_error(error)
+                if self._stop_waiting.wait(_RETRY_S):
                     raise
-        self.problem = ""
+        self.disk_error = ""
         self._answers[answer.run_id, answer.batch_id] = answer
         if len(self._answers) > ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]
 
-    def _take_weights(self) -> None:
-        self._weights = HashedWeights({}, {}, b"")  # let go of the last ones first: these are as large as the model
-        self._weights = HashedWeights.of(self._trainer.weights(), self._adapter)
+    def _start_checkpoint(self) -> None:
+        try:
+            tensors, num_updates = self._trainer.state()
+        except Exception as error:
+            # Everything is journalled and answered, but another rank or its memory is lost.
+            self._fail(f"the state for a checkpoint cannot be read: {type(error).__name__}: {error}")
+        self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
+        self._checkpoints.start_saving(self.progress, tensors, self._seen)
 
-    def _publish(self, lineage_id: str) -> None:
-        self.published = self._weights.as_version(lineage_id, self.progress.policy_version)
+    def _checkpoint_saved(self, progress: Progress) -> None:
+        """Delete what a durable checkpoint makes superfluous. Called on the writing thread."""
+        self.checkpoint_version = progress.policy_version
+        oldest = self._checkpoints.sequences()[0]
+        self._journal.prune(before_batch=oldest, before_answer=progress.num_batches - ANSWERS_KEPT)
+
+    def _set_disk_error(self, error: OSError) -> None:
+        previous = self.disk_error
+        self.disk_error = f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+        if self.disk_error != previous:
+            logger.error("%s", self.disk_error)
+
+    def _fail(self, reason: str) -> NoReturn:
+        self.failure = reason
+        logger.exception("the learner must restart: %s", reason)
+        self._check_healthy()
+        raise AssertionError("unreachable")
+
+    def _check_healthy(self) -> None:
+        if self.failure:
+            remedy = "The learner restarts from its checkpoint and journal, and trains on unanswered batches."
+            raise BackendDown(self.failure, remedy=remedy, retry_after_s=1.0)
+
+    def _check_not_stopped(self) -> None:
+        if self.is_stopped:
+            raise TrainingStopped(
+                f"the last {self.progress.num_skipped_in_a_row} updates were not finite, so training has stopped",
+                remedy=f"Check the log and the batches in {self._nonfinite.folder}. Restart the learner with a lower "
+                "optimizer.learning_rate or, if the batches caused it, with a higher max_nonfinite_in_a_row.",
+            )
+
+    @contextlib.contextmanager
+    def _failing_with_ranks(self) -> Iterator[None]:
+        try:
+            yield
+        except RankLost as error:
+            self.failure = str(error)
+            raise
+
+    def _count_remote_failure(self, loss: RankLost) -> None:
+        """Count a failure of the current batch that another rank reported while this one is stuck in a collective."""
+        if loss.in_training and self._training is not None:
+            self._quarantine.count_failure(*self._training, loss)
+
+    @property
+    def _export_dir(self) -> Path:
+        return self._config.export_dir or self._config.state_dir / "exports"
+
+    @contextlib.contextmanager
+    def _exporting(self, what: str, *, collective: bool) -> Iterator[None]:
+        """Turn exceptions of an export into errors with a remedy.
+
+        With `collective` other ranks take part, and torch.distributed raises `RuntimeError` if one is lost.
+        """
+        try:
+            yield
+        except PoiseError:
+            raise
+        except OSError as error:
+            raise BackendDown(
+                f"{what} cannot be exported to export_dir {self._export_dir}: {describe_disk_error(error)}",
+                remedy="Then request the export again; training is not affected.",
+                retry_after_s=1.0,
+            ) from error
+        except Exception as error:
+            if collective and isinstance(error, RuntimeError):
+                # The other ranks may be dead, or wait in a collective that this one has left.
+                self.failure = f"{what} was not exported because another rank was lost: {error}"
+                logger.exception("the export failed")
+                raise BackendDown(
+                    self.failure,
+                    remedy="The learner restarts from its checkpoint and journal. Request the export again then.",
+                    retry_after_s=1.0,
+                ) from error
+            logger.exception("the export failed")
+            raise PoiseError(
+                f"{what} cannot be exported: {type(error).__name__}: {error}",
+                remedy="Correct the named file in the model's folder. The policy is safe in the learner's checkpoints, "
+                "and the learner's log has the traceback.",
+            ) from error
+
+    def _check_outputs(self) -> None:
+        """Write and delete an export, a checkpoint and a journal file, so that problems show before training.
+
+        Raises:
+            StateError: a folder cannot be written, or has too little space.
+            BackendDown: `export_dir` cannot be written.
+            Unusable: the model cannot be exported.
+        """
+        try:
+            self._checkpoints.check_writable()
+            self._journal.check_writable()
+        except OSError as error:
+            raise StateError(
+                f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+            ) from error
+        try:
+            self.check_export(_CHECK_NAME)
+        except BackendDown:
+            raise
+        except PoiseError as error:
+            raise Unusable(str(error), remedy=error.remedy) from error
+        num_parameters = self._trainer.num_parameters()
+        num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
+        num_trained += num_parameters if self._config.critic else 0
+        needs = [
+            SpaceNeed("state_dir", self._config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
+            SpaceNeed("export_dir", self._export_dir, num_parameters * _EXPORT_BYTES, "an export"),
+        ]
+        for problem in missing_space(needs):
+            if not self._checkpoints.sequences():
+                raise StateError(problem)
+            logger.error("%s", problem)  # a resumed run continues: there may be space before it is needed

@@ -17,80 +17,101 @@ _STALENESS = (0, 1, 2, 4, 8, 16, 32)
 
 
 class LearnerMetrics:
-    """Declared once, on the service's own registry."""
+    """The metrics, on the service's registry."""
 
     def __init__(self, registry: CollectorRegistry, is_stopped: Callable[[], bool]) -> None:
         Gauge(
             "poise_learner_training_stopped",
-            "1 while nothing is trained on, for too many updates in a row were not finite; else 0.",
+            "1 if training stopped after too many updates in a row that were not finite, else 0.",
             registry=registry,
         ).set_function(lambda: float(is_stopped()))
         self._answered: tuple[str, float] | None = None
-        """The run that was trained on last, and when it was answered: monotonic, s."""
+        """Run id and monotonic time of the last answer."""
         self._version = Gauge("poise_learner_policy_version", "Current policy version.", registry=registry)
         self._batches = Counter(
             "poise_learner_batches",
-            "Batches answered, by whether they had been trained on.",
+            "Batches answered; duplicate is true if the answer was a stored one.",
             ["duplicate"],
             registry=registry,
         )
         self._rollouts = Counter("poise_learner_rollouts", "Rollouts trained on.", registry=registry)
         self._tokens = Counter("poise_learner_response_tokens", "Response tokens trained on.", registry=registry)
         self._rejected = Counter(
-            "poise_learner_rejected_rollouts", "Rollouts not trained on, by reason.", ["reason"], registry=registry
+            "poise_learner_rejected_rollouts", "Rollouts rejected, by reason.", ["reason"], registry=registry
         )
         self._skipped = Counter(
             "poise_learner_skipped_updates",
-            "Mini-batches that changed nothing, because their loss or gradient was not finite.",
+            "Mini-batches skipped because loss or gradient was not finite.",
             registry=registry,
         )
-        self._train = Histogram("poise_learner_train_seconds", "Computing a step.", buckets=_SECONDS, registry=registry)
+        self._train = Histogram(
+            "poise_learner_train_seconds", "Duration of a training step.", buckets=_SECONDS, registry=registry
+        )
         self._publish = Histogram(
-            "poise_learner_publish_seconds", "Publishing a version.", buckets=_SECONDS, registry=registry
+            "poise_learner_publish_seconds", "Duration of publishing a version.", buckets=_SECONDS, registry=registry
         )
         self._wait = Histogram(
             "poise_learner_wait_seconds",
-            "Waiting for a batch since the one before, of the same run, was answered; not while paused.",
+            "Time between answering a batch and receiving the run's next one, without pauses.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._staleness = Histogram(
-            "poise_learner_staleness_versions", "Age of rollouts trained on.", buckets=_STALENESS, registry=registry
+            "poise_learner_staleness_versions",
+            "Staleness of rollouts trained on.",
+            buckets=_STALENESS,
+            registry=registry,
         )
         self._numbers = {
             name: Gauge(f"poise_learner_{metric}", text, registry=registry)
             for name, metric, text in (
                 ("loss", "loss", "Policy loss of the last step."),
-                ("entropy", "entropy_nats", "Entropy of the policy over the last step's tokens."),
+                ("entropy", "entropy_nats", "Mean entropy of the policy over the last step's tokens."),
                 ("mismatch_logprob", "mismatch_logprob_nats", "Mean |learner - engine logprob| of the last step."),
                 ("mismatch_kl", "mismatch_kl_nats", "KL(engine || learner) of the last step."),
                 ("clip_share", "clip_ratio", "Share of the last step's tokens that were clipped."),
                 ("clip_low_share", "clip_low_ratio", "Share of the last step's tokens clipped at the lower bound."),
                 ("clip_high_share", "clip_high_ratio", "Share of the last step's tokens clipped at the upper bound."),
                 ("dual_clip_share", "dual_clip_ratio", "Share of the last step's tokens clipped by the dual clip."),
-                ("truncated_share", "truncated_ratio", "Share of the last step's tokens whose weight was truncated."),
+                (
+                    "truncated_share",
+                    "truncated_ratio",
+                    "Share of the last step's tokens whose importance weight was truncated.",
+                ),
                 ("gradient_norm", "gradient_norm", "Norm of the last step's gradient before clipping."),
-                ("reference_kl", "reference_kl_nats", "KL(policy || reference) of the last step; 0 without one."),
-                ("value_loss", "value_loss", "Loss of the critic in the last step; 0 without one."),
-                ("explained_variance", "explained_variance_ratio", "Share of the returns' variance that values told."),
-                ("critic_gradient_norm", "critic_gradient_norm", "Norm of the critic's last gradient before clipping."),
-                ("gradient_variance", "gradient_variance", "Variance of a mini-batch's gradient; 0 if not measured."),
-                ("tokens_per_s", "tokens_per_second", "Tokens through the model by seconds of training, last step."),
-                ("mfu", "mfu_ratio", "Share of the device's peak arithmetic in the last step; 0 where unknown."),
+                (
+                    "reference_kl",
+                    "reference_kl_nats",
+                    "KL(policy || reference) of the last step; 0 without a reference.",
+                ),
+                ("value_loss", "value_loss", "Critic loss of the last step; 0 without a critic."),
+                (
+                    "explained_variance",
+                    "explained_variance_ratio",
+                    "Share of the returns' variance explained by the critic in the last step.",
+                ),
+                (
+                    "critic_gradient_norm",
+                    "critic_gradient_norm",
+                    "Norm of the last step's critic gradient before clipping.",
+                ),
+                ("gradient_variance", "gradient_variance", "Variance of the last step's gradient; 0 if not measured."),
+                ("tokens_per_s", "tokens_per_second", "Model tokens per second of training in the last step."),
+                ("mfu", "mfu_ratio", "Model FLOP/s utilization of the last step; 0 if unknown."),
             )
         }
 
     def recovered(self, policy_version: int) -> None:
-        """Record the version that the service goes on from."""
+        """Record the version that the service resumes from."""
         self._version.set(policy_version)
 
     def resumed(self) -> None:
-        """Record that a pause is over: it was no waiting for rollouts."""
+        """Record the end of a pause, which does not count as waiting for rollouts."""
         self._answered = None
 
     def observe(self, result: StepResult, run_id: str, began_s: float) -> None:
-        """Record an answered batch of a run, begun at `began_s` of the monotonic clock."""
-        before, self._answered = self._answered, (run_id, time.monotonic())
+        """Record an answered batch of a run, started at `began_s` on the monotonic clock."""
+        previous, self._answered = self._answered, (run_id, time.monotonic())
         self._batches.labels(duplicate=str(result.duplicate).lower()).inc()
         if result.duplicate:
             return
@@ -105,8 +126,8 @@ class LearnerMetrics:
         self._skipped.inc(metrics.num_skipped_updates)
         self._train.observe(metrics.train_s)
         self._publish.observe(metrics.publish_s)
-        if before is not None and before[0] == run_id:
-            self._wait.observe(max(0.0, began_s - before[1]))
+        if previous is not None and previous[0] == run_id:
+            self._wait.observe(max(0.0, began_s - previous[1]))
         for age, count in metrics.staleness.items():
             for _ in range(count):
                 self._staleness.observe(age)
@@ -116,17 +137,17 @@ class LearnerMetrics:
 
 @dataclass(frozen=True)
 class ReplicaCollector(Collector):
-    """How the replicas stand, read at scrape time."""
+    """Collects the state of the replicas at scrape time."""
 
     results: Callable[[], tuple[ReplicaResult, ...]]
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families."""
+        """Yield the metric families."""
         current = GaugeMetricFamily(
-            "poise_learner_replica_current", "Whether a replica serves the current version.", labels=["replica"]
+            "poise_learner_replica_current", "1 if a replica serves the current version, else 0.", labels=["replica"]
         )
         version = GaugeMetricFamily(
-            "poise_learner_replica_policy_version", "Version a replica serves, as far as known.", labels=["replica"]
+            "poise_learner_replica_policy_version", "Last known version that a replica serves.", labels=["replica"]
         )
         for result in self.results():
             current.add_metric([result.address], float(result.current))

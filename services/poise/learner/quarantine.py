@@ -1,53 +1,77 @@
-"""What becomes of batches on which training fails: each failure is counted, and after a few the batch is set aside.
+"""Batches that training cannot use: kept in folders for inspection, and rejected after repeated failures.
 
-Training fails in the midst, so a restart must mend the policy in memory before the next attempt; a batch that always
-fails (it takes more memory than there is) would keep the learner from ever coming up again. Knows no policy.
+    <folder>/batch-00000042.pb      the batch as submitted; `poise_client.codec.load_batch` reads it
+
+A failure in the middle of training leaves the policy in memory unusable, so the learner restarts before it retries.
+Without a limit, a batch that always fails (it needs more memory than there is) would stop every restart.
 """
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from poise.errors import BackendDown
-from poise.learner.kept_batches import KeptBatches
 from poise.learner.storage.journal import Answer, Journal
+from poise.runtime.files.atomic import write_file
 from poise_client.types import Batch
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 2
-"""Times that training on a batch may fail, with a restart after each, before it is set aside."""
+"""Times that training on a batch may fail, with a restart after each, before its rollouts are rejected."""
 
-_OUT_OF_MEMORY = "where memory ran out, lower micro_batch_tokens or set gradient_checkpointing"
+_REMEDY = "if memory ran out, lower micro_batch_tokens or set gradient_checkpointing"
 
 
-class Attempts:
-    """At the batches of one journal."""
+class BatchFolder:
+    """A folder of the newest `keep` batches of one kind."""
 
-    def __init__(self, journal: Journal, kept: KeptBatches) -> None:
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, sequence: int, content: bytes) -> Path | None:
+        """Write a batch and delete the oldest beyond `keep`; return its path, or None after logging a write error."""
+        path = self.folder / f"batch-{sequence:08d}.pb"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
+            for old in sorted(self.folder.glob("batch-*.pb"))[: -self._keep]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            logger.error("cannot write %s: %s", path, error)
+            return None
+        return path
+
+
+class Quarantine:
+    """Counts the failures of each batch in the journal, and keeps the batches that failed too often."""
+
+    def __init__(self, journal: Journal, folder: BatchFolder) -> None:
         self._journal = journal
-        self._kept = kept
+        self._folder = folder
 
-    def are_over(self, sequence: int, content: bytes, answered: Answer | None) -> bool:
-        """Whether a batch is to be set aside. Never one that was trained on: its effect was served."""
-        may_be = answered is None or answered.is_set_aside
-        return may_be and self._journal.num_failures(sequence, content) >= MAX_FAILURES
+    def must_reject(self, sequence: int, content: bytes, answered: Answer | None) -> bool:
+        """Whether a batch has failed too often. Never true of a batch that has been trained on: replicas served it."""
+        was_trained = answered is not None and not answered.is_quarantined
+        return not was_trained and self._journal.num_failures(sequence, content) >= MAX_FAILURES
 
-    def failed(self, sequence: int, batch: Batch, content: bytes, error: Exception) -> BackendDown:
-        """Count a failure, durable on return; return the error that tells of it."""
-        why = f"training on batch {batch.batch_id} failed midway: {error}"
+    def count_failure(self, sequence: int, batch: Batch, content: bytes, error: Exception) -> BackendDown:
+        """Count a failure, durable on return; return the error to raise."""
+        what = f"training on batch {batch.batch_id} failed: {error}"
         try:
             count = self._journal.add_failure(sequence, content, str(error))
-        except OSError as unwritten:
-            return BackendDown(f"{why}; and this cannot be noted: {unwritten}")
-        return BackendDown(f"{why} (failure {count} of {MAX_FAILURES}, then it is set aside; {_OUT_OF_MEMORY})")
+        except OSError as write_error:
+            return BackendDown(f"{what}; the failure could not be recorded: {write_error}")
+        return BackendDown(f"{what} (failure {count} of {MAX_FAILURES} before the batch is rejected; {_REMEDY})")
 
-    def set_aside(self, sequence: int, batch: Batch, content: bytes) -> None:
-        """Keep a batch for inspection, and say so."""
+    def keep(self, sequence: int, batch: Batch, content: bytes) -> None:
+        """Write a rejected batch to the folder and log where it is."""
         logger.error(
-            "training on batch %s failed %d times: its rollouts are rejected, and it is kept as %s; %s",
+            "training on batch %s failed %d times: all its rollouts are rejected; the batch is kept in %s; %s",
             batch.batch_id,
             self._journal.num_failures(sequence, content),
-            self._kept.save(sequence, content) or "nothing",
-            _OUT_OF_MEMORY,
+            self._folder.save(sequence, content) or "no file",
+            _REMEDY,
         )

@@ -1,7 +1,4 @@
-"""LearnerService on the wire: protobuf to the learner's core, and back.
-
-Owns validation of requests and the order of batches: one at a time. Knows no torch.
-"""
+"""LearnerService: validates requests, translates messages, and runs batches through the core one at a time."""
 
 from __future__ import annotations
 
@@ -39,14 +36,14 @@ from poise_proto.v1 import learner_pb2_grpc
 MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20
 MIN_LOGPROB, MAX_LOGPROB = -80.0, 1e-3
-"""Engines round: a certain token may come out a little above 0. No token is sampled whose chance is below e^-80, and
-importance weights, e to the difference of two log-probabilities, must stay finite in float32."""
+"""The maximum is above 0 because engines round. No token with a probability below e^-80 is ever sampled, and importance
+weights, e to the difference of two log-probabilities, must stay finite in float32."""
 MAX_SIGNAL = 1e4
-"""Largest advantage or reward: the squares of losses and gradients must stay finite in float32."""
+"""Largest magnitude of advantages and rewards: squares of losses and gradients must stay finite in float32."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.0099, 100.0
-"""What rollouts can be sampled at, rounding aside."""
+"""Sampling temperatures, with room for rounding."""
 
-_LOOK_EVERY_S = 2.0
+_CHECK_DISK_EVERY_S = 2.0
 
 T = TypeVar("T")
 
@@ -54,7 +51,7 @@ Context = grpc.aio.ServicerContext[object, object]
 
 
 class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
-    """Answers nothing until `recover`, and trains on nothing while paused or closed."""
+    """Rejects all calls until `recover` has run, and batches while paused or closed."""
 
     def __init__(
         self,
@@ -73,16 +70,16 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._batches = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._exports: dict[str, asyncio.Task[ModelExport]] = {}
-        """Those being written, or waiting for the batch in hand, by name."""
+        """Exports that are being written, or wait for the current batch, by name."""
         self._activity = "recovering"
-        self._watching: list[asyncio.Task[None]] = []
+        self._watchers: list[asyncio.Task[None]] = []
         self._closed = False
         self._is_stopped = False
         self.paused = False
 
     @property
     def refusal(self) -> str:
-        """Why no batch is accepted; empty when one is."""
+        """Why batches are rejected; empty while they are accepted."""
         if self._closed:
             return "the learner is shutting down"
         if self._activity == "recovering":
@@ -93,39 +90,39 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
     @property
     def starting_s(self) -> float | None:
-        """Seconds in the present stage of the start; None once batches were accepted."""
+        """Seconds in the present stage of the start; None once the start is over."""
         return self._core.startup.elapsed_s if self._activity == "recovering" else None
 
     async def recover(self) -> None:
-        """Bring the core to where it was, offer its version to the replicas, and answer from now on."""
+        """Recover the core, publish its version to the replicas, and accept calls."""
         await self.on_thread(self._core.recover)
         assert self._core.published is not None  # noqa: S101 (recovered)
         self._metrics.recovered(self._core.published.policy_version)
         self._publisher.start()
         self._start(self._publisher.publish(self._core.published))
         self._activity = "idle"
-        self._watching = [self._start(self._watch_disk())]
-        if self._core.has_other_processes:
-            self._watching += [self._start(self._watch_processes()), self._start(self._show_life())]
+        self._watchers = [self._start(self._watch_disk())]
+        if self._core.has_other_ranks:
+            self._watchers += [self._start(self._ping_ranks()), self._start(self._touch())]
 
     async def _watch_disk(self) -> None:
-        """See when a disk that refused can be written again: nobody may submit anything meanwhile."""
+        """Check whether a full or broken disk can be written again, even if no batch is submitted."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            if self._core.problem and self._activity == "idle":
-                await self.on_thread(self._core.try_writing)
+            await asyncio.sleep(_CHECK_DISK_EVERY_S)
+            if self._core.disk_error and self._activity == "idle":
+                await self.on_thread(self._core.check_disk)
 
     async def close(self) -> None:
-        """Refuse further batches; return when the one in hand is done."""
+        """Reject further batches; return when the current one is done."""
         self._closed = True
-        self._core.leave()
+        self._core.stop_waiting()
         async with self._batches:
             pass
 
     async def stop(self) -> None:
-        """Let go of the state folder: after the work in hand, for it writes there."""
-        self._core.leave()
-        for task in self._watching:
+        """Unlock the state folder once the current work, which may write there, is done."""
+        self._core.stop_waiting()
+        for task in self._watchers:
             task.cancel()
         closing = asyncio.get_running_loop().run_in_executor(self._thread, self._core.close)
         self._is_stopped = True
@@ -134,22 +131,23 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         finally:
             self._thread.shutdown()
 
-    async def _watch_processes(self) -> None:
-        """Find a process that hangs while nothing is trained on; a lost one is found by its heartbeat."""
+    async def _ping_ranks(self) -> None:
+        """Detect ranks that hang between batches. Heartbeats detect dead ones."""
         while not self._core.failure:
             await asyncio.sleep(self._config.rank_timeout_s / 4)
-            with contextlib.suppress(BackendDown):  # the failure ends the service
+            with contextlib.suppress(BackendDown):  # its failure ends the service
                 await self.on_thread(self._core.ping)
 
-    async def _show_life(self) -> None:
+    async def _touch(self) -> None:
         while True:
             self._core.touch()
             await asyncio.sleep(1.0)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Run what touches the core, one call at a time, with the ids that logs and traces go by.
+        """Run work on the core's thread, one call at a time, with the context of logs and traces.
 
-        Raises `Draining` once the core is closed.
+        Raises:
+            Draining: the core is closed.
         """
         if self._is_stopped:
             raise Draining("the learner is shutting down", retry_after_s=1.0)
@@ -165,12 +163,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
     ) -> pb.SubmitAdvantagesResponse:
         """See learner.proto."""
         try:
-            self._refuse_unless_open()
+            self._check_accepting()
             batch = await self._read_batch(request_iterator)
         except PoiseError:
             await read_rest(request_iterator)
             raise
-        # Whoever leaves now finds the answer when they ask again: training goes on.
+        # Training continues if the client disconnects; a resubmission gets the answer.
         with log_ids(run=batch.run_id, batch=batch.batch_id, step=batch.step):
             return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
 
@@ -188,7 +186,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         if request.check_only:
             return encode_model_export(await self.on_thread(lambda: self._core.check_export(request.name)))
         exporting = self._exports.get(request.name)
-        if exporting is None:  # else whoever asks again joins it: no batch is between the two answers
+        if exporting is None:  # otherwise join the running one: no batch can run in between
             exporting = self._exports[request.name] = self._start(self._export(request.name))
         return encode_model_export(await asyncio.shield(exporting))
 
@@ -201,14 +199,14 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 self._fail(self._core.failure)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run what nobody may wait for to its end: the event loop itself keeps no hold of it."""
+        """Run a task to its end even if nothing awaits it. The event loop keeps only weak references."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def status(self) -> LearnerStatus:
-        """What the learner holds and does."""
+        """Return the answer to GetStatus. Raises `Starting` until recovered."""
         published = self._core.published
         if published is None:
             raise self._starting()
@@ -233,7 +231,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         stage = self._core.startup.stage
         return self._core.startup.error("the learner is " if stage == "recovering" else "the learner is recovering: ")
 
-    def _refuse_unless_open(self) -> None:
+    def _check_accepting(self) -> None:
         if self._activity == "recovering" and not self._closed:
             raise self._starting()
         if self.refusal:
@@ -241,7 +239,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
     async def _step(self, batch: Batch) -> StepResult:
         async with self._batches:
-            self._refuse_unless_open()
+            self._check_accepting()
             self._activity = "training"
             began = time.monotonic()
             try:
@@ -250,7 +248,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 started = time.monotonic()
                 published = self._core.published
                 assert published is not None  # noqa: S101 (recovered)
-                await self._publisher.publish(published)  # a stored answer, too, may be ahead of the replicas
+                await self._publisher.publish(published)  # after a stored answer too: replicas may be behind it
                 publish_s = time.monotonic() - started
             finally:
                 self._activity = "idle"
@@ -271,13 +269,17 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         async for message in requests:
             path = f"rollouts[{index}]"
             if message.WhichOneof("part") != "rollout":
-                raise InvalidRequest.field("part", "after `header` come rollouts alone")
+                raise InvalidRequest.field("part", "only rollouts may follow `header`")
             if index >= header.num_rollouts:
-                raise InvalidRequest.field("header.num_rollouts", f"is {header.num_rollouts}; more rollouts came")
+                raise InvalidRequest.field(
+                    "header.num_rollouts", f"is {header.num_rollouts}, but more rollouts were sent"
+                )
             num_spans = len(message.rollout.version_spans)
             try:
                 if num_spans > self._core.max_tokens:
-                    raise CodecError(f"{path}.version_spans", f"has {num_spans}; a response has fewer tokens")
+                    raise CodecError(
+                        f"{path}.version_spans", f"has {num_spans} spans; allowed: at most one for each response token"
+                    )
                 rollout = decode_training_rollout(message.rollout, path)
             except CodecError as error:
                 wrong.add(error.field, error.description)
@@ -288,12 +290,14 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             if wrong.is_full:
                 raise wrong.error()
             if num_tokens > MAX_BATCH_TOKENS:
-                raise InvalidRequest.field("rollouts", f"hold more than {MAX_BATCH_TOKENS} tokens; send fewer")
+                raise InvalidRequest.field(
+                    "rollouts", f"have more than {MAX_BATCH_TOKENS} tokens; send smaller batches"
+                )
             index += 1
         wrong.check(
             index == header.num_rollouts,
             "header.num_rollouts",
-            f"is {header.num_rollouts}; {index} rollouts came: the stream was cut, and nothing was trained on",
+            f"is {header.num_rollouts}, but {index} rollouts were sent. Nothing was trained on; send the batch again",
         )
         wrong.raise_if_any()
         return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
@@ -304,18 +308,22 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
         self._check_signal(rollout, path, wrong)
         limit = self._core.max_tokens
-        for name, token_ids in (("prompt", rollout.prompt_token_ids), ("response", rollout.token_ids)):
-            field = f"{path}.{name}_token_ids"
+        for name, token_ids in (("prompt_token_ids", rollout.prompt_token_ids), ("token_ids", rollout.token_ids)):
+            field = f"{path}.{name}"
             if wrong.check(token_ids.size > 0, field, "is empty; required: at least one token"):
                 inside = int(token_ids.min()) >= 0 and int(token_ids.max()) < self._core.vocabulary_size
-                wrong.check(inside, field, f"the model's vocabulary is 0 to {self._core.vocabulary_size - 1}")
+                wrong.check(
+                    inside,
+                    field,
+                    f"has token ids outside the model's vocabulary; allowed: 0 to {self._core.vocabulary_size - 1}",
+                )
         wrong.check(
             num_prompt + num_response <= limit,
             f"{path}.token_ids",
-            f"prompt and response have {num_prompt + num_response} tokens; the model holds {limit}",
+            f"prompt and response have {num_prompt + num_response} tokens; the model allows {limit}",
         )
         are_possible = bool(((rollout.logprobs >= MIN_LOGPROB) & (rollout.logprobs <= MAX_LOGPROB)).all())
-        wrong.check(are_possible, f"{path}.logprobs", f"required: each finite, {MIN_LOGPROB:g} to 0")
+        wrong.check(are_possible, f"{path}.logprobs", f"has values outside the allowed range of {MIN_LOGPROB:g} to 0")
         ends = [0, *(span.end_token for span in rollout.version_spans)]
         covers = ends[-1] == num_response and all(
             span.start_token == end < span.end_token for span, end in zip(rollout.version_spans, ends, strict=False)
@@ -323,20 +331,20 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
 
     def _check_signal(self, rollout: TrainingRollout, path: str, wrong: Violations) -> None:
-        """What a rollout is judged by comes with it, or comes of its reward."""
+        """Check the advantage, or the reward that a critic computes advantages from."""
         advantage, reward = rollout.advantage, rollout.reward
         if self._config.critic is None:
-            required = f"required: finite, {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}"
+            required = f"allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}"
             wrong.check(abs(advantage) <= MAX_SIGNAL, f"{path}.advantage", f"is {advantage:g}; {required}")
             wrong.check(
                 reward is None,
                 f"{path}.reward",
-                "is set, and the learner has no critic to use it: leave it unset, or set `critic` in its settings",
+                "is set, but the learner has no critic. Leave it unset, or set `critic` in the learner's settings",
             )
             return
-        needed = "the learner's critic makes advantages of rewards: send each rollout's, finite, and advantage 0"
+        needed = "the learner has a critic: send a finite reward and advantage 0"
         is_usable = reward is not None and abs(reward) <= MAX_SIGNAL  # false of NaN
-        wrong.check(is_usable, f"{path}.reward", f"is {reward}; {needed}, at most {MAX_SIGNAL:g} in magnitude")
+        wrong.check(is_usable, f"{path}.reward", f"is {reward}; {needed}; allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}")
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 
 
@@ -347,11 +355,11 @@ def _check_header(header: BatchHeader) -> None:
     wrong.check(
         1 <= header.num_rollouts <= MAX_ROLLOUTS,
         "header.num_rollouts",
-        f"is {header.num_rollouts}; required: 1 to {MAX_ROLLOUTS}",
+        f"is {header.num_rollouts}; allowed: 1 to {MAX_ROLLOUTS}",
     )
     wrong.check(
         MIN_TEMPERATURE <= header.temperature <= MAX_TEMPERATURE,  # false of NaN
         "header.temperature",
-        f"is {header.temperature:g}; required: 0.01 to {MAX_TEMPERATURE:g} (greedy rollouts cannot be trained on)",
+        f"is {header.temperature:g}; allowed: 0.01 to {MAX_TEMPERATURE:g} (greedy rollouts cannot be trained on)",
     )
     wrong.raise_if_any()

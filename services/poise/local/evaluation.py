@@ -80,7 +80,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
 def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
     from poise.errors import BackendDown
     from poise.learner.storage.checkpoint import StateError
-    from poise.learner.storage.checkpoint_export import export_checkpoint, newest_checkpoint
+    from poise.learner.storage.export import export_checkpoint, newest_checkpoint
 
     folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
     if checkpoint != LATEST and not folder.is_dir():

@@ -1,8 +1,8 @@
-"""The learner under torchrun, whose processes can be made to hang: run by the tests as a process.
+"""The learner under torchrun with ranks that can be made to hang or fail; tests run it as a process.
 
-Usage: hanging.py FOLDER [options of poise.learner]. Each process writes its id to FOLDER/pid-RANK. SIGUSR1 makes its
-main thread hang. With FOLDER/hang-RANK, that process removes the file and hangs as soon as it trains. While
-FOLDER/fail-RANK exists, training on the step that it holds raises there.
+Usage: hanging.py FOLDER [options of poise.learner]. Each rank writes its process id to FOLDER/pid-RANK. SIGUSR1 makes
+its main thread hang. If FOLDER/hang-RANK exists, that rank deletes it and hangs at its next training step. While
+FOLDER/fail-RANK exists, training on the step number in it raises there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tests.integration.learner.replicas import interceptors
 from poise.generation.app import GenerationApp, build
 from poise.generation.config import GenerationConfig
 from poise.generation.engines.transformers.engine import TorchEngine
-from poise.learner.publishing.published import Published
+from poise.learner.publishing.weight_version import WeightVersion
 from poise_client import combine_digests, hash_weights
 from poise_client.types import WeightArray
 from poise_proto.v1 import generation_pb2 as pb
@@ -34,7 +34,7 @@ NUM_PIECES = 10
 FAULTS = ("drop", "truncate", "swap", "swap in place", "flip a bit", "cut the connection", "repeat")
 
 
-def published_versions(folder: Path, count: int) -> list[Published]:
+def published_versions(folder: Path, count: int) -> list[WeightVersion]:
     """Return versions 0 to `count` - 1 of a model, in bfloat16: in each, a hundredth of the elements moved."""
     arrays = {
         name: tensor.to(torch.bfloat16).view(torch.uint16).numpy()
@@ -45,12 +45,12 @@ def published_versions(folder: Path, count: int) -> list[Published]:
     for number in range(count):
         weights = {name: WeightArray(bits, "bfloat16") for name, bits in arrays.items()}
         hashes = hash_weights(weights)
-        versions.append(Published("lineage", number, weights, hashes, combine_digests(hashes)))
+        versions.append(WeightVersion("lineage", number, weights, hashes, combine_digests(hashes)))
         arrays = {name: bits + (random.random(bits.shape) < 0.01).astype(np.uint16) for name, bits in arrays.items()}
     return versions
 
 
-def served_values(version: Published) -> bytes:
+def served_values(version: WeightVersion) -> bytes:
     """Return what tells an engine's float32 parameters when it serves a version whole."""
     return _fingerprint({name: to_float32(weight) for name, weight in version.weights.items()})
 

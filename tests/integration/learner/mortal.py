@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from poise.learner import app
 from poise.learner.config import LearnerConfig
-from poise.learner.models.model_set import Models
 from poise.learner.storage import checkpoint
 from poise.learner.training.trainer import Trainer
 from poise.runtime.cli.service_main import service_main
@@ -39,7 +38,7 @@ def die_after(owner: Any, name: str, num_calls: int) -> None:
 
 POINTS = {
     "nowhere": lambda: None,
-    "between two updates of a batch": lambda: die_after(Models, "update", 3),
+    "between two updates of a batch": lambda: die_after(Trainer, "update", 3),
     "trained on, not yet answered": lambda: die_after(Trainer, "train", 2),
     "answered, the checkpoint half written": lambda: die_after(checkpoint, "_sha256", 1),
 }

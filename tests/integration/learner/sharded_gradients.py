@@ -33,7 +33,7 @@ if __name__ == "__main__":
     trainer = GradientTrainer(make_config(Path(model), Path(state_dir), **SETTINGS))
     world = trainer.load()
     assert world.size == 2
-    reference = trainer._models._reference
+    reference = trainer.reference
     assert reference is not None
     for forward in (trainer.policy.logprobs, reference):
         assert all(isinstance(parameter, DTensor) for parameter in forward.parameters()), "it is not sharded"

@@ -24,9 +24,9 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, eventually
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
-from poise.learner.publishing.published import Published
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
+from poise.learner.publishing.weight_version import WeightVersion
 from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient
 from poise_client.types import Prompt, Sampling
@@ -35,7 +35,7 @@ NUM_VERSIONS = 8
 
 
 @pytest.fixture(scope="module")
-def versions(model: Path) -> list[Published]:
+def versions(model: Path) -> list[WeightVersion]:
     return published_versions(model, NUM_VERSIONS + 1)
 
 
@@ -68,7 +68,7 @@ async def chaos(model: Path, folder: Path, num_replicas: int = 3, **push: Any) -
 AS_LOADED = -1
 
 
-async def watch(replicas: list[LiveReplica], versions: list[Published], seen: list[set[int]]) -> None:
+async def watch(replicas: list[LiveReplica], versions: list[WeightVersion], seen: list[set[int]]) -> None:
     """Look again and again at what each replica serves: only ever a whole version."""
     by_values = {served_values(version): version.policy_version for version in versions}
     by_values[await replicas[0].serves()] = AS_LOADED
@@ -90,8 +90,8 @@ async def flap(proxy: Proxy, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shared"])
-async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end(
-    model: Path, versions: list[Published], tmp_path: Path, transport: str
+async def test_replicas_never_mix_versions_and_agree_in_the_end(
+    model: Path, versions: list[WeightVersion], tmp_path: Path, transport: str
 ) -> None:
     seen: list[set[int]] = [set(), set(), set()]
     async with chaos(model, tmp_path, transport=transport, timeout_s=1.0) as (replicas, proxies, publisher):
@@ -139,8 +139,8 @@ async def test_replicas_serve_one_version_or_the_next_whole_and_agree_in_the_end
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shared"])
-async def test_steps_go_on_while_a_push_to_a_replica_that_was_late_once_is_still_under_way(
-    model: Path, versions: list[Published], tmp_path: Path, transport: str
+async def test_steps_continue_during_a_push_to_a_late_replica(
+    model: Path, versions: list[WeightVersion], tmp_path: Path, transport: str
 ) -> None:
     async with chaos(model, tmp_path, transport=transport, timeout_s=0.5) as (replicas, proxies, publisher):
         await eventually(lambda: len(publisher.results) == 3)
@@ -166,8 +166,8 @@ async def test_steps_go_on_while_a_push_to_a_replica_that_was_late_once_is_still
             assert await replica.serves() == served_values(versions[5])
 
 
-async def test_what_changed_is_all_that_is_sent_and_a_restarted_replica_gets_everything(
-    model: Path, versions: list[Published], tmp_path: Path
+async def test_only_changes_are_sent_except_to_restarted_replicas(
+    model: Path, versions: list[WeightVersion], tmp_path: Path
 ) -> None:
     async with chaos(model, tmp_path, num_replicas=2) as (replicas, proxies, publisher):
         sent = []
@@ -190,7 +190,7 @@ async def test_what_changed_is_all_that_is_sent_and_a_restarted_replica_gets_eve
 
 
 async def test_without_deltas_everything_is_sent_and_nothing_kept(
-    model: Path, versions: list[Published], tmp_path: Path
+    model: Path, versions: list[WeightVersion], tmp_path: Path
 ) -> None:
     async with chaos(model, tmp_path, num_replicas=1, deltas=False) as (_, (proxy,), publisher):
         for version in versions[1:3]:
@@ -202,8 +202,8 @@ async def test_without_deltas_everything_is_sent_and_nothing_kept(
 
 @pytest.mark.parametrize("transport", ["grpc", "shared"])
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_push_that_is_mistreated_changes_nothing_and_a_whole_one_follows(
-    model: Path, versions: list[Published], tmp_path: Path, fault: str, transport: str
+async def test_corrupted_push_changes_nothing_and_is_repeated(
+    model: Path, versions: list[WeightVersion], tmp_path: Path, fault: str, transport: str
 ) -> None:
     seen: list[set[int]] = [set()]
     async with chaos(model, tmp_path, num_replicas=1, transport=transport) as (replicas, (proxy,), publisher):
@@ -221,7 +221,7 @@ async def test_a_push_that_is_mistreated_changes_nothing_and_a_whole_one_follows
         assert publisher.results[0].digest == versions[2].digest
 
 
-async def assert_samples_from(replica: LiveReplica, version: Published, model: Path) -> None:
+async def assert_samples_from(replica: LiveReplica, version: WeightVersion, model: Path) -> None:
     """Hold what a replica samples against transformers with the version's weights."""
     import transformers
 

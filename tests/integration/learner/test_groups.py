@@ -143,7 +143,7 @@ def middle(monkeypatch: pytest.MonkeyPatch) -> Iterator[Middle]:
     middle.go_on.set()
 
 
-async def test_versions_and_what_changed_between_them_come_through_one_group(replicas, publish, versions, caplog):
+async def test_versions_and_deltas_use_one_process_group(replicas, publish, versions, caplog):
     publisher, ways = publish(*replicas)
     for version in versions[:4]:
         await publisher.publish(version)
@@ -164,7 +164,7 @@ async def test_whole_versions_come_through_it_one_after_another(replica, publish
     assert ways == ["group"] * 3
 
 
-async def test_a_replica_that_takes_none_gets_all_over_grpc_and_it_is_said(model, tmp_path, publish, versions, caplog):
+async def test_replica_without_a_group_falls_back_to_grpc(model, tmp_path, publish, versions, caplog):
     replica = await LiveReplica(model, tmp_path).start()
     try:
         publisher, ways = publish(replica.address)
@@ -198,7 +198,7 @@ async def test_damage_is_refused_and_the_version_comes_over_grpc(replica, publis
     assert "as all to come" in broken[1]
 
 
-async def test_a_sender_that_goes_midway_leaves_the_version_before_serving(replica, publish, versions, middle):
+async def test_sender_lost_during_a_push_leaves_the_old_version(replica, publish, versions, middle):
     publisher, _ = publish(replica)
     middle.go_on.set()
     await publisher.publish(versions[0])
@@ -216,7 +216,7 @@ async def test_a_sender_that_goes_midway_leaves_the_version_before_serving(repli
     assert not list((replica.log_file.parents[1] / "staging").rglob("landing-*"))
 
 
-async def test_a_replica_that_hangs_midway_costs_no_more_than_its_time(replicas, publish, versions, middle):
+async def test_hanging_replica_costs_no_more_than_its_timeout(replicas, publish, versions, middle):
     hanging, other = replicas
     publisher, ways = publish(hanging, timeout_s=2.0)
     publishing = asyncio.create_task(publisher.publish(versions[0]))
@@ -234,7 +234,7 @@ async def test_a_replica_that_hangs_midway_costs_no_more_than_its_time(replicas,
     assert {"group", "grpc"} <= set(ways)
 
 
-async def test_a_replica_that_dies_midway_is_noticed_and_met_anew_when_it_is_back(start, publish, versions, middle):
+async def test_replica_killed_during_a_push_gets_a_new_group(start, publish, versions, middle):
     doomed = start()
     doomed.wait_until_ready()
     publisher, ways = publish(doomed)

@@ -11,25 +11,24 @@ from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S, Replica, e
 from poise.generation.served_policy import ServedPolicy
 from poise.learner.config import PushConfig
 from poise.learner.publishing import replica as module
-from poise.learner.publishing.published import Published
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
+from poise.learner.publishing.weight_version import WeightVersion
 from poise.runtime.network.discovery import Address, Discovery
-from poise_client import AsyncGenerationClient, combine_digests, hash_weights
+from poise_client import AsyncGenerationClient
 from poise_client.types import WeightArray
 
 
-def version(number: int, lineage: str = "lineage") -> Published:
+def version(number: int, lineage: str = "lineage") -> WeightVersion:
     """Weights that tell of their version, of more than one chunk."""
     weights = {
         "b.weight": WeightArray(np.full((1024, 300), number, np.float32), "float32"),
         "a.weight": WeightArray(np.arange(7, dtype=np.uint16) + number, "bfloat16"),
     }
-    hashes = hash_weights(weights)
-    return Published(lineage, number, weights, hashes, combine_digests(hashes))
+    return WeightVersion.of(lineage, number, weights)
 
 
-def served(published: Published) -> ServedPolicy:
+def served(published: WeightVersion) -> ServedPolicy:
     return ServedPolicy(published.lineage_id, published.policy_version, published.digest)
 
 
@@ -57,7 +56,7 @@ async def publisher() -> AsyncIterator[Callable[..., Publisher]]:
         await one.stop()
 
 
-async def test_every_replica_serves_a_version_when_its_publishing_returns(replica, publisher):
+async def test_every_replica_serves_a_version_once_published(replica, publisher):
     replicas = [await replica() for _ in range(3)]
     sender = publisher(*replicas)
     for number in range(3):
@@ -86,7 +85,7 @@ async def test_what_a_replica_serves_already_is_not_pushed(replica, publisher):
     assert sender.results[0].current
 
 
-async def test_publishing_a_version_again_waits_for_nothing_that_is_done(replica, publisher):
+async def test_publishing_a_served_version_again_returns_at_once(replica, publisher):
     one, current = await replica(), version(1)
     sender = publisher(one)
     await sender.publish(current)
@@ -99,7 +98,7 @@ async def test_publishing_a_version_again_waits_for_nothing_that_is_done(replica
     assert one.num_pushes == 1
 
 
-async def test_a_version_that_follows_a_hanging_one_is_waited_for_itself(replica, publisher):
+async def test_version_after_a_hanging_one_is_waited_for(replica, publisher):
     one = await replica()
     one.release.clear()
     sender = publisher(one)
@@ -113,7 +112,7 @@ async def test_a_version_that_follows_a_hanging_one_is_waited_for_itself(replica
     assert one.applied == [1, 2]
 
 
-async def test_a_step_waits_no_longer_than_its_limit_whatever_a_client_does():
+async def test_publish_never_waits_longer_than_its_timeout():
     class Stuck:
         target = "nowhere:1"
 
@@ -136,7 +135,7 @@ async def test_without_replicas_there_is_nothing_to_wait_for(publisher):
     await publisher().publish(version(0))
 
 
-async def test_a_replica_that_is_down_delays_nobody_and_catches_up_by_itself(replica, publisher, monkeypatch):
+async def test_dead_replica_delays_no_other_and_catches_up(replica, publisher, monkeypatch):
     monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
     up, down = await replica(), await replica()
     await down.stop()
@@ -157,7 +156,7 @@ async def test_a_replica_that_is_down_delays_nobody_and_catches_up_by_itself(rep
     [ServedPolicy(), ServedPolicy("another", 9, b"x"), ServedPolicy("lineage", 2, b"x")],
     ids=["as loaded", "another lineage", "behind"],
 )
-async def test_a_replica_that_comes_back_with_something_else_is_brought_up_unasked(replica, publisher, other):
+async def test_replica_that_returns_with_other_weights_is_updated(replica, publisher, other):
     one, current = await replica(), version(3)
     sender = publisher(one)
     await sender.publish(current)
@@ -166,7 +165,7 @@ async def test_a_replica_that_comes_back_with_something_else_is_brought_up_unask
     await eventually(lambda: sender.results[0].current)
 
 
-async def test_a_push_that_hangs_is_given_up_in_time_and_holds_up_no_other(replica, publisher):
+async def test_hanging_push_times_out_and_delays_no_other(replica, publisher):
     stuck, well = await replica(), await replica()
     stuck.release.clear()
     sender = publisher(stuck, well, timeout_s=1.0)
@@ -193,7 +192,7 @@ def wait_long(sender: Publisher) -> None:
         one._config = sender._config
 
 
-async def test_a_replica_that_let_a_step_wait_in_vain_is_not_waited_for_until_it_has_caught_up(replica, publisher):
+async def test_late_replica_is_not_waited_for_until_it_catches_up(replica, publisher):
     slow, well = await replica(), await replica()
     slow.release.clear()
     sender = publisher(slow, well, timeout_s=0.5)
@@ -217,7 +216,7 @@ async def test_a_replica_that_let_a_step_wait_in_vain_is_not_waited_for_until_it
     assert slow.policy == served(version(6))
 
 
-async def test_a_replica_that_does_not_say_what_it_serves_is_not_waited_for_twice(replica, publisher, monkeypatch):
+async def test_replica_that_hides_its_version_is_waited_for_once(replica, publisher, monkeypatch):
     monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 0.1)
     one = await replica()
     one.answers.clear()
@@ -234,7 +233,7 @@ async def test_a_replica_that_does_not_say_what_it_serves_is_not_waited_for_twic
     await eventually(lambda: one.policy == served(version(2)))
 
 
-async def test_a_replica_that_takes_longer_than_a_step_waits_gets_there_behind_it(replica, publisher):
+async def test_slow_replica_catches_up_in_the_background(replica, publisher):
     slow = await replica()
     slow.takes_s = 0.5
     sender = publisher(slow, timeout_s=0.2)
@@ -256,7 +255,7 @@ async def test_a_push_that_breaks_midway_says_why_and_is_tried_again(replica, pu
     assert sender.results[0].error == ""
 
 
-async def test_a_conflict_is_told_once_with_what_is_served_until_it_is_mended(replica, publisher, caplog):
+async def test_conflict_is_logged_once_until_resolved(replica, publisher, caplog):
     one = await replica()
     one.policy = ServedPolicy("lineage", 7, b"x")
     sender = publisher(one)
@@ -275,7 +274,7 @@ async def test_a_conflict_is_told_once_with_what_is_served_until_it_is_mended(re
 async def test_a_defect_in_publishing_ends_no_loop(replica, publisher, caplog):
     one = await replica()
     sender = publisher(one)
-    broken = Published("lineage", 1, {"a": object()}, {}, b"x")  # type: ignore[dict-item]
+    broken = WeightVersion("lineage", 1, {"a": object()}, {}, b"x")  # type: ignore[dict-item]
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(broken)
     assert sender.results[0].error
@@ -283,7 +282,7 @@ async def test_a_defect_in_publishing_ends_no_loop(replica, publisher, caplog):
     assert one.policy == served(version(2))
 
 
-async def test_replicas_that_a_name_comes_to_stand_for_are_found_and_those_it_leaves_let_go(replica):
+async def test_replicas_follow_the_addresses_of_a_dns_name(replica):
     first, second, third = [await replica() for _ in range(3)]
     known = {first.address}
 
@@ -307,7 +306,7 @@ async def test_replicas_that_a_name_comes_to_stand_for_are_found_and_those_it_le
     await sender.stop()
 
 
-async def test_a_replica_that_goes_in_the_midst_of_a_push_is_waited_for_by_nobody(replica):
+async def test_removed_replica_is_not_waited_for(replica):
     going = await replica()
     going.release.clear()
     known = {going.address}
@@ -327,7 +326,7 @@ async def test_a_replica_that_goes_in_the_midst_of_a_push_is_waited_for_by_nobod
     await sender.stop()
 
 
-async def test_a_name_that_is_never_answered_holds_a_step_up_no_longer_than_its_limit():
+async def test_unresolved_name_delays_a_step_only_until_its_timeout():
     async def resolve(host, port):
         await asyncio.Event().wait()
 
@@ -350,7 +349,7 @@ async def test_stopping_ends_a_push_that_hangs(replica, publisher):
         await publishing
 
 
-async def test_a_replica_that_no_client_can_be_made_for_says_why_holds_up_nobody_and_is_tried_again(replica, caplog):
+async def test_replica_without_a_client_has_a_reason_and_is_retried(replica, caplog):
     well, unread, broken = [await replica() for _ in range(3)]
     problems = {unread.address: FileNotFoundError("ca.pem"), broken.address: RuntimeError("a defect")}
 
@@ -380,7 +379,7 @@ async def test_a_replica_that_no_client_can_be_made_for_says_why_holds_up_nobody
     await sender.stop()
 
 
-async def test_looking_that_fails_is_told_holds_up_nobody_and_goes_on(replica, caplog):
+async def test_failed_discovery_is_logged_and_retried(replica, caplog):
     one = await replica()
     answers: list[Any] = [RuntimeError("a defect"), {one.address}]
 

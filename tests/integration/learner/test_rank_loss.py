@@ -1,4 +1,4 @@
-"""The loss of any process of a learner restarts all of them, and the weights come out as without."""
+"""Losing any rank restarts all of them, and training ends with the same weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def digest(nodes: Nodes) -> bytes:
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The digest of the weights after all batches, without any loss."""
+    """The digest of the weights after all batches, without losing a rank."""
 
     async def run() -> bytes:
         async with make_nodes(model, tmp_path_factory.mktemp("undisturbed")).running() as nodes:
@@ -68,9 +68,8 @@ async def lose_while_training(nodes: Nodes, lose: Callable[[Nodes, int], None], 
     before = list(nodes.num_starts)
     training = nodes.flag(f"training-{rank}")
     training.unlink(missing_ok=True)
-    waits = nodes.flag(
-        f"hang-{rank if lose is hang else 1 - rank}"
-    )  # the other one, so that the loss finds both training
+    # Unless the lost rank hangs itself, the other one does, so that both are training when the rank is lost.
+    waits = nodes.flag(f"hang-{rank if lose is hang else 1 - rank}")
     waits.touch()
     submitting: Awaitable[StepResult] = asyncio.create_task(submit(nodes, step))
     async with asyncio.timeout(DEADLINE_S):
@@ -86,7 +85,7 @@ async def lose_while_training(nodes: Nodes, lose: Callable[[Nodes, int], None], 
     ("lose", "idle_rank", "training_rank"),
     [(kill, 0, 1), (stop, 1, 0), (hang, 1, 0)],  # each loss at each rank, and each rank both idle and training
 )
-async def test_loss_of_a_process_restarts_all(
+async def test_losing_a_rank_restarts_all(
     model: Path,
     tmp_path: Path,
     undisturbed: bytes,
@@ -104,7 +103,7 @@ async def test_loss_of_a_process_restarts_all(
         assert await digest(nodes) == undisturbed, nodes.log()
 
 
-async def test_batch_that_fails_on_a_follower_is_set_aside(model: Path, tmp_path: Path) -> None:
+async def test_batch_that_fails_on_a_follower_is_rejected(model: Path, tmp_path: Path) -> None:
     async with make_nodes(model, tmp_path).running() as nodes:
         await submit(nodes, 0)
         nodes.flag("fail-1").write_text("1")
@@ -115,10 +114,10 @@ async def test_batch_that_fails_on_a_follower_is_set_aside(model: Path, tmp_path
 
     assert {reason for _, reason in refused.rejected} == {"failed"}, nodes.log()
     assert not trained.rejected
-    assert "process 1 failed: no memory left" in nodes.log()
+    assert "rank 1 failed: no memory left" in nodes.log()
 
 
-async def test_stopped_process_of_one_torchrun_is_killed(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
+async def test_stopped_rank_of_one_torchrun_is_killed(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
     async with make_nodes(model, tmp_path, num_nodes=1).running() as nodes:
         for step in range(NUM_BATCHES):
             await submit(nodes, step)
@@ -129,7 +128,7 @@ async def test_stopped_process_of_one_torchrun_is_killed(model: Path, tmp_path: 
             assert await digest(nodes) == undisturbed, nodes.log()
 
 
-async def test_follower_told_to_end_drains_all(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
+async def test_follower_told_to_exit_drains_all(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
     async with make_nodes(model, tmp_path).running() as nodes:
         await submit(nodes, 0)
         before = list(nodes.num_starts)
@@ -138,8 +137,8 @@ async def test_follower_told_to_end_drains_all(model: Path, tmp_path: Path, undi
         await nodes.restarted(before)
 
         log = nodes.log()
-        assert "a process of the learner was asked to end: the learner drains" in log
-        assert "no sign of life" not in log
+        assert "a rank of the learner was told to exit: the learner drains" in log
+        assert "sent no heartbeat" not in log
         assert (await nodes.ask(lambda client: client.get_status())).checkpoint_version == 1
         for step in (1, 2):
             await submit(nodes, step)

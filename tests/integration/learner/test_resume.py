@@ -85,7 +85,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("point", [point for point in POINTS if point != "nowhere"])
-async def test_a_learner_killed_and_started_again_ends_in_the_weights_of_one_that_lived(
+async def test_killed_learner_ends_with_the_undisturbed_weights(
     model: Path, tmp_path: Path, expected: dict[str, bytes], point: str, case: str
 ) -> None:
     learner = Learner(model, tmp_path, **CASES[case])

@@ -20,7 +20,6 @@ from tests.unit.learner.batches import VOCABULARY, make_batch, make_config, rewa
 from poise.errors import Draining
 from poise.generation.served_policy import ServedPolicy
 from poise.learner.app import LearnerApp, build
-from poise.learner.models.model_set import Models
 from poise.learner.models.policy import Policy
 from poise.learner.publishing import replica as replica_module
 from poise.learner.storage.checkpoint import CheckpointStore, StateError
@@ -129,7 +128,7 @@ async def assert_untouched(service: Service) -> None:
     assert not list((service.app.config.state_dir / "journal").iterdir())
 
 
-async def test_a_batch_is_trained_on_and_its_weights_are_served_when_the_answer_comes(serve, replica):
+async def test_weights_are_served_when_the_answer_arrives(serve, replica):
     replicas = [await replica(), await replica()]
     service = await serve(replicas=tuple(one.address for one in replicas))
     for one in replicas:
@@ -298,7 +297,7 @@ async def test_the_extremes_that_are_accepted_can_be_trained_on(serve, advantage
     assert np.isfinite([answer.metrics.loss, answer.metrics.gradient_norm]).all()
 
 
-async def test_a_learner_with_a_critic_takes_rewards_and_no_advantages(serve):
+async def test_critic_needs_rewards_and_no_advantages(serve):
     service = await serve(critic={})
     for what, (change, field) in REWARDS_WRONG.items():
         requests = messages(rewarded(make_batch(0)))
@@ -373,7 +372,7 @@ async def test_a_refusal_reaches_a_caller_that_is_still_sending(serve):
     assert "paused" in refused.value.details()
 
 
-async def test_a_conflict_is_told_as_one(serve):
+async def test_conflict_has_its_own_error(serve):
     service = await serve()
     await service.client.submit_advantages(make_batch(0))
     with pytest.raises(ConflictError, match="with other content"):
@@ -381,7 +380,7 @@ async def test_a_conflict_is_told_as_one(serve):
     assert (await service.client.get_status()).policy_version == 1
 
 
-async def test_what_is_rejected_is_told_by_name(serve):
+async def test_rejected_rollouts_are_returned_by_name(serve):
     service = await serve()
     await service.client.submit_advantages(make_batch(0))
     result = await service.client.submit_advantages(make_batch(1, version=0))
@@ -391,7 +390,7 @@ async def test_what_is_rejected_is_told_by_name(serve):
     assert (status.num_rejected, status.max_staleness) == ({"stale": 6}, 0)
 
 
-async def test_a_caller_that_leaves_during_training_finds_the_answer_when_it_asks_again(serve, monkeypatch, replica):
+async def test_disconnected_caller_gets_the_answer_on_resubmission(serve, monkeypatch, replica):
     one = await replica()
     service = await serve(replicas=(one.address,))
     gate = Gate(monkeypatch, Trainer, "train")
@@ -431,7 +430,7 @@ async def test_the_same_batch_twice_at_once_is_trained_on_once(serve, monkeypatc
     assert len(gate.threads) == 1
 
 
-async def test_a_checkpoint_asked_for_during_training_is_taken_after_it(serve, monkeypatch):
+async def test_checkpoint_request_waits_for_training(serve, monkeypatch):
     service = await serve()
     gate = Gate(monkeypatch, Trainer, "train")
     saved: list[tuple[int, str]] = []
@@ -473,7 +472,7 @@ async def test_the_status_tells_of_one_version_while_the_next_is_made(serve, mon
     assert after.digest != before.digest
 
 
-async def test_a_paused_learner_finishes_what_it_has_and_takes_no_more_until_it_resumes(serve, monkeypatch):
+async def test_paused_learner_finishes_its_batch_and_rejects_others(serve, monkeypatch):
     service = await serve()
     gate = Gate(monkeypatch, Trainer, "train")
     asking = asyncio.create_task(service.client.submit_advantages(make_batch(0)))
@@ -492,7 +491,7 @@ async def test_a_paused_learner_finishes_what_it_has_and_takes_no_more_until_it_
     assert (await service.client.submit_advantages(make_batch(1))).policy_version == 2
 
 
-async def test_draining_finishes_the_batch_in_hand_refuses_those_behind_it_and_takes_a_checkpoint(serve, monkeypatch):
+async def test_draining_finishes_the_batch_and_writes_a_checkpoint(serve, monkeypatch):
     service = await serve()
     gate = Gate(monkeypatch, Trainer, "train")
     first = asyncio.create_task(service.client.submit_advantages(make_batch(0)))
@@ -513,7 +512,7 @@ async def test_draining_finishes_the_batch_in_hand_refuses_those_behind_it_and_t
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
-async def test_stopping_lets_go_of_the_state_only_after_the_batch_in_hand(serve, monkeypatch):
+async def test_stopping_unlocks_the_state_after_the_current_batch(serve, monkeypatch):
     service = await serve()
     gate = Gate(monkeypatch, Trainer, "train")
     asking = asyncio.create_task(service.client.submit_advantages(make_batch(0)))
@@ -531,13 +530,11 @@ async def test_stopping_lets_go_of_the_state_only_after_the_batch_in_hand(serve,
     await asyncio.gather(asking, return_exceptions=True)
 
 
-async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_on_it_again(
-    serve, monkeypatch, replica
-):
+async def test_failed_training_exits_and_a_restart_retries(serve, monkeypatch, replica):
     one = await replica()
     service = await serve(replicas=(one.address,))
     await service.client.submit_advantages(make_batch(0))
-    update, calls = Models.update, []
+    update, calls = Trainer.update, []
 
     def fail(*args: Any, **named: Any) -> Any:
         calls.append(1)
@@ -546,7 +543,7 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
         return update(*args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Models, "update", fail)
+        patch.setattr(Trainer, "update", fail)
         with pytest.raises(UnavailableError, match="out of memory") as refused:
             await service.client.submit_advantages(make_batch(1))
     assert refused.value.retryable
@@ -562,7 +559,7 @@ async def test_training_that_fails_midway_ends_the_process_and_a_restart_trains_
     await eventually(lambda: one.policy.policy_version == 2)
 
 
-async def test_a_stored_answer_waits_until_its_weights_were_offered(serve, replica):
+async def test_stored_answer_waits_until_its_weights_are_pushed(serve, replica):
     """The learner restarts before it could push: whoever asks again samples the version it is told of."""
     one = await replica()
     first = await serve()
@@ -671,7 +668,7 @@ async def test_metrics_count_batches_rollouts_rejections_and_replicas(serve, rep
     assert value("poise_learner_replica_policy_version", {"replica": one.address}) == 2
 
 
-async def test_whoever_asks_again_for_an_export_joins_the_one_in_progress(serve, monkeypatch):
+async def test_repeated_export_request_joins_the_running_one(serve, monkeypatch):
     service = await serve()
     saving, asked = Gate(monkeypatch, Policy, "save"), Gate(monkeypatch, Violations, "folder_name")
     asked.release.set()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from poise.learner.config import LearnerConfig, LossConfig
-from poise.learner.distributed.fsdp import part_of, whole
+from poise.learner.distributed.fsdp import full_tensor, shard_like
 from poise.learner.distributed.process_group import World
 from poise.learner.training.trainer import Trainer
 from poise_client.types import TrainingRollout
@@ -37,27 +37,27 @@ class GradientTrainer(Trainer):
 
     def load(self) -> World:
         world = super().load()
-        self._models.optimizer.clip = self._keep  # type: ignore[method-assign]
+        self.optimizer.clip = self._keep  # type: ignore[method-assign]
         return world
 
     @torch.no_grad()
     def leave_the_reference(self) -> None:
         random = torch.Generator().manual_seed(1)
         for _, parameter in self.policy.trained():
-            here = whole(parameter)
-            parameter.copy_(part_of(parameter, here + 0.02 * torch.randn(here.shape, generator=random)))
+            here = full_tensor(parameter)
+            parameter.copy_(shard_like(parameter, here + 0.02 * torch.randn(here.shape, generator=random)))
 
     def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
-        models, reference, config = self._models, self._models._reference, self._config
-        self._config = models._config = config.model_copy(update={"loss": loss})
-        models._reference = reference if loss.kl_coefficient else None
+        reference, config = self.reference, self._config
+        self._config = config.model_copy(update={"loss": loss})
+        self.reference = reference if loss.kl_coefficient else None
         self.train(rollouts, TEMPERATURE)
-        self._config, models._config, models._reference = config, config, reference
+        self._config, self.reference = config, reference
         return self._gradients
 
     def _keep(self) -> float:
         """Keep what there is; what is not finite changes nothing."""
-        self._gradients = {name: whole(p.grad).clone() for name, p in self.policy.trained()}
+        self._gradients = {name: full_tensor(p.grad).clone() for name, p in self.policy.trained()}
         return math.inf
 
 

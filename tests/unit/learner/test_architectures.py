@@ -300,7 +300,10 @@ def test_entries_of_a_config_that_do_not_matter(changes, tmp_path):
         ({"hidden_act": "nonesuch"}, "cannot be loaded: KeyError: 'nonesuch'"),
         ({"rope_parameters": 7}, "cannot be loaded: .*rope_parameters"),
         ({"dtype": "float99"}, "cannot be loaded: .*float99"),
-        ({"vocab_size": 100}, r"has 2 weights of another shape .* lm_head.weight: \[265, 32\] instead of \[100, 32\]"),
+        (
+            {"vocab_size": 100},
+            r"2 weights whose shape differs .* lm_head.weight: \[265, 32\] instead of \[100, 32\]",
+        ),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "needs Python code from its own folder"),
     ],
 )
@@ -324,7 +327,7 @@ def test_a_model_that_lacks_weights_is_rejected(tmp_path):
     folder = make_architecture(tmp_path, "qwen3", tie_word_embeddings=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.model.save_pretrained(folder)  # without its head
-    with pytest.raises(BackendDown, match=r"lacks 1 of its weights, such as lm_head.weight"):
+    with pytest.raises(BackendDown, match=r"has no values for 1 of its weights, such as lm_head.weight"):
         Policy(settings(folder), World(CPU))
 
 
@@ -338,7 +341,7 @@ def test_a_model_that_lacks_weights_is_rejected(tmp_path):
 )
 def test_adapters_that_cannot_be_merged_are_rejected(name, modules, layer, tmp_path):
     folder = make_architecture(tmp_path, name)
-    with pytest.raises(BackendDown, match=rf"{layer} of model .* is no linear layer"):
+    with pytest.raises(BackendDown, match=rf"{layer} of model .* is not a linear layer"):
         Policy(settings(folder, lora={"target_modules": modules}), World(CPU))
 
 

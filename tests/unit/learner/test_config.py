@@ -12,7 +12,7 @@ def test_a_replica_that_cannot_be_an_address_is_refused(config, target):
         config(replicas=("gen:50051", target))
 
 
-def test_authorities_that_cannot_be_read_are_refused_at_the_start(config, tmp_path):
+def test_unreadable_ca_file_is_rejected_at_the_start(config, tmp_path):
     with pytest.raises(ConfigError, match=r"replica_ca_file: .*ca\.pem cannot be read"):
         build(config(replicas=("gen:50051",), replica_ca_file=tmp_path / "ca.pem"))
     (tmp_path / "ca.pem").write_text("")

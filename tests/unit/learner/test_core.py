@@ -16,10 +16,8 @@ from poise.errors import BackendDown, Conflict, TrainingStopped
 from poise.learner.config import LearnerConfig
 from poise.learner.core import LearnerCore
 from poise.learner.models import policy as policy_module
-from poise.learner.models.model_set import Models
 from poise.learner.storage import checkpoint as checkpoint_module
 from poise.learner.storage.checkpoint import CheckpointStore, StateError, StateMismatchError
-from poise.learner.storage.checkpoint_writer import Checkpointer
 from poise.learner.storage.journal import Journal
 from poise.learner.training.trainer import Trainer
 from poise_client import weights_digest
@@ -82,7 +80,7 @@ def test_every_batch_makes_a_version(start):
     assert core.published.policy_version == 3
 
 
-def test_a_batch_submitted_again_gets_its_stored_answer(start):
+def test_resubmitted_batch_gets_its_stored_answer(start):
     core = start()
     answer, _ = core.submit(make_batch(0))
     core.submit(make_batch(1))
@@ -99,11 +97,11 @@ def test_a_batch_submitted_again_gets_its_stored_answer(start):
     assert again.progress.policy_version == 3
 
 
-def test_a_batch_id_used_for_other_content_is_a_conflict_and_changes_nothing(start):
+def test_reused_batch_id_with_other_content_is_a_conflict(start):
     core = start()
     core.submit(make_batch(0))
     published, progress = core.published, core.progress
-    with pytest.raises(Conflict, match="step-00000000 of run run was trained on with other content"):
+    with pytest.raises(Conflict, match="step-00000000 of run run was already trained on with other content"):
         core.submit(make_batch(0, temperature=0.5))
     assert (core.published, core.progress) == (published, progress)
     other_run = dataclasses.replace(make_batch(1), run_id="other", batch_id="step-00000000")
@@ -117,7 +115,7 @@ def with_versions(batch, *versions):
     )
 
 
-def test_rollouts_are_rejected_by_name_and_the_rest_is_trained_on(start):
+def test_rejected_rollouts_are_named_and_the_rest_trained_on(start):
     core = start(max_staleness=1)
     for step in range(3):
         core.submit(make_batch(step))  # now at version 3
@@ -155,7 +153,7 @@ def test_a_rollout_is_as_old_as_its_oldest_token(start):
     assert {reason for _, reason in answer.rejected} == {"future_version"}
 
 
-def test_a_batch_whose_rollouts_are_all_rejected_leaves_the_version(start):
+def test_fully_rejected_batch_keeps_the_version(start):
     core = start()
     core.submit(make_batch(0))
     published = core.published
@@ -205,7 +203,7 @@ def after(target: type, name: str, calls: int = 1) -> Callable[[pytest.MonkeyPat
 KILLS = {
     "before the journal": at_entry(Journal, "write_batch"),
     "after the journal, before training": after(Journal, "write_batch"),
-    "between two mini-batches": after(Models, "update"),
+    "between two mini-batches": after(Trainer, "update"),
     "after training, before the answer": at_entry(Journal, "write_answer"),
     "after the answer, before the checkpoint": after(Journal, "write_answer"),
     "at the checkpoint's beginning": at_entry(CheckpointStore, "save"),
@@ -216,7 +214,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("point", KILLS)
-def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests, monkeypatch, point):
+def test_a_kill_at_any_point_ends_in_the_same_weights(start, digests, monkeypatch, point):
     core = start(keep_checkpoints=1)
     lineage = core.published.lineage_id
     for step in range(3):
@@ -225,7 +223,7 @@ def test_a_kill_at_any_point_ends_in_the_same_weights_bit_for_bit(start, digests
         KILLS[point](patch)
         with pytest.raises(Killed):
             core.submit(make_batch(3))
-            core._checkpoints.finish()  # what is written beside has died as well
+            core._checkpoints.finish_saving()  # what is written beside has died as well
     again = start(keep_checkpoints=1)
     version = again.published.policy_version
     assert version in ({3} if point == "before the journal" else {4})
@@ -249,29 +247,29 @@ LORA = {"rank": 4, "alpha": 8}
 @pytest.mark.parametrize(
     ("before", "after", "why"),
     [
-        ({"lora": LORA}, {}, r"made with lora: \{'rank': 4.*, and lora is None now"),
-        ({}, {"lora": LORA}, r"made with lora: None, and lora is \{'rank': 4"),
+        ({"lora": LORA}, {}, r"made with lora \{'rank': 4.*, but lora is None now"),
+        ({}, {"lora": LORA}, r"made with lora None, but lora is \{'rank': 4"),
         ({"lora": LORA}, {"lora": {"rank": 8, "alpha": 8}}, "lora is .'rank': 8"),
         ({"lora": LORA}, {"lora": {"rank": 4, "alpha": 16}}, "lora is .*'alpha': 16"),
     ],
 )
-def test_a_state_of_other_adapters_is_refused_by_name_and_left_as_it_was(start, before, after, why):
+def test_state_with_other_adapters_is_rejected_unchanged(start, before, after, why):
     core = start(**before)
     for step in range(2):
         core.submit(make_batch(step))
     core.close()
-    with pytest.raises(StateMismatchError, match=rf"state_dir .* cannot be gone on from.*{why}.*a fresh state_dir"):
+    with pytest.raises(StateMismatchError, match=rf"cannot resume from .* state_dir .*{why}.*a fresh state_dir"):
         start(**after)
     assert start(**before).published.digest == core.published.digest
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": LORA}])
-def test_a_state_of_another_model_is_refused_and_of_the_same_one_elsewhere_is_not(start, model, tmp_path, changes):
+def test_state_of_another_model_is_rejected_but_a_moved_one_not(start, model, tmp_path, changes):
     core = start(**changes)
     for step in range(2):
         core.submit(make_batch(step))
     other = make_tiny_llama(tmp_path / "other", seed=1)
-    with pytest.raises(StateError, match=rf"made from model {model}, and model {other} has other weights"):
+    with pytest.raises(StateError, match=rf"made from model {model}, but model {other} has other weights"):
         start(model=str(other), **changes)
     moved = shutil.copytree(model, tmp_path / "moved")
     again = start(model=str(moved), **changes)
@@ -280,7 +278,7 @@ def test_a_state_of_another_model_is_refused_and_of_the_same_one_elsewhere_is_no
     start(model=str(moved), dtype="bfloat16", **changes)  # the same weights, rounded
 
 
-def test_a_checkpoint_that_does_not_remember_what_it_was_made_of_is_told_by_its_shapes(start, config, monkeypatch):
+def test_checkpoint_without_origin_is_checked_by_its_shapes(start, config, monkeypatch):
     monkeypatch.setattr("poise.learner.core.origin_of", lambda *args: {})
     core = start(lora=LORA)
     for step in range(2):
@@ -289,9 +287,9 @@ def test_a_checkpoint_that_does_not_remember_what_it_was_made_of_is_told_by_its_
     for other, why in (
         (
             {"lora": {"rank": 8, "alpha": 8}},
-            r"lora_A\.default\.weight is \[4, \d+\] in it and \[8, \d+\] now: model or lora",
+            r"lora_A\.default\.weight is \[4, \d+\] in it but \[8, \d+\] now, so model or lora",
         ),
-        ({}, "is (new|not there): model or lora"),
+        ({}, r"(missing|\]) in it but (missing|\[.*\]) now, so model or lora"),
     ):
         with pytest.raises(StateError, match=why):
             start(**other)
@@ -314,7 +312,7 @@ def with_dropout(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_dropout_goes_on_as_if_there_had_been_no_kill(start, config, monkeypatch, checkpointed):
+def test_dropout_continues_after_a_kill_as_without(start, config, monkeypatch, checkpointed):
     """One process at a time: random numbers are the process's own."""
     with_dropout(monkeypatch)
     settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed, "dropout": True}
@@ -334,7 +332,7 @@ def test_dropout_goes_on_as_if_there_had_been_no_kill(start, config, monkeypatch
 @pytest.mark.parametrize(
     "point", ["between two mini-batches", "after the answer, before the checkpoint", "after pruning"]
 )
-def test_a_kill_ends_in_the_same_critic_bit_for_bit(start, tmp_path, monkeypatch, point):
+def test_a_kill_ends_in_the_same_critic(start, tmp_path, monkeypatch, point):
     undisturbed = start(critic=CRITIC, state_dir=tmp_path / "undisturbed")
     for step in range(5):
         undisturbed.submit(rewarded(make_batch(step)))
@@ -345,7 +343,7 @@ def test_a_kill_ends_in_the_same_critic_bit_for_bit(start, tmp_path, monkeypatch
         KILLS[point](patch)
         with pytest.raises(Killed):
             core.submit(rewarded(make_batch(3)))
-            core._checkpoints.finish()
+            core._checkpoints.finish_saving()
     again = start(critic=CRITIC)
     for step in range(3, 5):
         again.submit(rewarded(make_batch(step)))
@@ -360,22 +358,20 @@ def test_a_kill_ends_in_the_same_critic_bit_for_bit(start, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("num_batches", [1, 2])  # before the first checkpoint, and after it
 @pytest.mark.parametrize("had_critic", [True, False])
-def test_a_state_is_not_gone_on_from_with_a_critic_where_there_was_none_nor_the_other_way(
-    start, had_critic, num_batches
-):
+def test_adding_or_removing_the_critic_is_rejected(start, had_critic, num_batches):
     before, after = ({"critic": CRITIC}, {}) if had_critic else ({}, {"critic": CRITIC})
     core = start(**before)
     for step in range(num_batches):
         core.submit(rewarded(make_batch(step)) if had_critic else make_batch(step))
     what = "checkpoint" if num_batches == 2 else "journalled batch step-00000000"
-    now, was, mend = ("without", "with", "set") if had_critic else ("with", "without", "remove")
-    message = f"from {now} a critic: its {what} is of a training {was} one; {mend} `critic` in the learner's settings"
+    now, was, remedy = ("without", "with", "Set") if had_critic else ("with", "without", "Remove")
+    message = f"{now} a critic: its {what} is from training {was} one. {remedy} `critic` in the learner's settings"
     with pytest.raises(StateError, match=message):
         start(**after)
     assert start(**before).published.digest == core.published.digest  # and nothing is lost
 
 
-def test_many_batches_are_trained_on_again_when_the_newest_checkpoint_is_damaged(start, digests):
+def test_damaged_checkpoint_replays_from_the_one_before(start, digests):
     core = start()
     for step in range(5):
         core.submit(make_batch(step))
@@ -389,31 +385,30 @@ def test_many_batches_are_trained_on_again_when_the_newest_checkpoint_is_damaged
     assert again.submit(make_batch(4))[1]
 
 
-def test_without_any_checkpoint_all_is_trained_on_again_from_the_model(start, digests):
+def test_without_a_checkpoint_everything_is_replayed(start, digests):
     core = start(checkpoint_every_steps=100)
     for step in range(3):
         core.submit(make_batch(step))
     assert start(checkpoint_every_steps=100).published.digest == digests[3]
 
 
-def test_what_is_not_needed_any_more_is_dropped_and_nothing_else(start):
+def test_only_superfluous_files_are_deleted(start):
     core = start(keep_checkpoints=2)
     folder = core._config.state_dir
     for step in range(7):
         core.submit(make_batch(step))
-    core._checkpoints.finish()  # which is written beside training
+    core._checkpoints.finish_saving()  # which is written beside training
     assert files(folder, "checkpoint-*") == ["checkpoint-00000004", "checkpoint-00000006"]
     assert files(folder / "journal", "batch-*") == [f"batch-{i:08d}.pb" for i in (4, 5, 6)]
     assert files(folder / "journal", "answer-*") == [f"answer-{i:08d}.json" for i in range(7)]
 
 
-def test_answers_are_forgotten_oldest_first_and_then_their_rollouts_are_duplicates(start, monkeypatch):
+def test_resubmission_after_its_answer_expired_has_duplicates(start, monkeypatch):
     monkeypatch.setattr("poise.learner.core.ANSWERS_KEPT", 2)
-    monkeypatch.setattr("poise.learner.storage.checkpoint_writer.ANSWERS_KEPT", 2)
     core = start()
     for step in range(4):
         core.submit(make_batch(step))
-    core._checkpoints.finish()
+    core._checkpoints.finish_saving()
     assert files(core._config.state_dir / "journal", "answer-*") == ["answer-00000002.json", "answer-00000003.json"]
     for learner in (core, start()):
         assert learner.submit(make_batch(3))[1]
@@ -423,7 +418,7 @@ def test_answers_are_forgotten_oldest_first_and_then_their_rollouts_are_duplicat
         assert answer.policy_version == 4
 
 
-def test_other_weights_after_training_again_go_out_as_a_new_lineage(start, caplog):
+def test_other_weights_after_a_replay_get_a_new_lineage(start, caplog):
     core = start()
     for step in range(3):
         core.submit(make_batch(step))
@@ -432,7 +427,7 @@ def test_other_weights_after_training_again_go_out_as_a_new_lineage(start, caplo
     assert again.published.policy_version == 3
     assert again.published.digest != digest
     assert again.published.lineage_id != lineage
-    assert "training again gave other weights for version 3" in caplog.text
+    assert "replaying gave other weights for version 3" in caplog.text
     # From now on this is the truth.
     settled = start(optimizer={"learning_rate": 2e-3})
     assert settled.published.lineage_id == again.published.lineage_id
@@ -440,7 +435,7 @@ def test_other_weights_after_training_again_go_out_as_a_new_lineage(start, caplo
 
 
 @pytest.mark.parametrize("point", [at_entry(Journal, "write_answer"), at_entry(CheckpointStore, "new_lineage")])
-def test_a_kill_while_other_weights_come_out_still_ends_in_a_new_lineage(start, monkeypatch, point):
+def test_a_kill_during_a_diverging_replay_keeps_the_new_lineage(start, monkeypatch, point):
     core = start()
     core.submit(make_batch(0))
     with monkeypatch.context() as patch:
@@ -451,7 +446,7 @@ def test_a_kill_while_other_weights_come_out_still_ends_in_a_new_lineage(start, 
     assert again.published.lineage_id != core.published.lineage_id
 
 
-def test_a_damaged_answer_after_the_checkpoint_makes_a_new_lineage_and_one_before_is_forgotten(start):
+def test_damaged_answer_after_the_checkpoint_means_new_lineage(start):
     """What was served under the version cannot be told any more."""
     core = start()
     for step in range(3):
@@ -466,7 +461,7 @@ def test_a_damaged_answer_after_the_checkpoint_makes_a_new_lineage_and_one_befor
     assert {reason for _, reason in again.submit(make_batch(0))[0].rejected} == {"duplicate"}
 
 
-def test_a_damaged_batch_after_the_checkpoint_is_named_with_a_way_on(start, digests):
+def test_damaged_batch_is_named_with_a_remedy(start, digests):
     core = start()
     for step in range(3):
         core.submit(make_batch(step))
@@ -474,7 +469,7 @@ def test_a_damaged_batch_after_the_checkpoint_is_named_with_a_way_on(start, dige
     path = folder / "journal" / "batch-00000002.pb"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        StateError, match=r"batch-00000002\.pb is damaged.*delete it, those after it and the file lineage"
+        StateError, match=r"batch-00000002\.pb is damaged.*delete it, all later ones and the file lineage"
     ):
         start()
     path.unlink()
@@ -486,7 +481,7 @@ def test_a_damaged_batch_after_the_checkpoint_is_named_with_a_way_on(start, dige
     assert again.published.digest == digests[3]
 
 
-def test_a_journal_that_cannot_be_written_changes_nothing_and_may_be_tried_again(start, digests, monkeypatch):
+def test_unwritable_journal_changes_nothing_and_can_be_retried(start, digests, monkeypatch):
     core = start()
     core.submit(make_batch(0))
 
@@ -502,7 +497,7 @@ def test_a_journal_that_cannot_be_written_changes_nothing_and_may_be_tried_again
     assert core.published.digest == digests[2]
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, monkeypatch, caplog):
+def test_failed_checkpoint_loses_no_answer(start, digests, monkeypatch, caplog):
     core = start()
     core.submit(make_batch(0))
 
@@ -513,14 +508,12 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_answer(start, digests, mon
         patch.setattr(CheckpointStore, "save", full)
         assert core.submit(make_batch(1))[0].policy_version == 2
         core._checkpoints.close()
-    assert "no checkpoint was taken" in caplog.text
+    assert "the last checkpoint could not be written" in caplog.text
     assert core.checkpoint_version == 0
     assert start().published.digest == digests[2]
 
 
-def test_a_checkpoint_on_a_full_disk_costs_no_answer_and_closing_lets_go_of_everything(
-    start, config, digests, monkeypatch, caplog
-):
+def test_full_disk_loses_no_answer_and_unlocks_the_folder(start, config, digests, monkeypatch, caplog):
     core = start()
     core.submit(make_batch(0))
 
@@ -532,13 +525,13 @@ def test_a_checkpoint_on_a_full_disk_costs_no_answer_and_closing_lets_go_of_ever
         for step in (1, 2, 3):
             assert core.submit(make_batch(step))[0].policy_version == step + 1
         core.close()
-    assert caplog.text.count("no checkpoint was taken") == 2
+    assert caplog.text.count("the last checkpoint could not be written") == 2
     assert start().published.digest == digests[4]  # the folder was free
 
 
-def test_closing_lets_go_of_the_folder_though_what_comes_before_fails(start, config, monkeypatch):
+def test_closing_unlocks_the_folder_despite_errors(start, config, monkeypatch):
     core = start()
-    for owner, name in ((Checkpointer, "close"), (Trainer, "close")):
+    for owner, name in ((CheckpointStore, "finish_saving"), (Trainer, "close")):
         with monkeypatch.context() as patch:
 
             def broken(*args: object) -> None:
@@ -552,8 +545,8 @@ def test_closing_lets_go_of_the_folder_though_what_comes_before_fails(start, con
         other.close()
 
 
-@pytest.mark.parametrize("point", [(Models, "update"), (Journal, "write_answer")])
-def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start, digests, monkeypatch, point):
+@pytest.mark.parametrize("point", [(Trainer, "update"), (Journal, "write_answer")])
+def test_failure_during_training_needs_a_restart(start, digests, monkeypatch, point):
     """Out of memory in the second mini-batch: the policy in memory is no version."""
     core = start()
     core.submit(make_batch(0))
@@ -567,9 +560,7 @@ def test_what_fails_midway_is_not_trusted_any_more_and_mended_by_a_restart(start
 
     with monkeypatch.context() as patch:
         patch.setattr(*point, fail)
-        what = (
-            "cannot be kept: out of memory" if point[0] is Journal else "failed midway: out of memory .failure 1 of 2"
-        )
+        what = "cannot be written: out of memory" if point[0] is Journal else "failed: out of memory .failure 1 of 2"
         with pytest.raises(BackendDown, match=f"step-00000001 {what}"):
             core.submit(make_batch(1))
     assert "out of memory" in core.failure
@@ -597,7 +588,7 @@ def out_of_memory_at(step: int, patch: pytest.MonkeyPatch) -> list[int]:
     return attempts
 
 
-def test_a_batch_that_training_always_fails_on_is_set_aside_and_changes_nothing(start, monkeypatch, caplog):
+def test_batch_that_always_fails_is_quarantined(start, monkeypatch, caplog):
     core = start(keep_checkpoints=1)
     core.submit(make_batch(0))
     attempts = out_of_memory_at(1, monkeypatch)
@@ -619,7 +610,7 @@ def test_a_batch_that_training_always_fails_on_is_set_aside_and_changes_nothing(
     assert again.progress.num_rejected == {"failed": 6}
     kept = again._config.state_dir / "failed" / "batch-00000001.pb"
     assert dump_batch(load_batch(kept.read_bytes())) == dump_batch(make_batch(1))
-    assert "step-00000001 failed 2 times: its rollouts are rejected, and it is kept as" in caplog.text
+    assert "step-00000001 failed 2 times: all its rollouts are rejected; the batch is kept in" in caplog.text
     assert "lower micro_batch_tokens" in caplog.text
 
     # Training goes on as if it had never been, over restarts before and after a checkpoint.
@@ -634,7 +625,7 @@ def test_a_batch_that_training_always_fails_on_is_set_aside_and_changes_nothing(
     assert len(attempts) == 2
 
 
-def test_a_batch_that_failed_once_and_then_not_is_trained_on_like_any_other(start, digests, monkeypatch):
+def test_batch_that_failed_once_is_trained_on(start, digests, monkeypatch):
     core = start()
     core.submit(make_batch(0))
     with monkeypatch.context() as patch:
@@ -646,7 +637,7 @@ def test_a_batch_that_failed_once_and_then_not_is_trained_on_like_any_other(star
     assert not again.submit(make_batch(1))[0].rejected
 
 
-def test_a_batch_that_was_trained_on_is_never_set_aside(start, digests, monkeypatch):
+def test_answered_batch_is_never_quarantined(start, digests, monkeypatch):
     """Its effect was served: settings under which it fails again are to blame, and are named."""
     core = start(checkpoint_every_steps=100)
     for step in range(2):
@@ -654,12 +645,12 @@ def test_a_batch_that_was_trained_on_is_never_set_aside(start, digests, monkeypa
     with monkeypatch.context() as patch:
         out_of_memory_at(1, patch)
         for _ in range(4):
-            with pytest.raises(BackendDown, match="step-00000001 failed midway"):
+            with pytest.raises(BackendDown, match="step-00000001 failed"):
                 start(checkpoint_every_steps=100)
     assert start(checkpoint_every_steps=100).published.digest == digests[2]
 
 
-def test_failures_that_cannot_be_noted_set_nothing_aside(start, digests, monkeypatch):
+def test_unrecorded_failures_quarantine_nothing(start, digests, monkeypatch):
     core = start()
     core.submit(make_batch(0))
 
@@ -669,10 +660,10 @@ def test_failures_that_cannot_be_noted_set_nothing_aside(start, digests, monkeyp
     with monkeypatch.context() as patch:
         out_of_memory_at(1, patch)
         patch.setattr(Journal, "add_failure", full)
-        with pytest.raises(BackendDown, match=r"out of memory; and this cannot be noted: .*No space left"):
+        with pytest.raises(BackendDown, match=r"out of memory; the failure could not be recorded: .*No space left"):
             core.submit(make_batch(1))
         for _ in range(3):
-            with pytest.raises(BackendDown, match="cannot be noted"):
+            with pytest.raises(BackendDown, match="could not be recorded"):
                 start()
     assert start().published.digest == digests[2]
 
@@ -683,7 +674,7 @@ def poisoned(step: int) -> Batch:
     return dataclasses.replace(batch, rollouts=tuple(dataclasses.replace(r, advantage=3e38) for r in batch.rollouts))
 
 
-def test_batches_that_change_nothing_are_kept_and_stop_training_in_the_end(start, caplog):
+def test_nonfinite_batches_are_kept_and_stop_training(start, caplog):
     core = start(max_nonfinite_in_a_row=4, keep_nonfinite=1)
     before = core.published.digest
     for step in range(2):  # of two mini-batches each
@@ -695,7 +686,7 @@ def test_batches_that_change_nothing_are_kept_and_stop_training_in_the_end(start
     assert files(folder, "*") == ["batch-00000001.pb"]
     kept = load_batch((folder / "batch-00000001.pb").read_bytes())
     assert dump_batch(kept) == dump_batch(poisoned(1))
-    assert "batch step-00000001: 2 of its mini-batches changed nothing" in caplog.text
+    assert "batch step-00000001: skipped 2 mini-batches" in caplog.text
 
     for restarted in (core, start(max_nonfinite_in_a_row=4, checkpoint_every_steps=1)):
         with pytest.raises(TrainingStopped, match="last 4 updates were not finite") as stopped:
@@ -705,7 +696,7 @@ def test_batches_that_change_nothing_are_kept_and_stop_training_in_the_end(start
     assert start(max_nonfinite_in_a_row=5).submit(make_batch(2))[0].metrics.num_skipped_updates == 0
 
 
-def test_nothing_is_published_before_all_is_recovered(start, monkeypatch):
+def test_nothing_is_published_before_recovery_ends(start, monkeypatch):
     core = start()
     core.submit(make_batch(0))
     seen = []
@@ -731,7 +722,7 @@ def test_published_versions_never_change(start):
         assert weights_digest(version.weights) == version.digest
 
 
-def test_a_checkpoint_before_the_first_batch_is_one_too(start):
+def test_checkpoint_before_the_first_batch_can_be_restored(start):
     core = start()
     assert core.checkpoint().is_dir()
     again = start()
@@ -745,7 +736,7 @@ def logits(folder: Path) -> np.ndarray:
     return model(ids).logits.detach().numpy()
 
 
-def test_an_export_is_what_transformers_loads(start, model):
+def test_transformers_loads_an_export(start, model):
     core = start()
     core.submit(make_batch(0))
     export = core.export("mine")
@@ -758,7 +749,7 @@ def test_an_export_is_what_transformers_loads(start, model):
     assert (logits(folder) != logits(model)).any()
 
 
-def test_an_export_replaces_one_of_its_name_whole_or_not_at_all(start, monkeypatch, tmp_path):
+def test_export_replaces_an_earlier_one_atomically(start, monkeypatch, tmp_path):
     core = start(export_dir=tmp_path / "exports")
     core.export("mine")
     before = logits(tmp_path / "exports" / "mine")

@@ -22,8 +22,8 @@ from poise.learner.core import LearnerCore
 from poise.learner.distributed.process_group import World
 from poise.learner.models.policy import Policy
 from poise.learner.storage.checkpoint import StateError
-from poise.learner.storage.export_folder import MARK
 from poise.runtime.cli.exit_status import FAILED, WRONG_SETTINGS, exit_status
+from poise.runtime.models.checkpoint_digest import EXPORT_MARK
 from poise.runtime.models.generation_config import load_generation_config
 
 Configure = Callable[..., LearnerConfig]
@@ -72,7 +72,7 @@ INVALID: list[tuple[Any, set[str]]] = [
 
 
 @pytest.mark.parametrize(("settings", "left_out"), INVALID)
-def test_generation_settings_that_cannot_be_saved_are_repaired(
+def test_unsavable_generation_settings_are_repaired(
     own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, settings: Any, left_out: set[str]
 ) -> None:
     (own_model / "generation_config.json").write_text(json.dumps(settings))
@@ -89,7 +89,7 @@ def test_generation_settings_that_cannot_be_saved_are_repaired(
 
 
 @pytest.mark.parametrize("text", ["{not json", "[]", "", "null", "\x00\xff", "[" * 100_000])
-def test_generation_settings_that_cannot_be_read_are_left_out(
+def test_unreadable_generation_settings_are_left_out(
     own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     (own_model / "generation_config.json").write_text(text)
@@ -106,7 +106,7 @@ def test_a_message_of_left_out_settings_is_short(own_model: Path) -> None:
     assert len(repairs) < 1000
 
 
-def test_generation_settings_in_the_models_own_configuration_are_repaired(own_model: Path, recovered: Any) -> None:
+def test_generation_settings_in_config_json_are_repaired(own_model: Path, recovered: Any) -> None:
     path = own_model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.7, "top_p": 0.5}))
     (own_model / "generation_config.json").unlink()
@@ -114,7 +114,7 @@ def test_generation_settings_in_the_models_own_configuration_are_repaired(own_mo
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 0.6, "top_k": 20}, {"max_length": 99}])
-def test_generation_settings_that_are_right_are_exported_as_they_are(
+def test_valid_generation_settings_are_exported_unchanged(
     own_model: Path, recovered: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
 ) -> None:
     (own_model / "generation_config.json").write_text(json.dumps(settings))
@@ -124,7 +124,7 @@ def test_generation_settings_that_are_right_are_exported_as_they_are(
     assert "generation_config" not in caplog.text
 
 
-def test_a_model_on_the_hub_that_is_out_of_reach_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_model_has_no_generation_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load_generation_config("nobody/no-such-model", transformers.GenerationConfig) == (None, "")
 
@@ -172,30 +172,28 @@ def test_what_an_export_would_lack_is_noticed_at_the_start(
     ],
 )
 @pytest.mark.parametrize("written", ["checkpoint.safetensors.torch.save_file", "journal.check_writable"])
-def test_a_state_folder_that_cannot_be_written_is_noticed_at_the_start(
+def test_unwritable_state_dir_fails_the_start(
     config: Configure, monkeypatch: pytest.MonkeyPatch, written: str, number: int, why: str
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, __import__("os").strerror(number), "/state/x")
 
-    monkeypatch.setattr(f"poise.learner.{written}", refuse)
+    monkeypatch.setattr(f"poise.learner.storage.{written}", refuse)
     core = LearnerCore(config())
     with pytest.raises(StateError, match=f"state_dir .* cannot be written: {why}"):
         core.recover()
     core.close()
 
 
-def test_a_disk_without_room_for_checkpoint_and_export_is_noticed_at_the_start(
-    config: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_disk_space_fails_the_start(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poise.learner.storage.capacity.free_bytes", lambda _: 2.1e6)
     core = LearnerCore(config())
-    with pytest.raises(StateError, match=r"export_dir .* has 0.00 GB free, and an export beside the others takes"):
+    with pytest.raises(StateError, match=r"export_dir .* has 0.00 GB free, but .* for an export and the other files"):
         core.recover()
     core.close()
 
 
-def test_a_run_that_resumes_is_not_stopped_for_lack_of_room(
+def test_resumed_run_starts_despite_missing_disk_space(
     config: Configure, recovered: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     core = recovered()
@@ -203,23 +201,21 @@ def test_a_run_that_resumes_is_not_stopped_for_lack_of_room(
     core.close()
     monkeypatch.setattr("poise.learner.storage.capacity.free_bytes", lambda _: 0)
     recovered()
-    assert "GB free, and a checkpoint takes" in caplog.text
+    assert "GB are needed for a checkpoint" in caplog.text
 
 
-def test_a_check_leaves_nothing_and_finds_a_name_that_is_taken(recovered: Any, tmp_path: Path) -> None:
+def test_export_check_leaves_nothing_and_finds_a_taken_name(recovered: Any, tmp_path: Path) -> None:
     core = recovered(export_dir=tmp_path / "exports")
     assert core.check_export("model").path == str(tmp_path / "exports" / "model")
     assert not (tmp_path / "exports").exists()
 
     (tmp_path / "exports" / "model").mkdir(parents=True)
-    with pytest.raises(InvalidRequest, match=f"is there already and is no export, for it holds no {MARK}"):
+    with pytest.raises(InvalidRequest, match=f"already exists and is not an export .it has no {EXPORT_MARK}"):
         core.check_export("model")
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
-def test_an_export_needs_nothing_of_the_models_folder(
-    own_model: Path, recovered: Any, lora: LoraSettings | None
-) -> None:
+def test_export_does_not_need_the_models_folder(own_model: Path, recovered: Any, lora: LoraSettings | None) -> None:
     core = recovered(model=str(own_model), lora=lora)
     shutil.rmtree(own_model)
     export = core.export("model")
@@ -260,7 +256,7 @@ def test_an_export_of_adapters_holds_the_models_buffers(name: str, config: Confi
         (ValueError("a defect in saving"), PoiseError, "version 0 cannot be exported: ValueError: a defect in saving"),
     ],
 )
-def test_an_export_that_fails_says_what_happened_and_leaves_nothing(
+def test_failed_export_has_a_reason_and_leaves_nothing(
     recovered: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -283,15 +279,15 @@ def test_an_export_that_fails_says_what_happened_and_leaves_nothing(
     core.export("model")
 
 
-def test_an_export_that_lost_its_group_restarts_the_learner(recovered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_a_rank_during_an_export_fails_the_learner(recovered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     core = recovered()
 
     def fail(policy: Policy, folder: str) -> None:
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(Policy, "save", fail)
-    monkeypatch.setattr("poise.learner.training.trainer.Trainer.is_one_of_several", True)
-    with pytest.raises(BackendDown, match="a process of the learner's group was lost: Connection closed") as raised:
+    monkeypatch.setattr("poise.learner.training.trainer.Trainer.has_other_ranks", True)
+    with pytest.raises(BackendDown, match="another rank was lost: Connection closed") as raised:
         core.export("model")
     assert "The learner restarts from its checkpoint and journal" in raised.value.remedy
     assert core.failure

@@ -45,26 +45,26 @@ def refuse(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(("number", "said"), REFUSALS)
-def test_a_batch_that_cannot_be_journalled_is_refused_until_it_can(
+def test_batch_is_rejected_while_it_cannot_be_journalled(
     core: LearnerCore, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "write_batch", refuse(number))
-        patched.setattr(Journal, "try_writing", refuse(number))
+        patched.setattr(Journal, "check_writable", refuse(number))
         with pytest.raises(BackendDown, match=f"state_dir .* cannot be written: {said}"):
             core.submit(make_batch(0))
-        core.try_writing()
-        assert said in core.problem
+        core.check_disk()
+        assert said in core.disk_error
 
-    core.try_writing()
-    assert not core.problem
+    core.check_disk()
+    assert not core.disk_error
     assert not core.failure
     answer, duplicate = core.submit(make_batch(0))
     assert (answer.policy_version, duplicate) == (1, False)
 
 
 @pytest.mark.parametrize(("number", "said"), REFUSALS)
-def test_an_answer_waits_for_the_disk(
+def test_answer_waits_until_the_disk_can_be_written(
     core: LearnerCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int, said: str
 ) -> None:
     left, write = [3], Journal.write_answer
@@ -79,22 +79,22 @@ def test_an_answer_waits_for_the_disk(
     answer, _ = core.submit(make_batch(0))
     assert answer.policy_version == 1
     assert not core.failure
-    assert not core.problem
+    assert not core.disk_error
     assert caplog.text.count(said) == 1
     assert core.submit(make_batch(0)) == (answer, True)
 
 
-def test_a_learner_that_leaves_waits_for_no_disk(core: LearnerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_learner_does_not_wait_for_the_disk(core: LearnerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse_and_leave(*_: Any) -> None:
-        threading.Thread(target=core.leave).start()
+        threading.Thread(target=core.stop_waiting).start()
         refuse(errno.ENOSPC)()
 
     monkeypatch.setattr(Journal, "write_answer", refuse_and_leave)
-    with pytest.raises(BackendDown, match=r"the answer to batch .* cannot be kept: .*No space left"):
+    with pytest.raises(BackendDown, match=r"the answer to batch .* cannot be written: .*No space left"):
         core.submit(make_batch(0))
 
 
-def test_a_group_that_is_lost_while_a_checkpoint_begins_restarts_the_learner(
+def test_losing_a_rank_during_a_checkpoint_fails_the_learner(
     config: Callable[..., LearnerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = LearnerCore(config(checkpoint_every_steps=1))
@@ -105,7 +105,7 @@ def test_a_group_that_is_lost_while_a_checkpoint_begins_restarts_the_learner(
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "state", lost)
-        with pytest.raises(BackendDown, match="state to checkpoint cannot be read: RuntimeError: Connection closed"):
+        with pytest.raises(BackendDown, match="state for a checkpoint cannot be read: RuntimeError: Connection closed"):
             core.submit(make_batch(0))
     assert core.failure
     core.close()
@@ -117,6 +117,6 @@ def test_a_group_that_is_lost_while_a_checkpoint_begins_restarts_the_learner(
 
 
 @pytest.mark.parametrize("damaged", ["{}", "[]", "{not json", '{"content": 1}'])
-def test_failures_that_are_damaged_count_as_none(core: LearnerCore, damaged: str, tmp_path: Any) -> None:
+def test_damaged_failure_count_means_zero(core: LearnerCore, damaged: str, tmp_path: Any) -> None:
     (tmp_path / "state" / "journal" / "failures-00000000.json").write_text(damaged)
     assert core.submit(make_batch(0))[0].policy_version == 1

@@ -76,7 +76,7 @@ def test_damaged_ports_are_chosen_anew(tmp_path: Path, content: str) -> None:
     assert again == run_ports(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_shared_dir_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match=r"run\.dir: .*/run cannot be used"):
         load(tmp_path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import BackendDown
-from poise.runtime.network.broadcast_group import Group, Rendezvous, join, piece_sizes
+from poise.runtime.network.broadcast_group import BroadcastGroup, Rendezvous, join, piece_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class GroupReceiver:
     def __init__(self, device: str) -> None:
         self._device = device
         self._rendezvous: Rendezvous | None = None
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         self._is_aborted = False
         self._outcome: str | None = ""
 
@@ -70,7 +70,7 @@ class GroupReceiver:
             self.abort()
             self._outcome = str(error) or type(error).__name__
 
-    def _join(self, payload: GroupPayload) -> Group:
+    def _join(self, payload: GroupPayload) -> BroadcastGroup:
         if self._group is not None and self._rendezvous == payload.rendezvous:
             return self._group
         if self._group is not None:
@@ -81,7 +81,7 @@ class GroupReceiver:
             raise RuntimeError("the push was aborted")
         return group
 
-    def _receive(self, payload: GroupPayload, group: Group) -> None:
+    def _receive(self, payload: GroupPayload, group: BroadcastGroup) -> None:
         import torch
 
         with payload.path.open("wb") as file:

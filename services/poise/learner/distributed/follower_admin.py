@@ -1,6 +1,6 @@
-"""What a host of followers answers on its admin port: that it lives, whether it has loaded, and no metrics of its own.
+"""The admin port of hosts without rank 0: liveness, readiness, and empty metrics.
 
-A kubelet asks every pod of a learner, though only the first process is the service. Knows nothing of training.
+A kubelet probes every pod of a learner, but only rank 0 runs the service's admin app.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _TEXT = "text/plain; charset=utf-8"
 
 
 @contextmanager
-def answering_probes(config: AdminConfig) -> Iterator[threading.Event]:
-    """Answer `/healthz`, `/readyz` and `/metrics` meanwhile, from a thread; set what is yielded to become ready.
+def serve_probes(config: AdminConfig) -> Iterator[threading.Event]:
+    """Serve `/healthz`, `/readyz` and `/metrics` on a thread; the yielded event, once set, means ready.
 
     Raises:
         ConfigError: the port cannot be bound.
@@ -30,7 +30,7 @@ def answering_probes(config: AdminConfig) -> Iterator[threading.Event]:
         server = _Server(config, loaded)
     except OSError as error:
         raise ConfigError(
-            f"admin: cannot listen on {join_address(config.host, config.port)}: {error}; choose another port"
+            f"admin: cannot listen on {join_address(config.host, config.port)}: {error}. Set another admin.port"
         ) from error
     thread = threading.Thread(target=server.serve_forever, name="follower-probes", daemon=True)
     thread.start()
@@ -45,31 +45,31 @@ def answering_probes(config: AdminConfig) -> Iterator[threading.Event]:
 class _Server(ThreadingHTTPServer):
     def __init__(self, config: AdminConfig, loaded: threading.Event) -> None:
         self.loaded = loaded
-        super().__init__((config.host, config.port), _Answer, bind_and_activate=False)
+        super().__init__((config.host, config.port), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listen(config.host, config.port)
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = 10.0
-    """Of a connection that sends nothing, s."""
+    """Timeout of an idle connection, s."""
 
     def do_GET(self) -> None:
-        """Answer one of the three; all else is not here."""
+        """Answer one of the three paths."""
         match self.path:
             case "/healthz":
-                self._say(200, "ok")
+                self._respond(200, "ok")
             case "/readyz" if self.server.loaded.is_set():
-                self._say(200, "ready: follows the first process")
+                self._respond(200, "ready: follows rank 0")
             case "/readyz":
-                self._say(503, "the policy is still loading")
+                self._respond(503, "the policy is still loading")
             case "/metrics":
-                self._say(200, "", CONTENT_TYPE_LATEST)  # the first process counts for all
+                self._respond(200, "", CONTENT_TYPE_LATEST)  # rank 0 has the metrics of all
             case _:
-                self._say(404, "this process follows; the service is the first one")
+                self._respond(404, "not found: this rank is a follower; rank 0 serves the admin app")
 
-    def _say(self, status: int, text: str, content_type: str = _TEXT) -> None:
+    def _respond(self, status: int, text: str, content_type: str = _TEXT) -> None:
         content = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
@@ -78,4 +78,4 @@ class _Answer(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
-        """Say nothing: a kubelet asks every few seconds."""
+        """Log nothing: a kubelet sends requests every few seconds."""

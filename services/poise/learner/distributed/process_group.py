@@ -1,7 +1,7 @@
-"""The process group of a learner: one process, or as many as torchrun started.
+"""The process group of a learner: one process, or the ranks that torchrun started.
 
-With several, each holds a part of every parameter (FSDP2) and computes its share of a batch; what is summed here is
-summed over all. Every collective has a time limit, `rank_timeout_s`, and `rank_health` watches the processes.
+Each rank has a shard of every parameter (FSDP2) and computes its share of a batch. Every collective has a timeout,
+`rank_timeout_s`, and `rank_health` watches the ranks.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from torch.distributed.rendezvous import rendezvous
 from poise.learner.distributed.rank_health import RankHealth
 
 _JOIN_TIMEOUT = timedelta(minutes=1)
-"""How long the processes wait for each other. torchrun starts them once all hosts are there."""
+"""How long ranks wait for each other at the start. torchrun starts them once all hosts have joined."""
 _COMMAND_TIMEOUT = timedelta(hours=1)
-"""How long the others wait for a command. The first process sends one every few seconds unless it writes to disk."""
+"""How long followers wait for a command. Rank 0 sends one every few seconds unless it is writing to disk."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, and of how many."""
+    """This process's rank, and the groups it belongs to."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     control: Any = None
-    """The gloo group for small exchanges on the host; None without torchrun."""
+    """The gloo group for small exchanges in host memory; None without torchrun."""
     commands: Any = None
-    """The gloo group in which the first process sends commands, and the others wait for them; None without torchrun."""
+    """The gloo group in which rank 0 sends commands to the followers; None without torchrun."""
     health: RankHealth | None = None
-    """Watches the other processes; None where there are none."""
+    """Watches the other ranks; None without any."""
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters lie in parts: under torchrun, even with one process, whose part is then all."""
+        """Whether parameters are sharded: always under torchrun, even with one rank, whose shard is then everything."""
         return self.control is not None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over all processes; alone, the tensor itself."""
+        """Return the sum of a tensor over all ranks; with one rank, the tensor itself."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return every process's small tensor, in the host's memory, on the first; nothing on the others."""
+        """Return every rank's small tensor, in host memory, on rank 0; an empty list on the others."""
         if self.size == 1:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
@@ -58,7 +58,7 @@ class World:
         return gathered or []
 
     def scatter(self, values: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """Return this process's of the small tensors that the first has, all of the shape of `like`."""
+        """Return this rank's item of rank 0's small tensors, all shaped like `like`."""
         if self.size == 1:
             return values[0]
         own = torch.empty_like(like)
@@ -67,29 +67,29 @@ class World:
 
 
 def world_size() -> int:
-    """Return how many processes torchrun started; 1 where it did not."""
+    """Return the number of ranks; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Return which of them this one is: the first, 0, speaks gRPC."""
+    """Return this process's rank. Rank 0 serves gRPC."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Return which of its host's processes this one is."""
+    """Return this process's rank on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def join(device: str, timeout_s: float) -> World:
-    """Join the other processes that torchrun's environment names, if any; return once all are there.
+    """Join the other ranks in torchrun's environment, if any; return once all have joined.
 
     Args:
         device: a torch device.
-        timeout_s: limit of every collective, and of the silence of a process.
+        timeout_s: timeout of every collective, and of a rank's heartbeat.
 
     Raises:
-        RankLost: not all came within a minute, or the others already run without this process.
+        RankLost: not all ranks joined within a minute, or the others already run without this one.
     """
     if world_size() == 1 and not dist.is_torchelastic_launched():
         return World(torch.device(device))
@@ -117,6 +117,6 @@ def join(device: str, timeout_s: float) -> World:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Whether every process of a learner with several is alive, so that the loss of one restarts all of them.
+"""Heartbeats between ranks, so that the loss of one restarts all of them.
 
-Each process writes a heartbeat to the store through which they met. The first process watches all the others; the
-others watch the first. A process that fails, or is started again under a running group, writes the reason to the store.
-A process that sees a loss ends itself with status 1. The supervisor (torchrun, a kubelet) then starts all of them
-again, and the first resumes from the checkpoint and the journal.
+Each rank writes a heartbeat to the rendezvous store. Rank 0 watches all others; the others watch rank 0. A rank that
+fails, or that is restarted while the others run, writes the reason to the store. A rank that sees a loss exits with
+status 1. The supervisor (torchrun, a kubelet) then restarts all of them, and rank 0 resumes from checkpoint and
+journal.
 
-Deliberately not here: collectives. They have time limits of their own, see `world`.
+Deliberately not here: collectives. They have timeouts of their own, see `process_group`.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ logger = logging.getLogger(__name__)
 
 _BEAT_EVERY_S = 1.0
 _GRACE_S = 5.0
-"""Time for an orderly end after a loss. The main thread may be stuck in a collective, so then the process exits."""
+"""Time for an orderly exit after a loss. Then the process exits: its main thread may be stuck in a collective."""
 
 _FAILED, _LEAVING = "failed", "leaving"
 _LOADING_TIMEOUT_S = 3600.0
 
 
 class RankLost(BackendDown):
-    """Another process of the learner died, hangs, failed or was restarted: all of them must start again."""
+    """Another rank died, hangs, failed or was restarted: all of them must restart."""
 
     def __init__(self, reason: str, *, in_training: bool = False) -> None:
-        super().__init__(reason, remedy="All processes of the learner restart and resume.", retry_after_s=1.0)
+        super().__init__(reason, remedy="All ranks of the learner restart and resume.", retry_after_s=1.0)
         self.in_training = in_training
-        """Whether training on the current batch raised an exception there; otherwise the batch is not to blame."""
+        """Whether training on the current batch raised an exception there. Otherwise the batch is not the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankEvents:
-    """Callbacks of the first process. All are called from the health thread."""
+    """Callbacks of rank 0. All are called on the health thread."""
 
     lost: Callable[[RankLost], object]
-    """A process is lost; this one is to end with status 1, within a few seconds."""
+    """A rank is lost; exit with status 1 within a few seconds."""
     leaving: Callable[[str], object]
-    """A process was asked to end; this one is to finish its work and end all of them."""
+    """A rank was told to exit; finish the current work and end all ranks."""
     giving_up: Callable[[RankLost], object]
-    """The orderly end did not come: the process exits on return."""
+    """The orderly exit took too long: the process exits when the callback returns."""
 
 
 class RankHealth:
-    """One process's view of the group.
+    """This rank's heartbeat and its watch over other ranks.
 
     Args:
-        store: the store through which the processes met; used from one thread at a time.
-        timeout_s: a process without a heartbeat for so long is lost.
+        store: the rendezvous store; used by one thread at a time.
+        timeout_s: a rank without a heartbeat for this long is lost.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout_s: float) -> None:
@@ -84,25 +84,25 @@ class RankHealth:
         self._has_loss = threading.Event()
 
     def join(self, timeout_s: float) -> None:
-        """Announce this process and wait for all the others; start the heartbeat.
+        """Announce this rank, start its heartbeat and wait for all other ranks.
 
         Raises:
-            RankLost: the others run already without this process, or not all come within `timeout_s`.
+            RankLost: the others already run without this rank, or not all join within `timeout_s`.
         """
         with self._lock:
             is_second = self._store.add(f"joined/{self._rank}", 1) > 1
-            self._store.set(f"place/{self._rank}", _own_place())
+            self._store.set(f"place/{self._rank}", _own_location())
         if is_second:
-            reason = f"process {self._rank} was started again while the others ran"
+            reason = f"rank {self._rank} was restarted while the others ran"
             self.fail(reason)
-            self._wait_for_the_end()
-            raise RankLost(f"{reason}; they end, and all meet anew")
+            self._wait_for_group_to_exit()
+            raise RankLost(f"{reason}; they exit, and all ranks join again")
         self._thread.start()
         self.wait_for_all("met", timeout_s)
         self._watching.set()
 
-    def _wait_for_the_end(self) -> None:
-        """Wait until the running group has ended, and its store with it: else the next start would meet it again."""
+    def _wait_for_group_to_exit(self) -> None:
+        """Wait until the running group and its store are gone: otherwise the next start would join it again."""
         deadline = time.monotonic() + self._timeout_s + 2 * _GRACE_S
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
@@ -111,10 +111,10 @@ class RankHealth:
                 time.sleep(0.2)
 
     def wait_for_all(self, stage: str, timeout_s: float = _LOADING_TIMEOUT_S) -> None:
-        """Wait until every process has reached a stage; slow ones may take as long as their heartbeat goes on.
+        """Wait until every rank has reached a stage. Slow ranks may take long while their heartbeat continues.
 
         Raises:
-            RankLost: one was lost meanwhile, or not all arrive within `timeout_s`.
+            RankLost: one was lost meanwhile, or not all reach it within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -127,53 +127,53 @@ class RankHealth:
             if not missing:
                 return
             if is_stray:
-                raise RankLost(f"process {self._rank} was started for a group that has ended since")
+                raise RankLost(f"rank {self._rank} was started for a group that has already exited")
             if (loss := self._loss or failure) is not None:
                 raise loss
             if time.monotonic() > deadline:
-                raise RankLost(f"processes {_listed(missing)} of {self._size} did not come within {timeout_s:.0f} s")
+                raise RankLost(f"ranks {_listed(missing)} of {self._size} did not join within {timeout_s:.0f} s")
             time.sleep(0.1)
 
     def listen(self, events: RankEvents) -> None:
-        """Call these from now on, for all that happens and what has happened."""
+        """Set the callbacks, also for events that have already happened."""
         self._events = events
 
     def touch(self) -> None:
-        """Show that this process's event loop runs. Once called, a pause of `timeout_s` counts as a loss."""
+        """Report that this process's event loop runs. After the first call, a pause of `timeout_s` counts as a loss."""
         self._touched = time.monotonic()
 
     def fail(self, reason: str, *, in_training: bool = False) -> None:
-        """End all the others, with this process's reason. The first reason counts."""
+        """Tell all other ranks to exit, with a reason. The first reason counts."""
         content = json.dumps({"reason": reason, "in_training": in_training})
-        with contextlib.suppress(RuntimeError), self._lock:  # without a store they notice by themselves
+        with contextlib.suppress(RuntimeError), self._lock:  # without a store they notice on their own
             self._store.compare_set(_FAILED, "", content)
 
     def leave(self) -> None:
-        """Ask the first process to finish its work and to end all."""
+        """Ask rank 0 to finish its work and to end all ranks."""
         with contextlib.suppress(RuntimeError), self._lock:
-            self._store.set(_LEAVING, f"process {self._rank} was asked to end")
+            self._store.set(_LEAVING, f"rank {self._rank} was told to exit")
 
     def explain(self, error: Exception) -> Exception:
-        """Return the loss that an exception of a collective stands for; the exception itself where all are alive."""
+        """Return the loss that caused an exception of a collective, or the exception itself if all ranks are alive."""
         if self._has_loss.wait(2 * _BEAT_EVERY_S):
             return self._loss or error
         try:
-            still = set(range(self._size)) - {self._rank}
-            before = self._beats(still)
+            silent = set(range(self._size)) - {self._rank}
+            before = self._beats(silent)
             deadline = time.monotonic() + 5 * _BEAT_EVERY_S
-            while still and time.monotonic() < deadline and not self._has_loss.wait(_BEAT_EVERY_S / 4):
-                now = self._beats(still)
-                still = {rank for rank in still if now[rank] == before[rank]}
+            while silent and time.monotonic() < deadline and not self._has_loss.wait(_BEAT_EVERY_S / 4):
+                now = self._beats(silent)
+                silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError as unreachable:
-            return RankLost(f"the first node is gone: {unreachable}")
+            return RankLost(f"rank 0's host is unreachable: {unreachable}")
         if self._loss is not None:
             return self._loss
-        return RankLost(f"processes {_listed(sorted(still))} of {self._size} are gone: {error}") if still else error
+        return RankLost(f"ranks {_listed(sorted(silent))} of {self._size} are lost: {error}") if silent else error
 
     def stop(self) -> None:
-        """End the heartbeat before this process ends: at exit, a thread within the store's own code would abort it.
+        """Stop the heartbeat before this process exits: a thread inside the store's code would abort the exit.
 
-        After a loss, that thread uses the store no more. It only waits to end this process, should nothing else do so.
+        After a loss, that thread no longer uses the store. It only waits to exit the process if nothing else does.
         """
         self._stopped.set()
         if self._has_loss.is_set() or threading.current_thread() is self._thread:
@@ -189,12 +189,14 @@ class RankHealth:
         while not self._stopped.wait(_BEAT_EVERY_S):
             beat += 1
             now = time.monotonic()
-            if now - last > self._timeout_s / 2:  # this process stood still: the silence may be its own
+            if now - last > self._timeout_s / 2:  # this process was suspended and may have missed heartbeats
                 seen = dict.fromkeys(watched, now)
                 self._touched = None
             last = now
             if self._touched is not None and now - self._touched > self._timeout_s:
-                self._end(self._reported(f"the event loop of process {self._rank} hangs for {self._timeout_s:.0f} s"))
+                self._end(
+                    self._reported(f"the event loop of rank {self._rank} has been hanging for {self._timeout_s:.0f} s")
+                )
                 return
             try:
                 with self._lock:
@@ -210,22 +212,22 @@ class RankHealth:
                 elif not self._watching.is_set():
                     seen = dict.fromkeys(watched, time.monotonic())
             except RuntimeError as error:
-                loss, leaving = RankLost(f"the store on the first node is gone: {error}"), False
+                loss, leaving = RankLost(f"the rendezvous store on rank 0's host is unreachable: {error}"), False
             if leaving and not self._has_reported_leaving and self._events is not None:
                 self._has_reported_leaving = True
-                self._events.leaving("a process of the learner was asked to end")
+                self._events.leaving("a rank of the learner was told to exit")
             if loss is not None and not self._stopped.is_set():
                 self._end(loss)
                 return
 
     def _is_stray(self) -> bool:
-        """Whether torchrun has announced the first host in this store, but not the one of this process."""
+        """Whether torchrun has announced the first host in this store, but not this process's host."""
         host = os.environ.get("GROUP_RANK", "0")
         first, own = (f"torchelastic/role_info/{each}" for each in ("0", host))
         return self._launcher_store.check([first]) and not self._launcher_store.check([own])
 
     def _beats(self, ranks: Iterable[int]) -> dict[int, bytes]:
-        """Return the last heartbeat of each of these processes; empty before the first."""
+        """Return the last heartbeat of each of these ranks; empty before the first."""
         with self._lock:
             keys = {rank: f"beat/{rank}" for rank in ranks}
             return {
@@ -240,26 +242,24 @@ class RankHealth:
 
     def _lost(self, silent: list[int]) -> RankLost:
         for rank in silent:
-            self._kill_beside(rank)
-        return self._reported(
-            f"processes {_listed(silent)} of {self._size} gave no sign of life for {self._timeout_s:.0f} s"
-        )
+            self._kill_local(rank)
+        return self._reported(f"ranks {_listed(silent)} of {self._size} sent no heartbeat for {self._timeout_s:.0f} s")
 
     def _reported(self, reason: str) -> RankLost:
         self.fail(reason)
         return RankLost(reason)
 
-    def _kill_beside(self, rank: int) -> None:
-        """Kill a stuck process of the same torchrun: a stopped one would hold up its restart."""
+    def _kill_local(self, rank: int) -> None:
+        """Kill a hanging rank of the same torchrun, because a stopped process would block the restart."""
         with contextlib.suppress(RuntimeError, OSError), self._lock:
             host, parent, pid = bytes(self._store.get(f"place/{rank}")).decode().split()
-            if [host, parent] == _own_place().split()[:2] and _parent_of(int(pid)) == os.getppid():
+            if [host, parent] == _own_location().split()[:2] and _parent_of(int(pid)) == os.getppid():
                 os.kill(int(pid), signal.SIGKILL)
 
     def _end(self, loss: RankLost) -> None:
         self._loss = loss
         self._has_loss.set()
-        logger.error("%s: process %d ends, and all start again", loss, self._rank)
+        logger.error("%s: rank %d exits, and all ranks restart", loss, self._rank)
         if self._events is not None:
             self._events.lost(loss)
         time.sleep(_GRACE_S)
@@ -270,7 +270,7 @@ class RankHealth:
         os._exit(1)
 
 
-def _own_place() -> str:
+def _own_location() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     namespace = Path("/proc/self/ns/pid").readlink().name
     return f"{boot}/{namespace} {os.getppid()} {os.getpid()}"

@@ -1,10 +1,10 @@
-"""Attention of packed rollouts: each sees its prompt and itself, and nothing else of the row.
+"""Attention for packed rollouts: a response attends to its prompt and to itself, and to nothing else in the row.
 
-The row is cut into spans of queries. A prompt and its first response attend causally; each further sibling's response
-attends to that prompt and, causally, to itself. On GPUs, in half precision, all spans go through one kernel for
-variable lengths; elsewhere each goes through torch's own attention. Nothing of the size of the row squared is made, and
-no time is spent between strangers. Sliding windows, soft caps of the scores and attention sinks are those of the model;
-soft caps and sinks, which neither kernel has, take plain matrix products span by span. Attention dropout is left out.
+The row is split into spans of queries. A prompt and its first response attend causally; each further sibling's response
+attends to that prompt and, causally, to itself. On GPUs, in half precision, one variable-length kernel computes all
+spans; elsewhere torch's own attention computes one at a time. Nothing of the row's size squared is computed. Sliding
+windows, score soft caps and attention sinks are the model's. Neither kernel supports soft caps or sinks, so these use
+plain matrix products span by span. Attention dropout is not applied.
 
 Shapes: L tokens of the row, K keys of all spans one after the other, S spans, H heads of D.
 """
@@ -22,12 +22,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 PACKED = "poise_packed"
-"""Its name as `attn_implementation`, once registered."""
+"""Its `attn_implementation` name, once registered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Queries [start, end) look at keys [shared_start, shared_end), if any, and then, causally, at their own."""
+    """Queries [start, end) attend to the keys [shared_start, shared_end), if any, and causally to their own."""
 
     start: int
     end: int
@@ -36,69 +36,69 @@ class Span:
 
     @property
     def num_shared(self) -> int:
-        """Keys before its own."""
+        """Number of shared keys."""
         return self.shared_end - self.shared_start
 
     @property
     def num_keys(self) -> int:
-        """Those looked at, its own included."""
+        """Number of keys, its own included."""
         return self.num_shared + self.end - self.start
 
     @property
     def num_attended(self) -> int:
-        """Pairs of a query and a key that it sees."""
+        """Number of pairs of a query and a key it attends to."""
         num_queries = self.end - self.start
         return num_queries * (self.num_keys - num_queries) + num_queries * (num_queries + 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class SpanMasks:
-    """Spans one by one."""
+    """Spans for attention one span at a time."""
 
     spans: tuple[Span, ...]
     masks: tuple[torch.Tensor | None, ...]
-    """[queries, keys], True where one may be seen; None where that is plainly causal."""
+    """[queries, keys], True where attention is allowed; None for a plain causal mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanIndex:
-    """Spans as the kernel for variable lengths takes them."""
+    """Spans for the variable-length kernel."""
 
     spans: tuple[Span, ...]
     keys_K: torch.Tensor
-    """Where in the row the keys lie."""
+    """Positions of the keys in the row."""
     query_ends: torch.Tensor
-    """int32 [S + 1], from 0."""
+    """Cumulative query counts, int32 [S + 1], from 0."""
     key_ends: torch.Tensor
-    """int32 [S + 1], from 0."""
-    most_queries: int
-    most_keys: int
+    """Cumulative key counts, int32 [S + 1], from 0."""
+    max_queries: int
+    max_keys: int
 
 
 Spans = SpanMasks | SpanIndex
 
 
 def register() -> None:
-    """Let transformers load models with `attn_implementation=PACKED`: their decoders then take `attention_spans`."""
+    """Register `PACKED` with transformers. Decoders of models loaded with it take an `attention_spans` argument."""
     transformers.AttentionInterface.register(PACKED, packed_attention)
 
 
 def build_spans(spans: Sequence[Span], device: torch.device, dtype: torch.dtype) -> Spans:
-    """Prepare the spans of a row, in order and without gaps, for models that compute in `dtype` on `device`."""
+    """Prepare a row's spans, in order and without gaps, for models that compute in `dtype` on `device`."""
     if device.type == "cuda" and dtype != torch.float32:
         return build_index(spans, device)
     return SpanMasks(tuple(spans), tuple(_mask(span, device) for span in spans))
 
 
 def build_index(spans: Sequence[Span], device: torch.device) -> SpanIndex:
-    """Tell the kernel for variable lengths which keys each span looks at."""
+    """Prepare spans for the variable-length kernel."""
     return SpanIndex(
         spans=tuple(spans),
         keys_K=torch.cat([keys_of(span) for span in spans]).to(device),
         query_ends=_ends([span.end - span.start for span in spans]).to(device),
         key_ends=_ends([span.num_keys for span in spans]).to(device),
-        most_queries=max(span.end - span.start for span in spans),
-        most_keys=max(span.num_keys for span in spans),
+        max_queries=max(span.end - span.start for span in spans),
+        max_keys=max(span.num_keys for span in spans),
     )
 
 
@@ -121,19 +121,19 @@ def packed_attention(
     Args:
         module: the attention layer; unused.
         query: heads of the queries.
-        key: heads of the keys, fewer where queries share them.
+        key: heads of the keys; fewer with grouped-query attention.
         value: heads of the values.
-        attention_mask: unused, for the spans say what is seen.
-        attention_spans: the row's.
+        attention_mask: unused; the spans replace it.
+        attention_spans: the row's spans.
         scaling: factor of the scores; None is 1 / √D.
-        sliding_window: the last so many tokens are seen, the query's own included; None sees all.
+        sliding_window: number of last tokens attended to, including the query's own; None for all.
         softcap: c of c·tanh(score / c).
         s_aux: scores of the attention sinks, [H].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_plain = softcap is None and s_aux is None
     if is_plain and isinstance(attention_spans, SpanIndex):
-        return _attend_at_once(query, key, value, scaling, sliding_window, attention_spans), None
+        return _attend_varlen(query, key, value, scaling, sliding_window, attention_spans), None
     attend = (
         partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
         if is_plain
@@ -142,7 +142,7 @@ def packed_attention(
     return _attend_by_span(query, key, value, sliding_window, attention_spans, attend), None
 
 
-def _attend_at_once(
+def _attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -150,7 +150,7 @@ def _attend_at_once(
     sliding_window: int | None,
     spans: SpanIndex,
 ) -> torch.Tensor:
-    # Autocast does not know this kernel, and norms of queries and keys give float32.
+    # Autocast does not cover this kernel, and query and key norms return float32.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     query_LHD, key_LHD, value_LHD = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     states_LHD = varlen_attn(
@@ -159,10 +159,10 @@ def _attend_at_once(
         value_LHD[spans.keys_K],
         spans.query_ends,
         spans.key_ends,
-        spans.most_queries,
-        spans.most_keys,
+        spans.max_queries,
+        spans.max_keys,
         scale=scaling,
-        # Causal and aligned at the ends: what is shared comes before the first query.
+        # Causal, aligned at the ends: shared keys come before the first query.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=True,
     )
@@ -216,12 +216,12 @@ def _attend_plainly(
 
 
 def keys_of(span: Span) -> torch.Tensor:
-    """Return where in the row the keys of a span lie, in order of their positions."""
+    """Return the row positions of a span's keys, in order."""
     return torch.cat((torch.arange(span.shared_start, span.shared_end), torch.arange(span.start, span.end)))
 
 
 def _masks(spans: Spans, sliding_window: int | None, device: torch.device) -> tuple[torch.Tensor | None, ...]:
-    """Return each span's mask; those of a row are made once where no window cuts them."""
+    """Return each span's mask; without a sliding window, the row's prepared ones."""
     if sliding_window is None and isinstance(spans, SpanMasks):
         return spans.masks
     return tuple(_mask(span, device, sliding_window) for span in spans.spans)

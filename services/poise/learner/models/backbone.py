@@ -1,4 +1,6 @@
-"""The model that training starts from, and its states of a packed row: common to policy, reference and critic.
+"""Loads the model that training starts from, and computes its hidden states for a packed row.
+
+Policy, reference and critic share this.
 
 Shapes: L tokens of the row, N response tokens of it, B sequences of up to T tokens, d the model's width.
 """
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(config: LearnerConfig) -> Any:
-    """Load the model that training starts from, in float32 and in evaluation mode. Raises `Unusable`."""
+    """Load the model in float32 and evaluation mode. Raises `Unusable`."""
     attention.register()
     generation_config, repairs = load_generation_config(config.model, transformers.GenerationConfig)
     if repairs:
@@ -44,26 +46,26 @@ def load_model(config: LearnerConfig) -> Any:
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # architectures fail in ways of their own
+    except Exception as error:  # architectures raise errors of many kinds
         raise _unusable(config.model, error) from error
     named = f"model {config.model} ({type(model).__name__})"
     if missing := sorted(about["missing_keys"]):
         raise Unusable(
-            f"{named} lacks {len(missing)} of its weights, such as {missing[0]}: they would start from random numbers",
-            remedy="Take a complete causal language model.",
+            f"{named} has no values for {len(missing)} of its weights, such as {missing[0]}",
+            remedy="Use a complete causal language model: missing weights would start from random numbers.",
         )
     if mismatched := sorted(about["mismatched_keys"]):
         name, found, required = mismatched[0]
         raise Unusable(
-            f"{named} has {len(mismatched)} weights of another shape than its config.json requires, such as {name}: "
+            f"{named} has {len(mismatched)} weights whose shape differs from config.json, such as {name}: "
             f"{list(found)} instead of {list(required)}",
-            remedy="Take the config.json that belongs to these weights.",
+            remedy="Use the config.json that belongs to these weights.",
         )
     return model.eval()
 
 
 def load_config(model: str) -> Any:
-    """Load a model's config.json, without entries that change what `forward` returns or which kernels it needs.
+    """Load a model's config.json, without entries that change what `forward` returns or which kernels it uses.
 
     Raises:
         Unusable: transformers cannot load it.
@@ -73,7 +75,7 @@ def load_config(model: str) -> Any:
         config._attn_implementation = None
         for part in (config, config.get_text_config()):
             part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
-    except Exception as error:  # architectures fail in ways of their own
+    except Exception as error:  # architectures raise errors of many kinds
         raise _unusable(model, error) from error
     return config
 
@@ -81,7 +83,7 @@ def load_config(model: str) -> Any:
 def _unusable(model: str, error: Exception) -> Unusable:
     if "trust_remote_code" in str(error):
         return Unusable(
-            f"model {model} needs Python code from its own folder, which is never run",
+            f"model {model} needs Python code from its own folder, which POISE never runs",
             remedy="Choose a model whose architecture is part of transformers.",
         )
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
@@ -89,32 +91,32 @@ def _unusable(model: str, error: Exception) -> Unusable:
 
 
 def recompute_layers(model: Any) -> None:
-    """Save only the inputs of the decoder's layers for the backward pass, which recomputes the rest.
+    """Save only layer inputs; recompute activations in the backward pass.
 
     Raises:
         ValueError: the model has no list of layers.
     """
     for layer in decoder_layers(model):
-        # The models' own switch works in training mode only, where dropout would be active too.
+        # The models' own switch needs training mode, which would also activate dropout.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def predictor_states(decoder: Any, row: PackedRow, dtype: torch.dtype, *, packed: bool) -> torch.Tensor:
-    """Return the states before each response token of a row, [N, d]: those that predict it. Computed in `dtype`.
+    """Return the hidden states that predict each response token of a row, [N, d], computed in `dtype`.
 
     Args:
         decoder: the model without its head.
         row: the row.
         dtype: element type of matrix products.
-        packed: compute the whole row in one pass, with the attention of `poise.learner.models.attention`; else one
-            pass for each sequence, as the model computes it without packing.
+        packed: compute the whole row in one sequence, with the attention of `poise.learner.models.attention`; otherwise
+            compute each sequence without packing.
     """
     with torch.autocast(row.token_ids_1L.device.type, dtype, enabled=dtype != torch.float32):
-        states_Ld = _states_at_once(decoder, row) if packed else _states_by_sequence(decoder, row)
+        states_Ld = _packed_states(decoder, row) if packed else _padded_states(decoder, row)
     return states_Ld.index_select(0, row.predictors_N)
 
 
-def _states_at_once(decoder: Any, row: PackedRow) -> torch.Tensor:
+def _packed_states(decoder: Any, row: PackedRow) -> torch.Tensor:
     states_1Ld: torch.Tensor = decoder(
         input_ids=row.token_ids_1L,
         position_ids=row.positions_1L,
@@ -124,14 +126,14 @@ def _states_at_once(decoder: Any, row: PackedRow) -> torch.Tensor:
     return states_1Ld[0]
 
 
-def _states_by_sequence(decoder: Any, row: PackedRow) -> torch.Tensor:
-    """Return the states in the order of the row: of what siblings share, those of the first of them.
+def _padded_states(decoder: Any, row: PackedRow) -> torch.Tensor:
+    """Return the states in the order of the row; a prompt's are those computed with its first sibling.
 
-    The decoder runs once a row: under FSDP, every process must run it equally often.
+    The decoder runs once a row, because FSDP requires the same number of runs on every rank.
     """
     spans = row.spans.spans
     sequences = [row.token_ids_1L[0, keys_of(span).to(row.token_ids_1L.device)] for span in spans]
-    # A causal model's states do not depend on what follows, so padding on the right needs no mask.
+    # A causal model's states do not depend on later tokens, so padding on the right needs no mask.
     states_BTd = decoder(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False).last_hidden_state
     own = [
         states_Td[span.num_shared : span.num_keys] for span, states_Td in zip(spans, states_BTd.unbind(), strict=True)

@@ -1,4 +1,4 @@
-"""Differences of engines, learner and adapters from a model's own forward, for `poise models check`.
+"""Compares engines, learner and adapters with a model's own forward, for `poise models check`.
 
 Shapes: N response tokens.
 """
@@ -14,50 +14,50 @@ import torch
 
 from poise.errors import BackendDown
 from poise.learner.config import LearnerConfig, LoraSettings
-from poise.learner.distributed.fsdp import whole
+from poise.learner.distributed.fsdp import full_tensor
 from poise.learner.distributed.process_group import World
-from poise.learner.models import lora as adapters
 from poise.learner.models.backbone import load_config, load_model
 from poise.learner.models.forward_check import (
     LARGEST_NATS,
     MEAN_NATS,
     MEAN_NATS_BFLOAT16,
     Difference,
-    own_logprobs,
     probe_groups,
+    reference_logprobs,
     use_attention,
 )
+from poise.learner.models.lora import merged as merged_parameters
 from poise.learner.models.policy import Policy
 from poise.learner.training.packing import PromptGroup, build_row, group_by_prompt
 from poise_client.types import TrainingRollout
 
 _ADAPTER_STD = 0.02
-"""Of the adapters' elements while they are compared: fresh ones change nothing."""
+"""Standard deviation of the adapters' elements while they are compared. New adapters are zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of a part with the model's own forward, in float32, on the same tokens."""
+    """The difference of a part from the model's own forward in float32, on the same tokens."""
 
     part: str
     """"engine torch", "engine vllm", "learner" or "adapters"."""
     dtype: str
-    """What the part computes in."""
+    """The part's element type."""
     difference: Difference | None = None
-    """None where the part fails."""
+    """None if the part fails."""
     detail: str = ""
-    """How the part computes, or why it fails."""
+    """The part's forward mode, or why it fails."""
     is_needed: bool = True
-    """Whether a training with these settings uses the part."""
+    """Whether training with these settings uses the part."""
 
     @property
     def allowed_nats(self) -> tuple[float | None, float]:
-        """Largest and mean difference allowed; None bounds no single token."""
+        """Allowed largest and mean difference; no limit for single tokens if None."""
         return (LARGEST_NATS, MEAN_NATS) if self.dtype == "float32" else (None, MEAN_NATS_BFLOAT16)
 
     @property
     def is_right(self) -> bool:
-        """Whether rounding explains the difference."""
+        """Whether the difference is within the allowed limits."""
         if self.difference is None:
             return False
         largest, mean = self.allowed_nats
@@ -66,7 +66,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class EngineSample:
-    """What an engine sampled; nothing, with a reason, where it cannot."""
+    """Rollouts that an engine sampled, or why it could not."""
 
     engine: str
     rollouts: Sequence[TrainingRollout] = ()
@@ -74,18 +74,18 @@ class EngineSample:
 
 
 def checkpoint_dtype(model: str) -> str:
-    """Return the element type that a model's config declares, float32 where it declares none.
+    """Return the element type that a model's config declares; float32 if it declares none.
 
     Raises:
-        Unusable: it has no config that transformers can load.
+        Unusable: transformers cannot load its config.
     """
     return str(load_config(model).get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
 def compare(config: LearnerConfig, samples: Sequence[EngineSample], engine_dtype: str) -> list[Comparison]:
-    """Compare engines, learner and adapters with the model's own forward, on what the engines sampled.
+    """Compare engines, learner and adapters with the model's own forward, on rollouts that the engines sampled.
 
-    Learner and adapters are compared on the first sample, or on random tokens where no engine samples.
+    Learner and adapters are compared on the first engine's rollouts, or on random tokens if no engine has any.
 
     Raises:
         BackendDown: the model cannot be loaded.
@@ -117,14 +117,13 @@ def _learner(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -
             policy.save_without_parameters(folder)
     except BackendDown as error:
         return Comparison("learner", config.dtype, detail=_reason(error))
-    except Exception as error:  # architectures and tokenizers fail in ways of their own
-        why = f"its export fails: {type(error).__name__}: {error}"
-        return Comparison("learner", config.dtype, detail=why)
+    except Exception as error:  # architectures and tokenizers raise errors of many kinds
+        return Comparison("learner", config.dtype, detail=f"its export fails: {type(error).__name__}: {error}")
     return Comparison("learner", config.dtype, difference, str(policy.logprobs.mode))
 
 
 def _adapters(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -> Comparison:
-    """Compare adapters inside the learner with the model that they are merged into, as replicas get it."""
+    """Compare adapters in the learner with the model they are merged into, as replicas get it."""
     lora, is_needed = config.lora or LoraSettings(), config.lora is not None
     try:
         policy = _policy(config, lora)
@@ -132,7 +131,7 @@ def _adapters(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) 
         with torch.no_grad():
             for _, parameter in policy.trained():
                 parameter.normal_(0, _ADAPTER_STD, generator=random)
-            merged = dict(adapters.merged(policy.model, whole))
+            merged = dict(merged_parameters(policy.model, full_tensor))
             for name, parameter in model.named_parameters():
                 parameter.copy_(merged[name])
         difference = Difference.between(_logprobs(policy, config, groups), _own(model, groups))
@@ -152,7 +151,7 @@ def _reason(error: BackendDown) -> str:
 @torch.no_grad()
 def _own(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
     use_attention(model, "eager")
-    return own_logprobs(model, groups)
+    return reference_logprobs(model, groups)
 
 
 @torch.no_grad()

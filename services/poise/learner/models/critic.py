@@ -1,8 +1,8 @@
-"""The critic: a model like the policy that values the state before each token, and what the policy learns from it.
+"""The critic: a model like the policy that predicts the value of the state before each token.
 
-Owns its parameters and their optimizer. It is loaded from the policy's model, without the head over the vocabulary and
-with one of a single value, 0 at first. Parameters are float32 whatever it computes in. With several processes all of
-them must make the same calls.
+It is the policy's model with a head of one value, initialised to 0, in place of the head over the vocabulary. It is
+trained beside the policy with an optimizer of its own. Parameters are float32 whatever `dtype` is. Every rank must make
+the same calls.
 
 Shapes: N response tokens of a packed row; d the model's width.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from poise.learner.distributed.process_group import World
 from poise.learner.models.backbone import load_model, predictor_states
 from poise.learner.models.forward_check import checked_forward
 from poise.learner.training.flops import ModelSize, model_size
-from poise.learner.training.gradients import Before, Lesson
+from poise.learner.training.gradients import CriticTargets, PreviousOutputs
 from poise.learner.training.losses import value_losses
 from poise.learner.training.minibatch import MiniBatch
 from poise.learner.training.optimizer import Optimizer
@@ -34,7 +33,7 @@ from poise.runtime.models.decoder import decoder_layers, decoder_of
 
 
 class ValueModel(torch.nn.Module):
-    """Values of a packed row: one module, so that all parameters are at hand while it runs."""
+    """Decoder and value head as one module, which FSDP needs to gather parameters for the whole forward pass."""
 
     def __init__(self, decoder: Any, width: int, dtype: torch.dtype, *, packed: bool) -> None:
         super().__init__()
@@ -52,20 +51,11 @@ class ValueModel(torch.nn.Module):
         return values_N
 
 
-@dataclass(frozen=True, slots=True)
-class _Estimate:
-    """What comes of a row's values, [N] each."""
-
-    advantages_N: Doubles
-    returns_N: Doubles
-    values_N: Doubles
-
-
 class Critic:
-    """The model that is trained to value."""
+    """The value model and its optimizer."""
 
     def __init__(self, config: LearnerConfig, settings: CriticConfig, world: World) -> None:
-        """Load it.
+        """Load the model.
 
         Raises:
             Unusable: it cannot be loaded, or cannot be trained.
@@ -73,13 +63,13 @@ class Critic:
         self._settings = settings
         self._world = world
         model = load_model(config).to(world.device)
-        mode = checked_forward(model, config).mode  # of its decoder too: its head reads the same states
+        mode = checked_forward(model, config).mode  # it holds for the decoder, whose states both heads read
         size = model_size(model)
         self.size: ModelSize | None = None if size is None else dataclasses.replace(size, head_flops=0)
-        """What its arithmetic depends on; the head's is next to nothing."""
+        """FLOPs without the head, which takes almost none."""
         width, dtype = model.get_output_embeddings().weight.shape[1], getattr(torch, config.dtype)
         self.values = ValueModel(decoder_of(model), width, dtype, packed=mode.packed)
-        """Of a packed row: the forward pass."""
+        """The forward pass of a packed row."""
         self.values.to(world.device).train(config.dropout)
         if world.is_sharded:
             shard(self.values, decoder_layers(model), world)
@@ -87,48 +77,51 @@ class Critic:
         self.optimizer = Optimizer(self.values.named_parameters(), config.optimizer.model_copy(update=own), world)
 
     @torch.no_grad()
-    def teach(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[list[Lesson]], float]:
-        """Value all tokens of a step before its first update; return a lesson for each row, and the explained variance.
+    def targets(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[list[CriticTargets]], float]:
+        """Return each row's targets from before the step, and the explained variance of the returns.
 
-        Where advantages are whitened, they are over the tokens of all mini-batches and processes.
+        Advantages are whitened over the tokens of all mini-batches and ranks, if `whiten_advantages` is set.
         """
-        estimates = [[self._estimate(row) for row in each.rows] for each in mini_batches]
-        own = [one for each, made in zip(mini_batches, estimates, strict=True) for one in each.own(made)]
-        mean, variance = self._moments([one.advantages_N for one in own])
-        _, of_returns = self._moments([one.returns_N for one in own])
-        _, of_residuals = self._moments([one.returns_N - one.values_N for one in own])
+        estimates = [[self._estimate(row) for row in mini_batch.rows] for mini_batch in mini_batches]
+        own = [
+            each
+            for mini_batch, rows in zip(mini_batches, estimates, strict=True)
+            for each in mini_batch.without_padding(rows)
+        ]
+        mean, variance = self._moments([advantages_N for advantages_N, _, _ in own])
+        _, return_variance = self._moments([returns_N for _, _, returns_N in own])
+        _, residual_variance = self._moments([returns_N - values_N for _, values_N, returns_N in own])
         whiten = self._settings.whiten_advantages
 
-        def lesson(estimate: _Estimate) -> Lesson:
-            advantages_N = estimate.advantages_N
-            return Lesson(
-                self._tensor(whitened(advantages_N, mean, variance) if whiten else advantages_N),
-                self._tensor(estimate.values_N),
-                self._tensor(estimate.returns_N),
-            )
+        def targets(advantages_N: Doubles, values_N: Doubles, returns_N: Doubles) -> CriticTargets:
+            advantages_N = whitened(advantages_N, mean, variance) if whiten else advantages_N
+            return CriticTargets(*map(self._tensor, (advantages_N, values_N, returns_N)))
 
-        lessons = [[lesson(estimate) for estimate in made] for made in estimates]
-        return lessons, explained_variance(of_residuals, of_returns)
+        of_rows = [[targets(*each) for each in rows] for rows in estimates]
+        return of_rows, explained_variance(residual_variance, return_variance)
 
-    def accumulate(self, mini_batch: MiniBatch, before: Sequence[Before]) -> float:
-        """Make the gradient of a mini-batch's mean loss over response tokens; return the sum over this process's."""
+    def backward(self, mini_batch: MiniBatch, previous: Sequence[PreviousOutputs]) -> float:
+        """Compute the gradient of the mean loss over response tokens; return the sum over this rank's tokens."""
         losses = []
-        for row, known, counts in zip(mini_batch.rows, before, mini_batch.counts, strict=True):
-            lesson = known.lesson
-            assert lesson is not None  # noqa: S101 (taught)
-            loss = value_losses(self.values(row), lesson.values_N, lesson.returns_N, self._settings.value_clip).sum()
+        for row, outputs, counts in zip(mini_batch.rows, previous, mini_batch.counts, strict=True):
+            targets = outputs.critic
+            assert targets is not None  # noqa: S101 (computed before the step)
+            loss = value_losses(self.values(row), targets.values_N, targets.returns_N, self._settings.value_clip).sum()
             (loss / (mini_batch.num_targets if counts else math.inf)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        return sum(map(float, mini_batch.own(losses)))
+        return sum(map(float, mini_batch.without_padding(losses)))
 
-    def _estimate(self, row: PackedRow) -> _Estimate:
+    def _estimate(self, row: PackedRow) -> tuple[Doubles, Doubles, Doubles]:
+        """Return advantages, values and returns of a row's tokens, [N] each."""
         values_N, rewards_R = (tensor.cpu().numpy().astype(np.float64) for tensor in (self.values(row), row.rewards_R))
-        settings = self._settings
-        estimates = gae(values_N, rewards_R, row.lengths_R.cpu().numpy(), settings.discount, settings.gae_lambda)
-        return _Estimate(*estimates, values_N)
+        lengths_R = row.lengths_R.cpu().numpy()
+        advantages_N, returns_N = gae(
+            values_N, rewards_R, lengths_R, self._settings.discount, self._settings.gae_lambda
+        )
+        return advantages_N, values_N, returns_N
 
     def _moments(self, arrays: Sequence[Doubles]) -> tuple[float, float]:
-        """Return mean and variance over the tokens of all processes."""
+        """Return mean and variance over the tokens of all ranks."""
         own = np.concatenate([*arrays, np.zeros(0)])
         count, total = self._sum([own.size, own.sum()])
         mean = total / count

@@ -1,6 +1,6 @@
-"""The forward pass of a training: from a packed row to the log-probabilities of its response tokens.
+"""The forward pass: from a packed row to the log-probabilities of its response tokens.
 
-There are several ways, for architectures differ in what they allow; `forward_check` chooses the one for a model.
+Architectures differ in what they support, so there are several modes; `forward_check` chooses one for a model.
 
 Shapes: N response tokens of a packed row.
 """
@@ -14,7 +14,7 @@ import torch
 
 from poise.learner.models.attention import PACKED
 from poise.learner.models.backbone import predictor_states
-from poise.learner.models.lm_head import own_logprobs
+from poise.learner.models.lm_head import head_logprobs
 from poise.learner.training.logprobs import token_logprobs
 from poise.learner.training.packing import PackedRow
 from poise.runtime.models.decoder import decoder_of
@@ -25,13 +25,13 @@ class ForwardMode:
     """How the learner computes a model's log-probabilities."""
 
     attention: str
-    """transformers' `attn_implementation`; `PACKED` computes siblings in one row."""
+    """`attn_implementation` of transformers; `PACKED` computes siblings in one row."""
     own_head: bool
-    """Compute logits by the model's own code; else as W·h + b, in chunks with a gradient in closed form."""
+    """Compute logits with the model's own code; otherwise as W·h + b, in chunks, with a closed-form gradient."""
 
     @property
     def packed(self) -> bool:
-        """Whether siblings share the computation of their prompt."""
+        """Whether a prompt is computed once for all siblings."""
         return self.attention == PACKED
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class ForwardMode:
 
 
 class PackedForward(torch.nn.Module):
-    """A model's log-probabilities of a packed row: one module, so that all parameters are at hand while it runs."""
+    """Decoder and head as one module, which FSDP needs to gather parameters for the whole forward pass."""
 
     def __init__(self, model: Any, mode: ForwardMode, dtype: torch.dtype, chunk_tokens: int) -> None:
         super().__init__()
@@ -54,6 +54,6 @@ class PackedForward(torch.nn.Module):
         """Return log-probabilities and entropies of a row's targets, [N] each."""
         states_Nd = predictor_states(decoder_of(self.model), row, self.dtype, packed=self.mode.packed)
         if self.mode.own_head:
-            return own_logprobs(self.model, states_Nd, row.targets_N, temperature, self._chunk_tokens, self.dtype)
+            return head_logprobs(self.model, states_Nd, row.targets_N, temperature, self._chunk_tokens, self.dtype)
         head = self.model.get_output_embeddings()
         return token_logprobs(states_Nd, head, row.targets_N, temperature, self._chunk_tokens, self.dtype)

@@ -1,8 +1,7 @@
-"""Does the learner compute a model's own log-probabilities? Measured at load, on the model that is trained.
+"""Checks at load that the learner's forward pass gives the model's own log-probabilities.
 
-The oracle is the model's own `forward`, one sequence at a time, with attention written out ("eager"). The learner has
-faster ways, and not every architecture allows each: `checked_forward` takes the fastest whose log-probabilities and
-gradient are the model's own.
+The reference is the model's own `forward`, one sequence at a time, with "eager" attention. `checked_forward` returns
+the fastest mode whose log-probabilities and gradient agree with it on a probe batch.
 
 Shapes: N response tokens of the probe batch, V vocabulary, d the model's width.
 """
@@ -33,36 +32,36 @@ from poise_client.types import RolloutId, TrainingRollout, VersionSpan
 logger = logging.getLogger(__name__)
 
 LARGEST_NATS, MEAN_NATS = 2e-3, 2e-4
-"""Differences allowed in float32, where other orders of summation make about 1e-5."""
+"""Allowed largest and mean difference in float32. Another order of summation causes about 1e-5."""
 MEAN_NATS_BFLOAT16 = 0.1
-"""Mean difference allowed in bfloat16, where other kernels make about 1e-2."""
+"""Allowed mean difference in bfloat16. Other kernels cause about 1e-2."""
 GRADIENT_SHARE = 1e-2
-"""Norm of the difference of the gradients allowed, as a share of the gradient's own."""
+"""Allowed norm of the difference between gradients, as a share of the gradient's norm."""
 
 _GROUPS = ((5, (3, 7)), (12, (1, 9, 4)), (1, (6,)), (40, (20, 24)))
-"""Prompt tokens of each group, and response tokens of its siblings."""
+"""Prompt length of each group, and response lengths of its siblings."""
 _LOOK_BACK = ("sliding_window", "attention_chunk_size", "index_topk")
-"""Attributes that bound how far a layer looks back."""
+"""Attributes that limit how far back a layer attends."""
 _SHORT_LOOK_BACK = 16
-"""Their value during the check, so that its sequences reach beyond."""
+"""Their value during the check, so that the probe's sequences exceed it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of two computations of the same tokens' log-probabilities, in nats."""
+    """The difference between two computations of the same tokens' log-probabilities, in nats."""
 
     largest: float
     mean: float
 
     @classmethod
     def between(cls, one_N: torch.Tensor, other_N: torch.Tensor) -> Difference:
-        """Measure it; infinite where either holds what is not finite."""
+        """Measure it; infinite if either has values that are not finite."""
         differences_N = (one_N.detach().double() - other_N.detach().double()).abs().nan_to_num(torch.inf)
         return cls(float(differences_N.max()), float(differences_N.mean()))
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the order of summation in float32 explains it."""
+        """Whether it is within float32 rounding."""
         return self.largest <= LARGEST_NATS and self.mean <= MEAN_NATS
 
     def __str__(self) -> str:
@@ -71,18 +70,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Of one way to compute a model."""
+    """Why a mode cannot be used."""
 
-    why: str
+    reason: str
     nats: float = math.inf
-    """Largest difference from the model's own log-probabilities."""
+    """The largest difference from the model's own log-probabilities."""
 
 
 def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
-    """Return the learner's forward pass of a model that is loaded whole and in evaluation mode; sets the model up.
+    """Set up a model for training and return its forward pass. The model is not sharded yet and in evaluation mode.
 
     Raises:
-        Unusable: no way to compute it gives the model's own log-probabilities.
+        Unusable: no mode gives the model's own log-probabilities.
     """
     named = f"model {config.model} ({type(model).__name__})"
     _check_parameters(model, named)
@@ -97,7 +96,7 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
                 raise Unusable(f"gradient_checkpointing: {named} cannot recompute its layers: {error}") from error
         for attention in dict.fromkeys((PACKED, native, "eager")):
             if not use_attention(model, attention):
-                failures.append(_Failure(f"{attention} attention: the architecture does not allow it"))
+                failures.append(_Failure(f"{attention} attention: the architecture does not support it"))
                 continue
             for own_head in (False, True):
                 mode = ForwardMode(attention, own_head)
@@ -106,12 +105,12 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
                     continue
                 if not mode.packed:
                     logger.warning(
-                        "%s: the learner computes %s, which is slower. Reason: %s", named, mode, failures[0].why
+                        "%s: the learner computes %s, which is slower. Reason: %s", named, mode, failures[0].reason
                     )
                 return check.forward(mode, check.dtype)
     raise Unusable(
         f"{named} cannot be trained: the learner's log-probabilities are not those of the model's own forward. "
-        f"The closest of {len(failures)} ways: {min(failures, key=lambda each: each.nats).why}. Allowed: "
+        f"The closest of {len(failures)} modes: {min(failures, key=lambda each: each.nats).reason}. Allowed: "
         f"{LARGEST_NATS:g} nats, mean {MEAN_NATS:g}",
         remedy="Choose another model; `poise models check FOLDER` compares one before a run.",
     )
@@ -119,34 +118,34 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
 
 @torch.no_grad()
 def probe_logprobs(forward: PackedForward) -> torch.Tensor:
-    """Return what a forward pass makes of the probe batch, [N]."""
+    """Return a forward pass's log-probabilities of the probe batch, [N]."""
     model = forward.model
     logprobs_N: torch.Tensor = forward(build_row(probe_groups(model), model.device, forward.dtype), 1.0)[0]
     return logprobs_N
 
 
 def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) -> None:
-    """Check that adapters, which start at zero, leave the log-probabilities of the model called `name` as they were.
+    """Check that new adapters, which are zero, do not change the log-probabilities of the model called `name`.
 
     Raises:
-        Unusable: they do not, or the model's code cannot run with them.
+        Unusable: they do, or the model's code fails with them.
     """
     try:
         difference = Difference.between(probe_logprobs(forward), before_N)
     except Exception as error:  # architectures fail in ways of their own
-        why = f"its forward pass then fails: {type(error).__name__}: {error}"
+        reason = f"its forward pass fails with them: {type(error).__name__}: {error}"
     else:
         if difference.is_rounding:
             return
-        why = f"fresh ones change its log-probabilities, which {difference}"
+        reason = f"new ones change its log-probabilities, which {difference}"
     raise Unusable(
-        f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {why}",
+        f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {reason}",
         remedy="Name other lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj].",
     )
 
 
 class _Check:
-    """What the model's own forward makes of the probe batch."""
+    """Compares modes with the model's own forward on the probe batch."""
 
     def __init__(self, model: Any, config: LearnerConfig, named: str) -> None:
         self._model = model
@@ -155,13 +154,13 @@ class _Check:
         self._groups = probe_groups(model)
         use_attention(model, "eager")
         try:
-            own_N = own_logprobs(model, self._groups)
+            own_N = reference_logprobs(model, self._groups)
             self._gradient_Vd = self._gradient(own_N)
             self._own_N = own_N.detach()
             self._own_in_dtype_N = None
             if self.dtype != torch.float32:
                 with torch.no_grad(), torch.autocast(model.device.type, self.dtype):
-                    self._own_in_dtype_N = own_logprobs(model, self._groups)
+                    self._own_in_dtype_N = reference_logprobs(model, self._groups)
         except Exception as error:  # architectures fail in ways of their own
             raise Unusable(
                 f"{named} cannot be trained: its own forward fails: {type(error).__name__}: {error}"
@@ -173,11 +172,11 @@ class _Check:
             )
 
     def forward(self, mode: ForwardMode, dtype: torch.dtype) -> PackedForward:
-        """Return the learner's forward pass."""
+        """Return the learner's forward pass in a mode."""
         return PackedForward(self._model, mode, dtype, self._chunk_tokens)
 
     def failure(self, mode: ForwardMode) -> _Failure | None:
-        """Return how the learner's forward pass differs from the model's own; None where it does not."""
+        """Return how a mode differs from the model's own forward; None if it agrees."""
         try:
             return self._failure(mode)
         except Exception as error:  # architectures fail in ways of their own
@@ -199,19 +198,19 @@ class _Check:
                 logprobs_N, _ = self.forward(mode, self.dtype)(build_row(self._groups, device, self.dtype), 1.0)
             difference = Difference.between(logprobs_N, self._own_in_dtype_N)
             if not difference.mean <= MEAN_NATS_BFLOAT16:
-                why = f"log-probabilities in {self.dtype} {difference}; allowed: mean {MEAN_NATS_BFLOAT16:g}"
-                return _Failure(f"{mode}: {why}", difference.largest)
+                reason = f"log-probabilities in {self.dtype} {difference}; allowed: mean {MEAN_NATS_BFLOAT16:g}"
+                return _Failure(f"{mode}: {reason}", difference.largest)
         return None
 
     def _gradient(self, logprobs_N: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the mean with respect to the input embeddings: it passes through all layers."""
+        """Return the gradient of the mean with respect to the input embeddings, which involves every layer."""
         gradient_Vd: torch.Tensor
         (gradient_Vd,) = torch.autograd.grad(logprobs_N.mean(), self._model.get_input_embeddings().weight)
         return gradient_Vd
 
 
 def probe_groups(model: Any) -> list[PromptGroup]:
-    """Return prompts with siblings of various lengths. Their tokens are random, and none is a special one."""
+    """Return the probe batch: prompts with siblings of various lengths, of random tokens but no special ones."""
     config = model.config.get_text_config()
     ordinary = _ordinary_tokens(config)
     generator = np.random.default_rng(0)
@@ -237,7 +236,7 @@ def probe_groups(model: Any) -> list[PromptGroup]:
 
 
 def _ordinary_tokens(config: Any) -> NDArray[np.int32]:
-    """Return the ids below the vocabulary's size that a config names nowhere; all of them where it names all."""
+    """Return the token ids that are not special in a config; all ids if it names all of them."""
     every = np.arange(config.vocab_size, dtype=np.int32)
     special: set[Any] = set()
     for name, value in config.to_dict().items():
@@ -247,8 +246,8 @@ def _ordinary_tokens(config: Any) -> NDArray[np.int32]:
     return ordinary if ordinary.size else every
 
 
-def own_logprobs(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
-    """Return the log-probability of each response token by the model's own `forward`, sequence by sequence, [N]."""
+def reference_logprobs(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
+    """Return the log-probabilities of response tokens by the model's own `forward`, sequence by sequence, [N]."""
     parts = []
     for group in groups:
         for rollout in group.rollouts:
@@ -261,7 +260,7 @@ def own_logprobs(model: Any, groups: Sequence[PromptGroup]) -> torch.Tensor:
 
 
 def use_attention(model: Any, implementation: str) -> bool:
-    """Switch a model to an `attn_implementation`; return whether it uses it now: older architectures cannot switch."""
+    """Switch a model to an `attn_implementation`; return False if the architecture cannot switch."""
     with contextlib.suppress(ValueError):
         model.set_attn_implementation(implementation)
     return bool(model.config._attn_implementation == implementation)
@@ -271,8 +270,8 @@ def _check_parameters(model: Any, named: str) -> None:
     others = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if others:
         raise Unusable(
-            f"{named} cannot be trained: {len(others)} of its parameters are quantised, such as {others[0]}",
-            remedy="Take the model as it was before quantisation.",
+            f"{named} cannot be trained: {len(others)} of its parameters are quantized, such as {others[0]}",
+            remedy="Use the model from before quantization.",
         )
     if model.get_output_embeddings() is None:
         raise Unusable(f"{named} cannot be trained: it has no head over the vocabulary")
@@ -280,7 +279,7 @@ def _check_parameters(model: Any, named: str) -> None:
 
 @contextlib.contextmanager
 def _short_look_back(model: Any) -> Iterator[None]:
-    """Shorten sliding windows and chunks of attention, so that short sequences reach beyond them."""
+    """Shorten sliding windows and attention chunks, so that short sequences exceed them."""
     owners = {id(owner): owner for owner in (model.config, model.config.get_text_config(), *model.modules())}
     found = [
         (owner, name, value)

@@ -1,7 +1,7 @@
-"""From a decoder's states to log-probabilities by the model's own code: scaled, capped or masked logits included.
+"""Log-probabilities from a decoder's states by the model's own head, including scaled, capped or masked logits.
 
-`logprobs.token_logprobs` is the fast way for the models whose logits are W·h + b. This one runs the model's own
-`forward` with the decoder's states given, so it is right for all others.
+`logprobs.token_logprobs` is faster for models whose logits are W·h + b. This module runs the model's own `forward` with
+the decoder replaced by one that returns given states, which is right for all other models.
 
 Shapes: N tokens, d the model's width, V its vocabulary; C tokens of a chunk.
 """
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from poise.runtime.models.decoder import decoder_of
 
 
-def own_logprobs(
+def head_logprobs(
     model: Any,
     states_Nd: torch.Tensor,
     targets_N: torch.Tensor,
@@ -26,9 +26,9 @@ def own_logprobs(
     chunk_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's log-probability, with a gradient, and the entropy of its distribution, without; float32.
+    """Return each target's log-probability, with a gradient, and its distribution's entropy, without one; float32.
 
-    The logits of `chunk_tokens` tokens are held at a time, and computed again for the gradient.
+    Computes the logits of `chunk_tokens` tokens at a time, and again in the backward pass.
     """
 
     def of_chunk(states_Cd: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def own_logprobs(
 
 
 class _Output(tuple[torch.Tensor]):
-    """What a decoder returns, as far as heads look at it: the states first, and None by any other name."""
+    """A decoder's output with the parts that heads read: the states first, and None as any other attribute."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ class _Output(tuple[torch.Tensor]):
 
 @contextmanager
 def _decoder_returning(model: Any, states_1Cd: torch.Tensor) -> Iterator[None]:
-    """Let the model's decoder return these states whatever it is given."""
+    """Let the model's decoder return these states for any input."""
     decoder = decoder_of(model)
     decoder.forward = lambda *_, **__: _Output((states_1Cd,))
     try:

@@ -1,7 +1,6 @@
-"""LoRA through peft: the adapters inside a model, and the way back to plain parameters.
+"""LoRA with peft: injects adapters into a model, merges them into plain parameters, and writes adapter files.
 
-The weights that replicas get are plain ones with the adapters merged, whatever engine it is; or the adapters alone,
-for replicas that compute with them as they are. Knows no processes.
+Replicas get either plain weights with the adapters merged, for any engine, or only the adapters.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from poise_client.types import Adapter
 _ADAPTER = "default"
 _BASE = ".base_layer"
 _PREFIX = "base_model.model."
-"""How peft calls the model that an adapter belongs to, in its files."""
+"""Prefix of parameter names in peft's files."""
 
 
 def inject(model: Any, settings: LoraSettings, name: str) -> None:
-    """Put adapters into a model, in place, and hold everything else still. Deterministic after `torch.manual_seed`.
+    """Inject adapters into a model in place and freeze everything else. Deterministic after `torch.manual_seed`.
 
     Raises:
-        Unusable: `target_modules` are not in the model called `name`, or cannot be merged.
+        Unusable: the model called `name` has no such `target_modules`, or they cannot be merged.
     """
     import peft
     from peft.tuners.lora import Linear, LoraLayer
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft corrects it, layer by layer
-            warnings.filterwarnings(
-                "ignore", "The following (rank|alpha)_pattern keys"
-            )  # of experts, which get no adapters
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft corrects it for each layer
+            # of experts, which get no adapters
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             peft.inject_adapter_in_model(_peft_config(settings), model)
     except ValueError as error:
         raise Unusable(f"lora: model {name} ({type(model).__name__}) cannot take these adapters: {error}") from error
@@ -48,43 +46,43 @@ def inject(model: Any, settings: LoraSettings, name: str) -> None:
     ]
     if others:
         raise Unusable(
-            f"lora.target_modules: {others[0]} of model {name} is no linear layer, and its adapter cannot be merged",
+            f"lora.target_modules: {others[0]} of model {name} is not a linear layer, so its adapter cannot be merged",
             remedy="Name linear layers only, such as [q_proj, k_proj, v_proj, o_proj].",
         )
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of the model is an adapter's."""
+    """Whether a parameter belongs to an adapter."""
     return ".lora_" in name
 
 
-def merged(model: Any, whole: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every parameter of the model by the name it had before `inject`, adapters merged: W + (α / r)·B·A.
+def merged(model: Any, full_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter by its name before `inject`, with adapters merged: W + (α / r)·B·A.
 
-    `whole` gives all of a parameter that is sharded; it is called for all parameters in the same order everywhere.
+    `full_tensor` gathers a sharded parameter. It is called for all parameters in the same order on every rank.
     """
     with torch.no_grad():
         modules = dict(model.named_modules())
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 continue
-            tensor = whole(parameter)
+            tensor = full_tensor(parameter)
             if name.endswith(f"{_BASE}.weight"):
                 layer = modules[name.removesuffix(f"{_BASE}.weight")]
-                up, down = (whole(side[_ADAPTER].weight) for side in (layer.lora_B, layer.lora_A))
+                up, down = (full_tensor(side[_ADAPTER].weight) for side in (layer.lora_B, layer.lora_A))
                 change = up @ down
-                # Conv1D, as in GPT-2, keeps its weight as [inputs, outputs].
+                # Conv1D, as in GPT-2, stores its weight as [inputs, outputs].
                 tensor = tensor + layer.scaling[_ADAPTER] * (change.T if layer.fan_in_fan_out else change)
             yield name.replace(_BASE, ""), tensor
 
 
 def name_in_files(name: str) -> str:
-    """Return what peft's files call a parameter of an adapter."""
+    """Return the name of an adapter's parameter in peft's files."""
     return f"{_PREFIX}{name.replace(f'.{_ADAPTER}', '')}"
 
 
 def describe(settings: LoraSettings, model: str) -> Adapter:
-    """Return what adapters of a model are, for whom they are sent to. Reads the model's files.
+    """Return the description of a model's adapters that replicas get. Reads the model's files.
 
     Raises:
         Unusable: they cannot be read.
@@ -93,7 +91,7 @@ def describe(settings: LoraSettings, model: str) -> Adapter:
 
 
 def save(tensors: Mapping[str, torch.Tensor], settings: LoraSettings, model: str, folder: str) -> None:
-    """Write the adapters as peft reads them, into `<folder>/adapter`, on top of the model they belong to."""
+    """Write the adapters of a model to `<folder>/adapter`, in peft's format."""
     target = Path(folder) / "adapter"
     target.mkdir()
     config = _peft_config(settings)

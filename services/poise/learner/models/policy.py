@@ -1,7 +1,7 @@
-"""The policy: a causal language model in memory, alone or sharded over processes, whole or with adapters.
+"""The policy: the causal language model in training, with or without adapters, sharded over ranks if there are several.
 
-Owns the way of parameters out: by Hugging Face names and whole, however they lie here. With several processes all of
-them must make the same calls.
+Weights and exports have Hugging Face names and full tensors, however parameters are sharded. Every rank must make the
+same calls.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import transformers
 from numpy.typing import NDArray
 
 from poise.learner.config import LearnerConfig
-from poise.learner.distributed.fsdp import kept, shard, whole
+from poise.learner.distributed.fsdp import full_tensor, on_rank_zero, shard
 from poise.learner.distributed.process_group import World
-from poise.learner.models import lora as adapters
+from poise.learner.models import lora
 from poise.learner.models.backbone import load_model
 from poise.learner.models.forward import PackedForward
 from poise.learner.models.forward_check import check_adapters, checked_forward, probe_logprobs
@@ -33,7 +33,7 @@ class Policy:
     """The model that is trained."""
 
     def __init__(self, config: LearnerConfig, world: World) -> None:
-        """Load it.
+        """Load the model.
 
         Raises:
             Unusable: it cannot be loaded, or cannot be trained.
@@ -43,19 +43,19 @@ class Policy:
         self.model = load_model(config).to(world.device)
         self._repair_generation_config()
         self._tokenizer: Any = None
-        """Of the model; loaded with the first export, or check of one."""
+        """Loaded by the first export, or check of one."""
         self.logprobs = checked_forward(self.model, config)
-        """Of a packed row: the forward pass."""
+        """The forward pass of a packed row."""
         if config.lora is not None:
-            before_N = probe_logprobs(self.logprobs)
-            adapters.inject(self.model, config.lora, config.model)
-            check_adapters(self.logprobs, before_N, config.model)
+            without_N = probe_logprobs(self.logprobs)
+            lora.inject(self.model, config.lora, config.model)
+            check_adapters(self.logprobs, without_N, config.model)
         if world.is_sharded:
             shard(self.logprobs, decoder_layers(self.model), world)
         self.logprobs.train(config.dropout)
 
     def _repair_generation_config(self) -> None:
-        """Make the settings savable that transformers took from config.json, where a model has no file of them."""
+        """Repair generation settings that transformers took from config.json but would refuse to save."""
         config = self.model.generation_config
         if config is None:
             return
@@ -65,71 +65,71 @@ class Policy:
             self.model.generation_config = savable
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield the parameters that training goes on from: all of them, or the adapters'."""
+        """Yield the trained parameters: all of them, or only the adapters'."""
         for name, parameter in self.model.named_parameters():
-            if self._config.lora is None or adapters.is_adapter(name):
+            if self._config.lora is None or lora.is_adapter(name):
                 yield name, parameter
 
     def weights(self) -> dict[str, WeightArray]:
-        """Return a copy of what replicas get, by the names it has in files; empty on all processes but the first.
+        """Return a copy of the weights that replicas get, by their names in files; empty except on rank 0.
 
-        Every parameter, tied ones once, adapters merged; or with `push.transport: lora` the adapters' alone.
+        That is every parameter, tied ones once, adapters merged; with `push.transport: lora` only the adapters'.
         """
         dtype = getattr(torch, self._config.dtype)
         weights = {}
         tensors: Iterator[tuple[str, torch.Tensor]]
         if self._config.push.transport == "lora":
-            tensors = ((adapters.name_in_files(name), whole(parameter)) for name, parameter in self.trained())
+            tensors = ((lora.name_in_files(name), full_tensor(parameter)) for name, parameter in self.trained())
         else:
-            tensors = adapters.merged(self.model, whole)
+            tensors = lora.merged(self.model, full_tensor)
         for name, tensor in tensors:
             if self._world.rank == 0:
                 weights[name] = _to_array(tensor.to("cpu", dtype, copy=True))
         return weights
 
     def save(self, folder: str) -> None:
-        """Write the policy, adapters merged, with its tokenizer as a Hugging Face folder; and the adapters beside."""
+        """Write a Hugging Face folder: the policy, adapters merged, its tokenizer, and the adapters in `adapter`."""
         if self._config.lora is None and not self._world.is_sharded:
             self._save(folder, None, {})
             return
-        tensors = {name: kept(tensor, self._world) for name, tensor in adapters.merged(self.model, whole)}
-        own = {name: kept(whole(parameter), self._world) for name, parameter in self.trained()}
+        tensors = {name: on_rank_zero(tensor, self._world) for name, tensor in lora.merged(self.model, full_tensor)}
+        own = {name: on_rank_zero(full_tensor(parameter), self._world) for name, parameter in self.trained()}
         if self._world.rank == 0:
             self._save(folder, tensors | self._buffers(), own)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a checkpoint that are no parameters, such as the expert biases of DeepSeek-V3."""
+        """Return saved tensors that are not parameters, such as the expert biases of DeepSeek-V3."""
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in parameters}
 
     def save_without_parameters(self, folder: str) -> None:
-        """Write all that `save` writes but the parameters, of which it writes the smallest; on one process.
+        """Write what `save` writes, but of the parameters only the smallest; on one rank.
 
-        It fails where `save` would, for any reason but their size.
+        It fails whenever `save` would, except for lack of disk space.
         """
         name, smallest = min(self._skeleton().named_parameters(), key=lambda named: named[1].numel())
         self._save(folder, {name: torch.zeros(smallest.shape)}, {})
 
     def _save(self, folder: str, tensors: dict[str, torch.Tensor] | None, adapter: dict[str, torch.Tensor]) -> None:
-        """Write a folder with `tensors`, None for those of the model, and with an adapter where there are any."""
+        """Write a folder with `tensors`, or with the model's own if None, and with the adapter if there is one."""
         model = self.model if tensors is None else self._skeleton()
         model.save_pretrained(folder, state_dict=tensors)
         if self._config.lora is not None:
-            adapters.save(adapter, self._config.lora, self._config.model, folder)
-        if self._tokenizer is None:  # kept: by the end of training the model's folder may be gone
+            lora.save(adapter, self._config.lora, self._config.model, folder)
+        if self._tokenizer is None:  # keep it: the model's folder may be deleted before training ends
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._config.model, trust_remote_code=False)
         self._tokenizer.save_pretrained(folder)
 
     def _skeleton(self) -> Any:
-        """Return the model as it was before adapters and sharding, with names and shapes but without values."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # leaves no trace in what dropout draws next
+        """Return the model without adapters and sharding, on the meta device: names and shapes, but no values."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # keep dropout's random state
             plain = transformers.AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
         plain.generation_config = self.model.generation_config
         return plain
 
 
 def load_reference(config: LearnerConfig, world: World) -> PackedForward:
-    """Load the model that training started from, held still, in parts as the policy is. Raises `Unusable`."""
+    """Load the model that training started from, frozen and sharded like the policy. Raises `Unusable`."""
     model = load_model(config).to(world.device)
     forward = checked_forward(model, config).requires_grad_(False)
     if world.is_sharded:

@@ -1,8 +1,8 @@
-"""The body of a push through a group of two processes, this one and a replica: GPU to GPU, or CPU to CPU.
+"""Sends a push's payload through a process group of two: the learner and one replica, GPU to GPU or CPU to CPU.
 
-What is sent is the version's own copy in this process's memory, brought to the device piece by piece: training may go
-on meanwhile, and with several processes the others are not asked. A member that waits for one that is gone may wait
-for ever, so sending happens on a thread of its own, which is left behind when its time is over.
+The payload is the version's copy in host memory, moved to the device piece by piece. Training can continue meanwhile,
+and other ranks take no part. A broadcast to a dead peer may block forever, so it runs on a daemon thread that is
+abandoned when its time is over.
 """
 
 from __future__ import annotations
@@ -16,59 +16,59 @@ from typing import Any
 
 import torch
 
-from poise.runtime.network.broadcast_group import Group, backend_of, invite, piece_sizes
+from poise.runtime.network.broadcast_group import BroadcastGroup, backend_of, invite, piece_sizes
 from poise_client import AsyncGenerationClient, WeightPush
 from poise_client.types import Policy, WeightUpdate
 
 
-class _Meeting:
-    """A group, from inviting to it until it is given up. Its methods block."""
+class _Group:
+    """A process group from the invitation until it is aborted. Its methods block."""
 
     def __init__(self, device: str, instance_id: str, timeout_s: float) -> None:
         self.instance_id = instance_id
-        """Of the replica's process that is invited."""
+        """The replica's process that is invited."""
         self._device = device
-        self.rendezvous, self._meet = invite(device, timeout_s)
-        self._group: Group | None = None
-        self._given_up = False
+        self.rendezvous, self._wait_for_receiver = invite(device, timeout_s)
+        self._group: BroadcastGroup | None = None
+        self._is_aborted = False
 
     def broadcast(self, push: WeightPush) -> None:
-        """Send a body, once the replica is there."""
+        """Send a payload, once the replica has joined."""
         if self._group is None:
-            self._group = self._meet()
-        if self._given_up:  # in the meantime
+            self._group = self._wait_for_receiver()
+        if self._is_aborted:  # while this thread waited
             self._group.abort()
-            raise RuntimeError("the group was given up")
+            raise RuntimeError("the process group was aborted")
         for piece in _pieces(push):
             self._group.broadcast(piece.to(self._device))
 
-    def give_up(self) -> None:
-        """Make what waits in it fail, sooner or later."""
-        self._given_up = True
+    def abort(self) -> None:
+        """Let running and later broadcasts fail."""
+        self._is_aborted = True
         if self._group is not None:
             self._group.abort()
 
 
 class GroupSender:
-    """This process's group with one replica, kept from push to push while both live."""
+    """The process group with one replica, kept from push to push while both processes live."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._meeting: _Meeting | None = None
+        self._group: _Group | None = None
 
-    def reaches(self, policy: Policy) -> bool:
-        """Whether a replica takes what this process could send."""
+    def can_reach(self, policy: Policy) -> bool:
+        """Whether the replica's process group has the same backend."""
         return policy.process_group_backend == backend_of(self._device)
 
     async def send(
         self, push: WeightPush, client: AsyncGenerationClient, policy: Policy, timeout_s: float
     ) -> WeightUpdate:
-        """Push to a replica that serves `policy`, its body through the group.
+        """Push to the replica that serves `policy`, the payload through the group. Any error aborts the group.
 
         Raises:
-            TimeoutError: it took longer; the group is given up.
-            PoiseClientError: the replica does not serve it, and says why; the group is given up.
-            Exception: whatever else the communicator raised; the group is given up.
+            TimeoutError: it took longer than `timeout_s`.
+            PoiseClientError: the replica rejects the push.
+            Exception: the communicator failed.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -78,35 +78,34 @@ class GroupSender:
             raise
 
     async def close(self) -> None:
-        """Give up the group."""
-        meeting, self._meeting = self._meeting, None
-        if meeting is not None:
-            await asyncio.to_thread(meeting.give_up)
+        """Abort the group."""
+        group, self._group = self._group, None
+        if group is not None:
+            await asyncio.to_thread(group.abort)
 
     async def _send(
         self, push: WeightPush, client: AsyncGenerationClient, policy: Policy, timeout_s: float
     ) -> WeightUpdate:
-        meeting = self._meeting
-        if meeting is None or meeting.instance_id != policy.instance_id:
+        group = self._group
+        if group is None or group.instance_id != policy.instance_id:
             await self.close()
-            meeting = await asyncio.to_thread(_Meeting, self._device, policy.instance_id, timeout_s)
-            self._meeting = meeting
-        told = push.through_group(meeting.rendezvous.backend, meeting.rendezvous.key, timeout_s)
-        asking = asyncio.create_task(client.push_weights(told, timeout_s=timeout_s), name="push")
-        sending = _on_daemon_thread(partial(meeting.broadcast, push))
+            group = self._group = await asyncio.to_thread(_Group, self._device, policy.instance_id, timeout_s)
+        request = push.through_group(group.rendezvous.backend, group.rendezvous.key, timeout_s)
+        requesting = asyncio.create_task(client.push_weights(request, timeout_s=timeout_s), name="push")
+        sending = _on_daemon_thread(partial(group.broadcast, push))
         try:
-            both: set[asyncio.Future[Any]] = {asking, sending}
+            both: set[asyncio.Future[Any]] = {requesting, sending}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
-            update = await asking
+            update = await requesting
             if update.already_applied:
-                await self.close()  # it waits for a replica that wants nothing
+                await self.close()  # the replica will not join
             else:
                 await sending
             return update
         finally:
-            asking.cancel()
+            requesting.cancel()
 
 
 def _pieces(push: WeightPush) -> Iterator[torch.Tensor]:
@@ -114,13 +113,13 @@ def _pieces(push: WeightPush) -> Iterator[torch.Tensor]:
         start = 0
         for size in piece_sizes(len(part)):
             piece = part[start : start + size]
-            # A tensor takes no memory that must not be written to: the blocks of a delta, which are small.
+            # torch cannot wrap read-only memory: copy a delta's blocks, which are small.
             yield torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=torch.uint8)
             start += size
 
 
 def _on_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Start work that nobody need wait for, not even the end of the process."""
+    """Run work on a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
     def run() -> None:

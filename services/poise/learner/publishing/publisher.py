@@ -1,7 +1,4 @@
-"""Keeps every generation replica at the learner's current version: finds them, and offers each version to all at once.
-
-Knows neither torch nor the learner's state.
-"""
+"""Finds the generation replicas and brings all of them to the learner's current version."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Callable
 from poise.learner.config import PushConfig
 from poise.learner.publishing.replica import Replica
 from poise.learner.publishing.transports import Transport
-from poise.learner.publishing.weight_version import Offer, Version
+from poise.learner.publishing.weight_version import VersionPushes, WeightVersion
 from poise.runtime.network.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient
 from poise_client.types import ReplicaResult
@@ -21,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """All replicas. A slow or dead one holds up neither the others nor, beyond `timeout_s`, the learner."""
+    """All replicas. A slow or dead one delays neither the others nor, beyond `timeout_s`, the learner."""
 
     def __init__(
         self,
@@ -37,109 +34,110 @@ class Publisher:
         self._replicas: dict[str, Replica] = {}
         self._loops: dict[str, asyncio.Task[None]] = {}
         self._unconnected: dict[str, ReplicaResult] = {}
-        """Those that no client could be made for, and why: tried again with every look."""
-        self._looked = asyncio.Event()
+        """Replicas that no client could be made for, with the reason. Every look-up tries them again."""
+        self._has_looked = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
-        self._withdrawing: set[asyncio.Task[None]] = set()
-        self._offer: Offer | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._pushes: VersionPushes | None = None
+        """The pushes of the current version."""
 
     def start(self) -> None:
-        """Begin to look for replicas, and to reconcile them."""
+        """Start to look for replicas and to update them."""
         self._looking = asyncio.create_task(self._look(), name="replica-discovery")
 
-    async def publish(self, version: Version) -> None:
-        """Offer a version to every replica; return when each serves it or failed once, at most after `timeout_s`.
+    async def publish(self, version: WeightVersion) -> None:
+        """Push a version to every replica; return when each serves it or has failed once, at most after `timeout_s`.
 
-        One that lets this limit pass is behind: no version waits for it until it has caught up.
+        A replica that exceeds this limit is behind: no later version waits for it until it has caught up.
         """
-        offer = self._take(version)
+        pushes = self._set_version(version)
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                await self._looked.wait()
+                await self._has_looked.wait()
                 waited_for = [replica for replica in self._replicas.values() if not replica.is_behind]
-                await asyncio.gather(*(replica.settled(offer) for replica in waited_for))
+                await asyncio.gather(*(replica.wait_for(pushes) for replica in waited_for))
         except TimeoutError:
             for replica in self._replicas.values():
-                replica.missed(offer)
+                replica.mark_behind(pushes)
 
     @property
     def results(self) -> tuple[ReplicaResult, ...]:
-        """How each replica stands."""
+        """The last result of each replica."""
         return (*(replica.result for replica in self._replicas.values()), *self._unconnected.values())
 
     async def stop(self) -> None:
-        """End the loops, close the clients and leave nothing behind."""
+        """Stop the loops, close the clients and remove the transport's files."""
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-        await asyncio.gather(*(self._forget(target) for target in list(self._replicas)))
-        if self._offer is not None:
-            await self._offer.withdraw()
-        await asyncio.gather(*self._withdrawing)
+        await asyncio.gather(*(self._remove(target) for target in list(self._replicas)))
+        if self._pushes is not None:
+            await self._pushes.close()
+        await asyncio.gather(*self._closing)
         await asyncio.to_thread(self._transport.close)
 
-    def _take(self, version: Version) -> Offer:
-        """Offer a version from now on, unless it is on offer."""
-        before = self._offer
-        if before is not None and before.version is version:
-            offer = before
+    def _set_version(self, version: WeightVersion) -> VersionPushes:
+        """Let every replica have this version from now on."""
+        previous = self._pushes
+        if previous is not None and previous.version is version:
+            pushes = previous
         else:
-            offer = self._offer = Offer(version, before, self._transport, deltas=self._config.deltas)
-            if before is not None:
-                withdrawing = asyncio.create_task(before.withdraw(), name="withdraw")
-                self._withdrawing.add(withdrawing)
-                withdrawing.add_done_callback(self._withdrawing.discard)
+            pushes = self._pushes = VersionPushes(version, previous, self._transport, deltas=self._config.deltas)
+            if previous is not None:
+                closing = asyncio.create_task(previous.close(), name="close-version")
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
         for replica in self._replicas.values():
-            replica.want(offer)
-        return offer
+            replica.set_version(pushes)
+        return pushes
 
     async def _look(self) -> None:
         while True:
             is_done = False
             try:
-                await self._adopt(await self._discovery.find())
+                await self._update(await self._discovery.find())
                 is_done = self._discovery.is_fixed and not self._unconnected
             except Exception:
-                # Whatever it is, it must not end the looking: nobody would get what is learnt from then on.
-                logger.exception("a defect in looking for replicas; they are looked for again")
-            self._looked.set()
+                # If this loop ended, new replicas would never get weights.
+                logger.exception("unexpected error while looking for replicas; trying again")
+            self._has_looked.set()
             if is_done:
                 return
             await asyncio.sleep(self._config.reconcile_every_s)
 
-    async def _adopt(self, addresses: list[Address]) -> None:
-        """Take in the replicas that came, and let go of those that went."""
+    async def _update(self, addresses: list[Address]) -> None:
+        """Add replicas that appeared and remove those that disappeared."""
         targets = {address.target for address in addresses}
         for target in self._unconnected.keys() - targets:
             del self._unconnected[target]
         for target in self._replicas.keys() - targets:
-            logger.info("replica %s is gone", target)
-            await self._forget(target)
+            logger.info("replica %s was removed: its address is no longer found", target)
+            await self._remove(target)
         for address in addresses:
             if address.target in self._replicas:
                 continue
-            client = self._client_of(address)
+            client = self._make_client(address)
             if client is None:
                 continue
             replica = self._replicas[address.target] = Replica(client, self._config, self._transport.group_sender())
-            if self._offer is not None:
-                replica.want(self._offer)
+            if self._pushes is not None:
+                replica.set_version(self._pushes)
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
 
-    def _client_of(self, address: Address) -> AsyncGenerationClient | None:
-        """Return a client for a replica; None where none can be made, which is told as how that replica stands."""
+    def _make_client(self, address: Address) -> AsyncGenerationClient | None:
+        """Return a client for a replica; None if that fails, which the replica's result then says."""
         try:
             client = self._connect(address)
-        except Exception as error:  # authorities that cannot be read; an address that is none
-            told = ReplicaResult(address.target, 0, False, f"no connection can be made: {error}", 0.0, 0.0)
-            if told != self._unconnected.get(address.target):
-                logger.warning("replica %s is not current: %s", address.target, told.error)
-            self._unconnected[address.target] = told
+        except Exception as error:  # an unreadable CA file, or an invalid address
+            result = ReplicaResult(address.target, 0, False, f"cannot connect: {error}", 0.0, 0.0)
+            if result != self._unconnected.get(address.target):
+                logger.warning("replica %s is not current: %s", address.target, result.error)
+            self._unconnected[address.target] = result
             return None
         self._unconnected.pop(address.target, None)
         return client
 
-    async def _forget(self, target: str) -> None:
+    async def _remove(self, target: str) -> None:
         replica, loop = self._replicas.pop(target), self._loops.pop(target)
         loop.cancel()
         await asyncio.gather(loop, return_exceptions=True)

@@ -1,8 +1,8 @@
-"""One replica, and the loop that keeps it at the version on offer.
+"""One replica, and the loop that brings it to the current version.
 
-It asks what the replica serves, and pushes when that is not what it should be. A new version, a restarted replica, a
-broken push and a replica that was away are all the same case. A push goes on when a newer version is wanted: a replica
-that takes longer than a step would else never get any.
+The loop asks which version the replica serves, and pushes if that is not the current one. A new version, a restarted
+replica and a failed push are the same case. A push continues when a newer version arrives: otherwise a replica that is
+slower than a step would never get any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from poise.errors import PoiseError
 from poise.learner.config import PushConfig
 from poise.learner.publishing.process_group import GroupSender
-from poise.learner.publishing.weight_version import Offer
+from poise.learner.publishing.weight_version import VersionPushes
 from poise.runtime.startup import without_elapsed
 from poise_client import AsyncGenerationClient, WeightPush
 from poise_client.errors import (
@@ -30,16 +30,16 @@ from poise_client.types import Policy, ReplicaResult, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
-_ASK_TIMEOUT_S = 5.0
+_GET_POLICY_TIMEOUT_S = 5.0
 
-_MOST_PATIENCE = 8
-"""Times `timeout_s` that a push may take in the end, to a replica that is behind anyway."""
+_MAX_TIMEOUT_FACTOR = 8
+"""A push to a replica that is behind may take up to this many times `timeout_s`."""
 
 _GROUP_SHARE = 0.5
-"""Of a push's time, for its way from device to device: what is left is for another try over gRPC."""
+"""Share of a push's time for the process group. The rest is for a second try over gRPC."""
 
-_MAX_BROKEN = 2
-"""Pushes from device to device that may break in a row; after them a replica gets all over gRPC."""
+_MAX_GROUP_FAILURES = 2
+"""Failed pushes in a row through the process group, after which this replica's pushes go over gRPC."""
 
 
 class Replica:
@@ -49,116 +49,116 @@ class Replica:
         self._client = client
         self._config = config
         self._sender = sender
-        self._num_broken_in_a_row = 0
-        """Pushes through the sender's group."""
-        self._said_unreached = ""
-        """Instance of the replica of which it was said that the sender's group cannot reach it."""
-        self._wanted: Offer | None = None
-        self._refuses_delta_of: Offer | None = None
+        self._num_group_failures = 0
+        """Failed pushes in a row through the process group."""
+        self._warned_instance = ""
+        """The replica's instance that a warning about a missing process group was logged for."""
+        self._wanted: VersionPushes | None = None
+        self._rejects_delta_of: VersionPushes | None = None
         self._wake = asyncio.Event()
-        self._settled = asyncio.Condition()
-        self._gone = False
-        self._patience = 1
-        """Times `timeout_s` that the next push may take: twice as long after each that ran out of time."""
+        self._changed = asyncio.Condition()
+        self._is_closed = False
+        self._timeout_factor = 1
+        """Doubled after each push that ran out of time."""
         self.is_behind = False
-        """Whether it has let a step wait in vain, and was not current since: no step waits for it meanwhile."""
+        """Whether a step waited for it in vain and it has not been current since. No step waits for it meanwhile."""
         self.result = ReplicaResult(client.target, 0, False, "not reached yet", 0.0, 0.0)
-        """How it stands, as far as known."""
+        """The last known state."""
 
-    def want(self, offer: Offer) -> None:
-        """Push it from now on."""
-        if offer is not self._wanted:
-            self._wanted = offer
+    def set_version(self, pushes: VersionPushes) -> None:
+        """Push this version from now on."""
+        if pushes is not self._wanted:
+            self._wanted = pushes
             self.result = dataclasses.replace(self.result, current=False, error="")
             self._wake.set()
 
-    async def settled(self, offer: Offer) -> None:
-        """Return when what is wanted is served, was pushed in vain once, or is not wanted any more."""
-        async with self._settled:
-            self._settled.notify_all()  # whoever waits for the version before need not any more
-            await self._settled.wait_for(
-                lambda: self._gone or self._wanted is not offer or self.result.current or bool(self.result.error)
+    async def wait_for(self, pushes: VersionPushes) -> None:
+        """Return when the version is served, a push of it has failed, or another version has replaced it."""
+        async with self._changed:
+            self._changed.notify_all()  # callers that wait for the version before can stop
+            await self._changed.wait_for(
+                lambda: self._is_closed or self._wanted is not pushes or self.result.current or bool(self.result.error)
             )
 
-    def missed(self, offer: Offer) -> None:
-        """Leave it to catch up by itself, unless it served the offer, or failed, by now."""
-        if self._wanted is offer and not self.result.current and not self.result.error:
+    def mark_behind(self, pushes: VersionPushes) -> None:
+        """Mark the replica as behind unless it serves the version, or a push of it has failed."""
+        if self._wanted is pushes and not self.result.current and not self.result.error:
             self.is_behind = True
 
     async def run(self) -> None:
-        """Reconcile until cancelled."""
+        """Check and push until cancelled."""
         while True:
             self._wake.clear()
             wanted = self._wanted
             if wanted is not None:
                 result = await self._reconcile(wanted)
-                async with self._settled:
+                async with self._changed:
                     if self._wanted is wanted:
                         if result.current:
-                            self.is_behind, self._patience = False, 1
-                        self._say_changes(result)
+                            self.is_behind, self._timeout_factor = False, 1
+                        self._log_change(result)
                         self.result = result
-                    self._settled.notify_all()
+                    self._changed.notify_all()
             try:
                 await asyncio.wait_for(self._wake.wait(), self._config.reconcile_every_s)
             except TimeoutError:
                 continue
 
     async def close(self) -> None:
-        """Let nobody wait for it any more; `run` must have ended."""
-        async with self._settled:
-            self._gone = True
-            self._settled.notify_all()
+        """Release all callers of `wait_for` and close the client. `run` must have ended."""
+        async with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
         await self._client.close()
         if self._sender is not None:
             await self._sender.close()
 
-    async def _reconcile(self, wanted: Offer) -> ReplicaResult:
-        before = self.result
+    async def _reconcile(self, wanted: VersionPushes) -> ReplicaResult:
+        result = self.result
         try:
-            policy = await self._client.get_policy(timeout_s=_ASK_TIMEOUT_S)
-            served = dataclasses.replace(before, policy_version=policy.policy_version, digest=policy.digest, error="")
-            if wanted.is_served_by(policy):
+            policy = await self._client.get_policy(timeout_s=_GET_POLICY_TIMEOUT_S)
+            served = dataclasses.replace(result, policy_version=policy.policy_version, digest=policy.digest, error="")
+            if wanted.version.is_served_by(policy):
                 return dataclasses.replace(served, current=True)
-            before = dataclasses.replace(served, current=False)
-            return await self._push(wanted, policy, before)
+            result = dataclasses.replace(served, current=False)
+            return await self._push(wanted, policy, result)
         except DeadlineExceededError as error:
             self.is_behind = True
-            return dataclasses.replace(before, current=False, error=str(error))
+            return dataclasses.replace(result, current=False, error=str(error))
         except (PoiseClientError, PoiseError) as error:
-            return dataclasses.replace(before, current=False, error=str(error))
+            return dataclasses.replace(result, current=False, error=str(error))
         except Exception as error:
-            logger.exception("replica %s: a defect in publishing", before.address)
-            return dataclasses.replace(before, current=False, error=f"a defect in publishing: {error}")
+            logger.exception("replica %s: unexpected error while publishing", result.address)
+            return dataclasses.replace(result, current=False, error=f"unexpected error while publishing: {error}")
 
-    async def _push(self, wanted: Offer, policy: Policy, before: ReplicaResult) -> ReplicaResult:
-        """Push what changed where that is possible, else everything; within the push's time in all.
+    async def _push(self, wanted: VersionPushes, policy: Policy, result: ReplicaResult) -> ReplicaResult:
+        """Push the changes if possible, else everything, within the time of one push.
 
-        A replica that is behind holds up nobody: it gets more time at every attempt, for one that is slow is to get
-        there, and one that hangs is to be given up.
+        A replica that is behind delays no step, so its time doubles after each timeout: a slow one must get there
+        in the end, and a hanging one must be given up.
         """
         started = time.monotonic()
-        delta = None if self._refuses_delta_of is wanted else await wanted.delta_for(policy)
+        delta = None if self._rejects_delta_of is wanted else await wanted.delta_for(policy)
         if delta is not None:
             try:
-                return await self._send(delta, wanted, policy, before, started)
+                return await self._send(delta, wanted, policy, result, started)
             except (VersionMismatchError, InvalidRequestError, InternalError) as error:
-                logger.info("replica %s takes no delta: %s", before.address, error)
-                self._refuses_delta_of = wanted
+                logger.info("replica %s rejects the delta; sending everything: %s", result.address, error)
+                self._rejects_delta_of = wanted
         try:
-            return await self._send(await wanted.whole(), wanted, policy, before, started)
+            return await self._send(await wanted.full(), wanted, policy, result, started)
         except DeadlineExceededError:
-            self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            self._timeout_factor = min(2 * self._timeout_factor, _MAX_TIMEOUT_FACTOR)
             raise
 
     async def _send(
-        self, push: WeightPush, wanted: Offer, policy: Policy, before: ReplicaResult, started: float
+        self, push: WeightPush, wanted: VersionPushes, policy: Policy, result: ReplicaResult, started: float
     ) -> ReplicaResult:
         update = await self._send_through_group(push, policy, self._left_s(started) * _GROUP_SHARE)
         if update is None:
             update = await self._client.push_weights(push, timeout_s=self._left_s(started))
         return dataclasses.replace(
-            before,
+            result,
             policy_version=update.policy_version,
             digest=wanted.version.digest,
             current=True,
@@ -169,38 +169,38 @@ class Replica:
         )
 
     def _left_s(self, started: float) -> float:
-        return max(0.001, self._config.timeout_s * self._patience - (time.monotonic() - started))
+        return max(0.001, self._config.timeout_s * self._timeout_factor - (time.monotonic() - started))
 
     async def _send_through_group(self, push: WeightPush, policy: Policy, timeout_s: float) -> WeightUpdate | None:
-        """Push from device to device; None where that cannot be done, and the push is to go over gRPC."""
+        """Push through the process group; None if that is not possible and the push must go over gRPC."""
         sender, address = self._sender, self.result.address
-        if sender is None or self._num_broken_in_a_row >= _MAX_BROKEN:
+        if sender is None or self._num_group_failures >= _MAX_GROUP_FAILURES:
             return None
-        if not sender.reaches(policy):
-            if self._said_unreached != policy.instance_id:
-                self._said_unreached = policy.instance_id
-                logger.warning("replica %s gets all over gRPC: it takes nothing device to device; set `nccl`", address)
+        if not sender.can_reach(policy):
+            if self._warned_instance != policy.instance_id:
+                self._warned_instance = policy.instance_id
+                logger.warning("replica %s falls back to gRPC: it has no process group. Set `nccl` there", address)
             return None
         try:
             update = await sender.send(push, self._client, policy, timeout_s)
         except (ConflictError, VersionMismatchError):
-            raise  # over gRPC it would be no other
+            raise  # gRPC would give the same error
         except Exception as error:
-            self._num_broken_in_a_row += 1
+            self._num_group_failures += 1
             logger.error(
-                "replica %s: a push from device to device broke, and goes over gRPC%s: %s",
+                "replica %s: a push through the process group failed; %s over gRPC: %s",
                 address,
-                ", as all to come" if self._num_broken_in_a_row == _MAX_BROKEN else "",
+                "all pushes now go" if self._num_group_failures == _MAX_GROUP_FAILURES else "this one goes",
                 str(error) or type(error).__name__,
             )
             return None
-        self._num_broken_in_a_row = 0
+        self._num_group_failures = 0
         return update
 
-    def _say_changes(self, result: ReplicaResult) -> None:
+    def _log_change(self, result: ReplicaResult) -> None:
         error = without_elapsed(result.error)
         if error and error != without_elapsed(self.result.error):
-            level = logging.WARNING if error == result.error else logging.INFO  # one that starts is no trouble
+            level = logging.WARNING if error == result.error else logging.INFO  # a starting replica is no problem
             logger.log(level, "replica %s is not current: %s", result.address, result.error)
         elif result.current and (not self.result.current or result.policy_version != self.result.policy_version):
             logger.info(

@@ -1,13 +1,9 @@
-"""How the bytes of a push get to a replica: over gRPC, through a file of one host, or between GPUs.
-
-Knows no replicas.
-"""
+"""How the bytes of a push reach a replica: over gRPC, through a file on the same host, or between GPUs."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Protocol
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
@@ -18,60 +14,40 @@ from poise_client import WeightPush
 _PREFIX = "poise-push-"
 
 
-class Transport(Protocol):
-    """A way to travel. Its methods block, and may be called from several threads."""
+class Transport:
+    """Sends the payload over gRPC, in chunks. Its methods block and are called from several threads."""
 
     def place(self, push: WeightPush) -> WeightPush:
-        """Put the body where replicas find it, and return the push that tells them. Raises `BackendDown`."""
-        ...
-
-    def remove(self, push: WeightPush) -> None:
-        """Forget what `place` gave: no replica will be told of it again."""
-        ...
-
-    def group_sender(self) -> GroupSender | None:
-        """Return what sends bodies to one replica beside gRPC; None where they go as `place` says."""
-        ...
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        ...
-
-
-class GrpcTransport:
-    """The body goes in chunks beside what announces it, to wherever gRPC goes."""
-
-    def place(self, push: WeightPush) -> WeightPush:
-        """See `Transport`."""
+        """Put the payload where replicas find it; return the push to send over gRPC. Raises `BackendDown`."""
         return push
 
     def remove(self, push: WeightPush) -> None:
-        """See `Transport`."""
+        """Delete what `place` wrote for a push that no replica will get again."""
 
     def group_sender(self) -> GroupSender | None:
-        """See `Transport`."""
+        """Return a process group for one replica; None if payloads go as `place` says."""
         return None
 
     def close(self) -> None:
-        """See `Transport`."""
+        """Delete everything that this transport wrote."""
 
 
-class NcclTransport(GrpcTransport):
-    """The body goes from this process's device to the replica's; over gRPC to replicas that take none so."""
+class NcclTransport(Transport):
+    """Sends the payload from this process's device to the replica's; over gRPC to replicas without a process group."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def group_sender(self) -> GroupSender | None:
-        """See `Transport`."""
+        """Return a process group for one replica."""
         return GroupSender(self._device)
 
 
-class SharedTransport:
-    """The body lies in a file, written once however many replicas this host has.
+class SharedTransport(Transport):
+    """Writes the payload to a file once, for all replicas on this host.
 
-    The files are in a folder of this process's own, which is removed at the end, or after a kill by whoever starts
-    next. A file is never changed: whoever opened or linked it may read on when it is removed.
+    The files are in a folder of this process, deleted at the end or, after a kill, by the next process. A file is
+    never changed, so a replica that has opened or linked it can read it after it is deleted.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -89,7 +65,7 @@ class SharedTransport:
         except OSError as error:
             raise BackendDown(
                 f"push.shared_dir {self._folder.parent} cannot be written: {error.strerror}",
-                remedy="Make room for two versions of the model in it, or name another folder.",
+                remedy="Free space for two versions of the model there, or set another push.shared_dir.",
             ) from error
         return push.in_file(str(path))
 
@@ -97,24 +73,20 @@ class SharedTransport:
         """See `Transport`."""
         Path(push.manifest.file).unlink(missing_ok=True)
 
-    def group_sender(self) -> GroupSender | None:
-        """See `Transport`."""
-        return None
-
     def close(self) -> None:
         """See `Transport`."""
         self._folder.close()
 
 
 def make_transport(config: PushConfig, device: str = "cpu") -> Transport:
-    """Return the transport that is configured, for a learner on a torch device."""
+    """Return the configured transport for a learner on a torch device."""
     match config.transport:
         case "shared":
             return SharedTransport(config.shared_dir)
         case "nccl":
             return NcclTransport(device)
         case "grpc" | "lora":
-            return GrpcTransport()
+            return Transport()
 
 
 def _write(path: Path, push: WeightPush) -> None:

@@ -1,100 +1,85 @@
-"""One version, made ready to be sent: hashed, compared and written once, however many replicas want it.
-
-Knows no replicas.
-"""
+"""One policy version: its weights with their hashes, and the pushes of it, made once for all replicas."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from poise.learner.publishing.transports import Transport
-from poise_client import WeightPush
+from poise_client import WeightPush, combine_digests, hash_weights
 from poise_client.types import Adapter, Policy, WeightArray
 
 logger = logging.getLogger(__name__)
 
 
-class Version(Protocol):
-    """What is to be served."""
+@dataclass(frozen=True)
+class WeightVersion:
+    """The weights of one policy version, as replicas serve them. Never modified."""
 
-    @property
-    def lineage_id(self) -> str:
-        """Names the sequence of versions."""
-        ...
+    lineage_id: str
+    """Names the sequence of versions."""
+    policy_version: int
+    weights: dict[str, WeightArray]
+    """Every parameter by its name in files, or only the adapter's."""
+    sha256_by_name: dict[str, bytes]
+    """The hash of each of them."""
+    digest: bytes
+    """The hash of all of them."""
+    adapter: Adapter | None = None
+    """Describes the adapter if the weights are an adapter's."""
 
-    @property
-    def policy_version(self) -> int:
-        """Its number."""
-        ...
-
-    @property
-    def weights(self) -> Mapping[str, WeightArray]:
-        """Every parameter by the name it has in files. Never changed."""
-        ...
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """What the weights are, if an adapter's rather than the model's."""
-        ...
-
-    @property
-    def sha256_by_name(self) -> Mapping[str, bytes]:
-        """Of each of them."""
-        ...
-
-    @property
-    def digest(self) -> bytes:
-        """Of the weights."""
-        ...
-
-
-class Offer:
-    """A version on offer, until another replaces it.
-
-    What changed since the version before is computed at once, and that version's weights are let go then: two versions
-    are held no longer than the comparison takes.
-    """
-
-    def __init__(self, version: Version, before: Offer | None, transport: Transport, *, deltas: bool) -> None:
-        self.version = version
-        self._transport = transport
-        self._deltas = deltas and version.adapter is None  # adapters are small, and travel whole
-        self._bare: asyncio.Future[WeightPush] = _on_thread(self._prepare)
-        self._placed: dict[str, asyncio.Future[WeightPush]] = {}
-        self._delta: asyncio.Task[WeightPush | None] | None = None
-        if self._deltas and before is not None:
-            self._delta = asyncio.create_task(self._compare(before._bare), name="delta")
+    @classmethod
+    def of(
+        cls, lineage_id: str, policy_version: int, weights: dict[str, WeightArray], adapter: Adapter | None = None
+    ) -> WeightVersion:
+        """Hash the weights of a version."""
+        hashes = hash_weights(weights)
+        return cls(lineage_id, policy_version, weights, hashes, combine_digests(hashes, adapter), adapter)
 
     def is_served_by(self, policy: Policy) -> bool:
-        """Whether a replica has it."""
+        """Whether a replica that reports `policy` serves this version."""
         served = (policy.lineage_id, policy.policy_version, policy.digest)
-        return served == (self.version.lineage_id, self.version.policy_version, self.version.digest)
+        return served == (self.lineage_id, self.policy_version, self.digest)
 
-    async def whole(self) -> WeightPush:
-        """Return the push of all parameters. Raises what kept it from being made ready."""
-        return await self._place("whole", await asyncio.shield(self._bare))
+
+class VersionPushes:
+    """The pushes of one version: everything, or the changes since the version before.
+
+    The changes are computed at once, so that the version before can be freed: both are in memory only meanwhile.
+    """
+
+    def __init__(
+        self, version: WeightVersion, previous: VersionPushes | None, transport: Transport, *, deltas: bool
+    ) -> None:
+        self.version = version
+        self._transport = transport
+        self._deltas = deltas and version.adapter is None  # adapters are small and always sent whole
+        self._full: asyncio.Future[WeightPush] = _on_thread(self._prepare)
+        self._placed: dict[str, asyncio.Future[WeightPush]] = {}
+        self._delta: asyncio.Task[WeightPush | None] | None = None
+        if self._deltas and previous is not None:
+            self._delta = asyncio.create_task(self._compare(previous._full), name="delta")
+
+    async def full(self) -> WeightPush:
+        """Return the push of all parameters. Raises what preparing it raised."""
+        return await self._place("full", await asyncio.shield(self._full))
 
     async def delta_for(self, policy: Policy) -> WeightPush | None:
-        """Return the push of what changed since what a replica serves and keeps; None where there is none."""
+        """Return the push of the changes since the version that a replica serves and has kept; None without one."""
         if self._delta is None or not policy.keeps_base:
             return None
         push = await asyncio.shield(self._delta)
         if push is None:
             return None
-        base = push.manifest.base
-        if (base.lineage_id, base.policy_version, base.digest) != (
-            policy.lineage_id,
-            policy.policy_version,
-            policy.digest,
-        ):
+        base, served = push.manifest.base, (policy.lineage_id, policy.policy_version, policy.digest)
+        if (base.lineage_id, base.policy_version, base.digest) != served:
             return None
         return await self._place("delta", push)
 
-    async def withdraw(self) -> None:
-        """Remove what was placed for it; whoever has it open reads on."""
+    async def close(self) -> None:
+        """Remove the files that the transport wrote for this version. Replicas that opened one can still read it."""
         if self._delta is not None:
             await asyncio.wait({self._delta})
         for placed in self._placed.values():
@@ -109,19 +94,21 @@ class Offer:
             version.policy_version,
             version.weights,
             sha256_by_name=version.sha256_by_name,
-            # In float32 nearly all elements change with every step: no delta, and nothing to keep for one.
+            # In float32 nearly every element changes in every step, so a delta would save nothing.
             keep_as_base=self._deltas and any(weight.array.itemsize == 2 for weight in version.weights.values()),
             adapter=version.adapter,
         )
 
     async def _compare(self, base: asyncio.Future[WeightPush]) -> WeightPush | None:
         try:
-            push = await asyncio.shield(self._bare)
+            push = await asyncio.shield(self._full)
             return (
                 await asyncio.to_thread(push.delta, await asyncio.shield(base)) if push.manifest.keep_as_base else None
             )
         except Exception as error:
-            logger.warning("no delta of version %d: %s", self.version.policy_version, error)
+            logger.warning(
+                "version %d is sent whole, because no delta could be made: %s", self.version.policy_version, error
+            )
             return None
 
     async def _place(self, kind: str, push: WeightPush) -> WeightPush:
@@ -131,7 +118,7 @@ class Offer:
 
 
 def _on_thread(work: Callable[[], WeightPush]) -> asyncio.Future[WeightPush]:
-    """Start work that several may wait for, or none."""
+    """Run work on a thread; any number of callers may await the result."""
     future = asyncio.ensure_future(asyncio.to_thread(work))
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future

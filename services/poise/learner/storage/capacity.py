@@ -1,4 +1,4 @@
-"""Checks that the file systems of the learner's folders have room for the files to come."""
+"""Checks that the learner's folders have enough free disk space."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from poise.runtime.files.atomic import free_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """A folder and the bytes that it must have room for."""
+class SpaceNeed:
+    """Bytes that a folder must have room for."""
 
     setting: str
-    """Names the folder in the settings."""
+    """The setting that names the folder."""
     folder: Path
     num_bytes: int
     what: str
-    """The file or folder of this size, in words."""
+    """What takes the bytes, such as "a checkpoint"."""
 
 
-def lacking_room(rooms: Sequence[Room]) -> Iterator[str]:
-    """Yield a message for each folder whose file system has less room than all folders on it need."""
+def missing_space(needs: Sequence[SpaceNeed]) -> Iterator[str]:
+    """Yield a message for each folder whose file system has less free space than all folders on it need together."""
     needed: dict[int, int] = {}
-    for room in rooms:
-        folder = _existing(room.folder)
+    for need in needs:
+        folder = _existing(need.folder)
         device = folder.stat().st_dev
-        needed[device] = needed.get(device, 0) + room.num_bytes
+        needed[device] = needed.get(device, 0) + need.num_bytes
         free = free_bytes(folder)
         if free < needed[device]:
-            others = " beside the others" if needed[device] > room.num_bytes else ""
+            others = " and the other files there" if needed[device] > need.num_bytes else ""
             yield (
-                f"{room.setting} {room.folder} has {free / 1e9:.2f} GB free, and {room.what}{others} takes "
-                f"{needed[device] / 1e9:.2f} GB. Make room, or name another {room.setting}"
+                f"{need.setting} {need.folder} has {free / 1e9:.2f} GB free, but {needed[device] / 1e9:.2f} GB are "
+                f"needed for {need.what}{others}. Free some space, or set another {need.setting}"
             )
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there already."""
+    """Return the folder, or its nearest parent that exists."""
     return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())

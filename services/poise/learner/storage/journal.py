@@ -1,10 +1,10 @@
-"""The journal: every batch on disk before it is trained on, and every answer before it is given.
+"""The journal: each batch is written before it is trained on, and each answer before it is returned.
 
-    <folder>/batch-00000042.pb      the batch as it came: length-delimited messages of learner.proto, then a checksum
-    <folder>/answer-00000042.json   what came of it
-    <folder>/failures-00000042.json how often training on it failed, where it did
+    <folder>/batch-00000042.pb      the batch as submitted: length-delimited messages of learner.proto, then a checksum
+    <folder>/answer-00000042.json   its answer
+    <folder>/failures-00000042.json how often training on it failed, if it did
 
-Owns the files. A restart trains again on the batches after the last checkpoint, in order.
+A restart replays the batches after the last checkpoint, in order.
 """
 
 from __future__ import annotations
@@ -24,39 +24,43 @@ from poise_client.types import Batch, RolloutId, StepMetrics
 
 logger = logging.getLogger(__name__)
 
+ANSWERS_KEPT = 4096
+"""Answers kept. A batch resubmitted after its answer was deleted is answered with all rollouts rejected as
+duplicates."""
+
 FAILED = "failed"
-"""Why the rollouts of a batch are rejected on which training failed for good."""
+"""The rejection reason of all rollouts in a batch that failed too often."""
 
 _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one batch."""
+    """The answer to one batch."""
 
     run_id: str
     batch_id: str
     content: str
-    """SHA-256 of the batch, hexadecimal: the same id with other content is a conflict."""
+    """SHA-256 of the batch in hexadecimal: the same id with other content is a conflict."""
     policy_version: int
-    """After it."""
+    """After the batch."""
     digest: str
-    """Of the weights after it, hexadecimal."""
+    """Digest of the weights after the batch, in hexadecimal."""
     metrics: StepMetrics
     rejected: tuple[tuple[RolloutId, str], ...]
 
     @property
-    def is_set_aside(self) -> bool:
-        """Whether training on the batch failed for good."""
+    def is_quarantined(self) -> bool:
+        """Whether training on the batch failed too often."""
         return any(reason == FAILED for _, reason in self.rejected)
 
     def to_json(self) -> str:
-        """Serialise."""
+        """Serialize."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Answer:
-        """Deserialise. Raises `ValueError` for what `to_json` never wrote."""
+        """Deserialize. Raises `ValueError` for text that `to_json` did not write."""
         values: dict[str, Any] = json.loads(text)
         try:
             metrics = values.pop("metrics")
@@ -64,7 +68,7 @@ class Answer:
             rejected = tuple((RolloutId(**rollout), reason) for rollout, reason in values.pop("rejected"))
             return Answer(**values, metrics=StepMetrics(**metrics), rejected=rejected)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{error!r} in what should be an answer") from error
+            raise ValueError(f"not an answer: {error!r}") from error
 
 
 class Journal:
@@ -74,19 +78,19 @@ class Journal:
         self._folder = folder
 
     def open(self) -> None:
-        """Make the folder."""
+        """Create the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def try_writing(self) -> None:
-        """Write a file and remove it. Raises `OSError`."""
+    def check_writable(self) -> None:
+        """Write a file and delete it. Raises `OSError`."""
         check_writable(self._folder)
 
     def write_batch(self, sequence: int, content: bytes) -> None:
-        """Keep a batch, durable on return."""
+        """Write a batch, durable on return."""
         write_file(self._batch(sequence), content + hashlib.sha256(content).digest())
 
     def read_batch(self, sequence: int) -> Batch | None:
-        """Return a batch; None when there is none.
+        """Return a batch; None if there is none.
 
         Raises:
             ValueError: it is damaged.
@@ -101,36 +105,36 @@ class Journal:
         return load_batch(content)
 
     def write_answer(self, sequence: int, answer: Answer) -> None:
-        """Keep an answer, durable on return."""
+        """Write an answer, durable on return."""
         write_file(self._answer(sequence), answer.to_json().encode())
 
     def num_failures(self, sequence: int, content: bytes) -> int:
-        """Return how often training on a batch has failed. Its number alone may have been another batch's once."""
+        """Return how often training on a batch has failed. A different batch of the same number does not count."""
         try:
             failures: dict[str, Any] = json.loads(self._failures(sequence).read_text())
             return int(failures["count"]) if failures["content"] == hashlib.sha256(content).hexdigest() else 0
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # never failed, or the file is damaged
             return 0
 
     def add_failure(self, sequence: int, content: bytes, why: str) -> int:
-        """Count one more, durable on return; return how many there are."""
+        """Add one failure, durable on return; return the count."""
         count = self.num_failures(sequence, content) + 1
         failures = {"content": hashlib.sha256(content).hexdigest(), "count": count, "last": why}
         write_file(self._failures(sequence), json.dumps(failures).encode())
         return count
 
     def answers(self) -> Iterator[tuple[int, Answer | None]]:
-        """Yield all answers kept, oldest first; None in place of one that is damaged, which the log names."""
+        """Yield the numbers and answers, oldest first; log a damaged answer and yield None for it."""
         for path in sorted(self._folder.glob("answer-*.json")):
             answer = None
             try:
                 answer = Answer.from_json(path.read_text())
             except ValueError as error:
-                logger.error("%s is damaged and of no use: %s", path, error)
+                logger.error("%s is damaged and is ignored: %s", path, error)
             yield int(path.stem.removeprefix("answer-")), answer
 
     def prune(self, before_batch: int, before_answer: int) -> None:
-        """Drop batches, with their failures, and answers of lower sequence numbers."""
+        """Delete batches, with their failures, and answers of lower sequence numbers."""
         for pattern, limit in (
             ("batch-*.pb", before_batch),
             ("failures-*.json", before_batch),

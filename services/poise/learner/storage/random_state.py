@@ -1,7 +1,7 @@
-"""The state of every process's random numbers: after a restart dropout draws what it would have drawn without one.
+"""The states of all ranks' random number generators, so that dropout draws the same numbers after a restart.
 
-Rank r's is `rng.cpu.r` and, where it computes on a GPU, `rng.cuda.r`, uint8. With several processes all of them must
-make the same calls.
+Rank r's state is `rng.cpu.r` and, if it computes on a GPU, `rng.cuda.r`; both uint8. Every rank must make the same
+calls.
 """
 
 from __future__ import annotations
@@ -15,25 +15,21 @@ from poise.learner.distributed.process_group import World
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "rng."
-
 
 def random_state(world: World) -> dict[str, torch.Tensor]:
-    """Return the states of all processes on the first; nothing on the others."""
+    """Return the states of all ranks on rank 0, and nothing on the others."""
     return {
-        f"{PREFIX}{kind}.{rank}": state
-        for kind, own in _own(world).items()
-        for rank, state in enumerate(world.gather(own))
+        f"rng.{kind}.{rank}": state for kind, own in _own(world).items() for rank, state in enumerate(world.gather(own))
     }
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], world: World) -> None:
-    """Take over what `random_state` gave. The values are the first process's; the names are known to all."""
+    """Restore what `random_state` returned. Every rank needs the names, only rank 0 the values."""
     for kind, own in _own(world).items():
-        names = [f"{PREFIX}{kind}.{rank}" for rank in range(world.size)]
+        names = [f"rng.{kind}.{rank}" for rank in range(world.size)]
         if not tensors.keys() >= set(names):
             logger.info(
-                "the checkpoint has no random numbers of %d processes on %s: the seed's go on", world.size, kind
+                "the checkpoint has no %s random states of %d ranks: they start from the seed", kind, world.size
             )
             continue
         state = world.scatter([tensors[name] for name in names] if world.rank == 0 else [], own)

@@ -1,6 +1,6 @@
-"""How much arithmetic training takes, and how much a device could do.
+"""FLOPs of a training step, and the peak FLOP/s of devices.
 
-Counts what the model needs: what is computed again to save memory, and the softmaxes, are left out.
+Counts the model's own work: activations recomputed to save memory, and softmaxes, are left out.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _PEAKS = {
     "RTX 4090": 1.65e14,
     "RTX 3090": 7.1e13,
 }
-"""Dense bfloat16 operations a second by a part of the device's name, as its maker says; the first that is in it."""
+"""Dense bfloat16 FLOP/s from the data sheets, by a part of the device's name. The first match counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What the arithmetic of a token depends on."""
+    """FLOPs of a forward and a backward pass, per unit."""
 
     decoder_flops: int
-    """Of matrix products with the decoder's weights, a token, forward and back."""
+    """Matrix products with the decoder's weights, per token."""
     head_flops: int
-    """The same of the head."""
+    """Matrix products with the head's weights, per predicted token."""
     attended_flops: int
-    """Of attention, a pair of tokens, forward and back."""
+    """Attention, per pair of query and key."""
 
     def training_flops(self, num_tokens: int, num_targets: int, num_attended: int) -> int:
-        """Return what a forward and a backward pass take over so many tokens, of which so many are predicted."""
+        """Return the FLOPs for these numbers of tokens, predicted tokens and attended pairs."""
         return num_tokens * self.decoder_flops + num_targets * self.head_flops + num_attended * self.attended_flops
 
 
 def model_size(model: Any) -> ModelSize | None:
-    """Measure a causal language model of transformers; None where experts or recurrence leave the count open."""
+    """Measure a transformers causal language model; None if experts or recurrence make the count unknown."""
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
@@ -62,13 +62,13 @@ def model_size(model: Any) -> ModelSize | None:
     return ModelSize(
         decoder_flops=sum(_product_flops(weight) for weight in weights),
         head_flops=_product_flops(head),
-        # Scores and sums of values, 2 operations a product, and twice that for the gradient.
+        # Scores and weighted values: 2 FLOPs a product each, and twice that in the backward pass.
         attended_flops=12 * head_dim * config.num_attention_heads * config.num_hidden_layers,
     )
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return how many operations a second a device does at most; None where that is not known."""
+    """Return the peak FLOP/s of a device; None if unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -76,5 +76,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _product_flops(weight: torch.Tensor) -> int:
-    """2 operations an element: forward, for the gradient of the input and, where it is trained, of the weight."""
+    """Return 2 FLOPs an element for the output, the input's gradient and, if trained, the weight's gradient."""
     return (6 if weight.requires_grad else 4) * weight.numel()

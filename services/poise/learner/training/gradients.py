@@ -1,7 +1,7 @@
-"""The gradient of a mini-batch, row by row, and what its tokens add up to.
+"""Forward and backward pass of one row, and the sums over its tokens.
 
-The loss is the weighted sum over all tokens of the mini-batch by one denominator, so however its rollouts are spread
-over rows, and rows over processes, the gradients add up to the same.
+Every loss is divided by one denominator of the whole mini-batch. So the gradients add up to the same however rollouts
+are spread over rows, and rows over ranks.
 
 Shapes: N response tokens of a row.
 """
@@ -18,15 +18,15 @@ from poise.learner.training.losses import TokenLosses, policy_losses, token_weig
 from poise.learner.training.packing import PackedRow
 
 Forward = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]
-"""Log-probabilities, with a gradient, and entropies of a row's targets, [N] each."""
+"""Returns log-probabilities, with a gradient, and entropies of a row's targets, [N] each."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
-    """Over tokens, but for the loss."""
+class TokenSums:
+    """Sums over the tokens of a mini-batch, or of a part of it."""
 
     loss: float = 0.0
-    """That of the mini-batch, times its denominator."""
+    """The weighted sum, before division by the denominator."""
     num_tokens: float = 0.0
     entropy: float = 0.0
     clip_low: float = 0.0
@@ -35,74 +35,71 @@ class Sums:
     truncated: float = 0.0
     reference_kl: float = 0.0
     num_compared: float = 0.0
-    """Tokens of which it is known what the policy said before the step."""
+    """Tokens with a log-probability from before the step. The two mismatches are sums over these."""
     mismatch_logprob: float = 0.0
-    """Over those."""
     mismatch_kl: float = 0.0
-    """Over those."""
     value_loss: float = 0.0
-    """That of the critic."""
+    """The critic's loss."""
 
     def to_tensor(self, device: torch.device) -> torch.Tensor:
-        """Return all in order, float64."""
+        """Return the fields in order, float64."""
         return torch.tensor(astuple(self), dtype=torch.float64, device=device)
 
     @staticmethod
-    def from_tensor(values: torch.Tensor) -> Sums:
+    def from_tensor(values: torch.Tensor) -> TokenSums:
         """Undo `to_tensor`."""
-        return Sums(*values.tolist())
+        return TokenSums(*values.tolist())
 
-    def __add__(self, other: Sums) -> Sums:
-        """Add up."""
-        return Sums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: TokenSums) -> TokenSums:
+        """Add field by field."""
+        return TokenSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What a critic made of a row's tokens, [N] each."""
+class CriticTargets:
+    """What the critic computes from a row before the step's first update, [N] each."""
 
     advantages_N: torch.Tensor
-    """For the policy."""
+    """Advantages for the policy."""
     values_N: torch.Tensor
     returns_N: torch.Tensor
-    """What the values should have been."""
+    """Targets of the values."""
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """What is known of a row's tokens before the step's first update; None where it is not."""
+class PreviousOutputs:
+    """Outputs for a row from before the step's first update; None if they are not needed."""
 
     policy_logprobs_N: torch.Tensor | None = None
-    """By the policy."""
     reference_logprobs_N: torch.Tensor | None = None
-    """By the model that training started from."""
-    lesson: Lesson | None = None
-    """By the critic; without one, rollouts bring their advantages."""
+    """Log-probabilities under the model that training started from."""
+    critic: CriticTargets | None = None
+    """Without a critic, rollouts bring their advantages."""
 
 
-def accumulate(
-    forward: Forward, row: PackedRow, before: Before, *, first: bool, denominator: float, config: LossConfig
-) -> Sums:
-    """Add a row's share to the gradients of the parameters.
+def accumulate_gradient(
+    forward: Forward, row: PackedRow, previous: PreviousOutputs, *, first: bool, denominator: float, config: LossConfig
+) -> TokenSums:
+    """Add a row's share to the gradients of the parameters; return the sums over its tokens.
 
     Args:
         forward: the policy.
         row: the row.
-        before: what was computed of it earlier.
-        first: whether the policy has not been updated in this step: what it says now is then what it said before.
-        denominator: by which the losses of the whole mini-batch are divided.
+        previous: outputs from before the step.
+        first: whether this is the step's first update, so that the policy's outputs are those from before the step.
+        denominator: divides the losses of the whole mini-batch.
         config: the loss.
     """
     logprobs_N, entropies_N = forward(row)
-    policy_N = logprobs_N.detach() if first else before.policy_logprobs_N
+    policy_N = logprobs_N.detach() if first else previous.policy_logprobs_N
     old_N = row.rollout_logprobs_N if config.old_logprobs == "rollout" else policy_N
-    assert old_N is not None  # noqa: S101 (computed before, where it is needed)
+    assert old_N is not None  # noqa: S101 (with `recompute`, computed before the step)
     tokens = policy_losses(
         logprobs_N,
         old_N,
         row.rollout_logprobs_N,
-        before.reference_logprobs_N,
-        row.advantages_N if before.lesson is None else before.lesson.advantages_N,
+        previous.reference_logprobs_N,
+        row.advantages_N if previous.critic is None else previous.critic.advantages_N,
         row.lengths_R,
         config,
     )
@@ -117,9 +114,9 @@ def _sums(
     entropies_N: torch.Tensor,
     tokens: TokenLosses,
     policy_N: torch.Tensor | None,
-) -> Sums:
+) -> TokenSums:
     num_tokens = torch.tensor(float(row.targets_N.numel()), device=loss.device)
-    nothing = torch.zeros_like(num_tokens)
+    zero = torch.zeros_like(num_tokens)
     values = {
         "loss": loss,
         "num_tokens": num_tokens,
@@ -136,5 +133,5 @@ def _sums(
         values["num_compared"] = num_tokens
         values["mismatch_logprob"] = differences_N.abs().sum()
         values["mismatch_kl"] = (differences_N.exp() - 1 - differences_N).sum()
-    # One transfer from the device, not twelve.
-    return Sums.from_tensor(torch.stack([values.get(field.name, nothing).double() for field in fields(Sums)]))
+    # One transfer from the device instead of twelve.
+    return TokenSums.from_tensor(torch.stack([values.get(field.name, zero).double() for field in fields(TokenSums)]))

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, without ever holding the logits of all of them.
+"""Log-probabilities of tokens from hidden states, without materializing the logits of all tokens.
 
 Shapes: N tokens, d the model's width, V its vocabulary; C tokens of a chunk.
 """
@@ -21,10 +21,10 @@ def token_logprobs(
     chunk_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's log-probability, with a gradient, and the entropy of its distribution, without; float32.
+    """Return each target's log-probability, with a gradient, and its distribution's entropy, without one; float32.
 
-    The logits of `chunk_tokens` tokens are held at a time, and computed again for the gradient; matrix products are of
-    `dtype`, all else of float32.
+    Computes the logits of `chunk_tokens` tokens at a time, and again in the backward pass. Matrix products use `dtype`,
+    everything else float32.
     """
     logprobs_N, entropies_N = _TokenLogprobs.apply(
         states_Nd, head.weight, head.bias, targets_N, temperature, chunk_tokens, dtype
@@ -47,7 +47,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `token_logprobs`."""
-        # Each on its own: views of one tensor would lose FSDP's hooks at the first change in place.
+        # Separate tensors: views of one would lose FSDP's hooks at the first in-place change.
         logprobs_N, entropies_N, normalisers_N = (
             states_Nd.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
         )
@@ -65,7 +65,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_N: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Go through the chunks again; the gradient of the weights grows in place."""
+        """Recompute the chunks; accumulate the gradient of the weights in place."""
         states_Nd, weight_Vd, bias_V, targets_N, normalisers_N = ctx.saved_tensors
         temperature, chunk_tokens, dtype = ctx.settings
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -96,7 +96,7 @@ def _logits(
     chunk_tokens: int,
     dtype: torch.dtype,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield float32 logits after temperature, chunk by chunk, which may be written over."""
+    """Yield float32 logits after temperature, chunk by chunk. Callers may overwrite them."""
     weight_Vd, bias_V = weight_Vd.to(dtype), None if bias_V is None else bias_V.to(dtype)
     for start in range(0, len(states_Nd), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)

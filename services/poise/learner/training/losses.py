@@ -1,12 +1,11 @@
-"""The losses (DESIGN §2), each a pure function of tensors with its formula.
+"""The losses (docs/design.md, section 2), as pure functions of tensors.
 
-A policy loss gives every token a loss and says where it clipped; `policy_losses` puts together what is configured; the
-loss of a mini-batch is then the weighted sum of its tokens' losses by `token_weights` over `denominator`: both count
-the whole mini-batch, so that any split of it into micro-batches, or over processes, gives the same gradient.
+`policy_losses` returns the configured loss of every token. The loss of a mini-batch is the sum of these losses,
+weighted by `token_weights`, divided by `denominator`. Both refer to the whole mini-batch, so that any split of it into
+rows or over ranks gives the same gradient.
 
 Shapes: N response tokens, those of one rollout side by side; R rollouts.
-Letters: ρ = exp(logprob − old), the ratio; A the advantage; ε the clips; C the cap; T the tokens of a rollout; V a
-value, R what it is to be.
+Symbols: ρ = exp(logprob − old), the ratio; A the advantage; ε the clips; C the cap; V a value, R its return.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ import torch
 from poise.learner.config import LossConfig
 
 _MAX_LOG_RATIO = 20.0
-"""e^20 is beyond every bound; infinity would make the gradient of what is bounded NaN."""
+"""e^20 exceeds every clip; infinity would make clipped gradients NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLosses:
-    """One value a token."""
+    """The policy loss of each token."""
 
     losses_N: torch.Tensor
-    """Carries the gradient."""
+    """The losses, with a gradient."""
     low_N: torch.Tensor
-    """Whether the lower clip of the ratio decided."""
+    """Whether the ratio's lower clip applied."""
     high_N: torch.Tensor
-    """Whether the upper clip decided."""
+    """Whether the upper clip applied."""
     dual_N: torch.Tensor
-    """Whether the dual clip decided."""
+    """Whether the dual clip applied."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLosses:
-    """What the tokens of a micro-batch cost, and why."""
+    """The total loss of each token, with its parts."""
 
     policy: PolicyLosses
     losses_N: torch.Tensor
-    """The policy's, times the importance weight, plus the pull to the reference. Carries the gradient."""
+    """Policy loss × importance weight + KL term, with a gradient."""
     truncated_N: torch.Tensor
     """Whether the importance weight was truncated."""
     reference_kl_N: torch.Tensor | None
-    """KL to the reference; None where there is none."""
+    """KL to the reference model; None without one."""
 
 
 def policy_losses(
@@ -59,8 +58,8 @@ def policy_losses(
 ) -> TokenLosses:
     """Return the loss of each token: w · policy loss + β · KL to the reference, w as in `truncated_importance`.
 
-    `old` is what ratios are taken to: the learner before the step's first update, or the engine, whose own
-    log-probabilities `rollout` are (w is then 1).
+    Ratios are relative to `old_logprobs_N`: those of the learner before the step's first update, or
+    `rollout_logprobs_N` of the engine itself, which makes w 1.
     """
     if config.policy == "gspo":
         policy = gspo(logprobs_N, old_logprobs_N, advantages_N, lengths_R, config)
@@ -97,17 +96,17 @@ def gspo(
     lengths_R: torch.Tensor,
     config: LossConfig,
 ) -> PolicyLosses:
-    """GSPO: one ratio for a rollout, clipped as a whole.
+    """GSPO: one clipped ratio for each rollout.
 
     L = max(−A·s, −A·clip(s, 1 − ε_low, 1 + ε_high)) with s = exp(mean over the rollout's tokens of (logprob − old)).
 
-    Each token holds the value of s and the gradient s·∇logprob of its own, so that the mean over a rollout's tokens
-    (`sequence_mean`) has the gradient of the formula. The bounds are those of a mean: hundreds of times narrower.
+    Each token has the value of s and the gradient s·∇logprob of its own log-probability, so that the mean over a
+    rollout's tokens (`sequence_mean`) has the formula's gradient. Its clips are hundreds of times narrower than PPO's.
     """
     differences_N = logprobs_N - old_logprobs_N
-    of_rollout_N = torch.repeat_interleave(lengths_R)
-    sums_R = torch.zeros_like(lengths_R, dtype=differences_N.dtype).index_add(0, of_rollout_N, differences_N.detach())
-    means_N = (sums_R / lengths_R)[of_rollout_N]
+    rollout_N = torch.repeat_interleave(lengths_R)
+    sums_R = torch.zeros_like(lengths_R, dtype=differences_N.dtype).index_add(0, rollout_N, differences_N.detach())
+    means_N = (sums_R / lengths_R)[rollout_N]
     ratios_N = _ratios(means_N + (logprobs_N - logprobs_N.detach()))
     losses_N, low_N, high_N = _clipped(ratios_N, advantages_N, config)
     return PolicyLosses(losses_N, low_N, high_N, torch.zeros_like(low_N))
@@ -129,7 +128,7 @@ def cispo(
 def truncated_importance(
     old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.Tensor, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's weight min(exp(old − rollout), C), held constant, and whether the cap took hold."""
+    """Return each token's weight min(exp(old − rollout), C), without gradient, and whether the cap applied."""
     weights_N = torch.exp(old_logprobs_N - rollout_logprobs_N).detach()
     return weights_N.clamp(max=cap), weights_N > cap
 
@@ -137,7 +136,7 @@ def truncated_importance(
 def kl_to_reference(logprobs_N: torch.Tensor, reference_logprobs_N: torch.Tensor) -> torch.Tensor:
     """Return the k3 estimate of KL(policy || reference) at each token: exp(d) − d − 1 with d = reference − logprob.
 
-    Never negative, and unbiased over tokens that the policy sampled.
+    It is never negative, and unbiased over tokens that the policy sampled.
     """
     differences_N = reference_logprobs_N - logprobs_N
     return _ratios(differences_N) - differences_N - 1
@@ -148,8 +147,7 @@ def value_losses(
 ) -> torch.Tensor:
     """Return the critic's loss at each token: L = ½·max((V − R)², (V_old + clip(V − V_old, −c, c) − R)²).
 
-    Without a clip c, ½·(V − R)². A token whose value has already moved by more than c away from V_old, and towards R,
-    has no gradient.
+    Without a clip c, ½·(V − R)². A token whose value has moved from V_old towards R by more than c has no gradient.
     """
     losses_N = (values_N - returns_N).square()
     if clip is not None:
@@ -159,23 +157,23 @@ def value_losses(
 
 
 def token_weights(lengths_R: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Return what each token's loss counts, [N]; over `denominator`, that is
+    """Return the weight of each token's loss, [N]. After division by `denominator`, the weighted sum is
 
     `token_mean`: the mean over all tokens; `sequence_mean`: the mean over rollouts of the means over their tokens;
-    `constant`: the mean over rollouts of the sums over their tokens / `normaliser_tokens` (Dr. GRPO: a token counts
-    the same in a long rollout as in a short one, and in a batch of long ones as in one of short ones).
+    `constant`: the mean over rollouts of the sums over their tokens / `normaliser_tokens` (Dr. GRPO: a token has the
+    same weight whatever the length of its rollout, or of others in the batch).
     """
     if config.aggregation == "sequence_mean":
-        counts_R = 1 / lengths_R
+        weights_R = 1 / lengths_R
     elif config.aggregation == "constant":
-        counts_R = torch.full_like(lengths_R, 1 / config.normaliser_tokens, dtype=torch.get_default_dtype())
+        weights_R = torch.full_like(lengths_R, 1 / config.normaliser_tokens, dtype=torch.get_default_dtype())
     else:
-        counts_R = torch.ones_like(lengths_R, dtype=torch.get_default_dtype())
-    return torch.repeat_interleave(counts_R, lengths_R)
+        weights_R = torch.ones_like(lengths_R, dtype=torch.get_default_dtype())
+    return torch.repeat_interleave(weights_R, lengths_R)
 
 
 def denominator(num_tokens: int, num_rollouts: int, config: LossConfig) -> int:
-    """Return by what the weighted sum of a mini-batch's losses is divided."""
+    """Return the number that divides the weighted sum of a mini-batch's losses."""
     return num_tokens if config.aggregation == "token_mean" else num_rollouts
 
 
@@ -186,8 +184,8 @@ def _ratios(log_ratios_N: torch.Tensor) -> torch.Tensor:
 def _clipped(
     ratios_N: torch.Tensor, advantages_N: torch.Tensor, config: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return max(−A·ρ, −A·clip(ρ)), and where the lower and the upper bound decided."""
+    """Return max(−A·ρ, −A·clip(ρ)), and where the lower and the upper clip applied."""
     plain_N = -advantages_N * ratios_N
     bounded_N = -advantages_N * ratios_N.clamp(1 - config.clip_low, 1 + config.clip_high)
-    decided_N = bounded_N > plain_N
-    return torch.maximum(plain_N, bounded_N), decided_N & (advantages_N < 0), decided_N & (advantages_N > 0)
+    clipped_N = bounded_N > plain_N
+    return torch.maximum(plain_N, bounded_N), clipped_N & (advantages_N < 0), clipped_N & (advantages_N > 0)

@@ -1,6 +1,6 @@
-"""What an optimizer step trains on: some prompts' rollouts in rows, dealt out to the processes.
+"""Mini-batches: the rollouts of some prompts in packed rows, spread over the ranks.
 
-Knows no model. Every process packs all of a mini-batch, and takes every so manieth row.
+Every rank packs the whole mini-batch and takes every `world.size`-th row.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """Where a mini-batch is cut in two, for their gradients to be told apart."""
+    """How a mini-batch is split to measure the variance of its gradient."""
 
     num_rows: int
-    """Rows of the first half, in this process."""
+    """Rows of the first half on this rank."""
     num_groups: tuple[int, int]
-    """Prompt groups of either half, in all processes."""
+    """Prompt groups of each half on all ranks."""
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What an optimizer step trains on."""
+    """The rollouts of one optimizer step."""
 
     rows: list[PackedRow]
-    """This process's share; as many in every process, for each pass is one of all of them."""
+    """This rank's rows. Every rank has the same number, because each forward pass involves all ranks."""
     counts: list[bool]
-    """Of each row: whether it counts, or only keeps those of other processes company."""
+    """For each row; False for padding rows that keep ranks in step."""
     halves: Halves | None
-    """None where it is not cut."""
+    """None if the variance is not measured."""
     denominator: int
-    """Of all processes' rows."""
+    """Divides the losses of all ranks' rows."""
     num_targets: int
-    """Response tokens, in all processes."""
+    """Response tokens on all ranks."""
     num_tokens: int
-    """Through the model, in all processes."""
+    """Tokens through the model on all ranks."""
 
-    def own(self, of_rows: Iterable[T]) -> list[T]:
-        """Return what, of something for each row, is for those that count."""
-        return [one for one, counts in zip(of_rows, self.counts, strict=True) if counts]
+    def without_padding(self, values: Iterable[T]) -> list[T]:
+        """Return the values of rows that count, from one value a row."""
+        return [value for value, counts in zip(values, self.counts, strict=True) if counts]
 
 
 def build_mini_batch(
     groups: Sequence[PromptGroup], config: LearnerConfig, world: World, share_prompts: bool = True
 ) -> MiniBatch:
-    """Pack groups; in halves, where the variance of their gradient is to be measured and there are two at least.
+    """Pack prompt groups into rows; in two halves if `measure_gradient_variance` is set and there are two groups.
 
-    `share_prompts` puts the siblings of a prompt behind one copy of it. Otherwise each has its own, and rows are packed
-    for a model that computes their sequences padded to the longest.
+    With `share_prompts` siblings follow one copy of their prompt. Otherwise each has its own copy, and rows suit a
+    model that computes their sequences padded to the longest.
     """
     half = len(groups) // 2 if config.measure_gradient_variance else 0
     distribute = pack if share_prompts else pack_padded
@@ -68,9 +68,9 @@ def build_mini_batch(
     dtype: torch.dtype = getattr(torch, config.dtype)
     for part in packed:
         own = part[world.rank :: world.size]
-        company = [part[0]] * (-(-len(part) // world.size) - len(own))
-        rows += [build_row(row, world.device, dtype) for row in (*own, *company)]
-        counts += [True] * len(own) + [False] * len(company)
+        padding = [part[0]] * (-(-len(part) // world.size) - len(own))
+        rows += [build_row(row, world.device, dtype) for row in (*own, *padding)]
+        counts += [True] * len(own) + [False] * len(padding)
         num_rows.append(len(rows))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     num_targets = sum(int(rollout.token_ids.size) for rollout in rollouts)

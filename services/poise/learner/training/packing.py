@@ -1,8 +1,8 @@
-"""Rollouts laid end to end in rows without padding; siblings share their prompt's tokens.
+"""Packs rollouts end to end into rows without padding; siblings share their prompt's tokens.
 
-A row holds, for each group, the prompt and then the siblings' responses. Positions restart after the prompt for every
-sibling, and spans of attention keep each to its prompt and itself, so that each token sees exactly what it saw alone;
-a prompt is computed once.
+A row has, for each group, the prompt and then the siblings' responses. Positions restart after the prompt for every
+sibling, and attention spans limit each response to its prompt and itself. So every token has the context it was sampled
+with, and a prompt is computed once.
 
 Shapes: L tokens of the row, N response tokens of it, R rollouts.
 """
@@ -21,35 +21,35 @@ from poise_client.types import Ints, TrainingRollout
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """Siblings of one prompt, all or some of them."""
+    """All or some siblings of one prompt."""
 
     prompt_token_ids: Ints
     rollouts: tuple[TrainingRollout, ...]
 
     @property
     def num_tokens(self) -> int:
-        """What it takes of a row."""
+        """Tokens that the group takes in a row."""
         return int(self.prompt_token_ids.size) + sum(rollout.token_ids.size for rollout in self.rollouts)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """What goes through the model at once, and which of its outputs predict response tokens."""
+    """Rollouts in the form that goes through the model: tokens of a row, and what the losses need about them."""
 
     token_ids_1L: torch.Tensor
     positions_1L: torch.Tensor
     spans: Spans
     predictors_N: torch.Tensor
-    """Index of the token whose output predicts each response token."""
+    """For each response token, the row index of the token whose output predicts it."""
     targets_N: torch.Tensor
     rollout_logprobs_N: torch.Tensor
     advantages_N: torch.Tensor
     rewards_R: torch.Tensor
-    """Not a number where a rollout has none."""
+    """NaN if a rollout has none."""
     lengths_R: torch.Tensor
     """Response tokens of each rollout."""
     num_attended: int
-    """Pairs of a token and one that it sees."""
+    """Number of pairs of a query and a key it attends to."""
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +58,7 @@ class PackedRow:
 
 
 def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
-    """Gather siblings, in order of first appearance: same run, step, group and prompt tokens."""
+    """Group siblings (same run, step, group and prompt tokens), in order of first appearance."""
     groups: dict[tuple[str, int, str, bytes], list[TrainingRollout]] = {}
     for rollout in rollouts:
         key = (rollout.id.run_id, rollout.id.step, rollout.id.group_id, rollout.prompt_token_ids.tobytes())
@@ -67,14 +67,16 @@ def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
 
 
 def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
-    """Distribute groups over rows of at most `max_tokens` tokens: first fit, the largest first.
+    """Distribute groups over rows of at most `max_tokens` tokens: first fit, largest first.
 
-    Siblings too many for a row are split over several, each with the prompt; a rollout too long for one goes alone.
+    Groups too large for a row are split over several, each with the prompt. A longer rollout gets a row of its own.
     """
     rows: list[list[PromptGroup]] = []
     room: list[int] = []
     pieces = [piece for group in groups for piece in _split(group, max_tokens)]
-    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):  # stable: the same batch packs alike
+    for piece in sorted(
+        pieces, key=lambda piece: -piece.num_tokens
+    ):  # a stable sort: the same batch is packed the same way
         index = next((i for i, free in enumerate(room) if free >= piece.num_tokens), len(rows))
         if index == len(rows):
             rows.append([])
@@ -85,14 +87,13 @@ def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGrou
 
 
 def pack_padded(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGroup]]:
-    """Distribute rollouts, each with a prompt of its own, over rows of similar lengths.
+    """Distribute rollouts, each with its own copy of the prompt, over rows of similar lengths.
 
-    A row has at most `max_tokens` tokens once its sequences are padded to the longest. A longer rollout gets a row of
-    its own.
+    A row has at most `max_tokens` tokens after padding to its longest sequence. A longer rollout gets a row of its own.
     """
-    alone = [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
+    sequences = [PromptGroup(group.prompt_token_ids, (rollout,)) for group in groups for rollout in group.rollouts]
     rows: list[list[PromptGroup]] = []
-    for sequence in sorted(alone, key=lambda sequence: -sequence.num_tokens):
+    for sequence in sorted(sequences, key=lambda sequence: -sequence.num_tokens):
         if not rows or (len(rows[-1]) + 1) * rows[-1][0].num_tokens > max_tokens:
             rows.append([])
         rows[-1].append(sequence)
@@ -100,7 +101,7 @@ def pack_padded(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[Pro
 
 
 def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.dtype) -> PackedRow:
-    """Lay groups out as tensors, for models that compute in `dtype` on `device`."""
+    """Return groups as the tensors of one row, for models that compute in `dtype` on `device`."""
     token_ids: list[Ints] = []
     positions: list[Ints] = []
     predictors: list[Ints] = []
@@ -115,7 +116,7 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
             num_own = int(rollout.token_ids.size)
             token_ids.append(rollout.token_ids)
             positions.append(np.arange(num_prompt, num_prompt + num_own))
-            # The prompt's last token predicts the first, each but the last its next.
+            # The prompt's last token predicts the first response token; each response token predicts the next.
             predictors += [np.array([prompt_start + num_prompt - 1]), np.arange(start, start + num_own - 1)]
             first = start == prompt_start + num_prompt
             spans.append(

@@ -1,16 +1,19 @@
-"""One batch in, the numbers of the step out.
+"""The training step: a batch of rollouts in, updated weights and the step's metrics out.
 
-Knows no versions, no files but the model's, no transport. With several processes each runs one, with the same calls;
-each computes its share of the rows, and all come to the same numbers.
+With several ranks each has a `Trainer` and makes the same calls. Each computes its share of the rows, and all return
+the same metrics.
 
 Shapes: N response tokens of a packed row.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,211 +21,324 @@ from poise.errors import Unusable
 from poise.learner.config import LearnerConfig
 from poise.learner.distributed.process_group import World, join, leave
 from poise.learner.distributed.rank_health import RankEvents, RankHealth
-from poise.learner.models.model_set import Models, Update
-from poise.learner.models.policy import Policy
+from poise.learner.models.critic import Critic
+from poise.learner.models.forward import PackedForward
+from poise.learner.models.policy import Policy, load_reference
 from poise.learner.storage.random_state import random_state, restore_random_state
 from poise.learner.training.flops import ModelSize, model_size, peak_flops
-from poise.learner.training.gradients import Sums
+from poise.learner.training.gradient_variance import HalfGradient
+from poise.learner.training.gradients import PreviousOutputs, TokenSums, accumulate_gradient
 from poise.learner.training.minibatch import MiniBatch, build_mini_batch
-from poise.learner.training.packing import group_by_prompt
+from poise.learner.training.optimizer import Optimizer
+from poise.learner.training.packing import PackedRow, group_by_prompt
 from poise.runtime.models.decoder import position_limit
 from poise_client.types import StepMetrics, TrainingRollout, WeightArray
 
+logger = logging.getLogger(__name__)
+
 _NO_LIMIT = 2**31 - 1
+_CRITIC = "critic."
+"""Prefix of the critic's tensors in the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The outcome of one mini-batch."""
+
+    sums: TokenSums
+    """Over all ranks."""
+    gradient_norm: float
+    """The policy's, before clipping."""
+    critic_gradient_norm: float
+    """0 without a critic."""
+    gradient_variance: float | None
+    """The policy's, before clipping; None if not measured."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether losses and gradients were finite. Otherwise no model was updated."""
+        values = (self.sums.loss, self.gradient_norm, self.sums.value_loss, self.critic_gradient_norm)
+        return all(map(math.isfinite, values))
 
 
 class Trainer:
-    """One process's part in the training. Its calls must not overlap."""
+    """The models and optimizers of one rank. Its calls must not overlap."""
+
+    policy: Policy
+    """The model that is trained. Like `optimizer`, `critic` and `reference`, set by `load`."""
+    optimizer: Optimizer
+    critic: Critic | None
+    """None unless `learner.critic` is set."""
+    reference: PackedForward | None
+    """The model that training started from; None unless the loss has a KL term."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._world = World(_device(config.device))
-        self._loaded: Models | None = None
         self._num_updates = 0
-        """Steps ever taken by the policy and, with it, by its critic: their learning rates follow it."""
+        """Updates so far. The learning rates of policy and critic follow it."""
         self.num_skipped_in_a_row = 0
-        """Mini-batches since the last one that changed the policy."""
+        """Mini-batches skipped since the last one that changed the policy."""
         self._size: ModelSize | None = None
 
     def load(self) -> World:
-        """Meet the other processes and load the model to start from; return once all of them have loaded it.
+        """Join the other ranks and load the models; return once all ranks have loaded theirs.
 
         Raises:
-            BackendDown: it cannot be loaded, or cannot be trained.
-            RankLost: another process did not come, or was lost.
+            BackendDown: a model cannot be loaded, or cannot be trained.
+            RankLost: another rank did not join, or was lost.
         """
         config = self._config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self._world = join(config.device, config.rank_timeout_s)
-        self._loaded = Models(config, self._world)
-        if self._world.health is not None:
-            self._world.health.wait_for_all("loaded")
+        world = self._world = join(config.device, config.rank_timeout_s)
+        self.policy = Policy(config, world)
+        self.optimizer = Optimizer(self.policy.trained(), config.optimizer, world)
+        self.critic = None if config.critic is None else Critic(config, config.critic, world)
+        self.reference = load_reference(config, world) if config.loss.kl_coefficient else None
+        if world.health is not None:
+            world.health.wait_for_all("loaded")
         self._size = model_size(self.policy.model)
-        return self._world
+        return world
 
     @property
     def health(self) -> RankHealth | None:
-        """Watches the other processes; None where there are none, and before `load` has met them."""
+        """Watches the other ranks; None without any, and before `load`."""
         return self._world.health
 
     @property
-    def is_one_of_several(self) -> bool:
-        """Whether other processes train too."""
+    def has_other_ranks(self) -> bool:
+        """Whether other ranks train too."""
         return self._world.size > 1
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Maximum tokens of prompt and response together."""
         return position_limit(self.policy.model.config) or _NO_LIMIT
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids are below it."""
+        """Upper bound of token ids, exclusive."""
         size: int = self.policy.model.config.get_text_config().vocab_size
         return size
 
     def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
-        """Take one optimizer step for each mini-batch of prompts, one epoch. Needs at least one rollout.
+        """Train one epoch on at least one rollout, with one optimizer step for each mini-batch of prompts.
 
-        With a critic, rollouts need rewards, and advantages are made of these. A mini-batch of which a loss or gradient
-        is not finite changes nothing, and has no part in the means.
+        With a critic, rollouts need rewards, from which their advantages are computed. A mini-batch with a loss or
+        gradient that is not finite changes nothing and is left out of the metrics' means.
         """
         started = time.monotonic()
         groups = group_by_prompt(rollouts)
-        size = self._config.mini_batch_prompts
+        size, packed = self._config.mini_batch_prompts, self.policy.logprobs.mode.packed
         mini_batches = [
-            build_mini_batch(groups[start : start + size], self._config, self._world, self.policy.logprobs.mode.packed)
+            build_mini_batch(groups[start : start + size], self._config, self._world, packed)
             for start in range(0, len(groups), size)
         ]
-        before, explained_variance = self._models.before(mini_batches, temperature)
+        previous, explained_variance = self._previous_outputs(mini_batches, temperature)
         updates: list[Update] = []
-        totals, units = Sums(), 0
-        num_updates = self._num_updates
+        totals, denominator = TokenSums(), 0
         for index, mini_batch in enumerate(mini_batches):
-            updates.append(
-                self._models.update(mini_batch, before[index], temperature, self._num_updates, first=index == 0)
-            )
-            if not updates[-1].is_finite:
+            update = self.update(mini_batch, previous[index], temperature, first=index == 0)
+            updates.append(update)
+            if not update.is_finite:
                 self.num_skipped_in_a_row += 1
                 continue
             self._num_updates += 1
             self.num_skipped_in_a_row = 0
-            totals += updates[-1].sums
-            units += mini_batch.denominator
-        num_updates = self._num_updates - num_updates
+            totals += update.sums
+            denominator += mini_batch.denominator
         train_s = time.monotonic() - started
+        num_skipped = sum(not update.is_finite for update in updates)
         num_model_tokens = sum(mini_batch.num_tokens for mini_batch in mini_batches)
-        variances = [each.variance for each in updates if each.is_finite and each.variance is not None]
-        clips = (totals.clip_low, totals.clip_high, totals.dual_clip)
+        variances = [u.gradient_variance for u in updates if u.is_finite and u.gradient_variance is not None]
+        num_tokens = totals.num_tokens
         return StepMetrics(
-            loss=_mean(totals.loss, units),
-            entropy=_mean(totals.entropy, totals.num_tokens),
+            loss=_mean(totals.loss, denominator),
+            entropy=_mean(totals.entropy, num_tokens),
             mismatch_logprob=_mean(totals.mismatch_logprob, totals.num_compared),
             mismatch_kl=_mean(totals.mismatch_kl, totals.num_compared),
-            clip_share=_mean(sum(clips), totals.num_tokens),
-            clip_low_share=_mean(totals.clip_low, totals.num_tokens),
-            clip_high_share=_mean(totals.clip_high, totals.num_tokens),
-            dual_clip_share=_mean(totals.dual_clip, totals.num_tokens),
-            truncated_share=_mean(totals.truncated, totals.num_tokens),
-            reference_kl=_mean(totals.reference_kl, totals.num_tokens),
-            gradient_norm=_mean(sum(update.norm for update in updates), len(updates)),
-            learning_rate=self._models.optimizer.learning_rate(max(0, self._num_updates - 1)),
-            num_tokens=int(totals.num_tokens),
+            clip_share=_mean(totals.clip_low + totals.clip_high + totals.dual_clip, num_tokens),
+            clip_low_share=_mean(totals.clip_low, num_tokens),
+            clip_high_share=_mean(totals.clip_high, num_tokens),
+            dual_clip_share=_mean(totals.dual_clip, num_tokens),
+            truncated_share=_mean(totals.truncated, num_tokens),
+            reference_kl=_mean(totals.reference_kl, num_tokens),
+            gradient_norm=_mean(sum(update.gradient_norm for update in updates), len(updates)),
+            learning_rate=self.optimizer.learning_rate(max(0, self._num_updates - 1)),
+            num_tokens=int(num_tokens),
             num_rollouts=len(rollouts),
-            num_updates=num_updates,
-            num_skipped_updates=len(mini_batches) - num_updates,
+            num_updates=len(updates) - num_skipped,
+            num_skipped_updates=num_skipped,
             num_model_tokens=num_model_tokens,
             train_s=train_s,
             tokens_per_s=num_model_tokens / train_s,
             mfu=self._mfu(mini_batches, train_s),
-            value_loss=_mean(totals.value_loss, totals.num_tokens) if self._config.critic else 0.0,
+            value_loss=_mean(totals.value_loss, num_tokens) if self._config.critic else 0.0,
             explained_variance=explained_variance,
-            critic_gradient_norm=_mean(sum(update.critic_norm for update in updates), len(updates)),
+            critic_gradient_norm=_mean(sum(update.critic_gradient_norm for update in updates), len(updates)),
             gradient_variance=_mean(sum(variances), len(variances)) if self._config.measure_gradient_variance else 0.0,
         )
 
+    def update(
+        self, mini_batch: MiniBatch, previous: Sequence[PreviousOutputs], temperature: float, *, first: bool
+    ) -> Update:
+        """Take one optimizer step of the policy and, if there is one, of the critic: of both or of neither.
+
+        Args:
+            mini_batch: the rollouts.
+            previous: outputs for each row from before the step.
+            temperature: the sampling temperature.
+            first: whether this is the first mini-batch of its batch.
+        """
+        optimizers = [self.optimizer] if self.critic is None else [self.optimizer, self.critic.optimizer]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sums, variance = self._backward(mini_batch, previous, temperature, first=first)
+        if self.critic is not None:
+            sums += TokenSums(value_loss=self.critic.backward(mini_batch, previous))
+        sums = TokenSums.from_tensor(self._world.sum(sums.to_tensor(self._world.device)))
+        norm, *critic_norm = [optimizer.clip() for optimizer in optimizers]
+        update = Update(sums, norm, sum(critic_norm), variance)
+        if update.is_finite:
+            for optimizer in optimizers:
+                optimizer.step(self._num_updates)
+            return update
+        logger.error(
+            "skipped a mini-batch: loss %s, gradient norm %s%s. Check its %s",
+            sums.loss,
+            norm,
+            f", critic loss {sums.value_loss}, critic gradient norm {critic_norm[0]}" if critic_norm else "",
+            "rewards" if critic_norm else "advantages",
+        )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        return update
+
     def weights(self) -> dict[str, WeightArray]:
-        """See `Policy.weights`."""
+        """Return the weights that replicas get, see `Policy.weights`."""
         return self.policy.weights()
 
     def save_model(self, folder: str) -> None:
-        """See `Policy.save`."""
+        """Write the policy as a Hugging Face folder, see `Policy.save`."""
         self.policy.save(folder)
 
     def save_without_parameters(self, folder: str) -> None:
-        """See `Policy.save_without_parameters`; on this process only."""
+        """Write a folder without parameters, see `Policy.save_without_parameters`; on this rank only."""
         self.policy.save_without_parameters(folder)
 
     def num_parameters(self) -> int:
-        """Return the number of the policy's parameters, tied ones once."""
+        """Return the number of the policy's parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.policy.model.parameters())
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what `state` gives of the policy itself, by the names it gives them."""
+        """Return the shapes of the policy's trained parameters, by their names in `state`."""
         return {f"model.{name}": tuple(parameter.shape) for name, parameter in self.policy.trained()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], int]:
-        """Return all that training goes on from: tensors by name, and the count of updates. Not copies.
+        """Return everything that training resumes from: tensors by name, and the number of updates. Not copies.
 
-        The tensors are empty on all processes but the first.
+        The tensors are empty on all ranks but 0.
         """
-        return self._models.state() | random_state(self._world), self._num_updates
+        tensors = self.optimizer.state()
+        if self.critic is not None:
+            tensors |= {f"{_CRITIC}{name}": tensor for name, tensor in self.critic.optimizer.state().items()}
+        return tensors | random_state(self._world), self._num_updates
 
     def restore(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
-        """Take over what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
-            KeyError: a parameter is missing. The trainer is then half restored: load it again.
+            KeyError: a parameter is missing. The trainer is then unusable until it is loaded again.
         """
-        self._models.restore(tensors)
+        self.optimizer.restore(tensors)
+        if self.critic is not None:
+            own = {name.removeprefix(_CRITIC): each for name, each in tensors.items() if name.startswith(_CRITIC)}
+            self.critic.optimizer.restore(own)
         restore_random_state(tensors, self._world)
         self._num_updates = num_updates
 
     def listen(self, events: RankEvents) -> None:
-        """Have the first of several processes call these, from `load` on; nothing happens with one process."""
+        """Set the callbacks about other ranks; call it on rank 0 before `load`. Unused with one rank."""
 
     def ping(self) -> None:
-        """Check that the other processes, where there are any, still take commands.
+        """Check that the other ranks, if any, still take commands.
 
         Raises:
             RankLost: one does not.
         """
 
     def touch(self) -> None:
-        """Show the other processes, where there are any, that this one's event loop runs."""
+        """Tell the other ranks, if any, that this rank's event loop runs."""
         if self.health is not None:
             self.health.touch()
 
     def close(self) -> None:
-        """Part from the other processes."""
+        """Leave the process group."""
         if self.health is not None:
             self.health.stop()
         leave()
 
-    @property
-    def policy(self) -> Policy:
-        """What is trained; loaded."""
-        return self._models.policy
+    @torch.no_grad()
+    def _previous_outputs(
+        self, mini_batches: Sequence[MiniBatch], temperature: float
+    ) -> tuple[list[list[PreviousOutputs]], float]:
+        """Return the outputs for each row from before the step, and the explained variance, 0 without a critic."""
+        recompute = self._config.loss.old_logprobs == "recompute"
+        previous = []
+        for index, mini_batch in enumerate(mini_batches):
+            # The first mini-batch's own forward pass gives the policy's log-probabilities from before the step.
+            models = (self.policy.logprobs if recompute and index > 0 else None, self.reference)
+            rows = [
+                [None if model is None else model(row, temperature)[0] for model in models] for row in mini_batch.rows
+            ]
+            previous.append([PreviousOutputs(*outputs) for outputs in rows])
+        if self.critic is None:
+            return previous, 0.0
+        targets, explained_variance = self.critic.targets(mini_batches)
+        with_targets = [
+            [dataclasses.replace(outputs, critic=of_critic) for outputs, of_critic in zip(*rows, strict=True)]
+            for rows in zip(previous, targets, strict=True)
+        ]
+        return with_targets, explained_variance
 
-    @property
-    def _models(self) -> Models:
-        assert self._loaded is not None  # noqa: S101 (loaded)
-        return self._loaded
+    def _backward(
+        self, mini_batch: MiniBatch, previous: Sequence[PreviousOutputs], temperature: float, *, first: bool
+    ) -> tuple[TokenSums, float | None]:
+        """Compute the policy's gradient; return this rank's sums, and the gradient's variance if it is measured."""
+
+        def forward(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+            outputs: tuple[torch.Tensor, torch.Tensor] = self.policy.logprobs(row, temperature)
+            return outputs
+
+        halves, half, sums = mini_batch.halves, None, TokenSums()
+        for index, (row, outputs, counts) in enumerate(zip(mini_batch.rows, previous, mini_batch.counts, strict=True)):
+            if halves is not None and index == halves.num_rows:
+                half = HalfGradient(self.optimizer.parameters, halves.num_groups)
+            row_sums = accumulate_gradient(
+                forward,
+                row,
+                outputs,
+                first=first,
+                denominator=mini_batch.denominator if counts else math.inf,
+                config=self._config.loss,
+            )
+            sums += row_sums if counts else TokenSums()
+        return sums, None if half is None else half.variance(self._world)
 
     def _mfu(self, mini_batches: Sequence[MiniBatch], train_s: float) -> float:
+        """Return the model FLOP/s utilization; 0 if the FLOPs or the device's peak are unknown."""
         world = self._world
         peak = self._config.peak_flops or peak_flops(world.device, self._dtype)
-        critic = self._models.critic
-        sizes = [self._size, *([] if critic is None else [critic.size])]
+        sizes = [self._size, *([] if self.critic is None else [self.critic.size])]
         if peak is None or None in sizes:
             return 0.0
         own = sum(
             size.training_flops(row.num_tokens, row.targets_N.numel(), row.num_attended)
             for mini_batch in mini_batches
-            for row in mini_batch.own(mini_batch.rows)
+            for row in mini_batch.without_padding(mini_batch.rows)
             for size in sizes
             if size is not None
         )
@@ -230,17 +346,22 @@ class Trainer:
         return flops / train_s / (world.size * peak)
 
 
+def has_critic_tensors(names: Iterable[str]) -> bool:
+    """Whether a state with these tensor names has a critic."""
+    return any(name.startswith(_CRITIC) for name in names)
+
+
 def _mean(total: float, count: float) -> float:
-    """Over nothing, not a number."""
+    """Return total / count, or NaN if there is nothing to count."""
     return total / count if count else math.nan
 
 
 def _device(name: str) -> torch.device:
-    """Return a torch device of this machine. Raises `Unusable`. Makes no CUDA context: each would take memory."""
+    """Return a torch device of this machine without creating a CUDA context, which takes memory. Raises `Unusable`."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise Unusable(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise Unusable(f"device {name} cannot be used: this process sees {count} CUDA devices")
+        raise Unusable(f"device {name} cannot be used: this process has {count} CUDA devices")
     return device

@@ -1,8 +1,8 @@
-"""Groups of two processes that hand over bytes by broadcast: NCCL between GPUs, gloo between the CPUs of one host.
+"""Process groups of two that broadcast bytes: NCCL between GPUs, gloo between processes on one host.
 
-One process invites and sends, the other joins and receives. NCCL's part is vLLM's communicator, met by a unique id
-rather than through a store: what travels in a rendezvous is never unpickled. torch and vLLM are imported late. Its
-functions block; `Group.abort` is for another thread to call.
+One process invites and sends, the other joins and receives. NCCL groups use vLLM's communicator with a unique id
+instead of a store, so nothing from a rendezvous is ever unpickled. torch and vLLM are imported late. All functions
+block; another thread may call `BroadcastGroup.abort`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 PIECE_BYTES = 64 * 2**20
-"""A body goes in pieces of at most so many bytes: they bound the memory that it takes on a device."""
+"""A payload is sent in pieces of at most this size, which bounds its memory on a device."""
 
 SENDER, RECEIVER = 0, 1
 
@@ -22,28 +22,28 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the two meet."""
+    """What the receiver needs to join a sender."""
 
     backend: str
     """`nccl` or `gloo`."""
     key: bytes
-    """NCCL's unique id; of gloo, host:port of the sender's store."""
+    """NCCL: its unique id. gloo: host:port of the sender's store."""
 
 
-class Group(Protocol):
-    """The two, once they have met."""
+class BroadcastGroup(Protocol):
+    """A connected sender and receiver."""
 
     def broadcast(self, piece: Any) -> None:
-        """Send or fill a tensor of bytes on the group's device; return when that is done."""
+        """Send or fill a uint8 tensor on the group's device; return when that is done."""
         ...
 
     def abort(self) -> None:
-        """Make what runs fail, and all that comes. Safe to call twice, and from any thread."""
+        """Let running and later broadcasts fail. May be called twice, and from any thread."""
         ...
 
 
 def piece_sizes(num_bytes: int) -> Iterator[int]:
-    """Yield the sizes of the pieces that a part of a body travels in."""
+    """Yield the sizes of the pieces of `num_bytes` bytes."""
     for start in range(0, num_bytes, PIECE_BYTES):
         yield min(PIECE_BYTES, num_bytes - start)
 
@@ -53,8 +53,8 @@ def backend_of(device: str) -> str:
     return "nccl" if device.startswith("cuda") else "gloo"
 
 
-def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], Group]]:
-    """Return where a sender can be met, and what waits for the receiver there."""
+def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], BroadcastGroup]]:
+    """Return a sender's rendezvous, and a function that waits there for the receiver."""
     if backend_of(device) == "nccl":
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
@@ -67,10 +67,10 @@ def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], Grou
     return Rendezvous("gloo", f"{_LOOPBACK}:{store.port}".encode()), lambda: _GlooGroup(store, SENDER, timeout)
 
 
-def join(rendezvous: Rendezvous, device: str, timeout_s: float) -> Group:
-    """Meet who invited. Raises `ValueError` for a rendezvous that is none of this device."""
+def join(rendezvous: Rendezvous, device: str, timeout_s: float) -> BroadcastGroup:
+    """Join a sender. Raises `ValueError` if its backend does not fit this device."""
     if rendezvous.backend != backend_of(device):
-        raise ValueError(f"{rendezvous.backend} is for no tensors of {device}")
+        raise ValueError(f"backend {rendezvous.backend} does not fit device {device}, which needs {backend_of(device)}")
     if rendezvous.backend == "nccl":
         return _NcclGroup(rendezvous.key, RECEIVER, device)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def join(rendezvous: Rendezvous, device: str, timeout_s: float) -> Group:
 
 
 class _NcclGroup:
-    """By vLLM's communicator."""
+    """Uses vLLM's communicator."""
 
     def __init__(self, key: bytes, rank: int, device: str) -> None:
         import torch
@@ -89,28 +89,30 @@ class _NcclGroup:
 
         self._device = torch.device(device)
         with torch.cuda.device(self._device):
-            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # beside what the model computes
+            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # its own, so that the model's stream continues
             self._communicator = PyNcclCommunicator.from_unique_id_bytes(key, rank, 2, self._device)
 
     def broadcast(self, piece: Any) -> None:
         import torch
 
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())  # which filled or made the piece
+            self._stream.wait_stream(torch.cuda.current_stream())  # the stream that wrote the piece
             self._communicator.broadcast(piece, SENDER, stream=self._stream)
             self._stream.synchronize()
         if self._communicator.disabled:
             raise RuntimeError("the group was aborted")
 
     def abort(self) -> None:
-        self._communicator.destroy()  # which aborts what hangs
+        self._communicator.destroy()  # it also aborts a hanging broadcast
 
 
 class _GlooGroup:
+    """Uses gloo over the loopback interface."""
+
     def __init__(self, store: Any, rank: int, timeout: datetime.timedelta) -> None:
         from torch.distributed import BroadcastOptions, ProcessGroupGloo
 
-        # By name: left to itself, gloo takes GLOO_SOCKET_IFNAME, or the address that this host's name stands for.
+        # Without a host name, gloo takes GLOO_SOCKET_IFNAME, or the address of this host's name.
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in its stubs
         options._devices = [ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
         options._timeout = timeout
@@ -125,6 +127,6 @@ class _GlooGroup:
         group.broadcast([piece], self._from_sender).wait()
 
     def abort(self) -> None:
-        # Once nobody holds it the connection closes, which the other one notices. What waits in here itself gloo
-        # cannot wake: that ends with the connection, or the group's time.
+        # Dropping the last reference closes the connection, which the peer notices. gloo cannot wake a broadcast that
+        # blocks here: it ends when the peer disconnects, or after the timeout.
         self._group = None

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train as one does."""
+"""Two ranks under torchrun train like one process."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ SETTINGS = {
 }
 
 
-class Team:
-    """A learner of two processes, over several lives."""
+class TwoRanks:
+    """A learner with two ranks, over several restarts."""
 
     def __init__(self, model: Path, folder: Path, **changes: object) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class Team:
         return answer
 
     async def stop(self) -> None:
-        """Drain. What torchrun makes of a signal is its own affair: it exits with a traceback."""
+        """Drain. Ignore torchrun's own exit status: it exits with a traceback at a signal."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(self.process.wait, DEADLINE_S)
@@ -91,19 +91,19 @@ class Team:
 
 
 @asynccontextmanager
-async def started(team: Team) -> AsyncIterator[Team]:
-    team.start()
+async def started(ranks: TwoRanks) -> AsyncIterator[TwoRanks]:
+    ranks.start()
     try:
-        yield team
+        yield ranks
     finally:
-        assert team.process is not None
-        if team.process.poll() is None:
-            await team.stop()
+        assert ranks.process is not None
+        if ranks.process.poll() is None:
+            await ranks.stop()
 
 
 @pytest.fixture
 def alone(model: Path, tmp_path: Path) -> Iterator[Callable[..., LearnerCore]]:
-    """Makes learners of one process."""
+    """Makes learners with one process."""
     made: list[LearnerCore] = []
 
     def make(**changes: object) -> LearnerCore:
@@ -122,23 +122,23 @@ def weights_of(exported: str | Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_two_processes_train_as_one_over_a_restart(
+async def test_two_ranks_train_like_one_over_a_restart(
     alone: Callable[..., LearnerCore], model: Path, tmp_path: Path, case: str
 ) -> None:
     one = alone(**CASES[case])
     start = weights_of(model)
-    async with started(Team(model, tmp_path, **CASES[case])) as team:
+    async with started(TwoRanks(model, tmp_path, **CASES[case])) as ranks:
         for step in range(3):
             if step == 2 and case in ("ppo", "critic", "adapters"):
-                await team.stop()
-                team.start()
+                await ranks.stop()
+                ranks.start()
             batch = rewarded(make_batch(step)) if case == "critic" else make_batch(step)
-            mine, theirs = (await team.submit(batch)).metrics, one.submit(batch)[0].metrics
+            mine, theirs = (await ranks.submit(batch)).metrics, one.submit(batch)[0].metrics
             for name in COMPARED:
                 assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6), name
             assert (mine.num_tokens, mine.num_updates) == (theirs.num_tokens, theirs.num_updates)
             assert mine.num_model_tokens == theirs.num_model_tokens
-        exported = await team.ask(lambda client: client.export_model("mine"))
+        exported = await ranks.ask(lambda client: client.export_model("mine"))
         mine_after, theirs_after = weights_of(exported.path), weights_of(one.export("theirs").path)  # type: ignore[attr-defined]
     assert mine_after.keys() == theirs_after.keys()
     for name, values in theirs_after.items():
@@ -148,7 +148,7 @@ async def test_two_processes_train_as_one_over_a_restart(
     assert any(np.abs(values - start[name]).max() > 1e-5 for name, values in theirs_after.items())
 
 
-def test_one_process_under_torchrun_trains_as_without(
+def test_one_rank_under_torchrun_trains_like_without(
     alone: Callable[..., LearnerCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without = alone()

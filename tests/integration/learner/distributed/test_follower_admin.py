@@ -1,4 +1,4 @@
-"""The admin port of a process that follows."""
+"""The admin port of a host without rank 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 from tests.support.ports import free_port
 
-from poise.learner.distributed.follower_admin import answering_probes
+from poise.learner.distributed.follower_admin import serve_probes
 from poise.runtime.config.settings import AdminConfig, ConfigError
 
 
@@ -25,8 +25,8 @@ def ask(config: AdminConfig, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_a_follower_lives_at_once_and_is_ready_once_it_has_loaded(config: AdminConfig) -> None:
-    with answering_probes(config) as loaded:
+def test_a_follower_is_ready_once_it_has_loaded(config: AdminConfig) -> None:
+    with serve_probes(config) as loaded:
         assert ask(config, "/healthz") == (200, "ok")
         assert ask(config, "/readyz")[0] == 503
         loaded.set()
@@ -38,6 +38,6 @@ def test_a_follower_lives_at_once_and_is_ready_once_it_has_loaded(config: AdminC
 
 
 def test_a_taken_port_is_named(config: AdminConfig) -> None:
-    taken = answering_probes(config)
-    with answering_probes(config), pytest.raises(ConfigError, match=f"admin: cannot listen on 127.0.0.1:{config.port}"):
+    taken = serve_probes(config)
+    with serve_probes(config), pytest.raises(ConfigError, match=f"admin: cannot listen on 127.0.0.1:{config.port}"):
         taken.__enter__()

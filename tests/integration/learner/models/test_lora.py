@@ -141,7 +141,7 @@ def logprobs(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -
     return all_logprobs[torch.arange(len(response)), ids[0, len(prompt) :]].numpy()
 
 
-async def test_a_replica_that_restarted_has_the_adapter_before_it_is_ready(live, model: Path, tmp_path: Path) -> None:
+async def test_restarted_replica_gets_the_adapter_before_ready(live, model: Path, tmp_path: Path) -> None:
     replica = await live()
     async with learner(model, tmp_path, replica.address) as client:
         await until_current(client)
@@ -171,9 +171,7 @@ async def test_a_learner_that_restarted_sends_the_same_policy(live, model: Path,
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_replica_serves_one_version_or_the_next_whatever_befalls_a_push(
-    live, model: Path, tmp_path: Path, fault: str
-) -> None:
+async def test_replica_never_mixes_adapter_versions(live, model: Path, tmp_path: Path, fault: str) -> None:
     replica = await live()
     proxy = await Proxy(lambda: replica.address, seed=1).start()
     try:

@@ -1,4 +1,4 @@
-"""Heartbeats between processes, here threads of one, over a real store."""
+"""Heartbeats between ranks, here threads of one process, over a real store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT_S = 2.0
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The exit statuses of processes that gave up."""
+    """The exit statuses of ranks that exited."""
     statuses: list[int] = []
     monkeypatch.setattr(rank_health.os, "_exit", statuses.append)
     monkeypatch.setattr(rank_health.os, "kill", lambda pid, number: None)  # all are this one process
@@ -30,7 +30,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def meet(exits: list[int]) -> Iterator[Callable[..., list[RankHealth]]]:
-    """Makes processes that have met."""
+    """Makes ranks that have joined each other."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     made: list[RankHealth] = []
 
@@ -55,7 +55,7 @@ def meet(exits: list[int]) -> Iterator[Callable[..., list[RankHealth]]]:
 
 
 class Heard:
-    """What the first process was told."""
+    """The events that rank 0 received."""
 
     def __init__(self, process: RankHealth) -> None:
         self.lost: list[RankLost] = []
@@ -71,20 +71,20 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_silent_process_is_lost(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_rank_without_heartbeat_is_lost(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, second, _ = meet(3)
     heard = Heard(first)
 
     second.stop()
 
     wait_until(lambda: heard.gave_up)
-    assert "processes 1 of 3 gave no sign of life for 2 s" in str(heard.lost[0])
+    assert "ranks 1 of 3 sent no heartbeat for 2 s" in str(heard.lost[0])
     assert not heard.lost[0].in_training
     wait_until(lambda: len(exits) == 2)
-    assert exits == [1, 1], "the first and the third end"
+    assert exits == [1, 1], "ranks 0 and 2 exit"
 
 
-def test_silent_first_process_is_lost_to_all(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_losing_rank_0_ends_all_ranks(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, *_ = meet(3)
 
     first.stop()
@@ -99,23 +99,23 @@ def test_hanging_event_loop_is_a_loss(meet: Callable[..., list[RankHealth]], exi
     first.touch()
 
     wait_until(lambda: heard.lost)
-    assert "the event loop of process 0 hangs" in str(heard.lost[0])
+    assert "the event loop of rank 0 has been hanging" in str(heard.lost[0])
     wait_until(lambda: len(exits) == 2)
 
 
-def test_failure_tells_its_reason_to_all(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_failed_rank_sends_its_reason_to_all(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, second, third = meet(3)
     heard = Heard(first)
 
-    second.fail("process 1 failed: out of memory", in_training=True)
+    second.fail("rank 1 failed: out of memory", in_training=True)
     third.fail("connection closed by peer")
 
     wait_until(lambda: heard.gave_up)
-    assert str(heard.lost[0]) == "process 1 failed: out of memory"
+    assert str(heard.lost[0]) == "rank 1 failed: out of memory"
     assert heard.lost[0].in_training
 
 
-def test_request_to_end_reaches_the_first_once(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_request_to_exit_reaches_rank_0_once(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, second = meet(2)
     heard = Heard(first)
 
@@ -123,30 +123,30 @@ def test_request_to_end_reaches_the_first_once(meet: Callable[..., list[RankHeal
 
     wait_until(lambda: heard.leaving)
     time.sleep(0.3)
-    assert heard.leaving == ["a process of the learner was asked to end"]
+    assert heard.leaving == ["a rank of the learner was told to exit"]
     assert not exits
 
 
-def test_process_started_again_ends_the_running_group(
+def test_restarted_rank_ends_the_running_group(
     meet: Callable[..., list[RankHealth]], exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meet(2)
     again = meet.connect(1, 2)  # type: ignore[attr-defined]
 
-    with pytest.raises(RankLost, match="process 1 was started again while the others ran"):
+    with pytest.raises(RankLost, match="rank 1 was restarted while the others ran"):
         again.join(30)
 
     wait_until(lambda: len(exits) == 2)
 
 
-def test_missing_process_is_named(meet: Callable[..., list[RankHealth]]) -> None:
+def test_missing_ranks_are_named(meet: Callable[..., list[RankHealth]]) -> None:
     alone = meet.connect(0, 3)  # type: ignore[attr-defined]
 
-    with pytest.raises(RankLost, match=r"processes 1, 2 of 3 did not come within 0 s"):
+    with pytest.raises(RankLost, match=r"ranks 1, 2 of 3 did not join within 0 s"):
         alone.join(0.2)
 
 
-def test_exception_with_all_alive_is_ones_own(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_exception_with_all_ranks_alive_is_unchanged(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, _ = meet(2)
     error = RuntimeError("out of memory")
 
@@ -155,7 +155,7 @@ def test_exception_with_all_alive_is_ones_own(meet: Callable[..., list[RankHealt
     assert explained is error
 
 
-def test_exception_after_a_death_names_the_dead(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
+def test_exception_after_a_loss_names_the_lost_rank(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
     first, second = meet(2)
 
     second.stop()

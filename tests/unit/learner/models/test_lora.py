@@ -73,7 +73,7 @@ def test_training_goes_on_bit_for_bit_from_the_adapters_alone(trained, config):
         np.testing.assert_array_equal(mine[name], values)
 
 
-def test_an_export_holds_the_merged_model_and_what_peft_makes_the_same_model_of(trained, config, tmp_path: Path):
+def test_export_has_the_merged_model_and_peft_adapter(trained, config, tmp_path: Path):
     trained.save_model(str(tmp_path / "exported"))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     stored = load_file(tmp_path / "exported" / "model.safetensors")
@@ -97,7 +97,7 @@ def test_what_is_sent_alone_is_what_an_export_holds(config, tmp_path: Path):
 
 
 def test_adapters_are_not_sent_where_there_are_none(config):
-    with pytest.raises(ValueError, match="there are no adapters"):
+    with pytest.raises(ValueError, match="but `lora` is not set"):
         config(push={"transport": "lora"})
 
 
@@ -159,7 +159,7 @@ def test_in_float32_what_is_served_is_what_is_trained(config):
         torch.testing.assert_close(served[name], weight, rtol=2e-7, atol=1e-8)
 
 
-def test_in_bfloat16_what_is_served_is_what_is_trained_rounded_and_small_updates_are_not_served(config):
+def test_bfloat16_rounds_small_adapter_updates_away(config):
     """Half a step of bfloat16 is the most it is off by, and what moved by less may not move there at all."""
     settings = config(dtype="bfloat16", lora={"rank": 4, "alpha": 8}, optimizer={"learning_rate": 1e-4})
     before, served, trained = served_and_trained(settings, 2)

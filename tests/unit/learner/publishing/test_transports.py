@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from poise.errors import BackendDown
 from poise.learner.config import PushConfig
-from poise.learner.publishing.transports import GrpcTransport, SharedTransport, make_transport
+from poise.learner.publishing.transports import SharedTransport, Transport, make_transport
 from poise_client import WeightPush
 from poise_client.types import WeightArray
 
@@ -24,19 +24,19 @@ def push(version: int, changed: int = 0) -> WeightPush:
 
 
 def test_the_setting_names_the_transport(tmp_path):
-    assert isinstance(make_transport(PushConfig()), GrpcTransport)
+    assert isinstance(make_transport(PushConfig()), Transport)
     assert isinstance(make_transport(PushConfig(transport="shared", shared_dir=tmp_path)), SharedTransport)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_over_grpc_a_push_goes_as_it_is():
-    transport, whole = GrpcTransport(), push(1)
+def test_grpc_sends_a_push_unchanged():
+    transport, whole = Transport(), push(1)
     assert transport.place(whole) is whole
     transport.remove(whole)
     transport.close()
 
 
-def test_shared_weights_lie_in_a_file_until_they_are_removed(tmp_path):
+def test_shared_weights_are_in_a_file_until_removed(tmp_path):
     transport = SharedTransport(tmp_path / "new")
     whole, changes = push(2, changed=5), push(2, changed=5).delta(push(1))
     placed, placed_changes = transport.place(whole), transport.place(changes)
@@ -51,7 +51,7 @@ def test_shared_weights_lie_in_a_file_until_they_are_removed(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_what_a_killed_learner_shared_is_removed_by_the_next(tmp_path):
+def test_files_of_a_killed_learner_are_removed_by_the_next(tmp_path):
     script = (
         "import os, signal, numpy\nfrom pathlib import Path\n"
         "from poise.learner.publishing.transports import SharedTransport\n"
@@ -69,7 +69,7 @@ def test_what_a_killed_learner_shared_is_removed_by_the_next(tmp_path):
     assert not left.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_shared_dir_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BackendDown, match=rf"push\.shared_dir {tmp_path}/file cannot be written"):
         SharedTransport(tmp_path / "file").place(push(1))

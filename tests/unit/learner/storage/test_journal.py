@@ -23,7 +23,7 @@ def journal(tmp_path) -> Journal:
     return journal
 
 
-def test_a_batch_and_its_answer_come_back_as_they_were(journal):
+def test_batch_and_answer_round_trip(journal):
     content = dump_batch(make_batch())
     journal.write_batch(4, content)
     journal.write_answer(4, ANSWER)
@@ -32,7 +32,7 @@ def test_a_batch_and_its_answer_come_back_as_they_were(journal):
     assert journal.read_batch(5) is None
 
 
-def test_every_cut_and_every_flipped_byte_of_a_batch_is_noticed(journal, tmp_path):
+def test_every_damage_to_a_batch_is_detected(journal, tmp_path):
     journal.write_batch(0, dump_batch(make_batch(num_prompts=1)))
     path = tmp_path / "journal" / "batch-00000000.pb"
     whole = path.read_bytes()
@@ -45,7 +45,7 @@ def test_every_cut_and_every_flipped_byte_of_a_batch_is_noticed(journal, tmp_pat
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"metrics": 1}', ANSWER.to_json()[:-40], "\0" * 30])
-def test_a_damaged_answer_is_named_and_hides_no_other(journal, tmp_path, caplog, content):
+def test_damaged_answer_is_named_and_hides_no_other(journal, tmp_path, caplog, content):
     for sequence in range(3):
         journal.write_answer(sequence, ANSWER)
     (tmp_path / "journal" / "answer-00000001.json").write_text(content)
@@ -53,7 +53,7 @@ def test_a_damaged_answer_is_named_and_hides_no_other(journal, tmp_path, caplog,
     assert "answer-00000001.json is damaged" in caplog.text
 
 
-def test_pruning_drops_what_is_older_and_nothing_else(journal, tmp_path):
+def test_pruning_deletes_only_older_entries(journal, tmp_path):
     for sequence in range(6):
         journal.write_batch(sequence, dump_batch(make_batch()))
         journal.write_answer(sequence, ANSWER)
@@ -62,7 +62,7 @@ def test_pruning_drops_what_is_older_and_nothing_else(journal, tmp_path):
     assert [sequence for sequence, _ in journal.answers()] == [2, 3, 4, 5]
 
 
-def test_what_was_left_half_written_is_no_entry(journal, tmp_path):
+def test_temporary_files_are_no_entries(journal, tmp_path):
     (tmp_path / "journal" / "batch-00000000.pb.tmp").write_bytes(b"half")
     (tmp_path / "journal" / "answer-00000000.json.tmp").write_bytes(b"half")
     assert journal.read_batch(0) is None
@@ -70,7 +70,7 @@ def test_what_was_left_half_written_is_no_entry(journal, tmp_path):
     journal.prune(before_batch=9, before_answer=9)
 
 
-def test_failures_are_counted_for_a_batch_and_not_for_another_of_its_number(journal):
+def test_failures_count_for_the_same_batch_only(journal):
     first, other = dump_batch(make_batch(0)), dump_batch(make_batch(1))
     assert journal.num_failures(3, first) == 0
     assert [journal.add_failure(3, first, "out of memory") for _ in range(2)] == [1, 2]
@@ -81,7 +81,7 @@ def test_failures_are_counted_for_a_batch_and_not_for_another_of_its_number(jour
 
 
 @pytest.mark.parametrize("content", ["", "{", "\0" * 30])
-def test_a_damaged_count_of_failures_counts_for_nothing(journal, tmp_path, content):
+def test_damaged_failure_count_is_ignored(journal, tmp_path, content):
     batch = dump_batch(make_batch(0))
     journal.add_failure(0, batch, "out of memory")
     (tmp_path / "journal" / "failures-00000000.json").write_text(content)

@@ -67,14 +67,14 @@ def settings_for(config, num_prompts: int, **changes: object) -> LearnerConfig:
     return config(mini_batch_prompts=num_prompts, **changes)
 
 
-def test_of_two_groups_it_is_the_squared_distance_of_their_gradients(config):
+def test_two_groups_give_their_gradients_squared_distance(config):
     settings = settings_for(config, 2)
     pair = groups(2)
     one, other = gradients(settings, pair, 18)
     assert trained(settings, [pair]).gradient_variance == pytest.approx(np.square(one - other).sum(), rel=1e-4)
 
 
-def test_of_an_uneven_cut_each_half_counts_by_its_groups(config):
+def test_uneven_halves_are_weighted_by_their_groups(config):
     settings = settings_for(config, 5)
     five = groups(5)
     of_groups = gradients(settings, five, 45)
@@ -84,7 +84,7 @@ def test_of_an_uneven_cut_each_half_counts_by_its_groups(config):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_over_all_draws_it_is_the_sample_covariance_of_the_groups_gradients(config, size):
+def test_mean_over_all_draws_is_the_sample_covariance(config, size):
     """Unbiased: over all ways to draw and cut a mini-batch of six groups the mean is m·tr Σ, but for rounding."""
     settings = settings_for(config, size)
     six = groups(6)
@@ -116,7 +116,7 @@ def test_measuring_changes_no_gradient(config):
     assert off.gradient_variance == 0
 
 
-def test_a_mini_batch_of_one_prompt_tells_nothing(config):
+def test_a_mini_batch_of_one_prompt_has_no_variance(config):
     three = groups(3)
     settings = settings_for(config, 2)
     odd, even = trained(settings, [three[:2], three[2:]]), trained(settings, [three[:2]])
@@ -124,7 +124,7 @@ def test_a_mini_batch_of_one_prompt_tells_nothing(config):
     assert math.isnan(trained(settings_for(config, 1), [three[:1], three[1:2]]).gradient_variance)
 
 
-def test_a_mini_batch_that_changed_nothing_has_no_part_in_it(config):
+def test_skipped_mini_batches_are_left_out_of_the_variance(config):
     settings = settings_for(config, 2)
     pair, other = groups(2), groups(4)[2:]
     poisoned = [[dataclasses.replace(r, advantage=3e38) for r in group] for group in other]

@@ -22,7 +22,7 @@ def whole(head, states, targets):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 17, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunks_give_the_values_and_gradients_of_all_logits_at_once(bias, chunk_tokens):
+def test_chunks_give_the_same_values_and_gradients(bias, chunk_tokens):
     head, states, targets = make_head(bias=bias, dtype=torch.float32)
     weights = torch.randn(17)
     inputs = [states, *head.parameters()]
@@ -45,7 +45,7 @@ def test_a_frozen_head_passes_the_gradient_on():
     torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), [states])[0], wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_in_bfloat16_products_are_rounded_and_sums_over_chunks_are_not():
+def test_bfloat16_rounds_products_but_not_chunk_sums():
     head, states, targets = make_head(bias=False, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got, entropies = token_logprobs(states, head, targets, TEMPERATURE, 4, torch.bfloat16)

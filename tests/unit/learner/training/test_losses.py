@@ -151,7 +151,7 @@ def test_every_token_has_the_loss_and_the_bound_of_the_formula(name):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_loss_of_a_mini_batch_and_its_gradient_are_those_of_the_formula(name, aggregation):
+def test_mini_batch_loss_and_gradient_match_the_formula(name, aggregation):
     """Finite differences know nothing of what is held constant: so the formula holds it, too."""
     case = Case()
     config = SETTINGS[name].model_copy(
@@ -178,7 +178,7 @@ def test_the_loss_of_a_mini_batch_and_its_gradient_are_those_of_the_formula(name
     assert np.abs(wanted).max() > 1e-3
 
 
-def test_gspo_over_the_mean_of_each_rollout_has_the_gradient_of_its_formula_in_every_token():
+def test_gspo_gradient_matches_its_formula():
     case = Case()
     config = SETTINGS["gspo"].model_copy(update={"aggregation": "sequence_mean"})
     case.rollout = case.old
@@ -193,7 +193,7 @@ def test_gspo_over_the_mean_of_each_rollout_has_the_gradient_of_its_formula_in_e
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_on_policy_the_gradient_is_that_of_reinforce_with_a_truncated_weight(name):
+def test_on_policy_gradient_is_weighted_reinforce(name):
     case = Case()
     got = gradient(lambda logprobs: case.losses(SETTINGS[name], logprobs, reference=False).losses_N.sum(), case.old)
     # CISPO's ratio is of the log-probabilities it is given: those of the old policy, too.
@@ -220,7 +220,7 @@ def test_cispo_leaves_no_token_without_a_gradient():
         assert bool((got != 0).all()) == name.startswith("cispo")
 
 
-def test_the_kl_estimate_is_unbiased_never_negative_and_pulls_to_the_reference():
+def test_kl_estimate_is_unbiased_and_never_negative():
     random = np.random.default_rng(0)
     policy, reference = (torch.log_softmax(torch.from_numpy(random.normal(0, 1, 6)), 0) for _ in range(2))
     estimates = kl_to_reference(policy, reference)  # of each of six tokens
@@ -257,7 +257,7 @@ def test_the_clips_of_ppo_take_hold_at_their_bounds(advantage, ratio, loss, has_
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("difference", [100.0, -100.0])
-def test_a_token_whose_probability_leapt_costs_a_finite_loss_and_gradient(name, advantage, difference):
+def test_extreme_ratios_give_finite_losses_and_gradients(name, advantage, difference):
     logprobs = torch.tensor([difference - 200], requires_grad=True)
     old = torch.tensor([-200.0])
     losses = policy_losses(logprobs, old, old, old, torch.tensor([advantage]), torch.tensor([1]), SETTINGS[name])
@@ -289,7 +289,7 @@ def test_every_split_of_a_mini_batch_adds_up_to_the_same_loss(aggregation):
         (4.9, 1.8050, 1.9),  # beyond 3, worse than at the bound: it must come back
     ],
 )
-def test_a_value_is_followed_no_further_than_the_clip_unless_it_errs_more_than_that(value, loss, gradient):
+def test_value_clip_limits_the_change_of_a_value(value, loss, gradient):
     values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     one, three = torch.tensor([1.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
     losses = value_losses(values, one, three, 0.5)
@@ -299,7 +299,7 @@ def test_a_value_is_followed_no_further_than_the_clip_unless_it_errs_more_than_t
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
-def test_the_value_loss_is_its_formula_and_its_gradient_that_of_finite_differences(clip):
+def test_value_loss_and_gradient_match_the_formula(clip):
     random = np.random.default_rng(0)
     old, returns = random.normal(0, 1, (2, N))
     values = old + random.uniform(-0.5, 0.5, N)

@@ -63,7 +63,7 @@ def packed_logprobs(model, row):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral"])
-def test_a_packed_row_gives_the_logprobs_and_gradients_of_rollouts_alone(kind, tied):
+def test_a_packed_row_equals_rollouts_computed_separately(kind, tied):
     model = make_model(kind, tied=tied)
     parameters = list(model.parameters())
     alone = torch.cat([naive_logprobs(model, rollout) for rollout in rollouts()])
@@ -78,7 +78,7 @@ def test_a_packed_row_gives_the_logprobs_and_gradients_of_rollouts_alone(kind, t
     assert max(float(theirs.abs().max()) for theirs in wanted) > 0.01
 
 
-def test_what_the_kernel_for_variable_lengths_is_told_is_what_the_masks_say():
+def test_varlen_index_and_masks_agree():
     """The kernel runs on GPUs alone; by its contract, query i of a span of Q sees the first i + 1 + K - Q of K keys."""
     spans = [Span(0, 12), Span(12, 15, 0, 5), Span(15, 16), Span(16, 22, 15, 16)]
     index = build_index(spans, CPU)
@@ -99,7 +99,7 @@ def test_what_the_kernel_for_variable_lengths_is_told_is_what_the_masks_say():
             seen_by_masks[own[:, None], looked_at[None]] = mask
     assert torch.equal(seen_by_kernel, seen_by_masks)
     assert int(seen_by_masks.sum()) == sum(span.num_attended for span in spans)
-    assert (index.most_queries, index.most_keys) == (12, 12)
+    assert (index.max_queries, index.max_keys) == (12, 12)
     assert seen_by_masks[13].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 12, 13]  # the prompt, itself
 
 
@@ -124,7 +124,7 @@ def test_siblings_are_gathered_in_order_of_first_appearance():
     assert indices == [[0, 2, 1], [1, 0], [0, 1], [0]]
 
 
-def test_a_group_id_that_comes_again_with_another_prompt_is_another_group():
+def test_same_group_id_with_another_prompt_is_another_group():
     random = np.random.default_rng(0)
     first, other = (make_group(random, "a", 4, (2, 2)) for _ in range(2))
     assert [len(group.rollouts) for group in group_by_prompt([*first, *other])] == [2, 2]
@@ -143,7 +143,7 @@ def test_rows_hold_every_rollout_once_within_their_limit(max_tokens, num_rows):
         assert alone or sum(group.num_tokens for group in row) <= max_tokens
 
 
-def test_siblings_too_many_for_a_row_share_their_prompt_as_far_as_they_fit():
+def test_large_groups_are_split_over_rows():
     group = make_group(np.random.default_rng(0), "a", 10, (10,) * 7)
     rows = pack(group_by_prompt(group), 45)
     assert [[len(piece.rollouts) for piece in row] for row in rows] == [[3], [3], [1]]
