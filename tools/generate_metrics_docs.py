@@ -59,7 +59,7 @@ def rows(registry: CollectorRegistry) -> list[tuple[str, str, str, str]]:
             if family.name.startswith("poise_"):
                 labels = own_labels or getattr(family, "_labelnames", ())
                 name = f"{family.name}_total" if family.type == "counter" else family.name
-                found.add((name, family.type, ", ".join(labels), family.documentation))
+                found.add((name, family.type, ", ".join(labels), family.documentation.replace("|", "\\|")))
     return sorted(found)
 
 
