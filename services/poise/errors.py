@@ -1,4 +1,4 @@
-"""The one error family. Each class owns one gRPC status; the interceptor of `runtime` maps it to the wire.
+"""The error family of the services. Each class has one gRPC status, which `runtime.rpc.interceptors` sends.
 
     PoiseError
     ├── InvalidRequest      INVALID_ARGUMENT
@@ -6,19 +6,17 @@
     ├── Forbidden           PERMISSION_DENIED
     ├── NotFound            NOT_FOUND
     ├── VersionMismatch     FAILED_PRECONDITION
-    ├── NotLoaded           FAILED_PRECONDITION
     ├── LabelsConsumed      FAILED_PRECONDITION
     ├── TrainingStopped     FAILED_PRECONDITION
     ├── Conflict            ABORTED
-    ├── QueueFull           RESOURCE_EXHAUSTED, retry later
-    ├── Busy                RESOURCE_EXHAUSTED, retry later
-    ├── Draining            UNAVAILABLE, retry
-    └── BackendDown         UNAVAILABLE, retry
-        ├── Starting        likewise: the service is loading or recovering
-        └── Unusable        not on the wire: the service exits
+    ├── QueueFull           RESOURCE_EXHAUSTED, retryable
+    ├── Busy                RESOURCE_EXHAUSTED, retryable
+    ├── Draining            UNAVAILABLE, retryable
+    └── BackendDown         UNAVAILABLE, retryable
+        ├── Starting        the same; the service is loading or recovering
+        └── Unusable        never sent; the service exits
 
-Knows neither gRPC nor any service: `status` is the name of a `grpc.StatusCode`, `reason` that of an
-`ErrorReason` without its prefix.
+`status` is the name of a `grpc.StatusCode`, `reason` that of an `ErrorReason` without its prefix.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from typing import ClassVar
 
 
 class Misconfigured(Exception):
-    """Mixed into errors that last until someone changes the settings: a program that one ends is not started again."""
+    """Mixed into errors that last until the settings change. A program that one of them ends is not restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +37,11 @@ class FieldViolation:
     field: str
     """Path within the request, such as `prompts[3].group_id`."""
     description: str
-    """What is wrong and what would be right."""
+    """What is wrong and what is allowed."""
 
 
 class PoiseError(Exception):
-    """Base of the family. Raised directly it would be a defect: raise a subclass."""
+    """Base of the family. Raise a subclass; the base itself reports a bug."""
 
     status: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
@@ -59,7 +57,7 @@ class PoiseError(Exception):
 
 
 class InvalidRequest(PoiseError):
-    """A field is wrong. Carries every violation found, not only the first."""
+    """At least one field is wrong. Contains every violation found, not only the first."""
 
     status, reason = "INVALID_ARGUMENT", "INVALID_REQUEST"
 
@@ -69,24 +67,24 @@ class InvalidRequest(PoiseError):
 
     @classmethod
     def field(cls, field: str, description: str, *, remedy: str = "") -> InvalidRequest:
-        """Build the error for a single field."""
+        """Return the error for a single field."""
         return cls([FieldViolation(field, description)], remedy=remedy)
 
 
 class Unauthenticated(PoiseError):
-    """No bearer token, or a wrong one."""
+    """The bearer token is missing or wrong."""
 
     status, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
 
 
 class Forbidden(PoiseError):
-    """A good token that may not do this."""
+    """The caller is known but may not do this."""
 
     status, reason = "PERMISSION_DENIED", "FORBIDDEN"
 
 
 class NotFound(PoiseError):
-    """The thing named does not exist."""
+    """The named object does not exist."""
 
     status, reason = "NOT_FOUND", "NOT_FOUND"
 
@@ -97,26 +95,20 @@ class VersionMismatch(PoiseError):
     status, reason = "FAILED_PRECONDITION", "VERSION_MISMATCH"
 
 
-class NotLoaded(PoiseError):
-    """The service holds no model or weights yet."""
-
-    status, reason = "FAILED_PRECONDITION", "NOT_LOADED"
-
-
 class LabelsConsumed(PoiseError):
-    """Labels of the step have reached the probe: a baseline now would leak them."""
+    """Labels of the step have reached the probe, so a baseline would leak them."""
 
     status, reason = "FAILED_PRECONDITION", "LABELS_CONSUMED"
 
 
 class TrainingStopped(PoiseError):
-    """Nothing is trained on until someone has looked: the last updates in a row were not finite."""
+    """Too many updates in a row were not finite. The learner trains again after a restart with other settings."""
 
     status, reason = "FAILED_PRECONDITION", "TRAINING_STOPPED"
 
 
 class Conflict(PoiseError):
-    """The same id with other content, or two writers at once."""
+    """The same id came with other content, or two callers write at once."""
 
     status, reason = "ABORTED", "CONFLICT"
 
@@ -140,13 +132,13 @@ class Draining(PoiseError):
 
 
 class BackendDown(PoiseError):
-    """Something the service stands on does not answer."""
+    """A backend of the service, such as Redis or the engine, does not respond."""
 
     status, reason, retryable = "UNAVAILABLE", "BACKEND_DOWN", True
 
 
 class Starting(BackendDown):
-    """The service is loading or recovering. The message says what it does and for how long."""
+    """The service is loading or recovering. The message is the stage and its duration."""
 
     starting = True
 

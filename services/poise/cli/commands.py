@@ -13,7 +13,7 @@ from poise.cli.models import models
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
 from poise.cli.verify import verify
-from poise.runtime.cli.broken_pipe import ending_with_reader
+from poise.runtime.cli.broken_pipe import exit_with_reader
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -26,12 +26,12 @@ class _Poise(click.Group):
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Parse the arguments; `--help` is printed here."""
-        with ending_with_reader():
+        with exit_with_reader():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with ending_with_reader():
+        with exit_with_reader():
             return super().invoke(ctx)
 
 
@@ -75,9 +75,9 @@ def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> Non
 def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Train against services that are up: those of `poise up`, or wherever train.endpoints says."""
     from poise.orchestrator.job import train as train_job
-    from poise.runtime.files.atomic import keep_private
+    from poise.runtime.files.atomic import restrict_umask
 
-    keep_private()
+    restrict_umask()
     sys.exit(train_job(load_options(path, preset, overrides).train))
 
 

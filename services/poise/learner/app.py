@@ -61,7 +61,7 @@ class LearnerApp(ServiceApp):
 
         def drain(reason: str) -> None:
             logger.warning("%s: the learner drains, and all its ranks exit", reason)
-            self.leaving.set()
+            self.stop_requested.set()
 
         self._core.listen(
             on_lost=lambda reason: loop.call_soon_threadsafe(self.fail, reason),

@@ -32,7 +32,7 @@ from poise.orchestrator.job import guarded
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS
 from poise.runtime.config.settings import ConfigError
-from poise.runtime.files.atomic import keep_private
+from poise.runtime.files.atomic import restrict_umask
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
     def work() -> int:
         mixture = load_held_out(run.train)
         location = None if model is None else find_model(model, "--model", "`--checkpoint` reads checkpoints")
-        keep_private()
+        restrict_umask()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
         target = (run.dir / "evaluations" / f"{what}-{stamp}" if out is None else out.expanduser()).resolve()

@@ -24,9 +24,9 @@ from poise.local.run_file import LocalRun
 from poise.local.status import push_problems
 from poise.runtime.cli.broken_pipe import is_unread
 from poise.runtime.cli.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
-from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.cli.signals import stop_on_signal
 from poise.runtime.config.settings import ConfigError, ServiceConfig, check_readable
-from poise.runtime.files.atomic import keep_private, write_file
+from poise.runtime.files.atomic import restrict_umask, write_file
 from poise.runtime.network.unix_sockets import check_socket_path
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def run_services(
     for name in SERVICES:
         _check_files(name, getattr(run, name))
     make_model(run.model)
-    keep_private()
+    restrict_umask()
     # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -70,7 +70,7 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             run = reload()
         _write_settings(run)
         stop = partial(_stop, supervisor, stopping)
-        with stopping_by_signal(stop, supervisor.kill_all), _stopping_when_unread(stop) as is_unread:
+        with stop_on_signal(stop, supervisor.kill_all), _stopping_when_unread(stop) as is_unread:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())

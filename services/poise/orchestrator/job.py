@@ -34,7 +34,7 @@ from poise.report import TensorBoardLog, summarise, write_report, write_summary
 from poise.runtime.cli.broken_pipe import OutputClosed
 from poise.runtime.cli.console import OutputConsole
 from poise.runtime.cli.exit_status import FAILED, INTERRUPTED, OK, OUTPUT_CLOSED, WRONG_SETTINGS
-from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.cli.signals import stop_on_signal
 from poise.runtime.config.settings import ConfigError
 from poise.runtime.config.text import redacted
 from poise.runtime.logging import configure_logging
@@ -110,7 +110,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
             return OK
         with contextlib.closing(try_outputs(config, mixture)) as board:
             watcher = _Watcher(board, config, state.next_step)
-            with watcher, stopping_by_signal(partial(_stop_after_step, stopping, watcher)):
+            with watcher, stop_on_signal(partial(_stop_after_step, stopping, watcher)):
                 try:
                     export = await _train_and_report(config, mixture, folder, state, watcher, stopping)
                 except StoppedWaiting:

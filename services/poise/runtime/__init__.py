@@ -1,1 +1,1 @@
-"""What every service shares: configuration, logging, metrics, the gRPC server, the admin app, the life cycle."""
+"""Shared by the services: configuration, gRPC server, admin app, network, files, logging, tracing."""

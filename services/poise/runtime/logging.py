@@ -1,4 +1,4 @@
-"""Logs on standard error, as text for people or as JSON for collectors."""
+"""Logging to standard error, as text or as JSON for log collectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IDS: ContextVar[Mapping[str, Any]] = ContextVar("poise_log_ids", default=Mappin
 
 @contextmanager
 def log_ids(**ids: Any) -> Iterator[None]:
-    """Put ids, such as a step's, into every JSON line that is logged inside."""
+    """Add ids, such as the step, to every JSON line that is logged inside the block."""
     token = _IDS.set({**_IDS.get(), **ids})
     try:
         yield
@@ -50,7 +50,7 @@ class _TextFormatter(logging.Formatter):
 
 
 def configure_logging(config: LoggingConfig) -> None:
-    """Set up the root logger. Libraries are heard from WARNING on."""
+    """Set up the root logger. Other libraries log only warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if config.format == "json" else _TextFormatter())
     root = logging.getLogger()

@@ -1,7 +1,4 @@
-"""Running a service: gRPC and admin on one event loop, health, signals, drain.
-
-Owns the life cycle of the process; knows no service.
-"""
+"""Run a service as a process: gRPC and the admin app on one event loop, health, signals, drain."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ from poise.errors import PoiseError
 from poise.runtime.admin.app import build_admin_app
 from poise.runtime.admin.http_limits import MAX_HEAD_BYTES, DeadlineProtocol
 from poise.runtime.cli.exit_status import FAILED, OK, WRONG_SETTINGS, exit_reason, exit_status
-from poise.runtime.cli.signals import stopping_by_signal
+from poise.runtime.cli.signals import stop_on_signal
 from poise.runtime.config.settings import ConfigError, GrpcConfig
 from poise.runtime.config.text import redacted
 from poise.runtime.logging import configure_logging
 from poise.runtime.network.addresses import join_address, listen
-from poise.runtime.network.auth import BearerAuth, refuse_open_bind
+from poise.runtime.network.auth import BearerAuth, reject_open_bind
 from poise.runtime.network.certificates import Certificate
 from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise.runtime.rpc.request_stream import MAX_READ_BYTES
@@ -40,27 +37,27 @@ from poise_client import KEEPALIVE_OPTIONS
 logger = logging.getLogger(__name__)
 
 ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
-"""Names a file to write `{"grpc", "admin", "pid"}` to once both ports are bound: for whoever starts the process."""
+"""Names a file to which a service writes `{"grpc", "admin", "pid"}` once both ports are bound."""
 
 _READINESS_EVERY_S = 0.25
-_LEAST_PING_INTERVAL_MS = 5000
-"""Shortest interval of pings that is accepted. gRPC's default, five minutes, would disconnect our clients."""
+_MIN_PING_INTERVAL_MS = 5000
+"""Shortest accepted interval between pings. gRPC's default, five minutes, would disconnect our clients."""
 
 _MAX_CONNECTIONS = 1024
 _MAX_STREAMS = 1024
-"""Calls on one connection; further ones wait in the client."""
+"""Concurrent calls on one connection; more wait in the client."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
 _IDLE_CONNECTION_MS = 120_000
-"""A connection without a call for this long is closed; clients reconnect at the next call."""
+"""A connection without a call is closed after this time; clients reconnect at the next call."""
 
 
 def serve(app: ServiceApp) -> int:
-    """Run until a signal or a drain request; return the exit status."""
+    """Serve until a signal or a drain request; return the exit status."""
     configure_logging(app.config.logging)
     configure_tracing(app.config.tracing, app.name)
     try:
         secret = app.config.auth.open()
-        refuse_open_bind(app.config, secret)
+        reject_open_bind(app.config, secret)
     except ConfigError as error:
         logger.error("%s", error)
         return WRONG_SETTINGS
@@ -75,7 +72,7 @@ class _Server:
         self._app = app
         self._auth = auth
         self._health = HealthServicer()
-        self._leave = app.leaving
+        self._stop_requested = app.stop_requested
 
     async def run(self) -> int:
         app = self._app
@@ -89,7 +86,7 @@ class _Server:
         app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
-                build_admin_app(app, self._auth, self._leave.set),
+                build_admin_app(app, self._auth, self._stop_requested.set),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -100,16 +97,16 @@ class _Server:
                 timeout_graceful_shutdown=2,
             )
         )
-        with stopping_by_signal(self._leave.set), contextlib.closing(admin_socket):
-            await self._say_health(serving=False)
+        with stop_on_signal(self._stop_requested.set), contextlib.closing(admin_socket):
+            await self._set_health(serving=False)
             await grpc_server.start()
             admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin")
             admin_address = join_address(*admin_socket.getsockname()[:2])
             logger.info("%s: gRPC on %s, admin on http://%s", app.name, grpc_address, admin_address)
-            _announce(grpc_address, admin_address)
+            _write_addresses(grpc_address, admin_address)
             watcher = asyncio.create_task(self._watch_readiness(), name="readiness")
             try:
-                return await self._work()
+                return await self._serve_until_stopped()
             finally:
                 watcher.cancel()
                 await grpc_server.stop(grace=1.0)
@@ -117,40 +114,40 @@ class _Server:
                 await asyncio.gather(watcher, admin_task, return_exceptions=True)
                 logger.info("%s: stopped", app.name)
 
-    async def _work(self) -> int:
+    async def _serve_until_stopped(self) -> int:
         app = self._app
         starting = asyncio.create_task(app.start(), name="start")
-        leaving = asyncio.create_task(self._leave.wait(), name="leave")
+        stopping = asyncio.create_task(self._stop_requested.wait(), name="stop")
         failing = asyncio.create_task(app.failed.wait(), name="fail")
         try:
-            await asyncio.wait({starting, leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({starting, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
-                return OK if leaving.done() else self._given_up()
+                return OK if stopping.done() else self._report_failure()
             if (error := starting.exception()) is not None:
                 known = isinstance(error, PoiseError | ConfigError | OSError)
                 logger.error("%s cannot start: %s", app.name, exit_reason(error), exc_info=None if known else error)
                 return exit_status(error)
-            await asyncio.wait({leaving, failing}, return_when=asyncio.FIRST_COMPLETED)
-            return await self._drain() if leaving.done() else self._given_up()
+            await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+            return await self._drain() if stopping.done() else self._report_failure()
         finally:
-            leaving.cancel()
+            stopping.cancel()
             failing.cancel()
             await app.stop()
 
-    def _given_up(self) -> int:
-        logger.error("%s ends: %s", self._app.name, self._app.failure)
+    def _report_failure(self) -> int:
+        logger.error("%s failed: %s", self._app.name, self._app.failure)
         return FAILED
 
     async def _drain(self) -> int:
         app, limit_s = self._app, self._app.config.drain_timeout_s
-        logger.info("%s: draining, at most %.0f s; a second signal exits at once", app.name, limit_s)
+        logger.info("%s: draining for at most %.0f s. A second signal stops it at once", app.name, limit_s)
         await self._health.enter_graceful_shutdown()
         try:
             await asyncio.wait_for(app.drain(), limit_s)
         except TimeoutError:
-            logger.warning("%s: work in hand did not finish within drain_timeout_s = %s", app.name, limit_s)
+            logger.warning("%s: running requests did not finish within drain_timeout_s = %s", app.name, limit_s)
         except Exception as error:
             logger.error("%s cannot drain: %s", app.name, error or type(error).__name__, exc_info=error)
             return FAILED
@@ -161,14 +158,14 @@ class _Server:
         server = grpc.aio.server(
             interceptors=[ServiceInterceptor(app.name, self._auth, app.registry, app.config.grpc.max_concurrent_rpcs)],
             options=[
-                ("grpc.so_reuseport", 0),  # a second service on the same port is an error, not a lottery
+                ("grpc.so_reuseport", 0),  # a second service on the same port must fail, not share its calls
                 ("grpc.max_receive_message_length", MAX_READ_BYTES),
                 ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
                 ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
-                *KEEPALIVE_OPTIONS,  # a client that vanished frees what its calls hold
-                ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
+                *KEEPALIVE_OPTIONS,  # ends the calls of clients that have vanished
+                ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
             ],
         )
         app.register(server)
@@ -177,31 +174,31 @@ class _Server:
         return server
 
     async def _watch_readiness(self) -> None:
-        said: tuple[bool, str] | None = None
+        logged: tuple[bool, str] | None = None
         while True:
             try:
                 readiness = self._app.readiness()
             except Exception:
-                logger.exception("%s: a defect in its readiness", self._app.name)
+                logger.exception("%s: the readiness check raised an exception", self._app.name)
                 self._app.fail("the readiness check raised an exception")
                 return
-            if (readiness.ready, readiness.reason) != said:
-                said = (readiness.ready, readiness.reason)
+            if (readiness.ready, readiness.reason) != logged:
+                logged = (readiness.ready, readiness.reason)
                 logger.info("%s: %s", self._app.name, "ready" if readiness.ready else f"not ready: {readiness.reason}")
-                await self._say_health(serving=readiness.ready)
+                await self._set_health(serving=readiness.ready)
             await asyncio.sleep(_READINESS_EVERY_S)
 
-    async def _say_health(self, *, serving: bool) -> None:
+    async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.ServingStatus
         for service in ("", *self._app.grpc_services):
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
 
 class _PortTaken(Exception):
-    """The settings may be right: the program that listens there may end soon."""
+    """Another program listens there. The settings may be right: it may exit soon."""
 
 
-_MAY_PASS = (errno.EADDRINUSE, socket.EAI_AGAIN)
+_TEMPORARY = (errno.EADDRINUSE, socket.EAI_AGAIN)
 
 
 def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
@@ -212,11 +209,11 @@ def _bind(server: grpc.aio.Server, config: GrpcConfig) -> str:
             port = server.add_secure_port(target, certificate.credentials())
         else:
             port = server.add_insecure_port(target)
-    except (OSError, ValueError) as error:  # of which ssl.SSLError is one
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: cannot be used: {error}") from error
     except RuntimeError as error:  # gRPC does not say why
         _listen("grpc", config.host, config.port).close()
-        raise _PortTaken(f"grpc: cannot listen on {target}; set another grpc.port, or 0 for any") from error
+        raise _PortTaken(f"grpc: cannot listen on {target}. Set another grpc.port, or 0") from error
     return join_address(config.host, port)
 
 
@@ -225,23 +222,23 @@ def _listen(section: str, host: str, port: int) -> socket.socket:
     try:
         listener = listen(host, port)
     except OSError as error:
-        if error.errno in _MAY_PASS:
+        if error.errno in _TEMPORARY:
             raise _PortTaken(
-                f"{section}: cannot listen on {address}: {error.strerror}; set another {section}.port, or 0 for any"
+                f"{section}: cannot listen on {address}: {error.strerror}. Set another {section}.port, or 0"
             ) from error
         raise ConfigError(
-            f"{section}.host, {section}.port: cannot listen on {address}: {error.strerror}; name an address of this "
-            "machine, and a port that this user may take"
+            f"{section}.host, {section}.port: cannot listen on {address}: {error.strerror}. Name an address of this "
+            "machine and a port that this user may bind"
         ) from error
     listener.setblocking(False)
     return listener
 
 
 async def _serve_admin(admin: uvicorn.Server, listener: socket.socket) -> None:
-    await admin._serve([listener])  # `serve` would take the signals; they are ours
+    await admin._serve([listener])  # `serve` would install its own signal handlers
 
 
-def _announce(grpc_address: str, admin_address: str) -> None:
+def _write_addresses(grpc_address: str, admin_address: str) -> None:
     name = os.environ.get(ADDRESS_FILE_ENV)
     if not name:
         return

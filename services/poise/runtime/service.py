@@ -1,7 +1,4 @@
-"""The shape of a service: what `runtime.serve` needs to know of one to run it.
-
-Owns the interface alone; knows neither how it is served nor what any service does.
-"""
+"""The interface that every service implements, and `runtime.server` runs."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from poise.runtime.startup import with_elapsed
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether a service does its work now, and why not."""
+    """Whether a service accepts work now, and why not."""
 
     ready: bool
     reason: str = ""
     elapsed_s: float | None = field(default=None, compare=False)
-    """How long the service has been at what `reason` names; None where that is not told."""
+    """Seconds since `reason` applies; None if they are not counted."""
 
     @property
     def text(self) -> str:
-        """Why it is not ready, with the seconds: `loading weights, 40 s`. Empty while it is."""
+        """Why it is not ready, with the seconds: `loading weights, 40 s`. Empty when it is ready."""
         return self.reason if self.elapsed_s is None else with_elapsed(self.reason, self.elapsed_s)
 
 
@@ -43,20 +40,20 @@ class ServiceApp(ABC):
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     failure: str = ""
-    leaving: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set to drain and end, as a first SIGTERM does."""
+    stop_requested: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set it to drain and exit, as the first SIGTERM does."""
     grpc_address: str = ""
-    """host:port that is bound, set before `start`."""
+    """Bound host:port, set before `start`."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short name: "generation", "value", "learner"."""
+        """Short name: "generation", "value" or "learner"."""
 
     @property
     @abstractmethod
     def grpc_services(self) -> Sequence[str]:
-        """Full names of the gRPC services offered, for health and reflection."""
+        """Full names of its gRPC services, for health checks and reflection."""
 
     @abstractmethod
     def register(self, server: grpc.aio.Server) -> None:
@@ -64,31 +61,31 @@ class ServiceApp(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Load, connect, restore. The gRPC and admin ports already answer meanwhile; readiness says no."""
+        """Load, connect and restore. The gRPC and admin ports already respond; the service is not ready."""
 
     @abstractmethod
     async def drain(self) -> None:
-        """Refuse new work with `Draining`, finish what was accepted, make state durable."""
+        """Reject new work with `Draining`, finish running work, make the state durable."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Release everything. Called once, after `drain` or after a failed `start`."""
+        """Release all resources. Called once, after `drain` or a failed `start`."""
 
     @abstractmethod
     def readiness(self) -> Readiness:
-        """Whether work is accepted and can be done now. Cheap: it is polled."""
+        """Return whether the service accepts work now. It is polled, so it must be cheap."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
-        """JSON-able facts for `/admin/v1/status`."""
+        """Return JSON-able facts for `/admin/v1/status`."""
 
     def fail(self, reason: str) -> None:
-        """Give up: the process ends with status 1, for whoever supervises it to start afresh."""
+        """End the process with status 1, so that its supervisor restarts it."""
         self.failure = reason
         self.failed.set()
 
     async def pause(self) -> None:
-        """Refuse new work until `resume`. Work in hand goes on."""
+        """Reject new work until `resume`; running work continues."""
         raise InvalidRequest.field("action", f"the {self.name} service cannot pause")
 
     async def resume(self) -> None:
@@ -96,9 +93,9 @@ class ServiceApp(ABC):
         raise InvalidRequest.field("action", f"the {self.name} service cannot pause")
 
     async def checkpoint(self) -> dict[str, Any]:
-        """Make the state durable now; returns what was written."""
+        """Make the state durable now; return its path and other facts."""
         raise InvalidRequest.field("action", f"the {self.name} service has no state to checkpoint")
 
     def admin_routes(self) -> APIRouter | None:
-        """Further REST routes of this service, mounted under `/admin/v1`."""
+        """Return further REST routes of this service, for `/admin/v1`; None if it has none."""
         return None

@@ -1,4 +1,4 @@
-"""The present stage of a service's start and its duration: `loading weights, 40 s`."""
+"""The current stage of a service's start and its duration: `loading weights, 40 s`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class Startup:
     """The progress of one start. Its methods may be called from any thread."""
 
     def __init__(self, stage: str) -> None:
-        """Begin with `stage`."""
-        self._ask: Callable[[], str] = str
+        """Start with `stage`."""
+        self._read_stage: Callable[[], str] = str
         self._now = (stage, time.monotonic())
 
     def begin(self, stage: str) -> None:
-        """Enter a stage, in words that follow "it is": `loading weights`."""
+        """Enter a stage, named by a participle: `loading weights`."""
         self._now = (stage, time.monotonic())
 
     @contextlib.contextmanager
-    def asking(self, ask: Callable[[], str]) -> Iterator[None]:
-        """Take the stages of the block from what `ask` returns, where that is not empty: another process does it."""
-        self._ask = ask
+    def reported_by(self, read_stage: Callable[[], str]) -> Iterator[None]:
+        """Inside the block, use the stage that `read_stage` returns unless it is empty: another process reports it."""
+        self._read_stage = read_stage
         try:
             yield
         finally:
-            self._ask = str
+            self._read_stage = str
 
     @property
     def stage(self) -> str:
-        """The present stage."""
-        if (stage := self._ask()) and stage != self._now[0]:
+        """The current stage."""
+        if (stage := self._read_stage()) and stage != self._now[0]:
             self.begin(stage)
         return self._now[0]
 
@@ -49,15 +49,15 @@ class Startup:
         return with_elapsed(self.stage, self.elapsed_s)
 
     def error(self, before: str = "") -> Starting:
-        """Return what to raise for a call that comes too early; its message is the progress, after `before`."""
+        """Return the error for a call that came too early. Its message is `before` and the progress."""
         return Starting(f"{before}{self}", retry_after_s=1.0)
 
 
 def with_elapsed(stage: str, elapsed_s: float) -> str:
-    """Return a stage with its seconds, as people see it."""
+    """Return a stage with its seconds: `loading weights, 40 s`."""
     return f"{stage}, {elapsed_s:.0f} s"
 
 
 def without_elapsed(text: str) -> str:
-    """Return a text without the seconds of its stages, to compare it with an earlier one."""
+    """Remove the seconds of stages from a text, to compare it with an earlier one."""
     return _ELAPSED.sub("", text)

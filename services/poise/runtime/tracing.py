@@ -1,8 +1,7 @@
-"""Traces over all services: one for each step, by OpenTelemetry, and the same ids in the logs.
+"""OpenTelemetry tracing across services, one trace for each step, with the same ids in the logs.
 
-A step's trace id follows from the run and the step, so that what samples a step and what trains on it, and another
-process that resumes it, all write into one trace. Without an endpoint nothing is recorded, and ids still go along, for
-logs. Knows no service.
+The trace id of a step is a hash of run and step: every process that works on the step, also after a restart, adds to
+one trace. Without an endpoint nothing is recorded, but the ids still reach the logs.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from poise.runtime.logging import log_ids
 from poise_client import TRACEPARENT, TRACEPARENT_KEY
 
 _STEP_TRACE: ContextVar[int] = ContextVar("poise_step_trace", default=0)
-"""Trace id that new traces get; 0 for random ones."""
+"""Id of new traces; 0 means random."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def configure_tracing(config: TracingConfig, service: str) -> None:
-    """Record from now on, if there is an endpoint to send to. Once a process."""
+    """Start recording if the settings name an endpoint. Call it once a process."""
     if not config.otlp_endpoint:
         return
     import requests
@@ -39,7 +38,7 @@ def configure_tracing(config: TracingConfig, service: str) -> None:
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
     class StepIds(RandomIdGenerator):
-        """Of a step's trace, the id that follows from it."""
+        """Random ids, except for the traces of steps."""
 
         def generate_trace_id(self) -> int:
             return _STEP_TRACE.get() or super().generate_trace_id()
@@ -54,14 +53,14 @@ def configure_tracing(config: TracingConfig, service: str) -> None:
 
 @contextmanager
 def step_span(name: str, run_id: str, step: int) -> Iterator[None]:
-    """Record a part of a step; calls made inside, of whatever service, belong to it."""
+    """Record a part of a step. Calls to any service inside the block belong to it."""
     trace_id = int.from_bytes(hashlib.sha256(f"{run_id}/{step}".encode()).digest()[:16], "big") or 1
     with ExitStack() as stack:
         step_token = _STEP_TRACE.set(trace_id)
         stack.callback(_STEP_TRACE.reset, step_token)
         span = stack.enter_context(_tracer().start_as_current_span(name, attributes={"run_id": run_id, "step": step}))
         context = span.get_span_context()
-        if not context.is_valid:  # nothing is recorded: an id for the logs all the same
+        if not context.is_valid:  # nothing is recorded, but the logs need an id
             context = SpanContext(trace_id, secrets.randbits(63) + 1, is_remote=False, trace_flags=TraceFlags(0))
             stack.enter_context(trace.use_span(NonRecordingSpan(context)))
         headers: dict[str, str] = {}
@@ -74,15 +73,15 @@ def step_span(name: str, run_id: str, step: int) -> Iterator[None]:
 
 @contextmanager
 def call_span(method: str, metadata: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    """Record the serving of a call, as a part of the caller's trace where it told one."""
-    given = next((value for key, value in metadata if key == TRACEPARENT_KEY), None)
-    if not isinstance(given, str):
+    """Record a served call, as a part of the caller's trace if the metadata name one."""
+    traceparent = next((value for key, value in metadata if key == TRACEPARENT_KEY), None)
+    if not isinstance(traceparent, str):
         with _tracer().start_as_current_span(method, kind=SpanKind.SERVER):
             yield
         return
-    parent = _PROPAGATOR.extract({TRACEPARENT_KEY: given})
+    parent = _PROPAGATOR.extract({TRACEPARENT_KEY: traceparent})
     context = trace.get_current_span(parent).get_span_context()
-    if not context.is_valid:  # whatever was sent, it was no trace
+    if not context.is_valid:  # a malformed header
         yield
         return
     ids = log_ids(trace_id=trace.format_trace_id(context.trace_id))

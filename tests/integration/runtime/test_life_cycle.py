@@ -201,7 +201,7 @@ def test_wrong_settings_are_named_all_at_once_with_status_2(stage):
 def test_listening_beyond_this_machine_without_a_token_is_refused(stage, section):
     running = stage(f"{section}.host=0.0.0.0")
     assert running.exit_status() == 2
-    assert f"{section}.host: 0.0.0.0 can be reached from other machines" in running.log
+    assert f"{section}.host: other machines can reach 0.0.0.0" in running.log
 
 
 def test_the_token_is_in_no_log_line_and_json_logs_are_json(stage):
@@ -261,4 +261,4 @@ def test_a_renewed_certificate_is_shown_without_a_restart_and_a_broken_one_is_no
     assert shown() == RENEWED.read_text()
     write(CERTIFICATE.read_bytes(), b"no key")
     assert shown() == RENEWED.read_text()
-    assert "the new certificate cannot be used, the one before stays" in running.log
+    assert "the new certificate cannot be used, the previous one stays" in running.log

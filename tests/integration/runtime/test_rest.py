@@ -93,7 +93,6 @@ def test_checkpoint_answers_what_was_written(rest):
         ("Forbidden", 403, "FORBIDDEN"),
         ("NotFound", 404, "NOT_FOUND"),
         ("VersionMismatch", 409, "VERSION_MISMATCH"),
-        ("NotLoaded", 409, "NOT_LOADED"),
         ("LabelsConsumed", 409, "LABELS_CONSUMED"),
         ("TrainingStopped", 409, "TRAINING_STOPPED"),
         ("Conflict", 409, "CONFLICT"),

@@ -17,7 +17,6 @@ WIRE = {
     "Forbidden": ("PERMISSION_DENIED", "FORBIDDEN", False),
     "NotFound": ("NOT_FOUND", "NOT_FOUND", False),
     "VersionMismatch": ("FAILED_PRECONDITION", "VERSION_MISMATCH", False),
-    "NotLoaded": ("FAILED_PRECONDITION", "NOT_LOADED", False),
     "LabelsConsumed": ("FAILED_PRECONDITION", "LABELS_CONSUMED", False),
     "TrainingStopped": ("FAILED_PRECONDITION", "TRAINING_STOPPED", False),
     "Conflict": ("ABORTED", "CONFLICT", False),

@@ -31,7 +31,7 @@ def test_a_stage_is_told_with_its_seconds(clock: list[float]) -> None:
 
 def test_stages_of_another_process_are_told_while_it_works(clock: list[float]) -> None:
     startup, told = Startup("starting vLLM"), [""]
-    with startup.asking(lambda: told[0]):
+    with startup.reported_by(lambda: told[0]):
         assert startup.stage == "starting vLLM"
         clock[0] += 5
         told[0] = "loading weights"

@@ -1,4 +1,4 @@
-"""The REST admin app of a service: health, metrics, status, settings, and the few things an operator may do."""
+"""The REST admin app of a service: health, metrics, status, settings, and operations such as pause and drain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 import poise
 from poise.errors import InvalidRequest, PoiseError
 from poise.runtime.admin.docs_page import HEADERS, docs_page
-from poise.runtime.admin.request_guard import BodyRefused, Guard
+from poise.runtime.admin.request_guard import BodyRejected, Guard
 from poise.runtime.config.settings import AdminConfig
 from poise.runtime.config.text import redacted
 from poise.runtime.network.addresses import EVERY_HOST
@@ -45,75 +45,75 @@ _FIELD_CHARS = 200
 class WrongField(BaseModel):
     """One wrong field of a request."""
 
-    field: str = Field(description="Where: a query parameter, or a path within the body.")
-    description: str = Field(description="What is wrong and what would be right.")
+    field: str = Field(description="A query parameter, or a path within the body.")
+    description: str = Field(description="The problem and what is allowed.")
 
 
-class ErrorAnswer(BaseModel):
-    """What every refusal holds."""
+class ErrorResponse(BaseModel):
+    """The body of every error response."""
 
-    reason: str = Field(description="Which error, as in `poise.v1.ErrorReason` without its prefix.")
+    reason: str = Field(description="The error, as in `poise.v1.ErrorReason` without its prefix.")
     message: str = Field(description="What happened.")
     remedy: str = Field(description="What to do about it. May be empty.")
-    violations: list[WrongField] = Field([], description="Of INVALID_REQUEST: every wrong field.")
+    violations: list[WrongField] = Field([], description="Every wrong field, if the reason is INVALID_REQUEST.")
 
 
 class ServiceState(BaseModel):
-    """Who answers, and whether it accepts work."""
+    """The service, and whether it accepts work."""
 
-    service: str = Field(description="Its short name.")
-    version: str = Field(description="Of the program.")
-    ready: bool = Field(description="Whether work is accepted now.")
-    reason: str = Field(description="Why not; while it starts, what it does and for how long. Empty while it is.")
+    service: str = Field(description="Short name of the service.")
+    version: str = Field(description="Version of the program.")
+    ready: bool = Field(description="Whether the service accepts work now.")
+    reason: str = Field(description="Why it is not ready; during a start the stage and its seconds. Empty if ready.")
 
 
 class ServiceStatus(ServiceState):
-    """That, and what the service holds and does: facts of its own, which differ from service to service."""
+    """The state, and further facts that differ from service to service."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class SettingsInForce(RootModel[dict[str, Any]]):
-    """The tree of settings, as a YAML file would hold it: every setting has its meaning in `--show-defaults`."""
+class CurrentSettings(RootModel[dict[str, Any]]):
+    """The settings as a tree, as in a YAML file. `--show-defaults` explains every setting."""
 
 
 class Checkpointed(BaseModel):
-    """What was made durable, and facts of the service's own about it."""
+    """The checkpoint that was written, and further facts of the service."""
 
     model_config = ConfigDict(extra="allow")
 
-    path: str = Field(description="The folder, on the service's file system.")
+    path: str = Field(description="Folder of the checkpoint on the service's file system.")
 
 
 _ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
+    status: {"model": ErrorResponse, "description": description}
     for status, description in {
-        401: "No bearer token, or a wrong one.",
+        401: "The bearer token is missing or wrong.",
         403: "A web page of another origin, a host that is not allowed, or a change without the header `X-Poise`.",
-        408: "The body did not come in time.",
+        408: "The body did not arrive in time.",
         413: "The body is too large.",
-        422: "A field is wrong, or this service cannot do that.",
-        500: "A defect; the service's log holds the traceback.",
-        503: "The service is starting or shutting down, or something it stands on does not answer.",
+        422: "A field is wrong, or this service does not support the operation.",
+        500: "A bug. The service's log has the traceback.",
+        503: "The service is starting or shutting down, or one of its backends does not respond.",
     }.items()
 }
 
 
 def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[], None]) -> FastAPI:
-    """Construct the app. `/healthz`, `/readyz` and `/metrics` are open; `/admin` needs the token when there is one."""
+    """Return the app. `/healthz`, `/readyz` and `/metrics` are open; `/admin` requires the token if there is one."""
     rest = FastAPI(
         title=f"POISE {app.name} service",
         version=poise.__version__,
-        description="Health, metrics, status and operation of one service. Its work is done over gRPC. Requests that "
-        "change something need the header `X-Poise: 1`, or a bearer token; web pages can send neither.",
+        description="Health, metrics, status and operation of one service, whose work is done over gRPC. Requests that "
+        "change something require the header `X-Poise: 1` or a bearer token; web pages can send neither.",
         docs_url=None,
         redoc_url=None,
     )
     rest.add_exception_handler(PoiseError, _answer_error)
-    rest.add_exception_handler(RequestValidationError, _answer_wrong_request)
+    rest.add_exception_handler(RequestValidationError, _answer_invalid_request)
     rest.add_exception_handler(HTTPException, _answer_http_error)
     rest.add_exception_handler(OSError, _answer_disk_error)
-    rest.add_exception_handler(Exception, _answer_defect)
+    rest.add_exception_handler(Exception, _answer_bug)
     rest.include_router(_probes(app), tags=["health"])
     admin = APIRouter(prefix="/admin/v1", responses=_ADMIN_ERRORS)
     admin.include_router(_operations(app, request_drain))
@@ -121,7 +121,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     if extra is not None:
         admin.include_router(extra)
     rest.include_router(admin, tags=["admin"], dependencies=[Depends(_describe_header)])
-    rest.add_middleware(Guard, auth=auth, allowed_hosts=_hosts(app.config.admin), answer=_refusal)
+    rest.add_middleware(Guard, auth=auth, allowed_hosts=_hosts(app.config.admin), respond=_error_response)
 
     @rest.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -131,13 +131,13 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
 
 
 def _hosts(config: AdminConfig) -> tuple[str, ...]:
-    """Return the names that the app goes by. That of every interface is none: web pages may use it to reach them."""
+    """Return the names of the app. The address of all interfaces is not one: web pages can use it."""
     own = () if config.host in EVERY_HOST else (config.host,)
     return (*own, *config.allowed_hosts)
 
 
 def _describe_header(
-    x_poise: Annotated[str | None, Header(description="`1`. Required of a POST without a bearer token.")] = None,
+    x_poise: Annotated[str | None, Header(description="`1`. Required for a POST without a bearer token.")] = None,
 ) -> None:
     """Describe the header in the OpenAPI document; the guard checks it."""
 
@@ -147,21 +147,21 @@ def _probes(app: ServiceApp) -> APIRouter:
 
     @router.get(
         "/healthz",
-        summary="Whether the process works; 503 says why it should be killed.",
+        summary="Whether the process works; 503 with the reason if it should be killed.",
         response_class=PlainTextResponse,
-        responses={503: {"description": "Why not.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={503: {"description": "The reason.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def healthz(response: Response) -> str:
-        if app.failed.is_set():  # it ends by itself, unless what failed keeps it from ending
+        if app.failed.is_set():  # it exits by itself, unless the failure prevents that
             response.status_code = 503
             return app.failure
         return "ok"
 
     @router.get(
         "/readyz",
-        summary="Whether work is accepted now; 503 says why not.",
+        summary="Whether the service accepts work now; 503 with the reason if not.",
         response_class=PlainTextResponse,
-        responses={503: {"description": "Why not.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={503: {"description": "The reason.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def readyz(response: Response) -> str:
         readiness = app.readiness()
@@ -184,15 +184,15 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
         readiness = app.readiness()
         return ServiceState(service=app.name, version=poise.__version__, ready=readiness.ready, reason=readiness.text)
 
-    @router.get("/status", summary="What the service holds and does.")
+    @router.get("/status", summary="State of the service, and facts about its work.")
     async def status() -> ServiceStatus:
         return ServiceStatus(**(state().model_dump() | app.status()))
 
-    @router.get("/config", summary="The settings in force, secrets masked.")
-    async def config() -> SettingsInForce:
-        return SettingsInForce(redacted(app.config))
+    @router.get("/config", summary="The current settings, secrets masked.")
+    async def config() -> CurrentSettings:
+        return CurrentSettings(redacted(app.config))
 
-    @router.post("/pause", summary="Refuse new work until resume.")
+    @router.post("/pause", summary="Reject new work until resume.")
     async def pause() -> ServiceState:
         await app.pause()
         return state()
@@ -202,7 +202,7 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
         await app.resume()
         return state()
 
-    @router.post("/drain", status_code=202, summary="Finish the work in hand, make the state durable, and exit.")
+    @router.post("/drain", status_code=202, summary="Finish running work, make the state durable, and exit.")
     async def drain() -> ServiceState:
         request_drain()
         return state()
@@ -214,18 +214,20 @@ def _operations(app: ServiceApp, request_drain: Callable[[], None]) -> APIRouter
     return router
 
 
-class _Answer(JSONResponse):
-    """JSON in ASCII: what a request holds may be no text that UTF-8 can write."""
+class _AsciiJson(JSONResponse):
+    """JSON in ASCII: a request may contain text that UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False).encode()
 
 
-def _refusal(error: PoiseError | BodyRefused) -> Response:
-    if isinstance(error, BodyRefused):
-        answer = ErrorAnswer(reason="INVALID_REQUEST", message=error.message, remedy="Send a smaller body, at once.")
-        return _Answer(answer.model_dump(), error.status)
-    answer = ErrorAnswer(
+def _error_response(error: PoiseError | BodyRejected) -> Response:
+    if isinstance(error, BodyRejected):
+        answer = ErrorResponse(
+            reason="INVALID_REQUEST", message=error.message, remedy="Send a smaller body, without pauses."
+        )
+        return _AsciiJson(answer.model_dump(), error.status)
+    answer = ErrorResponse(
         reason=error.reason,
         message=error.message,
         remedy=error.remedy,
@@ -238,29 +240,29 @@ def _refusal(error: PoiseError | BodyRefused) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-    return _Answer(answer.model_dump(), _HTTP_STATUS.get(error.status, 500), headers)
+    return _AsciiJson(answer.model_dump(), _HTTP_STATUS.get(error.status, 500), headers)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PoiseError)  # noqa: S101 (registered for it alone)
-    return _refusal(error)
+    assert isinstance(error, PoiseError)  # noqa: S101 (registered only for it)
+    return _error_response(error)
 
 
-async def _answer_wrong_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 (registered for it alone)
-    wrong = Violations()
+async def _answer_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 (registered only for it)
+    violations = Violations()
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"][1:])
-        wrong.add(where if len(where) <= _FIELD_CHARS else quoted(where), problem["msg"])
-    return _refusal(wrong.error())
+        violations.add(where if len(where) <= _FIELD_CHARS else quoted(where), problem["msg"])
+    return _error_response(violations.error())
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
-    """An unknown path, or a method that it does not have."""
-    assert isinstance(error, HTTPException)  # noqa: S101 (registered for it alone)
+    """Answer an unknown path, or a method that the path does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101 (registered only for it)
     reason = "NOT_FOUND" if error.status_code == 404 else "INVALID_REQUEST"
-    answer = ErrorAnswer(reason=reason, message=error.detail, remedy="See /docs for what there is.")
-    return _Answer(answer.model_dump(), error.status_code, error.headers)
+    answer = ErrorResponse(reason=reason, message=error.detail, remedy="See /docs for the routes.")
+    return _AsciiJson(answer.model_dump(), error.status_code, error.headers)
 
 
 async def _answer_disk_error(request: Request, error: Exception) -> Response:
@@ -270,7 +272,7 @@ async def _answer_disk_error(request: Request, error: Exception) -> Response:
     return await _answer_error(request, disk_error(error))
 
 
-async def _answer_defect(request: Request, error: Exception) -> Response:
-    """Say nothing of it: uvicorn logs the traceback."""
-    answer = ErrorAnswer(reason="INTERNAL", message="a defect in the service; its log holds the traceback", remedy="")
-    return _Answer(answer.model_dump(), 500)
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """Hide the exception; uvicorn logs the traceback."""
+    answer = ErrorResponse(reason="INTERNAL", message="a bug in the service. Its log has the traceback", remedy="")
+    return _AsciiJson(answer.model_dump(), 500)

@@ -1,4 +1,4 @@
-"""The `/docs` page: the routes of the OpenAPI document as plain HTML, which loads nothing from anywhere."""
+"""The `/docs` page: the routes of the OpenAPI document as plain HTML without external resources."""
 
 from __future__ import annotations
 

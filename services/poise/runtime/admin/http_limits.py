@@ -1,7 +1,4 @@
-"""uvicorn's HTTP protocol with limits: time to send a request's head, time to read an answer, number of connections.
-
-uvicorn has no limit for either wait.
-"""
+"""uvicorn's HTTP protocol with limits for slow clients and for the number of connections, which uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT_S = 10.0
-"""Time from connecting, or from the previous answer, to the end of a request's head."""
+"""Time from the connection, or the previous response, to the end of a request's head."""
 READ_TIMEOUT_S = 30.0
-"""How long a client may leave an answer unread."""
+"""How long a client may leave a response unread."""
 MAX_CONNECTIONS = 256
-"""Beyond it, the connection whose deadline is nearest is closed, so that probes always get in."""
+"""With more, the connection with the nearest deadline is closed, so that health probes always get through."""
 MAX_HEAD_BYTES = 16 * 2**10
 """Largest head of a request."""
 
@@ -31,7 +28,7 @@ class DeadlineProtocol(H11Protocol):
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
-            self._displace()
+            self._close_one()
         self._restart_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -46,7 +43,7 @@ class DeadlineProtocol(H11Protocol):
             self._stop_clock()
 
     def on_response_complete(self) -> None:
-        """Restart the clock. The rest of a refused body is read within that time, and dropped."""
+        """Restart the clock. The rest of a rejected body is read within that time, and dropped."""
         super().on_response_complete()
         self._restart_clock()
 
@@ -62,18 +59,18 @@ class DeadlineProtocol(H11Protocol):
 
     @property
     def is_answering(self) -> bool:
-        """Whether a request is not answered yet."""
+        """Whether a request has no complete response yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _displace(self) -> None:
-        waiting = [one for one in self.connections if isinstance(one, DeadlineProtocol) and one._deadline is not None]
-        longest = min(waiting, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=self)
-        longest.transport.abort()
+    def _close_one(self) -> None:
+        idle = [one for one in self.connections if isinstance(one, DeadlineProtocol) and one._deadline is not None]
+        nearest = min(idle, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=self)
+        nearest.transport.abort()
 
     def _restart_clock(self) -> None:
-        """Set the deadline for what the client must do next; none while only the service has work to do."""
+        """Set the deadline for the client's next action; none while the service works."""
         self._stop_clock()
-        if self.flow.write_paused or self.transport.is_closing():  # closing ends once the answer is read
+        if self.flow.write_paused or self.transport.is_closing():  # closing completes once the response is read
             self._deadline = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
         elif not self.is_answering:
             self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)

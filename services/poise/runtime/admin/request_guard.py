@@ -20,13 +20,13 @@ from poise.runtime.network.auth import BearerAuth, is_loopback
 from poise.runtime.rpc.validation import quoted
 
 MAX_BODY_BYTES = 2**18
-"""Largest body: several times a full list of dead letters."""
+"""Largest body, several times a full list of dead letters."""
 
 BODY_TIMEOUT_S = 10.0
 """Time within which a body must arrive."""
 
 CHANGE_HEADER = "x-poise"
-"""Required of requests that change something: forms cannot send it, and scripts need a preflight request for it."""
+"""Header required of requests that change something. Forms cannot send it; scripts need a preflight request for it."""
 
 _PROBES = ("/healthz", "/readyz", "/metrics")
 _OPEN = ("/docs", "/openapi.json")
@@ -35,8 +35,8 @@ _READING = ("GET", "HEAD", "OPTIONS")
 _REMEDY = "Use `poise`, curl, or a page of this service's own address."
 
 
-class BodyRefused(Exception):
-    """A body that is not read to its end, with its HTTP status."""
+class BodyRejected(Exception):
+    """A body that is too large or too slow, with the HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -45,20 +45,20 @@ class BodyRefused(Exception):
 
 
 class Guard:
-    """Rejects requests that fail a check; passes the others on with their whole body."""
+    """Rejects requests that fail a check; passes the others on with their complete body."""
 
     def __init__(
         self,
         app: ASGIApp,
         auth: BearerAuth,
         allowed_hosts: Iterable[str],
-        answer: Callable[[PoiseError | BodyRefused], Response],
+        respond: Callable[[PoiseError | BodyRejected], Response],
     ) -> None:
         self._app = app
         self._auth = auth
-        self._hosts = frozenset(map(_normalised, allowed_hosts))
+        self._hosts = frozenset(map(_normalized, allowed_hosts))
         self._domains = tuple(f".{host.strip('.')}" for host in self._hosts if host.startswith("."))
-        self._answer = answer
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -69,14 +69,14 @@ class Guard:
             self._check(scope)
             # A GET needs no body. Waiting for one would let callers without a token occupy connections.
             body = b"" if scope["method"] in _READING else await _read_body(Headers(scope=scope), receive)
-        except (PoiseError, BodyRefused) as error:
-            await self._answer(error)(scope, receive, send)
+        except (PoiseError, BodyRejected) as error:
+            await self._respond(error)(scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
 
     def _check(self, scope: Scope) -> None:
         if scope["path"] in _PROBES and scope["method"] in _READING:
-            return  # a kubelet uses the pod's address, Prometheus any name
+            return  # a kubelet uses the pod's address, Prometheus any name of the service
         headers = Headers(scope=scope)
         self._check_host(headers, scope)
         if scope["path"] in _OPEN:
@@ -91,14 +91,14 @@ class Guard:
             )
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
-        given = headers.getlist("host")
-        host = _hostname(f"//{given[0]}") if len(given) == 1 else ""
+        values = headers.getlist("host")
+        host = _hostname(f"//{values[0]}") if len(values) == 1 else ""
         own = scope.get("server")
-        is_own = own is not None and host == _normalised(own[0])
+        is_own = own is not None and host == _normalized(own[0])
         if host and (is_own or host in self._hosts or f".{host}".endswith(self._domains) or is_loopback(host)):
             return
         raise Forbidden(
-            f"the host {quoted(', '.join(given))} is not one of this service's",
+            f"the host {quoted(', '.join(values))} is not one of this service's",
             remedy="Address it by localhost or its own address, or add the name to admin.allowed_hosts.",
         )
 
@@ -118,8 +118,8 @@ def _check_origin(headers: Headers) -> None:
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
-    """Return the whole body. Raises `BodyRefused` for one that is too large, or takes too long."""
-    too_large = BodyRefused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+    """Return the complete body. Raises `BodyRejected` if it is too large or too slow."""
+    too_large = BodyRejected(413, f"the body has more than {MAX_BODY_BYTES} bytes")
     declared = headers.get("content-length", "0")
     if not declared.isdecimal() or len(declared) > 12 or int(declared) > MAX_BODY_BYTES:
         raise too_large
@@ -134,35 +134,35 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise BodyRefused(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+        raise BodyRejected(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that returns the body first, then later messages."""
-    given = False
+    is_replayed = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal is_replayed
+        if is_replayed:
             return await receive()
-        given = True
+        is_replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
 
 
 def _hostname(url: str) -> str:
-    """Return the host of a URL without its port; empty where it has none."""
+    """Return the host of a URL without its port; empty if it has none."""
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 (raises for an invalid port)
     except ValueError:
         return ""
     is_bare = parts.username is None and not (parts.path or parts.query or parts.fragment)
-    return _normalised(parts.hostname or "") if is_bare else ""
+    return _normalized(parts.hostname or "") if is_bare else ""
 
 
-def _normalised(host: str) -> str:
+def _normalized(host: str) -> str:
     """Return a host in one spelling: lower case, without brackets, zone or final dot; IPv4 within IPv6 as IPv4."""
     host = host.strip().lower().strip("[]").partition("%")[0].removesuffix(".")
     try:

@@ -1,1 +1,1 @@
-"""What command-line programs share: exit statuses, signals, closed pipes, the console."""
+"""Shared by command-line programs: exit statuses, signals, closed pipes, the console."""

@@ -1,4 +1,4 @@
-"""Output whose reader may exit, as in `poise run | head`: the program detects it and ends without a traceback."""
+"""Exit without a traceback when the reader of the output has exited, as in `poise run | head`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 
 
 class OutputClosed(Exception):
-    """Standard output has no reader any more. Not an `OSError`, which callers may handle as a disk error."""
+    """Standard output has no reader any more. This is no `OSError`, which callers may treat as a disk error."""
 
 
 def is_unread(stream: IO[Any] | None) -> bool:
     """Whether a stream is a pipe or socket whose other end is closed."""
     try:
         descriptor = -1 if stream is None else stream.fileno()
-    except (OSError, ValueError):  # a stream of no file, or closed
+    except (OSError, ValueError):  # a closed stream, or one without a file
         return False
     if descriptor < 0:
         return False
@@ -39,13 +39,13 @@ def abandon_output() -> None:
 
 
 @contextlib.contextmanager
-def ending_with_reader() -> Iterator[None]:
-    """Exit with `OUTPUT_CLOSED` when standard output cannot be written because its reader is gone."""
+def exit_with_reader() -> Iterator[None]:
+    """Exit with `OUTPUT_CLOSED` when standard output cannot be written because its reader has exited."""
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # is None where a program was started without one
+            if sys.stdout is not None:  # None if the program was started without one
                 sys.stdout.flush()
     except OutputClosed:
         sys.exit(OUTPUT_CLOSED)

@@ -1,4 +1,4 @@
-"""The console that programs print their progress and results on."""
+"""The console on which programs print progress and results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from poise.runtime.cli.broken_pipe import OutputClosed, abandon_output
 
 
 class OutputConsole(Console):
-    """A console on standard output. Raises `OutputClosed` when its reader is gone, where rich would exit."""
+    """A console on standard output. Raises `OutputClosed` when its reader has exited; rich would exit."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(file=sys.stdout, **options)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Called by rich when a write failed."""
+        """Raise `OutputClosed`. Called by rich when a write failed."""
         abandon_output()
         raise OutputClosed from None

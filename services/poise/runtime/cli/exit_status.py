@@ -1,6 +1,6 @@
 """Exit statuses of every program: `poise`, `python -m poise.<service>` and the training loop.
 
-The local supervisor and the chart's Job (through its podFailurePolicy) decide by them whether to start a program again.
+The local supervisor, and the chart's Job through its podFailurePolicy, use them to decide whether to restart a program.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 from poise.errors import Misconfigured, PoiseError
 
 OK = 0
-"""It did what it was asked for."""
+"""Success."""
 FAILED = 1
-"""It failed, and may succeed when it is started again."""
+"""Failure. The program may succeed when it is started again."""
 WRONG_SETTINGS = 2
-"""It fails again until somebody changes an option, a setting, or the file, model or service that a setting names."""
+"""Wrong settings. The program fails again until an option, a setting, or what a setting names is changed."""
 INTERRUPTED = 130
-"""A signal ended it; started again, it resumes."""
+"""Stopped by a signal. Started again, the program resumes."""
 OUTPUT_CLOSED = 141
-"""Nothing reads its output any more: the status that a shell shows for a process that SIGPIPE killed."""
+"""Nothing reads the output any more. A shell shows this status for a process that SIGPIPE killed."""
 
 
 def exit_reason(error: BaseException) -> str:
-    """Return what to say of an error that ends a program: what is wrong, and what to do about it."""
+    """Return the message for an error that ends a program: the problem and the remedy."""
     remedy = error.remedy if isinstance(error, PoiseError) else ""
     return ". ".join(part for part in ((str(error) or type(error).__name__).rstrip("."), remedy) if part)
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the status of a program that an error ends."""
+    """Return the exit status for an error that ends a program."""
     return WRONG_SETTINGS if isinstance(error, Misconfigured) else FAILED

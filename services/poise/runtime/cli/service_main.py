@@ -1,4 +1,4 @@
-"""The command line that every service shares."""
+"""The command line of every service."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from poise.errors import Misconfigured
-from poise.runtime.cli.broken_pipe import ending_with_reader
+from poise.runtime.cli.broken_pipe import exit_with_reader
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS, exit_reason, exit_status
 from poise.runtime.config.load import load_config
 from poise.runtime.config.settings import ServiceConfig
 from poise.runtime.config.text import defaults_yaml
-from poise.runtime.files.atomic import keep_private
+from poise.runtime.files.atomic import restrict_umask
 from poise.runtime.logging import configure_logging
 from poise.runtime.server import serve
 from poise.runtime.service import ServiceApp
@@ -30,32 +30,32 @@ def service_main(
     *,
     run: Callable[[C], int] | None = None,
 ) -> int:
-    """Parse the command line, load the settings, serve; or `run` something else with them.
-
-    Returns the exit status, see `poise.runtime.cli.exit_status`.
-    """
+    """Parse the command line, load the settings and serve, or call `run` instead; return the exit status."""
     prefix = config_cls.model_config.get("env_prefix", "")
     parser = argparse.ArgumentParser(
         prog=f"python -m poise.{name}",
         description=f"Run the POISE {name} service.",
-        epilog=f"Settings: --set, then {prefix}SECTION__FIELD in the environment, then the file, then the default.",
+        epilog="A setting comes from the first of these that has it: --set, the environment "
+        f"({prefix}SECTION__FIELD), the file, the default.",
     )
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings, YAML")
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings file, YAML")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="A.B=VALUE",
         dest="overrides",
-        help="override a setting; repeatable",
+        help="set one setting; repeatable",
     )
-    parser.add_argument("--show-defaults", action="store_true", help="print every setting with its default, and exit")
-    with ending_with_reader():
+    parser.add_argument(
+        "--show-defaults", action="store_true", help="print every setting with its meaning and default, and exit"
+    )
+    with exit_with_reader():
         options = parser.parse_args(argv)
         if options.show_defaults:
             print(defaults_yaml(config_cls))
             return OK
-    keep_private()
+    restrict_umask()
     try:
         config = load_config(config_cls, options.config, options.overrides)
         if run is not None:
@@ -66,6 +66,6 @@ def service_main(
         print(exit_reason(error), file=sys.stderr)
         return exit_status(error)
     except ModuleNotFoundError as error:
-        print(f"{error}; install what the {name} service needs under these settings", file=sys.stderr)
+        print(f"{error}. Install the packages that the {name} service needs with these settings", file=sys.stderr)
         return WRONG_SETTINGS
     return serve(app)

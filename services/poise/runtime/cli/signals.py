@@ -1,4 +1,4 @@
-"""Stopping by signal, alike everywhere: the first asks to finish the work in hand, the second ends the process."""
+"""Stop by signal: the first finishes running work, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stopping_by_signal(finish: Callable[[], None], abandon: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """On the running loop, call `finish` at the first SIGINT or SIGTERM; at the second, `abandon`, and exit at once."""
+def stop_on_signal(finish: Callable[[], None], abandon: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """On the running loop, call `finish` on the first SIGINT or SIGTERM; on the second, `abandon`, and exit."""
     loop = asyncio.get_running_loop()
     signalled = False
 

@@ -1,1 +1,1 @@
-"""Files that survive crashes, scratch folders, and the cache folder."""
+"""Atomic files, scratch folders, and the cache folder."""

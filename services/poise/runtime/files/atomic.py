@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all, over crashes and power cuts."""
+"""Write files atomically and durably: after a crash or power cut they exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _REMEDIES = {
     errno.EACCES: "Restore the permission to write there",
     errno.EPERM: "Restore the permission to write there",
     errno.EIO: "Check the disk",
-    errno.ENOENT: "Move it back if it was moved, and see that its file system is mounted",
-    errno.ENOTDIR: "Move it back if it was moved, and see that its file system is mounted",
-    errno.ESTALE: "See that its file system is mounted",
-    errno.ENOTCONN: "See that its file system is mounted",
-    errno.ETIMEDOUT: "See that its file system answers",
+    errno.ENOENT: "Move it back if it was moved, and check that its file system is mounted",
+    errno.ENOTDIR: "Move it back if it was moved, and check that its file system is mounted",
+    errno.ESTALE: "Check that its file system is mounted",
+    errno.ENOTCONN: "Check that its file system is mounted",
+    errno.ETIMEDOUT: "Check that its file system responds",
     errno.EMFILE: "Raise the limit of open files",
 }
-"""What to do about an error of a disk or folder, by its number."""
+"""Remedies of disk errors, by error number."""
 
 
 def describe_disk_error(error: OSError) -> str:
-    """Return what a disk or folder refused, and what to do about it: `No space left on device: /x. Free some space`."""
+    """Return a disk error and its remedy: `No space left on device: /x. Free some space there`."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         source, target, why = error.args[0][0]  # the first of the files that could not be copied
         return f"{target or source} cannot be copied: {why}"
@@ -59,13 +59,13 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def keep_private() -> None:
-    """Let no other user read what this process and its children write from now on: weights, data, tokens, sockets."""
+def restrict_umask() -> None:
+    """Set the umask so that no other user can read what this process and its children write."""
     os.umask(os.umask(0) | 0o077)
 
 
 def commit_file(temporary: Path, target: Path) -> None:
-    """Make a written file durable under its name."""
+    """Move a written file to its name, durably."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(target)
@@ -89,7 +89,7 @@ def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield the path to write `target` at; a failed write leaves nothing there, for the disk may be full."""
+    """Yield a path to write before the move to `target`. A failed write leaves no file: the disk may be full."""
     temporary = target.with_name(target.name + ".tmp")
     try:
         yield temporary
@@ -113,13 +113,13 @@ def append_file(target: Path, data: bytes) -> None:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError:
-            with contextlib.suppress(OSError):  # then the next call removes it
+            with contextlib.suppress(OSError):  # the next call truncates it
                 file.truncate(end)
             raise
 
 
 def _end_of_lines(file: IO[bytes]) -> int:
-    """Return the size of a file, after removing a line at its end that was cut off."""
+    """Remove an incomplete last line of a file, and return its size."""
     end = size = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - _BLOCK_BYTES)
@@ -138,7 +138,7 @@ def json_line(values: Mapping[str, Any]) -> str:
     """Return an object as a line of JSON.
 
     Raises:
-        ValueError: it holds a number that JSON has no word for.
+        ValueError: it contains NaN or infinity.
     """
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -153,7 +153,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file, durable on return; its name is not, see `sync_folder`.
+    """Write a safetensors file. Its content is durable on return, its name only after `sync_folder`.
 
     Raises:
         OSError: it could not be written.
@@ -168,7 +168,7 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 @contextmanager
 def tensor_errors(path: Path) -> Iterator[None]:
-    """Raise what safetensors says of a full disk as the `OSError` it is: its own error is none."""
+    """Raise disk errors of safetensors, which has an exception class of its own, as `OSError`."""
     from safetensors import SafetensorError
 
     try:
@@ -182,7 +182,7 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def without_nan(value: Any) -> Any:
-    """Return a tree with None in place of every number that JSON has no word for."""
+    """Return a tree with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

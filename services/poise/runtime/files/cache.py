@@ -1,4 +1,4 @@
-"""Where what can be made again is kept between runs."""
+"""The cache folder, for files that can be created again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CACHE_ENV = "POISE_CACHE"
 
 
 def cache_dir() -> Path:
-    """Return the folder: $POISE_CACHE, or poise under $XDG_CACHE_HOME or ~/.cache."""
+    """Return $POISE_CACHE, or the folder poise in $XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get(CACHE_ENV):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poise"

@@ -1,4 +1,4 @@
-"""A folder for what must not outlive its process: removed at the end, or after a kill by whoever starts next."""
+"""A temporary folder that is removed when its process ends or, after a kill, when the next one starts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 
 
 class ScratchFolder:
-    """A folder of this process's own within one that several may share. Close it at the end.
+    """A folder of this process in a parent that several processes share. Close it at the end.
 
-    It is locked for as long as the process lives. A lock tells who is gone, for it ends with its process; a process id
-    would not: in a container that was killed and started again it is the same one.
+    A file lock shows whether its process still runs. A process id would not: in a restarted container it is the same.
     """
 
     def __init__(self, parent: Path, prefix: str) -> None:
@@ -24,9 +23,9 @@ class ScratchFolder:
         self._descriptor = -1
 
     def ensure(self) -> Path:
-        """Return the folder, made when it is not there, or no longer: some clean /tmp by age. Raises `OSError`.
+        """Return the folder; create it if it does not exist, or no longer: some systems clean /tmp by age.
 
-        Making it removes what processes that are gone left beside it.
+        Creating it removes the folders of processes that have exited. Raises `OSError`.
         """
         if self._path is not None and self._path.is_dir():
             return self._path
@@ -40,10 +39,10 @@ class ScratchFolder:
             if path.is_dir():
                 self._path, self._descriptor = path, descriptor
                 return path
-            os.close(descriptor)  # a process that was starting took it for a leftover, before it was locked
+            os.close(descriptor)  # another process removed it as a leftover before it was locked
 
     def close(self) -> None:
-        """Remove the folder with all in it. Safe to call twice."""
+        """Remove the folder with its content. Safe to call twice."""
         if self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
             os.close(self._descriptor)
@@ -51,12 +50,12 @@ class ScratchFolder:
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the scratch folders in `parent` whose processes are gone."""
+    """Remove the scratch folders in `parent` whose processes have exited."""
     for path in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process runs
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)

@@ -1,1 +1,1 @@
-"""What services need to know of a Hugging Face model folder. Imports no torch."""
+"""Facts about Hugging Face models that several services need. Imports no torch."""

@@ -1,7 +1,4 @@
-"""Which model a folder holds: a digest of its parameters, for two services to see that they start from the same.
-
-Knows no tensors' meaning: it reads safetensors files.
-"""
+"""A digest of a model's parameters, by which two services check that they start from the same model."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ from poise.errors import Unusable
 from poise_client import combine_digests
 
 EXPORT_MARK = "poise_export.json"
-"""The file in every exported model that holds its policy version. A folder without it is never replaced."""
+"""File in every exported model with its policy version. A folder without it is never replaced."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
 def checkpoint_digest(model: str) -> bytes:
-    """Return SHA-256 over the SHA-256 of each parameter as the model's files hold it, in order of name. Reads them all.
+    """Return the SHA-256 over the SHA-256 of each parameter in the model's safetensors files, in order of name.
 
     Args:
-        model: a Hugging Face folder, or its name on the hub, whose files are then loaded if they are not.
+        model: a Hugging Face folder, or a name on the hub; its files are then downloaded if necessary.
 
     Raises:
-        Unusable: there is no such model, or none in safetensors files.
+        Unusable: the model does not exist, or has no safetensors files.
     """
     try:
         folder = _folder(model)
@@ -50,7 +47,7 @@ def _folder(model: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return what transformers loads of a folder."""
+    """Return the weight files of a folder that transformers loads."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     index = json.loads((folder / _INDEX).read_bytes())

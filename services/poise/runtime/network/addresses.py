@@ -1,4 +1,4 @@
-"""Hosts and ports: apart, together, and bound. An IPv6 address stands in brackets where a port follows."""
+"""Parse, join and bind hosts and ports. An IPv6 address has brackets if a port follows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bare_host(host: str) -> str:
     """Return a host to listen on, without the brackets of an IPv6 address.
 
     Raises:
-        ValueError: it is no host.
+        ValueError: it is not a host.
     """
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if ":" in bare or bare != host:
@@ -42,10 +42,10 @@ def _is_ipv4(text: str) -> bool:
 
 
 def bare_name(host: str) -> str:
-    """Return a name or address that clients use, as `bare_host` does; `.example.com` stands for a domain.
+    """Return a name or address that clients use, without brackets; `.example.com` is a domain.
 
     Raises:
-        ValueError: it is none, or empty.
+        ValueError: it is neither, or empty.
     """
     if not host.strip("."):
         raise ValueError("must be a name or an address without a port, such as poise.example.com or .example.com")
@@ -58,7 +58,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Return host, without brackets, and port of what `join_address` returns. Raises `ValueError`."""
+    """Return the host, without brackets, and the port of an address. Raises `ValueError`."""
     parts = urlsplit(f"//{address}")
     if not parts.hostname or not parts.port:
         raise ValueError(f"{address!r} must look like host:port or [IPv6 address]:port")
@@ -66,19 +66,19 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def reachable_host(host: str) -> str:
-    """Return the host by which this machine reaches what listens on `host`."""
+    """Return the host at which this machine reaches a listener on `host`."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. `::` and the empty host take IPv4 too, which is all on a machine without IPv6.
+    """Return a listening socket. `::` and the empty host accept IPv4 too, and only IPv4 on a machine without IPv6.
 
     Raises:
-        OSError: the host is none of this machine, or the port is taken.
+        OSError: the host is not one of this machine, or the port is taken.
     """
     if host in ("", "::"):
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        host = "0.0.0.0"  # noqa: S104 (asked for)
+        host = "0.0.0.0"  # noqa: S104 (the caller wants all interfaces)
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     return socket.create_server((host, port), family=family)

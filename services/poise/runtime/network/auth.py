@@ -1,4 +1,4 @@
-"""Bearer tokens, compared in constant time, also new ones in their file; no listening to the world without one."""
+"""Check bearer tokens, and require one for a service that other machines can reach."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ _SCHEME = "bearer "
 
 
 class BearerAuth:
-    """Checks `authorization` values against the one token; lets everything pass when there is none."""
+    """Checks `authorization` values against the token. Without a token, all are accepted."""
 
     def __init__(self, secret: str | TokenFile | None) -> None:
         self._secret = secret
         self._repeats = RepeatLog(logger)
-
-    @property
-    def required(self) -> bool:
-        """Whether callers need a token."""
-        return self._secret is not None
 
     def _accepted(self) -> tuple[str, ...]:
         if not isinstance(self._secret, TokenFile):
             return () if self._secret is None else (self._secret,)
         accepted = self._secret.accepted
         if self._secret.problem:
-            self._repeats.log(logging.ERROR, f"the token file changed and is not used: {self._secret.problem}")
+            self._repeats.log(
+                logging.ERROR,
+                f"the new token file cannot be used: {self._secret.problem}. The previous token stays valid",
+            )
         return accepted
 
     def check(self, authorization: str | None) -> None:
@@ -44,18 +42,20 @@ class BearerAuth:
             raise Unauthenticated("no bearer token", remedy="Send `authorization: Bearer <token>`.")
         if not authorization[: len(_SCHEME)].lower() == _SCHEME:
             raise Unauthenticated("not a bearer token", remedy="Send `authorization: Bearer <token>`.")
-        given = authorization[len(_SCHEME) :].encode("utf-8", "surrogateescape")
-        if sum(hmac.compare_digest(given, token.encode()) for token in self._accepted()) == 0:  # all, whichever fits
-            raise Unauthenticated("wrong bearer token", remedy="Check that both sides were given the same token.")
+        token_sent = authorization[len(_SCHEME) :].encode("utf-8", "surrogateescape")
+        if (
+            sum(hmac.compare_digest(token_sent, token.encode()) for token in self._accepted()) == 0
+        ):  # compares all of them, in constant time
+            raise Unauthenticated("wrong bearer token", remedy="Check that client and service use the same token.")
 
 
-def refuse_open_bind(config: ServiceConfig, secret: str | TokenFile | None) -> None:
-    """Raise `ConfigError` for a listener beyond this machine that asks for no token, unless that was asked for."""
+def reject_open_bind(config: ServiceConfig, secret: str | TokenFile | None) -> None:
+    """Raise `ConfigError` for a service without a token that other machines can reach, unless the settings allow it."""
     if secret is not None or config.auth.allow_open_bind:
         return
     problems = [
-        f"{section}.host: {host} can be reached from other machines and no token is set; set auth.token_file, "
-        "or auth.allow_open_bind: true where something else guards the port"
+        f"{section}.host: other machines can reach {host}, and no token is set. Set auth.token_file, or "
+        "auth.allow_open_bind: true if something else protects the port"
         for section, host in (("grpc", config.grpc.host), ("admin", config.admin.host))
         if not is_loopback(host)
     ]
@@ -64,7 +64,7 @@ def refuse_open_bind(config: ServiceConfig, secret: str | TokenFile | None) -> N
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, a name or an address, is this machine alone."""
+    """Whether only this machine can reach a host, a name or an address."""
     if host == "localhost":
         return True
     try:

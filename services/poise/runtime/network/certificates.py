@@ -1,4 +1,4 @@
-"""The certificate that a service shows: read again when its files change, as those of a Kubernetes secret do."""
+"""The TLS certificate of a service, read again when its files change, as those of a Kubernetes secret do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Certificate:
-    """A chain and its key. Connections that stand keep what they were opened with; new ones see what the files hold."""
+    """A certificate chain and its key. New connections use the current files; open ones keep what they started with."""
 
     def __init__(self, cert_file: Path, key_file: Path) -> None:
         self._files = (cert_file, key_file)
@@ -20,30 +20,30 @@ class Certificate:
         self._last: grpc.ServerCertificateConfiguration
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what a server speaks TLS with, of the files as they are now and will be.
+        """Return server credentials that follow the files.
 
         Raises:
-            OSError: a file cannot be read, or they are no pair.
+            OSError: a file cannot be read, or the key does not belong to the certificate.
             ValueError: the key is encrypted.
         """
-        return grpc.dynamic_ssl_server_credentials(self._read(), self._now)
+        return grpc.dynamic_ssl_server_credentials(self._read(), self._current)
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         self._seen = self._times()
-        # gRPC would take anything, and then fail every handshake.
+        # gRPC would accept any content, and then fail every handshake.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._files, _no_password)
         chain, key = (path.read_bytes() for path in self._files)
         self._last = grpc.ssl_server_certificate_configuration([(key, chain)])
         return self._last
 
-    def _now(self) -> grpc.ServerCertificateConfiguration:
-        """Asked at every handshake, on a thread of gRPC's."""
+    def _current(self) -> grpc.ServerCertificateConfiguration:
+        """Return the current certificate. gRPC calls this at every handshake, on its own thread."""
         try:
             if self._times() != self._seen:
                 self._read()
-                logger.info("the certificate changed, and is shown from now on")
+                logger.info("the certificate changed; new connections use it")
         except (OSError, ValueError) as error:
-            logger.error("the new certificate cannot be used, the one before stays: %s", error)
+            logger.error("the new certificate cannot be used, the previous one stays: %s", error)
         return self._last
 
     def _times(self) -> tuple[int, ...]:
@@ -51,4 +51,4 @@ class Certificate:
 
 
 def _no_password() -> str:
-    raise ValueError("the key is encrypted; gRPC needs it in the clear")
+    raise ValueError("the key is encrypted. gRPC needs it without a password")

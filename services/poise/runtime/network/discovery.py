@@ -1,4 +1,4 @@
-"""Which replicas there are: addresses as given, and those that names stand for."""
+"""Find replicas: fixed addresses, and all addresses of DNS names."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a replica is."""
+    """Address of a replica."""
 
     target: str
     """`host:port`, or `unix:path`."""
     server_name: str | None = None
-    """The name it was found by, which its certificate shows; None where the target says."""
+    """DNS name by which it was found, which its certificate contains; None for a fixed address."""
 
 
 def parse_name(target: str) -> tuple[str, int] | None:
-    """Return host and port of a `dns:///` target; None for an address as it stands.
+    """Return host and port of a `dns:///` target; None for a fixed address.
 
     Raises:
-        ValueError: it is neither: what it would have to look like.
+        ValueError: it is neither.
     """
     if target.startswith("unix:"):
         return None
@@ -54,13 +54,13 @@ def _is_host(host: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> set[str]:
-    """Return the `host:port` of every address that a name stands for. Raises `OSError`."""
+    """Return `host:port` for every address of a DNS name. Raises `OSError`."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return {join_address(str(where[0]), port) for *_, where in found}
 
 
 class Discovery:
-    """Finds replicas. A name that cannot be resolved keeps the addresses it had: replicas do not go when DNS does."""
+    """Finds replicas. A name that cannot be resolved keeps its last addresses: replicas survive a DNS failure."""
 
     def __init__(self, targets: Sequence[str], resolve: Callable[[str, int], Awaitable[set[str]]] = resolve) -> None:
         self._fixed = [Address(target) for target in targets if parse_name(target) is None]
@@ -71,19 +71,19 @@ class Discovery:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the answer is always the same."""
+        """Whether there are no DNS names, so that the result never changes."""
         return not self._names
 
     async def find(self) -> list[Address]:
-        """Return where replicas are now, each once."""
+        """Return the current addresses of replicas, without duplicates."""
         found = {address.target: address for address in self._fixed}
         for name in self._names:
             try:
                 self._found[name] = await self._resolve(*name)
                 self._failing.discard(name)
-            except (OSError, UnicodeError) as error:  # the latter: no name that could be asked for
+            except (OSError, UnicodeError) as error:  # UnicodeError: not a valid name
                 if name not in self._failing:
-                    logger.warning("replicas dns:///%s:%d cannot be looked up: %s", *name, error)
+                    logger.warning("cannot resolve dns:///%s:%d: %s. Keeping its last addresses", *name, error)
                     self._failing.add(name)
             for target in sorted(self._found.get(name, ())):
                 found.setdefault(target, Address(target, server_name=name[0]))

@@ -1,7 +1,4 @@
-"""What happens around every RPC: the token, the time taken, and errors turned into rich statuses.
-
-Owns the one mapping of the PoiseError family to the wire.
-"""
+"""The interceptor of every RPC: authentication, concurrency limits, timing, tracing, and rich error statuses."""
 
 from __future__ import annotations
 
@@ -33,20 +30,20 @@ _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 _BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300)
 _BUSY_RETRY_S = 1.0
 
-WRITE_PATIENCE_S = 600.0
-"""A client that reads nothing of a stream of answers for so long is given up."""
+WRITE_TIMEOUT_S = 600.0
+"""A call ends when its client reads nothing of a response stream for this time."""
 
-# A client refuses headers of more than 8 KiB and then sees no error of ours at all. The message goes there twice, once
-# with every byte beyond ASCII tripled; the details grow by a third.
+# A client rejects headers of more than 8 KiB and then does not see our error at all. They contain the message twice,
+# once with every byte beyond ASCII tripled; the details grow by a third.
 _MESSAGE_BYTES, _REMEDY_BYTES, _FIELD_BYTES, _VIOLATIONS_BYTES = 600, 300, 400, 2500
 
-Handler = Any  # a grpc.RpcMethodHandler; its stubs know the blocking API alone
+Handler = Any  # a grpc.RpcMethodHandler; its stubs cover only the blocking API
 
 _Read = Callable[[AsyncIterator[bytes]], contextlib.AbstractAsyncContextManager[Any]]
 
 
 def rich_status(error: PoiseError) -> status_pb2.Status:
-    """Return what goes over the wire: PoiseErrorDetail, then BadRequest and RetryInfo where they apply."""
+    """Return the gRPC status of an error, with PoiseErrorDetail and, where they apply, BadRequest and RetryInfo."""
     details: list[Any] = [
         errors_pb2.PoiseErrorDetail(
             reason=errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
@@ -70,7 +67,7 @@ def rich_status(error: PoiseError) -> status_pb2.Status:
 
 
 def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
-    """Name as many violations as there is room for, and say how many more there are."""
+    """Return as many violations as fit, and the number of the others."""
     answer = error_details_pb2.BadRequest()
     for index, violation in enumerate(error.violations):
         answer.field_violations.add(
@@ -87,17 +84,17 @@ def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
 
 
 def _shortened(text: str, limit_bytes: int) -> str:
-    """Return what can be sent of `text`, cut to so many bytes of UTF-8."""
+    """Return `text`, cut to `limit_bytes` of UTF-8."""
     data = text.encode(errors="replace")
     if len(data) <= limit_bytes:
         return data.decode()
     return data[: limit_bytes - len("…".encode())].decode(errors="ignore") + "…"
 
 
-class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Authenticates, counts, times and translates the errors of every RPC.
+class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in the stubs
+    """Authenticates, limits, times and traces every call, and translates its errors.
 
-    Each RPC has places of its own, so that many slow calls of one never keep others, such as a status, waiting.
+    Each RPC has its own limit of concurrent calls, so that slow calls of one never block another, such as a status.
     """
 
     def __init__(self, service: str, auth: BearerAuth, registry: CollectorRegistry, max_concurrent_rpcs: int) -> None:
@@ -106,7 +103,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         self._num_rpcs: Counter[str] = Counter()
         self._seconds = Histogram(
             f"poise_{service}_rpc_seconds",
-            "Time from accepting an RPC to its end.",
+            "Duration of an RPC.",
             ["method", "code"],
             buckets=_BUCKETS,
             registry=registry,
@@ -119,18 +116,18 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
     ) -> Handler:
         """Wrap the handler of a call.
 
-        All handlers become those of a stream of requests, without a deserialiser: gRPC reads a single request before it
-        calls the handler, however large and however slowly it comes. So nothing is read before the caller is known,
-        and what is read is parsed and timed in the call.
+        Every handler becomes one of a request stream without a deserializer, because gRPC reads a single request,
+        however large and slow, before it calls the handler. So the caller is authenticated before anything is read, and
+        the call itself parses and times what it reads.
         """
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None  # an unknown method: gRPC says so
+            return None  # an unknown method: gRPC reports it
         call = _Call(self, handler_call_details, handler.request_deserializer)
         try:
             self._authenticate(handler_call_details)
         except Unauthenticated as error:
-            return grpc.stream_stream_rpc_method_handler(call.refusal(error))
+            return grpc.stream_stream_rpc_method_handler(call.rejection(error))
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         read = call.messages if handler.request_streaming else call.message
         if handler.response_streaming:
@@ -141,10 +138,10 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
 
     @contextlib.contextmanager
     def admitted(self, method: str) -> Iterator[None]:
-        """Hold a place of the call's method. Raises `Busy` when all are taken."""
+        """Count the call while the block runs. Raises `Busy` if its method has too many."""
         if self._num_rpcs[method] >= self._max_rpcs:
             raise Busy(
-                f"{self._max_rpcs} calls of {method.rpartition('/')[2]} are being served, the most at a time",
+                f"{self._max_rpcs} calls of {method.rpartition('/')[2]} are running, the limit for one method",
                 remedy="Call again later, or raise grpc.max_concurrent_rpcs.",
                 retry_after_s=_BUSY_RETRY_S,
             )
@@ -155,7 +152,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
             self._num_rpcs[method] -= 1
 
     def _authenticate(self, details: grpc.HandlerCallDetails) -> None:
-        """Raise `Unauthenticated` without the token. Health answers every caller, or a probe would need the token."""
+        """Raise `Unauthenticated` without the token. Health checks need none, so that probes work."""
         if details.method.startswith(_OPEN_SERVICES):
             return
         values = [value for key, value in details.invocation_metadata or () if key == "authorization"]
@@ -176,8 +173,8 @@ class _Call:
         self._parse = parse
         self._started = time.monotonic()
 
-    def refusal(self, error: PoiseError) -> Callable[[Any, Any], Awaitable[None]]:
-        """Return a handler that reads nothing and fails."""
+    def rejection(self, error: PoiseError) -> Callable[[Any, Any], Awaitable[None]]:
+        """Return a handler that fails without reading anything."""
 
         async def call(requests: AsyncIterator[bytes], context: Any) -> None:
             await self._fail(error, context)
@@ -186,7 +183,7 @@ class _Call:
 
     @contextlib.asynccontextmanager
     async def message(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        """Read the one request, then hold a place: half a request holds none. Raises `InvalidRequest` or `Busy`."""
+        """Read the request, then count the call: incomplete requests do not count. Raises `InvalidRequest`, `Busy`."""
         try:
             request = await anext(RequestStream(self._parse, requests))
         except StopAsyncIteration:
@@ -196,7 +193,7 @@ class _Call:
 
     @contextlib.asynccontextmanager
     async def messages(self, requests: AsyncIterator[bytes]) -> AsyncIterator[RequestStream]:
-        """Hold a place, and give the requests of a stream. Raises `Busy`."""
+        """Count the call, and yield its request stream. Raises `Busy`."""
         with self._interceptor.admitted(self._details.method):
             yield RequestStream(self._parse, requests)
 
@@ -214,8 +211,8 @@ class _Call:
         return call
 
     def stream(self, behaviour: Callable[[Any, Any], Any], read: _Read) -> Callable[[Any, Any], Awaitable[None]]:
-        # Writes to the context instead of yielding: a generator that gRPC abandons, because the client went away
-        # during a write, is closed at the next garbage collection only, and the handler would work on until then.
+        # Writes to the context instead of yielding. When the client disconnects during a write, gRPC abandons a
+        # generator, which is closed only at the next garbage collection; the handler would keep working until then.
         async def call(requests: AsyncIterator[bytes], context: Any) -> None:
             try:
                 async with read(requests) as request:
@@ -243,13 +240,13 @@ class _Call:
         self._interceptor.observe(self._details.method, code, time.monotonic() - self._started)
 
     async def _fail(self, error: BaseException, context: Any) -> NoReturn:
-        if isinstance(error, _GONE) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
+        if isinstance(error, _DISCONNECTED) or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
             self._done("CANCELLED")
             raise asyncio.CancelledError
         if isinstance(error, asyncio.CancelledError):
-            # Something that the handler waited for was cancelled. Passed on, gRPC would never answer the call.
-            logger.warning("%s: its work was cancelled within the service", self._details.method)
-            error = BackendDown("the work was cancelled within the service", remedy="Call again.")
+            # Something that the handler awaited was cancelled. If this went to gRPC, it would never answer the call.
+            logger.warning("%s: cancelled inside the service", self._details.method)
+            error = BackendDown("the work was cancelled inside the service", remedy="Call again.")
         if isinstance(error, grpc.aio.AbortError):
             self._done(context.code().name)
             raise error
@@ -262,43 +259,43 @@ class _Call:
         else:
             self._done("INTERNAL")
             logger.error("%s failed", self._details.method, exc_info=error)
-            status = rich_status(PoiseError("a defect in the service; its log holds the traceback"))
+            status = rich_status(PoiseError("a bug in the service. Its log has the traceback"))
         try:
             await context.abort_with_status(rpc_status.to_status(status))
-        except grpc.aio.InternalError as gone:
-            raise asyncio.CancelledError from gone
+        except grpc.aio.InternalError as disconnected:
+            raise asyncio.CancelledError from disconnected
         raise AssertionError("abort_with_status raises")
 
 
 def is_disk_error(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a disk or folder refused. Python counts what networks do among these errors, too."""
+    """Whether an error is of a disk or folder. Network errors are `OSError`s too."""
     return isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError))
 
 
 def disk_error(error: OSError) -> PoiseError:
-    """Return the error for a caller whose call failed on a disk or folder: not a defect, and worth retrying."""
+    """Return the error for a caller whose call failed on a disk or folder. It is not a bug, and worth a retry."""
     return BackendDown(
-        f"the service's disk refused: {describe_disk_error(error)}", remedy="Then call again.", retry_after_s=1.0
+        f"the service's disk failed: {describe_disk_error(error)}", remedy="Then call again.", retry_after_s=1.0
     )
 
 
-class _ClientGone(Exception):
-    """There is nobody to write to."""
+class _Disconnected(Exception):
+    """The client has disconnected."""
 
 
-_GONE = (_ClientGone, grpc.aio.InternalError)
-"""What is raised when there is no client to answer: the latter by gRPC, of a call that was cancelled meanwhile."""
+_DISCONNECTED = (_Disconnected, grpc.aio.InternalError)
+"""Errors of a call whose client has disconnected. gRPC raises the second for a call that was cancelled meanwhile."""
 
 
 async def _write(context: Any, response: Any, method: str) -> None:
     try:
-        async with asyncio.timeout(WRITE_PATIENCE_S):
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
             await context.write(response)
     except grpc.aio.InternalError as error:
-        raise _ClientGone from error
+        raise _Disconnected from error
     except TimeoutError as error:
-        logger.warning("%s: the client has read nothing for %.0f s and is given up", method, WRITE_PATIENCE_S)
-        raise _ClientGone from error
+        logger.warning("%s: the client has read nothing for %.0f s; ending the call", method, WRITE_TIMEOUT_S)
+        raise _Disconnected from error
 
 
 def _is_cancelled() -> bool:

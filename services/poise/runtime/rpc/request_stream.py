@@ -1,6 +1,6 @@
-"""Requests from their bytes, parsed within a call: limits of size, number and pace, and errors that say what is wrong.
+"""Parse the requests of a call, with limits of size, number and speed, and errors that name the problem.
 
-gRPC would parse before the call is looked at, and answer UNKNOWN with the name of an exception.
+gRPC would parse before authentication, and answer UNKNOWN with the name of an exception.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Parse = Callable[[bytes], Any]
 """A generated message's `FromString`."""
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-"""gRPC's own limit, refused here in words."""
+"""gRPC's default limit, enforced here with a better error."""
 MAX_READ_BYTES = 2 * MAX_MESSAGE_BYTES
-"""Limit of gRPC, above ours so that our error is the one that clients see; gRPC itself rejects larger ones."""
+"""Limit set in gRPC. It is above ours, so that clients see our error; gRPC rejects larger messages itself."""
 MAX_MESSAGES = 2**17
-"""Messages in a stream of requests: twice as many as the largest push has in chunks of 1 MiB."""
+"""Messages in a request stream: twice as many as the largest push has in chunks of 1 MiB."""
 
 PATIENCE_S = 60.0
-"""Budget of waiting for the client of a call. Waiting spends it; received bytes restore it at `MIN_BYTES_PER_S`."""
+"""Time budget for waiting on the client of a call. Received bytes restore it at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 2**18
 
 _MAX_UNREAD = 1024
@@ -33,13 +33,12 @@ _UNREAD_PATIENCE_S = 1.0
 
 
 def parsed(parse: Parse, data: bytes) -> Any:
-    """Return the message that `data` holds. Raises `InvalidRequest`, which names the message's type, or its size."""
+    """Parse a message. Raises `InvalidRequest` with the message's type or size."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise InvalidRequest.field(
             "request",
-            f"has {len(data)} bytes; a message may have {MAX_MESSAGE_BYTES}",
-            remedy="Send less in one message. Where a single group is too large, lower the rollouts of a prompt "
-            "(train.rollouts_per_prompt).",
+            f"has {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}",
+            remedy="Send less in one message. If a single group is too large, lower train.rollouts_per_prompt.",
         )
     try:
         return parse(data)
@@ -47,15 +46,15 @@ def parsed(parse: Parse, data: bytes) -> Any:
         message = getattr(parse, "__self__", None)
         name = message.DESCRIPTOR.full_name if message is not None else "message of this method"
         raise InvalidRequest.field(
-            "request", f"is no {name}: {error}", remedy="Send protobuf, made from the protos of this version."
+            "request", f"is not a {name}: {error}", remedy="Use the protos of this version."
         ) from error
 
 
 class RequestStream:
-    """The messages of a stream of requests, one by one. A wait for one may be cancelled and repeated.
+    """Iterates over the messages of a request stream. A wait for one may be cancelled and repeated.
 
-    A call whose client sends too slowly fails, so that no call holds its slot, or a lock, without end. Only the time
-    spent waiting for the client counts, not the time that the service takes between two messages.
+    A call whose client sends too slowly fails, so that no call occupies a slot or a lock forever. Only the time spent
+    waiting for the client counts, not the service's own time between two messages.
     """
 
     def __init__(self, parse: Parse, requests: AsyncIterator[bytes], patience_s: float = PATIENCE_S) -> None:
@@ -68,7 +67,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Any:
-        """Return the next message. Raises `InvalidRequest` for one that is wrong, too many, or too late."""
+        """Return the next message. Raises `InvalidRequest` if it is invalid, one too many, or too late."""
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, self._left_s)):
@@ -76,20 +75,20 @@ class RequestStream:
         except TimeoutError:
             raise InvalidRequest.field(
                 "request",
-                f"arrives too slowly: the service waited {self._patience_s:g} s for too few bytes and ended the call",
-                remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second, or end the call.",
+                f"arrives too slowly: the service waited {self._patience_s:g} s for too few bytes",
+                remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second.",
             ) from None
         finally:
             self._left_s -= time.monotonic() - started_s
         self._left_s = min(self._patience_s, self._left_s + len(data) / MIN_BYTES_PER_S)
         self._num_messages += 1
         if self._num_messages > MAX_MESSAGES:
-            raise InvalidRequest.field("request", f"has more than {MAX_MESSAGES} messages; send larger ones")
+            raise InvalidRequest.field("request", f"has more than {MAX_MESSAGES} messages. Send larger ones")
         return parsed(self._parse, data)
 
 
 async def read_rest(requests: AsyncIterator[Any]) -> None:
-    """Let a client whose stream is refused finish, if it soon will: else it may see an error of gRPC's own."""
+    """Read the rest of a rejected stream if it ends soon, so that the client sees our error and not one of gRPC."""
     try:
         for _ in range(_MAX_UNREAD):
             await asyncio.wait_for(anext(requests), _UNREAD_PATIENCE_S)

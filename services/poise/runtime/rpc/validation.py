@@ -1,4 +1,4 @@
-"""Collecting every wrong field of a request before refusing it."""
+"""Collect every wrong field of a request before rejecting it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 MAX_NAMED = 100
-"""Wrong fields of a request that are named; further ones are counted."""
+"""Wrong fields that an error names; more are only counted."""
 _QUOTED_CHARS = 60
 
 
 def quoted(value: object) -> str:
-    """Return a value of a caller's for an error text: its `repr`, or of a long text or sequence the beginning."""
+    """Return the `repr` of a caller's value for an error text, cut if it is long."""
     if isinstance(value, (str, bytes)) and len(value) > _QUOTED_CHARS:
         return f"{value[:_QUOTED_CHARS]!r}... ({len(value)} long)"
     text = repr(value)
@@ -23,7 +23,7 @@ def quoted(value: object) -> str:
 
 
 class Violations:
-    """The wrong fields of one request. The first `MAX_NAMED` are kept: errors cost no more than their request."""
+    """The wrong fields of one request. Only the first `MAX_NAMED` are kept, so that errors stay small."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
@@ -33,7 +33,7 @@ class Violations:
         return bool(self._found)
 
     def add(self, field: str, description: str) -> None:
-        """Note a wrong field."""
+        """Add a wrong field."""
         if self.is_full:
             self._num_unnamed += 1
         else:
@@ -41,17 +41,17 @@ class Violations:
 
     @property
     def is_full(self) -> bool:
-        """Whether further wrong fields would only be counted: the request need not be read on."""
+        """Whether further wrong fields would only be counted, so that reading the request can stop."""
         return len(self._found) >= MAX_NAMED
 
     def check(self, condition: bool, field: str, description: str) -> bool:
-        """Note `field` unless `condition`, which is returned."""
+        """Add `field` unless `condition`, and return `condition`."""
         if not condition:
             self.add(field, description)
         return condition
 
     def identifier(self, field: str, value: str) -> bool:
-        """Note `field` unless its value may name a run, a group or a batch."""
+        """Add `field` unless its value can name a run, a group or a batch; return whether it can."""
         if IDENTIFIER.fullmatch(value):
             return True
         state = "is empty" if not value else f"is {quoted(value)}"
@@ -59,16 +59,13 @@ class Violations:
         return False
 
     def count(self, field: str, number: int, at_most: int, *, at_least: int = 0) -> None:
-        """Raise `InvalidRequest`, naming also what was noted, unless a list has an accepted length.
-
-        Call it before the list is read.
-        """
+        """Raise `InvalidRequest` with all wrong fields unless a list's length is allowed. Call it before reading."""
         if not at_least <= number <= at_most:
             self.add(field, f"has {number}; required: {at_least} to {at_most}")
             self.raise_if_any()
 
     def folder_name(self, field: str, value: str) -> bool:
-        """Note `field` unless its value may name a folder."""
+        """Add `field` unless its value can name a folder; return whether it can."""
         if FOLDER_NAME.fullmatch(value):
             return True
         state = "is empty" if not value else f"is {quoted(value)}"
@@ -76,11 +73,11 @@ class Violations:
         return False
 
     def error(self) -> InvalidRequest:
-        """Return the error that names what was noted, of which there is at least one."""
+        """Return the error with all wrong fields. There must be at least one."""
         more = [FieldViolation("request", f"and {self._num_unnamed} more wrong fields")] if self._num_unnamed else []
         return InvalidRequest([*self._found, *more])
 
     def raise_if_any(self) -> None:
-        """Raise `InvalidRequest` naming what was noted."""
+        """Raise `InvalidRequest` if any field is wrong."""
         if self._found:
             raise self.error()

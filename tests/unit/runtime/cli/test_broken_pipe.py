@@ -12,10 +12,10 @@ from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 
 HEAD = "import sys; from poise.runtime.cli.console import OutputConsole; from poise.runtime.cli.broken_pipe import *\n"
 PROGRAMS = {
-    "print": "with ending_with_reader():\n    while True: print('line')",
-    "what the buffer held": "with ending_with_reader():\n    print('line', end='')",
-    "an exit": "with ending_with_reader():\n    print('line', end=''); sys.exit(0)",
-    "a console": "with ending_with_reader():\n    while True: OutputConsole().print('line')",
+    "print": "with exit_with_reader():\n    while True: print('line')",
+    "what the buffer held": "with exit_with_reader():\n    print('line', end='')",
+    "an exit": "with exit_with_reader():\n    print('line', end=''); sys.exit(0)",
+    "a console": "with exit_with_reader():\n    while True: OutputConsole().print('line')",
 }
 
 

@@ -4,7 +4,7 @@ from tests.support.tokens import write_token
 from poise.errors import Unauthenticated
 from poise.runtime.config.settings import ConfigError, ServiceConfig
 from poise.runtime.network import auth
-from poise.runtime.network.auth import BearerAuth, refuse_open_bind
+from poise.runtime.network.auth import BearerAuth, reject_open_bind
 from poise_client import TokenFile
 
 
@@ -49,19 +49,19 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
 def test_listening_on_this_machine_needs_no_token(host):
-    refuse_open_bind(config(grpc={"host": host}, admin={"host": host}), None)
+    reject_open_bind(config(grpc={"host": host}, admin={"host": host}), None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"])
 def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
     beyond = {"grpc": {"host": host}, "admin": {"host": host}}
     with pytest.raises(ConfigError) as refused:
-        refuse_open_bind(config(**beyond), None)
+        reject_open_bind(config(**beyond), None)
     lines = str(refused.value).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["grpc.host", "admin.host"]
     assert all("auth.token_file" in line and "auth.allow_open_bind" in line for line in lines)
-    refuse_open_bind(config(**beyond), "hunter2")
-    refuse_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
+    reject_open_bind(config(**beyond), "hunter2")
+    reject_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
 
 
 def test_a_new_token_is_accepted_without_a_restart(tmp_path, caplog):

@@ -204,7 +204,7 @@ async def leave():
 
 @pytest.mark.parametrize("read", [leave, asyncio.Event().wait], ids=["gone", "reads nothing"])
 async def test_a_stream_that_nobody_reads_is_closed_before_the_call_ends(wrapped, registry, monkeypatch, read):
-    monkeypatch.setattr("poise.runtime.rpc.interceptors.WRITE_PATIENCE_S", 0.01)
+    monkeypatch.setattr("poise.runtime.rpc.interceptors.WRITE_TIMEOUT_S", 0.01)
     closed = []
 
     class Gone(Context):

@@ -93,7 +93,7 @@ class VllmEngine:
             self._startup.begin("importing vLLM")
             await asyncio.to_thread(import_vllm, self.config)
             self._startup.begin("starting vLLM")
-            with contextlib.closing(StageFile()) as stages, self._startup.asking(stages.read):
+            with contextlib.closing(StageFile()) as stages, self._startup.reported_by(stages.read):
                 self.llm = await asyncio.to_thread(launch, self.config, self._facts)
             self._startup.begin("preparing weight updates")
             await self._prepare_updates()
