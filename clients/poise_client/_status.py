@@ -19,7 +19,6 @@ _BY_REASON: dict[int, type[PoiseClientError]] = {
     errors_pb2.ERROR_REASON_FORBIDDEN: errors.ForbiddenError,
     errors_pb2.ERROR_REASON_NOT_FOUND: errors.NotFoundError,
     errors_pb2.ERROR_REASON_VERSION_MISMATCH: errors.VersionMismatchError,
-    errors_pb2.ERROR_REASON_NOT_LOADED: errors.NotLoadedError,
     errors_pb2.ERROR_REASON_LABELS_CONSUMED: errors.LabelsConsumedError,
     errors_pb2.ERROR_REASON_TRAINING_STOPPED: errors.TrainingStoppedError,
     errors_pb2.ERROR_REASON_CONFLICT: errors.ConflictError,

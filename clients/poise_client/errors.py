@@ -6,7 +6,6 @@
     ├── ForbiddenError          a good token that may not do this                     do not retry
     ├── NotFoundError           the thing named does not exist                        do not retry
     ├── VersionMismatchError    another policy version is served than asked for       mend, then retry
-    ├── NotLoadedError          the service holds no model or weights yet             mend, then retry
     ├── LabelsConsumedError     the probe has learnt from this step already           do not retry
     ├── TrainingStoppedError    the learner's last updates were not finite            look, then go on
     ├── ConflictError           same id, other content; or two writers at once        re-read, then retry
@@ -104,12 +103,6 @@ class VersionMismatchError(PoiseClientError):
     """Another policy version, or lineage, is served than the one asked for."""
 
     default_reason = "VERSION_MISMATCH"
-
-
-class NotLoadedError(PoiseClientError):
-    """The service holds no model or weights yet."""
-
-    default_reason = "NOT_LOADED"
 
 
 class LabelsConsumedError(PoiseClientError):

@@ -32,7 +32,7 @@ def test_a_run_that_samples_ahead_survives_the_death_of_its_loop(tmp_path: Path)
         assert process.wait(STALL_S) == 0, run.log.read_text()
     finally:
         process.kill()
-    assert "train was killed by SIGKILL and is started again" in run.log.read_text()
+    assert "train was killed by SIGKILL; restarting it" in run.log.read_text()
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
     assert all(row["num_rejected"] == {} for row in rows)

@@ -49,7 +49,7 @@ def run_to_its_end(folder: Path, options: tuple[str, ...], victims: tuple[str, .
     finally:
         process.kill()
     for victim in victims:
-        assert f"{victim} was killed by SIGKILL and is started again" in run.log.read_text()
+        assert f"{victim} was killed by SIGKILL; restarting it" in run.log.read_text()
     return run
 
 

@@ -92,7 +92,7 @@ def test_run_survives_the_death_of_every_process(tmp_path: Path) -> None:
         process.kill()
     output = run.log.read_text()
     for victim in VICTIMS:
-        assert f"{victim} was killed by SIGKILL and is started again" in output
+        assert f"{victim} was killed by SIGKILL; restarting it" in output
 
     # Every step once, in order.
     assert run.steps() == list(range(NUM_STEPS))

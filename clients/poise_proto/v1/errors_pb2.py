@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15poise/v1/errors.proto\x12\x08poise.v1\"n\n\x10PoiseErrorDetail\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.poise.v1.ErrorReason\x12\x11\n\tretryable\x18\x02 \x01(\x08\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12\x10\n\x08starting\x18\x04 \x01(\x08*\xd0\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x02\x12\x1a\n\x16\x45RROR_REASON_FORBIDDEN\x10\x03\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x04\x12!\n\x1d\x45RROR_REASON_VERSION_MISMATCH\x10\x05\x12\x1b\n\x17\x45RROR_REASON_NOT_LOADED\x10\x06\x12 \n\x1c\x45RROR_REASON_LABELS_CONSUMED\x10\x07\x12\x19\n\x15\x45RROR_REASON_CONFLICT\x10\x08\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\t\x12\x15\n\x11\x45RROR_REASON_BUSY\x10\n\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x0b\x12\x1d\n\x19\x45RROR_REASON_BACKEND_DOWN\x10\x0c\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\r\x12!\n\x1d\x45RROR_REASON_TRAINING_STOPPED\x10\x0e\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15poise/v1/errors.proto\x12\x08poise.v1\"n\n\x10PoiseErrorDetail\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.poise.v1.ErrorReason\x12\x11\n\tretryable\x18\x02 \x01(\x08\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12\x10\n\x08starting\x18\x04 \x01(\x08*\xb3\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x02\x12\x1a\n\x16\x45RROR_REASON_FORBIDDEN\x10\x03\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x04\x12!\n\x1d\x45RROR_REASON_VERSION_MISMATCH\x10\x05\x12 \n\x1c\x45RROR_REASON_LABELS_CONSUMED\x10\x06\x12\x19\n\x15\x45RROR_REASON_CONFLICT\x10\x07\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x08\x12\x15\n\x11\x45RROR_REASON_BUSY\x10\t\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\n\x12\x1d\n\x19\x45RROR_REASON_BACKEND_DOWN\x10\x0b\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0c\x12!\n\x1d\x45RROR_REASON_TRAINING_STOPPED\x10\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'poise.v1.errors_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=148
-  _globals['_ERRORREASON']._serialized_end=612
+  _globals['_ERRORREASON']._serialized_end=583
   _globals['_POISEERRORDETAIL']._serialized_start=35
   _globals['_POISEERRORDETAIL']._serialized_end=145
 # @@protoc_insertion_point(module_scope)

@@ -35,23 +35,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the named object does not exist."""
     ERROR_REASON_VERSION_MISMATCH: _ErrorReason.ValueType  # 5
     """FAILED_PRECONDITION: the replica serves another policy version than the caller needs."""
-    ERROR_REASON_NOT_LOADED: _ErrorReason.ValueType  # 6
-    """FAILED_PRECONDITION: the service has no model or no weights yet."""
-    ERROR_REASON_LABELS_CONSUMED: _ErrorReason.ValueType  # 7
+    ERROR_REASON_LABELS_CONSUMED: _ErrorReason.ValueType  # 6
     """FAILED_PRECONDITION: labels of this step have reached the probe, so a baseline would leak them."""
-    ERROR_REASON_CONFLICT: _ErrorReason.ValueType  # 8
+    ERROR_REASON_CONFLICT: _ErrorReason.ValueType  # 7
     """ABORTED: the same id came with other content, or two callers write at once. Read again, then retry."""
-    ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 9
+    ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 8
     """RESOURCE_EXHAUSTED: a bounded queue is full."""
-    ERROR_REASON_BUSY: _ErrorReason.ValueType  # 10
+    ERROR_REASON_BUSY: _ErrorReason.ValueType  # 9
     """RESOURCE_EXHAUSTED: the service is at its limit of concurrent work."""
-    ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 11
+    ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 10
     """UNAVAILABLE: the service is shutting down or paused."""
-    ERROR_REASON_BACKEND_DOWN: _ErrorReason.ValueType  # 12
+    ERROR_REASON_BACKEND_DOWN: _ErrorReason.ValueType  # 11
     """UNAVAILABLE: a backend of the service, such as Redis or the engine, does not respond."""
-    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
+    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 12
     """INTERNAL: a bug. The service logs the traceback."""
-    ERROR_REASON_TRAINING_STOPPED: _ErrorReason.ValueType  # 14
+    ERROR_REASON_TRAINING_STOPPED: _ErrorReason.ValueType  # 13
     """FAILED_PRECONDITION: the learner stopped training because its last updates were not finite. An operator must act."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -69,23 +67,21 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 4
 """NOT_FOUND: the named object does not exist."""
 ERROR_REASON_VERSION_MISMATCH: ErrorReason.ValueType  # 5
 """FAILED_PRECONDITION: the replica serves another policy version than the caller needs."""
-ERROR_REASON_NOT_LOADED: ErrorReason.ValueType  # 6
-"""FAILED_PRECONDITION: the service has no model or no weights yet."""
-ERROR_REASON_LABELS_CONSUMED: ErrorReason.ValueType  # 7
+ERROR_REASON_LABELS_CONSUMED: ErrorReason.ValueType  # 6
 """FAILED_PRECONDITION: labels of this step have reached the probe, so a baseline would leak them."""
-ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 8
+ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 7
 """ABORTED: the same id came with other content, or two callers write at once. Read again, then retry."""
-ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 9
+ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 8
 """RESOURCE_EXHAUSTED: a bounded queue is full."""
-ERROR_REASON_BUSY: ErrorReason.ValueType  # 10
+ERROR_REASON_BUSY: ErrorReason.ValueType  # 9
 """RESOURCE_EXHAUSTED: the service is at its limit of concurrent work."""
-ERROR_REASON_DRAINING: ErrorReason.ValueType  # 11
+ERROR_REASON_DRAINING: ErrorReason.ValueType  # 10
 """UNAVAILABLE: the service is shutting down or paused."""
-ERROR_REASON_BACKEND_DOWN: ErrorReason.ValueType  # 12
+ERROR_REASON_BACKEND_DOWN: ErrorReason.ValueType  # 11
 """UNAVAILABLE: a backend of the service, such as Redis or the engine, does not respond."""
-ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
+ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 12
 """INTERNAL: a bug. The service logs the traceback."""
-ERROR_REASON_TRAINING_STOPPED: ErrorReason.ValueType  # 14
+ERROR_REASON_TRAINING_STOPPED: ErrorReason.ValueType  # 13
 """FAILED_PRECONDITION: the learner stopped training because its last updates were not finite. An operator must act."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -1,4 +1,4 @@
-"""`poise`: the one command."""
+"""The `poise` command."""
 
 from poise.cli.commands import main
 

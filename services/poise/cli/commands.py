@@ -1,4 +1,4 @@
-"""The commands of `poise`. Heavy imports wait until a command needs them."""
+"""The commands of `poise`. Each imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PROGRAMS = ("generation", "value", "learner", "train")
 
 
 class _Poise(click.Group):
-    """Ends quietly, as other tools do, when the reader of its output has exited."""
+    """Exits without an error when the reader of its output has exited, as other tools do."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
-        """Parse the arguments; `--help` is printed here."""
+        """Parse the arguments, or print `--help`."""
         with exit_with_reader():
             return super().make_context(*args, **options)
 
@@ -38,24 +38,35 @@ class _Poise(click.Group):
 @click.group(cls=_Poise, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(poise.__version__, prog_name="poise")
 def main() -> None:
-    """Train language models by reinforcement learning with POISE: rollouts, a value probe and a learner as services.
+    """Train language models by reinforcement learning with POISE: generation, a value probe and a learner as services.
 
     \b
-    Try it:              poise run --preset tiny
-    Start your own:      poise config --show-defaults > run.yaml, keep what you change, poise run -c run.yaml
-    Compare algorithms:  poise compare --show-defaults > compare.yaml, poise compare -c compare.yaml
-    Services alone:      poise up -c run.yaml, and in another terminal poise train -c run.yaml
+    Try it:
+      poise run --preset tiny
+    Train your own model or data:
+      poise config --show-defaults > run.yaml      then edit it
+      poise run -c run.yaml
+    Compare algorithms:
+      poise compare --show-defaults > compare.yaml
+      poise compare -c compare.yaml
+    Keep the services running, and train in another terminal:
+      poise up -c run.yaml
+      poise train -c run.yaml
 
-    The same command resumes a run that was stopped or killed.
+    A run that was stopped or killed resumes with the same command.
     """
 
 
 @main.command()
 @run_options
 def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
-    """Start the services on this machine, train, evaluate, report, and stop them.
+    """Start the services, train, evaluate and report.
 
-    Ctrl-C stops after the step in hand; the same command resumes.
+    The services run on this machine and stop at the end. Ctrl-C stops after the current step; the same command resumes.
+
+    \b
+    poise run --preset tiny
+    poise run -c run.yaml --set train.num_steps=20 --set run.name=short
     """
     from poise.orchestrator.job import settle
 
@@ -66,14 +77,29 @@ def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> No
 @main.command()
 @run_options
 def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
-    """Start the services on this machine and stay, starting again what dies. Ctrl-C drains and stops them."""
+    """Start the services and keep them running.
+
+    Services that die are restarted. Ctrl-C drains and stops them.
+
+    \b
+    poise up -c run.yaml
+    poise train -c run.yaml                     in another terminal
+    poise status -c run.yaml
+    """
     sys.exit(_run_services(path, preset, overrides, train=False))
 
 
 @main.command()
 @run_options
 def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
-    """Train against services that are up: those of `poise up`, or wherever train.endpoints says."""
+    """Train with running services.
+
+    These are the ones of `poise up`, or those that train.endpoints names.
+
+    \b
+    poise train -c run.yaml
+    poise train -c run.yaml --set train.endpoints.learner=gpu-1:50053
+    """
     from poise.orchestrator.job import train as train_job
     from poise.runtime.files.atomic import restrict_umask
 
@@ -83,19 +109,25 @@ def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 
 @main.command(name="eval")
 @run_options
-@click.option("--model", metavar="MODEL", help="A Hugging Face folder, a name of `poise models`, or one on the hub.")
+@click.option("--model", metavar="MODEL", help="A Hugging Face folder, a name of `poise models`, or a name on the hub.")
 @click.option(
     "--checkpoint",
     is_flag=False,
     flag_value="latest",
     metavar="[FOLDER]",
-    help="A checkpoint of the learner; without FOLDER the run's newest, also while it trains.",
+    help="A checkpoint folder. Without FOLDER the run's newest, also during training.",
 )
-@click.option("--prompts", type=click.IntRange(1), help="Held-out prompts; else train.evaluation.num_prompts.")
-@click.option("--rollouts", type=click.IntRange(1, 256), help="Responses to each; else rollouts_per_prompt there.")
-@click.option("--temperature", type=click.FloatRange(0, 100), help="Of sampling, 0 is greedy; else temperature there.")
+@click.option("--prompts", type=click.IntRange(1), help="Held-out prompts. Default: train.evaluation.num_prompts.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json, all responses."
+    "--rollouts", type=click.IntRange(1, 256), help="Responses to each prompt. Default: rollouts_per_prompt there."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    help="Sampling temperature; 0 is greedy. Default: temperature there.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json and all responses."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of a table.")
 def evaluate(
@@ -107,29 +139,35 @@ def evaluate(
     temperature: float | None,
     **what: Any,
 ) -> None:
-    """Measure on the run's held-out prompts: avg@n and pass@k with intervals, overall, by task and by domain.
+    """Evaluate a policy on the run's held-out prompts.
+
+    Prints avg@n and pass@k with intervals, overall, by task and by domain.
 
     \b
-    poise eval -c run.yaml                      what the services serve now; they must be up
+    poise eval -c run.yaml                      the policy that the running services serve
     poise eval -c run.yaml --checkpoint         the learner's newest checkpoint
-    poise eval -c run.yaml --model runs/a/model any model; both of these start an engine for themselves
+    poise eval -c run.yaml --model runs/a/model any model
     poise eval -c run.yaml --model tiny --rollouts 16 --temperature 0.6
 
-    Nothing of it is trained on. All responses are kept in <run folder>/evaluations/, or --out.
+    --checkpoint and --model start an engine of their own. The result and all responses go to
+    <run folder>/evaluations/ or --out; nothing is used for training.
     """
     from poise.local.evaluation import evaluate_run
 
-    given = {"num_prompts": prompts, "rollouts_per_prompt": rollouts, "temperature": temperature}
-    own = [f"train.evaluation.{name}={value}" for name, value in given.items() if value is not None]
+    options = {"num_prompts": prompts, "rollouts_per_prompt": rollouts, "temperature": temperature}
+    own = [f"train.evaluation.{name}={value}" for name, value in options.items() if value is not None]
     run = load_options(path, preset, (*overrides, *own))
     sys.exit(checked(lambda: evaluate_run(run, **what)))
 
 
 @main.command()
 @run_options
-@click.option("--json", "as_json", is_flag=True, help="Everything the services tell, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
 def status(path: Path | None, preset: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what each service of the run does, and how far the run is. Status 1 when one is not ready."""
+    """Show the services and the progress of a run.
+
+    Exit status: 1 if a service is not ready.
+    """
     from poise.local.status import show_status
 
     local_run = load_options(path, preset, overrides)
@@ -139,9 +177,11 @@ def status(path: Path | None, preset: str | None, overrides: tuple[str, ...], as
 @main.command()
 @run_options
 def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
-    """Do the services work, and with each other? Samples, values, compares weights; leaves no trace.
+    """Check that the services work together.
 
-    It waits for services that are starting. `poise status` only shows what they say of themselves.
+    It samples, asks for values and compares weights, without publishing labels or training.
+
+    Services that are starting are waited for. `poise status` only shows what they report.
     """
     from poise.orchestrator.check import CheckConfig, run_check
 
@@ -150,13 +190,28 @@ def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 
 
 @main.command()
-@click.option("-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="The comparison's file.")
-@click.option("--report-only", is_flag=True, help="Report on what there is, and run nothing.")
-@click.option("--show-defaults", is_flag=True, help="Print a compare.yaml to start from, with what each setting means.")
+@click.option(
+    "-c",
+    "--config",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Settings of the comparison, a compare.yaml.",
+)
+@click.option("--report-only", is_flag=True, help="Only write the report of the runs so far.")
+@click.option(
+    "--show-defaults", is_flag=True, help="Print a compare.yaml to start from, with the meaning of each setting."
+)
 def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
-    """Train with several algorithms and seeds under one budget, one run after another, and report on them together.
+    """Compare algorithms and seeds under one budget.
 
-    Ctrl-C stops after the step in hand; the same command resumes. Status 1 when a run failed.
+    The runs train one after another; a common report compares them.
+
+    Ctrl-C stops after the current step; the same command resumes. Exit status: 1 if a run failed.
+
+    \b
+    poise compare --show-defaults > compare.yaml
+    poise compare -c compare.yaml
+    poise compare -c compare.yaml --report-only
     """
     from poise.local.comparison.file import example_text
     from poise.local.comparison.runner import compare_runs
@@ -165,7 +220,7 @@ def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
         click.echo(example_text())
         return
     if path is None:
-        fail("give -c FILE; `poise compare --show-defaults` prints one to start from")
+        fail("set -c FILE; `poise compare --show-defaults` prints a file to start from")
     log_to_terminal()
     sys.exit(checked(lambda: compare_runs(path, report_only=report_only)))
 
@@ -185,7 +240,9 @@ def config(
     schema: bool,
     program: str | None,
 ) -> None:
-    """Print the settings of a run: the twenty that matter, or all of them. Secrets are masked.
+    """Print the settings of a run.
+
+    By default the twenty that matter, with their values. Secrets are masked.
 
     PROGRAM limits the output to all settings of one program.
 

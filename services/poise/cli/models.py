@@ -1,4 +1,4 @@
-"""`poise models`: models that can be made here, and whether a model can be trained."""
+"""`poise models`: models that can be created here, and whether a model can be trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from poise.cli.options import checked, fail, load_options, log_to_terminal, run_
 
 
 class _ModelsGroup(click.Group):
-    """Takes `poise models NAME` for `poise models make NAME`."""
+    """Accepts `poise models NAME` as short for `poise models make NAME`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -24,12 +24,12 @@ class _ModelsGroup(click.Group):
 @click.group(cls=_ModelsGroup, invoke_without_command=True)
 @click.pass_context
 def models(ctx: click.Context) -> None:
-    """List the models that can be made here, make one in the cache, or check whether a model can be trained.
+    """List, create or check models.
 
     \b
-    poise models                       list what can be made here
-    poise models tiny                  make one of them in the cache, and print its folder
-    poise models check my/model        can it be trained? Compares engine, learner and adapters with the model itself
+    poise models                       list the models that can be created here
+    poise models tiny                  create one in the cache, and print its folder
+    poise models check my/model        compare engine, learner and adapters with the model's own forward pass
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -45,11 +45,11 @@ def models(ctx: click.Context) -> None:
 @models.command()
 @click.argument("name")
 def make(name: str) -> None:
-    """Make a model in the cache, and print its folder."""
+    """Create a model in the cache, and print its folder."""
     from poise.local.models.catalog import KNOWN_MODELS, make_model
 
     if name not in KNOWN_MODELS:
-        fail(f"model {name!r} is unknown; there are: {', '.join(KNOWN_MODELS)}. `poise models check` takes any folder")
+        fail(f"model {name!r} is unknown; known: {', '.join(KNOWN_MODELS)}. `poise models check` accepts any folder")
     log_to_terminal()
     click.echo(checked(lambda: make_model(name)))
 
@@ -58,7 +58,7 @@ def make(name: str) -> None:
 @run_options
 @click.argument("folder", required=False)
 @click.option(
-    "--engine", type=click.Choice(["torch", "vllm"]), help="Engine to compare besides `torch`; else the run's."
+    "--engine", type=click.Choice(["torch", "vllm"]), help="Engine to check besides `torch`. Default: the run's."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(
@@ -69,10 +69,10 @@ def check(
     engine: str | None,
     as_json: bool,
 ) -> None:
-    """Compare engine, learner and LoRA adapters with the model's own forward, in nats a token.
+    """Compare engine, learner and LoRA adapters with the model's own forward pass, in nats a token.
 
-    FOLDER is a Hugging Face folder, a name of `poise models`, or org/name on the hub. With -c or --preset the settings
-    of that run are used, such as `dtype` and `lora`, and FOLDER may be left out.
+    FOLDER is a Hugging Face folder, a name of `poise models`, or org/name on the hub. With -c or --preset, the settings
+    of that run apply, such as `dtype` and `lora`, and FOLDER is optional.
 
     \b
     poise models check my/model                     transformers engine, learner, adapters
@@ -80,15 +80,15 @@ def check(
     poise models check -c run.yaml                  the run's model, engine and settings
 
     Each row shows the largest and the mean difference of the log-probabilities of the same tokens. In float32, rounding
-    makes about 1e-5; more means that a part of the model is not computed. A run makes the same comparison when it loads
-    the model, and `train.max_mismatch_kl` bounds the difference of engine and learner in its first step.
+    causes about 1e-5; more means that a part of the model is not computed. The learner runs this check when it loads a
+    model, and `train.max_mismatch_kl` limits the difference of engine and learner in the first step.
 
-    The exit status is 1 if the model cannot be trained, or 2 if it does not exist.
+    Exit status: 1 if the model cannot be trained, 2 if it does not exist.
     """
     from poise.local.models.check import check_model
 
     if path is None and preset is None and overrides:
-        fail("--set changes the settings of a run: give -c FILE or --preset NAME as well")
+        fail("--set changes the settings of a run. Set -c FILE or --preset NAME too")
     run = None if path is None and preset is None else load_options(path, preset, overrides)
     log_to_terminal()
     sys.exit(checked(lambda: check_model(folder, run, engine, as_json)))

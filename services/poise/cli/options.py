@@ -1,4 +1,4 @@
-"""What all commands share: the options that name a run, and how mistakes are told."""
+"""Shared by the commands: the options that select a run, and error messages."""
 
 from __future__ import annotations
 
@@ -17,31 +17,37 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _config_option = click.option(
-    "-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="The run's file, run.yaml."
+    "-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Settings of the run, a run.yaml."
 )
-_preset_option = click.option("--preset", help="A ready-made run: tiny (3 minutes, no vLLM) or smollm2 (15 minutes).")
+_preset_option = click.option(
+    "--preset", help="A built-in run instead: tiny (3 minutes, no vLLM) or smollm2 (15 minutes)."
+)
 _set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a setting, such as train.num_steps=20."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=VALUE",
+    help="Set one setting, such as train.num_steps=20. Repeatable.",
 )
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that name a run."""
+    """Add the options that select a run to a command."""
     return _config_option(_preset_option(_set_option(command)))
 
 
 def load_options(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> LocalRun:
-    """Read the run that the options name."""
+    """Load the run that the options select."""
     from poise.local.run_file import load_run, preset_path
 
     if (path is None) == (preset is None):
-        fail("give either -c FILE or --preset NAME; `poise config --show-defaults` prints a file to start from")
+        fail("set either -c FILE or --preset NAME; `poise config --show-defaults` prints a file to start from")
     log_to_terminal()
     return checked(lambda: load_run(path or preset_path(str(preset)), overrides))
 
 
 def log_to_terminal() -> None:
-    """Let the log be seen."""
+    """Log to standard error."""
     from poise.runtime.config.settings import LoggingConfig
     from poise.runtime.logging import configure_logging
 
@@ -49,7 +55,7 @@ def log_to_terminal() -> None:
 
 
 def checked(work: Callable[[], T]) -> T:
-    """Return what `work` does; end with its message where it raises what a user can mend."""
+    """Call `work` and return its result. Exit with the message of an error that the user can correct."""
     from poise.local.queue import QueueError
     from poise.runtime.config.settings import ConfigError
 
@@ -60,10 +66,10 @@ def checked(work: Callable[[], T]) -> T:
     except QueueError as error:
         fail(str(error), FAILED)
     except ModuleNotFoundError as error:
-        fail(f"{error}; `make setup` installs what every command needs")
+        fail(f"{error}. `make setup` installs the packages of every command")
 
 
 def fail(message: str, status: int = WRONG_SETTINGS) -> NoReturn:
-    """Print what is wrong, and exit with `status`."""
+    """Print an error message, and exit with `status`."""
     click.echo(f"poise: {message}", err=True)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`poise queue`: the labels on their way to the probe."""
+"""`poise queue`: labels in the queue, and dead letters."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 @click.group()
 def queue() -> None:
-    """The labels on their way to the probe: how many wait, and which were refused as poison.
+    """Inspect the queue of labels.
+
+    A label that the probe cannot learn becomes a dead letter.
 
     \b
-    poise queue status -c run.yaml              how many wait
-    poise queue list -c run.yaml                what was refused, and why
-    poise queue replay -c run.yaml ID...        queue it again, once the reason is gone; --all for all
-    poise queue discard -c run.yaml ID...       delete it for good
+    poise queue status -c run.yaml              count waiting labels and dead letters
+    poise queue list -c run.yaml                list dead letters with their reasons
+    poise queue replay -c run.yaml ID...        queue dead letters again, after correcting the cause; --all for all
+    poise queue discard -c run.yaml ID...       delete dead letters
 
-    Instead of a run, --admin http://host:8052 names the admin app of a value service, and --token-file its token.
+    For a value service elsewhere, use --admin http://host:8052 and --token-file instead of a run.
     """
 
 
 def _queue_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    admin = click.option("--admin", metavar="URL", help="Admin app of a value service, in place of a run.")
+    admin = click.option("--admin", metavar="URL", help="Admin app of a value service, instead of a run.")
     token = click.option(
         "--token-file", type=click.Path(path_type=Path, dir_okay=False), help="File with its bearer token."
     )
@@ -37,26 +39,26 @@ def _queue_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _letters_argument = click.argument("ids", nargs=-1)
-_all_option = click.option("--all", "everything", is_flag=True, help="All that are kept, oldest first.")
+_all_option = click.option("--all", "everything", is_flag=True, help="All dead letters, oldest first.")
 
 
 @queue.command(name="status")
 @_queue_options
 def queue_status(**where: Any) -> None:
-    """Tell how many labels wait, and how many were ever refused."""
+    """Count waiting labels, and dead letters since the start."""
     pending, dead = checked(_queue_admin(**where).depth)
-    click.echo(f"{pending} groups published and not yet learnt; {dead} ever refused")
+    click.echo(f"{pending} groups waiting; {dead} dead letters so far")
 
 
 @queue.command(name="list")
 @_queue_options
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Most letters shown.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Maximum number of letters.")
 def queue_list(limit: int, **where: Any) -> None:
-    """List what was refused, newest first: id, group, size, reason."""
+    """List dead letters, newest first: id, group, size, reason."""
     from poise.local.queue import letter_line
 
     letters = checked(lambda: _queue_admin(**where).letters(limit))
-    click.echo("\n".join(map(letter_line, letters)) or "nothing was refused")
+    click.echo("\n".join(map(letter_line, letters)) or "no dead letters")
 
 
 @queue.command(name="replay")
@@ -64,9 +66,9 @@ def queue_list(limit: int, **where: Any) -> None:
 @_letters_argument
 @_all_option
 def queue_replay(ids: tuple[str, ...], everything: bool, **where: Any) -> None:
-    """Queue refused labels again as they were: all of the named ones, or none.
+    """Queue dead letters again unchanged: all of the named ones, or none.
 
-    A label that was learnt meanwhile is not learnt twice; one that is still poison is refused again.
+    A label that was learnt meanwhile is not learnt twice. One that still cannot be learnt becomes a dead letter again.
     """
     admin = _queue_admin(**where)
     wanted = checked(lambda: _wanted_letters(admin, ids, everything))
@@ -78,7 +80,7 @@ def queue_replay(ids: tuple[str, ...], everything: bool, **where: Any) -> None:
 @_letters_argument
 @_all_option
 def queue_discard(ids: tuple[str, ...], everything: bool, **where: Any) -> None:
-    """Delete refused labels for good."""
+    """Delete dead letters permanently."""
     admin = _queue_admin(**where)
     wanted = checked(lambda: _wanted_letters(admin, ids, everything))
     click.echo(f"{checked(lambda: admin.discard(wanted)) if wanted else 0} deleted")
@@ -86,7 +88,7 @@ def queue_discard(ids: tuple[str, ...], everything: bool, **where: Any) -> None:
 
 def _wanted_letters(admin: QueueAdmin, ids: tuple[str, ...], everything: bool) -> list[str]:
     if bool(ids) == everything:
-        fail("name the ids of `poise queue list`, or give --all")
+        fail("name ids from `poise queue list`, or set --all")
     return admin.all_ids() if everything else list(ids)
 
 
@@ -102,11 +104,11 @@ def _queue_admin(
 
     if admin is None:
         if token_file is not None:
-            fail("--token-file goes with --admin; a run's own token is known")
+            fail("--token-file requires --admin. The token of a run is known")
         run = load_options(path, preset, overrides)
         return QueueAdmin(f"http://{run.admin_address('value')}", checked(run.value.auth.read_token))
     if path is not None or preset is not None or overrides:
-        fail("give either --admin or a run (-c, --preset, --set), not both")
+        fail("set either --admin or a run (-c, --preset, --set), not both")
     url = checked(lambda: admin_url(admin))
     token = checked(lambda: open_token_file(token_file, "--token-file"))
     return QueueAdmin(url, None if token is None else token.current)

@@ -1,1 +1,1 @@
-"""Everything on one machine: processes, an embedded Valkey, models to try it with."""
+"""Runs on one machine: run.yaml, the processes with an embedded Valkey, models to start with."""

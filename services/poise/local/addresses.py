@@ -1,4 +1,4 @@
-"""Where the processes of a run listen on this machine: its ports, and the Valkey's socket."""
+"""Addresses of a run's processes on this machine: ports, and the socket of the embedded Valkey."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PORT_NAMES = tuple(f"{service}.{kind}" for service in SERVICES for kind in ("gr
 
 
 def address(listening: GrpcConfig | AdminConfig) -> str:
-    """Return host:port where this machine reaches what listens there."""
+    """Return host:port at which this machine reaches a listener."""
     return join_address(reachable_host(listening.host), listening.port)
 
 
 def run_ports(folder: Path) -> dict[str, int]:
-    """Return the run's ports: chosen once, so that a restarted process is found where it was.
+    """Return the run's ports, by `service.kind`. They are chosen once, so that a restarted process keeps its address.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -44,9 +44,9 @@ def run_ports(folder: Path) -> dict[str, int]:
 
 
 def renew_taken_ports(folder: Path) -> bool:
-    """Choose anew those of the run's ports that another program listens on by now; return whether there were any.
+    """Replace ports of the run on which another program listens now; return whether there were any.
 
-    Nothing of the run itself may be up. Raises as `run_ports` does.
+    No process of the run may be running. Raises as `run_ports` does.
     """
     with _ports_file(folder) as path:
         before = _read_ports(path) or {}
@@ -56,13 +56,13 @@ def renew_taken_ports(folder: Path) -> bool:
         write_file(path, json.dumps(ports).encode())
     for name in before:
         if ports[name] != before[name]:
-            logger.warning("port %d of %s is taken by another program: now %d", before[name], name, ports[name])
+            logger.warning("port %d of %s is taken by another program; using %d", before[name], name, ports[name])
     return True
 
 
 @contextlib.contextmanager
 def _ports_file(folder: Path) -> Iterator[Path]:
-    """Hold the file of ports, so that two commands at once agree."""
+    """Lock the ports file, so that concurrent commands agree, and yield its path."""
     path = private_folder(folder) / "ports.json"
     try:
         with path.with_suffix(".lock").open("w") as lock:
@@ -75,12 +75,10 @@ def _ports_file(folder: Path) -> Iterator[Path]:
 
 
 def private_folder(folder: Path) -> Path:
-    """Return the folder of a run's services, which only this user can enter.
-
-    The run's own folder is made so too; one that exists keeps its mode.
+    """Return the folder of a run's services, which only this user can enter. Create it and the run's folder if missing.
 
     Raises:
-        ConfigError: it cannot be made, or is another user's.
+        ConfigError: it cannot be created, or belongs to another user.
     """
     services = folder / "services"
     try:
@@ -88,7 +86,7 @@ def private_folder(folder: Path) -> Path:
         services.mkdir(mode=0o700, exist_ok=True)
         facts = services.stat()
         if facts.st_uid != os.getuid():
-            raise ConfigError(f"run.dir: {services} belongs to another user: choose another folder")
+            raise ConfigError(f"run.dir: {services} belongs to another user. Choose another folder")
         if facts.st_mode & 0o077:
             services.chmod(0o700)
     except OSError as error:
@@ -97,8 +95,10 @@ def private_folder(folder: Path) -> Path:
 
 
 def free_ports(num: int) -> list[int]:
-    """Return distinct ports of this machine that nobody listens on."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]  # all at once: none is chosen twice
+    """Return distinct free ports of this machine."""
+    listeners = [
+        socket.create_server(("127.0.0.1", 0)) for _ in range(num)
+    ]  # open together, so that no port is chosen twice
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
         listener.close()
@@ -116,9 +116,9 @@ def _read_ports(path: Path) -> dict[str, int] | None:
 
 
 def _choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
-    """Return a free port for each name: the wanted one where that is free. Raises `OSError`."""
+    """Return a free port for each name: the wanted one if it is free. Raises `OSError`."""
     with contextlib.ExitStack() as stack:
-        held = {}  # all at once: none is chosen twice
+        held = {}  # open together, so that no port is chosen twice
         for name, port in wanted.items():
             with contextlib.suppress(OSError):
                 held[name] = stack.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -129,6 +129,6 @@ def _choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 def socket_path(folder: Path) -> Path:
-    """Return where the Valkey's socket goes: a path within a socket's limit of about 100 characters."""
+    """Return the path of the Valkey's socket, within the limit of about 100 characters."""
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"poise-{os.getuid()}-{name}" / "valkey.sock"

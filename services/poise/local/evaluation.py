@@ -1,7 +1,6 @@
-"""`poise eval` on this machine: of the services that are up, or of a model served for as long as it takes.
+"""`poise eval` on this machine: of the running services, or of a model that a temporary generation service serves.
 
-Owns where a model comes from, and the generation service that is started for it. It has ports and a process group of
-its own: a run that is being trained goes on beside it.
+The temporary service has its own ports and process group, so a run can train meanwhile.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ from poise.runtime.files.atomic import restrict_umask
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-"""The value of `--checkpoint` that names the newest of the run's own learner."""
+"""The value of `--checkpoint` for the newest checkpoint of the run."""
 
 _POLL_S = 0.1
-_SAY_EVERY_S = 15.0
+_LOG_EVERY_S = 15.0
 _STOP_TIMEOUT_S = 20.0
 
 
 def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: Path | None, as_json: bool) -> int:
-    """Measure `model`, a checkpoint or, where neither is named, what the run's services serve; return the exit status.
+    """Evaluate `model`, a checkpoint, or by default what the run's services serve; return the exit status.
 
     Raises:
-        ConfigError: both are named.
+        ConfigError: `model` and `checkpoint` are both set.
     """
     if model is not None and checkpoint is not None:
-        raise ConfigError("give --model or --checkpoint, not both")
+        raise ConfigError("--model and --checkpoint are both set. Keep one")
 
     def work() -> int:
         mixture = load_held_out(run.train)
-        location = None if model is None else find_model(model, "--model", "`--checkpoint` reads checkpoints")
+        location = None if model is None else find_model(model, "--model", "for a checkpoint use `--checkpoint`")
         restrict_umask()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "checkpoint" if checkpoint is not None else "served" if model is None else Path(model).name
@@ -65,12 +64,12 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
             if checkpoint is not None:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".model-", dir=folder)))
                 subject = _export(run, checkpoint, scratch / "model")
-                asyncio.run(_measure_alone(run, mixture, subject, scratch / "model", folder, as_json))
+                asyncio.run(_evaluate_model(run, mixture, subject, scratch / "model", folder, as_json))
             elif location is not None:
                 subject = Subject(str(location), is_served=False)
-                asyncio.run(_measure_alone(run, mixture, subject, location, folder, as_json))
+                asyncio.run(_evaluate_model(run, mixture, subject, location, folder, as_json))
             else:
-                subject = Subject(f"the policy of run {run.name} as it is served", is_served=True)
+                subject = Subject(f"the policy that run {run.name} serves", is_served=True)
                 asyncio.run(measure(run.train, mixture, subject, folder, as_json))
         return OK
 
@@ -85,7 +84,7 @@ def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
     folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
     if checkpoint != LATEST and not folder.is_dir():
         raise ConfigError(
-            f"--checkpoint: {checkpoint} does not exist; name a checkpoint-… folder, or nothing for the newest"
+            f"--checkpoint: {checkpoint} does not exist. Name a checkpoint-… folder, or none for the newest"
         )
     make_model(run.model)
     try:
@@ -97,23 +96,23 @@ def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
     return Subject(str(path.resolve()), is_served=False, policy_version=content.progress.policy_version)
 
 
-async def _measure_alone(
+async def _evaluate_model(
     run: LocalRun, mixture: Mixture, subject: Subject, model: Path | str, folder: Path, as_json: bool
 ) -> None:
-    """Serve a model, measure it, and stop serving it."""
+    """Serve a model, evaluate it, and stop serving it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory(prefix="poise-eval-") as scratch:
-        spec, train = _alone(run, model, folder, Path(scratch) / "generation.yaml")
-        logger.info("starting generation for %s; its log: %s", subject.model, spec.log)
+        spec, train = _temporary_service(run, model, folder, Path(scratch) / "generation.yaml")
+        logger.info("starting a generation service for %s (log: %s)", subject.model, spec.log)
         process = await SupervisedProcess.start(spec)
         ended = asyncio.create_task(process.wait())
-        measuring = asyncio.create_task(_when_ready(process, train, mixture, subject, folder, as_json))
+        measuring = asyncio.create_task(_measure_when_ready(process, train, mixture, subject, folder, as_json))
         try:
             await asyncio.wait({measuring, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not measuring.done():
                 kind = SettingsError if ended.result() == WRONG_SETTINGS else RunError
                 raise kind(
-                    f"generation {describe_exit(ended.result())}; the end of its log, {spec.log}:\n{process.log_tail()}"
+                    f"generation {describe_exit(ended.result())}. The end of its log, {spec.log}:\n{process.log_tail()}"
                 )
             measuring.result()
         finally:
@@ -123,7 +122,7 @@ async def _measure_alone(
             await process.stop(_STOP_TIMEOUT_S)
 
 
-async def _when_ready(
+async def _measure_when_ready(
     process: SupervisedProcess,
     train: OrchestratorConfig,
     mixture: Mixture,
@@ -131,7 +130,7 @@ async def _when_ready(
     folder: Path,
     as_json: bool,
 ) -> None:
-    log = StartLog(_SAY_EVERY_S)
+    log = StartLog(_LOG_EVERY_S)
     while True:
         ready, why = await process.is_ready()
         if ready:
@@ -142,12 +141,14 @@ async def _when_ready(
     await measure(train, mixture, subject, folder, as_json)
 
 
-def _alone(run: LocalRun, model: Path | str, folder: Path, settings: Path) -> tuple[ProcessSpec, OrchestratorConfig]:
-    """Return the service to start, of the run's settings but for the model, and the settings to measure it by."""
+def _temporary_service(
+    run: LocalRun, model: Path | str, folder: Path, settings: Path
+) -> tuple[ProcessSpec, OrchestratorConfig]:
+    """Return the service to start, with the run's settings except the model, and the settings to evaluate it."""
     grpc_port, admin_port = free_ports(2)
     settings.touch(mode=0o600)
     settings.write_text(yaml.safe_dump(dict(run.trees["generation"]), sort_keys=False))
-    # On the command line, which goes before the environment: it may name the run's own model.
+    # On the command line, which takes precedence over the environment.
     own: Mapping[str, Any] = {
         "model": str(model),
         "wait_for_learner": False,

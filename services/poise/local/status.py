@@ -1,17 +1,15 @@
-"""`poise status`: what each service says of itself, and how far the run is."""
+"""`poise status`: the state of each service, and the progress of the run."""
 
 from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from http.client import HTTPException
 from typing import Any
 
 from poise.local.addresses import SERVICES
-from poise.local.admin_http import ask_admin
+from poise.local.admin_client import call_admin
 from poise.local.processes.supervisor import process_state
 from poise.local.run_file import LocalRun
 from poise.orchestrator.errors import RunError
@@ -23,12 +21,12 @@ _TIMEOUT_S = 3.0
 
 
 def show_status(run: LocalRun, as_json: bool) -> int:
-    """Print the state of all services and the run; return 0 when all are ready, else 1.
+    """Print the state of all services and of the run; return 0 if all services are ready, else 1.
 
     Raises:
         ConfigError: the run's folder, or a token file, cannot be read.
     """
-    services = {name: _ask(run, name) for name in SERVICES}
+    services = {name: _read_status(run, name) for name in SERVICES}
     folder = RunFolder(run.dir)
     try:
         state, problem = folder.read_state(run.train.run_id), folder.problem()
@@ -48,40 +46,38 @@ def show_status(run: LocalRun, as_json: bool) -> int:
             if probes := facts.get("probes"):
                 print("\n".join([_PROBE_HEADER, *map(_probe_line, probes)]))
         if run.train.endpoints.token_file is not None:
-            print(f"token: POISE_TOKEN_FILE={run.train.endpoints.token_file} for clients of your own")
+            print(f"token for your own clients: export POISE_TOKEN_FILE={run.train.endpoints.token_file}")
     return 0 if all(facts.get("ready") for facts in services.values()) else 1
 
 
 def push_problems(run: LocalRun) -> str:
-    """Return why the learner's weights do not reach replicas; empty where they do, or nobody says. Blocks for seconds.
+    """Return why the learner's weights do not reach replicas; empty if there is no known problem. Blocks for seconds.
 
     Raises:
         ConfigError: the learner's token file cannot be read.
     """
-    replicas = _ask(run, "learner").get("replicas", ())
+    replicas = _read_status(run, "learner").get("replicas", ())
     errors = {one["address"]: one["error"] for one in replicas}
-    # What a replica that starts answers ends in seconds, and is said of the replica itself.
-    told = {address: error for address, error in errors.items() if error and error == without_elapsed(error)}
-    return "; ".join(f"pushing to {address}: {error}" for address, error in told.items())
+    # An error with a duration is the progress of a replica that starts, which is logged for the replica itself.
+    problems = {address: error for address, error in errors.items() if error and error == without_elapsed(error)}
+    return "; ".join(f"pushing to {address}: {error}" for address, error in problems.items())
 
 
-def _ask(run: LocalRun, name: str) -> dict[str, Any]:
+def _read_status(run: LocalRun, name: str) -> dict[str, Any]:
     auth: AuthConfig = getattr(run, name).auth
-    request = urllib.request.Request(f"http://{run.admin_address(name)}/admin/v1/status")
-    if token := auth.read_token():
-        request.add_header("authorization", f"Bearer {token}")
+    url = f"http://{run.admin_address(name)}"
+    reason = f"another program listens at {url}. Stop it"
     try:
-        with ask_admin(request, _TIMEOUT_S) as answer:
-            facts = json.load(answer)
-            if not isinstance(facts, dict) or "ready" not in facts:
-                raise ValueError("not a status")
+        facts = call_admin(url, auth.read_token(), "/status", timeout_s=_TIMEOUT_S)
+        if isinstance(facts, dict) and "ready" in facts:
             return facts
     except urllib.error.HTTPError as error:
-        return {"ready": False, "reason": f"refused: {error}"}
+        reason = f"the admin app rejected the request: {error}"
     except OSError:
-        return {"ready": False, "reason": process_state(run.services_dir, name, run.log(name))}
-    except (HTTPException, ValueError):
-        return {"ready": False, "reason": f"something else listens at {run.admin_address(name)}; stop it"}
+        reason = process_state(run.services_dir, name, run.log(name))
+    except ValueError:
+        pass
+    return {"ready": False, "reason": reason}
 
 
 def _line(name: str, facts: dict[str, Any]) -> str:
@@ -92,11 +88,11 @@ def _line(name: str, facts: dict[str, Any]) -> str:
         return f"ready, policy version {facts['policy_version']}{_digest(facts['digest'])}, {running}"
     if name == "learner":
         current = sum(replica["current"] for replica in facts["replicas"])
-        replicas = f"{current} of {len(facts['replicas'])} replicas current"
+        replicas = f"{current} of {len(facts['replicas'])} replicas up to date"
         return f"{facts['state']}, policy version {facts['policy_version']}{_digest(facts['digest'])}, {replicas}"
     waiting = f", {facts['num_pending']} waiting" if facts["num_pending"] else ""
-    dead = f", {facts['num_dead_letters']} refused (see poise queue)" if facts["num_dead_letters"] else ""
-    return f"{facts['state']}, {facts['num_groups_consumed']} groups learnt{waiting}{dead}, {_count(facts['probes'])}"
+    dead = f", {facts['num_dead_letters']} dead letters (see `poise queue`)" if facts["num_dead_letters"] else ""
+    return f"{facts['state']}, {facts['num_groups_consumed']} groups consumed{waiting}{dead}, {_count(facts['probes'])}"
 
 
 def _count(probes: list[dict[str, Any]]) -> str:
@@ -108,9 +104,9 @@ _PROBE_HEADER = (
     f"  {'domain':20} {'version':>7} {'rows':>6} {'steps':>7} {'r':>6} {'brier':>6} {'skill':>6} {'bias':>7} "
     f"{'clipped':>7} {'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
 )
-"""r, brier, skill, bias: of values against the siblings' rewards; /none, /rloo, /batch: advantage variance, as a share
-of that of other baselines; lag: from publishing a label to its being durable. Below, where there are any: mean value
-and mean reward of the rollouts whose values lie in the same tenth."""
+"""r, brier, skill and bias compare values with the siblings' rewards. /none, /rloo and /batch are the variance of the
+advantages relative to other baselines. lag is the time from publishing a label until it is durable. A second line has
+the mean value and the mean reward of rollouts by tenths of the value."""
 
 
 def _probe_line(probe: dict[str, Any]) -> str:
@@ -128,8 +124,8 @@ def _probe_line(probe: dict[str, Any]) -> str:
 
 
 def _calibration(bins: Sequence[Mapping[str, float]]) -> str:
-    told = " ".join(f"{one['predicted']:.2f}→{one['realised']:.2f}" for one in bins)
-    return f"\n    calibration {told}" if told else ""
+    pairs = " ".join(f"{one['predicted']:.2f}→{one['realised']:.2f}" for one in bins)
+    return f"\n    calibration {pairs}" if pairs else ""
 
 
 def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -138,9 +134,9 @@ def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
 
 def _replica_line(replica: dict[str, Any]) -> str:
     served = f"serves version {replica['policy_version']}{_digest(replica['digest'])}"
-    return f"{served}, {'current' if replica['current'] else replica['error'] or 'being brought up'}"
+    return f"{served}, {'up to date' if replica['current'] else replica['error'] or 'catching up'}"
 
 
 def _digest(digest: str) -> str:
-    """Return what tells weights apart at a glance; nothing before the first push."""
+    """Return the first digits of a weights digest in brackets; empty before the first push."""
     return f" ({digest[:8]})" if digest else ""

@@ -1,4 +1,4 @@
-"""`poise up` and `poise run`: the services of a run on this machine, alone or with its training."""
+"""`poise up` and `poise run`: start the services of a run on this machine, and train if asked to."""
 
 from __future__ import annotations
 
@@ -31,30 +31,33 @@ from poise.runtime.network.unix_sockets import check_socket_path
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AT_OUTPUT_EVERY_S = 1.0
+_OUTPUT_POLL_S = 1.0
 
 
 def run_services(
     run: LocalRun, reload: Callable[[], LocalRun], *, train: bool, training_log: Path | None = None
 ) -> int:
-    """Start the services; then stay until a signal, or train and stop them. Returns the exit status.
+    """Start the services; then train and stop them, or keep them running until a signal. Return the exit status.
 
-    `reload` returns the run as it is once its ports have changed. What the training says goes to `training_log`, else
-    to the terminal.
+    Args:
+        run: the run.
+        reload: returns the run with new ports, after its ports have changed.
+        train: train, and stop the services at the end.
+        training_log: file for the output of training; None leaves it on the terminal.
 
     Raises:
-        ConfigError: the model cannot be made, the folder holds a run of another, a socket's path is too long, a file of
-            a token or certificate cannot be read, or this is no Linux.
+        ConfigError: the model cannot be created, the folder contains a run of another model, a socket's path is too
+            long, a token or certificate file cannot be read, or this is not Linux.
     """
     if platform.system() != "Linux":
-        raise ConfigError("the services of a run are supervised by what Linux alone has (prctl): run it there")
-    _refuse_other_model(run)
+        raise ConfigError(f"this is {platform.system()}, but supervising the services requires Linux (prctl)")
+    _reject_other_model(run)
     check_socket_path(run.socket, "TMPDIR")
     for name in SERVICES:
         _check_files(name, getattr(run, name))
     make_model(run.model)
     restrict_umask()
-    # Threads that spin while they wait take the cores from the other processes: steps took three times as long.
+    # Threads that spin while waiting take cores from the other processes: steps took three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return asyncio.run(_supervise(run, reload, train, training_log))
@@ -70,7 +73,7 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             run = reload()
         _write_settings(run)
         stop = partial(_stop, supervisor, stopping)
-        with stop_on_signal(stop, supervisor.kill_all), _stopping_when_unread(stop) as is_unread:
+        with stop_on_signal(stop, supervisor.kill_all), _stop_when_unread(stop) as is_unread:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
@@ -85,35 +88,35 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
                     return OUTPUT_CLOSED
                 return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
-                logger.info("%s: admin on http://%s, log in %s", name, run.admin_address(name), run.log(name))
+                logger.info("%s: admin app on http://%s, log in %s", name, run.admin_address(name), run.log(name))
             if (token_file := run.train.endpoints.token_file) is not None:
-                logger.info("clients of your own show the run's token: export POISE_TOKEN_FILE=%s", token_file)
-            logger.info("up; train with `poise train` and the same options in another terminal, stop with Ctrl-C")
+                logger.info("token for your own clients: export POISE_TOKEN_FILE=%s", token_file)
+            logger.info("ready. Train with `poise train` and the same options in another terminal; stop with Ctrl-C")
             await supervisor.first_of(stopped)
             return OUTPUT_CLOSED if is_unread() else OK
 
 
 def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
     stopping.set()
-    logger.info("stopping; again to kill everything at once")
+    logger.info("stopping. Press Ctrl-C again to kill all processes at once")
     supervisor.end("train")
 
 
 @contextlib.contextmanager
-def _stopping_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Stop once the reader of the output has exited; yield a function that returns whether it has."""
+def _stop_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Call `stop` when the reader of the output has exited; yield a function that returns whether it has."""
 
-    async def look() -> None:
+    async def poll() -> None:
         while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
-            await asyncio.sleep(_LOOK_AT_OUTPUT_EVERY_S)
-        logger.warning("the reader of the output has exited")
+            await asyncio.sleep(_OUTPUT_POLL_S)
+        logger.warning("the reader of the output has exited; stopping")
         stop()
 
-    looking = asyncio.create_task(look(), name="look-at-output")
+    polling = asyncio.create_task(poll(), name="poll-output")
     try:
-        yield lambda: looking.done()
+        yield polling.done
     finally:
-        looking.cancel()
+        polling.cancel()
 
 
 def _settings_file(run: LocalRun, program: str) -> Path:
@@ -121,7 +124,7 @@ def _settings_file(run: LocalRun, program: str) -> Path:
 
 
 def _write_settings(run: LocalRun) -> None:
-    """Write each program's settings where it will read them, and which model the run is of."""
+    """Write the settings file of each program, and the name of the run's model."""
     write_file(_model_file(run), _model_name(run).encode())
     for program, tree in run.trees.items():
         path = _settings_file(run, program)
@@ -129,26 +132,26 @@ def _write_settings(run: LocalRun) -> None:
         path.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
 
 
-def _refuse_other_model(run: LocalRun) -> None:
-    """Keep a run to the model it began with: its states are of no use to another."""
+def _reject_other_model(run: LocalRun) -> None:
+    """Reject another model than the run started with: its state does not fit."""
     model, path = _model_name(run), _model_file(run)
-    began_with = path.read_text() if path.exists() else model
-    if began_with != model and run.learner.state_dir.exists():
+    first_model = path.read_text() if path.exists() else model
+    if first_model != model and run.learner.state_dir.exists():
         raise ConfigError(
-            f"{run.dir} holds a run of model {began_with}, not {model}; give the new run a name, or folder, of its "
-            "own: --set run.name=..."
+            f"{run.dir} contains a run of model {first_model}, not {model}. Give the new run another name: "
+            "--set run.name=..."
         )
 
 
 def _check_files(name: str, config: ServiceConfig) -> None:
-    """Read what a service reads first, before anything starts. Raises `ConfigError`."""
-    config.auth.open()  # names no service: one file may serve all
+    """Check the token and certificate files of a service before anything starts. Raises `ConfigError`."""
+    config.auth.open()  # the message names no service: all may share the file
     check_readable(config.grpc.tls_cert_file, f"{name}: grpc.tls_cert_file")
     check_readable(config.grpc.tls_key_file, f"{name}: grpc.tls_key_file")
 
 
 def _model_name(run: LocalRun) -> str:
-    """Return what a run's model goes by, wherever the cache and the current folder are."""
+    """Return the name of a run's model, independent of the cache and the current folder."""
     return run.model if run.model in KNOWN_MODELS else str(locate_model(run.model))
 
 

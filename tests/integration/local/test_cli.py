@@ -63,8 +63,8 @@ def test_every_command_and_option_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "give either -c FILE or --preset NAME"),
-        (["run", "--preset", "tiny", "-c", "run.yaml"], "give either -c FILE or --preset NAME"),
+        (["run"], "set either -c FILE or --preset NAME"),
+        (["run", "--preset", "tiny", "-c", "run.yaml"], "set either -c FILE or --preset NAME"),
         (["run", "--preset", "huge"], "preset 'huge' is unknown; there are: smollm2, tiny"),
         (["up", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
         (["up", "-c", "broken.yaml"], "broken.yaml: is not YAML"),
@@ -83,7 +83,7 @@ def test_every_command_and_option_explains_itself() -> None:
         (["compare", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
         (["compare", "-c", "good.yaml"], "good.yaml: name: required, and set nowhere"),
         (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot be a run's own here"),
-        (["queue", "list"], "give either -c FILE or --preset NAME"),
+        (["queue", "list"], "set either -c FILE or --preset NAME"),
         (["up", "-c", "good.yaml", "--set", "learner.auth.token_file=gone"], "poise: auth.token_file: gone cannot"),
         (
             ["up", "-c", "good.yaml"]
@@ -102,13 +102,13 @@ def test_every_command_and_option_explains_itself() -> None:
                 "http://a:1/x",
             )
         ),
-        (["queue", "list", "--admin", "http://a:1", "--preset", "tiny"], "give either --admin or a run"),
-        (["queue", "list", "--preset", "tiny", "--token-file", "gone"], "--token-file goes with --admin"),
+        (["queue", "list", "--admin", "http://a:1", "--preset", "tiny"], "set either --admin or a run"),
+        (["queue", "list", "--preset", "tiny", "--token-file", "gone"], "--token-file requires --admin"),
         (
             ["queue", "list", "--admin", "http://127.0.0.1:1", "--token-file", "gone"],
             "--token-file: gone cannot be read",
         ),
-        (["queue", "replay", "--admin", "http://127.0.0.1:1"], "name the ids of `poise queue list`, or give --all"),
+        (["queue", "replay", "--admin", "http://127.0.0.1:1"], "name ids from `poise queue list`, or set --all"),
         (["queue", "discard", "1-1", "--all", "--admin", "http://127.0.0.1:1"], "name the ids"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_queue_at_which_something_else_listens_says_so(answer: bytes) -> None:
         done = poise("queue", "status", "--admin", f"http://127.0.0.1:{listener.getsockname()[1]}")
         thread.join()
     assert done.returncode == 1
-    assert "something other than a value service" in done.stderr or "does not answer" in done.stderr
+    assert "is not a value service" in done.stderr or "does not respond" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -155,7 +155,7 @@ def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> No
     (tmp_path / "run.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
     done = poise("status", "-c", "run.yaml", folder=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.count("is not up; start it with `poise up`") == 3
+    assert done.stdout.count("is not running. Start it with `poise up`") == 3
     facts = json.loads(poise("status", "-c", "run.yaml", "--json", folder=tmp_path).stdout)
     assert facts["services"]["learner"]["ready"] is False
 
@@ -210,5 +210,5 @@ def test_a_folder_too_long_for_a_socket_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TMPDIR", str(folder))
     done = poise(command, "--preset", "tiny", folder=tmp_path)
     assert done.returncode == 2
-    assert "is too long for a Unix socket" in done.stderr
+    assert "the Unix socket path" in done.stderr
     assert "set TMPDIR to a shorter folder" in done.stderr

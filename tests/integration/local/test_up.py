@@ -38,7 +38,7 @@ async def test_services_that_are_up_are_neither_started_again_nor_told_other_set
     async with Supervisor(run.services_dir):
         done = await asyncio.to_thread(poise, "up", "-c", str(run_file), "--set", "value.probe.alpha=7")
     assert done.returncode == 1
-    assert f"the services of {run.dir} are up already; use them with `poise train`" in done.stderr
+    assert f"the services of {run.dir} are already running. Use `poise train`" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run.services_dir / "value.yaml").exists()
 
@@ -50,7 +50,9 @@ def test_a_run_of_another_model_is_refused_before_anything_starts(run_file: Path
     for command in ("up", "run"):
         done = poise(command, "-c", str(run_file))
         assert done.returncode == 2
-        assert f"{run.dir} holds a run of model org/other, not org/model; give the new run a name" in done.stderr
+        assert (
+            f"{run.dir} contains a run of model org/other, not org/model. Give the new run another name" in done.stderr
+        )
     assert (run.services_dir / "model").read_text() == "org/other"
     assert not (run.dir / "logs").exists()
 

@@ -208,7 +208,7 @@ async def test_refused_labels_are_replayed_once_the_reason_is_gone(build, make) 
         await strict.post("pause")  # at the door nothing is wrong: neither domain is known yet
         labels = [make.label("run", step, domain=domain) for step, domain in enumerate(("a", "b", "b"))]
         await client.publish_labels(labels)
-        assert await queue(strict, "status") == "3 groups published and not yet learnt; 0 ever refused\n"
+        assert await queue(strict, "status") == "3 groups waiting; 0 dead letters so far\n"
         await strict.post("resume")
         await consumed(client)
     strict.kill()
@@ -224,8 +224,8 @@ async def test_refused_labels_are_replayed_once_the_reason_is_gone(build, make) 
         await consumed(client)
         report = await client.get_probe()
         assert (report.num_groups_consumed, report.num_duplicates, report.num_dead_letters) == (3, 0, 2)
-    assert await queue(lenient, "list") == "nothing was refused\n"
-    assert await queue(lenient, "status") == "0 groups published and not yet learnt; 2 ever refused\n"
+    assert await queue(lenient, "list") == "no dead letters\n"
+    assert await queue(lenient, "status") == "0 groups waiting; 2 dead letters so far\n"
     assert await queue(lenient, "discard", "1-1") == "0 deleted\n"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import urllib.error
-import urllib.request
 from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import Any
@@ -100,20 +98,21 @@ class Admins:
 
     def __init__(self, run: LocalRun) -> None:
         self.answers: dict[str, Any] = {run.admin_address(name): facts for name, facts in READY.items()}
-        self.headers: list[dict[str, str]] = []
+        self.tokens: list[str | None] = []
 
-    def __call__(self, request: urllib.request.Request, timeout_s: float) -> io.BytesIO:
-        self.headers.append(dict(request.header_items()))
-        answer = self.answers[request.host]
+    def __call__(self, url: str, token: str | None, path: str, *, timeout_s: float) -> Any:
+        assert path == "/status"
+        self.tokens.append(token)
+        answer = self.answers[url.removeprefix("http://")]
         if isinstance(answer, Exception):
             raise answer
-        return io.BytesIO(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+        return answer
 
 
 @pytest.fixture
 def admins(run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> Admins:
     admins = Admins(run)
-    monkeypatch.setattr("poise.local.status.ask_admin", admins)
+    monkeypatch.setattr("poise.local.status.call_admin", admins)
     return admins
 
 
@@ -122,7 +121,7 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
-    assert said[2].endswith("serving, 12 groups learnt, 1 of 2 domains have a probe")
+    assert said[2].endswith("serving, 12 groups consumed, 1 of 2 domains have a probe")
     header, math, new = (line.split() for line in (said[3], said[4], said[6]))
     facts = dict(zip(header, " ".join(math).replace(" s", "s").split(), strict=True))
     assert facts == {
@@ -143,11 +142,11 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     }
     assert said[5] == "    calibration 0.12→0.25 0.75→0.50"
     assert new[4:13] == ["–"] * 9
-    assert said[7].endswith("idle, policy version 4 (01234567), 1 of 3 replicas current")
+    assert said[7].endswith("idle, policy version 4 (01234567), 1 of 3 replicas up to date")
     assert [" ".join(line.split()) for line in said[8:11]] == [
-        "replica host:1 serves version 4 (01234567), current",
+        "replica host:1 serves version 4 (01234567), up to date",
         "replica host:2 serves version 3 (fedcba98), it is slow",
-        "replica host:3 serves version 0, being brought up",
+        "replica host:3 serves version 0, catching up",
     ]
 
 
@@ -155,13 +154,16 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
     ("answer", "reason"),
     [
         ({"ready": False, "reason": "the model is loading"}, "not ready: the model is loading"),
-        (ConnectionRefusedError(), "not ready: is not up; start it with `poise up`"),
-        (TimeoutError(), "not ready: is not up"),
-        (urllib.error.HTTPError("", 401, "Unauthorized", {}, None), "not ready: refused: HTTP Error 401"),  # type: ignore[arg-type]
-        (RemoteDisconnected("gone"), "is not up"),
-        (b"<html>", "not ready: something else listens at"),
-        ([1], "not ready: something else listens at"),
-        ({}, "not ready: something else listens at"),
+        (ConnectionRefusedError(), "not ready: is not running. Start it with `poise up`"),
+        (TimeoutError(), "not ready: is not running"),
+        (
+            urllib.error.HTTPError("", 401, "Unauthorized", {}, None),
+            "not ready: the admin app rejected the request: HTTP Error 401",
+        ),  # type: ignore[arg-type]
+        (RemoteDisconnected("gone"), "is not running"),
+        (ValueError(), "not ready: another program listens at"),
+        ([1], "not ready: another program listens at"),
+        ({}, "not ready: another program listens at"),
     ],
 )
 def test_a_service_that_does_not_work_is_told_of_and_shows_in_the_status(
@@ -197,15 +199,17 @@ def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.Mo
     base = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
     run = load(tmp_path, base | {"value": {"auth": {"token_file": str(tmp_path / "token")}}})
     admins = Admins(run)
-    monkeypatch.setattr("poise.local.status.ask_admin", admins)
+    monkeypatch.setattr("poise.local.status.call_admin", admins)
     show_status(run, as_json=True)
-    assert [headers.get("Authorization") for headers in admins.headers] == ["Bearer open-sesame"] * 3
+    assert admins.tokens == ["open-sesame"] * 3
 
 
 def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
     show_status(run, as_json=False)
-    assert "12 groups learnt, 7 waiting, 2 refused (see poise queue), 1 of 2 domains" in capsys.readouterr().out
+    assert (
+        "12 groups consumed, 7 waiting, 2 dead letters (see `poise queue`), 1 of 2 domains" in capsys.readouterr().out
+    )
 
 
 def test_why_weights_do_not_arrive_is_told_by_replica(run: LocalRun, admins: Admins) -> None:

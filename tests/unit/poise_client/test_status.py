@@ -37,7 +37,6 @@ def bare_error(code, message="it broke"):
         ("FORBIDDEN", errors.ForbiddenError),
         ("NOT_FOUND", errors.NotFoundError),
         ("VERSION_MISMATCH", errors.VersionMismatchError),
-        ("NOT_LOADED", errors.NotLoadedError),
         ("LABELS_CONSUMED", errors.LabelsConsumedError),
         ("TRAINING_STOPPED", errors.TrainingStoppedError),
         ("CONFLICT", errors.ConflictError),

@@ -29,7 +29,7 @@ def test_messages_that_differ_in_numbers_are_counted(clock, caplog):
     assert caplog.messages == ["entry 0-0 holds 0.0"]
     clock.now_s = 61.0
     repeats.log(logging.WARNING, "entry 5-0 holds -1.5")
-    assert caplog.messages[1:] == ["entry 5-0 holds -1.5 (4 more like it since the last one)"]
+    assert caplog.messages[1:] == ["entry 5-0 holds -1.5 (4 similar messages since the last one)"]
 
 
 def test_other_messages_are_logged_at_once(clock, caplog):

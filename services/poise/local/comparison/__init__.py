@@ -1,1 +1,1 @@
-"""`poise compare`: several algorithms and seeds under one budget, one run after another on this machine."""
+"""`poise compare`: train with several algorithms and seeds under one budget, one run after another."""

@@ -1,4 +1,4 @@
-"""compare.yaml: what is compared. Owns its settings and nothing of how runs are made of them."""
+"""The settings in compare.yaml."""
 
 from __future__ import annotations
 
@@ -18,76 +18,76 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class BudgetSection(StrictModel):
-    """What each run may spend: exactly one of these. A run ends after the step that reaches it."""
+    """Budget of each run: exactly one of these. A run ends after the step that reaches it."""
 
     tokens: int | None = Field(None, ge=1)
-    """Response tokens sampled for training, those of groups that an algorithm drops among them."""
+    """Response tokens sampled for training, also in groups that an algorithm drops."""
     wall_s: float | None = Field(None, gt=0)
-    """Seconds of training; evaluations do not count."""
+    """Seconds of training, without evaluations."""
     updates: int | None = Field(None, ge=1)
     """Steps."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if len(self.given) != 1:
-            raise ValueError("give exactly one of tokens, wall_s and updates")
+        if len(self.limit) != 1:
+            raise ValueError("set exactly one of tokens, wall_s and updates")
         return self
 
     @property
-    def given(self) -> dict[str, float]:
-        """The one that is set, by name."""
+    def limit(self) -> dict[str, float]:
+        """The limit that is set, by name."""
         return self.model_dump(exclude_none=True)
 
 
 class RunEntry(StrictModel):
-    """One way to train."""
+    """An algorithm with its settings."""
 
     algorithm: str | dict[str, Any]
-    """As `train.algorithm` of a run: its name, or its name as `kind` and its options."""
+    """Name of the algorithm, or its `kind` and options, as `train.algorithm` of a run."""
     set: dict[str, Any] = Field({})
-    """Settings of its own, by their path in run.yaml, such as `train.rollouts_per_prompt: 8`."""
+    """Further settings by their path in run.yaml, such as `train.rollouts_per_prompt: 8`."""
 
 
 class CompareFile(StrictModel):
-    """What compare.yaml holds."""
+    """The content of compare.yaml."""
 
     name: Name
-    """Names the comparison."""
+    """Name of the comparison."""
     dir: Path | None = None
-    """Its folder; null means compare/<name>."""
+    """Folder of the comparison; null means compare/<name>."""
     base: str = Field(min_length=1)
-    """What all runs have in common: a preset's name, or the path of a run.yaml, from the folder of this file."""
+    """Settings of all runs: a preset's name, or the path of a run.yaml relative to this file."""
     budget: BudgetSection
-    """What each run may spend."""
+    """Budget of each run."""
     num_evaluations: int = Field(8, ge=0, le=1000)
-    """Held-out evaluations between the one before and the one after training: the points of the curves."""
+    """Held-out evaluations during training, besides those before and after: the points of the curves."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """Each run is made once with each."""
+    """Every run is trained once with each seed."""
     levels: tuple[float, ...] = ()
-    """Held-out rewards that are to be reached; empty chooses five that every run reaches."""
+    """Held-out rewards for the time-to-reward table; empty chooses five that every run reaches."""
     reference: str | None = None
-    """The run that ratios are against; null is the first."""
+    """Run to which ratios refer; null means the first."""
     keep_state: bool = False
-    """Keep the services' state of a finished run, its optimizer and queue. Its results and model always stay."""
+    """Keep the services' state of a finished run: optimizer, probe and queue. Results and model are always kept."""
     runs: dict[Name, RunEntry] = Field(min_length=1)
-    """What is compared, by names of your choice."""
+    """The runs to compare, by names of your choice."""
 
     @model_validator(mode="after")
-    def _names_hold(self) -> Self:
+    def _names_are_known(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is given twice")
+            raise ValueError("seeds: one is listed twice")
         if self.reference is not None and self.reference not in self.runs:
-            raise ValueError(f"reference: {self.reference!r} is none of the runs: {', '.join(self.runs)}")
+            raise ValueError(f"reference: {self.reference!r} is not a run; runs: {', '.join(self.runs)}")
         return self
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """Folder of the comparison."""
         return (self.dir or Path("compare") / self.name).expanduser().resolve()
 
     @property
     def reference_name(self) -> str:
-        """The run that ratios are against."""
+        """Name of the run to which ratios refer."""
         return self.reference or next(iter(self.runs))
 
 
@@ -95,7 +95,7 @@ def read_compare_file(path: Path) -> CompareFile:
     """Read compare.yaml.
 
     Raises:
-        ConfigError: anything wrong with it, with the field's path and the remedy.
+        ConfigError: names every problem, with its path and the remedy.
     """
     try:
         return CompareFile(**read_yaml(path))
@@ -105,5 +105,5 @@ def read_compare_file(path: Path) -> CompareFile:
 
 
 def example_text() -> str:
-    """Return a compare.yaml that can be run, with every setting explained."""
+    """Return a compare.yaml that works as it is, with every setting explained."""
     return (resources.files(__package__) / "example.yaml").read_text(encoding="utf-8").rstrip()

@@ -1,6 +1,6 @@
-"""From compare.yaml to runs that are resolved and checked, all of them before the first one starts.
+"""Resolve compare.yaml to runs, and check all of them before the first one starts.
 
-Owns which settings a comparison decides for its runs, and holds runs that have begun to what they began with.
+A run that has started keeps its settings.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from poise.runtime.config.settings import ConfigError
 from poise.runtime.config.text import redacted
 
 _NO_STEPS = 10**9
-"""Steps that no run gets to before it has spent its tokens or seconds."""
+"""More steps than any budget of tokens or seconds allows."""
 
-_UNLESS_SAID: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
-"""What all runs are told where neither the base nor their own `set` says otherwise, by path."""
+_DEFAULTS: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
+"""Settings of all runs, by path, unless the base or a run's `set` has another value."""
 
-_DECIDED = {
-    "run": "each run has a name, a folder and a seed of its own",
-    "train.algorithm": "give it as `algorithm`",
-    "train.num_steps": "`budget` decides it",
-    "train.budget": "`budget` decides it",
-    "train.evaluation": "all runs are measured alike: set it in the base; `num_evaluations` says how often",
-    "train.tasks": "all runs are measured on the same prompts: set it in the base",
-    "seed": "`seeds` decides it",
+_NOT_IN_SET = {
+    "run": "each run has its own name and folder",
+    "train.algorithm": "set `algorithm` of the run",
+    "train.num_steps": "set `budget`",
+    "train.budget": "set `budget`",
+    "train.evaluation": "all runs are evaluated alike; set it in the base, and `num_evaluations` here",
+    "train.tasks": "all runs are evaluated on the same prompts; set it in the base",
+    "seed": "set `seeds`",
 }
-"""What `set` may not hold, and what to do instead."""
+"""Settings that `set` may not contain, each with the remedy."""
 
 _PLACES = frozenset(
     {
@@ -51,7 +51,7 @@ _PLACES = frozenset(
         *("value.state_dir", "value.queue.url", "train.run_dir", "train.endpoints", "train.samples_per_step"),
     }
 )
-"""Settings that say where things are and what is shown, and change nothing of what a run learns."""
+"""Settings of places and output, which do not change what a run learns."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class PlannedRun:
 
     @property
     def label(self) -> str:
-        """What it goes by."""
+        """Name of the run with its seed."""
         return self.local.name
 
     @property
     def record(self) -> Path:
-        """File that tells what it began with."""
+        """File with the settings that it started with."""
         return self.local.dir / "compare.json"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it learns, by path."""
+        """Every setting that affects what it learns, by path."""
         trees = {program: redacted(getattr(self.local, program)) for program in PROGRAMS}
         return {"model": self.local.model} | dict(_leaves(trees))
 
@@ -87,23 +87,23 @@ class Plan:
     file: CompareFile
     base: Path
     runs: tuple[PlannedRun, ...]
-    """In the order in which they are made: seed by seed, so that what is done is comparable at any time."""
+    """In order of execution: seed by seed, so that finished runs are comparable at any time."""
 
     @property
     def dir(self) -> Path:
         """The comparison's folder."""
         return self.file.folder
 
-    def again(self, run: PlannedRun) -> PlannedRun:
-        """Return one of the runs as it is once its ports have changed."""
+    def reload(self, run: PlannedRun) -> PlannedRun:
+        """Return a run with its current ports, after they have changed."""
         return _plan_run(self.file, self.base, run.name, self.file.runs[run.name], run.seed)
 
 
 def make_plan(file: CompareFile, source: Path) -> Plan:
-    """Resolve the settings of every run. `source` is where `file` was read.
+    """Resolve the settings of every run. `source` is the path of `file`.
 
     Raises:
-        ConfigError: anything wrong with any of them; all of it at once.
+        ConfigError: names the problems of all runs.
     """
     base = _base_path(file.base, source)
     problems: dict[str, None] = {}
@@ -119,11 +119,11 @@ def make_plan(file: CompareFile, source: Path) -> Plan:
     return Plan(file, base, tuple(runs))
 
 
-def refuse_changes(plan: Plan) -> None:
-    """Hold the runs that have begun to what they began with.
+def reject_changes(plan: Plan) -> None:
+    """Check that runs that have started keep their settings.
 
     Raises:
-        ConfigError: a setting of one is another now. Names each, before and now.
+        ConfigError: names every changed setting, with its old and new value.
     """
     changes = [
         f"{run.label}: {path}: {before[path]} -> {now[path]}"
@@ -136,9 +136,8 @@ def refuse_changes(plan: Plan) -> None:
     if changes:
         lines = "\n  ".join(changes)
         raise ConfigError(
-            f"{plan.dir} holds runs that began with other settings:\n  {lines}\n"
-            "Give this comparison another name or dir, set these back, or delete the folders of those runs to make "
-            "them anew"
+            f"{plan.dir} contains runs that started with other settings:\n  {lines}\n"
+            "Give this comparison another name or dir, restore these settings, or delete the folders of these runs"
         )
 
 
@@ -155,23 +154,25 @@ def _base_path(base: str, source: Path) -> Path:
 
 def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: int) -> PlannedRun:
     for path in entry.set:
-        for decided, remedy in _DECIDED.items():
-            if _within(path, decided) or _within(decided, path):
-                raise ConfigError(f"set: {path}: cannot be a run's own here: {remedy}")
+        for reserved, remedy in _NOT_IN_SET.items():
+            if _within(path, reserved) or _within(reserved, path):
+                raise ConfigError(f"set: {path}: cannot differ between runs: {remedy}")
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
-    spare = {path: value for path, value in _UNLESS_SAID.items() if not _says(read_yaml(base), path)}
-    settings = spare | _decided(file, entry, label, folder, seed) | entry.set
+    defaults = {path: value for path, value in _DEFAULTS.items() if not _contains(read_yaml(base), path)}
+    settings = defaults | _determined(file, entry, label, folder, seed) | entry.set
     run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
-    _refuse_shared_places(run)
+    _reject_shared_places(run)
     if not run.train.evaluation.num_prompts:
-        raise ConfigError("train.evaluation.num_prompts: is 0 in the base, which leaves nothing to compare")
+        raise ConfigError(
+            "train.evaluation.num_prompts: is 0 in the base, so there is nothing to compare. Set at least 1"
+        )
     Mixture(run.train.tasks, run.train.seed, run.train.on_bad_row).held_out(run.train.evaluation.num_prompts)
     return PlannedRun(name, seed, run.train.algorithm.kind, run)
 
 
-def _decided(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
-    """Return what the comparison decides for a run, by path."""
+def _determined(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Return the settings that the comparison determines for a run, by path."""
     budget, num_parts = file.budget, file.num_evaluations + 1
     return {
         "run.name": label,
@@ -187,20 +188,20 @@ def _decided(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed:
     }
 
 
-def _refuse_shared_places(run: LocalRun) -> None:
-    """Refuse what would let runs share a state: in the base, or in the environment."""
+def _reject_shared_places(run: LocalRun) -> None:
+    """Reject settings of the base or the environment that would let runs share state."""
     expected = {
         "learner.state_dir": (run.learner.state_dir, run.services_dir / "learner"),
         "value.state_dir": (run.value.state_dir, run.services_dir / "value"),
         "value.queue.url": (run.value.queue.url.get_secret_value(), f"unix://{run.socket}"),
     }
-    for path, (found, own) in expected.items():
-        if str(found) != str(own):
-            raise ConfigError(f"{path}: is set in the base, and each run of a comparison needs its own: leave it out")
+    for path, (found, wanted) in expected.items():
+        if str(found) != str(wanted):
+            raise ConfigError(f"{path}: is set in the base, but each run of a comparison needs its own. Remove it")
 
 
-def _says(tree: Mapping[str, Any], path: str) -> bool:
-    """Whether a file sets what is at `path`."""
+def _contains(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a tree has a value at `path`."""
     here: Any = tree
     for part in path.split("."):
         if not isinstance(here, Mapping) or part not in here:
@@ -225,5 +226,5 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    """Return a value as `--set` takes it."""
+    """Return a value in the form of `--set`."""
     return yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]

@@ -1,1 +1,1 @@
-"""Models made or unpacked on this machine, and `poise models check`."""
+"""Models that can be created on this machine, and `poise models check`."""

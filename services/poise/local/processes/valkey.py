@@ -1,4 +1,4 @@
-"""The embedded Valkey: one more process, durable, reachable by this user alone."""
+"""The command of the embedded Valkey: durable, and reachable only by this user."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from poise.runtime.config.settings import ConfigError
 
 
 def valkey_command(socket: Path, folder: Path) -> list[str]:
-    """Return the command that serves on a Unix socket, every write on disk before it is answered.
+    """Return the command of a Valkey on a Unix socket that syncs every write to disk before it responds.
 
     Raises:
-        ConfigError: somebody else can reach the socket's folder.
+        ConfigError: other users can reach the socket's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = socket.parent.lstat()  # its place is a folder for all users: anybody may have been there before
+    facts = socket.parent.lstat()  # TMPDIR is open to all users: another one may have created it
     if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o077:
-        raise ConfigError(f"{socket.parent} must be this user's alone; remove it, or set TMPDIR to another folder")
+        raise ConfigError(
+            f"{socket.parent} must be accessible only to this user. Remove it, or set TMPDIR to another folder"
+        )
     return [
         str(get_binary_path()),
         *("--port", "0"),
@@ -31,6 +33,6 @@ def valkey_command(socket: Path, folder: Path) -> list[str]:
         *("--appendonly", "yes"),
         *("--appendfsync", "always"),
         *("--save", ""),
-        *("--maxmemory", "768mb"),  # the queue's max_bytes and max_dead_letter_bytes, and a third more
+        *("--maxmemory", "768mb"),  # the queue's max_bytes and max_dead_letter_bytes plus a third
         *("--maxmemory-policy", "noeviction"),
     ]

@@ -42,7 +42,7 @@ def test_the_table_says_how_the_learner_computes(tmp_path):
     result = check(make_architecture(tmp_path, "granite"))
     assert result.exit_code == 0
     assert "packed rows and the model's own head" in result.stdout
-    assert result.stdout.splitlines()[-1] == "it can be trained"
+    assert result.stdout.splitlines()[-1] == "the model can be trained"
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
@@ -123,7 +123,7 @@ def damage_weights(folder: Path) -> None:
     ("damage", "status", "message"),
     [
         (remove_tokenizer, 1, "tokenizer"),
-        (remove_weights, 2, "is no Hugging Face model"),
+        (remove_weights, 2, "is not a Hugging Face model"),
         (name_an_unknown_architecture, 1, "nonesuch"),
         (damage_weights, 1, "cannot be loaded"),
     ],
@@ -143,7 +143,7 @@ def test_a_damaged_folder_is_one_clear_message(damage, status, message, llama, t
     [
         ([], "name a model"),
         (["/nowhere"], "FOLDER: /nowhere does not exist"),
-        (["tiny", "--set", "dtype=bfloat16"], "give -c FILE or --preset NAME"),
+        (["tiny", "--set", "dtype=bfloat16"], "set -c FILE or --preset NAME"),
         (["tiny", "--engine", "fast"], "'fast' is not one of"),
     ],
 )

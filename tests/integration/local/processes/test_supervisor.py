@@ -295,7 +295,7 @@ async def test_what_does_not_drain_in_time_is_killed_aloud(
         await until(lambda: "deaf" in (tmp_path / "one.log").read_text())
     assert not pids_of(marker)
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said == [f"one did not end within 0 s and is killed; its log: {tmp_path / 'one.log'}"]
+    assert said == [f"one did not stop within 0 s; killing it (log: {tmp_path / 'one.log'})"]
 
 
 async def test_what_drains_for_as_long_as_it_may_is_not_killed(
@@ -345,19 +345,19 @@ async def test_processes_end_in_the_order_opposite_to_their_start(tmp_path: Path
     [
         (b"HTTP/1.1 200 OK\r\n\r\nfine", (True, "fine")),
         (b"HTTP/1.1 503 Service Unavailable\r\n\r\nloading", (False, "loading")),
-        (b"", (False, "does not answer yet")),
-        (b"\r\n", (False, "does not answer yet")),
+        (b"", (False, "does not respond yet")),
+        (b"\r\n", (False, "does not respond yet")),
     ],
 )
 async def test_readiness_is_read_from_whatever_answers(answer: bytes, expected: tuple[bool, str]) -> None:
     async with answering(answer) as address:
         assert await ask_ready(address) == expected
-    assert await ask_ready(address) == (False, "does not answer yet")
+    assert await ask_ready(address) == (False, "does not respond yet")
 
 
 async def test_one_that_never_answers_is_not_waited_for() -> None:
     async with answering(None) as address:
-        assert await ask_ready(address, timeout_s=0.1) == (False, "does not answer yet")
+        assert await ask_ready(address, timeout_s=0.1) == (False, "does not respond yet")
 
 
 @contextlib.asynccontextmanager
@@ -385,7 +385,7 @@ async def answering(*answers: bytes | None) -> AsyncIterator[str]:
 async def test_a_misconfigured_service_ends_the_supervisors_program_alike(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", "import sys; sys.exit(2)", tmp_path)])
-        with pytest.raises(SupervisorError, match="it cannot work as it is configured") as caught:
+        with pytest.raises(SupervisorError, match="its settings are wrong") as caught:
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
     assert caught.value.status == WRONG_SETTINGS
 

@@ -65,12 +65,12 @@ async def test_what_was_written_outlives_a_kill(tmp_path: Path, socket: Path) ->
 def test_a_folder_that_others_can_reach_is_refused(tmp_path: Path, socket: Path, mode: int) -> None:
     socket.parent.mkdir()
     socket.parent.chmod(mode)
-    with pytest.raises(ConfigError, match="must be this user's alone; remove it"):
+    with pytest.raises(ConfigError, match="must be accessible only to this user. Remove it"):
         valkey_command(socket, tmp_path)
 
 
 def test_a_link_to_elsewhere_is_refused(tmp_path: Path, socket: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     socket.parent.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="must be this user's alone"):
+    with pytest.raises(ConfigError, match="must be accessible only to this user"):
         valkey_command(socket, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from poise.local.comparison.file import CompareFile
-from poise.local.comparison.plan import Plan, make_plan, refuse_changes
+from poise.local.comparison.plan import Plan, make_plan, reject_changes
 from poise.runtime.config.settings import ConfigError
 
 
@@ -84,12 +84,12 @@ def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
         (own("rlo"), "runs.a: "),
         (own(**{"train.rollouts": 8}), "rollouts: unknown; known: "),
         (own(**{"trian.num_steps": 8}), "trian: unknown; did you mean 'train'?"),
-        (own(**{"train.num_steps": 8}), "runs.a: set: train.num_steps: cannot be a run's own here: `budget` decides"),
-        (own(**{"train.budget.tokens": 8}), "set: train.budget.tokens: cannot be"),
-        (own(**{"train": {"num_steps": 8}}), "set: train: cannot be"),
-        (own(**{"seed": 8}), "set: seed: cannot be"),
-        (own(**{"train.evaluation.num_prompts": 8}), "all runs are measured alike"),
-        (own(**{"train.algorithm": "grpo"}), "give it as `algorithm`"),
+        (own(**{"train.num_steps": 8}), "runs.a: set: train.num_steps: cannot differ between runs: set `budget`"),
+        (own(**{"train.budget.tokens": 8}), "set: train.budget.tokens: cannot differ"),
+        (own(**{"train": {"num_steps": 8}}), "set: train: cannot differ"),
+        (own(**{"seed": 8}), "set: seed: cannot differ"),
+        (own(**{"train.evaluation.num_prompts": 8}), "all runs are evaluated alike"),
+        (own(**{"train.algorithm": "grpo"}), "set `algorithm` of the run"),
         (own(**{"learner.state_dir": "/var/x"}), "learner.state_dir: is set in the base"),
     ],
 )
@@ -113,7 +113,7 @@ def test_all_that_is_wrong_is_told_once(tmp_path: Path) -> None:
     [
         (
             {"train": {"evaluation": {"num_prompts": 0}}},
-            "num_prompts: is 0 in the base, which leaves nothing to compare",
+            "num_prompts: is 0 in the base, so there is nothing to compare",
         ),
         ({"value": {"queue": {"url": "redis://:secret@host:6379/0"}}}, "value.queue.url: is set in the base"),
         ({"train": {"run_id": "mine"}}, "train.run_id: unknown here; set `run.name`"),
@@ -138,7 +138,7 @@ def test_a_base_whose_runs_would_share_a_state_or_measure_nothing_is_refused(
 def test_what_all_are_told_gives_way_to_what_the_base_or_a_run_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by_base: Any, own_settings: Any, found: float
 ) -> None:
-    monkeypatch.setattr("poise.local.comparison.plan._UNLESS_SAID", {"learner.optimizer.weight_decay": 9})
+    monkeypatch.setattr("poise.local.comparison.plan._DEFAULTS", {"learner.optimizer.weight_decay": 9})
     base = {"model": "m", "learner": {"optimizer": said_by_base}, "train": {"tasks": [{"kind": "digits"}]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     run = plan(tmp_path, base="run.yaml", **own(**own_settings)).runs[0]
@@ -152,9 +152,9 @@ def begin(begun: Plan) -> None:
 
 def test_runs_that_have_begun_keep_their_settings(tmp_path: Path) -> None:
     begin(plan(tmp_path))
-    refuse_changes(plan(tmp_path, levels=[0.5], reference="poise", keep_state=True))  # of the report and the folder
+    reject_changes(plan(tmp_path, levels=[0.5], reference="poise", keep_state=True))  # of the report and the folder
     with pytest.raises(ConfigError) as refused:
-        refuse_changes(plan(tmp_path, budget={"tokens": 2000}))
+        reject_changes(plan(tmp_path, budget={"tokens": 2000}))
     assert "rloo-seed0: train.budget.tokens: 1000 -> 2000" in str(refused.value)
     assert "poise-seed7: train.budget.tokens: 1000 -> 2000" in str(refused.value)
     assert "Give this comparison another name or dir" in str(refused.value)
@@ -162,7 +162,7 @@ def test_runs_that_have_begun_keep_their_settings(tmp_path: Path) -> None:
 
 def test_runs_and_seeds_may_be_added(tmp_path: Path) -> None:
     begin(plan(tmp_path, seeds=[0], runs={"rloo": {"algorithm": "rloo"}}))
-    refuse_changes(plan(tmp_path))
+    reject_changes(plan(tmp_path))
 
 
 def test_where_things_are_is_no_change(tmp_path: Path) -> None:
@@ -170,4 +170,4 @@ def test_where_things_are_is_no_change(tmp_path: Path) -> None:
     for ports in tmp_path.glob("trial/runs/*/services/ports.json"):
         ports.unlink()
     (tmp_path / "trial").rename(tmp_path / "moved")
-    refuse_changes(plan(tmp_path, dir=tmp_path / "moved"))
+    reject_changes(plan(tmp_path, dir=tmp_path / "moved"))

@@ -105,7 +105,7 @@ def test_each_run_is_made_once_and_its_services_state_goes(
     assert "rloo   rloo       0.200" in said
     assert compare(path) == 0
     assert maker.made == ["rloo-seed0", "poise-seed0"]
-    assert "run 1 of 2, rloo-seed0: finished before" in capsys.readouterr().out
+    assert "run 1 of 2, rloo-seed0: already finished" in capsys.readouterr().out
 
 
 def test_state_is_kept_where_it_is_wanted(path: Path, maker: Maker) -> None:
@@ -125,7 +125,7 @@ def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
     said = capsys.readouterr().out
     assert "1 of 2 runs failed: rloo-seed0" in said
     logs = path.parent / "trial" / "runs" / "rloo-seed0" / "logs"
-    assert f"failed with status 1; its logs: {logs}\n  two\n  three\n  ERROR four\n" in said
+    assert f"failed with status 1; logs in {logs}\n  two\n  three\n  ERROR four\n" in said
     for folder in path.parent.glob("trial/runs/rloo-seed0/services/*/"):
         folder.rmdir()
     maker.outcomes.clear()
@@ -189,7 +189,7 @@ def test_runs_that_are_no_longer_wanted_are_told_of(path: Path, maker: Maker, ca
     assert compare(path) == 0
     write(path, runs={"poise": {"algorithm": "poise"}})
     assert compare(path) == 0
-    assert "no longer among the runs, and left out of the report: rloo-seed0" in caplog.text
+    assert "not in compare.yaml any more, and not in the report: rloo-seed0" in caplog.text
     assert states(path) == {"poise": "finished"}
 
 
@@ -198,6 +198,6 @@ def test_two_processes_cannot_make_one_comparison(path: Path, maker: Maker) -> N
     folder.mkdir()
     with (folder / "compare.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="being worked on by another process"):
+        with pytest.raises(ConfigError, match="another process is running the comparison"):
             compare(path)
     assert maker.made == []

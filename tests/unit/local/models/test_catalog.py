@@ -85,8 +85,11 @@ def test_what_a_killed_making_left_is_not_taken_for_the_model(maker: Maker) -> N
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (ImportError("No module named 'gguf'"), r"toy cannot be made here: No module named 'gguf'; run `make setup`"),
-        (OSError(28, "No space left on device"), r"toy cannot be made in .*cache: .*No space left.*\$POISE_CACHE"),
+        (
+            ImportError("No module named 'gguf'"),
+            r"toy cannot be created here: No module named 'gguf'. Run `make setup`",
+        ),
+        (OSError(28, "No space left on device"), r"toy cannot be created in .*cache: .*No space left.*\$POISE_CACHE"),
     ],
 )
 def test_why_a_model_cannot_be_made_is_told(maker: Maker, failure: Exception, message: str) -> None:
@@ -97,7 +100,7 @@ def test_why_a_model_cannot_be_made_is_told(maker: Maker, failure: Exception, me
 
 def test_a_folder_is_taken_as_it_is_and_a_missing_one_refused(maker: Maker, tmp_path: Path) -> None:
     assert make_model(str(tmp_path)) == tmp_path
-    with pytest.raises(ConfigError, match=r"folder \./nowhere does not exist; known names: toy"):
+    with pytest.raises(ConfigError, match=r"folder \./nowhere does not exist. Known names: toy"):
         make_model("./nowhere")
 
 

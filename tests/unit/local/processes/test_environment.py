@@ -1,6 +1,6 @@
 import pytest
 
-from poise.local.processes.environment import inherited
+from poise.local.processes.environment import child_environment
 
 
 @pytest.mark.parametrize(
@@ -8,15 +8,15 @@ from poise.local.processes.environment import inherited
     ["RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME", "VLLM_PORT", "PYTHONINSPECT"],
 )
 def test_what_is_meant_for_other_programs_is_not_inherited(name):
-    assert name not in inherited({name: "1", "PATH": "/bin"})
+    assert name not in child_environment({name: "1", "PATH": "/bin"})
 
 
 @pytest.mark.parametrize(
     "name", ["PATH", "HF_HOME", "CUDA_VISIBLE_DEVICES", "POISE_LEARNER_SEED", "OMP_NUM_THREADS", "TMPDIR"]
 )
 def test_all_else_is_inherited(name):
-    assert inherited({name: "1"})[name] == "1"
+    assert child_environment({name: "1"})[name] == "1"
 
 
 def test_every_process_reads_and_writes_utf_8():
-    assert inherited({"LC_ALL": "C", "PYTHONUTF8": "0"})["PYTHONUTF8"] == "1"
+    assert child_environment({"LC_ALL": "C", "PYTHONUTF8": "0"})["PYTHONUTF8"] == "1"

@@ -67,7 +67,7 @@ def test_file_of_cases_is_compared_with_what_is_expected(file):
     assert done.output.splitlines() == [
         f"{file}:1: reward 1: the response gives 1/2, the answer is 1/2",
         f"{file}:3: reward 0, expected 1: the response gives 2, the answer is 1/2",
-        "2 cases: 1 with another reward than expected, 0 not verified",
+        "2 cases: 1 with an unexpected reward, 0 not verified",
     ]
 
 
@@ -106,9 +106,9 @@ def test_failing_function_earns_0_with_status_1(module, body, reason):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --verifier, --answer and --response, or --file FILE"),
-        (["--verifier", "exact", "--answer", "a"], "give --verifier, --answer and --response"),
-        (["--file", "a", "--answer", "b"], "--file takes the place of --verifier"),
+        ([], "set --verifier, --answer and --response, or --file FILE"),
+        (["--verifier", "exact", "--answer", "a"], "set --verifier, --answer and --response"),
+        (["--file", "a", "--answer", "b"], "--file cannot be combined with --verifier"),
         (["--verifier", "exakt", "--answer", "a", "--response", "b"], "did you mean 'exact'?"),
         (["--verifier", "regex", "--answer", "(", "--response", "b"], "answer: is no regular expression: missing )"),
         (["--verifier", "numeric", "--answer", "Paris", "--response", "b"], "'Paris' is no mathematical expression"),

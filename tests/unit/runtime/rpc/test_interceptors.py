@@ -97,8 +97,8 @@ async def sent(*messages):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (b"\xff", "request: is no poise.Order: Wire format was corrupt"),
-        (bytes(MAX_MESSAGE_BYTES + 1), "request: has 4194305 bytes; a message may have 4194304"),
+        (b"\xff", "request: is not a poise.Order: Wire format was corrupt"),
+        (bytes(MAX_MESSAGE_BYTES + 1), "request: has 4194305 bytes; the limit is 4194304"),
     ],
 )
 async def test_what_cannot_be_parsed_is_refused_and_counted_but_not_told_to_strangers(
