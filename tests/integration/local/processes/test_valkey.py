@@ -65,7 +65,7 @@ async def test_what_was_written_outlives_a_kill(tmp_path: Path, socket: Path) ->
 def test_a_folder_that_others_can_reach_is_refused(tmp_path: Path, socket: Path, mode: int) -> None:
     socket.parent.mkdir()
     socket.parent.chmod(mode)
-    with pytest.raises(ConfigError, match="must be accessible only to this user. Remove it"):
+    with pytest.raises(ConfigError, match=r"must be accessible only to this user\. Remove it"):
         valkey_command(socket, tmp_path)
 
 
