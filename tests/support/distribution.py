@@ -15,12 +15,27 @@ WORKER_BYTES = 4 * 2**30
 """Memory of one worker with the services that its test has started; vLLM takes the most."""
 
 GROUPS = {
-    "tests/contract/test_engines.py": "vllm",
-    "tests/contract/test_vllm_engine.py": "vllm",
-    "tests/contract/test_vllm_transfer.py": "vllm",
-    "tests/e2e/test_vllm_run.py": "vllm",
+    **dict.fromkeys(
+        (
+            "tests/contract/test_engine_adapters.py",
+            "tests/contract/test_engine_groups.py",
+            "tests/contract/test_engines.py",
+            "tests/contract/test_vllm_engine.py",
+            "tests/contract/test_vllm_weight_loader.py",
+            "tests/e2e/test_vllm_run.py",
+        ),
+        "vllm",  # one engine at a time: each takes 3 GiB
+    ),
+    **dict.fromkeys(
+        (
+            "tests/e2e/test_check.py",
+            "tests/e2e/test_exact_step.py",
+            "tests/e2e/test_private_run.py",
+            "tests/e2e/test_third_party_client.py",
+        ),
+        "tiny_services",  # a session-scoped fixture
+    ),
 }
-"""One vLLM engine at a time: each takes 3 GiB and both cores."""
 
 FIRST = ("tests/contract", "tests/e2e", "tests/integration", "tests/chart", "tests/fuzz", "tests/unit")
 """Folders in the order in which they start. Long files come first, so that no worker ends long after the others."""

@@ -1,4 +1,4 @@
-"""Real services in real processes, for tests that need the whole."""
+"""Start `poise` commands and all services of a run as processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOP_TIMEOUT_S = 90.0
 
 
 def write_run_file(folder: Path, values: dict[str, Any]) -> Path:
-    """Write a run.yaml whose run lies beside it."""
+    """Write a run.yaml; its run folder is `run`, next to it."""
     values = {"run": {"name": "test", "dir": str(folder / "run")}} | values
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -31,22 +31,34 @@ def write_run_file(folder: Path, values: dict[str, Any]) -> Path:
 
 
 COMMAND = (
-    # A job that a shell put in the background is born deaf to Ctrl-C, and so are its children.
+    # A shell's background job, and each of its children, ignores Ctrl-C from the start.
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from poise.cli import main; main()"
 )
 
 
 def poise(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start the command as a user would."""
+    """Start a `poise` command as a user would."""
     return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], text=True, **options)
 
 
 @contextlib.contextmanager
 def services_up(run_file: Path) -> Iterator[LocalRun]:
-    """Run `poise up` until the services are ready, and stop it afterwards as Ctrl-C does.
+    """Run `poise up` with ready services; clients without a token of their own send the run's."""
+    with services_started(run_file) as run, run_token(run):
+        yield run
 
-    Clients that are given no token show the run's own meanwhile.
-    """
+
+@contextlib.contextmanager
+def run_token(run: LocalRun) -> Iterator[None]:
+    """Let clients without a token of their own send the run's."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("POISE_TOKEN_FILE", str(run.train.endpoints.token_file))
+        yield
+
+
+@contextlib.contextmanager
+def services_started(run_file: Path) -> Iterator[LocalRun]:
+    """Run `poise up`, wait until the services are ready, and stop it afterwards as Ctrl-C does."""
     log = run_file.with_suffix(".up.log")
     with log.open("w") as output:
         process = poise("up", "-c", str(run_file), stdout=output, stderr=output)
@@ -57,9 +69,7 @@ def services_up(run_file: Path) -> Iterator[LocalRun]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("POISE_TOKEN_FILE", str(run.train.endpoints.token_file))
-            yield run
+        yield run
     finally:
         process.send_signal(signal.SIGINT)
         try:
