@@ -23,6 +23,8 @@ from poise.learner.training.packing import PackedRow, build_row, group_by_prompt
 from poise.learner.training.trainer import Trainer
 from poise_client.types import RolloutId, TrainingRollout, VersionSpan
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TEMPERATURE = 0.7
 LOGITS_DIFFER = ["cohere", "falcon_h1", "gemma2", "granite", "minicpm3", "nanochat", "xlstm"]

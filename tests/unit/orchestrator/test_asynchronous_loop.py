@@ -89,6 +89,7 @@ async def test_order_holds_within_each_step_and_steps_train_in_order(tmp_path: P
     assert published == [event for step in range(NUM_STEPS) for event in (f"publish {step}", f"state {step + 1}")]
 
 
+@pytest.mark.slow
 async def test_a_crash_anywhere_trains_on_nothing_twice_and_loses_nothing(tmp_path: Path) -> None:
     undisturbed = slow_world(2, slowness=1)
     evaluation = {"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 2}

@@ -150,6 +150,7 @@ async def test_the_policy_is_measured_when_tokens_or_seconds_pass_a_multiple(
     assert [line["step"] for line in lines(by_seconds.run_dir, "evaluations.jsonl")] == [0, 3, 5, 6]  # 9 s, 15 s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 2])
 async def test_a_crash_anywhere_changes_neither_where_a_run_ends_nor_where_it_is_measured(
     tmp_path: Path, max_staleness: int

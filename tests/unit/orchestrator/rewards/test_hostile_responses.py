@@ -12,6 +12,8 @@ from poise.orchestrator.rewards.config import VerifierConfig
 from poise.orchestrator.rewards.pool import VerifierPool
 from poise.orchestrator.tasks.problem import Problem
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 1_000_000
 TAGS = ["<think>", "</think>", "<answer>", "<think></think><answer>", "<answer></answer", "<", " "]
 NUMBERS = [
