@@ -215,10 +215,10 @@ async def run_rounds(
     per_round: int,
     say: Callable[[str], None],
 ) -> int:
-    """Send rounds until time is up or a problem occurs; return the number of the next input."""
+    """Send rounds for `seconds`, at least one, until a problem occurs; return the number of the next input."""
     began_s = time.monotonic()
     number = start
-    while time.monotonic() - began_s < seconds and not campaign.problems:
+    while (time.monotonic() - began_s < seconds or number == start) and not campaign.problems:
         await campaign.round([make(number + index) for index in range(per_round)])
         number += per_round
         took_s = time.monotonic() - began_s

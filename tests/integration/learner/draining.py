@@ -17,8 +17,8 @@ from tests.unit.learner.batches import make_group
 from poise_client import AsyncLearnerClient, RetryPolicy
 from poise_client.types import Batch
 
-NUM_PROMPTS = 150
-"""At two a mini-batch, a step of 75 updates."""
+NUM_PROMPTS = 40
+"""At two per mini-batch, a step of 20 updates."""
 
 
 @dataclass
