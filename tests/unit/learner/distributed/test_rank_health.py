@@ -14,6 +14,8 @@ from poise.learner.distributed import rank_health
 from poise.learner.distributed.rank_health import RankEvents, RankHealth, RankLost
 
 TIMEOUT_S = 2.0
+PATIENT_S = 60.0
+"""For tests where nobody is silent, only slow."""
 
 
 @pytest.fixture
@@ -34,13 +36,13 @@ def meet(exits: list[int]) -> Iterator[Callable[..., list[RankHealth]]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     made: list[RankHealth] = []
 
-    def connect(rank: int, size: int) -> RankHealth:
+    def connect(rank: int, size: int, timeout_s: float = TIMEOUT_S) -> RankHealth:
         client = TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5))
-        made.append(RankHealth(client, rank, size, TIMEOUT_S))
+        made.append(RankHealth(client, rank, size, timeout_s))
         return made[-1]
 
-    def make(size: int) -> list[RankHealth]:
-        processes = [connect(rank, size) for rank in range(size)]
+    def make(size: int, timeout_s: float = TIMEOUT_S) -> list[RankHealth]:
+        processes = [connect(rank, size, timeout_s) for rank in range(size)]
         threads = [threading.Thread(target=process.join, args=(30,)) for process in processes]
         for thread in threads:
             thread.start()
@@ -104,7 +106,7 @@ def test_hanging_event_loop_is_a_loss(meet: Callable[..., list[RankHealth]], exi
 
 
 def test_failed_rank_sends_its_reason_to_all(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
-    first, second, third = meet(3)
+    first, second, third = meet(3, PATIENT_S)
     heard = Heard(first)
 
     second.fail("rank 1 failed: out of memory", in_training=True)
@@ -116,7 +118,7 @@ def test_failed_rank_sends_its_reason_to_all(meet: Callable[..., list[RankHealth
 
 
 def test_request_to_exit_reaches_rank_0_once(meet: Callable[..., list[RankHealth]], exits: list[int]) -> None:
-    first, second = meet(2)
+    first, second = meet(2, PATIENT_S)
     heard = Heard(first)
 
     second.leave()
