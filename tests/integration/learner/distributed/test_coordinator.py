@@ -23,7 +23,7 @@ from poise_client import AsyncLearnerClient, RetryPolicy
 from poise_client.errors import PoiseClientError
 from poise_client.types import Batch, StepResult
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 RECOMPUTED = {"policy": "cispo", "aggregation": "constant", "normaliser_tokens": 16, "old_logprobs": "recompute"}
 CASES: dict[str, dict[str, object]] = {
     "ppo": {"loss": {"policy": "ppo"}},
@@ -129,7 +129,7 @@ async def test_two_ranks_train_like_one_over_a_restart(
     start = weights_of(model)
     async with started(TwoRanks(model, tmp_path, **CASES[case])) as ranks:
         for step in range(3):
-            if step == 2 and case in ("ppo", "critic", "adapters"):
+            if step == 2 and case in ("critic", "adapters"):  # the critic's state holds the policy's
                 await ranks.stop()
                 ranks.start()
             batch = rewarded(make_batch(step)) if case == "critic" else make_batch(step)
