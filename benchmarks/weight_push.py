@@ -45,7 +45,7 @@ from poise.learner.publishing.transports import SharedTransport
 from poise.runtime.network.auth import BearerAuth
 from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise_client import AsyncGenerationClient, WeightPush, hash_weights
-from poise_client.types import Prompt, RolloutId, Sampling, TrainingRollout, VersionSpan, WeightArray
+from poise_client.types import Prompt, Rollout, RolloutId, Sampling, VersionSpan, WeightArray
 
 HERE = Path(__file__).parent
 BARE = "/bare.Sink/Swallow"
@@ -248,7 +248,7 @@ async def measure_pause(address: str, weights: Weights, repeats: int) -> dict[st
 # ----------------------------------------------------------------------------------------------------------- deltas
 
 
-def sample_rollouts(model: Any, tokenizer: Any, step: int, num_prompts: int) -> list[TrainingRollout]:
+def sample_rollouts(model: Any, tokenizer: Any, step: int, num_prompts: int) -> list[Rollout]:
     """Pairs of short answers to easy questions, sampled at temperature 1, with their log-probabilities."""
     import torch
 
@@ -279,9 +279,9 @@ def sample_rollouts(model: Any, tokenizer: Any, step: int, num_prompts: int) -> 
         rollouts.append((row, prompt, np.array(tokens, np.int32), np.array(taken, np.float32)))
     mean = float(np.mean(rewards))
     return [
-        TrainingRollout(
+        Rollout(
             RolloutId("run", step, f"g{row // 2}", row % 2),
-            prompt, tokens, taken, rewards[row] - mean, (VersionSpan(0, len(tokens), 0),),
+            prompt, tokens, taken, (VersionSpan(0, len(tokens), 0),), advantage=rewards[row] - mean,
         )
         for row, prompt, tokens, taken in rollouts
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ from poise_client.codec import (
     MAX_DELTA_ELEMENTS,
     SAFETENSORS_DTYPES,
     CodecError,
-    adapter_seal,
     backend_number,
-    encode_adapter,
+    encode,
     host_dtype,
     make_delta,
     safetensors_header,
@@ -73,8 +73,10 @@ def combine_digests(sha256_by_name: Mapping[str, bytes], adapter: Adapter | None
 
     Of an adapter, over those and then over what it is and what it is served over.
     """
-    hashes = b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))
-    return hashlib.sha256(hashes + (b"" if adapter is None else adapter_seal(adapter))).digest()
+    content = b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))
+    if adapter is not None:
+        content += adapter.base_digest + struct.pack("<Id", adapter.rank, adapter.alpha)
+    return hashlib.sha256(content).digest()
 
 
 def weights_digest(weights: Mapping[str, WeightArray]) -> bytes:
@@ -135,7 +137,7 @@ class WeightPush:
             ],
             digest=combine_digests(sha256_by_name, adapter),
             keep_as_base=keep_as_base,
-            adapter=None if adapter is None else encode_adapter(adapter),
+            adapter=None if adapter is None else encode(adapter, pb.WeightsAdapter),
         )
         return cls(manifest, tuple(wire_view(weight, name) for name, weight in weights.items()))
 
@@ -185,7 +187,7 @@ class WeightPush:
         """Return this push with its body coming through a group of processes, as generation.proto tells."""
         manifest = pb.WeightsManifest()
         manifest.CopyFrom(self.manifest)
-        manifest.process_group.backend = backend_number(backend, "process_group.backend")
+        manifest.process_group.backend = backend_number(backend)
         manifest.process_group.rendezvous, manifest.process_group.timeout_s = rendezvous, timeout_s
         return WeightPush(manifest, self.payload)
 

@@ -1,22 +1,23 @@
-"""What a call may raise: one family, mirroring the services' own.
+"""Exceptions of the clients. They mirror the errors of the services.
 
     PoiseClientError
-    ├── InvalidRequestError     a field is wrong; `violations` names every one       do not retry
-    ├── UnauthenticatedError    no bearer token, or a wrong one                       do not retry
-    ├── ForbiddenError          a good token that may not do this                     do not retry
-    ├── NotFoundError           the thing named does not exist                        do not retry
-    ├── VersionMismatchError    another policy version is served than asked for       mend, then retry
-    ├── LabelsConsumedError     the probe has learnt from this step already           do not retry
-    ├── TrainingStoppedError    the learner's last updates were not finite            look, then go on
-    ├── ConflictError           same id, other content; or two writers at once        re-read, then retry
+    ├── InvalidRequestError     a field is wrong; `violations` names each             do not retry
+    ├── UnauthenticatedError    the bearer token is missing or wrong                  do not retry
+    ├── ForbiddenError          the token does not allow the call                     do not retry
+    ├── NotFoundError           the named object does not exist                       do not retry
+    ├── VersionMismatchError    the replica serves another policy version             correct, then retry
+    ├── LabelsConsumedError     a label of the step reached the probe                 do not retry
+    ├── TrainingStoppedError    the learner's last updates were not finite            an operator must act
+    ├── ConflictError           same id with other content, or two writers            read again, then retry
     ├── QueueFullError          a bounded queue stayed full                           was retried
     ├── BusyError               the service stayed at its limit                       was retried
-    ├── UnavailableError        draining, a broken backend, or nobody there           was retried
-    ├── DeadlineExceededError   no answer within `timeout_s`                          was waited for
-    └── InternalError           a defect: the service's log has the traceback         do not retry
+    ├── UnavailableError        draining, broken backend, or no answer                was retried
+    ├── DeadlineExceededError   no answer within `timeout_s`                          raise the deadline
+    ├── StepOrderError          calls of a run in the wrong order                     fix the loop
+    └── InternalError           a bug: the service logs the traceback                 do not retry
 
-What is `retryable` was retried for as long as the deadline and the `RetryPolicy` allowed: `attempts` and `elapsed_s`
-say how often and how long.
+A `retryable` error was retried for as long as the deadline and the `RetryPolicy` allow. See `attempts` and
+`elapsed_s`.
 """
 
 from __future__ import annotations
@@ -44,23 +45,23 @@ class PoiseClientError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        """What the service said."""
+        """Message of the service."""
         self.reason = reason or self.default_reason
         """Name of the `ErrorReason`, such as "QUEUE_FULL"."""
         self.retryable = retryable
         """Whether the same call may succeed later without the caller changing anything."""
         self.remedy = remedy
-        """What to do about it, in a sentence; may be empty."""
+        """What to do next, in one sentence; may be empty."""
         self.violations = tuple(violations)
-        """The wrong fields: (path, what is wrong and what would be right)."""
+        """The wrong fields: (path, what is wrong and what is allowed)."""
         self.retry_after_s = retry_after_s
-        """How long the service asked to wait before the next attempt."""
+        """Seconds to wait before the next attempt, if the service asked for a pause."""
         self.starting = starting
-        """Whether the service is still loading or recovering; the message says what it does, and for how long."""
+        """Whether the service still loads or recovers. The message names the stage and its duration."""
         self.call = call
-        """Which call of which service: "GenerationService.GetPolicy at host:port"."""
+        """The call, such as "GenerationService.GetPolicy at host:port"."""
         self.attempts = 1
-        """How often it was tried."""
+        """Number of attempts."""
         self.elapsed_s = 0.0
         """Seconds from the call to this error."""
 
@@ -76,49 +77,49 @@ class PoiseClientError(Exception):
 
 
 class InvalidRequestError(PoiseClientError):
-    """A field is wrong: see `violations`."""
+    """At least one field is wrong: see `violations`."""
 
     default_reason = "INVALID_REQUEST"
 
 
 class UnauthenticatedError(PoiseClientError):
-    """No bearer token, or a wrong one."""
+    """The bearer token is missing or wrong."""
 
     default_reason = "UNAUTHENTICATED"
 
 
 class ForbiddenError(PoiseClientError):
-    """A good token that may not do this."""
+    """The token is valid but does not allow the call."""
 
     default_reason = "FORBIDDEN"
 
 
 class NotFoundError(PoiseClientError):
-    """The thing named does not exist, or the address serves something else."""
+    """The named object does not exist, or another service runs at the address."""
 
     default_reason = "NOT_FOUND"
 
 
 class VersionMismatchError(PoiseClientError):
-    """Another policy version, or lineage, is served than the one asked for."""
+    """The replica serves another policy version or lineage than required."""
 
     default_reason = "VERSION_MISMATCH"
 
 
 class LabelsConsumedError(PoiseClientError):
-    """Labels of the step have reached the probe: a baseline now would leak them."""
+    """Labels of the step have reached the probe, so a baseline would leak them."""
 
     default_reason = "LABELS_CONSUMED"
 
 
 class TrainingStoppedError(PoiseClientError):
-    """The learner trains on nothing until someone has looked: its last updates in a row were not finite."""
+    """The learner stopped training because its last updates were not finite. An operator must act."""
 
     default_reason = "TRAINING_STOPPED"
 
 
 class ConflictError(PoiseClientError):
-    """The same id with other content, or two writers at once."""
+    """The same id came with other content, or two callers write at once."""
 
     default_reason = "CONFLICT"
 
@@ -136,18 +137,24 @@ class BusyError(PoiseClientError):
 
 
 class UnavailableError(PoiseClientError):
-    """The service is draining (reason DRAINING), lacks its backend (BACKEND_DOWN), or does not answer (UNAVAILABLE)."""
+    """The service drains (reason DRAINING), has no backend (BACKEND_DOWN) or does not respond (UNAVAILABLE)."""
 
     default_reason = "UNAVAILABLE"
 
 
 class DeadlineExceededError(PoiseClientError):
-    """No answer within the call's time."""
+    """The call had no answer before its deadline."""
 
     default_reason = "DEADLINE_EXCEEDED"
 
 
+class StepOrderError(PoiseClientError):
+    """The calls of a run came in the wrong order, or with groups of another step or run. Nothing was sent."""
+
+    default_reason = "STEP_ORDER"
+
+
 class InternalError(PoiseClientError):
-    """A defect in the service, or an answer that makes no sense."""
+    """A bug in the service, or a malformed answer."""
 
     default_reason = "INTERNAL"

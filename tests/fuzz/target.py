@@ -85,7 +85,7 @@ class Target:
                 training.num_rollouts,
             ),
             probe.num_groups_consumed + probe.num_duplicates + probe.num_dead_letters + probe.num_pending,
-            (policy.ready, training.state in ("idle", "publishing")),
+            (policy.ready, training.state in (learner_pb2.LEARNER_STATE_IDLE, learner_pb2.LEARNER_STATE_PUBLISHING)),
         )
 
     async def width(self) -> int:

@@ -34,17 +34,16 @@ from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.messages import parse_label, read_questions
 from poise.value.probe.incremental import GramFitter
 from poise.value.step_probes import VersionedProbe
-from poise_client.codec import encode_group_features, encode_labelled_group
+from poise_client.codec import encode
 from poise_client.types import (
     Batch,
     Group,
     GroupBaselines,
-    GroupFeatures,
-    LabelledGroup,
     Prompt,
     Sampling,
     StepMetrics,
 )
+from poise_proto.v1 import value_pb2
 
 
 class InProcess:
@@ -89,20 +88,20 @@ class InProcess:
                 yield group
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
+        self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         wrong, asked = Violations(), []
-        questions = read_questions([encode_group_features(group) for group in groups], wrong)
+        questions = read_questions([encode(group, value_pb2.GroupFeatures) for group in groups], wrong)
         wrong.raise_if_any()
         for group, rows in zip(groups, questions, strict=True):
             assert rows is not None
             asked.append(GroupRows(group.group_id, group.domain, rows))
         return self.estimator.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
 
-    def learn(self, labels: Sequence[LabelledGroup]) -> None:
+    def learn(self, labels: Sequence[Group]) -> None:
         """Learn labels as the value service does, and refit at once."""
         for label in labels:
-            payload = encode_labelled_group(label).SerializeToString()
+            payload = encode(label, value_pb2.LabelledGroup).SerializeToString()
             self.estimator.learn(parse_label(payload, len(payload)))
         probe = self._value.probe
         for name, domain in self.estimator.domains.items():

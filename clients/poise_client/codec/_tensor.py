@@ -172,3 +172,11 @@ def from_tensor(
     else:
         array = np.frombuffer(data, native)
     return array.reshape(shape)
+
+
+def vector(array: ArrayLike, field: str, dtype: DTypeName = "float32") -> pb.Tensor:
+    """Pack an array that must have one axis."""
+    tensor = to_tensor(array, dtype, field=field)
+    if len(tensor.shape) != 1:
+        raise CodecError(field, f"has shape {list(tensor.shape)}; required: 1 axis")
+    return tensor

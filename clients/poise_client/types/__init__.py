@@ -1,6 +1,7 @@
-"""The nouns of the protocol as plain, immutable dataclasses: numpy in, numpy out. Protobuf never shows."""
+"""Immutable dataclasses that the clients take and return. Arrays are numpy arrays; protobuf stays inside."""
 
 from poise_client.types._rollouts import (
+    DEFAULT_DOMAIN,
     EncodedPrompt,
     EntropyStats,
     Features,
@@ -19,31 +20,30 @@ from poise_client.types._rollouts import (
 )
 from poise_client.types._training import (
     Batch,
-    BatchHeader,
+    LearnerState,
     LearnerStatus,
     ModelExport,
+    RejectionReason,
     ReplicaResult,
     StepMetrics,
     StepResult,
-    TrainingRollout,
 )
 from poise_client.types._values import (
     CalibrationBin,
     GroupBaselines,
-    GroupFeatures,
-    LabelledGroup,
     ProbeQuality,
     ProbeReport,
     ProbeStatus,
     PromptFeatures,
     PromptScore,
+    StepBaselines,
 )
 from poise_client.types._weights import Adapter, Policy, WeightArray, WeightUpdate
 
 __all__ = [
+    "DEFAULT_DOMAIN",
     "Adapter",
     "Batch",
-    "BatchHeader",
     "CalibrationBin",
     "EncodedPrompt",
     "EntropyStats",
@@ -52,9 +52,8 @@ __all__ = [
     "Floats",
     "Group",
     "GroupBaselines",
-    "GroupFeatures",
     "Ints",
-    "LabelledGroup",
+    "LearnerState",
     "LearnerStatus",
     "Message",
     "ModelExport",
@@ -67,13 +66,14 @@ __all__ = [
     "PromptContent",
     "PromptFeatures",
     "PromptScore",
+    "RejectionReason",
     "ReplicaResult",
     "Rollout",
     "RolloutId",
     "Sampling",
+    "StepBaselines",
     "StepMetrics",
     "StepResult",
-    "TrainingRollout",
     "VersionSpan",
     "WeightArray",
     "WeightUpdate",

@@ -1,63 +1,71 @@
-"""Prompts, and what comes of them: rollouts with their features.
+"""Prompts, rollouts and groups.
 
-Shapes: P prompt tokens, T response tokens, d the model's width.
+Shapes: P prompt tokens, T response tokens, d the model's width, n rollouts of a group.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 FinishReason = Literal["stop", "length", "abort"]
 
+DEFAULT_DOMAIN = "default"
+"""Domain of groups that name none."""
+
 
 class Message(TypedDict):
     """One turn of a conversation."""
 
     role: str
+    """"system", "user" or "assistant"."""
     content: str
 
 
 PromptContent = str | Sequence[Message] | Sequence[int]
-"""Text as it stands, a conversation to be rendered with the chat template, or token ids."""
+"""Text, a conversation for the model's chat template, or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, whose rollouts form a group."""
+    """One prompt. Its rollouts form a group."""
 
     group_id: str
+    """Unique within the request."""
     content: PromptContent
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
     temperature: float = 1.0
-    """Logprobs, entropies and the loss refer to the distribution after it. 0 is greedy, for evaluation only."""
+    """Log-probabilities, entropies and the loss refer to the distribution after it. 0 is greedy: do not train on it."""
     top_p: float = 1.0
+    """Nucleus mass, above 0 and at most 1."""
     top_k: int = 0
-    """0 means all."""
+    """Keep only the k most likely tokens; 0 keeps all."""
     max_tokens: int = 0
-    """0 means the service's default."""
+    """Maximum number of response tokens; 0 is the service's default."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response; they stay in it. They may name special tokens, such as `<|im_end|>`."""
+    """Strings that end a response; they remain in it. They may contain special tokens, such as `<|im_end|>`."""
     seed: int | None = None
+    """Makes sampling repeatable. None samples differently each time."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response, besides the model's own; they stay in it."""
+    """Tokens that end a response, in addition to the model's own; they remain in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutId:
-    """Names one rollout for ever."""
+    """Identifies one rollout for ever."""
 
     run_id: str
     step: int
@@ -67,7 +75,7 @@ class RolloutId:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Response tokens [start_token, end_token) that one policy version sampled."""
+    """Says which policy version sampled the response tokens [start_token, end_token)."""
 
     start_token: int
     end_token: int
@@ -76,7 +84,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class EntropyStats:
-    """Token entropies over a stretch, nats; zeros for an empty one."""
+    """Summary of token entropies over one part of a response, in nats; zeros if the part is empty."""
 
     mean: float = 0.0
     last: float = 0.0
@@ -84,13 +92,21 @@ class EntropyStats:
     min: float = 0.0
 
 
+def _no_floats() -> Floats:
+    return np.zeros(0, np.float32)
+
+
+def _no_ints() -> Ints:
+    return np.zeros(0, np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the probe sees of one rollout."""
+    """Input of the probe: what it sees of one rollout."""
 
-    prompt_hidden: Floats
+    prompt_hidden: Floats = field(default_factory=_no_floats)
     """[d]"""
-    response_hidden: Floats
+    response_hidden: Floats = field(default_factory=_no_floats)
     """[d]"""
     output_entropy: EntropyStats = EntropyStats()
     reasoning_entropy: EntropyStats = EntropyStats()
@@ -99,51 +115,112 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One finished rollout."""
+    """One sampled response: the same type from sampling to training.
+
+    Each call uses the fields it needs and leaves the others out of its messages. So a rollout that was read from a
+    batch has no features, and one that was read from a label has no tokens.
+    """
 
     id: RolloutId
-    token_ids: Ints
-    """[T], the stop token included when one was sampled."""
-    logprobs: Floats
-    """[T], nats, under the full-vocabulary distribution after temperature."""
-    features: Features
-    version_spans: tuple[VersionSpan, ...]
-    finish_reason: FinishReason
-    text: str
+    prompt_token_ids: Ints = field(default_factory=_no_ints)
+    """[P]"""
+    token_ids: Ints = field(default_factory=_no_ints)
+    """[T]: the response, with the stop token if one was sampled."""
+    logprobs: Floats = field(default_factory=_no_floats)
+    """[T], in nats: under the distribution over the full vocabulary after temperature."""
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Which policy version sampled which tokens."""
+    features: Features = field(default_factory=Features)
+    """What the value service needs."""
+    reward: float | None = None
+    """In [0, 1] for the value service. Set it after scoring."""
+    advantage: float = 0.0
+    """What the learner trains on. 0 if the learner has a critic, which computes advantages from rewards."""
+    finish_reason: FinishReason = "stop"
+    """Not stored in batches and labels: "stop" there."""
+    text: str = ""
+    """The decoded response without special tokens."""
     token_entropies: Floats | None = None
-    """[T], nats; only when asked for."""
+    """[T], in nats; only on request."""
     first_token_s: float = 0.0
+    """Time from entering the engine to the first token, in seconds."""
     total_s: float = 0.0
+    """Time from entering the engine to the last token, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The finished siblings of one prompt."""
+    """All rollouts of one prompt in one step."""
 
     group_id: str
-    prompt_token_ids: Ints
-    """[P]"""
     rollouts: tuple[Rollout, ...]
+    domain: str = DEFAULT_DOMAIN
+    """Selects the probe that values the rollouts and learns from them."""
+    num_rollouts: int = -1
+    """Number of rollouts that were sampled; by default those that are here. The probe rejects part of a group."""
+
+    def __post_init__(self) -> None:
+        if self.num_rollouts < 0:
+            object.__setattr__(self, "num_rollouts", len(self.rollouts))
+
+    @property
+    def prompt_token_ids(self) -> Ints:
+        """The prompt as the model saw it, [P]."""
+        return self.rollouts[0].prompt_token_ids if self.rollouts else _no_ints()
+
+    @property
+    def run_id(self) -> str:
+        """The training run of the rollouts."""
+        return self.rollouts[0].id.run_id if self.rollouts else ""
+
+    @property
+    def step(self) -> int:
+        """The step of the rollouts."""
+        return self.rollouts[0].id.step if self.rollouts else 0
+
+    @property
+    def rewards(self) -> Floats | None:
+        """The rewards, [n]; None if a rollout has none."""
+        rewards = [rollout.reward for rollout in self.rollouts]
+        return None if None in rewards else np.array(rewards, np.float32)
+
+    def scored(self, rewards: ArrayLike, domain: str | None = None) -> Group:
+        """Return this group with a reward for each rollout, [n], and if given another domain.
+
+        Raises:
+            ValueError: the number of rewards differs from the number of rollouts.
+        """
+        values = np.asarray(rewards, np.float32)
+        if values.shape != (len(self.rollouts),):
+            raise ValueError(
+                f"group {self.group_id!r} has {len(self.rollouts)} rollouts but rewards of shape {values.shape}. "
+                "Pass one reward for each rollout."
+            )
+        rollouts = tuple(
+            dataclasses.replace(rollout, reward=reward)
+            for rollout, reward in zip(self.rollouts, values.tolist(), strict=True)
+        )
+        return dataclasses.replace(self, rollouts=rollouts, domain=self.domain if domain is None else domain)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCheck:
-    """What a replica's tokenizer makes of a prompt."""
+    """Whether a prompt can be sampled."""
 
     group_id: str
     num_tokens: int
-    """0 where it cannot be sampled."""
+    """Number of prompt tokens; 0 if the prompt cannot be sampled."""
     problem: str
-    """Why it cannot be sampled, however long it may be; empty when it can be."""
+    """Why the prompt cannot be sampled; empty if it can. The check ignores its length."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt's state, from one pass through the model without sampling."""
+    """Hidden state of a prompt, from one pass through the model without sampling."""
 
     group_id: str
     num_prompt_tokens: int
     prompt_hidden: Floats
-    """[d]: what it would be in the features of the prompt's rollouts."""
+    """[d]: the same value as in the features of the prompt's rollouts."""
     policy_version: int
-    """Whose state it is."""
+    """The version that computed it."""

@@ -1,140 +1,154 @@
-"""Batches that the learner trains on, and what it says of them."""
+"""Batches for the learner, and its results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from poise_client.types._rollouts import Floats, Ints, RolloutId, VersionSpan
+from poise_client.types._rollouts import Rollout, RolloutId
 
-
-@dataclass(frozen=True, slots=True)
-class TrainingRollout:
-    """One rollout with its advantage; or with its reward, for a learner whose critic makes the advantages."""
-
-    id: RolloutId
-    prompt_token_ids: Ints
-    token_ids: Ints
-    logprobs: Floats
-    advantage: float
-    """0 where the learner has a critic."""
-    version_spans: tuple[VersionSpan, ...]
-    reward: float | None = None
-    """Required where the learner has a critic, and refused where it has none: see `LearnerStatus.has_critic`."""
+LearnerState = Literal["idle", "training", "publishing", "recovering", "paused"]
+RejectionReason = Literal["stale", "duplicate", "future_version", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one training step consumes."""
+    """The rollouts of one training step."""
 
     run_id: str
     batch_id: str
+    """Names the batch within the run."""
     step: int
-    rollouts: tuple[TrainingRollout, ...]
+    rollouts: tuple[Rollout, ...]
+    """With advantages; with rewards instead if the learner has a critic."""
     temperature: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class BatchHeader:
-    """What opens a batch on the wire: all of it but its rollouts."""
-
-    run_id: str
-    batch_id: str
-    step: int
-    num_rollouts: int
-    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Numbers of one training step; means over trained response tokens unless said otherwise."""
+    """Metrics of one training step. Means are over trained response tokens unless stated otherwise."""
 
     loss: float = 0.0
+    """Policy loss."""
     entropy: float = 0.0
+    """Entropy of the learner's distribution, in nats."""
     mismatch_logprob: float = 0.0
+    """Mean absolute difference of the log-probabilities of learner and rollout engine, in nats."""
     mismatch_kl: float = 0.0
+    """KL(rollout engine || learner before the update), in nats."""
     clip_share: float = 0.0
+    """Share of tokens whose ratio was clipped, by any bound."""
     truncated_share: float = 0.0
+    """Share of tokens whose importance weight was truncated."""
     gradient_norm: float = 0.0
+    """Gradient norm before clipping, averaged over mini-batches."""
     learning_rate: float = 0.0
+    """Learning rate of the last mini-batch."""
     num_tokens: int = 0
+    """Response tokens trained on."""
     num_rollouts: int = 0
+    """Rollouts trained on."""
     num_updates: int = 0
+    """Optimizer steps."""
     staleness: Mapping[int, int] = field(default_factory=dict)
+    """Number of rollouts by age in versions."""
     train_s: float = 0.0
+    """Seconds spent training."""
     publish_s: float = 0.0
+    """Seconds spent publishing the weights."""
     reference_kl: float = 0.0
-    """To the model that training started from; 0 where it is not in the loss."""
+    """KL(learner || initial model), in nats; 0 if the loss has no KL term."""
     clip_low_share: float = 0.0
+    """Share of tokens clipped at the lower bound of the ratio."""
     clip_high_share: float = 0.0
+    """Share of tokens clipped at the upper bound of the ratio."""
     dual_clip_share: float = 0.0
+    """Share of tokens clipped by the dual clip."""
     num_skipped_updates: int = 0
-    """Mini-batches that changed nothing, because their loss or gradient was not finite."""
+    """Mini-batches skipped because their loss or gradient was not finite."""
     num_model_tokens: int = 0
-    """That went through the model: responses, and prompts once for the siblings of a row."""
+    """Tokens that went through the model: all responses, and each prompt once per packed row."""
     tokens_per_s: float = 0.0
-    """Of these, while training."""
+    """num_model_tokens / train_s"""
     mfu: float = 0.0
-    """Share of the device's peak arithmetic; 0 where the peak is not known."""
+    """The model's FLOP/s divided by the device's peak; 0 if the peak is unknown."""
     value_loss: float = 0.0
-    """Of the critic; 0 without one."""
+    """Loss of the critic; 0 without a critic."""
     explained_variance: float = 0.0
-    """1 − Var(returns − values) / Var(returns), by the critic before the step; NaN where the returns do not vary, 0
-    without a critic."""
+    """1 − Var(returns − values) / Var(returns) of the critic before the step; NaN if the returns do not vary, 0 without
+    a critic."""
     critic_gradient_norm: float = 0.0
-    """0 without a critic."""
+    """Gradient norm of the critic before clipping; 0 without a critic."""
     gradient_variance: float = 0.0
-    """Trace of the covariance of a mini-batch's policy gradient, from two halves of it; NaN where no mini-batch has two
-    prompts, 0 where it is not measured."""
+    """Trace of the covariance of a mini-batch's policy gradient; NaN if no mini-batch has two prompts, 0 if it is not
+    measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResult:
-    """How the publishing to one replica went."""
+    """The last push to one generation replica."""
 
     address: str
     policy_version: int
+    """The version that it is known to serve."""
     current: bool
+    """Whether it serves the learner's current version."""
     error: str
+    """The last failure; empty if there is none."""
     push_s: float
+    """Duration of the push, in seconds."""
     pause_s: float
+    """Time for which sampling was paused, in seconds."""
     digest: bytes = b""
-    """Of the weights it serves, as far as known; empty before its first push."""
+    """Digest of the weights that it is known to serve; empty before its first push."""
     sent_bytes: int = 0
-    """Of the last push: a delta's are few; 0 where a file was named instead."""
+    """Size of the last push as sent; 0 if its payload was a shared file."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The outcome of a batch."""
+    """The result of a batch."""
 
     policy_version: int
+    """The version after the batch."""
     duplicate: bool
+    """Whether the learner trained on this batch before and returned the stored result."""
     metrics: StepMetrics
     rejected: tuple[tuple[RolloutId, str], ...]
-    """Rollouts left out, and why: "stale", "duplicate", "future_version", or "failed" where training on the
-    batch failed again and again."""
+    """Rollouts that were not trained on, each with its `RejectionReason`."""
     replicas: tuple[ReplicaResult, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerStatus:
-    """What the learner holds and does."""
+    """State of the learner."""
 
     lineage_id: str
+    """Names the sequence of versions."""
     policy_version: int
+    """The current version."""
     checkpoint_version: int
-    state: str
+    """The version of the last durable checkpoint."""
+    state: LearnerState
     num_batches: int
+    """Batches trained on since the state was created."""
     num_rollouts: int
+    """Rollouts trained on since the state was created."""
     num_rejected: Mapping[str, int]
+    """Rejected rollouts since the state was created, by `RejectionReason`."""
     model: str
+    """Folder of the initial model."""
     max_staleness: int
+    """Maximum age of a rollout, in versions."""
     replicas: tuple[ReplicaResult, ...]
     digest: bytes
+    """Digest of the current weights."""
     last_batch_id: str
+    """The last batch trained on; empty before the first."""
     has_critic: bool = False
-    """Whether a critic makes the advantages: rollouts then come with rewards and without advantages."""
+    """Whether a critic computes advantages. Rollouts then carry rewards and no advantages."""
 
 
 @dataclass(frozen=True, slots=True)

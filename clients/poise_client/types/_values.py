@@ -1,36 +1,27 @@
-"""Questions to the probes, their answers, the labels that they learn from, and what they are worth.
+"""Baselines, prompt scores and the state of the probes.
 
-Shapes: n siblings of a prompt, d the model's width.
+Shapes: n rollouts of a group, d the model's width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from poise_client.types._rollouts import Features, Floats
+import numpy as np
 
-
-@dataclass(frozen=True, slots=True)
-class GroupFeatures:
-    """The features of one prompt's siblings, to be valued."""
-
-    group_id: str
-    domain: str
-    rollouts: tuple[Features, ...]
-    rewards: Floats | None = None
-    """[n], in [0, 1]: for probes with `sibling_reward` among their inputs; others do not use them."""
+from poise_client.types._rollouts import Floats, Group
 
 
 @dataclass(frozen=True, slots=True)
 class GroupBaselines:
-    """The answer for one group; the arrays are None while the domain has no probe."""
+    """The baselines of one group. The arrays are None while the domain has no fitted probe."""
 
     group_id: str
     probe_version: int
     values: Floats | None
-    """[n], in [0, 1]: g_k(z_i)."""
+    """[n], in [0, 1]: g_k(z_i), the predicted rewards."""
     baselines: Floats | None
-    """[n]: b_i = mean over j ≠ i of g_k(z_j); None with a single rollout too."""
+    """[n]: b_i = mean over j ≠ i of g_k(z_j). None for a single rollout, too."""
     up_to_date: bool = False
     """Whether the probe is known to be fitted on every label published before the first call for the step.
 
@@ -39,101 +30,128 @@ class GroupBaselines:
 
 
 @dataclass(frozen=True, slots=True)
+class StepBaselines:
+    """The baselines of one step: what `run.baselines` returns, and `run.publish` and `run.train` take."""
+
+    run_id: str
+    step: int
+    groups: tuple[Group, ...]
+    """The groups with their rewards."""
+    baselines: tuple[Floats, ...]
+    """[n] for each group: from the probe, or from the bootstrap where the probe has none."""
+    estimates: tuple[GroupBaselines, ...]
+    """What the value service returned, by group."""
+
+    @property
+    def rewards(self) -> tuple[Floats, ...]:
+        """[n] for each group."""
+        return tuple(np.array([rollout.reward for rollout in group.rollouts], np.float32) for group in self.groups)
+
+    @property
+    def advantages(self) -> tuple[Floats, ...]:
+        """reward − baseline, [n] for each group."""
+        return tuple(reward - baseline for reward, baseline in zip(self.rewards, self.baselines, strict=True))
+
+    @property
+    def is_bootstrap(self) -> bool:
+        """Whether no baseline comes from a probe yet."""
+        return all(estimate.baselines is None for estimate in self.estimates)
+
+
+@dataclass(frozen=True, slots=True)
 class PromptFeatures:
-    """The state of a prompt that has no rollouts yet, to be valued."""
+    """Hidden state of a prompt that has no rollouts yet."""
 
     group_id: str
     domain: str
+    """Selects the probe."""
     prompt_hidden: Floats
     """[d]"""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScore:
-    """What a prompt's rollouts are expected to get."""
+    """Predicted mean reward of a prompt's rollouts."""
 
     group_id: str
     probe_version: int
     value: float | None
-    """In [0, 1]; None while the domain has no probe."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledGroup:
-    """A group whose rewards are known."""
-
-    run_id: str
-    step: int
-    group_id: str
-    domain: str
-    rollouts: tuple[Features, ...]
-    rewards: Floats
-    """[n], in [0, 1]."""
-    num_rollouts: int
-    """n as it was when the group was sampled: a group that has lost rollouts since is refused."""
+    """In [0, 1]; None while the domain has no fitted probe."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationBin:
-    """Rollouts whose rewards were predicted alike, and what became of them."""
+    """Rollouts with similar predictions."""
 
     predicted: float
-    """Mean value."""
+    """Mean prediction."""
     realised: float
     """Mean reward of their siblings."""
     count: int
+    """Number of rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeQuality:
-    """How good the values of a domain were, over the last rollouts valued before their labels were learnt.
+    """Quality of a domain's recent predictions, each made before the probe learnt the label.
 
-    Values are held against the mean reward of the siblings. NaN where a number is not defined, as before the first row.
+    Predictions are compared with the mean reward of the siblings. A number that is not defined is NaN.
     """
 
     num_rows: int
+    """Number of rollouts compared."""
     pearson: float
     """Correlation."""
     brier: float
     """Mean squared difference."""
     brier_skill: float
-    """1 − brier / brier of always predicting the mean: 1 is perfect, below 0 is worse than that constant."""
+    """1 − brier / (brier of always predicting the mean). 1 is perfect; below 0 is worse than that constant."""
     bias: float
-    """Mean of value − reward: above 0, too much was expected."""
+    """Mean of prediction − reward. Above 0 the probe expects too much."""
     share_clipped: float
-    """Share of values at 0 or 1."""
+    """Share of predictions at exactly 0 or 1."""
     variance_vs_none: float
-    """Mean squared advantage, as a share of that without a baseline."""
+    """Mean squared advantage, divided by the same without a baseline."""
     variance_vs_rloo: float
-    """The same, of that with the siblings' mean reward as baseline."""
+    """Mean squared advantage, divided by the same with the siblings' mean reward as baseline."""
     variance_vs_batch_mean: float
-    """The same, of that with the mean reward of the step's other prompts as baseline."""
+    """Mean squared advantage, divided by the same with the mean reward of the step's other prompts as baseline."""
     calibration: tuple[CalibrationBin, ...]
-    """By value, in tenths of [0, 1]; empty ones left out."""
+    """Predictions in tenths of [0, 1]; empty tenths are omitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeStatus:
-    """One domain's probe."""
+    """State of one domain's probe."""
 
     domain: str
     probe_version: int
+    """0 before the first fit."""
     num_groups: int
+    """Groups in the sliding window."""
     num_rows: int
+    """Rollouts in the sliding window."""
     num_steps_seen: int
+    """Different steps seen so far."""
     warmup_steps: int
+    """Steps before the first fit."""
     last_fit_s: float
+    """Duration of the last fit, in seconds."""
     label_lag_s: float
-    """From publishing to the durable state, of the label learnt last; NaN before the first since the start."""
+    """Seconds from publishing to durable state of the label learnt last; NaN before the first since the start."""
     quality: ProbeQuality
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """All probes, and what became of the labels."""
+    """State of the probes and of the label queue."""
 
     probes: tuple[ProbeStatus, ...]
     num_groups_consumed: int
+    """Groups learnt since the state was created, without duplicates."""
     num_duplicates: int
+    """Groups that were delivered again and ignored."""
     num_dead_letters: int
+    """Queue entries that could not be learnt from."""
     num_pending: int
+    """Published groups that are not in the durable state yet."""

@@ -1,4 +1,4 @@
-"""What a generation replica serves, and what it is given."""
+"""The policy that a generation replica serves, and the weights that a learner pushes to it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,43 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a generation replica serves."""
+    """The served policy and the properties of the engine."""
 
     instance_id: str
+    """Changes at each start of the replica."""
     lineage_id: str
+    """The learner that numbers the versions; empty before the first push."""
     policy_version: int
+    """0 before the first push."""
     digest: bytes
+    """Digest of the weights pushed last; empty before the first push."""
     ready: bool
+    """Whether the replica accepts rollouts."""
     not_ready_reason: str
     engine: str
+    """"vllm" or "torch"."""
     model: str
     hidden_size: int
+    """Width d of the features."""
     feature_layer: int
+    """Decoder layer of the features, from 0."""
     max_model_len: int
+    """Maximum number of tokens of prompt and response together."""
     num_running: int
+    """Rollouts running now."""
     keeps_base: bool = False
-    """Whether the weights last pushed are kept, for a delta to build on."""
+    """Whether the replica kept the weights pushed last, so it accepts a delta against them."""
     process_group_backend: str = ""
-    """Backend of the process groups that it accepts for pushes, `nccl` or `gloo`; empty if it accepts none."""
+    """Backend of the process groups that it accepts for pushes, "nccl" or "gloo"; empty if it accepts none."""
     tokenizer_digest: bytes = b""
     """SHA-256 of the tokenizer with its chat template."""
     vocabulary_size: int = 0
-    """Token ids that the model has embeddings for: 0 to this - 1."""
+    """Number of token ids that the model has embeddings for."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightArray:
-    """One parameter. bfloat16 is held as its raw uint16 bits."""
+    """One parameter. bfloat16 is represented as raw uint16 bits."""
 
     array: NDArray[np.generic]
     dtype: Literal["float32", "float64", "bfloat16", "float16"]
@@ -45,20 +55,24 @@ class WeightArray:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Says that weights are a low-rank adapter's, named as in peft's files, and what they are served over."""
+    """A low-rank adapter, whose tensors are named as in peft's files."""
 
     rank: int
     alpha: float
-    """What it adds, lora_B·lora_A, is scaled by alpha / rank."""
+    """The adapter adds alpha / rank · lora_B·lora_A."""
     base_digest: bytes
-    """Of the model that it was trained on, as its files hold it."""
+    """Digest of the model that it was trained on, as stored in its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """What became of a push."""
+    """The result of a push."""
 
     policy_version: int
+    """The version now served."""
     already_applied: bool
+    """Whether this version and digest were already served, so nothing changed."""
     receive_s: float
+    """Seconds spent receiving and checking."""
     pause_s: float
+    """Seconds for which sampling was paused."""

@@ -168,9 +168,10 @@ class Sampler:
             rollouts = await asyncio.gather(*siblings)
         finally:
             await _cancel(siblings)
+        known: dict[str, Any] = {"prompt_token_ids": np.array(prompt.token_ids, np.int32)}
         if not return_token_entropies:
-            rollouts = [dataclasses.replace(rollout, token_entropies=None) for rollout in rollouts]
-        return Group(prompt.group_id, np.array(prompt.token_ids, np.int32), tuple(rollouts))
+            known["token_entropies"] = None
+        return Group(prompt.group_id, tuple(dataclasses.replace(rollout, **known) for rollout in rollouts))
 
     async def _sample_rollout(self, prompt: _TokenizedPrompt, rollout_id: RolloutId) -> Rollout:
         sampling = prompt.sampling

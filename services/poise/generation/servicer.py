@@ -20,13 +20,8 @@ from poise.generation.weights.receiver import PushReceiver
 from poise.runtime.rpc.validation import Violations, quoted
 from poise_client.codec import (
     CodecError,
-    decode_prompt,
-    decode_sampling,
-    encode_encoded_prompt,
-    encode_group,
-    encode_policy,
-    encode_prompt_checks,
-    encode_weight_update,
+    decode,
+    encode,
 )
 from poise_client.types import Policy, Prompt, Sampling
 from poise_proto.v1 import generation_pb2 as pb
@@ -82,7 +77,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             with self._engine_death_as_unavailable():
                 async for group in groups:
                     self._metrics.observe(group)
-                    yield encode_group(group)
+                    yield encode(group, pb.StreamTrajectoriesResponse)
         finally:
             await groups.aclose()
 
@@ -98,7 +93,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             with self._engine_death_as_unavailable():
                 async for prompt in encoded:
-                    yield encode_encoded_prompt(prompt)
+                    yield encode(prompt, pb.EncodePromptsResponse)
         finally:
             await encoded.aclose()
 
@@ -109,20 +104,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         wrong = Violations()
         prompts = _read_prompts(request.prompts, wrong)
         wrong.raise_if_any()
-        return encode_prompt_checks(await self.sampler.check(prompts))
+        checks = await self.sampler.check(prompts)
+        return pb.CheckPromptsResponse(prompts=[encode(check, pb.PromptCheck) for check in checks])
 
     async def UpdateWeights(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
     ) -> pb.UpdateWeightsResponse:
         """See generation.proto."""
         with self._engine_death_as_unavailable():
-            return encode_weight_update(await self.receiver.receive(request_iterator))
+            return encode(await self.receiver.receive(request_iterator), pb.UpdateWeightsResponse)
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
         """See generation.proto."""
         info = self._engine.info
         not_ready_reason = self._not_ready_reason()
-        return encode_policy(
+        return encode(
             Policy(
                 instance_id=self.instance_id,
                 lineage_id=self.policy.lineage_id,
@@ -140,7 +136,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 process_group_backend=self._engine.process_group_backend,
                 tokenizer_digest=info.tokenizer_digest,
                 vocabulary_size=info.vocabulary_size,
-            )
+            ),
+            pb.GetPolicyResponse,
         )
 
     @property
@@ -172,7 +169,7 @@ def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -
     wrong.check(num_rollouts <= MAX_ROLLOUTS, "num_rollouts", f"is {num_rollouts}; required: 1 to {MAX_ROLLOUTS}")
     wrong.count("sampling.stop", len(request.sampling.stop), MAX_STOPS)
     prompts = _read_prompts(request.prompts, wrong)
-    sampling = decode_sampling(request.sampling)
+    sampling = decode(request.sampling, Sampling)
     _check_sampling(sampling, vocabulary_size, wrong)
     wrong.raise_if_any()
     return prompts, sampling, num_rollouts
@@ -190,7 +187,7 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
             wrong.add(f"{path}.group_id", f"is {quoted(spec.group_id)}, like an earlier prompt's; required: unique")
         seen.add(spec.group_id)
         try:
-            prompts.append(decode_prompt(spec, path))
+            prompts.append(decode(spec, Prompt, path))
         except CodecError as error:
             wrong.add(error.field, error.description)
         if wrong.is_full:

@@ -8,14 +8,14 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 from poise.algorithms.staleness import staleness
-from poise_client.types import Batch, RolloutId, TrainingRollout
+from poise_client.types import Batch, Rollout, RolloutId
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """The rollouts of a batch, accepted or rejected."""
 
-    accepted: list[TrainingRollout] = field(default_factory=list)
+    accepted: list[Rollout] = field(default_factory=list)
     digests: set[bytes] = field(default_factory=set)
     """A digest of each accepted rollout's id, 16 bytes."""
     ages: Counter[int] = field(default_factory=Counter)

@@ -21,15 +21,8 @@ from poise.learner.publishing.publisher import Publisher
 from poise.runtime.logging import log_ids
 from poise.runtime.rpc.request_stream import read_rest
 from poise.runtime.rpc.validation import Violations
-from poise_client.codec import (
-    CodecError,
-    decode_batch_header,
-    decode_training_rollout,
-    encode_learner_status,
-    encode_model_export,
-    encode_step_result,
-)
-from poise_client.types import Batch, BatchHeader, LearnerStatus, ModelExport, StepResult, TrainingRollout
+from poise_client.codec import CodecError, decode, decode_fields, encode
+from poise_client.types import Batch, LearnerState, LearnerStatus, ModelExport, Rollout, StepResult
 from poise_proto.v1 import learner_pb2 as pb
 from poise_proto.v1 import learner_pb2_grpc
 
@@ -71,7 +64,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._exports: dict[str, asyncio.Task[ModelExport]] = {}
         """Exports that are being written, or wait for the current batch, by name."""
-        self._activity = "recovering"
+        self._activity: LearnerState = "recovering"
         self._watchers: list[asyncio.Task[None]] = []
         self._closed = False
         self._is_stopped = False
@@ -170,11 +163,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             raise
         # Training continues if the client disconnects; a resubmission gets the answer.
         with log_ids(run=batch.run_id, batch=batch.batch_id, step=batch.step):
-            return encode_step_result(await asyncio.shield(self._start(self._step(batch))))
+            result = await asyncio.shield(self._start(self._step(batch)))
+            return encode(result, pb.SubmitAdvantagesResponse)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """See learner.proto."""
-        return encode_learner_status(self.status())
+        return encode(self.status(), pb.GetStatusResponse)
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Context) -> pb.ExportModelResponse:  # noqa: N802
         """See learner.proto."""
@@ -184,11 +178,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         if self._core.published is None:
             raise self._starting()
         if request.check_only:
-            return encode_model_export(await self.on_thread(lambda: self._core.check_export(request.name)))
+            checked = await self.on_thread(lambda: self._core.check_export(request.name))
+            return encode(checked, pb.ExportModelResponse)
         exporting = self._exports.get(request.name)
         if exporting is None:  # otherwise join the running one: no batch can run in between
             exporting = self._exports[request.name] = self._start(self._export(request.name))
-        return encode_model_export(await asyncio.shield(exporting))
+        return encode(await asyncio.shield(exporting), pb.ExportModelResponse)
 
     async def _export(self, name: str) -> ModelExport:
         try:
@@ -261,10 +256,11 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidRequest.field("part", "the first message of a batch must be `header`")
-        header = decode_batch_header(first.header)
-        _check_header(header)
+        header = first.header
+        batch = decode_fields(header, Batch, "header", rollouts=())
+        _check_header(batch, header.num_rollouts)
         wrong = Violations()
-        rollouts: list[TrainingRollout] = []
+        rollouts: list[Rollout] = []
         index = num_tokens = 0
         async for message in requests:
             path = f"rollouts[{index}]"
@@ -280,7 +276,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                     raise CodecError(
                         f"{path}.version_spans", f"has {num_spans} spans; allowed: at most one for each response token"
                     )
-                rollout = decode_training_rollout(message.rollout, path)
+                rollout = decode(message.rollout, Rollout, path)
             except CodecError as error:
                 wrong.add(error.field, error.description)
             else:
@@ -300,9 +296,9 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             f"is {header.num_rollouts}, but {index} rollouts were sent. Nothing was trained on; send the batch again",
         )
         wrong.raise_if_any()
-        return Batch(header.run_id, header.batch_id, header.step, tuple(rollouts), header.temperature)
+        return dataclasses.replace(batch, rollouts=tuple(rollouts))
 
-    def _check_rollout(self, rollout: TrainingRollout, path: str, wrong: Violations) -> None:
+    def _check_rollout(self, rollout: Rollout, path: str, wrong: Violations) -> None:
         num_prompt, num_response = rollout.prompt_token_ids.size, rollout.token_ids.size
         wrong.identifier(f"{path}.id.run_id", rollout.id.run_id)
         wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
@@ -330,7 +326,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         )
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
 
-    def _check_signal(self, rollout: TrainingRollout, path: str, wrong: Violations) -> None:
+    def _check_signal(self, rollout: Rollout, path: str, wrong: Violations) -> None:
         """Check the advantage, or the reward that a critic computes advantages from."""
         advantage, reward = rollout.advantage, rollout.reward
         if self._config.critic is None:
@@ -348,18 +344,18 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 
 
-def _check_header(header: BatchHeader) -> None:
+def _check_header(batch: Batch, num_rollouts: int) -> None:
     wrong = Violations()
-    wrong.identifier("header.run_id", header.run_id)
-    wrong.identifier("header.batch_id", header.batch_id)
+    wrong.identifier("header.run_id", batch.run_id)
+    wrong.identifier("header.batch_id", batch.batch_id)
     wrong.check(
-        1 <= header.num_rollouts <= MAX_ROLLOUTS,
+        1 <= num_rollouts <= MAX_ROLLOUTS,
         "header.num_rollouts",
-        f"is {header.num_rollouts}; allowed: 1 to {MAX_ROLLOUTS}",
+        f"is {num_rollouts}; allowed: 1 to {MAX_ROLLOUTS}",
     )
     wrong.check(
-        MIN_TEMPERATURE <= header.temperature <= MAX_TEMPERATURE,  # false of NaN
+        MIN_TEMPERATURE <= batch.temperature <= MAX_TEMPERATURE,  # false of NaN
         "header.temperature",
-        f"is {header.temperature:g}; allowed: 0.01 to {MAX_TEMPERATURE:g} (greedy rollouts cannot be trained on)",
+        f"is {batch.temperature:g}; allowed: 0.01 to {MAX_TEMPERATURE:g} (greedy rollouts cannot be trained on)",
     )
     wrong.raise_if_any()

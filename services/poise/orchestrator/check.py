@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 import uuid
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from poise.runtime.config.settings import ConfigError, Settings, check_readable,
 from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, TlsOptions
 from poise_client.errors import PoiseClientError
-from poise_client.types import Group, GroupFeatures, LearnerStatus, Policy, Prompt, Sampling
+from poise_client.types import Group, LearnerStatus, Policy, Prompt, Sampling
 
 _CALL_TIMEOUT_S = 30.0
 _NUM_ROLLOUTS, _NUM_TOKENS = 2, 4
@@ -65,7 +66,7 @@ async def check(config: CheckConfig, console: Console) -> None:
         async with AsyncLearnerClient(endpoints.learner, tls=tls, **options) as learner:
             status = await learner.get_status(timeout_s=config.timeout_s)
         console.print(f"learner {endpoints.learner}: version {status.policy_version}, {status.state}")
-        groups: list[GroupFeatures] = []
+        groups: list[Group] = []
         replicas = await Discovery(endpoints.generation).find()
         if not replicas:
             raise CheckFailed(f"no generation replica is found at {', '.join(endpoints.generation)}")
@@ -77,7 +78,7 @@ async def check(config: CheckConfig, console: Console) -> None:
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
             group_id = str(len(groups))  # an address may hold what an id must not, such as brackets
-            groups.append(GroupFeatures(group_id, "default", tuple(rollout.features for rollout in group.rollouts)))
+            groups.append(dataclasses.replace(group, group_id=group_id))
             console.print(
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
                 f"sampled {sum(rollout.token_ids.size for rollout in group.rollouts)} tokens"

@@ -32,7 +32,7 @@ from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise.runtime.rpc.request_stream import MAX_READ_BYTES
 from poise.runtime.service import ServiceApp
 from poise.runtime.tracing import configure_tracing
-from poise_client import KEEPALIVE_OPTIONS
+from poise_client._transport import KEEPALIVE_OPTIONS
 
 logger = logging.getLogger(__name__)
 

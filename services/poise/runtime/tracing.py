@@ -19,7 +19,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from poise.runtime.config.settings import TracingConfig
 from poise.runtime.logging import log_ids
-from poise_client import TRACEPARENT, TRACEPARENT_KEY
+from poise_client import TRACEPARENT
+from poise_client._transport import TRACEPARENT_KEY
 
 _STEP_TRACE: ContextVar[int] = ContextVar("poise_step_trace", default=0)
 """Id of new traces; 0 means random."""

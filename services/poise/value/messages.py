@@ -15,15 +15,14 @@ from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations, quoted
 from poise.value.probe.features import FeatureRows, Floats, LabelledRows
 from poise_client.codec import (
-    DEFAULT_DOMAIN,
     LABEL_SCHEMA_VERSION,
     CodecError,
+    decode,
     decode_hidden,
-    decode_prompt_features,
-    encode_labelled_group,
+    encode,
     from_tensor,
 )
-from poise_client.types import EntropyStats, Features, LabelledGroup, PromptFeatures
+from poise_client.types import DEFAULT_DOMAIN, EntropyStats, Features, Group, PromptFeatures, Rollout, RolloutId
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
@@ -86,15 +85,19 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
 
 def label_payload(label: LabelledRows) -> bytes:
     """Return the queue entry that `parse_label` reads as this label."""
-    rows = label.rows
+    rows, ids = label.rows, (label.run_id, label.step, label.group_id)
     rollouts = tuple(
-        Features(prompt, response, *(EntropyStats(*entropies[start : start + 4].tolist()) for start in (0, 4, 8)))
-        for prompt, response, entropies in zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, strict=True)
+        Rollout(
+            id=RolloutId(*ids, index),
+            features=Features(prompt, response, *(EntropyStats(*entropies[i : i + 4].tolist()) for i in (0, 4, 8))),
+            reward=reward,
+        )
+        for index, (prompt, response, entropies, reward) in enumerate(
+            zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, label.rewards.tolist(), strict=True)
+        )
     )
-    group = LabelledGroup(
-        label.run_id, label.step, label.group_id, label.domain, rollouts, label.rewards, len(rollouts)
-    )
-    return encode_labelled_group(group).SerializeToString()
+    group = Group(label.group_id, rollouts, label.domain)
+    return encode(group, value_pb2.LabelledGroup).SerializeToString()
 
 
 def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureRows | None]:
@@ -208,7 +211,7 @@ def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations)
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", message.domain or DEFAULT_DOMAIN)
     try:
-        prompt = decode_prompt_features(message, path)
+        prompt = decode(message, PromptFeatures, path)
     except CodecError as error:
         wrong.add(error.field, error.description)
         return None

@@ -22,8 +22,8 @@ from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.label_barrier import Settling
 from poise.value.messages import read_label, read_prompt, read_questions
 from poise.value.probe.features import LabelledRows
-from poise_client.codec import DEFAULT_DOMAIN, encode_group_baselines, encode_probe_report, encode_prompt_score
-from poise_client.types import ProbeReport, ProbeStatus, PromptFeatures
+from poise_client.codec import encode
+from poise_client.types import DEFAULT_DOMAIN, ProbeReport, ProbeStatus, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
 
@@ -88,7 +88,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         domains = [group.domain for group in groups]
         behind = await self._settle(request, domains, context)
         answers = estimator.estimate(request.run_id, request.step, groups, behind=behind)
-        return pb.EstimateBaselinesResponse(groups=[encode_group_baselines(answer) for answer in answers])
+        return pb.EstimateBaselinesResponse(groups=[encode(answer, pb.GroupBaselines) for answer in answers])
 
     async def _settle(
         self, request: pb.EstimateBaselinesRequest, domains: Sequence[str], context: Context
@@ -118,7 +118,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         """See value.proto."""
         estimator, _ = self._parts()
         scores = estimator.score(await self._read_on_thread(lambda: _read_prompts(request)))
-        return pb.ScorePromptsResponse(prompts=[encode_prompt_score(score) for score in scores])
+        return pb.ScorePromptsResponse(prompts=[encode(score, pb.PromptScore) for score in scores])
 
     async def PublishLabels(  # noqa: N802
         self, request: pb.PublishLabelsRequest, context: Context
@@ -147,14 +147,15 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             )
         depth = await queue.depth()
         names = [request.domain] if request.domain else sorted(estimator.domains)
-        return encode_probe_report(
+        return encode(
             ProbeReport(
                 tuple(self._status(estimator, name) for name in names),
                 estimator.num_groups_consumed,
                 estimator.num_duplicates,
                 depth.num_dead_letters,
                 depth.num_entries,
-            )
+            ),
+            pb.GetProbeResponse,
         )
 
     def _status(self, estimator: BaselineEstimator, name: str) -> ProbeStatus:

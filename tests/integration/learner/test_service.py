@@ -26,8 +26,8 @@ from poise.learner.storage.checkpoint import CheckpointStore, StateError
 from poise.learner.training.trainer import Trainer
 from poise.runtime.rpc.validation import Violations
 from poise_client import AsyncLearnerClient
-from poise_client._status import error_from_rpc
-from poise_client.codec import encode_batch_header, encode_training_rollout, to_tensor
+from poise_client._transport.status import error_from_rpc
+from poise_client.codec import encode, to_tensor
 from poise_client.errors import ConflictError, InvalidRequestError, PoiseClientError, UnavailableError
 from poise_client.types import Batch, VersionSpan
 from poise_proto.v1 import learner_pb2 as pb
@@ -111,8 +111,8 @@ class Gate:
 
 def messages(batch: Batch) -> list[pb.SubmitAdvantagesRequest]:
     return [
-        pb.SubmitAdvantagesRequest(header=encode_batch_header(batch)),
-        *(pb.SubmitAdvantagesRequest(rollout=encode_training_rollout(rollout)) for rollout in batch.rollouts),
+        pb.SubmitAdvantagesRequest(header=encode(batch, pb.BatchHeader)),
+        *(pb.SubmitAdvantagesRequest(rollout=encode(rollout, pb.TrainingRollout)) for rollout in batch.rollouts),
     ]
 
 

@@ -50,17 +50,21 @@ async def fail(context, code, *, reason=None, retryable=True, retry_after_s=None
 def group_message(request, group_id):
     """Return a group as the service would: n rollouts of two tokens."""
     state = Features(np.ones(3, np.float32), np.ones(3, np.float32))
-    tokens, logprobs = np.array([5, 6], np.int32), np.zeros(2, np.float32)
+    prompt, tokens, logprobs = np.array([1], np.int32), np.array([5, 6], np.int32), np.zeros(2, np.float32)
     rollouts = tuple(
-        Rollout(RolloutId(request.run_id, request.step, group_id, i), tokens, logprobs, state, (), "stop", "hi")
+        Rollout(
+            RolloutId(request.run_id, request.step, group_id, i), prompt, tokens, logprobs, features=state, text="hi"
+        )
         for i in range(request.num_rollouts)
     )
-    return codec.encode_group(Group(group_id, np.array([1], np.int32), rollouts))
+    return codec.encode(Group(group_id, rollouts), generation.StreamTrajectoriesResponse)
 
 
 def encoded_message(group_id):
     """Return an encoded prompt whose state is as wide as its name is long."""
-    return codec.encode_encoded_prompt(EncodedPrompt(group_id, 4, np.ones(len(group_id), np.float32), 3))
+    return codec.encode(
+        EncodedPrompt(group_id, 4, np.ones(len(group_id), np.float32), 3), generation.EncodePromptsResponse
+    )
 
 
 class Scripted:
@@ -116,7 +120,8 @@ class Generation(Scripted, GenerationServiceServicer):
 
     async def CheckPrompts(self, request, context):
         checks = [PromptCheck(prompt.group_id, len(prompt.text), "") for prompt in request.prompts]
-        return await self._scripted(request, context) or codec.encode_prompt_checks(checks)
+        found = [codec.encode(check, generation.PromptCheck) for check in checks]
+        return await self._scripted(request, context) or generation.CheckPromptsResponse(prompts=found)
 
     async def GetPolicy(self, request, context):
         return await self._scripted(request, context) or generation.GetPolicyResponse(policy_version=3, ready=True)

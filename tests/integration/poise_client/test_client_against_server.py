@@ -6,6 +6,7 @@ from contextlib import aclosing
 import grpc
 import numpy as np
 import pytest
+from tests.support.groups import make_group
 
 from poise_client import (
     AsyncGenerationClient,
@@ -18,12 +19,10 @@ from poise_client import (
 from poise_client.types import (
     Batch,
     Features,
-    GroupFeatures,
-    LabelledGroup,
     Prompt,
     PromptFeatures,
+    Rollout,
     RolloutId,
-    TrainingRollout,
     WeightArray,
 )
 from poise_proto.v1 import value_pb2
@@ -274,12 +273,11 @@ WIDE = np.zeros(2560, np.float32)
 
 
 def unlabelled(group_id, width=2):
-    return GroupFeatures(group_id, "math", (Features(WIDE[:width], WIDE[:width]),) * 2)
+    return make_group(group_id, [Features(WIDE[:width], WIDE[:width])] * 2, domain="math")
 
 
 def labelled(group_id, width=2):
-    siblings = (Features(WIDE[:width], WIDE[:width]),) * 2
-    return LabelledGroup("run", 0, group_id, "math", siblings, np.zeros(2, np.float32), 2)
+    return unlabelled(group_id, width).scored([0, 0])
 
 
 async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, value_service):
@@ -408,7 +406,7 @@ async def test_weights_arrive_in_chunks_with_offsets_and_digests(generation, gen
 async def test_a_batch_travels_as_a_header_and_its_rollouts_again_on_a_retry(learner, learner_service, unavailable):
     ids = np.arange(3, dtype=np.int32)
     rollouts = tuple(
-        TrainingRollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), 0.5 - i, (), reward)
+        Rollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), advantage=0.5 - i, reward=reward)
         for i, reward in enumerate((None, 0.0))
     )
     learner_service.script = [unavailable]

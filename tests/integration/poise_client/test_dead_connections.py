@@ -14,7 +14,7 @@ from poise_client import (
     WeightPush,
     errors,
 )
-from poise_client.types import Batch, Prompt, RolloutId, TrainingRollout, WeightArray
+from poise_client.types import Batch, Prompt, Rollout, RolloutId, WeightArray
 
 FOUND_WITHIN_S = 60.0
 NO_RETRIES = {"retries": RetryPolicy(max_attempts=1)}
@@ -23,8 +23,8 @@ BATCH = Batch(
     "batch",
     0,
     (
-        TrainingRollout(
-            RolloutId("run", 0, "g", 0), *[np.arange(2, dtype=np.int32)] * 2, np.zeros(2, np.float32), 0.5, ()
+        Rollout(
+            RolloutId("run", 0, "g", 0), *[np.arange(2, dtype=np.int32)] * 2, np.zeros(2, np.float32), advantage=0.5
         ),
     ),
 )

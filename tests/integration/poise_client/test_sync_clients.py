@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from poise_client import GenerationClient, LearnerClient, RetryPolicy, ValueClient, errors
-from poise_client.types import Batch, Prompt, PromptFeatures, RolloutId, TrainingRollout, WeightArray
+from poise_client.types import Batch, Prompt, PromptFeatures, Rollout, RolloutId, WeightArray
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 PROMPTS = [Prompt(name, "?") for name in "abcd"]
@@ -33,7 +33,7 @@ async def value(target):
 
 async def test_the_calls_answer_as_the_async_ones_do(target, generation, value):
     ids = np.arange(2, dtype=np.int32)
-    rollout = TrainingRollout(RolloutId("run", 0, "g", 0), ids, ids, np.zeros(2, np.float32), 0.5, ())
+    rollout = Rollout(RolloutId("run", 0, "g", 0), ids, ids, np.zeros(2, np.float32), advantage=0.5)
     weights = {"w": WeightArray(np.ones(3, np.float32), "float32")}
 
     def calls():

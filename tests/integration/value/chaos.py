@@ -25,7 +25,7 @@ from poise.value.dedup import step_groups
 from poise.value.store.folder import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
-from poise_client.types import LabelledGroup
+from poise_client.types import Group
 
 Victim = Literal["value", "valkey", "both"]
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
@@ -137,10 +137,10 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
     return outcome
 
 
-async def _publish(client: AsyncValueClient, labels: list[list[LabelledGroup]], outcome: Outcome) -> None:
+async def _publish(client: AsyncValueClient, labels: list[list[Group]], outcome: Outcome) -> None:
     for message in labels:
 
-        async def answered(message: list[LabelledGroup] = message) -> bool:
+        async def answered(message: list[Group] = message) -> bool:
             with contextlib.suppress(PoiseClientError):
                 await client.publish_labels(message, timeout_s=2)
                 return True

@@ -16,10 +16,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+from tests.support.groups import make_group, moved
 from tests.support.ports import free_port
 
 from poise_client import AsyncValueClient
-from poise_client.types import EntropyStats, Features, GroupFeatures, LabelledGroup
+from poise_client.types import EntropyStats, Features, Group
 
 SCRIPT = Path(__file__).with_name("recording_service.py")
 TIMEOUT_S = 60.0
@@ -168,18 +169,14 @@ class Maker:
 
         return tuple(one() for _ in range(n))
 
-    def question(self, group_id: str = "g0", domain: str = "default", **options: Any) -> GroupFeatures:
+    def question(self, group_id: str = "g0", domain: str = "default", **options: Any) -> Group:
         """With rewards that the features explain."""
         rollouts = self.rollouts(**options)
         rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in rollouts]))
-        return GroupFeatures(group_id, domain, rollouts, rewards.astype(np.float32))
+        return make_group(group_id, rollouts, rewards, domain=domain)
 
-    def label(self, run_id: str, step: int, question: GroupFeatures | None = None, **options: Any) -> LabelledGroup:
-        group = question or self.question(**options)
-        assert group.rewards is not None
-        return LabelledGroup(
-            run_id, step, group.group_id, group.domain, group.rollouts, group.rewards, len(group.rollouts)
-        )
+    def label(self, run_id: str, step: int, question: Group | None = None, **options: Any) -> Group:
+        return moved(question or self.question(**options), run_id, step)
 
 
 def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:

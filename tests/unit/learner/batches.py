@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from poise.learner.config import LearnerConfig
-from poise_client.types import Batch, RolloutId, TrainingRollout, VersionSpan
+from poise_client.types import Batch, Rollout, RolloutId, VersionSpan
 
 VOCABULARY = 260
 
@@ -30,17 +30,17 @@ def make_group(
     step: int = 0,
     version: int = 0,
     run_id: str = "run",
-) -> list[TrainingRollout]:
+) -> list[Rollout]:
     """Siblings of one prompt, with responses of these lengths; log-probabilities around those of a random model."""
     prompt = random.integers(0, VOCABULARY, num_prompt).astype(np.int32)
     return [
-        TrainingRollout(
+        Rollout(
             RolloutId(run_id, step, group_id, index),
             prompt,
             random.integers(0, VOCABULARY, length).astype(np.int32),
             np.minimum(0, random.normal(-6, 1.5, length)).astype(np.float32),
-            float(np.float32(random.normal())),
-            (VersionSpan(0, length, version),),
+            advantage=float(np.float32(random.normal())),
+            version_spans=(VersionSpan(0, length, version),),
         )
         for index, length in enumerate(lengths)
     ]

@@ -13,7 +13,7 @@ from poise.learner.config import LearnerConfig, LossConfig
 from poise.learner.distributed.fsdp import full_tensor, shard_like
 from poise.learner.distributed.process_group import World
 from poise.learner.training.trainer import Trainer
-from poise_client.types import TrainingRollout
+from poise_client.types import Rollout
 
 LOSSES = {
     f"{policy}-{aggregation}{'-kl' if kl else ''}": LossConfig(
@@ -47,7 +47,7 @@ class GradientTrainer(Trainer):
             here = full_tensor(parameter)
             parameter.copy_(shard_like(parameter, here + 0.02 * torch.randn(here.shape, generator=random)))
 
-    def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
+    def gradients(self, rollouts: Sequence[Rollout], loss: LossConfig) -> dict[str, torch.Tensor]:
         reference, config = self.reference, self._config
         self._config = config.model_copy(update={"loss": loss})
         self.reference = reference if loss.kl_coefficient else None
@@ -69,7 +69,7 @@ class NaiveLoop:
         self.model, self.reference = (load(folder, dtype=torch.float32) for _ in range(2))
         self.model.load_state_dict({name: p.detach() for name, p in trainer.policy.trained()}, strict=False)
 
-    def gradients(self, rollouts: Sequence[TrainingRollout], loss: LossConfig) -> dict[str, torch.Tensor]:
+    def gradients(self, rollouts: Sequence[Rollout], loss: LossConfig) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
         num_tokens = sum(rollout.token_ids.size for rollout in rollouts)
         for rollout in rollouts:
@@ -83,7 +83,7 @@ class NaiveLoop:
             share.backward()
         return {name: p.grad for name, p in self.model.named_parameters()}
 
-    def _token_losses(self, rollout: TrainingRollout, loss: LossConfig) -> torch.Tensor:
+    def _token_losses(self, rollout: Rollout, loss: LossConfig) -> torch.Tensor:
         logprobs, advantage = _logprobs(self.model, rollout), rollout.advantage
         log_ratios = logprobs - torch.from_numpy(rollout.logprobs)
         if loss.policy == "cispo":
@@ -103,7 +103,7 @@ class NaiveLoop:
         return losses
 
 
-def _logprobs(model: transformers.PreTrainedModel, rollout: TrainingRollout) -> torch.Tensor:
+def _logprobs(model: transformers.PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
     num_prompt = rollout.prompt_token_ids.size
     logprobs = torch.log_softmax(model(tokens).logits[0, num_prompt - 1 : -1] / TEMPERATURE, -1)

@@ -21,7 +21,7 @@ from poise.learner.models.critic import Critic
 from poise.learner.models.policy import Policy, load_reference
 from poise.learner.training.packing import PackedRow, build_row, group_by_prompt
 from poise.learner.training.trainer import Trainer
-from poise_client.types import RolloutId, TrainingRollout, VersionSpan
+from poise_client.types import Rollout, RolloutId, VersionSpan
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ ROUNDING = {"qwen3_next": 2e-3}
 delta rule differs by 8e-4."""
 
 
-def rollouts(folder: Path) -> list[TrainingRollout]:
+def rollouts(folder: Path) -> list[Rollout]:
     """Return siblings of three prompts, of lengths on both sides of the windows."""
     size = transformers.AutoConfig.from_pretrained(folder).vocab_size
     random = np.random.default_rng(5)
@@ -58,13 +58,13 @@ def rollouts(folder: Path) -> list[TrainingRollout]:
             tokens = random.integers(2, size, num_tokens, dtype=np.int32)
             logprobs = random.uniform(-9, -1, num_tokens).astype(np.float32)
             made.append(
-                TrainingRollout(
+                Rollout(
                     RolloutId("run", 0, f"g{group}", index),
                     prompt,
                     tokens,
                     logprobs,
-                    1.0 - index,
                     (VersionSpan(0, num_tokens, 0),),
+                    advantage=1.0 - index,
                 )
             )
     return made

@@ -22,7 +22,7 @@ from poise.learner.storage.journal import Journal
 from poise.learner.training.trainer import Trainer
 from poise_client import weights_digest
 from poise_client.codec import dump_batch, load_batch
-from poise_client.types import Batch, TrainingRollout, VersionSpan
+from poise_client.types import Batch, Rollout, VersionSpan
 
 CRITIC = {"learning_rate": 1e-3, "warmup_updates": 0}
 
@@ -577,7 +577,7 @@ def out_of_memory_at(step: int, patch: pytest.MonkeyPatch) -> list[int]:
     """Training on the batch of a step fails in its second mini-batch; returns the attempts, each a number."""
     train, attempts, marked = Trainer.train, [], make_batch(step).rollouts[-1].id
 
-    def fail(self: Trainer, rollouts: Sequence[TrainingRollout], temperature: float) -> object:
+    def fail(self: Trainer, rollouts: Sequence[Rollout], temperature: float) -> object:
         if rollouts[-1].id == marked:
             attempts.append(len(attempts))
             train(self, rollouts[:4], temperature)

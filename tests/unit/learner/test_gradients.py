@@ -11,7 +11,7 @@ import torch
 from tests.unit.learner.batches import make_config, make_group
 from tests.unit.learner.gradients import LOSSES, GradientTrainer, NaiveLoop, assert_same_gradients
 
-from poise_client.types import TrainingRollout
+from poise_client.types import Rollout
 
 VARIANTS: dict[str, dict[str, object]] = {
     "one row": {"micro_batch_tokens": 10**6},
@@ -35,7 +35,7 @@ def naive(trainer: GradientTrainer, model: Path) -> Iterator[NaiveLoop]:
 
 
 @pytest.fixture(scope="module")
-def rollouts() -> list[TrainingRollout]:
+def rollouts() -> list[Rollout]:
     """Pairs and a group of three, of different lengths; the engine a little off the learner's own."""
     random = np.random.default_rng(3)
     lengths = ((3, 8), (4, 7), (5, 6, 1), (6, 5))
@@ -44,13 +44,13 @@ def rollouts() -> list[TrainingRollout]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_mini_batch_has_the_gradient_of_each_rollout_alone(
-    trainer: GradientTrainer, naive: NaiveLoop, rollouts: list[TrainingRollout], loss: str
+    trainer: GradientTrainer, naive: NaiveLoop, rollouts: list[Rollout], loss: str
 ) -> None:
     mine = trainer.gradients(rollouts, LOSSES[loss])
     assert_same_gradients(mine, naive.gradients(rollouts, LOSSES[loss]))
 
 
-def test_every_loss_has_a_gradient_of_its_own(naive: NaiveLoop, rollouts: list[TrainingRollout]) -> None:
+def test_every_loss_has_a_gradient_of_its_own(naive: NaiveLoop, rollouts: list[Rollout]) -> None:
     """Else the comparison could not tell one from another."""
     norms = []
     for loss in LOSSES.values():

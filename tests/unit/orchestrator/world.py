@@ -22,14 +22,13 @@ from poise.orchestrator.storage.run_folder import RunFolder, RunState
 from poise.orchestrator.storage.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
+from poise_client.codec import dump_labels, load_labels
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import (
     Batch,
     Features,
     Group,
     GroupBaselines,
-    GroupFeatures,
-    LabelledGroup,
     LearnerStatus,
     Prompt,
     Rollout,
@@ -61,7 +60,7 @@ class World:
         """Of engine and learner, in every step."""
         self.slowness = 0
         """Milliseconds that the learner needs for a step, at least."""
-        self.labels: dict[tuple[int, str], LabelledGroup] = {}
+        self.labels: dict[tuple[int, str], Group] = {}
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
         self.wait_for_labels_s: list[float] = []
@@ -109,6 +108,7 @@ class World:
             rollouts.append(
                 Rollout(
                     id=RolloutId(run_id, step, prompt.group_id, index),
+                    prompt_token_ids=np.array([7], np.int32),
                     token_ids=np.frombuffer(digest[:length], np.uint8).astype(np.int32),
                     logprobs=np.full(length, -1.5, np.float32),
                     features=Features(np.full(2, digest[1], np.float32), np.zeros(2, np.float32)),
@@ -117,10 +117,10 @@ class World:
                     text=str(digest[2] % 2),
                 )
             )
-        return Group(prompt.group_id, np.array([7], np.int32), tuple(rollouts))
+        return Group(prompt.group_id, tuple(rollouts))
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
+        self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         self.note(f"baselines {step}")
         self.wait_for_labels_s.append(wait_for_labels_s)
@@ -132,8 +132,8 @@ class World:
         values = np.array([0.25, 0.75], np.float32)
         return [GroupBaselines(group.group_id, step, values, values[::-1], settled) for group in groups]
 
-    async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
-        for group in groups:
+    async def publish_labels(self, groups: Sequence[Group]) -> int:
+        for group in load_labels(dump_labels(groups)):  # without the tokens, which labels do not carry
             known = self.labels.setdefault((group.step, group.group_id), group)
             assert same(known, group), "other labels for the same group"
         self.note(f"publish {groups[0].step}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from poise_client._retry import Clock
+from poise_client._transport.retry import Clock
 
 
 class FakeTime:

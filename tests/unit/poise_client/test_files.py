@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.groups import make_group
 
 from poise_client import codec
 from poise_client.codec import CodecError
-from poise_client.types import Batch, Features, LabelledGroup, RolloutId, TrainingRollout
+from poise_client.types import Batch, Features, Rollout, RolloutId
 
 IDS, LOGPROBS = np.arange(3, dtype=np.int32), np.array([-0.5, -1, 0], np.float32)
 BATCH = Batch(
@@ -15,13 +16,13 @@ BATCH = Batch(
     "step-1",
     1,
     tuple(
-        TrainingRollout(RolloutId("run", 1, "g", i), IDS, IDS + i, LOGPROBS, 0.25 * i, (), reward)
+        Rollout(RolloutId("run", 1, "g", i), IDS, IDS + i, LOGPROBS, advantage=0.25 * i, reward=reward)
         for i, reward in enumerate((None, 0.0))
     ),
     temperature=0.5,
 )
 STATE = Features(LOGPROBS, LOGPROBS)
-LABELS = [LabelledGroup("run", 1, name, "math", (STATE, STATE), np.array([0, 1], np.float32), 2) for name in "gh"]
+LABELS = [make_group(name, [STATE, STATE], [0, 1], domain="math", step=1) for name in "gh"]
 
 
 def test_a_batch_survives_its_bytes():

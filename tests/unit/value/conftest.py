@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.groups import make_group
 
 from poise.value.config import ValueConfig
 from poise.value.estimator import GroupRows
 from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
-from poise_client.codec import encode_labelled_group
-from poise_client.types import EntropyStats, Features, LabelledGroup
+from poise_client.codec import encode
+from poise_client.types import EntropyStats, Features
 from poise_proto.v1 import value_pb2
 
 WIDTH = 6
@@ -47,17 +48,9 @@ class Maker:
 
     def message(self, label: LabelledRows) -> value_pb2.LabelledGroup:
         """A label as it travels."""
-        return encode_labelled_group(
-            LabelledGroup(
-                label.run_id,
-                label.step,
-                label.group_id,
-                label.domain,
-                features(label.rows),
-                label.rewards,
-                len(label.rows),
-            )
-        )
+        ids = {"run_id": label.run_id, "step": label.step, "domain": label.domain}
+        group = make_group(label.group_id, features(label.rows), label.rewards, **ids)
+        return encode(group, value_pb2.LabelledGroup)
 
     def payload(self, step: int, group_id: str = "g0", **options: object) -> bytes:
         return self.message(self.label(step, group_id, **options)).SerializeToString()

@@ -6,24 +6,23 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
+from tests.support.groups import make_group
 from tests.unit.value.conftest import features
 
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
 from poise.queue.memory_queue import MemoryQueue, MemoryStream
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimator import BaselineEstimator, GroupRows
 from poise.value.probe.model import FittedProbe, PromptProbe
 from poise.value.servicer import MAX_GROUPS, MAX_SETTLE_S, ValueServicer
 from poise.value.step_probes import VersionedProbe
-from poise_client.codec import (
-    decode_group_baselines,
-    decode_probe_report,
-    decode_prompt_score,
-    encode_group_features,
-    encode_prompt_features,
-    to_tensor,
-)
-from poise_client.types import GroupFeatures, PromptFeatures
+from poise_client.codec import decode, encode, to_tensor
+from poise_client.types import GroupBaselines, ProbeReport, PromptFeatures, PromptScore
 from poise_proto.v1 import value_pb2 as pb
+
+
+def question_message(question: GroupRows, rewards=None) -> pb.GroupFeatures:
+    group = make_group(question.group_id, features(question.rows), rewards, domain=question.domain)
+    return encode(group, pb.GroupFeatures)
 
 
 class Call:
@@ -67,9 +66,7 @@ class Service:
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
         rewards = options.pop("rewards", None)
         question = self.make.question(group_id, **options)
-        return encode_group_features(
-            GroupFeatures(question.group_id, question.domain, features(question.rows), rewards)
-        )
+        return question_message(question, rewards)
 
     def label(self, step: int = 0, group_id: str = "g0", **options) -> pb.LabelledGroup:
         return self.make.message(self.make.label(step, group_id, **options))
@@ -86,17 +83,17 @@ class Service:
             run_id=run_id, step=step, groups=groups, wait_for_labels_s=wait_for_labels_s
         )
         response = await self.servicer.EstimateBaselines(request, Call(left_s))
-        return [decode_group_baselines(group, "group") for group in response.groups]
+        return [decode(group, GroupBaselines) for group in response.groups]
 
     async def score(self, *prompts: pb.PromptFeatures):
         response = await self.servicer.ScorePrompts(pb.ScorePromptsRequest(prompts=prompts), None)
-        return [decode_prompt_score(score) for score in response.prompts]
+        return [decode(score, PromptScore) for score in response.prompts]
 
     async def publish(self, *groups: pb.LabelledGroup) -> int:
         return (await self.servicer.PublishLabels(pb.PublishLabelsRequest(groups=groups), None)).num_queued
 
     async def probe(self, domain: str = ""):
-        return decode_probe_report(await self.servicer.GetProbe(pb.GetProbeRequest(domain=domain), None))
+        return decode(await self.servicer.GetProbe(pb.GetProbeRequest(domain=domain), None), ProbeReport)
 
     def install(self, domain: str = "default", width: int = 6, reward_weight: float | None = None) -> None:
         weights = {"prompt_hidden": np.full(width, 0.1)}
@@ -206,10 +203,7 @@ async def test_each_group_is_answered_from_its_own_rows_and_rewards_whatever_it_
     ]
     rewards = [None, np.float32([0, 0.5, 1]), np.float32([1]), None, np.float32([1, 0])]
     answers = await service.estimate(
-        *(
-            encode_group_features(GroupFeatures(each.group_id, each.domain, features(each.rows), own))
-            for each, own in zip(questions, rewards, strict=True)
-        )
+        *(question_message(each, own) for each, own in zip(questions, rewards, strict=True))
     )
     for number in (0, 2):
         rows = questions[number].rows
@@ -309,7 +303,7 @@ async def test_a_wait_that_cannot_be_is_named(service, wait_for_labels_s) -> Non
 
 
 def prompt_message(group_id: str = "p", domain: str = "default", width: int = 6) -> pb.PromptFeatures:
-    return encode_prompt_features(PromptFeatures(group_id, domain, np.full(width, 0.5, np.float32)))
+    return encode(PromptFeatures(group_id, domain, np.full(width, 0.5, np.float32)), pb.PromptFeatures)
 
 
 async def test_prompts_are_scored_in_the_order_asked(service) -> None:

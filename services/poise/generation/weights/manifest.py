@@ -20,7 +20,7 @@ from poise_client.codec import (
     DTYPE_NAMES,
     SAFETENSORS_DTYPES,
     backend_name,
-    decode_adapter,
+    decode,
     max_block_bytes,
     safetensors_header,
 )
@@ -145,7 +145,7 @@ def read_manifest(
         else None,
         file=message.file,
         keep_as_base=message.keep_as_base,
-        adapter=decode_adapter(message.adapter) if message.HasField("adapter") else None,
+        adapter=decode(message.adapter, Adapter) if message.HasField("adapter") else None,
         rendezvous=Rendezvous(backend_name(message.process_group.backend), message.process_group.rendezvous)
         if message.HasField("process_group")
         else None,

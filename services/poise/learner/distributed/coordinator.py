@@ -27,7 +27,7 @@ from poise.learner.distributed.rank_health import RankEvents, RankLost
 from poise.learner.training.trainer import Trainer
 from poise.runtime.cli.exit_status import FAILED, INTERRUPTED, OK, exit_reason, exit_status
 from poise_client.codec import dump_batch, load_batch
-from poise_client.types import Batch, StepMetrics, TrainingRollout, WeightArray
+from poise_client.types import Batch, Rollout, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class RankZeroTrainer(Trainer):
         logger.info("training with %d ranks", world.size)
         return world
 
-    def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
+    def train(self, rollouts: Sequence[Rollout], temperature: float) -> StepMetrics:
         """See `Trainer`."""
         batch = Batch("rank-0", "command", 0, tuple(rollouts), temperature)
         with self._command(_Command.TRAIN, dump_batch(batch)):

@@ -29,7 +29,7 @@ from poise.learner.models.forward_check import (
 from poise.learner.models.lora import merged as merged_parameters
 from poise.learner.models.policy import Policy
 from poise.learner.training.packing import PromptGroup, build_row, group_by_prompt
-from poise_client.types import TrainingRollout
+from poise_client.types import Rollout
 
 _ADAPTER_STD = 0.02
 """Standard deviation of the adapters' elements while they are compared. New adapters are zero."""
@@ -69,7 +69,7 @@ class EngineSample:
     """Rollouts that an engine sampled, or why it could not."""
 
     engine: str
-    rollouts: Sequence[TrainingRollout] = ()
+    rollouts: Sequence[Rollout] = ()
     failure: str = ""
 
 

@@ -27,7 +27,7 @@ from poise.learner.models.backbone import recompute_layers
 from poise.learner.models.forward import ForwardMode, PackedForward
 from poise.learner.training.packing import PromptGroup, build_row
 from poise.runtime.models.decoder import position_limit
-from poise_client.types import RolloutId, TrainingRollout, VersionSpan
+from poise_client.types import Rollout, RolloutId, VersionSpan
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def probe_groups(model: Any) -> list[PromptGroup]:
         for rollout, num_response in enumerate(responses):
             tokens = generator.choice(ordinary, min(num_response, longest - prompt.size))
             rollouts.append(
-                TrainingRollout(
+                Rollout(
                     id=RolloutId("probe", 0, str(index), rollout),
                     prompt_token_ids=prompt,
                     token_ids=tokens,

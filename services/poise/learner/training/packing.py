@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from poise.learner.models.attention import Span, Spans, build_spans
-from poise_client.types import Ints, TrainingRollout
+from poise_client.types import Ints, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class PromptGroup:
     """All or some siblings of one prompt."""
 
     prompt_token_ids: Ints
-    rollouts: tuple[TrainingRollout, ...]
+    rollouts: tuple[Rollout, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -57,9 +57,9 @@ class PackedRow:
         return int(self.token_ids_1L.numel())
 
 
-def group_by_prompt(rollouts: Sequence[TrainingRollout]) -> list[PromptGroup]:
+def group_by_prompt(rollouts: Sequence[Rollout]) -> list[PromptGroup]:
     """Group siblings (same run, step, group and prompt tokens), in order of first appearance."""
-    groups: dict[tuple[str, int, str, bytes], list[TrainingRollout]] = {}
+    groups: dict[tuple[str, int, str, bytes], list[Rollout]] = {}
     for rollout in rollouts:
         key = (rollout.id.run_id, rollout.id.step, rollout.id.group_id, rollout.prompt_token_ids.tobytes())
         groups.setdefault(key, []).append(rollout)
@@ -144,7 +144,7 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
 
 
 def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
-    parts: list[list[TrainingRollout]] = []
+    parts: list[list[Rollout]] = []
     room = 0
     for rollout in group.rollouts:
         if not parts or rollout.token_ids.size > room:

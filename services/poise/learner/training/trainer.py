@@ -32,7 +32,7 @@ from poise.learner.training.minibatch import MiniBatch, build_mini_batch
 from poise.learner.training.optimizer import Optimizer
 from poise.learner.training.packing import PackedRow, group_by_prompt
 from poise.runtime.models.decoder import position_limit
-from poise_client.types import StepMetrics, TrainingRollout, WeightArray
+from poise_client.types import Rollout, StepMetrics, WeightArray
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Trainer:
         size: int = self.policy.model.config.get_text_config().vocab_size
         return size
 
-    def train(self, rollouts: Sequence[TrainingRollout], temperature: float) -> StepMetrics:
+    def train(self, rollouts: Sequence[Rollout], temperature: float) -> StepMetrics:
         """Train one epoch on at least one rollout, with one optimizer step for each mini-batch of prompts.
 
         With a critic, rollouts need rewards, from which their advantages are computed. A mini-batch with a loss or

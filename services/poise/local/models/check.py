@@ -23,7 +23,7 @@ from poise.learner.config import LearnerConfig
 from poise.local.models.catalog import find_model
 from poise.local.run_file import LocalRun
 from poise.runtime.config.settings import ConfigError
-from poise_client.types import RolloutId, Sampling, TrainingRollout
+from poise_client.types import Rollout, RolloutId, Sampling
 
 if TYPE_CHECKING:
     from poise.learner.models.comparison import Comparison, EngineSample
@@ -112,7 +112,7 @@ async def _sample(config: GenerationConfig) -> EngineSample:
         return EngineSample(config.engine, failure=f"{type(error).__name__}: {error}")
 
 
-async def _rollouts(engine: Engine) -> list[TrainingRollout]:
+async def _rollouts(engine: Engine) -> list[Rollout]:
     rollouts = []
     for group, text in enumerate(_PROMPTS):
         ids = engine.tokenize(text)[: engine.info.max_model_len // 2]
@@ -127,7 +127,7 @@ async def _rollouts(engine: Engine) -> list[TrainingRollout]:
             rollout_id = RolloutId("check", 0, str(group), index)
             sampled = await engine.generate(EngineRequest(rollout_id, ids, sampling))
             rollouts.append(
-                TrainingRollout(
+                Rollout(
                     id=rollout_id,
                     prompt_token_ids=np.array(ids, np.int32),
                     token_ids=sampled.token_ids,

@@ -20,7 +20,6 @@ from poise.orchestrator.sampling.service_clients import Services
 from poise.orchestrator.sampling.step_arithmetic import (
     ScoredGroup,
     StepBaselines,
-    group_features,
     labelled_groups,
     training_batch,
 )
@@ -137,7 +136,7 @@ class StepSampler:
             numbers["time_s"] = phases.seconds
             journalled = JournalledStep(
                 step=step,
-                labels=labelled_groups(config.run_id, step, scored) if config.algorithm.needs_probe else [],
+                labels=labelled_groups(scored) if config.algorithm.needs_probe else [],
                 batch=training_batch(config.run_id, step, scored, baselines, config.sampling.temperature),
                 numbers=numbers,
                 values={"step": step, "predicted": predicted, "realised": realised, "domain": domains},
@@ -214,7 +213,7 @@ class StepSampler:
         wait_for_labels_s = config.settle_probe_s if config.max_staleness == 0 else 0.0
         try:
             answers = await self._services.estimate_baselines(
-                config.run_id, step, group_features(scored), wait_for_labels_s
+                config.run_id, step, labelled_groups(scored), wait_for_labels_s
             )
         except LabelsConsumedError as error:
             raise SettingsError(

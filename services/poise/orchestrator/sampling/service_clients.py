@@ -23,8 +23,6 @@ from poise_client.types import (
     Batch,
     Group,
     GroupBaselines,
-    GroupFeatures,
-    LabelledGroup,
     LearnerStatus,
     ModelExport,
     Policy,
@@ -151,7 +149,7 @@ class Services:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def estimate_baselines(
-        self, run_id: str, step: int, groups: Sequence[GroupFeatures], wait_for_labels_s: float
+        self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         """See `AsyncValueClient`."""
         timeout_s = _CALL_TIMEOUT_S + wait_for_labels_s
@@ -161,7 +159,7 @@ class Services:
             )
         )
 
-    async def publish_labels(self, groups: Sequence[LabelledGroup]) -> int:
+    async def publish_labels(self, groups: Sequence[Group]) -> int:
         """See `AsyncValueClient`."""
         return await self._ask_value(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
 

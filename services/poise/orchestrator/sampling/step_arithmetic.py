@@ -5,6 +5,7 @@ Pure. What is shown of it is `numbers`'s. Knows neither services nor files. Shap
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,15 +14,7 @@ import numpy as np
 
 from poise.algorithms.baselines import advantages, batch_mean, mean_of_others
 from poise.algorithms.group_baselines import Centring
-from poise_client.types import (
-    Batch,
-    Floats,
-    Group,
-    GroupBaselines,
-    GroupFeatures,
-    LabelledGroup,
-    TrainingRollout,
-)
+from poise_client.types import Batch, Floats, Group, GroupBaselines
 
 Bootstrap = Literal["rloo", "batch_mean"]
 
@@ -96,17 +89,9 @@ def left_to_critic(scored: Sequence[ScoredGroup]) -> StepBaselines:
     return StepBaselines([np.zeros_like(item.rewards) for item in scored], "critic")
 
 
-def group_features(scored: Sequence[ScoredGroup]) -> list[GroupFeatures]:
-    """Return what the value service is asked."""
-    return [
-        GroupFeatures(
-            item.group.group_id,
-            item.domain,
-            tuple(rollout.features for rollout in item.group.rollouts),
-            item.rewards,
-        )
-        for item in scored
-    ]
+def labelled_groups(scored: Sequence[ScoredGroup]) -> list[Group]:
+    """Return the groups with their rewards and domains: what the value service values and learns from."""
+    return [item.group.scored(item.rewards, item.domain) for item in scored]
 
 
 def choose_baselines(
@@ -125,22 +110,6 @@ def choose_baselines(
     return StepBaselines(baselines, source, [answer.values for answer in answers], versions, settled)
 
 
-def labelled_groups(run_id: str, step: int, scored: Sequence[ScoredGroup]) -> list[LabelledGroup]:
-    """Return what the probe learns from."""
-    return [
-        LabelledGroup(
-            run_id,
-            step,
-            features.group_id,
-            features.domain,
-            features.rollouts,
-            item.rewards,
-            len(item.group.rollouts),
-        )
-        for features, item in zip(group_features(scored), scored, strict=True)
-    ]
-
-
 def training_batch(
     run_id: str, step: int, scored: Sequence[ScoredGroup], baselines: StepBaselines, temperature: float
 ) -> Batch:
@@ -149,15 +118,7 @@ def training_batch(
     for index, item in enumerate(scored):
         advantages_n = np.zeros_like(item.rewards) if by_critic else baselines.advantages(index, item.rewards)
         rollouts += [
-            TrainingRollout(
-                id=rollout.id,
-                prompt_token_ids=item.group.prompt_token_ids,
-                token_ids=rollout.token_ids,
-                logprobs=rollout.logprobs,
-                advantage=float(advantage),
-                version_spans=rollout.version_spans,
-                reward=float(reward) if by_critic else None,
-            )
+            dataclasses.replace(rollout, advantage=float(advantage), reward=float(reward) if by_critic else None)
             for rollout, advantage, reward in zip(item.group.rollouts, advantages_n, item.rewards, strict=True)
         ]
     return Batch(run_id, f"step-{step:08d}", step, tuple(rollouts), temperature)

@@ -18,7 +18,7 @@ from typing import Any
 from poise.orchestrator.errors import kind_of_error
 from poise.runtime.files.atomic import check_writable, sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
-from poise_client.types import Batch, LabelledGroup
+from poise_client.types import Batch, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class JournalledStep:
     """A step whose rollouts are verified and valued, before any of it leaves."""
 
     step: int
-    labels: list[LabelledGroup]
+    labels: list[Group]
     batch: Batch
     numbers: dict[str, Any]
     """Its line of metrics.jsonl, as far as known."""

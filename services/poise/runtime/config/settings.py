@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from poise.errors import Misconfigured
 from poise.runtime.network.addresses import bare_host, bare_name
-from poise_client import TokenFile, check_token
+from poise_client import TokenFile
+from poise_client._transport import check_token
 
 Host = Annotated[str, AfterValidator(bare_host)]
 """A host to listen on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.unit.learner.batches import make_config
 
 from poise.learner.app import LearnerApp, build
 from poise_client import AsyncGenerationClient, AsyncLearnerClient
-from poise_client.types import Batch, Group, Prompt, ReplicaResult, Sampling, StepResult, TrainingRollout
+from poise_client.types import Batch, Group, Prompt, ReplicaResult, Sampling, StepResult
 
 LORA = {"rank": 4, "alpha": 8}
 TOLERANCE = 1e-5
@@ -81,11 +82,7 @@ async def sample(address: str, step: int, version: int) -> list[Group]:
 
 
 def batch_of(groups: list[Group], step: int) -> Batch:
-    rollouts = [
-        TrainingRollout(r.id, g.prompt_token_ids, r.token_ids, r.logprobs, (-1.0) ** i, r.version_spans)
-        for g in groups
-        for i, r in enumerate(g.rollouts)
-    ]
+    rollouts = [dataclasses.replace(r, advantage=(-1.0) ** i) for g in groups for i, r in enumerate(g.rollouts)]
     return Batch("run", f"step-{step}", step, tuple(rollouts), 1.0)
 
 

@@ -14,7 +14,7 @@ from tests.unit.learner.batches import make_batch, make_group, rewarded
 
 from poise.learner.config import LearnerConfig
 from poise.learner.training.trainer import Trainer
-from poise_client.types import Batch, StepMetrics, TrainingRollout
+from poise_client.types import Batch, Rollout, StepMetrics
 
 RATE = 1e-3
 CRITIC = {"learning_rate": RATE, "warmup_updates": 0}
@@ -26,7 +26,7 @@ def loaded(config: LearnerConfig) -> Trainer:
     return trainer
 
 
-def rollouts(step: int = 0) -> tuple[TrainingRollout, ...]:
+def rollouts(step: int = 0) -> tuple[Rollout, ...]:
     """Four prompts of two rollouts, of other lengths each."""
     random = np.random.default_rng(step)
     made = [r for i in range(4) for r in make_group(random, f"g{i}", 1 + i, (3 + i, 8 - i), step=step)]
@@ -74,18 +74,18 @@ class PlainPpo:
         self.of_critic = torch.optim.AdamW(both, self.critic_config.learning_rate, weight_decay=decay)
         self.num_clipped = 0
 
-    def logprobs(self, rollout: TrainingRollout) -> torch.Tensor:
+    def logprobs(self, rollout: Rollout) -> torch.Tensor:
         tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
         num_prompt = rollout.prompt_token_ids.size
         logprobs = torch.log_softmax(self.policy(tokens).logits[0, num_prompt - 1 : -1], -1)
         return logprobs.gather(-1, tokens[0, num_prompt:, None])[:, 0]
 
-    def values(self, rollout: TrainingRollout) -> torch.Tensor:
+    def values(self, rollout: Rollout) -> torch.Tensor:
         tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
         states = self.critic(tokens).last_hidden_state[0, rollout.prompt_token_ids.size - 1 : -1]
         return self.head(states)[:, 0]
 
-    def train(self, mini_batches: list[tuple[TrainingRollout, ...]]) -> dict[str, float]:
+    def train(self, mini_batches: list[tuple[Rollout, ...]]) -> dict[str, float]:
         c, loss_config = self.critic_config, self.config.loss
         everything = [r for mini_batch in mini_batches for r in mini_batch]
         with torch.no_grad():
@@ -181,7 +181,7 @@ def test_rows_and_checkpointing_change_nothing(config, changes):
     assert_near(parameters(other), parameters(plain))
 
 
-def poisoned(made: tuple[TrainingRollout, ...]) -> tuple[TrainingRollout, ...]:
+def poisoned(made: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
     """With returns whose square no float32 holds."""
     return tuple(dataclasses.replace(r, reward=3e38) for r in made)
 

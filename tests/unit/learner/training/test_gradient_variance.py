@@ -17,9 +17,9 @@ from poise.learner.config import LearnerConfig
 from poise.learner.distributed.process_group import World
 from poise.learner.training.gradient_variance import HalfGradient
 from poise.learner.training.trainer import Trainer
-from poise_client.types import Batch, StepMetrics, TrainingRollout
+from poise_client.types import Batch, Rollout, StepMetrics
 
-Group = list[TrainingRollout]
+Group = list[Rollout]
 STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "gradient_clip": 1e-3}
 """Moves no weight, so that all mini-batches of a step meet the same model; and clips, which variance comes before."""
 

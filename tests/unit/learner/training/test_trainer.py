@@ -11,7 +11,7 @@ from tests.unit.learner.batches import make_batch, make_group
 from poise.errors import BackendDown, Misconfigured
 from poise.learner.config import LearnerConfig
 from poise.learner.training.trainer import Trainer
-from poise_client.types import TrainingRollout
+from poise_client.types import Rollout
 
 
 def loaded(config: LearnerConfig) -> Trainer:
@@ -20,7 +20,7 @@ def loaded(config: LearnerConfig) -> Trainer:
     return trainer
 
 
-def rollouts(step: int = 0) -> list[TrainingRollout]:
+def rollouts(step: int = 0) -> list[Rollout]:
     random = np.random.default_rng(step)
     return [r for i in range(4) for r in make_group(random, f"g{i}", 1 + i, (3 + i, 8 - i), step=step)]
 
@@ -49,14 +49,14 @@ class PlainLoop:
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, settings.warmup_updates))
         )
 
-    def logprobs(self, rollout: TrainingRollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the response's tokens, and the entropies."""
         tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
         num_prompt = rollout.prompt_token_ids.size
         logprobs = torch.log_softmax(self.model(tokens).logits[0, num_prompt - 1 : -1] / temperature, -1)
         return logprobs.gather(-1, tokens[0, num_prompt:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
-    def train(self, mini_batches: list[list[TrainingRollout]], temperature: float) -> dict[str, float]:
+    def train(self, mini_batches: list[list[Rollout]], temperature: float) -> dict[str, float]:
         with torch.no_grad():
             before = {r.id: self.logprobs(r, temperature)[0] for rollouts in mini_batches for r in rollouts}
         losses, entropies, mismatches, norms, clipped, truncated = [], [], [], [], [], []

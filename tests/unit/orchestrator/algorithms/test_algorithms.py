@@ -30,6 +30,7 @@ def scored(prompt: str, rewards: list[float], lengths: list[int]) -> ScoredGroup
     rollouts = tuple(
         Rollout(
             id=RolloutId("run", 0, prompt, index),
+            prompt_token_ids=np.array([1], np.int32),
             token_ids=np.zeros(length, np.int32),
             logprobs=np.zeros(length, np.float32),
             features=Features(np.zeros(2, np.float32), np.zeros(2, np.float32)),
@@ -39,7 +40,7 @@ def scored(prompt: str, rewards: list[float], lengths: list[int]) -> ScoredGroup
         )
         for index, length in enumerate(lengths)
     )
-    return ScoredGroup(Group(prompt, np.array([1], np.int32), rollouts), "d", np.array(rewards, np.float32), prompt)
+    return ScoredGroup(Group(prompt, rollouts), "d", np.array(rewards, np.float32), prompt)
 
 
 STEP = [scored("a", [1, 0, 0, 1], [2, 6, 4, 8]), scored("b", [1, 1, 1, 1], [0, 2, 3, 4]), scored("c", [0, 1], [5, 5])]

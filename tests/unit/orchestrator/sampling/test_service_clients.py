@@ -33,7 +33,7 @@ from poise_client.types import Features, Group, Policy, Prompt, PromptCheck, Rol
 DOWN = UnavailableError("nobody answers", retryable=True)
 NOTHING = np.zeros(1, np.float32)
 WHOLE = Rollout(
-    RolloutId("run", 0, "g0", 0), np.array([1], np.int32), NOTHING, Features(NOTHING, NOTHING), (), "stop", "x"
+    RolloutId("run", 0, "g0", 0), token_ids=np.array([1], np.int32), features=Features(NOTHING, NOTHING), text="x"
 )
 CUT_OFF = dataclasses.replace(WHOLE, finish_reason="abort")
 PROMPTS = [Prompt(f"g{index}", "?") for index in range(5)]
@@ -100,7 +100,7 @@ class Script:
 
 
 def group(prompt: Prompt) -> Group:
-    return Group(prompt.group_id, np.array([1], np.int32), ())
+    return Group(prompt.group_id, ())
 
 
 def all_of(prompts: Sequence[Prompt]) -> list[Group]:
@@ -367,7 +367,7 @@ def test_the_errors_scripted_here_are_as_the_client_marks_them() -> None:
 
 async def test_groups_that_new_weights_cut_off_are_sampled_again_and_not_handed_on(make: Make) -> None:
     def cut_off(prompts: Sequence[Prompt]) -> list[Group]:
-        return [*all_of(prompts)[1:], Group(prompts[0].group_id, np.array([1], np.int32), (WHOLE, CUT_OFF))]
+        return [*all_of(prompts)[1:], Group(prompts[0].group_id, (WHOLE, CUT_OFF))]
 
     replica = Script("a:1", [cut_off, cut_off, all_of])
     found = [one async for one in make([replica]).sample("run", 0, PROMPTS, 2, Sampling(), 0)]

@@ -10,7 +10,6 @@ from poise.orchestrator.sampling.step_arithmetic import (
     ScoredGroup,
     centred,
     choose_baselines,
-    group_features,
     labelled_groups,
     left_to_critic,
     rewards_of,
@@ -25,6 +24,7 @@ def group(name: str, rewards: list[float], version: int = 3) -> ScoredGroup:
         tokens = np.arange(index + 1, dtype=np.int32)
         return Rollout(
             id=RolloutId("run", 7, name, index),
+            prompt_token_ids=np.array([1, 2], np.int32),
             token_ids=tokens,
             logprobs=-tokens.astype(np.float32),
             features=Features(np.full(2, index, np.float32), np.zeros(2, np.float32)),
@@ -34,7 +34,7 @@ def group(name: str, rewards: list[float], version: int = 3) -> ScoredGroup:
         )
 
     rollouts = tuple(rollout(index) for index in range(len(rewards)))
-    return ScoredGroup(Group(name, np.array([1, 2], np.int32), rollouts), "d", np.array(rewards, np.float32))
+    return ScoredGroup(Group(name, rollouts), "d", np.array(rewards, np.float32))
 
 
 SCORED = [group("a", [1.0, 0.0]), group("b", [1.0, 1.0])]
@@ -47,7 +47,7 @@ def answer(name: str, values: list[float] | None) -> GroupBaselines:
 
 
 def test_questions_carry_the_rewards() -> None:
-    asked = group_features(SCORED)
+    asked = labelled_groups(SCORED)
     assert [(item.group_id, item.domain) for item in asked] == [("a", "d"), ("b", "d")]
     assert [item.rewards.tolist() for item in asked] == [[1.0, 0.0], [1.0, 1.0]]
 
@@ -92,12 +92,12 @@ def test_the_batch_carries_reward_minus_baseline_and_nothing_whitened() -> None:
 
 
 def test_labels_carry_features_and_rewards_of_whole_groups() -> None:
-    labels = labelled_groups("run", 7, SCORED)
+    labels = labelled_groups(SCORED)
     assert [(label.group_id, label.domain, label.rewards.tolist()) for label in labels] == [
         ("a", "d", [1.0, 0.0]),
         ("b", "d", [1.0, 1.0]),
     ]
-    assert labels[0].rollouts[1].prompt_hidden.tolist() == [1.0, 1.0]
+    assert labels[0].rollouts[1].features.prompt_hidden.tolist() == [1.0, 1.0]
 
 
 def test_a_rivals_advantages_reach_the_batch_divided() -> None:

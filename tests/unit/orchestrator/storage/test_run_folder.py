@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.groups import make_group
 
 from poise.orchestrator.budget import Limits, Spent
 from poise.orchestrator.errors import RunError, SettingsError
@@ -20,29 +21,28 @@ from poise_client.types import (
     Batch,
     CalibrationBin,
     Features,
-    LabelledGroup,
     ProbeQuality,
     ProbeReport,
     ProbeStatus,
+    Rollout,
     RolloutId,
-    TrainingRollout,
     VersionSpan,
 )
 
 
 def journalled(step: int) -> JournalledStep:
     features = Features(np.ones(3, np.float32), np.zeros(3, np.float32))
-    rollout = TrainingRollout(
+    rollout = Rollout(
         RolloutId("run", step, "g", 0),
         np.array([1], np.int32),
         np.array([2, 3], np.int32),
         np.array([-1, -2], np.float32),
-        0.5,
         (VersionSpan(0, 2, step),),
+        advantage=0.5,
     )
     return JournalledStep(
         step=step,
-        labels=[LabelledGroup("run", step, "g", "d", (features, features), np.array([0, 1], np.float32), 2)],
+        labels=[make_group("g", [features, features], [0, 1], domain="d", step=step)],
         batch=Batch("run", f"step-{step:08d}", step, (rollout,), 0.75),
         numbers={"step": step, "time_s": {}},
         values={"step": step, "predicted": [0.5], "realised": [1.0]},

@@ -1,7 +1,6 @@
-"""The event loop under the blocking clients: one thread, shared by all of them, alive while any of them is in use.
+"""The event loop of the blocking clients: one thread, shared by all clients, alive while at least one is in use.
 
-Shared, because gRPC's asyncio layer has one completion queue a process: a loop for each client would gain nothing.
-Knows no client.
+It is shared because gRPC's asyncio layer has one completion queue per process: more loops would gain nothing.
 """
 
 from __future__ import annotations
@@ -16,47 +15,47 @@ T = TypeVar("T")
 
 
 class Background:
-    """A running event loop on a daemon thread of its own."""
+    """A running event loop on its own daemon thread."""
 
     def __init__(self) -> None:
         self.num_leases = 0
-        """Clients that use it; guarded by the lock of `Shared`."""
+        """Number of clients that use the loop. Guarded by the lock of `Shared`."""
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(_idle(started)), name="poise_client", daemon=True)
         self._thread.start()
         self._loop, self._stop = started.result()
 
     def is_alive(self) -> bool:
-        """Whether the loop runs. It does not in a child process that was forked from the one that started it."""
+        """Return whether the loop runs. It does not run in a forked child of the process that started it."""
         return self._thread.is_alive()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the loop. Cancelling the future cancels it."""
+        """Run a coroutine on the loop. Cancelling the future cancels the coroutine."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
-        """Cancel what runs, close the loop and wait for the thread."""
+        """Cancel running coroutines, close the loop and join the thread."""
         if self.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
 
 
 async def _idle(started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
-    """Tell of the running loop, and keep it running until the event is set; `asyncio.run` cancels what is left."""
+    """Publish the running loop and keep it running until the event is set."""
     stop = asyncio.Event()
     started.set_result((asyncio.get_running_loop(), stop))
     await stop.wait()
 
 
 class Shared:
-    """Hands out one `Background`: started for the first that asks, stopped by the last that gives it back."""
+    """Lends one `Background`. The first lease starts it and the last release stops it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._current: Background | None = None
 
     def acquire(self) -> Background:
-        """Return the running loop, to be given back with `release`."""
+        """Return the running loop. Pass it to `release` afterwards."""
         with self._lock:
             if self._current is None or not self._current.is_alive():
                 self._current = Background()
@@ -64,7 +63,7 @@ class Shared:
             return self._current
 
     def release(self, background: Background) -> None:
-        """Give a loop back, once for each `acquire`."""
+        """Return a loop, once for each `acquire`."""
         with self._lock:
             background.num_leases -= 1
             if background.num_leases:
@@ -75,4 +74,4 @@ class Shared:
 
 
 shared = Shared()
-"""The process's own, as gRPC's completion queue is."""
+"""One for the process, like gRPC's completion queue."""

@@ -8,8 +8,8 @@ import pytest
 from tests.support.tokens import write_token
 
 from poise_client import AsyncValueClient, GenerationClient, LearnerClient, TokenFile, ValueClient
-from poise_client import _token as token_module
-from poise_client._channel import Dialer
+from poise_client._transport import token as token_module
+from poise_client._transport.channel import Dialer
 
 
 class Clock:

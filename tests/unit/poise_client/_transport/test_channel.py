@@ -1,7 +1,7 @@
 import pytest
 
 from poise_client import AsyncGenerationClient, GenerationClient, TlsOptions
-from poise_client._channel import is_loopback
+from poise_client._transport.channel import is_loopback
 
 
 @pytest.mark.parametrize(

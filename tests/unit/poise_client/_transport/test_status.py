@@ -5,7 +5,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 from poise_client import errors
-from poise_client._status import error_from_rpc, renumber
+from poise_client._transport.status import error_from_rpc, renumber
 from poise_proto.v1 import errors_pb2
 
 CALL = "ValueService.PublishLabels at host:1"

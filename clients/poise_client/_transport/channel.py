@@ -10,10 +10,10 @@ from pathlib import Path
 
 import grpc
 
-from poise_client._fork import note_use, refuse_after_fork
-from poise_client._target import check_target
-from poise_client._token import TOKEN_FILE_ENV, TokenFile
-from poise_client._tracing import TRACEPARENT, TRACEPARENT_KEY
+from poise_client._transport.fork import note_use, refuse_after_fork
+from poise_client._transport.target import check_target
+from poise_client._transport.token import TOKEN_FILE_ENV, TokenFile
+from poise_client._transport.tracing import TRACEPARENT, TRACEPARENT_KEY
 
 MAX_RECEIVED_BYTES = 64 * 2**20
 """A group of many long rollouts is one message; requests stay under gRPC's default of 4 MiB."""

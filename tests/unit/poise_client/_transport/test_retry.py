@@ -1,6 +1,6 @@
 import pytest
 
-from poise_client._retry import Attempts, RetryPolicy
+from poise_client._transport.retry import Attempts, RetryPolicy
 from poise_client.errors import BusyError, DeadlineExceededError, InvalidRequestError, UnavailableError
 
 

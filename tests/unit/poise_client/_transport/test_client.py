@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.groups import make_group
 
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient
-from poise_client._client import MAX_ENTRIES, MAX_REQUEST_BYTES, pack
+from poise_client._transport.client import MAX_ENTRIES, MAX_REQUEST_BYTES, pack
 from poise_client.errors import InvalidRequestError
-from poise_client.types import Batch, Features, GroupFeatures, Prompt, RolloutId, TrainingRollout
+from poise_client.types import Batch, Features, Prompt, Rollout, RolloutId
 from poise_proto.v1 import common_pb2, generation_pb2
 
 
@@ -76,14 +77,14 @@ async def test_numbers_the_protocol_cannot_hold_are_refused():
 
 async def test_malformed_features_are_refused_by_their_place():
     client = AsyncValueClient("localhost:1")
-    groups = [GroupFeatures("g", "d", (Features(FLAT, FLAT),)), GroupFeatures("h", "d", (Features(FLAT, SQUARE),))]
+    groups = [make_group("g", [Features(FLAT, FLAT)]), make_group("h", [Features(FLAT, SQUARE)])]
     assert await refused(client.estimate_baselines("run", 0, groups)) == ["groups[1].rollouts[0].response_hidden"]
 
 
 async def test_a_malformed_rollout_is_refused_by_its_place():
     client = AsyncLearnerClient("localhost:1")
     ids = np.zeros(2, np.int32)
-    rollout = TrainingRollout(RolloutId("run", 0, "g", 0), ids, ids, SQUARE, 0.5, ())
+    rollout = Rollout(RolloutId("run", 0, "g", 0), ids, ids, SQUARE)
     fields = await refused(client.submit_advantages(Batch("run", "b", 0, (rollout,))))
     assert fields == ["rollouts[0].logprobs"]
 
@@ -98,5 +99,5 @@ async def test_a_closed_client_says_so():
     client = AsyncValueClient("localhost:1")
     await client.close()
     await client.close()
-    with pytest.raises(RuntimeError, match="is closed; make a new one"):
+    with pytest.raises(RuntimeError, match=r"is closed\. Create a new one"):
         await client.get_probe()

@@ -1,0 +1,318 @@
+"""The conversions that do more than copy fields: features, groups, prompts, batches and what depends on a status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from poise_client.codec._mapper import (
+    decode,
+    decode_fields,
+    encode,
+    encode_fields,
+    enum_name,
+    enum_number,
+    join,
+    register,
+)
+from poise_client.codec._tensor import CodecError, from_tensor, vector
+from poise_client.types import (
+    DEFAULT_DOMAIN,
+    Batch,
+    EntropyStats,
+    Features,
+    Floats,
+    Group,
+    GroupBaselines,
+    LearnerStatus,
+    Message,
+    Prompt,
+    PromptFeatures,
+    PromptScore,
+    Rollout,
+    RolloutId,
+    StepResult,
+)
+from poise_proto.v1 import common_pb2, generation_pb2, learner_pb2, value_pb2
+
+LABEL_SCHEMA_VERSION = 2
+"""Schema of LabelledGroup that this code writes, and the only one that it reads."""
+
+_REASONS = learner_pb2.RejectionReason.DESCRIPTOR
+_ROLES = generation_pb2.ChatRole.DESCRIPTOR
+_BACKENDS = generation_pb2.ProcessGroupBackend.DESCRIPTOR
+
+
+# Features. Written out because the value service reads thousands of them in a call.
+
+
+def _encode_features(features: Features, kind: type[Any], path: str) -> common_pb2.RolloutFeatures:
+    return common_pb2.RolloutFeatures(
+        prompt_hidden=vector(features.prompt_hidden, join(path, "prompt_hidden")),
+        response_hidden=vector(features.response_hidden, join(path, "response_hidden")),
+        output_entropy=_encode_entropy(features.output_entropy),
+        reasoning_entropy=_encode_entropy(features.reasoning_entropy),
+        answer_entropy=_encode_entropy(features.answer_entropy),
+    )
+
+
+def _decode_features(message: common_pb2.RolloutFeatures, path: str) -> Features:
+    prompt_hidden, response_hidden = decode_hidden(message, path)
+    return Features(
+        prompt_hidden,
+        response_hidden,
+        _decode_entropy(message.output_entropy),
+        _decode_entropy(message.reasoning_entropy),
+        _decode_entropy(message.answer_entropy),
+    )
+
+
+def _encode_entropy(stats: EntropyStats) -> common_pb2.EntropyStats:
+    return common_pb2.EntropyStats(mean=stats.mean, last=stats.last, max=stats.max, min=stats.min)
+
+
+def _decode_entropy(message: common_pb2.EntropyStats) -> EntropyStats:
+    return EntropyStats(message.mean, message.last, message.max, message.min)
+
+
+def decode_hidden(message: common_pb2.RolloutFeatures, path: str = "features") -> tuple[Floats, Floats]:
+    """Return the hidden states of prompt and response.
+
+    Raises:
+        CodecError: a state is missing or malformed, or their widths differ.
+    """
+    prompt_hidden = from_tensor(message.prompt_hidden, field=join(path, "prompt_hidden"))
+    response_hidden = from_tensor(message.response_hidden, field=join(path, "response_hidden"))
+    if prompt_hidden.shape != response_hidden.shape:
+        raise CodecError(
+            join(path, "response_hidden"),
+            f"is {response_hidden.size} wide and prompt_hidden {prompt_hidden.size}; required: both the model's width",
+        )
+    return prompt_hidden, response_hidden
+
+
+# Rollouts and groups.
+
+
+def _decode_rollout(message: generation_pb2.Rollout | learner_pb2.TrainingRollout, path: str, **more: Any) -> Rollout:
+    rollout = decode_fields(message, Rollout, path, **more)
+    for name, array in (("logprobs", rollout.logprobs), ("token_entropies", rollout.token_entropies)):
+        if array is not None and array.shape != rollout.token_ids.shape:
+            raise CodecError(
+                join(path, name),
+                f"has {array.size} elements for {rollout.token_ids.size} response tokens; required: one each",
+            )
+    return rollout
+
+
+def _encode_group(group: Group, kind: type[Any], path: str) -> Any:
+    if kind is generation_pb2.StreamTrajectoriesResponse:
+        prompt = vector(group.prompt_token_ids, join(path, "prompt_token_ids"), "int32")
+        return encode_fields(group, kind, path, prompt_token_ids=prompt)
+    more: dict[str, Any] = {}
+    if kind is value_pb2.LabelledGroup:
+        more = {
+            "schema_version": LABEL_SCHEMA_VERSION,
+            "run_id": group.run_id,
+            "step": group.step,
+            "num_rollouts": group.num_rollouts,
+        }
+    if any(rollout.reward is not None for rollout in group.rollouts) or kind is value_pb2.LabelledGroup:
+        more["rewards"] = _encode_rewards(group.rollouts, path)
+    rollouts = enumerate(group.rollouts)
+    return kind(
+        group_id=group.group_id,
+        domain=group.domain,
+        rollouts=[_encode_features(each.features, kind, join(path, f"rollouts[{i}]")) for i, each in rollouts],
+        **more,
+    )
+
+
+def _encode_rewards(rollouts: Sequence[Rollout], path: str) -> common_pb2.Tensor:
+    for index, rollout in enumerate(rollouts):
+        if rollout.reward is None:
+            raise CodecError(join(path, f"rollouts[{index}].reward"), "is None; set the reward of every rollout")
+    return vector([cast(float, rollout.reward) for rollout in rollouts], join(path, "rewards"))
+
+
+def _decode_group(message: Any, path: str) -> Group:
+    if isinstance(message, generation_pb2.StreamTrajectoriesResponse):
+        prompt = from_tensor(message.prompt_token_ids, dtype="int32", field=join(path, "prompt_token_ids"))
+        rollouts = tuple(
+            _decode_rollout(rollout, join(path, f"rollouts[{i}]"), prompt_token_ids=prompt)
+            for i, rollout in enumerate(message.rollouts)
+        )
+        return Group(message.group_id, rollouts)
+    run_id, step, num_rollouts = "", 0, len(message.rollouts)
+    if isinstance(message, value_pb2.LabelledGroup):
+        if message.schema_version != LABEL_SCHEMA_VERSION:
+            raise CodecError(
+                join(path, "schema_version"), f"is {message.schema_version}; required: {LABEL_SCHEMA_VERSION}"
+            )
+        run_id, step, num_rollouts = message.run_id, message.step, message.num_rollouts
+    rewards: Iterable[float | None] = [None] * len(message.rollouts)
+    if message.HasField("rewards") or isinstance(message, value_pb2.LabelledGroup):
+        read = from_tensor(message.rewards, field=join(path, "rewards"))
+        if read.size != len(message.rollouts):
+            raise CodecError(join(path, "rewards"), f"has {read.size} elements for {len(message.rollouts)} rollouts")
+        rewards = read.tolist()
+    rollouts = tuple(
+        Rollout(
+            id=RolloutId(run_id, step, message.group_id, index),
+            features=_decode_features(features, join(path, f"rollouts[{index}]")),
+            reward=reward,
+        )
+        for index, (features, reward) in enumerate(zip(message.rollouts, rewards, strict=True))
+    )
+    return Group(message.group_id, rollouts, message.domain or DEFAULT_DOMAIN, num_rollouts)
+
+
+# Prompts.
+
+
+def _encode_prompt(prompt: Prompt, kind: type[Any], path: str) -> generation_pb2.PromptSpec:
+    content = prompt.content
+    if isinstance(content, str):
+        return generation_pb2.PromptSpec(group_id=prompt.group_id, text=content)
+    items: Sequence[object] = list(content)
+    if not items:
+        raise CodecError(join(path, "content"), "is empty; required: text, at least one message or one token id")
+    if all(isinstance(item, dict) and {"role", "content"} == item.keys() for item in items):
+        turns = [
+            generation_pb2.ChatMessage(
+                role=cast(Any, enum_number(_ROLES, turn["role"], join(path, f"chat.messages[{i}].role"))),
+                content=turn["content"],
+            )
+            for i, turn in enumerate(cast(Sequence[Message], items))
+        ]
+        return generation_pb2.PromptSpec(group_id=prompt.group_id, chat=generation_pb2.ChatPrompt(messages=turns))
+    try:
+        token_ids = [int(item.__index__()) for item in items]  # type: ignore[attr-defined]
+        tokens = generation_pb2.TokenPrompt(token_ids=token_ids)
+        return generation_pb2.PromptSpec(group_id=prompt.group_id, tokens=tokens)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CodecError(
+            join(path, "content"),
+            'required: text, messages of exactly "role" and "content", or token ids from 0 to 2^32 - 1',
+        ) from error
+
+
+def _decode_prompt(message: generation_pb2.PromptSpec, path: str) -> Prompt:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return Prompt(message.group_id, message.text)
+        case "chat" if message.chat.messages:
+            turns = [
+                Message(role=enum_name(_ROLES, turn.role, join(path, f"chat.messages[{i}].role")), content=turn.content)
+                for i, turn in enumerate(message.chat.messages)
+            ]
+            return Prompt(message.group_id, turns)
+        case "tokens" if message.tokens.token_ids:
+            return Prompt(message.group_id, list(message.tokens.token_ids))
+        case None:
+            raise CodecError(join(path, "prompt"), "is unset; required: text, chat or tokens")
+        case kind:
+            raise CodecError(join(path, kind), "is empty; required: at least one message or token id")
+
+
+# Estimates: present or absent by their status.
+
+
+def _encode_baselines(group: GroupBaselines, kind: type[Any], path: str) -> value_pb2.GroupBaselines:
+    return encode_fields(group, value_pb2.GroupBaselines, path, status=_status_of(group.values))
+
+
+def _decode_baselines(message: value_pb2.GroupBaselines, path: str) -> GroupBaselines:
+    if not _is_present(message.status, path):
+        return GroupBaselines(message.group_id, 0, None, None, message.up_to_date)
+    # An estimate has values, whatever the type allows.
+    values = from_tensor(message.values, field=join(path, "values"))
+    group = decode_fields(message, GroupBaselines, path, values=values)
+    if group.baselines is not None and group.baselines.shape != values.shape:
+        raise CodecError(join(path, "baselines"), f"has {group.baselines.size} elements for {values.size} values")
+    return group
+
+
+def _encode_score(score: PromptScore, kind: type[Any], path: str) -> value_pb2.PromptScore:
+    return encode_fields(score, value_pb2.PromptScore, path, status=_status_of(score.value))
+
+
+def _decode_score(message: value_pb2.PromptScore, path: str) -> PromptScore:
+    if not _is_present(message.status, path):
+        return PromptScore(message.group_id, 0, None)
+    return decode_fields(message, PromptScore, path)
+
+
+def _status_of(estimate: object) -> value_pb2.EstimateStatus.ValueType:
+    return value_pb2.ESTIMATE_STATUS_NO_PROBE if estimate is None else value_pb2.ESTIMATE_STATUS_OK
+
+
+def _is_present(status: int, path: str) -> bool:
+    return enum_name(value_pb2.EstimateStatus.DESCRIPTOR, status, join(path, "status")) == "ok"
+
+
+def _decode_prompt_features(message: value_pb2.PromptFeatures, path: str) -> PromptFeatures:
+    return decode_fields(message, PromptFeatures, path, domain=message.domain or DEFAULT_DOMAIN)
+
+
+# Batches and their results.
+
+
+def _encode_batch(batch: Batch, kind: type[Any], path: str) -> learner_pb2.BatchHeader:
+    return encode_fields(batch, learner_pb2.BatchHeader, path, num_rollouts=len(batch.rollouts))
+
+
+def _encode_result(result: StepResult, kind: type[Any], path: str) -> learner_pb2.SubmitAdvantagesResponse:
+    rejected = [
+        learner_pb2.RejectedRollout(
+            id=encode(rollout_id, common_pb2.RolloutId), reason=cast(Any, enum_number(_REASONS, reason, "rejected"))
+        )
+        for rollout_id, reason in result.rejected
+    ]
+    return encode_fields(result, learner_pb2.SubmitAdvantagesResponse, path, rejected=rejected)
+
+
+def _decode_result(message: learner_pb2.SubmitAdvantagesResponse, path: str) -> StepResult:
+    rejected = tuple(
+        (decode(each.id, RolloutId), enum_name(_REASONS, each.reason, join(path, "rejected")))
+        for each in message.rejected
+    )
+    return decode_fields(message, StepResult, path, rejected=rejected)
+
+
+def _encode_status(status: LearnerStatus, kind: type[Any], path: str) -> learner_pb2.GetStatusResponse:
+    counts = [
+        learner_pb2.RejectionCount(reason=cast(Any, enum_number(_REASONS, reason, "num_rejected")), count=count)
+        for reason, count in status.num_rejected.items()
+    ]
+    return encode_fields(status, learner_pb2.GetStatusResponse, path, num_rejected=counts)
+
+
+def _decode_status(message: learner_pb2.GetStatusResponse, path: str) -> LearnerStatus:
+    counts = {enum_name(_REASONS, each.reason, join(path, "num_rejected")): each.count for each in message.num_rejected}
+    return decode_fields(message, LearnerStatus, path, num_rejected=counts)
+
+
+# Process groups, of which the SDK has no type.
+
+
+def backend_number(name: str) -> generation_pb2.ProcessGroupBackend.ValueType:
+    """Return the number of a process-group backend. Raises `CodecError` if it is unknown."""
+    return cast(generation_pb2.ProcessGroupBackend.ValueType, enum_number(_BACKENDS, name, "process_group.backend"))
+
+
+def backend_name(number: int) -> str:
+    """Return the name of a process-group backend; empty if it is unset or unknown."""
+    return enum_name(_BACKENDS, number, "") if number in _BACKENDS.values_by_number and number else ""
+
+
+register(Features, _encode_features, _decode_features)
+register(Rollout, decoder=_decode_rollout)
+register(Group, _encode_group, _decode_group)
+register(Prompt, _encode_prompt, _decode_prompt)
+register(GroupBaselines, _encode_baselines, _decode_baselines)
+register(PromptScore, _encode_score, _decode_score)
+register(PromptFeatures, decoder=_decode_prompt_features)
+register(Batch, _encode_batch)
+register(StepResult, _encode_result, _decode_result)
+register(LearnerStatus, _encode_status, _decode_status)
