@@ -22,7 +22,7 @@ from poise.orchestrator.storage.run_folder import RunFolder, RunState
 from poise.orchestrator.storage.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
-from poise_client.codec import dump_labels, load_labels
+from poise_client.codec import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import (
     Batch,
@@ -140,6 +140,7 @@ class World:
         return len(groups)
 
     async def submit_advantages(self, batch: Batch) -> StepResult:
+        batch = load_batch(dump_batch(batch))  # without the features, which batches do not carry
         known = self.batches.get(batch.batch_id)
         assert known is None or same(known, batch), "another batch of the same name"
         if known is None:
