@@ -40,7 +40,7 @@ async def test_both_pods_work_together_and_stop_in_their_grace(cluster: Cluster)
     with LearnerClient(f"{pods[0].address}:50053", token=token, allow_insecure_token=True) as client:
         exported = client.export_model("both")  # gathered from both pods
     assert (Path(exported.path) / "model.safetensors").exists()
-    assert "process 1 of 2 follows" in pods[1].log.read_text()
+    assert "rank 1 of 2 follows rank 0" in pods[1].log.read_text()
     for pod in pods:
         assert pod.process is not None
         pod.process.send_signal(signal.SIGTERM)
