@@ -1,4 +1,4 @@
-"""SDK of POISE served: typed clients, async and blocking, with numpy arrays. See docs/how_to/use_the_sdk.md.
+"""SDK of POISE served: typed clients, async and blocking, with numpy arrays. See docs/sdk.md.
 
 `connect` gives training runs on all three services; the clients give every call of one service. The dataclasses are in
 `poise_client.types`, the exceptions in `poise_client.errors`.

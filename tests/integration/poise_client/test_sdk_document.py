@@ -26,5 +26,5 @@ async def test_the_snippets_of_the_sdk_document_run(target, tmp_path, generation
     assert (process.returncode, problems.decode()) == (0, "")
     assert "weights['w'] holds float64 and says float32" in output.decode()
     assert "1 of 2 prompts" in output.decode()
-    header, *rollouts = learner_service.requests[0]
+    header, *rollouts = next(request for request in learner_service.requests if isinstance(request, list))
     assert header.header.num_rollouts == len(rollouts) == 4
