@@ -1,4 +1,4 @@
-"""One suite for every engine that serves adapters: held against peft's model, unmerged, in transformers."""
+"""One suite for every engine that serves adapters. Compares with peft's unmerged model in transformers."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ VERSIONS = itertools.count(1)
 
 
 class AdaptedReference(Reference):
-    """The model in transformers, with an adapter that peft adds to it."""
+    """The model in transformers, with an adapter from peft."""
 
     def use(self, weights: Path) -> None:
-        """Take the adapter of a folder."""
+        """Use the adapter in a folder."""
         base = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
         self._model = peft.PeftModel.from_pretrained(base, weights).eval()
 
@@ -53,7 +53,7 @@ class AdaptedReference(Reference):
         self._model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").eval()
 
     def write_adapter(self, folder: Path, *, seed: int, rank: int = MAX_RANK, modules: object = "all-linear") -> Path:
-        """Write a random adapter by peft's own means, one that changes the model's mind."""
+        """Write a random adapter with peft that changes what the model samples."""
         base = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
         config = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=modules, task_type="CAUSAL_LM")
         model = peft.get_peft_model(base, config)
@@ -113,14 +113,14 @@ async def engine(started: Engine) -> AsyncIterator[Engine]:
 
 
 async def start_rollouts(engine: Engine) -> list[asyncio.Task[Rollout]]:
-    """Return long ones that have sampled some tokens: as many as a short one that began after them."""
+    """Start long rollouts and return once they have sampled some tokens."""
     running = [asyncio.create_task(sample(engine, PROMPT, LONG)) for _ in range(7)]
     await sample(engine, PROMPT, Sampling(max_tokens=5, temperature=0.0))
     return running
 
 
 async def check(engine: Engine, reference: AdaptedReference, *, version: int) -> None:
-    """The same prompts each time, a long one among them: of what an adapter cached, the next must not read."""
+    """Use the same prompts each time, one of them long: an adapter must not read the cache of another."""
     samplings = [Sampling(max_tokens=30, seed=i, temperature=t) for i, t in enumerate((1.0, 0.7, 0.0, 1.0))]
     prompts = [PROMPT, PROMPT, PROMPT, long_prompt(300)]
     rollouts = await sample_all(engine, prompts, samplings)
@@ -133,17 +133,17 @@ async def check(engine: Engine, reference: AdaptedReference, *, version: int) ->
     np.testing.assert_allclose(encoding.prompt_hidden, expected, atol=TOLERANCE)
 
 
-async def test_rollouts_met_by_the_first_adapter_go_on_under_it(
+async def test_running_rollouts_continue_under_the_first_adapter(
     engine: Engine, reference: AdaptedReference, tmp_path: Path
 ) -> None:
-    """First of the file: until then the engine serves the model as it was loaded."""
+    """Must run first: until then the engine serves the model as it was loaded."""
     adapter = reference.write_adapter(tmp_path, seed=1)
     await check(engine, reference, version=0)
     running = await start_rollouts(engine)
     version = next(VERSIONS)
     assert await engine.update_adapter(adapter, version) > 0
     crossing = [rollout for rollout in await asyncio.gather(*running) if len(rollout.version_spans) > 1]
-    assert crossing, "all were done before the adapter came"
+    assert crossing, "all rollouts finished before the adapter came"
     for rollout in crossing:
         old, new = rollout.version_spans
         assert (old.policy_version, new.policy_version) == (0, version)
@@ -155,10 +155,10 @@ async def test_rollouts_met_by_the_first_adapter_go_on_under_it(
     await check(engine, reference, version=version)
 
 
-async def test_each_adapter_takes_the_place_of_the_one_before(
+async def test_each_adapter_replaces_the_previous_one(
     engine: Engine, reference: AdaptedReference, tmp_path: Path
 ) -> None:
-    """Of another rank, of fewer modules, and again of all."""
+    """Adapters of another rank, of fewer modules, and of all modules again."""
     for seed, rank, modules in (
         (2, 8, "all-linear"),
         (3, 4, "all-linear"),
@@ -174,7 +174,7 @@ async def test_each_adapter_takes_the_place_of_the_one_before(
         await check(engine, reference, version=version)
 
 
-async def test_an_update_that_aborts_ends_what_runs(
+async def test_aborting_update_ends_running_rollouts(
     engine: Engine, reference: AdaptedReference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = (reference.write_adapter(tmp_path / str(seed), seed=seed) for seed in (6, 7))
@@ -184,7 +184,7 @@ async def test_an_update_that_aborts_ends_what_runs(
     running = await start_rollouts(engine)
     await engine.update_adapter(new, after)
     aborted = [rollout for rollout in await asyncio.gather(*running) if rollout.finish_reason == "abort"]
-    assert aborted, "all were done before the adapter came"
+    assert aborted, "all rollouts finished before the adapter came"
     reference.use(old)
     for rollout in aborted:
         assert [span.policy_version for span in rollout.version_spans] == [before]
@@ -203,12 +203,12 @@ def add_one(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def say_another_rank(folder: Path) -> None:
+def change_the_rank(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": MAX_RANK // 2}))
 
 
-def lose_the_config(folder: Path) -> None:
+def remove_the_config(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
 
@@ -217,8 +217,8 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
-@pytest.mark.parametrize("spoil", [drop_one, add_one, say_another_rank, lose_the_config, truncate])
-async def test_an_adapter_that_does_not_fit_changes_nothing(
+@pytest.mark.parametrize("spoil", [drop_one, add_one, change_the_rank, remove_the_config, truncate])
+async def test_adapter_that_does_not_fit_changes_nothing(
     engine: Engine, reference: AdaptedReference, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     served = reference.write_adapter(tmp_path / "served", seed=8)
@@ -249,7 +249,7 @@ async def test_in_bfloat16_logprobs_are_pefts_own(folder: Path, reference: Adapt
     cache = transformers.DynamicCache()
     inputs, expected = PROMPT, []
     with torch.inference_mode():
-        for token in token_ids:  # a token at a time, for in bfloat16 the shape of a product is part of its result
+        for token in token_ids:  # one token at a time: in bfloat16 the result depends on the shape of a product
             logits = model(torch.tensor([inputs]), past_key_values=cache, use_cache=True).logits[0, -1]
             expected.append(float(torch.log_softmax(logits.float(), -1)[token]))
             inputs = [token]

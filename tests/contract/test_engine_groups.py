@@ -67,12 +67,12 @@ class Sender:
         self._group: BroadcastGroup | None = None
 
     async def send(self, tensors: list[torch.Tensor]) -> None:
-        """On a thread that nobody waits for: the other member may never come."""
+        """Send on a daemon thread, because the other member may never join."""
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def run() -> None:
-            with contextlib.suppress(RuntimeError):  # nobody came, or the other one left
+            with contextlib.suppress(RuntimeError):  # the other member never joined, or left
                 self._send(tensors)
                 loop.call_soon_threadsafe(done.set)
 
@@ -139,22 +139,22 @@ async def test_lost_sender_is_reported_and_the_next_one_works(
     assert load_file(tmp_path / "payload").keys() == load_file(weights).keys()
 
 
-@pytest.mark.parametrize("ends", ["its time is over", "it is cancelled"])
+@pytest.mark.parametrize("ends", ["timeout", "cancelled"])
 async def test_payload_that_stops_arriving_is_aborted(
     engine: Engine, reference: Reference, tmp_path: Path, ends: str
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=5)
     tensors = list(load_file(weights).values())
     sender = Sender()
-    timeout_s = 2.0 if ends == "its time is over" else DEADLINE_S
+    timeout_s = 2.0 if ends == "timeout" else DEADLINE_S
     payload = payload_of(weights, sender.rendezvous, tmp_path / "payload", timeout_s)
     receiving = asyncio.create_task(engine.receive_payload(payload))
     await sender.send(tensors[:3])
-    if ends == "it is cancelled":
+    if ends == "cancelled":
         receiving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await receiving
-        sender.leave()  # as a sender does whose push was given up
+        sender.leave()  # like a sender whose push was aborted
     else:
         with pytest.raises(BackendDown):
             await receiving

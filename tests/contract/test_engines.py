@@ -1,4 +1,4 @@
-"""One suite for every engine: what they return is held against one forward pass of transformers."""
+"""One suite for every engine. Compares rollouts with one forward pass of transformers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 MAX_MODEL_LEN = 512
 NUM_BLOCK_TOKENS = 128
-"""Of vLLM's KV cache on a CPU."""
+"""Tokens per block of vLLM's KV cache on a CPU."""
 
 POOLED = {"prompt_pool_tokens": 7, "response_pool_tokens": 13}
-"""Not the defaults, which the tests of the `vllm` engine alone run with."""
+"""Not the defaults, which `test_vllm_engine` uses."""
 
 TOLERANCE = 1e-4
 DEADLINE_S = 60.0
@@ -47,7 +47,7 @@ VERSIONS = itertools.count(1)
 
 
 class Reference:
-    """The model in transformers, with weights of its own that tests push."""
+    """The model in transformers, with weights for tests to push."""
 
     def __init__(
         self, folder: Path, prompt_pool_tokens: int = POOL_TOKENS, response_pool_tokens: int = POOL_TOKENS
@@ -84,7 +84,7 @@ class Reference:
 
     @torch.inference_mode()
     def check(self, prompt: list[int], sampling: Sampling, rollout: Rollout, layer: int) -> None:
-        """Hold all numbers of a rollout against a separate pass over it."""
+        """Compare all numbers of a rollout with a separate forward pass."""
         token_ids = rollout.token_ids.tolist()
         outputs, logprobs = self._forward(prompt, sampling, token_ids)
         expected = _of_tokens(logprobs, token_ids)
@@ -153,7 +153,7 @@ def make_engine(kind: str, folder: Path) -> Engine:
 async def started(request: pytest.FixtureRequest, reference: Reference) -> AsyncIterator[Engine]:
     engine = make_engine(request.param, reference.folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of vLLM's imports
+        warnings.simplefilter("ignore")  # of vLLM's imports
         await engine.start()
     yield engine
     await engine.stop()
@@ -225,12 +225,12 @@ async def test_rollouts_of_mixed_sampling_share_steps(engine: Engine, reference:
         reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 
 
-async def test_repeated_prompts_and_siblings_have_their_prompts_states(engine: Engine, reference: Reference) -> None:
+async def test_repeated_prompts_and_siblings_have_the_same_states(engine: Engine, reference: Reference) -> None:
     prompt = long_prompt(300)
     sampling = Sampling(max_tokens=3, seed=0)
-    alone = [await sample(engine, prompt, sampling) for _ in range(2)]
+    sequential = [await sample(engine, prompt, sampling) for _ in range(2)]
     siblings = await sample_all(engine, [prompt] * 4, [Sampling(max_tokens=3, seed=i) for i in range(4)])
-    for rollout in [*alone, *siblings]:
+    for rollout in [*sequential, *siblings]:
         reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 
 
@@ -242,7 +242,7 @@ async def test_more_long_seeded_prompts_than_a_step_holds(engine: Engine, refere
 
 
 async def test_more_rollouts_than_fit_at_once(engine: Engine, reference: Reference) -> None:
-    """vLLM takes in eight prompts of a block each, finds no second block for all, and preempts one of them."""
+    """vLLM admits eight prompts of one block, has no second block for all of them, and preempts one."""
     prompts = [long_prompt(NUM_BLOCK_TOKENS - 3, seed=i) for i in range(8)]
     samplings = [Sampling(max_tokens=150, seed=i) for i in range(8)]
     rollouts = await sample_all(engine, prompts, samplings)
@@ -258,7 +258,7 @@ async def test_prompt_of_one_token(engine: Engine, reference: Reference) -> None
     reference.check([65], sampling, rollout, engine.info.feature_layer)
 
 
-async def test_prompt_that_leaves_room_for_one_token(engine: Engine, reference: Reference) -> None:
+async def test_prompt_with_space_for_one_response_token(engine: Engine, reference: Reference) -> None:
     assert engine.info.max_model_len == MAX_MODEL_LEN
     prompt = long_prompt(MAX_MODEL_LEN - 1)
     sampling = Sampling(max_tokens=1, seed=0)
@@ -267,10 +267,8 @@ async def test_prompt_that_leaves_room_for_one_token(engine: Engine, reference: 
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
 
 
-async def test_empty_prompts_and_those_over_the_limit_are_refused_by_what_the_engine_says_of_itself(
-    engine: Engine, reference: Reference
-) -> None:
-    """Engines take prompts fit to be sampled alone; the sampler holds others back by their tokens and their limit."""
+async def test_empty_and_too_long_prompts_are_rejected(engine: Engine, reference: Reference) -> None:
+    """The sampler checks them with the engine's limit, because engines expect valid prompts."""
     sampler = Sampler(engine, GenerationConfig(model=str(reference.folder)))
     over = [Prompt("tokens", long_prompt(MAX_MODEL_LEN)), Prompt("text", "a" * (MAX_MODEL_LEN + 1)), Prompt("none", "")]
     with pytest.raises(InvalidRequest) as caught:
@@ -281,13 +279,13 @@ async def test_empty_prompts_and_those_over_the_limit_are_refused_by_what_the_en
         ("prompts[2].text", "has no tokens"),
     ]
     assert f"max_model_len is {MAX_MODEL_LEN}" in str(caught.value)
-    prompt = long_prompt(MAX_MODEL_LEN - 1)  # one less is sampled, as ever
+    prompt = long_prompt(MAX_MODEL_LEN - 1)  # one token less is accepted
     async with contextlib.aclosing(sampler.sample("run", 0, [Prompt("fits", prompt)], 2, Sampling(), False)) as groups:
         group = await anext(groups)
     assert [rollout.token_ids.size for rollout in group.rollouts] == [1, 1]
 
 
-async def test_why_a_rollout_ended(engine: Engine, reference: Reference) -> None:
+async def test_finish_reason_of_a_rollout(engine: Engine, reference: Reference) -> None:
     samplings = [Sampling(max_tokens=150, seed=i) for i in range(12)]
     rollouts = await sample_all(engine, [[65, 66]] * 12, samplings)
     stops = reference.tokenizer.stop_token_ids
@@ -301,7 +299,7 @@ async def test_why_a_rollout_ended(engine: Engine, reference: Reference) -> None
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
-async def test_seed_alone_decides_the_rollout(engine: Engine) -> None:
+async def test_only_the_seed_decides_the_rollout(engine: Engine) -> None:
     prompt = engine.tokenize("seeds")
     sampling = Sampling(max_tokens=30, seed=7)
     alone = await sample(engine, prompt, sampling)
@@ -357,18 +355,18 @@ async def test_special_tokens_and_token_ids_end_the_rollout(
     free = await sample_all(engine, [[65, 66]] * 24, samplings)
     seeds = [seed for seed, rollout in enumerate(free) if stop in rollout.token_ids[:-1]]
     assert len(seeds) >= 3
-    asked = [dataclasses.replace(samplings[seed], **stops) for seed in seeds]
+    stopping = [dataclasses.replace(samplings[seed], **stops) for seed in seeds]
 
-    found = await sample_all(engine, [[65, 66]] * len(seeds), asked)
+    found = await sample_all(engine, [[65, 66]] * len(seeds), stopping)
 
     assert [rollout.token_ids.tolist() for rollout in found] == [cut_at(free[seed], stop) for seed in seeds]
     assert {rollout.finish_reason for rollout in found} == {"stop"}
     assert all("<|" not in rollout.text for rollout in found)
-    reference.check([65, 66], asked[0], found[0], engine.info.feature_layer)
+    reference.check([65, 66], stopping[0], found[0], engine.info.feature_layer)
 
 
 async def test_states_before_the_end_of_the_reasoning_are_pooled(engine: Engine, reference: Reference) -> None:
-    """Random rollouts hold the tag by chance, whole and in halves; enough of them are taken for many to."""
+    """Random rollouts contain the tag by chance, whole and in halves. 24 rollouts are enough for several."""
     samplings = [Sampling(max_tokens=120, seed=i) for i in range(24)]
     rollouts = await sample_all(engine, [[65, 66, 67]] * 24, samplings)
     num_early_windows = 0
@@ -380,7 +378,7 @@ async def test_states_before_the_end_of_the_reasoning_are_pooled(engine: Engine,
 
 
 async def test_prompts_are_encoded_as_by_a_separate_pass(engine: Engine, reference: Reference) -> None:
-    """Each length on either side of the window's and of vLLM's blocks, all at once and among rollouts."""
+    """Lengths around the window and vLLM's block size, all at once and beside rollouts."""
     prompts = [long_prompt(length, seed=length) for length in (1, 6, 7, 8, 127, 128, 129, 300, MAX_MODEL_LEN - 1)]
     sampling = Sampling(max_tokens=30, seed=1)
     rollout, *encodings = await asyncio.gather(
@@ -404,7 +402,7 @@ async def test_prompts_are_encoded_by_the_new_weights(engine: Engine, reference:
     assert np.abs(after.prompt_hidden - before.prompt_hidden).max() > 100 * TOLERANCE
 
 
-async def test_cancelled_encodings_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
+async def test_cancelled_encodings_do_not_affect_others(engine: Engine, reference: Reference) -> None:
     prompt = long_prompt(200)
     tasks = [asyncio.create_task(engine.encode("g", prompt)) for _ in range(30)]
     kept = tasks.pop()
@@ -486,7 +484,7 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
         assert (old.policy_version, new.policy_version) == (before, after)
         assert 0 < old.end_token == new.start_token
         assert rollout.logprobs.size == rollout.token_entropies.size == rollout.token_ids.size
-        # Each token is of the weights of its span alone, as if the whole sequence had gone through them.
+        # Each token is sampled as if the weights of its span had computed the whole sequence.
         token_ids = rollout.token_ids.tolist()
         for span, path in ((old, original), (new, weights)):
             reference.use(path)
@@ -497,12 +495,12 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
 
 @pytest.fixture
 def aborting(started: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make updates abort what runs."""
+    """Make updates abort running rollouts."""
     monkeypatch.setattr(started, "config", started.config.model_copy(update={"in_flight": "abort"}))
 
 
 @pytest.mark.usefixtures("aborting")
-async def test_update_that_aborts_ends_running_rollouts_with_what_they_have(
+async def test_aborting_update_ends_rollouts_with_their_tokens(
     engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=7)
@@ -532,7 +530,7 @@ async def test_update_that_aborts_ends_running_rollouts_with_what_they_have(
         assert 0 < rollout.token_ids.size < 500
 
 
-async def test_cancelled_rollouts_are_aborted_and_others_go_on(engine: Engine, reference: Reference) -> None:
+async def test_cancelled_rollouts_do_not_affect_others(engine: Engine, reference: Reference) -> None:
     sampling = Sampling(max_tokens=60, seed=3)
     kept = asyncio.create_task(sample(engine, [65, 66], sampling))
     doomed = [
@@ -551,7 +549,7 @@ async def test_cancelled_rollouts_are_aborted_and_others_go_on(engine: Engine, r
     reference.check([65, 66], sampling, await sample(engine, [65, 66], sampling), engine.info.feature_layer)
 
 
-async def test_text_is_taken_as_it_stands_and_chat_is_rendered(engine: Engine, reference: Reference) -> None:
+async def test_text_is_tokenized_as_is_and_chat_is_rendered(engine: Engine, reference: Reference) -> None:
     chat = engine.tokenize([{"role": "user", "content": "hi"}])
     assert chat == engine.tokenize("<|user|>hi<|end|><|assistant|>")
     assert len(engine.tokenize("hi")) == 2

@@ -1,4 +1,4 @@
-"""What the scripted engine of the other tests promises, a real one promises too."""
+"""One suite for the scripted engine of other tests and the `torch` engine, so that the fake cannot differ."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def sample(engine: Engine, prompt: list[int], **sampling: object) -> Rollo
     return await engine.generate(EngineRequest(RolloutId("run", 0, "g", next(IDS)), prompt, Sampling(**sampling)))  # type: ignore[arg-type]
 
 
-async def test_life_goes_from_loading_to_alive_to_stopped(case: Case) -> None:
+async def test_engine_is_alive_between_start_and_stop(case: Case) -> None:
     engine = case.engine
     assert not engine.is_alive()
     with pytest.raises(BackendDown, match="loading"):
@@ -84,10 +84,10 @@ async def test_life_goes_from_loading_to_alive_to_stopped(case: Case) -> None:
     await engine.stop()
     assert not engine.is_alive()
     await engine.stop()
-    assert engine.info.max_model_len == MAX_MODEL_LEN  # asked for while the process winds down
+    assert engine.info.max_model_len == MAX_MODEL_LEN  # the process still reports it while it stops
 
 
-async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engine, tmp_path: Path) -> None:
+async def test_stopped_engine_rejects_all_calls(engine: Engine, tmp_path: Path) -> None:
     await engine.stop()
     with pytest.raises(BackendDown):
         await sample(engine, [65], max_tokens=2)
@@ -99,7 +99,7 @@ async def test_stopped_engine_samples_nothing_and_takes_no_weights(engine: Engin
         await engine.update_adapter(tmp_path, 1)
 
 
-async def test_calls_that_a_stop_meets_end_as_unavailable(engine: Engine) -> None:
+async def test_calls_during_a_stop_end_as_unavailable(engine: Engine) -> None:
     calls = [asyncio.create_task(engine.encode("g", [65] * length)) for length in range(1, 40)]
     calls += [asyncio.create_task(sample(engine, [65], max_tokens=20)) for _ in range(4)]
     await asyncio.sleep(0)
@@ -140,7 +140,7 @@ async def test_rollouts_are_whole(engine: Engine, max_tokens: int) -> None:
     assert 0 < rollout.first_token_s <= rollout.total_s
 
 
-async def test_room_can_be_filled_to_the_last_token(engine: Engine) -> None:
+async def test_prompt_can_leave_space_for_a_single_token(engine: Engine) -> None:
     rollout = await sample(engine, [65] * (MAX_MODEL_LEN - 1), max_tokens=1)
     assert rollout.token_ids.size == 1
 
@@ -154,7 +154,7 @@ async def test_seed_decides(engine: Engine) -> None:
     assert await tokens(None) != await tokens(None)
 
 
-async def test_cancelled_rollout_ends_at_once_and_others_do_not(engine: Engine) -> None:
+async def test_cancelled_rollout_ends_at_once(engine: Engine) -> None:
     if isinstance(engine, ScriptedEngine):
         engine.before_rollout = lambda request: asyncio.sleep(0.01 if request.sampling.seed else 1000)
     kept = asyncio.create_task(sample(engine, [65], max_tokens=20, seed=1))
@@ -166,7 +166,7 @@ async def test_cancelled_rollout_ends_at_once_and_others_do_not(engine: Engine) 
     assert (await asyncio.wait_for(kept, DEADLINE_S)).token_ids.size > 0
 
 
-async def test_encoding_is_the_state_that_the_prompts_rollouts_have(engine: Engine) -> None:
+async def test_encoding_equals_the_state_of_rollouts(engine: Engine) -> None:
     encodings = [await engine.encode("g", prompt) for prompt in ([65, 66], [65] * (MAX_MODEL_LEN - 1))]
     for encoding in encodings:
         state = encoding.prompt_hidden
@@ -176,13 +176,13 @@ async def test_encoding_is_the_state_that_the_prompts_rollouts_have(engine: Engi
     assert not np.allclose(encodings[0].prompt_hidden, encodings[1].prompt_hidden)
 
 
-async def test_encoding_tells_the_version_it_comes_from(case: Case, engine: Engine, tmp_path: Path) -> None:
+async def test_encoding_has_the_version_that_computed_it(case: Case, engine: Engine, tmp_path: Path) -> None:
     save_file(case.weights, tmp_path / "weights.safetensors")
     await engine.update_weights(tmp_path / "weights.safetensors", 3)
     assert (await engine.encode("g", [65, 66])).policy_version == 3
 
 
-async def test_cancelled_encoding_ends_at_once_and_others_do_not(engine: Engine) -> None:
+async def test_cancelled_encoding_ends_at_once(engine: Engine) -> None:
     if isinstance(engine, ScriptedEngine):
         engine.before_rollout = lambda request: asyncio.sleep(0.01 if request.prompt_token_ids == [65] else 1000)
     kept, doomed = (asyncio.create_task(engine.encode("g", prompt)) for prompt in ([65], [66]))
@@ -193,10 +193,10 @@ async def test_cancelled_encoding_ends_at_once_and_others_do_not(engine: Engine)
     assert (await asyncio.wait_for(kept, DEADLINE_S)).prompt_hidden.any()
 
 
-async def test_new_weights_are_told_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
+async def test_new_weights_show_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
     assert (await sample(engine, [65], max_tokens=3)).version_spans[0].policy_version == 0
     save_file(case.weights, tmp_path / "weights.safetensors")
-    for version in (3, 4, 1):  # a new lineage may begin anywhere
+    for version in (3, 4, 1):  # a new lineage can start at any version
         assert await engine.update_weights(tmp_path / "weights.safetensors", version) > 0
         assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}
 
@@ -210,7 +210,7 @@ def write_adapter(case: Case, folder: Path, rank: int = 2) -> Path:
     return folder
 
 
-async def test_new_adapters_are_told_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
+async def test_new_adapters_show_in_the_spans(case: Case, engine: Engine, tmp_path: Path) -> None:
     for version in (3, 4, 1):
         assert await engine.update_adapter(write_adapter(case, tmp_path), version) > 0
         assert {s.policy_version for s in (await sample(engine, [65], max_tokens=3)).version_spans} == {version}

@@ -1,4 +1,4 @@
-"""What only the `vllm` engine can get wrong: processes of its own, steps that run ahead, caches."""
+"""Tests of the `vllm` engine only: its processes, steps that run ahead, and caches."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    # The last test that uses it kills it: tests run in the order of this file.
+    # The last test that uses it kills it, so tests must run in the order of this file.
     async with started(folder) as engine:
         yield engine
 
@@ -129,7 +129,7 @@ async def check_updates(
 async def cross_an_update(
     engine: VllmEngine, prompt: list[int], samplings: list[Sampling], original: Path, weights: Path
 ) -> tuple[list[Rollout], int]:
-    """Return rollouts of which an update from the one to the other found some underway, and its version."""
+    """Return rollouts, some of which an update to `weights` interrupted, and the version of the update."""
     deadline = time.monotonic() + DEADLINE_S
     for trial in itertools.count(1):
         assert time.monotonic() < deadline, "no rollout was long enough to see the update"
@@ -146,13 +146,13 @@ async def cross_an_update(
 
 
 @on_engines_loop
-async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: VllmEngine, reference: Reference) -> None:
+async def test_states_are_right_far_past_a_stop_string(engine: VllmEngine, reference: Reference) -> None:
     prompt = engine.tokenize("run on")
     free = await sample(engine, prompt, Sampling(max_tokens=400, seed=4))
     stop = next(free.text[i : i + 2] for i in range(8, 60) if free.text[i : i + 2].isascii())
     sampling = Sampling(max_tokens=400, seed=4, stop=(stop,))
     task = asyncio.create_task(sample(engine, prompt, sampling))
-    await asyncio.sleep(0)  # once to submit, then nobody listens while the engine goes on
+    await asyncio.sleep(0)  # once to submit; then the engine samples while nothing reads its outputs
     for _ in range(3):
         await asyncio.sleep(0.001)
         time.sleep(0.4)
@@ -167,10 +167,10 @@ async def test_states_are_right_when_vllm_runs_far_past_a_stop_string(engine: Vl
 
 
 @on_engines_loop
-async def test_tokens_after_an_update_come_from_the_new_weights_alone(
+async def test_tokens_after_an_update_come_from_the_new_weights(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
 ) -> None:
-    """Not from the new ones reading keys and values that the old ones left in the cache."""
+    """New weights must not read keys and values of the old ones from the cache."""
     original, weights = folder / "model.safetensors", reference.write_weights(tmp_path / "new.safetensors", seed=8)
     sampling = Sampling(max_tokens=400, seed=4)
     (rollout,), _ = await cross_an_update(engine, [65, 66], [sampling], original, weights)
@@ -202,10 +202,10 @@ def num_cached(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
 
 @on_engines_loop
-async def test_siblings_and_repeats_read_their_prompt_and_still_pool_all_its_last_states(
+async def test_cached_prompts_still_pool_all_their_last_states(
     engine: VllmEngine, reference: Reference, num_cached: list[int]
 ) -> None:
-    """Of each length, one and then four at once: all but the first read the blocks before the pooled tokens."""
+    """All rollouts but the first read the blocks before the pooled tokens from the cache."""
     block = NUM_BLOCK_TOKENS
     lengths = {300: 2 * block, 2 * block: block, 2 * block + POOL_TOKENS: 2 * block, 2 * block + POOL_TOKENS - 1: block}
     for length, num_read in lengths.items():
@@ -222,7 +222,7 @@ async def test_siblings_and_repeats_read_their_prompt_and_still_pool_all_its_las
 
 @on_engines_loop
 @pytest.mark.parametrize(("num_alike", "num_read"), [(299, 256), (200, 128), (100, 0)])
-async def test_prompts_that_begin_alike_share_no_more_than_that(
+async def test_prompts_share_only_their_common_beginning(
     engine: VllmEngine, reference: Reference, num_cached: list[int], num_alike: int, num_read: int
 ) -> None:
     beginning = long_prompt(num_alike, seed=num_alike)
@@ -236,10 +236,10 @@ async def test_prompts_that_begin_alike_share_no_more_than_that(
 
 
 @on_engines_loop
-async def test_nothing_cached_outlives_an_update(
+async def test_update_clears_the_prefix_cache(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path, num_cached: list[int]
 ) -> None:
-    """Neither for prompts of later rollouts, nor for those that an update finds underway."""
+    """For later prompts and for running rollouts."""
     prompt = long_prompt(300, seed=7)
     original, weights = folder / "model.safetensors", reference.write_weights(tmp_path / "new.safetensors", seed=9)
     short, long = Sampling(max_tokens=8, seed=5), Sampling(max_tokens=200, seed=5)
@@ -265,9 +265,7 @@ async def test_nothing_cached_outlives_an_update(
 
 
 @on_engines_loop
-async def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_cancelled(
-    engine: VllmEngine, reference: Reference
-) -> None:
+async def test_cancelling_the_first_sibling_does_not_affect_others(engine: VllmEngine, reference: Reference) -> None:
     sampling = Sampling(max_tokens=8, seed=2)
     for trial in range(6):
         prompt = long_prompt(300, seed=100 + trial)
@@ -280,7 +278,7 @@ async def test_siblings_go_on_when_the_one_that_computes_their_prompt_is_cancell
 
 
 @on_engines_loop
-async def test_prepared_weights_need_their_file_no_longer(
+async def test_prepared_weights_do_not_need_their_file(
     engine: VllmEngine, reference: Reference, folder: Path, tmp_path: Path
 ) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=9)
@@ -301,7 +299,7 @@ async def test_weights_are_served_exactly_prepared_or_not(
 
 
 @pytest.mark.asyncio
-async def test_biases_and_a_head_of_its_own_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_biases_and_an_untied_head_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny_qwen2(tmp_path / "qwen2")
     async with started(folder) as engine:
         await check_updates(engine, Reference(folder), tmp_path, monkeypatch, first_version=1)
@@ -316,7 +314,7 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
     worker.kill()
     outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), DEADLINE_S)
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert failures, "all were done before the worker died"
+    assert failures, "all rollouts finished before the worker died"
     assert all(isinstance(failure, BackendDown) for failure in failures)
     assert not engine.is_alive()
     with pytest.raises(BackendDown):
@@ -324,9 +322,7 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
 
 
 @pytest.mark.asyncio
-async def test_an_update_ends_when_the_engine_dies_meanwhile(
-    folder: Path, reference: Reference, tmp_path: Path
-) -> None:
+async def test_update_ends_if_the_engine_dies(folder: Path, reference: Reference, tmp_path: Path) -> None:
     weights = reference.write_weights(tmp_path / "new.safetensors", seed=1)
     others = _children("VLLM::EngineCore")
     async with started(folder) as engine:
@@ -352,7 +348,7 @@ def _children(title: str) -> set[psutil.Process]:
 
 
 def _is_titled(process: psutil.Process, title: str) -> bool:
-    with contextlib.suppress(psutil.Error):  # of an engine stopped before, and gone by now
+    with contextlib.suppress(psutil.Error):  # of an engine that was stopped before
         return process.status() != psutil.STATUS_ZOMBIE and title in " ".join(process.cmdline())
     return False
 
@@ -379,7 +375,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def test_server_starts_without_a_false_alarm_and_no_process_outlives_it(server: subprocess.Popen[str]) -> None:
+def test_no_process_outlives_the_server(server: subprocess.Popen[str]) -> None:
     assert server.stdout is not None
     for line in server.stdout:
         assert "custom scheduler class" not in line

@@ -39,7 +39,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     backend: Any = object.__new__(weight_loader.FileWeightTransferEngine)
     backend.model = None
     backend.parallel_config = types.SimpleNamespace(world_size=1)
-    backend._memory_lock = MemoryLock()
+    backend.memory_lock = MemoryLock()
     return backend
 
 
@@ -53,12 +53,12 @@ def test_abandoned_weights_do_not_replace_the_next_ones(backend: Any, monkeypatc
 
     monkeypatch.setattr(f"{type(backend).__module__}.prepare_next", prepare_next)
     backend.prepare("old")
-    old = backend._thread
+    old = backend.thread
     threading.Timer(0.2, may_end.set).start()
     backend.prepare("new")
-    for thread in (backend._thread, old):
+    for thread in (backend.thread, old):
         thread.join(DEADLINE_S)
-    assert backend._next == "new"
+    assert backend.next_weights == "new"
 
 
 def test_memory_lock_is_held_until_the_old_weights_are_freed(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,16 +71,16 @@ def test_memory_lock_is_held_until_the_old_weights_are_freed(backend: Any, monke
 
     monkeypatch.setattr(f"{type(backend).__module__}.trim_memory", trim_memory)
     assert backend.prepare("new") == (logging.NOTSET, "")
-    backend._thread.join(DEADLINE_S)
+    backend.thread.join(DEADLINE_S)
     assert not other.try_acquire()
-    backend._next = types.SimpleNamespace(apply=lambda: None)
+    backend.next_weights = types.SimpleNamespace(apply=lambda: None)
     backend.start_weight_update()
     backend.receive_weights(None)
     backend.finish_weight_update()
     assert has_begun.wait(DEADLINE_S)
     assert not other.try_acquire()
     may_end.set()
-    backend._thread.join(DEADLINE_S)
+    backend.thread.join(DEADLINE_S)
     assert other.try_acquire()
     other.release()
 
@@ -88,7 +88,7 @@ def test_memory_lock_is_held_until_the_old_weights_are_freed(backend: Any, monke
 def test_failed_preparation_releases_the_memory_lock(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(f"{type(backend).__module__}.prepare_next")
     backend.prepare("new")
-    backend._thread.join(DEADLINE_S)
+    backend.thread.join(DEADLINE_S)
     other = MemoryLock()
     assert other.try_acquire()
     other.release()

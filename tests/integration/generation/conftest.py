@@ -28,7 +28,7 @@ from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
 @dataclass
 class Running:
-    """A service that listens, and a client of it."""
+    """A listening service and its client."""
 
     app: GenerationApp
     target: str
@@ -37,7 +37,7 @@ class Running:
 
     @property
     def stub(self) -> GenerationServiceStub:
-        """For what the client would never send."""
+        """A stub for requests that the client never sends."""
         return GenerationServiceStub(self.channel)
 
     def staged(self) -> list[Path]:
@@ -48,7 +48,7 @@ class Running:
 
 
 class Reference:
-    """The tiny model in transformers: its weights, and what log-probabilities they give."""
+    """The tiny model in transformers: its weights and their log-probabilities."""
 
     def __init__(self, folder: Path) -> None:
         import transformers
@@ -66,7 +66,7 @@ class Reference:
         }
 
     def check(self, weights: dict[str, np.ndarray], prompt: list[int], rollout: Rollout) -> None:
-        """Hold the log-probabilities of a rollout at temperature 1 against a pass over it with `weights`."""
+        """Compare the log-probabilities of a rollout at temperature 1 with a forward pass with `weights`."""
         self._model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
         with torch.inference_mode():
             ids = torch.tensor([prompt + rollout.token_ids.tolist()])
@@ -84,7 +84,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 @pytest.fixture
 async def serve(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Starts services; with an engine of one's own, or with the one that the settings name."""
+    """Starts services with the given engine, or with the one that the settings choose."""
     threads = torch.get_num_threads()
     async with AsyncExitStack() as stack:
 
@@ -118,6 +118,6 @@ async def tiny(serve: Callable[..., Any], reference: Reference) -> Running:
 
 @pytest.fixture
 async def scripted(serve: Callable[..., Any]) -> tuple[Running, ScriptedEngine]:
-    """The service with an engine that does as it is told."""
+    """The service with a scripted engine."""
     engine = ScriptedEngine()
     return await serve(engine), engine

@@ -1,4 +1,4 @@
-"""SIGTERM to a generation service under load: what becomes of the requests that it had accepted."""
+"""Sends SIGTERM to a generation service under load and counts the outcomes of accepted requests."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ NUM_CALLERS, PROMPTS_A_CALL, NUM_ROLLOUTS = 4, 4, 2
 
 @dataclass
 class Outcome:
-    """Of one drain."""
+    """The outcome of one drain."""
 
     accepted: int = 0
-    """Rollouts accepted and not handed over when the signal came."""
+    """Rollouts accepted but not returned before the signal."""
     calls_in_flight: int = 0
-    """Calls that they belong to."""
+    """Calls that these rollouts belong to."""
     whole_calls: int = 0
-    """Of those, the ones that gave every group."""
+    """Calls among them that returned every group."""
     broken_calls: int = 0
-    """Of those, the ones that ended with an error, whatever it was."""
+    """Calls among them that ended with an error."""
     retryable: bool = True
-    """Whether every error said that another replica may be asked."""
+    """Whether every error was retryable."""
     drain_s: float = 0.0
-    """From the signal to the end of the process."""
+    """Seconds from the signal to the end of the process."""
     exit_status: int = 0
 
 
@@ -47,14 +47,14 @@ class _Call:
 
 
 async def drain_under_load(process: Process, max_tokens: int, after_s: float) -> Outcome:
-    """Keep callers asking, send SIGTERM `after_s` later, and wait for the end of all."""
+    """Start callers, send SIGTERM after `after_s`, and wait until all have ended."""
     outcome = Outcome()
     stopped, may_begin = asyncio.Event(), asyncio.Event()
     may_begin.set()
     calls: list[_Call] = []
     address = process.addresses()["grpc"]
 
-    async def ask(client: AsyncGenerationClient, name: str, call: _Call) -> None:
+    async def call_once(client: AsyncGenerationClient, name: str, call: _Call) -> None:
         prompts = [Prompt(f"{name}.{i}", f"a {i}") for i in range(PROMPTS_A_CALL)]
         sampling = Sampling(max_tokens=max_tokens, seed=1)
         try:
@@ -73,12 +73,12 @@ async def drain_under_load(process: Process, max_tokens: int, after_s: float) ->
             for number in range(10**6):
                 await may_begin.wait()
                 calls.append(_Call())
-                await ask(client, f"{index}.{number}", calls[-1])
+                await call_once(client, f"{index}.{number}", calls[-1])
                 if stopped.is_set():
                     return
 
     async def in_flight() -> list[_Call]:
-        """Begin no call; return those that run once all that they ask for is accepted, by the service's own count."""
+        """Stop starting calls. Return the running ones once the service has accepted all their rollouts."""
         may_begin.clear()
         while True:
             status = await asyncio.to_thread(lambda: process.rest("GET", "/admin/v1/status").json())

@@ -1,4 +1,4 @@
-"""The generation service with the scripted engine, which dies on a prompt that says so: run as a process."""
+"""The generation service with a scripted engine that dies on the prompt "die". Run as a process."""
 
 import sys
 

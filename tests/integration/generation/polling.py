@@ -1,4 +1,4 @@
-"""Waiting for what must come to pass."""
+"""Waiting for conditions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ DEADLINE_S = 60.0
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Return once `condition` holds."""
+    """Return once `condition` is true."""
     deadline = time.monotonic() + DEADLINE_S
     while not await condition():
-        assert time.monotonic() < deadline, f"it never came to pass: {what}"
+        assert time.monotonic() < deadline, f"it never happened: {what}"
         await asyncio.sleep(0.005)

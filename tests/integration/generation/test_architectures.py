@@ -47,7 +47,7 @@ async def sample(folder: Path) -> tuple[list[int], Rollout, int]:
 def own_logprobs(folder: Path, ids: list[int], rollout: Rollout) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the others leave the cap out
+        model.set_attn_implementation("eager")  # the other implementations ignore the cap
     with torch.no_grad():
         logits = model(torch.tensor([[*ids, *rollout.token_ids]]), use_cache=False).logits[0, len(ids) - 1 : -1]
     logprobs = (logits / TEMPERATURE).log_softmax(-1)
@@ -59,7 +59,7 @@ async def test_logprobs_are_the_models_own(name, tmp_path, caplog):
     folder = make_architecture(tmp_path, name)
     ids, rollout, _ = await sample(folder)
     np.testing.assert_allclose(rollout.logprobs, own_logprobs(folder, ids, rollout), rtol=0, atol=5e-4)
-    assert ("without a cache" in caplog.text) == (name in UNCACHED)
+    assert ("without a KV cache" in caplog.text) == (name in UNCACHED)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bloom", 8192), ("mamba", 8192), ("mpt", 256), ("gpt2", 256)])

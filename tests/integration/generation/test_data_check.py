@@ -86,23 +86,23 @@ async def sampled(config: OrchestratorConfig, prompts: Sequence[Prompt]) -> list
         return [each async for each in groups]
 
 
-async def test_bad_rows_are_named_with_the_models_own_words(picky: Running, rows: Path) -> None:
+async def test_bad_rows_are_named_with_the_error_of_the_model(picky: Running, rows: Path) -> None:
     with pytest.raises(TaskError) as caught:
         await check(settings(picky, rows))
     long, template, beyond, summary = str(caught.value).splitlines()
     assert long.startswith(f"{rows}:3: prompt: has 200 tokens, which with 8 of a response is more than max_model_len")
-    assert template.startswith(f"{rows}:5: chat: the model's chat template refuses it: one turn only")
+    assert template.startswith(f"{rows}:5: chat: is rejected by the model's chat template: one turn only")
     assert beyond.startswith(f"{rows}:8: text: has token ")
     assert summary == f"{rows}: 3 of 40 rows are bad. Fix them, or set on_bad_row: skip to leave them out."
 
 
-async def test_run_goes_on_without_skipped_rows(picky: Running, rows: Path) -> None:
+async def test_run_continues_without_skipped_rows(picky: Running, rows: Path) -> None:
     config = settings(picky, rows, "skip")
     mixture = await check(config)
-    given = [problem for step in range(4) for problem in mixture.problems(step, 16)]
-    assert not {problem.line for problem in given} & set(BAD_LINES)
+    problems = [problem for step in range(4) for problem in mixture.problems(step, 16)]
+    assert not {problem.line for problem in problems} & set(BAD_LINES)
 
-    groups = await sampled(config, [Prompt(str(index), problem.prompt) for index, problem in enumerate(given)])
+    groups = await sampled(config, [Prompt(str(index), problem.prompt) for index, problem in enumerate(problems)])
 
     assert len(groups) == 64
     assert not [each for each in groups if isinstance(each, RejectedPrompt)]

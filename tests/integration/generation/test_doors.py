@@ -1,4 +1,4 @@
-"""Inputs that once froze the generation service or made it fail are rejected, and the service continues."""
+"""Inputs that could freeze the generation service or crash it are rejected."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ SAMPLES = {
 
 
 async def status_of(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return refused.value
+    return caught.value
 
 
 async def first_group(running: Running, request: pb.StreamTrajectoriesRequest) -> Any:
@@ -94,7 +94,7 @@ async def first_group(running: Running, request: pb.StreamTrajectoriesRequest) -
 
 
 @pytest.mark.parametrize("how", PUSHES)
-async def test_a_push_of_impossible_size_is_refused(tiny: Running, how: str) -> None:
+async def test_push_of_impossible_size_is_rejected(tiny: Running, how: str) -> None:
     error = await status_of(tiny.stub.UpdateWeights(iter([PUSHES[how]])))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert len(error.details() or "") <= 600
@@ -103,7 +103,7 @@ async def test_a_push_of_impossible_size_is_refused(tiny: Running, how: str) -> 
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "/".join(["ä" * 100] * 30), "..", ".", "/", "none"])
-async def test_a_file_that_cannot_be_is_refused(tiny: Running, tmp_path: Path, name: str) -> None:
+async def test_impossible_file_is_rejected(tiny: Running, tmp_path: Path, name: str) -> None:
     one = tensor(sha256=hashlib.sha256(bytes(8)).digest())
     digest = combine_digests({"a": one.sha256})
     error = await status_of(
@@ -114,7 +114,7 @@ async def test_a_file_that_cannot_be_is_refused(tiny: Running, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("how", SAMPLES)
-async def test_a_prompt_of_impossible_size_is_refused(tiny: Running, how: str) -> None:
+async def test_prompt_of_impossible_size_is_rejected(tiny: Running, how: str) -> None:
     error = await status_of(first_group(tiny, SAMPLES[how]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert len(error.details() or "") <= 600
@@ -133,7 +133,7 @@ async def looping(serve: Callable[..., Any], tmp_path: Path, monkeypatch: pytest
     return running
 
 
-async def test_a_looping_template_is_ended_and_frees_its_thread(looping: Running) -> None:
+async def test_looping_template_is_stopped_and_frees_its_thread(looping: Running) -> None:
     for _ in range(3):  # more than there are threads
         error = await status_of(first_group(looping, prompts(chat("x"))))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -142,17 +142,17 @@ async def test_a_looping_template_is_ended_and_frees_its_thread(looping: Running
     assert looping.app.status()["num_accepted"] == 0
 
 
-async def test_a_looping_template_does_not_freeze_the_service(looping: Running) -> None:
+async def test_looping_template_does_not_freeze_the_service(looping: Running) -> None:
     work = asyncio.gather(*(status_of(first_group(looping, prompts(chat("x")))) for _ in range(4)))
     answers = 0
     while not work.done():
         await looping.client.get_policy()
         answers += 1
     await work
-    assert answers > 4  # each template alone took as long as many answers
+    assert answers > 4  # one template takes as long as many answers
 
 
-async def test_a_client_that_leaves_ends_its_template(looping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_leaves_stops_its_template(looping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poise.generation.sampler._PROMPT_S", 3600.0)
     calls = [looping.stub.StreamTrajectories(prompts(chat("x"))) for _ in range(4)]
     reads = [asyncio.create_task(call.read()) for call in calls]
@@ -161,12 +161,12 @@ async def test_a_client_that_leaves_ends_its_template(looping: Running, monkeypa
     for call in calls:
         call.cancel()
     await asyncio.gather(*reads, return_exceptions=True)
-    text = "x " * 10_000  # goes to the threads, too
+    text = "x " * 10_000  # long enough for the threads
     error = await status_of(first_group(looping, prompts(pb.PromptSpec(group_id="g", text=text))))
     assert "max_model_len" in (error.details() or "")
 
 
-async def test_a_push_that_is_waiting_keeps_no_status_waiting(tiny: Running) -> None:
+async def test_waiting_pushes_do_not_block_get_policy(tiny: Running) -> None:
     async def idle() -> AsyncIterator[pb.UpdateWeightsRequest]:
         await asyncio.Event().wait()
         yield begin()

@@ -1,4 +1,4 @@
-"""SIGTERM under load, to a real process."""
+"""SIGTERM to a real process under load."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ def command(reference: Reference, *settings: str) -> list[str]:
     return [sys.executable, "-m", "poise.generation", *options]
 
 
-async def test_nothing_that_was_accepted_is_lost_and_the_process_ends_within_its_limit(
-    tmp_path: Path, reference: Reference
-) -> None:
+async def test_drain_finishes_accepted_rollouts_within_its_limit(tmp_path: Path, reference: Reference) -> None:
     with run(tmp_path / "run", *command(reference, "drain_timeout_s=60")) as process:
         process.wait_until_ready()
         outcome = await drain_under_load(process, max_tokens=48, after_s=1.0)
@@ -29,9 +27,7 @@ async def test_nothing_that_was_accepted_is_lost_and_the_process_ends_within_its
     assert "Traceback" not in process.log
 
 
-async def test_what_takes_longer_than_the_limit_is_handed_back_for_another_replica(
-    tmp_path: Path, reference: Reference
-) -> None:
+async def test_rollouts_beyond_the_drain_limit_fail_as_retryable(tmp_path: Path, reference: Reference) -> None:
     with run(tmp_path / "run", *command(reference, "drain_timeout_s=0.5")) as process:
         process.wait_until_ready()
         outcome = await drain_under_load(process, max_tokens=4096, after_s=1.0)

@@ -1,4 +1,4 @@
-"""The service as a process: how it starts, and how it ends."""
+"""The service as a process: start, exit status and leftovers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_death_of_the_engine_ends_the_process_with_status_1(tmp_path: Path) -> N
         assert "Traceback" not in process.log
 
 
-def test_readiness_and_status_say_which_version(tmp_path: Path) -> None:
+def test_readiness_and_status_show_the_version(tmp_path: Path) -> None:
     with run(tmp_path / "run", *MORTAL, "--set", "wait_for_learner=true") as process:
         process.wait_for(lambda: "learner" in process.rest("GET", "/readyz").text)
         assert process.rest("GET", "/readyz").status_code == 503
@@ -132,7 +132,7 @@ def test_readiness_and_status_say_which_version(tmp_path: Path) -> None:
         assert "poise_generation_policy_version 6.0" in process.rest("GET", "/metrics").text
 
 
-def test_process_killed_during_a_push_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_push_cut_by_a_kill_are_removed(tmp_path: Path) -> None:
     staging = tmp_path / "staging"
     with run(tmp_path / "first", *MORTAL) as process:
         process.wait_until_ready()
@@ -160,7 +160,7 @@ def test_process_killed_during_a_push_leaves_nothing_to_the_next(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_torch_engine_serves_until_told_to_stop(tmp_path: Path, reference: Reference) -> None:
+def test_torch_engine_serves_until_sigterm(tmp_path: Path, reference: Reference) -> None:
     command = (sys.executable, "-m", "poise.generation", "--set", f"model={reference.folder}")
     with run(tmp_path / "run", *command) as process:
         process.wait_until_ready()
@@ -172,7 +172,7 @@ def test_torch_engine_serves_until_told_to_stop(tmp_path: Path, reference: Refer
 
 
 @pytest.mark.slow
-def test_model_that_is_not_there_ends_the_process_with_status_2(tmp_path: Path) -> None:
+def test_missing_model_ends_the_process_with_status_2(tmp_path: Path) -> None:
     with run(tmp_path / "run", sys.executable, "-m", "poise.generation", "--set", "model=/nowhere/at/all") as process:
         assert process.exit_status() == 2
         assert "generation cannot start: model /nowhere/at/all cannot be loaded" in process.log

@@ -69,7 +69,7 @@ async def test_text_chat_and_token_prompts_agree(tiny: Running) -> None:
             np.testing.assert_allclose(mine.features.response_hidden, theirs.features.response_hidden)
 
 
-async def test_blocking_client_gets_the_same(tiny: Running) -> None:
+async def test_sync_client_gets_the_same_rollouts(tiny: Running) -> None:
     def ask() -> list[list[int]]:
         with GenerationClient(tiny.target) as client:
             (group,) = client.stream_trajectories(
@@ -112,7 +112,7 @@ async def test_abandoned_call_frees_the_engine(tiny: Running, how: str) -> None:
     await client.close()
 
 
-async def test_prompts_are_encoded_in_the_order_asked_as_their_rollouts_are(tiny: Running) -> None:
+async def test_encodings_match_the_rollouts_of_their_prompts(tiny: Running) -> None:
     contents = ["two plus two", "x", [{"role": "user", "content": "hi"}]]
     prompts = [Prompt(f"g{i}", content) for i, content in enumerate(contents)]
     encoded = await tiny.client.encode_prompts(prompts)
@@ -125,14 +125,14 @@ async def test_prompts_are_encoded_in_the_order_asked_as_their_rollouts_are(tiny
             np.testing.assert_allclose(prompt.prompt_hidden, rollout.features.prompt_hidden, rtol=1e-4, atol=1e-6)
 
 
-async def test_prompt_to_encode_without_room_is_named_by_its_place(tiny: Running) -> None:
+async def test_prompt_to_encode_that_is_too_long_is_named(tiny: Running) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await tiny.client.encode_prompts([Prompt("a", "x"), Prompt("b", "x" * 512)])
     ((field, _),) = caught.value.violations
     assert field == "prompts[1].prompt"
 
 
-async def test_abandoned_encoding_frees_the_engine_and_pause_and_drain_hold_for_it(
+async def test_encodings_are_cancelled_paused_and_drained(
     scripted: tuple[Running, ScriptedEngine],
 ) -> None:
     running, engine = scripted
@@ -157,7 +157,7 @@ async def test_abandoned_encoding_frees_the_engine_and_pause_and_drain_hold_for_
     await asyncio.wait_for(draining, DEADLINE_S)
 
 
-async def test_prompt_without_room_is_named_by_its_place(tiny: Running) -> None:
+async def test_prompt_that_is_too_long_is_named(tiny: Running) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await stream(tiny.client, ["x", "x" * 512, "y"])
     ((field, description),) = caught.value.violations
@@ -165,12 +165,12 @@ async def test_prompt_without_room_is_named_by_its_place(tiny: Running) -> None:
     assert "max_model_len is 512" in description
 
 
-async def test_chat_that_the_template_refuses_is_named(tiny: Running) -> None:
+async def test_chat_rejected_by_the_template_is_named(tiny: Running) -> None:
     with pytest.raises(InvalidRequestError, match=r"prompts\[0\]\.chat\.messages\[0\]\.role"):
         await stream(tiny.client, [[{"role": "", "content": "x"}]])
 
 
-async def test_version_that_is_not_served_yet_is_refused(tiny: Running, reference: Reference) -> None:
+async def test_version_not_served_yet_is_rejected(tiny: Running, reference: Reference) -> None:
     from tests.support.pushes import weight_arrays
 
     with pytest.raises(VersionMismatchError, match="version 0 is served"):
@@ -180,7 +180,7 @@ async def test_version_that_is_not_served_yet_is_refused(tiny: Running, referenc
     assert groups["g0"].rollouts[0].version_spans[0].policy_version == 2
 
 
-async def test_full_queue_asks_to_come_again_and_the_client_does(serve: Callable[..., Any]) -> None:
+async def test_client_retries_after_a_full_queue(serve: Callable[..., Any]) -> None:
     engine = ScriptedEngine()
     running = await serve(engine, max_queued_rollouts=2)
     release = asyncio.Event()
@@ -197,7 +197,7 @@ async def test_full_queue_asks_to_come_again_and_the_client_does(serve: Callable
     assert len(await asyncio.wait_for(second, DEADLINE_S)) == 1
 
 
-async def test_pause_refuses_new_rollouts_and_lets_running_ones_finish(
+async def test_pause_rejects_new_rollouts_and_finishes_running_ones(
     scripted: tuple[Running, ScriptedEngine],
 ) -> None:
     running, engine = scripted
@@ -220,7 +220,7 @@ async def test_pause_refuses_new_rollouts_and_lets_running_ones_finish(
     assert len(await asyncio.wait_for(patient, DEADLINE_S)) == 1
 
 
-async def test_drain_finishes_what_was_accepted(scripted: tuple[Running, ScriptedEngine]) -> None:
+async def test_drain_finishes_accepted_rollouts(scripted: tuple[Running, ScriptedEngine]) -> None:
     running, engine = scripted
     release = asyncio.Event()
     engine.before_rollout = lambda request: release.wait()

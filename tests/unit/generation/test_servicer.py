@@ -168,9 +168,15 @@ async def test_most_prompts_allowed_are_accepted(service: Service) -> None:
 async def test_unset_fields_take_their_defaults(service: Service) -> None:
     groups = await service.stream(request_of())
     assert [len(group.rollouts) for group in groups] == [1, 1]
-    asked = service.engine.requests[0].sampling
-    assert (asked.temperature, asked.top_p, asked.top_k, asked.stop, asked.seed) == (1.0, 1.0, 0, (), None)
-    assert asked.max_tokens == service.config.default_max_tokens
+    requested = service.engine.requests[0].sampling
+    assert (requested.temperature, requested.top_p, requested.top_k, requested.stop, requested.seed) == (
+        1.0,
+        1.0,
+        0,
+        (),
+        None,
+    )
+    assert requested.max_tokens == service.config.default_max_tokens
 
 
 async def test_sampling_reaches_the_engine(service: Service) -> None:
@@ -179,9 +185,9 @@ async def test_sampling_reaches_the_engine(service: Service) -> None:
             **sampling(temperature=0.5, top_p=0.25, top_k=3, max_tokens=5, stop=["a", "b"], stop_token_ids=[7, 9])
         )
     )
-    asked = service.engine.requests[0].sampling
-    assert (asked.temperature, asked.top_p, asked.top_k, asked.max_tokens) == (0.5, 0.25, 3, 5)
-    assert (asked.stop, asked.stop_token_ids) == (("a", "b"), (7, 9))
+    requested = service.engine.requests[0].sampling
+    assert (requested.temperature, requested.top_p, requested.top_k, requested.max_tokens) == (0.5, 0.25, 3, 5)
+    assert (requested.stop, requested.stop_token_ids) == (("a", "b"), (7, 9))
 
 
 async def test_rejection_names_the_reason(service: Service) -> None:

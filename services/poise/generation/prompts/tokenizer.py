@@ -84,7 +84,7 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special)
         return text
 
-    def names_special(self, stops: Sequence[str]) -> bool:
+    def contains_special_token(self, stops: Sequence[str]) -> bool:
         """Return whether a stop string contains a special token, and so occurs only in text decoded with them."""
         return any(special in stop for stop in stops for special in self._special_texts)
 

@@ -142,10 +142,19 @@ class PushReceiver:
 
 async def _receive(requests: Requests, push: StagedPush) -> None:
     """Fill the file of a push. A thread stores and hashes each message while the next one arrives."""
-    thread = _SerialThread()
+    storing: asyncio.Task[None] | None = None
+
+    async def store(work: Callable[[], None]) -> asyncio.Task[None]:
+        """Start work on a thread once the last work ended. Raises the error of the last work."""
+        nonlocal storing
+        if storing is not None:
+            await asyncio.shield(storing)
+        storing = asyncio.create_task(asyncio.to_thread(work))
+        return storing
+
     try:
         if not push.comes_in_chunks:
-            await thread.start(push.read_file)
+            await store(push.read_file)
         async for message in requests:
             match message.WhichOneof("part"):
                 case "chunk":
@@ -158,45 +167,16 @@ async def _receive(requests: Requests, push: StagedPush) -> None:
                         raise InvalidRequest.field(
                             "chunk.data", f"has {len(chunk.data)} bytes; required: 1 to {MAX_CHUNK_BYTES}"
                         )
-                    await thread.start(partial(push.write, chunk.offset, chunk.data))
+                    await store(partial(push.write, chunk.offset, chunk.data))
                 case "commit":
-                    await thread.start(partial(push.finish, message.commit.total_bytes))
-                    await thread.join()
+                    await asyncio.shield(await store(partial(push.finish, message.commit.total_bytes)))
                     return
                 case other:
                     raise InvalidRequest.field(
-                        "part",
-                        f"is {other or 'unset'}; required after `manifest`: chunk, or commit as the last message",
+                        "part", f"is {other or 'unset'}; required after `manifest`: chunk or commit"
                     )
         raise InvalidRequest.field("part", "the push ended without `commit`; the old version is still served")
     finally:
-        await thread.wait()
-
-
-class _SerialThread:
-    """Runs one call at a time on a thread."""
-
-    def __init__(self) -> None:
-        self._running: asyncio.Future[None] | None = None
-
-    async def start(self, work: Callable[[], None]) -> None:
-        """Start a call once the last one ended. Raises the error of the last one."""
-        await self.join()
-        self._running = asyncio.get_running_loop().run_in_executor(None, work)
-
-    async def join(self) -> None:
-        """Return once the last call ended. Raises its error."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            try:
-                await asyncio.shield(running)
-            except asyncio.CancelledError:
-                self._running = running
-                raise
-
-    async def wait(self) -> None:
-        """Return once the last call ended, with or without an error."""
-        if self._running is not None:
-            await asyncio.wait({self._running})
-            if not self._running.cancelled():
-                self._running.exception()
+        if storing is not None:  # the file must not be closed meanwhile
+            await asyncio.wait({storing})
+            storing.exception()

@@ -1,4 +1,4 @@
-"""Weights over gRPC: served exactly, whole or not at all."""
+"""Pushes over gRPC: served exactly and whole, or not at all."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def sample(
 
 
 async def assert_serves(running: Running, reference: Reference, arrays: Arrays, version: int) -> None:
-    """Hold what is served against transformers."""
+    """Compare served rollouts with transformers."""
     for group in await sample(running.client):
         for rollout in group.rollouts:
             assert {span.policy_version for span in rollout.version_spans} == {version}
@@ -73,7 +73,7 @@ async def test_pushed_weights_are_served_exactly(tiny: Running, reference: Refer
     assert tiny.staged() == []
 
 
-async def test_same_push_again_is_known(tiny: Running, reference: Reference) -> None:
+async def test_repeated_push_is_already_applied(tiny: Running, reference: Reference) -> None:
     arrays = reference.changed(1)
     await push(tiny.client, arrays, 4)
     update = await push(tiny.client, dict(reversed(arrays.items())), 4)
@@ -91,7 +91,7 @@ async def test_lower_version_or_other_weights_are_a_conflict(tiny: Running, refe
     await assert_serves(tiny, reference, arrays, 4)
 
 
-async def test_new_lineage_begins_where_it_likes(tiny: Running, reference: Reference) -> None:
+async def test_new_lineage_starts_at_any_version(tiny: Running, reference: Reference) -> None:
     await push(tiny.client, reference.changed(1), 4)
     arrays = reference.changed(2)
     assert (await push(tiny.client, arrays, 0, "another")).policy_version == 0
@@ -150,9 +150,7 @@ async def test_broken_push_leaves_the_old_version_serving(tiny: Running, referen
     await assert_serves(tiny, reference, reference.changed(2), 9)
 
 
-async def test_push_beyond_the_limit_is_refused_before_its_bytes_are_taken(
-    serve: Callable[..., Any], reference: Reference
-) -> None:
+async def test_push_beyond_the_limit_is_rejected_at_once(serve: Callable[..., Any], reference: Reference) -> None:
     running = await serve(model=str(reference.folder), max_update_bytes=100_000)
     with pytest.raises(InvalidRequestError, match="max_update_bytes is 100000"):
         await push(running.client, reference.changed(1), 1)
@@ -160,7 +158,7 @@ async def test_push_beyond_the_limit_is_refused_before_its_bytes_are_taken(
     await assert_serves(running, reference, reference.original, 0)
 
 
-async def test_caller_that_leaves_half_way_leaves_nothing(tiny: Running, reference: Reference) -> None:
+async def test_caller_that_leaves_midway_leaves_no_files(tiny: Running, reference: Reference) -> None:
     messages = push_messages(reference.changed(1), 1, chunk_bytes=2**16)
 
     async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
@@ -171,13 +169,13 @@ async def test_caller_that_leaves_half_way_leaves_nothing(tiny: Running, referen
     call = tiny.stub.UpdateWeights(halting())
     await eventually(lambda: _is(bool(tiny.staged())), "the push is being received")
     call.cancel()
-    await eventually(lambda: _is(not tiny.staged()), "its file is gone")
+    await eventually(lambda: _is(not tiny.staged()), "its file is removed")
     assert (await tiny.client.get_policy()).policy_version == 0
     await push(tiny.client, reference.changed(1), 1)
     await assert_serves(tiny, reference, reference.changed(1), 1)
 
 
-async def test_of_two_pushes_at_once_one_waits_for_the_other(tiny: Running, reference: Reference) -> None:
+async def test_second_push_at_once_waits_for_the_first(tiny: Running, reference: Reference) -> None:
     release = asyncio.Event()
     *most, commit = push_messages(reference.changed(1), 1)
 
@@ -209,7 +207,7 @@ async def test_many_pushes_at_once_end_with_the_highest(tiny: Running, reference
     assert tiny.staged() == []
 
 
-async def test_push_whose_caller_leaves_while_it_is_applied_is_applied(
+async def test_push_is_applied_even_if_its_caller_leaves(
     scripted: tuple[Running, ScriptedEngine],
 ) -> None:
     running, engine = scripted
@@ -231,11 +229,11 @@ async def test_push_whose_caller_leaves_while_it_is_applied_is_applied(
     release.set()
     await eventually(lambda: _serves_version(running, 1), "the push is applied")
     assert there == [True]
-    await eventually(lambda: _is(not running.staged()), "its file is gone")
+    await eventually(lambda: _is(not running.staged()), "its file is removed")
     assert (await push(running.client, small(), 1)).already_applied
 
 
-async def test_push_among_running_rollouts_shows_in_their_spans(tiny: Running, reference: Reference) -> None:
+async def test_push_during_rollouts_shows_in_their_spans(tiny: Running, reference: Reference) -> None:
     deadline = time.monotonic() + DEADLINE_S
     arrays = reference.changed(1)
     for attempt in itertools.count():
@@ -257,7 +255,7 @@ async def test_push_among_running_rollouts_shows_in_their_spans(tiny: Running, r
             return
 
 
-async def test_ready_only_once_a_learner_has_pushed(serve: Callable[..., Any], reference: Reference) -> None:
+async def test_ready_only_after_the_first_push(serve: Callable[..., Any], reference: Reference) -> None:
     running = await serve(model=str(reference.folder), wait_for_learner=True)
     policy = await running.client.get_policy()
     assert (policy.ready, policy.lineage_id) == (False, "")
@@ -273,7 +271,7 @@ async def test_ready_only_once_a_learner_has_pushed(serve: Callable[..., Any], r
         reference.check(arrays, group.prompt_token_ids.tolist(), group.rollouts[0])
 
 
-async def test_staging_folder_that_cannot_be_made_is_named(scripted: tuple[Running, ScriptedEngine]) -> None:
+async def test_staging_folder_that_cannot_be_created_is_named(scripted: tuple[Running, ScriptedEngine]) -> None:
     running, _ = scripted
     running.app.config.staging_dir.write_bytes(b"not a folder")
     async with AsyncGenerationClient(running.target, retries=RetryPolicy(max_attempts=1)) as hasty:
@@ -284,7 +282,7 @@ async def test_staging_folder_that_cannot_be_made_is_named(scripted: tuple[Runni
     assert (await push(running.client, small(), 1)).policy_version == 1
 
 
-async def test_push_that_a_full_staging_folder_has_no_room_for_is_refused_with_its_size(
+async def test_push_without_enough_space_is_rejected_with_its_size(
     scripted: tuple[Running, ScriptedEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running, _ = scripted

@@ -82,7 +82,7 @@ def test_chat_rejected_by_the_template_is_an_invalid_request(template: str | Non
     ],
 )
 def test_stops_with_a_special_token_are_recognized(stops: list[str], names: bool) -> None:
-    assert tokenizer().names_special(stops) is names
+    assert tokenizer().contains_special_token(stops) is names
 
 
 def test_special_tokens_are_decoded_on_request_only() -> None:

@@ -160,13 +160,13 @@ def test_push_that_cannot_fit_is_rejected_at_once(
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=len(DATA) - 1))
     monkeypatch.setattr(module.os, "link", _across_disks)
     folder = tmp_path / "staging"
-    refused = pytest.raises(BackendDown, match=f"stored in {folder}: it needs {len(DATA)} bytes, and {len(DATA) - 1} ")
+    rejected = pytest.raises(BackendDown, match=f"stored in {folder}: it needs {len(DATA)} bytes, and {len(DATA) - 1} ")
     with staging_in(folder, shared_dirs=(tmp_path / "shared",)) as staging:
         if in_file:
-            with staging.open(manifest_of(file=shared(tmp_path / "shared"))) as push, refused as caught:
+            with staging.open(manifest_of(file=shared(tmp_path / "shared"))) as push, rejected as caught:
                 push.read_file()
         else:
-            with refused as caught, staging.open(manifest_of()):
+            with rejected as caught, staging.open(manifest_of()):
                 raise AssertionError
         assert "staging_dir" in caught.value.remedy
         assert list(folder.rglob("*.safetensors")) == []

@@ -72,7 +72,7 @@ class _Running:
 
 
 class TorchEngine:
-    """See `Engine`."""
+    """Implements `Engine` with transformers."""
 
     def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
         self.config = config
@@ -274,7 +274,7 @@ class TorchEngine:
         if running.token_ids[-1] in tokenizer.stop_token_ids or running.token_ids[-1] in sampling.stop_token_ids:
             return "stop"
         if sampling.stop:
-            text = tokenizer.decode(running.token_ids, with_special=tokenizer.names_special(sampling.stop))
+            text = tokenizer.decode(running.token_ids, with_special=tokenizer.contains_special_token(sampling.stop))
             if any(stop in text for stop in sampling.stop):
                 return "stop"
         return "length" if len(running.token_ids) >= sampling.max_tokens else None

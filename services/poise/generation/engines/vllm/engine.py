@@ -52,7 +52,7 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 
 
 class VllmEngine:
-    """See `Engine`."""
+    """Implements `Engine` with vLLM."""
 
     def __init__(self, config: GenerationConfig, startup: Startup | None = None) -> None:
         self.config = config
@@ -269,7 +269,7 @@ class VllmEngine:
 
         tokenizer = self._loaded_tokenizer()
         # A stop string with a special token only matches text that keeps special tokens.
-        keeps_special_tokens = tokenizer.names_special(sampling.stop)
+        keeps_special_tokens = tokenizer.contains_special_token(sampling.stop)
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,

@@ -72,14 +72,14 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
     init_info_cls = FileInit
     update_info_cls = FileUpdate
-    _thread: threading.Thread | None = None
+    thread: threading.Thread | None = None
     """Prepares weights, or returns the memory of the replaced ones, while sampling continues."""
-    _next: NextWeights | None = None
+    next_weights: NextWeights | None = None
     """The weights of the next update, if they were prepared."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._memory_lock = MemoryLock()
+        self.memory_lock = MemoryLock()
         """Held from checking the free memory until the memory of the replaced weights is returned."""
 
     def prepare(self, path: str) -> tuple[int, str]:
@@ -87,10 +87,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
         Returns why it is not possible, after the level at which to log that; `NO_OBSTACLE` if it is, or on a GPU.
         """
-        if self._thread is not None:
-            self._thread.join()
-        if self._next is not None:  # prepared for an update that was abandoned
-            self._next = None
+        if self.thread is not None:
+            self.thread.join()
+        if self.next_weights is not None:  # prepared for an update that was abandoned
+            self.next_weights = None
             self._return_memory()
         if not current_platform.is_cpu():
             return NO_OBSTACLE
@@ -98,13 +98,13 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         if obstacle == NO_OBSTACLE:
             self._start(self._prepare, path)
         else:
-            self._memory_lock.release()
+            self.memory_lock.release()
         return obstacle
 
     @property
     def is_preparing(self) -> bool:
         """Whether the thread still runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self.thread is not None and self.thread.is_alive()
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         """See vLLM."""
@@ -112,21 +112,21 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
     def start_weight_update(self) -> None:
         """See vLLM."""
-        if self._next is None:
+        if self.next_weights is None:
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         """See vLLM."""
-        if self._next is None:
+        if self.next_weights is None:
             self.model.load_weights(_read_tensors(update_info.path))
         else:
-            self._next.apply()
+            self.next_weights.apply()
 
     def finish_weight_update(self) -> None:
         """See vLLM."""
-        if self._next is None:
+        if self.next_weights is None:
             finalize_layerwise_reload(self.model, self.vllm_config.model_config)
-        self._next = None
+        self.next_weights = None
         share_packed_heads(self.model)
         if current_platform.is_cpu():
             self._start(self._return_memory)
@@ -141,7 +141,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         if kinds := unknown_layers(self.model):
             return logging.INFO, f"the model has layers of unknown kinds ({', '.join(kinds)})"
         try:
-            if not self._memory_lock.try_acquire():
+            if not self.memory_lock.try_acquire():
                 return logging.INFO, "another process on this machine prepares its weights now"
         except OSError as error:
             return logging.WARNING, f"{error}; set TMPDIR to a writable folder"
@@ -155,8 +155,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         return NO_OBSTACLE
 
     def _start(self, work: Callable[..., None], *args: str) -> None:
-        self._thread = threading.Thread(target=self._in_background, args=(work, *args), name="weights", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._in_background, args=(work, *args), name="weights", daemon=True)
+        self.thread.start()
 
     def _in_background(self, work: Callable[..., None], *args: str) -> None:
         # vLLM binds its threads to cores. This thread may run on all cores of the server, but only on one at a time.
@@ -167,15 +167,15 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
     def _prepare(self, path: str) -> None:
         try:
-            self._next = prepare_next(self.model, _read_tensors(path))
+            self.next_weights = prepare_next(self.model, _read_tensors(path))
         except Exception:
             logger.exception("preparing new weights failed; generation pauses while they load")
-        if self._next is None:
+        if self.next_weights is None:
             self._return_memory()
 
     def _return_memory(self) -> None:
         trim_memory()
-        self._memory_lock.release()
+        self.memory_lock.release()
 
 
 def register_backend() -> None:
