@@ -106,10 +106,10 @@ def test_death_of_the_engine_ends_the_process_with_status_1(tmp_path: Path) -> N
         process.wait_until_ready()
         with process.client(retries=RetryPolicy(max_attempts=1)) as client:
             assert len(sample(client, "live")) == 2
-            with pytest.raises(UnavailableError, match=r"the engine (died|does not run)"):
+            with pytest.raises(UnavailableError, match=r"the engine (died|is not running)"):
                 sample(client, "die")
         assert process.exit_status() == 1
-        assert "generation ends: the engine died" in process.log
+        assert "generation failed: the engine died" in process.log
         assert "Traceback" not in process.log
 
 

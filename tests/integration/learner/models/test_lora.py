@@ -193,7 +193,7 @@ async def test_replica_never_mixes_adapter_versions(live, model: Path, tmp_path:
 async def test_a_replica_of_another_model_says_so(live, model: Path, tmp_path: Path) -> None:
     replica = await live(model_folder=make_tiny_llama(tmp_path / "other", seed=1))
     async with learner(model, tmp_path, replica.address) as client:
-        assert "belongs to base" in await refusal(client)
+        assert "trained on the model with digest" in await refusal(client)
     assert replica.app.status()["lineage_id"] == ""
     assert not replica.app.readiness().ready
 
