@@ -73,26 +73,27 @@ from poise.runtime.cli.service_main import service_main
 from poise.value import app
 from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator
-from poise.value.probe.incremental import GramFitter
-from poise.value.updater import Refitter
+from poise.value.probe.incremental import IncrementalFitter
+from poise.value.updater import Updater
 
 flag = sys.argv[1]
 
-class Fitter(GramFitter):
+class Fitter(IncrementalFitter):
     left_out = itertools.cycle((slice(256, None), slice(None, -256)))
 
     def fit(self, groups):
         return super().fit(groups[next(self.left_out)] if os.path.exists(flag) else groups)
 
-class Restless(Refitter):
-    async def _refit(self, name):
-        await super()._refit(name)
-        self.wake()
+class Restless(Updater):
+    async def save(self, fitted=None):
+        path = await super().save(fitted)
+        if fitted is not None:
+            self.request_fits()
+        return path
 
 is_due = BaselineEstimator.is_due
 BaselineEstimator.is_due = lambda self, name: os.path.exists(flag) or is_due(self, name)
-Refitter._is_new_since_failure = lambda self, name: True
-app.GramFitter, app.Refitter = Fitter, Restless
+app.IncrementalFitter, app.Updater = Fitter, Restless
 sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))
 """
 

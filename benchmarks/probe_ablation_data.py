@@ -37,7 +37,7 @@ from poise.orchestrator.tasks import primer
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.files.atomic import write_file
 from poise.runtime.files.cache import cache_dir
-from poise.value.probe.features import FeatureRows, LabelledRows
+from poise.value.probe.features import FeatureMatrix, Label
 from poise_client.types import Features, Message, Rollout, RolloutId, Sampling
 
 MODEL = "smollm2-135m-instruct"
@@ -249,7 +249,7 @@ def _entropies(features: Features) -> list[float]:
 class Prompts:
     """One split of a domain."""
 
-    groups: list[LabelledRows]
+    groups: list[Label]
     token_ids: list[NDArray[np.int32]]
     """Tokens of each group's prompt."""
 
@@ -284,11 +284,11 @@ def load(folder: Path) -> list[Domain]:
     return [Domain(name, splits[name, "training"], splits[name, "held_out"]) for name in DOMAINS]
 
 
-def _groups(batch: Batch, domain: str, arrays: dict[str, NDArray[np.float32]]) -> Iterator[LabelledRows]:
-    rows = FeatureRows(arrays["prompt_hidden"], arrays["response_hidden"], arrays["entropies"])
+def _groups(batch: Batch, domain: str, arrays: dict[str, NDArray[np.float32]]) -> Iterator[Label]:
+    rows = FeatureMatrix(arrays["prompt_hidden"], arrays["response_hidden"], arrays["entropies"])
     for index, problem in enumerate(batch.problems):
         start, end = index * batch.num_rollouts, (index + 1) * batch.num_rollouts
-        yield LabelledRows("benchmark", 0, problem.key, domain, rows.part(start, end), arrays["rewards"][start:end])
+        yield Label("benchmark", 0, problem.key, domain, rows.part(start, end), arrays["rewards"][start:end])
 
 
 def digest(domains: Sequence[Domain]) -> str:

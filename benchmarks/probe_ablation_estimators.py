@@ -22,8 +22,8 @@ from poise.algorithms.spo_tracker import BetaTracker
 from poise.local.models.catalog import make_model
 from poise.runtime.files.atomic import write_file
 from poise.value.config import ProbeConfig
-from poise.value.probe.features import FeatureRows, LabelledRows
-from poise.value.probe.incremental import GramFitter
+from poise.value.probe.features import FeatureMatrix, Label
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import FittedProbe, ProbeInput
 
 PAPER: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
@@ -59,22 +59,22 @@ CRITIC = f"critic, epoch {CRITIC_EPOCHS}"
 
 
 def fitted(
-    groups: Sequence[LabelledRows],
+    groups: Sequence[Label],
     inputs: tuple[ProbeInput, ...] = PAPER,
     components: tuple[int, int] = COMPONENTS,
     alpha: float = ALPHA,
     rows_per_component: int = 1,
 ) -> FittedProbe:
-    return GramFitter(inputs, *components, alpha, rows_per_component).fit(groups)
+    return IncrementalFitter(inputs, *components, alpha, rows_per_component).fit(groups)
 
 
-def asked(probe: FittedProbe, groups: Sequence[LabelledRows]) -> Floats:
+def asked(probe: FittedProbe, groups: Sequence[Label]) -> Floats:
     """Return the probe's values of groups of equal size, [P, n]."""
-    return probe.predict(FeatureRows.concatenate([group.inputs for group in groups])).reshape(len(groups), -1)
+    return probe.predict(FeatureMatrix.concatenate([group.inputs for group in groups])).reshape(len(groups), -1)
 
 
-def part(group: LabelledRows, start: int, end: int) -> LabelledRows:
-    return replace(group, rows=group.rows.part(start, end), rewards=group.rewards[start:end])
+def part(group: Label, start: int, end: int) -> Label:
+    return replace(group, features=group.features.part(start, end), rewards=group.rewards[start:end])
 
 
 def repeated(values_P: Floats, num_rollouts: int) -> Floats:
@@ -176,7 +176,7 @@ def _again(domain: Domain, prior: BetaTracker, past: range, new: range) -> dict[
     return {name: row_sums(each, rewards, others(len(new))) for name, each in values.items()}
 
 
-def _tracked(prior: BetaTracker, visits: Sequence[LabelledRows], discount: float) -> float:
+def _tracked(prior: BetaTracker, visits: Sequence[Label], discount: float) -> float:
     tracker = prior
     for visit in visits:
         tracker = tracker.after(visit.rewards, discount)

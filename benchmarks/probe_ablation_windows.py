@@ -23,7 +23,7 @@ from probe_ablation_metrics import Doubles, other_half, row_sums
 from probe_ablation_report import Report, gap_text, report
 from rich.table import Table
 
-from poise.value.probe.features import LabelledRows
+from poise.value.probe.features import Label
 
 WINDOWS = (64, 128, 256, 768)
 """Rows a domain."""
@@ -48,7 +48,7 @@ class Fit:
             return f"{self.inputs}, α {self.alpha:g}, {self.rows_per_component} rows a dimension"
         return f"{self.inputs}, α {self.alpha:g}, {self.components[0]} + {self.components[1]}"
 
-    def values(self, window: Sequence[LabelledRows], groups: Sequence[LabelledRows]) -> Floats:
+    def values(self, window: Sequence[Label], groups: Sequence[Label]) -> Floats:
         """Return the values, [P, n], of groups by a probe of the window."""
         probe = fitted(window, INPUTS[self.inputs], self.components, self.alpha, self.rows_per_component)
         return asked(probe, groups)
@@ -89,7 +89,7 @@ def on_windows(domains: Sequence[Domain], num_rows: int) -> Report:
     return report(sums, str(Fit()))
 
 
-def random_windows(domain: Domain, num_rows: int) -> list[list[LabelledRows]]:
+def random_windows(domain: Domain, num_rows: int) -> list[list[Label]]:
     source = np.random.default_rng(num_rows)
     groups = domain.training.groups
     if num_rows == domain.training.rewards.size:
@@ -98,7 +98,7 @@ def random_windows(domain: Domain, num_rows: int) -> list[list[LabelledRows]]:
     return [[groups[i] for i in source.permutation(len(groups))[:num_groups]] for _ in range(NUM_WINDOWS)]
 
 
-def cross_validated(inputs: str, window: Sequence[LabelledRows]) -> Fit:
+def cross_validated(inputs: str, window: Sequence[Label]) -> Fit:
     """Return the fit with the least squared advantage in cross-validation within the window."""
     fits = tried(inputs)
     losses = np.zeros(len(fits))

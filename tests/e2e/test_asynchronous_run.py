@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.test_tiny_run import ROLLOUTS, STALL_S, Run
 
 from poise.learner.storage.checkpoint import CheckpointStore
-from poise.value.store.folder import StateStore
+from poise.value.store import StateStore
 
 NUM_STEPS, PROMPTS, AHEAD = 8, 16, 2
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.local_services import poise
 
 from poise.learner.storage.checkpoint import CheckpointStore
-from poise.value.store.folder import StateStore
+from poise.value.store import StateStore
 
 NUM_STEPS, PROMPTS, ROLLOUTS = 36, 48, 2
 VICTIMS = ("value", "generation", "learner", "valkey", "train")

@@ -30,9 +30,9 @@ from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.rpc.validation import Violations
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.messages import parse_label, read_questions
-from poise.value.probe.incremental import GramFitter
+from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.messages import parse_label, read_queries
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.step_probes import VersionedProbe
 from poise_client.codec import encode
 from poise_client.types import (
@@ -57,7 +57,7 @@ class InProcess:
         self._trainer = Trainer(run.learner)
         self._value: ValueConfig = run.value
         self.estimator = BaselineEstimator(run.value)
-        self._fitters: dict[str, GramFitter] = {}
+        self._fitters: dict[str, IncrementalFitter] = {}
         self.version = 0
 
     async def __aenter__(self) -> InProcess:
@@ -91,11 +91,11 @@ class InProcess:
         self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
         wrong, asked = Violations(), []
-        questions = read_questions([encode(group, value_pb2.GroupFeatures) for group in groups], wrong)
+        questions = read_queries([encode(group, value_pb2.GroupFeatures) for group in groups], wrong)
         wrong.raise_if_any()
         for group, rows in zip(groups, questions, strict=True):
             assert rows is not None
-            asked.append(GroupRows(group.group_id, group.domain, rows))
+            asked.append(GroupQuery(group.group_id, group.domain, rows))
         return self.estimator.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
 
     def learn(self, labels: Sequence[Group]) -> None:
@@ -108,7 +108,7 @@ class InProcess:
             if self.estimator.is_due(name):
                 fitter = self._fitters.setdefault(
                     name,
-                    GramFitter(
+                    IncrementalFitter(
                         probe.inputs,
                         probe.prompt_components,
                         probe.response_components,

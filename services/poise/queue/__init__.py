@@ -1,1 +1,1 @@
-"""The labelled-rollout queue: the interface, Redis Streams, in-memory."""
+"""The queue of labelled groups: the interface, and the implementation on Redis Streams."""

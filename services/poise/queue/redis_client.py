@@ -1,6 +1,6 @@
-"""Connections to the Redis server: each is checked before its first use and replaced when it fails.
+"""Connections to the Redis server. Each is checked before its first use and replaced when it fails.
 
-Follows a failover to the new primary, and a cluster's redirection to another node. Knows no queue.
+Follows a failover to the new primary and a cluster's redirection to another node.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ T = TypeVar("T")
 Client = redis.asyncio.Redis
 
 Ask = Callable[..., Awaitable[Any]]
-"""Sends one command, split into words, and returns its answer."""
+"""Sends one command, split into words, and returns the reply."""
 
 _CONNECT_TIMEOUT_S = 2.0
 _REPLY_TIMEOUT_S = 10.0
 _IDLE_CHECK_S = 15
-"""A connection that was idle for longer is checked by a PING before use."""
+"""A connection that was idle for longer gets a PING before use."""
 _EXAMINE_EVERY_S = 30.0
-"""How often an open connection is examined again: settings of a server may change."""
-_MOST_TRIES = 3
+"""How often an open connection is checked again, because settings of a server may change."""
+_MAX_TRIES = 3
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
 class RedisClient:
-    """Runs commands on the server of the URL, or on the cluster node to which that server redirects."""
+    """Runs commands on the server of the URL, or on the cluster node that it redirects to."""
 
     def __init__(
         self,
@@ -55,10 +55,9 @@ class RedisClient:
 
         Args:
             url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
-            needed_bytes: memory that the queue may take in the server.
-            examine_keys: called with each new connection, and every 30 s; the flag says whether the server is a
-                cluster node.
-            failed: called when a connection fails, which may have lost an answer.
+            needed_bytes: memory that the queue may need in the server.
+            examine_keys: called for each new connection and every 30 s. The flag is true for a cluster node.
+            failed: called when a connection fails. A response may be lost.
         """
         self._url = url
         self._needed_bytes = needed_bytes
@@ -69,7 +68,7 @@ class RedisClient:
         self.address = self._home
         """host:port, or path, of the current server."""
         self.report = ServerReport(None, ())
-        """Result of the last examination of a connection."""
+        """Result of the last check of a connection."""
         self._examined_s = -_EXAMINE_EVERY_S
         self._client = self._make(None)
 
@@ -81,7 +80,7 @@ class RedisClient:
             socket_connect_timeout=_CONNECT_TIMEOUT_S,
             socket_timeout=_REPLY_TIMEOUT_S,
             health_check_interval=_IDLE_CHECK_S,
-            retry=Retry(NoBackoff(), 0),  # `call` retries, over an examined connection
+            retry=Retry(NoBackoff(), 0),  # `call` retries over a checked connection
             redis_connect_func=self._greet,
             **({"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE} if is_tcp else {}),
         )
@@ -90,12 +89,12 @@ class RedisClient:
         return redis.asyncio.Redis.from_pool(pool)
 
     async def call(self, work: Callable[[Client], Awaitable[T]]) -> T:
-        """Run `work`; retry it over a new connection if the old one is dead or leads to a replica.
+        """Run `work`; retry it over a new connection if the old one is dead or reaches a replica.
 
         Raises:
-            BackendDown, QueueFull: the error of the server or of the system, with a remedy.
+            BackendDown, QueueFull: the translated error, with a remedy.
         """
-        for num_left in reversed(range(_MOST_TRIES)):
+        for num_left in reversed(range(_MAX_TRIES)):
             client = self._client
             try:
                 await self._examine_if_due(client)
@@ -106,17 +105,17 @@ class RedisClient:
                     raise shown from error
                 self._failed()
                 node = None
-                if isinstance(error, MovedError):  # without a host it means the same host
+                if isinstance(error, MovedError):  # no host means the same host
                     node = error.host or client.connection_pool.connection_kwargs["host"], error.port
                 await self._replace(client, node)
                 if not num_left or not (node or may_be_gone(error)):
                     raise shown from error
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("unreachable: the last try returns or raises")
 
     async def _replace(self, failed: Client, node: tuple[str, int] | None) -> None:
-        """Use new connections: to `node`, or to the address of the URL, resolved again."""
+        """Replace the connections: connect to `node`, or resolve the address of the URL again."""
         if self._client is not failed:
-            return  # another call did so
+            return  # another call has replaced it
         self._client = self._make(node)
         self._examined_s = -_EXAMINE_EVERY_S
         self.address = join_address(*node) if node else self._home
@@ -132,7 +131,7 @@ class RedisClient:
             return
         connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # has no annotations
         try:
-            if self._is_due():  # a new connection was examined when it was made
+            if self._is_due():  # a new connection was checked when it was made
                 await self._examine(connection)
         finally:
             await client.connection_pool.release(connection)

@@ -1,4 +1,4 @@
-"""Translates errors of a Redis server into errors with remedies. Knows no queue."""
+"""Translates errors of a Redis server into errors with remedies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_TEXT = 250
 
 
 class UnsuitableServerError(RedisError):
-    """The server answers, but is unsuitable for the queue. The text says why; `remedy` says what to change."""
+    """The server is reachable but unsuitable for the queue. `remedy` says what to change."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class _Kind:
     """One kind of error."""
 
     words: tuple[str, ...]
-    """Any of them in the error's text identifies the kind. Errors within scripts have no code elsewhere."""
+    """Any of these in the error's text identifies the kind: errors in scripts have no error code."""
     remedy: str
     types: tuple[type[BaseException], ...] = ()
 
@@ -55,7 +55,7 @@ _KINDS = (
     ),
     _Kind(
         ("NOPERM", "ACL failure", "no permissions", "can't run this command", "can't access"),
-        "Grant the user of queue.url the right that the error names.",
+        "Grant the user of queue.url the permission that the error names.",
         (exceptions.NoPermissionError,),
     ),
     _Kind(
@@ -86,15 +86,15 @@ _KINDS = (
     _Kind(("BUSY ",), "A script blocks the server. Wait for it, or end it with SCRIPT KILL."),
     _Kind(
         ("unknown command", "SELECT is not allowed", "DB index is out of range"),
-        "Use Redis 6.2 or newer, or Valkey, with all commands enabled, and a database that it has.",
+        "Use Redis 6.2 or newer, or Valkey, with all commands enabled, and a database number that exists.",
     ),
 )
 
-_UNREACHABLE = "Check that the Redis server runs and that queue.url names it, as rediss:// only if it speaks TLS."
+_UNREACHABLE = "Check that the Redis server runs and that queue.url is its address, with rediss:// only if it uses TLS."
 
 
 def translated(error: Exception, address: str) -> PoiseError:
-    """Return the error that callers see in place of the client's or the system's own."""
+    """Return the error for callers, in place of the client's or the system's own."""
     if isinstance(error, UnsuitableServerError):
         return BackendDown(f"Redis at {address} {error}", remedy=error.remedy, retry_after_s=RETRY_AFTER_S)
     text = str(error) or type(error).__name__
@@ -103,14 +103,14 @@ def translated(error: Exception, address: str) -> PoiseError:
     if isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull(
             f"Redis at {address} is out of memory: {text}",
-            remedy="Wait for the value service to consume, discard dead letters, or raise Redis's maxmemory.",
+            remedy="Wait until the value service consumes labels, discard dead letters, or raise Redis's maxmemory.",
             retry_after_s=RETRY_AFTER_S,
         )
     return BackendDown(f"Redis at {address} failed: {text}", remedy=_remedy(error, text), retry_after_s=RETRY_AFTER_S)
 
 
 def may_be_gone(error: Exception) -> bool:
-    """Whether a new connection may succeed: the peer died, or became a replica."""
+    """Whether a new connection may succeed, because the peer died or became a replica."""
     if isinstance(error, exceptions.AuthenticationError | exceptions.BusyLoadingError | UnsuitableServerError):
         return False
     if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError | exceptions.ReadOnlyError):
@@ -123,5 +123,5 @@ def _remedy(error: Exception, text: str) -> str:
         if isinstance(error, kind.types) or any(words in text for words in kind.words):
             return kind.remedy
     if isinstance(error, ssl.SSLError) or "SSL" in text or "certificate" in text.lower():
-        return "Check that the server speaks TLS on this port (rediss://) and that its certificate is trusted here."
+        return "Check that the server uses TLS on this port (rediss://) and that its certificate is trusted here."
     return _UNREACHABLE

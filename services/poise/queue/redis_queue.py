@@ -1,8 +1,8 @@
-"""The queue on Redis Streams: one consumer group, acknowledged entries deleted, poison beside it.
+"""The queue on Redis Streams, with one consumer group and a second stream for dead letters.
 
-Owns the keys `<stream>` and `{<stream>}:dead`, which a cluster keeps on one node. An entry that was acknowledged is
-deleted, so that the stream's length is what is unread or owed, and bounds both. Durable as far as the server is: run
-it with `appendfsync always`. What the server must be is in `redis_server`.
+The keys are `<stream>` and `{<stream>}:dead`; a cluster keeps both on one node. An acknowledged entry is deleted, so
+the stream's length is the number of entries that are not acknowledged, and the limits apply to it. The queue is as
+durable as the server: run it with `appendfsync always`. `redis_server` checks the server.
 """
 
 from __future__ import annotations
@@ -22,26 +22,35 @@ from poise.queue.interface import (
     DeadLetter,
     Delivery,
     QueueDepth,
-    letter_was_cut,
+    letter_was_truncated,
     no_such_letter,
     queue_is_full,
 )
 from poise.queue.redis_client import Ask, Client, RedisClient
 from poise.queue.redis_errors import RETRY_AFTER_S, UnsuitableServerError, translated
-from poise.queue.redis_keys import dead_letter_key
-from poise.queue.redis_scripts import ACK, DEAD_LETTER, EXAMINE, HOLDS, MOVE_LETTERS, NEWEST, PUBLISH, REPLAY, STATE
+from poise.queue.redis_scripts import (
+    ACK,
+    DEAD_LETTER,
+    EXAMINE,
+    HOLDS,
+    MOVE_LETTERS,
+    NEWEST,
+    PUBLISH,
+    REPLAY,
+    STATE,
+    dead_letter_key,
+)
 from poise.queue.stream_watch import Expectation, StreamState, StreamWatch
 
 logger = logging.getLogger(__name__)
 
 _PAYLOAD, _REASON, _ENTRY_ID, _IS_WHOLE = b"group", b"reason", b"entry_id", b"is_whole"
 
-
-_RIGHTS = "+@connection +@stream +@scripting +type +exists +memory|usage +info +config|get"
+_PERMISSIONS = "+@connection +@stream +@scripting +type +exists +memory|usage +info +config|get"
 
 
 class RedisQueue:
-    """One consumer's, or publisher's, handle on the stream. Connects by itself, and again after a loss."""
+    """One consumer or publisher of the stream. It connects, and reconnects after a failure, by itself."""
 
     def __init__(
         self,
@@ -60,20 +69,20 @@ class RedisQueue:
 
         Args:
             url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
-            stream: Key of the stream; see `dead_letter_key` for that of the dead letters.
+            stream: Key of the stream.
             group: The consumer group.
-            consumer: This consumer's name, the same after a restart, so that it finds what it still owes.
-            max_entries: Most entries unread or owed.
-            max_bytes: Most memory that they take in the server.
-            max_dead_letters: Most dead letters kept; the oldest go first.
-            max_dead_letter_bytes: Most memory that these take; the newest is kept in any case.
-            claim_idle_s: After so long without an acknowledgement another consumer's entries are taken over.
+            consumer: This consumer's name. Keep it over restarts to get unacknowledged entries again.
+            max_entries: Maximum entries that are not acknowledged.
+            max_bytes: Maximum memory of these entries in the server.
+            max_dead_letters: Maximum dead letters kept. The oldest are dropped first.
+            max_dead_letter_bytes: Maximum memory of the dead letters. The newest is always kept.
+            claim_idle_s: Claim entries of another consumer that it has not acknowledged for this long.
         """
         self._client = RedisClient(
             url,
             needed_bytes=max_bytes + max_dead_letter_bytes,
             examine_keys=self._examine_keys,
-            failed=self._forget_connection,
+            failed=self._reset,
         )
         self._stream, self._dead_stream = stream, dead_letter_key(stream)
         self._group, self._consumer = group, consumer
@@ -81,14 +90,14 @@ class RedisQueue:
         self._max_dead_letters, self._max_dead_letter_bytes = max_dead_letters, max_dead_letter_bytes
         self._claim_idle_s = claim_idle_s
         self._group_exists = False
-        self._owed_after: str | None = "0-0"
+        self._pending_after: str | None = "0-0"
         self._claim_cursor, self._next_claim_s = "0-0", 0.0
         self._watch = StreamWatch()
         self._are_letters_moved = False
 
-    def _forget_connection(self) -> None:
+    def _reset(self) -> None:
         self._group_exists = False
-        self._owed_after = "0-0"  # an answer may have been lost: read the pending entries again
+        self._pending_after = "0-0"  # a response may be lost: read the pending entries again
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
         def work(client: Client) -> Awaitable[Any]:
@@ -97,7 +106,7 @@ class RedisQueue:
         return await self._client.call(work)
 
     async def _examine_keys(self, ask: Ask, is_cluster: bool) -> None:
-        """Check the rights to the keys, their types, and that no entry is missing."""
+        """Check the permissions on the keys, their types, and that no entry is missing."""
         if not is_cluster:  # in a cluster, earlier releases could not write dead letters
             await self._move_letters(ask)
         known = self._watch.known
@@ -108,13 +117,13 @@ class RedisQueue:
             denied = [str(error).encode()]
         if denied:
             raise UnsuitableServerError(
-                f"denies the user of queue.url a required right: {denied[0].decode()}",
-                f"Grant that user {_RIGHTS} on the keys ~{self._stream} and ~{self._dead_stream}.",
+                f"denies the user of queue.url a required permission: {denied[0].decode()}",
+                f"Grant that user {_PERMISSIONS} on the keys ~{self._stream} and ~{self._dead_stream}.",
             )
-        self._judge(StreamState.parse(state), known)
+        self._check(StreamState.parse(state), known)
 
     async def _move_letters(self, ask: Ask) -> None:
-        """Move dead letters, once, from the key of earlier releases. If that fails, they stay there."""
+        """Move dead letters from the key of earlier releases, once. If that fails, they stay there."""
         former = f"{self._stream}:dead"
         if self._are_letters_moved or former == self._dead_stream:
             return
@@ -123,20 +132,20 @@ class RedisQueue:
                 num_moved = await ask("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
                 logger.info("moved %d dead letters from key %s to %s", num_moved, former, self._dead_stream)
         except NoPermissionError:
-            pass  # then no earlier release wrote there
+            pass  # no earlier release can have written there
         except ResponseError as error:
             logger.warning("dead letters in key %s were not moved to %s: %s", former, self._dead_stream, error)
         self._are_letters_moved = True
 
-    def _judge(self, state: StreamState, known: Expectation) -> None:
+    def _check(self, state: StreamState, known: Expectation) -> None:
         for key, kind in ((self._stream, state.kind), (self._dead_stream, state.letters_kind)):
             if kind not in ("none", "stream"):
                 raise UnsuitableServerError(
-                    f"holds a {kind} under key {key!r}, not a stream",
+                    f"has a {kind} at key {key!r}, not a stream",
                     "Set queue.stream to another name, or delete the key.",
                 )
-        if self._watch.judge(state, known):
-            self._forget_connection()
+        if self._watch.check(state, known):
+            self._reset()
 
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
@@ -148,7 +157,7 @@ class RedisQueue:
         self._watch.saw_entry(detail[0].decode())
 
     async def _check_publishable(self) -> None:
-        await self._client.call(_nothing)  # the report may be old, or of another server
+        await self._client.call(_no_work)  # refreshes the report
         if self._client.report.publish_refusal is not None:
             raise translated(self._client.report.publish_refusal, self._client.address)
 
@@ -167,18 +176,18 @@ class RedisQueue:
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                await self._look(client)  # the server lost its data, or the key was deleted: create the group again
-                self._forget_connection()
+                await self._read_state(client)  # the server lost its data or the key was deleted: recreate the group
+                self._reset()
                 return []
 
         return await self._client.call(work)
 
-    async def _look(self, client: Client) -> StreamState:
-        """Return the state of the stream, and note what it lost since the last look."""
+    async def _read_state(self, client: Client) -> StreamState:
+        """Return the state of the stream, and record losses since the last one."""
         known = self._watch.known
         reply = client.eval(STATE, 2, self._stream, self._dead_stream, self._group)
         state = StreamState.parse(await cast(Awaitable[list[Any]], reply))
-        self._judge(state, known)
+        self._check(state, known)
         return state
 
     async def _ensure_group(self, client: Client) -> None:
@@ -193,14 +202,14 @@ class RedisQueue:
         self._watch.saw_group()
 
     async def _read(self, client: Client, max_entries: int, wait_s: float) -> list[Delivery]:
-        while self._owed_after is not None:
-            owed = await self._read_group(client, self._owed_after, max_entries, None)
-            self._owed_after = owed[-1][0].decode() if owed else None
-            if deliveries := await self._deliveries(client, owed):
+        while self._pending_after is not None:
+            pending = await self._read_group(client, self._pending_after, max_entries, None)
+            self._pending_after = pending[-1][0].decode() if pending else None
+            if deliveries := await self._deliveries(client, pending):
                 return deliveries
         if deliveries := await self._claim(client, max_entries):
             return deliveries
-        wait_ms = max(1, round(wait_s * 1000))  # BLOCK 0 would mean for ever
+        wait_ms = max(1, round(wait_s * 1000))  # BLOCK 0 would wait forever
         return await self._deliveries(client, await self._read_group(client, ">", max_entries, wait_ms))
 
     async def _read_group(self, client: Client, after: str, max_entries: int, block_ms: int | None) -> list[Any]:
@@ -210,7 +219,7 @@ class RedisQueue:
         return cast(list[Any], reply[0][1]) if reply else []
 
     async def _claim(self, client: Client, max_entries: int) -> list[Delivery]:
-        """Take over what other consumers owe for too long. Looks at most twice in that time."""
+        """Claim entries that other consumers have not acknowledged for `claim_idle_s`; check twice in that time."""
         now_s = asyncio.get_running_loop().time()
         if now_s < self._next_claim_s:
             return []
@@ -223,16 +232,16 @@ class RedisQueue:
             count=max_entries,
         )
         self._claim_cursor = cursor.decode()
-        if self._claim_cursor == "0-0":  # the list of owed entries was gone through
+        if self._claim_cursor == "0-0":  # all pending entries were checked
             self._next_claim_s = now_s + self._claim_idle_s / 2
         return await self._deliveries(client, entries)
 
     async def _deliveries(self, client: Client, entries: Sequence[Any]) -> list[Delivery]:
-        """Drop pending entries that were deleted, as by XTRIM: they can no longer be read."""
-        gone = [entry_id for entry_id, fields in entries if not fields]
-        if gone:
-            await client.xack(self._stream, self._group, *gone)
-            self._watch.found_deleted(len(gone))
+        """Return the entries as deliveries. Acknowledges deleted ones (as by XTRIM), which cannot be read any more."""
+        deleted = [entry_id for entry_id, fields in entries if not fields]
+        if deleted:
+            await client.xack(self._stream, self._group, *deleted)
+            self._watch.found_deleted(len(deleted))
         deliveries = [_delivery(entry_id.decode(), fields) for entry_id, fields in entries if fields]
         if deliveries:
             self._watch.saw_entry(deliveries[-1].entry_id)
@@ -276,7 +285,7 @@ class RedisQueue:
         if outcome == -1:
             raise no_such_letter(detail[0].decode())
         if outcome == -2:
-            raise letter_was_cut(detail[0].decode())
+            raise letter_was_truncated(detail[0].decode())
 
     async def discard(self, letter_ids: Sequence[str]) -> int:
         """See `LabelQueue.discard`."""
@@ -287,7 +296,7 @@ class RedisQueue:
 
     async def depth(self) -> QueueDepth:
         """See `LabelQueue.depth`."""
-        state = await self._client.call(self._look)
+        state = await self._client.call(self._read_state)
         report, address = self._client.report, self._client.address
         refusal = report.publish_refusal
         return QueueDepth(
@@ -317,8 +326,8 @@ class RedisQueue:
         await self._client.close()
 
 
-async def _nothing(_: Client) -> None:
-    """Do nothing: `RedisClient.call` examines the connection."""
+async def _no_work(_: Client) -> None:
+    """Do nothing, so that `RedisClient.call` only checks the connection."""
 
 
 _LETTER_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
@@ -330,14 +339,14 @@ def _is_letter_id(text: str) -> bool:
 
 
 def _check_letter_ids(letter_ids: Sequence[str]) -> None:
-    """What is no id of Redis's names no letter: the server would call it an error in the script."""
+    """Raise `NotFound` for ids that Redis cannot have issued. The script would fail on them."""
     for letter_id in letter_ids:
         if not _is_letter_id(letter_id):
             raise no_such_letter(letter_id)
 
 
 def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
-    """Return a dead letter; one that another program wrote may lack any field, and then cannot be replayed."""
+    """Return a dead letter. Fields may be missing if another program wrote it; then it cannot be replayed."""
     return DeadLetter(
         letter_id,
         fields.get(_ENTRY_ID, b"").decode(errors="replace"),
@@ -348,5 +357,5 @@ def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
 
 
 def _delivery(entry_id: str, fields: dict[bytes, bytes]) -> Delivery:
-    published_ms = int(entry_id.split("-")[0])  # Redis makes the ids of the time
+    published_ms = int(entry_id.split("-")[0])  # Redis derives ids from the time
     return Delivery(entry_id, fields.get(_PAYLOAD, b""), published_ms / 1000)

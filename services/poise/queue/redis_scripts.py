@@ -1,14 +1,35 @@
-"""Lua scripts: what must be checked and changed in one step on the server."""
+"""The keys of a stream, and the Lua scripts that check and change them in one step on the server."""
 
-# What a stream holds: entries, and bytes of memory. All nodes are counted, not a sample: entries differ in size.
+import re
+
+
+def dead_letter_key(stream: str) -> str:
+    """Return the key of a stream's dead letters. In a cluster it is in the slot of the stream.
+
+    Raises:
+        ValueError: the name of the stream admits no such key.
+    """
+    key = f"{stream}:dead" if _hashed(stream) != stream else f"{{{stream}}}:dead"
+    if _hashed(key) != _hashed(stream):
+        raise ValueError("may have braces only around the part that a cluster hashes, as in {poise}:labels")
+    return key
+
+
+def _hashed(key: str) -> str:
+    """Return the part of a key that a cluster hashes: the text in the first braces, unless it is empty."""
+    found = re.search(r"\{([^}]*)\}", key)
+    return found[1] if found and found[1] else key
+
+
+# Returns the entries of a stream and their bytes of memory. Counts all nodes, not a sample: entries differ in size.
 _HELD = """
 local function held(key)
   return redis.call('XLEN', key), redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0
 end
 """
 
-# The whole batch or nothing, and never over the limit: only the server can check and append in one step.
-# ARGV: most entries, most bytes, payloads. Answers {1, newest id}, or {0, length, bytes} when they do not fit.
+# Appends all payloads or none, never over the limits.
+# ARGV: maximum entries, maximum bytes, payloads. Returns {1, newest id}, or {0, length, bytes} if they do not fit.
 PUBLISH = (
     _HELD
     + """
@@ -22,7 +43,7 @@ return {1, id}
 """
 )
 
-# ARGV: consumer group, entries. One script, not a transaction: it needs no rights but those checked by EXAMINE.
+# ARGV: consumer group, entries. A script, not a transaction: it needs only the permissions that EXAMINE checks.
 ACK = """
 for i = 2, #ARGV do
   redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
@@ -30,16 +51,16 @@ for i = 2, #ARGV do
 end
 """
 
-# Only the id, as an entry may be large.
+# Returns only the id, because an entry may be large.
 NEWEST = """
 local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 return found[1] and found[1][1]
 """
 
-# ARGV: an entry. Answers how many there are that are not newer, 0 or 1.
+# ARGV: an entry. Returns 1 if it or an older entry exists, else 0.
 HOLDS = "return #redis.call('XRANGE', KEYS[1], '-', ARGV[1], 'COUNT', 1)"
 
-# ARGV: consumer group, entry, most letters, most bytes of them, and the letter's fields with their values.
+# ARGV: consumer group, entry, maximum letters, maximum bytes, and the fields of the new letter with their values.
 DEAD_LETTER = (
     _HELD
     + """
@@ -54,8 +75,8 @@ redis.call('XDEL', KEYS[1], ARGV[2])
 """
 )
 
-# ARGV: most entries, most bytes, letters.
-# Answers {1}, or {0, length, bytes} when they do not fit, {-1, id} for a letter that is gone, {-2, id} for a cut one.
+# ARGV: maximum entries, maximum bytes, letters.
+# Returns {1}; {0, length, bytes} if they do not fit; {-1, id} if a letter is missing; {-2, id} if one is truncated.
 REPLAY = (
     _HELD
     + """
@@ -110,13 +131,13 @@ local function state(stream, dead, group)
 end
 """
 
-# KEYS: stream, dead letters. ARGV: consumer group. Answers the type of each key; the stream's length and newest id;
-# whether the group exists, its pending entries, and its unread entries, -1 where the server does not count them
-# (before Redis 7); and the number of letters ever written. `lag` is of no use: it counts trimmed entries as read.
+# KEYS: stream, dead letters. ARGV: consumer group. Returns the type of each key; the stream's length and newest id;
+# whether the group exists, its pending entries, and its unread entries, -1 if the server does not count them (before
+# Redis 7); and the number of letters ever written. `lag` is not used: it counts trimmed entries as read.
 STATE = _STATE + "return state(KEYS[1], KEYS[2], ARGV[1])"
 
-# The same, after every command that the queue uses, with arguments that change nothing: a missing right is an error
-# now. ARGV: consumer group, consumer. Answers {denied, state}.
+# The same, after trying every command of the queue with arguments that change nothing, to detect missing permissions.
+# ARGV: consumer group, consumer. Returns {denied commands, state}.
 EXAMINE = (
     _STATE
     + """
@@ -149,7 +170,7 @@ return {denied, state(KEYS[1], KEYS[2], ARGV[1])}
 """
 )
 
-# KEYS: dead letters where earlier releases kept them, and where they belong. Moves all; answers how many.
+# KEYS: the dead letters of earlier releases, and their present key. Moves all letters; returns their number.
 MOVE_LETTERS = """
 local letters = redis.call('XLEN', KEYS[1])
 if redis.call('EXISTS', KEYS[2]) == 0 then

@@ -83,7 +83,6 @@ class _Server:
         except (ConfigError, _PortTaken) as error:
             logger.error("%s", error)
             return exit_status(error)
-        app.grpc_address = grpc_address
         admin = uvicorn.Server(
             uvicorn.Config(
                 build_admin_app(app, self._auth, self._stop_requested.set),

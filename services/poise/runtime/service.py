@@ -42,8 +42,6 @@ class ServiceApp(ABC):
     failure: str = ""
     stop_requested: asyncio.Event = field(default_factory=asyncio.Event)
     """Set it to drain and exit, as the first SIGTERM does."""
-    grpc_address: str = ""
-    """Bound host:port, set before `start`."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The value service as a whole: constructs the parts, and starts and stops them in the right order."""
+"""Builds the value service and defines what it does on start, drain and stop."""
 
 from __future__ import annotations
 
@@ -19,35 +19,15 @@ from poise.queue.redis_queue import RedisQueue
 from poise.runtime.service import Readiness, ServiceApp
 from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
-from poise.value.consumer import LabelConsumer
 from poise.value.dead_letters import dead_letter_routes
 from poise.value.estimator import BaselineEstimator
-from poise.value.gateway import ValueGateway
-from poise.value.label_barrier import Changes, Settling
 from poise.value.metrics import StateCollector, ValueMetrics
-from poise.value.probe.incremental import GramFitter
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import ProbeFitter
 from poise.value.servicer import ValueServicer, probe_status
-from poise.value.standby import Standby
-from poise.value.store.folder import StateStore
-from poise.value.store.saver import StateKeeper
-from poise.value.updater import Refitter
+from poise.value.store import StateStore
+from poise.value.updater import Updater
 from poise_proto.v1 import value_pb2, value_pb2_grpc
-
-QueueFactory = Callable[[str], LabelQueue]
-"""Makes the queue for a consumer of the given name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Running:
-    """The parts that exist once the state is restored."""
-
-    queue: LabelQueue
-    estimator: BaselineEstimator
-    keeper: StateKeeper
-    refitter: Refitter
-    consumer: LabelConsumer
-    tasks: tuple[asyncio.Task[None], ...]
 
 
 class ValueApp(ServiceApp):
@@ -58,10 +38,11 @@ class ValueApp(ServiceApp):
     def __init__(
         self,
         config: ValueConfig,
-        make_queue: QueueFactory,
+        make_queue: Callable[[str], LabelQueue],
         make_fitter: Callable[[], ProbeFitter],
         registry: CollectorRegistry | None = None,
     ) -> None:
+        """`make_queue` returns the queue for a consumer of the given name."""
         super().__init__(config, registry or CollectorRegistry())
         self._make_queue = make_queue
         self._make_fitter = make_fitter
@@ -69,8 +50,8 @@ class ValueApp(ServiceApp):
         self._metrics = ValueMetrics(self.registry)
         self._startup = Startup("restoring the state")
         self._servicer = ValueServicer(config, self._startup)
-        self._standby = Standby(config.standby, self._store)
-        self._running: _Running | None = None
+        self._updater: Updater | None = None
+        self._task: asyncio.Task[None] | None = None
         self._draining = False
 
     @property
@@ -85,144 +66,113 @@ class ValueApp(ServiceApp):
 
     def register(self, server: grpc.aio.Server) -> None:
         """See `ServiceApp`."""
-        gateway = ValueGateway(self._servicer, self._standby)
-        value_pb2_grpc.add_ValueServiceServicer_to_server(gateway, server)
+        value_pb2_grpc.add_ValueServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Restore the state and begin to consume. A queue that is down delays consuming, not answering.
-
-        A standby passes calls on until the state is its own.
-        """
-        saved = await self._standby.open_state(self.grpc_address)
+        """Restore the state and start to consume. If the queue is down, requests are answered and consuming waits."""
+        saved = await asyncio.to_thread(self._store.open)
         estimator = BaselineEstimator(self.config, saved)
-        keeper = StateKeeper(estimator, self._store, self._metrics, self.fail)
-        if saved is None:
-            await keeper.keep()  # the name under which the queue is read must outlive a crash
         queue = self._make_queue(estimator.instance_id)
+        updater = Updater(self.config.queue, estimator, queue, self._store, self._make_fitter, self._metrics, self.fail)
+        if saved is None:
+            await updater.save()  # the consumer's name must survive a crash
         queue.expect(estimator.newest_entry)
-        changes = Changes()
-        refitter = Refitter(estimator, self._make_fitter, keeper, queue, self._metrics, changes)
-        consumer = LabelConsumer(queue, estimator, keeper, refitter, self.config.queue, self._metrics, changes)
-        self.registry.register(StateCollector(estimator, lambda: consumer.depth))
-        tasks = (
-            asyncio.create_task(consumer.run(), name="value-consumer"),
-            asyncio.create_task(refitter.run(), name="value-refitter"),
-        )
-        self._running = _Running(queue, estimator, keeper, refitter, consumer, tasks)
-        self._servicer.open(estimator, queue, Settling(queue, estimator, consumer, refitter, changes))
-        await self._standby.end()
+        self.registry.register(StateCollector(estimator, lambda: updater.depth))
+        self._task = asyncio.create_task(updater.run(), name="value-updater")
+        self._updater = updater
+        self._servicer.open(updater)
 
     async def drain(self) -> None:
-        """Refuse requests, finish the batch and the fit in hand, make all of it durable."""
+        """Reject requests, finish the current batch and fit, and save the state."""
         self._draining = True
         self._servicer.close()
-        if self._running is None:
+        if self._updater is None or self._task is None:
             return
-        self._running.consumer.stop()
-        self._running.refitter.stop()
-        await asyncio.gather(*self._running.tasks)
-        # Failing loses nothing: what is not durable was not acknowledged, and comes again. The keeper has said so.
+        self._updater.stop()
+        await self._task
+        # A failure loses nothing: unsaved labels are not acknowledged and are delivered again. `save` logs it.
         with contextlib.suppress(OSError):
-            await self._running.keeper.keep()
+            await self._updater.save()
 
     async def stop(self) -> None:
         """See `ServiceApp`."""
-        if self._running is not None:
-            for task in self._running.tasks:
-                task.cancel()
-            await asyncio.gather(*self._running.tasks, return_exceptions=True)
-            await self._running.queue.close()
-        await self._standby.end()
+        if self._updater is not None and self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            await self._updater.queue.close()
         self._store.close()
 
     def readiness(self) -> Readiness:
-        """Ready while labels are consumed or deliberately paused."""
+        """Ready while labels are consumed, or consumption is paused on request."""
         if self._draining:
             return Readiness(False, "draining")
-        running = self._running
-        if self._standby.relay is not None:
-            return Readiness(not self._standby.problem, self._standby.problem)
-        if running is None:
+        if self._updater is None:
             return Readiness(False, self._startup.stage, self._startup.elapsed_s)
-        problem = running.keeper.problem or running.consumer.problem
-        return Readiness(not problem, problem)
+        return Readiness(not self._updater.problem, self._updater.problem)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""
-        running = self._running
-        if self._standby.relay is not None:
-            return {"state": "standby", "holder": self._standby.relay.target, "problem": self._standby.problem}
-        if running is None:
+        if self._updater is None:
             return {"state": "starting"}
-        estimator = running.estimator
+        updater, estimator, depth = self._updater, self._updater.estimator, self._updater.depth
+        probes = (probe_status(estimator, name, self.config.probe.warmup_steps) for name in sorted(estimator.domains))
         return {
-            "state": "draining" if self._draining else "paused" if running.consumer.paused else "serving",
-            "problem": running.keeper.problem or running.consumer.problem,
+            "state": "draining" if self._draining else "paused" if updater.paused else "serving",
+            "problem": updater.problem,
             "instance_id": estimator.instance_id,
             "num_groups_consumed": estimator.num_groups_consumed,
             "num_duplicates": estimator.num_duplicates,
-            "num_dead_letters": running.consumer.depth.num_dead_letters,
-            "num_pending": running.consumer.depth.num_entries,
-            "num_queue_losses": running.consumer.depth.num_losses,
-            "last_queue_loss": running.consumer.depth.last_loss,
-            "queue_warnings": list(running.consumer.depth.warnings),
-            "probes": [self._probe_facts(estimator, name) for name in sorted(estimator.domains)],
+            "num_dead_letters": depth.num_dead_letters,
+            "num_pending": depth.num_entries,
+            "num_queue_losses": depth.num_losses,
+            "last_queue_loss": depth.last_loss,
+            "queue_warnings": list(depth.warnings),
+            "probes": [_without_nan(dataclasses.asdict(probe)) for probe in probes],
         }
 
-    def _probe_facts(self, estimator: BaselineEstimator, name: str) -> dict[str, Any]:
-        facts: dict[str, Any] = _without_nan(
-            dataclasses.asdict(probe_status(estimator, name, self.config.probe.warmup_steps))
-        )
-        return facts
-
     async def pause(self) -> None:
-        """Consume no labels until `resume`; questions are answered and labels queued meanwhile."""
-        self._parts().consumer.pause()
+        """Stop consuming labels until `resume`. Requests are still answered and labels still queued."""
+        self._running().pause()
 
     async def resume(self) -> None:
         """Consume labels again."""
-        self._parts().consumer.resume()
+        self._running().resume()
 
     async def checkpoint(self) -> dict[str, Any]:
-        """Make the state durable now."""
-        running = self._parts()
+        """Save the state now."""
+        updater = self._running()
         try:
-            path = await running.keeper.keep()
+            path = await updater.save()
         except OSError as error:
             raise BackendDown(
-                f"the state cannot be written: {error}", remedy="Check that state_dir is writable and has room."
+                f"the state cannot be saved: {error}", remedy="Check that state_dir is writable and has free space."
             ) from error
-        return {"path": str(path), "num_groups_consumed": running.estimator.num_groups_consumed}
+        return {"path": str(path), "num_groups_consumed": updater.estimator.num_groups_consumed}
 
     def admin_routes(self) -> APIRouter:
         """See `dead_letters`."""
-        return dead_letter_routes(lambda: self._parts().queue)
+        return dead_letter_routes(lambda: self._running().queue)
 
-    def _parts(self) -> _Running:
-        if self._standby.relay is not None:
-            raise BackendDown(
-                f"this replica is a standby; the one at {self._standby.relay.target} holds the state",
-                remedy="Ask that one's admin port.",
-            )
-        if self._running is None or self._draining:
+    def _running(self) -> Updater:
+        if self._updater is None or self._draining:
             raise Draining("the value service is starting or shutting down", retry_after_s=1.0)
-        return self._running
+        return self._updater
 
 
 def _without_nan(facts: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN by None, because JSON has no NaN."""
     if isinstance(facts, dict):
         return {key: _without_nan(value) for key, value in facts.items()}
     return None if isinstance(facts, float) and math.isnan(facts) else facts
 
 
 def build(config: ValueConfig) -> ValueApp:
-    """Construct the service on Redis Streams. No I/O."""
+    """Build the service with a Redis Streams queue. No I/O."""
     probe = config.probe
     return ValueApp(
         config,
         lambda consumer: redis_queue(config.queue, consumer),
-        lambda: GramFitter(
+        lambda: IncrementalFitter(
             probe.inputs,
             probe.prompt_components,
             probe.response_components,
@@ -234,7 +184,7 @@ def build(config: ValueConfig) -> ValueApp:
 
 
 def redis_queue(config: QueueConfig, consumer: str) -> RedisQueue:
-    """Construct the queue for a consumer of the given name."""
+    """Return the queue for a consumer of the given name."""
     return RedisQueue(
         config.url.get_secret_value(),
         stream=config.stream,

@@ -1,7 +1,4 @@
-"""`/admin/v1/dead-letters`: the labels that were refused as poison, to be looked at, replayed or discarded.
-
-Owns these routes. The queue owns the letters.
-"""
+"""The admin routes `/admin/v1/dead-letters`: list, replay and discard labels that could not be learnt."""
 
 from __future__ import annotations
 
@@ -16,33 +13,33 @@ from poise.queue.interface import DeadLetter, LabelQueue
 from poise_proto.v1 import value_pb2
 
 MAX_LETTERS = 1000
-"""Most in one request."""
+"""Maximum dead letters per request."""
 
 
 class Letters(BaseModel):
-    """Which dead letters."""
+    """Ids of dead letters."""
 
     model_config = ConfigDict(extra="forbid")
 
     ids: list[Annotated[str, Field(max_length=64)]] = Field(
-        min_length=1, max_length=MAX_LETTERS, description="Their `id`, as listed."
+        min_length=1, max_length=MAX_LETTERS, description="The `id` of each, as listed."
     )
 
 
 def dead_letter_routes(queue: Callable[[], LabelQueue]) -> APIRouter:
-    """Return the routes on the queue of the moment; `queue` raises while there is none."""
+    """Return the routes. `queue` returns the current queue, or raises if the service is not ready."""
     router = APIRouter(prefix="/dead-letters")
 
-    @router.get("", summary="The newest label entries refused as poison, newest first.")
+    @router.get("", summary="List the newest dead letters, newest first.")
     async def listed(limit: Annotated[int, Query(ge=1, le=MAX_LETTERS)] = 20) -> list[dict[str, Any]]:
         return [_facts(letter) for letter in await queue().dead_letters(max_entries=limit)]
 
-    @router.post("/replay", summary="Queue refused entries again as they were: all of them, or none.")
+    @router.post("/replay", summary="Move dead letters back to the queue: all of them, or none.")
     async def replay(letters: Letters) -> dict[str, int]:
         await queue().replay(letters.ids)
         return {"num_replayed": len(set(letters.ids))}
 
-    @router.post("/discard", summary="Delete refused entries for good.")
+    @router.post("/discard", summary="Delete dead letters permanently.")
     async def discard(letters: Letters) -> dict[str, int]:
         return {"num_discarded": await queue().discard(letters.ids)}
 
@@ -61,7 +58,7 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
 
 
 def _group_facts(payload: bytes) -> dict[str, Any] | None:
-    """Return what the entry says that it is; None where it is no message at all."""
+    """Return the ids in the entry; None if it is not a valid message."""
     try:
         group = value_pb2.LabelledGroup.FromString(payload)
     except DecodeError:

@@ -1,7 +1,7 @@
-"""Which labelled groups were consumed: what makes the probe learn each at most once.
+"""The ids of consumed labels, so that the probe learns each label at most once.
 
-Owns ids alone: exact ones for the most recent steps of a run, and below them a line under which nothing is known
-any more, hence nothing is admitted.
+The ids of a run's most recent steps are kept exactly. Labels of older steps are rejected as too old, because whether
+they were consumed is no longer known.
 """
 
 from __future__ import annotations
@@ -13,162 +13,148 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 _MAX_RETIRED_RUNS = 65_536
-"""Runs of which only the line is remembered: a bound against endless growth, far beyond any real number of runs."""
+"""Runs of which only the first known step is kept. It bounds memory and exceeds any real number of runs."""
 
 
 class Admission(Enum):
-    """What to do with a labelled group."""
+    """Whether a label may be learnt."""
 
     NEW = auto()
-    """Never seen; now it is."""
+    """First delivery of this group."""
     DUPLICATE = auto()
-    """Consumed before."""
+    """The group was consumed before."""
     TOO_OLD = auto()
-    """Under the line: whether it was consumed is not known any more."""
+    """The ids of the label's step were dropped, so the label may have been consumed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RunEntries:
-    """What is known of one run. Immutable, and the same object until the run's next label."""
+class ConsumedRun:
+    """The consumed ids of one run. Immutable; `snapshot` returns the same object until the run changes."""
 
     run_id: str
-    revision: int
-    """`LedgerSnapshot.revision` when it last changed: of a run, two with the same number are the same."""
     first_known_step: int
-    steps: tuple[tuple[int, bytes], ...]
-    """Each step with its groups by domain, as JSON."""
+    """Labels of earlier steps are too old."""
+    steps: Mapping[int, bytes]
+    """The encoded groups of each step, see `groups_of`. The same object until the step changes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LedgerSnapshot:
-    """All that a ledger knows, independent of later changes."""
+class DedupSnapshot:
+    """All consumed ids, unaffected by later changes."""
 
-    revision: int = 0
-    """Grows with every change."""
+    runs: tuple[ConsumedRun, ...] = ()
+    """Least recently used first."""
     retired: Mapping[str, int] = field(default_factory=dict)
-    """The first known step of runs of which no more is known."""
-    retired_revision: int = 0
-    """The same of `retired`."""
-    runs: tuple[RunEntries, ...] = ()
-    """The least recently used first."""
+    """The first known step of runs whose ids were dropped. The same object until it changes."""
 
 
 @dataclass
 class _Run:
     first_known_step: int = 0
-    domains_by_group_by_step: dict[int, dict[str, str]] = field(default_factory=dict)
+    domain_by_group_by_step: dict[int, dict[str, str]] = field(default_factory=dict)
     encoded: dict[int, bytes] = field(default_factory=dict)
-    """The steps that have not changed since they were last written out."""
-    entries: RunEntries | None = None
-    """The run, if it has not changed since."""
+    """The steps that have not changed since the last snapshot."""
+    snapshot: ConsumedRun | None = None
+    """None if the run has changed since the last snapshot."""
 
-    def changed(self, step: int) -> None:
-        """Note a change of one step."""
+    def mark_changed(self, step: int) -> None:
         self.encoded.pop(step, None)
-        self.entries = None
+        self.snapshot = None
 
 
-class Ledger:
-    """Consumed ids by run and step. Bounded: old steps of a run, and long unused runs, sink under the line.
+class ConsumedLabels:
+    """Consumed ids by run and step.
 
-    Written out often, as it grows: so what has not changed since the last time is not made again.
+    Bounded: it drops the oldest steps of a run and the least recently used runs. Snapshots are frequent, so `snapshot`
+    encodes only what has changed since the last one.
     """
 
-    def __init__(self, horizon_steps: int, max_runs: int) -> None:
+    def __init__(self, horizon_steps: int, max_runs: int, saved: DedupSnapshot | None = None) -> None:
         self._horizon_steps = horizon_steps
         self._max_runs = max_runs
+        saved = saved or DedupSnapshot()
+        self._retired: OrderedDict[str, int] = OrderedDict(saved.retired)
+        self._retired_snapshot: Mapping[str, int] | None = saved.retired
+        """None if `_retired` has changed since the last snapshot."""
         self._runs: OrderedDict[str, _Run] = OrderedDict()
-        self._retired: OrderedDict[str, int] = OrderedDict()
-        self._revision = self._retired_revision = 0
-        self._retired_before: Mapping[str, int] | None = None
-        """The retired runs, if none came or went since they were last written out."""
+        for run in saved.runs:
+            steps = {step: groups_of(encoded) for step, encoded in run.steps.items()}
+            self._runs[run.run_id] = _Run(run.first_known_step, steps, dict(run.steps), run)
 
     def admit(self, run_id: str, step: int, group_id: str, domain: str) -> Admission:
-        """Note a group as consumed, unless it was or cannot be told."""
+        """Record a group as consumed if it is new; return whether it is."""
         if step < self._first_known_step(run_id):
             return Admission.TOO_OLD
-        steps = self._run(run_id).domains_by_group_by_step
+        run = self._use(run_id)
+        steps = run.domain_by_group_by_step
         if step not in steps and len(steps) >= self._horizon_steps and step < min(steps):
             return Admission.TOO_OLD
         groups = steps.setdefault(step, {})
         if group_id in groups:
             return Admission.DUPLICATE
         groups[group_id] = domain
-        self._run(run_id).changed(step)
-        # Counted in steps seen, not in step numbers: one absurd number must not push everything under the line.
+        run.mark_changed(step)
+        # Count steps seen, not step numbers: one absurdly high number must not make all other steps too old.
         while len(steps) > self._horizon_steps:
             oldest = min(steps)
             del steps[oldest]
-            self._run(run_id).changed(oldest)
-            self._run(run_id).first_known_step = oldest + 1
+            run.mark_changed(oldest)
+            run.first_known_step = oldest + 1
         return Admission.NEW
 
     def may_have_labels_of(self, run_id: str, step: int) -> bool:
-        """Whether a label of the step was consumed, or cannot be ruled out."""
+        """Whether a label of the step was consumed, or may have been."""
         if step < self._first_known_step(run_id):
             return True
         run = self._runs.get(run_id)
-        return run is not None and step in run.domains_by_group_by_step
+        return run is not None and step in run.domain_by_group_by_step
 
     def has_domain_in(self, run_id: str, step: int, domain: str) -> bool:
         """Whether a label of the domain was consumed in the step."""
         run = self._runs.get(run_id)
-        return run is not None and domain in run.domains_by_group_by_step.get(step, {}).values()
+        return run is not None and domain in run.domain_by_group_by_step.get(step, {}).values()
 
     def _first_known_step(self, run_id: str) -> int:
         run = self._runs.get(run_id)
         return run.first_known_step if run is not None else self._retired.get(run_id, 0)
 
-    def _run(self, run_id: str) -> _Run:
+    def _use(self, run_id: str) -> _Run:
+        """Return the run, creating it if necessary, and mark it as most recently used."""
         run = self._runs.get(run_id)
         if run is None:
-            self._retired_before = None
+            self._retired_snapshot = None
             run = self._runs[run_id] = _Run(self._retired.pop(run_id, 0))
             while len(self._runs) > self._max_runs:
-                self._retire()
+                self._retire_oldest()
         self._runs.move_to_end(run_id)
         return run
 
-    def _retire(self) -> None:
+    def _retire_oldest(self) -> None:
         run_id, run = self._runs.popitem(last=False)
-        self._retired[run_id] = max(run.domains_by_group_by_step, default=run.first_known_step - 1) + 1
+        self._retired[run_id] = max(run.domain_by_group_by_step, default=run.first_known_step - 1) + 1
         while len(self._retired) > _MAX_RETIRED_RUNS:
             self._retired.popitem(last=False)
 
-    def snapshot(self) -> LedgerSnapshot:
-        """Return everything known. Costs what changed since the last time."""
-        self._revision += 1
-        if self._retired_before is None:
-            self._retired_before, self._retired_revision = dict(self._retired), self._revision
-        runs = tuple(self._entries(run_id, run) for run_id, run in self._runs.items())
-        return LedgerSnapshot(self._revision, self._retired_before, self._retired_revision, runs)
-
-    def _entries(self, run_id: str, run: _Run) -> RunEntries:
-        if run.entries is None:
-            steps = run.domains_by_group_by_step
-            for step in steps.keys() - run.encoded.keys():
-                run.encoded[step] = _encode(steps[step])
-            run.entries = RunEntries(run_id, self._revision, run.first_known_step, tuple(run.encoded.items()))
-        return run.entries
-
-    def restore(self, saved: LedgerSnapshot) -> None:
-        """Take over what `snapshot` gave."""
-        self._revision = saved.revision
-        self._retired, self._retired_before = OrderedDict(saved.retired), saved.retired
-        self._retired_revision = saved.retired_revision
-        for entries in saved.runs:
-            groups = {step: dict(step_groups(encoded)) for step, encoded in entries.steps}
-            self._runs[entries.run_id] = _Run(entries.first_known_step, groups, dict(entries.steps), entries)
+    def snapshot(self) -> DedupSnapshot:
+        """Return all consumed ids. Costs only what has changed since the last snapshot."""
+        if self._retired_snapshot is None:
+            self._retired_snapshot = dict(self._retired)
+        for run_id, run in self._runs.items():
+            if run.snapshot is None:
+                for step in run.domain_by_group_by_step.keys() - run.encoded.keys():
+                    run.encoded[step] = _encode(run.domain_by_group_by_step[step])
+                run.snapshot = ConsumedRun(run_id, run.first_known_step, dict(run.encoded))
+        return DedupSnapshot(tuple(run.snapshot for run in self._runs.values() if run.snapshot), self._retired_snapshot)
 
 
-def step_groups(encoded: bytes) -> Mapping[str, str]:
-    """Return the domains of a step's groups, by group, from `RunEntries.steps`."""
+def groups_of(encoded: bytes) -> dict[str, str]:
+    """Return the domain of each group of a step in `ConsumedRun.steps`."""
     return {group: domain for domain, groups in json.loads(encoded).items() for group in groups}
 
 
-def _encode(domains_by_group: Mapping[str, str]) -> bytes:
-    """Domain → groups: a domain's name is written once a step, not once a group."""
+def _encode(domain_by_group: Mapping[str, str]) -> bytes:
+    """Return JSON {domain: [group, ...]}, which names each domain once."""
     by_domain: dict[str, list[str]] = {}
-    for group, domain in domains_by_group.items():
+    for group, domain in domain_by_group.items():
         by_domain.setdefault(domain, []).append(group)
     return json.dumps(by_domain, separators=(",", ":")).encode()

@@ -1,6 +1,6 @@
-"""From the wire to matrices, with every check a label or a question must pass. The same for callers and for the queue.
+"""Translates messages to matrices and checks them: requests of callers and queue entries pass the same checks.
 
-Owns the translation and the rules; knows no state, so widths against a domain's window are the estimator's to judge.
+The estimator checks widths against a domain's window, because that needs its state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations, quoted
-from poise.value.probe.features import FeatureRows, Floats, LabelledRows
+from poise.value.probe.features import FeatureMatrix, Floats, Label
 from poise_client.codec import (
     LABEL_SCHEMA_VERSION,
     CodecError,
@@ -26,25 +26,26 @@ from poise_client.types import DEFAULT_DOMAIN, EntropyStats, Features, Group, Pr
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
-"""Fewer rollouts give no reward of others to learn."""
-
+"""A label needs at least two rollouts: the target is the mean reward of the others."""
 
 MAX_SIBLINGS = 1024
-"""Most rollouts of a group."""
+"""Maximum rollouts per group."""
+
 _HIDDEN = (-1e7, 1e7)
-"""Bounds of a hidden state: ten times what models produce. Squares of larger numbers swamp those of all other rows."""
+"""Bounds of a hidden state: ten times what models produce. Larger squares would dominate those of all other rows."""
+
 _ENTROPY = (-1e-3, 25.0)
-"""Bounds of an entropy, nats: up to a uniform choice among e^25 tokens; below 0 only by rounding."""
+"""Bounds of an entropy, nats: up to a uniform choice among e^25 tokens; below 0 only by rounding errors."""
 
 
-def parse_label(payload: bytes, max_bytes: int) -> LabelledRows:
-    """Read a queue entry.
+def parse_label(payload: bytes, max_bytes: int) -> Label:
+    """Parse a queue entry.
 
     Raises:
-        InvalidRequest: it is poison, and why.
+        InvalidRequest: the entry is invalid.
     """
     if len(payload) > max_bytes:
-        raise InvalidRequest.field("payload", f"{len(payload)} bytes; at most {max_bytes} are accepted")
+        raise InvalidRequest.field("payload", f"is {len(payload)} bytes; at most {max_bytes} are accepted")
     try:
         message = value_pb2.LabelledGroup.FromString(payload)
     except DecodeError as error:
@@ -52,14 +53,14 @@ def parse_label(payload: bytes, max_bytes: int) -> LabelledRows:
     wrong = Violations()
     label = read_label(message, "group", wrong)
     wrong.raise_if_any()
-    assert label is not None, "a label without violations was read"  # noqa: S101
+    assert label is not None, "a label without violations was parsed"  # noqa: S101
     return label
 
 
-def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -> LabelledRows | None:
-    """Read a labelled group; None when something in it is wrong, all of which `wrong` then holds."""
+def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -> Label | None:
+    """Parse a labelled group. If it is invalid, return None and add all violations to `wrong`."""
     if message.schema_version != LABEL_SCHEMA_VERSION:
-        # Nothing else of another schema can be judged.
+        # The other fields of another schema have an unknown meaning.
         wrong.add(f"{path}.schema_version", f"is {message.schema_version}; must be {LABEL_SCHEMA_VERSION}")
         return None
     domain = message.domain or DEFAULT_DOMAIN
@@ -67,25 +68,25 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
     wrong.check(
-        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are reported below
+        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are rejected below
         f"{path}.num_rollouts",
-        f"is {message.num_rollouts}, and {len(message.rollouts)} rollouts are here; publish whole groups, with the "
-        "number that was sampled",
+        f"is {message.num_rollouts}, but the message has {len(message.rollouts)} rollouts. Publish whole groups, with "
+        "the number of sampled rollouts",
     )
     siblings = _read_siblings(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
-    rows = None if siblings is None else _stack([siblings])
-    if rows is not None and not _can_be_fitted(rows):
-        _name_unfit(rows, path, wrong)
-        rows = None
+    features = None if siblings is None else _stack([siblings])
+    if features is not None and not _can_be_fitted(features):
+        _name_unfit(features, path, wrong)
+        features = None
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
-    if rows is None or rewards is None:
+    if features is None or rewards is None:
         return None
-    return LabelledRows(message.run_id, message.step, message.group_id, domain, rows, rewards)
+    return Label(message.run_id, message.step, message.group_id, domain, features, rewards)
 
 
-def label_payload(label: LabelledRows) -> bytes:
-    """Return the queue entry that `parse_label` reads as this label."""
-    rows, ids = label.rows, (label.run_id, label.step, label.group_id)
+def label_payload(label: Label) -> bytes:
+    """Return the queue entry of a label: the inverse of `parse_label`."""
+    features, ids = label.features, (label.run_id, label.step, label.group_id)
     rollouts = tuple(
         Rollout(
             id=RolloutId(*ids, index),
@@ -93,18 +94,23 @@ def label_payload(label: LabelledRows) -> bytes:
             reward=reward,
         )
         for index, (prompt, response, entropies, reward) in enumerate(
-            zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, label.rewards.tolist(), strict=True)
+            zip(
+                features.prompt_hidden,
+                features.response_hidden,
+                features.entropies,
+                label.rewards.tolist(),
+                strict=True,
+            )
         )
     )
     group = Group(label.group_id, rollouts, label.domain)
     return encode(group, value_pb2.LabelledGroup).SerializeToString()
 
 
-def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureRows | None]:
-    """Read each group's features, and its rewards where given; None where the features are wrong.
+def read_queries(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureMatrix | None]:
+    """Parse each group's features, and its rewards if given; None for groups with invalid features.
 
-    Groups of one width get parts of the same matrices: a few passes over all rows take half the time of some over each
-    group's.
+    Groups of one width share matrices: a few passes over all rows take half the time of separate passes per group.
     """
     read: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
     for index, message in enumerate(messages):
@@ -116,19 +122,19 @@ def read_questions(messages: Sequence[value_pb2.GroupFeatures], wrong: Violation
             rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
         if siblings is not None:
             read.setdefault(siblings.width, []).append((index, siblings, rewards))
-    questions: list[FeatureRows | None] = [None] * len(messages)
+    queries: list[FeatureMatrix | None] = [None] * len(messages)
     for groups in read.values():
-        all_rows = _stack([siblings for _, siblings, _ in groups])
-        are_all_fit = _can_be_fitted(all_rows)
+        all_features = _stack([siblings for _, siblings, _ in groups])
+        are_all_fit = _can_be_fitted(all_features)
         start = 0
         for index, siblings, rewards in groups:
-            rows = all_rows.part(start, start + len(siblings), rewards)
+            features = all_features.part(start, start + len(siblings), rewards)
             start += len(siblings)
-            if are_all_fit or _can_be_fitted(rows):
-                questions[index] = rows
+            if are_all_fit or _can_be_fitted(features):
+                queries[index] = features
             else:
-                _name_unfit(rows, f"groups[{index}]", wrong)
-    return questions
+                _name_unfit(features, f"groups[{index}]", wrong)
+    return queries
 
 
 def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wrong: Violations) -> Floats | None:
@@ -139,9 +145,9 @@ def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wron
         wrong.add(error.field, error.description)
         return None
     if rewards.size != num_rollouts:
-        wrong.add(field, f"has {rewards.size} elements for {num_rollouts} rollouts")
-    elif not all(0 <= reward <= 1 for reward in rewards.tolist()):  # so NaN is refused too
-        wrong.add(field, "must lie in [0, 1]; scale the rewards before sending them")
+        wrong.add(field, f"has {rewards.size} elements; the group has {num_rollouts} rollouts")
+    elif not all(0 <= reward <= 1 for reward in rewards.tolist()):  # also rejects NaN
+        wrong.add(field, "must be in [0, 1]; scale the rewards before sending them")
     else:
         return rewards
     return None
@@ -149,13 +155,13 @@ def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wron
 
 @dataclass(frozen=True, slots=True)
 class _Siblings:
-    """The features of a group's rollouts, at least one, as they came."""
+    """The features of a group's rollouts, at least one, before they are stacked."""
 
     prompt_hidden: list[Floats]
-    """Each [d], all of one width."""
+    """[d] each, all of one width."""
     response_hidden: list[Floats]
     entropies: list[list[float]]
-    """Of each rollout, the columns of `FeatureRows.entropies`."""
+    """The columns of `FeatureMatrix.entropies`, per rollout."""
 
     def __len__(self) -> int:
         return len(self.entropies)
@@ -168,7 +174,7 @@ class _Siblings:
 def _read_siblings(
     messages: Sequence[common_pb2.RolloutFeatures], path: str, wrong: Violations, *, at_least: int = 1
 ) -> _Siblings | None:
-    """Read the siblings' features; None when their form is wrong, in all the ways that `wrong` then holds."""
+    """Parse the siblings' features. If their form is invalid, return None and add all violations to `wrong`."""
     if len(messages) < at_least:
         wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at least {at_least} are needed")
         return None
@@ -190,16 +196,17 @@ def _read_siblings(
     widths = {prompt_hidden.size for prompt_hidden in siblings.prompt_hidden}
     if len(widths) > 1 or not siblings.width:
         wrong.add(
-            f"{path}.rollouts", f"hidden states have widths {quoted(sorted(widths))}; all must have the model's width"
+            f"{path}.rollouts",
+            f"hidden states have widths {quoted(sorted(widths))}; all must have the same width, above 0",
         )
         return None
     return siblings
 
 
-def _stack(groups: Sequence[_Siblings]) -> FeatureRows:
-    """Return the rows of groups of one width, one after the other."""
+def _stack(groups: Sequence[_Siblings]) -> FeatureMatrix:
+    """Stack the rows of groups of one width."""
     shape = sum(map(len, groups)), groups[0].width
-    return FeatureRows(
+    return FeatureMatrix(
         np.concatenate([state for group in groups for state in group.prompt_hidden]).reshape(shape),
         np.concatenate([state for group in groups for state in group.response_hidden]).reshape(shape),
         np.array([values for group in groups for values in group.entropies], np.float32),
@@ -207,7 +214,7 @@ def _stack(groups: Sequence[_Siblings]) -> FeatureRows:
 
 
 def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations) -> PromptFeatures | None:
-    """Read a prompt that is to be valued; None when something in it is wrong, all of which `wrong` then holds."""
+    """Parse a prompt to be scored. If it is invalid, return None and add all violations to `wrong`."""
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", message.domain or DEFAULT_DOMAIN)
     try:
@@ -216,9 +223,9 @@ def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations)
         wrong.add(error.field, error.description)
         return None
     if not prompt.prompt_hidden.size:
-        wrong.add(f"{path}.prompt_hidden", "is empty; must have the model's width")
-    elif not _lie_within(prompt.prompt_hidden, _HIDDEN):
-        wrong.add(f"{path}.prompt_hidden", _what_is_unfit(prompt.prompt_hidden, _HIDDEN))
+        wrong.add(f"{path}.prompt_hidden", "is empty; it must have the model's width")
+    elif not _are_within(prompt.prompt_hidden, _HIDDEN):
+        wrong.add(f"{path}.prompt_hidden", _describe_unfit(prompt.prompt_hidden, _HIDDEN))
     return prompt
 
 
@@ -227,7 +234,7 @@ _ENTROPIES = tuple(
     for span in ("output", "reasoning", "answer")
     for statistic in ("mean", "last", "max", "min")
 )
-"""The fields behind the columns of `FeatureRows.entropies`."""
+"""The field of each column of `FeatureMatrix.entropies`."""
 
 
 def _entropies(message: common_pb2.RolloutFeatures) -> list[float]:
@@ -235,33 +242,33 @@ def _entropies(message: common_pb2.RolloutFeatures) -> list[float]:
     return [value for span in spans for value in (span.mean, span.last, span.max, span.min)]
 
 
-def _can_be_fitted(rows: FeatureRows) -> bool:
+def _can_be_fitted(features: FeatureMatrix) -> bool:
     return (
-        _lie_within(rows.prompt_hidden, _HIDDEN)
-        and _lie_within(rows.response_hidden, _HIDDEN)
-        and _lie_within(rows.entropies, _ENTROPY)
+        _are_within(features.prompt_hidden, _HIDDEN)
+        and _are_within(features.response_hidden, _HIDDEN)
+        and _are_within(features.entropies, _ENTROPY)
     )
 
 
-def _lie_within(columns: Floats, bounds: tuple[float, float]) -> bool:
-    """Whether all numbers lie within the bounds; NaN does not."""
+def _are_within(columns: Floats, bounds: tuple[float, float]) -> bool:
+    """Whether all numbers are within the bounds; NaN is not."""
     return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
 
 
-def _name_unfit(rows: FeatureRows, path: str, wrong: Violations) -> None:
-    """Note every field of these rollouts whose numbers are out of bounds."""
+def _name_unfit(features: FeatureMatrix, path: str, wrong: Violations) -> None:
+    """Add a violation for every field of these rollouts whose numbers are out of bounds."""
     for name, columns, bounds in (
-        ("prompt_hidden", rows.prompt_hidden, _HIDDEN),
-        ("response_hidden", rows.response_hidden, _HIDDEN),
-        *((name, rows.entropies[:, [column]], _ENTROPY) for column, name in enumerate(_ENTROPIES)),
+        ("prompt_hidden", features.prompt_hidden, _HIDDEN),
+        ("response_hidden", features.response_hidden, _HIDDEN),
+        *((name, features.entropies[:, [column]], _ENTROPY) for column, name in enumerate(_ENTROPIES)),
     ):
         for index, row in enumerate(columns):
-            if not _lie_within(row, bounds):
-                wrong.add(f"{path}.rollouts[{index}].{name}", _what_is_unfit(row, bounds))
+            if not _are_within(row, bounds):
+                wrong.add(f"{path}.rollouts[{index}].{name}", _describe_unfit(row, bounds))
 
 
-def _what_is_unfit(numbers: Floats, bounds: tuple[float, float]) -> str:
+def _describe_unfit(numbers: Floats, bounds: tuple[float, float]) -> str:
     if not np.isfinite(numbers).all():
-        return "holds NaN or infinite numbers"
+        return "contains NaN or infinite numbers"
     worst = numbers.max() if numbers.max() > bounds[1] else numbers.min()
-    return f"holds {worst:g}; required: {bounds[0]:g} to {bounds[1]:g}"
+    return f"contains {worst:g}; allowed: {bounds[0]:g} to {bounds[1]:g}"

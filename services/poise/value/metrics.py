@@ -1,6 +1,6 @@
-"""The metrics of the value service, declared together.
+"""The metrics of the value service.
 
-What the state counts is read from it at scrape time, so counters survive a restart with it.
+Counters that the state contains are read from it at scrape time, so they survive a restart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class ValueMetrics:
-    """What happens, counted when it does."""
+    """Metrics that are updated when something happens."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.fit_seconds = Histogram(
@@ -28,20 +28,20 @@ class ValueMetrics:
         )
         self.fit_failures = Counter(
             "poise_value_fit_failures",
-            "Fits that failed; the probe before goes on answering.",
+            "Failed fits. The domain's current probe continues to answer.",
             ["domain"],
             registry=registry,
         )
         self.label_lag = Histogram(
             "poise_value_label_lag_seconds",
-            "Time from publishing a labelled group to its being in the durable state.",
+            "Time from publishing a labelled group to saving it.",
             ["domain"],
             buckets=_LAG_SECONDS,
             registry=registry,
         )
         self.state_write_seconds = Histogram(
             "poise_value_state_write_seconds",
-            "Time to make the whole state durable.",
+            "Time to save the state.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -49,39 +49,43 @@ class ValueMetrics:
 
 @dataclass(frozen=True)
 class StateCollector(Collector):
-    """What is known, read at scrape time."""
+    """Metrics that are read from the state at scrape time."""
 
     estimator: BaselineEstimator
     depth: Callable[[], QueueDepth]
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families."""
+        """Yield the metric families."""
         yield CounterMetricFamily(
             "poise_value_groups_consumed",
-            "Labelled groups learnt from over the state's whole life, duplicates not counted.",
+            "Labelled groups learnt since the state was created, without duplicates.",
             self.estimator.num_groups_consumed,
         )
         yield CounterMetricFamily(
             "poise_value_group_duplicates",
-            "Labelled groups delivered again and ignored.",
+            "Labelled groups that were delivered again and ignored.",
             self.estimator.num_duplicates,
         )
         depth = self.depth()
         yield CounterMetricFamily(
-            "poise_value_dead_letters", "Queue entries refused as poison.", depth.num_dead_letters
+            "poise_value_dead_letters",
+            "Queue entries that could not be learnt and went to the dead letters.",
+            depth.num_dead_letters,
         )
         yield CounterMetricFamily(
             "poise_value_queue_losses",
-            "Times that published labels were found missing from the queue, since the process started.",
+            "How often published labels were found missing from the queue, since the process started.",
             depth.num_losses,
         )
         yield GaugeMetricFamily(
-            "poise_value_groups_pending", "Groups published and not yet in the durable state.", depth.num_entries
+            "poise_value_groups_pending", "Groups that are published and not saved yet.", depth.num_entries
         )
         yield from self._by_domain()
 
     def _by_domain(self) -> Iterator[Metric]:
-        estimated = CounterMetricFamily("poise_value_estimated_rows", "Rollouts valued by a probe.", labels=["domain"])
+        estimated = CounterMetricFamily(
+            "poise_value_estimated_rows", "Rollouts whose value a probe predicted.", labels=["domain"]
+        )
         rows = GaugeMetricFamily("poise_value_window_rows", "Rollouts in the sliding window.", labels=["domain"])
         version = GaugeMetricFamily(
             "poise_value_probe_version", "Version of the current probe; 0 before the first fit.", labels=["domain"]
@@ -98,7 +102,7 @@ class StateCollector(Collector):
             estimated.add_metric([name], domain.num_estimated_rows)
             rows.add_metric([name], domain.window.num_rows)
             version.add_metric([name], probe.version if probe else 0)
-            quality = domain.record.quality()
+            quality = domain.diagnostics.quality()
             for field, family in qualities.items():
                 family.add_metric([name], getattr(quality, field))
             for one in quality.calibration:
@@ -109,20 +113,23 @@ class StateCollector(Collector):
 
 
 _QUALITIES = {
-    "pearson": "Correlation of value and sibling-mean reward, over rows valued before their labels were learnt.",
-    "brier": "Mean squared difference of value and sibling-mean reward, over the same rows.",
-    "brier_skill": "1 - brier / brier of always predicting the mean; below 0 is worse than that constant.",
-    "bias": "Mean of value - sibling-mean reward, over the same rows.",
-    "share_clipped": "Share of values at 0 or 1, over the same rows.",
-    "variance_vs_none": "Mean squared advantage as a share of that without a baseline.",
-    "variance_vs_rloo": "Mean squared advantage as a share of that of the siblings' mean reward.",
-    "variance_vs_batch_mean": "Mean squared advantage as a share of that of the other prompts' mean reward.",
+    "pearson": "Correlation of value and sibling-mean reward, over rollouts predicted before their labels were learnt.",
+    "brier": "Mean squared difference of value and sibling-mean reward, over the same rollouts.",
+    "brier_skill": "1 - brier / brier of a constant prediction of the mean. Below 0, the constant is better.",
+    "bias": "Mean of value - sibling-mean reward, over the same rollouts.",
+    "share_clipped": "Share of values clipped to 0 or 1, over the same rollouts.",
+    "variance_vs_none": "Mean squared advantage / the same without a baseline.",
+    "variance_vs_rloo": "Mean squared advantage / the same with the siblings' mean reward as baseline.",
+    "variance_vs_batch_mean": "Mean squared advantage / the same with the other prompts' mean reward as baseline.",
 }
 """Fields of `ProbeQuality`."""
 
 _CALIBRATION = {
-    "predicted": ("predicted", "Mean value of the rows whose value lies in this tenth of [0, 1], counted from 0."),
-    "realised": ("realised", "Mean reward of the siblings of the same rows."),
-    "count": ("rows", "Those rows."),
+    "predicted": (
+        "predicted",
+        "Mean value of the rollouts whose value is in this tenth of [0, 1]; tenths count from 0.",
+    ),
+    "realised": ("realised", "Mean reward of the siblings of the same rollouts."),
+    "count": ("rows", "Number of the same rollouts."),
 }
-"""By field of `CalibrationBin`: name and help."""
+"""Name and help by field of `CalibrationBin`."""

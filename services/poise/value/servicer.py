@@ -1,7 +1,4 @@
-"""ValueService on the wire: protobuf to the estimator and the queue, and back.
-
-Owns validation of requests and the answers' form. Knows no probe and no file.
-"""
+"""The gRPC servicer: validates requests and translates between protobuf and the estimator or the queue."""
 
 from __future__ import annotations
 
@@ -14,30 +11,30 @@ from typing import TypeVar
 import grpc.aio
 
 from poise.errors import Draining, NotFound
-from poise.queue.interface import LabelQueue
 from poise.runtime.rpc.validation import Violations, quoted
 from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
-from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.label_barrier import Settling
-from poise.value.messages import read_label, read_prompt, read_questions
-from poise.value.probe.features import LabelledRows
+from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.label_barrier import wait_for_labels
+from poise.value.messages import read_label, read_prompt, read_queries
+from poise.value.probe.features import Label
+from poise.value.updater import Updater
 from poise_client.codec import encode
 from poise_client.types import DEFAULT_DOMAIN, ProbeReport, ProbeStatus, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
 
 MAX_GROUPS = 4096
-"""Most groups or prompts in a request."""
+"""Maximum groups or prompts per request."""
 
 MAX_ROLLOUTS = 65536
-"""Most rollouts of all groups of a request."""
+"""Maximum rollouts per request, over all groups."""
 
-MAX_SETTLE_S = 600.0
-"""Longest that a question may ask to wait."""
+MAX_WAIT_S = 600.0
+"""Maximum wait for labels."""
 
 _SHARE_OF_DEADLINE = 0.9
-"""Of the time that a call has left, what it may wait: the answer must still arrive."""
+"""Maximum share of a call's remaining time to wait for labels, so that the answer still arrives in time."""
 
 T = TypeVar("T")
 
@@ -45,78 +42,58 @@ Context = grpc.aio.ServicerContext[object, object]
 
 
 class ValueServicer(value_pb2_grpc.ValueServiceServicer):
-    """Answers nothing until `open`, and nothing new after `close`."""
+    """Answers between `open` and `close`."""
 
     def __init__(self, config: ValueConfig, startup: Startup | None = None) -> None:
         self._config = config
         self._startup = startup or Startup("restoring the state")
-        self._estimator: BaselineEstimator | None = None
-        self._queue: LabelQueue | None = None
-        self._settling: Settling | None = None
+        self._updater: Updater | None = None
         self._closed = False
-        # One thread keeps requests in order, and reading them off the event loop.
+        # Requests are parsed outside the event loop. One thread keeps them in order.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="value-reader")
 
-    def open(self, estimator: BaselineEstimator, queue: LabelQueue, settling: Settling) -> None:
+    def open(self, updater: Updater) -> None:
         """Answer from now on."""
-        self._estimator, self._queue, self._settling = estimator, queue, settling
+        self._updater = updater
 
     def close(self) -> None:
-        """Refuse new requests with `Draining`."""
+        """Reject new requests with `Draining`."""
         self._closed = True
-        self._reader.shutdown(wait=False)  # requests already queued are still read
+        self._reader.shutdown(wait=False)  # requests that are already queued are still parsed
 
     async def _read_on_thread(self, read: Callable[[], T]) -> T:
-        """Read a request on the reader thread. Raises `Draining` if the service closed meanwhile."""
+        """Parse a request on the reader thread. Raises `Draining` if the service closes during that."""
         content = await asyncio.get_running_loop().run_in_executor(self._reader, read)
-        self._parts()
+        self._opened()
         return content
 
-    def _parts(self) -> tuple[BaselineEstimator, LabelQueue]:
+    def _opened(self) -> Updater:
         if self._closed:
-            raise Draining("the value service is shutting down", remedy="Try again; another will take over.")
-        if self._estimator is None or self._queue is None:
+            raise Draining("the value service is shutting down", remedy="Retry: it restarts.")
+        if self._updater is None:
             raise self._startup.error()
-        return self._estimator, self._queue
+        return self._updater
 
     async def EstimateBaselines(  # noqa: N802
         self, request: pb.EstimateBaselinesRequest, context: Context
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
-        estimator, _ = self._parts()
-        groups = await self._read_on_thread(lambda: _read_questions(request))
-        domains = [group.domain for group in groups]
-        behind = await self._settle(request, domains, context)
-        answers = estimator.estimate(request.run_id, request.step, groups, behind=behind)
+        updater = self._opened()
+        groups = await self._read_on_thread(lambda: _read_queries(request))
+        behind = None
+        if request.wait_for_labels_s and updater.estimator.would_pin(request.run_id, request.step):
+            left_s = context.time_remaining()
+            limit_s = min(request.wait_for_labels_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
+            behind = await wait_for_labels(updater, request.run_id, [group.domain for group in groups], limit_s)
+            self._opened()
+        answers = updater.estimator.estimate(request.run_id, request.step, groups, behind=behind)
         return pb.EstimateBaselinesResponse(groups=[encode(answer, pb.GroupBaselines) for answer in answers])
-
-    async def _settle(
-        self, request: pb.EstimateBaselinesRequest, domains: Sequence[str], context: Context
-    ) -> frozenset[str] | None:
-        """Wait as the question asks, if it is the one that pins its step; return the domains that are behind even so,
-        None where that is not known.
-
-        Raises:
-            Draining: the service shuts down meanwhile. Whoever takes over settles and answers.
-        """
-        estimator, _ = self._parts()
-        if (
-            not request.wait_for_labels_s
-            or self._settling is None
-            or not estimator.would_pin(request.run_id, request.step)
-        ):
-            return None
-        left_s = context.time_remaining()
-        limit_s = min(request.wait_for_labels_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
-        behind = await self._settling.settle(request.run_id, domains, limit_s)
-        self._parts()
-        return behind
 
     async def ScorePrompts(  # noqa: N802
         self, request: pb.ScorePromptsRequest, context: Context
     ) -> pb.ScorePromptsResponse:
         """See value.proto."""
-        estimator, _ = self._parts()
+        estimator = self._opened().estimator
         scores = estimator.score(await self._read_on_thread(lambda: _read_prompts(request)))
         return pb.ScorePromptsResponse(prompts=[encode(score, pb.PromptScore) for score in scores])
 
@@ -124,28 +101,29 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         self, request: pb.PublishLabelsRequest, context: Context
     ) -> pb.PublishLabelsResponse:
         """See value.proto."""
-        estimator, queue = self._parts()
+        updater = self._opened()
         wrong = Violations()
         labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config.queue, wrong))
         for index, label in labels:
-            refusal = estimator.refusal(label.domain, label.rows.width)
+            refusal = updater.estimator.refusal(label.domain, label.features.width)
             if refusal is not None:
                 wrong.add(f"groups[{index}].{refusal.field}", refusal.description)
-        _check_widths([(index, label.domain, label.rows.width) for index, label in labels], wrong)
+        _check_widths([(index, label.domain, label.features.width) for index, label in labels], wrong)
         wrong.raise_if_any()
-        await queue.publish(payloads)
+        await updater.queue.publish(payloads)
         return pb.PublishLabelsResponse(num_queued=len(payloads))
 
     async def GetProbe(self, request: pb.GetProbeRequest, context: Context) -> pb.GetProbeResponse:  # noqa: N802
         """See value.proto."""
-        estimator, queue = self._parts()
+        updater = self._opened()
+        estimator = updater.estimator
         if request.domain and request.domain not in estimator.domains:
             known = ", ".join(sorted(estimator.domains)) or "none yet"
             raise NotFound(
-                f"no label of domain {quoted(request.domain)} has been learnt; known: {known}",
-                remedy="Leave domain empty for all.",
+                f"no label of domain {quoted(request.domain)} was learnt; domains with labels: {known}",
+                remedy="Leave domain empty to get all.",
             )
-        depth = await queue.depth()
+        depth = await updater.queue.depth()
         names = [request.domain] if request.domain else sorted(estimator.domains)
         return encode(
             ProbeReport(
@@ -163,7 +141,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
 
 
 def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> ProbeStatus:
-    """Return what is known of one domain's probe."""
+    """Return the status of one domain's probe."""
     domain, probe = estimator.domains[name], estimator.probes.get(name)
     return ProbeStatus(
         domain=name,
@@ -174,29 +152,29 @@ def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> 
         warmup_steps=warmup_steps,
         last_fit_s=probe.fit_s if probe else 0.0,
         label_lag_s=domain.label_lag_s,
-        quality=domain.record.quality(),
+        quality=domain.diagnostics.quality(),
     )
 
 
-def _read_questions(request: pb.EstimateBaselinesRequest) -> list[GroupRows]:
+def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     wrong.check(
-        0 <= request.wait_for_labels_s <= MAX_SETTLE_S,  # false of NaN
+        0 <= request.wait_for_labels_s <= MAX_WAIT_S,  # false of NaN
         "wait_for_labels_s",
-        f"is {request.wait_for_labels_s}; required: 0 to {MAX_SETTLE_S:g} seconds",
+        f"is {request.wait_for_labels_s}; required: 0 to {MAX_WAIT_S:g} seconds",
     )
     _check_counts(request.groups, wrong)
     domains = [group.domain or DEFAULT_DOMAIN for group in request.groups]
     for index, (group, domain) in enumerate(zip(request.groups, domains, strict=True)):
         wrong.identifier(f"groups[{index}].group_id", group.group_id)
         wrong.identifier(f"groups[{index}].domain", domain)
-    groups: list[GroupRows] = []
+    groups: list[GroupQuery] = []
     widths: list[tuple[int, str, int]] = []
-    for index, rows in enumerate(read_questions(request.groups, wrong)):
-        if rows is not None:
-            groups.append(GroupRows(request.groups[index].group_id, domains[index], rows))
-            widths.append((index, domains[index], rows.width))
+    for index, features in enumerate(read_queries(request.groups, wrong)):
+        if features is not None:
+            groups.append(GroupQuery(request.groups[index].group_id, domains[index], features))
+            widths.append((index, domains[index], features.width))
     _check_widths(widths, wrong)
     wrong.raise_if_any()
     return groups
@@ -212,15 +190,15 @@ def _read_prompts(request: pb.ScorePromptsRequest) -> list[PromptFeatures]:
 
 def _read_labels(
     request: pb.PublishLabelsRequest, limits: QueueConfig, wrong: Violations
-) -> tuple[list[tuple[int, LabelledRows]], list[bytes]]:
-    """Return the readable labels, each with its index, and the queue entry of every group."""
+) -> tuple[list[tuple[int, Label]], list[bytes]]:
+    """Return the valid labels, each with its index, and the queue entry of every group."""
     _check_counts(request.groups, wrong)
     wrong.check(
         len(request.groups) <= limits.max_entries,
         "groups",
-        f"has {len(request.groups)} groups, which never fit the queue of {limits.max_entries}; publish them in parts",
+        f"has {len(request.groups)} groups, more than queue.max_entries = {limits.max_entries}; publish them in parts",
     )
-    labels: list[tuple[int, LabelledRows]] = []
+    labels: list[tuple[int, Label]] = []
     for index, group in enumerate(request.groups):
         if wrong.is_full:
             break
@@ -238,7 +216,7 @@ def _read_labels(
     wrong.check(
         2 * size <= limits.max_bytes,
         "groups",
-        f"are {size} bytes, too much for a queue of {limits.max_bytes}; publish them in parts",
+        f"are {size} bytes, more than half of queue.max_bytes = {limits.max_bytes}; publish them in parts",
     )
     return labels, payloads
 
@@ -249,12 +227,12 @@ def _check_counts(groups: Sequence[pb.GroupFeatures] | Sequence[pb.LabelledGroup
 
 
 def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:
-    """Groups of one domain within a request must agree, whatever is known of the domain: (index, domain, width)."""
+    """Check that groups of one domain within a request agree on the width. Takes (index, domain, width)."""
     first: dict[str, tuple[int, int]] = {}
     for index, domain, width in widths:
         first_index, expected = first.setdefault(domain, (index, width))
         wrong.check(
             width == expected,
             f"groups[{index}].rollouts",
-            f"hidden states are {width} wide, those of groups[{first_index}] of the same domain {expected}",
+            f"hidden states have width {width}; those of groups[{first_index}] of the same domain have {expected}",
         )

@@ -1,112 +1,341 @@
-"""Refits probes when their domains hold labels they have not seen, in a thread beside queries.
+"""Keeps the probes current: one loop that consumes labels, learns them, saves the state, acknowledges them, and fits.
 
-Labels that arrive during a fit are covered by the next one together. A fit works on groups that were on the ledger
-when it began, so what it gives has seen no label of a step that can still be pinned. Groups that make a fit fail become
-dead letters.
+A label is acknowledged only after it is saved. If the service dies in between, the label is delivered again and
+recognised as a duplicate. A label that cannot be learnt goes to the dead letters and never stops the others.
+
+Fits run in a thread beside queries. Labels that arrive during a fit are all part of the next one. A fitted probe is
+saved before it answers, so a version never names two probes. Groups that make a fit fail go to the dead letters.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from poise.errors import PoiseError
-from poise.queue.interface import Delivery, LabelQueue
+from poise.errors import InvalidRequest, PoiseError, QueueFull
+from poise.queue.interface import Delivery, LabelQueue, QueueDepth, newer_entry
 from poise.runtime.repeat_log import RepeatLog
+from poise.value.config import QueueConfig
+from poise.value.dedup import Admission
 from poise.value.estimator import BaselineEstimator
-from poise.value.label_barrier import Changes
-from poise.value.messages import label_payload
+from poise.value.messages import label_payload, parse_label
 from poise.value.metrics import ValueMetrics
-from poise.value.probe.features import LabelledRows
+from poise.value.probe.features import Label
 from poise.value.probe.model import FittedProbe, ProbeFitter
 from poise.value.probe.unfit_groups import UNFIT, unfit_groups
 from poise.value.probe.window import Window
 from poise.value.step_probes import VersionedProbe
-from poise.value.store.saver import StateKeeper
+from poise.value.store import StateLostError, StateStore
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 5.0
-"""Pause after a probe could not be stored or a dead letter not be sent."""
+READ_WAIT_S = 0.5
+"""How long a read of an empty queue waits. It delays a stop by as much."""
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
+"""Pauses after a failed turn; they double up to the last."""
+
+FIT_RETRY_S = 5.0
+"""Pause after a fitted probe could not be saved or an unfit group could not be dead-lettered."""
+
+LOSS_SHOWN_S = 60.0
+"""How long readiness reports lost labels. They cannot be restored; new ones are consumed all the time."""
+
+_MAX_REASON = 1000
+"""Characters kept of the reason of a dead letter."""
+
+_MAX_LOGGED = 200
+"""Characters of the reason that are logged."""
 
 _NO_ENTRY = "0-0"
-"""Id given for the queue entry of a learnt group, which was deleted when it was acknowledged."""
+"""Entry id of a dead letter whose queue entry was already acknowledged."""
 
 
-class Refitter:
-    """One loop, one fit at a time."""
+class Updater:
+    """The loop, and the only writer of the estimator's state."""
 
     def __init__(
         self,
+        config: QueueConfig,
         estimator: BaselineEstimator,
-        make_fitter: Callable[[], ProbeFitter],
-        keeper: StateKeeper,
         queue: LabelQueue,
+        store: StateStore,
+        make_fitter: Callable[[], ProbeFitter],
         metrics: ValueMetrics,
-        changes: Changes,
+        fail: Callable[[str], None],
     ) -> None:
-        self._queue = queue
-        self._repeats = RepeatLog(logger)
-        self._estimator = estimator
+        """`fail` ends the service when another process holds the state folder: two must not answer for one state."""
+        self.estimator = estimator
+        self.queue = queue
+        self.depth = QueueDepth(0, 0)
+        """The queue's last known sizes."""
+        self._config = config
+        self._store = store
         self._make_fitter = make_fitter
-        self._fitters: dict[str, ProbeFitter] = {}
-        self._keeper = keeper
         self._metrics = metrics
-        self._changes = changes
-        self._wake = asyncio.Event()
-        self._wake.set()  # a restored state may be due
+        self._fail = fail
+        self._repeats = RepeatLog(logger)
         self._stopping = asyncio.Event()
-        self._failed_at: dict[str, int] = {}
+        self._not_paused = asyncio.Event()
+        self._not_paused.set()
+        self._change = asyncio.Event()
 
-    def wake(self) -> None:
-        """Look for domains that are due."""
-        self._wake.set()
+        self._learnt: list[str] = []
+        """Entries to acknowledge once the state is saved."""
+        self._new: list[tuple[str, float]] = []
+        """Domain and publishing time of new labels that are not saved yet."""
+        self._rejected: list[tuple[Delivery, str]] = []
+        """Entries to dead-letter, with the reasons."""
+        self._queue_problem = "the label queue has not been reached yet"
+        self._lost_s = -LOSS_SHOWN_S
+
+        self._saving = asyncio.Lock()
+        self._save_problem = ""
+
+        self._fitters: dict[str, ProbeFitter] = {}
+        self._fits: asyncio.Task[None] | None = None
+        self._fits_requested = False
+        self._failed_at: dict[str, int] = {}
+        """`Window.num_added` of each domain's failed fit."""
+
+    @property
+    def problem(self) -> str:
+        """Why labels cannot be saved, consumed or published, or which were lost in the last minute; empty if none."""
+        is_loss_recent = time.monotonic() - self._lost_s < LOSS_SHOWN_S
+        lost = self.depth.last_loss if is_loss_recent else ""
+        return self._save_problem or self._queue_problem or self.depth.problem or lost
+
+    @property
+    def paused(self) -> bool:
+        """Whether consumption is paused."""
+        return not self._not_paused.is_set()
+
+    @property
+    def halted(self) -> bool:
+        """Whether consumption is paused or stopped."""
+        return self.paused or self._stopping.is_set()
+
+    def pause(self) -> None:
+        """Stop consuming until `resume`. Labels that a read in progress still returns wait too."""
+        self._not_paused.clear()
+        self._notify()
+
+    def resume(self) -> None:
+        """Consume again."""
+        self._not_paused.set()
 
     def stop(self) -> None:
-        """End `run` after the fit in hand."""
+        """End `run` after the current batch and the current fit."""
         self._stopping.set()
-        self._wake.set()
-        self._changes.tell()
+        self._not_paused.set()
+        self._notify()
+
+    def next_change(self) -> asyncio.Event:
+        """Return an event that is set when entries leave the queue, a fit ends, or consumption or fitting halts.
+
+        Get it before checking a condition, so that no change is missed.
+        """
+        return self._change
+
+    def _notify(self) -> None:
+        event, self._change = self._change, asyncio.Event()
+        event.set()
 
     async def run(self) -> None:
-        """Refit whatever is due, until stopped."""
-        while not self._stopping.is_set():
-            await self._wake.wait()
-            self._wake.clear()
-            for name in sorted(self._estimator.domains):
-                if self._stopping.is_set():
-                    return
-                if self._estimator.is_due(name) and self._is_new_since_failure(name):
-                    await self._refit(name)
-                    self._changes.tell()
+        """Consume until stopped. Errors are reported, and the turn is repeated after a pause."""
+        retry_s = FIRST_RETRY_S
+        self.request_fits()  # a restored state may have labels that its probes have not seen
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._report(await self._turn())
+                    retry_s = FIRST_RETRY_S
+                except Exception as error:
+                    if not isinstance(error, OSError):  # `save` reports these
+                        self._report(_describe(error), None if isinstance(error, PoiseError) else error)
+                    self._notify()
+                    await _wait(self._stopping, retry_s * random.uniform(0.5, 1.0))  # noqa: S311
+                    retry_s = min(2 * retry_s, LAST_RETRY_S)
+            if self._fits is not None:
+                await self._fits
+        except BaseException:
+            if self._fits is not None:
+                self._fits.cancel()
+            raise
+
+    # Consume, learn, save, acknowledge.
+
+    async def _turn(self) -> str:
+        """Consume one batch; return a problem that did not prevent it, or an empty text."""
+        await self._finish_batch()  # if an earlier turn failed
+        await self._wait_while_paused()
+        if self._stopping.is_set():
+            return ""
+        deliveries = await self.queue.read(max_entries=self._config.batch_entries, wait_s=READ_WAIT_S)
+        await self._wait_while_paused()
+        for delivery in deliveries:
+            await asyncio.sleep(0)  # waiting requests are answered between two labels
+            reason = self._learn(delivery)
+            if reason is None:
+                self._learnt.append(delivery.entry_id)
+            else:
+                shown = reason if len(reason) <= _MAX_LOGGED else reason[:_MAX_LOGGED] + "…"
+                self._repeats.log(logging.WARNING, f"label entry {delivery.entry_id} goes to the dead letters: {shown}")
+                self._rejected.append((delivery, reason[:_MAX_REASON]))
+        problem = await self._finish_batch()
+        self._notify()
+        self._observe(await self.queue.depth())
+        return problem
+
+    async def _wait_while_paused(self) -> None:
+        while self.paused:
+            self._observe(await self.queue.depth())
+            self._report("")
+            await _wait(self._not_paused, READ_WAIT_S)
+
+    def _learn(self, delivery: Delivery) -> str | None:
+        """Learn one entry; return the reason if it must be rejected."""
+        try:
+            label = parse_label(delivery.payload, self._config.max_entry_bytes)
+        except InvalidRequest as error:
+            return error.message
+        except Exception:
+            # A bug that this entry triggers every time: it must not stop the entries behind it.
+            logger.exception("label entry %s cannot be read", delivery.entry_id)
+            return "reading it raised an unexpected error; the log has the traceback"
+        refusal = self.estimator.refusal(label.domain, label.features.width) or self.estimator.width_vote(label)
+        if refusal is not None:
+            return f"group.{refusal.field}: {refusal.description}"
+        admission = self.estimator.learn(label)
+        if admission is Admission.TOO_OLD:
+            return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"
+        if admission is Admission.NEW:
+            self._new.append((label.domain, delivery.published_s))
+        return None
+
+    async def _finish_batch(self) -> str:
+        """Save and acknowledge learnt entries, and dead-letter rejected ones.
+
+        Returns why some rejected entries must wait. A server without memory for dead letters does not stop consumption,
+        which frees memory; but more than a batch of waiting entries does. After an error everything left is retried.
+        """
+        if self._learnt:
+            for entry_id in self._learnt:
+                self.estimator.newest_entry = newer_entry(self.estimator.newest_entry, entry_id)
+            # Also if all are duplicates: this process may have learnt them and failed to save them.
+            await self.save()
+            self._record_lag()
+            self.request_fits()
+            await self.queue.ack(self._learnt)
+            self._learnt = []
+        while self._rejected:
+            try:
+                await self.queue.dead_letter(*self._rejected[0])
+            except QueueFull as error:
+                if len(self._rejected) > self._config.batch_entries:
+                    raise
+                return f"{len(self._rejected)} rejected labels cannot be dead-lettered yet: {_describe(error)}"
+            del self._rejected[0]
+        return ""
+
+    def _record_lag(self) -> None:
+        now_s = time.time()
+        for domain, published_s in self._new:
+            lag_s = max(0.0, now_s - published_s)  # the queue's clock may be ahead of ours
+            self.estimator.domains[domain].label_lag_s = lag_s
+            self._metrics.label_lag.labels(domain).observe(lag_s)
+        self._new = []
+
+    def _report(self, problem: str, bug: Exception | None = None) -> None:
+        """Log changes only, so that a long outage is one line."""
+        if problem and problem != self._queue_problem:
+            logger.error("labels are not consumed: %s", problem, exc_info=bug)
+        elif self._queue_problem and not problem:
+            logger.info("labels can be consumed")
+        self._queue_problem = problem
+
+    def _observe(self, depth: QueueDepth) -> None:
+        """Keep the queue's sizes; log new warnings, problems and losses."""
+        before, self.depth = self.depth, depth
+        for warning in depth.warnings:
+            if warning not in before.warnings:
+                logger.warning("the label queue: %s", warning)
+        if depth.problem and depth.problem != before.problem:
+            logger.error("no label can be published: %s", depth.problem)
+        if depth.num_losses > before.num_losses:
+            logger.error("%s; training continues without them", depth.last_loss)
+            self._lost_s = time.monotonic()
+            self.estimator.newest_entry = ""  # it belonged to the lost stream
+
+    # Save.
+
+    async def save(self, fitted: tuple[str, VersionedProbe] | None = None) -> Path:
+        """Save the state; then let a fitted probe of a domain answer, if given. Returns the file.
+
+        Raises:
+            OSError: it could not be written. The domain's current probe continues to answer.
+        """
+        async with self._saving:
+            snapshot = self.estimator.snapshot(fitted)
+            started_s = time.perf_counter()
+            try:
+                path = await asyncio.to_thread(self._store.save, snapshot)
+            except OSError as error:
+                if not self._save_problem:
+                    logger.error("the state cannot be saved, so labels stay in the queue: %s", error)
+                self._save_problem = f"the state cannot be saved: {error}"
+                if isinstance(error, StateLostError):
+                    self._fail(str(error))
+                raise
+            self._save_problem = ""
+            self._metrics.state_write_seconds.observe(time.perf_counter() - started_s)
+            if fitted is not None:
+                self.estimator.install(*fitted)
+            return path
+
+    # Fit.
+
+    def request_fits(self) -> None:
+        """Fit every domain that has new labels, in the background."""
+        self._fits_requested = True
+        if (self._fits is None or self._fits.done()) and not self._stopping.is_set():
+            self._fits = asyncio.create_task(self._fit_all_due(), name="value-fits")
 
     def gives_up(self, name: str) -> bool:
-        """Whether no fit is to come of the labels that a domain holds now: these have failed, or it is stopping."""
-        return self._stopping.is_set() or not self._is_new_since_failure(name)
+        """Whether no fit of a domain's current labels will follow: a fit of them failed, or the service stops."""
+        return self._stopping.is_set() or self.estimator.domains[name].window.num_added <= self._failed_at.get(name, 0)
 
-    def _is_new_since_failure(self, name: str) -> bool:
-        """The same rows would fail again."""
-        return self._estimator.domains[name].window.num_added > self._failed_at.get(name, 0)
+    async def _fit_all_due(self) -> None:
+        while self._fits_requested:
+            self._fits_requested = False
+            for name in sorted(self.estimator.domains):
+                if self.estimator.is_due(name) and not self.gives_up(name):
+                    await self._fit(name)
+                    self._notify()
 
-    async def _refit(self, name: str) -> None:
-        window, before = self._estimator.domains[name].window, self._estimator.probes.get(name)
+    async def _fit(self, name: str) -> None:
+        """Fit a domain's probe, save it and let it answer."""
+        window, before = self.estimator.domains[name].window, self.estimator.probes.get(name)
         num_added = window.num_added
         started_s = time.perf_counter()
         try:
-            probe = await self._fit(name, window)
+            probe = await self._fit_in_thread(name, window)
             fit_s = time.perf_counter() - started_s
-            if probe is None or self._estimator.domains[name].window is not window:
-                return  # the window was replaced meanwhile, by another width or without unfit groups
+            if probe is None or self.estimator.domains[name].window is not window:
+                return  # the window was replaced during the fit: another width, or unfit groups removed
             version = before.version + 1 if before else 1
-            await self._keeper.install(name, VersionedProbe(version, probe, num_added, fit_s))
+            await self.save((name, VersionedProbe(version, probe, num_added, fit_s)))
         except (OSError, PoiseError) as error:
-            if isinstance(error, PoiseError):  # the keeper logs an OSError
+            if isinstance(error, PoiseError):  # `save` reports an OSError
                 self._repeats.log(logging.ERROR, f"groups that cannot be fitted could not be dead-lettered: {error}")
-            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+            asyncio.get_running_loop().call_later(FIT_RETRY_S, self.request_fits)
         except Exception as error:
-            # A failed fit must not end the service: the previous probe answers, and the next labels may help.
+            # A failed fit must not end the service: the current probe answers, and the next labels may help.
             self._repeats.log(logging.ERROR, f"the probe of domain {name!r} could not be fitted: {error!r}", error)
             self._metrics.fit_failures.labels(name).inc()
             self._failed_at[name] = num_added
@@ -114,43 +343,53 @@ class Refitter:
             self._metrics.fit_seconds.labels(name).observe(fit_s)
             logger.info("probe of domain %r: version %d in %.2f s", name, version, fit_s)
 
-    async def _fit(self, name: str, window: Window) -> FittedProbe | None:
-        """Return the probe of a window; None if groups were expelled instead, after which the window is due again.
+    async def _fit_in_thread(self, name: str, window: Window) -> FittedProbe | None:
+        """Return the probe of a window; None if unfit groups were removed instead, and the domain is due again.
 
         Raises:
             ArithmeticError, ValueError: it cannot be fitted, even without a few groups.
-            OSError, PoiseError: the unfit groups cannot be dead-lettered now.
+            OSError, PoiseError: unfit groups could not be dead-lettered.
         """
         if name not in self._fitters:
             self._fitters[name] = self._make_fitter()
+        fitter = self._fitters[name]
         groups = window.groups
         try:
-            return await asyncio.to_thread(self._fitters[name].fit, groups)
+            return await asyncio.to_thread(fitter.fit, groups)
         except UNFIT as error:
             unfit = await asyncio.to_thread(unfit_groups, groups, self._can_be_fitted)
-            if not unfit:  # the cause was state of earlier fits, which the fitter has dropped
-                return await asyncio.to_thread(self._fitters[name].fit, groups)
+            if not unfit:  # the cause was the fitter's state from earlier fits, which it has dropped
+                return await asyncio.to_thread(fitter.fit, groups)
             if 2 * len(unfit) > len(groups):
                 raise
-            await self._expel(name, unfit, error)
+            await self._remove_unfit(name, unfit, error)
             return None
 
-    def _can_be_fitted(self, groups: Sequence[LabelledRows]) -> bool:
+    def _can_be_fitted(self, groups: Sequence[Label]) -> bool:
         try:
             self._make_fitter().fit(groups)
         except UNFIT:
             return False
         return True
 
-    async def _expel(self, name: str, unfit: Sequence[LabelledRows], error: Exception) -> None:
-        """Dead-letter learnt groups, then remove them from the window. A crash in between only sends them twice."""
+    async def _remove_unfit(self, name: str, unfit: Sequence[Label], error: Exception) -> None:
+        """Dead-letter learnt groups, then remove them from the window. After a crash in between they are sent twice."""
         for group in unfit:
             delivery = Delivery(_NO_ENTRY, label_payload(group), time.time())
-            await self._queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")
-        self._estimator.expel(name, unfit)
-        await self._keeper.keep()
+            await self.queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")
+        self.estimator.remove(name, unfit)
+        await self.save()
         self._repeats.log(
             logging.WARNING,
-            f"{len(unfit)} groups of domain {name!r} are dead-lettered: no probe can be fitted with them: {error}",
+            f"{len(unfit)} groups of domain {name!r} went to the dead letters, because fits with them fail: {error}",
         )
-        self._wake.set()
+        self._fits_requested = True
+
+
+async def _wait(event: asyncio.Event, at_most_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), at_most_s)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__

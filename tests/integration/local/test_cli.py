@@ -184,7 +184,6 @@ def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path: Path, arguments: 
         ("train.num_steps=abc", "num_steps: Input should be a valid integer"),
         ("train.num_steps=yes", "num_steps must be a number, not true"),
         ("train.endpoints.value=::1:5", "an IPv6 address needs brackets: [::1]:50051"),
-        ("value.standby.address=http://a:1", "must look like host:port"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_starts(tmp_path: Path, override: str, message: str) -> None:

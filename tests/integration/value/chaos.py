@@ -21,8 +21,8 @@ from typing import Literal, get_args
 from tests.integration.value.service import TIMEOUT_S, Maker, ValueService, consumed, eventually
 
 from poise.local.processes.valkey import valkey_command
-from poise.value.dedup import step_groups
-from poise.value.store.folder import StateStore
+from poise.value.dedup import groups_of
+from poise.value.store import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
 from poise_client.types import Group
@@ -51,8 +51,8 @@ class Outcome:
     """Labels whose publishing returned."""
     learnt: Counter[Name] = field(default_factory=Counter)
     """Labels in the windows of the durable state, and how often each is there."""
-    ledger: set[Name] = field(default_factory=set)
-    """Labels that the durable state knows to be learnt."""
+    consumed: set[Name] = field(default_factory=set)
+    """Labels whose ids are in the durable state."""
     kills: Counter[Victim] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
     """Kills by what was going on at that moment; several things may be, or none ("idle")."""
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def lost(self) -> set[Name]:
-        return self.published - self.ledger
+        return self.published - self.consumed
 
     @property
     def doubled(self) -> set[Name]:
@@ -159,10 +159,10 @@ def read_state(folder: Path, outcome: Outcome) -> None:
     assert saved is not None
     for domain in saved.domains:
         outcome.learnt.update((group.run_id, group.step, group.group_id) for group in domain.groups)
-    outcome.ledger = {
+    outcome.consumed = {
         (run.run_id, step, group)
-        for run in saved.ledger.runs
-        for step, groups in run.steps
-        for group in step_groups(groups)
+        for run in saved.consumed.runs
+        for step, groups in run.steps.items()
+        for group in groups_of(groups)
     }
     outcome.num_duplicates = saved.num_duplicates

@@ -1,12 +1,12 @@
-"""The value service as it is, which besides writes down what each probe was fitted on: run by the tests as a process.
+"""The value service, which also records what each probe was fitted on. Tests run it as a process.
 
-Usage: recording_service.py RECORD_FILE [options of poise.value]. A line a fit, before its probe can answer:
-{"domain", "version", "seen": [[run_id, step], ...]}. Of two lines with the same version the later holds: the earlier
-probe died with its process before it was durable.
+Usage: recording_service.py RECORD_FILE [options of poise.value]. Each fit adds a line before its probe can answer:
+{"domain", "version", "seen": [[run_id, step], ...]}. Of two lines with the same version the later one is valid: the
+process of the earlier one died before the probe was saved.
 
-It may be ambushed: RECORD_FILE.ambush holds {"phase", "delay_s", "dies"}. So long after the phase next begins, the
-phases then going on are written to RECORD_FILE.sprung, and the process dies, if it is to. While RECORD_FILE.hold
-exists no fit ends.
+A test can ambush it: RECORD_FILE.ambush contains {"phase", "delay_s", "dies"}. That long after the phase next begins,
+the current phases are written to RECORD_FILE.sprung, and the process dies if `dies` is set. While RECORD_FILE.hold
+exists, no fit ends.
 """
 
 from __future__ import annotations
@@ -22,31 +22,29 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from poise.queue.interface import Delivery
 from poise.queue.redis_queue import RedisQueue
 from poise.runtime.cli.service_main import service_main
-from poise.value import app
+from poise.value import app, servicer
 from poise.value.config import ValueConfig
-from poise.value.consumer import LabelConsumer
-from poise.value.label_barrier import Settling
-from poise.value.probe.features import LabelledRows
-from poise.value.probe.incremental import GramFitter
+from poise.value.dedup import Admission
+from poise.value.estimator import BaselineEstimator
+from poise.value.label_barrier import wait_for_labels
+from poise.value.probe.features import Label
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import FittedProbe
-from poise.value.step_probes import VersionedProbe
-from poise.value.store.folder import StateStore
-from poise.value.store.saver import StateKeeper
-from poise.value.store.snapshot import Snapshot
+from poise.value.store import Snapshot, StateStore
+from poise.value.updater import Updater
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])
 ambush_file, sprung_file, hold_file = (record_file.with_suffix(f".{name}") for name in ("ambush", "sprung", "hold"))
-going_on = Counter[str]()
+current_phases = Counter[str]()
 consuming = ExitStack()
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    going_on[name] += 1
+    current_phases[name] += 1
     if ambush_file.exists():
         ambush = json.loads(ambush_file.read_text())
         if ambush["phase"] == name:
@@ -55,19 +53,19 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        going_on[name] -= 1
+        current_phases[name] -= 1
 
 
 def spring(dies: bool) -> None:
     partial = sprung_file.with_suffix(".part")
-    partial.write_text(json.dumps(sorted(+going_on)))
+    partial.write_text(json.dumps(sorted(+current_phases)))
     partial.replace(sprung_file)
     if dies:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class RecordingFitter(GramFitter):
-    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+class RecordingFitter(IncrementalFitter):
+    def fit(self, groups: Sequence[Label]) -> FittedProbe:
         with phase("fit"):
             probe = super().fit(groups)
             while hold_file.exists():
@@ -76,12 +74,13 @@ class RecordingFitter(GramFitter):
         return probe
 
 
-class RecordingKeeper(StateKeeper):
-    async def install(self, domain: str, probe: VersionedProbe) -> None:
-        line = {"domain": domain, "version": probe.version, "seen": seen_by_probe[id(probe.probe)]}
-        with record_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        await super().install(domain, probe)
+class RecordingEstimator(BaselineEstimator):
+    """The phase "consume" lasts from the first label of a batch until the queue has acknowledged all of them."""
+
+    def learn(self, label: Label) -> Admission:
+        if not current_phases["consume"]:
+            consuming.enter_context(phase("consume"))
+        return super().learn(label)
 
 
 class RecordingQueue(RedisQueue):
@@ -89,34 +88,32 @@ class RecordingQueue(RedisQueue):
         with phase("publish"):
             await super().publish(payloads)
 
-
-class RecordingConsumer(LabelConsumer):
-    """Consumes from a batch's first label until all of it is settled with the queue."""
-
-    def _learn(self, delivery: Delivery) -> str | None:
-        if not going_on["consume"]:
-            consuming.enter_context(phase("consume"))
-        return super()._learn(delivery)
-
-    async def _settle(self) -> None:
+    async def ack(self, entry_ids: Sequence[str]) -> None:
         with consuming:
-            await super()._settle()
-
-
-class RecordingSettling(Settling):
-    async def settle(self, run_id: str, asked: Collection[str], limit_s: float) -> frozenset[str] | None:
-        with phase("settle"):
-            return await super().settle(run_id, asked, limit_s)
+            await super().ack(entry_ids)
 
 
 class RecordingStore(StateStore):
     def save(self, snapshot: Snapshot) -> Path:
+        for domain in snapshot.domains:
+            seen = domain.probe and seen_by_probe.pop(id(domain.probe.probe), None)
+            if domain.probe and seen is not None:
+                line = {"domain": domain.domain, "version": domain.probe.version, "seen": seen}
+                with record_file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
         with phase("checkpoint"):
             return super().save(snapshot)
 
 
+async def recording_wait(
+    updater: Updater, run_id: str, domains: Collection[str], limit_s: float
+) -> frozenset[str] | None:
+    with phase("wait_for_labels"):
+        return await wait_for_labels(updater, run_id, domains, limit_s)
+
+
 if __name__ == "__main__":
-    app.GramFitter, app.StateKeeper = RecordingFitter, RecordingKeeper
-    app.RedisQueue, app.LabelConsumer, app.StateStore = RecordingQueue, RecordingConsumer, RecordingStore
-    app.Settling = RecordingSettling
+    app.IncrementalFitter, app.BaselineEstimator = RecordingFitter, RecordingEstimator
+    app.RedisQueue, app.StateStore = RecordingQueue, RecordingStore
+    servicer.wait_for_labels = recording_wait
     sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))

@@ -14,4 +14,4 @@ async def test_every_label_is_learnt_once_whatever_is_killed_when(tmp_path: Path
     assert sum(outcome.hits[phase] for phase in PHASES) >= 4
     assert not outcome.lost
     assert not outcome.doubled
-    assert set(outcome.learnt) == outcome.ledger == outcome.published
+    assert set(outcome.learnt) == outcome.consumed == outcome.published

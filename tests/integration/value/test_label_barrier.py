@@ -36,13 +36,13 @@ async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared,
     question = make.question("a", "settles.killed")
     with shared.held_fits():
         await client.publish_labels(labels(make, "settles.killed"))
-        waiting = asyncio.create_task(shared.ambush("settle", 0, dies=False, wait_s=TIMEOUT_S))
+        waiting = asyncio.create_task(shared.ambush("wait_for_labels", 0, dies=False, wait_s=TIMEOUT_S))
         asking = asyncio.create_task(
             client.estimate_baselines(
                 "asks.killed", 0, [question], wait_for_labels_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S
             )
         )
-        assert "settle" in await waiting
+        assert "wait_for_labels" in await waiting
         await consumed(client)
         assert await known(client, "settles.killed") == (0, NUM_STEPS * GROUPS)
         assert not asking.done()

@@ -10,7 +10,7 @@ from redis.crc import key_slot
 
 from poise.errors import BackendDown, QueueFull
 from poise.queue.redis_errors import UnsuitableServerError, may_be_gone, translated
-from poise.queue.redis_keys import dead_letter_key
+from poise.queue.redis_scripts import dead_letter_key
 from poise.queue.redis_server import examine, is_cluster, parse_info
 
 GOOD = {

@@ -10,8 +10,8 @@ import pytest
 from tests.support.groups import make_group
 
 from poise.value.config import ValueConfig
-from poise.value.estimator import GroupRows
-from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
+from poise.value.estimator import GroupQuery
+from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
 from poise_client.codec import encode
 from poise_client.types import EntropyStats, Features
 from poise_proto.v1 import value_pb2
@@ -25,11 +25,11 @@ class Maker:
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
 
-    def rows(self, n: int = 2, width: int = WIDTH) -> FeatureRows:
+    def features(self, n: int = 2, width: int = WIDTH) -> FeatureMatrix:
         def floats(columns: int) -> np.ndarray:
             return self.random.normal(size=(n, columns)).astype(np.float32)
 
-        return FeatureRows(floats(width), floats(width), np.abs(floats(NUM_ENTROPIES)))
+        return FeatureMatrix(floats(width), floats(width), np.abs(floats(NUM_ENTROPIES)))
 
     def label(
         self,
@@ -40,29 +40,29 @@ class Maker:
         domain: str = "default",
         n: int = 2,
         width: int = WIDTH,
-        rows: FeatureRows | None = None,
-    ) -> LabelledRows:
-        rows = self.rows(n, width) if rows is None else rows
-        rewards = 1 / (1 + np.exp(-rows.prompt_hidden[:, 0]))
-        return LabelledRows(run_id, step, group_id, domain, rows, rewards.astype(np.float32))
+        features: FeatureMatrix | None = None,
+    ) -> Label:
+        features = self.features(n, width) if features is None else features
+        rewards = 1 / (1 + np.exp(-features.prompt_hidden[:, 0]))
+        return Label(run_id, step, group_id, domain, features, rewards.astype(np.float32))
 
-    def message(self, label: LabelledRows) -> value_pb2.LabelledGroup:
+    def message(self, label: Label) -> value_pb2.LabelledGroup:
         """A label as it travels."""
         ids = {"run_id": label.run_id, "step": label.step, "domain": label.domain}
-        group = make_group(label.group_id, features(label.rows), label.rewards, **ids)
+        group = make_group(label.group_id, sdk_features(label.features), label.rewards, **ids)
         return encode(group, value_pb2.LabelledGroup)
 
     def payload(self, step: int, group_id: str = "g0", **options: object) -> bytes:
         return self.message(self.label(step, group_id, **options)).SerializeToString()
 
-    def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupRows:
-        return GroupRows(group_id, domain, self.rows(n, width))
+    def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupQuery:
+        return GroupQuery(group_id, domain, self.features(n, width))
 
     def rewards(self, n: int = 2) -> np.ndarray:
         return self.random.uniform(size=n).astype(np.float32)
 
 
-def features(rows: FeatureRows) -> tuple[Features, ...]:
+def sdk_features(rows: FeatureMatrix) -> tuple[Features, ...]:
     """Rows as clients hold them."""
     return tuple(
         Features(prompt, response, *(EntropyStats(*entropies[i : i + 4].tolist()) for i in (0, 4, 8)))

@@ -7,7 +7,7 @@ import pytest
 
 from poise.errors import Draining, InvalidRequest
 from poise.runtime.rpc.validation import MAX_NAMED, Violations
-from poise.value.messages import read_label, read_questions
+from poise.value.messages import read_label, read_queries
 from poise.value.servicer import ValueServicer
 from poise_client.codec import CodecError, from_tensor, to_tensor
 from poise_proto.v1 import common_pb2
@@ -37,7 +37,7 @@ QUESTIONS = {
 @pytest.fixture
 def servicer(config):
     service = ValueServicer(config())
-    service.open(object(), object(), object())  # nothing of which is reached
+    service.open(object())  # no request gets this far
     return service
 
 
@@ -83,7 +83,7 @@ def test_widths_that_differ_are_quoted_in_part():
         for state in (to_tensor(np.zeros(width, np.float32)) for width in range(1, 500))
     ]
     wrong = Violations()
-    read_questions([group(rollouts=rollouts)], wrong)
+    read_queries([group(rollouts=rollouts)], wrong)
     assert len(str(wrong.error())) < 400
 
 

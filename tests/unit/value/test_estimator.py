@@ -8,27 +8,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.unit.value.parts import stored
+from tests.support.reference_probe import ReferenceFitter, training_data
+from tests.unit.value.harness import saved_and_read
 
 from poise.algorithms.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.probe.features import LabelledRows
-from poise.value.probe.incremental import GramFitter
-from poise.value.probe.model import RidgeFitter
-from poise.value.probe.window import training_rows
+from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.probe.features import Label
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.step_probes import VersionedProbe
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
-FITTER = RidgeFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 4, 1.0)
+FITTER = ReferenceFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 4, 1.0)
 
 
 def refit(estimator: BaselineEstimator, name: str = "default") -> VersionedProbe:
     before, window = estimator.probes.get(name), estimator.domains[name].window
-    probe = FITTER.fit(*training_rows(window.groups))
+    probe = FITTER.fit(*training_data(window.groups))
     fitted = VersionedProbe(before.version + 1 if before else 1, probe, window.num_added, 0.1)
     estimator.install(name, fitted)
     return fitted
@@ -45,7 +44,7 @@ def fitted(config: Build, make) -> BaselineEstimator:
 
 
 def restart(estimator: BaselineEstimator, config: ValueConfig) -> BaselineEstimator:
-    return BaselineEstimator(config, stored(estimator.snapshot()))
+    return BaselineEstimator(config, saved_and_read(estimator.snapshot()))
 
 
 def numbers(answers) -> list[bytes | None]:
@@ -59,7 +58,7 @@ def test_a_step_is_answered_alike_before_and_after_its_labels_were_learnt(fitted
     questions = [make.question("a"), make.question("b")]
     first = fitted.estimate("run", 0, questions)
     for name, question in zip("ab", questions, strict=True):
-        fitted.learn(make.label(0, name, rows=question.rows))
+        fitted.learn(make.label(0, name, features=question.features))
     refit(fitted)
     again = fitted.estimate("run", 0, questions)
     assert numbers(again) == numbers(first)
@@ -162,9 +161,9 @@ def test_a_label_learnt_after_a_restart_is_held_against_its_pin(fitted, config, 
     fitted.estimate("run", 0, [make.question()])
     restarted = restart(fitted, config())
     restarted.learn(make.label(0))
-    assert len(restarted.domains["default"].record) == 2
-    before = restarted.domains["default"].record.quality()
-    assert restart(restarted, config()).domains["default"].record.quality() == before
+    assert len(restarted.domains["default"].diagnostics) == 2
+    before = restarted.domains["default"].diagnostics.quality()
+    assert restart(restarted, config()).domains["default"].diagnostics.quality() == before
 
 
 def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted, config, make) -> None:
@@ -204,7 +203,7 @@ def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step
     estimator = BaselineEstimator(settings)
     seen_by_version: dict[tuple[str, int], set[tuple[str, int]]] = {}
     versions: dict[str, int] = {}
-    begun: list[tuple[str, tuple[LabelledRows, ...], int]] = []
+    begun: list[tuple[str, tuple[Label, ...], int]] = []
     num_answers = num_refusals = 0
     questions = {domain: make.question(domain=domain) for domain in ("a", "b")}
     for turn in range(600):
@@ -232,7 +231,7 @@ def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step
                 if begun:
                     name, groups, num_added = begun.pop(0)
                     versions[name] = versions.get(name, 0) + 1
-                    probe = FITTER.fit(*training_rows(groups))
+                    probe = FITTER.fit(*training_data(groups))
                     seen_by_version[name, versions[name]] = {(group.run_id, group.step) for group in groups}
                     estimator.install(name, VersionedProbe(versions[name], probe, num_added, 0.0))
             case "restart":
@@ -248,7 +247,7 @@ def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step
 def test_baselines_are_the_mean_value_of_the_siblings(fitted, make) -> None:
     questions = [make.question("a", n=4), make.question("b", n=2)]
     for question, answer in zip(questions, fitted.estimate("run", 0, questions), strict=True):
-        expected = fitted.probes["default"].probe.predict(question.rows)
+        expected = fitted.probes["default"].probe.predict(question.features)
         np.testing.assert_array_equal(answer.values, expected)
         np.testing.assert_array_equal(answer.baselines, mean_of_others(expected))
         assert answer.group_id == question.group_id
@@ -283,15 +282,15 @@ def test_the_probe_is_asked_once_a_domain(fitted, make, monkeypatch) -> None:
 
 
 def test_another_width_than_the_probes_names_the_group(fitted, make) -> None:
-    with pytest.raises(InvalidRequest, match=r"groups\[1\].rollouts: .* 9 wide; .* takes 6"):
+    with pytest.raises(InvalidRequest, match=r"groups\[1\].rollouts: .* width 9; .* needs 6"):
         fitted.estimate("run", 0, [make.question(), make.question(width=9)])
 
 
 # The sibling's reward among the inputs.
 
 
-def with_rewards(question: GroupRows, rewards: np.ndarray) -> GroupRows:
-    return replace(question, rows=replace(question.rows, rewards=rewards.astype(np.float32)))
+def with_rewards(question: GroupQuery, rewards: np.ndarray) -> GroupQuery:
+    return replace(question, features=replace(question.features, rewards=rewards.astype(np.float32)))
 
 
 @pytest.fixture
@@ -301,7 +300,7 @@ def rewarded(config: Build, make) -> BaselineEstimator:
     for step in range(10):
         estimator.learn(make.label(step, run_id="past", n=3))
         estimator.learn(make.label(step, "p", run_id="past", domain="plain"))
-    fitter = GramFitter(("prompt_hidden", "response_hidden", "entropy", "sibling_reward"), 4, 4, 1.0)
+    fitter = IncrementalFitter(("prompt_hidden", "response_hidden", "entropy", "sibling_reward"), 4, 4, 1.0)
     probe = fitter.fit(estimator.domains["default"].window.groups)
     estimator.install("default", VersionedProbe(1, probe, 10, 0.0))
     refit(estimator, "plain")
@@ -330,7 +329,7 @@ def test_a_question_without_rewards_is_refused_where_the_probe_takes_them(reward
         rewarded.estimate("run", 0, [make.question(domain="plain"), rich, make.question(), make.question(domain="new")])
     (violation,) = caught.value.violations
     assert violation.field == "groups[2].rewards"
-    assert "sibling_reward among probe.inputs; send each rollout's reward" in violation.description
+    assert "sibling_reward among probe.inputs. Send each rollout's reward" in violation.description
 
 
 def test_the_pinned_probe_says_whether_rewards_are_needed(fitted, rewarded, make) -> None:
@@ -350,10 +349,10 @@ def test_rewards_change_nothing_where_the_probe_does_not_take_them(rewarded, mak
 
 def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(rewarded, make) -> None:
     question = make.question(n=3)
-    label = make.label(0, rows=question.rows)
+    label = make.label(0, features=question.features)
     (answer,) = rewarded.estimate("run", 0, [with_rewards(question, label.rewards)])
     rewarded.learn(label)
-    record = rewarded.domains["default"].record
+    record = rewarded.domains["default"].diagnostics
     assert record.quality().brier == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
 
 
@@ -361,7 +360,7 @@ def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(r
 
 
 def prompt(make, domain: str = "default", width: int = 6) -> PromptFeatures:
-    return PromptFeatures(f"p{make.random.integers(1000)}", domain, make.rows(1, width).prompt_hidden[0])
+    return PromptFeatures(f"p{make.random.integers(1000)}", domain, make.features(1, width).prompt_hidden[0])
 
 
 def test_prompts_are_valued_by_their_domains_own_probes_in_the_order_asked(fitted, make) -> None:
@@ -386,9 +385,9 @@ def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
     """Rewards follow the first number of the prompt's state, which siblings share."""
     estimator = BaselineEstimator(config())
     for step in range(100):
-        rows = make.rows(2)
+        rows = make.features(2)
         shared = replace(rows, prompt_hidden=np.repeat(rows.prompt_hidden[:1], 2, axis=0))
-        estimator.learn(make.label(step, run_id="past", rows=shared))
+        estimator.learn(make.label(step, run_id="past", features=shared))
     refit(estimator)
     easy, hard = (replace(prompt(make), prompt_hidden=np.float32([x, 0, 0, 0, 0, 0])) for x in (2, -2))
     values = [score.value for score in estimator.score([easy, hard])]
@@ -415,7 +414,7 @@ def test_scores_survive_a_restart_to_the_last_bit(fitted, config, make) -> None:
 
 
 def test_prompts_of_another_width_are_named(fitted, make) -> None:
-    with pytest.raises(InvalidRequest, match=r"^prompts\[1\].prompt_hidden: is 9 wide; .* takes 6$"):
+    with pytest.raises(InvalidRequest, match=r"^prompts\[1\].prompt_hidden: has width 9; .* needs 6$"):
         fitted.score([prompt(make), prompt(make, width=9), prompt(make, "unknown", width=9)])
 
 
@@ -427,7 +426,7 @@ def test_prompts_cannot_be_valued_where_the_probe_does_not_see_them(fitted, conf
 
 
 def test_a_probe_from_before_the_prompt_was_an_input_gives_no_score_yet(fitted, make) -> None:
-    fitter = GramFitter(("response_hidden",), 4, 4, 1.0)
+    fitter = IncrementalFitter(("response_hidden",), 4, 4, 1.0)
     probe = fitter.fit(fitted.domains["default"].window.groups)
     fitted.install("default", VersionedProbe(2, probe, 10, 0.0))
     assert fitted.score([prompt(make)])[0].value is None
@@ -485,9 +484,9 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
     assert not restart(fitted, config()).is_due("default")
 
 
-def taken(estimator: BaselineEstimator, label: LabelledRows) -> bool:
+def taken(estimator: BaselineEstimator, label: Label) -> bool:
     """Learn a label as the consumer does; whether it was not refused."""
-    refusal = estimator.refusal(label.domain, label.rows.width) or estimator.dissent(label)
+    refusal = estimator.refusal(label.domain, label.features.width) or estimator.width_vote(label)
     if refusal is None:
         estimator.learn(label)
     return refusal is None
@@ -508,7 +507,7 @@ def test_the_width_that_most_labels_have_wins_and_a_few_others_change_nothing(co
     accepted = [taken(estimator, make.label(step, width=width)) for step, width in enumerate(widths)]
     assert accepted == [True, True, False, True, True, True, True, False, True, False, True]
     window = estimator.domains["default"].window
-    assert {group.rows.width for group in window.groups} == {6}
+    assert {group.features.width for group in window.groups} == {6}
     assert window.num_rows == 2 * 6
 
 
@@ -522,7 +521,7 @@ def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:
     assert fitted.refusal("default", 6) is None
     refusal = fitted.refusal("default", 9)
     assert refusal.field == "rollouts"
-    assert "9 wide" in refusal.description
+    assert "width 9" in refusal.description
     assert fitted.refusal("another", 9) is None
 
 
@@ -552,10 +551,10 @@ def test_quality_compares_the_pinned_probes_values_with_the_labels_that_came_lat
     question = make.question(n=4)
     (answer,) = fitted.estimate("run", 0, [question])
     refit(fitted)
-    label = make.label(0, rows=question.rows)
-    assert math.isnan(fitted.domains["default"].record.quality().brier)
+    label = make.label(0, features=question.features)
+    assert math.isnan(fitted.domains["default"].diagnostics.quality().brier)
     fitted.learn(label)
-    record = fitted.domains["default"].record
+    record = fitted.domains["default"].diagnostics
     assert record.quality().brier == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
     assert record.quality().pearson == pytest.approx(float(np.corrcoef(answer.values, label.targets)[0, 1]), rel=1e-4)
 
@@ -566,4 +565,4 @@ def test_labels_of_steps_never_asked_about_and_duplicates_do_not_count(fitted, m
     label = make.label(1)
     fitted.learn(label)
     fitted.learn(label)
-    assert len(fitted.domains["default"].record) == 2
+    assert len(fitted.domains["default"].diagnostics) == 2

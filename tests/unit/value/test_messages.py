@@ -9,7 +9,7 @@ import pytest
 
 from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations
-from poise.value.messages import label_payload, parse_label, read_questions
+from poise.value.messages import label_payload, parse_label, read_queries
 from poise_client.codec import to_tensor
 from poise_proto.v1.common_pb2 import Tensor
 from poise_proto.v1.value_pb2 import GroupFeatures, LabelledGroup
@@ -42,7 +42,7 @@ def test_a_good_label_is_read_to_the_last_bit(make) -> None:
     read = parse_label(make.message(label).SerializeToString(), 1 << 20)
     assert (read.run_id, read.step, read.group_id, read.domain) == ("run", 2**64 - 1, "a.b_c:d/e-F", "math")
     for name in ("prompt_hidden", "response_hidden", "entropies"):
-        np.testing.assert_array_equal(getattr(read.rows, name), getattr(label.rows, name))
+        np.testing.assert_array_equal(getattr(read.features, name), getattr(label.features, name))
     np.testing.assert_array_equal(read.rewards, label.rewards)
 
 
@@ -130,7 +130,7 @@ def test_rollouts_of_two_widths_are_refused_together(make) -> None:
     message = make.message(make.label(0))
     message.rollouts[1].CopyFrom(make.message(make.label(0, width=9)).rollouts[1])
     assert violations(message.SerializeToString()) == [
-        ("group.rollouts", "hidden states have widths [6, 9]; all must have the model's width")
+        ("group.rollouts", "hidden states have widths [6, 9]; all must have the same width, above 0")
     ]
 
 
@@ -177,7 +177,7 @@ def test_an_empty_entry_is_poison() -> None:
 
 def test_an_entry_over_the_limit_is_not_even_parsed() -> None:
     ((field, description),) = violations(b"\xff" * 101, max_bytes=100)
-    assert (field, description) == ("payload", "101 bytes; at most 100 are accepted")
+    assert (field, description) == ("payload", "is 101 bytes; at most 100 are accepted")
 
 
 def test_no_cut_of_a_message_gets_through_as_a_label(make) -> None:
@@ -214,13 +214,13 @@ def test_no_flipped_bit_escapes_as_anything_but_a_label_or_invalid_request(make)
 )
 def test_numbers_that_cannot_be_fitted_are_named(make, field, number):
     label = make.label(0)
-    getattr(label.rows, field)[1, 0] = number
+    getattr(label.features, field)[1, 0] = number
     name = "output_entropy.mean" if field == "entropies" else field
-    with pytest.raises(InvalidRequest, match=rf"rollouts\[1\].{name}: holds .*; required: "):
+    with pytest.raises(InvalidRequest, match=rf"rollouts\[1\].{name}: contains .*; allowed: "):
         parse_label(make.message(label).SerializeToString(), 2**20)
     question = GroupFeatures(group_id="g", rollouts=make.message(label).rollouts)
     wrong = Violations()
-    assert read_questions([question], wrong) == [None]
+    assert read_queries([question], wrong) == [None]
     assert wrong
 
 
@@ -228,5 +228,5 @@ def test_a_label_survives_being_written_again(make):
     label = make.label(3, "g7", n=3)
     again = parse_label(label_payload(label), 2**20)
     assert (again.run_id, again.step, again.group_id, again.domain) == ("run", 3, "g7", "default")
-    np.testing.assert_array_equal(again.rows.entropies, label.rows.entropies)
+    np.testing.assert_array_equal(again.features.entropies, label.features.entropies)
     np.testing.assert_array_equal(again.rewards, label.rewards)

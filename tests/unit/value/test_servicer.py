@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tests.support.groups import make_group
-from tests.unit.value.conftest import features
+from tests.support.memory_queue import MemoryQueue, MemoryStream
+from tests.unit.value.conftest import sdk_features
 
+import poise.value.servicer
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
-from poise.queue.memory_queue import MemoryQueue, MemoryStream
-from poise.value.estimator import BaselineEstimator, GroupRows
+from poise.value.estimator import BaselineEstimator, GroupQuery
 from poise.value.probe.model import FittedProbe, PromptProbe
-from poise.value.servicer import MAX_GROUPS, MAX_SETTLE_S, ValueServicer
+from poise.value.servicer import MAX_GROUPS, MAX_WAIT_S, ValueServicer
 from poise.value.step_probes import VersionedProbe
 from poise_client.codec import decode, encode, to_tensor
 from poise_client.types import GroupBaselines, ProbeReport, PromptFeatures, PromptScore
 from poise_proto.v1 import value_pb2 as pb
 
 
-def question_message(question: GroupRows, rewards=None) -> pb.GroupFeatures:
-    group = make_group(question.group_id, features(question.rows), rewards, domain=question.domain)
+def question_message(question: GroupQuery, rewards=None) -> pb.GroupFeatures:
+    group = make_group(question.group_id, sdk_features(question.features), rewards, domain=question.domain)
     return encode(group, pb.GroupFeatures)
 
 
@@ -35,18 +37,20 @@ class Call:
         return self._left_s
 
 
-class Settling:
-    """Settles at once, after what a test puts in between; notes what for, and how long it was given."""
+class Barrier:
+    """Returns at once, after what a test does meanwhile; records the requests and limits."""
 
     def __init__(self) -> None:
         self.limits_s: list[float] = []
-        self.asked: list[tuple[str, set[str]]] = []
+        self.requests: list[tuple[str, set[str]]] = []
         self.behind: frozenset[str] | None = frozenset()
         self.meanwhile: Callable[[], object] = lambda: None
 
-    async def settle(self, run_id: str, asked: Collection[str], limit_s: float) -> frozenset[str] | None:
+    async def wait(
+        self, updater: object, run_id: str, domains: Collection[str], limit_s: float
+    ) -> frozenset[str] | None:
         self.limits_s.append(limit_s)
-        self.asked.append((run_id, set(asked)))
+        self.requests.append((run_id, set(domains)))
         self.meanwhile()
         return self.behind
 
@@ -60,8 +64,8 @@ class Service:
         self.estimator = BaselineEstimator(config)
         self.stream = MemoryStream(max_entries=config.queue.max_entries)
         self.servicer = ValueServicer(config)
-        self.settling = Settling()
-        self.servicer.open(self.estimator, MemoryQueue(self.stream, "publisher"), self.settling)
+        self.barrier = Barrier()
+        self.servicer.open(SimpleNamespace(estimator=self.estimator, queue=MemoryQueue(self.stream, "publisher")))
 
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
         rewards = options.pop("rewards", None)
@@ -105,8 +109,10 @@ class Service:
 
 
 @pytest.fixture
-def service(config, make) -> Service:
-    return Service(config(), make)
+def service(config, make, monkeypatch) -> Service:
+    service = Service(config(), make)
+    monkeypatch.setattr(poise.value.servicer, "wait_for_labels", service.barrier.wait)
+    return service
 
 
 async def fields_of(call) -> list[str]:
@@ -206,7 +212,7 @@ async def test_each_group_is_answered_from_its_own_rows_and_rewards_whatever_it_
         *(question_message(each, own) for each, own in zip(questions, rewards, strict=True))
     )
     for number in (0, 2):
-        rows = questions[number].rows
+        rows = questions[number].features
         expected = 0.5 + rows.response_hidden @ np.arange(9) / 100 + rows.entropies[:, [0, 4, 8]] @ [0.01, 0.02, 0.03]
         np.testing.assert_allclose(answers[number].values, expected, atol=1e-6)
         assert 0 < expected.min() < expected.max() < 1 or len(expected) == 1
@@ -227,23 +233,23 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
 
 
 async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by_what_came_of_it(service) -> None:
-    service.settling.meanwhile = service.install
+    service.barrier.meanwhile = service.install
     (answer,) = await service.estimate(service.group(), wait_for_labels_s=30)
     assert (answer.probe_version, answer.up_to_date) == (1, True)
-    service.settling.behind = None
+    service.barrier.behind = None
     (answer,) = await service.estimate(service.group(), step=1, wait_for_labels_s=30)
     assert not answer.up_to_date
-    assert service.settling.limits_s == [30, 30]
+    assert service.barrier.limits_s == [30, 30]
 
 
 async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of_others(service) -> None:
-    service.settling.behind = frozenset({"code", "chess"})
+    service.barrier.behind = frozenset({"code", "chess"})
     answers = await service.estimate(
         *(service.group(domain=domain) for domain in ("math", "code", "", "math")), run_id="asks", wait_for_labels_s=30
     )
     assert [answer.up_to_date for answer in answers] == [True, False, True, True]
-    assert service.settling.asked == [("asks", {"math", "code", "default"})]
-    service.settling.behind = frozenset()
+    assert service.barrier.requests == [("asks", {"math", "code", "default"})]
+    service.barrier.behind = frozenset()
     later = await service.estimate(
         *(service.group(domain=domain) for domain in ("chess", "math")), run_id="asks", wait_for_labels_s=30
     )
@@ -253,7 +259,7 @@ async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of
 async def test_a_question_that_does_not_ask_for_it_does_not_wait(service) -> None:
     (answer,) = await service.estimate(service.group())
     assert not answer.up_to_date
-    assert service.settling.limits_s == []
+    assert service.barrier.limits_s == []
 
 
 async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(service) -> None:
@@ -262,18 +268,18 @@ async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(servic
     for step, settled in enumerate([True, False]):
         (answer,) = await service.estimate(service.group("another"), step=step, wait_for_labels_s=30)
         assert answer.up_to_date is settled
-    assert service.settling.limits_s == [30]
+    assert service.barrier.limits_s == [30]
 
 
 async def test_a_step_whose_labels_came_first_is_refused_at_once(service) -> None:
     service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
-    assert service.settling.limits_s == []
+    assert service.barrier.limits_s == []
 
 
 async def test_labels_of_the_step_that_come_while_it_waits_refuse_it(service) -> None:
-    service.settling.meanwhile = lambda: service.estimator.learn(service.make.label(0))
+    service.barrier.meanwhile = lambda: service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
 
@@ -281,22 +287,22 @@ async def test_labels_of_the_step_that_come_while_it_waits_refuse_it(service) ->
 async def test_waiting_leaves_time_for_the_answer_before_the_deadline(service) -> None:
     await service.estimate(service.group(), wait_for_labels_s=30, left_s=10)
     await service.estimate(service.group(), step=1, wait_for_labels_s=30, left_s=100)
-    assert service.settling.limits_s == [pytest.approx(9), 30]
+    assert service.barrier.limits_s == [pytest.approx(9), 30]
 
 
 async def test_a_service_that_shuts_down_while_a_question_waits_leaves_it_to_another(service) -> None:
-    service.settling.meanwhile = service.servicer.close
+    service.barrier.meanwhile = service.servicer.close
     with pytest.raises(Draining):
         await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.estimator.would_pin("run", 0)
 
 
-@pytest.mark.parametrize("wait_for_labels_s", [-0.1, float("nan"), float("inf"), MAX_SETTLE_S + 1])
+@pytest.mark.parametrize("wait_for_labels_s", [-0.1, float("nan"), float("inf"), MAX_WAIT_S + 1])
 async def test_a_wait_that_cannot_be_is_named(service, wait_for_labels_s) -> None:
     assert await fields_of(service.estimate(service.group(), wait_for_labels_s=wait_for_labels_s)) == [
         "wait_for_labels_s"
     ]
-    assert service.settling.limits_s == []
+    assert service.barrier.limits_s == []
 
 
 # ScorePrompts.
@@ -419,7 +425,7 @@ async def test_one_domain_is_reported_alone_and_an_unknown_one_is_not_found_by_n
     for domain in ("math", "code"):
         service.estimator.learn(service.make.label(0, domain, domain=domain))
     assert [each.domain for each in (await service.probe("code")).probes] == ["code"]
-    with pytest.raises(NotFound, match=r"'chess'.*known: code, math"):
+    with pytest.raises(NotFound, match=r"'chess'.*domains with labels: code, math"):
         await service.probe("chess")
 
 

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
+from tests.support.reference_probe import ReferenceFitter
 
 from poise.algorithms.baselines import advantages, batch_mean, mean_of_others
-from poise.value.estimator import BaselineEstimator, GroupRows
-from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
-from poise.value.probe.incremental import GramFitter
-from poise.value.probe.model import ProbeInput, RidgeFitter
+from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
+from poise.value.probe.incremental import IncrementalFitter
+from poise.value.probe.model import ProbeInput
 from poise.value.step_probes import VersionedProbe
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
@@ -67,11 +68,11 @@ class Rollouts:
     def __init__(self, world: World, prompts: NDArray[np.int64], answers: NDArray[np.int64], rewards: Array) -> None:
         self.world, self.prompts, self.answers, self.rewards = world, prompts, answers, rewards
 
-    def rows(self) -> FeatureRows:
+    def rows(self) -> FeatureMatrix:
         prompts, answers = np.repeat(self.prompts, SIBLINGS), self.answers.reshape(-1)
         entropies = np.zeros((len(prompts), NUM_ENTROPIES), np.float32)
         entropies[:, 0] = self.world.answer_entropies[prompts, answers]
-        return FeatureRows(
+        return FeatureMatrix(
             self.world.prompt_states[prompts].astype(np.float32),
             self.world.answer_states[prompts, answers].astype(np.float32),
             entropies,
@@ -80,7 +81,7 @@ class Rollouts:
     def first(self, number: int) -> Rollouts:
         return Rollouts(self.world, self.prompts[:number], self.answers[:number], self.rewards[:number])
 
-    def groups(self) -> list[FeatureRows]:
+    def groups(self) -> list[FeatureMatrix]:
         whole = replace(self.rows(), rewards=self.rewards.reshape(-1).astype(np.float32))
         return [whole.part(start, start + SIBLINGS) for start in range(0, len(whole), SIBLINGS)]
 
@@ -106,7 +107,7 @@ def world() -> World:
 def probe(world: World):
     earlier = world.sample(2000)
     targets = earlier.others(earlier.rewards).reshape(-1)
-    return RidgeFitter(PAPERS, 4, 8, 1.0).fit(earlier.rows(), targets)
+    return ReferenceFitter(PAPERS, 4, 8, 1.0).fit(earlier.rows(), targets)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +161,12 @@ class Served:
         earlier = world.sample(2000)
         for number, rows in enumerate(earlier.groups()):
             label = replace(rows, rewards=None)
-            estimator.learn(LabelledRows("past", number, "g", "default", label, rows.rewards))
-        fitter = GramFitter(inputs, 4, 8, 1.0)
+            estimator.learn(Label("past", number, "g", "default", label, rows.rewards))
+        fitter = IncrementalFitter(inputs, 4, 8, 1.0)
         window = estimator.domains["default"].window
         estimator.install("default", VersionedProbe(1, fitter.fit(window.groups), window.num_added, 0.0))
         self.groups = groups.first(NUM_ASKED)
-        asked = [GroupRows("g", "default", rows) for rows in self.groups.groups()]
+        asked = [GroupQuery("g", "default", rows) for rows in self.groups.groups()]
         answers = estimator.estimate("run", 0, asked)
         self.values = np.stack([answer.values for answer in answers])
         self.baselines = np.stack([answer.baselines for answer in answers])

@@ -1,356 +1,464 @@
-"""Refits beside queries: when, on what, and what a failing one costs. And the keeper, who makes them durable first."""
+"""Learn, make durable, acknowledge: each label exactly once over crashes anywhere, and none stopped by another."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 
-import numpy as np
 import pytest
-import safetensors.numpy
-from safetensors import SafetensorError
-from tests.unit.value.parts import TIMEOUT_S, FailingFitter, HeldFitter, MeanFitter, Parts, PickyFitter, until
+from tests.support.memory_queue import MemoryQueue, MemoryStream
+from tests.unit.value.harness import Harness, until
 
 import poise.value.updater
-from poise.errors import BackendDown
-from poise.queue.memory_queue import MemoryStream
-from poise.value.messages import parse_label
-from poise.value.probe.model import FittedProbe
-from poise.value.servicer import ValueServicer
-from poise.value.step_probes import VersionedProbe
-from poise_proto.v1 import value_pb2
+from poise.errors import BackendDown, QueueFull
+from poise.queue.interface import QueueDepth
+from poise.value.estimator import BaselineEstimator
+from poise.value.updater import Updater
+
+NUM_LABELS = 10
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(poise.value.updater, "READ_WAIT_S", 0.01)
+    monkeypatch.setattr(poise.value.updater, "FIRST_RETRY_S", 0.001)
 
 
 @pytest.fixture
-def start(config) -> Callable[..., Parts]:
-    return lambda make_fitter=MeanFitter, **changes: Parts(config(**changes), MemoryStream(), make_fitter)
+def stream() -> MemoryStream:
+    return MemoryStream(max_entries=50)
 
 
-def learn(parts: Parts, make, *steps: int, **options) -> None:
-    for step in steps:
-        parts.estimator.learn(make.label(step, **options))
-    parts.refitter.wake()
+@pytest.fixture
+def start(config, stream) -> Callable[..., Harness]:
+    """No fits: the warm-up is longer than any test."""
+    settings = {"queue": {"batch_entries": 4}, "probe": {"warmup_steps": 1000}}
+    return lambda **changes: Harness(config(**settings | changes), stream)
 
 
-def version(parts: Parts, domain: str = "default") -> int:
-    probe = parts.estimator.probes.get(domain)
-    return probe.version if probe else 0
+async def publish(stream: MemoryStream, *payloads: bytes) -> None:
+    await MemoryQueue(stream, "publisher").publish(payloads)
 
 
-async def test_a_due_domain_is_fitted_and_one_that_is_not_is_left_alone(start, make) -> None:
-    with start().alive() as parts:
-        learn(parts, make, 0, 1, domain="math")
-        learn(parts, make, 0, group_id="x", domain="code")
-        await parts.refit_until(lambda: version(parts, "math") == 1)
-        assert version(parts, "code") == 0
-        expected = MeanFitter().fit(parts.estimator.domains["math"].window.groups)
-        assert parts.estimator.probes["math"].probe.bias == expected.bias
+def empty(stream: MemoryStream) -> bool:
+    return not stream.unread and not stream.pending
 
 
-async def test_a_restored_state_that_is_due_is_fitted_at_once(start, make) -> None:
-    with start().alive() as parts:
-        learn(parts, make, 0, 1)
-        await parts.keeper.keep()
-    with start().alive() as parts:
-        await parts.refit_until(lambda: version(parts) == 1)
+def consumed(harness: Harness) -> Counter[tuple[str, int, str]]:
+    """How often each label is in the window."""
+    return Counter(
+        (group.run_id, group.step, group.group_id)
+        for domain in harness.estimator.domains.values()
+        for group in domain.window.groups
+    )
 
 
-async def test_labels_that_come_during_a_fit_are_covered_by_one_more_fit(start, make) -> None:
-    fitter = HeldFitter()
-    with start(lambda: fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1)
-        await until(lambda: fitter.num_begun == 1)
-        learn(parts, make, 2)
-        learn(parts, make, 3, 4)
-        fitter.go.release()
-        await until(lambda: version(parts) == 1)
-        assert parts.estimator.probes["default"].num_added == 2
-        fitter.go.release()
-        await until(lambda: version(parts) == 2)
-        assert not parts.estimator.is_due("default")
-        parts.refitter.stop()
-        await running
-    assert fitter.sizes == [2, 5]
+async def test_labels_are_learnt_made_durable_and_acknowledged(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        assert harness.updater.problem == ""
+    with start().opened() as after:
+        assert consumed(after) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
 
 
-async def test_a_fit_of_rows_that_another_width_drove_out_meanwhile_is_not_installed(start, make) -> None:
-    fitter = HeldFitter()
-    with start(lambda: fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1, width=9)
-        await until(lambda: fitter.num_begun == 1)
-        for step in range(2, 6):
-            label = make.label(step)
-            if parts.estimator.dissent(label) is None:
-                parts.estimator.learn(label)
-        parts.refitter.wake()
-        fitter.go.release()
-        await until(lambda: fitter.num_begun == 2)
-        assert version(parts) == 0
-        fitter.go.release()
-        await until(lambda: version(parts) == 1)
-        parts.refitter.stop()
-        await running
-    assert fitter.sizes == [2, 3]
+async def test_nothing_is_acknowledged_before_it_is_durable(start, stream, make, monkeypatch) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    order: list[str] = []
+
+    def noted(owner: type, method: str) -> None:
+        real = getattr(owner, method)
+
+        def note(self, *arguments):
+            order.append(method)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(owner, method, note)
+
+    for owner, method in ((BaselineEstimator, "learn"), (Updater, "save"), (MemoryQueue, "ack")):
+        noted(owner, method)
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+    expected = [*["learn"] * 4, "save", "ack", *["learn"] * 4, "save", "ack", *["learn"] * 2, "save", "ack"]
+    assert order == expected
 
 
-async def test_a_step_pinned_during_a_fit_keeps_the_probe_before_it(start, make) -> None:
-    fitter = HeldFitter()
-    with start(lambda: fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1)
-        fitter.go.release()
-        await until(lambda: version(parts) == 1)
-        learn(parts, make, 2)
-        await until(lambda: fitter.num_begun == 2)
-        assert parts.estimator.estimate("run", 9, [make.question()])[0].probe_version == 1
-        fitter.go.release()
-        await until(lambda: version(parts) == 2)
-        assert parts.estimator.estimate("run", 9, [make.question()])[0].probe_version == 1
-        assert parts.estimator.estimate("run", 10, [make.question()])[0].probe_version == 2
-        parts.refitter.stop()
-        await running
+# Crashes.
 
 
-async def test_a_domain_keeps_its_own_fitter(start, make) -> None:
-    made: list[FailingFitter] = []
-
-    def make_fitter() -> FailingFitter:
-        made.append(FailingFitter(0))
-        return made[-1]
-
-    with start(make_fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        for turn in range(1, 4):
-            for domain in ("code", "math"):
-                learn(parts, make, 2 * turn, 2 * turn + 1, group_id=domain, domain=domain)
-            await until(lambda turn=turn: version(parts, "code") == version(parts, "math") == turn)
-        parts.refitter.stop()
-        await running
-    assert [fitter.num_fits for fitter in made] == [3, 3]
+class Crash(BaseException):
+    """Ends the process here; nothing after it runs."""
 
 
-async def test_a_failed_fit_leaves_the_probe_before_and_is_tried_again_with_new_labels_only(
-    start, make, caplog
+CRASHES: list[tuple[type, str, str]] = [
+    (owner, method, when)
+    for owner, method in (
+        (MemoryQueue, "read"),
+        (BaselineEstimator, "learn"),
+        (Updater, "save"),
+        (MemoryQueue, "ack"),
+        (MemoryQueue, "dead_letter"),
+        (MemoryQueue, "depth"),
+    )
+    for when in ("before", "after")
+]
+
+
+def crash_once(monkeypatch, owner: type, method: str, when: str, nth: int) -> None:
+    real = getattr(owner, method)
+    calls = 0
+
+    def is_time() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == nth
+
+    if asyncio.iscoroutinefunction(real):
+
+        async def crashing(self, *arguments, **options):
+            now = is_time()
+            if now and when == "before":
+                raise Crash
+            answer = await real(self, *arguments, **options)
+            if now:
+                raise Crash
+            return answer
+    else:
+
+        def crashing(self, *arguments, **options):
+            now = is_time()
+            if now and when == "before":
+                raise Crash
+            answer = real(self, *arguments, **options)
+            if now:
+                raise Crash
+            return answer
+
+    monkeypatch.setattr(owner, method, crashing)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(("owner", "method", "when"), CRASHES, ids=lambda value: getattr(value, "__name__", value))
+async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
+    start, stream, make, monkeypatch, owner, method, when, nth
 ) -> None:
-    fitter = FailingFitter(1)
-    with caplog.at_level(logging.ERROR), start(lambda: fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        parts.estimator.install("default", VersionedProbe(4, FittedProbe({}, 0.5), 0, 0.0))
-        learn(parts, make, 0, 1)
-        await until(lambda: fitter.num_fits == 1)
-        for _ in range(5):  # the same rows would fail again
-            parts.refitter.wake()
-            await asyncio.sleep(0.005)
-        assert (fitter.num_fits, version(parts)) == (1, 4)
-        learn(parts, make, 2)
-        await until(lambda: version(parts) == 5)
-        parts.refitter.stop()
-        await running
-        assert parts.metrics.fit_failures.labels("default")._value.get() == 1
-    assert "'default' could not be fitted" in caplog.text
+    poison = {2: b"\xff", 5: b"also poison", 9: b""}
+    await publish(stream, *[poison.get(step, make.payload(step)) for step in range(NUM_LABELS + 2)])
+    with monkeypatch.context() as patch, start().opened() as harness:
+        crash_once(patch, owner, method, when, nth)
+        with pytest.raises(Crash):
+            await harness.run_until(lambda: False)
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        good = [step for step in range(NUM_LABELS + 2) if step not in poison]
+        assert consumed(harness) == Counter({("run", step, "g0"): 1 for step in good})
+        assert harness.estimator.num_groups_consumed == len(good)
+    assert len(stream.dead) == stream.num_dead_letters == len(poison)
 
 
-async def test_a_failing_domain_does_not_keep_others_from_their_fits(start, make) -> None:
-    with start(lambda: FailingFitter(2)).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1, domain="a")
-        learn(parts, make, 0, 1, group_id="b", domain="b")
-        await until(lambda: parts.metrics.fit_failures.labels("b")._value.get() == 1)
-        assert not running.done()
-        parts.refitter.stop()
-        await running
-
-
-async def test_a_probe_that_cannot_be_made_durable_does_not_answer_and_comes_once_it_can(
-    start, make, monkeypatch
+async def test_a_crash_after_every_single_call_still_ends_with_each_label_once(
+    start, stream, make, monkeypatch
 ) -> None:
-    monkeypatch.setattr(poise.value.updater, "_RETRY_S", 0.005)
-    with start().alive() as parts:
-        save, refusals = parts.store.save, iter(range(3))
+    """The service comes up, does one more thing, and dies; again and again."""
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    num_lives = 0
+    for owner, method in ((Updater, "save"), (MemoryQueue, "ack")) * 2:
+        with monkeypatch.context() as patch, start(queue={"batch_entries": 2}).opened() as harness:
+            crash_once(patch, owner, method, "after", 1)
+            with pytest.raises(Crash):
+                await harness.run_until(lambda: False)
+            num_lives += 1
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        assert consumed(harness) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
+        # Lives 1 and 3 died with two labels durable and not acknowledged.
+        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (NUM_LABELS, 4)
+
+
+# Trouble that passes.
+
+
+async def test_a_disk_that_is_full_for_a_while_keeps_labels_in_the_queue(start, stream, make, monkeypatch) -> None:
+    await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().opened() as harness:
+        save, refusals = harness.store.save, iter(range(3))
 
         def full(snapshot):
             if next(refusals, None) is not None:
-                assert version(parts) == 0
+                assert len(stream.unread) + len(stream.pending) == NUM_LABELS
                 raise OSError(28, "No space left on device")
             return save(snapshot)
 
-        monkeypatch.setattr(parts.store, "save", full)
-        learn(parts, make, 0, 1)
-        await parts.refit_until(lambda: version(parts) == 1)
-        assert next(refusals, None) is None
-        assert parts.keeper.problem == ""
+        monkeypatch.setattr(harness.store, "save", full)
+        problems = set()
+        await harness.run_until(lambda: problems.add(harness.updater.problem) or empty(stream))
+        assert "the state cannot be saved: [Errno 28] No space left on device" in problems
+        assert harness.updater.problem == ""
+        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (NUM_LABELS, 0)
 
 
-async def test_a_disk_that_is_full_is_told_and_is_no_failed_fit(start, make, monkeypatch) -> None:
-    monkeypatch.setattr(poise.value.updater, "_RETRY_S", 0.005)
-    with start().alive() as parts:
-        write, refusals = safetensors.numpy.save_file, iter(range(3))
+@pytest.mark.parametrize("method", ["read", "ack", "dead_letter", "depth"])
+async def test_a_queue_that_is_down_is_reported_once_and_consumed_on_when_it_is_back(
+    start, stream, make, monkeypatch, caplog, method
+) -> None:
+    real, down = getattr(MemoryQueue, method), True
 
-        def full(*arguments):
-            if next(refusals, None) is not None:
-                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            write(*arguments)
+    async def failing(self, *arguments, **options):
+        if down:
+            raise BackendDown("Redis at somewhere:1 failed")
+        return await real(self, *arguments, **options)
 
-        monkeypatch.setattr(safetensors.numpy, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
-            learn(parts, make, 0, 1)
-            await parts.keeper.keep()
-        assert "No space left" in parts.keeper.problem
-        await parts.refit_until(lambda: version(parts) == 1)
-        assert next(refusals, None) is None
-        assert parts.metrics.fit_failures.labels("default")._value.get() == 0
-        assert parts.keeper.problem == ""
-
-
-async def test_a_service_whose_folder_is_anothers_gives_up(start, make) -> None:
-    with start().alive() as parts:
-        learn(parts, make, 0, 1)
-        await parts.keeper.keep()
-        assert parts.given_up == []
-        (parts.store._folder / "lock").write_bytes(b"another")
-        with pytest.raises(OSError, match="another may hold it"):
-            await parts.keeper.keep()
-        (reason,) = parts.given_up
-        assert "another may hold it" in reason
+    monkeypatch.setattr(MemoryQueue, method, failing)
+    await publish(stream, make.payload(0), b"\xff", make.payload(1))
+    with caplog.at_level(logging.ERROR), start().opened() as harness:
+        running = asyncio.create_task(harness.updater.run())
+        await until(lambda: harness.updater.problem == "Redis at somewhere:1 failed")
+        await asyncio.sleep(0.05)  # several more turns
+        down = False
+        await until(lambda: empty(stream) and not harness.updater.problem)
+        harness.updater.stop()
+        await running
+        assert consumed(harness) == Counter({("run", 0, "g0"): 1, ("run", 1, "g0"): 1})
+    assert [record.getMessage() for record in caplog.records] == [
+        "labels are not consumed: Redis at somewhere:1 failed"
+    ]
+    assert len(stream.dead) == 1
 
 
-async def test_questions_are_answered_while_a_fit_and_a_save_are_held(start, make, monkeypatch) -> None:
-    """Neither takes the loop, nor a lock that a question needs: both are held until the questions are answered."""
-    fitter = HeldFitter()
-    with start(lambda: fitter).alive() as parts:
-        save, begun, go = parts.store.save, threading.Event(), threading.Event()
+async def test_until_the_queue_was_reached_there_is_a_problem(start, stream) -> None:
+    with start().opened() as harness:
+        assert "not been reached" in harness.updater.problem
+        await harness.run_until(lambda: not harness.updater.problem)
 
-        def held(snapshot):
-            begun.set()
-            assert go.wait(TIMEOUT_S)
-            return save(snapshot)
 
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1)
-        fitter.go.release()
-        await until(lambda: version(parts) == 1)
-        monkeypatch.setattr(parts.store, "save", held)
-        learn(parts, make, 2)
-        await until(lambda: fitter.num_begun == 2)
-        keeping = asyncio.create_task(parts.keeper.keep())
-        await until(begun.is_set)
+# Poison.
 
-        servicer = ValueServicer(parts.config)
-        servicer.open(parts.estimator, parts.queue, parts.settling)
-        for step in range(5):
-            group = value_pb2.GroupFeatures(group_id="q", rollouts=make.message(make.label(step)).rollouts)
-            request = value_pb2.EstimateBaselinesRequest(run_id="asked", step=step, groups=[group])
-            answer = await asyncio.wait_for(servicer.EstimateBaselines(request, None), TIMEOUT_S)
-            assert answer.groups[0].probe_version == 1
-        assert not keeping.done()
-        assert fitter.num_begun == 2
-        assert version(parts) == 1
 
-        go.set()
-        await keeping
-        fitter.go.release()
-        await until(lambda: version(parts) == 2)
-        parts.refitter.stop()
+async def test_poison_is_dead_lettered_with_its_reason_and_the_rest_goes_on(start, stream, make, monkeypatch) -> None:
+    settings = {"horizon_steps": 1, "probe": {"max_domains": 1, "warmup_steps": 1000}}
+    oversized = make.payload(0, "large", width=2000)
+    entries = [
+        make.payload(7),
+        make.payload(7, "second"),
+        b"\xff",
+        make.payload(7, "wide", width=9),
+        make.payload(7, "elsewhere", domain="another"),
+        make.payload(6),
+        oversized,
+        make.payload(7, "last"),
+    ]
+    await publish(stream, *entries)
+    with start(**settings, queue={"max_entry_bytes": 1024}).opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        assert consumed(harness) == Counter({("run", 7, name): 1 for name in ("g0", "second", "last")})
+    reasons = {letter.payload: letter.reason for letter in stream.dead}
+    assert list(reasons) == [*entries[2:6], oversized]
+    for payload, part in zip(
+        reasons,
+        (
+            "payload: is not a LabelledGroup message",
+            "group.rollouts: hidden states have width 9, but those of domain 'default' have 6",
+            "group.domain: 'another' would exceed probe.max_domains = 1",
+            "step 6 of run 'run' is older than the deduplication horizon",
+            f"payload: is {len(oversized)} bytes; at most 1024 are accepted",
+        ),
+        strict=True,
+    ):
+        assert reasons[payload].startswith(part)
+
+
+async def test_an_entry_that_meets_a_defect_of_ours_does_not_stop_those_behind_it(
+    start, stream, make, monkeypatch, caplog
+) -> None:
+    real = poise.value.updater.parse_label
+
+    def defective(payload: bytes, max_bytes: int):
+        if payload == b"cursed":
+            raise RuntimeError("a defect")
+        return real(payload, max_bytes)
+
+    monkeypatch.setattr(poise.value.updater, "parse_label", defective)
+    await publish(stream, b"cursed", make.payload(0))
+    with caplog.at_level(logging.ERROR), start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        assert consumed(harness) == Counter({("run", 0, "g0"): 1})
+    assert ["unexpected error" in letter.reason for letter in stream.dead] == [True]
+    assert "RuntimeError: a defect" in caplog.text
+
+
+async def test_a_reason_is_cut_to_a_readable_length(start, stream, make) -> None:
+    message = make.message(make.label(0, n=40))
+    for rollout in message.rollouts:
+        rollout.prompt_hidden.dtype = 0
+    await publish(stream, message.SerializeToString())
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+    assert len(stream.dead[0].reason) == 1000
+
+
+# Duplicates and limits.
+
+
+async def test_a_group_published_twice_is_learnt_once_whatever_the_copy_says(start, stream, make) -> None:
+    await publish(stream, make.payload(0), make.payload(0), make.payload(0, domain="other"))
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        assert consumed(harness) == Counter({("run", 0, "g0"): 1})
+        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (1, 2)
+
+
+async def test_a_full_queue_refuses_publishers_until_the_consumer_made_room(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(50)])
+    with pytest.raises(QueueFull) as caught:
+        await publish(stream, make.payload(50))
+    assert caught.value.retry_after_s
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+        await publish(stream, make.payload(50))
+
+
+# Pause and stop.
+
+
+async def test_a_paused_consumer_learns_nothing_not_even_what_its_read_was_waiting_for(
+    start, stream, make, monkeypatch
+) -> None:
+    monkeypatch.setattr(poise.value.updater, "READ_WAIT_S", 0.3)
+    with start().opened() as harness:
+        running = asyncio.create_task(harness.updater.run())
+        await until(lambda: not harness.updater.problem)
+        await until(lambda: not stream.arrived.is_set())  # it waits in a read of the empty queue
+        harness.updater.pause()
+        await publish(stream, *[make.payload(step) for step in range(3)])
+        await until(lambda: harness.updater.depth.num_entries == 3)
+        assert harness.updater.paused
+        assert consumed(harness) == Counter()
+        harness.updater.resume()
+        await until(lambda: empty(stream))
+        assert sum(consumed(harness).values()) == 3
+        harness.updater.stop()
         await running
 
 
-async def test_a_version_once_answered_is_never_given_to_another_probe_over_a_crash(start, make) -> None:
-    with start().alive() as parts:
-        learn(parts, make, 0, 1)
-        await parts.refit_until(lambda: version(parts) == 1)
-        (answer,) = parts.estimator.estimate("run", 9, [make.question("q")])
-    with start().alive() as parts:  # nothing was saved after the answer
-        learn(parts, make, 2)
-        assert version(parts) == answer.probe_version == 1
-        await parts.refit_until(lambda: version(parts) == 2)
+async def test_while_paused_a_queue_that_goes_down_is_a_problem_and_no_longer_when_it_is_back(
+    start, stream, monkeypatch
+) -> None:
+    with start().opened() as harness:
+        running = asyncio.create_task(harness.updater.run())
+        await until(lambda: not harness.updater.problem)
+        harness.updater.pause()
+        with monkeypatch.context() as patch:
+
+            async def down(_):
+                raise BackendDown("down")
+
+            patch.setattr(MemoryQueue, "depth", down)
+            await until(lambda: harness.updater.problem == "down")
+        await until(lambda: not harness.updater.problem)
+        harness.updater.stop()
+        await running
 
 
-async def test_stopping_waits_for_the_fit_in_hand(start, make) -> None:
-    fitter = HeldFitter()
-    with start(lambda: fitter).alive() as parts:
-        running = asyncio.create_task(parts.refitter.run())
-        learn(parts, make, 0, 1)
-        await until(lambda: fitter.num_begun == 1)
-        parts.refitter.stop()
-        await asyncio.sleep(0.02)
-        assert not running.done()
-        fitter.go.release()
-        await asyncio.wait_for(running, TIMEOUT_S)
-        assert version(parts) == 1
-    with start().alive() as parts:
-        assert version(parts) == 1
+async def test_stopping_ends_a_paused_consumer_and_leaves_the_queue_as_it_is(start, stream, make) -> None:
+    await publish(stream, make.payload(0))
+    with start().opened() as harness:
+        harness.updater.pause()
+        running = asyncio.create_task(harness.updater.run())
+        await until(lambda: harness.updater.depth.num_entries == 1)
+        harness.updater.stop()
+        await asyncio.wait_for(running, 10)
+        assert consumed(harness) == Counter()
+    assert len(stream.unread) == 1
 
 
-async def test_saves_never_overlap_and_each_holds_the_state_when_it_began(start, make, monkeypatch) -> None:
-    with start().alive() as parts:
-        save, lock, numbers = parts.store.save, threading.Lock(), []
+async def test_questions_are_answered_between_the_labels_of_one_batch(start, stream, make, monkeypatch) -> None:
+    """A batch takes as long as a refit; nobody is to wait for all of it."""
+    await publish(stream, *[make.payload(step) for step in range(4)])
+    order: list[str] = []
+    learn = BaselineEstimator.learn
 
-        def guarded(snapshot):
-            assert lock.acquire(blocking=False), "two saves at once"
-            try:
-                numbers.append(snapshot.num_groups_consumed)
-                return save(snapshot)
-            finally:
-                lock.release()
+    def noted(self, label):
+        order.append("label")
+        return learn(self, label)
 
-        monkeypatch.setattr(parts.store, "save", guarded)
+    async def questions() -> None:
+        while len(order) < 100:
+            if order:
+                order.append("question")
+            await asyncio.sleep(0)
 
-        async def learn_and_keep(step: int) -> None:
-            learn(parts, make, step)
-            await parts.keeper.keep()
-
-        await asyncio.gather(*(learn_and_keep(step) for step in range(5)))
-        assert numbers[-1] == 5
-
-
-async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, caplog) -> None:
-    with start(lambda: PickyFitter(["bad"])).alive() as parts:
-        learn(parts, make, 0, 1, 2)
-        learn(parts, make, 3, group_id="bad")
-        bad = parts.estimator.domains["default"].window.groups[-1]
-        await parts.refit_until(lambda: version(parts) == 1)
-        (letter,) = await parts.queue.dead_letters(max_entries=9)
-        assert "no probe can be fitted with it" in letter.reason
-        again = parse_label(letter.payload, 2**20)
-        assert (again.step, again.group_id) == (3, "bad")
-        np.testing.assert_array_equal(again.rows.prompt_hidden, bad.rows.prompt_hidden)
-        np.testing.assert_array_equal(again.rows.entropies, bad.rows.entropies)
-    assert "Traceback" not in caplog.text
-    with start(lambda: PickyFitter(["bad"])).alive() as parts:  # it is gone for good, and cannot be learnt again
-        groups = parts.estimator.domains["default"].window.groups
-        assert [group.step for group in groups] == [0, 1, 2]
-        learn(parts, make, 3, group_id="bad")
-        assert parts.estimator.num_duplicates == 1
-        learn(parts, make, 4)
-        await parts.refit_until(lambda: version(parts) == 2)
+    monkeypatch.setattr(BaselineEstimator, "learn", noted)
+    asking = asyncio.create_task(questions())
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+    asking.cancel()
+    labels = [place for place, event in enumerate(order) if event == "label"]
+    assert all("question" in order[one:other] for one, other in pairwise(labels))
 
 
-async def test_a_group_stays_while_its_dead_letter_cannot_be_sent(start, make, monkeypatch) -> None:
-    with start(lambda: PickyFitter(["bad"])).alive() as parts:
-        learn(parts, make, 0, 1, 2)
-        learn(parts, make, 3, group_id="bad")
-        num_tries = 0
+async def test_lost_labels_are_logged_and_others_still_learnt(start, stream, make, monkeypatch, caplog) -> None:
+    told = [QueueDepth(0, 0), QueueDepth(0, 0, num_losses=1, last_loss="Redis at r:1 lost labels: it is gone")]
 
-        async def down(delivery, reason):
-            nonlocal num_tries
-            num_tries += 1
-            raise BackendDown("Redis is down")
+    async def depth() -> QueueDepth:
+        return told[0] if len(told) == 1 else told.pop(0)
 
-        with monkeypatch.context() as broken:
-            broken.setattr(parts.queue, "dead_letter", down)
-            await parts.refit_until(lambda: num_tries == 1)
-        assert len(parts.estimator.domains["default"].window.groups) == 4
+    with start().opened() as harness:
+        monkeypatch.setattr(harness.queue, "depth", depth)
+        await publish(stream, make.payload(0))
+        await harness.run_until(lambda: empty(stream) and len(told) == 1 and harness.updater.problem != "")
+        assert harness.updater.problem == "Redis at r:1 lost labels: it is gone"
+        assert harness.updater.depth.num_losses == 1
+        assert consumed(harness)
+        assert [record.levelname for record in caplog.records if "lost labels" in record.message] == ["ERROR"]
+        monkeypatch.setattr(poise.value.updater, "LOSS_SHOWN_S", 0.0)
+        assert harness.updater.problem == ""
 
 
-async def test_a_fit_that_fails_whatever_is_in_it_costs_no_label(start, make) -> None:
-    names = [f"g{step}" for step in range(6)]
-    with start(lambda: PickyFitter(names)).alive() as parts:
-        for step, name in enumerate(names):
-            learn(parts, make, step, group_id=name)
-        await parts.refit_until(lambda: parts.refitter.gives_up("default"))
-        assert len(parts.estimator.domains["default"].window.groups) == 6
-        assert await parts.queue.dead_letters(max_entries=9) == []
+async def test_warnings_of_the_queue_are_logged_once(start, stream, monkeypatch, caplog) -> None:
+    num_asked = 0
+
+    async def depth() -> QueueDepth:
+        nonlocal num_asked
+        num_asked += 1
+        return QueueDepth(0, 0, problem="it deletes any key", warnings=("it writes nothing to disk",))
+
+    with start().opened() as harness:
+        monkeypatch.setattr(harness.queue, "depth", depth)
+        await harness.run_until(lambda: num_asked > 3)
+        assert harness.updater.problem == "it deletes any key"
+    assert sum("nothing to disk" in message for message in caplog.messages) == 1
+    assert sum("deletes any key" in message for message in caplog.messages) == 1
+
+
+async def test_poison_without_room_does_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
+    await publish(stream, b"poison", *[make.payload(step) for step in range(NUM_LABELS)])
+    with start().opened() as harness:
+        real = harness.queue.dead_letter
+
+        async def full(delivery, reason):
+            raise QueueFull("Redis is out of memory")
+
+        with monkeypatch.context() as out_of_memory:
+            out_of_memory.setattr(harness.queue, "dead_letter", full)
+            running = asyncio.create_task(harness.updater.run())
+            await until(
+                lambda: len(consumed(harness)) == NUM_LABELS and "cannot be dead-lettered" in harness.updater.problem
+            )
+            assert len(stream.pending) <= 5
+        monkeypatch.setattr(harness.queue, "dead_letter", real)
+        await until(lambda: empty(stream))
+        harness.updater.stop()
+        await running
+        (letter,) = await harness.queue.dead_letters(max_entries=9)
+        assert letter.payload == b"poison"
+
+
+async def test_the_newest_entry_learnt_is_known_over_a_restart(start, stream, make) -> None:
+    await publish(stream, *[make.payload(step) for step in range(12)])  # ids are numbers: 10 comes after 9
+    with start().opened() as harness:
+        await harness.run_until(lambda: empty(stream))
+    with start().opened() as harness:
+        assert harness.estimator.newest_entry == "12-0"

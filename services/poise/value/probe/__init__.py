@@ -1,1 +1,1 @@
-"""The probe: its inputs, window, fit and diagnostics."""
+"""The regression that predicts rewards from features: fitted incrementally on a sliding window of labels."""

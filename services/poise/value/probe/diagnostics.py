@@ -1,6 +1,6 @@
-"""How good a domain's values turned out: what was answered before the labels were learnt, against those labels.
+"""Online quality of a domain's probe: predictions made before their labels were learnt, compared with these labels.
 
-Owns the last groups that were valued and then labelled. Shapes: n siblings of a prompt, N rows of all groups.
+Shapes: n siblings of a prompt, N rows of all groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from poise_client.types import CalibrationBin, ProbeQuality
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValuedGroup:
-    """One group with what the pinned probe said of it, and what became of it."""
+    """One group with the predictions of the step's probe and the true rewards."""
 
     run_id: str
     step: int
@@ -30,15 +30,15 @@ class ValuedGroup:
     """[n]"""
 
 
-class TrackRecord:
-    """The last groups, whole ones, of at most `max_rows` rows."""
+class Diagnostics:
+    """The newest valued groups, at most `max_rows` rows. Groups enter and leave whole."""
 
     def __init__(self, max_rows: int, groups: Iterable[ValuedGroup] = (), num_added: int = 0) -> None:
-        """Restore from `groups`, oldest first, of which `num_added` in all were ever added."""
+        """Restore from `groups`, oldest first, and the number of groups ever added."""
         self._max_rows = max_rows
         self._groups: deque[ValuedGroup] = deque()
         self._rows: deque[Doubles] = deque()
-        """Of each group, [n, columns of `_row`]: once made, judging all is a few sums."""
+        """[n, columns of `_row`] per group, so that computing the quality is a few sums."""
         self._num_rows = 0
         self._quality: ProbeQuality | None = None
         self.num_added = 0
@@ -48,7 +48,7 @@ class TrackRecord:
         self.num_added = num_added
 
     def add(self, group: ValuedGroup) -> None:
-        """Append a group; the oldest leave."""
+        """Append a group and drop the oldest ones that no longer fit."""
         self._groups.append(group)
         self._rows.append(_row(group))
         self._num_rows += len(group.values)
@@ -60,7 +60,7 @@ class TrackRecord:
 
     @property
     def groups(self) -> tuple[ValuedGroup, ...]:
-        """The groups now, oldest first."""
+        """The current groups, oldest first."""
         return tuple(self._groups)
 
     def __len__(self) -> int:
@@ -68,14 +68,14 @@ class TrackRecord:
         return self._num_rows
 
     def quality(self) -> ProbeQuality:
-        """Return every number that is known of the values; NaN where it is not defined."""
+        """Return all quality numbers; NaN where a number is undefined."""
         if self._quality is None:
-            self._quality = self._judge()
+            self._quality = self._compute()
         return self._quality
 
-    def _judge(self) -> ProbeQuality:
+    def _compute(self) -> ProbeQuality:
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 6))
-        predicted, realised, reward, used, group_sum, group_size = rows.T  # realised is RLOO's baseline too
+        predicted, realised, reward, used, group_sum, group_size = rows.T  # realised is also the baseline of RLOO
         batch_mean = self._batch_mean(group_sum, group_size, realised)
         variance = _mean_square(reward - used)
         return ProbeQuality(
@@ -95,9 +95,9 @@ class TrackRecord:
         )
 
     def _batch_mean(self, group_sum_n: Doubles, group_size_n: Doubles, rloo_n: Doubles) -> Doubles:
-        """Return the mean reward over the other groups of the row's step, as far as they are in the record, [N].
+        """Return the mean reward of the other stored groups of each row's step, [N].
 
-        The siblings' where there is no other group: as `domain.baselines.batch_mean`.
+        Without another group it is the siblings' mean, as in `algorithms.baselines.batch_mean`.
         """
         numbers: dict[tuple[str, int], int] = {}
         steps_G = [numbers.setdefault((group.run_id, group.step), len(numbers)) for group in self._groups]
@@ -114,7 +114,7 @@ class TrackRecord:
 
 
 def _row(group: ValuedGroup) -> Doubles:
-    """[n, 6]: value, mean reward of the siblings, reward, baseline, the group's sum of rewards and size."""
+    """Return [n, 6]: value, mean reward of the siblings, reward, baseline, the group's sum of rewards and size."""
     n = len(group.values)
     total = np.full(n, group.rewards.sum(dtype=np.float64))
     return np.column_stack(

@@ -1,6 +1,6 @@
-"""Features of rollouts as matrices, and groups with their rewards: what the probe is fitted on and asked about.
+"""Features of rollouts as matrices, and labels: groups of rollouts with their rewards.
 
-Owns the in-memory layout alone. Shapes: n rows (rollouts), d the model's width.
+Shapes: n rows (rollouts), d the model's width.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from poise.algorithms.baselines import mean_of_others
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 NUM_ENTROPIES = 12
-"""{mean, last, max, min} of {output, reasoning, answer}, the statistic running fastest."""
+"""{mean, last, max, min} of {output, reasoning, answer}; the statistic varies fastest."""
 
 ENTROPY_MEANS = (0, 4, 8)
 """The columns of the three means."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FeatureRows:
+class FeatureMatrix:
     """The features of n rollouts."""
 
     prompt_hidden: Floats
@@ -33,7 +34,7 @@ class FeatureRows:
     entropies: Floats
     """[n, NUM_ENTROPIES], nats."""
     rewards: Floats | None = None
-    """[n], in [0, 1]: each row's *own* reward; None while it is not known."""
+    """[n], in [0, 1]: each row's *own* reward; None while it is unknown."""
 
     def __len__(self) -> int:
         return len(self.entropies)
@@ -44,43 +45,43 @@ class FeatureRows:
         return int(self.prompt_hidden.shape[1])
 
     @staticmethod
-    def concatenate(parts: Sequence[FeatureRows]) -> FeatureRows:
-        """Stack rows in order, with rewards if all parts have them. Needs at least one part, all of one width."""
+    def concatenate(parts: Sequence[FeatureMatrix]) -> FeatureMatrix:
+        """Stack at least one matrix, all of one width. The result has rewards if all parts have them."""
         rewards = [part.rewards for part in parts if part.rewards is not None]
-        return FeatureRows(
+        return FeatureMatrix(
             np.concatenate([part.prompt_hidden for part in parts]),
             np.concatenate([part.response_hidden for part in parts]),
             np.concatenate([part.entropies for part in parts]),
             np.concatenate(rewards) if len(rewards) == len(parts) else None,
         )
 
-    def part(self, start: int, end: int, rewards: Floats | None = None) -> FeatureRows:
-        """Return the rows [start, end) as views, with rewards of their own or those that are here."""
+    def part(self, start: int, end: int, rewards: Floats | None = None) -> FeatureMatrix:
+        """Return the rows [start, end) as views, with the given rewards or this matrix's own."""
         if rewards is None and self.rewards is not None:
             rewards = self.rewards[start:end]
-        return FeatureRows(
+        return FeatureMatrix(
             self.prompt_hidden[start:end], self.response_hidden[start:end], self.entropies[start:end], rewards
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LabelledRows:
+class Label:
     """One group whose rewards are known."""
 
     run_id: str
     step: int
     group_id: str
     domain: str
-    rows: FeatureRows
+    features: FeatureMatrix
     rewards: Floats
     """[n], in [0, 1], n ≥ 2."""
 
     @property
-    def inputs(self) -> FeatureRows:
-        """What the probe may see of row i: its features and its own reward, never another's."""
-        return replace(self.rows, rewards=self.rewards)
+    def inputs(self) -> FeatureMatrix:
+        """The probe's inputs: row i holds the features and the reward of rollout i only."""
+        return replace(self.features, rewards=self.rewards)
 
     @property
     def targets(self) -> Floats:
-        """[n]: what the probe learns to predict from row i, the mean reward of the *other* rollouts."""
+        """The probe's targets, [n]: row i holds the mean reward of the *other* rollouts."""
         return mean_of_others(self.rewards)

@@ -1,11 +1,12 @@
-"""Fits the probe of one domain again and again as its window slides, at the cost of the rows that changed.
+"""Incremental PCA and ridge regression: refits the probe of a sliding window at the cost of the changed rows.
 
-Owns what is kept between fits. Knows no versions and no steps. The mathematics is `RidgeFitter`'s. The principal
-components of each hidden state are followed instead of being computed afresh, see `subspace`; and as every row is known
-by its few coordinates in those bases, the standardised ridge follows from their sums of products, kept too.
+The principal components of each hidden state are updated, not recomputed (see `subspace`). Each row then has a few
+coordinates in these bases. The sums of products of the coordinates are kept up to date, and the standardised ridge
+regression follows from them.
 
-Kept in memory, and made again from the window after a restart: with l = components + 48, (8·n + 16·d)·l bytes a hidden
-input. At n = 4096, d = 2560 and the default components that is 14 MB a domain; its window is 84 MB.
+This state is in memory only; after a restart it is recomputed from the window. With l = components + 48 it takes
+(8·n + 16·d)·l bytes per hidden input. At n = 4096, d = 2560 and the default components that is 14 MB per domain, beside
+84 MB for the window.
 
 Shapes: n rows, d the model's width, m coordinates of a row: in the basis of each hidden input, scalars, target.
 """
@@ -17,19 +18,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from poise.value.probe.features import ENTROPY_MEANS, Floats, LabelledRows
+from poise.value.probe.features import ENTROPY_MEANS, Doubles, Floats, Label
 from poise.value.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
-from poise.value.probe.subspace import Doubles, Subspace
+from poise.value.probe.subspace import Subspace
 
 _SCALAR_COLUMNS = {"entropy": len(ENTROPY_MEANS), "sibling_reward": 1}
 
 _ROUNDING = 1e-7
-"""Of a column's mean: a standard deviation below it is taken for none."""
+"""A standard deviation below this share of the column's mean counts as zero."""
 
 
-class GramFitter:
-    """The probe of one domain. Deterministic: the same sequence of fits gives the same probes; where it is not
-    incremental, the same groups in the same order do."""
+class IncrementalFitter:
+    """Fits the probes of one domain. Deterministic.
+
+    The same sequence of fits gives the same probes. With `incremental=False`, the same groups in the same order do.
+    """
 
     def __init__(
         self,
@@ -56,36 +59,35 @@ class GramFitter:
         self._subspaces: dict[str, Subspace] = {
             name: Subspace(components[name], self._rows_per_component) for name in self._inputs if name in HIDDEN_INPUTS
         }
-        self._kept: dict[int, tuple[LabelledRows, Doubles]] = {}
-        """By identity: the groups of the last fit, each with its rows' coordinates in everything, [n, m]."""
+        self._kept: dict[int, tuple[Label, Doubles]] = {}
+        """The groups of the last fit by identity, each with the coordinates of its rows, [n, m]."""
         self._num_rows = self._num_rows_added = 0
         self.num_fits_since_rebuild = 0
-        """0 if the last fit passed over all rows."""
+        """0 if the last fit was a rebuild, which passes over all rows."""
         self._sum: Doubles = np.zeros(0)
         self._products: Doubles = np.zeros((0, 0))
 
-    def fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
-        """See `ProbeFitter.fit`. Groups are told apart by identity: the same one must hold the same numbers."""
+    def fit(self, groups: Sequence[Label]) -> FittedProbe:
+        """See `ProbeFitter.fit`. Groups are compared by identity, so a group must not change between fits."""
         if not self._incremental:
             self._forget()
         try:
-            # One thread: an update is made of products so small that two threads mostly wait for each other, ten times
-            # as long when the cores have other work; and the other cores are the queries'. What is not finite is found
-            # in the end.
+            # One thread: the products are so small that two threads mostly wait for each other, ten times as long on
+            # busy cores, and queries need the other cores. Non-finite results are rejected at the end.
             with self._threads.limit(limits=1), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 return self._fit(groups)
         except Exception:
-            self._forget()  # half updated
+            self._forget()  # the state is half updated
             raise
 
-    def _fit(self, groups: Sequence[LabelledRows]) -> FittedProbe:
+    def _fit(self, groups: Sequence[Label]) -> FittedProbe:
         now = {id(group) for group in groups}
         removed = [group for group, _ in self._kept.values() if id(group) not in now]
         added = [group for group in groups if id(group) not in self._kept]
-        num_rows = sum(len(group.rows) for group in groups)
-        self._num_rows_added += sum(len(group.rows) for group in added)
+        num_rows = sum(len(group.features) for group in groups)
+        self._num_rows_added += sum(len(group.features) for group in added)
         fits = all(subspace.fits(_hidden(groups, name)) for name, subspace in self._subspaces.items())
-        # Once the whole window has been replaced, nothing is left of the rows that the bases were made for.
+        # Once the whole window was replaced, the bases are for rows that no longer exist.
         if not self._kept or not fits or self._num_rows_added >= num_rows:
             self._rebuild(groups)
             return self._solve()
@@ -98,13 +100,13 @@ class GramFitter:
             probe = self._solve()
         return probe
 
-    def _rebuild(self, groups: Sequence[LabelledRows]) -> None:
+    def _rebuild(self, groups: Sequence[Label]) -> None:
         hidden = {name: subspace.rebuild(_hidden(groups, name)) for name, subspace in self._subspaces.items()}
         self._kept, self._num_rows, self._num_rows_added, self.num_fits_since_rebuild = {}, 0, 0, 0
         self._sum, self._products = np.zeros(()), np.zeros(())
         self._add(groups, hidden)
 
-    def _add(self, groups: Sequence[LabelledRows], hidden: Mapping[str, Doubles]) -> None:
+    def _add(self, groups: Sequence[Label], hidden: Mapping[str, Doubles]) -> None:
         if not groups:
             return
         scalars = [_scalars(groups, name) for name in self._scalars]
@@ -113,10 +115,10 @@ class GramFitter:
         self._count(coordinates, 1)
         start = 0
         for group in groups:
-            self._kept[id(group)] = group, coordinates[start : start + len(group.rows)]
-            start += len(group.rows)
+            self._kept[id(group)] = group, coordinates[start : start + len(group.features)]
+            start += len(group.features)
 
-    def _remove(self, groups: Sequence[LabelledRows]) -> None:
+    def _remove(self, groups: Sequence[Label]) -> None:
         if not groups:
             return
         coordinates = np.concatenate([self._kept.pop(id(group))[1] for group in groups])
@@ -133,7 +135,7 @@ class GramFitter:
         self._products = self._products + sign * (coordinates.T @ coordinates)
 
     def _solve(self) -> FittedProbe:
-        """Return the probe, and the prompt's own, which takes no more than its part of the same sums."""
+        """Return the probe, including the prompt-only probe, which uses a part of the same sums."""
         mean = self._sum / self._num_rows
         scatter = self._products - self._num_rows * np.outer(mean, mean)
         maps: dict[str, Doubles] = {}
@@ -153,14 +155,15 @@ class GramFitter:
     def _regress(
         self, maps: Mapping[str, Doubles], mean: Doubles, scatter: Doubles
     ) -> tuple[dict[str, Doubles], float]:
-        """Return weights and bias of the ridge regression of the targets on the standardised components and scalars.
+        """Return weights and bias of the ridge regression of the targets on standardised components and scalars.
 
-        `maps` holds, of each input, its coordinates' map to them; `mean` [m] and `scatter` [m, m] end with the target.
+        `maps` holds each input's map from coordinates to components; `mean` [m] and `scatter` [m, m] end with the
+        target.
         """
         derive = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
         variances = derive.T @ scatter[:-1, :-1] @ derive
         scale = np.sqrt(np.maximum(variances.diagonal(), 0) / self._num_rows)
-        # Of a column that never varies the subtraction leaves rounding. Scaled by 1 it stays that small.
+        # For a constant column the subtraction leaves only rounding errors. A scale of 1 keeps them small.
         scale[scale <= _ROUNDING * np.abs(mean[:-1] @ derive)] = 1.0
         penalised = variances / np.outer(scale, scale) + self._alpha * np.eye(len(scale))
         coefficients = derive @ (np.linalg.solve(penalised, derive.T @ scatter[:-1, -1] / scale) / scale)
@@ -182,15 +185,15 @@ class GramFitter:
         return weights, bias
 
 
-def _hidden(groups: Sequence[LabelledRows], name: str) -> list[Floats]:
+def _hidden(groups: Sequence[Label], name: str) -> list[Floats]:
     if name == "prompt_hidden":
-        return [group.rows.prompt_hidden for group in groups]
-    return [group.rows.response_hidden for group in groups]
+        return [group.features.prompt_hidden for group in groups]
+    return [group.features.response_hidden for group in groups]
 
 
-def _scalars(groups: Sequence[LabelledRows], name: str) -> Floats:
+def _scalars(groups: Sequence[Label], name: str) -> Floats:
     if name == "entropy":
-        return np.concatenate([group.rows.entropies for group in groups])[:, ENTROPY_MEANS]
+        return np.concatenate([group.features.entropies for group in groups])[:, ENTROPY_MEANS]
     return np.concatenate([group.rewards for group in groups])[:, None]
 
 

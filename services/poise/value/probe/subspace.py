@@ -1,13 +1,13 @@
-"""Follows the leading principal components of a window of rows as the window slides.
+"""Updates the leading principal components of one hidden state as the window of rows slides.
 
-Owns the numerics of one hidden state. Knows no rewards and no probe. Of the window's Gram matrix only its product with
-a basis is kept: with a few columns more than components, l ≪ d, adding or removing a row costs d·l instead of d². The
-best components within the basis' span follow from the rows' coordinates in it (Rayleigh–Ritz). The product is the basis
-one step of subspace iteration further, which serves twice: the angle between the two says how well the basis still
-fits, and a rebuild, which passes over all rows, starts from it.
+Only the product of the window's Gram matrix with a basis is kept. The basis has l ≪ d columns, a few more than
+components, so adding or removing a row costs d·l, not d². The best components within the span of the basis follow from
+the rows' coordinates (Rayleigh–Ritz). The product is also the next step of subspace iteration: the angle between basis
+and product measures how well the basis still fits, and a rebuild, which passes over all rows, starts from the product.
 
-Shapes: n rows, d the model's width, l columns of the basis, k components. Rows are taken about an origin near their
-mean: hidden states lie far from zero, and so single precision is enough for products over d; sums over rows are double.
+Shapes: n rows, d the model's width, l columns of the basis, k components. An origin near the rows' mean is subtracted
+first: hidden states are far from zero, and without their mean single precision suffices for products over d. Sums over
+rows are double.
 """
 
 from __future__ import annotations
@@ -15,48 +15,45 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from poise.value.probe.features import Floats
-
-Doubles = NDArray[np.float64]
+from poise.value.probe.features import Doubles, Floats
 
 NEGLIGIBLE_VARIANCE = 1e-10
-"""Of a component, as a share of the first one's: below it is rounding noise, which standardising would blow up."""
+"""Components with less than this share of the first one's variance are dropped: standardising would amplify noise."""
 
 _FEWEST_COMPONENTS = 4
 
 _NUM_SPARE = 48
-"""Columns of the basis beyond the components: the next components come from there, and convergence is faster."""
+"""Columns of the basis beyond the components. They supply the next components and speed up convergence."""
 _NUM_FRESH = 8
-"""Of those, at a rebuild, directions of the newest rows, so that what was never seen before is found."""
+"""Spare columns that a rebuild takes from the newest rows, to find new directions."""
 _EXACT_WIDTH = 128
-"""Up to it the basis spans everything, and the components are exact: their whole eigenproblem takes milliseconds."""
+"""Up to this width the basis spans everything and the components are exact; the eigenproblem takes milliseconds."""
 _BLOCK_ROWS = 512
-"""Rows multiplied at a time: few enough to stay in the cache between their products."""
+"""Rows multiplied at a time: few enough to stay in the cache between products."""
 _CONVERGED = 0.003
-"""Misfit at which a rebuild needs no further pass."""
+"""A rebuild stops when the misfit is below this."""
 _STALLED = 0.8
-"""A pass that leaves more than this share of the misfit is the last: the spectrum is flat, and no basis is better."""
+"""A rebuild also stops when a pass leaves more than this share of the misfit: the spectrum is flat."""
 _MAX_PASSES = 8
 _ROUNDING = 1e-4
-"""Share of the variance."""
+"""Share of the variance that rounding may leave outside the basis."""
 _OUTDATED_MISFIT = 0.05
-"""Rebuild when the misfit has grown by so much."""
+"""Rebuild when the misfit has grown by this much."""
 _OUTDATED_OUTSIDE = 2.0
-"""Rebuild when new rows have so many times as much outside the basis as the rows had that it was made for."""
+"""Rebuild when new rows have this many times as much outside the basis as the rows of the last rebuild."""
 
 
 def affordable_components(wanted: int, num_rows: int, rows_per_component: int) -> int:
-    """Return how many components so many rows can bear: more would fit their noise.
+    """Return the number of components for this many rows: more would fit noise.
 
-    One for every `rows_per_component` rows, but four in any case, capped by `wanted` and by the rows themselves.
+    One per `rows_per_component` rows, but at least four; at most `wanted` and `num_rows - 1`.
     """
     return min(wanted, max(_FEWEST_COMPONENTS, num_rows // rows_per_component), num_rows - 1)
 
 
 class Subspace:
-    """A basis that holds the components of one hidden state, and what it takes to move it.
+    """A basis whose span contains the components of one hidden state, and the sums that update it.
 
     Deterministic: the same sequence of calls gives the same results.
     """
@@ -69,31 +66,31 @@ class Subspace:
         self.basis: Floats = np.zeros((0, 0), np.float32)
         """[d, l], orthonormal."""
         self.num_passes = 0
-        """Over all rows, in the last rebuild."""
+        """Passes over all rows in the last rebuild."""
         self._image: Doubles = np.zeros((0, 0))
         self._sum: Doubles = np.zeros(0)
         self._rotation: Doubles = np.zeros((0, 0))
         self._mean: Doubles = np.zeros(0)
         self.misfit = 0.0
-        """Mean squared sine between the components and their images under the covariance: 0 if they are the rows' own,
-        and not only the best within the basis."""
+        """Mean squared sine between the components and their images under the covariance. 0 if they are the rows' true
+        components, not just the best within the basis."""
         self._misfit_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
     def fits(self, parts: Sequence[Floats]) -> bool:
-        """Whether the basis has as many columns as these parts of a window ask for: else, rebuild."""
+        """Whether the basis has the number of columns that these rows need. If not, call `rebuild`."""
         return self.basis.shape == (parts[0].shape[1], self._num_columns(parts))
 
     @property
     def outdated(self) -> bool:
-        """Whether the basis fits the rows clearly worse than it did after its rebuild."""
+        """Whether the basis fits the rows clearly worse than after its last rebuild."""
         return (
             self.misfit > self._misfit_rebuilt + _OUTDATED_MISFIT
             or self._outside > _OUTDATED_OUTSIDE * self._outside_rebuilt
         )
 
     def add(self, parts: Sequence[Floats]) -> Doubles:
-        """Take in rows. Returns their coordinates about the origin, [n, l], which `remove` wants back."""
+        """Add rows. Returns their coordinates about the origin, [n, l], which `remove` needs."""
         outside, found = 0.0, [np.zeros((0, self.basis.shape[1]), np.float32)]
         for block in _blocks(parts):
             block -= self.origin
@@ -107,7 +104,7 @@ class Subspace:
         return stacked.astype(np.float64)
 
     def remove(self, parts: Sequence[Floats], coordinates: Doubles) -> None:
-        """Take out rows."""
+        """Remove rows, given their coordinates from `add`."""
         start = 0
         for block in _blocks(parts):
             block -= self.origin
@@ -116,16 +113,16 @@ class Subspace:
             start += len(block)
 
     def rotation(self, scatter: Doubles, mean: Doubles, num_rows: int) -> Doubles:
-        """Return the components within the span, of falling variance: columns of the basis' coordinates, [l, k].
+        """Return the components within the span by falling variance, as columns in basis coordinates, [l, k].
 
-        They are as many as wanted and affordable, less those of negligible variance: none if nothing varies.
+        k is the affordable number of components without those of negligible variance; 0 if nothing varies.
         `scatter` [l, l] is the sum of squares of the rows' coordinates about their `mean` [l].
 
         Raises:
             ArithmeticError: the numbers overflowed.
         """
         if not np.isfinite(scatter).all():
-            raise ArithmeticError("the hidden states are too large to be fitted")
+            raise ArithmeticError("the hidden states are too large to fit")
         variances, rotation = np.linalg.eigh(scatter)
         variances, rotation = variances[::-1], rotation[:, ::-1]
         self._rotation, self._mean = rotation, mean
@@ -137,7 +134,7 @@ class Subspace:
         return rotation[:, :num_kept]
 
     def rebuild(self, parts: Sequence[Floats]) -> Doubles:
-        """Make the basis anew for these rows, from the one so far, and return their coordinates [n, l]."""
+        """Recompute the basis for these rows, starting from the current one; return their coordinates [n, l]."""
         start, previous = self._start(parts), np.inf
         self.origin = _mean(parts)
         for self.num_passes in range(1, _MAX_PASSES + 1):
@@ -151,13 +148,13 @@ class Subspace:
             if self.misfit < _CONVERGED or self.misfit > _STALLED * previous:
                 break
             start, previous = self._further(self.basis.shape[1]), self.misfit
-        # Where the basis spans everything, what is outside is rounding.
+        # If the basis spans everything, only rounding errors are outside.
         self._outside_rebuilt = self._outside + _ROUNDING * float(np.trace(scatter)) / len(centred)
         self._misfit_rebuilt = self.misfit
         return coordinates
 
     def _start(self, parts: Sequence[Floats]) -> Floats:
-        """Return what to start a rebuild from, [d, l]: the basis so far and the newest rows, or anything at first."""
+        """Return the start of a rebuild, [d, l]: the current basis and the newest rows; random columns at first."""
         num_columns, width = self._num_columns(parts), parts[0].shape[1]
         if num_columns == 0:
             return np.zeros((width, 0), np.float32)
@@ -167,7 +164,7 @@ class Subspace:
         return np.concatenate([self._further(num_columns - len(newest)), newest.T], axis=1)
 
     def _further(self, num_columns: int) -> Floats:
-        """Return the images of the leading components, and of what follows them within the span, [d, num_columns]."""
+        """Return the images of the leading directions within the span, [d, num_columns]."""
         image = (self._image - np.outer(self._sum, self._mean)).astype(np.float32)
         return image @ self._rotation[:, :num_columns].astype(np.float32)
 
@@ -179,7 +176,7 @@ class Subspace:
 
 
 def _blocks(parts: Sequence[Floats]) -> Iterator[Floats]:
-    """Stack the parts in blocks of about `_BLOCK_ROWS` rows, each a copy of its own."""
+    """Yield the parts stacked into blocks of about `_BLOCK_ROWS` rows. Each block is a copy."""
     pending: list[Floats] = []
     num_pending = 0
     for part in parts:
@@ -200,12 +197,12 @@ def _mean(parts: Sequence[Floats]) -> Floats:
 
 
 def _orthonormal(columns: Floats) -> Floats:
-    """Return an orthonormal basis [d, l] of the columns, completed by any directions where they are dependent."""
+    """Return an orthonormal basis [d, l] of the columns, filled up with arbitrary directions if they are dependent."""
     if columns.shape[1] == 0:
         return columns
     norms = np.linalg.norm(columns, axis=0)
     scaled = columns / np.where(norms > 0, norms, 1)
-    try:  # Columns near the components are near orthogonal, and then this is as exact as QR and several times faster.
+    try:  # Columns near the components are nearly orthogonal: Cholesky is as exact as QR and several times faster.
         root = np.linalg.cholesky((scaled.T @ scaled).astype(np.float64))
     except np.linalg.LinAlgError:
         return np.linalg.qr(scaled).Q

@@ -1,25 +1,20 @@
-"""Which groups of a window keep its probe from being fitted. Pure."""
+"""Finds the groups of a window that make a fit fail."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from poise.value.probe.features import LabelledRows
+from poise.value.probe.features import Label
 
 UNFIT = (ArithmeticError, ValueError)
-"""Errors that fitting raises because of the numbers; `numpy.linalg.LinAlgError` is one of them."""
+"""The errors of a fit that its numbers cause, including `numpy.linalg.LinAlgError`."""
 
 
-def unfit_groups(
-    groups: Sequence[LabelledRows], can_be_fitted: Callable[[Sequence[LabelledRows]], bool]
-) -> list[LabelledRows]:
-    """Return the groups without which the rest can be fitted.
+def unfit_groups(groups: Sequence[Label], can_be_fitted: Callable[[Sequence[Label]], bool]) -> list[Label]:
+    """Return groups such that the rest can be fitted. Bisects: few bad groups need few fits."""
+    fit: list[Label] = []
 
-    Searches by halving, which needs few fits if few groups are to blame.
-    """
-    fit: list[LabelledRows] = []
-
-    def search(candidates: Sequence[LabelledRows]) -> list[LabelledRows]:
+    def search(candidates: Sequence[Label]) -> list[Label]:
         if can_be_fitted([*fit, *candidates]):
             fit.extend(candidates)
             return []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from poise.algorithms.baselines import batch_mean, mean_of_others
-from poise.value.probe.diagnostics import TrackRecord, ValuedGroup
+from poise.value.probe.diagnostics import Diagnostics, ValuedGroup
 
 
 def group(values: list[float], rewards: list[float], step: int = 0, run_id: str = "run") -> ValuedGroup:
@@ -23,14 +23,14 @@ def random_groups(num_groups: int = 60) -> list[ValuedGroup]:
 
 
 def test_nothing_is_known_before_the_first_row() -> None:
-    quality = dataclasses.asdict(TrackRecord(10).quality())
+    quality = dataclasses.asdict(Diagnostics(10).quality())
     assert quality.pop("num_rows") == 0
     assert quality.pop("calibration") == ()
     assert all(math.isnan(value) for value in quality.values())
 
 
 def test_values_are_held_against_the_siblings_rewards() -> None:
-    record, groups = TrackRecord(1000), random_groups()
+    record, groups = Diagnostics(1000), random_groups()
     for one in groups:
         record.add(one)
     predicted = np.concatenate([one.values for one in groups]).astype(float)
@@ -45,7 +45,7 @@ def test_values_are_held_against_the_siblings_rewards() -> None:
 
 
 def test_the_variance_of_advantages_is_compared_with_each_rival_baseline_on_the_same_rewards() -> None:
-    record, groups = TrackRecord(1000), random_groups()
+    record, groups = Diagnostics(1000), random_groups()
     for one in groups:
         record.add(one)
 
@@ -68,7 +68,7 @@ def test_the_variance_of_advantages_is_compared_with_each_rival_baseline_on_the_
 
 
 def test_the_other_prompts_of_a_step_are_those_of_its_run_alone() -> None:
-    record = TrackRecord(100)
+    record = Diagnostics(100)
     record.add(group([0.5, 0.5], [1, 0], run_id="a"))
     record.add(group([0.5, 0.5], [1, 1], run_id="b"))
     # Each is alone in its step: the siblings stand in for the other prompts.
@@ -76,14 +76,14 @@ def test_the_other_prompts_of_a_step_are_those_of_its_run_alone() -> None:
 
 
 def test_a_ratio_to_a_perfect_rival_is_not_defined() -> None:
-    record = TrackRecord(10)
+    record = Diagnostics(10)
     record.add(group([0.4, 0.6], [1, 1]))
     assert math.isnan(record.quality().variance_vs_rloo)
     assert record.quality().variance_vs_none == pytest.approx((0.4**2 + 0.6**2) / 2)
 
 
 def test_only_the_last_whole_groups_count() -> None:
-    record = TrackRecord(4)
+    record = Diagnostics(4)
     for one in (group([1, 1], [0, 0]), group([0.5, 0.5], [1, 1]), group([0.25, 0.25], [1, 1])):
         record.add(one)
     assert len(record) == 4
@@ -91,13 +91,13 @@ def test_only_the_last_whole_groups_count() -> None:
 
 
 def test_a_restored_record_judges_alike() -> None:
-    record = TrackRecord(50)
+    record = Diagnostics(50)
     for one in random_groups():
         record.add(one)
-    assert TrackRecord(50, record.groups).quality() == record.quality()
+    assert Diagnostics(50, record.groups).quality() == record.quality()
 
 
 def test_clipped_values_are_counted() -> None:
-    record = TrackRecord(10)
+    record = Diagnostics(10)
     record.add(group([0, 1, 0.5, 0.999], [0, 1, 1, 1]))
     assert record.quality().share_clipped == 0.5

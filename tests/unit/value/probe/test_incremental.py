@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.value.parts import stored
+from tests.support.reference_probe import ReferenceFitter, training_data
+from tests.unit.value.harness import saved_and_read
 
-from poise.value.dedup import LedgerSnapshot
-from poise.value.probe.features import NUM_ENTROPIES, FeatureRows, LabelledRows
-from poise.value.probe.incremental import GramFitter
-from poise.value.probe.model import FittedProbe, RidgeFitter
-from poise.value.probe.window import training_rows
-from poise.value.store.snapshot import DomainSnapshot, Snapshot
+from poise.value.dedup import DedupSnapshot
+from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
+from poise.value.probe.incremental import IncrementalFitter
+from poise.value.probe.model import FittedProbe
+from poise.value.store import DomainSnapshot, Snapshot
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
 
@@ -34,44 +34,44 @@ class Source:
             np.linalg.qr(self.random.normal(size=(self.width, rank))).Q.T * np.geomspace(8, 1, rank)[:, None]
         )
 
-    def group(self, n: int = 2) -> LabelledRows:
+    def group(self, n: int = 2) -> Label:
         def hidden(latent: np.ndarray) -> np.ndarray:
             noise = self.noise * self.random.normal(size=(n, self.width))
             return (20 + latent @ self.directions + noise).astype(np.float32)
 
         prompt, response = self.random.normal(size=(2, n, len(self.directions)))
-        rows = FeatureRows(
+        rows = FeatureMatrix(
             hidden(np.repeat(prompt[:1], n, axis=0)),
             hidden(response),
             self.random.gamma(1, 1, (n, NUM_ENTROPIES)).astype(np.float32),
         )
         rewards = 1 / (1 + np.exp(-prompt[0, 0] - response[:, 0]))
-        return LabelledRows("run", 0, f"g{self.random.integers(1 << 60)}", "d", rows, rewards.astype(np.float32))
+        return Label("run", 0, f"g{self.random.integers(1 << 60)}", "d", rows, rewards.astype(np.float32))
 
-    def groups(self, num: int, n: int = 2) -> list[LabelledRows]:
+    def groups(self, num: int, n: int = 2) -> list[Label]:
         return [self.group(n) for _ in range(num)]
 
 
-def fitter(**changes: object) -> GramFitter:
-    return GramFitter(
+def fitter(**changes: object) -> IncrementalFitter:
+    return IncrementalFitter(
         **{"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
     )  # type: ignore[arg-type]
 
 
-def reference(groups: Iterable[LabelledRows], **changes: object) -> FittedProbe:
+def reference(groups: Iterable[Label], **changes: object) -> FittedProbe:
     configured = {"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
-    rows, targets = training_rows(groups)
+    rows, targets = training_data(groups)
     # Doubles, because scikit-learn forms covariances about zero: in single precision too coarse far from it.
     doubles = replace(
         rows,
         prompt_hidden=rows.prompt_hidden.astype(float),  # type: ignore[arg-type]
         response_hidden=rows.response_hidden.astype(float),  # type: ignore[arg-type]
     )
-    return RidgeFitter(**configured).fit(doubles, targets)  # type: ignore[arg-type]
+    return ReferenceFitter(**configured).fit(doubles, targets)  # type: ignore[arg-type]
 
 
-def assert_alike(fitted: FittedProbe, expected: FittedProbe, groups: list[LabelledRows], atol: float) -> None:
-    rows, _ = training_rows(groups)
+def assert_alike(fitted: FittedProbe, expected: FittedProbe, groups: list[Label], atol: float) -> None:
+    rows, _ = training_data(groups)
     np.testing.assert_allclose(fitted.predict(rows), expected.predict(rows), atol=atol)
     if expected.prompt_only is None:
         assert fitted.prompt_only is None
@@ -179,7 +179,7 @@ def test_a_new_fitter_goes_on_where_the_one_before_ended() -> None:
 @pytest.mark.parametrize("width", [64, 400])
 def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart(width: int) -> None:
     source, kept = Source(width), fitter(incremental=False)
-    groups, asked = source.groups(60), FeatureRows.concatenate([group.rows for group in source.groups(50)])
+    groups, asked = source.groups(60), FeatureMatrix.concatenate([group.features for group in source.groups(50)])
     for _ in range(4):
         groups = groups[4:] + source.groups(4)
         fitted, first = kept.fit(groups), fitter(incremental=False).fit(restored(groups))
@@ -188,10 +188,10 @@ def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart
         assert fitted.predict(asked).tobytes() == first.predict(asked).tobytes()
 
 
-def restored(groups: list[LabelledRows]) -> list[LabelledRows]:
+def restored(groups: list[Label]) -> list[Label]:
     """The groups as they come back from a state on disk."""
     domain = DomainSnapshot("d", tuple(groups), len(groups), 1, None)
-    return list(stored(Snapshot("id", (domain,), LedgerSnapshot(), (), 0, 0)).domains[0].groups)
+    return list(saved_and_read(Snapshot("id", (domain,), DedupSnapshot(), (), 0, 0)).domains[0].groups)
 
 
 @pytest.mark.parametrize(("num_groups", "width"), [(1, 300), (1, 5), (2, 1), (5, 2000), (40, 3)])
@@ -203,9 +203,9 @@ def test_fewer_rows_or_columns_than_components_still_fit(num_groups: int, width:
     assert_alike(sliding.fit(groups), reference(groups), groups, atol=1e-3)
 
 
-def without_responses(group: LabelledRows) -> LabelledRows:
-    rows = FeatureRows(group.rows.prompt_hidden, np.full_like(group.rows.response_hidden, 0.1), group.rows.entropies)
-    return LabelledRows(group.run_id, group.step, group.group_id, group.domain, rows, group.rewards)
+def without_responses(group: Label) -> Label:
+    constant = np.full_like(group.features.response_hidden, 0.1)
+    return replace(group, features=replace(group.features, response_hidden=constant))
 
 
 def test_inputs_that_never_vary_are_left_out_until_they_do() -> None:
@@ -217,8 +217,8 @@ def test_inputs_that_never_vary_are_left_out_until_they_do() -> None:
 
 
 def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
-    rows = FeatureRows(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), np.full((2, 12), 0.3, np.float32))
-    groups = [LabelledRows("r", 0, str(reward), "d", rows, np.float32([reward, reward])) for reward in (0, 0, 0, 1)]
+    rows = FeatureMatrix(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), np.full((2, 12), 0.3, np.float32))
+    groups = [Label("r", 0, str(reward), "d", rows, np.float32([reward, reward])) for reward in (0, 0, 0, 1)]
     for inputs in (ALL_INPUTS, ("prompt_hidden",)):
         np.testing.assert_allclose(fitter(inputs=inputs).fit(groups).predict(rows), 0.25, atol=1e-6)
 
@@ -234,8 +234,8 @@ def test_a_fit_that_overflows_is_refused_and_the_next_one_starts_afresh() -> Non
     source, sliding = Source(), fitter()
     groups = source.groups(60)
     sliding.fit(groups)
-    rows = FeatureRows(*(np.full((2, width), 3e38, np.float32) for width in (400, 400, NUM_ENTROPIES)))
-    bad = LabelledRows("run", 0, "bad", "d", rows, np.float32([0, 1]))
+    rows = FeatureMatrix(*(np.full((2, width), 3e38, np.float32) for width in (400, 400, NUM_ENTROPIES)))
+    bad = Label("run", 0, "bad", "d", rows, np.float32([0, 1]))
     with pytest.raises((ArithmeticError, ValueError)):
         sliding.fit([*groups, bad])
     assert_alike(sliding.fit(groups), fitter().fit(groups), groups, atol=0)

@@ -9,30 +9,31 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
+from tests.support.reference_probe import ReferenceFitter
 from threadpoolctl import threadpool_limits
 
-from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureRows
-from poise.value.probe.model import FittedProbe, RidgeFitter, _products
+from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix
+from poise.value.probe.model import FittedProbe, row_products
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
 
 
-def random_rows(n: int, width: int, seed: int = 0) -> FeatureRows:
+def random_rows(n: int, width: int, seed: int = 0) -> FeatureMatrix:
     random = np.random.default_rng(seed)
-    return FeatureRows(
+    return FeatureMatrix(
         random.normal(3, 2, (n, width)).astype(np.float32),
         random.normal(-1, 5, (n, width)).astype(np.float32),
         random.gamma(1, 1, (n, NUM_ENTROPIES)).astype(np.float32),
     )
 
 
-def rewards_of(rows: FeatureRows) -> np.ndarray:
+def rewards_of(rows: FeatureMatrix) -> np.ndarray:
     return (1 / (1 + np.exp(-(rows.prompt_hidden[:, 0] - 3)))).astype(np.float32)
 
 
-def fitter(**changes: object) -> RidgeFitter:
+def fitter(**changes: object) -> ReferenceFitter:
     settings = {"inputs": ALL_INPUTS, "prompt_components": 32, "response_components": 64, "alpha": 100.0}
-    return RidgeFitter(**settings | changes)  # type: ignore[arg-type]
+    return ReferenceFitter(**settings | changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("alpha", [0.1, 100.0])
@@ -43,7 +44,7 @@ def test_predictions_are_those_of_the_reference_pipeline(alpha: float) -> None:
     prompt = PCA(32, random_state=0).fit(train.prompt_hidden)
     response = PCA(64, random_state=0).fit(train.response_hidden)
 
-    def derive(rows: FeatureRows) -> np.ndarray:
+    def derive(rows: FeatureMatrix) -> np.ndarray:
         return np.hstack(
             [
                 prompt.transform(rows.prompt_hidden),
@@ -68,7 +69,7 @@ def test_the_siblings_reward_is_one_more_standardised_column() -> None:
     )
     targets = (0.5 * rewards_of(train) + 0.5 * train.rewards).astype(np.float32)
 
-    def derive(rows: FeatureRows) -> np.ndarray:
+    def derive(rows: FeatureMatrix) -> np.ndarray:
         return np.column_stack([rows.entropies[:, ENTROPY_MEANS], rows.rewards]).astype(np.float64)
 
     scaler = StandardScaler().fit(derive(train))
@@ -114,7 +115,7 @@ def test_without_the_prompt_among_the_inputs_there_is_no_probe_of_the_prompt() -
 def test_values_are_clipped_to_the_unit_interval() -> None:
     train = random_rows(200, 4)
     fitted = fitter(alpha=1e-3).fit(train, rewards_of(train))
-    extreme = FeatureRows(train.prompt_hidden * 100, train.response_hidden, train.entropies)
+    extreme = FeatureMatrix(train.prompt_hidden * 100, train.response_hidden, train.entropies)
     values = fitted.predict(extreme)
     assert values.dtype == np.float32
     assert (values.min(), values.max()) == (0.0, 1.0)
@@ -138,8 +139,8 @@ def test_wide_rows_are_summed_as_doubles_in_the_same_order_in_any_batch_by_any_n
     products = []
     for limit in (1, 2):
         with threadpool_limits(limit):
-            products.append(_products(columns, weights))
-    products.append(np.concatenate([_products(row[None], weights) for row in columns]))
+            products.append(row_products(columns, weights))
+    products.append(np.concatenate([row_products(row[None], weights) for row in columns]))
     assert products[0].tobytes() == products[1].tobytes() == products[2].tobytes()
     exact = [math.fsum(row.astype(np.float64) * weights) for row in columns]
     np.testing.assert_allclose(products[0], exact, rtol=0, atol=1e-14 * np.abs(columns * weights).sum(axis=1).max())
@@ -148,7 +149,7 @@ def test_wide_rows_are_summed_as_doubles_in_the_same_order_in_any_batch_by_any_n
 def test_a_row_has_the_same_value_whatever_the_order_in_which_inputs_were_read_back() -> None:
     # Added up from left to right, 1e17 − 1e17 + 0.25 is 0.25 and 0.25 + 1e17 − 1e17 is 0.
     weights = {"prompt_hidden": np.array([1e17]), "response_hidden": np.array([-1e17]), "entropy": np.full(3, 0.25 / 3)}
-    rows = FeatureRows(*(np.ones((1, columns), np.float32) for columns in (1, 1, NUM_ENTROPIES)))
+    rows = FeatureMatrix(*(np.ones((1, columns), np.float32) for columns in (1, 1, NUM_ENTROPIES)))
     values = {FittedProbe(dict(order), 0.0).predict(rows).tobytes() for order in permutations(weights.items())}
     assert len(values) == 1
 
@@ -180,7 +181,7 @@ def test_only_the_chosen_inputs_matter() -> None:
     train, other = random_rows(100, 8), random_rows(100, 8, seed=9)
     fitted = fitter(inputs=("entropy",)).fit(train, rewards_of(train))
     assert fitted.width is None
-    swapped = FeatureRows(other.prompt_hidden, other.response_hidden, train.entropies)
+    swapped = FeatureMatrix(other.prompt_hidden, other.response_hidden, train.entropies)
     assert np.array_equal(fitted.predict(swapped), fitted.predict(train))
     assert set(fitted.weights) == {"entropy"}
     assert fitted.weights["entropy"].size == len(ENTROPY_MEANS)
@@ -197,24 +198,24 @@ def test_siblings_sharing_a_prompt_do_not_blow_up_rounding_noise() -> None:
     """4 prompts of 8 siblings have 3 directions; a 4th component would be noise scaled up to one."""
     distinct = random_rows(4, 64)
     train = random_rows(32, 64)
-    train = FeatureRows(np.repeat(distinct.prompt_hidden, 8, axis=0), train.response_hidden, train.entropies)
+    train = FeatureMatrix(np.repeat(distinct.prompt_hidden, 8, axis=0), train.response_hidden, train.entropies)
     targets = np.repeat(np.array([0.1, 0.9, 0.3, 0.7], np.float32), 8)
     fitted = fitter(inputs=("prompt_hidden",), alpha=1e-6).fit(train, targets)
     np.testing.assert_allclose(fitted.predict(train), targets, atol=1e-4)
-    nudged = FeatureRows(train.prompt_hidden * np.float32(1 + 1e-5), train.response_hidden, train.entropies)
+    nudged = FeatureMatrix(train.prompt_hidden * np.float32(1 + 1e-5), train.response_hidden, train.entropies)
     np.testing.assert_allclose(fitted.predict(nudged), targets, atol=1e-3)
 
 
 def test_inputs_that_never_vary_are_left_out() -> None:
     train = random_rows(50, 8)
-    constant = FeatureRows(train.prompt_hidden, np.zeros_like(train.response_hidden), train.entropies)
+    constant = FeatureMatrix(train.prompt_hidden, np.zeros_like(train.response_hidden), train.entropies)
     fitted = fitter().fit(constant, rewards_of(train))
     assert not fitted.weights["response_hidden"].any()
     assert np.array_equal(fitted.predict(train), fitted.predict(constant))
 
 
 def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
-    train = FeatureRows(np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32), np.ones((4, 12), np.float32))
+    train = FeatureMatrix(np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32), np.ones((4, 12), np.float32))
     targets = np.array([0, 0, 0, 1], np.float32)
     np.testing.assert_allclose(fitter().fit(train, targets).predict(train), 0.25, atol=1e-6)
     hidden_only = fitter(inputs=("prompt_hidden",)).fit(train, targets)
@@ -224,6 +225,6 @@ def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_numbers_that_overflow_are_refused_rather_than_fitted() -> None:
     train = random_rows(20, 8)
-    huge = FeatureRows(train.prompt_hidden * np.float32(1e38), train.response_hidden, train.entropies)
+    huge = FeatureMatrix(train.prompt_hidden * np.float32(1e38), train.response_hidden, train.entropies)
     with pytest.raises((ArithmeticError, ValueError)):
         fitter().fit(huge, rewards_of(train))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.unit.value.parts import PickyFitter
+from tests.unit.value.harness import PickyFitter
 
-from poise.value.probe.features import FeatureRows, LabelledRows
-from poise.value.probe.incremental import GramFitter
+from poise.value.probe.features import FeatureMatrix, Label
+from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.unfit_groups import UNFIT, unfit_groups
 
 
@@ -45,11 +45,11 @@ def test_few_fits_find_one_group_among_many(make):
     assert len(sizes) < 25
 
 
-def spoilt(label: LabelledRows, field: str, number: float) -> LabelledRows:
+def spoilt(label: Label, field: str, number: float) -> Label:
     """A label of an earlier release, which admitted any finite number."""
-    rows = {name: getattr(label.rows, name).copy() for name in ("prompt_hidden", "response_hidden", "entropies")}
+    rows = {name: getattr(label.features, name).copy() for name in ("prompt_hidden", "response_hidden", "entropies")}
     rows[field][0, 0] = number
-    return LabelledRows(label.run_id, label.step, label.group_id, label.domain, FeatureRows(**rows), label.rewards)
+    return Label(label.run_id, label.step, label.group_id, label.domain, FeatureMatrix(**rows), label.rewards)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
@@ -60,7 +60,7 @@ def spoilt(label: LabelledRows, field: str, number: float) -> LabelledRows:
 def test_the_real_fitter_fits_the_rest(make, field, number, width, incremental):
     def fitter():
         inputs = ("prompt_hidden", "response_hidden", "entropy", "sibling_reward")
-        return GramFitter(inputs, 4, 4, 1.0, incremental=incremental)
+        return IncrementalFitter(inputs, 4, 4, 1.0, incremental=incremental)
 
     labels = [make.label(step, f"g{step}", width=width) for step in range(24)]
     labels[7] = spoilt(labels[7], field, number)

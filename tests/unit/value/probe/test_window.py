@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import numpy as np
-
-from poise.value.probe.window import Window, training_rows
+from poise.value.probe.window import Window
 
 
-def test_the_oldest_groups_leave_and_never_in_part(make) -> None:
+def test_the_oldest_groups_leave_whole(make) -> None:
     window = Window(max_rows=7)
     for step, n in enumerate([2, 3, 2, 3]):
         window.add(make.label(step, n=n))
@@ -14,7 +12,7 @@ def test_the_oldest_groups_leave_and_never_in_part(make) -> None:
     assert window.num_added == 4
 
 
-def test_a_group_larger_than_the_window_is_kept_alone(make) -> None:
+def test_a_group_larger_than_the_window_is_kept(make) -> None:
     window = Window(max_rows=4)
     window.add(make.label(0, n=2))
     window.add(make.label(1, n=6))
@@ -28,18 +26,9 @@ def test_a_restored_window_shrinks_to_a_smaller_setting(make) -> None:
     assert (window.num_rows, window.num_added) == (4, 9)
 
 
-def test_groups_handed_out_do_not_change_when_more_arrive(make) -> None:
+def test_the_returned_groups_do_not_change_later(make) -> None:
     window = Window(max_rows=2)
     window.add(make.label(0))
     handed_out = window.groups
     window.add(make.label(1))
     assert [group.step for group in handed_out] == [0]
-
-
-def test_targets_are_the_mean_rewards_of_the_siblings(make) -> None:
-    label = make.label(0, n=3)
-    rows, targets = training_rows([label, make.label(1)])
-    r = label.rewards
-    np.testing.assert_allclose(targets[:3], [(r[1] + r[2]) / 2, (r[0] + r[2]) / 2, (r[0] + r[1]) / 2], rtol=1e-6)
-    assert len(rows) == len(targets) == 5
-    np.testing.assert_array_equal(rows.prompt_hidden[:3], label.rows.prompt_hidden)

@@ -18,7 +18,7 @@ from poise.queue.interface import (
     DeadLetter,
     Delivery,
     QueueDepth,
-    letter_was_cut,
+    letter_was_truncated,
     no_such_letter,
     queue_is_full,
 )
@@ -135,7 +135,7 @@ class MemoryQueue:
             if letter_id not in kept:
                 raise no_such_letter(letter_id)
             if not kept[letter_id].is_whole:
-                raise letter_was_cut(letter_id)
+                raise letter_was_truncated(letter_id)
         await self.publish([kept[letter_id].payload for letter_id in wanted])
         await self.discard(wanted)
 

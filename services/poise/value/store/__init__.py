@@ -1,1 +1,0 @@
-"""The value service's durable state."""
