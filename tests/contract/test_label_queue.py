@@ -24,7 +24,7 @@ MAX_BYTES = 32 << 20
 MAX_BYTES_OF_DEAD_LETTERS = 20 << 20
 
 Handle = Callable[..., LabelQueue]
-"""Makes a consumer of the given name, and may set the bytes that dead letters take at most."""
+"""Returns a consumer of the given name; may set the maximum bytes of dead letters."""
 
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always"}
@@ -116,7 +116,7 @@ async def test_read_of_an_empty_queue_waits_and_then_returns_nothing(handle: Han
     assert time.monotonic() - started >= 0.15
 
 
-async def test_it_tells_whether_anything_is_held_that_is_as_old_as_an_entry(handle: Handle) -> None:
+async def test_holds_finds_an_entry_or_an_older_one(handle: Handle) -> None:
     queue = handle("a")
     assert await queue.newest() is None
     await queue.publish([b"1", b"2"])
@@ -166,7 +166,7 @@ async def test_publishing_over_the_limit_queues_nothing(handle: Handle) -> None:
     await queue.publish([b"last"])
 
 
-async def test_publishing_over_the_bytes_queues_nothing_until_there_is_room(handle: Handle) -> None:
+async def test_publishing_over_the_byte_limit_queues_nothing(handle: Handle) -> None:
     queue = handle("a")
     megabytes = [bytes([i]) * 2**20 for i in range(MAX_ENTRIES)]
     num_taken = 0
@@ -200,7 +200,7 @@ async def test_letters_that_do_not_fit_the_bytes_stay_letters(handle: Handle) ->
     assert len(await queue.dead_letters(max_entries=9)) == 2
 
 
-async def test_dead_letters_are_bounded_in_bytes_and_the_newest_is_kept(handle: Handle) -> None:
+async def test_dead_letters_are_bounded_in_bytes(handle: Handle) -> None:
     queue = handle("a", max_dead_letter_bytes=700_000)
     await refused(queue, *(bytes([i]) * 200_000 for i in range(3)))
     await refused(queue, b"3" * 200_000)
@@ -213,7 +213,7 @@ async def test_dead_letters_are_bounded_in_bytes_and_the_newest_is_kept(handle: 
     assert letter.payload == b"5" * 800_000
 
 
-async def test_an_entry_read_but_not_acknowledged_still_counts_against_the_limit(handle: Handle) -> None:
+async def test_an_unacknowledged_entry_counts_toward_the_limit(handle: Handle) -> None:
     queue = handle("a")
     await queue.publish([b"x"] * MAX_ENTRIES)
     deliveries = await read(queue)
@@ -251,7 +251,7 @@ async def test_acknowledging_twice_or_nothing_is_harmless(handle: Handle) -> Non
     await queue.ack([])
 
 
-async def test_a_restarted_consumer_gets_what_it_owes_before_what_is_new(handle: Handle) -> None:
+async def test_a_restarted_consumer_gets_pending_entries_first(handle: Handle) -> None:
     queue = handle("a")
     await queue.publish([b"1", b"2", b"3"])
     first = await read(queue, max_entries=2)
@@ -261,7 +261,7 @@ async def test_a_restarted_consumer_gets_what_it_owes_before_what_is_new(handle:
     assert payloads(await read(restarted)) == [b"3"]
 
 
-async def test_a_restarted_consumer_that_owes_more_than_a_read_gets_all_of_it(handle: Handle) -> None:
+async def test_a_restarted_consumer_gets_all_pending_entries(handle: Handle) -> None:
     queue = handle("a")
     sent = [str(i).encode() for i in range(7)]
     await queue.publish(sent)
@@ -274,7 +274,7 @@ async def test_a_restarted_consumer_that_owes_more_than_a_read_gets_all_of_it(ha
     assert received == sent
 
 
-async def test_a_dead_consumers_entries_are_claimed_but_not_before_the_idle_time(handle: Handle) -> None:
+async def test_a_dead_consumers_entries_are_claimed_when_idle(handle: Handle) -> None:
     dead, alive = handle("dead"), handle("alive")
     await dead.publish([b"1", b"2"])
     assert len(await read(dead)) == 2
@@ -299,7 +299,7 @@ async def test_two_live_consumers_share_without_overlap(handle: Handle) -> None:
     assert sorted(payloads(mine) + payloads(theirs)) == [b"1", b"2", b"3", b"4"]
 
 
-async def test_a_dead_letter_leaves_the_queue_and_keeps_payload_and_reason(handle: Handle) -> None:
+async def test_a_dead_letter_keeps_payload_and_reason(handle: Handle) -> None:
     queue = handle("a")
     await queue.publish([b"poison", b"good"])
     poison, good = await read(queue)
@@ -310,7 +310,7 @@ async def test_a_dead_letter_leaves_the_queue_and_keeps_payload_and_reason(handl
     assert payloads(await read(handle("a"))) == [good.payload]
 
 
-async def test_dead_letters_are_bounded_in_number_and_size_but_all_counted(handle: Handle) -> None:
+async def test_dead_letters_are_bounded_but_all_counted(handle: Handle) -> None:
     queue = handle("a")
     await queue.publish([bytes([i]) * (MAX_DEAD_LETTER_BYTES + 1) for i in range(MAX_DEAD_LETTERS + 2)])
     for delivery in await read(queue):
@@ -431,7 +431,7 @@ async def test_a_server_that_lost_its_data_is_used_again(valkey_url: str) -> Non
     await queue.close()
 
 
-async def test_an_owed_entry_that_was_trimmed_away_does_not_stop_the_consumer(valkey_url: str) -> None:
+async def test_a_trimmed_pending_entry_does_not_stop_the_consumer(valkey_url: str) -> None:
     async with redis.asyncio.from_url(valkey_url) as client:
         await client.flushall()
         queue = redis_queue(valkey_url, "a")

@@ -1,6 +1,6 @@
-"""The queue within one process: for tests and for loops that embed the value service.
+"""A `LabelQueue` in memory. It behaves like the Redis queue, except that entries are lost with the process.
 
-Owns nothing durable: what it holds ends with the process. Keeps every other promise of the interface.
+`tests/contract/test_label_queue.py` runs one suite on both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from poise.queue.interface import (
 
 @dataclass
 class MemoryStream:
-    """What several consumers share: the place of the Redis server."""
+    """The state that several consumers share, in place of the Redis server."""
 
     max_entries: int = 8192
     max_bytes: int = 512 << 20
@@ -52,12 +52,12 @@ class _Pending:
 
 
 class MemoryQueue:
-    """One consumer's, or publisher's, handle on a `MemoryStream`."""
+    """One consumer or publisher of a `MemoryStream`."""
 
     def __init__(self, stream: MemoryStream, consumer: str) -> None:
         self._stream = stream
         self._consumer = consumer
-        self._owed_checked = False
+        self._pending_checked = False
 
     async def publish(self, payloads: Sequence[bytes]) -> None:
         """See `LabelQueue.publish`."""
@@ -74,9 +74,8 @@ class MemoryQueue:
 
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
         """See `LabelQueue.read`."""
-        owed = self._take_owed(max_entries)
-        if owed:
-            return owed
+        if pending := self._take_pending(max_entries):
+            return pending
         if not self._stream.unread:
             self._stream.arrived.clear()
             try:
@@ -86,13 +85,13 @@ class MemoryQueue:
         unread = self._stream.unread
         return [self._deliver(unread.popleft()) for _ in range(min(max_entries, len(unread)))]
 
-    def _take_owed(self, max_entries: int) -> list[Delivery]:
+    def _take_pending(self, max_entries: int) -> list[Delivery]:
         stream = self._stream
-        if not self._owed_checked:
-            owed = [item for item in stream.pending.values() if item.consumer == self._consumer]
-            self._owed_checked = len(owed) <= max_entries
-            if owed:
-                return [self._deliver(item.delivery) for item in owed[:max_entries]]
+        if not self._pending_checked:
+            pending = [item for item in stream.pending.values() if item.consumer == self._consumer]
+            self._pending_checked = len(pending) <= max_entries
+            if pending:
+                return [self._deliver(item.delivery) for item in pending[:max_entries]]
         horizon_s = stream.clock() - stream.claim_idle_s
         abandoned = [item for item in stream.pending.values() if item.delivered_at_s <= horizon_s]
         return [self._deliver(item.delivery) for item in abandoned[:max_entries]]
@@ -118,7 +117,7 @@ class MemoryQueue:
             stream.dead.popleft()
 
     def _dead_bytes_exceed(self) -> bool:
-        """The newest letter is kept in any case."""
+        """Whether to drop the oldest letter. The newest is always kept."""
         dead = self._stream.dead
         return len(dead) > 1 and sum(len(letter.payload) for letter in dead) > self._stream.max_dead_letter_bytes
 
@@ -163,7 +162,7 @@ class MemoryQueue:
         return [*self._stream.pending, *(delivery.entry_id for delivery in self._stream.unread)]
 
     def expect(self, entry_id: str) -> None:
-        """See `LabelQueue.expect`. No entry outlives the process, so there is nothing to compare."""
+        """Do nothing: no entry outlives the process."""
 
     async def close(self) -> None:
         """See `LabelQueue.close`."""

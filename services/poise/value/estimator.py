@@ -56,26 +56,22 @@ class BaselineEstimator:
         self.instance_id = saved.instance_id if saved else uuid.uuid4().hex
         self._consumed = ConsumedLabels(config.horizon_steps, config.max_runs, saved.consumed if saved else None)
         self._step_probes = StepProbes(config.pinned_steps, config.max_runs, saved.pins if saved else ())
-        self._domains: dict[str, Domain] = {}
-        domains = saved.domains if saved else ()
-        self.probes: Probes = {domain.domain: domain.probe for domain in domains if domain.probe is not None}
+        self.domains: dict[str, Domain] = {}
+        """The domains by name."""
+        saved_domains = saved.domains if saved else ()
+        self.probes: Probes = {domain.domain: domain.probe for domain in saved_domains if domain.probe}
         """The current probe of each domain. Replaced, never changed in place: pins keep references."""
         self.num_groups_consumed = saved.num_groups_consumed if saved else 0
         self.num_duplicates = saved.num_duplicates if saved else 0
         self.newest_entry = saved.newest_entry if saved else ""
         """Id of the newest queue entry whose label is in the state."""
-        for domain in domains:
+        for domain in saved_domains:
             max_rows = config.probe.rows_of(domain.domain)
-            self._domains[domain.domain] = Domain(
+            self.domains[domain.domain] = Domain(
                 Window(max_rows, domain.groups, domain.num_added),
                 Diagnostics(max_rows, domain.valued, domain.num_valued),
                 domain.num_steps_seen,
             )
-
-    @property
-    def domains(self) -> Mapping[str, Domain]:
-        """The domains by name."""
-        return self._domains
 
     def would_pin(self, run_id: str, step: int) -> bool:
         """Whether a request about the step would pin it now."""
@@ -107,8 +103,8 @@ class BaselineEstimator:
             baselines = mean_of_others(values[index]) if len(group.features) > 1 else None
             version = probes[group.domain].version
             answers.append(GroupBaselines(group.group_id, version, values[index], baselines, up_to_date))
-            if group.domain in self._domains:
-                self._domains[group.domain].num_estimated_rows += len(group.features)
+            if group.domain in self.domains:
+                self.domains[group.domain].num_estimated_rows += len(group.features)
         return answers
 
     def score(self, prompts: Sequence[PromptFeatures]) -> list[PromptScore]:
@@ -142,10 +138,10 @@ class BaselineEstimator:
 
     def refusal(self, domain: str, width: int) -> FieldViolation | None:
         """Return why a label cannot be learnt; None if it can, or if only `width_vote` decides."""
-        known = self._domains.get(domain)
+        known = self.domains.get(domain)
         if known is None:
             limit = self._config.probe.max_domains
-            if len(self._domains) < limit:
+            if len(self.domains) < limit:
                 return None
             return FieldViolation("domain", f"{domain!r} would exceed probe.max_domains = {limit}")
         return self._width_refusal(domain, known, width) if domain in self.probes else None
@@ -156,7 +152,7 @@ class BaselineEstimator:
         The first label of a domain may have the wrong width, so a label of another width is rejected but counts
         against the window. At a majority the window is emptied for it. Dropped labels still count as consumed.
         """
-        known = self._domains.get(label.domain)
+        known = self.domains.get(label.domain)
         if known is None or label.domain in self.probes or known.window.width in (None, label.features.width):
             return None
         if not known.window.vote_against_width():
@@ -183,10 +179,10 @@ class BaselineEstimator:
             self.num_duplicates += 1
         if admission is not Admission.NEW:
             return admission
-        domain = self._domains.get(label.domain)
+        domain = self.domains.get(label.domain)
         if domain is None:
             max_rows = self._config.probe.rows_of(label.domain)
-            domain = self._domains[label.domain] = Domain(Window(max_rows), Diagnostics(max_rows))
+            domain = self.domains[label.domain] = Domain(Window(max_rows), Diagnostics(max_rows))
         domain.num_steps_seen += is_first_of_step
         domain.window.add(label)
         self.num_groups_consumed += 1
@@ -198,7 +194,7 @@ class BaselineEstimator:
 
     def remove(self, name: str, groups: Sequence[Label]) -> None:
         """Remove learnt groups from a domain's window. They still count as consumed."""
-        domain = self._domains[name]
+        domain = self.domains[name]
         domain.window = domain.window.without(groups)
 
     def is_due(self, name: str, num_added: int | None = None) -> bool:
@@ -206,7 +202,7 @@ class BaselineEstimator:
 
         With `num_added`: all of the first so many labels that its window ever got.
         """
-        domain, probe, config = self._domains[name], self.probes.get(name), self._config.probe
+        domain, probe, config = self.domains[name], self.probes.get(name), self._config.probe
         warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
         wanted = domain.window.num_added if num_added is None else num_added
         return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
@@ -215,7 +211,7 @@ class BaselineEstimator:
         """Return the domains whose windows contain labels of a run."""
         return [
             name
-            for name, domain in self._domains.items()
+            for name, domain in self.domains.items()
             if any(group.run_id == run_id for group in domain.window.groups)
         ]
 
@@ -238,7 +234,7 @@ class BaselineEstimator:
                     domain.diagnostics.groups,
                     domain.diagnostics.num_added,
                 )
-                for name, domain in self._domains.items()
+                for name, domain in self.domains.items()
             ),
             self._consumed.snapshot(),
             self._step_probes.all(),

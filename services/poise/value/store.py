@@ -291,9 +291,15 @@ class _StateFile:
                 for statement in (*_UNSAFE_SETTINGS, *_SCHEMA):
                     self._execute(statement)
                 self._commit(snapshot, sequence, check_lock)
-            finally:
                 self.close()
-            commit_file(new, self.path)
+                # SQLite would roll the new file back with a journal that the old one left behind.
+                self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+                check_lock()
+                commit_file(new, self.path)
+            except BaseException:
+                self.close()
+                new.unlink(missing_ok=True)
+                raise
             self._open(self.path)
         self._saved = snapshot
 
@@ -388,7 +394,7 @@ class _StateFile:
             document = self._document("state")
             arrays: dict[tuple[str, int], dict[str, Any]] = {}
             for domain, version, name, parameters in self._rows("SELECT * FROM probe"):
-                arrays.setdefault((domain, version), {})[name] = np.frombuffer(parameters, np.float64)
+                arrays.setdefault((domain, version), {})[name] = np.frombuffer(parameters, "<f8")
             probes = {
                 (domain, version): VersionedProbe(version, FittedProbe.from_arrays(arrays[domain, version]), *facts)
                 for domain, version, *facts in document.pop("probes")
@@ -400,21 +406,20 @@ class _StateFile:
             for run_id, _, num_steps in document["runs"]:
                 if len(steps.setdefault(run_id, {})) != num_steps:
                     raise ValueError(f"{len(steps[run_id])} of {num_steps} steps of a run are there")
+            domains = [
+                DomainSnapshot(
+                    name,
+                    _last(groups.get(name, {}), num_added, num_groups),
+                    num_added,
+                    num_steps_seen,
+                    None if version is None else probes[name, version],
+                    _last(valued.get(name, {}), num_valued, num_kept),
+                    num_valued,
+                )
+                for name, num_added, num_groups, num_steps_seen, version, num_valued, num_kept in document["domains"]
+            ]
             self._saved = Snapshot(
-                domains=tuple(
-                    DomainSnapshot(
-                        name,
-                        _last(groups.get(name, {}), num_added, num_groups),
-                        num_added,
-                        num_steps_seen,
-                        None if version is None else probes[name, version],
-                        _last(valued.get(name, {}), num_valued, num_kept),
-                        num_valued,
-                    )
-                    for name, num_added, num_groups, num_steps_seen, version, num_valued, num_kept in document[
-                        "domains"
-                    ]
-                ),
+                domains=tuple(domains),
                 consumed=DedupSnapshot(
                     tuple(ConsumedRun(run_id, first, steps[run_id]) for run_id, first, _ in document["runs"]),
                     self._document("retired"),
@@ -514,7 +519,7 @@ def _label_columns(label: Label) -> tuple[Any, ...]:
 
 
 def _read_label(domain: str, run_id: str, step: str, group_id: str, *arrays: bytes) -> Label:
-    *features, rewards = (np.frombuffer(array, np.float32) for array in arrays)
+    *features, rewards = (np.frombuffer(array, "<f4") for array in arrays)
     matrices = (array.reshape(rewards.size, -1) for array in features)
     return Label(run_id, int(step), group_id, domain, FeatureMatrix(*matrices), rewards)
 
@@ -524,7 +529,7 @@ def _valued_columns(group: ValuedGroup) -> tuple[Any, ...]:
 
 
 def _read_valued(_: str, run_id: str, step: str, *arrays: bytes) -> ValuedGroup:
-    values, rewards = (np.frombuffer(array, np.float32) for array in arrays)
+    values, rewards = (np.frombuffer(array, "<f4") for array in arrays)
     return ValuedGroup(run_id, int(step), values, rewards)
 
 

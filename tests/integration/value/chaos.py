@@ -1,4 +1,4 @@
-"""Publishing labels while the value service and its Valkey are killed, again and again, in the middle of what they do.
+"""Publishes labels while the value service and its Valkey are killed repeatedly, at any moment.
 
 Each kill is aimed at a phase: a random moment after the service next begins to publish, consume, fit or checkpoint.
 What it hit is what was going on at that moment.

@@ -1,4 +1,4 @@
-"""SIGTERM to a value service under load: what becomes of labels whose publishing returned."""
+"""Sends SIGTERM to a value service under load and counts the labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts value services as processes, kills them, and talks to them."""
+"""Starts, kills and calls value services as processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels that are wrong in every way come by both doors: each is refused by name or dead-lettered, never learnt."""
+"""Invalid labels, published and queued directly, are rejected by name or dead-lettered, never learnt."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def damaged(payload: bytes, kind: int, random: Random) -> bytes:
     return random.bytes(int(random.integers(0, 300)))
 
 
-async def test_bad_labels_never_stop_the_good_ones_and_all_are_accounted_for(
+async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
     shared: ValueService, client: AsyncValueClient, make: Maker, valkey_url: str
 ) -> None:
     random = np.random.default_rng(SEED)

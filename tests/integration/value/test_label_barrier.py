@@ -1,4 +1,4 @@
-"""Questions that wait for the probes, over the wire: settled over kills, answered at once where waiting is no use."""
+"""Requests that wait for labels, over gRPC: over kills, and answered at once if waiting is useless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def known(client, domain: str) -> tuple[int, int]:
     return probe.probe_version, probe.num_groups
 
 
-async def test_a_question_right_after_labels_is_answered_by_a_probe_that_knows_them_all(client, make) -> None:
+async def test_a_request_after_labels_gets_a_probe_fitted_on_them(client, make) -> None:
     await client.publish_labels(labels(make, "settles"))
     (answer,) = await client.estimate_baselines("asks", 0, [make.question("a", "settles")], wait_for_labels_s=TIMEOUT_S)
     assert answer.up_to_date
@@ -32,7 +32,7 @@ async def test_a_question_right_after_labels_is_answered_by_a_probe_that_knows_t
     assert (again.up_to_date, again.probe_version) == (True, answer.probe_version)
 
 
-async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared, client, make) -> None:
+async def test_a_request_waiting_during_kill_9_gets_such_a_probe(shared, client, make) -> None:
     question = make.question("a", "settles.killed")
     with shared.held_fits():
         await client.publish_labels(labels(make, "settles.killed"))
@@ -54,7 +54,7 @@ async def test_so_is_one_that_waits_for_a_fit_when_the_service_is_killed(shared,
     assert await known(client, "settles.killed") == (answer.probe_version, NUM_STEPS * GROUPS)
 
 
-async def test_the_rest_of_a_step_asked_about_after_kill_9_is_as_settled_as_the_first_part(
+async def test_a_step_stays_up_to_date_over_kill_9(
     shared, client, make
 ) -> None:
     await client.publish_labels(labels(make, "settles.parts"))
@@ -72,7 +72,7 @@ async def test_the_rest_of_a_step_asked_about_after_kill_9_is_as_settled_as_the_
     assert (rest.up_to_date, rest.probe_version) == (True, first.probe_version)
 
 
-async def test_a_domain_of_another_run_that_is_not_fitted_keeps_nobody_waiting(shared, client, make) -> None:
+async def test_domains_of_other_runs_are_not_waited_for(shared, client, make) -> None:
     await client.publish_labels(labels(make, "settles.own"))
     await client.estimate_baselines("asks.own", 0, [make.question("a", "settles.own")], wait_for_labels_s=TIMEOUT_S)
     with shared.held_fits():
@@ -88,7 +88,7 @@ async def test_a_domain_of_another_run_that_is_not_fitted_keeps_nobody_waiting(s
     await fitted(client, "settles.stranger", 1)
 
 
-async def test_where_consuming_is_paused_the_answer_comes_at_once_and_says_that_it_is_not_settled(
+async def test_while_paused_the_answer_is_immediate_and_behind(
     shared, client, make
 ) -> None:
     await shared.post("pause")

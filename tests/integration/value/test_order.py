@@ -1,4 +1,4 @@
-"""The order invariant over the wire: nobody gets a baseline from a probe that has seen a label of the step."""
+"""The order invariant over gRPC: no baseline comes from a probe that has seen a label of the step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def paused(shared: ValueService, client: AsyncValueClient):
     await shared.post("resume")
 
 
-async def test_a_step_first_asked_about_after_its_labels_is_refused_for_good(client, make) -> None:
+async def test_a_step_whose_labels_came_first_stays_rejected(client, make) -> None:
     await warm_up(client, make, "late")
     await client.publish_labels([make.label("late", 3, group_id="a", domain="late")])
     await consumed(client)
@@ -36,7 +36,7 @@ async def test_a_step_first_asked_about_after_its_labels_is_refused_for_good(cli
     assert (await client.estimate_baselines("late.2", 3, [make.question(domain="late")]))[0].values is not None
 
 
-async def test_labels_that_bypassed_the_service_taint_their_step_all_the_same(shared, client, make, valkey_url) -> None:
+async def test_labels_that_bypassed_the_service_close_their_step(shared, client, make, valkey_url) -> None:
     label = encode(make.label("bypass", 0, domain="bypass"), value_pb2.LabelledGroup)
     async with redis.asyncio.from_url(valkey_url) as server:
         await server.xadd(shared.folder.name, {"group": label.SerializeToString()})
@@ -45,7 +45,7 @@ async def test_labels_that_bypassed_the_service_taint_their_step_all_the_same(sh
         await client.estimate_baselines("bypass", 0, [make.question(domain="bypass")])
 
 
-async def test_labels_that_wait_in_the_queue_do_not_taint_and_what_was_answered_stays(
+async def test_labels_in_the_queue_do_not_close_their_step(
     shared, client, make, paused
 ) -> None:
     """Published before the first question, learnt after it."""
@@ -62,7 +62,7 @@ async def test_labels_that_wait_in_the_queue_do_not_taint_and_what_was_answered_
     assert numbers(await client.estimate_baselines("waits", 0, [question])) == numbers(first)
 
 
-async def test_a_pinned_step_answers_alike_after_its_labels_and_refits(client, make) -> None:
+async def test_a_pinned_step_keeps_its_answer_over_refits(client, make) -> None:
     await warm_up(client, make, "pinned")
     questions = [make.question(f"g{i}", "pinned") for i in range(5)]
     first = await client.estimate_baselines("pinned", 0, questions)
@@ -86,7 +86,7 @@ async def test_a_step_asked_about_in_parts_is_answered_by_one_probe(client, make
     assert after.probe_version == before.probe_version
 
 
-async def test_a_domain_without_a_probe_at_the_first_question_has_none_for_the_whole_step(client, make) -> None:
+async def test_a_domain_pinned_without_a_probe_has_none_in_that_step(client, make) -> None:
     question = make.question(domain="young")
     assert (await client.estimate_baselines("young", 0, [question]))[0].values is None
     await client.publish_labels([make.label("young", step, domain="young", n=4) for step in range(3)])
@@ -131,7 +131,7 @@ NUM_CLIENTS, MIN_TURNS = 8, 768
 DOMAINS = ("storm.math", "storm.code")
 
 
-async def test_a_storm_of_questions_and_labels_with_a_kill_leaks_nothing(shared, client, make) -> None:
+async def test_a_storm_of_requests_with_a_kill_leaks_no_label(shared, client, make) -> None:
     lives = [0]
     answers: list[tuple[str, int, str, int]] = []
     """Run, step, domain, version."""
@@ -199,7 +199,7 @@ async def test_a_storm_of_questions_and_labels_with_a_kill_leaks_nothing(shared,
     assert all(len(different) == 1 for different in told.values())
 
 
-async def test_wrong_questions_over_the_wire_name_their_fields_and_pin_nothing(client, make) -> None:
+async def test_invalid_requests_name_their_fields_and_pin_nothing(client, make) -> None:
     with pytest.raises(PoiseClientError) as caught:
         await client.estimate_baselines("a b", 0, [make.question(""), make.question("g", "x y")])
     assert [field for field, _ in caught.value.violations] == ["run_id", "groups[0].group_id", "groups[1].domain"]

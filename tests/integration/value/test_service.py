@@ -1,4 +1,4 @@
-"""The service as its operators meet it: killed, without its queue, refused by it, paused, asked over REST."""
+"""The service in operation: killed, without its queue, paused, over gRPC and REST."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from poise_client.types import PromptFeatures
 NUM_LABELS = 240
 
 
-async def test_kill_9_in_the_middle_of_consuming_loses_no_label_and_counts_none_twice(
+async def test_kill_9_while_consuming_learns_each_label_once(
     shared, client, make, valkey_url
 ) -> None:
     await consumed(client)
@@ -68,7 +68,7 @@ async def test_kill_9_in_the_middle_of_consuming_loses_no_label_and_counts_none_
     assert again.probes[0].num_groups == NUM_LABELS
 
 
-async def test_without_its_queue_it_answers_says_why_it_is_not_ready_and_recovers(build, make, tmp_path: Path) -> None:
+async def test_without_its_queue_it_answers_and_is_not_ready(build, make, tmp_path: Path) -> None:
     port = free_port()
 
     def valkey() -> ValkeyServer:
@@ -107,7 +107,7 @@ async def test_without_its_queue_it_answers_says_why_it_is_not_ready_and_recover
             server.stop()
 
 
-async def test_a_queue_that_refuses_it_is_told_in_readiness_without_the_password(build, tmp_path: Path) -> None:
+async def test_readiness_reports_a_rejected_login_without_password(build, tmp_path: Path) -> None:
     port = free_port()
     server = ValkeyServer(port=port, data_dir=tmp_path)
     server.start()
@@ -131,7 +131,7 @@ async def test_a_queue_that_refuses_it_is_told_in_readiness_without_the_password
         server.stop()
 
 
-async def test_a_state_folder_in_use_stops_a_second_service_with_one_line(shared, client, build) -> None:
+async def test_a_state_folder_in_use_stops_a_second_service(shared, client, build) -> None:
     second: ValueService = build(f"state_dir={shared.folder / 'state'}")
     second.start()
     assert second.process.wait(TIMEOUT_S) == 1
@@ -143,7 +143,7 @@ async def test_a_state_folder_in_use_stops_a_second_service_with_one_line(shared
 # REST.
 
 
-async def test_paused_labels_wait_while_questions_are_answered_and_the_depth_is_shown(shared, client, make) -> None:
+async def test_while_paused_requests_are_answered_and_labels_wait(shared, client, make) -> None:
     await warm_up(client, make, "rest")
     assert (await shared.post("pause")).json()["ready"]
     await client.publish_labels([make.label("rest", step, domain="rest") for step in range(3)])
@@ -175,7 +175,7 @@ async def test_a_checkpoint_names_the_file_that_holds_everything(shared, client,
     assert answer.json()["num_groups_consumed"] == (await client.get_probe()).num_groups_consumed
 
 
-async def test_dead_letters_are_listed_newest_first_with_their_reasons(shared, client, make, valkey_url) -> None:
+async def test_dead_letters_are_listed_newest_first(shared, client, make, valkey_url) -> None:
     async with redis.asyncio.from_url(valkey_url) as server:
         ids = [await server.xadd(shared.folder.name, fields) for fields in ({"group": b"\xff" * 3}, {"other": b"x"})]
     await client.publish_labels([make.label("letters", 0, domain="letters")])
@@ -259,7 +259,7 @@ async def scraped(service: ValueService) -> dict[tuple[str, tuple[tuple[str, str
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
 
 
-async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(shared, client, make) -> None:
+async def test_get_probe_reports_quality_on_unseen_labels(shared, client, make) -> None:
     await warm_up(client, make, "quality")
     (before,) = (await client.get_probe("quality")).probes
     assert math.isnan(before.quality.pearson) and math.isnan(before.quality.brier)
@@ -302,7 +302,7 @@ async def test_the_report_tells_the_probes_quality_on_labels_it_had_not_seen(sha
 # Probes that see the siblings' rewards; prompts before any rollout.
 
 
-async def test_rewards_among_the_inputs_are_asked_for_used_and_kept_over_a_kill(build, make) -> None:
+async def test_rewards_as_inputs_are_required_and_survive_a_kill(build, make) -> None:
     service: ValueService = build()
     service.start()
     await service.ready()
@@ -329,7 +329,7 @@ async def test_rewards_among_the_inputs_are_asked_for_used_and_kept_over_a_kill(
         assert await client.score_prompts(prompts) == scores
 
 
-async def test_prompts_are_scored_by_the_current_probe_before_any_rollout(shared, client, make) -> None:
+async def test_prompts_are_scored_by_the_current_probe(shared, client, make) -> None:
     prompts = [PromptFeatures(f"p{i}", "choosing", make.rollouts(1)[0].prompt_hidden) for i in range(600)]
     assert {score.value for score in await client.score_prompts(prompts)} == {None}
     await warm_up(client, make, "choosing")
@@ -344,7 +344,7 @@ async def test_prompts_are_scored_by_the_current_probe_before_any_rollout(shared
         await client.score_prompts([*prompts, narrow])
 
 
-async def test_wrong_labels_name_their_fields_and_none_of_the_request_is_queued(client, make) -> None:
+async def test_invalid_labels_name_their_fields_and_queue_nothing(client, make) -> None:
     await client.publish_labels([make.label("wrong.labels", 0, domain="wrong.labels")])
     await consumed(client)
     before = await client.get_probe()

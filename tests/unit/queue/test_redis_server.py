@@ -1,4 +1,4 @@
-"""Judging a server by what it says of itself, and naming what each of its errors means."""
+"""Checks of a server's INFO and CONFIG, and the remedy for each of its errors."""
 
 from __future__ import annotations
 

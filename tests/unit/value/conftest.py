@@ -20,7 +20,7 @@ WIDTH = 6
 
 
 class Maker:
-    """Random features whose rewards they explain, from one seed."""
+    """Random features, and rewards that depend on them, from one seed."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
@@ -63,7 +63,7 @@ class Maker:
 
 
 def sdk_features(rows: FeatureMatrix) -> tuple[Features, ...]:
-    """Rows as clients hold them."""
+    """Return features as clients have them."""
     return tuple(
         Features(prompt, response, *(EntropyStats(*entropies[i : i + 4].tolist()) for i in (0, 4, 8)))
         for prompt, response, entropies in zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, strict=True)

@@ -1,4 +1,4 @@
-"""Requests whose size or number once froze the value service: refused before they are read, in few words."""
+"""Oversized requests are rejected before they are parsed, with a short message."""
 
 import asyncio
 
@@ -58,7 +58,7 @@ async def test_the_event_loop_goes_on_meanwhile(servicer):
         await asking
 
 
-async def test_a_question_that_is_read_when_the_service_closes_is_refused(servicer):
+async def test_a_request_parsed_while_the_service_closes_is_rejected(servicer):
     state = to_tensor(np.zeros(2, np.float32))
     rollouts = [common_pb2.RolloutFeatures(prompt_hidden=state, response_hidden=state)]
     request = pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=rollouts)])

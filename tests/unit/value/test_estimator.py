@@ -1,4 +1,4 @@
-"""The order invariant, attacked; and what else the estimator promises."""
+"""The order invariant under attack, and everything else about the estimator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refit(estimator: BaselineEstimator, name: str = "default") -> VersionedProbe
 
 @pytest.fixture
 def fitted(config: Build, make) -> BaselineEstimator:
-    """Has learnt steps 0 to 9 of another run."""
+    """An estimator with a probe fitted on steps 0 to 9 of another run."""
     estimator = BaselineEstimator(config())
     for step in range(10):
         estimator.learn(make.label(step, run_id="past"))
@@ -54,7 +54,7 @@ def numbers(answers) -> list[bytes | None]:
 # The order invariant.
 
 
-def test_a_step_is_answered_alike_before_and_after_its_labels_were_learnt(fitted, make) -> None:
+def test_a_step_gets_the_same_answer_after_its_labels(fitted, make) -> None:
     questions = [make.question("a"), make.question("b")]
     first = fitted.estimate("run", 0, questions)
     for name, question in zip("ab", questions, strict=True):
@@ -66,21 +66,21 @@ def test_a_step_is_answered_alike_before_and_after_its_labels_were_learnt(fitted
     assert fitted.estimate("run", 1, questions)[0].probe_version == 2
 
 
-def test_a_step_first_asked_about_after_one_of_its_labels_is_refused_and_named(fitted, make) -> None:
+def test_a_step_whose_labels_came_first_is_rejected(fitted, make) -> None:
     fitted.learn(make.label(3, "g0"))
     with pytest.raises(LabelsConsumed, match=r"step 3 of run 'run'"):
         fitted.estimate("run", 3, [make.question("g1")])
 
 
 def test_a_refused_step_stays_refused(fitted, make) -> None:
-    """Asking must not pin what it refuses."""
+    """A rejected request must not pin its step."""
     fitted.learn(make.label(3))
     for _ in range(2):
         with pytest.raises(LabelsConsumed):
             fitted.estimate("run", 3, [make.question()])
 
 
-def test_a_label_taints_its_step_in_every_domain_even_before_any_fit(fitted, make) -> None:
+def test_a_label_closes_its_step_in_every_domain(fitted, make) -> None:
     fitted.learn(make.label(3, domain="new"))
     with pytest.raises(LabelsConsumed):
         fitted.estimate("run", 3, [make.question(domain="default")])
@@ -106,15 +106,15 @@ def test_labels_of_other_steps_do_not_taint_in_any_order(fitted, make) -> None:
         assert fitted.estimate("run", step, [make.question()])[0].probe_version == 2
 
 
-def test_a_fit_that_ends_between_two_questions_does_not_change_the_step(fitted, make) -> None:
-    """A request split in parts, with labels of its first part racing ahead of its second."""
+def test_a_fit_between_two_requests_does_not_change_a_step(fitted, make) -> None:
+    """A request in two parts; labels of the first part arrive before the second."""
     fitted.estimate("run", 0, [make.question("a")])
     fitted.learn(make.label(0, "a"))
     refit(fitted)
     assert fitted.estimate("run", 0, [make.question("b")])[0].probe_version == 1
 
 
-def test_a_domain_first_seen_late_in_a_pinned_step_is_answered_from_the_pin(fitted, make) -> None:
+def test_a_pin_covers_domains_requested_later(fitted, make) -> None:
     for step in range(4):
         fitted.learn(make.label(step, run_id="past", group_id="late", domain="late"))
     before = refit(fitted, "late")
@@ -124,7 +124,7 @@ def test_a_domain_first_seen_late_in_a_pinned_step_is_answered_from_the_pin(fitt
     assert fitted.estimate("run", 0, [make.question(domain="late")])[0].probe_version == before.version
 
 
-def test_a_domain_without_a_probe_when_the_step_was_pinned_has_none_for_the_whole_step(fitted, make) -> None:
+def test_a_domain_pinned_without_a_probe_has_none_in_that_step(fitted, make) -> None:
     question = make.question(domain="new")
     assert fitted.estimate("run", 0, [question])[0].values is None
     for step in range(4):
@@ -134,7 +134,7 @@ def test_a_domain_without_a_probe_when_the_step_was_pinned_has_none_for_the_whol
     assert fitted.estimate("run", 9, [question])[0].values is not None
 
 
-def test_a_pinned_step_is_answered_alike_after_labels_refits_and_a_restart(fitted, config, make) -> None:
+def test_a_pin_survives_labels_refits_and_a_restart(fitted, config, make) -> None:
     questions = [make.question()]
     first = fitted.estimate("run", 0, questions)
     fitted.learn(make.label(0))
@@ -144,14 +144,14 @@ def test_a_pinned_step_is_answered_alike_after_labels_refits_and_a_restart(fitte
     assert restarted.estimate("run", 1, questions)[0].probe_version == 2
 
 
-def test_a_step_is_as_settled_after_a_restart_as_it_was_when_pinned(fitted, config, make) -> None:
+def test_a_pin_keeps_which_domains_are_behind_over_a_restart(fitted, config, make) -> None:
     questions = [make.question(domain=domain) for domain in ("default", "behind")]
     fitted.estimate("run", 0, questions[:1], behind=frozenset({"behind"}))
     again = restart(fitted, config()).estimate("run", 0, questions, behind=None)
     assert [answer.up_to_date for answer in again] == [True, False]
 
 
-def test_after_a_restart_a_step_not_pinned_with_consumed_labels_is_refused(fitted, config, make) -> None:
+def test_a_restart_does_not_open_a_step_with_labels(fitted, config, make) -> None:
     fitted.learn(make.label(0))
     with pytest.raises(LabelsConsumed):
         restart(fitted, config()).estimate("run", 0, [make.question()])
@@ -166,7 +166,7 @@ def test_a_label_learnt_after_a_restart_is_held_against_its_pin(fitted, config, 
     assert restart(restarted, config()).domains["default"].diagnostics.quality() == before
 
 
-def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted, config, make) -> None:
+def test_a_step_older_than_the_horizon_is_rejected(fitted, config, make) -> None:
     short = restart(fitted, config(horizon_steps=2))
     for step in (1, 4, 5, 6):
         short.learn(make.label(step))
@@ -175,7 +175,7 @@ def test_a_step_under_the_horizon_is_refused_though_its_ids_are_forgotten(fitted
             short.estimate("run", step, [make.question()])
 
 
-def test_a_pin_beyond_the_bound_is_refused_once_labels_came_and_repinned_while_none_did(config, make) -> None:
+def test_a_dropped_pin_is_renewed_only_without_labels(config, make) -> None:
     estimator = BaselineEstimator(config(pinned_steps=2))
     for step in range(4):
         estimator.learn(make.label(step, run_id="past"))
@@ -196,8 +196,8 @@ def test_a_dead_lettered_label_does_not_taint_its_step(config, make) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_interleaving_gives_a_value_from_a_probe_that_saw_a_label_of_the_step(config, make, seed) -> None:
-    """Questions, labels, fits that begin and end apart, and restarts, against a record of what each probe saw."""
+def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
+    """Random requests, labels, starts and ends of fits, and restarts, checked against what each probe has seen."""
     random = np.random.default_rng(seed)
     settings = config(pinned_steps=3, horizon_steps=6, max_runs=2)
     estimator = BaselineEstimator(settings)
@@ -259,7 +259,7 @@ def test_a_single_rollout_has_a_value_and_no_baseline(fitted, make) -> None:
     assert answer.baselines is None
 
 
-def test_domains_are_answered_by_their_own_probes_in_the_order_asked(fitted, make) -> None:
+def test_each_domain_is_answered_by_its_own_probe_in_order(fitted, make) -> None:
     for step in range(4):
         fitted.learn(make.label(step, run_id="past", group_id="m", domain="math"))
     refit(fitted, "math")
@@ -295,7 +295,7 @@ def with_rewards(question: GroupQuery, rewards: np.ndarray) -> GroupQuery:
 
 @pytest.fixture
 def rewarded(config: Build, make) -> BaselineEstimator:
-    """Its probe takes the siblings' rewards; domain "plain" has one that does not."""
+    """An estimator whose probe needs rewards; the probe of domain "plain" does not."""
     estimator = BaselineEstimator(config())
     for step in range(10):
         estimator.learn(make.label(step, run_id="past", n=3))
@@ -308,7 +308,7 @@ def rewarded(config: Build, make) -> BaselineEstimator:
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-def test_no_bit_of_a_baseline_depends_on_the_rollouts_own_reward(rewarded, make, n) -> None:
+def test_no_bit_of_a_baseline_depends_on_the_own_reward(rewarded, make, n) -> None:
     question = make.question(n=n)
     for own in range(n):
         rewards = make.rewards(n)
@@ -323,7 +323,7 @@ def test_no_bit_of_a_baseline_depends_on_the_rollouts_own_reward(rewarded, make,
             assert (after.baselines[others] != before.baselines[others]).all()
 
 
-def test_a_question_without_rewards_is_refused_where_the_probe_takes_them(rewarded, make) -> None:
+def test_a_request_without_required_rewards_is_rejected(rewarded, make) -> None:
     rich = with_rewards(make.question(), make.rewards())
     with pytest.raises(InvalidRequest) as caught:
         rewarded.estimate("run", 0, [make.question(domain="plain"), rich, make.question(), make.question(domain="new")])
@@ -340,14 +340,14 @@ def test_the_pinned_probe_says_whether_rewards_are_needed(fitted, rewarded, make
         fitted.estimate("run", 1, [make.question()])
 
 
-def test_rewards_change_nothing_where_the_probe_does_not_take_them(rewarded, make) -> None:
+def test_rewards_change_nothing_if_they_are_no_input(rewarded, make) -> None:
     question = make.question(domain="plain")
     asked = [question, with_rewards(question, make.rewards()), with_rewards(question, make.rewards())]
     first, second, third = numbers(rewarded.estimate("run", 0, asked))
     assert first == second == third
 
 
-def test_the_record_of_a_probe_that_takes_rewards_is_of_the_values_it_answered(rewarded, make) -> None:
+def test_diagnostics_use_the_values_that_were_answered(rewarded, make) -> None:
     question = make.question(n=3)
     label = make.label(0, features=question.features)
     (answer,) = rewarded.estimate("run", 0, [with_rewards(question, label.rewards)])
@@ -363,7 +363,7 @@ def prompt(make, domain: str = "default", width: int = 6) -> PromptFeatures:
     return PromptFeatures(f"p{make.random.integers(1000)}", domain, make.features(1, width).prompt_hidden[0])
 
 
-def test_prompts_are_valued_by_their_domains_own_probes_in_the_order_asked(fitted, make) -> None:
+def test_each_prompt_is_scored_by_its_domains_probe_in_order(fitted, make) -> None:
     for step in range(4):
         fitted.learn(make.label(step, run_id="past", group_id="m", domain="math"))
     refit(fitted, "math")
@@ -382,7 +382,7 @@ def test_prompts_are_valued_by_their_domains_own_probes_in_the_order_asked(fitte
 
 
 def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
-    """Rewards follow the first number of the prompt's state, which siblings share."""
+    """Rewards depend on the first number of the prompt's state, which siblings share."""
     estimator = BaselineEstimator(config())
     for step in range(100):
         rows = make.features(2)
@@ -418,14 +418,14 @@ def test_prompts_of_another_width_are_named(fitted, make) -> None:
         fitted.score([prompt(make), prompt(make, width=9), prompt(make, "unknown", width=9)])
 
 
-def test_prompts_cannot_be_valued_where_the_probe_does_not_see_them(fitted, config, make) -> None:
+def test_prompts_need_prompt_hidden_among_the_inputs(fitted, config, make) -> None:
     blind = restart(fitted, config(probe={"inputs": ["response_hidden", "entropy"]}))
     with pytest.raises(InvalidRequest, match=r"probe.inputs is response_hidden, entropy, without prompt_hidden") as e:
         blind.score([prompt(make)])
     assert e.value.remedy == "Add prompt_hidden to probe.inputs of the value service."
 
 
-def test_a_probe_from_before_the_prompt_was_an_input_gives_no_score_yet(fitted, make) -> None:
+def test_a_probe_fitted_without_prompts_gives_no_score_yet(fitted, make) -> None:
     fitter = IncrementalFitter(("response_hidden",), 4, 4, 1.0)
     probe = fitter.fit(fitted.domains["default"].window.groups)
     fitted.install("default", VersionedProbe(2, probe, 10, 0.0))
@@ -485,14 +485,14 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
 
 
 def taken(estimator: BaselineEstimator, label: Label) -> bool:
-    """Learn a label as the consumer does; whether it was not refused."""
+    """Learn a label as the updater does; return whether it was accepted."""
     refusal = estimator.refusal(label.domain, label.features.width) or estimator.width_vote(label)
     if refusal is None:
         estimator.learn(label)
     return refusal is None
 
 
-def test_a_first_label_of_the_wrong_width_does_not_shut_out_the_right_ones(config: Build, make) -> None:
+def test_a_first_label_of_the_wrong_width_is_outvoted(config: Build, make) -> None:
     estimator = BaselineEstimator(config())
     assert taken(estimator, make.label(0, "wrong", width=9))
     assert taken(estimator, make.label(0))
@@ -501,7 +501,7 @@ def test_a_first_label_of_the_wrong_width_does_not_shut_out_the_right_ones(confi
     assert estimator.learn(make.label(0, "wrong", width=9)) is Admission.DUPLICATE  # it was learnt, once
 
 
-def test_the_width_that_most_labels_have_wins_and_a_few_others_change_nothing(config: Build, make) -> None:
+def test_the_width_of_the_majority_wins(config: Build, make) -> None:
     estimator = BaselineEstimator(config())
     widths = [9, 9, 6, 6, 6, 6, 6, 9, 6, 9, 6]
     accepted = [taken(estimator, make.label(step, width=width)) for step, width in enumerate(widths)]
@@ -547,7 +547,7 @@ def test_windows_are_as_large_as_their_domain_says(config, make) -> None:
 # The track record.
 
 
-def test_quality_compares_the_pinned_probes_values_with_the_labels_that_came_later(fitted, make) -> None:
+def test_diagnostics_compare_pinned_values_with_later_labels(fitted, make) -> None:
     question = make.question(n=4)
     (answer,) = fitted.estimate("run", 0, [question])
     refit(fitted)
@@ -559,7 +559,7 @@ def test_quality_compares_the_pinned_probes_values_with_the_labels_that_came_lat
     assert record.quality().pearson == pytest.approx(float(np.corrcoef(answer.values, label.targets)[0, 1]), rel=1e-4)
 
 
-def test_labels_of_steps_never_asked_about_and_duplicates_do_not_count(fitted, make) -> None:
+def test_diagnostics_ignore_unpinned_steps_and_duplicates(fitted, make) -> None:
     fitted.learn(make.label(0))
     fitted.estimate("run", 1, [make.question()])
     label = make.label(1)

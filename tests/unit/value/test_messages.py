@@ -1,4 +1,4 @@
-"""Every way in which a queue entry can be wrong, each named by its field."""
+"""Invalid queue entries of every kind, rejected with the name of the field."""
 
 from __future__ import annotations
 
@@ -181,13 +181,13 @@ def test_an_entry_over_the_limit_is_not_even_parsed() -> None:
 
 
 def test_no_cut_of_a_message_gets_through_as_a_label(make) -> None:
-    """As after a torn write: a prefix that happens to parse lacks rewards, the last field."""
+    """As after a torn write: a prefix that parses lacks rewards, the last field."""
     payload = make.payload(3)
     for end in range(len(payload)):
         violations(payload[:end])
 
 
-def test_no_flipped_bit_escapes_as_anything_but_a_label_or_invalid_request(make) -> None:
+def test_a_flipped_bit_gives_a_label_or_invalid_request(make) -> None:
     payload = make.payload(3, width=1)
     random = np.random.default_rng(0)
     num_refused = 0

@@ -1,4 +1,4 @@
-"""What the service refuses before anything is computed or queued, each wrong field by its name."""
+"""Invalid requests are rejected by field before anything is computed or queued; valid ones are answered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def question_message(question: GroupQuery, rewards=None) -> pb.GroupFeatures:
 
 
 class Call:
-    """A call that has so many seconds left."""
+    """A call with this much time left."""
 
     def __init__(self, left_s: float | None = None) -> None:
         self._left_s = left_s
@@ -56,7 +56,7 @@ class Barrier:
 
 
 class Service:
-    """A servicer over a queue in memory."""
+    """A servicer with a queue in memory."""
 
     def __init__(self, config, make) -> None:
         self.make = make
@@ -130,7 +130,7 @@ def with_change(message, change: Callable[[object], object]):
 # EstimateBaselines.
 
 
-async def test_answers_come_in_the_order_asked_from_the_domains_own_probe(service) -> None:
+async def test_answers_are_in_order_and_from_the_domains_probe(service) -> None:
     service.install("math")
     answers = await service.estimate(
         service.group("a", domain="math"), service.group("b", domain=""), service.group("c", domain="math", n=1)
@@ -185,7 +185,7 @@ async def test_the_number_of_groups_is_bounded(service, number) -> None:
         assert "groups" in await fields_of(call)
 
 
-async def test_a_question_of_another_width_than_the_probes_is_refused_by_group(service) -> None:
+async def test_a_group_of_another_width_is_rejected_by_name(service) -> None:
     service.install(width=6)
     wide = service.group("wide", width=9)
     assert await fields_of(service.estimate(service.group(domain="new"), wide)) == ["groups[1].rollouts"]
@@ -199,7 +199,7 @@ async def test_rewards_reach_a_probe_that_takes_them(service) -> None:
     assert await fields_of(service.estimate(service.group())) == ["groups[0].rewards"]
 
 
-async def test_each_group_is_answered_from_its_own_rows_and_rewards_whatever_it_is_asked_with(service) -> None:
+async def test_each_group_is_answered_from_its_own_features(service) -> None:
     probe = FittedProbe({"response_hidden": np.arange(9) / 100, "entropy": np.float64([1, 2, 3]) / 100}, 0.5)
     service.estimator.install("wide", VersionedProbe(1, probe, 0, 0.0))
     service.install("rewarded", reward_weight=0.25)
@@ -232,7 +232,7 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
     assert await fields_of(service.estimate(service.group(rewards=np.float32([0, 1])), group)) == ["groups[1].rewards"]
 
 
-async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by_what_came_of_it(service) -> None:
+async def test_a_request_that_pins_a_step_waits_for_labels(service) -> None:
     service.barrier.meanwhile = service.install
     (answer,) = await service.estimate(service.group(), wait_for_labels_s=30)
     assert (answer.probe_version, answer.up_to_date) == (1, True)
@@ -242,7 +242,7 @@ async def test_the_question_that_pins_a_step_waits_as_it_asks_and_is_answered_by
     assert service.barrier.limits_s == [30, 30]
 
 
-async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of_others(service) -> None:
+async def test_each_domain_reports_whether_it_is_up_to_date(service) -> None:
     service.barrier.behind = frozenset({"code", "chess"})
     answers = await service.estimate(
         *(service.group(domain=domain) for domain in ("math", "code", "", "math")), run_id="asks", wait_for_labels_s=30
@@ -256,13 +256,13 @@ async def test_a_step_is_as_settled_as_the_domain_asked_about_whatever_became_of
     assert [answer.up_to_date for answer in later] == [False, True]
 
 
-async def test_a_question_that_does_not_ask_for_it_does_not_wait(service) -> None:
+async def test_a_request_without_wait_for_labels_s_does_not_wait(service) -> None:
     (answer,) = await service.estimate(service.group())
     assert not answer.up_to_date
     assert service.barrier.limits_s == []
 
 
-async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(service) -> None:
+async def test_a_pinned_step_is_answered_without_waiting(service) -> None:
     for step, wait_for_labels_s in enumerate([30, 0]):
         await service.estimate(service.group(), step=step, wait_for_labels_s=wait_for_labels_s)
     for step, settled in enumerate([True, False]):
@@ -271,14 +271,14 @@ async def test_a_pinned_step_is_answered_at_once_and_as_settled_as_it_was(servic
     assert service.barrier.limits_s == [30]
 
 
-async def test_a_step_whose_labels_came_first_is_refused_at_once(service) -> None:
+async def test_a_step_whose_labels_came_first_is_rejected_at_once(service) -> None:
     service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.barrier.limits_s == []
 
 
-async def test_labels_of_the_step_that_come_while_it_waits_refuse_it(service) -> None:
+async def test_labels_of_the_step_during_the_wait_reject_the_request(service) -> None:
     service.barrier.meanwhile = lambda: service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
@@ -290,7 +290,7 @@ async def test_waiting_leaves_time_for_the_answer_before_the_deadline(service) -
     assert service.barrier.limits_s == [pytest.approx(9), 30]
 
 
-async def test_a_service_that_shuts_down_while_a_question_waits_leaves_it_to_another(service) -> None:
+async def test_a_request_that_waits_during_shutdown_pins_nothing(service) -> None:
     service.barrier.meanwhile = service.servicer.close
     with pytest.raises(Draining):
         await service.estimate(service.group(), wait_for_labels_s=30)
@@ -354,7 +354,7 @@ async def test_labels_are_queued_whole_in_order(service) -> None:
     assert [pb.LabelledGroup.FromString(entry.payload) for entry in service.stream.unread] == labels
 
 
-async def test_everything_wrong_with_labels_is_named_at_once_and_nothing_is_queued(service) -> None:
+async def test_all_invalid_fields_of_labels_are_named_at_once(service) -> None:
     service.estimator.learn(service.make.label(0, domain="known", width=9))
     service.install("known", width=9)
     labels = [
@@ -381,14 +381,14 @@ async def test_a_domain_too_many_is_named(config, make) -> None:
     assert await fields_of(service.publish(service.label(domain="two"))) == ["groups[0].domain"]
 
 
-async def test_a_label_too_large_for_the_queue_is_named_before_it_is_queued(config, make) -> None:
+async def test_a_label_larger_than_the_limit_is_rejected_by_name(config, make) -> None:
     service = Service(config(queue={"max_entry_bytes": 1024}), make)
     labels = [service.label(), service.label(0, "large", domain="large", width=200)]
     assert await fields_of(service.publish(*labels)) == ["groups[1]"]
     assert not service.stream.unread
 
 
-async def test_more_labels_than_the_queue_ever_holds_are_invalid_rather_than_told_to_wait(config, make) -> None:
+async def test_more_labels_than_the_queue_can_hold_are_invalid(config, make) -> None:
     service = Service(config(queue={"max_entries": 2}), make)
     assert await fields_of(service.publish(*[service.label(0, str(i)) for i in range(3)])) == ["groups"]
 
@@ -421,7 +421,7 @@ async def test_the_report_counts_what_is_known_and_queued(service) -> None:
     assert (report.num_groups_consumed, report.num_duplicates, report.num_pending) == (3, 1, 1)
 
 
-async def test_one_domain_is_reported_alone_and_an_unknown_one_is_not_found_by_name(service) -> None:
+async def test_get_probe_of_one_domain_or_an_unknown_one(service) -> None:
     for domain in ("math", "code"):
         service.estimator.learn(service.make.label(0, domain, domain=domain))
     assert [each.domain for each in (await service.probe("code")).probes] == ["code"]

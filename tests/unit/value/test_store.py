@@ -1,4 +1,4 @@
-"""The state folder: everything comes back, over damage, crashes, full disks and second owners."""
+"""The state is restored to the last bit, despite damage, crashes, full disks and a lost lock."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_new_folder_is_created_and_is_empty(folder) -> None:
 
 
 def sliding(make) -> list[Snapshot]:
-    """States of a window of four groups that gets one more each time, beside a domain that never changes."""
+    """States of a sliding window of four groups, beside a domain that never changes."""
     groups, still = [make.label(step) for step in range(12)], (make.label(0, domain="still"),)
     valued = [ValuedGroup("run", step, make.rewards(), make.rewards()) for step in range(12)]
     states = []
@@ -498,7 +498,7 @@ def test_a_killed_process_leaves_the_last_state_or_the_next(folder) -> None:
     assert reopened(folder) in (int(last), int(last) + 1)
 
 
-def test_a_crash_at_any_file_operation_leaves_one_of_the_two_states(tmp_path, make) -> None:
+def test_a_crash_at_any_statement_leaves_one_of_two_states(tmp_path, make) -> None:
     """Copies the folder at every commit step, as a crash at that moment would leave it, and opens the copy."""
     folder, copies = tmp_path / "state", tmp_path / "copies"
     copies.mkdir()

@@ -1,4 +1,4 @@
-"""The gradient under cross-rollout baselines is unbiased, tested with power against one that is not.
+"""A test that the gradient with cross-rollout baselines is unbiased, with the power to detect a biased one.
 
 A softmax policy over a few answers to a few prompts, small enough for the exact gradient. Rollouts carry features that
 tell both prompt and answer; a probe is fitted on earlier rollouts. The estimator's mean over many groups must match the
@@ -27,7 +27,7 @@ from poise.value.step_probes import VersionedProbe
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2
 NUM_ASKED = 30_000
-"""Of the groups: as many as the service is asked about."""
+"""The number of groups whose baselines the service is asked for."""
 
 PAPERS: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 
@@ -120,7 +120,7 @@ def values(probe, groups: Rollouts) -> Array:
 
 
 def p_value(groups: Rollouts, baselines: Array) -> float:
-    """How likely so large a distance from the exact gradient is by chance: Hotelling's T², as good as χ² here."""
+    """Return the p-value of the distance to the exact gradient: Hotelling's T², practically χ² here."""
     estimates = groups.gradients(baselines)
     difference = estimates.mean(0) - groups.world.exact_gradient().reshape(-1)
     covariance = np.cov(estimates.T) / len(estimates)
@@ -154,7 +154,7 @@ def test_a_baseline_from_the_own_features_is_told_apart(probe, groups) -> None:
 
 
 class Served:
-    """What the service answers to the first groups, learnt from labels of its own: values and baselines, [G, n]."""
+    """Return values and baselines of the first groups, [G, n], from a service that learnt its own labels."""
 
     def __init__(self, config, world: World, groups: Rollouts, inputs: tuple[ProbeInput, ...]) -> None:
         estimator = BaselineEstimator(config(probe={"inputs": inputs, "window_rows": 4000}))
@@ -177,12 +177,12 @@ def served(request, config, groups) -> Served:
     return Served(config, World(), groups, request.param)
 
 
-def test_the_baselines_that_the_service_answers_keep_the_gradient_unbiased(served) -> None:
+def test_the_baselines_keep_the_gradient_unbiased(served) -> None:
     assert p_value(served.groups, served.baselines) > 1e-3
 
 
-def test_its_values_as_baselines_of_their_own_rollouts_are_told_apart(served) -> None:
-    """With `sibling_reward` these look at the own reward; the test has the power to see either, and a tenth of it."""
+def test_own_values_as_baselines_bias_the_gradient(served) -> None:
+    """With `sibling_reward` the own value depends on the own reward; the test detects either, and a tenth of it."""
     assert p_value(served.groups, served.values) < 1e-9
     assert p_value(served.groups, 0.9 * served.baselines + 0.1 * served.groups.rewards) < 1e-9
 
@@ -196,7 +196,7 @@ def test_the_siblings_reward_lowers_the_variance_further(config, groups) -> None
 
 
 def test_the_probe_is_worth_it(probe, groups) -> None:
-    """It lowers the variance of the advantages below no baseline's and RLOO's."""
+    """The variance of the advantages is lower than without a baseline and with RLOO."""
 
     def variance(baselines: Array) -> float:
         return float(np.mean((groups.rewards - baselines) ** 2))

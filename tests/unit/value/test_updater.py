@@ -1,4 +1,4 @@
-"""Learn, make durable, acknowledge: each label exactly once over crashes anywhere, and none stopped by another."""
+"""Consume, learn, save, acknowledge: each label is learnt exactly once, over crashes anywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stream() -> MemoryStream:
 
 @pytest.fixture
 def start(config, stream) -> Callable[..., Harness]:
-    """No fits: the warm-up is longer than any test."""
+    """The warm-up is longer than any test, so that there are no fits."""
     settings = {"queue": {"batch_entries": 4}, "probe": {"warmup_steps": 1000}}
     return lambda **changes: Harness(config(**settings | changes), stream)
 
@@ -159,10 +159,10 @@ async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
     assert len(stream.dead) == stream.num_dead_letters == len(poison)
 
 
-async def test_a_crash_after_every_single_call_still_ends_with_each_label_once(
+async def test_repeated_crashes_still_learn_each_label_once(
     start, stream, make, monkeypatch
 ) -> None:
-    """The service comes up, does one more thing, and dies; again and again."""
+    """The service starts, does one more thing and dies, repeatedly."""
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     num_lives = 0
     for owner, method in ((Updater, "save"), (MemoryQueue, "ack")) * 2:
@@ -181,7 +181,7 @@ async def test_a_crash_after_every_single_call_still_ends_with_each_label_once(
 # Trouble that passes.
 
 
-async def test_a_disk_that_is_full_for_a_while_keeps_labels_in_the_queue(start, stream, make, monkeypatch) -> None:
+async def test_a_full_disk_keeps_labels_in_the_queue(start, stream, make, monkeypatch) -> None:
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     with start().opened() as harness:
         save, refusals = harness.store.save, iter(range(3))
@@ -201,7 +201,7 @@ async def test_a_disk_that_is_full_for_a_while_keeps_labels_in_the_queue(start, 
 
 
 @pytest.mark.parametrize("method", ["read", "ack", "dead_letter", "depth"])
-async def test_a_queue_that_is_down_is_reported_once_and_consumed_on_when_it_is_back(
+async def test_a_queue_that_is_down_is_reported_once(
     start, stream, make, monkeypatch, caplog, method
 ) -> None:
     real, down = getattr(MemoryQueue, method), True
@@ -228,7 +228,7 @@ async def test_a_queue_that_is_down_is_reported_once_and_consumed_on_when_it_is_
     assert len(stream.dead) == 1
 
 
-async def test_until_the_queue_was_reached_there_is_a_problem(start, stream) -> None:
+async def test_an_unreached_queue_is_a_problem(start, stream) -> None:
     with start().opened() as harness:
         assert "not been reached" in harness.updater.problem
         await harness.run_until(lambda: not harness.updater.problem)
@@ -237,7 +237,7 @@ async def test_until_the_queue_was_reached_there_is_a_problem(start, stream) -> 
 # Poison.
 
 
-async def test_poison_is_dead_lettered_with_its_reason_and_the_rest_goes_on(start, stream, make, monkeypatch) -> None:
+async def test_invalid_labels_are_dead_lettered_with_the_reason(start, stream, make, monkeypatch) -> None:
     settings = {"horizon_steps": 1, "probe": {"max_domains": 1, "warmup_steps": 1000}}
     oversized = make.payload(0, "large", width=2000)
     entries = [
@@ -270,7 +270,7 @@ async def test_poison_is_dead_lettered_with_its_reason_and_the_rest_goes_on(star
         assert reasons[payload].startswith(part)
 
 
-async def test_an_entry_that_meets_a_defect_of_ours_does_not_stop_those_behind_it(
+async def test_an_unexpected_error_does_not_stop_other_entries(
     start, stream, make, monkeypatch, caplog
 ) -> None:
     real = poise.value.updater.parse_label
@@ -289,7 +289,7 @@ async def test_an_entry_that_meets_a_defect_of_ours_does_not_stop_those_behind_i
     assert "RuntimeError: a defect" in caplog.text
 
 
-async def test_a_reason_is_cut_to_a_readable_length(start, stream, make) -> None:
+async def test_a_long_reason_is_truncated(start, stream, make) -> None:
     message = make.message(make.label(0, n=40))
     for rollout in message.rollouts:
         rollout.prompt_hidden.dtype = 0
@@ -302,7 +302,7 @@ async def test_a_reason_is_cut_to_a_readable_length(start, stream, make) -> None
 # Duplicates and limits.
 
 
-async def test_a_group_published_twice_is_learnt_once_whatever_the_copy_says(start, stream, make) -> None:
+async def test_a_group_published_twice_is_learnt_once(start, stream, make) -> None:
     await publish(stream, make.payload(0), make.payload(0), make.payload(0, domain="other"))
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
@@ -310,7 +310,7 @@ async def test_a_group_published_twice_is_learnt_once_whatever_the_copy_says(sta
         assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (1, 2)
 
 
-async def test_a_full_queue_refuses_publishers_until_the_consumer_made_room(start, stream, make) -> None:
+async def test_a_full_queue_rejects_labels_until_some_are_consumed(start, stream, make) -> None:
     await publish(stream, *[make.payload(step) for step in range(50)])
     with pytest.raises(QueueFull) as caught:
         await publish(stream, make.payload(50))
@@ -323,7 +323,7 @@ async def test_a_full_queue_refuses_publishers_until_the_consumer_made_room(star
 # Pause and stop.
 
 
-async def test_a_paused_consumer_learns_nothing_not_even_what_its_read_was_waiting_for(
+async def test_while_paused_even_a_pending_read_is_not_learnt(
     start, stream, make, monkeypatch
 ) -> None:
     monkeypatch.setattr(poise.value.updater, "READ_WAIT_S", 0.3)
@@ -343,7 +343,7 @@ async def test_a_paused_consumer_learns_nothing_not_even_what_its_read_was_waiti
         await running
 
 
-async def test_while_paused_a_queue_that_goes_down_is_a_problem_and_no_longer_when_it_is_back(
+async def test_while_paused_a_queue_that_is_down_is_a_problem(
     start, stream, monkeypatch
 ) -> None:
     with start().opened() as harness:
@@ -362,7 +362,7 @@ async def test_while_paused_a_queue_that_goes_down_is_a_problem_and_no_longer_wh
         await running
 
 
-async def test_stopping_ends_a_paused_consumer_and_leaves_the_queue_as_it_is(start, stream, make) -> None:
+async def test_stopping_while_paused_leaves_the_queue_unchanged(start, stream, make) -> None:
     await publish(stream, make.payload(0))
     with start().opened() as harness:
         harness.updater.pause()
@@ -374,8 +374,8 @@ async def test_stopping_ends_a_paused_consumer_and_leaves_the_queue_as_it_is(sta
     assert len(stream.unread) == 1
 
 
-async def test_questions_are_answered_between_the_labels_of_one_batch(start, stream, make, monkeypatch) -> None:
-    """A batch takes as long as a refit; nobody is to wait for all of it."""
+async def test_requests_are_answered_between_labels_of_a_batch(start, stream, make, monkeypatch) -> None:
+    """A batch takes as long as a refit, so requests must not wait for all of it."""
     await publish(stream, *[make.payload(step) for step in range(4)])
     order: list[str] = []
     learn = BaselineEstimator.learn
@@ -433,7 +433,7 @@ async def test_warnings_of_the_queue_are_logged_once(start, stream, monkeypatch,
     assert sum("deletes any key" in message for message in caplog.messages) == 1
 
 
-async def test_poison_without_room_does_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
+async def test_dead_letters_without_room_do_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
     await publish(stream, b"poison", *[make.payload(step) for step in range(NUM_LABELS)])
     with start().opened() as harness:
         real = harness.queue.dead_letter

@@ -44,7 +44,7 @@ def test_values_are_held_against_the_siblings_rewards() -> None:
     assert sum(one.count for one in quality.calibration) == predicted.size
 
 
-def test_the_variance_of_advantages_is_compared_with_each_rival_baseline_on_the_same_rewards() -> None:
+def test_advantage_variance_is_compared_with_other_baselines() -> None:
     record, groups = Diagnostics(1000), random_groups()
     for one in groups:
         record.add(one)

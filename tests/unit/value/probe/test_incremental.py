@@ -20,7 +20,7 @@ ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
 
 
 class Source:
-    """Groups whose hidden states lie near a few directions, far from zero, and whose rewards these explain."""
+    """Groups whose hidden states are near a few directions, far from zero; the rewards depend on them."""
 
     def __init__(self, width: int = 400, rank: int = 12, noise: float = 0.01, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
@@ -29,7 +29,7 @@ class Source:
         self.turn(rank)
 
     def turn(self, rank: int) -> None:
-        """Let the directions be others from now on."""
+        """Draw new directions."""
         self.directions = (
             np.linalg.qr(self.random.normal(size=(self.width, rank))).Q.T * np.geomspace(8, 1, rank)[:, None]
         )
@@ -98,7 +98,7 @@ def test_a_first_fit_predicts_as_the_reference(inputs: tuple[str, ...]) -> None:
     assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), asked, atol=2e-4)
 
 
-def test_a_window_that_fills_is_fitted_with_the_components_it_can_bear() -> None:
+def test_a_growing_window_gets_more_components() -> None:
     source, filling = Source(), fitter(rows_per_component=40)
     groups, asked = source.groups(50), source.groups(50)
     for num_components in (4, 5, 10, 12):  # of 100, 200, 400 and 800 rows
@@ -109,8 +109,8 @@ def test_a_window_that_fills_is_fitted_with_the_components_it_can_bear() -> None
 
 
 @pytest.mark.parametrize("inputs", [ALL_INPUTS, ("response_hidden", "sibling_reward", "prompt_hidden")])
-def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch(inputs: tuple[str, ...]) -> None:
-    """Wider than what is solved exactly: bases are followed, not computed. All else is single precision."""
+def test_fifty_updates_predict_as_the_reference(inputs: tuple[str, ...]) -> None:
+    """Wider than the exact solution, so that bases are updated. All else is single precision."""
     source, sliding = Source(), fitter(inputs=inputs)
     groups, asked = source.groups(120), source.groups(50)
     num_rebuilds = 0
@@ -124,7 +124,7 @@ def test_fifty_updates_of_a_sliding_window_predict_as_the_reference_from_scratch
 
 
 def test_sums_of_a_hundred_updates_are_those_of_a_rebuild() -> None:
-    """Groups go and come back, so that the window, and with it the need of a rebuild, stays as it is."""
+    """Groups leave and return, so the window stays the same and needs no rebuild."""
     source, sliding = Source(), fitter()
     groups, others = source.groups(400), source.groups(3)
     sliding.fit(groups)
@@ -138,7 +138,7 @@ def test_sums_of_a_hundred_updates_are_those_of_a_rebuild() -> None:
 
 
 def test_random_rows_of_few_columns_are_fitted_exactly() -> None:
-    """No direction stands out, so that nothing but the whole basis gives the reference's components."""
+    """All directions are alike, so only the whole basis gives the reference's components."""
     source, sliding = Source(width=80, rank=80, noise=5.0), fitter()
     groups, asked = source.groups(300, n=3), source.groups(50)
     for _ in range(5):
@@ -167,7 +167,7 @@ def test_the_same_fits_give_the_same_probes() -> None:
         assert all(np.array_equal(array, other.arrays()[name]) for name, array in one.arrays().items())
 
 
-def test_a_new_fitter_goes_on_where_the_one_before_ended() -> None:
+def test_a_new_fitter_continues_after_a_restart() -> None:
     source, sliding = Source(), fitter()
     groups, asked = source.groups(120), source.groups(50)
     for _ in range(5):
@@ -177,7 +177,7 @@ def test_a_new_fitter_goes_on_where_the_one_before_ended() -> None:
 
 
 @pytest.mark.parametrize("width", [64, 400])
-def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart(width: int) -> None:
+def test_a_fresh_fit_is_the_same_after_a_restart(width: int) -> None:
     source, kept = Source(width), fitter(incremental=False)
     groups, asked = source.groups(60), FeatureMatrix.concatenate([group.features for group in source.groups(50)])
     for _ in range(4):
@@ -189,7 +189,7 @@ def test_a_fitter_that_is_not_incremental_gives_the_same_probe_after_any_restart
 
 
 def restored(groups: list[Label]) -> list[Label]:
-    """The groups as they come back from a state on disk."""
+    """Return the groups as they come back from the store."""
     domain = DomainSnapshot("d", tuple(groups), len(groups), 1, None)
     return list(saved_and_read(Snapshot("id", (domain,), DedupSnapshot(), (), 0, 0)).domains[0].groups)
 
@@ -216,21 +216,21 @@ def test_inputs_that_never_vary_are_left_out_until_they_do() -> None:
     assert not sliding.fit(constant).weights["response_hidden"].any()
 
 
-def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
+def test_if_nothing_varies_the_value_is_the_mean_reward() -> None:
     rows = FeatureMatrix(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), np.full((2, 12), 0.3, np.float32))
     groups = [Label("r", 0, str(reward), "d", rows, np.float32([reward, reward])) for reward in (0, 0, 0, 1)]
     for inputs in (ALL_INPUTS, ("prompt_hidden",)):
         np.testing.assert_allclose(fitter(inputs=inputs).fit(groups).predict(rows), 0.25, atol=1e-6)
 
 
-def test_siblings_sharing_a_prompt_do_not_blow_up_rounding_noise() -> None:
-    """4 prompts have 3 directions; a 4th component would be noise scaled up to one."""
+def test_a_shared_prompt_does_not_amplify_rounding_noise() -> None:
+    """4 prompts have 3 directions; a 4th component would be amplified noise."""
     source = Source(noise=0.0)
     groups = source.groups(4, n=8)
     assert_alike(fitter(alpha=1e-6).fit(groups), reference(groups, alpha=1e-6), groups, atol=2e-3)
 
 
-def test_a_fit_that_overflows_is_refused_and_the_next_one_starts_afresh() -> None:
+def test_a_fit_that_overflows_fails_and_resets_the_fitter() -> None:
     source, sliding = Source(), fitter()
     groups = source.groups(60)
     sliding.fit(groups)

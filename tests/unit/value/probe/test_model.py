@@ -83,7 +83,7 @@ def test_the_siblings_reward_is_one_more_standardised_column() -> None:
     assert np.ptp(expected) > 0.3
 
 
-def test_rows_without_rewards_have_no_value_where_the_reward_is_an_input() -> None:
+def test_a_probe_that_needs_rewards_rejects_rows_without() -> None:
     train = random_rows(30, 4)
     with_rewards = replace(train, rewards=rewards_of(train))
     fitted = fitter(inputs=("entropy", "sibling_reward")).fit(with_rewards, rewards_of(train))
@@ -92,7 +92,7 @@ def test_rows_without_rewards_have_no_value_where_the_reward_is_an_input() -> No
     assert not fitter().fit(with_rewards, rewards_of(train)).needs_rewards
 
 
-def test_the_prompts_own_probe_is_one_fitted_to_the_prompt_alone() -> None:
+def test_the_prompt_only_probe_is_fitted_to_the_prompt() -> None:
     train, asked = random_rows(400, 90), random_rows(50, 90, seed=1)
     targets = rewards_of(train)
     prompt_only = fitter(alpha=1.0).fit(train, targets).prompt_only
@@ -107,7 +107,7 @@ def test_the_prompts_own_probe_is_one_fitted_to_the_prompt_alone() -> None:
     assert prompt_only.predict(100 * asked.prompt_hidden).max() == 1.0
 
 
-def test_without_the_prompt_among_the_inputs_there_is_no_probe_of_the_prompt() -> None:
+def test_without_prompt_hidden_there_is_no_prompt_only_probe() -> None:
     train = random_rows(50, 8)
     assert fitter(inputs=("response_hidden", "entropy")).fit(train, rewards_of(train)).prompt_only is None
 
@@ -133,7 +133,7 @@ def test_a_row_has_the_same_value_to_the_bit_in_any_batch(width: int) -> None:
     assert len(np.unique(together)) > 40  # few were clipped
 
 
-def test_wide_rows_are_summed_as_doubles_in_the_same_order_in_any_batch_by_any_number_of_threads() -> None:
+def test_wide_rows_have_the_same_sum_with_any_threads() -> None:
     random = np.random.default_rng(0)
     columns, weights = random.normal(0, 100, (5, 20001)).astype(np.float32), random.normal(size=20001)
     products = []
@@ -146,7 +146,7 @@ def test_wide_rows_are_summed_as_doubles_in_the_same_order_in_any_batch_by_any_n
     np.testing.assert_allclose(products[0], exact, rtol=0, atol=1e-14 * np.abs(columns * weights).sum(axis=1).max())
 
 
-def test_a_row_has_the_same_value_whatever_the_order_in_which_inputs_were_read_back() -> None:
+def test_the_order_of_stored_inputs_does_not_change_values() -> None:
     # Added up from left to right, 1e17 − 1e17 + 0.25 is 0.25 and 0.25 + 1e17 − 1e17 is 0.
     weights = {"prompt_hidden": np.array([1e17]), "response_hidden": np.array([-1e17]), "entropy": np.full(3, 0.25 / 3)}
     rows = FeatureMatrix(*(np.ones((1, columns), np.float32) for columns in (1, 1, NUM_ENTROPIES)))
@@ -194,8 +194,8 @@ def test_fewer_rows_or_columns_than_components_still_fit(n: int, width: int) -> 
     assert np.isfinite(values).all()
 
 
-def test_siblings_sharing_a_prompt_do_not_blow_up_rounding_noise() -> None:
-    """4 prompts of 8 siblings have 3 directions; a 4th component would be noise scaled up to one."""
+def test_a_shared_prompt_does_not_amplify_rounding_noise() -> None:
+    """4 prompts of 8 siblings have 3 directions; a 4th component would be amplified noise."""
     distinct = random_rows(4, 64)
     train = random_rows(32, 64)
     train = FeatureMatrix(np.repeat(distinct.prompt_hidden, 8, axis=0), train.response_hidden, train.entropies)
@@ -214,7 +214,7 @@ def test_inputs_that_never_vary_are_left_out() -> None:
     assert np.array_equal(fitted.predict(train), fitted.predict(constant))
 
 
-def test_without_anything_that_varies_the_value_is_the_mean_reward() -> None:
+def test_if_nothing_varies_the_value_is_the_mean_reward() -> None:
     train = FeatureMatrix(np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32), np.ones((4, 12), np.float32))
     targets = np.array([0, 0, 0, 1], np.float32)
     np.testing.assert_allclose(fitter().fit(train, targets).predict(train), 0.25, atol=1e-6)

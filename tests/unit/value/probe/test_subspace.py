@@ -25,7 +25,7 @@ def moments(coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def slid(subspace: Subspace, rows: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rebuild for rows, replace as many as are new; return the window and the axes [d, k]."""
+    """Rebuild for rows, replace some by new ones; return the window and the axes [d, k]."""
     coordinates = subspace.rebuild(parts_of(rows))
     subspace.remove(parts_of(rows[: len(new)]), coordinates[: len(new)])
     added = subspace.add(parts_of(new))
@@ -33,8 +33,8 @@ def slid(subspace: Subspace, rows: np.ndarray, new: np.ndarray) -> tuple[np.ndar
     return np.concatenate([rows[len(new) :], new]), subspace.basis @ rotation
 
 
-def test_the_misfit_is_the_angle_between_components_and_their_images_under_the_covariance_of_the_rows_now() -> None:
-    """Rows that leave and that come have other means, so that whatever is not about the window's own mean shows."""
+def test_the_misfit_is_the_angle_to_the_images() -> None:
+    """Old and new rows have other means, to detect sums that are not about the window's own mean."""
     subspace = Subspace(WANTED, 1)
     rows = np.concatenate([random_rows(200, 1, offset=30.5), random_rows(200, 2, offset=30)])
     window, axes = slid(subspace, rows, random_rows(200, 3, offset=29.5))
@@ -51,7 +51,7 @@ def test_rows_of_the_same_kind_do_not_outdate_a_basis() -> None:
 
 
 def test_new_rows_outside_the_basis_outdate_it() -> None:
-    """Nothing of them is seen in the coordinates."""
+    """The coordinates do not show these directions."""
     subspace = Subspace(WANTED, 1)
     rows = random_rows(400, 1, noise=0.01)
     new = rows[:50].copy()
@@ -61,7 +61,7 @@ def test_new_rows_outside_the_basis_outdate_it() -> None:
 
 
 def test_components_that_turn_away_outdate_a_basis() -> None:
-    """New rows have hardly more outside the basis than there was in noise: only the angle tells."""
+    """New rows have hardly more than noise outside the basis, so only the angle shows the change."""
     subspace = Subspace(WANTED, 1)
     new = random_rows(300, 2)
     new[:, 150 : 150 + WANTED] += 0.5 * new[:, :WANTED]
@@ -79,7 +79,7 @@ def test_far_from_zero_components_are_as_exact_as_near_it() -> None:
     assert far.misfit == pytest.approx(near.misfit, rel=1e-2)
 
 
-def test_a_rebuild_after_a_turn_sees_directions_the_old_basis_is_blind_to() -> None:
+def test_a_rebuild_finds_directions_outside_the_old_basis() -> None:
     subspace = Subspace(WANTED, 1)
     rows = np.zeros((200, WIDTH))
     rows[:, :100] = random_rows(200, 1)[:, :100]

@@ -1,4 +1,4 @@
-"""Groups that keep a probe from being fitted are found, given to the dead letters, and never stop the others."""
+"""Groups that make a fit fail are found and dead-lettered, and the rest is fitted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_few_fits_find_one_group_among_many(make):
 
 
 def spoilt(label: Label, field: str, number: float) -> Label:
-    """A label of an earlier release, which admitted any finite number."""
+    """A label of an earlier release, which accepted any finite number."""
     rows = {name: getattr(label.features, name).copy() for name in ("prompt_hidden", "response_hidden", "entropies")}
     rows[field][0, 0] = number
     return Label(label.run_id, label.step, label.group_id, label.domain, FeatureMatrix(**rows), label.rewards)
