@@ -224,7 +224,7 @@ async def test_a_key_of_another_type_is_named(servers: RedisServers, key: str, k
         key, "x"
     )
     error = await problem_of(make_queue(port), publish)
-    assert f"holds a {kind} under key '{key}'" in error.message
+    assert f"has a {kind} at key '{key}'" in error.message
     assert "queue.stream" in error.remedy
 
 

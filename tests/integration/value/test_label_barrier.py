@@ -54,9 +54,7 @@ async def test_a_request_waiting_during_kill_9_gets_such_a_probe(shared, client,
     assert await known(client, "settles.killed") == (answer.probe_version, NUM_STEPS * GROUPS)
 
 
-async def test_a_step_stays_up_to_date_over_kill_9(
-    shared, client, make
-) -> None:
+async def test_a_step_stays_up_to_date_over_kill_9(shared, client, make) -> None:
     await client.publish_labels(labels(make, "settles.parts"))
     (first,) = await client.estimate_baselines(
         "asks.parts", 0, [make.question("a", "settles.parts")], wait_for_labels_s=TIMEOUT_S
@@ -88,9 +86,7 @@ async def test_domains_of_other_runs_are_not_waited_for(shared, client, make) ->
     await fitted(client, "settles.stranger", 1)
 
 
-async def test_while_paused_the_answer_is_immediate_and_behind(
-    shared, client, make
-) -> None:
+async def test_while_paused_the_answer_is_immediate_and_behind(shared, client, make) -> None:
     await shared.post("pause")
     try:
         await client.publish_labels(labels(make, "settles.paused"))

@@ -45,9 +45,7 @@ async def test_labels_that_bypassed_the_service_close_their_step(shared, client,
         await client.estimate_baselines("bypass", 0, [make.question(domain="bypass")])
 
 
-async def test_labels_in_the_queue_do_not_close_their_step(
-    shared, client, make, paused
-) -> None:
+async def test_labels_in_the_queue_do_not_close_their_step(shared, client, make, paused) -> None:
     """Published before the first question, learnt after it."""
     await shared.post("resume")
     await warm_up(client, make, "waits")

@@ -32,9 +32,7 @@ from poise_client.types import PromptFeatures
 NUM_LABELS = 240
 
 
-async def test_kill_9_while_consuming_learns_each_label_once(
-    shared, client, make, valkey_url
-) -> None:
+async def test_kill_9_while_consuming_learns_each_label_once(shared, client, make, valkey_url) -> None:
     await consumed(client)
     before = await client.get_probe()
     labels = [make.label("mid", i // 8, group_id=f"g{i}", domain="mid") for i in range(NUM_LABELS)]

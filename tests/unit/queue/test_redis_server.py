@@ -25,7 +25,7 @@ GOOD = {
 NEEDED = 1000
 
 
-def test_a_good_server_is_neither_refused_nor_warned_of():
+def test_a_good_server_has_no_shortcomings():
     report = examine(GOOD, {"appendfsync": "always", "save": ""}, NEEDED)
     assert (report.publish_refusal, report.warnings) == (None, ())
 
@@ -33,15 +33,15 @@ def test_a_good_server_is_neither_refused_nor_warned_of():
 @pytest.mark.parametrize(
     ("changes", "named", "remedy"),
     [
-        ({"redis_version": "5.0.14"}, "runs version 5.0.14; the queue needs 6.2", "6.2"),
-        ({"redis_version": "6.0.16"}, "runs version 6.0.16; the queue needs 6.2", "6.2"),
+        ({"redis_version": "5.0.14"}, "has version 5.0.14; the queue needs 6.2", "6.2"),
+        ({"redis_version": "6.0.16"}, "has version 6.0.16; the queue needs 6.2", "6.2"),
         ({"redis_version": "2.8"}, "needs 6.2", "Valkey"),
         ({"redis_mode": "sentinel"}, "Sentinel", "primary"),
         ({"loading": "1", "loading_eta_seconds": "40"}, "is loading its data from disk, 40 s left", "Wait"),
         ({"role": "slave", "master_host": "db-1", "master_port": "6379"}, "replica of db-1:6379", "db-1:6379"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_refused_by_name(changes, named, remedy):
+def test_an_unsuitable_server_is_rejected_with_a_remedy(changes, named, remedy):
     with pytest.raises(UnsuitableServerError, match=named) as caught:
         examine(GOOD | changes, {}, NEEDED)
     assert remedy in caught.value.remedy
@@ -55,25 +55,25 @@ def test_newer_and_unknown_versions_are_accepted(version):
 @pytest.mark.parametrize(
     ("changes", "config", "warning"),
     [
-        ({"maxmemory": "1249"}, {}, "maxmemory 1249 bytes, and queue.max_bytes and queue.max_dead"),
+        ({"maxmemory": "1249"}, {}, "maxmemory 1249 bytes, but queue.max_bytes and queue.max_dead"),
         ({"maxmemory_policy": "allkeys-lru"}, {}, "once maxmemory is set"),
         ({"aof_enabled": "0"}, {"save": ""}, "writes nothing to disk"),
-        ({"aof_enabled": "0"}, {}, "keeps no append-only file"),
+        ({"aof_enabled": "0"}, {}, "has no append-only file"),
         ({}, {"appendfsync": "everysec"}, "the last second of labels"),
-        ({"aof_last_write_status": "err"}, {}, "could not write its append-only file"),
+        ({"aof_last_write_status": "err"}, {}, "failed to write its append-only file"),
     ],
 )  # fmt: skip
-def test_what_may_lose_labels_is_warned_of(changes, config, warning):
+def test_settings_that_may_lose_labels_give_a_warning(changes, config, warning):
     (found,) = examine(GOOD | changes, config, NEEDED).warnings
     assert warning in found
 
 
-def test_a_server_that_may_not_be_asked_is_warned_of():
+def test_a_server_that_denies_info_gives_a_warning():
     (warning,) = examine({}, {}, NEEDED).warnings
     assert "INFO" in warning
 
 
-def test_info_is_read_with_its_sections_and_odd_lines():
+def test_info_with_sections_and_odd_lines_is_parsed():
     info = parse_info("# Server\r\nredis_version:7.0.15\r\n\r\n# Cluster\r\ncluster_enabled:1\r\nexecutable:/a:b\r\n")
     assert info == {"redis_version": "7.0.15", "cluster_enabled": "1", "executable": "/a:b"}
     assert is_cluster(info)
@@ -99,16 +99,16 @@ def test_info_is_read_with_its_sections_and_odd_lines():
         (exceptions.ResponseError("BUSY Redis is busy running a script"), "SCRIPT KILL"),
         (exceptions.ResponseError("The stream has exhausted the last possible ID"), "queue.stream"),
         (exceptions.ResponseError("unknown command 'XAUTOCLAIM'"), "6.2"),
-        (exceptions.ResponseError("SELECT is not allowed in cluster mode"), "database that it has"),
-        (ssl.SSLError("record layer failure"), "speaks TLS"),
+        (exceptions.ResponseError("SELECT is not allowed in cluster mode"), "database number that exists"),
+        (ssl.SSLError("record layer failure"), "uses TLS"),
         (ConnectionRefusedError("refused"), "Check that the Redis server runs"),
     ],
 )  # fmt: skip
 def test_every_error_names_its_remedy(error, remedy):
-    told = translated(error, "host:6379")
-    assert isinstance(told, BackendDown)
-    assert "host:6379" in told.message
-    assert remedy in told.remedy
+    shown = translated(error, "host:6379")
+    assert isinstance(shown, BackendDown)
+    assert "host:6379" in shown.message
+    assert remedy in shown.remedy
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_a_server_without_memory_is_back_pressure(error):
     assert isinstance(translated(error, "host:6379"), QueueFull)
 
 
-def test_what_a_server_says_is_cut():
+def test_a_long_error_of_a_server_is_truncated():
     assert len(translated(exceptions.ResponseError("x" * 5000), "host:6379").message) < 400
 
 
-def test_only_what_another_connection_may_mend_is_tried_again():
+def test_only_errors_of_the_connection_are_retried():
     again = (exceptions.ReadOnlyError("x"), exceptions.ConnectionError("x"), exceptions.TimeoutError("x"), OSError("x"))
     final = (exceptions.AuthenticationError("x"), exceptions.BusyLoadingError("x"), exceptions.ResponseError("x"))
     assert [may_be_gone(error) for error in again] == [True] * 4
@@ -148,6 +148,6 @@ def test_dead_letters_share_the_slot_of_their_stream(stream, key):
 
 
 @pytest.mark.parametrize("stream", ["a}b", "{}a", "a{}b"])
-def test_a_name_whose_slot_no_other_key_shares_is_refused(stream):
+def test_a_name_that_admits_no_second_key_is_rejected(stream):
     with pytest.raises(ValueError, match="braces"):
         dead_letter_key(stream)

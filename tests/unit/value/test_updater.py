@@ -159,9 +159,7 @@ async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
     assert len(stream.dead) == stream.num_dead_letters == len(poison)
 
 
-async def test_repeated_crashes_still_learn_each_label_once(
-    start, stream, make, monkeypatch
-) -> None:
+async def test_repeated_crashes_still_learn_each_label_once(start, stream, make, monkeypatch) -> None:
     """The service starts, does one more thing and dies, repeatedly."""
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     num_lives = 0
@@ -201,9 +199,7 @@ async def test_a_full_disk_keeps_labels_in_the_queue(start, stream, make, monkey
 
 
 @pytest.mark.parametrize("method", ["read", "ack", "dead_letter", "depth"])
-async def test_a_queue_that_is_down_is_reported_once(
-    start, stream, make, monkeypatch, caplog, method
-) -> None:
+async def test_a_queue_that_is_down_is_reported_once(start, stream, make, monkeypatch, caplog, method) -> None:
     real, down = getattr(MemoryQueue, method), True
 
     async def failing(self, *arguments, **options):
@@ -270,9 +266,7 @@ async def test_invalid_labels_are_dead_lettered_with_the_reason(start, stream, m
         assert reasons[payload].startswith(part)
 
 
-async def test_an_unexpected_error_does_not_stop_other_entries(
-    start, stream, make, monkeypatch, caplog
-) -> None:
+async def test_an_unexpected_error_does_not_stop_other_entries(start, stream, make, monkeypatch, caplog) -> None:
     real = poise.value.updater.parse_label
 
     def defective(payload: bytes, max_bytes: int):
@@ -323,9 +317,7 @@ async def test_a_full_queue_rejects_labels_until_some_are_consumed(start, stream
 # Pause and stop.
 
 
-async def test_while_paused_even_a_pending_read_is_not_learnt(
-    start, stream, make, monkeypatch
-) -> None:
+async def test_while_paused_even_a_pending_read_is_not_learnt(start, stream, make, monkeypatch) -> None:
     monkeypatch.setattr(poise.value.updater, "READ_WAIT_S", 0.3)
     with start().opened() as harness:
         running = asyncio.create_task(harness.updater.run())
@@ -343,9 +335,7 @@ async def test_while_paused_even_a_pending_read_is_not_learnt(
         await running
 
 
-async def test_while_paused_a_queue_that_is_down_is_a_problem(
-    start, stream, monkeypatch
-) -> None:
+async def test_while_paused_a_queue_that_is_down_is_a_problem(start, stream, monkeypatch) -> None:
     with start().opened() as harness:
         running = asyncio.create_task(harness.updater.run())
         await until(lambda: not harness.updater.problem)
