@@ -335,7 +335,7 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
                 transport.remove(placed)
             if (await client.get_policy()).digest != one.manifest.digest:
                 raise SystemExit(f"after {name}, the engine serves other weights than those sent")
-            rows.setdefault(name, []).append((took_s, update.pause_s, one.body_bytes))
+            rows.setdefault(name, []).append((took_s, update.pause_s, one.payload_bytes))
 
         def prepare(which: int, *, keep: bool) -> WeightPush:
             return WeightPush.prepare(
@@ -364,7 +364,7 @@ async def push(folder: Path, device: str, repeats: int) -> dict[str, Any]:
                     raise SystemExit("the engine serves other weights than those sent through the group")
                 if repeat:  # the first one also forms the group
                     rows.setdefault(f"whole, {backend_of(sending)}", []).append(
-                        (took_s, update.pause_s, one.body_bytes)
+                        (took_s, update.pause_s, one.payload_bytes)
                     )
             await sender.close()
     transport.close()

@@ -203,7 +203,7 @@ async def measure_transport(
     transport.close()
     result = {f"{name}_s": statistics.median(values) for name, values in times.items()}
     result["hash_s"] = statistics.median(hash_s)
-    result["bytes"] = prepared().body_bytes
+    result["bytes"] = prepared().payload_bytes
     return result
 
 
