@@ -249,9 +249,7 @@ def _refuse_duplicates(group_ids: Sequence[str]) -> None:
     violations = []
     for i, group_id in enumerate(group_ids):
         if group_id in seen:
-            violations.append(
-                (f"prompts[{i}].group_id", f"{group_id!r} is used by an earlier prompt, too; required: unique")
-            )
+            violations.append((f"prompts[{i}].group_id", f"{group_id!r} names an earlier prompt; required: unique"))
         seen.add(group_id)
     if violations:
         raise InvalidRequestError("cannot be sent", violations=violations)

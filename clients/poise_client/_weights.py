@@ -1,7 +1,4 @@
-"""A policy's parameters as they travel: digests, pushes whole and as deltas, and their messages.
-
-Knows neither channels nor retries.
-"""
+"""Weight pushes: digests of parameters, full pushes and deltas, and their messages."""
 
 from __future__ import annotations
 
@@ -31,10 +28,10 @@ from poise_client.types import Adapter, WeightArray
 from poise_proto.v1 import generation_pb2 as pb
 
 CHUNK_BYTES = 2**20
-"""Bodies travel in chunks of 1 MiB."""
+"""Size of the chunks of a payload."""
 
 MAX_CHANGED_SHARE = 0.25
-"""Where more elements than that changed, a delta gains little, and takes long to make."""
+"""Above this share of changed elements a full push is sent: a delta would save little and take long to make."""
 
 _MAX_THREADS = 4
 
@@ -43,10 +40,10 @@ R = TypeVar("R")
 
 
 def wire_view(weight: WeightArray, name: str) -> memoryview:
-    """Return a parameter's bytes as they travel, without copying what already lies so in memory.
+    """Return the bytes of a parameter, little-endian in C order. Copies only if memory differs from that.
 
     Raises:
-        CodecError: the array's element type is not what `weight.dtype` says.
+        CodecError: the element type of the array differs from `weight.dtype`.
     """
     if weight.dtype not in SAFETENSORS_DTYPES or weight.array.dtype != host_dtype(weight.dtype):
         raise CodecError(
@@ -59,19 +56,19 @@ def wire_view(weight: WeightArray, name: str) -> memoryview:
 
 
 def hash_weights(weights: Mapping[str, WeightArray]) -> dict[str, bytes]:
-    """Return the SHA-256 of each parameter. Hashes every byte: half a second a GB and core, on processors of today.
+    """Return the SHA-256 of each parameter. It hashes every byte, in about half a second per GB and core.
 
     Raises:
-        CodecError: a parameter is not what its dtype says.
+        CodecError: the element type of an array differs from its `dtype`.
     """
     views = [wire_view(weight, name) for name, weight in weights.items()]
     return dict(zip(weights, _in_threads(_sha256, views), strict=True))
 
 
 def combine_digests(sha256_by_name: Mapping[str, bytes], adapter: Adapter | None = None) -> bytes:
-    """Return the digest of a whole policy: SHA-256 over its parameters' SHA-256 in order of name.
+    """Return the digest of a policy: SHA-256 over the SHA-256 of its parameters, ordered by name.
 
-    Of an adapter, over those and then over what it is and what it is served over.
+    For an adapter, the digest of its base, its rank and its alpha follow.
     """
     content = b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))
     if adapter is not None:
@@ -80,22 +77,22 @@ def combine_digests(sha256_by_name: Mapping[str, bytes], adapter: Adapter | None
 
 
 def weights_digest(weights: Mapping[str, WeightArray]) -> bytes:
-    """Return the 32 bytes that name these parameters, as in `Policy.digest`. Takes as long as `hash_weights`.
+    """Return the digest of parameters, 32 bytes, as in `Policy.digest`. It hashes every byte.
 
     Raises:
-        CodecError: a parameter is not what its dtype says.
+        CodecError: the element type of an array differs from its `dtype`.
     """
     return combine_digests(hash_weights(weights))
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPush:
-    """One version of a policy, made ready: hashed once, sent to as many replicas, and as often, as it takes."""
+    """One prepared version of a policy: hashed once, then sent to any number of replicas."""
 
     manifest: pb.WeightsManifest
     """The first message of the push. Do not change it."""
     payload: tuple[memoryview, ...]
-    """What follows: each parameter whole, in the order announced; or, of a delta, the blocks of those that changed."""
+    """The bytes of each parameter in the order of the manifest; of a delta, the blocks of the changed parameters."""
 
     @classmethod
     def prepare(
@@ -108,18 +105,18 @@ class WeightPush:
         keep_as_base: bool = False,
         adapter: Adapter | None = None,
     ) -> WeightPush:
-        """Make a push of whole parameters.
+        """Return a full push.
 
         Args:
             lineage_id: the learner that numbers the versions.
-            policy_version: must exceed the one served, within a lineage.
-            weights: every parameter by its Hugging Face name, tied ones once. Must not change as long as this is used.
-            sha256_by_name: what `hash_weights` gave; None hashes them here, which is not for an event loop's thread.
-            keep_as_base: ask replicas to keep these weights, so that a `delta` can follow.
-            adapter: says that `weights` are an adapter's, named as in peft's files; None for a model's.
+            policy_version: within a lineage it must exceed the served version.
+            weights: every parameter by its Hugging Face name, tied ones once. Do not change them while in use.
+            sha256_by_name: result of `hash_weights`. None hashes them here, which blocks for a while.
+            keep_as_base: ask replicas to keep these weights as the base of a later `delta`.
+            adapter: the adapter that `weights` belong to, named as in peft's files; None for a whole model.
 
         Raises:
-            CodecError: a parameter is not what its dtype says.
+            CodecError: the element type of an array differs from its `dtype`.
         """
         if sha256_by_name is None:
             sha256_by_name = hash_weights(weights)
@@ -143,7 +140,7 @@ class WeightPush:
 
     @property
     def is_delta(self) -> bool:
-        """Whether it holds only what changed since `manifest.base`."""
+        """Whether the push contains only the changes since `manifest.base`."""
         return self.manifest.HasField("base")
 
     @property
@@ -152,13 +149,18 @@ class WeightPush:
         return sum(len(part) for part in self.payload)
 
     def delta(self, base: WeightPush) -> WeightPush | None:
-        """Return this push as what changed since `base`; None where the parameters differ or most of them changed.
+        """Return this push as a delta to `base`; None if it would not pay or the parameters have other shapes.
 
-        Compares every byte: not for an event loop's own thread. Both must be pushes of whole parameters.
+        It compares every byte, which blocks for a while.
+
+        Raises:
+            ValueError: one of the pushes is a delta itself.
         """
         if self.is_delta or base.is_delta:
-            raise ValueError("a delta is made of two pushes of whole parameters")
-        if [_form(tensor) for tensor in self.manifest.tensors] != [_form(tensor) for tensor in base.manifest.tensors]:
+            raise ValueError("a delta needs two full pushes, but one of them is a delta")
+        if [_signature(tensor) for tensor in self.manifest.tensors] != [
+            _signature(tensor) for tensor in base.manifest.tensors
+        ]:
             return None
         sizes = [SAFETENSORS_DTYPES[DTYPE_NAMES[tensor.dtype]][1] for tensor in self.manifest.tensors]
         triples = list(zip(base.payload, self.payload, sizes, strict=True))
@@ -177,14 +179,14 @@ class WeightPush:
         return WeightPush(manifest, tuple(payload))
 
     def in_file(self, path: str) -> WeightPush:
-        """Return this push with its body in a file, which must hold `file_parts`."""
+        """Return this push with its payload in a file, which must contain `file_parts`."""
         manifest = pb.WeightsManifest()
         manifest.CopyFrom(self.manifest)
         manifest.file = path
         return WeightPush(manifest, self.payload)
 
     def through_group(self, backend: str, rendezvous: bytes, timeout_s: float) -> WeightPush:
-        """Return this push with its body coming through a group of processes, as generation.proto tells."""
+        """Return this push with its payload sent through a process group: see `ProcessGroup` in generation.proto."""
         manifest = pb.WeightsManifest()
         manifest.CopyFrom(self.manifest)
         manifest.process_group.backend = backend_number(backend)
@@ -192,7 +194,7 @@ class WeightPush:
         return WeightPush(manifest, self.payload)
 
     def file_parts(self) -> Iterator[bytes | memoryview]:
-        """Yield what a file of the body holds: of whole parameters a safetensors file, of a delta its blocks alone."""
+        """Yield the content of the payload's file: a safetensors file, or the blocks of a delta."""
         if not self.is_delta:
             yield safetensors_header((t.name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in self.manifest.tensors)
         yield from self.payload
@@ -201,9 +203,9 @@ class WeightPush:
         """Yield the messages of the push: the manifest, the chunks if there are any, the commit."""
         yield pb.UpdateWeightsRequest(manifest=self.manifest)
         offset = 0
-        comes_elsewise = self.manifest.file or self.manifest.HasField("process_group")
-        for data in [] if comes_elsewise else self._chunks(chunk_bytes):
-            request = pb.UpdateWeightsRequest()  # filled in place: a message given to another is copied into it
+        has_own_transport = self.manifest.file or self.manifest.HasField("process_group")
+        for data in [] if has_own_transport else self._chunks(chunk_bytes):
+            request = pb.UpdateWeightsRequest()  # filled in place: passing a message to another copies it
             request.chunk.offset, request.chunk.data = offset, data
             yield request
             offset += len(data)
@@ -230,7 +232,7 @@ def _sha256(view: memoryview) -> bytes:
     return hashlib.sha256(view).digest()
 
 
-def _form(tensor: pb.WeightTensor) -> tuple[str, int, tuple[int, ...]]:
+def _signature(tensor: pb.WeightTensor) -> tuple[str, int, tuple[int, ...]]:
     return tensor.name, tensor.dtype, tuple(tensor.shape)
 
 
@@ -244,6 +246,6 @@ def _encode(triple: tuple[memoryview, memoryview, int]) -> tuple[int, bytes]:
 
 
 def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Return what `work`, which lets go of the interpreter for most of its time, makes of each."""
+    """Return the results of `work`, which releases the GIL for most of its time."""
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="poise_client") as pool:
         return list(pool.map(work, items))

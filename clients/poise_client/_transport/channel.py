@@ -1,4 +1,4 @@
-"""Opening a channel: TLS, tokens, keepalive, proxies. Tokens are not sent in plaintext to other machines."""
+"""Opens channels: TLS, tokens, keepalive and proxies. Tokens are not sent in plaintext to other machines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from poise_client._transport.token import TOKEN_FILE_ENV, TokenFile
 from poise_client._transport.tracing import TRACEPARENT, TRACEPARENT_KEY
 
 MAX_RECEIVED_BYTES = 64 * 2**20
-"""A group of many long rollouts is one message; requests stay under gRPC's default of 4 MiB."""
+"""A group of many long rollouts is one message. Requests stay below gRPC's default of 4 MiB."""
 
 ChannelOption = tuple[str, int | str]
 
 _PING_AFTER_MS = 15_000
-"""Silence after which a peer is pinged. gRPC may take twice as long."""
+"""A peer is pinged after this silence. gRPC may take twice as long."""
 _PING_TIMEOUT_MS = 20_000
-"""Wait for the answer to a ping. A peer that died silently is detected within 50 s."""
+"""Longest wait for the answer to a ping. A peer that died silently is detected within 50 s."""
 
 KEEPALIVE_OPTIONS: tuple[ChannelOption, ...] = (
     ("grpc.keepalive_time_ms", _PING_AFTER_MS),
@@ -46,29 +46,29 @@ _OPTIONS: tuple[ChannelOption, ...] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.enable_retries", 0),  # retries are ours, so that errors can tell of them
+    ("grpc.enable_retries", 0),  # the clients retry, so errors can count the attempts
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """TLS to the service, and a client certificate where it asks for one."""
+    """TLS to the service, with a client certificate if the service requires one."""
 
     root_certs_file: Path | str | None = None
-    """PEM of the authorities to trust; None trusts those that gRPC ships."""
+    """PEM file of the trusted authorities; None trusts those of gRPC."""
     client_cert_file: Path | str | None = None
-    """PEM chain to show to the service."""
+    """PEM file of the client's certificate chain."""
     client_key_file: Path | str | None = None
-    """PEM key of that chain."""
+    """PEM file of its key."""
     server_name: str | None = None
-    """The name that the service's certificate must show; None takes the target's. For targets that are addresses."""
+    """Name in the service's certificate; None uses that of the target. Set it for targets that are IP addresses."""
 
     def __post_init__(self) -> None:
         if (self.client_cert_file is None) != (self.client_key_file is None):
-            raise ValueError("client_cert_file and client_key_file go together: give both or neither")
+            raise ValueError("only one of client_cert_file and client_key_file is set. Set both or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files. Raises `OSError` naming one that cannot be read."""
+        """Return the credentials from the files. Raises `OSError` if one cannot be read."""
         roots, chain, key = (
             None if file is None else Path(file).read_bytes()
             for file in (self.root_certs_file, self.client_cert_file, self.client_key_file)
@@ -77,7 +77,7 @@ class TlsOptions:
 
 
 class Dialer:
-    """Everything needed to open a channel, checked before any call. Its repr shows no token."""
+    """Opens channels to one target. Checks its arguments before any call. Its repr contains no token."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Dialer:
         refuse_after_fork()
         check_target(target)
         if token is not None and token_file is not None:
-            raise ValueError("token and token_file are both given: keep one")
+            raise ValueError("token and token_file are both set. Remove one")
         if token is None and token_file is None:
             token_file = os.environ.get(TOKEN_FILE_ENV) or None
         self._token_file = (
@@ -99,11 +99,11 @@ class Dialer:
         )
         has_token = token is not None or self._token_file is not None
         if token is not None and (not token.isascii() or not token.isprintable() or " " in token or not token):
-            raise ValueError("token must be printable ASCII without spaces; was a file read with its line end?")
+            raise ValueError("token must be printable ASCII without spaces. Was a file read with its line end?")
         if has_token and tls is None and not allow_insecure_token and not is_loopback(target):
             raise ValueError(
-                f"a token to {target} would travel in the clear; pass tls=TlsOptions(...), or "
-                "allow_insecure_token=True where something else encrypts"
+                f"the token for {target} would be sent in plaintext. Pass tls=TlsOptions(...), or "
+                "allow_insecure_token=True if something else encrypts"
             )
         self.target = target
         self._token = token
@@ -113,7 +113,7 @@ class Dialer:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes along with a call: the token, and the trace it belongs to."""
+        """Metadata of a call: the token and the trace context."""
         token = self._token if self._token_file is None else self._token_file.current
         trace = TRACEPARENT.get()
         return (
@@ -123,21 +123,21 @@ class Dialer:
 
     @property
     def is_token_new(self) -> bool:
-        """Whether the token file has changed lately, so that the service may not know the new token yet."""
+        """Whether the token changed so recently that the service may not know it yet."""
         return self._token_file is not None and self._token_file.changed_lately
 
     def open(self) -> grpc.aio.Channel:
-        """Open a channel on the running event loop. Connects at the first call."""
+        """Open a channel on the running event loop. It connects at the first call."""
         return _open(self.target, self._credentials, self._server_name, self._use_proxy)
 
 
 def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool = False) -> grpc.aio.Channel:
-    """Open a channel with the options of the clients, on the running event loop, for calls that they do not offer.
+    """Open a channel like those of the clients, on the running event loop, for calls that they do not offer.
 
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
         tls: how to encrypt; None means plaintext.
-        use_proxy: follow `http_proxy` and the like of the environment.
+        use_proxy: use the proxy of `http_proxy` and similar variables.
 
     Raises:
         ValueError: the target is not valid.
@@ -164,7 +164,7 @@ def _open(
 
 
 def is_loopback(target: str) -> bool:
-    """Whether a gRPC target names this very machine."""
+    """Return whether a gRPC target is on this machine."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
     for scheme in ("dns:///", "dns:", "ipv4:", "ipv6:"):

@@ -1,7 +1,7 @@
-"""Forked processes: gRPC does not work across a fork, so its use in a child is rejected.
+"""Rejects the use of gRPC in forked processes, where it does not work.
 
-Importing this module loads gRPC without its own handlers of forks. With them a child crashes in about one of four forks
-during a call, whatever the child does. `GRPC_ENABLE_FORK_SUPPORT` in the environment still turns them on.
+Importing this module loads gRPC without its own fork handlers: with them, about one in four children that are forked
+during a call crashes. `GRPC_ENABLE_FORK_SUPPORT` in the environment still turns them on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _FORK_SUPPORT_ENV = "GRPC_ENABLE_FORK_SUPPORT"
 
 
 def _load_grpc() -> None:
-    """Import gRPC, which reads the variable once, and leave the environment as it was."""
+    """Import gRPC, which reads the variable once, and restore the environment."""
     is_set = _FORK_SUPPORT_ENV in os.environ
     os.environ.setdefault(_FORK_SUPPORT_ENV, "0")
     try:
@@ -25,16 +25,16 @@ def _load_grpc() -> None:
 _load_grpc()
 
 _opened_by: int | None = None
-"""Process that opened a channel first: this one, or one that it was forked from."""
+"""The process that opened the first channel: this one, or one that it was forked from."""
 
 
 def is_forked() -> bool:
-    """Return whether this process was forked from one that has used gRPC: calls would hang here, or crash it."""
+    """Return whether this process was forked from one that has used gRPC. Calls would hang or crash here."""
     return _opened_by not in (None, os.getpid())
 
 
 def refuse_after_fork() -> None:
-    """Raise `RuntimeError` where `is_forked`."""
+    """Raise `RuntimeError` if `is_forked`."""
     if is_forked():
         raise RuntimeError(
             f"process {os.getpid()} was forked after process {_opened_by} had used gRPC, which does not work across a "
@@ -44,7 +44,7 @@ def refuse_after_fork() -> None:
 
 
 def note_use() -> None:
-    """Record that this process uses gRPC. Raises as `refuse_after_fork`."""
+    """Record that this process uses gRPC. Raises `RuntimeError` if `is_forked`."""
     global _opened_by
     refuse_after_fork()
     _opened_by = os.getpid()

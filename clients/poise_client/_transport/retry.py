@@ -1,7 +1,4 @@
-"""When to try again: exponential back-off with jitter, within one deadline. A state machine that owns no task.
-
-Every RPC of `poise.v1` is idempotent, so every one may be tried again.
-"""
+"""Retries within one deadline, with exponential backoff and jitter. Every RPC of `poise.v1` is idempotent."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from poise_client.errors import DeadlineExceededError, PoiseClientError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How retryable errors are retried. The call's deadline bounds it all."""
+    """How retryable errors are retried, within the deadline of the call."""
 
     initial_backoff_s: float = 0.1
-    """Longest wait before the second attempt; later ones double."""
+    """Longest wait before the second attempt. It doubles with each further attempt."""
     max_backoff_s: float = 5.0
     """Longest wait between attempts, unless the service asks for more."""
     max_attempts: int | None = None
-    """Most attempts without progress, the first included; None leaves it to the deadline, 1 never retries."""
+    """Most attempts without progress, including the first. None retries until the deadline; 1 never retries."""
 
     def __post_init__(self) -> None:
         if not 0 < self.initial_backoff_s <= self.max_backoff_s:
@@ -39,12 +36,12 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Time and chance, handed in so that tests own them."""
+    """Time and random numbers, which tests replace."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     draw: Callable[[float, float], float] = random.uniform
-    """A number between two."""
+    """Returns a number between two bounds."""
 
 
 class Attempts:
@@ -55,7 +52,7 @@ class Attempts:
         try:
             return await attempt(attempts.remaining_s())
         except PoiseClientError as error:
-            await attempts.wait_after(error)  # raises what is final
+            await attempts.wait_after(error)  # raises the final error
     """
 
     def __init__(self, policy: RetryPolicy, timeout_s: float, clock: Clock) -> None:
@@ -64,7 +61,7 @@ class Attempts:
         self._started_s = clock.now()
         self._timeout_s = timeout_s
         self._num_attempts = 0
-        self._num_fruitless = 0
+        self._num_without_progress = 0
         self._last: PoiseClientError | None = None
 
     def remaining_s(self) -> float:
@@ -72,32 +69,32 @@ class Attempts:
         return max(0.0, self._timeout_s - self._elapsed_s())
 
     def progressed(self) -> None:
-        """Tell that something was achieved: back-off and limit of attempts start over."""
-        self._num_fruitless = 0
+        """Record progress: backoff and the limit of attempts start over."""
+        self._num_without_progress = 0
 
     async def wait_after(self, error: PoiseClientError) -> None:
-        """Wait until the next attempt is due; raise `error`, marked with what was tried, when there is to be none."""
+        """Wait until the next attempt is due. Raise `error`, with the number of attempts, if there is none."""
         self._num_attempts += 1
-        self._num_fruitless += 1
+        self._num_without_progress += 1
         error.attempts, error.elapsed_s = self._num_attempts, self._elapsed_s()
         if isinstance(error, DeadlineExceededError):
             error.message = f"no answer within {self._timeout_s:g} s"
             if self._last is not None:
-                error.message += f"; the attempt before failed with: {self._last.message}"
+                error.message += f"; the previous attempt failed with: {self._last.message}"
         delay_s = self._delay_s(error)
-        exhausted = self._policy.max_attempts is not None and self._num_fruitless >= self._policy.max_attempts
+        exhausted = self._policy.max_attempts is not None and self._num_without_progress >= self._policy.max_attempts
         if not error.retryable or exhausted or delay_s >= self.remaining_s():
             raise error
         self._last = error
         await self._clock.sleep(delay_s)
 
     def _delay_s(self, error: PoiseClientError) -> float:
-        doublings = min(max(0, self._num_fruitless - 1), 30)
+        doublings = min(max(0, self._num_without_progress - 1), 30)
         longest_s = min(self._policy.max_backoff_s, self._policy.initial_backoff_s * 2**doublings)
         backoff_s = self._clock.draw(longest_s / 2, longest_s)
         if error.retry_after_s is None:
             return backoff_s
-        return error.retry_after_s + backoff_s  # the service's own figure, spread so that callers do not return at once
+        return error.retry_after_s + backoff_s  # spread, so that callers do not all return at once
 
     def _elapsed_s(self) -> float:
         return self._clock.now() - self._started_s

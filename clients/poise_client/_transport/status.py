@@ -1,4 +1,4 @@
-"""A failed RPC to an exception of `errors`: by its `PoiseErrorDetail` where there is one, else by its gRPC status."""
+"""Converts a failed RPC to an exception: by its `PoiseErrorDetail` if it has one, else by its gRPC status."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _BY_CODE: dict[grpc.StatusCode, type[PoiseClientError]] = {
     grpc.StatusCode.CANCELLED: errors.UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
 }
-"""For peers that send no detail: proxies, gRPC itself, other servers."""
+"""For peers without details: proxies, gRPC itself, other servers."""
 
 _RETRYABLE_CODES = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
@@ -52,23 +52,23 @@ _REMEDIES: dict[grpc.StatusCode, str] = {
     grpc.StatusCode.UNAVAILABLE: "check the address, that the service runs, and that both ends agree on TLS",
     grpc.StatusCode.UNIMPLEMENTED: "check that the address is this service's gRPC port and not another's",
     grpc.StatusCode.UNAUTHENTICATED: "pass the service's token as token=...",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "pass a longer timeout_s, or look at the service's log for what it does",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "pass a longer timeout_s, or check the service's log",
 }
 
 
 _CORE = "Internal error from Core"
-"""What gRPC says of itself when a message could not be sent on a call that had just ended."""
+"""gRPC's own message when it could not send on a call that had just ended."""
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
-    """Return the exception for a failed RPC. `call` names it for people."""
+    """Return the exception for a failed RPC. `call` names the RPC in its text."""
     code = error.code()
     message = error.details() or f"failed with {code.name}"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return errors.InvalidRequestError(message, remedy="send less at once", call=call)
     if code is grpc.StatusCode.INTERNAL and message.startswith(_CORE):
         return errors.UnavailableError(
-            "the service ended the call while it was being sent, and gRPC lost its answer", retryable=True, call=call
+            "the service ended the call while the request was sent, and gRPC lost its answer", retryable=True, call=call
         )
     kind = _BY_CODE.get(code, errors.InternalError)
     reason, retryable, remedy = "", code in _RETRYABLE_CODES, _REMEDIES.get(code, "")
@@ -103,8 +103,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
 
 
 def _details(error: grpc.aio.AioRpcError) -> Sequence[Any]:
-    """Return the packed details of the rich status; none where it is absent, malformed or of another code."""
-    trailing = cast(Sequence[tuple[str, str | bytes]], error.trailing_metadata() or ())  # the stubs know no tuple
+    """Return the packed details of the rich status; none if it is absent, malformed or has another code."""
+    trailing = cast(Sequence[tuple[str, str | bytes]], error.trailing_metadata() or ())  # the stubs lack the tuple
     for key, value in trailing:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             try:
@@ -116,7 +116,7 @@ def _details(error: grpc.aio.AioRpcError) -> Sequence[Any]:
 
 
 def renumber(error: PoiseClientError, field: str, indices: Sequence[int]) -> None:
-    """Make `field[k]` in an error mean the caller's own k, where entry k of a request was the caller's `indices[k]`."""
+    """Replace indices of a request in an error by those of the caller: `field[k]` becomes `field[indices[k]]`."""
     prefix = f"{field}["
 
     def renamed(path: str) -> str:

@@ -6,13 +6,13 @@ import ipaddress
 
 _FORMS = "host:port, [IPv6 address]:port, dns:///name:port or unix:path"
 _OWN_SCHEMES = ("unix:", "unix-abstract:", "ipv4:", "ipv6:", "dns://", "xds:", "vsock:")
-"""Targets of these forms are left to gRPC."""
+"""gRPC checks targets of these forms."""
 
 
 def check_target(target: str) -> None:
-    """Raise `ValueError` for a target that gRPC would take for something else, or never reach.
+    """Raise `ValueError` for a target that gRPC would misread or never reach.
 
-    gRPC reads `::1:50051` as an address without a port, and takes port 443 where there is none.
+    gRPC reads `::1:50051` as an address without a port, and uses port 443 if there is none.
     """
     if target.startswith("dns:///"):
         target = target.removeprefix("dns:///")
@@ -35,4 +35,4 @@ def _check_ipv6(address: str, target: str) -> None:
     try:
         ipaddress.IPv6Address(address)
     except ValueError as error:
-        raise ValueError(f"target {target!r}: {address!r} is no IPv6 address: {error}") from error
+        raise ValueError(f"target {target!r}: {address!r} is not an IPv6 address: {error}") from error

@@ -1,4 +1,4 @@
-"""A bearer token in a file: rejected if other users can read the file, and re-read when it changes."""
+"""Bearer tokens in files: read again when they change, rejected if other users can read them."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 TOKEN_FILE_ENV = "POISE_TOKEN_FILE"  # noqa: S105 (a variable's name)
-"""Environment variable: the token file of clients without `token` and `token_file`."""
+"""Environment variable with the token file of clients without `token` and `token_file`."""
 
 ROTATION_S = 120.0
-"""Time after a change in which both tokens are in use. Kubernetes updates mounts within a minute."""
+"""Seconds after a change during which both tokens are in use. Kubernetes updates mounts within a minute."""
 
 _TOKEN = re.compile(r"[!-~]+")
 
 
 class TokenFile:
-    """A file with a bearer token, one line."""
+    """A file with a bearer token on one line."""
 
     def __init__(self, path: Path | str, now: Callable[[], float] = time.monotonic) -> None:
-        """Read it.
+        """Read the file.
 
         Raises:
             OSError: it cannot be read.
-            ValueError: others can read or write it, or it holds no token.
+            ValueError: other users can read or write it, or it contains no token.
         """
         self.path = Path(path)
         self._now = now
         self._version = self._look()
         self._token = self._read()
-        self._before: str | None = None
+        self._previous: str | None = None
         self._changed_s = -ROTATION_S
         self.problem = ""
         """Why the last change of the file was rejected; empty while the file is valid."""
 
     @property
     def current(self) -> str:
-        """The token that the file holds now; the one before while the file cannot be used."""
+        """The token in the file; the previous one while the file is invalid."""
         try:
             version = self._look()
             if version != self._version:
                 token = self._read()
                 if token != self._token:
-                    self._before, self._token, self._changed_s = self._token, token, self._now()
+                    self._previous, self._token, self._changed_s = self._token, token, self._now()
                 self._version = version
             self.problem = ""
         except (OSError, ValueError) as error:
@@ -54,13 +54,13 @@ class TokenFile:
 
     @property
     def accepted(self) -> tuple[str, ...]:
-        """The current token, and for a while after a change the one before it."""
+        """The current token and, for `ROTATION_S` after a change, the previous one."""
         current = self.current
-        return (current, self._before) if self.changed_lately and self._before is not None else (current,)
+        return (current, self._previous) if self.changed_lately and self._previous is not None else (current,)
 
     @property
     def changed_lately(self) -> bool:
-        """Whether the other side may not have taken over the current token yet."""
+        """Whether the token changed so recently that the peer may still use the previous one."""
         return self._now() - self._changed_s < ROTATION_S
 
     def _look(self) -> tuple[int, ...]:

@@ -1,13 +1,10 @@
-"""The trace that calls belong to: whoever sets it here has it sent along with every call, as W3C `traceparent`.
-
-Knows no tracing library: a loop of one's own sets what its library says.
-"""
+"""The trace context of calls. Set `TRACEPARENT` to send it with every call as W3C `traceparent`."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 
 TRACEPARENT: ContextVar[str] = ContextVar("poise_traceparent", default="")
-"""Such as `00-<32 hex digits of the trace>-<16 of the span>-01`; empty sends none."""
+"""`00-<32 hex digits of the trace>-<16 of the span>-01`. Empty sends none."""
 TRACEPARENT_KEY = "traceparent"
-"""Its name in gRPC's metadata."""
+"""Its key in gRPC metadata."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
+
 from poise_client.codec._mapper import (
     decode,
     decode_fields,
@@ -117,7 +119,7 @@ def _encode_group(group: Group, kind: type[Any], path: str) -> Any:
             "step": group.step,
             "num_rollouts": group.num_rollouts,
         }
-    if any(rollout.reward is not None for rollout in group.rollouts) or kind is value_pb2.LabelledGroup:
+    if kind is value_pb2.LabelledGroup or any(rollout.reward is not None for rollout in group.rollouts):
         more["rewards"] = _encode_rewards(group.rollouts, path)
     rollouts = enumerate(group.rollouts)
     return kind(
@@ -129,10 +131,11 @@ def _encode_group(group: Group, kind: type[Any], path: str) -> Any:
 
 
 def _encode_rewards(rollouts: Sequence[Rollout], path: str) -> common_pb2.Tensor:
-    for index, rollout in enumerate(rollouts):
-        if rollout.reward is None:
-            raise CodecError(join(path, f"rollouts[{index}].reward"), "is None; set the reward of every rollout")
-    return vector([cast(float, rollout.reward) for rollout in rollouts], join(path, "rewards"))
+    rewards = [rollout.reward for rollout in rollouts]
+    if None in rewards:
+        field = join(path, f"rollouts[{rewards.index(None)}].reward")
+        raise CodecError(field, "is None; set the reward of every rollout")
+    return vector(np.array(rewards, np.float32), join(path, "rewards"))
 
 
 def _decode_group(message: Any, path: str) -> Group:

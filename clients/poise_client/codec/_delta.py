@@ -1,7 +1,7 @@
-"""What changed between two versions of a parameter, without loss: where, and by how much.
+"""Lossless deltas between two versions of a parameter. docs/reference/delta_format.md defines the format.
 
-Between consecutive versions of a policy in bfloat16 few elements change, most of them by the smallest step. Positions
-travel as distances, changes as differences of the bits, and zlib does the rest. The format is in generation.proto.
+Consecutive versions of a bfloat16 policy differ in few elements, most of them by the smallest step. So gaps between
+positions and differences of bits are small numbers, which zlib compresses well.
 
 Shapes: K changed elements.
 """
@@ -18,18 +18,18 @@ from poise_client.codec._tensor import CodecError
 Buffer = bytes | bytearray | memoryview
 
 MAX_DELTA_ELEMENTS = 2**32
-"""Positions are 32 bits wide."""
+"""Most elements of a tensor: positions have 32 bits."""
 
 _LEVEL = 1
-"""Of zlib: higher ones take several times as long, to save a tenth."""
+"""zlib's level. Higher levels take several times as long and save a tenth."""
 
 _POSITION_BYTES = 4
 
 
 def make_delta(base: Buffer, new: Buffer, itemsize: int) -> tuple[int, bytes]:
-    """Return how many elements of `itemsize` bytes differ, and the block that says which; empty where none does.
+    """Return the number of elements that differ, and their block; the block is empty if none does.
 
-    Both must hold the same number of elements, at most `MAX_DELTA_ELEMENTS`.
+    Both buffers must have the same number of elements of `itemsize` bytes, at most `MAX_DELTA_ELEMENTS`.
     """
     old, now = _elements(base, itemsize), _elements(new, itemsize)
     positions_K = np.flatnonzero(old != now)
@@ -43,20 +43,20 @@ def make_delta(base: Buffer, new: Buffer, itemsize: int) -> tuple[int, bytes]:
 
 
 def max_block_bytes(num_changed: int, itemsize: int) -> int:
-    """Return how long a block of so many changed elements can be."""
+    """Return the maximum size of a block with this number of changed elements."""
     content = num_changed * (_POSITION_BYTES + itemsize)
-    return content + content // 1000 + 64  # what zlib adds to what it cannot compress
+    return content + content // 1000 + 64  # zlib's overhead on incompressible data
 
 
 def apply_delta(target: bytearray | memoryview, block: Buffer, num_changed: int, itemsize: int, field: str) -> None:
-    """Turn the bytes of the base into those of the new version, in place.
+    """Change the bytes of the base into those of the new version, in place.
 
     Raises:
-        CodecError: naming `field`, when the block is no delta of so many elements. `target` is then not to be used.
+        CodecError: the block is malformed. It names `field`. `target` is then undefined.
     """
     if not num_changed:
         if block:
-            raise CodecError(field, "has a block, and no element changed")
+            raise CodecError(field, "has a block, but num_changed is 0")
         return
     content = _unpack(block, num_changed * (_POSITION_BYTES + itemsize), field)
     split = num_changed * _POSITION_BYTES
@@ -64,7 +64,7 @@ def apply_delta(target: bytearray | memoryview, block: Buffer, num_changed: int,
     positions_K = gaps_K.astype(np.int64).cumsum() - 1
     elements = _elements(target, itemsize)
     if not gaps_K.all() or int(positions_K[-1]) >= elements.size:
-        raise CodecError(field, f"names a position twice, or one beyond the {elements.size} elements")
+        raise CodecError(field, f"repeats a position, or exceeds the {elements.size} elements")
     zigzag_K = _from_planes(content[split:], itemsize)
     elements[positions_K] += (zigzag_K >> 1) ^ -(zigzag_K & 1)
 
@@ -72,11 +72,11 @@ def apply_delta(target: bytearray | memoryview, block: Buffer, num_changed: int,
 def _unpack(block: Buffer, num_bytes: int, field: str) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        content = unpacker.decompress(block, num_bytes + 1)  # one more than it may hold: no bomb goes off
+        content = unpacker.decompress(block, num_bytes + 1)  # one byte more than allowed: a zlib bomb stops here
     except zlib.error as error:
-        raise CodecError(field, f"is no zlib stream: {error}") from error
+        raise CodecError(field, f"is not a zlib stream: {error}") from error
     if len(content) != num_bytes or not unpacker.eof or unpacker.unused_data:
-        raise CodecError(field, f"does not unpack to {num_bytes} bytes")
+        raise CodecError(field, f"does not decompress to {num_bytes} bytes")
     return content
 
 
@@ -86,7 +86,7 @@ def _elements(data: Buffer, itemsize: int) -> NDArray[np.unsignedinteger]:
 
 
 def _zigzag(differences_K: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ...: small steps have small codes, whichever way they go."""
+    """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ...: small differences of either sign get small codes."""
     sign_K = differences_K >> (8 * differences_K.itemsize - 1)
     codes_K: NDArray[np.unsignedinteger] = (differences_K << 1) ^ np.negative(sign_K)
     return codes_K

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
@@ -53,17 +54,19 @@ def decode(message: Message, kind: type[T], path: str = "") -> T:
 
 def encode_fields(value: object, kind: type[M], path: str = "", **more: Any) -> M:
     """Return a dataclass as a message, copying every shared field but those in `more`, which sets them."""
+    prefix = f"{path}." if path else ""
     for name, encoder in _plan(cast(Any, type(value)), kind.DESCRIPTOR)[0]:
         if name not in more and (content := getattr(value, name)) is not None:
-            more[name] = content if encoder is None else encoder(content, join(path, name))
+            more[name] = content if encoder is None else encoder(content, prefix + name)
     return kind(**more)
 
 
 def decode_fields(message: Message, kind: type[T], path: str = "", **more: Any) -> T:
     """Return a message as a dataclass, copying every shared field but those in `more`, which sets them."""
+    prefix = f"{path}." if path else ""
     for name, decoder in _plan(cast(Any, kind), message.DESCRIPTOR)[1]:
         if name not in more:
-            more[name] = getattr(message, name) if decoder is None else decoder(message, join(path, name))
+            more[name] = getattr(message, name) if decoder is None else decoder(message, prefix + name)
     return kind(**more)
 
 
@@ -136,6 +139,12 @@ def _encoder(hint: Any, wire: FieldDescriptor) -> Encoder | None:
     if kind is common_pb2.Tensor:
         dtype = _tensor_dtype(hint)
         return lambda array, path: vector(array, path, dtype)
+    cls = _dataclass(hint)
+    if (names := _plain_fields(cls, wire.message_type)) is not None:
+        get = attrgetter(*names)
+        if wire.is_repeated:
+            return lambda values, path: [kind(**dict(zip(names, get(value), strict=True))) for value in values]
+        return lambda value, path: kind(**dict(zip(names, get(value), strict=True)))
     if wire.is_repeated:
         return lambda values, path: [encode(value, kind, f"{path}[{i}]") for i, value in enumerate(values)]
     return lambda value, path: encode(value, kind, path)
@@ -162,10 +171,33 @@ def _converter(hint: Any, wire: FieldDescriptor) -> Callable[[Any, str], Any]:
     if GetMessageClass(wire.message_type) is common_pb2.Tensor:
         dtype = _tensor_dtype(hint)
         return lambda tensor, path: from_tensor(tensor, dtype=dtype, field=path)
-    kind = next((each for each in get_args(hint) if isinstance(each, type) and each is not type(None)), hint)
+    kind = _dataclass(hint)
+    if (names := _plain_fields(kind, wire.message_type)) is not None:
+        get = attrgetter(*names)
+        if wire.is_repeated:
+            return lambda items, path: tuple([kind(*get(item)) for item in items])
+        return lambda message, path: kind(*get(message))
     if wire.is_repeated:
         return lambda items, path: tuple(decode(item, kind, f"{path}[{i}]") for i, item in enumerate(items))
     return lambda message, path: decode(message, kind, path)
+
+
+def _dataclass(hint: Any) -> Any:
+    """Return the dataclass in a type hint such as `tuple[VersionSpan, ...]`."""
+    return next((each for each in get_args(hint) if isinstance(each, type) and each is not type(None)), hint)
+
+
+def _plain_fields(cls: Any, descriptor: Any) -> tuple[str, ...] | None:
+    """Return the fields of a dataclass if each is copied as it is, such as those of `RolloutId`; else None.
+
+    Such a dataclass is converted at once, without paths for errors: there is nothing to check.
+    """
+    if cls in _ENCODERS or cls in _DECODERS or not dataclasses.is_dataclass(cls):
+        return None
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    encoders, decoders = _plan(cast(Any, cls), descriptor)
+    are_plain = [converter is None for _, converter in (*encoders, *decoders)]
+    return names if all(are_plain) and len(are_plain) == 2 * len(names) > 2 else None
 
 
 def _copy(content: Any, path: str) -> Any:

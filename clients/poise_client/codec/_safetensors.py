@@ -1,4 +1,4 @@
-"""The header of a safetensors file: the same for whoever writes the same parameters."""
+"""The header of a safetensors file. Equal parameters give equal headers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable
 
 SAFETENSORS_DTYPES = {"float32": ("F32", 4), "float64": ("F64", 8), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
-"""Element types that parameters may have, with their safetensors names and sizes in bytes."""
+"""Element types of parameters, with their safetensors names and sizes in bytes."""
 
 
 def safetensors_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """Return all that precedes the bytes of these (name, dtype, shape), when they follow in this order."""
+    """Return the header of a file with these tensors (name, dtype, shape) in this order."""
     entries: dict[str, object] = {}
     offset = 0
     for name, dtype, shape in tensors:

@@ -1,7 +1,4 @@
-"""numpy arrays to and from `Tensor` messages: dtype, shape, little-endian bytes in C order.
-
-Knows no message but Tensor. bfloat16, which numpy lacks, is held as its raw uint16 bits.
-"""
+"""numpy arrays to and from `Tensor` messages. bfloat16, which numpy lacks, is represented as raw uint16 bits."""
 
 from __future__ import annotations
 
@@ -29,37 +26,37 @@ DTYPE_NUMBERS: Mapping[DTypeName, pb.Dtype.ValueType] = MappingProxyType(
         "int64": pb.DTYPE_INT64,
     }
 )
-"""Names of element types to their numbers on the wire."""
+"""Numbers of element types on the wire, by name."""
 
 DTYPE_NAMES: Mapping[int, DTypeName] = MappingProxyType({number: name for name, number in DTYPE_NUMBERS.items()})
-"""Numbers on the wire to names of element types; DTYPE_UNSPECIFIED is absent."""
+"""Names of element types, by number on the wire. DTYPE_UNSPECIFIED is absent."""
 
 _BY_DTYPE: Mapping[str, DTypeName] = MappingProxyType({name: name for name in DTYPE_NUMBERS if name != "bfloat16"})
 
 MAX_ELEMENTS = 2**20
-"""Most elements `from_tensor` accepts unless told otherwise: as float32 they fill gRPC's default message of 4 MiB."""
+"""Most elements that `from_tensor` accepts by default: as float32 they fill gRPC's default limit of 4 MiB."""
 
 _SHOWN_AXES = 8
 
 
 class CodecError(ValueError):
-    """A value that does not fit its message, or a message that does not hold its value."""
+    """A value does not fit its message, or a message is malformed."""
 
     def __init__(self, field: str, description: str) -> None:
         super().__init__(f"{field}: {description}")
         self.field = field
         """Path of the field, such as `groups[2].rollouts[0].prompt_hidden`."""
         self.description = description
-        """What is wrong and what would be right."""
+        """What is wrong and what is allowed."""
 
 
 def host_dtype(name: DTypeName) -> np.dtype[np.generic]:
-    """Return the numpy dtype that holds elements of type `name` in this host's byte order."""
+    """Return the numpy dtype of elements of type `name`, in the byte order of this host."""
     return np.dtype(np.uint16 if name == "bfloat16" else name)
 
 
 def wire_bytes(array: NDArray[np.generic]) -> bytes:
-    """Return the elements as they travel: little-endian, in C order."""
+    """Return the elements as bytes: little-endian, in C order."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
@@ -67,22 +64,22 @@ def to_tensor(array: ArrayLike, dtype: DTypeName | None = None, *, field: str = 
     """Pack an array.
 
     Args:
-        array: anything numpy makes an array of, of any shape.
-        dtype: element type on the wire; None takes the array's own. Floats may be rounded to narrower floats and
-            integers stored in other integers that hold them; nothing else is cast. bfloat16 takes its raw uint16 bits.
-        field: what to call the array in errors.
+        array: anything that numpy converts to an array, of any shape.
+        dtype: element type on the wire; None uses that of the array. Floats may be rounded to narrower floats, and
+            integers stored in other integers that hold them. Nothing else is cast. bfloat16 takes raw uint16 bits.
+        field: path of the array, for errors.
 
     Raises:
-        CodecError: an element type that does not travel, a cast that would lose more than precision.
+        CodecError: the element type is not supported, or the cast would lose more than precision.
     """
     try:
         source = np.asarray(array)
     except ValueError as error:
-        raise CodecError(field, f"is no array: {error}") from error
+        raise CodecError(field, f"is not an array: {error}") from error
     name = dtype or _BY_DTYPE.get(source.dtype.name)
     if name is None:
         hint = 'dtype="bfloat16" for raw bfloat16 bits' if source.dtype == np.uint16 else ", ".join(DTYPE_NUMBERS)
-        raise CodecError(field, f"elements of type {source.dtype.name} do not travel; use {hint}")
+        raise CodecError(field, f"has elements of type {source.dtype.name}; use {hint}")
     return pb.Tensor(dtype=DTYPE_NUMBERS[name], shape=source.shape, data=wire_bytes(_cast(source, name, field)))
 
 
@@ -135,17 +132,17 @@ def from_tensor(
     field: str = "tensor",
     max_elements: int = MAX_ELEMENTS,
 ) -> NDArray[np.generic]:
-    """Unpack a tensor into a read-only array of this host's byte order, checked against what is expected.
+    """Return a tensor as a read-only array in the byte order of this host, after checking it.
 
     Args:
-        tensor: the message; it is not trusted.
-        dtype: the one element type accepted. bfloat16 comes back as uint16.
-        ndim: the one number of axes accepted.
+        tensor: the message. It is not trusted.
+        dtype: the accepted element type. bfloat16 becomes uint16.
+        ndim: the accepted number of axes.
         field: path of the tensor, for errors.
-        max_elements: most elements accepted.
+        max_elements: maximum number of elements.
 
     Raises:
-        CodecError: unset, another dtype or number of axes, too large, or data that does not match the shape.
+        CodecError: it is unset or too large, its dtype or number of axes differs, or its data does not match its shape.
     """
     sent = DTYPE_NAMES.get(tensor.dtype)
     if sent is None:
@@ -154,7 +151,7 @@ def from_tensor(
     if sent != dtype:
         raise CodecError(field, f"is {sent}; required: {dtype}")
     num_axes = len(tensor.shape)
-    if num_axes != ndim:  # of a stranger's shape, neither copied nor multiplied before
+    if num_axes != ndim:  # check first: a malicious shape is neither copied nor multiplied
         found = f"has shape {tensor.shape[:]}" if num_axes <= _SHOWN_AXES else f"has {num_axes} axes"
         raise CodecError(field, f"{found}; required: {ndim} axes")
     shape = tensor.shape[:]
@@ -163,7 +160,7 @@ def from_tensor(
         raise CodecError(field, f"has {num_elements} elements; at most {max_elements} are accepted")
     native = host_dtype(dtype)
     num_bytes = num_elements * native.itemsize
-    data = tensor.data  # protobuf copies at every look
+    data = tensor.data  # protobuf copies at every access
     if len(data) != num_bytes:
         raise CodecError(field, f"has {len(data)} bytes; shape {shape} of {dtype} takes {num_bytes}")
     if sys.byteorder == "big":

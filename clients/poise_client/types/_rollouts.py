@@ -92,12 +92,17 @@ class EntropyStats:
     min: float = 0.0
 
 
+_NO_FLOATS, _NO_INTS = np.zeros(0, np.float32), np.zeros(0, np.int32)
+for _array in (_NO_FLOATS, _NO_INTS):  # shared defaults
+    _array.flags.writeable = False
+
+
 def _no_floats() -> Floats:
-    return np.zeros(0, np.float32)
+    return _NO_FLOATS
 
 
 def _no_ints() -> Ints:
-    return np.zeros(0, np.int32)
+    return _NO_INTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,13 @@ class Features:
     output_entropy: EntropyStats = EntropyStats()
     reasoning_entropy: EntropyStats = EntropyStats()
     answer_entropy: EntropyStats = EntropyStats()
+
+
+_NO_FEATURES = Features()
+
+
+def _no_features() -> Features:
+    return _NO_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +142,7 @@ class Rollout:
     """[T], in nats: under the distribution over the full vocabulary after temperature."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which policy version sampled which tokens."""
-    features: Features = field(default_factory=Features)
+    features: Features = field(default_factory=_no_features)
     """What the value service needs."""
     reward: float | None = None
     """In [0, 1] for the value service. Set it after scoring."""

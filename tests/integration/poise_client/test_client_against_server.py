@@ -64,7 +64,7 @@ async def test_groups_come_as_they_finish_with_all_their_rollouts(generation, ge
     assert [rollout.id for rollout in groups[0].rollouts] == [RolloutId("run", 7, "c", 0), RolloutId("run", 7, "c", 1)]
 
 
-async def test_a_broken_stream_resumes_with_the_unfinished_groups_alone(generation, generation_service, unavailable):
+async def test_a_broken_stream_resumes_with_unfinished_groups(generation, generation_service, unavailable):
     generation_service.script = [
         generation_service.stream("b", "d", then=unavailable),
         generation_service.stream(then=unavailable),
@@ -75,16 +75,14 @@ async def test_a_broken_stream_resumes_with_the_unfinished_groups_alone(generati
     assert asked(generation_service) == [list("abcd"), list("ac"), list("ac")]
 
 
-async def test_a_stream_that_ends_early_without_an_error_is_resumed_too(generation, generation_service):
+async def test_a_stream_that_ends_early_is_resumed(generation, generation_service):
     generation_service.script = [generation_service.stream("a", "b", "c")]
     groups = await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
     assert [group.group_id for group in groups] == list("abcd")
     assert asked(generation_service) == [list("abcd"), ["d"]]
 
 
-async def test_a_final_error_mid_stream_is_raised_with_the_callers_own_indices(
-    generation, generation_service, failing, unavailable
-):
+async def test_an_error_mid_stream_has_the_indices_of_the_caller(generation, generation_service, failing, unavailable):
     wrong = failing(
         grpc.StatusCode.INVALID_ARGUMENT,
         reason="INVALID_REQUEST",
@@ -130,7 +128,7 @@ async def test_encoded_prompts_come_in_the_order_asked_over_breaks(generation, g
 
 
 async def test_prompts_to_encode_are_checked_and_split(generation, generation_service):
-    with pytest.raises(errors.InvalidRequestError, match="names an earlier prompt too"):
+    with pytest.raises(errors.InvalidRequestError, match="names an earlier prompt"):
         await generation.encode_prompts([PROMPTS[0], PROMPTS[0]])
     with pytest.raises(errors.InvalidRequestError, match="required: text"):
         await generation.encode_prompts([Prompt("a", [])])
@@ -197,7 +195,7 @@ async def test_what_is_unavailable_is_tried_again(value, value_service, unavaila
     assert len(value_service.requests) == 3
 
 
-async def test_a_service_that_is_not_up_yet_is_waited_for_and_then_given_up(unused_port):
+async def test_an_absent_service_is_retried_until_the_deadline(unused_port):
     async with AsyncValueClient(f"127.0.0.1:{unused_port}", retries=QUICK, timeout_s=3) as client:
         with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)) as caught:
             await client.get_probe()
@@ -239,7 +237,7 @@ async def test_what_is_final_is_not_tried_again(value, value_service, failing):
     assert len(value_service.requests) == 1
 
 
-async def test_no_answer_in_time_is_a_deadline_and_ends_the_call_in_the_service(value, value_service):
+async def test_a_deadline_also_ends_the_call_in_the_service(value, value_service):
     value_service.script = [value_service.hang]
     with pytest.raises(errors.DeadlineExceededError, match="no answer within 2 s"):
         await value.get_probe(timeout_s=2)  # long enough to reach the service first
@@ -253,7 +251,7 @@ async def test_the_deadline_bounds_a_stream_that_keeps_breaking(generation, gene
     assert len(generation_service.script) > 0
 
 
-async def test_the_token_travels_as_a_bearer(target, value_service):
+async def test_the_token_is_sent_as_a_bearer_token(target, value_service):
     async with AsyncValueClient(target, token="t0ken") as client:
         await client.get_probe()
     assert value_service.metadata[0]["authorization"] == "Bearer t0ken"
@@ -322,12 +320,12 @@ async def test_many_prompts_to_score_are_split_and_answered_in_order(value, valu
     [[], [value_pb2.PromptScore(group_id="h", status=1)], [value_pb2.PromptScore(group_id="g")]],
     ids=["none", "another prompt", "no status"],
 )
-async def test_scores_that_make_no_sense_are_an_error(value, value_service, scores):
+async def test_malformed_scores_are_an_error(value, value_service, scores):
     async def nonsense(request, context):
         return value_pb2.ScorePromptsResponse(prompts=scores)
 
     value_service.script = [nonsense]
-    with pytest.raises(errors.InternalError, match="makes no sense"):
+    with pytest.raises(errors.InternalError, match="is malformed"):
         await value.score_prompts([PromptFeatures("g", "math", WIDE)])
 
 
@@ -370,12 +368,12 @@ async def test_an_error_in_a_later_part_names_the_callers_own_group(value, value
         ),
     ],
 )
-async def test_an_answer_that_makes_no_sense_is_an_error(value, value_service, answer):
+async def test_a_malformed_answer_is_an_error(value, value_service, answer):
     async def nonsense(request, context):
         return answer
 
     value_service.script = [nonsense]
-    with pytest.raises(errors.InternalError, match="makes no sense"):
+    with pytest.raises(errors.InternalError, match="is malformed"):
         await value.estimate_baselines("run", 0, [unlabelled("g")])
 
 
@@ -403,7 +401,7 @@ async def test_weights_arrive_in_chunks_with_offsets_and_digests(generation, gen
         assert begin.digest == weights_digest(weights)
 
 
-async def test_a_batch_travels_as_a_header_and_its_rollouts_again_on_a_retry(learner, learner_service, unavailable):
+async def test_a_retry_sends_the_whole_batch_again(learner, learner_service, unavailable):
     ids = np.arange(3, dtype=np.int32)
     rollouts = tuple(
         Rollout(RolloutId("run", 2, "g", i), ids, ids, np.zeros(3, np.float32), advantage=0.5 - i, reward=reward)

@@ -130,9 +130,7 @@ async def test_closing_the_client_ends_calls_of_other_threads(value, value_servi
     await asyncio.to_thread(value.close)
 
 
-async def test_closing_the_client_ends_calls_that_wait_for_their_next_attempt(
-    target, generation, unavailable, value_service
-):
+async def test_closing_the_client_ends_calls_between_attempts(target, generation, unavailable, value_service):
     await asyncio.to_thread(generation.get_policy)  # the loop goes on: another client uses it
     value_service.script = [unavailable] * 2
     client = ValueClient(target, retries=RetryPolicy(initial_backoff_s=60, max_backoff_s=60), timeout_s=600)
@@ -174,7 +172,7 @@ async def start(command):
     return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(target, value_service):
+async def test_ctrl_c_cancels_a_call_in_the_service(target, value_service):
     value_service.script = [value_service.hang]
     process = await start(
         script(
@@ -197,7 +195,7 @@ async def test_ctrl_c_interrupts_a_call_at_once_and_cancels_it_in_the_service(ta
     assert await finish(process) == (0, "interrupted\n4\n", "")
 
 
-async def test_ctrl_c_interrupts_a_stream_at_once_and_cancels_it_in_the_service(target, generation_service):
+async def test_ctrl_c_cancels_a_stream_in_the_service(target, generation_service):
     generation_service.script = [generation_service.stream(then=generation_service.hang)]
     process = await start(
         script(

@@ -18,7 +18,7 @@ def sized(num_bytes):
 
 
 @given(st.lists(st.integers(0, MAX_REQUEST_BYTES + 1000), max_size=12))
-def test_requests_hold_everything_once_in_order_and_stay_below_the_limit(sizes):
+def test_requests_keep_order_and_stay_below_the_limit(sizes):
     messages = [sized(size) for size in sizes]
     parts = list(pack(messages))
     assert list(itertools.chain(*parts)) == list(range(len(sizes)))

@@ -158,7 +158,7 @@ def test_fields_are_renumbered_to_the_callers_own():
     assert error.message == "groups[11].domain: is empty"
 
 
-def test_what_grpc_says_when_an_answer_crosses_what_is_being_sent_may_be_tried_again():
+def test_a_send_error_after_the_answer_is_retryable():
     error = error_from_rpc(bare_error(grpc.StatusCode.INTERNAL, "Internal error from Core (ExecuteBatchError)"), CALL)
     assert type(error) is errors.UnavailableError
     assert error.retryable

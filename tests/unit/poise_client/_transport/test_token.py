@@ -113,6 +113,6 @@ def test_a_token_and_a_file_exclude_each_other(tmp_path):
         ValueClient("localhost:1", token="t", token_file=write_token(tmp_path / "token", "t"))
 
 
-def test_a_token_of_a_file_does_not_travel_in_the_clear(tmp_path):
-    with pytest.raises(ValueError, match="would travel in the clear"):
+def test_a_token_of_a_file_is_not_sent_in_plaintext(tmp_path):
+    with pytest.raises(ValueError, match="would be sent in plaintext"):
         ValueClient("value.example.org:1", token_file=write_token(tmp_path / "token", "t"))
