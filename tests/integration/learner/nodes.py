@@ -7,14 +7,13 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from tests.support.forking import ForkedProgram
 from tests.support.ports import free_port
 
 from poise.learner.config import LearnerConfig
@@ -37,7 +36,7 @@ class Nodes:
         self._num_nodes = num_nodes
         self._admin_ports = [free_port() for _ in range(num_nodes)]
         self._rendezvous = free_port()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[ForkedProgram] = []
         self._keeping: list[asyncio.Task[None]] = []
         self.num_starts = [0] * num_nodes
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,22 +91,22 @@ class Nodes:
         logs = (self._folder / f"log-{node}" for node in range(self._num_nodes))
         return "\n".join(f"== {log.name}\n{log.read_text()[-40_000:]}" for log in logs)
 
-    def _start(self, node: int) -> subprocess.Popen[bytes]:
+    def _start(self, node: int) -> ForkedProgram:
         self.num_starts[node] += 1
-        command = [sys.executable, "-m", "torch.distributed.run", "--shutdown-timeout=20"]
-        command += [f"--nproc-per-node={2 // self._num_nodes}"]
+        options = ["--run-path", "--start-method=fork", "--shutdown-timeout=20"]  # workers are forks, too
+        options += [f"--nproc-per-node={2 // self._num_nodes}"]
         if self._num_nodes == 1:
-            command += ["--standalone"]
+            options += ["--standalone"]
         else:
-            command += [f"--nnodes={self._num_nodes}", f"--node-rank={node}", "--rdzv-backend=static", "--rdzv-id=test"]
-            command += [f"--rdzv-endpoint=127.0.0.1:{self._rendezvous}"]
-        command += [str(Path(__file__).with_name("hanging.py")), str(self._folder)]
-        command += ["-c", str(self._folder / "learner.yaml"), "--set", f"admin.port={self._admin_ports[node]}"]
+            options += [f"--nnodes={self._num_nodes}", f"--node-rank={node}", "--rdzv-backend=static", "--rdzv-id=test"]
+            options += [f"--rdzv-endpoint=127.0.0.1:{self._rendezvous}"]
+        script = [str(Path(__file__).with_name("hanging.py")), str(self._folder)]
+        settings = ["-c", str(self._folder / "learner.yaml"), "--set", f"admin.port={self._admin_ports[node]}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if node == 0:
             environment["POISE_ADDRESS_FILE"] = str(self._folder / "address.json")
-        with (self._folder / f"log-{node}").open("ab") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        log = self._folder / f"log-{node}"
+        return ForkedProgram("torch.distributed.run", [*options, *script, *settings], environment, log)
 
     async def _keep(self, node: int) -> None:
         """Start a node again when it has ended; kill it first where it answers no more, once it has answered."""
@@ -131,7 +130,7 @@ class Nodes:
         except OSError:
             return False
 
-    def _is_stopped(self, process: subprocess.Popen[bytes]) -> bool:
+    def _is_stopped(self, process: ForkedProgram) -> bool:
         """Only what is stopped: a busy machine may answer late, too."""
         try:
             children = psutil.Process(process.pid).children(recursive=True)
@@ -140,7 +139,7 @@ class Nodes:
             return False
 
 
-def _kill_family(process: subprocess.Popen[bytes]) -> None:
+def _kill_family(process: ForkedProgram) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid)
         for member in (family, *family.children(recursive=True)):

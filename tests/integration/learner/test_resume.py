@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.integration.learner.mortal import POINTS
+from tests.support.forking import ForkedProgram
 from tests.unit.learner.batches import make_batch, make_config, rewarded
 
 from poise.learner.core import LearnerCore
@@ -24,7 +23,7 @@ CASES: dict[str, dict[str, object]] = {
     "alone": {},
     "with a critic": {"critic": {"learning_rate": 1e-3, "warmup_updates": 0}},
 }
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 class Learner:
@@ -35,18 +34,13 @@ class Learner:
         settings = make_config(model, folder / "state", checkpoint_every_steps=2, **changes).model_dump(mode="json")
         settings |= {"grpc": {"port": 0}, "admin": {"port": 0}}
         (folder / "learner.yaml").write_text(json.dumps(settings))
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProgram | None = None
 
     def start(self, point: str) -> None:
         (self.folder / "address.json").unlink(missing_ok=True)
         environment = os.environ | {"POISE_ADDRESS_FILE": str(self.folder / "address.json"), "OMP_NUM_THREADS": "1"}
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, SCRIPT, point, "-c", self.folder / "learner.yaml"],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
+        arguments = [point, "-c", str(self.folder / "learner.yaml")]
+        self.process = ForkedProgram(str(SCRIPT), arguments, environment, self.folder / "log")
 
     async def submit(self, batch: Batch) -> StepResult:
         """Submit until it is answered; where the process dies, start one that lives."""
