@@ -64,7 +64,7 @@ def main(rounds: int, other_rounds: int, max_tokens: int) -> None:
     """Drain services under load and count lost work."""
     source = random.Random(0)
     settings = (f"model={make_model('tiny')}", f"drain_timeout_s={LIMIT_S}")
-    command = [sys.executable, "-m", "poise.generation", *(part for one in settings for part in ("--set", one))]
+    command = ["poise.generation", *(part for one in settings for part in ("--set", one))]
 
     async def drain_generation(folder: Path) -> Any:
         with run(folder / "run", *command) as process:

@@ -14,7 +14,7 @@ import yaml
 from tests.chart.cluster import PROGRAMS, Cluster
 from tests.chart.rendering import CHART, merged, render, values_of
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 @pytest.mark.parametrize(

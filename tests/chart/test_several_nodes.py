@@ -18,7 +18,7 @@ from poise_client import LearnerClient
 FIRST, SECOND = "run-poise-learner-0", "run-poise-learner-follower-1"
 TWO_NODES = {"learner": {"nodes": 2}, "generation": {"replicas": 0}, "train": {"enabled": False}}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

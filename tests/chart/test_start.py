@@ -21,7 +21,7 @@ SERVICES = ("run-poise-valkey-0", "run-poise-value-0", "run-poise-learner-0", "r
 ADMIN = {"value": 8052, "learner": 8053, "generation": 8051}
 """Where metrics are."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

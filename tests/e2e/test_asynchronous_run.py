@@ -7,7 +7,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
 from tests.e2e.test_tiny_run import ROLLOUTS, STALL_S, Run
 
 from poise.learner.storage.checkpoint import CheckpointStore
@@ -16,7 +15,6 @@ from poise.value.store import StateStore
 NUM_STEPS, PROMPTS, AHEAD = 8, 16, 2
 
 
-@pytest.mark.timeout(300)
 def test_a_run_that_samples_ahead_survives_the_death_of_its_loop(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     process = run.start(

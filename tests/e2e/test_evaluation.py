@@ -13,7 +13,7 @@ import pytest
 from tests.support.local_services import COMMAND, services_up, write_run_file
 
 NUM_STEPS, NUM_PROMPTS = 2, 48
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0
 
 
 def run(*arguments: str) -> str:
@@ -30,7 +30,6 @@ def answers(path: Path) -> list[tuple[str, str, float, int]]:
     return [(line["prompt"], line["response"], line["reward"], line["num_tokens"]) for line in lines(path)]
 
 
-@pytest.mark.timeout(400)
 def test_services_checkpoint_and_exported_model_answer_alike(tmp_path: Path) -> None:
     settings = {
         "model": "tiny",
@@ -94,7 +93,6 @@ def test_services_checkpoint_and_exported_model_answer_alike(tmp_path: Path) -> 
     assert "task digits-2" in (services.dir / "report.html").read_text()
 
 
-@pytest.mark.timeout(200)
 def test_options_say_how_much_is_sampled_and_json_is_all_that_is_printed(tmp_path: Path) -> None:
     settings = {"model": "tiny", "engine": "torch", "train": {"tasks": [{"kind": "digits"}]}}
     run_file = write_run_file(tmp_path, settings)

@@ -61,7 +61,7 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_killed_run_ends_in_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
     lived = run_to_its_end(tmp_path / "lived", ())
     killed = run_to_its_end(tmp_path / "killed", VICTIMS)

@@ -14,7 +14,7 @@ import torch
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.support.local_services import poise
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "tiny_digests.json").read_text())
 NUM_STEPS = len(RECORDED["digests"])

@@ -13,12 +13,12 @@ import pytest
 from tests.support.local_services import poise
 
 NUM_STEPS = 6
-TIMEOUT_S = 400.0
+TIMEOUT_S = 1200.0
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_run_on_vllm(tmp_path: Path) -> None:
     settings = [
         "engine=vllm",

@@ -18,7 +18,7 @@ TOKENS = dict.fromkeys(("generation", "value", "learner"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("has_token", "seconds"),
     [(False, 0.0), (True, 20.0)],  # one round; or several, which compare the memory with that after the first

@@ -18,6 +18,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "pytest",
+        "poise.generation.engines.transformers.engine",
+        "poise.generation.app",
         "poise.learner.app",
         "poise.runtime.cli.service_main",
         "torch.distributed.elastic.multiprocessing",

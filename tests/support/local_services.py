@@ -18,8 +18,8 @@ import yaml
 from poise.local.processes.process import ask_ready
 from poise.local.run_file import SERVICES, LocalRun, load_run
 
-READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 90.0
+READY_TIMEOUT_S = 500.0
+STOP_TIMEOUT_S = 300.0
 
 
 def write_run_file(folder: Path, values: dict[str, Any]) -> Path:

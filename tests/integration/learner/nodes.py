@@ -22,7 +22,7 @@ from poise_client.errors import PoiseClientError
 
 T = TypeVar("T")
 
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 """Of an answer, over restarts: far above what they take, for the machine may be busy."""
 _LOOK_EVERY_S = 0.5
 _FAILED_LOOKS = 6

@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -61,7 +60,7 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     folder = tmp_path_factory.mktemp("replicas")
     numbers = itertools.count()
     settings = (f"model={model}", "dtype=float32", "nccl=true")
-    command = (sys.executable, "-m", "poise.generation", *(part for one in settings for part in ("--set", one)))
+    command = ("poise.generation", *(part for one in settings for part in ("--set", one)))
     with ExitStack() as running:
 
         def start(port: int = 0) -> Process:

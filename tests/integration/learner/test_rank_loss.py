@@ -18,7 +18,7 @@ TIMEOUT_S = 6.0
 NUM_BATCHES = 3
 SETTINGS = {"rank_timeout_s": TIMEOUT_S, "checkpoint_every_steps": 2, "micro_batch_tokens": 24}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def make_nodes(model: Path, folder: Path, *, num_nodes: int = 2) -> Nodes:

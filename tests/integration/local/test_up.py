@@ -22,7 +22,7 @@ from poise.local.run_file import load_run
 from poise.local.up import run_services
 from poise.runtime.config.settings import ConfigError
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 @pytest.fixture

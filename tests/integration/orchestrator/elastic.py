@@ -7,8 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.forking import ForkedProgram
 from tests.support.ports import free_port
 from tests.support.tiny_models import make_tiny_llama
 
@@ -31,7 +30,7 @@ from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise_client import LearnerClient
 
-DEADLINE_S = 120.0
+DEADLINE_S = 500.0
 PROMPTS, ROLLOUTS = 24, 2
 
 
@@ -44,18 +43,14 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, ForkedProgram] = {}
 
     def start(self, name: str, service: str, address: str, **settings: Any) -> None:
         settings |= {"grpc.port": address.rpartition(":")[2], "admin.port": 0}
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        with (self._folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"poise.{service}", *options],
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        log = self._folder / f"{name}.log"
+        self.processes[name] = ForkedProgram(f"poise.{service}", options, environment, log)
 
     def log(self, name: str) -> str:
         return (self._folder / f"{name}.log").read_text()

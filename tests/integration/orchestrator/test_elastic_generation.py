@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from tests.integration.orchestrator.elastic import drive_elastic_run
 
 
@@ -14,7 +13,6 @@ def assert_balanced(shares: dict[str, float], *among: str) -> None:
     assert all(not share for name, share in shares.items() if name not in among), shares
 
 
-@pytest.mark.timeout(300)
 async def test_replicas_come_and_go_and_no_rollout_is_lost_or_doubled(tmp_path: Path) -> None:
     outcome = await drive_elastic_run(tmp_path)
     assert_balanced(outcome.shares["three replicas"], "killed", "drained", "steady")

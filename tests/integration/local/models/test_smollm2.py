@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from poise.local.models.catalog import make_model
 from poise.local.run_file import load_run, preset_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -23,7 +23,7 @@ from poise.local.processes.process import ProcessSpec, SupervisedProcess, ask_re
 from poise.local.processes.supervisor import Supervisor, SupervisorError
 from poise.runtime.cli.exit_status import WRONG_SETTINGS
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 SLEEPER = "import time; time.sleep(600)"
 

@@ -19,7 +19,7 @@ from poise.local.processes.supervisor import Supervisor
 from poise.local.processes.valkey import valkey_command
 from poise.runtime.config.settings import ConfigError
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 @pytest.fixture
