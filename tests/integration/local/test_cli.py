@@ -27,7 +27,7 @@ def poise(*arguments: str, folder: Path | None = None) -> subprocess.CompletedPr
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
 
 
-def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -41,7 +41,7 @@ def test_help_takes_under_half_a_second_and_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_every_command_and_option_explains_itself() -> None:
+def test_every_command_and_option_has_help() -> None:
     known = {"run", "up", "train", "eval", "status", "check", "queue", "compare", "config", "models"}
     assert known <= main.commands.keys()
     group = main.commands["queue"]
@@ -112,7 +112,7 @@ def test_every_command_and_option_explains_itself() -> None:
         (["queue", "discard", "1-1", "--all", "--admin", "http://127.0.0.1:1"], "name the ids"),
     ],
 )
-def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistake_is_one_message_with_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "broken.yaml").write_text("run: [")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "good.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
@@ -126,14 +126,14 @@ def test_a_mistake_is_one_clear_message_and_status_2(tmp_path: Path, arguments: 
 
 
 @pytest.mark.parametrize("action", [["status"], ["list"], ["replay", "1-1"], ["discard", "--all"]], ids=" ".join)
-def test_a_queue_that_is_out_of_reach_may_be_asked_again(action: list[str]) -> None:
+def test_unreachable_queue_gives_status_1(action: list[str]) -> None:
     done = poise("queue", *action, "--admin", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "does not answer" in done.stderr
 
 
 @pytest.mark.parametrize("answer", [b"", b"\x00\x00\x04\x08", b"HTTP/1.1 200 OK\r\n\r\n<html>", b"SSH-2.0-OpenSSH\r\n"])
-def test_a_queue_at_which_something_else_listens_says_so(answer: bytes) -> None:
+def test_another_program_at_the_queue_address_is_reported(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -151,7 +151,7 @@ def test_a_queue_at_which_something_else_listens_says_so(answer: bytes) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_status_without_services_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
     done = poise("status", "-c", "run.yaml", folder=tmp_path)
     assert done.returncode == 1
@@ -165,7 +165,7 @@ def test_status_says_that_nothing_is_up_and_how_to_mend_it(tmp_path: Path) -> No
     [["--help"], ["models"], ["config", "--show-defaults"], ["status", "--preset", "tiny"], ["queue", "--help"]],
     ids=" ".join,
 )
-def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path: Path, arguments: list[str]) -> None:
+def test_command_without_a_reader_exits_quietly(tmp_path: Path, arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -186,7 +186,7 @@ def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path: Path, arguments: 
         ("train.endpoints.value=::1:5", "an IPv6 address needs brackets: [::1]:50051"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_starts(tmp_path: Path, override: str, message: str) -> None:
+def test_wrong_option_is_reported_before_the_start(tmp_path: Path, override: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text("model: org/model\ntrain: {tasks: [{kind: digits}]}\n")
     done = poise("up", "-c", "run.yaml", "--set", override, folder=tmp_path)
     assert done.returncode == 2
@@ -195,7 +195,7 @@ def test_a_wrong_option_is_told_before_anything_starts(tmp_path: Path, override:
 
 
 @pytest.mark.parametrize("name", ["POISE_VALU_GRPC__PORT", "POISE_RUN__SEED", "POISE_GENERATION_CACHE__SIZE"])
-def test_a_variable_of_no_setting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_variable_of_no_setting_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     done = poise("up", "--preset", "tiny", folder=tmp_path)
     assert done.returncode == 2
@@ -203,7 +203,7 @@ def test_a_variable_of_no_setting_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("command", ["up", "run"])
-def test_a_folder_too_long_for_a_socket_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_folder_too_long_for_a_socket_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))

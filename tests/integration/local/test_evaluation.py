@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
         (["--rollouts", "0"], 2, "0 is not in the range"),
     ],
 )
-def test_a_mistake_is_one_clear_message(folder: Path, arguments: list[str], status: int, message: str) -> None:
+def test_mistake_is_one_message(folder: Path, arguments: list[str], status: int, message: str) -> None:
     done = poise("eval", "-c", "run.yaml", *arguments, folder=folder)
     assert message in done.stderr
     assert done.returncode == status
@@ -69,7 +69,7 @@ def test_a_mistake_is_one_clear_message(folder: Path, arguments: list[str], stat
     assert done.stdout == ""
 
 
-def test_an_interrupt_stops_the_engine_and_leaves_nothing(folder: Path) -> None:
+def test_interrupt_stops_the_engine_and_leaves_no_files(folder: Path) -> None:
     log = folder / "log"
     arguments = ("eval", "-c", "run.yaml", "--model", "broken", "--out", "out")
     with log.open("w") as output:

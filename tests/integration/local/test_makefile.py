@@ -32,7 +32,7 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_prometheus_that_cannot_be_fetched_is_tried_again_and_fails_under_ci(folder: Path) -> None:
+def test_missing_prometheus_is_retried_and_fails_under_ci(folder: Path) -> None:
     mark = folder / ".venv" / ".prometheus"
     script(folder / "bin" / "apt-get", "exit 100")
     done = make(folder, ".venv/.prometheus")
@@ -49,7 +49,7 @@ def test_prometheus_that_cannot_be_fetched_is_tried_again_and_fails_under_ci(fol
     assert mark.exists()
 
 
-def test_another_system_than_linux_is_refused_before_anything_is_set_up(folder: Path) -> None:
+def test_other_systems_are_rejected_before_the_setup(folder: Path) -> None:
     shutil.rmtree(folder / ".venv")
     script(
         folder / "bin" / "python3",
@@ -64,6 +64,6 @@ exec(sys.argv[1])" "$2" """,
     assert not (folder / ".venv").exists()
 
 
-def test_help_says_how_to_have_another_torch(folder: Path) -> None:
+def test_help_explains_another_torch(folder: Path) -> None:
     said = make(folder, "help", "TORCH=torch==2.13.0").stdout
     assert "TORCH='torch==2.13.0' is what pip installs of torch" in said

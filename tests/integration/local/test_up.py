@@ -33,7 +33,7 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-async def test_services_that_are_up_are_neither_started_again_nor_told_other_settings(run_file: Path) -> None:
+async def test_running_services_are_not_started_again(run_file: Path) -> None:
     run = load_run(run_file)
     async with Supervisor(run.services_dir):
         done = await asyncio.to_thread(poise, "up", "-c", str(run_file), "--set", "value.probe.alpha=7")
@@ -43,7 +43,7 @@ async def test_services_that_are_up_are_neither_started_again_nor_told_other_set
     assert not (run.services_dir / "value.yaml").exists()
 
 
-def test_a_run_of_another_model_is_refused_before_anything_starts(run_file: Path) -> None:
+def test_run_of_another_model_is_rejected_before_the_start(run_file: Path) -> None:
     run = load_run(run_file)
     (run.services_dir / "learner").mkdir(parents=True)
     (run.services_dir / "model").write_text("org/other")
@@ -57,7 +57,7 @@ def test_a_run_of_another_model_is_refused_before_anything_starts(run_file: Path
     assert not (run.dir / "logs").exists()
 
 
-def test_a_missing_task_file_is_told_before_anything_starts(run_file: Path) -> None:
+def test_missing_task_file_is_reported_before_the_start(run_file: Path) -> None:
     done = poise("run", "-c", str(run_file), "--set", "train.tasks=[{kind: jsonl, path: absent.jsonl}]")
     assert done.returncode == 2
     assert "absent.jsonl: cannot be read" in done.stderr
@@ -65,7 +65,7 @@ def test_a_missing_task_file_is_told_before_anything_starts(run_file: Path) -> N
     assert not (run_file.parent / "run" / "logs").exists()
 
 
-def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: Path) -> None:
+def test_train_waits_for_services_until_a_signal(run_file: Path) -> None:
     log = run_file.with_suffix(".log")
     with log.open("w") as output:
         process = poise_process("train", "-c", str(run_file), stdout=output, stderr=output)
@@ -81,7 +81,7 @@ def test_services_that_are_not_up_are_waited_for_aloud_until_a_signal(run_file: 
     assert "Traceback" not in said
 
 
-def test_a_port_that_another_took_meanwhile_is_chosen_anew_for_all_who_use_it(run_file: Path) -> None:
+def test_taken_port_is_replaced_for_all_programs(run_file: Path) -> None:
     log, taken = run_file.with_suffix(".log"), load_run(run_file).generation.grpc.port
     with socket.create_server(("127.0.0.1", taken)), log.open("w") as output:
         process = poise_process("up", "-c", str(run_file), "--set", "engine=torch", stdout=output, stderr=output)
@@ -100,7 +100,7 @@ def test_a_port_that_another_took_meanwhile_is_chosen_anew_for_all_who_use_it(ru
             process.wait()
 
 
-def test_a_signal_while_the_services_start_stops_them(run_file: Path) -> None:
+def test_signal_during_the_start_stops_the_services(run_file: Path) -> None:
     log = run_file.with_suffix(".log")
     with log.open("w") as output:
         process = poise_process("up", "-c", str(run_file), "--set", "engine=torch", stdout=output, stderr=output)
@@ -136,7 +136,7 @@ def wait_until(condition: Callable[[], bool], log: Path, process: subprocess.Pop
         time.sleep(0.02)
 
 
-def test_another_system_than_linux_is_refused(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_than_linux_are_rejected(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     run = load_run(run_file)
     with pytest.raises(ConfigError, match="Linux alone"):

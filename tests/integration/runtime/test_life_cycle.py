@@ -30,7 +30,7 @@ def health_of(channel, service=""):
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
-def test_free_ports_are_announced_in_the_file_and_in_the_log(stage):
+def test_bound_ports_are_in_the_file_and_the_log(stage):
     running = stage()
     addresses = running.addresses()
     running.wait_until_ready()
@@ -41,7 +41,7 @@ def test_free_ports_are_announced_in_the_file_and_in_the_log(stage):
         assert probe(channel).num_pending == 7
 
 
-def test_a_service_that_is_starting_answers_that_it_is_not_ready(stage):
+def test_starting_service_is_not_ready(stage):
     running = stage("start=hang")
     with running.channel() as channel, running.rest() as rest:
         assert health_of(channel) == health_of(channel, "poise.v1.ValueService") == "NOT_SERVING"
@@ -50,7 +50,7 @@ def test_a_service_that_is_starting_answers_that_it_is_not_ready(stage):
         assert (answer.status_code, answer.text) == (503, "starting")
 
 
-def test_a_signal_during_the_start_ends_it(stage):
+def test_signal_during_the_start_ends_it(stage):
     running = stage("start=hang")
     running.addresses()
     running.wait_for_log("not ready: starting")
@@ -60,7 +60,7 @@ def test_a_signal_during_the_start_ends_it(stage):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_lets_accepted_work_finish(stage, number):
+def test_first_signal_lets_accepted_work_finish(stage, number):
     running = stage()
     with running.channel() as channel:
         call = value_pb2_grpc.ValueServiceStub(channel).GetProbe.future(
@@ -74,7 +74,7 @@ def test_the_first_signal_lets_accepted_work_finish(stage, number):
     assert not running.error_lines()
 
 
-def test_health_says_not_serving_while_draining_whatever_the_service_thinks(stage, tmp_path):
+def test_health_is_not_serving_while_draining(stage, tmp_path):
     running = stage("drain=until-released", f"release={tmp_path / 'release'}")
     running.wait_until_ready()
     with running.channel() as channel:
@@ -86,7 +86,7 @@ def test_health_says_not_serving_while_draining_whatever_the_service_thinks(stag
         assert running.exit_status() == 0
 
 
-def test_the_second_signal_exits_at_once(stage):
+def test_second_signal_exits_at_once(stage):
     running = stage("drain=hang")
     running.wait_until_ready()
     running.signal()
@@ -96,7 +96,7 @@ def test_the_second_signal_exits_at_once(stage):
     assert "released everything" not in running.log
 
 
-def test_a_signal_after_a_drain_request_is_the_first_signal(stage, tmp_path):
+def test_signal_after_a_drain_request_is_the_first(stage, tmp_path):
     running = stage("drain=until-released", f"release={tmp_path / 'release'}")
     running.wait_until_ready()
     with running.rest() as rest:
@@ -108,7 +108,7 @@ def test_a_signal_after_a_drain_request_is_the_first_signal(stage, tmp_path):
     assert running.exit_status() == 0
 
 
-def test_work_that_does_not_finish_is_left_after_the_drain_timeout(stage):
+def test_unfinished_work_is_abandoned_after_drain_timeout(stage):
     running = stage("drain=hang", "drain_timeout_s=0.1")
     running.wait_until_ready()
     running.signal()
@@ -117,7 +117,7 @@ def test_work_that_does_not_finish_is_left_after_the_drain_timeout(stage):
     assert "released everything" in running.log
 
 
-def test_a_drain_that_fails_is_said_and_gives_status_1(stage):
+def test_failed_drain_is_logged_with_status_1(stage):
     running = stage("drain=defect")
     running.wait_until_ready()
     running.signal()
@@ -126,7 +126,7 @@ def test_a_drain_that_fails_is_said_and_gives_status_1(stage):
     assert "released everything" in running.log
 
 
-def test_a_start_that_fails_for_a_known_reason_is_one_line_and_status_1(stage):
+def test_known_start_failure_is_one_line_and_status_1(stage):
     running = stage("start=backend-down")
     assert running.exit_status() == 1
     assert [line.partition("poise.runtime.server: ")[2] for line in running.error_lines()] == [
@@ -136,33 +136,33 @@ def test_a_start_that_fails_for_a_known_reason_is_one_line_and_status_1(stage):
     assert "released everything" in running.log
 
 
-def test_a_start_that_finds_wrong_settings_is_not_worth_another(stage):
+def test_start_with_wrong_settings_gives_status_2(stage):
     running = stage("start=misconfigured")
     assert running.exit_status() == 2
     [line] = running.error_lines()
     assert "stage cannot start: cupboard.key: fits no lock; set another" in line
 
 
-def test_a_start_that_fails_for_a_defect_leaves_its_traceback(stage):
+def test_bug_during_the_start_logs_its_traceback(stage):
     running = stage("start=defect")
     assert running.exit_status() == 1
     assert running.log.count("RuntimeError: a slip of the pen") == 1
 
 
-def test_a_service_that_gives_up_while_starting_ends_with_status_1(stage):
+def test_failure_during_the_start_gives_status_1(stage):
     running = stage("start=give-up")
     assert running.exit_status() == 1
     assert "stage ends: the engine died while it was loading" in running.log
 
 
-def test_a_service_that_cannot_tell_its_readiness_gives_up(stage):
+def test_failing_readiness_check_ends_the_service(stage):
     running = stage("start=unreadable")
     assert running.exit_status() == 1
     assert "RuntimeError: a slip of the pen" in running.log
     assert "stage ends: the readiness check raised an exception" in running.log
 
 
-def test_a_service_that_gives_up_later_ends_with_status_1(stage):
+def test_later_failure_gives_status_1(stage):
     running = stage()
     running.wait_until_ready()
     with running.channel() as channel:
@@ -173,7 +173,7 @@ def test_a_service_that_gives_up_later_ends_with_status_1(stage):
 
 
 @pytest.mark.parametrize("section", ["grpc", "admin"])
-def test_a_taken_port_is_one_line_and_a_status_that_says_try_again(stage, section):
+def test_taken_port_is_one_line_and_status_1(stage, section):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         running = stage(f"{section}.port={port}")
@@ -189,7 +189,7 @@ def test_two_services_cannot_share_a_port(stage):
     assert stage(f"grpc.port={port}").exit_status() == 1
 
 
-def test_wrong_settings_are_named_all_at_once_with_status_2(stage):
+def test_wrong_settings_are_all_named_with_status_2(stage):
     running = stage("grpc.prot=1", "start=never", "drain_timeout_s=0")
     assert running.exit_status() == 2
     lines = running.log.splitlines()
@@ -198,13 +198,13 @@ def test_wrong_settings_are_named_all_at_once_with_status_2(stage):
 
 
 @pytest.mark.parametrize("section", ["grpc", "admin"])
-def test_listening_beyond_this_machine_without_a_token_is_refused(stage, section):
+def test_open_address_without_a_token_is_rejected(stage, section):
     running = stage(f"{section}.host=0.0.0.0")
     assert running.exit_status() == 2
     assert f"{section}.host: other machines can reach 0.0.0.0" in running.log
 
 
-def test_the_token_is_in_no_log_line_and_json_logs_are_json(stage):
+def test_json_logs_do_not_contain_the_token(stage):
     running = stage("logging.format=json", "logging.level=DEBUG", token="hunter2-hunter2")
     running.wait_until_ready()
     with running.channel() as channel:
@@ -222,7 +222,7 @@ def test_the_token_is_in_no_log_line_and_json_logs_are_json(stage):
     assert "hunter" not in running.log
 
 
-def test_tls_is_spoken_when_there_is_a_certificate(stage):
+def test_certificate_enables_tls(stage):
     running = stage(f"grpc.tls_cert_file={CERTIFICATE}", f"grpc.tls_key_file={KEY}")
     target = running.addresses()["grpc"]
     with grpc.secure_channel(target, grpc.ssl_channel_credentials(CERTIFICATE.read_bytes())) as channel:
@@ -234,7 +234,7 @@ def test_tls_is_spoken_when_there_is_a_certificate(stage):
 
 
 @pytest.mark.parametrize("certificate", ["missing.pem", str(KEY)])
-def test_a_certificate_that_cannot_be_used_is_one_line_and_status_2(stage, certificate):
+def test_unusable_certificate_is_one_line_and_status_2(stage, certificate):
     running = stage(f"grpc.tls_cert_file={certificate}", f"grpc.tls_key_file={KEY}")
     assert running.exit_status() == 2
     [line] = running.error_lines()
@@ -242,7 +242,7 @@ def test_a_certificate_that_cannot_be_used_is_one_line_and_status_2(stage, certi
     assert "Traceback" not in running.log
 
 
-def test_a_renewed_certificate_is_shown_without_a_restart_and_a_broken_one_is_not(stage, tmp_path):
+def test_renewed_certificate_is_used_without_a_restart(stage, tmp_path):
     files = (tmp_path / "tls.crt", tmp_path / "tls.key")
 
     def write(*contents: bytes) -> None:

@@ -48,7 +48,7 @@ def test_health_and_metrics_need_no_token(stranger):
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
 @pytest.mark.parametrize("authorization", [None, f"Bearer {TOKEN}x", TOKEN])
-def test_operating_needs_the_token(stranger, method, path, authorization):
+def test_admin_routes_need_the_token(stranger, method, path, authorization):
     headers = {} if authorization is None else {"authorization": authorization}
     answer = stranger.request(method, path, headers=headers)
     assert answer.status_code == 401
@@ -58,7 +58,7 @@ def test_operating_needs_the_token(stranger, method, path, authorization):
     assert stranger.get("/readyz").status_code == 200
 
 
-def test_status_says_what_the_service_is_and_does(rest):
+def test_status_contains_state_and_facts(rest):
     assert rest.get("/admin/v1/status").json() == {
         "service": "stage",
         "version": poise.__version__,
@@ -68,21 +68,21 @@ def test_status_says_what_the_service_is_and_does(rest):
     }
 
 
-def test_the_settings_are_shown_without_secrets(rest):
+def test_settings_are_shown_without_secrets(rest):
     answer = rest.get("/admin/v1/config")
     assert answer.json()["grpc"]["max_concurrent_rpcs"] == 256
     assert answer.json()["auth"]["token"] == "**********"
     assert TOKEN not in answer.text
 
 
-def test_pause_and_resume_answer_the_state_they_lead_to(rest):
+def test_pause_and_resume_return_the_new_state(rest):
     assert rest.post("/admin/v1/pause").json()["reason"] == "paused"
     assert (rest.get("/readyz").status_code, rest.get("/readyz").text) == (503, "paused")
     assert rest.post("/admin/v1/resume").json()["ready"] is True
     assert rest.get("/readyz").status_code == 200
 
 
-def test_checkpoint_answers_what_was_written(rest):
+def test_checkpoint_returns_what_was_written(rest):
     assert rest.post("/admin/v1/checkpoint").json() == {"path": "somewhere"}
 
 
@@ -102,7 +102,7 @@ def test_checkpoint_answers_what_was_written(rest):
         ("BackendDown", 503, "BACKEND_DOWN"),
     ],
 )
-def test_each_error_has_its_http_status_and_one_form(rest, error, status, reason):
+def test_each_error_has_its_http_status(rest, error, status, reason):
     answer = rest.get(f"/admin/v1/raise/{error}")
     assert answer.status_code == status
     assert answer.json() == {
@@ -113,13 +113,13 @@ def test_each_error_has_its_http_status_and_one_form(rest, error, status, reason
     }
 
 
-def test_a_refused_field_is_named(rest):
+def test_rejected_field_is_named(rest):
     answer = rest.get("/admin/v1/raise/InvalidRequest")
     assert answer.status_code == 422
     assert answer.json()["violations"] == [{"field": "name", "description": "is refused"}]
 
 
-def test_a_parameter_of_the_wrong_type_is_named_in_the_same_form(rest):
+def test_parameter_of_wrong_type_is_named(rest):
     answer = rest.get("/admin/v1/raise/Busy", params={"retry_after_s": "soon"})
     assert answer.status_code == 422
     assert answer.json()["reason"] == "INVALID_REQUEST"
@@ -128,11 +128,11 @@ def test_a_parameter_of_the_wrong_type_is_named_in_the_same_form(rest):
 
 
 @pytest.mark.parametrize(("asked_s", "told"), [(0.2, "1"), (7.4, "7")])
-def test_retry_information_is_a_header_of_whole_seconds(rest, asked_s, told):
+def test_retry_delay_is_a_header_in_seconds(rest, asked_s, told):
     assert rest.get("/admin/v1/raise/Busy", params={"retry_after_s": asked_s}).headers["retry-after"] == told
 
 
-def test_a_defect_is_500_logged_once_and_keeps_its_text_to_itself(running, rest):
+def test_bug_is_500_logged_once_and_hidden(running, rest):
     answer = rest.get("/admin/v1/raise/Defect")
     assert answer.status_code == 500
     assert answer.json()["reason"] == "INTERNAL"
@@ -145,12 +145,12 @@ def test_a_defect_is_500_logged_once_and_keeps_its_text_to_itself(running, rest)
     ("method", "path", "status", "reason"),
     [("GET", "/admin/v2/status", 404, "NOT_FOUND"), ("GET", "/admin/v1/pause", 405, "INVALID_REQUEST")],
 )
-def test_an_unknown_route_has_the_same_form(rest, method, path, status, reason):
+def test_unknown_route_has_the_error_form(rest, method, path, status, reason):
     answer = rest.request(method, path)
     assert (answer.status_code, answer.json()["reason"]) == (status, reason)
 
 
-def test_the_document_describes_every_route_and_its_errors(stranger):
+def test_openapi_describes_every_route_and_its_errors(stranger):
     document = stranger.get("/openapi.json").json()
     assert set(document["paths"]) == {"/healthz", "/readyz", "/metrics"} | {path for _, path in ADMIN_ROUTES}
     assert "503" in document["paths"]["/readyz"]["get"]["responses"]
@@ -169,7 +169,7 @@ def test_the_document_describes_every_route_and_its_errors(stranger):
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-def test_the_document_describes_what_is_answered(stranger, rest):
+def test_openapi_describes_the_responses(stranger, rest):
     document = stranger.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
 

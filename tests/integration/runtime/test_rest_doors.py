@@ -70,7 +70,7 @@ def raw(stage, request: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
         {"host": "other.rl.svc", "x-poise": "1"},
     ],
 )
-def test_a_web_page_changes_nothing(page, action, headers):
+def test_web_page_cannot_change_anything(page, action, headers):
     answer = page.post(f"/admin/v1/{action}", headers=headers)
     assert answer.status_code == 403
     assert answer.json()["reason"] == "FORBIDDEN"
@@ -78,12 +78,12 @@ def test_a_web_page_changes_nothing(page, action, headers):
 
 @pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "http://evil.example"}])
 @pytest.mark.parametrize("path", ["status", "config"])
-def test_a_web_page_reads_nothing(page, path, headers):
+def test_web_page_cannot_read_anything(page, path, headers):
     assert page.get(f"/admin/v1/{path}", headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
-def test_documents_are_not_read_by_rebinding(page, path):
+def test_dns_rebinding_cannot_read_the_documents(page, path):
     assert page.get(path).status_code == 200
     assert page.get(path, headers={"host": "evil.example"}).status_code == 403
 
@@ -105,18 +105,18 @@ def test_own_names_are_allowed(page, host):
     assert page.post("/admin/v1/resume", headers={"host": host, "x-poise": "1"}).status_code == 200
 
 
-def test_the_same_origin_is_allowed(running, page):
+def test_same_origin_is_allowed(running, page):
     headers = {"origin": f"http://{running.addresses()['admin']}", "sec-fetch-site": "same-origin", "x-poise": "1"}
     assert page.post("/admin/v1/resume", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 @pytest.mark.parametrize("host", ["10.1.2.3:8051", "value-0.value.rl.svc", "", "a b"])
-def test_probes_answer_under_any_name(page, path, host):
+def test_probes_accept_any_host(page, path, host):
     assert page.get(path, headers={"host": host}).status_code == 200
 
 
-def test_the_documents_load_nothing_from_elsewhere(page):
+def test_docs_page_loads_no_external_resources(page):
     answer = page.get("/docs")
     assert "/admin/v1/pause" in answer.text
     assert "x-poise" in answer.text
@@ -125,7 +125,7 @@ def test_the_documents_load_nothing_from_elsewhere(page):
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
-def test_the_document_describes_the_header(page):
+def test_openapi_describes_the_header(page):
     document = page.get("/openapi.json").json()
     for action in CHANGES:
         parameters = document["paths"][f"/admin/v1/{action}"]["post"]["parameters"]
@@ -134,13 +134,13 @@ def test_the_document_describes_the_header(page):
 
 @pytest.mark.parametrize("path", ["/admin/v1/pause", "/admin/v1/nothing", "/elsewhere"])
 @pytest.mark.parametrize("size", [0, 10, guard.MAX_BODY_BYTES + 1, 8 * 2**20])
-def test_a_stranger_is_refused_whatever_the_body(guarded, path, size):
+def test_unauthenticated_request_is_rejected_for_any_body(guarded, path, size):
     answer = httpx.post(f"http://{guarded.addresses()['admin']}{path}", content=bytes(size), timeout=TIMEOUT_S)
     assert answer.status_code == 401
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_large_body_is_refused(guarded, declared):
+def test_large_body_is_rejected(guarded, declared):
     size = guard.MAX_BODY_BYTES + 1
     with guarded.rest() as rest:
         content = bytes(size) if declared else (bytes(65536) for _ in range(size // 65536 + 1))
@@ -151,7 +151,7 @@ def test_a_large_body_is_refused(guarded, declared):
 
 
 @pytest.mark.parametrize("length", [b"1" * 5000, b"99999999999999999999", b"268435456"])
-def test_a_claimed_length_is_never_believed(guarded, length):
+def test_declared_length_is_not_trusted(guarded, length):
     request = b"POST /admin/v1/pause HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n" % TOKEN.encode()
     answer = raw(guarded, request + b"Connection: close\r\nContent-Length: %s\r\n\r\n" % length)
     assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
@@ -161,7 +161,7 @@ def test_a_claimed_length_is_never_believed(guarded, length):
     "head",
     [b"X-Large: " + b"x" * 2**20, b"\r\n".join(b"X-%d: x" % i for i in range(20000)), b"Cookie: " + bytes(2**17)],
 )
-def test_large_heads_are_refused(running, head):
+def test_large_head_is_rejected(running, head):
     host, port = running.addresses()["admin"].rsplit(":", 1)
     with socket.create_connection((host, int(port)), TIMEOUT_S) as connection:
         try:
@@ -172,7 +172,7 @@ def test_large_heads_are_refused(running, head):
 
 
 @pytest.mark.parametrize("trickle", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", b"\r\n"])
-def test_a_head_that_trickles_is_given_up(running, trickle):
+def test_slow_head_closes_the_connection(running, trickle):
     started = time.monotonic()
     host, port = running.addresses()["admin"].rsplit(":", 1)
     with socket.create_connection((host, int(port)), TIMEOUT_S) as connection:
@@ -190,17 +190,17 @@ def test_a_head_that_trickles_is_given_up(running, trickle):
 
 
 @pytest.mark.parametrize("path", [b"/healthz", b"/metrics", b"/docs", b"/openapi.json"])
-def test_bodies_of_open_routes_are_not_waited_for(guarded, path):
+def test_open_routes_do_not_wait_for_a_body(guarded, path):
     request = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 100\r\n\r\nx" % path
     assert raw(guarded, request, guard.BODY_TIMEOUT_S / 2).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_trickles_is_given_up(running):
+def test_slow_body_is_rejected(running):
     request = b"POST /admin/v1/resume HTTP/1.1\r\nHost: localhost\r\nX-Poise: 1\r\nConnection: close\r\n"
     assert raw(running, request + b"Content-Length: 100\r\n\r\nx").startswith(b"HTTP/1.1 408")
 
 
-def test_probes_get_in_however_many_connections_wait(running):
+def test_probes_work_despite_many_waiting_connections(running):
     host, port = running.addresses()["admin"].rsplit(":", 1)
     idle = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(400)]
     try:

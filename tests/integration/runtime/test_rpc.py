@@ -67,7 +67,7 @@ def count(running, event):
 
 
 @pytest.mark.parametrize("service", ["", "poise.v1.ValueService", "poise.v1.GenerationService"])
-def test_health_of_each_service_follows_readiness_and_needs_no_token(running, channel, service):
+def test_health_follows_readiness_without_a_token(running, channel, service):
     def status():
         request = health_pb2.HealthCheckRequest(service=service)
         return health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S).status
@@ -117,7 +117,7 @@ def test_reflection_needs_the_token(channel):
 @pytest.mark.parametrize(
     "authorization", [None, TOKEN, "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}"]
 )
-def test_a_call_without_the_token_is_unauthenticated(channel, authorization):
+def test_call_without_the_token_is_unauthenticated(channel, authorization):
     with pytest.raises(grpc.RpcError) as refused:
         probe(channel, metadata=() if authorization is None else (("authorization", authorization),))
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
@@ -125,14 +125,14 @@ def test_a_call_without_the_token_is_unauthenticated(channel, authorization):
     assert TOKEN not in refused.value.details()
 
 
-def test_a_stream_without_the_token_is_unauthenticated(channel):
+def test_stream_without_the_token_is_unauthenticated(channel):
     stub = generation_pb2_grpc.GenerationServiceStub(channel)
     with pytest.raises(grpc.RpcError) as refused:
         next(stub.StreamTrajectories(generation_pb2.StreamTrajectoriesRequest(), timeout=TIMEOUT_S))
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_defect_is_internal_logged_once_and_keeps_its_text_to_itself(running, channel):
+def test_bug_is_internal_logged_once_and_hidden(running, channel):
     before = running.log.count("RuntimeError: the s3cret of the pharaohs")
     with pytest.raises(grpc.RpcError) as failed:
         probe(channel, "defect")
@@ -144,7 +144,7 @@ def test_a_defect_is_internal_logged_once_and_keeps_its_text_to_itself(running, 
     assert 'raise RuntimeError("the s3cret of the pharaohs")' in running.log
 
 
-def test_as_many_wrong_fields_are_named_as_a_client_can_be_told(channel):
+def test_status_names_as_many_wrong_fields_as_fit(channel):
     with pytest.raises(grpc.RpcError) as refused:
         probe(channel, "many-wrong-fields")
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -155,7 +155,7 @@ def test_as_many_wrong_fields_are_named_as_a_client_can_be_told(channel):
     assert violations[-1].description == f"and {500 - len(named)} more wrong fields"
 
 
-def test_a_long_message_of_any_script_reaches_the_client_shortened(channel):
+def test_long_message_of_any_script_is_shortened(channel):
     with pytest.raises(grpc.RpcError) as refused:
         probe(channel, "long-message")
     assert refused.value.code() == grpc.StatusCode.NOT_FOUND
@@ -165,20 +165,20 @@ def test_a_long_message_of_any_script_reaches_the_client_shortened(channel):
     assert details["RetryInfo"].retry_delay.ToMilliseconds() == 2500
 
 
-def test_work_cancelled_within_the_service_is_answered(channel):
+def test_work_cancelled_inside_the_service_is_answered(channel):
     with pytest.raises(grpc.RpcError) as failed:
         probe(channel, "inner-cancel")
     assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
     assert details_of(failed.value)["PoiseErrorDetail"].retryable
 
 
-def test_a_status_that_a_handler_chose_is_kept(channel):
+def test_status_set_by_a_handler_is_kept(channel):
     with pytest.raises(grpc.RpcError) as failed:
         probe(channel, "abort")
     assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.DATA_LOSS, "by hand")
 
 
-def test_a_cancelled_call_reaches_the_handler(running, channel):
+def test_cancelled_call_reaches_the_handler(running, channel):
     num_before = count(running, "cancelled")
     call = start_probe(channel, "hang")
     eventually(lambda: count(running, "hanging") > num_before)
@@ -187,7 +187,7 @@ def test_a_cancelled_call_reaches_the_handler(running, channel):
 
 
 @pytest.mark.parametrize("run_id", ["", "hang"])
-def test_a_client_that_leaves_mid_stream_ends_the_handler_quietly(running, channel, run_id):
+def test_client_leaving_mid_stream_ends_the_handler(running, channel, run_id):
     """Both while a message waits to be read, and while the next one is in the making."""
     num_closed, log_before = count(running, "closed"), running.log
     stream = start_stream(channel, run_id)
@@ -197,7 +197,7 @@ def test_a_client_that_leaves_mid_stream_ends_the_handler_quietly(running, chann
     assert "ERROR" not in running.log.removeprefix(log_before)
 
 
-def test_a_client_whose_connection_breaks_mid_stream_ends_the_handler(running):
+def test_broken_connection_ends_the_handler(running):
     num_closed = count(running, "closed")
     channel = running.channel()
     next(start_stream(channel))
@@ -205,7 +205,7 @@ def test_a_client_whose_connection_breaks_mid_stream_ends_the_handler(running):
     eventually(lambda: count(running, "closed") > num_closed)
 
 
-def test_an_upload_broken_off_ends_the_handler(running, channel):
+def test_aborted_upload_ends_the_handler(running, channel):
     """By a cancellation, or by requests that end: gRPC promises neither, so servicers must know a whole upload."""
     sent = threading.Event()
 
@@ -221,7 +221,7 @@ def test_an_upload_broken_off_ends_the_handler(running, channel):
     sent.set()
 
 
-def test_calls_beyond_the_limit_of_their_rpc_are_refused(running, channel):
+def test_calls_beyond_the_limit_of_their_rpc_are_rejected(running, channel):
     with contextlib.ExitStack() as stack:
         num_before = count(running, "hanging")
         for _ in range(MAX_RPCS):
@@ -258,7 +258,7 @@ def test_calls_are_timed_by_method_and_code(running, channel):
         assert f'poise_stage_rpc_seconds_count{{code="{code}",method="GetProbe"}}' in metrics
 
 
-def test_a_method_that_does_not_exist_is_unimplemented(channel):
+def test_unknown_method_is_unimplemented(channel):
     with pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/poise.v1.ValueService/Forget")(b"", timeout=TIMEOUT_S, metadata=AUTHORISED)
     assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
@@ -278,7 +278,7 @@ def test_a_method_that_does_not_exist_is_unimplemented(channel):
         ),
     ],
 )
-def test_bytes_that_are_no_message_are_refused_by_its_name(running, channel, method, kind, message):
+def test_unparsable_bytes_are_rejected_with_the_message_name(running, channel, method, kind, message):
     def call(metadata):
         request = iter([b"\xff\xff\xff"]) if kind.startswith("stream") else b"\xff\xff\xff"
         answer = getattr(channel, kind)(f"/{method}")(request, timeout=TIMEOUT_S, metadata=metadata)
@@ -299,7 +299,7 @@ def test_bytes_that_are_no_message_are_refused_by_its_name(running, channel, met
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_message_beyond_the_limit_is_refused_with_what_to_lower(channel):
+def test_message_beyond_the_limit_is_rejected_with_a_remedy(channel):
     with pytest.raises(grpc.RpcError) as refused:
         probe(channel, "x" * (5 * 2**20))
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

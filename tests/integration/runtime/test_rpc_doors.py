@@ -46,7 +46,7 @@ def is_healthy(channel):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_large_messages_of_strangers_are_not_held(running, kind):
+def test_large_unauthenticated_message_is_not_buffered(running, kind):
     process = psutil.Process(running.process.pid)
     before = process.memory_info().rss
     channels = [grpc.insecure_channel(running.addresses()["grpc"], options=OPTIONS) for _ in range(12)]
@@ -57,14 +57,14 @@ def test_large_messages_of_strangers_are_not_held(running, kind):
         channel.close()
 
 
-def test_a_large_message_with_the_token_is_refused(running):
+def test_large_authenticated_message_is_rejected(running):
     with grpc.insecure_channel(running.addresses()["grpc"], options=OPTIONS) as channel:
         call = start(channel, "unary", bytes(30 * 2**20), AUTHORISED)
         assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "larger than max" in call.details()
 
 
-def test_large_metadata_is_refused(running):
+def test_large_metadata_is_rejected(running):
     with running.channel() as channel:
         for size in (20_000, 1_000_000):
             call = start(channel, "unary", b"", (*AUTHORISED, ("x-large", "x" * size)))
@@ -73,7 +73,7 @@ def test_large_metadata_is_refused(running):
 
 
 @pytest.mark.parametrize("kind", ["upload", "unary"])
-def test_calls_that_send_nothing_keep_no_other_waiting(running, kind):
+def test_silent_calls_block_no_others(running, kind):
     """Of another RPC; and of the same one, where a place is taken by a whole request only."""
     release = threading.Event()
 
@@ -91,7 +91,7 @@ def test_calls_that_send_nothing_keep_no_other_waiting(running, kind):
         release.set()
 
 
-def test_connections_that_say_nothing_are_closed(running):
+def test_silent_connections_are_closed(running):
     host, port = running.addresses()["grpc"].rsplit(":", 1)
     silent = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(50)]
     deadline = time.monotonic() + TIMEOUT_S
@@ -102,7 +102,7 @@ def test_connections_that_say_nothing_are_closed(running):
         connection.close()
 
 
-def test_connections_are_bounded(running):
+def test_number_of_connections_is_limited(running):
     host, port = running.addresses()["grpc"].rsplit(":", 1)
     before = len(psutil.Process(running.process.pid).net_connections())
     many = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(1200)]

@@ -26,14 +26,14 @@ MISCONFIGURED, FAILED = 2, 1
         (["start=defect"], FAILED, "a slip of the pen"),
     ],
 )
-def test_only_what_settings_mend_ends_with_its_own_status(stage, settings, status, said) -> None:
+def test_only_wrong_settings_give_status_2(stage, settings, status, said) -> None:
     running = stage(*settings)
     assert running.exit_status() == status
     assert said in running.log
 
 
 @pytest.mark.parametrize("section", ["grpc", "admin"])
-def test_a_taken_port_may_be_free_later(stage, section) -> None:
+def test_taken_port_gives_status_1(stage, section) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         running = stage(f"{section}.port={taken.getsockname()[1]}")
         assert running.exit_status() == FAILED
@@ -44,7 +44,7 @@ def test_a_taken_port_may_be_free_later(stage, section) -> None:
 @pytest.mark.parametrize(
     ("host", "callers"), [("::1", ["[::1]"]), ("[::1]", ["[::1]"]), ("::", ["[::1]", "127.0.0.1", "localhost"])]
 )
-def test_a_service_is_reached_over_each_family(stage, host, callers) -> None:
+def test_service_is_reachable_over_ipv4_and_ipv6(stage, host, callers) -> None:
     running = stage(f"grpc.host={host}", f"admin.host={host}", "auth.allow_open_bind=true")
     running.wait_for_log("stage: ready")
     ports = {kind: address.rpartition(":")[2] for kind, address in running.addresses().items() if kind != "pid"}

@@ -13,7 +13,7 @@ from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 FREED_WITHIN_S = 60.0
 
 
-async def test_vanished_clients_free_their_calls_and_idle_ones_stay(stage) -> None:
+async def test_vanished_clients_free_their_calls(stage) -> None:
     running = stage("grpc.max_concurrent_rpcs=2")
     address = running.addresses()["grpc"]
     async with (

@@ -33,6 +33,6 @@ def url():
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
-def test_no_proxy_stands_before_an_admin_app(url, monkeypatch, variable):
+def test_proxies_of_the_environment_are_ignored(url, monkeypatch, variable):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
     assert QueueAdmin(url, token=None).depth() == (3, 1)

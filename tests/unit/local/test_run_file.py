@@ -27,7 +27,7 @@ def load(folder: Path, values: dict[str, Any] = MINIMAL, *overrides: str) -> Loc
     return load_run(path, overrides)
 
 
-def test_programs_find_each_other(tmp_path: Path) -> None:
+def test_programs_get_each_others_addresses(tmp_path: Path) -> None:
     run = load(tmp_path)
     ports = {name: getattr(run, name).grpc.port for name in ("generation", "value", "learner")}
     assert len({*ports.values()}) == 3
@@ -44,7 +44,7 @@ def test_ports_are_chosen_once(tmp_path: Path) -> None:
     assert load(tmp_path).generation.grpc.port == load(tmp_path).generation.grpc.port
 
 
-def test_two_commands_at_once_choose_the_same_ports(tmp_path: Path) -> None:
+def test_concurrent_commands_choose_the_same_ports(tmp_path: Path) -> None:
     together = threading.Barrier(4)
 
     def choose(_: int) -> dict[str, int]:
@@ -56,7 +56,7 @@ def test_two_commands_at_once_choose_the_same_ports(tmp_path: Path) -> None:
     assert all(ports == chosen[0] for ports in chosen)
 
 
-def test_ports_that_others_took_are_chosen_anew_and_the_others_kept(tmp_path: Path) -> None:
+def test_only_taken_ports_are_replaced(tmp_path: Path) -> None:
     before = run_ports(tmp_path)
     assert renew_taken_ports(tmp_path) is False
     assert run_ports(tmp_path) == before
@@ -68,7 +68,7 @@ def test_ports_that_others_took_are_chosen_anew_and_the_others_kept(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"value.grpc": 1}'])
-def test_damaged_ports_are_chosen_anew(tmp_path: Path, content: str) -> None:
+def test_damaged_ports_file_is_replaced(tmp_path: Path, content: str) -> None:
     before = run_ports(tmp_path)
     (tmp_path / "services" / "ports.json").write_text(content)
     again = run_ports(tmp_path)
@@ -82,7 +82,7 @@ def test_unwritable_shared_dir_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+def test_command_line_over_environment_over_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"tasks": [{"kind": "digits"}], "num_steps": 2, "prompts_per_step": 2, "samples_per_step": 2}
@@ -96,22 +96,22 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert run.overrides["train"] == ["num_steps=4"]
 
 
-def test_what_listens_everywhere_is_reached_at_home(tmp_path: Path) -> None:
+def test_listener_on_all_addresses_is_reached_by_loopback(tmp_path: Path) -> None:
     run = load(tmp_path, MINIMAL | {"value": {"grpc": {"host": "0.0.0.0", "port": 50998}}})
     assert run.train.endpoints.value == "127.0.0.1:50998"
 
 
-def test_a_section_with_nothing_in_it_sets_nothing(tmp_path: Path) -> None:
+def test_empty_section_sets_nothing(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL | {"learner": None, "run": None}, f"run.dir={tmp_path}").learner.max_staleness == 0
 
 
-def test_resolving_makes_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_creates_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
     assert load(tmp_path, MINIMAL | {"model": "tiny"}).learner.model == str(tmp_path / "cache" / "tiny")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_port_of_ones_own_is_told_to_all(tmp_path: Path) -> None:
+def test_port_in_the_file_reaches_all_programs(tmp_path: Path) -> None:
     run = load(tmp_path, MINIMAL | {"generation": {"grpc": {"port": 50999}}})
     assert run.generation.grpc.port == 50999
     assert run.learner.replicas == run.train.endpoints.generation == ("127.0.0.1:50999",)
@@ -141,13 +141,13 @@ def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
         (MINIMAL | {"generation": {"auth": {"token": "secret"}}}, "auth.token: a secret must not be in a file"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_wrong_setting_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.").replace("?", r"\?")) as caught:
         load(tmp_path, values)
     assert "secret" not in str(caught.value).replace("a secret", "")
 
 
-def test_problems_of_all_programs_are_told_at_once(tmp_path: Path) -> None:
+def test_problems_of_all_programs_are_listed(tmp_path: Path) -> None:
     values = {"model": "m", "generation": {"max_num_seqs": 0}, "train": {"tasks": [{"kind": "digits"}], "num_steps": 0}}
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, values)
@@ -155,7 +155,7 @@ def test_problems_of_all_programs_are_told_at_once(tmp_path: Path) -> None:
     assert "train.num_steps" in str(caught.value)
 
 
-def test_the_socket_path_is_short_however_long_the_folder(tmp_path: Path) -> None:
+def test_socket_path_is_short_for_any_folder(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 100) / ("y" * 100)
     deep.mkdir(parents=True)
     assert len(str(load(deep).socket)) < 100
@@ -172,7 +172,7 @@ def test_presets_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run.name == name
 
 
-def test_an_unknown_preset_is_refused() -> None:
+def test_unknown_preset_is_rejected() -> None:
     with pytest.raises(ConfigError, match="preset 'huge' is unknown; known: smollm2, tiny"):
         preset_path("huge")
 
@@ -181,7 +181,7 @@ def with_train(**values: Any) -> dict[str, Any]:
     return MINIMAL | {"train": MINIMAL["train"] | values}
 
 
-def test_an_algorithm_brings_its_loss_and_the_file_goes_before_it(tmp_path: Path) -> None:
+def test_file_takes_precedence_over_the_algorithms_loss(tmp_path: Path) -> None:
     poise, grpo = load(tmp_path).learner, load(tmp_path, with_train(algorithm="grpo")).learner
     assert (poise.loss.aggregation, poise.loss.clip_high) == ("token_mean", 0.28)
     assert (grpo.loss.aggregation, grpo.loss.clip_high) == ("sequence_mean", 0.2)
@@ -192,7 +192,7 @@ def test_an_algorithm_brings_its_loss_and_the_file_goes_before_it(tmp_path: Path
     assert load(tmp_path, MINIMAL, "train.algorithm=dr_grpo").trees["learner"]["loss"]["aggregation"] == "constant"
 
 
-def test_options_of_another_algorithm_give_way_with_it(tmp_path: Path) -> None:
+def test_options_of_a_replaced_algorithm_are_dropped(tmp_path: Path) -> None:
     values = with_train(algorithm={"kind": "poise", "bootstrap": "batch_mean"})
     assert load(tmp_path, values, "train.algorithm=dapo").train.algorithm.kind == "dapo"
     dapo = load(tmp_path, values, "train.algorithm={kind: dapo, max_draws: 2}").train.algorithm
@@ -202,7 +202,7 @@ def test_options_of_another_algorithm_give_way_with_it(tmp_path: Path) -> None:
         assert kept.model_dump()["bootstrap"] == "batch_mean"
 
 
-def test_the_service_that_takes_longest_to_drain_says_how_long_all_are_waited_for(tmp_path: Path) -> None:
+def test_drain_timeout_is_the_longest_of_all_services(tmp_path: Path) -> None:
     assert load(tmp_path).drain_timeout_s == 30
     assert load(tmp_path, MINIMAL | {"value": {"drain_timeout_s": 300}}).drain_timeout_s == 300
 
@@ -216,7 +216,7 @@ def secured(folder: Path, **tokens: str) -> dict[str, Any]:
     return values
 
 
-def test_callers_show_the_token_that_the_services_want(tmp_path: Path) -> None:
+def test_callers_get_the_token_of_the_services(tmp_path: Path) -> None:
     run = load(tmp_path, secured(tmp_path, generation="sesame", value="sesame"))
     assert run.learner.replica_token_file == run.train.endpoints.token_file == tmp_path / "generation.token"
     run = load(tmp_path, secured(tmp_path, value="sesame"))  # the others want it, too
@@ -224,7 +224,7 @@ def test_callers_show_the_token_that_the_services_want(tmp_path: Path) -> None:
     assert run.generation.auth.token_file == run.learner.auth.token_file == tmp_path / "value.token"
 
 
-def test_a_run_makes_a_token_that_only_its_user_can_read(tmp_path: Path) -> None:
+def test_run_creates_a_private_token(tmp_path: Path) -> None:
     run = load(tmp_path)
     token = run.services_dir / "token"
     wanted = {run.generation.auth.token_file, run.value.auth.token_file, run.learner.auth.token_file}
@@ -239,7 +239,7 @@ def test_a_run_makes_a_token_that_only_its_user_can_read(tmp_path: Path) -> None
     assert before.strip() not in str(run.overrides)
 
 
-def test_the_runs_token_is_not_shown_to_services_elsewhere(tmp_path: Path) -> None:
+def test_token_of_the_run_is_not_sent_elsewhere(tmp_path: Path) -> None:
     elsewhere = {"generation": ["gpu-1:50051"], "value": "gpu-2:50052", "learner": "gpu-3:50053"}
     train = MINIMAL["train"] | {"endpoints": elsewhere}
     assert load(tmp_path, MINIMAL | {"train": train}).train.endpoints.token_file is None
@@ -253,14 +253,14 @@ def test_runs_have_different_tokens(tmp_path: Path) -> None:
     assert len({(run.services_dir / "token").read_text() for run in runs}) == 2
 
 
-def test_a_service_that_may_be_open_gets_no_token(tmp_path: Path) -> None:
+def test_open_service_gets_no_token(tmp_path: Path) -> None:
     run = load(tmp_path, MINIMAL | {"value": {"auth": {"allow_open_bind": True}}})
     assert run.value.auth.token_file is None
     assert run.learner.auth.token_file is not None
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o666, 0o622])
-def test_a_token_of_the_run_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+def test_token_readable_by_others_is_rejected(tmp_path: Path, mode: int) -> None:
     token = load(tmp_path).services_dir / "token"
     token.chmod(mode)
     if mode == 0o640 and os.getuid() == 0:
@@ -269,14 +269,14 @@ def test_a_token_of_the_run_that_others_can_use_is_refused(tmp_path: Path, mode:
         load(tmp_path)
 
 
-def test_a_services_folder_that_others_can_enter_is_closed(tmp_path: Path) -> None:
+def test_services_folder_is_made_private(tmp_path: Path) -> None:
     services = load(tmp_path).services_dir
     services.chmod(0o755)
     load(tmp_path)
     assert stat.S_IMODE(services.stat().st_mode) == 0o700
 
 
-def test_different_tokens_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_different_tokens_are_rejected_with_a_remedy(tmp_path: Path) -> None:
     values = secured(tmp_path, generation="sesame", learner="rosebud")
     with pytest.raises(
         ConfigError, match=r"endpoints\.token_file: .*generation and value and learner have different tokens"
@@ -287,7 +287,7 @@ def test_different_tokens_are_refused_with_what_to_do(tmp_path: Path) -> None:
     assert by_hand.learner.replica_token_file == tmp_path / "generation.token"
 
 
-def test_a_token_from_the_environment_alone_is_refused_with_what_to_do(
+def test_token_only_in_the_environment_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POISE_GENERATION_AUTH__TOKEN", "sesame")
@@ -301,7 +301,7 @@ def test_a_token_from_the_environment_alone_is_refused_with_what_to_do(
     assert "sesame" not in str(caught.value)
 
 
-def test_callers_trust_the_certificate_that_all_services_show(tmp_path: Path) -> None:
+def test_callers_trust_the_common_certificate(tmp_path: Path) -> None:
     files = {"tls_cert_file": str(tmp_path / "crt"), "tls_key_file": str(tmp_path / "key")}
     secure = MINIMAL | {name: {"grpc": files} for name in ("generation", "value", "learner")}
     run = load(tmp_path, secure)

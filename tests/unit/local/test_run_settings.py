@@ -31,7 +31,7 @@ def test_null_dtype_leaves_each_program_its_default(tmp_path: Path) -> None:
     assert (run.generation.dtype, run.learner.dtype) == ("auto", "float32")
 
 
-def test_replicas_serve_adapters_only_if_the_learner_pushes_them(tmp_path: Path) -> None:
+def test_replicas_serve_adapters_only_if_pushed(tmp_path: Path) -> None:
     merged = load(tmp_path, MINIMAL | {"lora": {"rank": 4}})
     pushed = load(tmp_path, MINIMAL | {"lora": {"rank": 4}}, "learner.push.transport=lora")
     assert merged.generation.lora is None
@@ -54,7 +54,7 @@ def test_shared_setting_in_a_section_is_rejected(tmp_path: Path, source: str, se
 
 
 @pytest.mark.parametrize(("setting", "name"), SETTINGS)
-def test_shared_setting_of_one_program_in_the_environment_is_rejected(
+def test_shared_setting_in_the_environment_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, name: str
 ) -> None:
     variable = f"POISE_{setting.replace('.', '_').upper()}"

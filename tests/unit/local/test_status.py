@@ -116,7 +116,7 @@ def admins(run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> Admins:
     return admins
 
 
-def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ready_services_are_listed_with_their_facts(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_status(run, as_json=False) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
@@ -166,7 +166,7 @@ def test_ready_services_tell_what_they_do(run: LocalRun, admins: Admins, capsys:
         ({}, "not ready: another program listens at"),
     ],
 )
-def test_a_service_that_does_not_work_is_told_of_and_shows_in_the_status(
+def test_service_that_is_not_ready_gives_status_1(
     run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str], answer: Any, reason: str
 ) -> None:
     admins.answers[run.admin_address("learner")] = answer
@@ -175,14 +175,14 @@ def test_a_service_that_does_not_work_is_told_of_and_shows_in_the_status(
     assert reason in line
 
 
-def test_json_holds_all_that_is_told(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_all_facts(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_status(run, as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["services"] == READY
     assert told["run"]["next_step"] == 0
 
 
-def test_how_far_the_run_is(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_the_run_is_shown(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(run.dir)
     folder.open("mine", {})
     finish(folder, 0)
@@ -194,7 +194,7 @@ def test_how_far_the_run_is(run: LocalRun, admins: Admins, capsys: pytest.Captur
         show_status(run, as_json=False)
 
 
-def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_sent_to_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_token(tmp_path / "token", "open-sesame")
     base = {"model": "org/model", "train": {"tasks": [{"kind": "digits"}]}}
     run = load(tmp_path, base | {"value": {"auth": {"token_file": str(tmp_path / "token")}}})
@@ -204,7 +204,7 @@ def test_a_token_is_shown_to_the_services(tmp_path: Path, monkeypatch: pytest.Mo
     assert admins.tokens == ["open-sesame"] * 3
 
 
-def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_labels_and_dead_letters_are_counted(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
     show_status(run, as_json=False)
     assert (
@@ -212,7 +212,7 @@ def test_what_waits_or_was_refused_is_said(run: LocalRun, admins: Admins, capsys
     )
 
 
-def test_why_weights_do_not_arrive_is_told_by_replica(run: LocalRun, admins: Admins) -> None:
+def test_push_problems_are_listed_by_replica(run: LocalRun, admins: Admins) -> None:
     assert push_problems(run) == "pushing to host:2: it is slow"
     admins.answers[run.admin_address("learner")] = ConnectionRefusedError()
     assert push_problems(run) == ""

@@ -38,7 +38,7 @@ def unpacked(status):
 
 
 @pytest.mark.parametrize("cls", [*FAMILY, PoiseError])
-def test_each_error_is_its_status_reason_and_retryability_on_the_wire(cls):
+def test_error_becomes_a_status_with_reason_and_retryability(cls):
     status = rich_status(make(cls))
     code, reason, retryable = WIRE[cls.__name__]
     assert status.code == grpc.StatusCode[code].value[0]
@@ -48,7 +48,7 @@ def test_each_error_is_its_status_reason_and_retryability_on_the_wire(cls):
     assert cls.__name__ in errors.__doc__
 
 
-def test_the_family_covers_every_reason_of_the_proto():
+def test_every_reason_of_the_proto_has_an_error():
     reasons = {f"ERROR_REASON_{cls.reason}" for cls in (*FAMILY, PoiseError)}
     assert reasons == set(errors_pb2.ErrorReason.keys()) - {"ERROR_REASON_UNSPECIFIED"}
 
@@ -57,7 +57,7 @@ def test_every_status_has_an_http_status():
     assert {cls.status for cls in FAMILY} == _HTTP_STATUS.keys()
 
 
-def test_every_violation_and_the_remedy_are_told():
+def test_status_contains_all_violations_and_the_remedy():
     error = InvalidRequest([FieldViolation("a", "is 1"), FieldViolation("b[2].c", "is empty")], remedy="Mend them.")
     status = rich_status(error)
     detail, bad_request = unpacked(status)
@@ -66,14 +66,14 @@ def test_every_violation_and_the_remedy_are_told():
     assert [(v.field, v.description) for v in bad_request.field_violations] == [("a", "is 1"), ("b[2].c", "is empty")]
 
 
-def test_retry_information_is_told_where_there_is_some():
+def test_status_contains_the_retry_delay():
     assert len(rich_status(make(errors.Busy)).details) == 1
     [_, retry] = unpacked(rich_status(make(errors.Busy, retry_after_s=1.25)))
     assert retry.retry_delay.ToMilliseconds() == 1250
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "长", "\U0001f98a", "\n", "\0"])
-def test_no_error_outgrows_the_headers_of_a_client(letter):
+def test_status_fits_into_the_headers_of_a_client(letter):
     violations = [FieldViolation(letter * 300, letter * 300)] * 200
     error = InvalidRequest(violations, remedy=letter * 3000)
     error.retry_after_s = 3.0
@@ -84,11 +84,11 @@ def test_no_error_outgrows_the_headers_of_a_client(letter):
     assert "more wrong fields" in unpacked(status)[1].field_violations[-1].description
 
 
-def test_what_cannot_be_utf8_is_replaced_instead_of_failing():
+def test_text_beyond_utf8_is_replaced():
     assert rich_status(errors.NotFound("a\udc80b")).message == "a?b"
 
 
-def test_one_violation_is_told_however_long():
+def test_single_long_violation_is_shortened():
     [_, bad_request] = unpacked(rich_status(InvalidRequest.field("f" * 9000, "d" * 9000)))
     [violation] = bad_request.field_violations
     assert violation.field.endswith("…")

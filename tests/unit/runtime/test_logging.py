@@ -26,13 +26,13 @@ def configure(**values):
     configure_logging(LoggingConfig(**values))
 
 
-def test_text_lines_hold_time_level_and_name(capsys):
+def test_text_line_has_time_level_and_name(capsys):
     configure()
     logging.getLogger("poise.oven").info("hot: %d", 200)
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    poise\.oven: hot: 200\n", capsys.readouterr().err)
 
 
-def test_json_is_one_object_a_line_with_the_traceback_in_it(capsys):
+def test_json_line_contains_the_traceback(capsys):
     configure(format="json")
     logger = logging.getLogger("poise.oven")
     logger.warning("two\nlines, naïve: %s", '"')
@@ -48,7 +48,7 @@ def test_json_is_one_object_a_line_with_the_traceback_in_it(capsys):
     assert second["traceback"].endswith("RuntimeError: burnt")
 
 
-def test_own_loggers_follow_the_level_and_libraries_are_heard_from_warning_on(capsys):
+def test_libraries_log_only_from_warning(capsys):
     configure(level="DEBUG")
     logging.getLogger("poise.oven").debug("own")
     logging.getLogger("uvicorn.error").info("chatter")
@@ -60,14 +60,14 @@ def test_own_loggers_follow_the_level_and_libraries_are_heard_from_warning_on(ca
     assert messages == ["own", "a library's warning", "enough"]
 
 
-def test_configuring_twice_says_everything_once(capsys):
+def test_configuring_twice_logs_once(capsys):
     configure()
     configure()
     logging.getLogger("poise").info("once")
     assert capsys.readouterr().err.count("once") == 1
 
 
-def test_warnings_are_logged_and_nothing_goes_to_standard_output(capsys):
+def test_warnings_are_logged_to_standard_error(capsys):
     configure(format="json")
     warnings.simplefilter("always")
     warnings.warn("soft butter", UserWarning, stacklevel=1)

@@ -32,14 +32,14 @@ def test_messages_that_differ_in_numbers_are_counted(clock, caplog):
     assert caplog.messages[1:] == ["entry 5-0 holds -1.5 (4 similar messages since the last one)"]
 
 
-def test_other_messages_are_logged_at_once(clock, caplog):
+def test_different_messages_are_logged_at_once(clock, caplog):
     repeats = RepeatLog(logging.getLogger("test"), clock)
     for message in ("a", "b", "a", "c"):
         repeats.log(logging.WARNING, message)
     assert caplog.messages == ["a", "b", "c"]
 
 
-def test_a_traceback_is_shown_once(clock, caplog):
+def test_traceback_is_logged_once(clock, caplog):
     repeats = RepeatLog(logging.getLogger("test"), clock)
     for clock.now_s in (0.0, 1.0, 100.0, 200.0):
         repeats.log(logging.ERROR, "failed", ArithmeticError("why"))

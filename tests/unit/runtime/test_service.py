@@ -31,17 +31,17 @@ class Oven(ServiceApp):
 
 
 @pytest.mark.parametrize("action", ["pause", "resume", "checkpoint"])
-async def test_what_a_service_cannot_do_it_refuses_by_name(action):
+async def test_unsupported_operation_is_rejected_by_name(action):
     with pytest.raises(InvalidRequest, match="the oven service"):
         await getattr(Oven(ServiceConfig()), action)()
 
 
-def test_giving_up_is_noted_with_its_reason():
+def test_failure_is_recorded_with_its_reason():
     app = Oven(ServiceConfig())
     app.fail("the gas is out")
     assert app.failed.is_set()
     assert app.failure == "the gas is out"
 
 
-def test_services_share_no_metrics():
+def test_services_have_separate_metrics():
     assert Oven(ServiceConfig()).registry is not Oven(ServiceConfig()).registry

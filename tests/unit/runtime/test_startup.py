@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_stage_is_told_with_its_seconds(clock: list[float]) -> None:
+def test_stage_is_shown_with_its_seconds(clock: list[float]) -> None:
     startup = Startup("starting")
     clock[0] += 3
     startup.begin("loading weights")
@@ -29,7 +29,7 @@ def test_a_stage_is_told_with_its_seconds(clock: list[float]) -> None:
     assert str(startup.error("the learner is ")) == "the learner is loading weights, 40 s"
 
 
-def test_stages_of_another_process_are_told_while_it_works(clock: list[float]) -> None:
+def test_stage_of_another_process_is_shown(clock: list[float]) -> None:
     startup, told = Startup("starting vLLM"), [""]
     with startup.reported_by(lambda: told[0]):
         assert startup.stage == "starting vLLM"
@@ -43,7 +43,7 @@ def test_stages_of_another_process_are_told_while_it_works(clock: list[float]) -
     assert startup.stage == "preparing weight updates"
 
 
-def test_the_reason_stays_the_same_while_a_stage_lasts() -> None:
+def test_reason_is_constant_during_a_stage() -> None:
     early, late = (Readiness(False, "loading weights", seconds) for seconds in (1.0, 40.0))
     assert early == late
     assert late.text == "loading weights, 40 s"
@@ -63,11 +63,11 @@ def test_the_reason_stays_the_same_while_a_stage_lasts() -> None:
         ("waited 5, 6 s in all", "waited 5, 6 s in all"),
     ],
 )
-def test_seconds_are_told_apart_from_stages(text: str, stages: str) -> None:
+def test_seconds_are_removed_from_stages(text: str, stages: str) -> None:
     assert without_elapsed(text) == stages
 
 
-def test_a_start_is_told_apart_from_trouble_on_the_wire() -> None:
+def test_start_is_distinguished_from_failure_on_the_wire() -> None:
     def is_starting(error: BackendDown) -> bool:
         detail = errors_pb2.PoiseErrorDetail()
         assert rich_status(error).details[0].Unpack(detail)

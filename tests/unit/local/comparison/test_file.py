@@ -26,7 +26,7 @@ def read(folder: Path, **changes: Any) -> CompareFile:
     return read_compare_file(path)
 
 
-def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
+def test_omitted_settings_have_defaults(tmp_path: Path) -> None:
     file = read(tmp_path)
     assert (file.seeds, file.num_evaluations, file.reference_name) == ((0, 1, 2), 8, "rloo")
     assert file.folder == Path.cwd() / "compare" / "trial"
@@ -51,14 +51,14 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ({"name": "a b"}, "name: "),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_setting_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read(tmp_path, **changes)
     assert message in str(refused.value)
     assert "compare.yaml" in str(refused.value)
 
 
-def test_the_example_can_be_run_and_explains_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_loads_and_explains_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "compare.yaml"
     path.write_text(example_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 from poise.local.comparison.follower import Tail, describe_evaluation
 
 
-def test_rows_are_read_once_and_when_they_are_whole(tmp_path: Path) -> None:
+def test_each_complete_row_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     tail = Tail(path)
     assert tail.read() == []
@@ -20,7 +20,7 @@ def test_rows_are_read_once_and_when_they_are_whole(tmp_path: Path) -> None:
     assert tail.read() == [{"step": 2}]
 
 
-def test_a_file_that_a_resumed_run_wrote_anew_is_read_on(tmp_path: Path) -> None:
+def test_file_rewritten_by_a_resumed_run_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(4)))
     tail = Tail(path)
@@ -32,6 +32,6 @@ def test_a_file_that_a_resumed_run_wrote_anew_is_read_on(tmp_path: Path) -> None
     assert tail.read() == [{"step": 1}]
 
 
-def test_an_evaluation_is_told_with_what_was_spent_on_it() -> None:
+def test_evaluation_is_described_with_its_cost() -> None:
     row = {"step": 3, "tokens": 840, "wall_s": 65.0, "rewards": [[1.0, 0.0], [0.0, 0.0]]}
     assert describe_evaluation(row) == "held-out reward 0.250 after 3 steps, 840 tokens, 1m05s"

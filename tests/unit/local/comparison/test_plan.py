@@ -30,7 +30,7 @@ def own(algorithm: str = "rloo", **settings: Any) -> dict[str, Any]:
     return {"runs": {"a": {"algorithm": algorithm, "set": settings}}}
 
 
-def test_every_seed_is_made_with_every_algorithm_before_the_next(tmp_path: Path) -> None:
+def test_runs_are_ordered_seed_by_seed(tmp_path: Path) -> None:
     runs = plan(tmp_path).runs
     assert [run.label for run in runs] == ["rloo-seed0", "poise-seed0", "rloo-seed7", "poise-seed7"]
     assert [run.local.train.algorithm.kind for run in runs] == ["rloo", "poise", "rloo", "poise"]
@@ -47,7 +47,7 @@ def test_every_seed_is_made_with_every_algorithm_before_the_next(tmp_path: Path)
         ({"updates": 10}, (10, None, None), (4, 0, 0)),
     ],
 )
-def test_the_budget_ends_runs_and_divides_their_curves(
+def test_budget_limits_runs_and_spaces_evaluations(
     tmp_path: Path, budget: dict[str, Any], limits: tuple[Any, ...], every: tuple[Any, ...]
 ) -> None:
     train = plan(tmp_path, budget=budget, num_evaluations=2).runs[0].local.train
@@ -56,7 +56,7 @@ def test_the_budget_ends_runs_and_divides_their_curves(
     assert (evaluation.every_steps, evaluation.every_tokens, evaluation.every_wall_s) == every
 
 
-def test_a_run_has_settings_of_its_own(tmp_path: Path) -> None:
+def test_run_has_its_own_settings(tmp_path: Path) -> None:
     settings = {
         "train.rollouts_per_prompt": 8,
         "learner.optimizer.learning_rate": 1e-5,
@@ -68,7 +68,7 @@ def test_a_run_has_settings_of_its_own(tmp_path: Path) -> None:
     assert local.train.sampling.stop == ("}", "a: b")
 
 
-def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
+def test_base_may_be_a_file_in_the_same_folder(tmp_path: Path) -> None:
     base = {"model": "org/model", "seed": 5, "run": {"name": "other"}, "train": {"tasks": [{"kind": "digits"}]}}
     base["train"] |= {"budget": {"wall_s": 5}}  # type: ignore[operator]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
@@ -93,7 +93,7 @@ def test_a_base_may_be_a_file_beside_this_one(tmp_path: Path) -> None:
         (own(**{"learner.state_dir": "/var/x"}), "learner.state_dir: is set in the base"),
     ],
 )
-def test_what_is_wrong_with_any_run_is_told_before_one_starts(
+def test_problem_of_any_run_is_reported_first(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_any_run_is_told_before_one_starts(
     assert message in str(refused.value)
 
 
-def test_all_that_is_wrong_is_told_once(tmp_path: Path) -> None:
+def test_problems_of_all_runs_are_listed(tmp_path: Path) -> None:
     runs = {"a": {"algorithm": "rlo"}, "b": {"algorithm": "rloo", "set": {"seed": 1}}}
     with pytest.raises(ConfigError) as refused:
         plan(tmp_path, runs=runs)
@@ -120,7 +120,7 @@ def test_all_that_is_wrong_is_told_once(tmp_path: Path) -> None:
         ({"train": {"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}}, "absent.jsonl: cannot be read"),
     ],
 )
-def test_a_base_whose_runs_would_share_a_state_or_measure_nothing_is_refused(
+def test_base_with_shared_state_or_no_evaluation_is_rejected(
     tmp_path: Path, base: dict[str, Any], message: str
 ) -> None:
     train = {"tasks": [{"kind": "digits"}]} | base.pop("train", {})
@@ -135,7 +135,7 @@ def test_a_base_whose_runs_would_share_a_state_or_measure_nothing_is_refused(
     ("said_by_base", "own_settings", "found"),
     [({}, {}, 9), ({"weight_decay": 3}, {}, 3), ({}, {"learner.optimizer.weight_decay": 4}, 4)],
 )
-def test_what_all_are_told_gives_way_to_what_the_base_or_a_run_says(
+def test_base_and_run_override_common_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by_base: Any, own_settings: Any, found: float
 ) -> None:
     monkeypatch.setattr("poise.local.comparison.plan._DEFAULTS", {"learner.optimizer.weight_decay": 9})
@@ -150,7 +150,7 @@ def begin(begun: Plan) -> None:
         run.record.write_text(json.dumps({"settings": run.settings, "has_failed": False}))
 
 
-def test_runs_that_have_begun_keep_their_settings(tmp_path: Path) -> None:
+def test_started_runs_keep_their_settings(tmp_path: Path) -> None:
     begin(plan(tmp_path))
     reject_changes(plan(tmp_path, levels=[0.5], reference="poise", keep_state=True))  # of the report and the folder
     with pytest.raises(ConfigError) as refused:
@@ -165,7 +165,7 @@ def test_runs_and_seeds_may_be_added(tmp_path: Path) -> None:
     reject_changes(plan(tmp_path))
 
 
-def test_where_things_are_is_no_change(tmp_path: Path) -> None:
+def test_moved_folders_are_not_changes(tmp_path: Path) -> None:
     begin(plan(tmp_path))
     for ports in tmp_path.glob("trial/runs/*/services/ports.json"):
         ports.unlink()

@@ -92,7 +92,7 @@ def left(path: Path) -> list[str]:
     )
 
 
-def test_each_run_is_made_once_and_its_services_state_goes(
+def test_each_run_is_trained_once_and_its_state_removed(
     path: Path, maker: Maker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare(path) == 0
@@ -108,13 +108,13 @@ def test_each_run_is_made_once_and_its_services_state_goes(
     assert "run 1 of 2, rloo-seed0: already finished" in capsys.readouterr().out
 
 
-def test_state_is_kept_where_it_is_wanted(path: Path, maker: Maker) -> None:
+def test_state_is_kept_on_request(path: Path, maker: Maker) -> None:
     write(path, keep_state=True)
     assert compare(path) == 0
     assert "rloo-seed0/services/learner" in left(path)
 
 
-def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
+def test_failed_run_does_not_stop_others_and_is_retried(
     path: Path, maker: Maker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     maker.outcomes["rloo-seed0"] = 1
@@ -135,7 +135,7 @@ def test_a_run_that_fails_keeps_none_from_being_made_and_is_tried_again(
     assert "run 1 of 2, rloo-seed0: resuming after step 1" in capsys.readouterr().out
 
 
-def test_what_only_the_machine_can_tell_fails_one_run_alone(
+def test_problem_of_the_machine_fails_only_one_run(
     path: Path, maker: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
     maker.outcomes["rloo-seed0"] = ConfigError
@@ -144,7 +144,7 @@ def test_what_only_the_machine_can_tell_fails_one_run_alone(
     assert "model: cannot be made" in caplog.text
 
 
-def test_a_run_whose_ports_have_changed_is_read_again_with_them(path: Path, maker: Maker) -> None:
+def test_run_is_reloaded_after_its_ports_changed(path: Path, maker: Maker) -> None:
     assert compare(path, report_only=True) == 0
     changed = path.parent / "trial" / "runs" / "poise-seed0" / "services" / "ports.json"
     ports = json.loads(changed.read_text())
@@ -155,7 +155,7 @@ def test_a_run_whose_ports_have_changed_is_read_again_with_them(path: Path, make
     assert (maker.reloaded.name, maker.reloaded.generation.grpc.port) == ("poise-seed0", 1)
 
 
-def test_an_interrupt_ends_the_comparison_and_leaves_a_report_of_what_there_is(path: Path, maker: Maker) -> None:
+def test_interrupted_comparison_writes_a_report(path: Path, maker: Maker) -> None:
     maker.outcomes["rloo-seed0"] = 130
     assert compare(path) == 130
     assert maker.made == ["rloo-seed0"]
@@ -163,7 +163,7 @@ def test_an_interrupt_ends_the_comparison_and_leaves_a_report_of_what_there_is(p
     assert "rloo-seed0/services/learner" in left(path)
 
 
-def test_an_interrupt_between_runs_is_no_failure(path: Path, maker: Maker) -> None:
+def test_interrupt_between_runs_is_not_a_failure(path: Path, maker: Maker) -> None:
     maker.outcomes["poise-seed0"] = KeyboardInterrupt
     assert compare(path) == 130
     maker.outcomes.clear()
@@ -171,13 +171,13 @@ def test_an_interrupt_between_runs_is_no_failure(path: Path, maker: Maker) -> No
     assert maker.made == ["rloo-seed0", "poise-seed0", "poise-seed0"]
 
 
-def test_a_report_alone_makes_nothing(path: Path, maker: Maker) -> None:
+def test_report_only_trains_nothing(path: Path, maker: Maker) -> None:
     assert compare(path, report_only=True) == 0
     assert maker.made == []
     assert states(path) == {"rloo": "not begun", "poise": "not begun"}
 
 
-def test_other_settings_for_runs_that_have_begun_are_refused(path: Path, maker: Maker) -> None:
+def test_changed_settings_of_a_started_run_are_rejected(path: Path, maker: Maker) -> None:
     assert compare(path) == 0
     write(path, budget={"tokens": 900})
     with pytest.raises(ConfigError, match=r"rloo-seed0: train\.budget\.tokens: 1000 -> 900"):
@@ -185,7 +185,7 @@ def test_other_settings_for_runs_that_have_begun_are_refused(path: Path, maker: 
     assert len(maker.made) == 2
 
 
-def test_runs_that_are_no_longer_wanted_are_told_of(path: Path, maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_removed_runs_are_logged(path: Path, maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
     assert compare(path) == 0
     write(path, runs={"poise": {"algorithm": "poise"}})
     assert compare(path) == 0
@@ -193,7 +193,7 @@ def test_runs_that_are_no_longer_wanted_are_told_of(path: Path, maker: Maker, ca
     assert states(path) == {"poise": "finished"}
 
 
-def test_two_processes_cannot_make_one_comparison(path: Path, maker: Maker) -> None:
+def test_second_process_of_a_comparison_is_rejected(path: Path, maker: Maker) -> None:
     folder = path.parent / "trial"
     folder.mkdir()
     with (folder / "compare.lock").open("ab") as lock:

@@ -37,7 +37,7 @@ def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
     return maker
 
 
-def test_a_known_model_is_made_once(maker: Maker, tmp_path: Path) -> None:
+def test_known_model_is_created_once(maker: Maker, tmp_path: Path) -> None:
     assert not is_ready("toy")
     assert locate_model("toy") == tmp_path / "cache" / "toy"
     assert maker.num_made == 0
@@ -46,7 +46,7 @@ def test_a_known_model_is_made_once(maker: Maker, tmp_path: Path) -> None:
     assert maker.num_made == 1
 
 
-def test_two_at_once_make_it_once(maker: Maker) -> None:
+def test_concurrent_processes_create_a_model_once(maker: Maker) -> None:
     together = threading.Barrier(4)
 
     def make() -> None:
@@ -61,7 +61,7 @@ def test_two_at_once_make_it_once(maker: Maker) -> None:
     assert maker.num_made == 1
 
 
-def test_a_making_that_fails_leaves_nothing_and_can_be_tried_again(maker: Maker) -> None:
+def test_failed_creation_leaves_nothing_and_can_be_retried(maker: Maker) -> None:
     maker.failure = RuntimeError("broke off")
     with pytest.raises(RuntimeError):
         make_model("toy")
@@ -72,7 +72,7 @@ def test_a_making_that_fails_leaves_nothing_and_can_be_tried_again(maker: Maker)
     assert is_ready("toy")
 
 
-def test_what_a_killed_making_left_is_not_taken_for_the_model(maker: Maker) -> None:
+def test_partial_model_of_a_killed_process_is_not_used(maker: Maker) -> None:
     writing = cache_dir() / "toy.writing"
     writing.mkdir(parents=True)
     (writing / "config.json").touch()
@@ -92,23 +92,23 @@ def test_what_a_killed_making_left_is_not_taken_for_the_model(maker: Maker) -> N
         (OSError(28, "No space left on device"), r"toy cannot be created in .*cache: .*No space left.*\$POISE_CACHE"),
     ],
 )
-def test_why_a_model_cannot_be_made_is_told(maker: Maker, failure: Exception, message: str) -> None:
+def test_failed_creation_is_reported_with_its_reason(maker: Maker, failure: Exception, message: str) -> None:
     maker.failure = failure
     with pytest.raises(ConfigError, match=message):
         make_model("toy")
 
 
-def test_a_folder_is_taken_as_it_is_and_a_missing_one_refused(maker: Maker, tmp_path: Path) -> None:
+def test_folder_is_used_and_a_missing_one_rejected(maker: Maker, tmp_path: Path) -> None:
     assert make_model(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigError, match=r"folder \./nowhere does not exist. Known names: toy"):
         make_model("./nowhere")
 
 
-def test_other_names_are_left_to_the_hub(maker: Maker) -> None:
+def test_other_names_are_hub_names(maker: Maker) -> None:
     assert make_model("org/model") == "org/model"
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_sets_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("POISE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache_dir() == Path("/xdg/poise")

@@ -17,5 +17,5 @@ from poise.local.processes.process import describe_exit
         (-250, "was killed by signal 250"),
     ],
 )
-def test_the_end_of_a_process_is_described(status: int, text: str) -> None:
+def test_exit_of_a_process_is_described(status: int, text: str) -> None:
     assert describe_exit(status) == text

@@ -26,7 +26,7 @@ def note_pid(folder: Path, created: float) -> None:
     (folder / "pids.json").write_text(json.dumps({"learner": [os.getpid(), created]}))
 
 
-def test_a_process_that_runs_is_starting(supervised: Path) -> None:
+def test_running_process_is_starting(supervised: Path) -> None:
     note_pid(supervised, psutil.Process().create_time())
     state = process_state(supervised, "learner", Path("learner.log"))
     assert state.startswith(("starting, ", "running, but does not respond, "))
@@ -34,18 +34,18 @@ def test_a_process_that_runs_is_starting(supervised: Path) -> None:
 
 
 @pytest.mark.parametrize("pids", ["{}", "{not json", '{"learner": [999999999, 0]}', '{"learner": []}', "[]"])
-def test_a_process_that_is_gone_died(supervised: Path, pids: str) -> None:
+def test_missing_process_has_exited(supervised: Path, pids: str) -> None:
     (supervised / "pids.json").write_text(pids)
     state = process_state(supervised, "learner", Path("learner.log"))
     assert state == "exited, and is being restarted; log: learner.log"
 
 
-def test_a_number_that_another_process_has_now_is_no_sign_of_life(supervised: Path) -> None:
+def test_reused_process_id_counts_as_exited(supervised: Path) -> None:
     note_pid(supervised, 0.0)
     assert process_state(supervised, "learner", Path("learner.log")).startswith("exited")
 
 
-def test_without_a_supervisor_nothing_is_up(tmp_path: Path) -> None:
+def test_without_a_supervisor_nothing_is_running(tmp_path: Path) -> None:
     assert process_state(tmp_path, "learner", Path("learner.log")) == "is not running. Start it with `poise up`"
     (tmp_path / "supervisor.lock").touch()
     note_pid(tmp_path, psutil.Process().create_time())

@@ -8,7 +8,7 @@ from poise.local.processes import start_log
 from poise.local.processes.start_log import StartLog
 
 
-def test_a_stage_is_said_once_and_then_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_stage_is_logged_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(start_log.time, "monotonic", lambda: now[0])
     log, said = StartLog(15.0), []
@@ -20,7 +20,7 @@ def test_a_stage_is_said_once_and_then_ever_more_rarely(monkeypatch: pytest.Monk
     assert said == [16, 32, 50, 66, 97, 158, 279, 400, 521]
 
 
-def test_what_is_new_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_stage_is_logged_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(start_log.time, "monotonic", lambda: now[0])
     log = StartLog(15.0)

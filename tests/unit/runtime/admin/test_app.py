@@ -8,7 +8,7 @@ from poise.runtime.config.settings import ServiceConfig
 from poise.runtime.network.auth import BearerAuth
 
 
-async def test_a_service_that_gave_up_and_does_not_end_says_that_it_should_be_killed():
+async def test_failed_service_that_does_not_exit_is_unhealthy():
     oven = Oven(ServiceConfig())
     rest = httpx.ASGITransport(build_admin_app(oven, BearerAuth(None), lambda: None))
     async with httpx.AsyncClient(transport=rest, base_url="http://oven") as client:

@@ -53,14 +53,14 @@ async def until(condition):
 
 
 @pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
-async def test_unread_answers_are_given_up(server, connection):
+async def test_connection_with_unread_response_is_closed(server, connection):
     with client(server) as stream:
         stream.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: " + connection + b"\r\n\r\n")
         await until(lambda: server.server_state.total_requests == 1)
         await until(lambda: not server.server_state.connections)
 
 
-async def test_half_closed_clients_are_given_up(server):
+async def test_half_closed_connection_is_closed(server):
     with client(server) as stream:
         stream.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         stream.shutdown(socket.SHUT_WR)
@@ -68,7 +68,7 @@ async def test_half_closed_clients_are_given_up(server):
         await until(lambda: not server.server_state.connections)
 
 
-async def test_heads_that_trickle_after_an_answer_are_given_up(server, monkeypatch):
+async def test_slow_second_request_closes_the_connection(server, monkeypatch):
     monkeypatch.setattr(http_protocol, "READ_TIMEOUT_S", 60.0)
     loop = asyncio.get_running_loop()
     with client(server) as stream:

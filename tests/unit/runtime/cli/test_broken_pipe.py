@@ -20,7 +20,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_whose_reader_is_gone_ends_quietly(program):
+def test_program_without_a_reader_exits_quietly(program):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -30,7 +30,7 @@ def test_a_program_whose_reader_is_gone_ends_quietly(program):
     assert (done.returncode, done.stderr) == (OUTPUT_CLOSED, "")
 
 
-def test_a_full_disk_is_told_without_a_traceback():
+def test_full_disk_is_reported_without_a_traceback():
     program = HEAD + PROGRAMS["what the buffer held"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -40,7 +40,7 @@ def test_a_full_disk_is_told_without_a_traceback():
     assert done.stderr == "poise: the output cannot be written: No space left on device\n"
 
 
-def test_a_pipe_is_unread_once_its_reader_is_closed(tmp_path):
+def test_pipe_is_unread_after_its_reader_closes(tmp_path):
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, (tmp_path / "file").open("w") as file:
         assert not is_unread(pipe)

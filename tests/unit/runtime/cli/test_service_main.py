@@ -34,13 +34,13 @@ def test_file_environment_and_overrides_reach_the_service(served, monkeypatch, t
     assert (config.drain_timeout_s, config.grpc.port, config.admin.port, config.logging.level) == (5, 7, 6, "DEBUG")
 
 
-def test_wrong_settings_are_said_on_standard_error_with_status_2(served, capsys):
+def test_wrong_settings_exit_with_status_2(served, capsys):
     assert run("--set", "grpc.prot=1") == 2
     assert capsys.readouterr().err == "--set grpc.prot: unknown; did you mean 'port'?\n"
     assert not served
 
 
-def test_settings_that_the_service_refuses_are_said_alike(served, capsys):
+def test_settings_rejected_by_the_service_exit_with_status_2(served, capsys):
     def build(config):
         raise ConfigError("oven.door: is missing")
 
@@ -48,13 +48,13 @@ def test_settings_that_the_service_refuses_are_said_alike(served, capsys):
     assert capsys.readouterr().err == "oven.door: is missing\n"
 
 
-def test_the_defaults_are_printed_without_starting_anything(served, capsys):
+def test_defaults_are_printed_without_starting(served, capsys):
     assert run("--show-defaults") == 0
     assert "drain_timeout_s: 30.0" in capsys.readouterr().out
     assert not served
 
 
-def test_help_says_where_settings_come_from(capsys):
+def test_help_names_the_sources_of_settings(capsys):
     with pytest.raises(SystemExit) as ended:
         run("--help")
     assert ended.value.code == 0

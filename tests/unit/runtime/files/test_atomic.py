@@ -27,7 +27,7 @@ def calls(monkeypatch):
     return seen
 
 
-def test_a_file_is_durable_before_it_has_its_name_and_its_name_is_durable_after(tmp_path, calls):
+def test_file_is_synced_before_and_folder_after_the_rename(tmp_path, calls):
     (tmp_path / "new").write_text("whole")
     (tmp_path / "old").write_text("former")
     commit_file(tmp_path / "new", tmp_path / "old")
@@ -36,7 +36,7 @@ def test_a_file_is_durable_before_it_has_its_name_and_its_name_is_durable_after(
     assert not (tmp_path / "new").exists()
 
 
-def test_writing_leaves_nothing_beside_the_file(tmp_path, calls):
+def test_write_leaves_no_temporary_file(tmp_path, calls):
     write_file(tmp_path / "state.json", b"1")
     write_file(tmp_path / "state.json", b"2")
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
@@ -44,7 +44,7 @@ def test_writing_leaves_nothing_beside_the_file(tmp_path, calls):
     assert calls == ["sync file", "rename", "sync folder"] * 2
 
 
-def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     write_file(tmp_path / "state.json", b"former")
 
     def full(descriptor):
@@ -56,13 +56,13 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
     assert (tmp_path / "state.json").read_bytes() == b"former"
 
 
-def test_tensors_come_back_and_are_durable(tmp_path, calls):
+def test_saved_tensors_are_durable(tmp_path, calls):
     save_tensors(tmp_path / "t", {"a": np.arange(3)})
     assert safetensors.numpy.load_file(tmp_path / "t")["a"].tolist() == [0, 1, 2]
     assert calls[-1:] == ["sync file"]
 
 
-def test_an_error_of_safetensors_is_told_as_the_systems_own(tmp_path):
+def test_disk_error_of_safetensors_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         save_tensors(tmp_path / "nowhere" / "t", {"a": np.arange(3)})
     assert caught.value.filename == str(tmp_path / "nowhere" / "t")

@@ -11,7 +11,7 @@ from poise.runtime.files import scratch
 from poise.runtime.files.scratch import ScratchFolder
 
 
-def test_folder_is_there_while_open_and_gone_after_with_all_in_it(tmp_path: Path) -> None:
+def test_folder_exists_until_closed(tmp_path: Path) -> None:
     folder = ScratchFolder(tmp_path / "new", "ours-")
     path = folder.ensure()
     assert path.parent == tmp_path / "new"
@@ -24,7 +24,7 @@ def test_folder_is_there_while_open_and_gone_after_with_all_in_it(tmp_path: Path
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_folder_that_somebody_removed_is_made_anew(tmp_path: Path) -> None:
+def test_removed_folder_is_created_again(tmp_path: Path) -> None:
     folder = ScratchFolder(tmp_path, "ours-")
     folder.ensure().rmdir()
     path = folder.ensure()
@@ -33,7 +33,7 @@ def test_folder_that_somebody_removed_is_made_anew(tmp_path: Path) -> None:
     folder.close()
 
 
-def test_leftovers_are_removed_of_killed_processes_alone(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     script = (
         "import os, signal\nfrom pathlib import Path\nfrom poise.runtime.files.scratch import ScratchFolder\n"
         f"folder = ScratchFolder(Path({str(tmp_path)!r}), 'ours-')\n"
@@ -51,7 +51,7 @@ def test_leftovers_are_removed_of_killed_processes_alone(tmp_path: Path) -> None
     living.close()
 
 
-def test_folder_taken_for_a_leftover_before_it_is_locked_is_made_anew(
+def test_folder_removed_before_its_lock_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = scratch.fcntl.flock
@@ -71,7 +71,7 @@ def test_folder_taken_for_a_leftover_before_it_is_locked_is_made_anew(
     folder.close()
 
 
-def test_link_in_place_of_a_leftover_is_not_followed(tmp_path: Path) -> None:
+def test_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x")
     (tmp_path / "parent").mkdir()
@@ -80,5 +80,5 @@ def test_link_in_place_of_a_leftover_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "precious" / "file").exists()
 
 
-def test_leftovers_of_a_folder_that_is_not_there_are_none(tmp_path: Path) -> None:
+def test_missing_parent_has_no_leftovers(tmp_path: Path) -> None:
     scratch.remove_leftovers(tmp_path / "nowhere", "ours-")

@@ -16,12 +16,12 @@ ARRAYS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.weight": 
 DIGEST = weights_digest({name: WeightArray(array, "float32") for name, array in ARRAYS.items()})
 
 
-def test_it_is_the_digest_that_a_push_of_the_same_parameters_has(tmp_path: Path) -> None:
+def test_digest_equals_that_of_a_push(tmp_path: Path) -> None:
     save_file(ARRAYS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert checkpoint_digest(str(tmp_path)) == DIGEST
 
 
-def test_files_that_share_the_parameters_give_the_same_as_one(tmp_path: Path) -> None:
+def test_sharded_files_have_the_same_digest(tmp_path: Path) -> None:
     for i, (name, array) in enumerate(ARRAYS.items()):
         save_file({name: array}, tmp_path / f"model-{i}.safetensors")
     index = {"weight_map": {name: f"model-{i}.safetensors" for i, name in enumerate(ARRAYS)}}
@@ -29,13 +29,13 @@ def test_files_that_share_the_parameters_give_the_same_as_one(tmp_path: Path) ->
     assert checkpoint_digest(str(tmp_path)) == DIGEST
 
 
-def test_another_value_is_another_model(tmp_path: Path) -> None:
+def test_changed_value_changes_the_digest(tmp_path: Path) -> None:
     save_file(ARRAYS | {"a.weight": np.zeros(5, np.float32)}, tmp_path / "model.safetensors")
     assert checkpoint_digest(str(tmp_path)) != DIGEST
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 8])
-def test_a_folder_without_readable_safetensors_is_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
+def test_folder_without_safetensors_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(BackendDown, match=str(tmp_path)):

@@ -13,12 +13,12 @@ def config(**values):
 
 
 @pytest.mark.parametrize("given", [None, "", "Bearer x", "anything"])
-def test_without_a_token_everybody_passes(given):
+def test_without_a_token_every_caller_is_accepted(given):
     BearerAuth(None).check(given)
 
 
 @pytest.mark.parametrize("given", ["Bearer hunter2", "bearer hunter2", "BEARER hunter2"])
-def test_the_token_passes_whatever_the_case_of_its_scheme(given):
+def test_scheme_of_the_token_is_case_insensitive(given):
     BearerAuth("hunter2").check(given)
 
 
@@ -26,7 +26,7 @@ def test_the_token_passes_whatever_the_case_of_its_scheme(given):
     "given", [None, "", "Bearer", "Bearer ", "Bearer  hunter2", "Bearer hunter", "Bearer hunter22", "hunter2",
               "Basic hunter2", "Bearer HUNTER2", "Bearer hünter2", "Bearer \udcff"]
 )  # fmt: skip
-def test_anything_else_is_refused_with_a_remedy_and_without_the_token(given):
+def test_wrong_token_is_rejected_without_showing_the_right_one(given):
     with pytest.raises(Unauthenticated) as refused:
         BearerAuth("hunter2").check(given)
     assert refused.value.remedy
@@ -44,12 +44,12 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
-def test_listening_on_this_machine_needs_no_token(host):
+def test_loopback_address_needs_no_token(host):
     reject_open_bind(config(grpc={"host": host}, admin={"host": host}), None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"])
-def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
+def test_other_address_needs_a_token_or_permission(host):
     beyond = {"grpc": {"host": host}, "admin": {"host": host}}
     with pytest.raises(ConfigError) as refused:
         reject_open_bind(config(**beyond), None)
@@ -60,7 +60,7 @@ def test_listening_beyond_this_machine_needs_a_token_or_leave(host):
     reject_open_bind(config(**beyond, auth={"allow_open_bind": True}), None)
 
 
-def test_a_new_token_is_accepted_without_a_restart(tmp_path, caplog):
+def test_new_token_is_accepted_without_a_restart(tmp_path, caplog):
     path = write_token(tmp_path / "token", "first")
     checks = BearerAuth(TokenFile(path))
     checks.check("Bearer first")

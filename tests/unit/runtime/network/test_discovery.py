@@ -9,7 +9,7 @@ from poise.runtime.network import discovery as module
 from poise.runtime.network.discovery import Address, Discovery, parse_name
 
 
-def test_names_are_told_from_addresses():
+def test_names_are_distinguished_from_addresses():
     assert parse_name("dns:///replicas.poise:50051") == ("replicas.poise", 50051)
     for address in ("host:1", "10.0.0.1:50051", "[::1]:5", "unix:/run/x"):
         assert parse_name(address) is None
@@ -18,7 +18,7 @@ def test_names_are_told_from_addresses():
 @pytest.mark.parametrize(
     "target", ["dns:///host", "dns:///:1", "dns:host:1", "dns:///a/b:1", "dns:///a:0", "dns:///a:70000"]
 )
-def test_what_is_no_name_is_refused(target):
+def test_invalid_name_is_rejected(target):
     with pytest.raises(ValueError, match="dns:///name:port"):
         parse_name(target)
 
@@ -27,12 +27,12 @@ def test_what_is_no_name_is_refused(target):
     "target",
     ["http://gen:50051", "gen", "gen:", "gen:http", ":50051", "gen:0", "gen:70000", "a b:1", "[::1]", "::1:5", ""],
 )
-def test_what_is_neither_a_name_nor_an_address_is_refused(target):
+def test_invalid_target_is_rejected(target):
     with pytest.raises(ValueError, match="must look like host:port, unix:path or dns:///name:port"):
         parse_name(target)
 
 
-async def test_a_name_that_cannot_even_be_asked_for_keeps_the_others():
+async def test_unresolvable_name_keeps_the_other_addresses():
     names = Names(a=["10.0.0.1"])
     names.answers["a..b"] = UnicodeError("label empty or too long")
     found = await Discovery(["dns:///a..b:5", "dns:///a:5"], names).find()
@@ -52,13 +52,13 @@ class Names:
         return {f"{address}:{port}" for address in answer}
 
 
-async def test_addresses_come_first_and_each_once():
+async def test_fixed_addresses_come_first_without_duplicates():
     names = Names(a=["10.0.0.2", "10.0.0.1"], b=["10.0.0.2"])
     found = await Discovery(["h:1", "dns:///a:5", "10.0.0.1:5", "dns:///b:5"], names).find()
     assert found == [Address("h:1"), Address("10.0.0.1:5"), Address("10.0.0.2:5", "a")]
 
 
-async def test_replicas_come_and_go_with_their_name():
+async def test_replicas_follow_their_dns_name():
     names = Names(a=["1.1.1.1"])
     discovery = Discovery(["dns:///a:5"], names)
     assert not discovery.is_fixed
@@ -69,7 +69,7 @@ async def test_replicas_come_and_go_with_their_name():
     assert await discovery.find() == []
 
 
-async def test_replicas_stay_when_names_cannot_be_looked_up_which_is_told_once(caplog):
+async def test_dns_failure_keeps_replicas_and_is_logged_once(caplog):
     names = Names(a=["1.1.1.1"], b=["2.2.2.2"])
     discovery = Discovery(["dns:///a:5", "dns:///b:6"], names)
     before = await discovery.find()
@@ -81,13 +81,13 @@ async def test_replicas_stay_when_names_cannot_be_looked_up_which_is_told_once(c
     assert (await discovery.find())[0].target == "1.1.1.9:5"
 
 
-async def test_without_names_nothing_ever_changes():
+async def test_discovery_without_names_is_fixed():
     discovery = Discovery(["h:1", "h:2"], Names())
     assert discovery.is_fixed
     assert await discovery.find() == [Address("h:1"), Address("h:2")]
 
 
-async def test_every_address_of_a_name_is_found_written_as_a_target(monkeypatch):
+async def test_name_resolves_to_all_its_targets(monkeypatch):
     async def getaddrinfo(*asked, **kind):
         assert (asked, kind) == (("replicas", 7), {"type": socket.SOCK_STREAM})
         return [

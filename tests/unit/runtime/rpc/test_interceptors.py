@@ -76,7 +76,7 @@ def num_calls(registry, code, method="Bake"):
 
 
 @pytest.mark.parametrize("kind", ["unary_unary", "stream_unary"])
-async def test_an_answer_passes_and_is_timed(wrapped, registry, kind):
+async def test_response_is_returned_and_timed(wrapped, registry, kind):
     async def bake(request, context):
         requests = [request] if kind == "unary_unary" else [one async for one in request]
         return " and ".join(requests) + " baked"
@@ -101,7 +101,7 @@ async def sent(*messages):
         (bytes(MAX_MESSAGE_BYTES + 1), "request: has 4194305 bytes; the limit is 4194304"),
     ],
 )
-async def test_what_cannot_be_parsed_is_refused_and_counted_but_not_told_to_strangers(
+async def test_unparsable_request_is_rejected_after_authentication(
     wrapped, registry, kind, wrong, said
 ):
     async def answer(request, context):
@@ -129,7 +129,7 @@ async def test_what_cannot_be_parsed_is_refused_and_counted_but_not_told_to_stra
     assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_waiting_for_a_message_can_be_given_up_and_taken_up_again(wrapped):
+async def test_wait_for_a_message_can_be_cancelled_and_repeated(wrapped):
     came = asyncio.Event()
 
     class Requests:
@@ -152,7 +152,7 @@ async def test_waiting_for_a_message_can_be_given_up_and_taken_up_again(wrapped)
 
 
 @pytest.mark.parametrize("kind", ["unary_stream", "stream_stream"])
-async def test_a_stream_is_written_in_order(wrapped, registry, kind):
+async def test_response_stream_is_written_in_order(wrapped, registry, kind):
     async def bake(request, context):
         for number in range(3):
             yield number
@@ -168,7 +168,7 @@ async def test_a_stream_is_written_in_order(wrapped, registry, kind):
     assert num_calls(registry, "OK") == 2
 
 
-async def test_a_method_that_does_not_exist_is_left_to_grpc(registry):
+async def test_unknown_method_is_left_to_grpc(registry):
     async def continuation(_):
         return None
 
@@ -176,7 +176,7 @@ async def test_a_method_that_does_not_exist_is_left_to_grpc(registry):
     assert await interceptor.intercept_service(continuation, types.SimpleNamespace(method="/x/Y")) is None
 
 
-async def test_cancelling_the_call_reaches_the_handler_and_passes_on(wrapped, registry):
+async def test_cancelled_call_cancels_the_handler(wrapped, registry):
     began, reached = asyncio.Event(), asyncio.Event()
 
     async def bake(request, context):
@@ -203,7 +203,7 @@ async def leave():
 
 
 @pytest.mark.parametrize("read", [leave, asyncio.Event().wait], ids=["gone", "reads nothing"])
-async def test_a_stream_that_nobody_reads_is_closed_before_the_call_ends(wrapped, registry, monkeypatch, read):
+async def test_unread_stream_is_closed_before_the_call_ends(wrapped, registry, monkeypatch, read):
     monkeypatch.setattr("poise.runtime.rpc.interceptors.WRITE_TIMEOUT_S", 0.01)
     closed = []
 
@@ -224,7 +224,7 @@ async def test_a_stream_that_nobody_reads_is_closed_before_the_call_ends(wrapped
 
 
 @pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
-async def test_a_client_that_left_before_its_error_is_no_defect(wrapped, registry, caplog, kind):
+async def test_client_gone_before_its_error_is_not_a_bug(wrapped, registry, caplog, kind):
     class Gone(Context):
         async def abort_with_status(self, status):
             raise grpc.aio.InternalError("the call is over")
@@ -242,7 +242,7 @@ async def test_a_client_that_left_before_its_error_is_no_defect(wrapped, registr
     assert num_calls(registry, "INTERNAL") == 0
 
 
-async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, registry):
+async def test_failing_stream_keeps_its_written_messages(wrapped, registry):
     async def bake(request, context):
         yield 1
         raise Busy("too hot")
@@ -255,7 +255,7 @@ async def test_a_failing_stream_is_closed_and_keeps_what_was_written(wrapped, re
     assert num_calls(registry, "RESOURCE_EXHAUSTED") == 1
 
 
-async def test_a_status_that_a_handler_chose_is_kept(wrapped, registry):
+async def test_status_set_by_a_handler_is_kept(wrapped, registry):
     async def bake(request, context):
         raise grpc.aio.AbortError
 
@@ -266,7 +266,7 @@ async def test_a_status_that_a_handler_chose_is_kept(wrapped, registry):
     assert num_calls(registry, "DATA_LOSS") == 1
 
 
-async def test_a_place_is_given_back_however_a_call_ends(wrapped):
+async def test_slot_is_released_however_a_call_ends(wrapped):
     async def bake(request, context):
         if request == "defect":
             raise RuntimeError("burnt")
@@ -284,7 +284,7 @@ async def test_a_place_is_given_back_however_a_call_ends(wrapped):
             assert (context.status.code == grpc.StatusCode.INTERNAL) == (request == b"defect")
 
 
-async def test_a_stranger_takes_no_place_and_never_reaches_the_handler(wrapped, registry):
+async def test_unauthenticated_call_takes_no_slot(wrapped, registry):
     async def bake(request, context):
         raise AssertionError("it was reached")
 
@@ -314,7 +314,7 @@ async def check(request, context):
     return "healthy"
 
 
-async def test_each_method_has_places_of_its_own(wrapped):
+async def test_each_method_has_its_own_limit(wrapped):
     calls, hot = await hold_places(wrapped)
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
@@ -334,7 +334,7 @@ async def test_health_needs_no_token(wrapped):
 
 
 @pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
-async def test_nothing_of_a_stranger_is_read(wrapped, kind):
+async def test_unauthenticated_request_is_not_read(wrapped, kind):
     async def requests():
         raise AssertionError("it was read")
         yield b""
@@ -345,7 +345,7 @@ async def test_nothing_of_a_stranger_is_read(wrapped, kind):
     assert context.status.code == grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_half_a_request_takes_no_place(wrapped):
+async def test_incomplete_request_takes_no_slot(wrapped):
     async def never():
         await asyncio.Event().wait()
         yield b""
@@ -358,7 +358,7 @@ async def test_half_a_request_takes_no_place(wrapped):
     await asyncio.gather(*halves, return_exceptions=True)
 
 
-async def test_a_call_without_a_request_is_refused(wrapped):
+async def test_call_without_a_request_is_rejected(wrapped):
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
         await wrapped(check)(sent(), context)

@@ -22,11 +22,11 @@ async def silent():
     yield b""
 
 
-async def test_messages_come_in_order():
+async def test_messages_arrive_in_order():
     assert [one async for one in RequestStream(text, sent(b"a", b"b"))] == ["a", "b"]
 
 
-async def test_a_silent_client_is_given_up():
+async def test_silent_client_is_disconnected():
     with pytest.raises(InvalidRequest, match=r"waited 0\.01 s for too few bytes"):
         await anext(RequestStream(text, silent(), patience_s=0.01))
 
@@ -52,7 +52,7 @@ def each_wait_takes(monkeypatch):
     return take
 
 
-async def test_a_trickling_client_is_given_up(each_wait_takes):
+async def test_slow_client_is_disconnected(each_wait_takes):
     """Each wait is below the patience; together they are not."""
     each_wait_takes(40.0)
     num_read = 0
@@ -62,14 +62,14 @@ async def test_a_trickling_client_is_given_up(each_wait_takes):
     assert num_read == 2
 
 
-async def test_a_client_that_sends_fast_enough_is_waited_for(each_wait_takes):
+async def test_client_that_sends_fast_enough_is_kept(each_wait_takes):
     each_wait_takes(10.0)
     enough = bytes(10 * parsing.MIN_BYTES_PER_S)
     stream = RequestStream(bytes, sent(*[enough] * 20, every_s=0.001), patience_s=60.0)
     assert len([one async for one in stream]) == 20
 
 
-async def test_bytes_sent_before_buy_no_more_than_the_patience(each_wait_takes):
+async def test_early_bytes_do_not_extend_the_time_budget(each_wait_takes):
     clock = each_wait_takes(0.0)
     stream = RequestStream(bytes, sent(*[bytes(2**21)] * 100, b"x", b"x", every_s=0.001), patience_s=60.0)
     for _ in range(100):
@@ -80,7 +80,7 @@ async def test_bytes_sent_before_buy_no_more_than_the_patience(each_wait_takes):
         await anext(stream)
 
 
-async def test_time_that_the_service_takes_does_not_count(each_wait_takes):
+async def test_time_of_the_service_does_not_count(each_wait_takes):
     clock = each_wait_takes(0.0)
     stream = RequestStream(text, sent(b"a", b"b", every_s=0.001), patience_s=60.0)
     assert await anext(stream) == "a"
@@ -88,17 +88,17 @@ async def test_time_that_the_service_takes_does_not_count(each_wait_takes):
     assert await anext(stream) == "b"
 
 
-async def test_a_stream_has_a_bounded_number_of_messages(monkeypatch):
+async def test_stream_has_a_message_limit(monkeypatch):
     monkeypatch.setattr(parsing, "MAX_MESSAGES", 3)
     with pytest.raises(InvalidRequest, match="more than 3 messages"):
         [one async for one in RequestStream(text, sent(*[b"x"] * 4))]
 
 
 @pytest.mark.parametrize("requests", [sent(b"a"), sent(b"x" * (parsing.MAX_MESSAGE_BYTES + 1))])
-async def test_the_rest_is_read_whatever_it_is(requests):
+async def test_rest_of_a_rejected_stream_is_read(requests):
     await read_rest(RequestStream(text, requests))
 
 
-async def test_the_rest_is_not_awaited_for_ever(monkeypatch):
+async def test_rest_of_a_rejected_stream_has_a_time_limit(monkeypatch):
     monkeypatch.setattr(parsing, "_UNREAD_PATIENCE_S", 0.01)
     await read_rest(silent())
