@@ -65,10 +65,11 @@ def push_problems(run: LocalRun) -> str:
 
 def _read_status(run: LocalRun, name: str) -> dict[str, Any]:
     auth: AuthConfig = getattr(run, name).auth
+    token = auth.read_token()
     url = f"http://{run.admin_address(name)}"
     reason = f"another program listens at {url}. Stop it"
     try:
-        facts = call_admin(url, auth.read_token(), "/status", timeout_s=_TIMEOUT_S)
+        facts = call_admin(url, token, "/status", timeout_s=_TIMEOUT_S)
         if isinstance(facts, dict) and "ready" in facts:
             return facts
     except urllib.error.HTTPError as error:

@@ -1,4 +1,4 @@
-"""The command as a user meets it."""
+"""The `poise` command as a process."""
 
 from __future__ import annotations
 
@@ -65,24 +65,24 @@ def test_every_command_and_option_has_help() -> None:
     [
         (["run"], "set either -c FILE or --preset NAME"),
         (["run", "--preset", "tiny", "-c", "run.yaml"], "set either -c FILE or --preset NAME"),
-        (["run", "--preset", "huge"], "preset 'huge' is unknown; there are: smollm2, tiny"),
+        (["run", "--preset", "huge"], "preset 'huge' is unknown; known: smollm2, tiny"),
         (["up", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
         (["up", "-c", "broken.yaml"], "broken.yaml: is not YAML"),
-        (["up", "-c", "list.yaml"], "list.yaml: must hold `name: value` lines"),
+        (["up", "-c", "list.yaml"], "list.yaml: must consist of `name: value` lines"),
         (["train", "-c", "good.yaml", "--set", "train.num_steps"], "must look like section.field=value"),
-        (["train", "-c", "good.yaml", "--set", "train.num_steps=many"], "train: num_steps"),
+        (["train", "-c", "good.yaml", "--set", "train.num_steps=many"], "--set train.num_steps"),
         (["config", "-c", "good.yaml", "--set", "trian.num_steps=3"], "trian: unknown; did you mean 'train'?"),
-        (["config", "-c", "good.yaml", "--set", "generation.grpc=3"], "generation: grpc"),
+        (["config", "-c", "good.yaml", "--set", "generation.grpc=3"], "--set generation.grpc"),
         (["status", "-c", "good.yaml", "--set", "run.dir=/dev/null/x"], "run.dir: /dev/null/x cannot be used"),
         (
             ["status", "-c", "good.yaml", "--set", "value.auth.token_file=gone"],
             "auth.token_file: gone cannot be read",
         ),
-        (["models", "gpt"], "model 'gpt' is unknown; there are: tiny"),
-        (["compare"], "give -c FILE; `poise compare --show-defaults` prints one to start from"),
+        (["models", "gpt"], "model 'gpt' is unknown; known: tiny"),
+        (["compare"], "set -c FILE; `poise compare --show-defaults` prints a file to start from"),
         (["compare", "-c", "absent.yaml"], "absent.yaml: cannot be read"),
-        (["compare", "-c", "good.yaml"], "good.yaml: name: required, and set nowhere"),
-        (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot be a run's own here"),
+        (["compare", "-c", "good.yaml"], "good.yaml: name: required, but not set"),
+        (["compare", "-c", "compare.yaml"], "runs.a: set: train.num_steps: cannot differ between runs"),
         (["queue", "list"], "set either -c FILE or --preset NAME"),
         (["up", "-c", "good.yaml", "--set", "learner.auth.token_file=gone"], "poise: auth.token_file: gone cannot"),
         (
@@ -109,7 +109,7 @@ def test_every_command_and_option_has_help() -> None:
             "--token-file: gone cannot be read",
         ),
         (["queue", "replay", "--admin", "http://127.0.0.1:1"], "name ids from `poise queue list`, or set --all"),
-        (["queue", "discard", "1-1", "--all", "--admin", "http://127.0.0.1:1"], "name the ids"),
+        (["queue", "discard", "1-1", "--all", "--admin", "http://127.0.0.1:1"], "name ids from"),
     ],
 )
 def test_mistake_is_one_message_with_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -129,7 +129,7 @@ def test_mistake_is_one_message_with_status_2(tmp_path: Path, arguments: list[st
 def test_unreachable_queue_gives_status_1(action: list[str]) -> None:
     done = poise("queue", *action, "--admin", "http://127.0.0.1:9")
     assert done.returncode == 1
-    assert "does not answer" in done.stderr
+    assert "does not respond" in done.stderr
 
 
 @pytest.mark.parametrize("answer", [b"", b"\x00\x00\x04\x08", b"HTTP/1.1 200 OK\r\n\r\n<html>", b"SSH-2.0-OpenSSH\r\n"])
@@ -178,8 +178,8 @@ def test_command_without_a_reader_exits_quietly(tmp_path: Path, arguments: list[
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grpc.port=99999", "grpc is a setting of programs: give generation.grpc or value.grpc or learner.grpc"),
-        ("num_steps=3", "num_steps is a setting of programs: give train.num_steps"),
+        ("grpc.port=99999", "--set grpc: unknown here; set `generation.grpc` or `value.grpc` or `learner.grpc`"),
+        ("num_steps=3", "--set num_steps: unknown here; set `train.num_steps`"),
         ("generation.grpc.port=99999", "grpc.port: Input should be less than or equal to 65535 (given: 99999)"),
         ("train.num_steps=abc", "num_steps: Input should be a valid integer"),
         ("train.num_steps=yes", "num_steps must be a number, not true"),
@@ -210,4 +210,4 @@ def test_folder_too_long_for_a_socket_is_rejected(tmp_path: Path, monkeypatch: p
     done = poise(command, "--preset", "tiny", folder=tmp_path)
     assert done.returncode == 2
     assert "the Unix socket path" in done.stderr
-    assert "set TMPDIR to a shorter folder" in done.stderr
+    assert "Set TMPDIR to a shorter folder" in done.stderr

@@ -1,4 +1,4 @@
-"""`poise eval` where there is nothing to measure, and interrupted: one clear message, and nothing left over."""
+"""`poise eval` with mistakes and interrupts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make` does where something it needs is not there."""
+"""`make` without the programs that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting the services of a run where something stands in the way, and where nothing does but time."""
+"""Starting the services of a run, with obstacles and without."""
 
 from __future__ import annotations
 

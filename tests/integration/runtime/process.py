@@ -1,4 +1,4 @@
-"""Starts the stage service as a process, and talks to it."""
+"""Start the stage service as a process, and call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A service whose RPCs, start and drain do what they are told to: run as a process by the tests beside it."""
+"""A service whose RPCs, start and drain are scripted. The tests in this folder run it as a process."""
 
 # ruff: noqa: N802 (gRPC names the methods)
 

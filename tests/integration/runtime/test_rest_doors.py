@@ -1,4 +1,4 @@
-"""The admin app's doors: who may ask, how much, and how slowly."""
+"""Limits of the admin app: origin, size and speed of requests."""
 
 import socket
 import time

@@ -53,7 +53,7 @@ def start_stream(channel, run_id=""):
 
 
 def details_of(error):
-    """Return the error's rich details by their type's name."""
+    """Return the rich details of an error by type name."""
     found = {}
     for packed in rpc_status.from_call(error).details:
         for kind in (errors_pb2.PoiseErrorDetail, error_details_pb2.BadRequest, error_details_pb2.RetryInfo):

@@ -1,4 +1,4 @@
-"""The gRPC port's doors: what strangers can make a service hold, and who waits for whom."""
+"""Limits of the gRPC port against unauthenticated and slow clients."""
 
 import socket
 import threading

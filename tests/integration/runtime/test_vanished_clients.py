@@ -1,4 +1,4 @@
-"""Clients that vanish without a word give back what their calls hold."""
+"""Clients that vanish without closing their connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admin apps are asked directly, whatever proxy the environment names."""
+"""Requests to admin apps."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""From one run.yaml to what each process is told."""
+"""From run.yaml to the settings of each program."""
 
 from __future__ import annotations
 

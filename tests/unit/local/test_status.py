@@ -1,4 +1,4 @@
-"""`poise status`, from what the admin apps answer."""
+"""`poise status`, with the responses of admin apps."""
 
 from __future__ import annotations
 

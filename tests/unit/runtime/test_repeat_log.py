@@ -1,4 +1,4 @@
-"""What happens again and again is one line a minute, with a count."""
+"""Repeated messages become one line a minute, with a count."""
 
 from __future__ import annotations
 

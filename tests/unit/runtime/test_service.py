@@ -6,7 +6,7 @@ from poise.runtime.service import Readiness, ServiceApp
 
 
 class Oven(ServiceApp):
-    """A service that offers the least."""
+    """A service with only the required methods."""
 
     name = "oven"
     grpc_services = ()

@@ -1,4 +1,4 @@
-"""A service that starts says what it does, and for how long; that is no error, and is not repeated."""
+"""The stage of a starting service and its duration."""
 
 from __future__ import annotations
 

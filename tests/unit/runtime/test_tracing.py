@@ -1,4 +1,4 @@
-"""Traces and the ids of logs, without a wire."""
+"""Traces and log ids within one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real small model: what is unpacked is what the package holds, and it speaks."""
+"""The real small model: its weights, and a conversation with it."""
 
 from __future__ import annotations
 

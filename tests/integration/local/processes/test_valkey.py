@@ -1,4 +1,4 @@
-"""The embedded Valkey: it starts, keeps what was written over a kill, and is this user's alone."""
+"""The embedded Valkey: durable, and accessible only to this user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compare.yaml: what it may hold, and what is said where it holds something else."""
+"""The settings in compare.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a run while it is made, and read of its files."""
+"""The progress of a run, read from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs of a comparison are told, what they may not be told, and what holds once they have begun."""
+"""The settings of a comparison's runs, before and after they have started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of a comparison's runs, and what becomes of those that fail, are stopped or are done."""
+"""The order of a comparison's runs, and the handling of failed, stopped and finished ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are made once, whole or not at all."""
+"""Models that are created once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a process's end."""
+"""Descriptions of exit statuses."""
 
 from __future__ import annotations
 

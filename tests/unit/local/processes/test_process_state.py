@@ -1,4 +1,4 @@
-"""`poise status` tells a process that starts from one that died, and from one that nobody started."""
+"""The state of a process that does not respond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is waited for is said when it changes, and the same again ever more rarely."""
+"""When the progress of a start is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the admin app answers of itself."""
+"""Health of the admin app."""
 
 import httpx
 from tests.unit.runtime.test_service import Oven

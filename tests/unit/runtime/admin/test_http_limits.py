@@ -1,4 +1,4 @@
-"""Connections to the admin app whose clients do not do their part."""
+"""Time limits of connections to the admin app."""
 
 import asyncio
 import contextlib

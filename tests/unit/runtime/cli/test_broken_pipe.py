@@ -1,4 +1,4 @@
-"""Output whose reader goes away, in programs of their own."""
+"""Programs whose reader exits, each in its own process."""
 
 import os
 import subprocess

@@ -10,7 +10,7 @@ from poise.runtime.files.atomic import commit_file, save_tensors, write_file
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The order in which files are made durable and renamed."""
+    """Record the order of fsync and rename calls."""
     seen = []
     fsync, replace = os.fsync, os.rename
 

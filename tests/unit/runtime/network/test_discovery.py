@@ -40,7 +40,7 @@ async def test_unresolvable_name_keeps_the_other_addresses():
 
 
 class Names:
-    """A name server that answers what a test says."""
+    """A name server with the answers of a test."""
 
     def __init__(self, **answers):
         self.answers = answers

@@ -1,4 +1,4 @@
-"""The interceptor's parts that need no wire; the rest is in tests/integration/runtime."""
+"""The interceptor without a network; tests/integration/runtime tests it with one."""
 
 import asyncio
 import types

@@ -32,7 +32,7 @@ async def test_silent_client_is_disconnected():
 
 
 class Clock:
-    """Stands still, or goes on by so much at each look: every wait then takes as long."""
+    """A clock that advances by a fixed time at each reading, so that every wait takes as long."""
 
     def __init__(self, step_s):
         self.now_s, self.step_s = 0.0, step_s
