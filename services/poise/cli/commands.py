@@ -181,7 +181,7 @@ def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 
     It samples, asks for values and compares weights, without publishing labels or training.
 
-    Services that are starting are waited for. `poise status` only shows what they report.
+    It waits for services that are starting. `poise status` only shows what they report.
     """
     from poise.orchestrator.check import CheckConfig, run_check
 
