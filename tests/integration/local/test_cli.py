@@ -203,7 +203,9 @@ def test_variable_of_no_setting_is_rejected(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("command", ["up", "run"])
-def test_folder_too_long_for_a_socket_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_folder_too_long_for_a_socket_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))

@@ -86,7 +86,7 @@ def test_taken_port_is_replaced_for_all_programs(run_file: Path) -> None:
     with socket.create_server(("127.0.0.1", taken)), log.open("w") as output:
         process = poise_process("up", "-c", str(run_file), "--set", "engine=torch", stdout=output, stderr=output)
         try:
-            wait_for(log, f"port {taken} of generation.grpc is taken by another program: now ", process)
+            wait_for(log, f"port {taken} of generation.grpc is taken by another program; using ", process)
             train, learner = (run_file.parent / "run" / "services" / f"{name}.yaml" for name in ("train", "learner"))
             wait_until(lambda: train.exists() and train.stat().st_size > 0, log, process)
             run = load_run(run_file)
@@ -139,5 +139,5 @@ def wait_until(condition: Callable[[], bool], log: Path, process: subprocess.Pop
 def test_other_systems_than_linux_are_rejected(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     run = load_run(run_file)
-    with pytest.raises(ConfigError, match="Linux alone"):
+    with pytest.raises(ConfigError, match="requires Linux"):
         run_services(run, lambda: run, train=False)

@@ -154,13 +154,13 @@ def test_openapi_describes_every_route_and_its_errors(stranger):
     document = stranger.get("/openapi.json").json()
     assert set(document["paths"]) == {"/healthz", "/readyz", "/metrics"} | {path for _, path in ADMIN_ROUTES}
     assert "503" in document["paths"]["/readyz"]["get"]["responses"]
-    error = {"$ref": "#/components/schemas/ErrorAnswer"}
+    error = {"$ref": "#/components/schemas/ErrorResponse"}
     for method, path in ADMIN_ROUTES:
         route = document["paths"][path][method.lower()]
         assert route["summary"]
         for status in ("401", "422", "500", "503"):
             assert route["responses"][status]["content"]["application/json"]["schema"] == error, (path, status)
-    assert document["components"]["schemas"]["ErrorAnswer"]["properties"].keys() == {
+    assert document["components"]["schemas"]["ErrorResponse"]["properties"].keys() == {
         "reason",
         "message",
         "remedy",

@@ -289,7 +289,7 @@ def test_unparsable_bytes_are_rejected_with_the_message_name(running, channel, m
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     [violation] = details_of(refused.value)["BadRequest"].field_violations
     assert violation.field == "request"
-    assert violation.description.startswith(f"is no {message}: ")
+    assert violation.description.startswith(f"is not a {message}: ")
     with running.rest() as rest:
         counted = f'poise_stage_rpc_seconds_count{{code="INVALID_ARGUMENT",method="{method.rpartition("/")[2]}"}}'
         assert counted in rest.get("/metrics").text
@@ -303,5 +303,5 @@ def test_message_beyond_the_limit_is_rejected_with_a_remedy(channel):
     with pytest.raises(grpc.RpcError) as refused:
         probe(channel, "x" * (5 * 2**20))
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "a message may have 4194304" in refused.value.details()
+    assert "the limit is 4194304" in refused.value.details()
     assert "rollouts_per_prompt" in details_of(refused.value)["PoiseErrorDetail"].remedy

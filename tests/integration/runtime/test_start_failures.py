@@ -19,7 +19,7 @@ MISCONFIGURED, FAILED = 2, 1
         (["start=misconfigured"], MISCONFIGURED, "cupboard.key: fits no lock; set another"),
         (["start=unusable"], MISCONFIGURED, "the cupboard is of another make. Name one of ours."),
         (["grpc.host=192.0.2.1", "auth.allow_open_bind=true"], MISCONFIGURED, "cannot listen on 192.0.2.1:0"),
-        (["admin.host=192.0.2.1", "auth.allow_open_bind=true"], MISCONFIGURED, "name an address of this machine"),
+        (["admin.host=192.0.2.1", "auth.allow_open_bind=true"], MISCONFIGURED, "Name an address of this machine"),
         (["grpc.host=[2001:db8::1]", "auth.allow_open_bind=true"], MISCONFIGURED, "cannot listen on [2001:db8::1]:0"),
         (["grpc.port=99999"], MISCONFIGURED, "grpc.port"),
         (["start=backend-down"], FAILED, "the cupboard does not answer"),
@@ -37,7 +37,7 @@ def test_taken_port_gives_status_1(stage, section) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         running = stage(f"{section}.port={taken.getsockname()[1]}")
         assert running.exit_status() == FAILED
-    assert f"set another {section}.port" in running.log
+    assert f"Set another {section}.port" in running.log
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")

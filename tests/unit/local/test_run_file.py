@@ -82,9 +82,7 @@ def test_unwritable_shared_dir_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_command_line_over_environment_over_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"tasks": [{"kind": "digits"}], "num_steps": 2, "prompts_per_step": 2, "samples_per_step": 2}
     monkeypatch.setenv("POISE_TRAIN_NUM_STEPS", "3")
     monkeypatch.setenv("POISE_TRAIN_PROMPTS_PER_STEP", "3")
@@ -287,9 +285,7 @@ def test_different_tokens_are_rejected_with_a_remedy(tmp_path: Path) -> None:
     assert by_hand.learner.replica_token_file == tmp_path / "generation.token"
 
 
-def test_token_only_in_the_environment_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_only_in_the_environment_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POISE_GENERATION_AUTH__TOKEN", "sesame")
     with pytest.raises(ConfigError) as caught:
         load(tmp_path)

@@ -116,7 +116,9 @@ def admins(run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> Admins:
     return admins
 
 
-def test_ready_services_are_listed_with_their_facts(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ready_services_are_listed_with_their_facts(
+    run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert show_status(run, as_json=False) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
@@ -204,7 +206,9 @@ def test_token_is_sent_to_the_services(tmp_path: Path, monkeypatch: pytest.Monke
     assert admins.tokens == ["open-sesame"] * 3
 
 
-def test_waiting_labels_and_dead_letters_are_counted(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_labels_and_dead_letters_are_counted(
+    run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]
+) -> None:
     admins.answers[run.admin_address("value")] = READY["value"] | {"num_pending": 7, "num_dead_letters": 2}
     show_status(run, as_json=False)
     assert (

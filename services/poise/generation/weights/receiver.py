@@ -18,7 +18,7 @@ from poise.generation.weights.adapter_files import adapter_folder
 from poise.generation.weights.manifest import read_manifest
 from poise.generation.weights.staging import StagedPush, Staging
 from poise.runtime.models.checkpoint_digest import checkpoint_digest
-from poise.runtime.rpc.request_stream import MIN_BYTES_PER_S, PATIENCE_S, read_rest
+from poise.runtime.rpc.request_stream import MIN_BYTES_PER_S, WAIT_BUDGET_S, read_rest
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -101,7 +101,7 @@ class PushReceiver:
         with self.staging.open(manifest) as push:
             if manifest.rendezvous is not None:
                 payload = push.group_payload()
-                limit_s = PATIENCE_S + manifest.payload_bytes / MIN_BYTES_PER_S
+                limit_s = WAIT_BUDGET_S + manifest.payload_bytes / MIN_BYTES_PER_S
                 await self._engine.receive_payload(
                     dataclasses.replace(payload, timeout_s=min(payload.timeout_s, limit_s))
                 )

@@ -25,7 +25,7 @@ from poise.runtime.config.text import redacted
 _NO_STEPS = 10**9
 """More steps than any budget of tokens or seconds allows."""
 
-_DEFAULTS: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
+COMMON_DEFAULTS: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
 """Settings of all runs, by path, unless the base or a run's `set` has another value."""
 
 _NOT_IN_SET = {
@@ -159,7 +159,7 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
                 raise ConfigError(f"set: {path}: cannot differ between runs: {remedy}")
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
-    defaults = {path: value for path, value in _DEFAULTS.items() if not _contains(read_yaml(base), path)}
+    defaults = {path: value for path, value in COMMON_DEFAULTS.items() if not _contains(read_yaml(base), path)}
     settings = defaults | _determined(file, entry, label, folder, seed) | entry.set
     run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
     _reject_shared_places(run)

@@ -22,12 +22,12 @@ from poise.runtime.startup import with_elapsed
 
 logger = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 10.0
-_STEADY_S = 30.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.2, 10.0
+STEADY_S = 30.0
 """A process that was ready and ran this long is restarted at once when it dies."""
 _MAX_RESTARTS = 6
-"""Restarts in a row before the supervisor gives up. One that was ready and ran for `_STEADY_S` starts a new row."""
-_STOP_MARGIN_S = 10.0
+"""Restarts in a row before the supervisor gives up. One that was ready and ran for `STEADY_S` starts a new row."""
+STOP_MARGIN_S = 10.0
 """Time to stop besides draining."""
 _START_TIMEOUT_S = 120.0
 """Time until a starting process should respond: it imports its libraries."""
@@ -35,7 +35,7 @@ _NOT_RUNNING = "is not running. Start it with `poise up`"
 _POLL_S = 0.1
 _READINESS_POLL_S = 1.0
 """Interval at which a process that is not ready yet is polled."""
-_LOG_EVERY_S = 15.0
+LOG_EVERY_S = 15.0
 
 
 class SupervisorError(Exception):
@@ -53,7 +53,7 @@ class Supervisor:
     def __init__(self, folder: Path, drain_timeout_s: float = 30.0) -> None:
         """Processes that take longer than `drain_timeout_s` plus a margin to stop are killed."""
         self._folder = folder
-        self._stop_timeout_s = drain_timeout_s + _STOP_MARGIN_S
+        self._stop_timeout_s = drain_timeout_s + STOP_MARGIN_S
         self._processes: dict[str, SupervisedProcess] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._lock: IO[bytes] | None = None
@@ -109,7 +109,7 @@ class Supervisor:
             SupervisorError: one cannot be kept running.
         """
         waiting = set(names)
-        log = StartLog(_LOG_EVERY_S)
+        log = StartLog(LOG_EVERY_S)
         while waiting:
             if self.failed.done():
                 self.failed.result()
@@ -252,14 +252,14 @@ class _Restarts:
             SupervisorError: a restart would not help.
         """
         ran_s = time.monotonic() - process.started
-        self._num = 1 if process.was_ready and ran_s > _STEADY_S else self._num + 1
+        self._num = 1 if process.was_ready and ran_s > STEADY_S else self._num + 1
         log = f". The end of its log, {self._spec.log}:\n{process.log_tail()}" if self._spec.log else ""
         if status == WRONG_SETTINGS:
             why = f"{self._spec.name} {describe_exit(status)}: its settings are wrong"
             raise SupervisorError(f"{why}{log}", WRONG_SETTINGS)
         if self._num > _MAX_RESTARTS:
             raise SupervisorError(f"{self._spec.name} {describe_exit(status)}, {self._num} times in a row{log}")
-        return 0.0 if self._num == 1 else min(_FIRST_BACKOFF_S * 2**self._num, _LAST_BACKOFF_S)
+        return 0.0 if self._num == 1 else min(FIRST_BACKOFF_S * 2**self._num, LAST_BACKOFF_S)
 
 
 def process_state(folder: Path, name: str, log: Path) -> str:

@@ -24,12 +24,12 @@ MAX_READ_BYTES = 2 * MAX_MESSAGE_BYTES
 MAX_MESSAGES = 2**17
 """Messages in a request stream: twice as many as the largest push has in chunks of 1 MiB."""
 
-PATIENCE_S = 60.0
+WAIT_BUDGET_S = 60.0
 """Time budget for waiting on the client of a call. Received bytes restore it at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 2**18
 
 _MAX_UNREAD = 1024
-_UNREAD_PATIENCE_S = 1.0
+UNREAD_TIMEOUT_S = 1.0
 
 
 def parsed(parse: Parse, data: bytes) -> Any:
@@ -57,10 +57,10 @@ class RequestStream:
     waiting for the client counts, not the service's own time between two messages.
     """
 
-    def __init__(self, parse: Parse, requests: AsyncIterator[bytes], patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, parse: Parse, requests: AsyncIterator[bytes], budget_s: float = WAIT_BUDGET_S) -> None:
         self._parse = parse
         self._requests = requests
-        self._patience_s = self._left_s = patience_s
+        self._budget_s = self._left_s = budget_s
         self._num_messages = 0
 
     def __aiter__(self) -> RequestStream:
@@ -75,12 +75,12 @@ class RequestStream:
         except TimeoutError:
             raise InvalidRequest.field(
                 "request",
-                f"arrives too slowly: the service waited {self._patience_s:g} s for too few bytes",
+                f"arrives too slowly: the service waited {self._budget_s:g} s for too few bytes",
                 remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second.",
             ) from None
         finally:
             self._left_s -= time.monotonic() - started_s
-        self._left_s = min(self._patience_s, self._left_s + len(data) / MIN_BYTES_PER_S)
+        self._left_s = min(self._budget_s, self._left_s + len(data) / MIN_BYTES_PER_S)
         self._num_messages += 1
         if self._num_messages > MAX_MESSAGES:
             raise InvalidRequest.field("request", f"has more than {MAX_MESSAGES} messages. Send larger ones")
@@ -91,6 +91,6 @@ async def read_rest(requests: AsyncIterator[Any]) -> None:
     """Read the rest of a rejected stream if it ends soon, so that the client sees our error and not one of gRPC."""
     try:
         for _ in range(_MAX_UNREAD):
-            await asyncio.wait_for(anext(requests), _UNREAD_PATIENCE_S)
+            await asyncio.wait_for(anext(requests), UNREAD_TIMEOUT_S)
     except (StopAsyncIteration, TimeoutError, PoiseError):
         return

@@ -73,10 +73,8 @@ async def test_grandchildren_end_with_their_parent(tmp_path: Path) -> None:
     await until(lambda: not pids_of(marker))
 
 
-async def test_process_that_keeps_dying_fails_with_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
+async def test_process_that_keeps_dying_fails_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poise.local.processes.supervisor.LAST_BACKOFF_S", 0.01)
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", "import sys; sys.exit('cannot find the moon')", tmp_path)])
         with pytest.raises(SupervisorError) as caught:
@@ -96,7 +94,7 @@ async def test_wrong_settings_are_not_retried(tmp_path: Path) -> None:
 
 async def test_second_supervisor_is_rejected(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services"):
-        with pytest.raises(SupervisorError, match="up already"):
+        with pytest.raises(SupervisorError, match="already running"):
             await Supervisor(tmp_path / "services").__aenter__()
 
 
@@ -141,7 +139,7 @@ async def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> N
 
 
 async def test_training_killed_repeatedly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("poise.local.processes.supervisor.LAST_BACKOFF_S", 0.01)
     killed = ProcessSpec("train", [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], None)
     async with Supervisor(tmp_path / "services") as supervisor:
         with pytest.raises(SupervisorError, match="train was killed by SIGSEGV, 7 times in a row"):
@@ -165,9 +163,7 @@ async def test_training_stopped_before_its_start_never_starts(tmp_path: Path) ->
     assert not (tmp_path / "train.log").exists()
 
 
-async def test_training_stopped_during_its_start_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_training_stopped_during_its_start_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = SupervisedProcess.start
 
     async with Supervisor(tmp_path / "services") as supervisor:
@@ -181,11 +177,9 @@ async def test_training_stopped_during_its_start_ends(
         assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
 
 
-async def test_process_that_is_never_ready_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("poise.local.processes.supervisor._LAST_BACKOFF_S", 0.01)
-    monkeypatch.setattr("poise.local.processes.supervisor._STEADY_S", 0.0)
+async def test_process_that_is_never_ready_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poise.local.processes.supervisor.LAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("poise.local.processes.supervisor.STEADY_S", 0.0)
     never_works = [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([ProcessSpec("one", never_works, tmp_path / "one.log", "127.0.0.1:1")])
@@ -229,38 +223,32 @@ async def test_program_that_vanished_fails(tmp_path: Path) -> None:
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
-async def test_process_is_restarted_without_its_folder(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_process_is_restarted_without_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", f"{SLEEPER} {marker}", tmp_path)])
         (first,) = pids_of(marker)
         shutil.rmtree(tmp_path / "services")
         os.kill(first, signal.SIGKILL)
-        await until(lambda: "the next will not find what it left" in caplog.text)
+        await until(lambda: "cannot write process ids" in caplog.text)
         assert pids_of(marker) - {first}
     assert not pids_of(marker)
 
 
-async def test_error_of_a_watcher_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_error_of_a_watcher_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         await supervisor.start([spec("one", SLEEPER, tmp_path)])
 
-        def fail() -> None:
+        def fail(pid: int) -> None:
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(supervisor, "_write_pids", fail)
+        monkeypatch.setattr(psutil, "Process", fail)
         supervisor.kill_all()
         with pytest.raises(SupervisorError, match=r"one cannot be kept running: .*out of luck"):
             await asyncio.wait_for(supervisor.failed, DEADLINE_S)
 
 
-async def test_orphans_of_a_killed_supervisor_are_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_orphans_of_a_killed_supervisor_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = f"# {tmp_path}"
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); {SLEEPER} {marker}"
     left = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
@@ -272,7 +260,7 @@ async def test_orphans_of_a_killed_supervisor_are_stopped(
         born = psutil.Process(left.pid).create_time()
         facts = {"one": [left.pid, born], "reused": [bystander.pid, born - 100], "gone": [2**22 + 1, born]}
         (tmp_path / "services" / "pids.json").write_text(json.dumps(facts))
-        monkeypatch.setattr("poise.local.processes.supervisor._STOP_MARGIN_S", 0.5)
+        monkeypatch.setattr("poise.local.processes.supervisor.STOP_MARGIN_S", 0.5)
         async with Supervisor(tmp_path / "services", 0.5):
             assert await asyncio.to_thread(left.wait, DEADLINE_S) == -signal.SIGKILL
             assert bystander.poll() is None
@@ -285,7 +273,7 @@ async def test_orphans_of_a_killed_supervisor_are_stopped(
 async def test_slow_drain_is_killed_and_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("poise.local.processes.supervisor._STOP_MARGIN_S", 0.25)
+    monkeypatch.setattr("poise.local.processes.supervisor.STOP_MARGIN_S", 0.25)
     marker = f"# {tmp_path}"
     deaf = (
         f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEPER} {marker}"
@@ -301,7 +289,7 @@ async def test_slow_drain_is_killed_and_logged(
 async def test_drain_within_the_timeout_is_not_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("poise.local.processes.supervisor._STOP_MARGIN_S", 0.0)
+    monkeypatch.setattr("poise.local.processes.supervisor.STOP_MARGIN_S", 0.0)
     drained = tmp_path / "drained"
     drain = f"time.sleep(1); open({str(drained)!r}, 'w'); sys.exit()"
     code = f"import signal, sys, time\ndef drain(*_): {drain}\nsignal.signal(15, drain); print('up', flush=True)"
@@ -316,7 +304,7 @@ async def test_known_problems_are_logged_while_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("poise.local.processes.supervisor._SAY_EVERY_S", 0.0)
+    monkeypatch.setattr("poise.local.processes.supervisor.LOG_EVERY_S", 0.0)
     async with answering(b"HTTP/1.1 503 No\r\n\r\nwaiting for weights", b"HTTP/1.1 200 OK\r\n\r\nready") as address:
         loading = ProcessSpec("one", [sys.executable, "-c", SLEEPER], None, address)
         async with Supervisor(tmp_path / "services") as supervisor:
@@ -390,9 +378,7 @@ async def test_wrong_settings_end_the_supervisors_program_with_2(tmp_path: Path)
     assert caught.value.status == WRONG_SETTINGS
 
 
-async def test_process_inherits_no_torchrun_variables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_process_inherits_no_torchrun_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(name, "1")
     async with Supervisor(tmp_path / "services") as supervisor:

@@ -93,9 +93,7 @@ def test_base_may_be_a_file_in_the_same_folder(tmp_path: Path) -> None:
         (own(**{"learner.state_dir": "/var/x"}), "learner.state_dir: is set in the base"),
     ],
 )
-def test_problem_of_any_run_is_reported_first(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_problem_of_any_run_is_reported_first(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(tmp_path, **changes)
     assert message in str(refused.value)
@@ -138,7 +136,7 @@ def test_base_with_shared_state_or_no_evaluation_is_rejected(
 def test_base_and_run_override_common_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by_base: Any, own_settings: Any, found: float
 ) -> None:
-    monkeypatch.setattr("poise.local.comparison.plan._DEFAULTS", {"learner.optimizer.weight_decay": 9})
+    monkeypatch.setattr("poise.local.comparison.plan.COMMON_DEFAULTS", {"learner.optimizer.weight_decay": 9})
     base = {"model": "m", "learner": {"optimizer": said_by_base}, "train": {"tasks": [{"kind": "digits"}]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     run = plan(tmp_path, base="run.yaml", **own(**own_settings)).runs[0]

@@ -135,9 +135,7 @@ def test_failed_run_does_not_stop_others_and_is_retried(
     assert "run 1 of 2, rloo-seed0: resuming after step 1" in capsys.readouterr().out
 
 
-def test_problem_of_the_machine_fails_only_one_run(
-    path: Path, maker: Maker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_problem_of_the_machine_fails_only_one_run(path: Path, maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
     maker.outcomes["rloo-seed0"] = ConfigError
     assert compare(path) == 1
     assert states(path) == {"rloo": "failed", "poise": "finished"}

@@ -51,9 +51,7 @@ def test_only_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     living.close()
 
 
-def test_folder_removed_before_its_lock_is_created_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_removed_before_its_lock_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = scratch.fcntl.flock
     taken: list[Path] = []
 

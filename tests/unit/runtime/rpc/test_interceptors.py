@@ -101,9 +101,7 @@ async def sent(*messages):
         (bytes(MAX_MESSAGE_BYTES + 1), "request: has 4194305 bytes; the limit is 4194304"),
     ],
 )
-async def test_unparsable_request_is_rejected_after_authentication(
-    wrapped, registry, kind, wrong, said
-):
+async def test_unparsable_request_is_rejected_after_authentication(wrapped, registry, kind, wrong, said):
     async def answer(request, context):
         if not kind.startswith("stream"):
             raise AssertionError("it was reached")

@@ -28,7 +28,7 @@ async def test_messages_arrive_in_order():
 
 async def test_silent_client_is_disconnected():
     with pytest.raises(InvalidRequest, match=r"waited 0\.01 s for too few bytes"):
-        await anext(RequestStream(text, silent(), patience_s=0.01))
+        await anext(RequestStream(text, silent(), budget_s=0.01))
 
 
 class Clock:
@@ -57,7 +57,7 @@ async def test_slow_client_is_disconnected(each_wait_takes):
     each_wait_takes(40.0)
     num_read = 0
     with pytest.raises(InvalidRequest, match="waited 60 s for too few bytes"):
-        async for _ in RequestStream(text, sent(*[b"x"] * 9, every_s=0.001), patience_s=60.0):
+        async for _ in RequestStream(text, sent(*[b"x"] * 9, every_s=0.001), budget_s=60.0):
             num_read += 1
     assert num_read == 2
 
@@ -65,13 +65,13 @@ async def test_slow_client_is_disconnected(each_wait_takes):
 async def test_client_that_sends_fast_enough_is_kept(each_wait_takes):
     each_wait_takes(10.0)
     enough = bytes(10 * parsing.MIN_BYTES_PER_S)
-    stream = RequestStream(bytes, sent(*[enough] * 20, every_s=0.001), patience_s=60.0)
+    stream = RequestStream(bytes, sent(*[enough] * 20, every_s=0.001), budget_s=60.0)
     assert len([one async for one in stream]) == 20
 
 
 async def test_early_bytes_do_not_extend_the_time_budget(each_wait_takes):
     clock = each_wait_takes(0.0)
-    stream = RequestStream(bytes, sent(*[bytes(2**21)] * 100, b"x", b"x", every_s=0.001), patience_s=60.0)
+    stream = RequestStream(bytes, sent(*[bytes(2**21)] * 100, b"x", b"x", every_s=0.001), budget_s=60.0)
     for _ in range(100):
         await anext(stream)
     clock.step_s = 61.0
@@ -82,7 +82,7 @@ async def test_early_bytes_do_not_extend_the_time_budget(each_wait_takes):
 
 async def test_time_of_the_service_does_not_count(each_wait_takes):
     clock = each_wait_takes(0.0)
-    stream = RequestStream(text, sent(b"a", b"b", every_s=0.001), patience_s=60.0)
+    stream = RequestStream(text, sent(b"a", b"b", every_s=0.001), budget_s=60.0)
     assert await anext(stream) == "a"
     clock.now_s += 1000.0
     assert await anext(stream) == "b"
@@ -100,5 +100,5 @@ async def test_rest_of_a_rejected_stream_is_read(requests):
 
 
 async def test_rest_of_a_rejected_stream_has_a_time_limit(monkeypatch):
-    monkeypatch.setattr(parsing, "_UNREAD_PATIENCE_S", 0.01)
+    monkeypatch.setattr(parsing, "UNREAD_TIMEOUT_S", 0.01)
     await read_rest(silent())
