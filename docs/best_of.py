@@ -1,4 +1,4 @@
-"""An algorithm of your own: only what falls short of the group's best response is taught. See algorithms.md."""
+"""An algorithm of your own: the baseline is the best reward of the group. See docs/how_to/add_an_algorithm.md."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class BestOfOptions(AlgorithmOptions):
     """The best reward of the group is the baseline."""
 
     kind: Literal["best_of"] = "best_of"
-    """This algorithm."""
+    """Selects this algorithm."""
     margin: float = 0.0
-    """What is taken off the best reward."""
+    """Subtracted from the best reward."""
 
     def make(self, max_tokens: int) -> Algorithm:
         return BestOf(self.margin)

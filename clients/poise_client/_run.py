@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Literal
 
 import numpy as np
@@ -82,7 +83,8 @@ class AsyncRun:
         stream = self._generation.stream_trajectories(
             self.run_id, step, named, num_rollouts=num_rollouts, sampling=sampling, timeout_s=timeout_s
         )
-        groups = {group.group_id: group async for group in stream}
+        async with aclosing(stream):
+            groups = {group.group_id: group async for group in stream}
         self._temperatures[step] = sampling.temperature
         return [groups[prompt.group_id] for prompt in named]
 
@@ -106,7 +108,7 @@ class AsyncRun:
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the groups are of several steps or of another run, or their labels are published already.
+            StepOrderError: the groups are of several steps or of another run, or `publish` was called for their step.
             ValueError: the number of rewards differs from the number of rollouts.
             PoiseClientError: see `poise_client.errors`.
         """
@@ -120,7 +122,7 @@ class AsyncRun:
         step = self._step_of(scored)
         if step in self._published:
             raise StepOrderError(
-                f"the labels of step {step} of run {self.run_id!r} are published, so baselines would leak them. "
+                f"run.publish was called for step {step} of run {self.run_id!r}, so baselines would leak its labels. "
                 "Call run.baselines before run.publish."
             )
         estimates = await self._value.estimate_baselines(

@@ -334,7 +334,7 @@ class Run(BlockingPart[AsyncRun]):
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the groups are of several steps or of another run, or their labels are published already.
+            StepOrderError: the groups are of several steps or of another run, or `publish` was called for their step.
             ValueError: the number of rewards differs from the number of rollouts.
             PoiseClientError: see `poise_client.errors`.
         """

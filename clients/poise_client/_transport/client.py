@@ -75,6 +75,8 @@ class AsyncClient:
     """The generated stub of the service."""
 
     def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
+        if unknown := sorted(options.keys() - ClientOptions.__annotations__.keys()):
+            raise TypeError(f"unknown option {unknown[0]!r}; use one of {', '.join(ClientOptions.__annotations__)}")
         self._dialer = Dialer(
             target,
             options.get("token"),
@@ -83,8 +85,6 @@ class AsyncClient:
             options.get("allow_insecure_token", False),
             options.get("use_proxy", False),
         )
-        if unknown := sorted(options.keys() - ClientOptions.__annotations__.keys()):
-            raise TypeError(f"unknown option {unknown[0]!r}; use one of {', '.join(ClientOptions.__annotations__)}")
         self._timeout_s = options.get("timeout_s")
         self._retries = options.get("retries", RetryPolicy())
         self._clock = Clock()

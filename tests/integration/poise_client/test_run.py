@@ -66,6 +66,16 @@ async def test_groups_return_in_the_order_of_the_prompts(run, generation_service
     assert [group.group_id for group in groups] == ["a", "b"]
 
 
+async def test_cancelling_sample_cancels_it_in_the_service(run, generation_service):
+    generation_service.script = [generation_service.stream("g0", then=generation_service.hang)]
+    sampling = asyncio.create_task(run.sample(0, CONTENTS))
+    await generation_service.started.wait()
+    sampling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sampling
+    await asyncio.wait_for(generation_service.cancelled.wait(), 20)
+
+
 @pytest.mark.parametrize(
     ("bootstrap", "num_rollouts", "rewards", "expected"),
     [
@@ -113,7 +123,7 @@ async def test_baselines_after_publishing_are_rejected(run, value_service):
     groups, rewards = await run.sample(4, CONTENTS), [[1, 0], [0, 0]]
     await run.publish(await run.baselines(groups, rewards))
     num_requests = len(value_service.requests)
-    with pytest.raises(StepOrderError, match=r"step 4 of run 'run' are published.*run.baselines before run.publish"):
+    with pytest.raises(StepOrderError, match=r"step 4 of run 'run', so .* leak.*run.baselines before run.publish"):
         await run.baselines(groups, rewards)
     assert len(value_service.requests) == num_requests
 

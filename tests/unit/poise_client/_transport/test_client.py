@@ -101,3 +101,8 @@ async def test_a_closed_client_says_so():
     await client.close()
     with pytest.raises(RuntimeError, match=r"is closed\. Create a new one"):
         await client.get_probe()
+
+
+def test_an_unknown_option_is_rejected_with_the_known_ones():
+    with pytest.raises(TypeError, match="unknown option 'tokn'; use one of token, token_file"):
+        AsyncValueClient("localhost:1", tokn="secret")
