@@ -158,8 +158,8 @@ class RedisQueue:
 
     async def _check_publishable(self) -> None:
         await self._client.call(_no_work)  # refreshes the report
-        if self._client.report.publish_refusal is not None:
-            raise translated(self._client.report.publish_refusal, self._client.address)
+        if self._client.report.publish_error is not None:
+            raise translated(self._client.report.publish_error, self._client.address)
 
     def _full(self, held: Sequence[int], num_more: int) -> QueueFull:
         num_entries, num_bytes = held
@@ -298,13 +298,13 @@ class RedisQueue:
         """See `LabelQueue.depth`."""
         state = await self._client.call(self._read_state)
         report, address = self._client.report, self._client.address
-        refusal = report.publish_refusal
+        rejection = report.publish_error
         return QueueDepth(
             num_entries=state.length,
             num_dead_letters=state.num_letters,
             num_losses=self._watch.num_losses,
             last_loss=self._watch.last_loss and f"Redis at {address} lost labels: {self._watch.last_loss}",
-            problem="" if refusal is None else f"Redis at {address} {refusal}. {refusal.remedy}",
+            problem="" if rejection is None else f"Redis at {address} {rejection}. {rejection.remedy}",
             warnings=tuple(f"Redis at {address} {warning}" for warning in report.warnings),
         )
 

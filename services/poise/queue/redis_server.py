@@ -24,7 +24,7 @@ Info = Mapping[str, str]
 class ServerReport:
     """Shortcomings of a server that can still be used."""
 
-    publish_refusal: UnsuitableServerError | None
+    publish_error: UnsuitableServerError | None
     """Why no label may be published there; None if it may. Labels in the queue can be consumed."""
     warnings: tuple[str, ...]
     """One sentence each, without its subject and its full stop."""
@@ -51,7 +51,7 @@ def examine(info: Info, config: Mapping[str, str], needed_bytes: int) -> ServerR
         return ServerReport(None, ("denies INFO, so its version, eviction policy and persistence cannot be checked",))
     _check_kind(info)
     warnings = [*_memory_warnings(info, needed_bytes), *_persistence_warnings(info, config)]
-    return ServerReport(_eviction_refusal(info), tuple(warnings))
+    return ServerReport(_eviction_error(info), tuple(warnings))
 
 
 def is_cluster(info: Info) -> bool:
@@ -84,7 +84,7 @@ def _check_kind(info: Info) -> None:
         )
 
 
-def _eviction_refusal(info: Info) -> UnsuitableServerError | None:
+def _eviction_error(info: Info) -> UnsuitableServerError | None:
     policy, limit = info.get("maxmemory_policy", ""), _bytes(info, "maxmemory")
     if not policy.startswith("allkeys-") or not limit:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve until told to stop."""
+    """Parse the command line and serve until stopped."""
     from poise.runtime.cli.service_main import service_main
     from poise.value.app import build
     from poise.value.config import ValueConfig

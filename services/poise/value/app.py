@@ -24,7 +24,7 @@ from poise.value.estimator import BaselineEstimator
 from poise.value.metrics import StateCollector, ValueMetrics
 from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import ProbeFitter
-from poise.value.servicer import ValueServicer, probe_status
+from poise.value.servicer import ValueServicer
 from poise.value.store import StateStore
 from poise.value.updater import Updater
 from poise_proto.v1 import value_pb2, value_pb2_grpc
@@ -115,7 +115,7 @@ class ValueApp(ServiceApp):
         if self._updater is None:
             return {"state": "starting"}
         updater, estimator, depth = self._updater, self._updater.estimator, self._updater.depth
-        probes = (probe_status(estimator, name, self.config.probe.warmup_steps) for name in sorted(estimator.domains))
+        probes = (estimator.probe_status(name) for name in sorted(estimator.domains))
         return {
             "state": "draining" if self._draining else "paused" if updater.paused else "serving",
             "problem": updater.problem,

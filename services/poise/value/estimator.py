@@ -23,7 +23,7 @@ from poise.value.probe.model import PromptProbe
 from poise.value.probe.window import Window
 from poise.value.step_probes import Probes, StepProbes, VersionedProbe
 from poise.value.store import DomainSnapshot, Snapshot
-from poise_client.types import GroupBaselines, PromptFeatures, PromptScore
+from poise_client.types import GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +136,7 @@ class BaselineEstimator:
                 scores[index] = PromptScore(prompts[index].group_id, self.probes[name].version, value)
         return scores
 
-    def refusal(self, domain: str, width: int) -> FieldViolation | None:
+    def rejection(self, domain: str, width: int) -> FieldViolation | None:
         """Return why a label cannot be learnt; None if it can, or if only `width_vote` decides."""
         known = self.domains.get(domain)
         if known is None:
@@ -144,7 +144,7 @@ class BaselineEstimator:
             if len(self.domains) < limit:
                 return None
             return FieldViolation("domain", f"{domain!r} would exceed probe.max_domains = {limit}")
-        return self._width_refusal(domain, known, width) if domain in self.probes else None
+        return self._width_rejection(domain, known, width) if domain in self.probes else None
 
     def width_vote(self, label: Label) -> FieldViolation | None:
         """Vote on the width of a domain that has no probe yet; return why the label is rejected, None if it is not.
@@ -156,12 +156,12 @@ class BaselineEstimator:
         if known is None or label.domain in self.probes or known.window.width in (None, label.features.width):
             return None
         if not known.window.vote_against_width():
-            return self._width_refusal(label.domain, known, label.features.width)
+            return self._width_rejection(label.domain, known, label.features.width)
         known.window = Window(self._config.probe.rows_of(label.domain), (), known.window.num_added)
         return None
 
     @staticmethod
-    def _width_refusal(name: str, domain: Domain, width: int) -> FieldViolation | None:
+    def _width_rejection(name: str, domain: Domain, width: int) -> FieldViolation | None:
         expected = domain.window.width
         if expected is None or expected == width:
             return None
@@ -172,7 +172,7 @@ class BaselineEstimator:
         )
 
     def learn(self, label: Label) -> Admission:
-        """Add a group to its window, at most once ever. Call `refusal` and `width_vote` first."""
+        """Add a group to its window, at most once ever. Call `rejection` and `width_vote` first."""
         is_first_of_step = not self._consumed.has_domain_in(label.run_id, label.step, label.domain)
         admission = self._consumed.admit(label.run_id, label.step, label.group_id, label.domain)
         if admission is Admission.DUPLICATE:
@@ -206,6 +206,21 @@ class BaselineEstimator:
         warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
         wanted = domain.window.num_added if num_added is None else num_added
         return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
+
+    def probe_status(self, name: str) -> ProbeStatus:
+        """Return the status of one domain's probe."""
+        domain, probe = self.domains[name], self.probes.get(name)
+        return ProbeStatus(
+            domain=name,
+            probe_version=probe.version if probe else 0,
+            num_groups=len(domain.window.groups),
+            num_rows=domain.window.num_rows,
+            num_steps_seen=domain.num_steps_seen,
+            warmup_steps=self._config.probe.warmup_steps,
+            last_fit_s=probe.fit_s if probe else 0.0,
+            label_lag_s=domain.label_lag_s,
+            quality=domain.diagnostics.quality(),
+        )
 
     def domains_of_run(self, run_id: str) -> list[str]:
         """Return the domains whose windows contain labels of a run."""

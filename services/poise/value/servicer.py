@@ -14,13 +14,13 @@ from poise.errors import Draining, NotFound
 from poise.runtime.rpc.validation import Violations, quoted
 from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
-from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.estimator import GroupQuery
 from poise.value.label_barrier import wait_for_labels
 from poise.value.messages import read_label, read_prompt, read_queries
 from poise.value.probe.features import Label
 from poise.value.updater import Updater
 from poise_client.codec import encode
-from poise_client.types import DEFAULT_DOMAIN, ProbeReport, ProbeStatus, PromptFeatures
+from poise_client.types import DEFAULT_DOMAIN, ProbeReport, PromptFeatures
 from poise_proto.v1 import value_pb2 as pb
 from poise_proto.v1 import value_pb2_grpc
 
@@ -105,9 +105,9 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         wrong = Violations()
         labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config.queue, wrong))
         for index, label in labels:
-            refusal = updater.estimator.refusal(label.domain, label.features.width)
-            if refusal is not None:
-                wrong.add(f"groups[{index}].{refusal.field}", refusal.description)
+            rejection = updater.estimator.rejection(label.domain, label.features.width)
+            if rejection is not None:
+                wrong.add(f"groups[{index}].{rejection.field}", rejection.description)
         _check_widths([(index, label.domain, label.features.width) for index, label in labels], wrong)
         wrong.raise_if_any()
         await updater.queue.publish(payloads)
@@ -127,7 +127,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         names = [request.domain] if request.domain else sorted(estimator.domains)
         return encode(
             ProbeReport(
-                tuple(self._status(estimator, name) for name in names),
+                tuple(estimator.probe_status(name) for name in names),
                 estimator.num_groups_consumed,
                 estimator.num_duplicates,
                 depth.num_dead_letters,
@@ -135,25 +135,6 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
             ),
             pb.GetProbeResponse,
         )
-
-    def _status(self, estimator: BaselineEstimator, name: str) -> ProbeStatus:
-        return probe_status(estimator, name, self._config.probe.warmup_steps)
-
-
-def probe_status(estimator: BaselineEstimator, name: str, warmup_steps: int) -> ProbeStatus:
-    """Return the status of one domain's probe."""
-    domain, probe = estimator.domains[name], estimator.probes.get(name)
-    return ProbeStatus(
-        domain=name,
-        probe_version=probe.version if probe else 0,
-        num_groups=len(domain.window.groups),
-        num_rows=domain.window.num_rows,
-        num_steps_seen=domain.num_steps_seen,
-        warmup_steps=warmup_steps,
-        last_fit_s=probe.fit_s if probe else 0.0,
-        label_lag_s=domain.label_lag_s,
-        quality=domain.diagnostics.quality(),
-    )
 
 
 def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:

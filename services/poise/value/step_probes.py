@@ -6,7 +6,7 @@ A step is pinned only while none of its labels has been consumed, so a pinned pr
 a probe at that moment has none for the whole step, because a later probe may have seen the step's labels.
 
 Pins are saved together with the ids of consumed labels. If a crash loses a step's pin, no label of the step was
-consumed either, so the step is pinned anew.
+consumed either, so the step is pinned again.
 """
 
 from __future__ import annotations

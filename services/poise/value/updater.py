@@ -69,7 +69,7 @@ class Updater:
         metrics: ValueMetrics,
         fail: Callable[[str], None],
     ) -> None:
-        """`fail` ends the service when another process holds the state folder: two must not answer for one state."""
+        """Prepare the loop. `fail` ends the service if another process takes over the state folder."""
         self.estimator = estimator
         self.queue = queue
         self.depth = QueueDepth(0, 0)
@@ -208,9 +208,9 @@ class Updater:
             # A bug that this entry triggers every time: it must not stop the entries behind it.
             logger.exception("label entry %s cannot be read", delivery.entry_id)
             return "reading it raised an unexpected error; the log has the traceback"
-        refusal = self.estimator.refusal(label.domain, label.features.width) or self.estimator.width_vote(label)
-        if refusal is not None:
-            return f"group.{refusal.field}: {refusal.description}"
+        rejection = self.estimator.rejection(label.domain, label.features.width) or self.estimator.width_vote(label)
+        if rejection is not None:
+            return f"group.{rejection.field}: {rejection.description}"
         admission = self.estimator.learn(label)
         if admission is Admission.TOO_OLD:
             return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"

@@ -41,7 +41,7 @@ def unknown_schema(label: pb.LabelledGroup, random: Random) -> None:
 
 
 def half_a_group(label: pb.LabelledGroup, random: Random) -> None:
-    """As many rollouts as a group needs, and a reward each: but twice as many were sampled."""
+    """Enough rollouts with rewards, but twice as many were sampled."""
     label.num_rollouts = 2 * len(label.rollouts)
 
 
@@ -96,29 +96,29 @@ def hidden_state_beyond_squaring(label: pb.LabelledGroup, random: Random) -> Non
 
 
 CHANGES = {
-    entropy_negative: "group.rollouts[1].reasoning_entropy.min: holds -5; required: -0.001 to 25",
-    entropy_beyond_any_vocabulary: "group.rollouts[0].answer_entropy.mean: holds ",
-    hidden_state_beyond_squaring: "group.rollouts[1].prompt_hidden: holds ",
-    nan_in_features: "group.rollouts[0].response_hidden: holds NaN",
-    nan_reward: "group.rewards: must lie in [0, 1]",
-    reward_out_of_range: "group.rewards: must lie in [0, 1]",
-    reward_missing: "group.rewards: has 1 elements for 2 rollouts",
+    entropy_negative: "group.rollouts[1].reasoning_entropy.min: contains -5; allowed: -0.001 to 25",
+    entropy_beyond_any_vocabulary: "group.rollouts[0].answer_entropy.mean: contains ",
+    hidden_state_beyond_squaring: "group.rollouts[1].prompt_hidden: contains ",
+    nan_in_features: "group.rollouts[0].response_hidden: contains NaN",
+    nan_reward: "group.rewards: must be in [0, 1]",
+    reward_out_of_range: "group.rewards: must be in [0, 1]",
+    reward_missing: "group.rewards: has 1 elements; the group has 2 rollouts",
     unknown_schema: "group.schema_version: is ",
-    half_a_group: "group.num_rollouts: is 4, and 2 rollouts are here",
+    half_a_group: "group.num_rollouts: is 4, but the message has 2 rollouts",
     a_group_of_one: "group.rollouts: has 1 rollouts; at least 2 are needed",
-    another_width: "group.rollouts: hidden states are 5 wide, but domain 'fuzz' holds 8 wide ones",
+    another_width: "group.rollouts: hidden states have width 5, but those of domain 'fuzz' have 8",
     widths_that_differ: "group.rollouts[1].response_hidden: ",
     bytes_that_do_not_fit_the_shape: "group.rollouts[0].prompt_hidden: ",
     no_run: "group.run_id: is ",
     no_group: "group.group_id: is empty",
     domain_of_no_name: "group.domain: is ",
-    entropy_not_a_number: "group.rollouts[1].output_entropy.max: holds NaN",
+    entropy_not_a_number: "group.rollouts[1].output_entropy.max: contains NaN",
 }
-"""What makes a right label poison, whatever else is in it, and how the reason begins."""
+"""Changes that make a label invalid, and the beginning of the reason."""
 
 
 def damaged(payload: bytes, kind: int, random: Random) -> bytes:
-    """Cut off, flipped bits, or nothing but noise: what comes of it is anybody's guess."""
+    """Truncate, flip bits, or return noise. The result may be valid by chance."""
     if kind == 0:
         return payload[: int(random.integers(len(payload)))]
     if kind == 1:
@@ -137,7 +137,7 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
     before = await client.get_probe()
     num_good = num_dead = num_guesses = num_again = 0
     reasons: Counter[str] = Counter()
-    """How those of the labels changed behind the service's back must begin."""
+    """The expected reasons of labels that were queued directly."""
     async with (
         redis.asyncio.from_url(valkey_url) as server,
         grpc.aio.insecure_channel(shared.grpc) as channel,
@@ -154,12 +154,12 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
             num_good += 1
             change, reason = list(CHANGES.items())[number // 4 % len(CHANGES)]  # every kind in every way
             match number % 4:
-                case 0:  # behind the service's back
+                case 0:  # queued directly
                     change(label, random)
                     reasons[reason] += 1
                     await enqueue(label.SerializeToString())
                     num_dead += 1
-                case 1:  # at its door: refused by name, and nothing of the request is queued
+                case 1:  # published: rejected by name, and nothing of the request is queued
                     change(label, random)
                     right = pb.LabelledGroup.FromString(good)
                     try:
@@ -172,7 +172,7 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
                 case 2:
                     await enqueue(damaged(good, number // 4 % 3, random))
                     num_guesses += 1
-                case 3:  # seen before
+                case 3:  # a duplicate
                     await enqueue(good)
                     await enqueue(good)
                     num_good, num_again = num_good + 1, num_again + 1
@@ -192,10 +192,10 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
     assert len(reasons) == len(set(CHANGES.values()))
     listed = await shared.get("/admin/v1/dead-letters?limit=1000")
     assert listed is not None
-    told = [letter["reason"].removeprefix("invalid request: ") for letter in listed.json()[:dead]]
+    reasons_listed = [letter["reason"].removeprefix("invalid request: ") for letter in listed.json()[:dead]]
     for reason, count in reasons.items():
-        assert sum(each.startswith(reason) for each in told) >= count, (reason, told)
-    assert sum(each.startswith("payload: 10485760 bytes; at most ") for each in told) == 1
+        assert sum(each.startswith(reason) for each in reasons_listed) >= count, (reason, reasons_listed)
+    assert sum(each.startswith("payload: is 10485760 bytes; at most ") for each in reasons_listed) == 1
 
     (probe,) = (each for each in after.probes if each.domain == "fuzz")
     await fitted(client, "fuzz", probe.probe_version)

@@ -27,7 +27,7 @@ NEEDED = 1000
 
 def test_a_good_server_has_no_shortcomings():
     report = examine(GOOD, {"appendfsync": "always", "save": ""}, NEEDED)
-    assert (report.publish_refusal, report.warnings) == (None, ())
+    assert (report.publish_error, report.warnings) == (None, ())
 
 
 @pytest.mark.parametrize(

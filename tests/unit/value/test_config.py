@@ -13,7 +13,7 @@ def loaded(*settings: str) -> ValueConfig:
     return load_config(ValueConfig, None, [*STATE, *settings])
 
 
-def refusal(*settings: str) -> str:
+def rejection(*settings: str) -> str:
     with pytest.raises(ConfigError) as caught:
         loaded(*settings)
     return str(caught.value)
@@ -53,7 +53,7 @@ def test_the_url_of_a_redis_server_is_accepted(url: str) -> None:
     ],
 )
 def test_another_url_is_rejected_and_not_quoted(url: str) -> None:
-    text = refusal(f"queue.url={url}")
+    text = rejection(f"queue.url={url}")
     assert "queue.url: is not the URL of a Redis server" in text
     assert "percent-encoded" in text
     assert "cret" not in text
@@ -74,15 +74,15 @@ def test_another_url_is_rejected_and_not_quoted(url: str) -> None:
     ],
 )
 def test_unknown_options_of_the_url_are_rejected(url: str) -> None:
-    text = refusal(f"queue.url={url}")
+    text = rejection(f"queue.url={url}")
     assert "queue.url: has an unknown option after ?" in text
     assert "ssl_ca_certs" in text
     assert "cret=" not in text
 
 
 def test_a_window_smaller_than_min_rows_is_rejected() -> None:
-    assert "window_rows = 10 must be at least min_rows = 64" in refusal("probe.window_rows=10")
-    text = refusal('probe.window_rows_by_domain={"chess": 63}')
+    assert "window_rows = 10 must be at least min_rows = 64" in rejection("probe.window_rows=10")
+    text = rejection('probe.window_rows_by_domain={"chess": 63}')
     assert "window_rows_by_domain.chess = 63 must be at least min_rows = 64" in text
 
 
@@ -101,7 +101,7 @@ def test_a_window_smaller_than_min_rows_is_rejected() -> None:
     ],
 )
 def test_values_out_of_range_are_refused_by_path(setting: str) -> None:
-    assert setting.split("=")[0] in refusal(setting)
+    assert setting.split("=")[0] in rejection(setting)
 
 
 def test_the_state_folder_has_no_default() -> None:
@@ -110,5 +110,5 @@ def test_the_state_folder_has_no_default() -> None:
 
 
 def test_a_queue_too_small_for_a_group_is_refused() -> None:
-    assert "the largest group would never fit" in refusal("queue.max_bytes=5000000")
+    assert "the largest group would never fit" in rejection("queue.max_bytes=5000000")
     assert loaded("queue.max_bytes=5000000", "queue.max_entry_bytes=2500000").queue.max_bytes == 5_000_000

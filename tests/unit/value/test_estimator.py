@@ -486,10 +486,10 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
 
 def taken(estimator: BaselineEstimator, label: Label) -> bool:
     """Learn a label as the updater does; return whether it was accepted."""
-    refusal = estimator.refusal(label.domain, label.features.width) or estimator.width_vote(label)
-    if refusal is None:
+    rejection = estimator.rejection(label.domain, label.features.width) or estimator.width_vote(label)
+    if rejection is None:
         estimator.learn(label)
-    return refusal is None
+    return rejection is None
 
 
 def test_a_first_label_of_the_wrong_width_is_outvoted(config: Build, make) -> None:
@@ -518,20 +518,20 @@ def test_a_probe_settles_the_width(fitted, make) -> None:
 
 
 def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:
-    assert fitted.refusal("default", 6) is None
-    refusal = fitted.refusal("default", 9)
-    assert refusal.field == "rollouts"
-    assert "width 9" in refusal.description
-    assert fitted.refusal("another", 9) is None
+    assert fitted.rejection("default", 6) is None
+    rejection = fitted.rejection("default", 9)
+    assert rejection.field == "rollouts"
+    assert "width 9" in rejection.description
+    assert fitted.rejection("another", 9) is None
 
 
 def test_the_number_of_domains_is_bounded(config, make) -> None:
     estimator = BaselineEstimator(config(probe={"max_domains": 1}))
     estimator.learn(make.label(0, domain="one"))
-    assert estimator.refusal("one", 6) is None
-    refusal = estimator.refusal("two", 6)
-    assert refusal.field == "domain"
-    assert "max_domains = 1" in refusal.description
+    assert estimator.rejection("one", 6) is None
+    rejection = estimator.rejection("two", 6)
+    assert rejection.field == "domain"
+    assert "max_domains = 1" in rejection.description
 
 
 def test_windows_are_as_large_as_their_domain_says(config, make) -> None:

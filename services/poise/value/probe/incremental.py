@@ -31,7 +31,8 @@ _ROUNDING = 1e-7
 class IncrementalFitter:
     """Fits the probes of one domain. Deterministic.
 
-    The same sequence of fits gives the same probes. With `incremental=False`, the same groups in the same order do.
+    The same sequence of fits gives the same probes. With `incremental=False`, a probe depends only on the groups and
+    their order.
     """
 
     def __init__(

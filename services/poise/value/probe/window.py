@@ -34,7 +34,7 @@ class Window:
             self.num_rows -= len(self._groups.popleft().features)
 
     def without(self, unwanted: Collection[Label]) -> Window:
-        """Return a window of the other groups. It numbers them anew: the store identifies groups by number."""
+        """Return a window of the other groups. It renumbers them, because the store identifies groups by number."""
         unwanted_ids = {id(group) for group in unwanted}
         kept = [group for group in self._groups if id(group) not in unwanted_ids]
         return Window(self._max_rows, kept, self.num_added + len(kept))
