@@ -39,16 +39,16 @@ def folder(tmp_path: Path) -> Path:
             1,
             "start the services with `poise up` and the same options, or measure without them: `poise eval --model",
         ),
-        (["--model", "./absent"], 2, "--model: ./absent does not exist; name a Hugging Face folder, one of tiny,"),
+        (["--model", "./absent"], 2, "--model: ./absent does not exist. Name a Hugging Face folder, one of tiny,"),
         (["--model", "runs/a/model"], 2, "--model: runs/a/model does not exist"),
         (["--model", "run"], 2, "--model: run is not a Hugging Face model: a folder with config.json, weights and the"),
         (["--model", "run"], 2, "did you mean run/model?"),
-        (["--model", "run.yaml"], 2, "`--checkpoint` reads checkpoints"),
+        (["--model", "run.yaml"], 2, "for a checkpoint use `--checkpoint`"),
         (["--model", "broken"], 2, "generation exited with status 2. The end of its log, "),
         (["--model", "broken"], 2, "broken cannot be loaded"),
         (["--model", "broken", "--checkpoint"], 2, "--model and --checkpoint are both set"),
-        (["--checkpoint"], 1, "services/learner holds no checkpoint yet: the learner writes one every"),
-        (["--checkpoint", "absent"], 2, "--checkpoint: absent does not exist; name a checkpoint-… folder"),
+        (["--checkpoint"], 1, "services/learner has no checkpoint yet. The learner writes one every"),
+        (["--checkpoint", "absent"], 2, "--checkpoint: absent does not exist. Name a checkpoint-… folder"),
         (["--checkpoint", "checkpoint-00000003"], 1, "checkpoint-00000003 has schema_version 99"),
         (["--out", "done"], 2, "done holds an evaluation already; name another folder"),
         (["--out", "run.yaml/x"], 2, "run.yaml/x cannot be used"),
@@ -75,7 +75,7 @@ def test_interrupt_stops_the_engine_and_leaves_no_files(folder: Path) -> None:
     with log.open("w") as output:
         process = poise_process(*arguments, stdout=output, stderr=output, cwd=folder)
     try:
-        wait_for(log, "starting generation for", process)
+        wait_for(log, "starting a generation service for", process)
         while not (engines := psutil.Process(process.pid).children()):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
