@@ -41,12 +41,11 @@ from rich.table import Table
 from poise.learner.config import LearnerConfig
 from poise.learner.training.trainer import Trainer
 from poise.local.run_file import LocalRun, load_run, preset_path
-from poise.orchestrator.callbacks import RunClock
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.loop import TrainingLoop
 from poise.orchestrator.rewards.pool import VerifierPool
-from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.scoring import Scorer
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.sampling.service_clients import ServiceClients
+from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.storage.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 
@@ -92,14 +91,12 @@ class Measured:
     """noise / signal x tokens."""
 
 
-class Nowhere:
-    """A journal and a callback that discard everything."""
+class NoCallbacks:
+    """Callbacks that do nothing."""
 
-    def write(self, step: JournalledStep) -> None: ...
+    def on_phase(self, step: int, name: str) -> None: ...
 
-    def phase(self, step: int, name: str) -> None: ...
-
-    def sampled(self, step: int, done: int, total: int) -> None: ...
+    def on_sampled(self, step: int, done: int, total: int) -> None: ...
 
 
 def noise_and_signal(products: Doubles) -> tuple[float, float]:
@@ -117,7 +114,13 @@ def jackknifed(products: Doubles, statistic: Callable[[Doubles], float]) -> floa
 
 
 async def measure(
-    name: str, run: LocalRun, services: Services, scorer: Scorer, model: str, num_batches: int, policy_version: int
+    name: str,
+    run: LocalRun,
+    services: ServiceClients,
+    verifiers: VerifierPool,
+    model: str,
+    num_batches: int,
+    policy_version: int,
 ) -> Measured:
     """Sample batches and return noise and signal of their gradients."""
     kind, num_rollouts = ALGORITHMS[name]
@@ -132,11 +135,16 @@ async def measure(
         }
     )
     trainer = still_trainer(config, run.learner, model)
-    nowhere: Any = Nowhere()
-    sampler = StepSampler(config, nowhere, services, Mixture(config.tasks, config.seed), scorer, nowhere)
+    callbacks: Any = NoCallbacks()
+    folder = RunFolder(run.dir / config.run_id)
+    folder.open(config.run_id, {})
+    mixture = Mixture(config.tasks, config.seed)
+    loop = TrainingLoop(config, folder, services, verifiers, mixture, callbacks, asyncio.Event())
 
     async def sample(step: int) -> JournalledStep:
-        return await sampler.sample(step, policy_version, 0, RunClock(0))
+        journalled = await loop.sample_step(step, policy_version)
+        folder.journal.drop(step)
+        return journalled
 
     if kind in ("spo", "ppo"):
         for step in range(run.train.num_steps):
@@ -148,7 +156,7 @@ async def measure(
         journalled = await sample(step)
         metrics = await asyncio.to_thread(trainer.train, journalled.batch.rollouts, journalled.batch.temperature)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.model.parameters() if p.grad is not None]))
-        tokens.append(journalled.numbers["response_tokens"]["total"])
+        tokens.append(journalled.metrics["response_tokens"]["total"])
         halves.append(metrics.gradient_variance)
     stacked = torch.stack(gradients).double()
     products: Doubles = (stacked @ stacked.T).numpy()
@@ -201,14 +209,13 @@ async def measure_all(run: LocalRun, options: list[str], names: list[str], num_b
     results = {}
     async with (
         services_of(run, options),
-        Services(run.train.endpoints, asyncio.Event()) as services,
+        ServiceClients(run.train.endpoints, asyncio.Event()) as services,
         VerifierPool(run.train.verifier) as verifiers,
     ):
-        scorer = Scorer(services, verifiers)
         status = await services.learner_status()
         model = (await services.export_model("frozen")).path
         for name in names:
-            results[name] = await measure(name, run, services, scorer, model, num_batches, status.policy_version)
+            results[name] = await measure(name, run, services, verifiers, model, num_batches, status.policy_version)
             click.echo(f"{name}: {results[name]}", err=True)
     return results
 

@@ -32,7 +32,7 @@ from poise.generation.config import GenerationConfig, VllmConfig
 from poise.generation.engine import EngineRequest
 from poise.generation.engines.vllm.engine import VllmEngine
 from poise.local.models.catalog import make_model
-from poise.orchestrator.rewards.rules import bind
+from poise.orchestrator.rewards.verifiers import reward_function
 from poise.orchestrator.tasks import primer
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.files.atomic import write_file
@@ -224,7 +224,7 @@ def _write(
     siblings = [rollouts[i : i + batch.num_rollouts] for i in range(0, len(rollouts), batch.num_rollouts)]
     rewards, records = [], []
     for problem, group in zip(batch.problems, siblings, strict=True):
-        rewards += [bind(problem)(rollout.text) for rollout in group]
+        rewards += [reward_function(problem)(rollout.text) for rollout in group]
         records.append({**asdict(problem), "responses": [rollout.text for rollout in group]})
     arrays = {
         "prompt_ids": np.concatenate([np.array(prompt, np.int32) for prompt in prompts]),

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from poise.orchestrator.rewards.rules import exact
+from poise.orchestrator.rewards.verifiers import exact
 
 
 def reply(completion: Any) -> str:

@@ -7,13 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from poise.algorithms.group_baselines import Centring
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines
 
 
 class BestOfOptions(AlgorithmOptions):
-    """The best reward of the group is the baseline."""
+    """The baseline is the best reward of the group, minus a margin."""
 
     kind: Literal["best_of"] = "best_of"
     """Selects this algorithm."""
@@ -28,7 +27,6 @@ class BestOf(Algorithm):
     def __init__(self, margin: float) -> None:
         self._margin = margin
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
-        best = [np.full_like(item.rewards, item.rewards.max() - self._margin) for item in scored]
-        ones = [np.ones_like(item.rewards) for item in scored]
-        return centred(scored, "group", Centring(best, ones))
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
+        best = [np.full_like(item.rewards, item.rewards.max() - self._margin) for item in groups]
+        return StepBaselines(best, "group")

@@ -50,7 +50,7 @@ def test_laptop_values_train_and_pass_helm_test(cluster: Cluster, tmp_path: Path
 
     cluster.start("run-poise-test")
     cluster.wait_success("run-poise-test")
-    assert "all is well" in cluster.pods["run-poise-test"].log.read_text()
+    assert "all checks passed" in cluster.pods["run-poise-test"].log.read_text()
 
     for name in reversed(SERVICES):
         cluster.terminate(name)

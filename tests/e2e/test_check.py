@@ -50,7 +50,7 @@ def test_a_service_that_does_not_answer_fails_in_time(tiny_run: LocalRun, capsys
     nobody = EndpointsConfig(generation=endpoints.generation, learner=endpoints.learner, value="127.0.0.1:1")
     assert run_check(CheckConfig(endpoints=nobody, timeout_s=3.0)) == 1
     printed = capsys.readouterr().out
-    assert "failed" in printed and "all is well" not in printed
+    assert "failed" in printed and "all checks passed" not in printed
 
 
 def test_a_token_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_replicas_that_serve_something_else_than_the_learner_holds_are_named(tin
     with GenerationClient(endpoints.generation[0]) as generation, LearnerClient(endpoints.learner) as learner:
         policy, status = generation.get_policy(), learner.get_status()
     compare("host:1", policy, status)
-    with pytest.raises(CheckFailed, match=r"host:1 .* never pushed"):
+    with pytest.raises(CheckFailed, match=r"host:1 .* did not push"):
         compare("host:1", dataclasses.replace(policy, lineage_id="another"), status)
     with pytest.raises(CheckFailed, match=r"host:1 .* other weights"):
         compare("host:1", dataclasses.replace(policy, digest=b"\0" * 32), status)

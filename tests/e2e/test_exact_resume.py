@@ -23,7 +23,7 @@ SETTINGS = (
     "learner.mini_batch_prompts=8",
     "learner.checkpoint_every_steps=3",
     "train.algorithm=poise",
-    "train.settle_probe_s=200",  # however slow the machine
+    "train.wait_for_labels_s=200",  # however slow the machine
     "value.probe.refit=fresh",
     "value.probe.warmup_steps=1",
     "value.probe.min_rows=2",
@@ -74,4 +74,4 @@ def test_killed_run_ends_in_the_weights_of_an_undisturbed_one(tmp_path: Path) ->
     for run in (lived, killed):
         sources = [line["baseline"]["source"] for line in metrics(run)]
         assert sources == ["bootstrap"] + ["probe"] * (NUM_STEPS - 1)
-        assert all(line["baseline"]["probe_settled"] for line in metrics(run))
+        assert all(line["baseline"]["probe_up_to_date"] for line in metrics(run))

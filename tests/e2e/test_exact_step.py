@@ -26,12 +26,9 @@ from sklearn.preprocessing import StandardScaler
 from poise.algorithms.features import locate_spans
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.rewards.pool import Verdict
-from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.scoring import Scorer
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.rewards.pool import VerifierResult
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.problem import Problem
 from poise_client import AsyncLearnerClient, AsyncValueClient
@@ -61,32 +58,32 @@ def reward(response: str, index: int) -> float:
 class Outside:
     """What a run has around it: its problems, their verifier, and a watcher that looks away."""
 
-    def problems(self, step: int, num_prompts: int) -> list[Problem]:
+    def problems(self, draw: int, num_prompts: int) -> list[Problem]:
         return [
-            Problem("default", f"{'abcdefgh'[i % 8] * (1 + i % 5)} {step} {i * 7}", str(i), "exact")
+            Problem("default", f"{'abcdefgh'[i % 8] * (1 + i % 5)} {draw} {i * 7}", str(i), "exact")
             for i in range(num_prompts)
         ]
 
-    def given(self, step: int) -> dict[str, int]:
+    def num_drawn(self, draw: int) -> dict[str, int]:
         return {}
 
-    def resume(self, step: int, given: Mapping[str, int]) -> None:
-        assert not given
+    def resume(self, draw: int, num_drawn: Mapping[str, int]) -> None:
+        assert not num_drawn
 
-    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
-        return Verdict(reward(response, int(problem.answer)), None, 0.0)
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> VerifierResult:
+        return VerifierResult(reward(response, int(problem.answer)), None, 0.0)
 
-    def sampled(self, step: int, done: int, total: int) -> None:
+    def on_sampled(self, step: int, done: int, total: int) -> None:
         pass
 
-    def phase(self, step: int, name: str) -> None: ...
+    def on_phase(self, step: int, name: str) -> None: ...
 
-    def step_done(self, numbers: dict[str, Any]) -> None: ...
+    def on_step_end(self, metrics: dict[str, Any]) -> None: ...
 
-    def evaluated(self, line: dict[str, Any]) -> None: ...
+    def on_evaluation_end(self, line: dict[str, Any]) -> None: ...
 
 
-class Overheard(Services):
+class Overheard(ServiceClients):
     """The services, and what came from them last."""
 
     groups: list[Group]
@@ -124,10 +121,7 @@ async def drive(run: LocalRun, services: Overheard, folder: Path, num_steps: int
     outside, run_folder = Outside(), RunFolder(folder)
     state = run_folder.open("exact", {})
     with contextlib.closing(run_folder):
-        scorer = Scorer(services, outside)
-        sampler = StepSampler(config, run_folder.journal, services, outside, scorer, outside)
-        evaluator = Evaluator(config, run_folder, outside, scorer, outside)
-        loop = TrainingLoop(config, run_folder, services, sampler, evaluator, outside, asyncio.Event())
+        loop = TrainingLoop(config, run_folder, services, outside, outside, outside, asyncio.Event())
         assert await loop.run(state)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 

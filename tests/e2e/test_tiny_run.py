@@ -112,7 +112,7 @@ def test_run_survives_the_death_of_every_process(tmp_path: Path) -> None:
     assert all(line["staleness"]["max"] == 0 for line in metrics)
     (probe,) = json.loads((run.folder / "probes.json").read_text())
     assert (probe["domain"], probe["num_steps_seen"]) == ("digits", NUM_STEPS)
-    for name in ("report.html", "trajectories.jsonl", "values.jsonl", "model/config.json", "model/model.safetensors"):
+    for name in ("report.html", "rollouts.jsonl", "values.jsonl", "model/config.json", "model/model.safetensors"):
         assert (run.folder / name).stat().st_size > 0, name
     assert list((run.folder / "tensorboard").iterdir())
 

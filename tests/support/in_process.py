@@ -19,13 +19,11 @@ from poise.generation.engines.transformers.engine import TorchEngine
 from poise.generation.sampler import Sampler
 from poise.learner.training.trainer import Trainer
 from poise.local.run_file import LocalRun
-from poise.orchestrator.callbacks import RunClock
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.rewards.pool import Verdict
-from poise.orchestrator.rewards.rules import bind
-from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.scoring import Scorer
-from poise.orchestrator.storage.step_journal import JournalledStep
+from poise.orchestrator.loop import TrainingLoop
+from poise.orchestrator.rewards.pool import VerifierResult
+from poise.orchestrator.rewards.verifiers import reward_function
+from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.rpc.validation import Violations
@@ -130,30 +128,30 @@ class InProcess:
         await self._engine.update_weights(self._weights, self.version)
         return metrics
 
-    # Verifiers, journal and watcher.
+    # Verifiers and callbacks.
 
-    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
-        return Verdict(bind(problem)(response, finish_reason), None, 0.0)
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> VerifierResult:
+        return VerifierResult(reward_function(problem)(response, finish_reason), None, 0.0)
 
-    def write(self, step: JournalledStep) -> None: ...
+    def on_phase(self, step: int, name: str) -> None: ...
 
-    def phase(self, step: int, name: str) -> None: ...
-
-    def sampled(self, step: int, done: int, total: int) -> None: ...
+    def on_sampled(self, step: int, done: int, total: int) -> None: ...
 
 
 async def learning_curve(run: LocalRun, folder: Path) -> list[float]:
     """Train for a run's steps; return the mean reward of what each sampled."""
     config: OrchestratorConfig = run.train
     rewards = []
+    run_folder = RunFolder(folder / "run")
+    run_folder.open(config.run_id, {})
     async with InProcess(run, folder) as world:
         services: Any = world
-        sampler = StepSampler(
-            config, services, services, Mixture(config.tasks, config.seed), Scorer(services, services), services
-        )
-        for step in range(config.num_steps):
-            journalled = await sampler.sample(step, world.version, 0, RunClock(0))
-            world.learn(journalled.labels)
-            await world.train(journalled.batch)
-            rewards.append(float(journalled.numbers["reward"]["mean"]))
+        mixture = Mixture(config.tasks, config.seed)
+        loop = TrainingLoop(config, run_folder, services, services, mixture, services, asyncio.Event())
+        with contextlib.closing(run_folder):
+            for step in range(config.num_steps):
+                journalled = await loop.sample_step(step, world.version)
+                world.learn(journalled.labels)
+                await world.train(journalled.batch)
+                rewards.append(float(journalled.metrics["reward"]["mean"]))
     return rewards

@@ -1,1 +1,1 @@
-"""The mathematics of POISE and its rivals, in numpy: features, baselines, trackers, advantages, staleness."""
+"""The mathematics of POISE and of the algorithms it is compared with. Imports numpy only."""

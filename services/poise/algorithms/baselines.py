@@ -1,8 +1,9 @@
-"""Baselines of a step's groups, and the advantages they give (DESIGN §2).
+"""Baselines from sibling rollouts and from the rest of the batch, and the advantages they give.
 
-Every baseline here leaves the gradient unbiased: none of them looks at the reward of the rollout it is for.
+All of them leave the gradient unbiased: a baseline never depends on the reward of its own rollout. See docs/design.md,
+section 2.
 
-Shapes: n siblings of one prompt.
+Shapes: n rollouts of one prompt.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ Array = NDArray[np.float32]
 
 
 def mean_of_others(values_n: Array) -> Array:
-    """Return mean over j ≠ i of values_j, for every i. Needs n ≥ 2.
+    """Return, for every i, the mean over j ≠ i of values_j. Needs n ≥ 2.
 
-    Of the siblings' probe values it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`; of their rewards it is
-    RLOO's baseline and the probe's training target. Element i does not depend on value i in any bit: that value is
-    never added, not added and taken away again.
+    Of probe values it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`. Of rewards it is RLOO's baseline and
+    the probe's training target. No bit of element i depends on value i: the value is left out of the sum, not
+    subtracted from it.
 
     Raises:
         ValueError: n < 2.
     """
     n = values_n.shape[0]
     if n < 2:
-        raise ValueError(f"a group needs at least 2 rollouts for a baseline from its siblings, not {n}")
+        raise ValueError(f"the group has {n} rollouts; a baseline from siblings needs at least 2")
     values = values_n.astype(np.float64)
     before, after = np.zeros(n), np.zeros(n)
     before[1:] = values[:-1].cumsum()
@@ -37,10 +38,10 @@ def mean_of_others(values_n: Array) -> Array:
 
 
 def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:
-    """Return, for every rollout, the mean reward over all *other* prompts of the batch.
+    """Return, for every rollout, the mean reward over all other prompts of the batch.
 
-    Unbiased, since other prompts' rewards are independent of this rollout. A batch of a single prompt has no other:
-    it falls back to `mean_of_others`.
+    Unbiased, because rewards of other prompts are independent of this rollout. With a single prompt in the batch it
+    falls back to `mean_of_others`.
     """
     if len(rewards_by_group) < 2:
         return [mean_of_others(rewards) for rewards in rewards_by_group]

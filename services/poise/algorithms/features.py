@@ -1,7 +1,6 @@
-"""Which tokens of a rollout are pooled, and what their entropies amount to (POISE paper, section 3; DESIGN §2).
+"""Which tokens of a rollout are pooled, and statistics of their entropies (POISE paper, section 3).
 
-Owns the rules; both engines and the tests use them. Knows no model and no tokenizer: responses come as the
-texts of their tokens.
+Both engines use these rules. Responses are given as the texts of their tokens, so no tokenizer is needed here.
 
 Shapes: T response tokens.
 """
@@ -15,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 POOL_TOKENS = 10
-"""Tokens in a pooling window by default, of the prompt and of the response alike."""
+"""Default pooling window, in tokens, for prompts and responses."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 REFERENCE_DEPTH = 0.53
-"""Depth of the feature layer as a share of the layers: layer 19 of 36 in the reference implementation."""
+"""Depth of the feature layer as a fraction of all layers. The reference implementation uses layer 19 of 36."""
 
 
 def default_feature_layer(num_layers: int) -> int:
@@ -45,20 +44,21 @@ EMPTY = Span(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class ResponseSpans:
-    """The stretches of a response that are summarised apart."""
+    """The parts of a response with separate entropy statistics."""
 
     reasoning: Span
-    """Inside <think>...</think>, tags left out; to the end of the response when the tag was never closed."""
+    """Inside <think>...</think>, without the tags; an unclosed tag extends to the end of the response."""
     answer: Span
-    """Inside <answer>...</answer>, tags left out; without that tag, all after the last </think>; else empty."""
+    """Inside <answer>...</answer>, without the tags; without such tags, after the last </think>; else empty."""
     think_close_end: int | None
-    """One past the token in which the last </think> ends; None without one."""
+    """One past the token in which the last </think> ends; None if there is none."""
 
 
 def locate_spans(token_texts: Sequence[str]) -> ResponseSpans:
-    """Find the tags in a response. A tag may straddle tokens, and a token may hold more than a tag.
+    """Find the reasoning and answer spans of a response.
 
-    A token belongs to a stretch when any of its characters do.
+    Tags may be split over tokens, and a token may contain more than a tag. A token belongs to a span if any of its
+    characters does.
     """
     text = "".join(token_texts)
     if "<" not in text:
@@ -95,15 +95,15 @@ def locate_spans(token_texts: Sequence[str]) -> ResponseSpans:
 
 
 def prompt_window(num_prompt_tokens: int, pool_tokens: int) -> Span:
-    """Return the prompt tokens that `prompt_hidden` averages: the last `pool_tokens`."""
+    """Return the prompt tokens averaged for `prompt_hidden`: the last `pool_tokens`."""
     return Span(max(0, num_prompt_tokens - pool_tokens), num_prompt_tokens)
 
 
 def response_window(num_response_tokens: int, think_close_end: int | None, pool_tokens: int) -> Span:
-    """Return the response tokens that `response_hidden` averages: at most `pool_tokens`.
+    """Return the response tokens averaged for `response_hidden`: at most `pool_tokens`.
 
-    The last sampled token never goes through the model, so of T tokens the first T − 1 can be pooled: the one
-    difference from a separate forward pass over the whole response.
+    The last sampled token never goes through the model, so only the first T − 1 of T tokens can be pooled. This is the
+    only difference from a separate forward pass over the whole response.
     """
     end = max(0, num_response_tokens - 1)
     if think_close_end is not None:
@@ -112,13 +112,13 @@ def response_window(num_response_tokens: int, think_close_end: int | None, pool_
 
 
 def entropy_stats(entropies_T: NDArray[np.float32], span: Span) -> tuple[float, float, float, float]:
-    """Return (mean, last, max, min) in nats over `span`; zeros where it is empty."""
-    stretch = entropies_T[span.start : span.end]
-    if stretch.size == 0:
+    """Return (mean, last, max, min) in nats over `span`; zeros for an empty span."""
+    entropies = entropies_T[span.start : span.end]
+    if entropies.size == 0:
         return 0.0, 0.0, 0.0, 0.0
     return (
-        float(stretch.mean(dtype=np.float64)),
-        float(stretch[-1]),
-        float(stretch.max()),
-        float(stretch.min()),
+        float(entropies.mean(dtype=np.float64)),
+        float(entropies[-1]),
+        float(entropies.max()),
+        float(entropies.min()),
     )

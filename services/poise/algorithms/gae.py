@@ -1,8 +1,8 @@
-"""Advantages of tokens from a critic's values: generalised advantage estimation (Schulman et al., arXiv 1506.02438).
+"""Generalized advantage estimation: token advantages from a critic's values (Schulman et al., arXiv 1506.02438).
 
-Pure, float64: numpy in, numpy out.
+Everything is float64.
 
-Shapes: N response tokens, those of one rollout side by side; R rollouts.
+Shapes: N response tokens of R rollouts, concatenated.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 Doubles = NDArray[np.float64]
 
 _WHITENING_VARIANCE = 1e-8
-"""Added to a variance before its root divides."""
+"""Added to the variance before taking its square root."""
 _LEAST_VARIANCE = 1e-12
-"""Returns that vary less do so by the rounding of float32 values around 1."""
+"""Below this variance, returns differ only by float32 rounding."""
 
 
 def gae(
     values_N: Doubles, rewards_R: Doubles, lengths_R: NDArray[np.int64], discount: float, gae_lambda: float
 ) -> tuple[Doubles, Doubles]:
-    """Return advantages and returns of tokens, [N] each: δ_t = r_t + γ·V_{t+1} − V_t, A_t = Σ_l (γλ)^l·δ_{t+l}, A + V.
+    """Return the advantages A and the returns A + V of all tokens, [N] each.
 
-    V_t values the state before token t; r_t is the rollout's reward at its last token and 0 before; V after the last
-    token is 0. λ = 1 gives returns of γ^(T−1−t)·reward whatever the values; λ = 0 trusts the next value alone.
+    δ_t = r_t + γ·V_{t+1} − V_t and A_t = Σ_l (γλ)^l·δ_{t+l}. V_t is the value of the state before token t, and 0 after
+    the last token. r_t is the rollout's reward at its last token and 0 elsewhere. With λ = 1 returns are
+    γ^(T−1−t)·reward; with λ = 0 they use only the next value.
     """
     last_R = np.cumsum(lengths_R) - 1
     following_N = np.append(values_N[1:], 0.0)
@@ -44,10 +45,10 @@ def gae(
 
 
 def whitened(advantages_N: Doubles, mean: float, variance: float) -> Doubles:
-    """Return (A − mean) / √(variance + 1e-8), of a batch whose tokens have this mean and variance."""
+    """Return (A − mean) / √(variance + 1e-8). Mean and variance are over all tokens of the batch."""
     return (advantages_N - mean) / math.sqrt(variance + _WHITENING_VARIANCE)
 
 
 def explained_variance(residuals: float, returns: float) -> float:
-    """Return 1 − Var(returns − values) / Var(returns) of these variances; NaN where returns do not vary."""
+    """Return 1 − residuals / returns, from Var(returns − values) and Var(returns); NaN if returns do not vary."""
     return 1 - residuals / returns if returns > _LEAST_VARIANCE else math.nan

@@ -1,4 +1,4 @@
-"""How good predictions of rewards were: the numbers shown to people. NaN where they are not defined."""
+"""Quality of reward predictions: correlation, Brier score, bias, calibration. Undefined values are NaN."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class CalibrationBin:
-    """Rollouts whose rewards were predicted alike, and what became of them."""
+    """Rollouts with similar predictions."""
 
     predicted: float
     """Mean prediction."""
     realised: float
-    """Mean of what was predicted."""
+    """Mean of the realised values."""
     count: int
 
 
 def pearson(predicted: ArrayLike, realised: ArrayLike) -> float:
-    """Return the correlation; NaN for fewer than two rows or a constant side."""
+    """Return Pearson's correlation; NaN for fewer than two rows or if either side is constant."""
     x, y = _columns(predicted, realised)
     if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
@@ -30,7 +30,7 @@ def pearson(predicted: ArrayLike, realised: ArrayLike) -> float:
 
 
 def mean_squared_error(predicted: ArrayLike, realised: ArrayLike) -> float:
-    """Return the mean squared difference (the Brier score when `realised` is 0 or 1); NaN without rows."""
+    """Return the mean squared difference (the Brier score when `realised` is 0 or 1); NaN for no rows."""
     x, y = _columns(predicted, realised)
     return float(np.mean((x - y) ** 2)) if x.size else float("nan")
 
@@ -38,7 +38,7 @@ def mean_squared_error(predicted: ArrayLike, realised: ArrayLike) -> float:
 def brier_skill(predicted: ArrayLike, realised: ArrayLike) -> float:
     """Return 1 − Brier / Brier of always predicting the mean of `realised`.
 
-    1 is perfect, 0 no better than that constant. NaN where `realised` never varies: the constant is perfect then.
+    1 is perfect; 0 is no better than the constant. NaN if `realised` does not vary.
     """
     y = np.asarray(realised, np.float64)
     variance = float(np.var(y)) if y.size else 0.0
@@ -46,19 +46,19 @@ def brier_skill(predicted: ArrayLike, realised: ArrayLike) -> float:
 
 
 def bias(predicted: ArrayLike, realised: ArrayLike) -> float:
-    """Return mean(predicted − realised): above 0, too much was expected. NaN without rows."""
+    """Return mean(predicted − realised); positive values are too optimistic. NaN for no rows."""
     x, y = _columns(predicted, realised)
     return float(np.mean(x - y)) if x.size else float("nan")
 
 
 def share_clipped(predicted: ArrayLike) -> float:
-    """Return the share of predictions at 0 or 1, where the probe's clip put them. NaN without rows."""
+    """Return the share of predictions that are clipped to 0 or 1. NaN for no rows."""
     x = np.asarray(predicted, np.float64)
     return float(np.mean((x <= 0) | (x >= 1))) if x.size else float("nan")
 
 
 def calibration(predicted: ArrayLike, realised: ArrayLike, num_bins: int = 10) -> list[CalibrationBin]:
-    """Return the means of both sides in bins of equal width of the prediction over [0, 1], empty ones left out."""
+    """Return mean prediction and mean realised value in equal-width bins of the prediction, without empty bins."""
     x, y = _columns(predicted, realised)
     bins = np.clip((x * num_bins).astype(int), 0, num_bins - 1)
     return [

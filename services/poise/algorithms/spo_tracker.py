@@ -1,7 +1,4 @@
-"""The value of one prompt from its own past rewards: the discounted Beta tracker of SPO (DESIGN §2, rivals).
-
-Owns the rule. Knows neither prompts' names nor where trackers are kept. It needs no features, and knows nothing of a
-prompt before that prompt was sampled.
+"""SPO's value tracker: a discounted Beta distribution over one prompt's rewards (arXiv 2509.13232).
 
 Shapes: n rollouts of one visit to the prompt.
 """
@@ -18,10 +15,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class BetaTracker:
-    """A Beta distribution over the prompt's chance of a reward. Immutable: what a step saw stays as it was.
+    """A Beta distribution over the prompt's expected reward. Immutable.
 
-    Advantages take `value` as it was *before* the step's rewards entered, or the baseline would hold the reward that
-    it is for.
+    A step must use the `value` from before its own rewards: otherwise the baseline depends on the rollout's own reward.
     """
 
     successes: float
@@ -32,16 +28,16 @@ class BetaTracker:
     def __post_init__(self) -> None:
         if not (self.successes > 0 and self.failures > 0 and math.isfinite(self.successes + self.failures)):
             raise ValueError(
-                f"pseudo-counts must be positive and finite, not {self.successes:g} and {self.failures:g}: a prior "
-                "whose mean is 0 or 1 could only be believed or contradicted for ever"
+                f"pseudo-counts are {self.successes:g} and {self.failures:g}; both must be positive and finite. "
+                "Choose a prior mean inside (0, 1)"
             )
 
     @classmethod
     def prior(cls, value: float, strength: float) -> Self:
-        """Return what expects `value`, in (0, 1), as firmly as `strength` > 0 observed rollouts would.
+        """Return a tracker with mean `value` in (0, 1) that weighs as much as `strength` > 0 observed rollouts.
 
         Raises:
-            ValueError: either is out of its range.
+            ValueError: `value` or `strength` is out of range.
         """
         return cls(strength * value, strength * (1 - value))
 
@@ -51,18 +47,18 @@ class BetaTracker:
         return self.successes / (self.successes + self.failures)
 
     def after(self, rewards_n: NDArray[np.float32], discount: float) -> Self:
-        """Return the tracker that has seen one visit's rewards: α ← ρα + Σr, β ← ρβ + Σ(1−r).
+        """Return the tracker after one more visit: α ← ρα + Σr, β ← ρβ + Σ(1−r).
 
-        The discount ρ in (0, 1] makes what was seen fade as the policy moves away from the one that earned it; at 1
-        nothing does, and it keeps 1/(1−ρ) visits in mind. SPO derives it from the KL divergence since the last visit.
+        The discount ρ in (0, 1] down-weights rewards that older policies earned: the tracker averages over about
+        1/(1−ρ) visits. SPO derives ρ from the KL divergence since the last visit; here it is constant.
 
         Raises:
-            ValueError: a discount or a reward out of its range.
+            ValueError: the discount or a reward is out of range.
         """
         if not 0 < discount <= 1:
-            raise ValueError(f"a discount must be in (0, 1], not {discount:g}")
+            raise ValueError(f"the discount is {discount:g}; must be in (0, 1]")
         rewards = np.asarray(rewards_n, np.float64)
         if not ((rewards >= 0) & (rewards <= 1)).all():
             raise ValueError("rewards must be in [0, 1]")
-        earned = float(rewards.sum())
-        return type(self)(discount * self.successes + earned, discount * self.failures + rewards.size - earned)
+        total = float(rewards.sum())
+        return type(self)(discount * self.successes + total, discount * self.failures + rewards.size - total)

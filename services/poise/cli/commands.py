@@ -68,9 +68,9 @@ def run(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> No
     poise run --preset tiny
     poise run -c run.yaml --set train.num_steps=20 --set run.name=short
     """
-    from poise.orchestrator.job import settle
+    from poise.orchestrator.job import early_exit_status
 
-    status = settle(load_options(path, preset, overrides).train)
+    status = early_exit_status(load_options(path, preset, overrides).train)
     sys.exit(_run_services(path, preset, overrides, train=True) if status is None else status)
 
 

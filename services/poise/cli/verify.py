@@ -59,7 +59,7 @@ def verify(
 
     Exit status: 1 if a reward differs from the expected one or a verifier failed, 2 if a case cannot be used.
     """
-    from poise.orchestrator.rewards.cases import Case, CaseError, read_cases, try_cases
+    from poise.orchestrator.rewards.cases import Case, CaseError, read_cases, run_cases
     from poise.orchestrator.rewards.config import VerifierConfig
 
     single = (verifier, answer, response)
@@ -73,7 +73,7 @@ def verify(
         fail(str(error))
     except ValueError as error:
         fail(f"--{error}")
-    outcomes = checked(lambda: try_cases(list(cases.values()), VerifierConfig()))
+    outcomes = checked(lambda: run_cases(list(cases.values()), VerifierConfig()))
     for (line, case), outcome in zip(cases.items(), outcomes, strict=True):
         if as_json:
             where: dict[str, Any] = {"line": line} if path else {}

@@ -26,8 +26,8 @@ from poise.local.processes.start_log import StartLog
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError, SettingsError
-from poise.orchestrator.evaluation.eval_command import Subject, evaluation_folder, load_held_out, measure
-from poise.orchestrator.job import guarded
+from poise.orchestrator.evaluation.eval_command import EvaluatedModel, evaluate_served, evaluation_folder, load_held_out
+from poise.orchestrator.job import with_exit_status
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS
 from poise.runtime.config.settings import ConfigError
@@ -66,17 +66,17 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
                 subject = _export(run, checkpoint, scratch / "model")
                 asyncio.run(_evaluate_model(run, mixture, subject, scratch / "model", folder, as_json))
             elif location is not None:
-                subject = Subject(str(location), is_served=False)
+                subject = EvaluatedModel(str(location), is_policy=False)
                 asyncio.run(_evaluate_model(run, mixture, subject, location, folder, as_json))
             else:
-                subject = Subject(f"the policy that run {run.name} serves", is_served=True)
-                asyncio.run(measure(run.train, mixture, subject, folder, as_json))
+                subject = EvaluatedModel(f"the policy that run {run.name} serves", is_policy=True)
+                asyncio.run(evaluate_served(run.train, mixture, subject, folder, as_json))
         return OK
 
-    return guarded(run.train, work)
+    return with_exit_status(run.train, work)
 
 
-def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
+def _export(run: LocalRun, checkpoint: str, target: Path) -> EvaluatedModel:
     from poise.errors import BackendDown
     from poise.learner.storage.checkpoint import StateError
     from poise.learner.storage.export import export_checkpoint, newest_checkpoint
@@ -93,17 +93,17 @@ def _export(run: LocalRun, checkpoint: str, target: Path) -> Subject:
         export_checkpoint(run.learner, path, content, target)
     except (StateError, BackendDown) as error:
         raise RunError(f"--checkpoint: {error}") from error
-    return Subject(str(path.resolve()), is_served=False, policy_version=content.progress.policy_version)
+    return EvaluatedModel(str(path.resolve()), is_policy=False, policy_version=content.progress.policy_version)
 
 
 async def _evaluate_model(
-    run: LocalRun, mixture: Mixture, subject: Subject, model: Path | str, folder: Path, as_json: bool
+    run: LocalRun, mixture: Mixture, subject: EvaluatedModel, model: Path | str, folder: Path, as_json: bool
 ) -> None:
     """Serve a model, evaluate it, and stop serving it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory(prefix="poise-eval-") as scratch:
         spec, train = _temporary_service(run, model, folder, Path(scratch) / "generation.yaml")
-        logger.info("starting a generation service for %s (log: %s)", subject.model, spec.log)
+        logger.info("starting a generation service for %s (log: %s)", subject.name, spec.log)
         process = await SupervisedProcess.start(spec)
         ended = asyncio.create_task(process.wait())
         measuring = asyncio.create_task(_measure_when_ready(process, train, mixture, subject, folder, as_json))
@@ -126,7 +126,7 @@ async def _measure_when_ready(
     process: SupervisedProcess,
     train: OrchestratorConfig,
     mixture: Mixture,
-    subject: Subject,
+    subject: EvaluatedModel,
     folder: Path,
     as_json: bool,
 ) -> None:
@@ -138,7 +138,7 @@ async def _measure_when_ready(
         if log.is_due([why]):
             logger.info("waiting for generation: %s", why)
         await asyncio.sleep(_POLL_S)
-    await measure(train, mixture, subject, folder, as_json)
+    await evaluate_served(train, mixture, subject, folder, as_json)
 
 
 def _temporary_service(

@@ -36,7 +36,7 @@ def show_status(run: LocalRun, as_json: bool) -> int:
         print(json.dumps({"run": asdict(state) | {"problem": problem}, "services": services}, indent=2))
     else:
         finished = ", finished" if state.is_finished(run.train.limits) else ""
-        print(f"run {run.name}: {run.train.limits.describe(state.spent)}{finished}, folder {run.dir}")
+        print(f"run {run.name}: {run.train.limits.describe(state.usage)}{finished}, folder {run.dir}")
         if problem:
             print(f"  {problem}")
         for name, facts in services.items():

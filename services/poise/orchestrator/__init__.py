@@ -1,1 +1,1 @@
-"""The orchestrator: drives the services through training steps, and records what happened."""
+"""The orchestrator: runs the training loop as a client of the three services, and records the results."""

@@ -1,4 +1,4 @@
-"""`python -m poise.orchestrator`: drive a training run against running services."""
+"""`python -m poise.orchestrator`: train against running services."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and train."""
+    """Train against running services; resume the run if its folder exists."""
     from poise.orchestrator.config import OrchestratorConfig
     from poise.orchestrator.job import train
     from poise.runtime.cli.exit_status import WRONG_SETTINGS
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from poise.runtime.config.settings import ConfigError
 
     parser = argparse.ArgumentParser(prog="python -m poise.orchestrator", description=main.__doc__)
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings, YAML")
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", required=True, help="settings file, YAML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
     options = parser.parse_args(argv)
     try:

@@ -1,19 +1,17 @@
-"""What a run may spend, and what it has spent: steps, response tokens, seconds of training.
+"""The limits of a run and its usage: steps, response tokens, seconds of training.
 
-Pure. A step's tokens count when it is finished, in the order of steps: what was sampled ahead and is never trained on
-counts nowhere, so that where a run ends follows from its steps alone, however often it was restarted.
+Tokens of a step count when the step is finished. Groups that were sampled ahead but never trained on do not count, so
+the step at which a run ends does not depend on restarts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
-    """What the finished steps of a run took, over all its processes."""
+class Usage:
+    """What the finished steps of a run used, over all its processes."""
 
     num_steps: int = 0
     tokens: int = 0
@@ -24,48 +22,40 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A run ends after the step that reaches the first of them. None limits nothing."""
+    """The limits of a run. It ends after the step that reaches the first of them; None is no limit."""
 
     num_steps: int
     tokens: int | None = None
     wall_s: float | None = None
 
-    def are_reached(self, spent: Spent) -> bool:
-        """Whether nothing is left to spend."""
-        return self.share(spent) >= 1
+    def are_reached(self, usage: Usage) -> bool:
+        """Return whether any limit is reached."""
+        return self.fraction(usage) >= 1
 
-    def share(self, spent: Spent) -> float:
-        """Return how much of the limit that is nearest has been spent; 1 and more when it is reached."""
-        shares = [spent.num_steps / self.num_steps]
+    def fraction(self, usage: Usage) -> float:
+        """Return the used fraction of the limit that is closest; at least 1 once it is reached."""
+        fractions = [usage.num_steps / self.num_steps]
         if self.tokens is not None:
-            shares.append(spent.tokens / self.tokens)
+            fractions.append(usage.tokens / self.tokens)
         if self.wall_s is not None:
-            shares.append(spent.wall_s / self.wall_s)
-        return max(shares)
+            fractions.append(usage.wall_s / self.wall_s)
+        return max(fractions)
 
-    def num_steps_left(self, spent: Spent) -> float:
-        """Return how many steps are left, if those to come take what those so far took; at least one was finished."""
-        share = self.share(spent)
-        return max(0.0, (1 - share) / share * spent.num_steps)
+    def num_steps_left(self, usage: Usage) -> float:
+        """Return the expected number of steps left if they use as much as those before. Needs a finished step."""
+        fraction = self.fraction(usage)
+        return max(0.0, (1 - fraction) / fraction * usage.num_steps)
 
-    def describe(self, spent: Spent) -> str:
-        """Say how far a run is."""
-        parts = [f"step {spent.num_steps} of {self.num_steps}"]
+    def describe(self, usage: Usage) -> str:
+        """Return the usage and the limits as text."""
+        parts = [f"step {usage.num_steps} of {self.num_steps}"]
         if self.tokens is not None:
-            parts.append(f"{spent.tokens} of {self.tokens} tokens")
+            parts.append(f"{usage.tokens} of {self.tokens} tokens")
         if self.wall_s is not None:
-            parts.append(f"{spent.wall_s:.0f} of {self.wall_s:g} s")
+            parts.append(f"{usage.wall_s:.0f} of {self.wall_s:g} s")
         return ", ".join(parts)
 
 
-def sampled_tokens(numbers: Mapping[str, Any]) -> int:
-    """Return the response tokens sampled for a step, those of groups that its algorithm dropped among them.
-
-    `numbers` is its line of metrics.jsonl: `sampled_tokens` there, or, where nothing is dropped, those trained on.
-    """
-    return int(numbers.get("sampled_tokens", numbers["response_tokens"]["total"]))
-
-
 def passes_multiple(every: float, before: float, now: float) -> bool:
-    """Whether a multiple of `every` lies beyond `before` and not beyond `now`; never for an `every` of 0."""
+    """Return whether a multiple of `every` is in (before, now]; False if `every` is 0."""
     return every > 0 and now // every > before // every

@@ -1,4 +1,4 @@
-"""Whoever is shown how a run goes, and where the seconds of a step go."""
+"""Callbacks of a run, its clock, and the timer of a step's phases."""
 
 from __future__ import annotations
 
@@ -9,63 +9,65 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 
-class Watcher(Protocol):
-    """Whoever is shown how a run goes."""
+class Callbacks(Protocol):
+    """What a run calls as it makes progress."""
 
-    def phase(self, step: int, name: str) -> None:
+    def on_phase(self, step: int, name: str) -> None:
         """A phase of a step begins."""
         ...
 
-    def sampled(self, step: int, done: int, total: int) -> None:
-        """So many of the step's prompts have all their rollouts."""
+    def on_sampled(self, step: int, done: int, total: int) -> None:
+        """`done` of the step's `total` prompts have all their rollouts."""
         ...
 
-    def step_done(self, numbers: dict[str, Any]) -> None:
-        """A step is finished; `numbers` is its line of metrics.jsonl."""
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        """A step is finished; `metrics` is its line of metrics.jsonl."""
         ...
 
-    def evaluated(self, line: dict[str, Any]) -> None:
-        """An evaluation is finished."""
+    def on_evaluation_end(self, line: dict[str, Any]) -> None:
+        """An evaluation is finished; `line` is its line of evaluations.jsonl."""
         ...
 
 
 class RunClock:
-    """Seconds that a run has taken, over all its processes."""
+    """Training time of a run, summed over all its processes."""
 
-    def __init__(self, spent_s: float) -> None:
-        self._spent_s = spent_s
+    def __init__(self, elapsed_s: float = 0.0) -> None:
+        """Continue from the seconds of earlier processes."""
+        self._elapsed_s = elapsed_s
         self._started_s = time.monotonic()
 
     def now_s(self) -> float:
-        """Return the seconds up to now."""
-        return self._spent_s + max(0.0, time.monotonic() - self._started_s)
+        """Return the seconds so far."""
+        return self._elapsed_s + max(0.0, time.monotonic() - self._started_s)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing of the block."""
-        self._spent_s, self._started_s = self.now_s(), math.inf
+        """Do not count the time of the block."""
+        self._elapsed_s, self._started_s = self.now_s(), math.inf
         try:
             yield
         finally:
             self._started_s = time.monotonic()
 
 
-class Phases:
-    """Seconds spent in each phase of a step."""
+class PhaseTimer:
+    """Times the phases of a step and reports them to the callbacks."""
 
-    def __init__(self, watcher: Watcher, step: int) -> None:
-        self._watcher = watcher
+    def __init__(self, callbacks: Callbacks, step: int) -> None:
+        self._callbacks = callbacks
         self._step = step
         self.seconds: dict[str, float] = {}
+        """By phase."""
 
-    def sampled(self, done: int, total: int) -> None:
-        """Show that so many of the step's prompts have all their rollouts."""
-        self._watcher.sampled(self._step, done, total)
+    def on_sampled(self, done: int, total: int) -> None:
+        """See `Callbacks`."""
+        self._callbacks.on_sampled(self._step, done, total)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Show and time the phase that the block is."""
-        self._watcher.phase(self._step, name)
+        """Time the block as one phase. Blocks of the same name add up."""
+        self._callbacks.on_phase(self._step, name)
         started = time.monotonic()
         try:
             yield

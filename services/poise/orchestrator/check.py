@@ -1,7 +1,7 @@
-"""`python -m poise.orchestrator.check`: do the services work, and with each other? Asked as a user would, with the SDK.
+"""`python -m poise.orchestrator.check`: check that the services work, and work together. Uses the public SDK.
 
-Samples from every generation replica, values what was sampled, and compares what the replicas serve with what the
-learner holds. Leaves no trace: no label is published, nothing is trained on.
+Samples from every generation replica, requests baselines for the rollouts, and compares the replicas' weights with the
+learner's. Publishes no labels and trains nothing.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ _NUM_ROLLOUTS, _NUM_TOKENS = 2, 4
 
 
 class CheckConfig(Settings):
-    """What is checked."""
+    """Settings of the check."""
 
     model_config = SettingsConfigDict(env_prefix="POISE_CHECK_")
 
     endpoints: EndpointsConfig = EndpointsConfig()
     """Where the services are."""
     timeout_s: float = Field(300.0, gt=0)
-    """How long services may take to answer, s: those that are starting are waited for."""
+    """How long to wait for services that are starting, s."""
 
 
 class CheckFailed(Exception):
-    """The services answer, and do not agree."""
+    """A service is missing, or the services disagree."""
 
 
 async def check(config: CheckConfig, console: Console) -> None:
-    """Check everything, saying each thing that is right.
+    """Check all services and print the result of each.
 
     Raises:
-        CheckFailed, PoiseClientError: what is not.
-        TimeoutError: it took more than `timeout_s`.
-        ConfigError: the token or the authorities cannot be read.
+        CheckFailed, PoiseClientError: a check failed.
+        TimeoutError: the checks took longer than `timeout_s`.
+        ConfigError: the token file or the CA file is not readable.
     """
     endpoints = config.endpoints
     secret = open_token_file(endpoints.token_file, "endpoints.token_file")
@@ -69,7 +69,7 @@ async def check(config: CheckConfig, console: Console) -> None:
         groups: list[Group] = []
         replicas = await Discovery(endpoints.generation).find()
         if not replicas:
-            raise CheckFailed(f"no generation replica is found at {', '.join(endpoints.generation)}")
+            raise CheckFailed(f"endpoints.generation resolves to no replica: {', '.join(endpoints.generation)}")
         for found in replicas:
             address = found.target
             named = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
@@ -77,7 +77,7 @@ async def check(config: CheckConfig, console: Console) -> None:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
-            group_id = str(len(groups))  # an address may hold what an id must not, such as brackets
+            group_id = str(len(groups))  # not the address: ids may not contain brackets
             groups.append(dataclasses.replace(group, group_id=group_id))
             console.print(
                 f"generation {address}: version {policy.policy_version}, weights {policy.digest.hex()[:12]}, "
@@ -91,7 +91,7 @@ async def check(config: CheckConfig, console: Console) -> None:
 
 
 def _run_id() -> str:
-    """Return a run of its own: nothing that is asked here is mistaken for a training run's."""
+    """Return a unique run id, so that nothing here is mistaken for part of a training run."""
     return f"check-{uuid.uuid4().hex[:12]}"
 
 
@@ -107,23 +107,23 @@ async def _sample(client: AsyncGenerationClient, timeout_s: float) -> Group:
     async for group in groups:
         if len(group.rollouts) == _NUM_ROLLOUTS and all(rollout.token_ids.size for rollout in group.rollouts):
             return group
-    raise CheckFailed(f"generation {client.target}: no whole group came back")
+    raise CheckFailed(f"generation {client.target} returned no complete group")
 
 
 def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
-    """Raise `CheckFailed` for a replica that serves what the learner never made. One that is behind is none."""
+    """Raise `CheckFailed` for a replica with weights that are not the learner's. A replica may be behind."""
     if policy.lineage_id != status.lineage_id:
         raise CheckFailed(
-            f"generation {address} serves weights that the learner never pushed; is it among learner.replicas?"
+            f"generation {address} serves weights that this learner did not push; add it to learner.replicas"
         )
     if policy.policy_version == status.policy_version and policy.digest != status.digest:
         raise CheckFailed(
-            f"generation {address} serves version {policy.policy_version} with other weights than the learner's"
+            f"generation {address} serves version {policy.policy_version}, but with other weights than the learner's"
         )
 
 
 def run_check(config: CheckConfig) -> int:
-    """Check, say what came of it, and return the exit status."""
+    """Check, print the result, and return the exit status."""
     console = OutputConsole(highlight=False, soft_wrap=True)
     try:
         asyncio.run(check(config, console))
@@ -138,12 +138,12 @@ def run_check(config: CheckConfig) -> int:
     except (CheckFailed, PoiseClientError) as error:
         console.print(f"[red]failed[/red]: {error}")
         return FAILED
-    console.print("[green]all is well[/green]")
+    console.print("[green]all checks passed[/green]")
     return OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and check."""
+    """Parse the command line and run the check."""
     parser = argparse.ArgumentParser(prog="python -m poise.orchestrator.check", description=__doc__)
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings, YAML: `endpoints`, `timeout_s`")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")

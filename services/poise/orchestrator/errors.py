@@ -1,22 +1,22 @@
-"""What ends a run."""
+"""Errors that end a run."""
 
 from __future__ import annotations
 
 import errno
 
-_STAYS_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG})
-"""What another start does not change, unlike a full or absent disk."""
+_PERMANENT = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG})
+"""File errors that a restart does not fix, unlike a full or missing disk."""
 
 
 class RunError(Exception):
-    """The run cannot go on as asked. The message says why and what to do."""
+    """The run cannot continue. The message has the cause and the remedy."""
 
 
 class SettingsError(RunError):
-    """The settings, data, run folder and services do not fit together: starting again does not help."""
+    """Settings, data, run folder and services do not fit together. A restart does not help."""
 
 
-def kind_of_error(cause: Exception) -> type[RunError]:
-    """Return the error to raise for a file that cannot be used: `SettingsError` if another start fails alike."""
-    may_pass = isinstance(cause, OSError) and cause.errno not in _STAYS_UNUSABLE
-    return RunError if may_pass else SettingsError
+def file_error_kind(cause: Exception) -> type[RunError]:
+    """Return the error to raise for an unusable file: `SettingsError` if a restart would fail in the same way."""
+    is_transient = isinstance(cause, OSError) and cause.errno not in _PERMANENT
+    return RunError if is_transient else SettingsError

@@ -1,194 +1,260 @@
-"""The training loop: steps are sampled, up to `max_staleness` of them ahead; published, submitted, in order; resumed.
+"""The training loop.
 
-Owns the order of steps. How one is sampled is `sampling`'s, which are in hand `pipeline`'s, how the policy is measured
-`evaluating`'s.
+`sample_step` samples a step, scores it, gets its baselines and journals it; `train_step` publishes its labels and
+submits its advantages. `run` does both for every step, samples up to `max_staleness` steps ahead, evaluates when it is
+due, and resumes after a restart.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from poise.orchestrator.budget import Spent, sampled_tokens
-from poise.orchestrator.callbacks import Phases, RunClock, Watcher
+from poise.orchestrator.budget import Usage
+from poise.orchestrator.callbacks import Callbacks, PhaseTimer, RunClock
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.evaluation.evaluator import Evaluator
-from poise.orchestrator.pipeline import Pipeline
+from poise.orchestrator.rewards.pool import VerifierPool
+from poise.orchestrator.run_checks import UntrainedSteps, check_mismatch, check_resume
+from poise.orchestrator.sampling.prefetch import Prefetcher
 from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.service_clients import Services
-from poise.orchestrator.step_metrics import learner_numbers
-from poise.orchestrator.storage.disk_retry import Storage
+from poise.orchestrator.sampling.scored_groups import (
+    ScoredGroup,
+    StepBaselines,
+    labelled_groups,
+    training_batch,
+)
+from poise.orchestrator.sampling.scoring import Scorer
+from poise.orchestrator.sampling.service_clients import ServiceClients
+from poise.orchestrator.step_metrics import learner_metrics, predictions, sampling_metrics
+from poise.orchestrator.storage.disk_retry import DiskRetry
 from poise.orchestrator.storage.run_folder import RunFolder, RunState
 from poise.orchestrator.storage.step_journal import JournalledStep
-from poise.orchestrator.untrained_steps import UntrainedSteps
+from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.tracing import step_span
-from poise_client.types import LearnerStatus, StepMetrics
+from poise_client.errors import LabelsConsumedError
+from poise_client.types import GroupBaselines
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingLoop:
-    """One run."""
+    """The training loop of one run."""
 
     def __init__(
         self,
         config: OrchestratorConfig,
         folder: RunFolder,
-        services: Services,
-        sampler: StepSampler,
-        evaluator: Evaluator,
-        watcher: Watcher,
+        services: ServiceClients,
+        verifiers: VerifierPool,
+        mixture: Mixture,
+        callbacks: Callbacks,
         stopping: asyncio.Event,
-        storage: Storage | None = None,
     ) -> None:
+        """Create it. Setting `stopping` stops the run after the steps that are already sampled."""
         self._config = config
         self._folder = folder
         self._services = services
-        self._sampler = sampler
-        self._evaluator = evaluator
-        self._watcher = watcher
-        self._stopping = stopping  # set to stop after the steps in hand
-        self._storage = storage or Storage(stopping)
+        self._callbacks = callbacks
+        self._stopping = stopping
+        self._disk = DiskRetry(stopping, folder.check_open)
+        self._algorithm = config.algorithm.make(config.sampling.max_tokens)
+        scorer = Scorer(services, verifiers)
+        self._sampler = StepSampler(config, mixture, scorer, self._algorithm)
+        self._evaluator = Evaluator(config, folder, mixture, scorer, callbacks, self._disk)
+        self._clock = RunClock()
+        self._probe_up_to_date = True
+        """As of the last step that waited for the probe."""
 
     async def run(self, state: RunState) -> bool:
-        """Go on from where the run is to its end; return whether the end was reached.
+        """Continue the run from `state` to its end; return whether it reached its end.
 
         Raises:
-            SettingsError: the services hold another history than this run, the learner takes no rollouts as old, or
-                engine and learner disagree in the first step.
+            SettingsError: the run cannot continue on this learner (see `check_resume`), engine and learner disagree in
+                the first step, or the value service has already learnt from a step of this name.
             RunError: too many steps in a row trained nothing.
-            PoiseClientError: a service refused in a way that waiting does not mend.
+            PoiseClientError: a service failed with a permanent error.
         """
-        config = self._config
-        status = await self._services.learner_status()
-        pending = self._pending(state.next_step)
-        self._sampler.recall([*self._folder.read_memory(), *(_memory(pending[step]) for step in sorted(pending))])
-        self._check_history(state, status.policy_version, bool(pending))
-        self._check_staleness(status)
-        self._check_critic(status)
-        policy_version, spent, limits = status.policy_version, state.spent, config.limits
+        config, limits = self._config, self._config.limits
+        learner = await self._services.learner_status()
+        pending = self._read_pending(state.next_step)
+        self._resume(self._folder.read_step_states())
+        self._resume(
+            [
+                {"step": step, "num_problems": journalled.metrics.get("num_groups"), **journalled.state}
+                for step, journalled in sorted(pending.items())
+            ]
+        )
+        check_resume(config, state, bool(pending), learner)
+        policy_version, usage = learner.policy_version, state.usage
         untrained = UntrainedSteps(config.max_untrained_steps, self._folder.read_metrics())
-        clock = RunClock(max([state.wall_s, *(journalled.numbers["wall_s"] for journalled in pending.values())]))
-        pipeline = Pipeline(partial(self._sample, clock=clock), pending)
+        clock = self._clock = RunClock(max([state.wall_s, *(each.metrics["wall_s"] for each in pending.values())]))
+        prefetcher = Prefetcher(self.sample_step, pending)
         try:
-            while not limits.are_reached(spent):
-                step = spent.num_steps
-                if self._stopping.is_set() and step not in pipeline:
+            while not limits.are_reached(usage):
+                step = usage.num_steps
+                if self._stopping.is_set() and step not in prefetcher:
                     return False
-                if when := await self._evaluator.due(spent):
-                    await pipeline.settle()  # nobody trains for free while the clock stands still
+                if when := await self._evaluator.due(usage):
+                    await prefetcher.drain()  # sampling must not go on while the clock is paused
                     with clock.paused():
-                        await self._evaluator.evaluate(when, spent, policy_version)
+                        await self._evaluator.evaluate(when, usage, policy_version)
                 num_ahead = 0 if self._stopping.is_set() else config.max_staleness
-                pipeline.begin(range(step, min(step + 1 + num_ahead, config.num_steps)), policy_version)
-                free_s = clock.now_s()
-                journalled = await pipeline.take(step)
-                waited_s = clock.now_s() - free_s
-                numbers = await self._train(journalled)
-                wall_s = clock.now_s()
-                seconds = {"learner_waited": waited_s, "total": wall_s - spent.wall_s}
-                spent = Spent(step + 1, spent.tokens + sampled_tokens(numbers), wall_s)
-                numbers |= {"wall_s": wall_s, "tokens": spent.tokens, "time_s": numbers["time_s"] | seconds}
-                await self._storage.keep(partial(self._folder.finish_step, journalled, numbers))
-                self._watcher.step_done(numbers)
-                untrained.add(numbers)
-                policy_version = numbers["policy_version"]
+                prefetcher.start(range(step, min(step + 1 + num_ahead, config.num_steps)), policy_version)
+                started_s = clock.now_s()
+                journalled = await prefetcher.take(step)
+                waited_s = clock.now_s() - started_s
+                metrics = await self.train_step(journalled)
+                wall_s, tokens = clock.now_s(), usage.tokens + metrics["response_tokens"]["total"]
+                seconds = {"learner_waited": waited_s, "total": wall_s - usage.wall_s}
+                usage = Usage(step + 1, tokens, wall_s)
+                metrics |= {"wall_s": wall_s, "tokens": tokens, "time_s": metrics["time_s"] | seconds}
+                await self._disk.run(partial(self._folder.finish_step, journalled, metrics))
+                self._callbacks.on_step_end(metrics)
+                untrained.add(metrics)
+                policy_version = metrics["policy_version"]
         finally:
-            await pipeline.close()
-        await self._evaluator.evaluate("after", spent, policy_version)
+            await prefetcher.close()
+        await self._evaluator.evaluate("after", usage, policy_version)
         return True
 
-    async def _sample(self, step: int, policy_version: int, num_ahead: int, clock: RunClock) -> JournalledStep:
-        with step_span("sample", self._config.run_id, step):
-            return await self._sampler.sample(step, policy_version, num_ahead, clock)
+    async def sample_step(self, step: int, policy_version: int, num_ahead: int = 0) -> JournalledStep:
+        """Sample a step from `policy_version` or newer, score it, get its baselines, and journal it.
 
-    async def _train(self, journalled: JournalledStep) -> dict[str, Any]:
-        """Let a step's labels go to the probe and its advantages to the learner; return its numbers."""
-        phases = Phases(self._watcher, journalled.step)
+        `num_ahead` is the number of earlier steps that the learner has yet to train on.
+
+        Raises:
+            SettingsError: the probe has already learnt from a step of this name, or generation rejects all prompts.
+        """
+        config, timer = self._config, PhaseTimer(self._callbacks, step)
+        with step_span("sample", config.run_id, step):
+            found, sampler_state = await self._sampler.sample(step, policy_version, timer)
+            groups = found.kept
+            with timer("baselines"):
+                baselines = await self._algorithm.baselines(groups, lambda: self._estimate_baselines(step, groups))
+            metrics: dict[str, Any] = {
+                "step": step,
+                "algorithm": config.algorithm.kind,
+                **sampling_metrics(found.sampled, groups, baselines, policy_version),
+                "steps_ahead": num_ahead,
+                "num_draws": found.num_draws,
+                "num_rejected_prompts": len(found.rejected),
+                "num_filtered_groups": found.num_filtered,
+                "verifier_errors": found.num_errors,
+                "time_s": timer.seconds,
+            }
+            generate_s = timer.seconds["generate"]
+            metrics["tokens_per_s"] = metrics["response_tokens"]["total"] / generate_s if generate_s else 0.0
+            state = {**self._algorithm.step_state(groups), **sampler_state}
+            with timer("journal"):
+                journalled = JournalledStep(
+                    step=step,
+                    labels=labelled_groups(groups) if config.algorithm.needs_probe else [],
+                    batch=training_batch(config.run_id, step, groups, baselines, config.sampling.temperature),
+                    metrics=metrics,
+                    values={"step": step, **predictions(groups, baselines)},
+                    rollouts=_rollout_lines(step, groups[: config.samples_per_step], baselines),
+                    state=state,
+                )
+                metrics["wall_s"] = self._clock.now_s()  # counts even if the process dies before the step is finished
+                await self._disk.run(partial(self._folder.journal.write, journalled))
+            self._algorithm.load_step_state(state)
+            return journalled
+
+    async def train_step(self, journalled: JournalledStep) -> dict[str, Any]:
+        """Publish the labels of a step to the probe, submit its advantages to the learner; return its metrics."""
+        timer = PhaseTimer(self._callbacks, journalled.step)
         with step_span("train", self._config.run_id, journalled.step):
-            with phases("publish"):
+            with timer("publish"):
                 if journalled.labels:
                     await self._services.publish_labels(journalled.labels)
-            with phases("train"):
+            with timer("train"):
                 result = await self._services.submit_advantages(journalled.batch)
         if journalled.step == 0:
-            self._check_mismatch(result.metrics)
-        phases.seconds["weights"] = result.metrics.publish_s
-        phases.seconds["train"] = max(0.0, phases.seconds["train"] - result.metrics.publish_s)
-        seconds = journalled.numbers["time_s"] | phases.seconds
-        return journalled.numbers | learner_numbers(result) | {"time_s": seconds}
+            check_mismatch(self._config.max_mismatch_kl, result.metrics)
+        timer.seconds["weights"] = result.metrics.publish_s
+        timer.seconds["train"] = max(0.0, timer.seconds["train"] - result.metrics.publish_s)
+        seconds = journalled.metrics["time_s"] | timer.seconds
+        return journalled.metrics | learner_metrics(result) | {"time_s": seconds}
 
-    def _check_mismatch(self, metrics: StepMetrics) -> None:
-        """Raise `SettingsError` where engine and learner disagree about the policy before training."""
-        allowed, found = self._config.max_mismatch_kl, metrics.mismatch_kl
-        if allowed is not None and found > allowed:  # not a number where nothing was trained on
+    async def _estimate_baselines(self, step: int, groups: Sequence[ScoredGroup]) -> list[GroupBaselines]:
+        """Request a step's baselines. On-policy runs wait until the probe is fitted on all labels of earlier steps.
+
+        Runs that sample ahead do not wait: which labels are published by then depends on the learner's speed, so
+        waiting would not make them reproducible.
+        """
+        config = self._config
+        wait_s = config.wait_for_labels_s if config.max_staleness == 0 else 0.0
+        try:
+            answers = await self._services.estimate_baselines(config.run_id, step, labelled_groups(groups), wait_s)
+        except LabelsConsumedError as error:
             raise SettingsError(
-                f"engine and learner disagree about the tokens of step 0: KL {found:.3g} nats a token, mean |Δ log p| "
-                f"{metrics.mismatch_logprob:.3g}; `train.max_mismatch_kl` allows {allowed:g}. One of them leaves out "
-                "part of the model, so training would follow a wrong gradient. `poise models check MODEL` compares "
-                "both with the model's own forward. To train all the same, raise `train.max_mismatch_kl`, or set it to "
-                "null"
+                f"the value service has already learnt from step {step} of a run named {config.run_id!r}. Set another "
+                "run_id for this run"
+            ) from error
+        if wait_s:
+            self._log_probe_state(step, all(answer.up_to_date for answer in answers))
+        return answers
+
+    def _log_probe_state(self, step: int, up_to_date: bool) -> None:
+        """Log when the probe falls behind, and when it has caught up."""
+        if self._probe_up_to_date and not up_to_date:
+            logger.warning(
+                "step %d uses a probe that may lack labels of earlier steps: it was not fitted on them within "
+                "wait_for_labels_s = %g. Check whether consuming is paused, the queue is down, or a fit failed. The "
+                "run stays valid, but may not be reproducible",
+                step,
+                self._config.wait_for_labels_s,
             )
+        elif up_to_date and not self._probe_up_to_date:
+            logger.info("step %d uses a probe fitted on all earlier labels again", step)
+        self._probe_up_to_date = up_to_date
 
-    def _pending(self, next_step: int) -> dict[int, JournalledStep]:
-        """Return the steps that an earlier process sampled, without those that are further ahead than is now allowed.
+    def _resume(self, states: Sequence[dict[str, Any]]) -> None:
+        for state in states:
+            self._sampler.resume(state["step"], state)
+            self._algorithm.load_step_state(state)
 
-        Of `next_step` labels or advantages may have left: it stays as it is. Nothing of the others has.
+    def _read_pending(self, next_step: int) -> dict[int, JournalledStep]:
+        """Return the steps that an earlier process sampled; drop those further ahead than `max_staleness` now allows.
+
+        Labels or advantages of `next_step` may have been sent, so it is never dropped. Nothing of the others was sent.
         """
         pending = self._folder.journal.read_pending(next_step)
         too_far = [
             step
             for step, journalled in pending.items()
-            if step > next_step and journalled.numbers["steps_ahead"] > self._config.max_staleness
+            if step > next_step and journalled.metrics["steps_ahead"] > self._config.max_staleness
         ]
         if too_far:
-            for step in range(max(pending), too_far[0] - 1, -1):  # from the end: a crash leaves no gap
+            for step in range(max(pending), too_far[0] - 1, -1):  # from the end, so that a crash leaves no gap
                 self._folder.journal.drop(step)
                 del pending[step]
-            logger.info("steps from %d on were sampled further ahead than max_staleness: again", too_far[0])
+            logger.info("sampling steps from %d on again: they are further ahead than max_staleness", too_far[0])
         return pending
 
-    def _check_history(self, state: RunState, policy_version: int, journalled: bool) -> None:
-        if state.next_step > self._config.num_steps:
-            raise SettingsError(
-                f"this run is at step {state.next_step} already, beyond num_steps {self._config.num_steps}; set "
-                f"num_steps to {state.next_step} to end it here, or higher to go on"
-            )
-        if policy_version < state.policy_version:
-            raise SettingsError(
-                f"this run is at step {state.next_step}, which left the policy at version {state.policy_version}, and "
-                f"the learner is at version {policy_version}: its state was lost. Restore the learner's state_dir, or "
-                "start a new run"
-            )
-        if state.next_step == 0 and not journalled and policy_version > 0:
-            logger.warning("the learner is at version %d already: this run goes on from there", policy_version)
 
-    def _check_staleness(self, status: LearnerStatus) -> None:
-        wanted = self._config.max_staleness
-        if status.max_staleness < wanted:
-            raise SettingsError(
-                f"max_staleness of this run is {wanted}, and the learner's own is {status.max_staleness}: it would "
-                f"reject what is sampled ahead. Set the learner's `max_staleness` to {wanted}, or the run's to "
-                f"{status.max_staleness}. run.yaml has one `max_staleness` for both"
+def _rollout_lines(step: int, groups: Sequence[ScoredGroup], baselines: StepBaselines) -> list[dict[str, Any]]:
+    """Return the lines of rollouts.jsonl for the first groups of a step."""
+    lines = []
+    for index, item in enumerate(groups):
+        values_n, advantages_n = baselines.value(index), baselines.advantages(index, item.rewards)
+        for sibling, rollout in enumerate(item.group.rollouts):
+            lines.append(
+                {
+                    "step": step,
+                    "group_id": item.group.group_id,
+                    "domain": item.domain,
+                    "prompt": item.problem.prompt_text,
+                    "answer": item.problem.answer,
+                    "response": rollout.text,
+                    "reward": float(item.rewards[sibling]),
+                    "value": None if values_n is None else float(values_n[sibling]),
+                    "advantage": None if baselines.by_critic else float(advantages_n[sibling]),
+                }
             )
-
-    def _check_critic(self, status: LearnerStatus) -> None:
-        algorithm = self._config.algorithm.kind
-        needs_critic = self._config.algorithm.needs_critic
-        if needs_critic and not status.has_critic:
-            raise SettingsError(
-                f"algorithm {algorithm} needs a critic, and the learner has none. Give it one (`learner.critic: {{}}`) "
-                "in a new state_dir"
-            )
-        if status.has_critic and not needs_critic:
-            raise SettingsError(
-                f"the learner has a critic, which takes rewards; algorithm {algorithm} sends advantages. Start the "
-                "learner without `critic`, in a new state_dir, or take algorithm ppo"
-            )
-
-
-def _memory(journalled: JournalledStep) -> dict[str, Any]:
-    return {"step": journalled.step, "num_problems": journalled.numbers.get("num_groups")} | journalled.memory
+    return lines

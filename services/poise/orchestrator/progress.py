@@ -1,17 +1,17 @@
-"""What people see while a run goes: a line a step, and on a terminal a live line below it; or what collectors do."""
+"""Progress of a run on the terminal: one line for each step and a live bar; or log lines if the log is JSON."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.untrained_steps import describe_rejections
+from poise.orchestrator.budget import Limits, Usage
+from poise.orchestrator.run_checks import describe_rejections
 from poise.runtime.config.settings import LoggingConfig
 from poise.runtime.logging import log_ids
 
@@ -19,25 +19,23 @@ logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
 _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/step     left"
-"""r: correlation of predicted and realised value; var/none: advantage variance, as a share of that without baseline."""
+"""mean10: mean reward of ten steps. r: Pearson correlation of the probe's values with the mean reward of the siblings.
+var/none: advantage variance relative to no baseline."""
 
 
-class ConsoleWatcher:
-    """Shows a run on a terminal, or line by line where there is none. Use as a context manager.
-
-    Where the log is JSON, for collectors, it goes there, as a sentence a step in place of the table.
-    """
+class ConsoleProgress:
+    """Shows the progress of a run. Implements `Callbacks`. Use as a context manager."""
 
     def __init__(self, limits: Limits, first_step: int, console: Console, log: LoggingConfig) -> None:
         self._limits = limits
         self._console = console
-        self._say = speaker(console, log)
+        self._print = line_printer(console, log)
         self._is_logged = log.format == "json"
         self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._headed = False
+        self._has_header = False
         self._phases: dict[int, str] = {}
-        self._progress = Progress(
+        self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,96 +44,120 @@ class ConsoleWatcher:
             transient=True,
             disable=self._is_logged or not console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("starting", total=limits.num_steps, completed=first_step)
+        self._task: TaskID = self.bar.add_task("starting", total=limits.num_steps, completed=first_step)
 
-    def __enter__(self) -> ConsoleWatcher:
-        self._progress.start()
+    def __enter__(self) -> ConsoleProgress:
+        self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self.bar.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line above the live one."""
-        self._say(text)
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._print(text)
 
-    def phase(self, step: int, name: str) -> None:
-        """See `Watcher`."""
+    def on_phase(self, step: int, name: str) -> None:
+        """See `Callbacks`."""
         self._phases[step] = name
         shown = ", ".join(f"step {at}: {phase}" for at, phase in sorted(self._phases.items()))
-        self._progress.update(self._task, description=shown)
+        self.bar.update(self._task, description=shown)
 
-    def sampled(self, step: int, done: int, total: int) -> None:
-        """See `Watcher`."""
-        self.phase(step, f"generate {done}/{total}")
+    def on_sampled(self, step: int, done: int, total: int) -> None:
+        """See `Callbacks`."""
+        self.on_phase(step, f"generate {done}/{total}")
 
-    def step_done(self, numbers: dict[str, Any]) -> None:
-        """See `Watcher`."""
-        self._rewards.append(numbers["reward"]["mean"])
-        self._seconds.append(numbers["time_s"]["total"])
-        self._phases.pop(numbers["step"], None)
-        num_done = numbers["step"] + 1
-        num_left = self._limits.num_steps_left(Spent(num_done, numbers["tokens"], numbers["wall_s"]))
-        self._progress.update(self._task, completed=num_done, total=num_done + round(num_left))
-        with log_ids(step=numbers["step"]):
-            self._tell(numbers, num_left)
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        """See `Callbacks`."""
+        self._rewards.append(metrics["reward"]["mean"])
+        self._seconds.append(metrics["time_s"]["total"])
+        self._phases.pop(metrics["step"], None)
+        num_done = metrics["step"] + 1
+        num_left = self._limits.num_steps_left(Usage(num_done, metrics["tokens"], metrics["wall_s"]))
+        self.bar.update(self._task, completed=num_done, total=num_done + round(num_left))
+        with log_ids(step=metrics["step"]):
+            self._print_step(metrics, num_left)
 
-    def evaluated(self, line: dict[str, Any]) -> None:
-        """See `Watcher`."""
+    def on_evaluation_end(self, line: dict[str, Any]) -> None:
+        """See `Callbacks`."""
         from poise.report.statistics import bootstrap_interval
 
         interval = bootstrap_interval(line["rewards"])
         when = {"before": "before training", "after": "after training"}.get(line["when"], f"at step {line['step']}")
-        self.say(
+        self.print(
             f"held-out reward {when}: {interval.mean:.3f} (95 % interval {interval.low:.3f} to {interval.high:.3f}; "
-            f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']}, {line['seconds']:.0f} s)"
+            f"{line['num_prompts']} prompts x {line['rollouts_per_prompt']} rollouts, {line['seconds']:.0f} s)"
         )
         if errors := line["verifier_errors"]:
             num_rollouts = line["num_prompts"] * line["rollouts_per_prompt"]
-            self.say(f"        {errors} of its {num_rollouts} rollouts could not be verified and count as 0")
+            self.print(f"        the verifier failed on {errors} of {num_rollouts} rollouts; their reward is 0")
 
-    def _tell(self, numbers: dict[str, Any], num_left: float) -> None:
+    def _print_step(self, metrics: dict[str, Any], num_left: float) -> None:
         if self._is_logged:
-            self.say(self._sentence(numbers, num_left))
+            self.print(self._sentence(metrics, num_left))
         else:
-            if not self._headed:
-                self._headed = True
-                self.say(_HEADER)
-            self.say(self._line(numbers, num_left))
-        if rejected := numbers["num_rejected"]:
-            self.say(_rejected(rejected, numbers["num_rollouts"]))
+            if not self._has_header:
+                self._has_header = True
+                self.print(_HEADER)
+            self.print(self._row(metrics, num_left))
+        if rejected := metrics["num_rejected"]:
+            self.print(
+                f"        the learner rejected {sum(rejected.values())} of {metrics['num_rollouts']} rollouts: "
+                f"{describe_rejections(rejected)}"
+            )
 
-    def _line(self, numbers: dict[str, Any], num_left: float) -> str:
-        baseline = numbers["baseline"]
+    def _row(self, metrics: dict[str, Any], num_left: float) -> str:
+        baseline = metrics["baseline"]
         correlation = "-" if baseline["pearson"] is None else f"{baseline['pearson']:.2f}"
         return (
-            f"{numbers['step']:>6} {numbers['reward']['mean']:>7.3f} {self._recent_reward():>7.3f} "
-            f"{baseline['source']:>9} {correlation:>6} {_variance_ratio(numbers):>8.2f} "
-            f"{numbers['staleness']['mean']:>5.1f} "
-            f"{numbers['tokens_per_s']:>7.0f} {numbers['time_s']['total']:>7.1f} {self._left(num_left):>8}"
+            f"{metrics['step']:>6} {metrics['reward']['mean']:>7.3f} {self._recent_reward():>7.3f} "
+            f"{baseline['source']:>9} {correlation:>6} {_variance_ratio(metrics):>8.2f} "
+            f"{metrics['staleness']['mean']:>5.1f} "
+            f"{metrics['tokens_per_s']:>7.0f} {metrics['time_s']['total']:>7.1f} {self._time_left(num_left):>8}"
         )
 
-    def _sentence(self, numbers: dict[str, Any], num_left: float) -> str:
-        num_steps = numbers["step"] + 1 + round(num_left)
+    def _sentence(self, metrics: dict[str, Any], num_left: float) -> str:
+        num_steps = metrics["step"] + 1 + round(num_left)
         return (
-            f"step {numbers['step']} of {num_steps}: reward {numbers['reward']['mean']:.3f}, of the last "
-            f"{len(self._rewards)} steps {self._recent_reward():.3f}; baseline {numbers['baseline']['source']}, "
-            f"variance {_variance_ratio(numbers):.2f} of that without; staleness {numbers['staleness']['mean']:.1f}; "
-            f"{numbers['tokens_per_s']:.0f} tokens/s, {numbers['time_s']['total']:.1f} s; {self._left(num_left)} left"
+            f"step {metrics['step']} of {num_steps}: reward {metrics['reward']['mean']:.3f}, mean of the last "
+            f"{len(self._rewards)} steps {self._recent_reward():.3f}; baseline {metrics['baseline']['source']}, "
+            f"variance {_variance_ratio(metrics):.2f} of no baseline; staleness {metrics['staleness']['mean']:.1f}; "
+            f"{metrics['tokens_per_s']:.0f} tokens/s, {metrics['time_s']['total']:.1f} s; {self._time_left(num_left)} "
+            "left"
         )
 
     def _recent_reward(self) -> float:
         return sum(self._rewards) / len(self._rewards)
 
-    def _left(self, num_steps: float) -> str:
-        return clock(sum(self._seconds) / len(self._seconds) * num_steps)
+    def _time_left(self, num_steps: float) -> str:
+        return format_duration(sum(self._seconds) / len(self._seconds) * num_steps)
 
 
-def speaker(console: Console, log: LoggingConfig) -> Callable[[str], None]:
-    """Return what says a line to people: on the console, or in the log where that is JSON."""
+class EvaluationProgress(ConsoleProgress):
+    """Shows the progress of `poise eval`: a live bar, or without a terminal a line for each quarter."""
+
+    def __init__(self, num_prompts: int, console: Console, log: LoggingConfig) -> None:
+        super().__init__(Limits(num_prompts), 0, console, log)
+        self._num_quarters = 0
+
+    def on_phase(self, step: int, name: str) -> None:
+        """See `Callbacks`."""
+        self.bar.update(self._task, description=name)
+
+    def on_sampled(self, step: int, done: int, total: int) -> None:
+        """See `Callbacks`."""
+        self.bar.update(self._task, completed=done)
+        num_quarters = 4 * done // total
+        if not self._console.is_terminal and num_quarters > self._num_quarters:
+            self._num_quarters = num_quarters
+            self.print(f"{done} of {total} prompts sampled")
+
+
+def line_printer(console: Console, log: LoggingConfig) -> Callable[[str], None]:
+    """Return a function that prints a line for people: on the console, or in the log if that is JSON."""
 
     def log_line(text: str) -> None:
-        if line := text.strip():  # blank lines are for eyes
+        if line := text.strip():
             logger.info("%s", line)
 
     def print_line(text: str) -> None:
@@ -144,39 +166,13 @@ def speaker(console: Console, log: LoggingConfig) -> Callable[[str], None]:
     return log_line if log.format == "json" else print_line
 
 
-def _variance_ratio(numbers: dict[str, Any]) -> float:
-    variance = numbers["advantage_variance"]
+def _variance_ratio(metrics: dict[str, Any]) -> float:
+    variance = metrics["advantage_variance"]
     return (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
 
 
-class MeasurementWatcher(ConsoleWatcher):
-    """Shows how far a single measurement is: a live bar, or a line each quarter where there is no terminal."""
-
-    def __init__(self, num_prompts: int, console: Console, log: LoggingConfig) -> None:
-        super().__init__(Limits(num_prompts, None, None), 0, console, log)
-        self._num_said = 0
-
-    def phase(self, step: int, name: str) -> None:
-        """See `Watcher`."""
-        self._progress.update(self._task, description=name)
-
-    def sampled(self, step: int, done: int, total: int) -> None:
-        """See `Watcher`."""
-        self._progress.update(self._task, completed=done)
-        num_quarters = 4 * done // total
-        if not self._console.is_terminal and num_quarters > self._num_said:
-            self._num_said = num_quarters
-            self.say(f"{done} of {total} prompts sampled")
-
-
-def _rejected(num_rejected: Mapping[str, int], num_rollouts: int) -> str:
-    """Say how many rollouts of a step the learner did not train on, why, and what to do about it."""
-    total, reasons = sum(num_rejected.values()), describe_rejections(num_rejected)
-    return f"        {total} of {num_rollouts} rollouts were not trained on: {reasons}"
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as people say it."""
+def format_duration(seconds: float) -> str:
+    """Return a duration such as `4m05s` or `1h02m`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,7 +1,4 @@
-"""What people see of a run: its summary, its report and its TensorBoard curves, all from the files in its folder.
-
-Knows no service and no loop: it reads a run folder, at any moment, finished or not.
-"""
+"""Summary, report and TensorBoard curves of a run, made from the files in its run folder. The run may be unfinished."""
 
 from poise.report.html import render_report, write_report
 from poise.report.summary import summarise, write_summary

@@ -1,8 +1,7 @@
-"""The files of a run folder as rows, and the series that are drawn of them.
+"""Reads the files of a run folder and makes series of them.
 
-Owns reading and arithmetic; knows no figures and no words. Reading is forgiving, because a report is wanted most when
-something broke: a line that is no JSON object (a process was killed while it wrote) is counted and left out, a step
-written twice (the run was resumed) counts once, as written last. A number that is missing or null is NaN in a series.
+Reading tolerates damage, because reports of failed runs matter most. Invalid JSON lines are skipped and counted. Of a
+step that was written twice, the last line counts. Missing and null numbers become NaN.
 """
 
 from __future__ import annotations
@@ -24,42 +23,42 @@ Row = dict[str, Any]
 Doubles = NDArray[np.float64]
 
 BASELINES = ("used", "none", "rloo", "batch_mean")
-"""Whose mean squared advantages each step records, on the same rewards."""
+"""Baselines whose advantage variance each step records on the same rewards."""
 PHASES = ("generate", "verify", "baselines", "journal", "publish", "train", "weights")
-"""Of a step, in their order."""
+"""Phases of a step, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out rewards at one moment."""
+    """The held-out rewards of one evaluation."""
 
     when: str
-    """"before", "step" or "after" the training."""
+    """`before`, `step` or `after`."""
     step: int
     rewards: tuple[tuple[float, ...], ...]
-    """By prompt."""
+    """Rewards of each prompt."""
     by_domain: dict[str, float]
     interval: Interval
     scores: Row | None
-    """See `score_table`; None where the line has none."""
+    """See `score_table`; None if the line has none."""
     tokens: float
-    """Response tokens sampled for training before it; NaN where the line has none."""
+    """Response tokens sampled for training so far; NaN if unknown."""
     wall_s: float
-    """Seconds of training before it; NaN likewise."""
+    """Seconds of training so far; NaN if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All that a run folder tells, in the order of steps."""
+    """The content of a run folder, in the order of steps."""
 
     metrics: list[Row]
     values: list[Row]
     evaluations: list[Evaluation]
-    trajectories: list[Row]
+    rollouts: list[Row]
     num_unreadable: int
-    """Lines left out, over all files."""
+    """Lines skipped in all files."""
     num_skipped_rows: int = 0
-    """Rows of the data files that the run goes without."""
+    """Invalid rows of the data files that the run skips."""
 
     @property
     def before(self) -> Evaluation | None:
@@ -68,7 +67,7 @@ class RunRecord:
 
     @property
     def latest(self) -> Evaluation | None:
-        """The one after training; the last one underway while there is none."""
+        """The evaluation after training; before it exists, the last one during training."""
         for when in ("after", "step"):
             found = next((e for e in reversed(self.evaluations) if e.when == when), None)
             if found:
@@ -77,17 +76,17 @@ class RunRecord:
 
 
 def load_run(run_dir: Path) -> RunRecord:
-    """Read what is there; a missing file is an empty one."""
+    """Read a run folder. Missing files count as empty."""
     metrics, bad_metrics = _read_rows(run_dir / "metrics.jsonl")
     values, bad_values = _read_rows(run_dir / "values.jsonl")
     evaluations, bad_evaluations = _read_rows(run_dir / "evaluations.jsonl")
-    trajectories, bad_trajectories = _read_rows(run_dir / "trajectories.jsonl")
+    rollouts, bad_rollouts = _read_rows(run_dir / "rollouts.jsonl")
     return RunRecord(
         metrics=_latest_by_step(metrics),
         values=_latest_by_step(values),
         evaluations=[evaluation for row in evaluations if (evaluation := _evaluation(row))],
-        trajectories=trajectories,
-        num_unreadable=bad_metrics + bad_values + bad_evaluations + bad_trajectories,
+        rollouts=rollouts,
+        num_unreadable=bad_metrics + bad_values + bad_evaluations + bad_rollouts,
         num_skipped_rows=_skipped_rows(run_dir / "data.json"),
     )
 
@@ -100,7 +99,7 @@ def _skipped_rows(path: Path) -> int:
 
 
 def number(row: Row, *path: str) -> float:
-    """Return the number at a path of keys; NaN where there is none."""
+    """Return the number at a path of keys; NaN if there is none."""
     value: Any = row
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
@@ -108,17 +107,17 @@ def number(row: Row, *path: str) -> float:
 
 
 def series(rows: Iterable[Row], *path: str) -> Doubles:
-    """Return the number at a path of every row."""
+    """Return the number at a path of keys in every row; NaN if there is none."""
     return np.array([number(row, *path) for row in rows], np.float64)
 
 
 def smoothing_window(num_steps: int) -> int:
-    """Return over how many steps curves are smoothed: a tenth of the run, at least 1, at most 25."""
+    """Return the smoothing window in steps: a tenth of the run, from 1 to 25."""
     return max(1, min(25, num_steps // 10))
 
 
 def moving_mean(values: Doubles, window: int) -> Doubles:
-    """Return the mean of the last `window` values at every step; NaNs are left out, and stay where nothing else is."""
+    """Return the mean of the last `window` values at every step, ignoring NaN; NaN if all are NaN."""
     present = ~np.isnan(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(present, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(present)])
@@ -129,18 +128,18 @@ def moving_mean(values: Doubles, window: int) -> Doubles:
 
 
 def running_mean(values: Doubles) -> Doubles:
-    """Return the mean of everything so far at every step."""
+    """Return the mean of all values so far at every step."""
     return moving_mean(values, max(1, values.size))
 
 
 def nan_mean(values: Doubles) -> float:
-    """Return the mean of what is there; NaN where nothing is."""
+    """Return the mean, ignoring NaN; NaN if there is no value."""
     present = values[~np.isnan(values)]
     return float(present.mean()) if present.size else math.nan
 
 
 def prediction_pairs(rows: Iterable[Row]) -> tuple[Doubles, Doubles]:
-    """Return predicted and realised values of all rows, one pair for each rollout that has both."""
+    """Return predicted and realised values of all rows, for rollouts that have both."""
     pairs = [
         (float(predicted), float(realised))
         for row in rows
@@ -153,7 +152,7 @@ def prediction_pairs(rows: Iterable[Row]) -> tuple[Doubles, Doubles]:
 
 
 def prediction_pairs_by_domain(rows: Iterable[Row]) -> dict[str, tuple[Doubles, Doubles]]:
-    """Return `prediction_pairs` of each domain, in order of its name."""
+    """Return `prediction_pairs` of each domain, sorted by name."""
     by_domain: dict[str, list[Row]] = {}
     for row in rows:
         pairs = zip(row.get("predicted") or (), row.get("realised") or (), row.get("domain") or (), strict=False)
@@ -163,12 +162,12 @@ def prediction_pairs_by_domain(rows: Iterable[Row]) -> dict[str, tuple[Doubles, 
 
 
 def second_half(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the later half, where a probe has had data to learn from; of an odd number the larger half."""
+    """Return the second half of the rows, in which the probe has had data to learn from. It includes the middle row."""
     return list(rows[len(rows) // 2 :])
 
 
 def thinned(steps: Doubles, values: Doubles, max_points: int) -> tuple[Doubles, Doubles]:
-    """Return means over consecutive steps, at most `max_points` of them, so that a long run gives a small file."""
+    """Return the means of at most `max_points` blocks of consecutive steps, to keep the figure small."""
     if steps.size <= max_points:
         return steps, values
     blocks = np.array_split(np.arange(steps.size), max_points)
@@ -176,7 +175,7 @@ def thinned(steps: Doubles, values: Doubles, max_points: int) -> tuple[Doubles, 
 
 
 def _read_rows(path: Path) -> tuple[list[Row], int]:
-    """Return the objects of a JSON-lines file, and the number of lines that are none."""
+    """Return the objects of a JSON Lines file, and the number of lines that are not objects."""
     if not path.exists():
         return [], 0
     rows: list[Row] = []
@@ -200,7 +199,7 @@ def _latest_by_step(rows: Iterable[Row]) -> list[Row]:
 
 
 def _evaluation(row: Row) -> Evaluation | None:
-    """Return None for one without a single reward."""
+    """Return an evaluation; None if it has no rewards."""
     rewards = tuple(
         tuple(float(reward) for reward in prompt if isinstance(reward, (int, float)))
         for prompt in row.get("rewards") or ()

@@ -1,8 +1,8 @@
-"""How everything is drawn: as SVG text to be put inline, in the colours and the font of the page.
+"""Style of the figures, and their export as inline SVG.
 
-Colours are CSS variables of the page (`--ink`, `--faint`, `--series-0` ...), so that one drawing serves light and dark:
-matplotlib draws with stand-in colours that are replaced in its output. Text stays text. Drawn through `Figure` objects,
-never pyplot, and the same input gives the same bytes. Knows nothing of what is drawn.
+Colours are CSS variables of the page (`--ink`, `--faint`, `--series-0` ...), so that a figure works in light and dark
+mode: matplotlib draws with placeholder colours, which are replaced in its output. Text stays text. Figures are created
+without pyplot, and the same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _STYLE = {
 
 
 def from_zero(axes: Axes, least_top: float = 0.0) -> None:
-    """Let the vertical axis include zero, with room above the highest point."""
+    """Extend the vertical axis to zero, with some space above the highest point."""
     bottom, top = axes.dataLim.intervaly
     if np.isfinite([bottom, top]).all():
         top = max(top, least_top, 1e-12)
@@ -60,14 +60,14 @@ def from_zero(axes: Axes, least_top: float = 0.0) -> None:
 
 
 def new_figure(height: float) -> Figure:
-    """Return a figure as wide as the page, `height` inches high."""
+    """Return a figure of the page's width and `height` inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.2, height), layout="constrained")
 
 
 def draw_legend(axes: Axes, *, below: bool = False, reverse: bool = False) -> None:
-    """Put the legend beside the drawing or below it, where it hides no point."""
+    """Put the legend beside the axes, or below them, where it hides no point."""
     if not axes.get_legend_handles_labels()[0]:
         return
     if below:
@@ -78,7 +78,7 @@ def draw_legend(axes: Axes, *, below: bool = False, reverse: bool = False) -> No
 
 @contextmanager
 def drawing_style(name: str) -> Iterator[None]:
-    """Draw in our own style whatever matplotlibrc says; `name` keeps the ids of a page's drawings apart."""
+    """Use the page's style instead of the user's matplotlibrc. `name` makes SVG ids unique on the page."""
     from matplotlib import style
 
     with style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
@@ -86,13 +86,13 @@ def drawing_style(name: str) -> Iterator[None]:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """Return the drawing as an <svg> element without metadata, size or group ids; `label` is for screen readers."""
+    """Return the figure as an <svg> element without metadata, size or group ids; `label` is for screen readers."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     view_box = re.search(r'viewBox="[^"]*"', text)
-    assert view_box is not None  # noqa: S101  (matplotlib always writes one)
+    assert view_box is not None  # noqa: S101  (matplotlib always writes it)
     text = f'<svg {view_box[0]} role="img" aria-label="{label}">' + text[text.index(">") + 1 :]
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

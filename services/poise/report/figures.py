@@ -1,4 +1,4 @@
-"""The plots of the report: what is drawn in them. How it looks is `drawing`'s."""
+"""The figures of a run's report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MAX_SCATTER = 1500
 
 
 def reward_figure(record: RunRecord) -> str | None:
-    """Draw the training reward of each step, its moving mean, and the held-out rewards with their intervals."""
+    """Plot the training reward of each step, its moving mean, and the held-out rewards with intervals."""
     if not record.metrics and not record.evaluations:
         return None
     with drawing_style("reward"):
@@ -70,7 +70,7 @@ def reward_figure(record: RunRecord) -> str | None:
 
 
 def calibration_figure(rows: list[Row]) -> str | None:
-    """Draw predicted against realised values of the later half, with means by bin and the line of a perfect probe."""
+    """Plot predicted against realised values of the second half, with bin means and the diagonal."""
     predicted, realised = prediction_pairs(second_half(rows))
     if not predicted.size:
         return None
@@ -78,23 +78,23 @@ def calibration_figure(rows: list[Row]) -> str | None:
         figure = new_figure(3.4)
         axes = figure.subplots()
         shown = np.unique(np.linspace(0, predicted.size - 1, min(predicted.size, _MAX_SCATTER)).astype(int))
-        # Realised values of few siblings fall on few levels: a little noise shows how many points lie on each.
+        # With few siblings, realised values have few levels; jitter separates the points.
         jitter = np.random.default_rng(0).uniform(-0.02, 0.02, shown.size)
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
         axes.scatter(predicted[shown], realised[shown] + jitter, s=7, color=BLUE, alpha=0.22, linewidths=0)
         _draw_bins(axes, calibration(predicted, realised))
-        axes.set(xlabel="predicted by the probe", ylabel="mean reward of the siblings")
+        axes.set(xlabel="value predicted by the probe", ylabel="mean reward of the siblings")
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.06, 1.06))
         axes.set_box_aspect(0.8)
         correlation = pearson(predicted, realised)
         if np.isfinite(correlation):
             axes.set_title(f"Pearson r = {correlation:.2f}")
         draw_legend(axes)
-        return to_svg(figure, "Predicted against realised value")
+        return to_svg(figure, "Predicted against realised values")
 
 
 def variance_figure(rows: list[Row]) -> str | None:
-    """Draw the moving mean of each baseline's mean squared advantage, and their means over the run so far."""
+    """Plot the mean squared advantage of each baseline: moving mean, and mean over all steps so far."""
     variances = {name: series(rows, "advantage_variance", name) for name in BASELINES}
     if all(np.isnan(values).all() for values in variances.values()):
         return None
@@ -123,7 +123,7 @@ def variance_figure(rows: list[Row]) -> str | None:
 
 
 def time_figure(rows: list[Row]) -> str | None:
-    """Draw the seconds of every step, stacked by phase. Of steps sampled ahead they overlap those of others."""
+    """Plot the seconds of every step, stacked by phase. Phases of steps sampled ahead overlap other steps."""
     times = {phase: np.nan_to_num(series(rows, "time_s", phase)) for phase in PHASES}
     total = sum(values.sum() for values in times.values())
     if not total:
@@ -141,7 +141,7 @@ def time_figure(rows: list[Row]) -> str | None:
             label = f"{phase} {100 * times[phase].sum() / total:.0f} %"
             axes.bar(centres, thin[phase][1], width, bottoms, color=colours[phase], linewidth=0, label=label)
             bottoms = bottoms + thin[phase][1]
-        axes.set(ylabel="seconds a step")
+        axes.set(ylabel="seconds per step")
         axes.grid(visible=False, axis="x")
         axes.margins(x=0.01)
         _step_axis(axes)
@@ -150,7 +150,7 @@ def time_figure(rows: list[Row]) -> str | None:
 
 
 def health_figure(rows: list[Row]) -> str | None:
-    """Draw how far rollouts and learner disagree, and how old the policy of the rollouts was."""
+    """Plot the mismatch between engine and learner, and the staleness of the rollouts."""
     mismatch = series(rows, "learner", "mismatch_logprob")
     divergence = series(rows, "learner", "mismatch_kl")
     mean, most = series(rows, "staleness", "mean"), series(rows, "staleness", "max")
@@ -161,13 +161,13 @@ def health_figure(rows: list[Row]) -> str | None:
         left, right = figure.subplots(1, 2)
         steps = _steps(rows)
         for axes, values, colour, label in (
-            (left, mismatch, ORANGE, "mean |Δ log p| a token"),
-            (left, divergence, PURPLE, "KL a token"),
-            (right, most, GREY, "highest"),
+            (left, mismatch, ORANGE, "mean |Δ log p| per token"),
+            (left, divergence, PURPLE, "KL per token"),
+            (right, most, GREY, "max"),
             (right, mean, BLUE, "mean"),
         ):
             axes.plot(*thinned(steps, values, _MAX_POINTS), color=colour, label=label, marker=_marker(steps))
-        left.set(title="mismatch of rollouts and learner")
+        left.set(title="mismatch of engine and learner")
         right.set(title="staleness, in policy versions")
         _step_axis(left)
         _step_axis(right)
@@ -187,13 +187,13 @@ def _draw_evaluations(axes: Axes, evaluations: list[Evaluation]) -> None:
     axes.errorbar(
         [evaluation.step for evaluation in evaluations],
         means,
-        # Rounding must not make an error bar negative.
+        # Rounding may make a length slightly negative.
         yerr=np.maximum([below, above], 0),
         fmt="o",
         color=ORANGE,
         capsize=4,
         markersize=6,
-        label="held out, 95 % interval",
+        label="held-out, 95 % interval",
         zorder=5,
     )
 
@@ -209,7 +209,7 @@ def _draw_bins(axes: Axes, bins: list[CalibrationBin]) -> None:
         edgecolors=PAPER,
         linewidths=0.8,
         zorder=4,
-        label="mean of a bin",
+        label="bin mean",
     )
 
 
@@ -218,12 +218,12 @@ def _steps(rows: list[Row]) -> Doubles:
 
 
 def _marker(steps: Doubles) -> str:
-    """Lines need two points: a lone step is drawn as a dot."""
+    """Return the marker: a dot if there is only one step, because a line needs two points."""
     return "o" if steps.size == 1 else "none"
 
 
 def _step_axis(axes: Axes) -> None:
-    """Label whole steps only, and give a lone one room."""
+    """Label integer steps only, and widen the axis for a single step."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")

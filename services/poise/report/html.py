@@ -1,7 +1,4 @@
-"""report.html of a run: one file that needs nothing else, no network and no script.
-
-Owns the words; figures.py owns the drawings, summary.py the numbers. Everything from the run's files is escaped.
-"""
+"""report.html of a run: one self-contained file without scripts. All text from the run's files is escaped."""
 
 from __future__ import annotations
 
@@ -49,25 +46,25 @@ _ESSENTIALS = (
     "alpha",
     "inputs",
 )
-"""Names of settings that a reader needs to judge the run. A list of what is shown, so that no secret can slip in."""
+"""Names of the settings shown in the report. An allowlist, so that no secret is shown."""
 
-_MAX_TRAJECTORIES = 12
+_MAX_ROLLOUTS = 12
 _MAX_TEXT = 2000
-"""Characters shown of a prompt or response."""
+"""Most characters shown of a prompt or response."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run folder, whole or not at all, and return its path.
+    """Write report.html into the run folder, atomically, and return its path.
 
-    Any folder will do: what a run has not recorded yet is left out, and said to be.
+    Works for any folder; sections without data are left out or say so.
     """
     path = run_dir / "report.html"
-    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON can hold halves of surrogate pairs
+    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON may contain halves of surrogate pairs
     return path
 
 
 def render_report(run_dir: Path) -> str:
-    """Return the text of report.html."""
+    """Return report.html as text."""
     from markupsafe import Markup
 
     record = load_run(run_dir)
@@ -86,7 +83,7 @@ def render_report(run_dir: Path) -> str:
         verdict=_verdict(summary["held_out"]),
         figures={name: Markup(svg) if svg else None for name, svg in drawings.items()},  # noqa: S704  (our own SVG)
         settings=_settings(run_dir / "config.yaml"),
-        trajectories=_samples(record),
+        rollouts=_rollouts(record),
         domains=_domains(summary["held_out"]),
         scores=_scores(summary["held_out"]),
         probes=_probes(run_dir / "probes.json"),
@@ -94,25 +91,25 @@ def render_report(run_dir: Path) -> str:
 
 
 def _verdict(held_out: dict[str, Any] | None) -> str:
-    """Say in a sentence what the held-out reward did."""
+    """Return the change of the held-out reward as a sentence."""
     if held_out is None:
         return "Held-out reward was not evaluated."
     if held_out["before"] is None:
-        return "Held-out reward was not evaluated before training, so there is nothing to compare with."
+        return "Held-out reward was not evaluated before training, so its change is unknown."
     if held_out["after"] is None:
-        return "Held-out reward has been evaluated before training only."
-    so_far = "" if held_out["after"]["when"] == "after" else f" so far, at step {held_out['after']['step']}"
+        return "Held-out reward was evaluated only before training so far."
+    so_far = "" if held_out["after"]["when"] == "after" else f" at step {held_out['after']['step']}"
     words = {
-        "rose_beyond_intervals": "rose beyond the intervals",
-        "rose": "rose: on the same prompts the gain is above zero, though the two intervals meet",
+        "rose_beyond_intervals": "rose; the 95 % intervals do not overlap",
+        "rose": "rose; the paired difference is above zero, although the intervals overlap",
         "fell": "fell",
-        "unclear": "did not rise beyond the intervals",
+        "unclear": "did not change significantly",
     }
-    return f"Held-out reward {words[held_out['verdict']]}{so_far}."
+    return f"Held-out reward{so_far} {words[held_out['verdict']]}."
 
 
 def _domains(held_out: dict[str, Any] | None) -> list[tuple[str, float | None, float | None]]:
-    """Return (domain, before, after) of every domain, when there is more than one."""
+    """Return (domain, before, after) of every domain; empty if there is only one."""
     if held_out is None:
         return []
     before, after = (held_out[when]["by_domain"] if held_out[when] else {} for when in ("before", "after"))
@@ -121,29 +118,25 @@ def _domains(held_out: dict[str, Any] | None) -> list[tuple[str, float | None, f
 
 
 def _scores(held_out: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the table of avg@n and pass@k, with the intervals before and after in each cell; None without scores."""
-    tables = [one and one["scores"] for one in (held_out["before"], held_out["after"])] if held_out else []
-    told = [dict(score_rows(table)) for table in tables if table]
-    if not told:
+    """Return the table of avg@n and pass@k, each cell with the scores before and after; None without scores."""
+    found = [one and one["scores"] for one in (held_out["before"], held_out["after"])] if held_out else []
+    tables = [dict(score_rows(table)) for table in found if table]
+    if not tables:
         return None
-    names = score_names(told[-1]["overall"])
+    names = score_names(tables[-1]["overall"])
     rows = [
         (
             group,
             scores["num_prompts"],
-            [[table[group][name] for table in told if _tells(table, group, name)] for name in names],
+            [[table[group][name] for table in tables if name in table.get(group, {})] for name in names],
         )
-        for group, scores in told[-1].items()
+        for group, scores in tables[-1].items()
     ]
     return {"names": names, "rows": rows}
 
 
-def _tells(table: dict[str, Any], group: str, name: str) -> bool:
-    return name in table.get(group, {})
-
-
 def _probes(path: Path) -> list[dict[str, Any]]:
-    """Return what the value service said of its probes in the end; nothing where it did not."""
+    """Return the value service's report on its probes at the end of the run; empty if there is none."""
     try:
         probes = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -151,11 +144,11 @@ def _probes(path: Path) -> list[dict[str, Any]]:
     return [probe for probe in probes if isinstance(probe, dict)] if isinstance(probes, list) else []
 
 
-def _samples(record: RunRecord) -> list[dict[str, Any]]:
-    """Return trajectories to show: half from the run's beginning, half from its end."""
-    rows = record.trajectories
-    if len(rows) > _MAX_TRAJECTORIES:
-        half = _MAX_TRAJECTORIES // 2
+def _rollouts(record: RunRecord) -> list[dict[str, Any]]:
+    """Return the rollouts to show: half from the beginning of the run, half from its end."""
+    rows = record.rollouts
+    if len(rows) > _MAX_ROLLOUTS:
+        half = _MAX_ROLLOUTS // 2
         rows = rows[:half] + rows[-half:]
     return [
         {
@@ -171,7 +164,7 @@ def _samples(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """Return a prompt as text, be it text or chat messages."""
+    """Return a prompt, either text or chat messages, as text."""
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in value)
     return "" if value is None else str(value)
@@ -189,7 +182,7 @@ def _finite(row: Row, key: str) -> float | None:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return the tree of a YAML file; empty when it is missing or no tree."""
+    """Return a YAML mapping; empty if the file is missing or invalid."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -205,7 +198,7 @@ def _run_name(run_dir: Path) -> str:
 
 
 def _settings(path: Path) -> list[tuple[str, str]]:
-    """Return the essential settings as (dotted path, value)."""
+    """Return the settings to show as (dotted path, value)."""
     return [(name, value) for name, value in _leaves(_config(path)) if name.rpartition(".")[2] in _ESSENTIALS]
 
 

@@ -1,7 +1,4 @@
-"""A page of a report: one file that needs nothing else, no network and no script, readable in light and dark.
-
-Owns how a template is rendered, its style sheet and how numbers are written. Everything that is filled in is escaped.
-"""
+"""Renders the pages of reports and formats their numbers. Everything filled into a template is escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a Jinja template filled in; `style` in it is the style sheet of all pages."""
+    """Render a Jinja template; its variable `style` is the common style sheet."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -21,22 +18,22 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    """Write a number with so many places."""
+    """Format a number with this many decimal places."""
     return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
 
 
 def signed(value: float | None, places: int = 3) -> str:
-    """Write a change with its sign."""
+    """Format a difference with its sign."""
     return "–" if value is None else f"{value:+.{places}f}".replace("-", "−")
 
 
 def thousands(value: float | None) -> str:
-    """Write a count in groups of three digits."""
+    """Format a count in groups of three digits."""
     return "–" if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def duration(seconds: float | None) -> str:
-    """Write a duration as people say it."""
+    """Format a duration, such as `12.5 s`, `34 min` or `2 h 5 min`."""
     if seconds is None:
         return "–"
     if seconds < 60:

@@ -1,6 +1,6 @@
-"""What an evaluation comes to: avg@n and pass@k with their intervals, overall, by domain and by task.
+"""Scores of an evaluation: avg@n and pass@k with intervals, overall, by domain and by task.
 
-Pure: knows no files. Shapes: P prompts, n rollouts of each.
+Shapes: P prompts, n rollouts of each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from poise.algorithms.pass_at_k import attempt_counts, pass_at_k
+from poise.algorithms.pass_at_k import pass_at_k, reported_ks
 from poise.report.statistics import mean_interval
 
 Floats = NDArray[np.float32]
@@ -21,10 +21,11 @@ Floats = NDArray[np.float32]
 def score_table(
     rewards_Pn: ArrayLike, domains: Sequence[str], tasks: Sequence[str], pass_threshold: float
 ) -> dict[str, Any]:
-    """Return `{"overall": s, "by_domain": {name: s}, "by_task": {name: s}}` of rewards with their prompts' names.
+    """Return `{"overall": s, "by_domain": {name: s}, "by_task": {name: s}}`, given domain and task of each prompt.
 
-    s is `{"num_prompts", "avg@n", "pass@1", "pass@2", "pass@4", …}`, each score `{"mean", "low", "high"}` with the
-    bounds of a 95 % bootstrap over prompts. avg@n is the mean reward; a rollout passes at `pass_threshold` or above.
+    s is `{"num_prompts", "avg@n", "pass@1", "pass@2", "pass@4", …}`. Each score is `{"mean", "low", "high"}`, with the
+    bounds of a 95 % bootstrap interval over prompts. avg@n is the mean reward. A rollout passes if its reward is at
+    least `pass_threshold`.
     """
     rewards = np.asarray(rewards_Pn, np.float32)
     return {
@@ -40,7 +41,7 @@ def score_names(scores: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(table: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return a table's entries under the names that people are shown: "overall", "task …", "domain …"."""
+    """Return a table's entries with display names: "overall", "task …", "domain …"."""
     return [
         ("overall", table["overall"]),
         *((f"task {name}", scores) for name, scores in table["by_task"].items()),
@@ -49,7 +50,7 @@ def score_rows(table: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_table(found: object) -> dict[str, Any] | None:
-    """Return a table as it was written; None for anything else, such as what an earlier release left out."""
+    """Return a table read from a file; None if it is invalid or missing, as in files of older releases."""
     if not isinstance(found, dict) or not _is_entry(found.get("overall")):
         return None
     groups = {kind: found.get(kind) for kind in ("by_domain", "by_task")}
@@ -77,7 +78,7 @@ def _grouped(rewards_Pn: Floats, names: Sequence[str], pass_threshold: float) ->
 
 def _scores(rewards_Pn: Floats, pass_threshold: float) -> dict[str, Any]:
     num_prompts, num_rollouts = rewards_Pn.shape
-    passed = rewards_Pn >= np.float32(pass_threshold)  # as rewards are kept: 0.9 is 0.89999998 there
+    passed = rewards_Pn >= np.float32(pass_threshold)  # float32 like the rewards: 0.9 is 0.89999998 there
     by_prompt = {f"avg@{num_rollouts}": rewards_Pn.mean(axis=1, dtype=np.float64)}
-    by_prompt |= {f"pass@{k}": pass_at_k(passed, k) for k in attempt_counts(num_rollouts)}
+    by_prompt |= {f"pass@{k}": pass_at_k(passed, k) for k in reported_ks(num_rollouts)}
     return {"num_prompts": num_prompts} | {name: asdict(mean_interval(of_P)) for name, of_P in by_prompt.items()}

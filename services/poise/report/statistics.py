@@ -1,8 +1,8 @@
-"""Intervals of held-out rewards. Prompts are the unit: the rollouts of one prompt are not independent of each other.
+"""Bootstrap intervals of held-out rewards.
 
-A prompt's rewards count as their mean, so that prompts weigh alike however many rollouts they have. Intervals are
-percentile bootstraps over prompts, which covers both sources of chance, the prompts and the sampling of their rollouts.
-Where all prompts did exactly alike (every reward 0, say) there is no spread to resample and the interval has no width.
+The unit is the prompt, because rollouts of one prompt are not independent. A prompt counts as the mean of its rewards.
+Percentile bootstraps over prompts cover both the choice of prompts and the sampling of rollouts. If all prompts have
+the same mean, the interval has zero width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and the bounds it is believed to lie in."""
+    """A mean with the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -28,7 +28,7 @@ class Interval:
 def bootstrap_interval(
     rewards_by_prompt: Sequence[Sequence[float]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Return the mean reward over prompts with its interval. Prompts without rewards are left out.
+    """Return the mean reward over prompts with its interval. Prompts without rewards are ignored.
 
     Raises:
         ValueError: no prompt has a reward.
@@ -46,25 +46,27 @@ def paired_interval(
 ) -> Interval:
     """Return the mean of after − before over the same prompts, in the same order, with its interval.
 
-    Pairing removes the spread between easy and hard prompts. Prompts without rewards on either side are left out.
+    Pairing removes the variation between easy and hard prompts. Prompts without rewards on either side are ignored.
 
     Raises:
-        ValueError: the two differ in their number of prompts, or no prompt has rewards on both sides.
+        ValueError: the numbers of prompts differ, or no prompt has rewards on both sides.
     """
     if len(before) != len(after):
-        raise ValueError(f"a paired difference needs the same prompts: {len(before)} before and {len(after)} after")
+        raise ValueError(
+            f"there are {len(before)} prompts before and {len(after)} after; a paired difference needs the same prompts"
+        )
     differences_P = _prompt_means(after) - _prompt_means(before)
     return mean_interval(differences_P[~np.isnan(differences_P)], confidence, resamples, seed)
 
 
 def mean_interval(values_P: Doubles, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Return the mean of one value a prompt with its interval.
+    """Return the mean over prompts with its percentile-bootstrap interval.
 
     Raises:
         ValueError: there is no value.
     """
     if values_P.size == 0:
-        raise ValueError("an interval needs at least one prompt with a reward")
+        raise ValueError("there is no prompt with a reward; an interval needs at least one")
     draws_RP = np.random.default_rng(seed).integers(0, values_P.size, (resamples, values_P.size))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values_P[draws_RP].mean(axis=1), [tail, 1 - tail])

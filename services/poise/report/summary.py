@@ -1,4 +1,4 @@
-"""The numbers that a run comes down to, as a plain tree for summary.json and for the report's headline."""
+"""The summary of a run, for summary.json and the report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from poise.runtime.files.atomic import without_nan, write_file
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
-    """Return the summary of a run folder, finished or not. What is not known is None; there is never a NaN.
+    """Return the summary of a run folder, finished or not. Unknown numbers are None, never NaN.
 
     Top level: `algorithm`, `num_steps`, `wall_s`, `policy_version`, `num_rollouts`, `num_response_tokens`,
     `tokens_per_s`, `reward`, `held_out`, `advantage_variance`, `probe`, `staleness`, `mismatch_logprob`, `time_s`,
@@ -51,7 +51,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
 
 def summarise_record(record: RunRecord) -> dict[str, Any]:
-    """Return the same of a folder that has been read already."""
+    """Return the summary of a run folder that has been read."""
     rows = record.metrics
     last: Row = rows[-1] if rows else {}
     window = smoothing_window(len(rows))
@@ -92,7 +92,7 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
 
 
 def write_summary(run_dir: Path) -> Path:
-    """Write summary.json into the run folder, whole or not at all, and return its path."""
+    """Write summary.json into the run folder, atomically, and return its path."""
     path = run_dir / "summary.json"
     write_file(path, (json.dumps(summarise(run_dir), indent=2, allow_nan=False) + "\n").encode())
     return path
@@ -101,8 +101,8 @@ def write_summary(run_dir: Path) -> Path:
 def _held_out(record: RunRecord) -> dict[str, Any] | None:
     """Return both evaluations, their paired difference and the verdict.
 
-    "rose_beyond_intervals": the two intervals do not meet. "rose": they do, but the paired difference is above zero
-    with its whole interval. "fell": it is below. "unclear": zero is within it, or the prompts cannot be paired.
+    "rose_beyond_intervals": the intervals do not overlap. "rose": they overlap, but the interval of the paired
+    difference is above zero. "fell": either is below. "unclear": the paired difference may be zero, or is not known.
     """
     before, latest = record.before, record.latest
     if before is None and latest is None:
@@ -144,9 +144,9 @@ def _evaluation_tree(evaluation: Evaluation | None) -> dict[str, Any] | None:
 
 
 def _advantage_variance(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return means over all steps, and over those whose baselines all came from the probe."""
-    answered = [row for row in rows if number(row, "baseline", "probe_share") == 1]
-    return {"all_steps": _variances(rows), "probe_steps": _variances(answered)}
+    """Return means over all steps, and over the steps whose baselines all came from the probe."""
+    probe_steps = [row for row in rows if number(row, "baseline", "probe_share") == 1]
+    return {"all_steps": _variances(rows), "probe_steps": _variances(probe_steps)}
 
 
 def _variances(rows: Sequence[Row]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _variances(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None:
-    """Return the quality over the later half of the steps in which the probe answered; None when it never did."""
+    """Return the probe's quality over the second half of its steps; None if no step used the probe."""
     later = second_half(rows)
     predicted, realised = prediction_pairs(later)
     if not predicted.size:
@@ -179,7 +179,7 @@ def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None
 
 
 def _variances_of(domain: str, rows: Sequence[Row]) -> dict[str, float]:
-    """Return a domain's advantage variance as a share of that of other baselines, over the steps it had a probe in."""
+    """Return a domain's advantage variance relative to other baselines, over the steps with a probe."""
     means = {name: nan_mean(series(rows, "advantage_variance", "by_domain", domain, name)) for name in BASELINES}
     return {name: means["used"] / means[name] if means[name] > 0 else math.nan for name in BASELINES[1:]}
 

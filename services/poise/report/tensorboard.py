@@ -1,7 +1,7 @@
-"""The metrics of steps as TensorBoard scalars. Uses tensorboard's own record format and protos alone: no TensorFlow.
+"""Writes the metrics of steps as TensorBoard scalars, without TensorFlow.
 
-`RecordWriter` rather than tensorboard's `EventFileWriter`: the latter imports TensorFlow where that is installed, and
-buffers in a thread, while a step here should be on disk when `write` returns.
+Uses tensorboard's `RecordWriter` instead of its `EventFileWriter`, which imports TensorFlow if installed and buffers in
+a thread. Here a step is on disk when `write` returns.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class TensorBoardLog:
-    """An event file in a folder; every opening adds a file, as TensorBoard expects of a resumed run.
+    """An event file in a folder. Every start of a run adds a file, as TensorBoard expects.
 
-    What the disk refuses is kept in memory and written with the next step: curves are no reason to wait.
+    While the disk fails, records are kept in memory and written with the next step; training does not wait for it.
 
-    Points that an earlier file holds at or after the first step written here are dropped from the curves: a resumed
-    run repeats the steps that it had not finished.
+    TensorBoard drops points of earlier files from the first step written here on, because a resumed run repeats the
+    steps that it had not finished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,17 +36,17 @@ class TensorBoardLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         num_earlier = len(list(folder.glob("events.out.tfevents.*")))
-        # TensorBoard reads the files of a folder in the order of their names.
+        # TensorBoard reads the files in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{num_earlier:06d}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter(_PatientFile(folder / name))
+        self._writer = RecordWriter(_RetryingFile(folder / name))
         self._resumes = num_earlier > 0
         self._put(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Write every finite number of a step's (nested) metrics as a scalar, named by its path: "reward/mean".
+        """Write every finite number of a step's nested metrics as a scalar, named by its path such as `reward/mean`.
 
         Raises:
-            KeyError: no "step" among them.
+            KeyError: the metrics have no "step".
         """
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
@@ -63,7 +63,7 @@ class TensorBoardLog:
         self._put(event_pb2.Event(wall_time=now_s, step=step, summary=summary_pb2.Summary(value=scalars)))
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file. May be called twice."""
         if not self._writer.closed:
             self._writer.close()
 
@@ -72,28 +72,28 @@ class TensorBoardLog:
         self._writer.flush()
 
 
-class _PatientFile:
-    """A file of records: all of what was written so far, or what there was room for, whole."""
+class _RetryingFile:
+    """A file that keeps records in memory while the disk fails. It contains complete flushes only."""
 
     def __init__(self, path: Path) -> None:
-        """Make it. Raises `OSError`."""
+        """Create the file. Raises `OSError`."""
         self._path = path
         self._file = path.open("xb", buffering=0)
         self._unwritten = b""
         self._size = 0
-        self._is_refused = False
+        self._has_failed = False
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed."""
+        """Whether the file is closed."""
         return self._file.closed
 
     def write(self, record: bytes) -> None:
-        """Add a record, on disk after `flush`."""
+        """Append to the buffer."""
         self._unwritten += record
 
     def flush(self) -> None:
-        """Write what was added; log it if the disk refuses, and keep it for the next call."""
+        """Write the buffer to disk; if that fails, log it and keep the buffer for the next call."""
         rest = memoryview(self._unwritten)
         try:
             while rest:
@@ -102,22 +102,23 @@ class _PatientFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
             self._file.seek(self._size)
-            if not self._is_refused:
-                logger.warning("TensorBoard curves are kept in memory for now: %s", describe_disk_error(error))
-            self._is_refused = True
+            if not self._has_failed:
+                logger.warning("keeping TensorBoard curves in memory: %s", describe_disk_error(error))
+            self._has_failed = True
             return
-        if self._is_refused:
-            logger.info("TensorBoard curves are written to %s again", self._path)
+        if self._has_failed:
+            logger.info("writing TensorBoard curves to %s again", self._path)
         self._size += len(self._unwritten)
-        self._unwritten, self._is_refused = b"", False
+        self._unwritten, self._has_failed = b"", False
 
     def close(self) -> None:
-        """Write what is left, and close."""
+        """Write the buffer and close the file."""
         if self._unwritten:
             self.flush()
         if self._unwritten:
             logger.warning(
-                "TensorBoard curves lack the last steps: %s was not writable; metrics.jsonl has all", self._path
+                "TensorBoard curves lack the last steps: %s was not writable; metrics.jsonl has them",
+                self._path,
             )
         self._file.close()
 

@@ -16,7 +16,7 @@ from tests.support.tiny_models import CHAT_TEMPLATE, make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.sampling.load_balancer import RejectedPrompt
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.tasks.data_check import check_data
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import TaskError
@@ -73,14 +73,14 @@ def settings(running: Running, rows: Path, on_bad_row: str = "stop") -> Orchestr
 
 async def check(config: OrchestratorConfig) -> Mixture:
     mixture = Mixture(config.tasks, config.seed)
-    async with Services(config.endpoints, asyncio.Event()) as services:
+    async with ServiceClients(config.endpoints, asyncio.Event()) as services:
         await check_data(config, mixture, services, lambda _: None)
     return mixture
 
 
 async def sampled(config: OrchestratorConfig, prompts: Sequence[Prompt]) -> list[Group | RejectedPrompt]:
     async with (
-        Services(config.endpoints, asyncio.Event()) as services,
+        ServiceClients(config.endpoints, asyncio.Event()) as services,
         aclosing(services.sample("run", 0, prompts, 1, Sampling(max_tokens=2), 0)) as groups,
     ):
         return [each async for each in groups]
@@ -93,7 +93,7 @@ async def test_bad_rows_are_named_with_the_error_of_the_model(picky: Running, ro
     assert long.startswith(f"{rows}:3: prompt: has 200 tokens, which with 8 of a response is more than max_model_len")
     assert template.startswith(f"{rows}:5: chat: is rejected by the model's chat template: one turn only")
     assert beyond.startswith(f"{rows}:8: text: has token ")
-    assert summary == f"{rows}: 3 of 40 rows are bad. Fix them, or set on_bad_row: skip to leave them out."
+    assert summary == f"{rows}: 3 of 40 rows are invalid. Fix them, or set on_bad_row: skip to leave them out."
 
 
 async def test_run_continues_without_skipped_rows(picky: Running, rows: Path) -> None:

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
         (["--checkpoint"], 1, "services/learner has no checkpoint yet. The learner writes one every"),
         (["--checkpoint", "absent"], 2, "--checkpoint: absent does not exist. Name a checkpoint-… folder"),
         (["--checkpoint", "checkpoint-00000003"], 1, "checkpoint-00000003 has schema_version 99"),
-        (["--out", "done"], 2, "done holds an evaluation already; name another folder"),
+        (["--out", "done"], 2, "done already contains an evaluation; use another folder"),
         (["--out", "run.yaml/x"], 2, "run.yaml/x cannot be used"),
         (
             ["--set", "train.evaluation.num_prompts=0"],

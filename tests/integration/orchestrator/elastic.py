@@ -19,12 +19,9 @@ from tests.support.ports import free_port
 from tests.support.tiny_models import make_tiny_llama
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.rewards.pool import Verdict
-from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.scoring import Scorer
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.rewards.pool import VerifierResult
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
@@ -68,42 +65,41 @@ class Run:
         self.config = config
         self.num_done = 0
         self.stopping = asyncio.Event()
-        self.services = Services(config.endpoints, self.stopping)
+        self.services = ServiceClients(config.endpoints, self.stopping)
 
     async def drive(self, num_steps: int) -> bool:
         config = self.config.model_copy(update={"num_steps": num_steps})
         folder, mixture = RunFolder(config.run_dir), Mixture(config.tasks, config.seed)
         state = folder.open(config.run_id, {})
-        scorer = Scorer(self.services, self)  # type: ignore[arg-type]
-        sampler = StepSampler(config, folder.journal, self.services, mixture, scorer, self)
-        evaluator = Evaluator(config, folder, mixture, scorer, self)
+        verifiers: Any = self
+        loop = TrainingLoop(config, folder, self.services, verifiers, mixture, self, self.stopping)
         with contextlib.closing(folder):
-            return await TrainingLoop(config, folder, self.services, sampler, evaluator, self, self.stopping).run(state)
+            return await loop.run(state)
 
-    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
-        return Verdict(float(len(response) % 2), None, 0.0)
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> VerifierResult:
+        return VerifierResult(float(len(response) % 2), None, 0.0)
 
-    def phase(self, step: int, name: str) -> None:
+    def on_phase(self, step: int, name: str) -> None:
         pass
 
-    def sampled(self, step: int, done: int, total: int) -> None:
+    def on_sampled(self, step: int, done: int, total: int) -> None:
         pass
 
-    def step_done(self, numbers: dict[str, Any]) -> None:
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
         self.num_done += 1
 
-    def evaluated(self, line: dict[str, Any]) -> None:
+    def on_evaluation_end(self, line: dict[str, Any]) -> None:
         pass
 
     def has_work(self, address: str) -> bool:
-        return self.services._replicas._replicas[address].num_rollouts > 0
+        return self.services.replicas.num_assigned(address) > 0
 
     async def steps(self, count: int) -> dict[str, int]:
         """Return the tokens that each replica handed over during that many steps from now."""
-        before = self.services.served_tokens
+        before = self.services.replicas.served_tokens
         target = self.num_done + count
         await eventually(lambda: self.num_done >= target)
-        return {address: num - before.get(address, 0) for address, num in self.services.served_tokens.items()}
+        return {address: num - before.get(address, 0) for address, num in self.services.replicas.served_tokens.items()}
 
 
 async def eventually(condition: Callable[[], object]) -> None:
@@ -196,7 +192,7 @@ async def _drive(fleet: Fleet, folder: Path) -> Outcome:
         start_replica("added")
         await eventually(lambda: run.has_work(at["killed"]))
         fleet.processes["killed"].kill()
-        await eventually(lambda: run.services.served_tokens[at["added"]] > 0)
+        await eventually(lambda: run.services.replicas.served_tokens[at["added"]] > 0)
         await run.steps(1)
         await note_shares(run, "one killed, one added")
         await eventually(lambda: run.has_work(at["drained"]))
@@ -208,8 +204,8 @@ async def _drive(fleet: Fleet, folder: Path) -> Outcome:
     async with run.services:
         async with asyncio.timeout(DEADLINE_S):
             await run.services.wait_until_up(with_value=False)
-            while sum(replica.is_ready for replica in run.services._replicas._replicas.values()) < 3:
-                await run.services._replicas.look()
+            while run.services.replicas.num_ready < 3:
+                await run.services.replicas.refresh()
                 await asyncio.sleep(0.01)
         training = asyncio.create_task(run.drive(1000))
         mistreating = asyncio.create_task(mistreat())
@@ -235,7 +231,7 @@ async def _drive(fleet: Fleet, folder: Path) -> Outcome:
 
 def _count(outcome: Outcome, run: Path) -> None:
     """Hold what was written down against what each step has."""
-    lines = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     written = Counter((line["step"], line["group_id"]) for line in lines)
     expected = Counter(
         {(step, f"{group:05d}"): ROLLOUTS for step in range(outcome.num_steps) for group in range(PROMPTS)}

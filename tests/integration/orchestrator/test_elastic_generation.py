@@ -13,7 +13,7 @@ def assert_balanced(shares: dict[str, float], *among: str) -> None:
     assert all(not share for name, share in shares.items() if name not in among), shares
 
 
-async def test_replicas_come_and_go_and_no_rollout_is_lost_or_doubled(tmp_path: Path) -> None:
+async def test_no_rollout_is_lost_while_replicas_come_and_go(tmp_path: Path) -> None:
     outcome = await drive_elastic_run(tmp_path)
     assert_balanced(outcome.shares["three replicas"], "killed", "drained", "steady")
     assert_balanced(outcome.shares["one killed, one added"], "drained", "steady", "added")

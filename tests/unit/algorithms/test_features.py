@@ -29,13 +29,13 @@ def test_prompt_window_is_the_last_tokens() -> None:
     assert prompt_window(45, 3) == Span(42, 45)
 
 
-def test_response_window_leaves_out_the_token_that_never_went_through_the_model() -> None:
+def test_the_window_excludes_the_last_token() -> None:
     assert response_window(25, None, 10) == Span(14, 24)
     assert response_window(4, None, 10) == Span(0, 3)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
-def test_response_window_is_empty_when_nothing_went_through_the_model(num_tokens: int) -> None:
+def test_an_empty_response_has_no_window(num_tokens: int) -> None:
     assert not response_window(num_tokens, None, 10)
 
 
@@ -44,7 +44,7 @@ def test_response_window_ends_with_the_closing_think_tag() -> None:
     assert response_window(100, 30, 4) == Span(26, 30)
 
 
-def test_response_window_stops_before_the_last_token_even_if_it_closes_the_tag() -> None:
+def test_the_window_excludes_a_last_closing_tag() -> None:
     assert response_window(30, 30, 10) == Span(19, 29)
 
 
@@ -56,18 +56,18 @@ def test_spans_of_a_reasoned_answer() -> None:
     assert spans.think_close_end == 4
 
 
-def test_answer_is_what_follows_the_reasoning_when_it_is_not_tagged() -> None:
+def test_the_answer_follows_the_reasoning_without_a_tag() -> None:
     assert locate_spans(["<think>", "a", "</think>", "7", "!"]).answer == Span(3, 5)
 
 
-def test_reasoning_runs_to_the_end_when_the_tag_is_never_closed() -> None:
+def test_unclosed_reasoning_extends_to_the_end() -> None:
     spans = locate_spans(["<think>", "a", "b"])
     assert spans.reasoning == Span(1, 3)
     assert spans.answer == EMPTY
     assert spans.think_close_end is None
 
 
-def test_reasoning_starts_at_once_when_the_template_opened_the_tag() -> None:
+def test_reasoning_may_start_in_the_prompt() -> None:
     assert locate_spans(["a", "b", "</think>", "7"]).reasoning == Span(0, 2)
 
 

@@ -24,12 +24,12 @@ def test_three_tokens_by_hand():
     np.testing.assert_allclose(returns, [0.513, 0.54, 1.0], atol=1e-15)
 
 
-def test_at_lambda_0_an_advantage_looks_at_the_next_value_alone():
+def test_lambda_0_uses_only_the_next_value():
     advantages, _ = gae(np.array([0.5, 0.6, 0.2]), np.array([1.0]), np.array([3]), 0.9, 0.0)
     np.testing.assert_allclose(advantages, [0.04, -0.42, 0.8], atol=1e-15)
 
 
-def test_at_lambda_1_returns_are_the_discounted_reward_to_go_whatever_the_values():
+def test_lambda_1_returns_are_discounted_rewards():
     values = np.random.default_rng(0).normal(0, 1, 5)
     advantages, returns = gae(values, np.array([2.0]), np.array([5]), 0.9, 1.0)
     np.testing.assert_allclose(returns, [2 * 0.9**4, 2 * 0.9**3, 2 * 0.9**2, 2 * 0.9, 2])
@@ -54,7 +54,7 @@ def test_rollouts_of_a_row_never_mix(discount, gae_lambda):
     np.testing.assert_allclose(returns, advantages + values)
 
 
-def test_a_rollout_too_long_for_recursion_by_calls_is_no_matter():
+def test_a_very_long_rollout_does_not_recurse():
     advantages, _ = gae(np.zeros(50_000), np.array([1.0]), np.array([50_000]), 1.0, 1.0)
     assert (advantages == 1.0).all()
 
@@ -66,7 +66,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1():
     assert whitened(np.array([2.0, 2.0]), 2.0, 0.0).tolist() == [0, 0]  # and where they do not vary, nothing
 
 
-def test_explained_variance_is_1_when_perfect_and_not_a_number_where_there_is_nothing_to_explain():
+def test_explained_variance_is_1_or_nan_at_its_limits():
     assert explained_variance(0.0, 0.25) == 1
     assert explained_variance(0.25, 0.25) == 0
     assert explained_variance(0.5, 0.25) == -1

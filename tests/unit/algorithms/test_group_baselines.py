@@ -1,4 +1,4 @@
-"""The rivals' formulas, worked out by hand."""
+"""Baselines and scales of each formula, against numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from poise.algorithms.group_baselines import (
     EPSILON,
-    Centring,
+    ScaledBaselines,
     group_mean,
     length_weighted_mean,
     overlong_penalty,
@@ -26,13 +26,13 @@ def arrays(lists: list[list[float]]) -> list[np.ndarray]:
     return [np.array(values, np.float32) for values in lists]
 
 
-def advantages(rewards: list[list[float]], centring: Centring) -> list[list[float]]:
-    assert all(b.dtype == s.dtype == np.float32 for b, s in zip(centring.baselines, centring.scales, strict=True))
-    triples = zip(arrays(rewards), centring.baselines, centring.scales, strict=True)
-    return [((r - b) / s).tolist() for r, b, s in triples]
+def advantages(rewards: list[list[float]], scaled: ScaledBaselines) -> list[list[float]]:
+    assert all(array.dtype == np.float32 for array in (*scaled.baselines, *scaled.scales))
+    scales = scaled.scales or [np.ones_like(b) for b in scaled.baselines]
+    return [((r - b) / s).tolist() for r, b, s in zip(arrays(rewards), scaled.baselines, scales, strict=True)]
 
 
-def by_length(rewards: list[np.ndarray]) -> Centring:
+def by_length(rewards: list[np.ndarray]) -> ScaledBaselines:
     return length_weighted_mean(rewards, arrays(LENGTHS))
 
 
@@ -41,7 +41,7 @@ PAIR = 0.5**0.5 + EPSILON
 # 10 rewards, 7 of them 1.
 WHITE = (0.7 * 0.3) ** 0.5 + EPSILON
 
-EXPECTED: list[tuple[Callable[[list[np.ndarray]], Centring], list[list[float]]]] = [
+EXPECTED: list[tuple[Callable[[list[np.ndarray]], ScaledBaselines], list[list[float]]]] = [
     (rloo, [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0, 0, 0, 0], [-1, 1]]),
     (
         partial(group_mean, divide=True),
@@ -58,14 +58,14 @@ EXPECTED: list[tuple[Callable[[list[np.ndarray]], Centring], list[list[float]]]]
 
 
 @pytest.mark.parametrize(("formula", "expected"), EXPECTED)
-def test_advantages_are_those_worked_out_by_hand(
-    formula: Callable[[list[np.ndarray]], Centring], expected: list[list[float]]
+def test_advantages_equal_those_calculated_by_hand(
+    formula: Callable[[list[np.ndarray]], ScaledBaselines], expected: list[list[float]]
 ) -> None:
     for mine, theirs in zip(advantages(REWARDS, formula(arrays(REWARDS))), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
 
 
-def test_long_responses_weigh_more_in_opos_baseline() -> None:
+def test_opo_weighs_rewards_by_response_length() -> None:
     def opo(rewards: list[list[float]], lengths: list[list[float]]) -> list[list[float]]:
         return advantages(rewards, length_weighted_mean(arrays(rewards), arrays(lengths)))
 
@@ -74,11 +74,11 @@ def test_long_responses_weigh_more_in_opos_baseline() -> None:
     assert opo([[1, 0]], [[0, 7]]) == [pytest.approx([1, 0])]
 
 
-def test_whitening_goes_by_what_the_baselines_leave() -> None:
+def test_whitening_uses_rewards_minus_baselines() -> None:
     # 1 - 0.5 and 0 - 0.25: mean 0.125, standard deviation 0.375.
-    centring = whitened(arrays([[1], [0]]), arrays([[0.5], [0.25]]))
+    scaled = whitened(arrays([[1], [0]]), arrays([[0.5], [0.25]]))
     scale = 0.375 + EPSILON
-    assert advantages([[1], [0]], centring) == [
+    assert advantages([[1], [0]], scaled) == [
         pytest.approx([0.375 / scale], abs=1e-6),
         pytest.approx([-0.375 / scale], abs=1e-6),
     ]
@@ -88,18 +88,18 @@ def test_whitening_goes_by_what_the_baselines_leave() -> None:
 @pytest.mark.parametrize(
     "formula", [rloo, partial(group_mean, divide=True), partial(group_mean, divide=False), whitened]
 )
-def test_equal_rewards_everywhere_teach_nothing_and_divide_by_nothing(
-    formula: Callable[[list[np.ndarray]], Centring], reward: float
+def test_equal_rewards_give_zero_advantages(
+    formula: Callable[[list[np.ndarray]], ScaledBaselines], reward: float
 ) -> None:
     rewards: list[list[float]] = [[reward] * 3, [reward] * 2]
     assert advantages(rewards, formula(arrays(rewards))) == [[0, 0, 0], [0, 0]]
 
 
 def test_one_rollout_has_no_siblings() -> None:
-    with pytest.raises(ValueError, match="at least 2 rollouts"):
+    with pytest.raises(ValueError, match=r"has 1 rollouts.*needs at least 2"):
         rloo(arrays([[1]]))
 
 
-def test_the_last_tokens_before_the_end_cost_more_and_more() -> None:
+def test_overlong_penalty_grows_linearly() -> None:
     lengths = np.array([0, 12, 14, 16, 20, 25], np.float32)
     assert overlong_penalty(lengths, 20, 8).tolist() == [0, 0, -0.25, -0.5, -1, -1]

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from poise.algorithms.pass_at_k import attempt_counts, pass_at_k
+from poise.algorithms.pass_at_k import pass_at_k, reported_ks
 
 
 def test_hand_worked_numbers() -> None:
@@ -19,18 +19,18 @@ def test_hand_worked_numbers() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("num_passed", range(7))
-def test_it_is_the_share_of_draws_that_hold_a_pass(num_passed: int, k: int) -> None:
+def test_pass_at_k_is_the_share_of_draws_with_a_pass(num_passed: int, k: int) -> None:
     passed = [index < num_passed for index in range(6)]
     draws = list(combinations(passed, k))
     assert pass_at_k([passed], k)[0] == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_none_that_passed_is_exactly_0_and_all_exactly_1() -> None:
+def test_pass_at_k_is_exactly_0_or_1_at_its_limits() -> None:
     for k in (1, 3, 8):
         assert pass_at_k([[False] * 8, [True] * 8], k).tolist() == [0, 1]
 
 
-def test_all_rollouts_drawn_hold_a_pass_if_there_is_any() -> None:
+def test_pass_at_n_is_1_with_any_pass() -> None:
     assert pass_at_k([[0, 0, 0], [0, 0, 1], [1, 1, 1]], 3).tolist() == [0, 1, 1]
 
 
@@ -40,11 +40,11 @@ def test_many_rollouts_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize("k", [0, 4, -1])
-def test_more_attempts_than_rollouts_are_refused(k: int) -> None:
-    with pytest.raises(ValueError, match="k must be in 1 to 3, the rollouts of a prompt, not"):
+def test_k_beyond_the_rollouts_is_rejected(k: int) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 3, the number of rollouts of a prompt"):
         pass_at_k([[1, 0, 0]], k)
 
 
-@pytest.mark.parametrize(("num_rollouts", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (8, [1, 2, 4, 8])])
-def test_counts_are_powers_of_two_up_to_the_rollouts(num_rollouts: int, counts: list[int]) -> None:
-    assert attempt_counts(num_rollouts) == counts
+@pytest.mark.parametrize(("num_rollouts", "ks"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (8, [1, 2, 4, 8])])
+def test_reported_ks_are_powers_of_two(num_rollouts: int, ks: list[int]) -> None:
+    assert reported_ks(num_rollouts) == ks

@@ -34,18 +34,18 @@ def test_mean_squared_error_of_nothing_is_unknown() -> None:
     assert math.isnan(mean_squared_error([], []))
 
 
-def test_skill_is_one_for_a_perfect_forecast_and_none_for_the_constant() -> None:
+def test_brier_skill_is_1_when_perfect_and_0_if_constant() -> None:
     assert brier_skill([0, 1, 1], [0, 1, 1]) == 1
     assert brier_skill([2 / 3] * 3, [0, 1, 1]) == pytest.approx(0)
     assert brier_skill([1, 0, 0], [0, 1, 1]) == pytest.approx(1 - 1 / (2 / 9))
 
 
 @pytest.mark.parametrize("realised", [[], [1, 1]])
-def test_skill_is_unknown_where_a_constant_is_perfect(realised: list[float]) -> None:
+def test_brier_skill_needs_variation(realised: list[float]) -> None:
     assert math.isnan(brier_skill(realised, realised))
 
 
-def test_bias_is_above_zero_where_too_much_was_expected() -> None:
+def test_bias_is_positive_for_optimistic_predictions() -> None:
     assert bias([1, 0.5], [0.5, 0.5]) == pytest.approx(0.25)
     assert math.isnan(bias([], []))
 

@@ -21,14 +21,14 @@ def test_two_visits_by_hand() -> None:
     assert first == BetaTracker(1, 3)
 
 
-def test_without_a_discount_it_is_the_mean_of_prior_and_all_rewards() -> None:
+def test_without_a_discount_the_value_is_a_mean() -> None:
     tracker = BetaTracker.prior(0.5, 2)
     for visit in ((1, 1), (0, 1), (1, 0)):
         tracker = tracker.after(rewards(*visit), discount=1)
     assert tracker.value == pytest.approx((1 + 4) / (2 + 6))
 
 
-def test_the_order_within_a_visit_does_not_matter_but_that_of_visits_does() -> None:
+def test_only_the_order_of_visits_matters() -> None:
     prior = BetaTracker.prior(0.5, 2)
     assert prior.after(rewards(1, 0), 0.5) == prior.after(rewards(0, 1), 0.5)
     up_last = prior.after(rewards(0), 0.5).after(rewards(1), 0.5)
@@ -36,7 +36,7 @@ def test_the_order_within_a_visit_does_not_matter_but_that_of_visits_does() -> N
     assert up_last.value > 0.5 > down_last.value
 
 
-def test_a_prior_expects_its_value_as_firmly_as_told() -> None:
+def test_a_prior_has_its_value_and_strength() -> None:
     weak, firm = BetaTracker.prior(0.25, 1), BetaTracker.prior(0.25, 9)
     assert weak.value == firm.value == 0.25
     assert weak.after(rewards(1), 1).value == pytest.approx(1.25 / 2)
@@ -44,18 +44,18 @@ def test_a_prior_expects_its_value_as_firmly_as_told() -> None:
 
 
 @pytest.mark.parametrize(("value", "strength"), [(0, 2), (1, 2), (0.5, 0), (0.5, float("inf")), (float("nan"), 2)])
-def test_a_prior_that_could_not_learn_is_refused(value: float, strength: float) -> None:
+def test_a_prior_that_could_not_learn_is_rejected(value: float, strength: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         BetaTracker.prior(value, strength)
 
 
 @pytest.mark.parametrize("discount", [0, -0.5, 1.5, float("nan")])
-def test_a_discount_out_of_range_is_refused(discount: float) -> None:
+def test_a_discount_out_of_range_is_rejected(discount: float) -> None:
     with pytest.raises(ValueError, match="discount"):
         BetaTracker(1, 1).after(rewards(1), discount)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
-def test_a_reward_out_of_range_is_refused(wrong: float) -> None:
+def test_a_reward_out_of_range_is_rejected(wrong: float) -> None:
     with pytest.raises(ValueError, match="rewards"):
         BetaTracker(1, 1).after(rewards(0.5, wrong), 1)

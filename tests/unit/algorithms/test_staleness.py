@@ -17,6 +17,6 @@ def test_a_rollout_from_the_future_is_negative() -> None:
     assert staleness([5, 9], current_version=6) == -3
 
 
-def test_a_rollout_without_spans_is_refused() -> None:
+def test_a_rollout_without_spans_is_rejected() -> None:
     with pytest.raises(ValueError, match="span"):
         staleness([], current_version=0)

@@ -53,7 +53,7 @@ def num_in_hand(events: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
-async def test_sampling_runs_as_far_ahead_as_allowed_and_no_further(tmp_path: Path, max_staleness: int) -> None:
+async def test_sampling_is_ahead_by_at_most_max_staleness(tmp_path: Path, max_staleness: int) -> None:
     world = slow_world(max_staleness)
     assert await drive(ahead(tmp_path, max_staleness), world)
     distances = num_in_hand(world.events)
@@ -77,7 +77,7 @@ async def test_generation_works_while_the_learner_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_staleness", [1, 3])
-async def test_order_holds_within_each_step_and_steps_train_in_order(tmp_path: Path, max_staleness: int) -> None:
+async def test_steps_train_in_order(tmp_path: Path, max_staleness: int) -> None:
     world = slow_world(max_staleness, slowness=2)
     assert await drive(ahead(tmp_path, max_staleness), world)
     events = world.events
@@ -90,7 +90,7 @@ async def test_order_holds_within_each_step_and_steps_train_in_order(tmp_path: P
 
 
 @pytest.mark.slow
-async def test_a_crash_anywhere_trains_on_nothing_twice_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_crash_anywhere_trains_every_step_once(tmp_path: Path) -> None:
     undisturbed = slow_world(2, slowness=1)
     evaluation = {"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 2}
     assert await drive(ahead(tmp_path / "undisturbed", 2, evaluation=evaluation), undisturbed)
@@ -123,7 +123,7 @@ async def test_a_crash_anywhere_trains_on_nothing_twice_and_loses_nothing(tmp_pa
         assert not list((config.run_dir / "journal").iterdir())
 
 
-async def test_the_policy_is_measured_between_two_steps_although_later_ones_are_sampled(tmp_path: Path) -> None:
+async def test_evaluations_are_between_steps_when_sampling_ahead(tmp_path: Path) -> None:
     world = slow_world(2)
     await drive(ahead(tmp_path, 2, evaluation={"num_prompts": 2, "rollouts_per_prompt": 2, "every_steps": 3}), world)
     found = [(line["when"], line["step"], line["policy_version"]) for line in lines(tmp_path, "evaluations.jsonl")]
@@ -131,7 +131,7 @@ async def test_the_policy_is_measured_between_two_steps_although_later_ones_are_
     assert world.events.index("trained 2") < world.events.index("evaluated step 3") < world.events.index("submit 3")
 
 
-async def test_a_stop_finishes_what_is_in_hand_and_begins_nothing(tmp_path: Path) -> None:
+async def test_a_stop_finishes_sampled_steps_and_starts_none(tmp_path: Path) -> None:
     class Stopper(World):
         async def publish_labels(self, groups: Any) -> int:
             if groups[0].step == 1:
@@ -147,7 +147,7 @@ async def test_a_stop_finishes_what_is_in_hand_and_begins_nothing(tmp_path: Path
     assert len(world.batches) == NUM_STEPS
 
 
-async def test_a_stop_at_once_keeps_what_is_journalled(tmp_path: Path) -> None:
+async def test_an_immediate_stop_keeps_journalled_steps(tmp_path: Path) -> None:
     world = slow_world(2, slowness=60_000)
     driven = asyncio.create_task(drive(ahead(tmp_path, 2), world))
     while "journal 2" not in world.events:
@@ -161,7 +161,7 @@ async def test_a_stop_at_once_keeps_what_is_journalled(tmp_path: Path) -> None:
     assert [call[1] for call in world.asked] == list(range(NUM_STEPS))  # none of them was sampled twice
 
 
-async def test_less_staleness_than_before_samples_again_what_was_too_far_ahead(tmp_path: Path) -> None:
+async def test_lower_staleness_samples_distant_steps_again(tmp_path: Path) -> None:
     class Dying(World):
         async def submit_advantages(self, batch: Any) -> Any:
             while batch.step == 1 and "journal 3" not in self.events:
@@ -183,7 +183,7 @@ async def test_less_staleness_than_before_samples_again_what_was_too_far_ahead(t
     assert [row["staleness"]["max"] for row in lines(tmp_path, "metrics.jsonl")] == [0, 1, 1, 1, 1, 1]
 
 
-async def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(tmp_path: Path) -> None:
+async def test_errors_ahead_are_raised_in_order(tmp_path: Path) -> None:
     class Consumed(World):
         async def estimate_baselines(self, run_id: str, step: int, groups: Any, wait_for_labels_s: float) -> Any:
             if step == 2:
@@ -198,10 +198,8 @@ async def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(tmp_path: Path)
     assert not [event for event in world.events if event == "sample run 3"]
 
 
-@pytest.mark.parametrize(("learners", "message"), [(0, r"max_staleness of this run is 2.*learner's own is 0"), (2, "")])
-async def test_a_learner_that_takes_no_rollouts_as_old_is_found_out_at_the_start(
-    tmp_path: Path, learners: int, message: str
-) -> None:
+@pytest.mark.parametrize(("learners", "message"), [(0, r"max_staleness of this run is 2.*learner accepts 0"), (2, "")])
+async def test_too_little_staleness_is_rejected_at_the_start(tmp_path: Path, learners: int, message: str) -> None:
     world = slow_world(learners)
     if not message:
         assert await drive(ahead(tmp_path, 2), world)

@@ -12,8 +12,8 @@ import pytest
 from tests.unit.orchestrator.test_asynchronous_loop import slow_world
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
-from poise.orchestrator import callbacks as watcher
-from poise.orchestrator.budget import Limits, Spent, passes_multiple, sampled_tokens
+from poise.orchestrator import callbacks
+from poise.orchestrator.budget import Limits, Usage, passes_multiple
 from poise.orchestrator.callbacks import RunClock
 
 
@@ -28,7 +28,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still unless it is set."""
     time = SimpleNamespace(s=100.0)
     time.monotonic = lambda: time.s
-    monkeypatch.setattr(watcher, "time", time)
+    monkeypatch.setattr(callbacks, "time", time)
     return time
 
 
@@ -57,29 +57,24 @@ def counted(folder: Path) -> list[int]:
 NO_EVALUATION = {"num_prompts": 0}
 
 
-def test_the_limit_that_is_nearest_decides() -> None:
+def test_the_closest_limit_decides() -> None:
     limits = Limits(10, tokens=200, wall_s=50.0)
-    assert limits.share(Spent(4, 100, 5.0)) == 0.5
-    assert limits.share(Spent(4, 20, 45.0)) == 0.9
-    assert not limits.are_reached(Spent(9, 199, 49.9))
-    assert all(limits.are_reached(spent) for spent in (Spent(10, 0, 0.0), Spent(1, 200, 0.0), Spent(1, 0, 50.0)))
-    assert Limits(10).share(Spent(4, 10**9, 1e9)) == 0.4
+    assert limits.fraction(Usage(4, 100, 5.0)) == 0.5
+    assert limits.fraction(Usage(4, 20, 45.0)) == 0.9
+    assert not limits.are_reached(Usage(9, 199, 49.9))
+    assert all(limits.are_reached(usage) for usage in (Usage(10, 0, 0.0), Usage(1, 200, 0.0), Usage(1, 0, 50.0)))
+    assert Limits(10).fraction(Usage(4, 10**9, 1e9)) == 0.4
 
 
-def test_what_is_left_goes_by_what_the_steps_so_far_took() -> None:
-    assert Limits(10).num_steps_left(Spent(4, 0, 0.0)) == pytest.approx(6)
-    assert Limits(1000, tokens=300).num_steps_left(Spent(4, 120, 0.0)) == pytest.approx(6)  # 30 a step, 180 to go
-    assert Limits(10).num_steps_left(Spent(11, 0, 0.0)) == 0
+def test_steps_left_are_extrapolated() -> None:
+    assert Limits(10).num_steps_left(Usage(4, 0, 0.0)) == pytest.approx(6)
+    assert Limits(1000, tokens=300).num_steps_left(Usage(4, 120, 0.0)) == pytest.approx(6)  # 30 a step, 180 to go
+    assert Limits(10).num_steps_left(Usage(11, 0, 0.0)) == 0
 
 
-def test_people_are_told_the_limits_that_there_are() -> None:
-    assert Limits(8).describe(Spent(3, 99, 7.0)) == "step 3 of 8"
-    assert Limits(8, 200, 60.0).describe(Spent(3, 99, 7.4)) == "step 3 of 8, 99 of 200 tokens, 7 of 60 s"
-
-
-def test_tokens_of_dropped_groups_count() -> None:
-    assert sampled_tokens({"response_tokens": {"total": 30}}) == 30
-    assert sampled_tokens({"response_tokens": {"total": 30}, "sampled_tokens": 50}) == 50
+def test_limits_are_described() -> None:
+    assert Limits(8).describe(Usage(3, 99, 7.0)) == "step 3 of 8"
+    assert Limits(8, 200, 60.0).describe(Usage(3, 99, 7.4)) == "step 3 of 8, 99 of 200 tokens, 7 of 60 s"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +85,7 @@ def test_a_multiple_is_passed_once(every: int, before: int, now: int, passed: bo
     assert passes_multiple(every, before, now) is passed
 
 
-def test_a_paused_clock_stands_still(now: SimpleNamespace) -> None:
+def test_a_paused_clock_does_not_advance(now: SimpleNamespace) -> None:
     clock = RunClock(5.0)
     now.s += 2
     with clock.paused():
@@ -112,9 +107,7 @@ async def test_the_step_that_reaches_the_tokens_is_the_last(tmp_path: Path, extr
     assert (after["when"], after["step"], after["tokens"]) == ("after", num_steps, rows[-1]["tokens"])
 
 
-async def test_seconds_of_training_end_a_run_and_those_of_evaluations_do_not_count(
-    tmp_path: Path, now: SimpleNamespace
-) -> None:
+async def test_evaluations_do_not_count_toward_wall_s(tmp_path: Path, now: SimpleNamespace) -> None:
     config = settings(tmp_path, num_steps=9, budget={"wall_s": 10.0})
     assert await drive(config, Timed(now))
     assert [row["wall_s"] for row in lines(tmp_path, "metrics.jsonl")] == [3.0, 6.0, 9.0, 12.0]
@@ -131,9 +124,7 @@ async def test_seconds_count_over_restarts(tmp_path: Path, now: SimpleNamespace)
     assert [row["wall_s"] for row in lines(tmp_path, "metrics.jsonl")] == [3.0, 6.0, 9.0, 12.0]
 
 
-async def test_the_policy_is_measured_when_tokens_or_seconds_pass_a_multiple(
-    tmp_path: Path, now: SimpleNamespace
-) -> None:
+async def test_evaluations_follow_tokens_and_seconds(tmp_path: Path, now: SimpleNamespace) -> None:
     await drive(settings(tmp_path / "plain", num_steps=6, evaluation=NO_EVALUATION), World())
     every = sum(counted(tmp_path / "plain")[:2])
     evaluation = {"num_prompts": 2, "rollouts_per_prompt": 2}
@@ -152,9 +143,7 @@ async def test_the_policy_is_measured_when_tokens_or_seconds_pass_a_multiple(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 2])
-async def test_a_crash_anywhere_changes_neither_where_a_run_ends_nor_where_it_is_measured(
-    tmp_path: Path, max_staleness: int
-) -> None:
+async def test_a_crash_anywhere_keeps_end_and_evaluations(tmp_path: Path, max_staleness: int) -> None:
     def config(name: str) -> Any:
         return settings(
             tmp_path / name,
@@ -196,7 +185,7 @@ async def test_a_crash_anywhere_changes_neither_where_a_run_ends_nor_where_it_is
         assert left(name) == reference or max_staleness
 
 
-async def test_nothing_is_sampled_ahead_while_the_clock_stands_still(tmp_path: Path) -> None:
+async def test_nothing_is_sampled_while_the_clock_is_paused(tmp_path: Path) -> None:
     class SlowToSample(World):
         async def sample(self, run_id: str, *rest: Any) -> Any:
             async for group in super().sample(run_id, *rest):
@@ -212,7 +201,7 @@ async def test_nothing_is_sampled_ahead_while_the_clock_stands_still(tmp_path: P
     assert {"journal 3", "journal 4"} <= set(world.events[:begun])  # they were on their way, and in time that counts
 
 
-async def test_what_was_sampled_ahead_of_the_end_counts_nowhere_and_is_there_for_a_higher_budget(
+async def test_steps_ahead_of_the_end_are_kept_for_a_higher_budget(
     tmp_path: Path,
 ) -> None:
     def config(tokens: int) -> Any:

@@ -1,4 +1,4 @@
-"""What is found out about a run before any service is needed, and how its end is told."""
+"""Exit statuses and summaries of runs."""
 
 from __future__ import annotations
 
@@ -42,51 +42,51 @@ def finished(tmp_path: Path) -> Path:
     return folder.path
 
 
-def test_a_new_run_and_one_in_the_middle_go_on(tmp_path: Path) -> None:
-    assert job.settle(settings(tmp_path / "run")) is None
+def test_unfinished_runs_need_the_services(tmp_path: Path) -> None:
+    assert job.early_exit_status(settings(tmp_path / "run")) is None
     assert not (tmp_path / "run").exists()
     folder = RunFolder(tmp_path / "run")
     folder.open("run", {})
     finish(folder, 0)
     folder.close()
-    assert job.settle(settings(tmp_path / "run")) is None  # all steps are done; nothing is exported nor reported
+    assert (
+        job.early_exit_status(settings(tmp_path / "run")) is None
+    )  # all steps are done; nothing is exported nor reported
 
 
-@pytest.mark.parametrize("work", [job.settle, job.train])
-def test_a_finished_run_says_so_and_what_came_of_it_without_any_service(
-    finished: Path, work: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("work", [job.early_exit_status, job.train])
+def test_a_finished_run_prints_its_summary(finished: Path, work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert work(settings(finished)) == job.OK
     said = capsys.readouterr().out
     assert "run run: 1 steps in 0m02s" in said
     assert str(finished / "report.html") in said
-    assert "This run is finished: 1 steps. Higher limits (num_steps, budget) go on with it; another name" in said
+    assert "This run is finished after 1 steps. Raise its limits (num_steps, budget) to continue it, or" in said
 
 
-def test_a_finished_run_goes_on_with_more_steps(finished: Path) -> None:
-    assert job.settle(settings(finished, num_steps=2)) is None
+def test_a_finished_run_continues_with_more_steps(finished: Path) -> None:
+    assert job.early_exit_status(settings(finished, num_steps=2)) is None
 
 
 @pytest.mark.parametrize(
     ("values", "status", "message"),
     [
-        ({"run_id": "other"}, job.WRONG_SETTINGS, "holds run 'run', not 'other'"),
-        ({"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}, job.WRONG_SETTINGS, "absent.jsonl: cannot be read"),
+        ({"run_id": "other"}, job.WRONG_SETTINGS, "belongs to run 'run', not 'other'"),
+        ({"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}, job.WRONG_SETTINGS, "absent.jsonl: is not readable"),
     ],
 )
-def test_what_is_wrong_is_told_at_once(
+def test_errors_are_reported_before_services_are_used(
     finished: Path, logged: pytest.LogCaptureFixture, values: dict[str, Any], status: int, message: str
 ) -> None:
-    assert job.settle(settings(finished, **values)) == status
+    assert job.early_exit_status(settings(finished, **values)) == status
     assert message in logged.text
 
 
-def test_too_few_held_out_problems_are_told_at_once(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+def test_too_few_held_out_problems_are_reported(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)))
     tasks = [{"kind": "jsonl", "path": str(problems), "verifier": "exact"}]
     config = settings(tmp_path / "run", tasks=tasks, evaluation={"num_prompts": 500})
-    assert job.settle(config) == job.WRONG_SETTINGS, logged.text
+    assert job.early_exit_status(config) == job.WRONG_SETTINGS, logged.text
 
 
 @pytest.mark.parametrize(
@@ -102,22 +102,20 @@ def test_too_few_held_out_problems_are_told_at_once(tmp_path: Path, logged: pyte
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_the_exit_status_says_whether_another_start_helps(tmp_path: Path, error: Exception, status: int) -> None:
+def test_the_exit_status_tells_whether_a_restart_helps(tmp_path: Path, error: Exception, status: int) -> None:
     def fail() -> int:
         raise error
 
-    assert job.guarded(settings(tmp_path), fail) == status
+    assert job.with_exit_status(settings(tmp_path), fail) == status
 
 
 @pytest.mark.parametrize("setting", ["ca_file", "token_file"])
-def test_a_file_of_the_endpoints_that_is_not_there_is_named(
-    tmp_path: Path, logged: pytest.LogCaptureFixture, setting: str
-) -> None:
+def test_missing_files_of_endpoints_are_named(tmp_path: Path, logged: pytest.LogCaptureFixture, setting: str) -> None:
     assert job.train(settings(tmp_path / "run", endpoints={setting: tmp_path / "gone.pem"})) == job.WRONG_SETTINGS
     assert f"endpoints.{setting}: {tmp_path}/gone.pem cannot be read" in logged.text
 
 
-def test_a_disk_that_is_full_now_is_not_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_a_settings_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -130,7 +128,7 @@ def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "Mixture", interrupted)
-    assert job.settle(settings(tmp_path)) == job.INTERRUPTED
+    assert job.early_exit_status(settings(tmp_path)) == job.INTERRUPTED
 
 
 def test_held_out_change_is_described() -> None:
@@ -141,12 +139,12 @@ def test_held_out_change_is_described() -> None:
     assert job.describe_held_out(held_out) == (
         "0.250 (0.150 to 0.350) -> 0.500 (0.400 to 0.600), change +0.250 (+0.150 to +0.350)"
     )
-    assert job.describe_held_out(held_out | {"after": None}) == "was not measured both before and after"
+    assert job.describe_held_out(held_out | {"after": None}) == "was not measured both before and after training"
 
 
-def test_output_that_nobody_reads_ends_a_run(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
-    def print_to_nobody() -> None:
+def test_closed_output_ends_a_run(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    def print_to_closed_output() -> None:
         raise OutputClosed
 
-    assert job.guarded(settings(tmp_path), print_to_nobody) == OUTPUT_CLOSED
-    assert "nobody reads the output any more; the same command resumes" in logged.text
+    assert job.with_exit_status(settings(tmp_path), print_to_closed_output) == OUTPUT_CLOSED
+    assert "the reader of the output exited; the same command resumes" in logged.text

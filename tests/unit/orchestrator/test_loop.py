@@ -25,7 +25,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
 
 
-async def test_baselines_are_asked_before_and_labels_leave_after_all_is_on_disk(tmp_path: Path) -> None:
+async def test_a_step_is_journalled_before_labels_are_published(tmp_path: Path) -> None:
     world = World()
     assert await drive(settings(tmp_path, num_steps=1, evaluation={"num_prompts": 0}), world)
     assert world.events == [
@@ -39,17 +39,15 @@ async def test_baselines_are_asked_before_and_labels_leave_after_all_is_on_disk(
         "trained 0",
         "append metrics.jsonl",
         "append values.jsonl",
-        "append trajectories.jsonl",
-        "append memory.jsonl",
+        "append rollouts.jsonl",
+        "append step_states.jsonl",
         "state 1",
         "shown 0",
     ]
 
 
 @pytest.mark.parametrize("algorithm", ["poise", {"kind": "dapo", "max_draws": 3}, "spo"])
-async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(
-    tmp_path: Path, algorithm: str | dict[str, Any]
-) -> None:
+async def test_a_crash_anywhere_changes_no_output(tmp_path: Path, algorithm: str | dict[str, Any]) -> None:
     undisturbed = World()
     assert await drive(settings(tmp_path / "undisturbed", algorithm=algorithm), undisturbed)
     assert sorted(undisturbed.batches) == [f"step-{step:08d}" for step in range(3)]
@@ -65,7 +63,7 @@ async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(
         assert repr(world.batches) == repr(undisturbed.batches), event
         assert repr(world.labels) == repr(undisturbed.labels), event
         assert world.version == 3
-        for name in ("metrics.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "step_states.jsonl", "evaluations.jsonl"):
             found, expected = lines(config.run_dir, name), lines(reference, name)
             for line in (*found, *expected):
                 for clock in ("time_s", "wall_s", "tokens_per_s", "seconds"):
@@ -83,7 +81,7 @@ async def test_a_crash_anywhere_changes_neither_batches_nor_labels_nor_lines(
         assert kept == expected, event
 
 
-async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: Path) -> None:
+async def test_every_evaluation_happens_once(tmp_path: Path) -> None:
     world, config = World(), settings(tmp_path, num_steps=4)
     await drive(config, world)
     await drive(config, world)
@@ -91,7 +89,7 @@ async def test_evaluations_happen_once_each_before_between_and_after(tmp_path: P
     assert found == [("before", 0, 0), ("step", 2, 2), ("after", 4, 4)]
 
 
-async def test_an_evaluation_keeps_every_response_and_how_it_was_sampled(tmp_path: Path) -> None:
+async def test_an_evaluation_records_responses_and_sampling(tmp_path: Path) -> None:
     world = World()
     tasks = [{"kind": "digits", "domain": "easy"}, {"kind": "digits", "domain": "hard"}]
     evaluation = {"num_prompts": 4, "rollouts_per_prompt": 2, "temperature": 0.6, "top_p": 0.9}
@@ -123,7 +121,7 @@ async def test_an_evaluation_keeps_every_response_and_how_it_was_sampled(tmp_pat
         assert one["scores"]["by_task"]["digits-2"]["pass@2"]["mean"] == sum(passed[2:]) / 2
 
 
-async def test_evaluations_ask_alike_each_time_and_under_a_name_that_never_trains(tmp_path: Path) -> None:
+async def test_evaluations_repeat_the_same_requests(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path), world)
     asked = [call for call in world.asked if call[0] != "run"]
@@ -134,7 +132,7 @@ async def test_evaluations_ask_alike_each_time_and_under_a_name_that_never_train
     assert not any(":evaluation" in repr(batch) for batch in world.batches.values())
 
 
-async def test_a_stop_ends_the_run_after_the_step_in_hand(tmp_path: Path) -> None:
+async def test_a_stop_ends_the_run_after_the_current_step(tmp_path: Path) -> None:
     class Stopper(World):
         async def publish_labels(self, groups: Any) -> int:
             stopping.set()
@@ -149,7 +147,7 @@ async def test_a_stop_ends_the_run_after_the_step_in_hand(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dr_grpo", "dapo", "opo", "reinforce_pp", "spo", "ppo"])
-async def test_rivals_ask_and_tell_the_value_service_nothing(tmp_path: Path, algorithm: str) -> None:
+async def test_other_algorithms_do_not_use_the_value_service(tmp_path: Path, algorithm: str) -> None:
     world = World()
     world.has_critic = algorithm == "ppo"
     await drive(settings(tmp_path, algorithm=algorithm), world)
@@ -159,7 +157,7 @@ async def test_rivals_ask_and_tell_the_value_service_nothing(tmp_path: Path, alg
     assert all(line["algorithm"] == algorithm for line in lines(tmp_path, "metrics.jsonl"))
 
 
-async def test_the_critic_is_sent_rewards(tmp_path: Path) -> None:
+async def test_a_critic_gets_rewards(tmp_path: Path) -> None:
     world = World()
     world.has_critic = True
     await drive(settings(tmp_path, algorithm="ppo", num_steps=1), world)
@@ -170,9 +168,7 @@ async def test_the_critic_is_sent_rewards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "has_critic"), [("ppo", False), ("poise", True)])
-async def test_a_learner_of_another_kind_is_refused_before_anything_is_sampled(
-    tmp_path: Path, algorithm: str, has_critic: bool
-) -> None:
+async def test_a_learner_without_the_right_critic_is_rejected(tmp_path: Path, algorithm: str, has_critic: bool) -> None:
     world = World()
     world.has_critic = has_critic
     with pytest.raises(RunError, match=rf"algorithm {algorithm} .*critic.*in a new state_dir"):
@@ -207,7 +203,7 @@ async def test_dapo_samples_until_it_has_groups_of_unequal_rewards(tmp_path: Pat
     assert len(set(names)) == len(names)
 
 
-async def test_where_nothing_is_worth_keeping_the_last_draw_is_trained_on(tmp_path: Path) -> None:
+async def test_without_kept_groups_the_last_draw_is_used(tmp_path: Path) -> None:
     class Failing(World):
         async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
             return await super().verify(problem, "0", finish_reason)
@@ -220,10 +216,10 @@ async def test_where_nothing_is_worth_keeping_the_last_draw_is_trained_on(tmp_pa
     assert {rollout.advantage for rollout in batch.rollouts} == {0}
 
 
-async def test_a_name_that_another_run_used_is_refused(tmp_path: Path) -> None:
+async def test_a_run_id_used_before_is_rejected(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path / "first"), world)
-    with pytest.raises(RunError, match=r"learnt from step 0 of run 'run' before.*another run_id"):
+    with pytest.raises(RunError, match=r"already learnt from step 0 of a run named 'run'.*another run_id"):
         await drive(settings(tmp_path / "second"), world)
 
 
@@ -233,17 +229,17 @@ async def test_a_learner_that_lost_its_state_is_not_trained_on(tmp_path: Path) -
     batches = dict(world.batches)
     for version in (0, 2):  # lost altogether, or set back
         world.version = version
-        with pytest.raises(RunError, match=rf"at step 3.*learner is at version {version}: its state was lost"):
+        with pytest.raises(RunError, match=rf"at version {version}.*left it at version 3.*lost its state"):
             await drive(settings(tmp_path, num_steps=5), world)
     assert world.batches == batches
     world.version = 3
     assert await drive(settings(tmp_path, num_steps=5), world)
 
 
-async def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
+async def test_num_steps_below_the_finished_steps_is_rejected(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path), world)
-    with pytest.raises(RunError, match=r"at step 3 already, beyond num_steps 2; set num_steps to 3"):
+    with pytest.raises(RunError, match=r"num_steps is 2, but this run has finished 3 steps. Set num_steps to 3"):
         await drive(settings(tmp_path, num_steps=2), world)
 
 
@@ -272,7 +268,7 @@ async def test_groups_are_taken_in_the_order_of_their_prompts(tmp_path: Path) ->
     assert ids == [(f"{group:05d}", sibling) for group in range(5) for sibling in range(2)]
 
 
-async def test_the_probes_baselines_are_subtracted(tmp_path: Path) -> None:
+async def test_baselines_of_the_probe_are_subtracted(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path, num_steps=2), world)
     labels = [world.labels[1, f"{group:05d}"] for group in range(2)]
@@ -283,48 +279,44 @@ async def test_the_probes_baselines_are_subtracted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "wait_for_labels_s"), [({}, 30), ({"settle_probe_s": 7}, 7), ({"settle_probe_s": 0}, 0)]
+    ("options", "wait_s"), [({}, 30), ({"wait_for_labels_s": 7}, 7), ({"wait_for_labels_s": 0}, 0)]
 )
-async def test_on_policy_steps_wait_for_the_probe(
-    tmp_path: Path, options: dict[str, Any], wait_for_labels_s: float
-) -> None:
+async def test_on_policy_steps_wait_for_the_probe(tmp_path: Path, options: dict[str, Any], wait_s: float) -> None:
     world = World()
     await drive(settings(tmp_path, **options), world)
-    assert world.wait_for_labels_s == [wait_for_labels_s] * 3
-    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [True] * 3
+    assert world.wait_for_labels_s == [wait_s] * 3
+    assert [line["baseline"]["probe_up_to_date"] for line in lines(tmp_path, "metrics.jsonl")] == [True] * 3
 
 
 async def test_steps_sampled_ahead_do_not_wait_for_the_probe(tmp_path: Path) -> None:
     world = World()
     world.max_staleness = 1
-    world.unsettled = {0, 1, 2}
+    world.behind = {0, 1, 2}
     await drive(settings(tmp_path, max_staleness=1), world)
     assert world.wait_for_labels_s == [0] * 3
-    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [False] * 3
+    assert [line["baseline"]["probe_up_to_date"] for line in lines(tmp_path, "metrics.jsonl")] == [False] * 3
 
 
-async def test_a_probe_that_was_waited_for_in_vain_is_told_once_and_again_when_it_is_well(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_probe_that_falls_behind_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world = World()
-    world.unsettled = {1, 2, 4}
-    with caplog.at_level(logging.INFO, "poise.orchestrator.sampling.sampler"):
+    world.behind = {1, 2, 4}
+    with caplog.at_level(logging.INFO, "poise.orchestrator.loop"):
         await drive(settings(tmp_path, num_steps=5), world)
-    said = [(record.levelname, record.getMessage().split(" was")[0]) for record in caplog.records]
-    for cause in ("paused", "queue down", "fit failed"):
+    said = [(record.levelname, record.getMessage().split(" uses")[0]) for record in caplog.records]
+    for cause in ("consuming is paused", "queue is down", "fit failed"):
         assert cause in caplog.records[0].getMessage()
     assert said == [("WARNING", "step 1"), ("INFO", "step 3"), ("WARNING", "step 4")]
-    settled = [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")]
-    assert settled == [True, False, False, True, False]
+    up_to_date = [line["baseline"]["probe_up_to_date"] for line in lines(tmp_path, "metrics.jsonl")]
+    assert up_to_date == [True, False, False, True, False]
 
 
-async def test_rivals_wait_for_no_probe(tmp_path: Path) -> None:
+async def test_other_algorithms_do_not_wait_for_labels(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path, algorithm="rloo"), world)
-    assert [line["baseline"]["probe_settled"] for line in lines(tmp_path, "metrics.jsonl")] == [None] * 3
+    assert [line["baseline"]["probe_up_to_date"] for line in lines(tmp_path, "metrics.jsonl")] == [None] * 3
 
 
-async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Path) -> None:
+async def test_verifier_failures_are_counted(tmp_path: Path) -> None:
     class Failing(World):
         async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
             return replace(await super().verify(problem, "0", finish_reason), error="crashed")
@@ -336,12 +328,12 @@ async def test_a_step_counts_rollouts_that_no_verifier_could_check(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("found", "allowed"), [(0.051, 0.05), (11.0, 0.05), (0.3, 0.2), (float("inf"), 10.0)])
-async def test_a_run_stops_where_engine_and_learner_disagree(tmp_path: Path, found: float, allowed: float) -> None:
+async def test_a_run_stops_if_engine_and_learner_disagree(tmp_path: Path, found: float, allowed: float) -> None:
     world = World()
     world.mismatch_kl = found
     with pytest.raises(SettingsError, match=r"step 0: KL .*max_mismatch_kl.*poise models check") as caught:
         await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
-    assert f"allows {allowed:g}" in str(caught.value)
+    assert f"max_mismatch_kl is {allowed:g}" in str(caught.value)
     assert list(world.batches) == ["step-00000000"]
     with pytest.raises(SettingsError):  # the same command stops again
         await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
@@ -350,13 +342,13 @@ async def test_a_run_stops_where_engine_and_learner_disagree(tmp_path: Path, fou
 @pytest.mark.parametrize(
     ("found", "allowed"), [(0.04, 0.05), (11.0, None), (11.0, 12.0), (float("nan"), 0.05)], ids=str
 )
-async def test_a_run_goes_on_within_the_mismatch_allowed(tmp_path: Path, found: float, allowed: float | None) -> None:
+async def test_a_run_continues_within_the_mismatch_limit(tmp_path: Path, found: float, allowed: float | None) -> None:
     world = World()
     world.mismatch_kl = found
     assert await drive(settings(tmp_path, max_mismatch_kl=allowed), world)
 
 
-async def test_a_raised_mismatch_bound_resumes_a_stopped_run(tmp_path: Path) -> None:
+async def test_a_raised_mismatch_limit_resumes_the_run(tmp_path: Path) -> None:
     world = World()
     world.mismatch_kl = 0.5
     with pytest.raises(RunError):
@@ -365,7 +357,7 @@ async def test_a_raised_mismatch_bound_resumes_a_stopped_run(tmp_path: Path) -> 
     assert len(world.batches) == 3
 
 
-async def test_a_mismatch_that_grows_later_stops_nothing(tmp_path: Path) -> None:
+async def test_a_later_mismatch_does_not_stop_the_run(tmp_path: Path) -> None:
     world = World()
     assert await drive(settings(tmp_path, num_steps=1), world)
     world.mismatch_kl = 3.0

@@ -1,4 +1,4 @@
-"""Which problems a run is given over restarts that change how many a step takes, and prompts that are rejected."""
+"""The problems that a run draws over restarts with other step sizes, and with rejected prompts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
 
 
-def given(world: World) -> list[Any]:
-    """Return what training was asked, in the order of steps."""
+def drawn(world: World) -> list[Any]:
+    """Return the prompts of training, in the order of steps."""
     return [prompt.content for call in world.asked if call[0] == "run" for prompt in call[2]]
 
 
@@ -58,7 +58,7 @@ async def test_every_problem_comes_once_an_epoch_over_changed_steps(
         config = settings(tmp_path / "run", num_steps=2 * (index + 1), prompts_per_step=size, **options)
         assert await drive(config, world)
 
-    found = given(world)
+    found = drawn(world)
 
     for start in range(0, len(found), NUM_ROWS):
         epoch = found[start : start + NUM_ROWS]
@@ -76,7 +76,7 @@ async def test_weighted_tasks_keep_their_positions_over_changed_steps(
         options = {"tasks": mixed, "evaluation": NO_EVALUATION, "num_steps": 2 * (index + 1)}
         await drive(settings(tmp_path / "run", prompts_per_step=size, **options), world)
 
-    found = given(world)
+    found = drawn(world)
 
     for first, size in (("q", NUM_ROWS), ("o", 60)):
         of_task = [prompt for prompt in found if prompt.startswith(first)]
@@ -84,19 +84,25 @@ async def test_weighted_tasks_keep_their_positions_over_changed_steps(
         assert len(set(of_task[:size])) == len(of_task[:size])
 
 
-async def test_folder_of_an_older_version_resumes_where_it_was(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("has_positions", [False, True])
+async def test_a_folder_of_an_older_release_resumes(
+    tmp_path: Path, tasks: list[dict[str, Any]], has_positions: bool
+) -> None:
     options = {"tasks": tasks, "evaluation": NO_EVALUATION, "algorithm": DAPO, "rollouts_per_prompt": 2}
     world = World()
     await drive(settings(tmp_path / "run", num_steps=4, prompts_per_step=4, **options), world)
-    memory = lines(tmp_path / "run", "memory.jsonl")
-    assert any(line["num_draws"] > 1 for line in memory)
-    for line in memory:
-        del line["given"]
-    (tmp_path / "run" / "memory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in memory))
+    states = lines(tmp_path / "run", "step_states.jsonl")
+    assert any(state["num_draws"] > 1 for state in states)
+    for state in states:
+        num_drawn = state.pop("num_drawn")
+        if has_positions:
+            state["given"] = num_drawn
+    (tmp_path / "run" / "step_states.jsonl").unlink()
+    (tmp_path / "run" / "memory.jsonl").write_text("".join(json.dumps(state) + "\n" for state in states))
 
     await drive(settings(tmp_path / "run", num_steps=6, prompts_per_step=9, **options), world)
 
-    found = given(world)[:NUM_ROWS]
+    found = drawn(world)[:NUM_ROWS]
     assert len(set(found)) == len(found) > 40
 
 
@@ -111,12 +117,12 @@ async def test_rejected_prompt_costs_only_itself(
 
     metrics = lines(tmp_path / "run", "metrics.jsonl")
     assert [line["num_groups"] for line in metrics] == [8] * 6  # others came in their place
-    asked = given(world)
+    asked = drawn(world)
     assert len(set(asked)) == len(asked)
     num_rejected = sum(line["num_rejected_prompts"] for line in metrics)
     assert num_rejected == len([prompt for prompt in asked if prompt in world.rejected]) > 0
     line = Mixture(config.tasks, 0).files[0].problems[0].file
-    assert f"{line}:1: left out, generation rejects the prompt: text: is too long" in caplog.text
+    assert f"{line}:1: skipped, generation rejects the prompt: text: is too long" in caplog.text
     names = [(call[1], prompt.group_id) for call in world.asked for prompt in call[2]]
     assert len(set(names)) == len(names)
 
@@ -129,11 +135,11 @@ async def test_rejected_prompts_and_restarts_keep_the_order(tmp_path: Path, task
     await drive(settings(tmp_path / "whole", num_steps=8, **options), whole)
     for num_steps in (3, 4, 8):
         await drive(settings(tmp_path / "parts", num_steps=num_steps, **options), parts)
-    assert given(parts) == given(whole)
-    assert max(Counter(given(whole)[:NUM_ROWS]).values()) == 1
+    assert drawn(parts) == drawn(whole)
+    assert max(Counter(drawn(whole)[:NUM_ROWS]).values()) == 1
 
 
-async def test_run_whose_every_prompt_is_rejected_stops(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+async def test_a_run_without_valid_prompts_fails(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {f"q{i}" for i in range(NUM_ROWS)}
     with pytest.raises(
@@ -142,7 +148,7 @@ async def test_run_whose_every_prompt_is_rejected_stops(tmp_path: Path, tasks: l
         await drive(settings(tmp_path / "run", tasks=tasks, evaluation=NO_EVALUATION), world)
 
 
-async def test_rejected_held_out_prompts_are_counted_and_left_out(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+async def test_rejected_held_out_prompts_are_counted(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {"e1", "e3"}
     evaluation = {"num_prompts": 4, "rollouts_per_prompt": 2}
@@ -154,10 +160,10 @@ async def test_rejected_held_out_prompts_are_counted_and_left_out(tmp_path: Path
     assert prompts == {"e0", "e2"}
 
 
-async def test_evaluation_of_which_every_prompt_is_rejected_stops(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+async def test_an_evaluation_without_valid_prompts_fails(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     world = World()
     world.rejected = {f"e{i}" for i in range(4)}
     with pytest.raises(
-        SettingsError, match=r"rejects all held-out prompts, the last, of .*eval\.jsonl:\d: text: is too"
+        SettingsError, match=r"rejects all 4 held-out prompts. The last one, from .*eval\.jsonl:\d: text: is too"
     ):
         await drive(settings(tmp_path / "run", tasks=tasks, evaluation={"num_prompts": 4}), world)

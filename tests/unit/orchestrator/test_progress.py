@@ -1,4 +1,4 @@
-"""What the live line says while several steps are in hand."""
+"""Progress lines and the live bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from poise.orchestrator.budget import Limits
-from poise.orchestrator.progress import ConsoleWatcher, MeasurementWatcher, clock
+from poise.orchestrator.progress import ConsoleProgress, EvaluationProgress, format_duration
 from poise.runtime.config.settings import LoggingConfig
 
 
@@ -29,68 +29,68 @@ def numbers(step: int) -> dict[str, Any]:
     }
 
 
-def test_all_steps_in_hand_are_shown_until_they_are_done() -> None:
+def test_the_bar_shows_all_unfinished_steps() -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
+    progress = ConsoleProgress(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
 
     def shown() -> str:
-        return str(watcher._progress.tasks[0].description)
+        return str(progress.bar.tasks[0].description)
 
-    watcher.phase(3, "train")
-    watcher.phase(4, "generate")
+    progress.on_phase(3, "train")
+    progress.on_phase(4, "generate")
     assert shown() == "step 3: train, step 4: generate"
-    watcher.sampled(4, 7, 64)
+    progress.on_sampled(4, 7, 64)
     assert shown() == "step 3: train, step 4: generate 7/64"
-    watcher.phase(4, "verify")
+    progress.on_phase(4, "verify")
     assert shown() == "step 3: train, step 4: verify"
-    watcher.step_done(numbers(3))
-    watcher.phase(4, "train")
+    progress.on_step_end(numbers(3))
+    progress.on_phase(4, "train")
     assert shown() == "step 4: train"
     header, line = written.getvalue().splitlines()
     assert line.split()[header.split().index("stale")] == "1.2"
     assert line.split()[-1] == "0m12s"  # six steps of two seconds
 
 
-def test_a_measurement_is_told_by_quarters_where_there_is_no_terminal() -> None:
+def test_evaluations_without_a_terminal_print_quarters() -> None:
     written = io.StringIO()
-    watcher = MeasurementWatcher(6, Console(file=written, width=200), LoggingConfig())
+    progress = EvaluationProgress(6, Console(file=written, width=200), LoggingConfig())
     for done in range(1, 7):
-        watcher.sampled(0, done, 6)
+        progress.on_sampled(0, done, 6)
     assert written.getvalue().splitlines() == [f"{done} of 6 prompts sampled" for done in (2, 3, 5, 6)]
-    watcher.phase(0, "verify")
-    (task,) = watcher._progress.tasks
+    progress.on_phase(0, "verify")
+    (task,) = progress.bar.tasks
     assert (task.completed, task.total, task.description) == (6, 6, "verify")
 
 
-def test_rollouts_that_the_learner_rejected_are_told_with_what_to_do() -> None:
+def test_rejected_rollouts_are_printed_with_a_remedy() -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
-    watcher.step_done(numbers(3) | {"num_rejected": {"stale": 3, "duplicate": 1, "new_reason": 1}})
-    watcher.step_done(numbers(4))
+    progress = ConsoleProgress(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
+    progress.on_step_end(numbers(3) | {"num_rejected": {"stale": 3, "duplicate": 1, "new_reason": 1}})
+    progress.on_step_end(numbers(4))
     _, step, rejected, next_step = written.getvalue().splitlines()
     assert (step.split()[0], next_step.split()[0]) == ("3", "4")
     assert rejected.strip() == (
-        "5 of 8 rollouts were not trained on: "
-        "3 from older weights than max_staleness allows: raise it for the learner, or lower it for the run; "
-        "1 trained on before: give the run a name of its own; 1 new_reason"
+        "the learner rejected 5 of 8 rollouts: "
+        "3 older than max_staleness allows; raise it for the learner, or lower it for the run; "
+        "1 trained on before; give the run a new name; 1 new_reason"
     )
 
 
-def test_for_collectors_steps_are_lines_of_the_log_and_no_table(caplog: pytest.LogCaptureFixture) -> None:
+def test_json_logs_get_a_sentence_for_each_step(caplog: pytest.LogCaptureFixture) -> None:
     written = io.StringIO()
-    watcher = ConsoleWatcher(Limits(10), 0, Console(file=written), LoggingConfig(format="json"))
-    with caplog.at_level("INFO", logger="poise.orchestrator.progress"), watcher:
-        watcher.say("")
-        watcher.say("resuming")
-        watcher.step_done(numbers(3))
+    progress = ConsoleProgress(Limits(10), 0, Console(file=written), LoggingConfig(format="json"))
+    with caplog.at_level("INFO", logger="poise.orchestrator.progress"), progress:
+        progress.print("")
+        progress.print("resuming")
+        progress.on_step_end(numbers(3))
     assert written.getvalue() == ""
     assert caplog.messages == [
         "resuming",
-        "step 3 of 10: reward 0.500, of the last 1 steps 0.500; baseline bootstrap, variance 0.50 of that without; "
+        "step 3 of 10: reward 0.500, mean of the last 1 steps 0.500; baseline bootstrap, variance 0.50 of no baseline; "
         "staleness 1.2; 100 tokens/s, 2.0 s; 0m12s left",
     ]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.6, "1m00s"), (0, "0m00s"), (3661, "1h01m")])
-def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
-    assert clock(seconds) == said
+def test_durations_are_formatted(seconds: float, said: str) -> None:
+    assert format_duration(seconds) == said

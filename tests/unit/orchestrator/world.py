@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.loop import TrainingLoop
-from poise.orchestrator.rewards.pool import Verdict
+from poise.orchestrator.rewards.pool import VerifierResult
 from poise.orchestrator.sampling.load_balancer import RejectedPrompt
-from poise.orchestrator.sampling.sampler import StepSampler
-from poise.orchestrator.sampling.scoring import Scorer
 from poise.orchestrator.storage.run_folder import RunFolder, RunState
 from poise.orchestrator.storage.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.mixture import Mixture
@@ -64,9 +61,9 @@ class World:
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
         self.wait_for_labels_s: list[float] = []
-        """What each question was ready to wait."""
-        self.unsettled: set[int] = set()
-        """Steps valued before the probe has learnt all."""
+        """Longest wait of each baseline request."""
+        self.behind: set[int] = set()
+        """Steps at which the probe lacks labels."""
         self.shown: list[Any] = []
         self.rejected: set[str] = set()
         """Prompts that generation does not take."""
@@ -124,13 +121,13 @@ class World:
     ) -> list[GroupBaselines]:
         self.note(f"baselines {step}")
         self.wait_for_labels_s.append(wait_for_labels_s)
-        settled = step not in self.unsettled
+        up_to_date = step not in self.behind
         if any(published == step for published, _ in self.labels):
             raise LabelsConsumedError("a baseline now would leak them")
         if not self.probed or step == 0:
-            return [GroupBaselines(group.group_id, 0, None, None, settled) for group in groups]
+            return [GroupBaselines(group.group_id, 0, None, None, up_to_date) for group in groups]
         values = np.array([0.25, 0.75], np.float32)
-        return [GroupBaselines(group.group_id, step, values, values[::-1], settled) for group in groups]
+        return [GroupBaselines(group.group_id, step, values, values[::-1], up_to_date) for group in groups]
 
     async def publish_labels(self, groups: Sequence[Group]) -> int:
         for group in load_labels(dump_labels(groups)):  # without the tokens, which labels do not carry
@@ -169,23 +166,23 @@ class World:
 
     # Verifiers
 
-    async def verify(self, problem: Problem, response: str, finish_reason: str) -> Verdict:
+    async def verify(self, problem: Problem, response: str, finish_reason: str) -> VerifierResult:
         await asyncio.sleep(0)
         self.note("verify")
-        return Verdict(float(response), None, 0.0)
+        return VerifierResult(float(response), None, 0.0)
 
-    # Watcher
+    # Callbacks
 
-    def phase(self, step: int, name: str) -> None:
+    def on_phase(self, step: int, name: str) -> None:
         self.shown.append((step, name))
 
-    def sampled(self, step: int, done: int, total: int) -> None:
+    def on_sampled(self, step: int, done: int, total: int) -> None:
         pass
 
-    def step_done(self, numbers: dict[str, Any]) -> None:
-        self.note(f"shown {numbers['step']}")
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        self.note(f"shown {metrics['step']}")
 
-    def evaluated(self, line: dict[str, Any]) -> None:
+    def on_evaluation_end(self, line: dict[str, Any]) -> None:
         self.note(f"evaluated {line['when']} {line['step']}")
 
 
@@ -210,12 +207,12 @@ class NotedFolder(RunFolder):
         self.journal = NotedJournal(path / "journal", world)
         self._world = world
 
-    def _append(self, name: str, lines: Any) -> None:
-        super()._append(name, lines)
+    def append_lines(self, name: str, lines: Any) -> None:
+        super().append_lines(name, lines)
         self._world.note(f"append {name}")
 
-    def _write_state(self, state: RunState) -> None:
-        super()._write_state(state)
+    def write_state(self, state: RunState) -> None:
+        super().write_state(state)
         self._world.note(f"state {state.next_step}")
 
 
@@ -236,10 +233,7 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
     state = folder.open(config.run_id, {})
     mixture = Mixture(config.tasks, config.seed, config.on_bad_row)
     try:
-        scorer = Scorer(world, world)
-        sampler = StepSampler(config, folder.journal, world, mixture, scorer, world)
-        evaluator = Evaluator(config, folder, mixture, scorer, world)
-        loop = TrainingLoop(config, folder, world, sampler, evaluator, world, stopping or asyncio.Event())
+        loop = TrainingLoop(config, folder, world, world, mixture, world, stopping or asyncio.Event())
         return await loop.run(state)
     finally:
         folder.close()

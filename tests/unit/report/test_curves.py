@@ -39,9 +39,9 @@ def test_lines_after_a_cut_off_one_are_still_read(make_run: Callable[..., Path])
     assert record.num_unreadable == 2
 
 
-def test_cut_inside_a_character_is_no_error(make_run: Callable[..., Path]) -> None:
+def test_a_tag_may_be_split_anywhere(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(1)
-    (run_dir / "trajectories.jsonl").write_bytes(b'{"response": "na\xc3')
+    (run_dir / "rollouts.jsonl").write_bytes(b'{"response": "na\xc3')
     assert load_run(run_dir).num_unreadable == 1
 
 
@@ -52,14 +52,14 @@ def test_repeated_step_counts_once_as_written_last(make_run: Callable[..., Path]
     assert series(load_run(run_dir).metrics, "reward", "mean").tolist() == [0.9, 0.1]
 
 
-def test_empty_folder_is_an_empty_record(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_data(tmp_path: Path) -> None:
     record = load_run(tmp_path)
-    assert (record.metrics, record.values, record.evaluations, record.trajectories) == ([], [], [], [])
+    assert (record.metrics, record.values, record.evaluations, record.rollouts) == ([], [], [], [])
     assert record.before is None
     assert record.latest is None
 
 
-def test_evaluation_after_training_wins_over_those_underway(
+def test_the_last_evaluation_is_that_after_training(
     make_run: Callable[..., Path], new_evaluation: Callable[..., dict[str, object]]
 ) -> None:
     evaluations = [
@@ -74,7 +74,7 @@ def test_evaluation_after_training_wins_over_those_underway(
     assert (record.latest.when, record.latest.step, record.latest.interval.mean) == ("after", 6, 1.0)
 
 
-def test_evaluation_underway_stands_in_while_there_is_none_after(
+def test_the_latest_evaluation_may_be_during_training(
     make_run: Callable[..., Path], new_evaluation: Callable[..., dict[str, object]]
 ) -> None:
     evaluations = [new_evaluation("step", step, [[step / 10]]) for step in (2, 4)]
@@ -83,16 +83,16 @@ def test_evaluation_underway_stands_in_while_there_is_none_after(
     assert (latest.when, latest.step) == ("step", 4)
 
 
-def test_evaluation_without_rewards_is_none(make_run: Callable[..., Path]) -> None:
+def test_evaluations_without_rewards_are_ignored(make_run: Callable[..., Path]) -> None:
     assert load_run(make_run(evaluations=[{"when": "before", "step": 0, "rewards": [[], [None]]}])).evaluations == []
 
 
 @pytest.mark.parametrize("row", [{}, {"a": None}, {"a": 1.0}, {"a": {"b": None}}, {"a": {"b": "1"}}])
-def test_number_that_is_not_there_is_nan(row: dict[str, object]) -> None:
+def test_a_missing_number_is_nan(row: dict[str, object]) -> None:
     assert np.isnan(number(row, "a", "b"))
 
 
-def test_moving_mean_looks_back_and_skips_what_is_missing() -> None:
+def test_the_moving_mean_ignores_missing_values() -> None:
     values = np.array([np.nan, 1.0, 3.0, np.nan, 5.0])
     np.testing.assert_allclose(moving_mean(values, 2), [np.nan, 1.0, 2.0, 3.0, 5.0])
     assert moving_mean(np.array([]), 3).size == 0

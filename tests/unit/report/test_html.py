@@ -55,13 +55,13 @@ def read(run_dir: Path) -> tuple[str, _Page]:
     return text, _Page(text)
 
 
-def test_full_run_is_told_in_one_page(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
+def test_a_full_run_is_reported_on_one_page(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     before, after = new_evaluation("before", 0, [[0.0], [0.5]] * 20), new_evaluation("after", 30, [[1.0], [0.9]] * 20)
     text, page = read(make_run(30, evaluations=[before, after]))
     assert page.tags.count("svg") == 5
     assert page.texts["b"] == ["0.250", "0.950"]
     assert page.texts["strong"] == ["+0.700"]
-    assert "Held-out reward rose beyond the intervals." in text
+    assert "Held-out reward rose; the 95 % intervals do not overlap." in text
     assert page.texts["h1"] == ["my-run"]
     assert "poise · 30 steps in 1 min" in text
 
@@ -84,7 +84,7 @@ def test_scores_before_and_after_are_shown_by_task_and_domain(
     assert "Before</th>" not in text  # the table of domains, for runs without scores
 
 
-def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:
+def test_quality_is_reported_for_every_domain(make_run: Callable[..., Path]) -> None:
     page = write_report(make_run(6)).read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>(math|code &lt;x&gt;)</td>(.*?)</tr>", page[page.index("Brier skill") :])
     assert [(domain, re.findall(r">([^<]*)</td>", cells)) for domain, cells in rows] == [
@@ -93,23 +93,23 @@ def test_every_domain_is_judged(make_run: Callable[..., Path]) -> None:
     ]
 
 
-def test_what_the_value_service_said_in_the_end_is_shown(make_run: Callable[..., Path]) -> None:
+def test_probes_at_the_end_are_shown(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(4)
-    assert "The value service in the end" not in read(run_dir)[0]
+    assert "Probes at the end of the run" not in read(run_dir)[0]
     quality = {"pearson": 0.625, "brier": None}
     probe = {"domain": "algebra", "probe_version": 7, "num_rows": 2048, "num_groups": 1024, "num_steps_seen": 16}
     probe |= {"last_fit_s": 0.125, "label_lag_s": None, "quality": quality}
     (run_dir / "probes.json").write_text(json.dumps([probe]))
     _, page = read(run_dir)
-    assert "The value service in the end" in page.texts["h2"]
+    assert "Probes at the end of the run" in page.texts["h2"]
     row = page.texts["td"][page.texts["td"].index("algebra") :][:9]
     assert row[:5] == ["algebra", "7", "2 048", "1 024", "16"]
     assert row[5:] == ["0.125", "–", "0.62", "–"]
     (run_dir / "probes.json").write_text("[{")
-    assert "The value service in the end" not in read(run_dir)[0]
+    assert "Probes at the end of the run" not in read(run_dir)[0]
 
 
-def test_page_needs_nothing_else(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
+def test_the_page_is_self_contained(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     text, page = read(make_run(evaluations=[new_evaluation("before", 0, [[0.0]])]))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert all(value and value.startswith("#") for name, value in page.attributes if name in ("href", "xlink:href"))
@@ -118,7 +118,7 @@ def test_page_needs_nothing_else(make_run: Callable[..., Path], new_evaluation: 
     assert all(reference.startswith("#") for reference in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_drawings_are_well_formed_and_refer_to_what_is_there(make_run: Callable[..., Path]) -> None:
+def test_figures_are_well_formed(make_run: Callable[..., Path]) -> None:
     text, _ = read(make_run())
     identifiers: list[str] = []
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
@@ -149,12 +149,12 @@ def test_short_run_without_evaluations_is_reported(make_run: Callable[..., Path]
     text, page = read(make_run(num_steps, probe=False))
     assert "Held-out reward was not evaluated." in text
     assert ("No step has finished yet." in text) == (num_steps == 0)
-    assert ("No probe has answered in this run." in text) == (num_steps > 0)
+    assert ("No baseline of this run came from a probe." in text) == (num_steps > 0)
     assert page.tags.count("svg") == (0 if num_steps == 0 else 4)
     assert "nan" not in str(page.texts).lower()
 
 
-def test_step_of_which_only_the_number_is_known_is_reported(tmp_path: Path) -> None:
+def test_a_step_without_metrics_is_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     text, _ = read(tmp_path)
     assert "1 step in –" in text
@@ -163,13 +163,13 @@ def test_step_of_which_only_the_number_is_known_is_reported(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("evaluations", "words"),
     [
-        ([("before", 0)], "evaluated before training only"),
-        ([("after", 6)], "nothing to compare with"),
-        ([("before", 0), ("step", 4)], "did not rise beyond the intervals so far, at step 4."),
-        ([("before", 0), ("after", 6)], "did not rise beyond the intervals."),
+        ([("before", 0)], "evaluated only before training"),
+        ([("after", 6)], "its change is unknown"),
+        ([("before", 0), ("step", 4)], "reward at step 4 did not change significantly."),
+        ([("before", 0), ("after", 6)], "reward did not change significantly."),
     ],
 )
-def test_headline_says_what_is_known(
+def test_the_verdict_matches_the_evaluations(
     make_run: Callable[..., Path], new_evaluation: Evaluation, evaluations: list[tuple[str, int]], words: str
 ) -> None:
     text, _ = read(make_run(evaluations=[new_evaluation(*one, [[0.0], [1.0]]) for one in evaluations]))
@@ -181,40 +181,40 @@ def test_texts_of_the_run_are_escaped(make_run: Callable[..., Path]) -> None:
     hostile = "</pre><script>alert('x')</script>"
     prompt = [{"role": "user", "content": hostile}]
     row = {"step": 1, "domain": hostile, "prompt": prompt, "response": hostile, "answer": hostile}
-    (run_dir / "trajectories.jsonl").write_text(json.dumps(row | {"reward": 1.0, "value": None, "advantage": -0.5}))
+    (run_dir / "rollouts.jsonl").write_text(json.dumps(row | {"reward": 1.0, "value": None, "advantage": -0.5}))
     (run_dir / "config.yaml").write_text(json.dumps({"run_id": hostile, "model": hostile}))
     text, page = read(run_dir)
     assert "script" not in page.tags
     assert page.texts["pre"] == [f"user: {hostile}", hostile]
     assert page.texts["h1"] == [hostile]
-    assert f"Expected: {hostile}" in page.texts["p"]
+    assert f"Answer: {hostile}" in page.texts["p"]
     assert "advantage −0.50" in text
 
 
-def test_half_a_surrogate_pair_does_not_cost_the_report(make_run: Callable[..., Path]) -> None:
+def test_half_a_surrogate_pair_is_replaced(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
-    (run_dir / "trajectories.jsonl").write_text('{"step": 0, "prompt": "why", "response": "half \\ud83d"}')
+    (run_dir / "rollouts.jsonl").write_text('{"step": 0, "prompt": "why", "response": "half \\ud83d"}')
     _, page = read(run_dir)
     assert page.texts["pre"] == ["why", "half ?"]
 
 
 def test_long_texts_are_shortened_and_say_so(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
-    (run_dir / "trajectories.jsonl").write_text(json.dumps({"step": 0, "prompt": "why", "response": "a" * 2500}))
+    (run_dir / "rollouts.jsonl").write_text(json.dumps({"step": 0, "prompt": "why", "response": "a" * 2500}))
     text, _ = read(run_dir)
     assert "a" * 2000 + "… (500 more characters)" in text
     assert "a" * 2001 not in text
 
 
-def test_samples_are_from_the_beginning_and_the_end(make_run: Callable[..., Path]) -> None:
+def test_rollouts_are_from_the_beginning_and_the_end(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     rows = [json.dumps({"step": step, "prompt": f"prompt-{step}", "response": ""}) for step in range(50)]
-    (run_dir / "trajectories.jsonl").write_text("\n".join(rows))
+    (run_dir / "rollouts.jsonl").write_text("\n".join(rows))
     _, page = read(run_dir)
     assert page.texts["pre"] == [f"prompt-{step}" for step in (*range(6), *range(44, 50))]
 
 
-def test_settings_show_essentials_and_never_secrets(make_run: Callable[..., Path]) -> None:
+def test_shown_settings_contain_no_secrets(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     (run_dir / "config.yaml").write_text(
         "run: {name: sums}\n"
@@ -237,21 +237,21 @@ def test_settings_show_essentials_and_never_secrets(make_run: Callable[..., Path
 
 
 @pytest.mark.parametrize("config", [b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b""])
-def test_unreadable_settings_do_not_cost_the_report(make_run: Callable[..., Path], config: bytes) -> None:
+def test_invalid_settings_are_left_out(make_run: Callable[..., Path], config: bytes) -> None:
     run_dir = make_run()
     (run_dir / "config.yaml").write_bytes(config)
     text, _ = read(run_dir)
     assert "Settings" not in text
 
 
-def test_lines_left_out_are_owned_up_to(make_run: Callable[..., Path]) -> None:
+def test_skipped_lines_are_reported(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
-    (run_dir / "trajectories.jsonl").write_text("{")
+    (run_dir / "rollouts.jsonl").write_text("{")
     text, _ = read(run_dir)
-    assert "1 line of the run's files could not be read and is left out." in text
+    assert "1 line of the run's files is invalid and was skipped." in text
 
 
-def test_drawing_needs_no_pyplot_and_importing_no_matplotlib(make_run: Callable[..., Path]) -> None:
+def test_imports_of_matplotlib_are_late(make_run: Callable[..., Path]) -> None:
     script = (
         "import sys, pathlib; from poise.report import html; assert 'matplotlib' not in sys.modules; "
         "assert 'tensorboard' not in sys.modules; assert 'jinja2' not in sys.modules; "

@@ -17,7 +17,7 @@ def means(scores: dict[str, Any]) -> dict[str, float]:
     return {name: scores[name]["mean"] for name in score_names(scores)}
 
 
-def test_scores_are_told_overall_by_domain_and_by_task() -> None:
+def test_scores_are_overall_by_domain_and_by_task() -> None:
     table = score_table(REWARDS, DOMAINS, TASKS, 1.0)
     assert means(table["overall"]) == {"avg@2": 0.4375, "pass@1": 0.375, "pass@2": 0.5}
     assert {name: entry["num_prompts"] for name, entry in table["by_domain"].items()} == {"code": 1, "math": 3}
@@ -34,7 +34,7 @@ def test_scores_are_told_overall_by_domain_and_by_task() -> None:
     ]
 
 
-def test_a_lower_threshold_lets_more_pass_and_changes_no_average() -> None:
+def test_a_lower_threshold_raises_only_pass_at_k() -> None:
     table = score_table(REWARDS, DOMAINS, TASKS, 0.5)
     assert means(table["overall"]) == {"avg@2": 0.4375, "pass@1": 0.5, "pass@2": 0.75}
 
@@ -55,7 +55,7 @@ def test_intervals_are_bootstraps_over_prompts() -> None:
     assert scores["pass@4"] == {"mean": any_passed.mean, "low": any_passed.low, "high": any_passed.high}
 
 
-def test_a_table_is_read_back_and_nothing_else_is() -> None:
+def test_only_valid_tables_are_read() -> None:
     table = score_table(REWARDS, DOMAINS, TASKS, 1.0)
     assert read_table(table) == table
     broken = score_table(REWARDS, DOMAINS, TASKS, 1.0)

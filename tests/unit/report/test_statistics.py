@@ -15,13 +15,13 @@ def test_interval_of_many_prompts_is_the_normal_one() -> None:
     assert interval.high == pytest.approx(rewards.mean() + half_width, abs=half_width / 10)
 
 
-def test_prompts_and_not_rollouts_are_the_unit() -> None:
+def test_intervals_are_over_prompts() -> None:
     one_each = [[1.0]] * 10 + [[0.0]] * 10
     hundred_each = [[1.0] * 100] * 10 + [[0.0] * 100] * 10
     assert bootstrap_interval(hundred_each) == bootstrap_interval(one_each)
 
 
-def test_prompts_weigh_alike_whatever_their_number_of_rollouts() -> None:
+def test_prompts_have_equal_weight() -> None:
     assert bootstrap_interval([[1.0], [0.0, 0.0, 0.0]]).mean == 0.5
 
 
@@ -43,8 +43,8 @@ def test_one_prompt_has_no_width() -> None:
 
 
 @pytest.mark.parametrize("rewards", [[], [[], []]])
-def test_nothing_to_average_is_an_error(rewards: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match="at least one prompt"):
+def test_an_interval_needs_rewards(rewards: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="no prompt with a reward"):
         bootstrap_interval(rewards)
 
 
@@ -56,10 +56,10 @@ def test_pairing_removes_the_spread_between_prompts() -> None:
     assert bootstrap_interval(after).low < bootstrap_interval(before).high
 
 
-def test_paired_difference_leaves_out_prompts_without_rewards_on_a_side() -> None:
+def test_paired_difference_ignores_missing_rewards() -> None:
     assert paired_interval([[0.0], [], [0.5]], [[1.0], [1.0], []]).mean == 1.0
 
 
-def test_paired_difference_of_other_prompts_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 before and 1 after"):
+def test_paired_difference_needs_the_same_prompts() -> None:
+    with pytest.raises(ValueError, match="2 prompts before and 1 after"):
         paired_interval([[0.0], [1.0]], [[1.0]])

@@ -50,7 +50,7 @@ def test_advantage_variance_is_also_given_for_the_probe_alone(make_run: Callable
     }
 
 
-def test_probe_is_judged_on_the_later_half_of_its_steps(make_run: Callable[..., Path]) -> None:
+def test_probe_quality_covers_the_second_half(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(6)
     early = '{"step": 2, "predicted": [0.0, 1.0], "realised": [1.0, 0.0], "domain": ["a", "a"]}'
     late = '{"step": 3, "predicted": [0.2, 0.7], "realised": [0.0, 1.0], "domain": ["b", "a"]}'
@@ -121,9 +121,7 @@ def test_held_out_numbers_are_those_of_the_evaluations(
     assert held_out["difference"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
-def test_other_prompts_after_than_before_are_not_paired(
-    make_run: Callable[..., Path], new_evaluation: Evaluation
-) -> None:
+def test_different_prompts_are_not_paired(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     evaluations = [new_evaluation("before", 0, [[0.0]] * 3), new_evaluation("after", 6, [[1.0]] * 4)]
     held_out = summarise(make_run(evaluations=evaluations))["held_out"]
     assert held_out["difference"] is None
@@ -137,7 +135,7 @@ def test_summary_of_an_empty_folder_is_plain_json(tmp_path: Path) -> None:
     assert (summary["num_steps"], summary["held_out"], summary["probe"], summary["wall_s"]) == (0, None, None, None)
 
 
-def test_writing_leaves_nothing_else_behind(make_run: Callable[..., Path]) -> None:
+def test_writing_leaves_no_other_files(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     names = {path.name for path in run_dir.iterdir()}
     write_summary(run_dir)
@@ -145,9 +143,7 @@ def test_writing_leaves_nothing_else_behind(make_run: Callable[..., Path]) -> No
     assert {path.name for path in run_dir.iterdir()} == names | {"summary.json"}
 
 
-def test_scores_are_summarised_as_they_were_told_and_none_where_they_were_not(
-    make_run: Callable[..., Path], new_evaluation: Evaluation
-) -> None:
+def test_scores_are_summarised_if_present(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     table = score_table([[0.0, 1.0]] * 2, ["a", "b"], ["t", "t"], 1.0)
     before, after = new_evaluation("before", 0, [[0.0]] * 2), new_evaluation("after", 6, [[0.0, 1.0]] * 2)
     held_out = summarise(make_run(evaluations=[before, after | {"scores": table}]))["held_out"]

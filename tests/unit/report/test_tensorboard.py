@@ -37,7 +37,7 @@ def test_numbers_become_scalars_named_by_their_path(tmp_path: Path, new_step_met
     assert not {"step", "algorithm", "baseline/source"} & set(scalars)
 
 
-def test_what_is_no_finite_number_is_left_out(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_left_out(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path)
     log.write({"step": 4, "a": None, "b": float("nan"), "c": float("inf"), "d": [1.0], "e": "1", "f": 7})
     log.close()
@@ -65,7 +65,7 @@ def test_resumed_run_adds_a_file_and_repeats_no_step(tmp_path: Path) -> None:
     assert read(tmp_path) == {"reward": [(0, 0.0), (1, 0.0), (2, 1.0), (3, 1.0), (4, 1.0)]}
 
 
-def test_metrics_without_a_step_are_refused(tmp_path: Path) -> None:
+def test_metrics_without_a_step_are_rejected(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path)
     with pytest.raises(KeyError, match="step"):
         log.write({"reward": 1.0})
@@ -78,7 +78,7 @@ def test_closing_twice_is_fine(tmp_path: Path) -> None:
     log.close()
 
 
-def test_writing_never_asks_for_tensorflow(tmp_path: Path) -> None:
+def test_writing_does_not_import_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     script = (

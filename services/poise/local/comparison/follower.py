@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from poise.local.run_file import LocalRun
-from poise.orchestrator.budget import Spent
-from poise.orchestrator.progress import clock
+from poise.orchestrator.budget import Usage
+from poise.orchestrator.progress import format_duration
 from poise.runtime.cli.broken_pipe import OutputClosed
 
 _POLL_S = 1.0
@@ -80,8 +80,8 @@ class Follower:
             self._status.update(f"{self._where}: {self._progress(rows[-1])}")
 
     def _progress(self, row: dict[str, Any]) -> str:
-        spent = Spent(row["step"] + 1, row["tokens"], row["wall_s"])
-        share = min(1.0, self._run.train.limits.share(spent))
+        spent = Usage(row["step"] + 1, row["tokens"], row["wall_s"])
+        share = min(1.0, self._run.train.limits.fraction(spent))
         return f"{describe_spent(spent)}, {share:.0%} of the budget, reward {row['reward']['mean']:.3f}"
 
 
@@ -96,10 +96,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def describe_evaluation(row: dict[str, Any]) -> str:
     """Return a row of evaluations.jsonl as text."""
     means = [sum(rewards) / len(rewards) for rewards in row["rewards"]]
-    spent = Spent(row["step"], row["tokens"], row["wall_s"])
+    spent = Usage(row["step"], row["tokens"], row["wall_s"])
     return f"held-out reward {sum(means) / len(means):.3f} after {describe_spent(spent)}"
 
 
-def describe_spent(spent: Spent) -> str:
+def describe_spent(spent: Usage) -> str:
     """Return what a run has spent as text."""
-    return f"{spent.num_steps} steps, {spent.tokens} tokens, {clock(spent.wall_s)}"
+    return f"{spent.num_steps} steps, {spent.tokens} tokens, {format_duration(spent.wall_s)}"

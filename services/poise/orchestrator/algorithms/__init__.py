@@ -1,1 +1,1 @@
-"""How rewards become advantages: POISE and its rivals, behind one interface."""
+"""How rewards become advantages: POISE and the algorithms it is compared with, behind one interface."""

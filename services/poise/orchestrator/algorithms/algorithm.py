@@ -1,7 +1,6 @@
-"""What an algorithm is to the loop: which groups it keeps, what its advantages are, what it remembers.
+"""The interface of an algorithm: which groups it keeps, which baselines it uses, which state it carries between steps.
 
-Owns the interface alone. A new algorithm is a module with its options and a subclass of `Algorithm`, and the name of
-its options in `registry`.
+To add one, write a module with its options and a subclass of `Algorithm`, and add the options to `registry`.
 """
 
 from __future__ import annotations
@@ -9,55 +8,55 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines
 from poise.runtime.config.settings import StrictModel
 from poise_client.types import GroupBaselines
 
-AskProbe = Callable[[], Awaitable[Sequence[GroupBaselines]]]
-"""Asks the value service for the baselines of the step's groups, in their order."""
+EstimateBaselines = Callable[[], Awaitable[Sequence[GroupBaselines]]]
+"""Requests the baselines of the step's groups, in their order, from the value service."""
 
-Memory = Mapping[str, Any]
-"""JSON values: what a step adds to what an algorithm knows."""
+State = Mapping[str, Any]
+"""JSON values that one step adds to an algorithm's state."""
 
 
 class Algorithm:
-    """One run's. Its methods are called step by step, in order; a resumed run `recall`s the steps before."""
+    """An algorithm of one run. The loop calls it once for each step, in order."""
 
     max_draws: int = 1
-    """How many times a step may draw its prompts to have enough groups that it keeps."""
+    """How many times a step may draw prompts until `keeps` accepted enough groups."""
 
     def keeps(self, group: ScoredGroup) -> bool:
-        """Whether a group is trained on. Those that are not were sampled for nothing, and count as sampled."""
+        """Return whether to train on a group. The tokens of other groups still count toward the budget."""
         return True
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
-        """Return the baselines of a step's groups, from what is known before any label of it has left."""
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
+        """Return the baselines of a step's groups. No label of the step has been published at this point."""
         raise NotImplementedError
 
-    def remember(self, scored: Sequence[ScoredGroup]) -> Memory:
-        """Return what is to be known of this step from the next one on; it is kept with the step."""
+    def step_state(self, groups: Sequence[ScoredGroup]) -> State:
+        """Return the state that later steps need from this step. The loop stores it with the step."""
         return {}
 
-    def recall(self, memory: Memory) -> None:
-        """Take up what `remember` gave: once for each step, in order."""
+    def load_step_state(self, state: State) -> None:
+        """Apply the result of `step_state`. The loop calls it once for each step, in order; also when it resumes."""
 
 
 class AlgorithmOptions(StrictModel):
-    """Options of one algorithm. A subclass names it by `kind`."""
+    """Options of an algorithm. `kind` is its name."""
 
     min_rollouts: ClassVar[int] = 2
-    """Rollouts of a prompt that it needs at least."""
+    """Fewest rollouts of a prompt."""
     needs_probe: ClassVar[bool] = False
-    """Whether the value service is asked, and told the labels."""
+    """Whether baselines come from the value service, which then needs labels."""
     needs_critic: ClassVar[bool] = False
-    """Whether the learner's critic makes the advantages: it is sent rewards."""
+    """Whether the learner's critic computes the advantages from rewards."""
     usual_rollouts: ClassVar[int] = 8
-    """Rollouts of a prompt that it is used with."""
+    """Default number of rollouts of a prompt."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """Return the algorithm, for responses of at most `max_tokens` tokens."""
         raise NotImplementedError
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
-        """Return the settings of the learner that belong to it, where they are not the learner's defaults."""
+        """Return the learner's settings that belong to the algorithm and differ from the defaults."""
         return {}

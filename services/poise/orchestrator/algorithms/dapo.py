@@ -1,4 +1,4 @@
-"""DAPO (arXiv 2503.14476): GRPO with dynamic sampling, overlong shaping, clip-higher and a token mean."""
+"""DAPO (arXiv 2503.14476): GRPO with dynamic sampling, overlong penalty, clip-higher and token-mean loss."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from poise.algorithms import group_baselines
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, lengths_of
+from poise.algorithms.group_baselines import group_mean, overlong_penalty
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, lengths_of, rewards_of
 
 
 class DapoOptions(AlgorithmOptions):
-    """DAPO: GRPO on groups of unequal rewards alone; others are dropped, and more are sampled. The learner's defaults
-    are its clip-higher and token mean."""
+    """DAPO: GRPO on groups of unequal rewards. Other groups are dropped, and more prompts are sampled instead. The
+    learner's defaults are its clip-higher and token-mean loss."""
 
     kind: Literal["dapo"] = "dapo"
     """This algorithm."""
     max_draws: int = Field(4, ge=1, le=64)
-    """How many times a step may draw its prompts to fill up with groups of unequal rewards; it then trains on those it
-    has. 1 draws once."""
+    """How many times a step may draw prompts to fill its batch with groups of unequal rewards. It then trains on the
+    groups it has. 1 draws once."""
     overlong_margin_tokens: int = Field(0, ge=0)
-    """The last so many tokens before `sampling.max_tokens` cost reward, linearly, up to 1 at the end; 0: none do."""
+    """Length of the penalty zone before `sampling.max_tokens`. The penalty grows linearly to 1 at its end. 0 disables
+    it."""
     std_normalisation: bool = True
     """Divide by the standard deviation of the group's rewards."""
 
@@ -32,7 +33,7 @@ class DapoOptions(AlgorithmOptions):
 
 
 class Dapo(Algorithm):
-    """Keeps what teaches."""
+    """Trains on groups of unequal rewards."""
 
     def __init__(self, options: DapoOptions, max_tokens: int) -> None:
         self._options = options
@@ -40,15 +41,14 @@ class Dapo(Algorithm):
         self.max_draws = options.max_draws
 
     def keeps(self, group: ScoredGroup) -> bool:
-        """See `Algorithm`: whether its rewards, before shaping, differ."""
+        """See `Algorithm`: whether the rewards, before the penalty, differ."""
         return bool(group.rewards.min() < group.rewards.max())
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
-        margin = min(self._options.overlong_margin_tokens, self._max_tokens)
-        penalties = None
-        if margin:
-            penalties = [group_baselines.overlong_penalty(n, self._max_tokens, margin) for n in lengths_of(scored)]
-        shaped = [item.rewards if penalties is None else item.rewards + penalties[i] for i, item in enumerate(scored)]
-        centring = group_baselines.group_mean(shaped, divide=self._options.std_normalisation)
-        return centred(scored, "group", centring, penalties)
+        rewards, penalties = rewards_of(groups), []
+        if margin := min(self._options.overlong_margin_tokens, self._max_tokens):
+            penalties = [overlong_penalty(lengths_n, self._max_tokens, margin) for lengths_n in lengths_of(groups)]
+            rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
+        scaled = group_mean(rewards, divide=self._options.std_normalisation)
+        return StepBaselines(scaled.baselines, "group", scales=scaled.scales, penalties=penalties)

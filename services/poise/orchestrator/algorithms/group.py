@@ -1,48 +1,49 @@
-"""Baselines from the rewards of a step alone: RLOO, GRPO, Dr. GRPO, OPO, REINFORCE++.
+"""Algorithms whose baselines need only the step's rewards: RLOO, GRPO, Dr. GRPO, OPO, REINFORCE++.
 
-`algorithms.group_baselines` has the formulas.
+The formulas are in `poise.algorithms.group_baselines`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
-from poise.algorithms import group_baselines
-from poise.algorithms.group_baselines import Centring
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, lengths_of, rewards_of
+from poise.algorithms.group_baselines import ScaledBaselines, group_mean, length_weighted_mean, rloo, whitened
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, lengths_of, rewards_of
 
 PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}
-"""The symmetric clip that GRPO's family was published with."""
+"""The symmetric clip range of PPO, GRPO and Dr. GRPO."""
 
 
-class Rewards(Algorithm):
-    """Of the rewards and lengths of all groups, whatever function it is given."""
+class RewardBaselines(Algorithm):
+    """Computes baselines from the rewards and response lengths of the step."""
 
-    def __init__(self, source: str, centre: Callable[[Sequence[ScoredGroup]], Centring]) -> None:
+    def __init__(self, source: str, formula: Callable[[Sequence[ScoredGroup]], ScaledBaselines]) -> None:
+        """Use `formula`; `source` is the name of the baseline in metrics.jsonl."""
         self._source = source
-        self._centre = centre
+        self._formula = formula
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
-        return centred(scored, self._source, self._centre(scored))
+        scaled = self._formula(groups)
+        return StepBaselines(scaled.baselines, self._source, scales=scaled.scales)
 
 
 class RlooOptions(AlgorithmOptions):
-    """REINFORCE leave-one-out: the mean of the siblings' rewards."""
+    """REINFORCE leave-one-out: the baseline is the mean reward of the siblings."""
 
     kind: Literal["rloo"] = "rloo"
     """This algorithm."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("group", lambda scored: group_baselines.rloo(rewards_of(scored)))
+        return RewardBaselines("group", lambda groups: rloo(rewards_of(groups)))
 
 
 class GrpoOptions(AlgorithmOptions):
-    """GRPO: the group's mean reward, divided by its standard deviation; every rollout counts the same in the loss."""
+    """GRPO: the baseline is the group's mean reward, the scale its standard deviation. The loss weighs all rollouts
+    equally."""
 
     kind: Literal["grpo"] = "grpo"
     """This algorithm."""
@@ -51,8 +52,7 @@ class GrpoOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        centre = partial(group_baselines.group_mean, divide=self.std_normalisation)
-        return Rewards("group", lambda scored: centre(rewards_of(scored)))
+        return RewardBaselines("group", lambda groups: group_mean(rewards_of(groups), divide=self.std_normalisation))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
@@ -60,14 +60,14 @@ class GrpoOptions(AlgorithmOptions):
 
 
 class DrGrpoOptions(AlgorithmOptions):
-    """Dr. GRPO: the group's mean reward, divided by nothing; in the loss every token counts the same, everywhere."""
+    """Dr. GRPO: the baseline is the group's mean reward, without a scale. The loss weighs all tokens equally."""
 
     kind: Literal["dr_grpo"] = "dr_grpo"
     """This algorithm."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("group", lambda scored: group_baselines.group_mean(rewards_of(scored), divide=False))
+        return RewardBaselines("group", lambda groups: group_mean(rewards_of(groups), divide=False))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
@@ -75,20 +75,18 @@ class DrGrpoOptions(AlgorithmOptions):
 
 
 class OpoOptions(AlgorithmOptions):
-    """OPO: the group's mean reward, weighted by the responses' lengths."""
+    """OPO: the baseline is the group's mean reward, weighted by response length."""
 
     kind: Literal["opo"] = "opo"
     """This algorithm."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards(
-            "group", lambda scored: group_baselines.length_weighted_mean(rewards_of(scored), lengths_of(scored))
-        )
+        return RewardBaselines("group", lambda groups: length_weighted_mean(rewards_of(groups), lengths_of(groups)))
 
 
 class ReinforcePpOptions(AlgorithmOptions):
-    """REINFORCE++: rewards whitened over the whole batch."""
+    """REINFORCE++: rewards are whitened over the whole batch."""
 
     min_rollouts: ClassVar[int] = 1
     kind: Literal["reinforce_pp"] = "reinforce_pp"
@@ -96,7 +94,7 @@ class ReinforcePpOptions(AlgorithmOptions):
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return Rewards("batch", lambda scored: group_baselines.whitened(rewards_of(scored)))
+        return RewardBaselines("batch", lambda groups: whitened(rewards_of(groups)))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""

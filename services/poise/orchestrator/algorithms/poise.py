@@ -1,24 +1,25 @@
-"""POISE: the probe's cross-rollout baselines (arXiv 2605.07579, DESIGN §2)."""
+"""POISE: cross-rollout baselines from the value service's probe (arXiv 2605.07579)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
-from poise.orchestrator.sampling.step_arithmetic import Bootstrap, ScoredGroup, StepBaselines, choose_baselines
+from poise.algorithms.baselines import batch_mean, mean_of_others
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, rewards_of
 
 
 class PoiseOptions(AlgorithmOptions):
-    """The probe's cross-rollout baselines: what the siblings' hidden states and rewards let expect."""
+    """POISE: the baseline is the probe's value of the siblings, predicted from their hidden states and rewards."""
 
     needs_probe: ClassVar[bool] = True
     usual_rollouts: ClassVar[int] = 2
     kind: Literal["poise"] = "poise"
     """This algorithm."""
-    bootstrap: Bootstrap = "rloo"
-    """Baseline of a domain while it has no probe: the siblings' mean reward, or `batch_mean`, that of the other
-    prompts."""
+    bootstrap: Literal["rloo", "batch_mean"] = "rloo"
+    """Baseline of a domain that has no probe yet: `rloo`, the mean reward of the siblings, or `batch_mean`, the mean
+    reward of the step's other prompts."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
@@ -26,11 +27,23 @@ class PoiseOptions(AlgorithmOptions):
 
 
 class Poise(Algorithm):
-    """Asks the probe, which learns from every step."""
+    """Uses the probe's baselines, and the bootstrap baselines for domains without a probe."""
 
     def __init__(self, options: PoiseOptions) -> None:
         self._bootstrap = options.bootstrap
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
-        return choose_baselines(scored, await ask_probe(), self._bootstrap)
+        answers, rewards = await estimate(), rewards_of(groups)
+        fallback = batch_mean(rewards) if self._bootstrap == "batch_mean" else [mean_of_others(r) for r in rewards]
+        num_probed = sum(answer.values is not None for answer in answers)
+        return StepBaselines(
+            [
+                spare if answer.baselines is None else answer.baselines
+                for answer, spare in zip(answers, fallback, strict=True)
+            ],
+            source="probe" if num_probed == len(answers) else "mixed" if num_probed else "bootstrap",
+            values=[answer.values for answer in answers],
+            probe_versions={item.domain: each.probe_version for item, each in zip(groups, answers, strict=True)},
+            up_to_date=all(answer.up_to_date for answer in answers),
+        )

@@ -1,17 +1,19 @@
-"""PPO: a critic of the policy's own size, trained beside it by the learner, and advantages token by token (GAE)."""
+"""PPO: the learner trains a critic of the policy's own size, which gives token advantages by GAE."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe
+import numpy as np
+
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
 from poise.orchestrator.algorithms.group import PPO_CLIP
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, left_to_critic
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines
 
 
 class PpoOptions(AlgorithmOptions):
-    """PPO: the learner's critic says what each token's state let expect; `learner.critic` has its settings."""
+    """PPO: the learner's critic predicts the value of each token. Its settings are in `learner.critic`."""
 
     min_rollouts: ClassVar[int] = 1
     needs_critic: ClassVar[bool] = True
@@ -29,8 +31,8 @@ class PpoOptions(AlgorithmOptions):
 
 
 class Ppo(Algorithm):
-    """Leaves it to the critic."""
+    """Leaves the advantages to the learner's critic."""
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
-        return left_to_critic(scored)
+        return StepBaselines([np.zeros_like(item.rewards) for item in groups], "critic")

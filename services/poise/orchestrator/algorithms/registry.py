@@ -1,4 +1,4 @@
-"""The algorithms there are, by name. One more is one more name in the union."""
+"""All algorithms, by name. To add one, add its options to the union."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from poise.orchestrator.algorithms.ppo import PpoOptions
 from poise.orchestrator.algorithms.spo import SpoOptions
 
 
-def _by_one_word(value: Any) -> Any:
+def _options_of_name(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -34,5 +34,5 @@ _Name = Annotated[
     str, Field(json_schema_extra={"enum": [cls.model_fields["kind"].default for cls in get_args(AnyOptions)]})
 ]
 
-AlgorithmConfig = Annotated[_Options, BeforeValidator(_by_one_word, json_schema_input_type=_Name | _Options)]
-"""Settings of an algorithm: its name, or its name as `kind` and its options."""
+AlgorithmConfig = Annotated[_Options, BeforeValidator(_options_of_name, json_schema_input_type=_Name | _Options)]
+"""Settings of an algorithm: its name, or a mapping of `kind` and options."""

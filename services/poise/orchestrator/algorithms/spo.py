@@ -1,4 +1,4 @@
-"""SPO (arXiv 2509.13232): one rollout a prompt, against what that prompt's own past let expect."""
+"""SPO (arXiv 2509.13232): one rollout of each prompt, with a tracker of the prompt's past rewards as the baseline."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from poise.algorithms import group_baselines
-from poise.algorithms.group_baselines import Centring
+from poise.algorithms.group_baselines import ScaledBaselines, whitened
 from poise.algorithms.spo_tracker import BetaTracker
-from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, AskProbe, Memory
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup, StepBaselines, centred, rewards_of
+from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines, State
+from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, rewards_of
 
 KEY_CHARS = 16
-"""Of a prompt's identity, hexadecimal: enough to tell a billion prompts apart."""
+"""Length of a tracker's key, in hexadecimal digits of the prompt's hash: unique for a billion prompts."""
 
 
 class SpoOptions(AlgorithmOptions):
-    """SPO: a tracker of each prompt's rewards so far, used before it learns the step's own."""
+    """SPO: the baseline is a tracker of the prompt's rewards in earlier steps."""
 
     min_rollouts: ClassVar[int] = 1
     usual_rollouts: ClassVar[int] = 1
     kind: Literal["spo"] = "spo"
     """This algorithm."""
     half_life_visits: float = Field(8.0, gt=0)
-    """Visits to a prompt after which a reward counts half: the policy that earned it is gone."""
+    """Visits to a prompt after which a reward counts half, because the policy has changed since."""
     prior_value: float = Field(0.5, gt=0, lt=1)
-    """What is expected of a prompt never seen."""
+    """Baseline of a prompt before its first visit."""
     prior_strength: float = Field(1.0, gt=0)
-    """As firmly as so many rollouts would have it expected."""
+    """Weight of the prior, in rollouts."""
     batch_normalisation: bool = True
     """Whiten the advantages over the batch."""
 
@@ -40,7 +39,7 @@ class SpoOptions(AlgorithmOptions):
 
 
 class Spo(Algorithm):
-    """Remembers every prompt that it saw."""
+    """Keeps a tracker of every prompt."""
 
     def __init__(self, options: SpoOptions) -> None:
         self._options = options
@@ -48,27 +47,24 @@ class Spo(Algorithm):
         self._prior = BetaTracker.prior(options.prior_value, options.prior_strength)
         self._trackers: dict[str, BetaTracker] = {}
 
-    async def baselines(self, scored: Sequence[ScoredGroup], ask_probe: AskProbe) -> StepBaselines:
+    async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
-        values = [np.full(item.rewards.shape, self._tracker(item).value, np.float32) for item in scored]
-        rewards = rewards_of(scored)
-        ones = [np.ones(r.shape, np.float32) for r in rewards]
+        values = [np.full(item.rewards.shape, self._tracker(item).value, np.float32) for item in groups]
         normalise = self._options.batch_normalisation
-        return centred(
-            scored, "tracker", group_baselines.whitened(rewards, values) if normalise else Centring(values, ones)
-        )
+        scaled = whitened(rewards_of(groups), values) if normalise else ScaledBaselines(values)
+        return StepBaselines(scaled.baselines, "tracker", scales=scaled.scales)
 
-    def remember(self, scored: Sequence[ScoredGroup]) -> Memory:
-        """See `Algorithm`: the trackers of the step's prompts, after it."""
+    def step_state(self, groups: Sequence[ScoredGroup]) -> State:
+        """See `Algorithm`: the trackers of the step's prompts, with the step's rewards."""
         after: dict[str, BetaTracker] = {}
-        for item in scored:
+        for item in groups:
             key = _key(item)
             after[key] = after.get(key, self._tracker(item)).after(item.rewards, self._discount)
         return {"trackers": {key: [tracker.successes, tracker.failures] for key, tracker in after.items()}}
 
-    def recall(self, memory: Memory) -> None:
+    def load_step_state(self, state: State) -> None:
         """See `Algorithm`."""
-        trackers: Mapping[str, Any] = memory.get("trackers", {})
+        trackers: Mapping[str, Any] = state.get("trackers", {})
         self._trackers |= {key: BetaTracker(*counts) for key, counts in trackers.items()}
 
     def _tracker(self, item: ScoredGroup) -> BetaTracker:
@@ -76,4 +72,4 @@ class Spo(Algorithm):
 
 
 def _key(item: ScoredGroup) -> str:
-    return item.prompt_key[:KEY_CHARS]
+    return item.problem.prompt_key[:KEY_CHARS]

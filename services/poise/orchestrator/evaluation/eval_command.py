@@ -1,9 +1,7 @@
-"""`poise eval`: one measurement of what is served, told as a table and kept as files.
+"""`poise eval`: one evaluation of the served weights, printed as a table and written to files.
 
-    generations.jsonl   every rollout, a line each
-    evaluation.json     the scores with their intervals, and how they were sampled
-
-Knows neither who started the services nor where a model came from.
+generations.jsonl   all rollouts, one line each
+evaluation.json     scores with their intervals, and the sampling options
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ from rich.console import Console
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError
 from poise.orchestrator.evaluation.evaluator import Evaluator
-from poise.orchestrator.progress import MeasurementWatcher
+from poise.orchestrator.progress import EvaluationProgress
 from poise.orchestrator.rewards.pool import VerifierPool
 from poise.orchestrator.sampling.scoring import Scorer
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.data_check import check_data
 from poise.orchestrator.tasks.mixture import Mixture
@@ -37,26 +35,26 @@ from poise.runtime.files.atomic import write_file, write_lines
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured."""
+class EvaluatedModel:
+    """The weights to evaluate."""
 
-    model: str
-    """What the weights are, for people and for evaluation.json."""
-    is_served: bool
-    """By services that hold a learner's policy; else by a generation service alone, which knows no versions."""
+    name: str
+    """Name or path, for messages and evaluation.json."""
+    is_policy: bool
+    """Whether a run's services serve it as their current policy; otherwise a generation service without a learner."""
     policy_version: int | None = None
-    """Of weights that a learner made; of what is served, the learner tells."""
+    """Version of a checkpoint. Unknown for other models; the learner reports it for a current policy."""
 
 
 def load_held_out(config: OrchestratorConfig) -> Mixture:
-    """Return the tasks, with as many held-out problems as are to be measured.
+    """Return the tasks, checked for enough held-out problems.
 
     Raises:
-        ConfigError: that is none.
-        TaskError: there are too few, or something is wrong with a task.
+        ConfigError: `evaluation.num_prompts` is 0.
+        TaskError: there are too few held-out problems, or a task is invalid.
     """
     if not config.evaluation.num_prompts:
-        raise ConfigError("evaluation.num_prompts: is 0, which leaves nothing to measure; set it to 1 or more")
+        raise ConfigError("evaluation.num_prompts is 0; set it to 1 or more to evaluate")
     mixture = Mixture(config.tasks, config.seed, config.on_bad_row)
     mixture.held_out(config.evaluation.num_prompts)
     return mixture
@@ -64,18 +62,18 @@ def load_held_out(config: OrchestratorConfig) -> Mixture:
 
 @contextlib.contextmanager
 def evaluation_folder(path: Path) -> Iterator[Path]:
-    """Make the folder that a measurement goes to; an interrupt before its end removes what was made.
+    """Create the folder of an evaluation; delete it if the evaluation is interrupted.
 
     Raises:
-        ConfigError: it cannot be made, or holds a measurement.
+        ConfigError: it cannot be created, or contains an evaluation.
     """
     if (path / "evaluation.json").exists():
-        raise ConfigError(f"--out: {path} holds an evaluation already; name another folder")
+        raise ConfigError(f"--out: {path} already contains an evaluation; use another folder")
     is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be used: {error}") from error
+        raise ConfigError(f"--out: {path} is not usable: {error}") from error
     try:
         yield path
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -83,45 +81,47 @@ def evaluation_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a measurement that left nothing
+        with contextlib.suppress(OSError):  # only an empty folder
             path.rmdir()
 
 
-async def measure(config: OrchestratorConfig, mixture: Mixture, subject: Subject, folder: Path, as_json: bool) -> None:
-    """Measure what `config.endpoints` serve, write it into `folder` and print it.
+async def evaluate_served(
+    config: OrchestratorConfig, mixture: Mixture, model: EvaluatedModel, folder: Path, as_json: bool
+) -> None:
+    """Evaluate the weights that `config.endpoints` serve, write the result into `folder` and print it.
 
     Raises:
         RunError: the services are not up.
-        PoiseClientError: one refuses.
+        PoiseClientError: a service failed with a permanent error.
     """
     console = OutputConsole()
-    watcher = MeasurementWatcher(config.evaluation.num_prompts, Console(file=sys.stderr), config.logging)
-    stopping = asyncio.Event()  # an interrupt ends it at once
-    version = subject.policy_version
-    async with Services(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:
-        evaluator = Evaluator(config, RunFolder(config.run_dir), mixture, Scorer(services, verifiers), watcher)
-        with watcher:
-            if subject.is_served:
+    progress = EvaluationProgress(config.evaluation.num_prompts, Console(file=sys.stderr), config.logging)
+    stopping = asyncio.Event()  # never set: an interrupt ends the command at once
+    version = model.policy_version
+    async with ServiceClients(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:
+        evaluator = Evaluator(config, RunFolder(config.run_dir), mixture, Scorer(services, verifiers), progress)
+        with progress:
+            if model.is_policy:
                 version = await _served_version(services, config)
             else:
                 await services.wait_for_generation()
-            await check_data(config, mixture, services, watcher.say)
-            at_least = version if version is not None and subject.is_served else 0
-            measurement = await evaluator.measure("now", version or 0, at_least)
-    about = {"model": subject.model, "policy_version": version}
-    evaluation = {"run_id": config.run_id} | measurement.line | about | {"generations": "generations.jsonl"}
-    of_each = {} if subject.is_served else {"policy_versions": [] if version is None else [version]}
-    write_lines(folder / "generations.jsonl", (line | of_each for line in measurement.generations()))
+            await check_data(config, mixture, services, progress.print)
+            at_least = version if version is not None and model.is_policy else 0
+            found = await evaluator.measure("now", version or 0, at_least)
+    about = {"model": model.name, "policy_version": version, "generations": "generations.jsonl"}
+    evaluation = {"run_id": config.run_id} | found.line | about
+    versions = {} if model.is_policy else {"policy_versions": [] if version is None else [version]}
+    write_lines(folder / "generations.jsonl", (line | versions for line in found.generations()))
     write_file(folder / "evaluation.json", (json.dumps(evaluation, indent=2, allow_nan=False) + "\n").encode())
     text = json.dumps(evaluation) if as_json else "\n".join([*describe(evaluation), f"written to {folder}"])
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-async def _served_version(services: Services, config: OrchestratorConfig) -> int:
-    if not await services.is_learner_there():
+async def _served_version(services: ServiceClients, config: OrchestratorConfig) -> int:
+    if not await services.is_learner_reachable():
         raise RunError(
-            f"no learner answers at {config.endpoints.learner}: start the services with `poise up` and the same "
-            "options, or measure without them: `poise eval --model FOLDER` takes any model, `--checkpoint` the run's "
+            f"no learner answers at {config.endpoints.learner}. Start the services with `poise up` and the same "
+            "options, or evaluate without them: `poise eval --model FOLDER` takes any model, `--checkpoint` the run's "
             "newest checkpoint"
         )
     await services.wait_until_up(with_value=False)
@@ -129,19 +129,19 @@ async def _served_version(services: Services, config: OrchestratorConfig) -> int
 
 
 def describe(evaluation: Mapping[str, Any]) -> list[str]:
-    """Return the lines that people are shown of evaluation.json."""
+    """Return an evaluation as lines of text."""
     version = "" if evaluation["policy_version"] is None else f", policy version {evaluation['policy_version']}"
     sampling = evaluation["sampling"]
     lines = [
         f"{evaluation['model']}{version}",
         f"{evaluation['num_prompts']} held-out prompts x {evaluation['rollouts_per_prompt']} rollouts at temperature "
         f"{sampling['temperature']:g}, top_p {sampling['top_p']:g}, in {evaluation['seconds']:.0f} s; a rollout passes "
-        f"at reward {evaluation['pass_threshold']:g}; 95 % intervals over prompts",
+        f"with a reward of at least {evaluation['pass_threshold']:g}; 95 % intervals over prompts",
         "",
         *_table(evaluation["scores"]),
     ]
     if errors := evaluation["verifier_errors"]:
-        lines.append(f"{errors} rollouts could not be verified and count as 0")
+        lines.append(f"the verifier failed on {errors} rollouts; their reward is 0")
     return [*lines, ""]
 
 

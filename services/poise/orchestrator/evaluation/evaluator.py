@@ -1,44 +1,41 @@
-"""Measuring the policy on prompts it never trains on, once each time that it is due."""
+"""Evaluation of a run's policy on held-out prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from poise.orchestrator.budget import Spent, passes_multiple
-from poise.orchestrator.callbacks import Phases, Watcher
+from poise.orchestrator.budget import Usage, passes_multiple
+from poise.orchestrator.callbacks import Callbacks, PhaseTimer
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import SettingsError
-from poise.orchestrator.sampling.scoring import Scorer, sampling_seed
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup
-from poise.orchestrator.storage.disk_retry import Storage
+from poise.orchestrator.sampling.scored_groups import ScoredGroup
+from poise.orchestrator.sampling.scoring import Scorer, sampling_options, sampling_seed
+from poise.orchestrator.storage.disk_retry import DiskRetry
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.mixture import Mixture
-from poise.orchestrator.tasks.problem import Problem
 from poise.report.scores import score_table
-from poise_client.types import Sampling
 
 EVALUATION_SUFFIX = ":evaluation"
-"""Rollouts of evaluations belong to a run of their own name: none of them can be taken for training data."""
+"""Suffix of the run id of evaluation rollouts. It keeps them apart from training rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """What came of an evaluation."""
+class Evaluation:
+    """The result of an evaluation."""
 
     line: dict[str, Any]
-    """A line of evaluations.jsonl."""
-    problems: Sequence[Problem]
-    scored: Sequence[ScoredGroup]
-    """Of each problem."""
+    """Its line of evaluations.jsonl."""
+    groups: list[ScoredGroup]
 
     def generations(self) -> Iterator[dict[str, Any]]:
-        """Yield a line of every rollout: what was asked, what was answered, and what that was worth."""
-        for index, (problem, item) in enumerate(zip(self.problems, self.scored, strict=True)):
+        """Yield a line for every rollout: prompt, response, reward."""
+        for index, item in enumerate(self.groups):
+            problem = item.problem
             for rollout, reward in zip(item.group.rollouts, item.rewards.tolist(), strict=True):
                 yield {
                     "when": self.line["when"],
@@ -58,7 +55,7 @@ class Measurement:
 
 
 class Evaluator:
-    """Measures one run's policy."""
+    """Evaluates the policy of one run when it is due."""
 
     def __init__(
         self,
@@ -66,93 +63,88 @@ class Evaluator:
         folder: RunFolder,
         mixture: Mixture,
         scorer: Scorer,
-        watcher: Watcher,
-        storage: Storage | None = None,
+        callbacks: Callbacks,
+        disk: DiskRetry | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._mixture = mixture
         self._scorer = scorer
-        self._watcher = watcher
-        self._storage = storage or Storage()
+        self._callbacks = callbacks
+        self._disk = disk or DiskRetry()
 
-    async def due(self, spent: Spent) -> str | None:
-        """Return as what the policy that the steps so far made is to be measured; None where it is not."""
-        return await self._storage.keep(partial(self._due, spent))
+    async def due(self, usage: Usage) -> str | None:
+        """Return `before` or `step` if an evaluation is due at this point; None if not."""
+        return await self._disk.run(partial(self._due, usage))
 
-    def _due(self, spent: Spent) -> str | None:
-        step = spent.num_steps
-        when = "before" if step == 0 else "step" if self._is_time(spent) else None
-        return None if when is None or self._is_settled(when, step) else when
-
-    async def evaluate(self, when: str, spent: Spent, policy_version: int) -> None:
-        """Measure the policy that so much was spent on and write it down, unless it was done or is not asked for."""
-        step = spent.num_steps
-        if await self._storage.keep(partial(self._is_settled, when, step)):
+    async def evaluate(self, when: str, usage: Usage, policy_version: int) -> None:
+        """Evaluate the policy and write the result; do nothing if it was written or evaluation is off."""
+        step = usage.num_steps
+        if not await self._disk.run(partial(self._is_missing, when, step)):
             return
-        measurement = await self.measure(when, step, policy_version)
-        line = measurement.line | {"tokens": spent.tokens, "wall_s": spent.wall_s}
-        await self._storage.keep(lambda: self._folder.write_evaluation(line, measurement.generations()))
-        self._watcher.evaluated(line)
+        evaluation = await self.measure(when, step, policy_version)
+        line = evaluation.line | {"tokens": usage.tokens, "wall_s": usage.wall_s}
+        await self._disk.run(lambda: self._folder.write_evaluation(line, evaluation.generations()))
+        self._callbacks.on_evaluation_end(line)
 
-    async def measure(self, when: str, step: int, policy_version: int) -> Measurement:
-        """Sample the held-out prompts from what serves at least `policy_version`, and reward the responses."""
+    async def measure(self, when: str, step: int, policy_version: int) -> Evaluation:
+        """Sample and score the held-out prompts, from replicas that serve at least `policy_version`."""
         config = self._config.evaluation
-        problems = self._mixture.held_out(config.num_prompts)
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=self._config.sampling.max_tokens,
-            stop=self._config.sampling.stop,
-            stop_token_ids=self._config.sampling.stop_token_ids,
-            seed=sampling_seed(self._config.seed, "evaluation", 0),
-        )
-        phases = Phases(self._watcher, step)
-        found = await self._scorer.score(
+        sampling = sampling_options(self._config, config, sampling_seed(self._config.seed, "evaluation", 0))
+        timer = PhaseTimer(self._callbacks, step)
+        scored = await self._scorer.score(
             self._config.run_id + EVALUATION_SUFFIX,
             step,
-            problems,
+            self._mixture.held_out(config.num_prompts),
             config.rollouts_per_prompt,
             sampling,
             policy_version,
-            phases,
+            timer,
         )
-        problems, scored = found.problems, found.groups
-        if not scored:
-            problem, reason = found.rejected[-1]
-            raise SettingsError(f"generation rejects all held-out prompts, the last, of {problem.origin}: {reason}")
+        groups = scored.groups
+        if not groups:
+            problem, reason = scored.rejected[-1]
+            raise SettingsError(
+                f"generation rejects all {len(scored.rejected)} held-out prompts. The last one, from {problem.origin}: "
+                f"{reason}"
+            )
         by_domain: dict[str, list[float]] = {}
-        for item in scored:
+        for item in groups:
             by_domain.setdefault(item.domain, []).append(float(item.rewards.mean()))
-        rewards = [item.rewards.tolist() for item in scored]
-        domains, tasks = [problem.domain for problem in problems], [problem.task for problem in problems]
+        rewards = [item.rewards.tolist() for item in groups]
+        domains, tasks = [item.domain for item in groups], [item.problem.task for item in groups]
         line = {
             "when": when,
             "step": step,
             "policy_version": policy_version,
-            "num_prompts": len(problems),
+            "num_prompts": len(groups),
             "rollouts_per_prompt": config.rollouts_per_prompt,
             "sampling": asdict(sampling),
             "pass_threshold": config.pass_threshold,
             "scores": score_table(rewards, domains, tasks, config.pass_threshold),
             "rewards": rewards,
             "by_domain": {name: float(np.mean(means)) for name, means in sorted(by_domain.items())},
-            "num_rejected_prompts": len(found.rejected),
-            "verifier_errors": found.num_errors,
-            "seconds": sum(phases.seconds.values()),
+            "num_rejected_prompts": len(scored.rejected),
+            "verifier_errors": scored.num_errors,
+            "seconds": sum(timer.seconds.values()),
         }
-        return Measurement(line, problems, scored)
+        return Evaluation(line, groups)
 
-    def _is_time(self, spent: Spent) -> bool:
+    def _due(self, usage: Usage) -> str | None:
+        step = usage.num_steps
+        when = "before" if step == 0 else "step" if self._is_time(usage) else None
+        return when if when and self._is_missing(when, step) else None
+
+    def _is_time(self, usage: Usage) -> bool:
         config = self._config.evaluation
-        if config.every_steps and spent.num_steps % config.every_steps == 0:
+        if config.every_steps and usage.num_steps % config.every_steps == 0:
             return True
         if not config.every_tokens and not config.every_wall_s:
             return False
         last = self._folder.last_evaluated()
-        return passes_multiple(config.every_tokens, last.tokens, spent.tokens) or passes_multiple(
-            config.every_wall_s, last.wall_s, spent.wall_s
+        return passes_multiple(config.every_tokens, last.tokens, usage.tokens) or passes_multiple(
+            config.every_wall_s, last.wall_s, usage.wall_s
         )
 
-    def _is_settled(self, when: str, step: int) -> bool:
-        return not self._config.evaluation.num_prompts or self._folder.evaluated(when, step)
+    def _is_missing(self, when: str, step: int) -> bool:
+        return self._config.evaluation.num_prompts > 0 and not self._folder.evaluated(when, step)

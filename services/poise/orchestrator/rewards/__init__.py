@@ -1,1 +1,1 @@
-"""How responses earn their rewards: rules, and the processes that apply them."""
+"""Rewards: verifiers give each response a reward in [0, 1], in processes of their own."""

@@ -1,4 +1,4 @@
-"""Try a verifier on single responses, or on a JSONL file of them with the rewards that are expected."""
+"""Test cases for verifiers: responses with expected rewards, single or from a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from poise.orchestrator.rewards.config import VerifierConfig
 from poise.orchestrator.rewards.pool import VerifierPool
-from poise.orchestrator.rewards.rules import RULE_NAMES, check_answer, resolve
+from poise.orchestrator.rewards.verifiers import BUILT_IN, check_answer, load_verifier
 from poise.orchestrator.tasks.answer import Answer, LiteralFloat, kind_name, read_answer
 from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import FinishReason
@@ -22,7 +22,7 @@ _MAX_REPORTED = 5
 
 
 class CaseError(ValueError):
-    """Cases that cannot be tried. The message has a line for each: where, what is wrong, and the remedy."""
+    """Cases are invalid. The message has a line for each: place, problem and remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,17 @@ class Case:
     response: str
     finish_reason: FinishReason | None = None
     expected: float | None = None
-    """The reward that it should earn; None where any is right."""
+    """The expected reward; None accepts any."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without running anything.
+        """Check the case without running a verifier.
 
         Raises:
             ValueError: the verifier is unknown, or cannot use the answer.
         """
-        if ":" not in self.verifier and self.verifier not in RULE_NAMES:
+        if ":" not in self.verifier and self.verifier not in BUILT_IN:
             try:
-                resolve(self.verifier)
+                load_verifier(self.verifier)
             except ValueError as error:
                 raise ValueError(f"verifier: {error}") from None
         try:
@@ -55,26 +55,26 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a case earned."""
+    """The result of a case."""
 
     reward: float
     reason: str
     failed: bool
-    """Whether the verifier failed, which earns 0."""
+    """Whether the verifier failed; the reward is then 0."""
     as_expected: bool
 
 
-def try_cases(cases: Sequence[Case], config: VerifierConfig) -> list[Outcome]:
-    """Verify all cases, in verifier processes with the limits of `config`."""
+def run_cases(cases: Sequence[Case], config: VerifierConfig) -> list[Outcome]:
+    """Verify all cases in verifier processes with the limits of `config`."""
 
     async def verify_all() -> list[Outcome]:
         async with VerifierPool(config) as pool:
-            return list(await asyncio.gather(*(_try(case, pool) for case in cases)))
+            return list(await asyncio.gather(*(_run(case, pool) for case in cases)))
 
     return asyncio.run(verify_all())
 
 
-async def _try(case: Case, pool: VerifierPool) -> Outcome:
+async def _run(case: Case, pool: VerifierPool) -> Outcome:
     problem = Problem("default", "", case.answer, case.verifier)
     verdict = await pool.verify(problem, case.response, case.finish_reason)
     as_expected = case.expected is None or abs(verdict.reward - case.expected) <= _REWARD_ROUNDING
@@ -82,10 +82,10 @@ async def _try(case: Case, pool: VerifierPool) -> Outcome:
 
 
 def read_cases(path: Path) -> dict[int, Case]:
-    """Read a file of JSON lines; return the cases by line number.
+    """Read a JSON Lines file; return the cases by line number.
 
     Raises:
-        CaseError: the file or some of its lines cannot be used.
+        CaseError: the file is not readable, or lines are invalid.
     """
     cases: dict[int, Case] = {}
     wrong: list[str] = []
@@ -95,12 +95,12 @@ def read_cases(path: Path) -> dict[int, Case]:
         except ValueError as error:
             wrong.append(f"{path}:{number}: {error}")
     if len(wrong) > _MAX_REPORTED:
-        wrong = [*wrong[:_MAX_REPORTED], f"{path}: {len(wrong) - _MAX_REPORTED} more lines are wrong"]
+        wrong = [*wrong[:_MAX_REPORTED], f"{path}: {len(wrong) - _MAX_REPORTED} more lines are invalid"]
     if wrong:
         raise CaseError("\n".join(wrong))
     if not cases:
         raise CaseError(
-            f'{path}: has no case. Put one on each line: {{"verifier": ..., "answer": ..., "response": ...}}'
+            f'{path}: contains no case. Put one on each line: {{"verifier": ..., "answer": ..., "response": ...}}'
         )
     return cases
 
@@ -109,9 +109,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CaseError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CaseError(f"{path}: is not readable: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CaseError(f"{path}: is not UTF-8 at byte {error.start + 1}; give a text file of JSON lines") from error
+        raise CaseError(f"{path}: is not UTF-8 at byte {error.start + 1}; use a JSON Lines file") from error
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 

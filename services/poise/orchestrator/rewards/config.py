@@ -1,4 +1,4 @@
-"""The settings of verification."""
+"""Settings of verifier processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from poise.runtime.config.settings import StrictModel
 
 
 class VerifierConfig(StrictModel):
-    """Where and for how long answers are checked."""
+    """Verifier processes and their limits."""
 
     timeout_s: float = Field(5.0, gt=0, le=3600)
-    """Longest check of one response, s. Beyond it the verifier is killed and the response earns 0."""
+    """Time limit for one response, s. A verifier that exceeds it is killed; the reward is 0."""
     num_workers: int = Field(2, ge=1, le=256)
-    """Processes that check, at once."""
+    """Number of verifier processes."""
     max_memory_bytes: int = Field(1024 * 1024 * 1024, ge=128 * 1024 * 1024)
-    """Memory that one process may allocate, bytes. A check that needs more earns 0, and its process is replaced."""
+    """Memory limit of one process, bytes. If a check exceeds it, the reward is 0 and the process is replaced."""
     max_response_chars: int = Field(262_144, ge=1)
-    """A longer response earns 0 unchecked."""
+    """Longest response to verify, in characters. The reward of longer ones is 0."""

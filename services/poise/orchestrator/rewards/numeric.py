@@ -1,7 +1,7 @@
-"""The `numeric` rule: does a response give the value of the answer?
+"""The verifier `numeric`: compares the value of a final answer with the answer.
 
-Reads numbers and groups of numbers itself; formulas with variables, matrices and equations go to math-verify. Time is
-bounded by the process that runs the rule.
+Numbers and groups of numbers are read by `numbers`; formulas with variables, matrices and equations by math-verify. The
+verifier process limits the time.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from poise.orchestrator.rewards.final_answer import after_hashes, final_answer, last_box
 from poise.orchestrator.rewards.numbers.arithmetic import CONTEXT, inexact
 from poise.orchestrator.rewards.numbers.extraction import ANCHOR, MAX_CHARS, answer_values, response_values
 from poise.orchestrator.rewards.numbers.plain_text import SUPERSCRIPT
 from poise.orchestrator.rewards.numbers.quantity import Group, Number, Value, same
-from poise.orchestrator.rewards.parts import after_hashes, final_part, last_box
-from poise.orchestrator.rewards.score import Score
+from poise.orchestrator.rewards.verifiers import Score
 
 _MAX_BOX = 1000
-"""Longest content of a box that is read: no answer is longer, and what math-verify needs grows faster than length."""
+"""Longest content of a box that is read, because math-verify's time grows faster than the length."""
 _MAX_BARE_FORMULA = 300
-"""Longest response that is tried as one formula, though no delimiters mark it."""
+"""Longest final answer that is tried as a formula without delimiters."""
 _SHOWN_ITEMS = 8
 _SHOWN_EXACTLY = 10**18
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|ln|log|exp|pi)(?![A-Za-z])")
@@ -38,79 +38,80 @@ _WORDS = re.compile(r"[A-Za-z]{3,}")
 
 
 def score_numeric(response: str, answer: str) -> Score:
-    """Return 1 where the final part of `response` gives the value of `answer`.
+    """Return 1 if the final answer of `response` has the value of `answer`.
 
     Raises:
-        ValueError: `answer` is no mathematical expression.
+        ValueError: `answer` is not a mathematical expression.
     """
-    wanted = _wanted(answer)
-    said = final_part(response)
-    box = last_box(said)
-    given = box if box is not None else said if (marked := after_hashes(said)) is None else marked
-    if not given.strip():
+    expected = _expression(answer)
+    found_answer = final_answer(response)
+    box = last_box(found_answer)
+    candidate = box if box is not None else found_answer if (marked := after_hashes(found_answer)) is None else marked
+    if not candidate.strip():
         return Score(0.0, "the response has no final answer")
     if box is not None and len(box) > _MAX_BOX:
         return Score(0.0, f"the box has more than {_MAX_BOX} characters")
-    golds = answer_values(wanted)
+    golds = answer_values(expected)
     if golds:
-        found = response_values(given, boxed=box is not None, lists=isinstance(golds[0], Group))
+        found = response_values(candidate, boxed=box is not None, lists=isinstance(golds[0], Group))
         if found:
             is_right = any(same(gold, value) for gold in golds for value in found)
             return Score(float(is_right), f"the response gives {_text(found[0])}, the answer is {_text(golds[0])}")
-        if "\\" not in given:
+        if "\\" not in candidate:
             return Score(0.0, f"the response gives no number, the answer is {_text(golds[0])}")
-    return _score_formula(given, wanted, is_boxed=box is not None)
+    return _score_formula(candidate, expected, is_boxed=box is not None)
 
 
-def _wanted(answer: str) -> str:
-    """Return the value in an answer: what follows its last `####`, if any.
+def _expression(answer: str) -> str:
+    """Return the expression of an answer: after its last `####` and inside its last box, if any.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is empty.
     """
-    wanted = answer.rpartition("####")[2].strip()
-    box = last_box(wanted)
-    wanted = wanted if box is None else box.strip()
-    if not wanted.strip("$ "):
+    expression = answer.rpartition("####")[2].strip()
+    box = last_box(expression)
+    expression = expression if box is None else box.strip()
+    if not expression.strip("$ "):
         raise ValueError(_no_expression(answer))
-    return wanted
+    return expression
 
 
 def check_numeric_answer(answer: str) -> None:
-    """Raise `ValueError` for an answer that has no value, such as a word."""
-    wanted = _wanted(answer)
-    if "\\" not in wanted and _WORDS.search(_FUNCTIONS.sub("", _ROOT.sub("", wanted))) and not answer_values(wanted):
+    """Raise `ValueError` for an answer without a value, such as a word."""
+    expression = _expression(answer)
+    has_words = "\\" not in expression and _WORDS.search(_FUNCTIONS.sub("", _ROOT.sub("", expression)))
+    if has_words and not answer_values(expression):
         raise ValueError(_no_expression(answer))
 
 
 def _no_expression(answer: str) -> str:
-    return f"the answer {answer[:80]!r} is no mathematical expression; use another verifier, such as exact"
+    return f"the answer {answer[:80]!r} is not a mathematical expression; use another verifier, such as exact"
 
 
-def _score_formula(given: str, wanted: str, *, is_boxed: bool) -> Score:
+def _score_formula(candidate: str, expected: str, *, is_boxed: bool) -> Score:
     import math_verify
 
-    # It warns that its own time limits are off: the process has one that no signal handler can miss.
+    # It warns that its own time limit is off. The verifier process has a limit that no signal handler can miss.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    wanted, given = _ascii(wanted), _ascii(given[-MAX_CHARS:])
-    gold = math_verify.parse(f"${_latex(wanted.strip('$ '))}$", parsing_timeout=None)
+    expected, candidate = _ascii(expected), _ascii(candidate[-MAX_CHARS:])
+    gold = math_verify.parse(f"${_latex(expected.strip('$ '))}$", parsing_timeout=None)
     if not gold:
-        raise ValueError(_no_expression(wanted))
-    tries = [f"\\boxed{{{_latex(given)}}}"] if is_boxed else [given]
-    if not is_boxed and "$" not in given:
-        anchors = list(ANCHOR.finditer(given))
-        bare = [given, *([given[anchors[-1].end() :].strip().partition("\n")[0]] if anchors else [])]
+        raise ValueError(_no_expression(expected))
+    tries = [f"\\boxed{{{_latex(candidate)}}}"] if is_boxed else [candidate]
+    if not is_boxed and "$" not in candidate:
+        anchors = list(ANCHOR.finditer(candidate))
+        bare = [candidate, *([candidate[anchors[-1].end() :].strip().partition("\n")[0]] if anchors else [])]
         short = (each.strip(" .*") for each in bare if len(each) <= _MAX_BARE_FORMULA and "\n" not in each)
         tries += [f"${_latex(each)}$" for each in short]
     for text in tries:
         found = math_verify.parse(text, parsing_timeout=None)
         if found and math_verify.verify(gold, found, timeout_seconds=None):
-            return Score(1.0, f"math-verify finds {text[:80]!r} equal to {wanted[:80]!r}")
-    return Score(0.0, f"math-verify finds nothing equal to {wanted[:80]!r} in the final answer")
+            return Score(1.0, f"math-verify finds {text[:80]!r} equal to {expected[:80]!r}")
+    return Score(0.0, f"math-verify finds nothing equal to {expected[:80]!r} in the final answer")
 
 
 def _ascii(formula: str) -> str:
-    """Return a formula with LaTeX for Unicode's signs, superscripts and full-width characters."""
+    """Return a formula with Unicode signs, superscripts and full-width characters as LaTeX."""
     if formula.isascii():
         return formula
     formula = SUPERSCRIPT.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", formula)
@@ -119,14 +120,14 @@ def _ascii(formula: str) -> str:
 
 
 def _latex(formula: str) -> str:
-    """Return a formula in Python's notation as LaTeX; LaTeX stays as it is."""
+    """Return a formula in Python notation as LaTeX; LaTeX is unchanged."""
     formula = _ROOT.sub(r"\\sqrt{\1}", formula)
     formula = _EXPONENT.sub(lambda match: f"^{{{match[1]}}}", formula).replace("**", "^")
     return _FUNCTIONS.sub(r"\\\1 ", formula)
 
 
 def _text(value: Value) -> str:
-    """Return a value for people."""
+    """Return a value as text, for messages."""
     if isinstance(value, Number):
         unit = value.unit
         if unit is None:

@@ -1,11 +1,11 @@
-"""The process that checks responses for a `VerifierPool`: requests on standard input, answers on standard output.
+"""A verifier process of a `VerifierPool`. Reads requests on standard input and writes answers to standard output:
 
     → {"problem": {...}, "response": "...", "finish_reason": "stop"}
-    ← {"ready": true}                             everything is imported: the time limit begins
+    ← {"ready": true}                             imports are done; the time limit starts
     ← {"reward": 0.5, "reason": "..."} or {"error": "..."} or {"error": "...", "out_of_memory": true}
 
-Run as a file, with one argument of JSON: the caller's `sys.path`, so that verifiers are found as the caller finds them,
-its process id, and the memory limit in bytes. Checks in its main thread, where signals work. Dies with its caller.
+Run as a file with one JSON argument: the parent's `sys.path`, to find the same verifiers, its process id, and the
+memory limit in bytes. Verifiers run in the main thread, so that they may use signals. Exits with its parent.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Answer requests until standard input closes."""
     options = json.loads(sys.argv[1])
-    _die_with(options["caller"])
+    _exit_with(options["parent"])
     resource.setrlimit(resource.RLIMIT_DATA, (options["max_memory_bytes"], options["max_memory_bytes"]))
     sys.path[:] = options["path"]
-    # Verifiers may print, and read: neither may touch the conversation.
+    # Verifiers may print and read without disturbing the requests and answers.
     requests = os.fdopen(os.dup(0), "r", encoding="ascii")
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -38,31 +38,31 @@ def main() -> None:
 
 
 def _answer(request: dict[str, Any], answers: IO[str]) -> None:
-    from poise.orchestrator.rewards.rules import bind
+    from poise.orchestrator.rewards.verifiers import reward_function
     from poise.orchestrator.tasks.problem import Problem
 
     try:
-        reward_of = bind(Problem(**request["problem"]))
-        _say({"ready": True}, answers)
+        reward_of = reward_function(Problem(**request["problem"]))
+        _write({"ready": True}, answers)
         reward = reward_of(request["response"], request["finish_reason"])
         answer: dict[str, Any] = {"reward": float(reward), "reason": getattr(reward, "reason", "")[:2000]}
     except MemoryError:
         answer = {"error": "MemoryError", "out_of_memory": True}
     except BaseException as error:  # a verifier that calls sys.exit() fails like any other
         answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    _say(answer, answers)
+    _write(answer, answers)
 
 
-def _say(answer: dict[str, Any], answers: IO[str]) -> None:
+def _write(answer: dict[str, Any], answers: IO[str]) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 
 
-def _die_with(caller: int) -> None:
-    """End when the caller does, even in the middle of a check that hangs. Without Linux, only between checks."""
+def _exit_with(parent: int) -> None:
+    """Exit when the parent exits, on Linux even during a check that hangs; elsewhere only between checks."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != caller:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -1,1 +1,1 @@
-"""From problems to scored rollouts: service clients, load balancing, rewards, baselines."""
+"""From problems to scored groups: service clients, load balancing, scoring, prefetching of steps."""

@@ -1,7 +1,7 @@
-"""Prompts to replicas and groups back: each group once, whatever becomes of the replica that it was given to.
+"""Spreads prompts over generation replicas and yields each group once, even if replicas fail.
 
-A group is given to one replica at a time, and to another only after the call to the first is over: no rollout is lost
-and none counts twice. Owns who samples what; which replicas there are is `replicas`'.
+A prompt is assigned to one replica at a time, and reassigned only after the call to the first has ended. So no rollout
+is lost and none counts twice.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from poise.orchestrator.sampling import waiting
-from poise.orchestrator.sampling.replicas import Replica, Replicas
-from poise.orchestrator.sampling.waiting import StoppedWaiting, Waiting, may_pass
+from poise.orchestrator.sampling.replicas import Replica, ReplicaPool
+from poise.orchestrator.sampling.retry import StopRequested, WaitLog, is_transient, pause
 from poise_client.errors import InvalidRequestError, PoiseClientError, VersionMismatchError
 from poise_client.types import Group, Prompt, Sampling
 
@@ -26,23 +25,23 @@ _PROMPT_FIELD = re.compile(r"prompts\[(\d+)\]\.?")
 
 _STREAM_TIMEOUT_S = 3600.0
 _PUSH_PATIENCE_S = 5.0
-"""Weights on their way are nothing to speak of for this long."""
+"""Waiting for a weight push is logged only after this time."""
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedPrompt:
-    """A prompt that every replica rejects; yielded in place of its group."""
+    """A prompt that generation rejects; yielded in place of its group."""
 
     group_id: str
     reason: str
 
 
-class Dispatch:
-    """One request for groups, spread over replicas. Its call must run once."""
+class GroupRequest:
+    """One request for groups, spread over replicas. Use each object once."""
 
     def __init__(
         self,
-        replicas: Replicas,
+        replicas: ReplicaPool,
         stopping: asyncio.Event,
         run_id: str,
         step: int,
@@ -60,26 +59,26 @@ class Dispatch:
         self._min_policy_version = min_policy_version
         self._num_left = len(prompts)
         self._queue = deque(prompts)
-        """Not given to any replica."""
+        """Prompts not assigned to a replica."""
         self._calls: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[Group | RejectedPrompt | Exception | None] = asyncio.Queue()
-        """What calls bring; None where things have changed."""
-        self._has_looked = False
-        self._waiting = Waiting("generation", stopping)
+        """Results of the calls; None when prompts or replicas may be free again."""
+        self._has_refreshed = False
+        self._waiting = WaitLog("generation", stopping)
 
     async def groups(self) -> AsyncGenerator[Group | RejectedPrompt, None]:
-        """Yield every group once, as it is finished, or that its prompt was rejected. Closing it ends what still runs.
+        """Yield every group once, as it is finished, or its rejected prompt. Closing the generator cancels open calls.
 
         Raises:
-            StoppedWaiting: stopping was asked for while no replica could take what is left.
-            PoiseClientError: a replica refused in a way that waiting does not mend.
+            StopRequested: a stop was requested while no replica could take the remaining prompts.
+            PoiseClientError: a replica failed with a permanent error.
         """
-        self._replicas.want(self._min_policy_version)
-        watch = asyncio.create_task(self._watch(), name="watch replicas")
+        self._replicas.require_version(self._min_policy_version)
+        refresh = asyncio.create_task(self._refresh(), name="refresh replicas")
         try:
             while self._num_left:
-                self._give()
-                self._say()
+                self._assign()
+                self._check_waiting()
                 item = await self._events.get()
                 if isinstance(item, Exception):
                     raise item
@@ -87,24 +86,24 @@ class Dispatch:
                     self._num_left -= 1
                     yield item
         finally:
-            for task in (watch, *self._calls):
+            for task in (refresh, *self._calls):
                 task.cancel()
-            await asyncio.gather(watch, *self._calls, return_exceptions=True)
+            await asyncio.gather(refresh, *self._calls, return_exceptions=True)
 
-    async def _watch(self) -> None:
-        """Keep looking for replicas that could help, or are lost."""
+    async def _refresh(self) -> None:
+        """Keep the pool up to date: new replicas, ready ones, lost ones."""
         while True:
             try:
-                await self._replicas.look()
+                await self._replicas.refresh()
             except Exception as error:
                 self._events.put_nowait(error)
                 return
-            self._has_looked = True
+            self._has_refreshed = True
             self._events.put_nowait(None)
-            await waiting.pause(self._stopping)
+            await pause(self._stopping)
 
-    def _give(self) -> None:
-        """Give what is left to the replicas with least to do, those given to one in one call."""
+    def _assign(self) -> None:
+        """Assign the waiting prompts to the least loaded replicas, with one call for each replica."""
         shares: dict[Replica, list[tuple[Prompt, float]]] = {}
         while self._queue:
             replica = self._replicas.choose(self._min_policy_version, self._num_rollouts)
@@ -112,7 +111,7 @@ class Dispatch:
                 break
             prompt = self._queue.popleft()
             num_tokens = self._replicas.expected_tokens(prompt, self._num_rollouts, self._sampling)
-            replica.take(self._num_rollouts, num_tokens)
+            replica.assign(self._num_rollouts, num_tokens)
             shares.setdefault(replica, []).append((prompt, num_tokens))
         for replica, share in shares.items():
             call = asyncio.create_task(self._call(replica, share), name=f"sample at {replica.target}")
@@ -120,20 +119,20 @@ class Dispatch:
                 calls.add(call)
                 call.add_done_callback(calls.discard)
 
-    def _say(self) -> None:
-        """Tell of waiting while nobody is at work, and obey a stop."""
-        if self._calls or not self._has_looked:
+    def _check_waiting(self) -> None:
+        """While no replica works, log the waiting, or raise `StopRequested` after a stop request."""
+        if self._calls or not self._has_refreshed:
             return
         if self._stopping.is_set():
-            raise StoppedWaiting("generation")
-        patience_s = _PUSH_PATIENCE_S if self._replicas.are_some_ready else 0.0  # a push is on its way
-        self._waiting.say(self._replicas.trouble, patience_s, starting=self._replicas.are_starting)
+            raise StopRequested("generation")
+        patience_s = _PUSH_PATIENCE_S if self._replicas.num_ready else 0.0  # ready ones wait for a weight push
+        self._waiting.report(self._replicas.not_ready_reason, patience_s, starting=self._replicas.all_starting)
 
     async def _call(self, replica: Replica, share: Sequence[tuple[Prompt, float]]) -> None:
-        """Have a replica sample its share; what it leaves undone is given again."""
+        """Sample a share of the prompts on a replica; requeue those that it did not finish."""
         left = {prompt.group_id: (prompt, num_tokens) for prompt, num_tokens in share}
-        asked = list(left)
-        replica.heard()
+        group_ids = list(left)
+        replica.mark_alive()
         try:
             groups = replica.client.stream_trajectories(
                 self._run_id,
@@ -146,22 +145,22 @@ class Dispatch:
             )
             async with contextlib.aclosing(groups):
                 async for group in groups:
-                    self._waiting.over()
-                    if _is_cut_off(group):
-                        logger.debug("new weights cut group %s off: it is sampled again", group.group_id)
-                        replica.heard()
+                    self._waiting.done()
+                    if any(rollout.finish_reason == "abort" for rollout in group.rollouts):
+                        logger.debug("a weight update aborted group %s; sampling it again", group.group_id)
+                        replica.mark_alive()
                         continue
                     _, num_tokens = left.pop(group.group_id)
                     replica.release(self._num_rollouts, num_tokens)
-                    self._replicas.served(replica, group)
+                    self._replicas.record_group(replica, group)
                     self._events.put_nowait(group)
-        except VersionMismatchError as error:  # the learner's push is on its way
-            replica.is_behind(self._min_policy_version, error)
+        except VersionMismatchError as error:  # the learner has not pushed this version to it yet
+            replica.mark_behind(self._min_policy_version, error)
         except InvalidRequestError as error:
             rejected = [
-                RejectedPrompt(asked[index], reason)
+                RejectedPrompt(group_ids[index], reason)
                 for index, reason in _rejected_prompts(error).items()
-                if index < len(asked) and asked[index] in left
+                if index < len(group_ids) and group_ids[index] in left
             ]
             for each in rejected:
                 _, num_tokens = left.pop(each.group_id)
@@ -170,10 +169,10 @@ class Dispatch:
             if not rejected:
                 self._events.put_nowait(error)
         except PoiseClientError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 self._events.put_nowait(error)
                 return
-            replica.failed(error)
+            replica.mark_failed(error)
         except Exception as error:
             self._events.put_nowait(error)
         finally:
@@ -183,16 +182,12 @@ class Dispatch:
             self._events.put_nowait(None)
 
 
-def _is_cut_off(group: Group) -> bool:
-    return any(rollout.finish_reason == "abort" for rollout in group.rollouts)
-
-
 def _rejected_prompts(error: InvalidRequestError) -> dict[int, str]:
-    """Return the reason for each rejected prompt, by index; empty if another field of the request is wrong too."""
+    """Return the reason for each rejected prompt, by index; empty if another field of the request is invalid too."""
     rejected: dict[int, str] = {}
     for field, what in error.violations:
         if match := _PROMPT_FIELD.match(field):
             rejected.setdefault(int(match[1]), f"{field[match.end() :]}: {what}")
-        elif field:  # that of "and 7 more wrong fields" is empty
+        elif field:  # empty for "and 7 more wrong fields"
             return {}
     return rejected

@@ -1,7 +1,4 @@
-"""Problems become groups of rollouts with rewards: sampled by generation, checked by verifiers as they come in.
-
-Used for training and for evaluations alike. Knows no baselines and no files.
-"""
+"""Samples groups for problems and scores their responses with verifiers, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -14,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from poise.orchestrator.callbacks import Phases
+from poise.orchestrator.callbacks import PhaseTimer
+from poise.orchestrator.config import EvaluationConfig, OrchestratorConfig, SamplingConfig
 from poise.orchestrator.rewards.pool import VerifierPool
 from poise.orchestrator.sampling.load_balancer import RejectedPrompt
-from poise.orchestrator.sampling.service_clients import Services
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup
+from poise.orchestrator.sampling.scored_groups import ScoredGroup
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import Group, Prompt, Sampling
 
@@ -28,22 +26,20 @@ _MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """What came of problems."""
+class ScoredProblems:
+    """The result of sampling and scoring problems."""
 
     groups: list[ScoredGroup]
-    problems: list[Problem]
-    """Of each group."""
     num_errors: int
-    """Rollouts that could not be verified."""
+    """Rollouts on which the verifier failed."""
     rejected: list[tuple[Problem, str]]
-    """Problems that generation does not take, and why."""
+    """Problems whose prompts generation rejects, and why."""
 
 
 class Scorer:
-    """Samples and verifies."""
+    """Samples groups from generation and scores them with verifiers."""
 
-    def __init__(self, services: Services, verifiers: VerifierPool) -> None:
+    def __init__(self, services: ServiceClients, verifiers: VerifierPool) -> None:
         self._services = services
         self._verifiers = verifiers
 
@@ -55,12 +51,12 @@ class Scorer:
         num_rollouts: int,
         sampling: Sampling,
         policy_version: int,
-        phases: Phases,
+        timer: PhaseTimer,
         first_group: int = 0,
-    ) -> Scored:
-        """Return the groups in the order of `problems`, without those whose prompts are rejected; the log tells which.
+    ) -> ScoredProblems:
+        """Return the groups in the order of `problems`, without rejected prompts, which are logged.
 
-        Groups are named by number, from `first_group` on.
+        Group ids are numbers from `first_group` on.
         """
         prompts = [
             Prompt(
@@ -72,7 +68,7 @@ class Scorer:
         verifying: dict[int, asyncio.Task[tuple[ScoredGroup, int]]] = {}
         reasons: dict[int, str] = {}
         try:
-            with phases("generate"):
+            with timer("generate"):
                 groups = self._services.sample(run_id, step, prompts, num_rollouts, sampling, policy_version)
                 async with contextlib.aclosing(groups):
                     async for group in groups:
@@ -81,38 +77,44 @@ class Scorer:
                             reasons[index] = group.reason
                         else:
                             verifying[index] = asyncio.create_task(self._verify(problems[index], group))
-                        phases.sampled(len(verifying) + len(reasons), len(problems))
-            with phases("verify"):
+                        timer.on_sampled(len(verifying) + len(reasons), len(problems))
+            with timer("verify"):
                 verified = [await verifying[index] for index in sorted(verifying)]
         finally:
             for task in verifying.values():
                 task.cancel()
         rejected = [(problems[index], reasons[index]) for index in sorted(reasons)]
         _log_rejected(rejected)
-        return Scored(
-            [scored for scored, _ in verified],
-            [problems[index] for index in sorted(verifying)],
-            sum(errors for _, errors in verified),
-            rejected,
-        )
+        return ScoredProblems([group for group, _ in verified], sum(errors for _, errors in verified), rejected)
 
     async def _verify(self, problem: Problem, group: Group) -> tuple[ScoredGroup, int]:
         verdicts = await asyncio.gather(
             *(self._verifiers.verify(problem, r.text, r.finish_reason) for r in group.rollouts)
         )
         rewards = np.array([verdict.reward for verdict in verdicts], np.float32)
-        scored = ScoredGroup(group, problem.domain, rewards, problem.prompt_key)
-        return scored, sum(verdict.error is not None for verdict in verdicts)
+        return ScoredGroup(group, problem, rewards), sum(verdict.error is not None for verdict in verdicts)
 
 
 def _log_rejected(rejected: Sequence[tuple[Problem, str]]) -> None:
     for problem, reason in rejected[:_MAX_SHOWN]:
-        logger.warning("%s: left out, generation rejects the prompt: %s", problem.origin, reason)
+        logger.warning("%s: skipped, generation rejects the prompt: %s", problem.origin, reason)
     if len(rejected) > _MAX_SHOWN:
         logger.warning("%d prompts were rejected, showing the first %d", len(rejected), _MAX_SHOWN)
 
 
-def sampling_seed(seed: int, purpose: str, step: int) -> int:
-    """Return the seed of a step's rollouts: it follows from the run's seed, the purpose and the step alone."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+def sampling_options(config: OrchestratorConfig, nucleus: SamplingConfig | EvaluationConfig, seed: int) -> Sampling:
+    """Return the options of a sampling request; temperature and top-p are those of `nucleus`."""
+    return Sampling(
+        temperature=nucleus.temperature,
+        top_p=nucleus.top_p,
+        max_tokens=config.sampling.max_tokens,
+        stop=config.sampling.stop,
+        stop_token_ids=config.sampling.stop_token_ids,
+        seed=seed,
+    )
+
+
+def sampling_seed(seed: int, purpose: str, draw: int) -> int:
+    """Return the seed of a draw's rollouts. It depends only on the run's seed, the purpose and the draw."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{draw}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

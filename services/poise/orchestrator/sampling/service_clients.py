@@ -1,20 +1,18 @@
-"""The three services as the loop sees them: always there in the end.
+"""Clients of the three services, through the public SDK. Calls wait while a service restarts.
 
-Owns the clients, and waiting out restarts; how prompts are spread over generation replicas is `dispatch`'s. Built on
-the public SDK alone.
+Prompts are spread over generation replicas by `load_balancer`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from poise.orchestrator.config import EndpointsConfig
-from poise.orchestrator.sampling.load_balancer import Dispatch, RejectedPrompt
-from poise.orchestrator.sampling.replicas import Replicas
-from poise.orchestrator.sampling.waiting import StoppedWaiting, Waiting, may_pass, pause
+from poise.orchestrator.sampling.load_balancer import GroupRequest, RejectedPrompt
+from poise.orchestrator.sampling.replicas import ReplicaPool
+from poise.orchestrator.sampling.retry import WaitLog, is_transient
 from poise.runtime.config.settings import check_readable, open_token_file
 from poise.runtime.network.discovery import Address, Discovery
 from poise_client import AsyncGenerationClient, AsyncLearnerClient, AsyncValueClient, RetryPolicy, TlsOptions
@@ -34,27 +32,25 @@ from poise_client.types import (
     StepResult,
 )
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 C = TypeVar("C", AsyncGenerationClient, AsyncValueClient, AsyncLearnerClient)
 
 _NO_RETRIES = RetryPolicy(max_attempts=1)
-"""Whoever waits here says so, and can be stopped; the clients would do it in silence."""
-_ASK_TIMEOUT_S = 3.0
+"""Retries happen here instead of in the clients: they are logged and can be stopped."""
+_STATUS_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
 _EXPORT_TIMEOUT_S = 3600.0
-CHECKED_AT_ONCE = 256
-"""Prompts in a call that checks them: few enough to spread over replicas and to show progress."""
-_CHECKS_AT_ONCE = 8
+PROMPTS_PER_CHECK = 256
+"""Prompts of one `check_prompts` call: few enough to spread over replicas and to show progress."""
+_MAX_CHECKS = 8
 """Concurrent `check_prompts` calls."""
 
 
-class Services:
+class ServiceClients:
     """Clients of all services. Use as an async context manager.
 
-    Every method raises `StoppedWaiting` when `stopping` is set while it waits for a service.
+    Methods raise `StopRequested` if `stopping` is set while they wait for a service.
     """
 
     def __init__(self, config: EndpointsConfig, stopping: asyncio.Event) -> None:
@@ -77,29 +73,24 @@ class Services:
             named = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
             return client(AsyncGenerationClient, address.target, named)
 
-        self._replicas = Replicas(Discovery(config.generation), connect, config.rollouts_per_replica)
+        self.replicas = ReplicaPool(Discovery(config.generation), connect, config.rollouts_per_replica)
         self._value = client(AsyncValueClient, config.value, tls)
         self._learner = client(AsyncLearnerClient, config.learner, tls)
 
-    async def __aenter__(self) -> Services:
+    async def __aenter__(self) -> ServiceClients:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._replicas.close()
+        await self.replicas.close()
         for client in (self._value, self._learner):
             await client.close()
 
-    @property
-    def served_tokens(self) -> dict[str, int]:
-        """Response tokens that each generation replica has handed over so far, by address."""
-        return self._replicas.served_tokens
-
     async def wait_until_up(self, *, with_value: bool) -> None:
-        """Return once all services answer, one replica of generation's; say at once, and again, who is waited for."""
-        await self._ask_learner(lambda: self._learner.get_status(timeout_s=_ASK_TIMEOUT_S))
+        """Return once all services answer, and at least one generation replica. Logs what it waits for."""
+        await self._call_learner(lambda: self._learner.get_status(timeout_s=_STATUS_TIMEOUT_S))
         await self.wait_for_generation()
         if with_value:
-            await self._ask_value(lambda: self._value.get_probe(timeout_s=_ASK_TIMEOUT_S))
+            await self._call_value(lambda: self._value.get_probe(timeout_s=_STATUS_TIMEOUT_S))
 
     def sample(
         self,
@@ -110,32 +101,32 @@ class Services:
         sampling: Sampling,
         min_policy_version: int,
     ) -> AsyncGenerator[Group | RejectedPrompt, None]:
-        """Yield every group once, from replicas that serve at least `min_policy_version`; see `Dispatch.groups`.
+        """Yield every group once, from replicas that serve at least `min_policy_version`; see `GroupRequest.groups`.
 
-        Groups that new weights cut off (`in_flight: abort`) are sampled again: nobody is to train on halves.
+        Groups that a weight update aborted (`in_flight: abort`) are sampled again.
         """
-        dispatch = Dispatch(
-            self._replicas, self._stopping, run_id, step, prompts, num_rollouts, sampling, min_policy_version
+        request = GroupRequest(
+            self.replicas, self._stopping, run_id, step, prompts, num_rollouts, sampling, min_policy_version
         )
-        return dispatch.groups()
+        return request.groups()
 
     async def generation_policy(self) -> Policy:
-        """See `AsyncGenerationClient.get_policy`: of any replica that is ready."""
-        return await self._ask_generation(lambda client: client.get_policy(timeout_s=_ASK_TIMEOUT_S))
+        """See `AsyncGenerationClient.get_policy`; asks any replica that is ready."""
+        return await self._call_generation(lambda client: client.get_policy(timeout_s=_STATUS_TIMEOUT_S))
 
     async def check_prompts(
         self, contents: Sequence[PromptContent], on_checked: Callable[[int], None]
     ) -> list[PromptCheck]:
-        """Return the check of each prompt, in order; `on_checked` receives the number of prompts checked so far."""
+        """Return the check of each prompt, in order; call `on_checked` with the number of prompts checked so far."""
         numbered = [Prompt(f"{index:08d}", content) for index, content in enumerate(contents)]
-        parts = [numbered[first : first + CHECKED_AT_ONCE] for first in range(0, len(numbered), CHECKED_AT_ONCE)]
-        gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
+        parts = [numbered[first : first + PROMPTS_PER_CHECK] for first in range(0, len(numbered), PROMPTS_PER_CHECK)]
+        gate = asyncio.Semaphore(_MAX_CHECKS)
         num_checked = 0
 
         async def check(part: Sequence[Prompt]) -> list[PromptCheck]:
             nonlocal num_checked
             async with gate:
-                answer = await self._ask_generation(lambda client: client.check_prompts(part))
+                answer = await self._call_generation(lambda client: client.check_prompts(part))
             num_checked += len(part)
             on_checked(num_checked)
             return answer
@@ -151,9 +142,9 @@ class Services:
     async def estimate_baselines(
         self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
-        """See `AsyncValueClient`."""
+        """See `AsyncValueClient`; wait up to `wait_for_labels_s` until the probe is fitted on all labels."""
         timeout_s = _CALL_TIMEOUT_S + wait_for_labels_s
-        return await self._ask_value(
+        return await self._call_value(
             lambda: self._value.estimate_baselines(
                 run_id, step, groups, wait_for_labels_s=wait_for_labels_s, timeout_s=timeout_s
             )
@@ -161,79 +152,78 @@ class Services:
 
     async def publish_labels(self, groups: Sequence[Group]) -> int:
         """See `AsyncValueClient`."""
-        return await self._ask_value(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
+        return await self._call_value(lambda: self._value.publish_labels(groups, timeout_s=_CALL_TIMEOUT_S))
 
     async def probe_report(self) -> ProbeReport:
         """See `AsyncValueClient.get_probe`."""
-        return await self._ask_value(lambda: self._value.get_probe(timeout_s=_CALL_TIMEOUT_S))
+        return await self._call_value(lambda: self._value.get_probe(timeout_s=_CALL_TIMEOUT_S))
 
     async def submit_advantages(self, batch: Batch) -> StepResult:
         """See `AsyncLearnerClient`."""
-        return await self._ask_learner(lambda: self._learner.submit_advantages(batch, timeout_s=_SUBMIT_TIMEOUT_S))
+        return await self._call_learner(lambda: self._learner.submit_advantages(batch, timeout_s=_SUBMIT_TIMEOUT_S))
 
     async def learner_status(self) -> LearnerStatus:
         """See `AsyncLearnerClient`."""
-        return await self._ask_learner(lambda: self._learner.get_status(timeout_s=_CALL_TIMEOUT_S))
+        return await self._call_learner(lambda: self._learner.get_status(timeout_s=_CALL_TIMEOUT_S))
 
     async def export_model(self, name: str) -> ModelExport:
         """See `AsyncLearnerClient`."""
-        return await self._ask_learner(lambda: self._learner.export_model(name, timeout_s=_EXPORT_TIMEOUT_S))
+        return await self._call_learner(lambda: self._learner.export_model(name, timeout_s=_EXPORT_TIMEOUT_S))
 
     async def check_export(self, name: str) -> ModelExport:
-        """Raise what an export of this name would raise; see `AsyncLearnerClient.export_model`."""
-        return await self._ask_learner(
+        """Raise the error that an export of this name would raise; see `AsyncLearnerClient.export_model`."""
+        return await self._call_learner(
             lambda: self._learner.export_model(name, check_only=True, timeout_s=_EXPORT_TIMEOUT_S)
         )
 
-    async def is_learner_there(self) -> bool:
-        """Whether anybody answers at the learner's address, ready or not."""
+    async def is_learner_reachable(self) -> bool:
+        """Return whether a service answers at the learner's address, ready or not."""
         try:
-            await self._learner.get_status(timeout_s=_ASK_TIMEOUT_S)
+            await self._learner.get_status(timeout_s=_STATUS_TIMEOUT_S)
         except UnavailableError as error:
             return error.reason != UnavailableError.default_reason
         except PoiseClientError:
-            pass  # whoever asks again is told
+            pass  # the next call raises it
         return True
 
     async def wait_for_generation(self) -> None:
-        """Return once a replica is ready; say at once, and again, what is waited for."""
-        waiting = Waiting("generation", self._stopping)
+        """Return once a replica is ready. Logs what it waits for."""
+        waiting = WaitLog("generation", self._stopping)
         while True:
-            await self._replicas.look()
-            if self._replicas.are_some_ready:
-                waiting.over()
+            await self.replicas.refresh()
+            if self.replicas.num_ready:
+                waiting.done()
                 return
-            waiting.say(self._replicas.trouble, starting=self._replicas.are_starting)
-            if self._stopping.is_set():
-                raise StoppedWaiting("generation")
-            await pause(self._stopping)
+            waiting.report(self.replicas.not_ready_reason, starting=self.replicas.all_starting)
+            await waiting.pause()
 
-    async def _ask_generation(self, call: Callable[[AsyncGenerationClient], Awaitable[T]]) -> T:
+    async def _call_generation(self, call: Callable[[AsyncGenerationClient], Awaitable[T]]) -> T:
         """Call a replica that is ready; rotate over the replicas."""
 
-        async def ask() -> T:
-            while (client := self._replicas.next_ready()) is None:
+        async def call_next() -> T:
+            while (client := self.replicas.next_ready()) is None:
                 await self.wait_for_generation()
             return await call(client)
 
-        return await self._persist("generation", ask)
+        return await self._retry("generation", call_next)
 
-    async def _ask_value(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await self._persist(f"value at {self._value.target}", call)
+    async def _call_value(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._retry(f"value at {self._value.target}", call)
 
-    async def _ask_learner(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await self._persist(f"learner at {self._learner.target}", call)
+    async def _call_learner(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._retry(f"learner at {self._learner.target}", call)
 
-    async def _persist(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Call until it succeeds, or fails in a way that waiting does not mend."""
-        waiting = Waiting(name, self._stopping)
+    async def _retry(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until it succeeds or fails with a permanent error."""
+        waiting = WaitLog(name, self._stopping)
         while True:
             try:
                 answer = await call()
             except PoiseClientError as error:
-                if not may_pass(error):
+                if not is_transient(error):
                     raise
-                await waiting.pause(error)
+                waiting.report(f"{name}: {error.message}", starting=error.starting)
+                await waiting.pause(error.retry_after_s or 0.0)
             else:
-                waiting.over()
+                waiting.done()
                 return answer

@@ -1,1 +1,1 @@
-"""The run folder and the step journal."""
+"""Files of a run: its folder, the journal of sampled steps, retries while the disk fails."""

@@ -1,7 +1,4 @@
-"""Retries writes to the run's folder while its disk fails, and logs why.
-
-Does not know the files or their content.
-"""
+"""Retries writes to the run folder while its disk fails, and logs the cause."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from poise.orchestrator.sampling.waiting import StoppedWaiting, Waiting, pause
+from poise.orchestrator.sampling.retry import WaitLog
 from poise.runtime.files.atomic import describe_disk_error
 
 logger = logging.getLogger(__name__)
@@ -21,42 +18,39 @@ _NAME = "the run's folder"
 _REMEDY = ". The run then resumes"
 
 
-class Storage:
-    """Retries failed writes of one run until they succeed."""
+class DiskRetry:
+    """Runs file operations of one run until they succeed."""
 
     def __init__(self, stopping: asyncio.Event | None = None, check: Callable[[], None] | None = None) -> None:
         """Create it.
 
         Args:
-            stopping: ends the waiting.
-            check: raises the cause of a failed write where it knows one; see `RunFolder.check_held`.
+            stopping: ends the waiting when set.
+            check: raises the cause of a failed operation if it knows one; see `RunFolder.check_open`.
         """
         self._stopping = stopping or asyncio.Event()
         self._check = check
 
-    async def keep(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T]) -> T:
         """Run `work` on a thread and return its result; retry while it raises `OSError`.
 
         Raises:
-            StoppedWaiting: a stop was requested while the disk failed.
+            StopRequested: a stop was requested while the disk failed.
             RunError: the folder was deleted.
         """
-        waiting = Waiting(_NAME, self._stopping, _REMEDY)
+        waiting = WaitLog(_NAME, self._stopping, _REMEDY)
         while True:
             try:
-                done = await to_its_end(asyncio.to_thread(work))
+                result = await until_done(asyncio.to_thread(work))
             except OSError as error:
-                waiting.say(f"{_NAME}: {describe_disk_error(self._cause(error))}")
-                if not self._stopping.is_set():
-                    await pause(self._stopping)
-                if self._stopping.is_set():
-                    raise StoppedWaiting(_NAME) from error
+                waiting.report(f"{_NAME}: {describe_disk_error(self._cause(error))}")
+                await waiting.pause()
             else:
-                waiting.over("can be written again")
-                return done
+                waiting.done("can be written again")
+                return result
 
     def _cause(self, error: OSError) -> OSError:
-        """Return why a write failed: a folder that was moved explains more than a missing file."""
+        """Return the cause of a failed operation: that the folder was moved explains more than a missing file."""
         if self._check is not None:
             try:
                 self._check()
@@ -65,8 +59,8 @@ class Storage:
         return error
 
 
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await what cannot be interrupted, also when cancelled: the folder is closed only after it."""
+async def until_done(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if cancelled, so that the folder is not closed during a write."""
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)

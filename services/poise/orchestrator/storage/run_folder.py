@@ -1,19 +1,17 @@
-"""The folder of a run: what is shown, what is resumed from.
+"""The folder of a run: its results, and the state from which it resumes.
 
-    run.lock            held while the run is driven
-    config.yaml         the settings
-    data.json           what the data files held: hash, rows, and how many of them are used
-    state.json          how far it is
-    journal/            the steps in hand
-    metrics.jsonl       a line a step
-    values.jsonl        a line a step: predicted and realised values
-    trajectories.jsonl  some groups of each step, to read
-    evaluations.jsonl   a line an evaluation
-    probes.json         each domain's probe, as the value service had it in the end
-    memory.jsonl        a line a step: what the algorithm remembers of it
-    generations/        of each evaluation all rollouts, a line each
-
-Owns the files, but for those of the journal.
+run.lock            locked by the process that runs it
+config.yaml         settings
+data.json           data files: hash, number of rows, number of used rows
+state.json          finished steps, tokens, seconds, policy version
+journal/            steps between sampling and training; see `step_journal`
+metrics.jsonl       one line for each step
+values.jsonl        one line for each step: predicted and realised values
+rollouts.jsonl      rollouts of some groups of each step, to read
+step_states.jsonl   one line for each step: positions of the tasks, state of the algorithm
+evaluations.jsonl   one line for each evaluation
+generations/        all rollouts of each evaluation
+probes.json         the probe of each domain at the end
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ from typing import IO, Any
 
 import yaml
 
-from poise.orchestrator.budget import Limits, Spent
-from poise.orchestrator.errors import RunError, SettingsError, kind_of_error
+from poise.orchestrator.budget import Limits, Usage
+from poise.orchestrator.errors import RunError, SettingsError, file_error_kind
 from poise.orchestrator.storage.step_journal import JournalledStep, StepJournal
 from poise.orchestrator.tasks.rows import DataFile
 from poise.runtime.files.atomic import (
@@ -51,40 +49,43 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = frozenset(
     {"budget", "endpoints", "logging", "max_untrained_steps", "num_steps", "run_dir", "samples_per_step"}
 )
-"""Settings that change nothing of what a step learns."""
+"""Settings that do not change what a step trains."""
+
+_RENAMED_FILES = {"trajectories.jsonl": "rollouts.jsonl", "memory.jsonl": "step_states.jsonl"}
+"""Names of files in older releases."""
 
 _LEAST_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """How far a run is."""
+    """The progress of a run."""
 
     next_step: int = 0
     wall_s: float = 0.0
-    """Spent in steps so far, over all restarts, without evaluations."""
+    """Seconds of training, over all restarts, without evaluations."""
     policy_version: int = 0
-    """The learner's, after the last finished step."""
+    """The learner's version after the last finished step."""
     is_reported: bool = False
     """Whether the model was exported and the report written after the last step."""
     tokens: int = 0
     """Response tokens sampled for the finished steps."""
 
     @property
-    def spent(self) -> Spent:
-        """What the finished steps took."""
-        return Spent(self.next_step, self.tokens, self.wall_s)
+    def usage(self) -> Usage:
+        """Usage of the finished steps."""
+        return Usage(self.next_step, self.tokens, self.wall_s)
 
     def is_finished(self, limits: Limits) -> bool:
-        """Whether nothing is left to do for a run that may spend so much."""
-        return self.is_reported and limits.are_reached(self.spent)
+        """Return whether the run has reached its limits and written its report."""
+        return self.is_reported and limits.are_reached(self.usage)
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time.
+    """The folder of one run, opened by one process at a time.
 
-    What writes to an open folder raises `OSError` if it is full, not writable, or was moved. The same call may then be
-    made again: it resumes where it failed. It raises `RunError` if the folder was deleted.
+    Methods that write raise `OSError` if the disk is full, the folder is not writable or was moved. The call may then
+    be repeated and continues where it failed. They raise `RunError` if the folder was deleted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,26 +94,26 @@ class RunFolder:
         self._run_id = ""
         self._lock: IO[bytes] | None = None
         self._descriptor: int | None = None
-        """Of the folder itself, wherever it is moved."""
+        """Of the open folder, even after it was moved."""
         self._appended: set[tuple[int, str]] = set()
-        """Files that hold the lines of a step which is not finished."""
+        """Files to which the lines of an unfinished step were written."""
 
     def open(self, run_id: str, settings: Mapping[str, Any]) -> RunState:
-        """Take the folder and return how far the run is. Log the settings that changed since.
+        """Lock the folder and return the run's progress. Log settings that changed since the last start.
 
         Raises:
-            RunError: another process drives it, it holds another run, or it cannot be written.
+            RunError: another process runs it, it belongs to another run, or it is not writable.
         """
         try:
             return self._open(run_id, settings)
         except BlockingIOError:
             self.close()
-            raise RunError(f"{self.path} is being driven by another process; wait for it, or stop it") from None
+            raise RunError(f"another process runs {self.path}; wait for it to end, or stop it") from None
         except OSError as error:
             self.close()
-            raise kind_of_error(error)(
-                f"{self.path} cannot be used as the run's folder: {describe_disk_error(error)}. Then run the same "
-                "command again, or name another folder"
+            raise file_error_kind(error)(
+                f"the run folder {self.path} is not usable: {describe_disk_error(error)}. Then run the same command "
+                "again, or use another folder"
             ) from error
         except BaseException:
             self.close()
@@ -127,7 +128,7 @@ class RunFolder:
         self._run_id = run_id
         if state.next_step and (changes := list(_changes(self._read_settings(), settings))):
             logger.warning(
-                "settings changed since this run began; from step %d on it follows the new ones: %s",
+                "settings changed since this run began; the new ones apply from step %d on: %s",
                 state.next_step,
                 "; ".join(changes),
             )
@@ -139,10 +140,10 @@ class RunFolder:
         return state
 
     def read_state(self, run_id: str) -> RunState:
-        """Return how far the run is, without taking the folder.
+        """Return the run's progress, without locking the folder.
 
         Raises:
-            RunError: it holds another run, or is damaged.
+            RunError: it belongs to another run, or is damaged.
         """
         path = self.path / "state.json"
         if not path.exists():
@@ -152,23 +153,27 @@ class RunFolder:
             owner = values.pop("run_id")
             state = RunState(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise kind_of_error(error)(f"{path} is damaged: {error}; restore it, or use another run folder") from error
+            raise file_error_kind(error)(
+                f"{path} is damaged: {error}; restore it, or use another run folder"
+            ) from error
         if owner != run_id:
-            raise SettingsError(f"{self.path} holds run {owner!r}, not {run_id!r}; use another folder, or that name")
+            raise SettingsError(
+                f"{self.path} belongs to run {owner!r}, not {run_id!r}; use another folder, or that name"
+            )
         return state
 
     def problem(self) -> str:
-        """Return why a run could not write to the folder now, without writing; empty if it could, or there is none."""
+        """Return why the folder is not writable now, without writing; empty if it is writable or does not exist."""
         if not self.path.exists():
             return ""
         if not os.access(self.path, os.W_OK):
-            return "the run's folder cannot be written: restore the permission, or mount it writable"
+            return "the run folder is not writable: restore the permission, or mount it writable"
         if free_bytes(self.path) < _LEAST_FREE_BYTES:
-            return "the disk of the run's folder is full: training waits until there is space"
+            return "the disk of the run folder is full: training waits until there is space"
         return ""
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -176,11 +181,11 @@ class RunFolder:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def check_held(self) -> None:
-        """Make sure that the path still names the folder that was opened.
+    def check_open(self) -> None:
+        """Check that the path still names the folder that was opened.
 
         Raises:
-            OSError: it was moved, or another folder is there now. It may come back.
+            OSError: it was moved or replaced. It may come back.
             RunError: it was deleted.
         """
         if self._descriptor is None:
@@ -193,45 +198,45 @@ class RunFolder:
         now_at = _path_of(self._descriptor)
         if now_at.endswith(" (deleted)") or not ours.st_nlink:
             raise RunError(
-                f"the run's folder {self.path} was deleted while the run was driven, and with it the run's journal and "
-                "metrics. Restore it from a backup and run the same command again, or start a new run"
+                f"the run folder {self.path} was deleted during the run, with the journal and the metrics. Restore it "
+                "from a backup and run the same command again, or start a new run"
             )
-        moved = f"the run's folder {self.path} was moved" + (f" to {now_at}" if now_at else "")
-        replaced = ", and another folder is there now" if self.path.exists() else ""
+        moved = f"the run folder {self.path} was moved" + (f" to {now_at}" if now_at else "")
+        replaced = " and replaced by another folder" if self.path.exists() else ""
         raise OSError(0, f"{moved}{replaced}. Move it back to {self.path}")
 
-    def finish_step(self, step: JournalledStep, numbers: Mapping[str, Any]) -> None:
-        """Write a finished step's lines, move on, and drop its journal.
+    def finish_step(self, step: JournalledStep, metrics: Mapping[str, Any]) -> None:
+        """Write the lines of a finished step, advance the run's state, and delete the step from the journal.
 
-        `numbers` is its line of metrics.jsonl; `wall_s` and `tokens` in it are those of the run so far.
+        `metrics` is its line of metrics.jsonl; its `wall_s` and `tokens` are totals of the run.
         """
-        self.check_held()
+        self.check_open()
         for name, lines in (
-            ("metrics.jsonl", [numbers]),
+            ("metrics.jsonl", [metrics]),
             ("values.jsonl", [step.values] if step.values["predicted"] else []),
-            ("trajectories.jsonl", step.samples),
-            ("memory.jsonl", [{"step": step.step, **step.memory}]),
+            ("rollouts.jsonl", step.rollouts),
+            ("step_states.jsonl", [{"step": step.step, **step.state}]),
         ):
             if (step.step, name) not in self._appended:
-                self._append(name, lines)
+                self.append_lines(name, lines)
                 self._appended.add((step.step, name))
-        version, tokens = numbers["policy_version"], numbers["tokens"]
-        self._write_state(RunState(step.step + 1, numbers["wall_s"], version, tokens=tokens))
+        version, tokens = metrics["policy_version"], metrics["tokens"]
+        self.write_state(RunState(step.step + 1, metrics["wall_s"], version, tokens=tokens))
         self._appended.clear()
-        with contextlib.suppress(OSError):  # what is left of it is tidied up later
+        with contextlib.suppress(OSError):  # `_tidy` deletes it at the next start
             self.journal.drop(step.step)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of metrics.jsonl, one a finished step."""
+        """Yield the lines of metrics.jsonl, one for each finished step."""
         return self._lines("metrics.jsonl")
 
-    def read_memory(self) -> list[dict[str, Any]]:
-        """Return what the finished steps left to be known, in their order, and how many problems each drew."""
+    def read_step_states(self) -> list[dict[str, Any]]:
+        """Return the states of the finished steps, in order, each with the number of problems that it drew."""
         num_problems = {line["step"]: line.get("num_groups") for line in self._lines("metrics.jsonl")}
-        return [{"num_problems": num_problems.get(line["step"])} | line for line in self._lines("memory.jsonl")]
+        return [{"num_problems": num_problems.get(line["step"])} | line for line in self._lines("step_states.jsonl")]
 
     def record_data(self, files: Sequence[DataFile], next_step: int) -> None:
-        """Write down what data files hold, and warn of those that changed since the run began."""
+        """Record the data files, and warn about files that changed since the run began."""
         path = self.path / "data.json"
         if not files:
             return
@@ -251,8 +256,8 @@ class RunFolder:
         for name, found in now.items():
             if next_step and isinstance(before, dict) and before.get(name, found) != found:
                 logger.warning(
-                    "%s changed since this run began: from %s to %s. From step %d on the run follows the new rows, "
-                    "and some may come again in this epoch. Restore the file, or start a run of another name",
+                    "%s changed since this run began, from %s to %s. From step %d the run uses the new rows, and may "
+                    "repeat some in this epoch. Restore the file, or start a new run",
                     name,
                     _describe_data(before[name]),
                     _describe_data(found),
@@ -261,42 +266,43 @@ class RunFolder:
         write_file(path, (json.dumps(now, indent=2) + "\n").encode())
 
     def mark_reported(self) -> None:
-        """Tell that nothing is left to do after the last finished step."""
-        self.check_held()
-        self._write_state(replace(self.read_state(self._run_id), is_reported=True))
+        """Record that the report was written after the last finished step."""
+        self.check_open()
+        self.write_state(replace(self.read_state(self._run_id), is_reported=True))
 
     def write_evaluation(self, line: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> None:
-        """Write an evaluation's rollouts, then its line, which names their file: where it is, they are."""
-        self.check_held()
+        """Write the rollouts of an evaluation, then its line, so that a line always names a complete file."""
+        self.check_open()
         path = self._generations / f"{line['when']}-{line['step']:08d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_lines(path, generations)
-        self._append("evaluations.jsonl", [dict(line) | {"generations": str(path.relative_to(self.path))}])
+        self.append_lines("evaluations.jsonl", [dict(line) | {"generations": str(path.relative_to(self.path))}])
 
     def write_probes(self, report: ProbeReport) -> None:
-        """Write what the value service says of its probes; what is not known is null."""
-        self.check_held()
+        """Write the value service's report on its probes; unknown numbers become null."""
+        self.check_open()
         trees = [without_nan(asdict(probe)) for probe in report.probes]
         write_file(self.path / "probes.json", (json.dumps(trees, indent=2, allow_nan=False) + "\n").encode())
 
     def evaluated(self, when: str, step: int) -> bool:
-        """Whether an evaluation is there already."""
-        self.check_held()
+        """Return whether an evaluation was written."""
+        self.check_open()
         return any((line["when"], line["step"]) == (when, step) for line in self._lines("evaluations.jsonl"))
 
-    def last_evaluated(self) -> Spent:
-        """Return what had been spent at the last evaluation; nothing where there is none."""
-        self.check_held()
-        spent = Spent()
+    def last_evaluated(self) -> Usage:
+        """Return the run's usage at the last evaluation; zero if there is none."""
+        self.check_open()
+        usage = Usage()
         for line in self._lines("evaluations.jsonl"):
-            spent = Spent(line["step"], line["tokens"], line["wall_s"])
-        return spent
+            usage = Usage(line["step"], line["tokens"], line["wall_s"])
+        return usage
 
     @property
     def _generations(self) -> Path:
         return self.path / "generations"
 
-    def _write_state(self, state: RunState) -> None:
+    def write_state(self, state: RunState) -> None:
+        """Write state.json."""
         write_file(self.path / "state.json", json.dumps({"run_id": self._run_id} | asdict(state)).encode())
 
     def _read_settings(self) -> dict[str, Any]:
@@ -307,8 +313,11 @@ class RunFolder:
         return values if isinstance(values, dict) else {}
 
     def _tidy(self, next_step: int) -> None:
-        """Drop what a process left halfway: lines cut off, lines of a step that is finished again, old journals."""
-        names = ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl")
+        """Delete incomplete lines, lines of steps that will be finished again, and old journal entries."""
+        for old, new in _RENAMED_FILES.items():
+            if (self.path / old).exists():
+                (self.path / old).rename(self.path / new)
+        names = ("metrics.jsonl", "values.jsonl", "rollouts.jsonl", "step_states.jsonl", "evaluations.jsonl")
         for path in (self.path / name for name in names):
             if path.exists():
                 kept = [
@@ -317,9 +326,9 @@ class RunFolder:
                     if line["step"] < next_step or path.name == "evaluations.jsonl"
                 ]
                 write_file(path, "".join(kept).encode())
-        told = {line.get("generations") for line in self._lines("evaluations.jsonl")}
+        named = {line.get("generations") for line in self._lines("evaluations.jsonl")}
         for path in self._generations.glob("*"):
-            if str(path.relative_to(self.path)) not in told:
+            if str(path.relative_to(self.path)) not in named:
                 path.unlink()
         self.journal.tidy(next_step)
 
@@ -327,20 +336,21 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return
-        for line in path.read_bytes().split(b"\n"):  # texts hold other line ends than this one
+        for line in path.read_bytes().split(b"\n"):  # not splitlines: texts may contain other line separators
             try:
                 yield json.loads(line)
             except ValueError:
-                return  # the end, or cut off by a crash
+                return  # the end, or a line cut off by a crash
 
-    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    def append_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to a file of the folder, all or nothing."""
         text = "".join(map(json_line, lines))
         if text:
             append_file(self.path / name, text.encode())
 
 
 def _path_of(descriptor: int) -> str:
-    """Return where an open folder is now; empty if the system does not say."""
+    """Return the current path of an open folder; empty if unknown."""
     try:
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())
     except OSError:
@@ -348,11 +358,11 @@ def _path_of(descriptor: int) -> str:
 
 
 def _describe_data(found: Mapping[str, Any]) -> str:
-    return f"{found['num_rows']} rows, of which {found['num_used']} are used (SHA-256 {found['sha256'][:12]})"
+    return f"{found['num_rows']} rows, {found['num_used']} used (SHA-256 {found['sha256'][:12]})"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    """Yield `name: before -> now` for every setting that differs, where both are known."""
+    """Yield `name: before -> now` for every setting that changed."""
     for name in sorted((before.keys() & now.keys()) - (frozenset() if section else _FREE_TO_CHANGE)):
         if isinstance(before[name], dict) and isinstance(now[name], dict):
             yield from _changes(before[name], now[name], f"{section}{name}.")

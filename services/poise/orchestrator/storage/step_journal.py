@@ -1,10 +1,10 @@
-"""The steps in hand: what is whole on disk before any label or advantage of a step leaves.
+"""The journal of sampled steps. A step is complete on disk before any of its labels or advantages is sent.
 
-    step-<number>/labels.pb   what the probe learns from
-    step-<number>/batch.pb    what the learner trains on
-    step-<number>/step.json   its numbers, and what else is shown and remembered of it
+    step-<number>/labels.pb   labels for the probe
+    step-<number>/batch.pb    the learner's training batch
+    step-<number>/step.json   metrics so far, values, sampled rollouts, and state for later steps
 
-Owns these folders. A restart takes up there.
+A restarted run continues with these steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poise.orchestrator.errors import kind_of_error
+from poise.orchestrator.errors import file_error_kind
 from poise.runtime.files.atomic import check_writable, sync_folder, write_file
 from poise_client.codec import CodecError, dump_batch, dump_labels, load_batch, load_labels
 from poise_client.types import Batch, Group
@@ -23,19 +23,23 @@ from poise_client.types import Batch, Group
 
 @dataclass(frozen=True, slots=True)
 class JournalledStep:
-    """A step whose rollouts are verified and valued, before any of it leaves."""
+    """A sampled and scored step with its baselines, before any of it is sent."""
 
     step: int
     labels: list[Group]
     batch: Batch
-    numbers: dict[str, Any]
-    """Its line of metrics.jsonl, as far as known."""
+    metrics: dict[str, Any]
+    """Its line of metrics.jsonl, without the metrics of training."""
     values: dict[str, Any]
     """Its line of values.jsonl."""
-    samples: list[dict[str, Any]]
-    """Its lines of trajectories.jsonl."""
-    memory: dict[str, Any] = field(default_factory=dict)
-    """Its line of memory.jsonl, without the step."""
+    rollouts: list[dict[str, Any]]
+    """Its lines of rollouts.jsonl."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Its line of step_states.jsonl."""
+
+
+_RENAMED = {"numbers": "metrics", "samples": "rollouts", "memory": "state"}
+"""Keys of step.json in older releases."""
 
 
 class StepJournal:
@@ -45,7 +49,7 @@ class StepJournal:
         self._path = path
 
     def open(self) -> None:
-        """Make the folder. Raises `OSError` if it cannot be written."""
+        """Create the folder. Raises `OSError` if it is not writable."""
         self._path.mkdir(parents=True, exist_ok=True)
         writing = self._path / "writing"
         writing.mkdir(exist_ok=True)
@@ -53,10 +57,10 @@ class StepJournal:
         shutil.rmtree(writing)
 
     def write(self, step: JournalledStep) -> None:
-        """Keep a step, durable and whole on return.
+        """Store a step. On return it is complete and durable.
 
         Raises:
-            OSError: it is not kept. The same call may be made again.
+            OSError: it is not stored. The call may be repeated.
         """
         writing, target = self._path / "writing", self._folder(step.step)
         for leftover in (writing, target):
@@ -65,13 +69,13 @@ class StepJournal:
         writing.mkdir()
         write_file(writing / "labels.pb", dump_labels(step.labels))
         write_file(writing / "batch.pb", dump_batch(step.batch))
-        about = {"numbers": step.numbers, "values": step.values, "samples": step.samples, "memory": step.memory}
-        write_file(writing / "step.json", json.dumps(about).encode())
+        content = {name: getattr(step, name) for name in ("metrics", "values", "rollouts", "state")}
+        write_file(writing / "step.json", json.dumps(content).encode())
         writing.rename(target)
         sync_folder(self._path)
 
     def read(self, step: int) -> JournalledStep | None:
-        """Return a step that was journalled; None when it was not.
+        """Return a step; None if it is not in the journal.
 
         Raises:
             RunError: it is damaged.
@@ -80,18 +84,18 @@ class StepJournal:
         if not path.exists():
             return None
         try:
-            about = json.loads((path / "step.json").read_text())
+            content = json.loads((path / "step.json").read_text())
             labels = load_labels((path / "labels.pb").read_bytes())
             batch = load_batch((path / "batch.pb").read_bytes())
-            return JournalledStep(step, labels, batch, **about)
+            return JournalledStep(step, labels, batch, **{_RENAMED.get(name, name): content[name] for name in content})
         except (OSError, ValueError, TypeError, CodecError) as error:
-            raise kind_of_error(error)(
-                f"{path} is damaged: {error}. If none of step {step} was submitted, delete it to sample the step anew; "
-                "else start a new run"
+            raise file_error_kind(error)(
+                f"{path} is damaged: {error}. If nothing of step {step} was submitted, delete it to sample the step "
+                "again; otherwise start a new run"
             ) from error
 
     def read_pending(self, first_step: int) -> dict[int, JournalledStep]:
-        """Return the steps in hand, from `first_step` on without a gap. Raises as `read` does."""
+        """Return the consecutive steps from `first_step` on. Raises the errors of `read`."""
         pending: dict[int, JournalledStep] = {}
         step = first_step
         while (journalled := self.read(step)) is not None:
@@ -100,17 +104,17 @@ class StepJournal:
         return pending
 
     def drop(self, step: int) -> None:
-        """Forget a step none of which has left, to be sampled anew, or all of which has."""
+        """Delete a step of which nothing was sent, to sample it again, or everything was sent."""
         shutil.rmtree(self._folder(step))
 
     def tidy(self, next_step: int) -> None:
-        """Forget all but the steps in hand: those from `next_step` on without a gap."""
-        in_hand, step = set[Path](), next_step
+        """Delete everything but the consecutive steps from `next_step` on."""
+        pending, step = set[Path](), next_step
         while (path := self._folder(step)).exists():
-            in_hand.add(path)
+            pending.add(path)
             step += 1
         for path in self._path.glob("*"):
-            if path not in in_hand:
+            if path not in pending:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _folder(self, step: int) -> Path:

@@ -1,1 +1,1 @@
-"""What a run trains on: where problems come from, and how they are mixed and held out."""
+"""Tasks: where problems come from, how tasks are mixed, and which problems are held out for evaluation."""

@@ -1,4 +1,4 @@
-"""The settings of tasks."""
+"""Settings of tasks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from poise.orchestrator.rewards.verifiers import BUILT_IN
 from poise.orchestrator.tasks import digits, primer
 from poise.orchestrator.tasks.rows import OnBadRow
 from poise.runtime.config.settings import StrictModel
 from poise.runtime.rpc.validation import IDENTIFIER
-
-VERIFIERS = ("exact", "numeric", "regex")
-"""Verifiers by name; any other is an import path."""
 
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -23,7 +21,7 @@ def _known_skills(known: tuple[str, ...], skills: tuple[str, ...]) -> tuple[str,
     if unknown := sorted(set(skills) - set(known)):
         raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(known)}")
     if len(set(skills)) < len(skills):
-        raise ValueError("names a skill twice; use weights of tasks to have more of one")
+        raise ValueError("a skill is listed twice; to draw one more often, give it a task of its own with a weight")
     return skills
 
 
@@ -36,13 +34,13 @@ def _digit_skills(skills: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _verifier(name: str) -> str:
-    if name in VERIFIERS or _IMPORT_PATH.fullmatch(name):
+    if name in BUILT_IN or _IMPORT_PATH.fullmatch(name):
         return name
-    raise ValueError(f"must be one of {', '.join(VERIFIERS)}, or an import path such as package.module:function")
+    raise ValueError(f"must be one of {', '.join(BUILT_IN)}, or an import path such as package.module:function")
 
 
 def domain_problem(domain: str) -> str | None:
-    """Return what is wrong with a domain's name; None where nothing is."""
+    """Return why a domain's name is invalid; None if it is valid."""
     if IDENTIFIER.fullmatch(domain):
         return None
     return "must be 1 to 128 characters of A-Z a-z 0-9 . _ : / -"
@@ -59,20 +57,20 @@ Domain = Annotated[str, AfterValidator(_domain)]
 
 class _Task(StrictModel):
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Share of the prompts, relative to the other tasks' weights."""
+    """Share of the prompts, relative to the weights of the other tasks."""
 
 
 class PrimerTask(_Task):
-    """Elementary skills for a small instruct model: copying, letters, comparing, small sums."""
+    """Elementary skills for a small instruct model: copying, letters, comparisons, small sums."""
 
     kind: Literal["primer"] = "primer"
     """This kind of task."""
     skills: Annotated[tuple[str, ...], AfterValidator(_primer_skills)] = Field(tuple(primer.SKILLS), min_length=1)
     """Which skills, in equal shares."""
     one_shot: bool = True
-    """Show one solved example of the skill before the question."""
+    """Put one solved example of the skill before the question."""
     domain: Domain = "primer"
-    """Whose probe values the rollouts."""
+    """Domain of the problems."""
 
 
 class DigitsTask(_Task):
@@ -83,31 +81,33 @@ class DigitsTask(_Task):
     skills: Annotated[tuple[str, ...], AfterValidator(_digit_skills)] = Field(tuple(digits.SKILLS), min_length=1)
     """Which skills, in equal shares."""
     domain: Domain = "digits"
-    """Whose probe values the rollouts."""
+    """Domain of the problems."""
 
 
 class JsonlTask(_Task):
-    """Your own problems: a file of `{"prompt": text or messages, "answer": text or number, "domain"?, "metadata"?}`."""
+    """Your own problems: a JSON Lines file of `{"prompt": text or messages, "answer": text or number, "domain"?,
+    "metadata"?}`."""
 
     kind: Literal["jsonl"] = "jsonl"
     """This kind of task."""
     path: Path
-    """UTF-8 file, one JSON object a line."""
+    """UTF-8 file with one JSON object on each line."""
     verifier: Annotated[str, AfterValidator(_verifier)] = "exact"
-    """`exact`, `numeric`, `regex` (the answer is the pattern), or `package.module:function`, called as
-    function(response, answer) and, where it takes it, problem=Problem; it returns a reward in [0, 1]."""
+    """`exact`, `numeric`, `regex` (the answer is the pattern), or `package.module:function`. The function is called as
+    function(response, answer), with problem= and finish_reason= if it has these parameters, and returns a reward in
+    [0, 1]."""
     domain: Domain = "default"
-    """Whose probe values the rollouts, where a line does not say."""
+    """Domain of the problems, for lines without one."""
     system: str | None = None
-    """System message put before prompts that bring none; a prompt that is text becomes the user's message. Unset, text
-    reaches the model as it stands."""
+    """System message for prompts without one; a text prompt becomes the user's message. If unset, text prompts are
+    passed to the model unchanged, without the chat template."""
     eval_path: Path | None = None
-    """File of held-out problems. Unset, an eighth of `path` is held out."""
+    """File of held-out problems. If unset, an eighth of `path` is held out."""
     max_prompts: int | None = Field(None, ge=1)
-    """Read so many problems from the top of `path`; unset reads all."""
+    """Read only this many problems from the start of `path`; unset reads all."""
     on_bad_row: OnBadRow | None = None
-    """What rows that cannot be used do: `stop` the run before its first step, or `skip`: the run goes without them, and
-    says how many there are. Unset takes `on_bad_row` of the run."""
+    """How to handle invalid rows: `stop` fails before the first step, `skip` leaves them out and reports their number.
+    If unset, the run's `on_bad_row` applies."""
 
 
 class GymTask(_Task):
@@ -118,14 +118,14 @@ class GymTask(_Task):
     name: str
     """Name of the task in reasoning-gym, such as `spell_backward`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Its own settings, such as `min_word_len`."""
+    """Options of the reasoning-gym task, such as `min_word_len`."""
     size: int = Field(10_000, ge=1, le=2**31)
-    """Problems to draw from."""
+    """Number of different problems to draw from."""
     domain: Domain | None = None
-    """Whose probe values the rollouts; unset is the task's name."""
+    """Domain of the problems; unset is the task's name."""
     system: str | None = None
-    """System message; unset, there is none."""
+    """System message; unset is none."""
 
 
 TaskConfig = Annotated[PrimerTask | DigitsTask | JsonlTask | GymTask, Field(discriminator="kind")]
-"""Settings of one task of a mixture."""
+"""Settings of one task."""

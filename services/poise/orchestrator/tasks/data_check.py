@@ -1,7 +1,7 @@
-"""Tokenising all rows of the data files before the first step: those that cannot be sampled are named by file and line.
+"""Checks all prompts of the data files before the first step, and reports invalid ones by file and line.
 
-Generation tokenises, which has the model's tokenizer, template and length, wherever it runs. Token counts are cached by
-content: of the prompts, the tokenizer and the vocabulary.
+The generation service tokenizes them, because it has the model's tokenizer, chat template and length limit. Token
+counts are cached by the content of the prompts, the tokenizer and the vocabulary size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.sampling.service_clients import Services
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.rows import DataFile
@@ -27,21 +27,21 @@ from poise_client.types import Policy
 logger = logging.getLogger(__name__)
 
 MAX_CACHED = 64
-"""Files whose counts are kept."""
-SAY_EVERY_S = 5.0
+"""Files with cached counts."""
+LOG_EVERY_S = 5.0
 
 Count = tuple[int, str]
-"""Tokens of a prompt, and why it cannot be sampled whatever its length; empty where it can be."""
+"""Tokens of a prompt, and why generation rejects it regardless of its length; empty if it does not."""
 
 
 async def check_data(
-    config: OrchestratorConfig, mixture: Mixture, services: Services, say: Callable[[str], None]
+    config: OrchestratorConfig, mixture: Mixture, services: ServiceClients, log: Callable[[str], None]
 ) -> None:
-    """Leave the rows that cannot be sampled out of the mixture, or stop for them, as the tasks say.
+    """Check all prompts of the data files; drop invalid rows from the mixture, or fail, as `on_bad_row` says.
 
     Raises:
-        ConfigError: a stop token is beyond the model's vocabulary.
-        TaskError: rows are bad and `on_bad_row` is `stop`, or too few are left.
+        ConfigError: a stop token is not in the model's vocabulary.
+        TaskError: rows are invalid and `on_bad_row` is `stop`, or too few are left.
     """
     if not mixture.files and not config.sampling.stop_token_ids:
         return
@@ -50,7 +50,7 @@ async def check_data(
     checked: list[DataFile] = []
     wrong: list[str] = []
     for file in mixture.files:
-        counts = await _counts(file, policy, services, say)
+        counts = await _counts(file, policy, services, log)
         bad = _bad_rows(file.problems, counts, config.sampling.max_tokens, policy.max_model_len)
         checked.append(file.without(bad))
         try:
@@ -62,28 +62,31 @@ async def check_data(
     for line in (line for file in checked for line in file.describe_skipped()):
         logger.warning("%s", line)
     mixture.keep(checked)
-    mixture.held_out(config.evaluation.num_prompts)  # raises where too few are left
+    mixture.held_out(config.evaluation.num_prompts)  # raises if too few are left
 
 
 def _check_stop_tokens(config: OrchestratorConfig, policy: Policy) -> None:
     beyond = [token for token in config.sampling.stop_token_ids if token >= policy.vocabulary_size]
     if beyond:
         raise ConfigError(
-            f"sampling.stop_token_ids: holds {beyond[0]}; the model's vocabulary is 0 to {policy.vocabulary_size - 1}"
+            f"sampling.stop_token_ids: contains {beyond[0]}; the model's ids are 0 to {policy.vocabulary_size - 1}"
         )
 
 
 def _bad_rows(
     problems: Sequence[Problem], counts: Sequence[Count], max_tokens: int, max_model_len: int
 ) -> list[tuple[Problem, str]]:
-    """Return what is wrong with which rows. A `max_tokens` that no prompt leaves room for takes the room there is."""
+    """Return the invalid rows with the reasons.
+
+    If `max_tokens` alone exceeds `max_model_len`, a prompt needs room for only one response token.
+    """
     room = max_tokens if max_tokens < max_model_len else 1
     bad = []
     for problem, (num_tokens, what) in zip(problems, counts, strict=True):
         if not what and num_tokens + room > max_model_len:
             what = (
-                f"prompt: has {num_tokens} tokens, which with {room} of a response is more than max_model_len, "
-                f"{max_model_len}; shorten it, lower sampling.max_tokens, or raise the generation service's "
+                f"prompt: has {num_tokens} tokens; with {room} response tokens that exceeds max_model_len = "
+                f"{max_model_len}. Shorten it, lower sampling.max_tokens, or raise the generation service's "
                 "max_model_len"
             )
         if what:
@@ -91,25 +94,25 @@ def _bad_rows(
     return bad
 
 
-async def _counts(file: DataFile, policy: Policy, services: Services, say: Callable[[str], None]) -> list[Count]:
-    """Return the count of each of the file's prompts: from the cache, or from generation."""
+async def _counts(file: DataFile, policy: Policy, services: ServiceClients, log: Callable[[str], None]) -> list[Count]:
+    """Return the count of each prompt of a file, from the cache or from generation."""
     path = _cache_path(file, policy)
     if path is not None and (cached := _read_cache(path, len(file.problems))) is not None:
         return cached
     total, started_s = len(file.problems), time.monotonic()
-    said_s = started_s
+    logged_s = started_s
 
-    def tell(num_checked: int) -> None:
-        nonlocal said_s
+    def log_progress(num_checked: int) -> None:
+        nonlocal logged_s
         now_s = time.monotonic()
-        if now_s - said_s >= SAY_EVERY_S:
-            said_s = now_s
-            say(f"{file.path}: {num_checked} of {total} prompts checked")
+        if now_s - logged_s >= LOG_EVERY_S:
+            logged_s = now_s
+            log(f"{file.path}: {num_checked} of {total} prompts checked")
 
     prompts = [problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt) for problem in file.problems]
-    checks = await services.check_prompts(prompts, tell)
-    if said_s > started_s:
-        say(f"{file.path}: {total} prompts checked in {time.monotonic() - started_s:.0f} s")
+    checks = await services.check_prompts(prompts, log_progress)
+    if logged_s > started_s:
+        log(f"{file.path}: {total} prompts checked in {time.monotonic() - started_s:.0f} s")
     counts = [(check.num_tokens, check.problem) for check in checks]
     if path is not None:
         _write_cache(path, counts)
@@ -117,7 +120,7 @@ async def _counts(file: DataFile, policy: Policy, services: Services, say: Calla
 
 
 def _cache_path(file: DataFile, policy: Policy) -> Path | None:
-    """Return where the counts are kept; None where it is not known what they follow from."""
+    """Return the path of the cached counts; None if the tokenizer is not identified."""
     if not policy.tokenizer_digest:
         return None
     digest = hashlib.sha256(f"{policy.tokenizer_digest.hex()}/{policy.vocabulary_size}".encode())
@@ -135,7 +138,7 @@ def _read_cache(path: Path, num: int) -> list[Count] | None:
     except (OSError, ValueError, TypeError):
         return None
     with contextlib.suppress(OSError):
-        path.touch()  # the oldest are dropped
+        path.touch()  # the least recently used are deleted
     return counts if len(counts) == num else None
 
 
@@ -147,4 +150,4 @@ def _write_cache(path: Path, counts: Sequence[Count]) -> None:
         for old in kept[:-MAX_CACHED]:
             old.unlink()
     except OSError as error:
-        logger.debug("token counts are not cached: %s", error)
+        logger.debug("cannot cache token counts: %s", error)

@@ -1,6 +1,6 @@
-"""Elementary skills on three digits, for a model small enough to be made on the spot.
+"""Elementary skills on three digits, for the tiny character-level model.
 
-A prompt is the skill's name, three digits and an equals sign, such as `max482=`; the answer is `8`.
+A prompt is a skill's name, three digits and an equals sign, such as `max482=` with the answer `8`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "two": lambda digits: digits[:2],
     "rev": lambda digits: digits[2] + digits[1],
 }
-"""The answer of each skill."""
+"""The function from digits to answer of each skill."""
 
 ALPHABET = "".join(sorted({*"0123456789=", *"".join(SKILLS)}))
-"""Every character of prompts and answers."""
+"""All characters of prompts and answers."""
 
 PROMPT_CHARS = 7
 MAX_ANSWER_CHARS = 2
 
 
-def draw(skill: str, source: Random) -> tuple[str, str]:
-    """Return a prompt of the skill, and its answer."""
-    digits = f"{source.randrange(1000):03d}"
+def draw(skill: str, rng: Random) -> tuple[str, str]:
+    """Return a prompt of the skill and its answer."""
+    digits = f"{rng.randrange(1000):03d}"
     return f"{skill}{digits}=", SKILLS[skill](digits)

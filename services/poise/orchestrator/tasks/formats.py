@@ -1,7 +1,4 @@
-"""Recognise files that are not JSON lines, and name the command that converts them.
-
-Looks at the first bytes of a file only, not at its name.
-"""
+"""Recognises files that are not JSON Lines by their first bytes, and names a command that converts them."""
 
 from __future__ import annotations
 
@@ -9,14 +6,14 @@ import re
 import shlex
 
 HEAD_BYTES = 4096
-"""Of a file, to know its format by."""
+"""Bytes needed from the start of a file."""
 
 _DECOMPRESS = "decompress it: {command} {shell}"
 _CONVERT = (
     "convert it: python -c \"import pandas; pandas.{reader}('{path}').to_json('{path}.jsonl', orient='records', "
     'lines=True)"'
 )
-_EXPORT = "export its rows as JSON lines"
+_EXPORT = "export its rows as JSON Lines"
 
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip", _DECOMPRESS.replace("{command}", "gunzip -k")),
@@ -56,25 +53,25 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x00\x00\xfe\xff", "UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 {shell}"),
     (b"\xff\xfe", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {shell}"),
     (b"\xfe\xff", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 {shell}"),
-    (b"version https://git-lfs.github.com/spec/", "Git LFS pointer", "fetch what it stands for: git lfs pull"),
+    (b"version https://git-lfs.github.com/spec/", "Git LFS pointer", "fetch the file: git lfs pull"),
 )
-"""First bytes, name, and remedy. A format comes before another whose first bytes it begins with."""
+"""First bytes, name, and remedy. Longer prefixes come before shorter ones."""
 
-_BINARY = "is binary; name a file of JSON lines, in UTF-8"
+_BINARY = "is binary; name a JSON Lines file in UTF-8"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _HEADER = re.compile(rb'"?[A-Za-z_][\w .-]*"?(?:[,\t]"?[A-Za-z_][\w .-]*"?)+')
-"""The names of the columns of a table."""
+"""A row of column names."""
 _AT_OFFSET = ((257, b"ustar", "tar", "unpack it: tar xf {shell}"), (8, b"DUCK", "DuckDB", _EXPORT))
 
 
 def foreign_format(head: bytes, path: str) -> str | None:
-    """Return what a file is that begins with `head`, and the remedy; None where it may be JSON lines."""
+    """Return the format of a file that starts with `head`, with a remedy; None if it may be JSON Lines."""
     for magic, name, remedy in _FORMATS:
         if head.startswith(magic):
-            return _told(name, remedy, path)
+            return _message(name, remedy, path)
     for offset, magic, name, remedy in _AT_OFFSET:
         if head[offset:].startswith(magic):
-            return _told(name, remedy, path)
+            return _message(name, remedy, path)
     return _binary(head, path) or _text(head, path)
 
 
@@ -85,13 +82,13 @@ def _binary(head: bytes, path: str) -> str | None:
         return None if is_text else _BINARY
     for start, name in ((b"{\0\0\0", "UTF-32LE"), (b"\0\0\0{", "UTF-32BE")):
         if head.startswith(start):
-            return _told(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
+            return _message(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
     for zeros, others, name in (
         (sample[1::2], sample[::2], "UTF-16LE"),
         (sample[::2], sample[1::2], "UTF-16BE"),
     ):
         if zeros.count(0) > len(zeros) * 0.7 and others.count(0) < len(others) * 0.3:
-            return _told(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
+            return _message(name, f"convert it: iconv -f {name} -t UTF-8 {{shell}}", path)
     return None if sample.lstrip().startswith(b"{") else _BINARY
 
 
@@ -100,21 +97,21 @@ def _text(head: bytes, path: str) -> str | None:
     first, _, rest = text.partition(b"\n")
     first = first.strip()
     if text.startswith(b"["):
-        return _told("JSON array", "write one object on each line: jq -c '.[]' {shell}", path)
+        return _message("JSON array", "write one object on each line: jq -c '.[]' {shell}", path)
     if first == b"{" and rest:
-        return _told("JSON object over several lines", "write one object on each line: jq -c . {shell}", path)
+        return _message("JSON object over several lines", "write one object on each line: jq -c . {shell}", path)
     if text[:14].lower() == b"<!doctype html" or text[:5].lower() == b"<html":
-        return _told("HTML page", "download the file itself", path)
+        return _message("HTML page", "download the file itself", path)
     if text[:5].lower() == b"<?xml":
-        return _told("XML", _EXPORT, path)
+        return _message("XML", _EXPORT, path)
     if (b"prompt" in first.lower() and b"{" not in first) or _HEADER.fullmatch(first):
         if b"," in first:
-            return _told("CSV", _CONVERT.replace("{reader}", "read_csv"), path)
+            return _message("CSV", _CONVERT.replace("{reader}", "read_csv"), path)
         if b"\t" in first:
-            return _told("TSV", _CONVERT.replace("{reader}", "read_table"), path)
+            return _message("TSV", _CONVERT.replace("{reader}", "read_table"), path)
     return None
 
 
-def _told(name: str, remedy: str, path: str) -> str:
+def _message(name: str, remedy: str, path: str) -> str:
     remedy = remedy.replace("{shell}", shlex.quote(path)).replace("{path}", path)
-    return f"is not JSON lines but {name}; {remedy}"
+    return f"is not JSON Lines but {name}; {remedy}"

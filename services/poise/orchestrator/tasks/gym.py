@@ -1,7 +1,7 @@
 """Problems from reasoning-gym.
 
-Owns making them by name and telling what is wrong with the settings. Scoring is `verifiers.rules`' part: the package's
-own entry travels there in the problem's metadata, because four of its tasks make another one in another process.
+`rewards.verifiers` scores the responses. The dataset entry travels in the problem's metadata, because some of the tasks
+generate another entry when they are created again in the verifier process.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from poise.orchestrator.rewards.rules import pack
+from poise.orchestrator.rewards.verifiers import encode_tuples
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise_client.types import Message
 
 
 def drawer(task: GymTask) -> Callable[[random.Random], Problem]:
-    """Return what draws one of the task's problems.
+    """Return a function that draws a problem of the task.
 
     Raises:
-        TaskError: reasoning-gym is missing, or knows no such task, or not with such options.
+        TaskError: reasoning-gym is not installed, or the name or options of the task are invalid.
     """
     dataset = _dataset(task)
     domain = task.domain or task.name
 
-    def draw(source: random.Random) -> Problem:
-        index = source.randrange(task.size)
+    def draw(rng: random.Random) -> Problem:
+        index = rng.randrange(task.size)
         try:
             entry = dataset[index]
-            packed = json.loads(json.dumps(pack(entry)))
+            packed = json.loads(json.dumps(encode_tuples(entry)))
         except Exception as error:
-            raise TaskError(f"gym task {task.name!r}: problem {index} cannot be made: {error!r}") from error
+            raise TaskError(f"gym task {task.name!r}: creating problem {index} failed: {error!r}") from error
         prompt: list[Message] = [Message(role="user", content=entry["question"])]
         if task.system is not None:
             prompt.insert(0, Message(role="system", content=task.system))
@@ -56,9 +56,9 @@ def _dataset(task: GymTask) -> Any:
         raise TaskError(f"gym task name {task.name!r}: unknown; {hint}")
     if reserved := {"seed", "size"} & set(task.options):
         raise TaskError(
-            f"gym task {task.name!r}: options: {min(reserved)} is not for options to set; use the task's size"
+            f"gym task {task.name!r}: options: {min(reserved)} is not allowed here; set the task's size instead"
         )
     try:
         return reasoning_gym.create_dataset(task.name, **task.options, seed=0, size=task.size)
     except Exception as error:
-        raise TaskError(f"gym task {task.name!r}: options {task.options} do not work: {error}") from error
+        raise TaskError(f"gym task {task.name!r}: options {task.options} are invalid: {error}") from error

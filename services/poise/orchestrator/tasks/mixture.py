@@ -1,7 +1,7 @@
-"""The problems of a run: which a step trains on, which are held out.
+"""The mixture of tasks: the problems that each step trains on, and the held-out problems.
 
-A function of the seed, the draw, and how many problems were given before it: a restarted run draws what it would have
-drawn, also where it takes more or fewer from now on. Knows sources, not what they hold.
+The problems of a draw depend only on the seed, the draw's number, and how many problems earlier draws took. So a
+restarted run continues where it stopped, even if it then takes more or fewer problems a step.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from itertools import islice
 from poise.orchestrator.tasks.config import GymTask, JsonlTask, TaskConfig
 from poise.orchestrator.tasks.problem import Problem, TaskError
 from poise.orchestrator.tasks.rows import DataFile, OnBadRow
-from poise.orchestrator.tasks.sources import Listed, make_sources
+from poise.orchestrator.tasks.sources import ProblemList, make_sources
 
 
 class Mixture:
-    """Several tasks, by weight."""
+    """Several tasks, mixed by weight."""
 
     def __init__(self, tasks: Sequence[TaskConfig], seed: int, on_bad_row: OnBadRow = "stop") -> None:
-        """Load every task; `on_bad_row` is for those that do not say themselves what bad rows do.
+        """Load all tasks; `on_bad_row` applies to tasks that do not set their own.
 
         Raises:
-            TaskError: something is wrong with a task; bad rows are named by file and line.
+            TaskError: a task is invalid. Invalid rows are listed by file and line.
         """
         if not tasks:
-            raise TaskError("tasks: none given; name at least one")
+            raise TaskError("tasks: is empty; add at least one")
         self._sources = make_sources(tasks, on_bad_row)
         self._names = task_names(tasks)
         self._weights = [task.weight for task in tasks]
         self._seed = seed
         self._first_draw = 0
-        self._given = [[0] * len(tasks)]
-        """How many problems each task gave before `_first_draw`, before the next draw, and so on, as far as counted."""
+        self._num_drawn = [[0] * len(tasks)]
+        """Number of problems drawn from each task before `_first_draw`, before the next draw, and so on."""
 
-    def problems(self, step: int, n: int) -> list[Problem]:
-        """Return the `n` problems of a draw: of a step, where each draws once.
+    def problems(self, draw: int, n: int) -> list[Problem]:
+        """Return the `n` problems of a draw; they are distinct if the tasks have enough problems.
 
-        A file's come once an epoch, whatever the draws before took; those this object was not asked for count as `n`
-        each, unless `resume` said otherwise. Distinct as far as the tasks have enough of them.
+        Each problem of a file appears once an epoch. Earlier draws that were not requested count as `n` problems each,
+        unless `resume` set the positions.
 
         Raises:
-            TaskError: a task has nothing to train on.
+            TaskError: a task has no problems for training.
         """
-        choices, before = self._pass_over(step, n)
+        choices, before = self._advance(draw, n)
         seen: set[str] = set()
         by_task: list[list[Problem]] = []
         for index, source in enumerate(self._sources):
             seed = f"{self._seed}/task/{index}"
-            given = source.training(seed, step, before[index], choices.count(index), seen)
-            seen.update(problem.key for problem in given)
-            by_task.append([replace(problem, task=self._names[index]) for problem in reversed(given)])
+            drawn = source.training(seed, draw, before[index], choices.count(index), seen)
+            seen.update(problem.key for problem in drawn)
+            by_task.append([replace(problem, task=self._names[index]) for problem in reversed(drawn)])
         return [by_task[index].pop() for index in choices]
 
     def held_out(self, n: int) -> list[Problem]:
-        """Return `n` distinct problems that no step trains on: each task's share by weight, whatever the seed.
+        """Return `n` distinct held-out problems, shared between the tasks by weight. Independent of the seed.
 
         Raises:
-            TaskError: a task has too few.
+            TaskError: a task has too few held-out problems.
         """
         held_out: list[Problem] = []
         seen: set[str] = set()
@@ -69,61 +69,61 @@ class Mixture:
             found = list(islice(fresh, quota))
             if len(found) < quota:
                 raise TaskError(
-                    f"{source.name}: has {len(found)} held-out problems, and its share of {n} is {quota}; lower "
-                    "evaluation.num_prompts, add problems, or give a jsonl task an eval_path"
+                    f"{source.name}: has {len(found)} held-out problems, but its share of {n} is {quota}. Lower "
+                    "evaluation.num_prompts, add problems, or set eval_path of a jsonl task"
                 )
             seen.update(problem.key for problem in found)
             held_out += [replace(problem, task=name) for problem in found]
         return held_out
 
-    def given(self, step: int) -> dict[str, int]:
-        """Return how many problems each task gave before a draw, by its name: what `resume` takes."""
-        return dict(zip(self._names, self._given[step - self._first_draw], strict=True))
+    def num_drawn(self, draw: int) -> dict[str, int]:
+        """Return the number of problems drawn from each task before a draw, by its name. `resume` takes it."""
+        return dict(zip(self._names, self._num_drawn[draw - self._first_draw], strict=True))
 
-    def resume(self, step: int, given: Mapping[str, int]) -> None:
-        """Continue at a draw, given how many problems each task gave before it; 0 for tasks not named."""
-        self._first_draw = step
-        self._given = [[given.get(name, 0) for name in self._names]]
+    def resume(self, draw: int, num_drawn: Mapping[str, int]) -> None:
+        """Continue at a draw, with the number of problems drawn from each task before it; 0 for missing tasks."""
+        self._first_draw = draw
+        self._num_drawn = [[num_drawn.get(name, 0) for name in self._names]]
 
-    def pass_over(self, step: int, n: int) -> None:
-        """Count a draw of `n` problems as given, without drawing them."""
-        self._pass_over(step, n)
+    def skip(self, draw: int, n: int) -> None:
+        """Count a draw of `n` problems without drawing them."""
+        self._advance(draw, n)
 
     @property
     def files(self) -> list[DataFile]:
-        """What was read of the tasks' files."""
-        return [file for source in self._listed() for file in source.files]
+        """The data files of all tasks."""
+        return [file for source in self._lists() for file in source.files]
 
     def keep(self, files: Sequence[DataFile]) -> None:
-        """Replace the files by `files`, in the order of the property `files`.
+        """Replace the data files by `files`, in the order of the property `files`.
 
         Raises:
-            TaskError: nothing is left of a task to train on.
+            TaskError: no problem of a task is left for training.
         """
         rest = iter(files)
-        for source in self._listed():
+        for source in self._lists():
             source.keep(list(islice(rest, len(source.files))))
 
-    def _listed(self) -> Iterator[Listed]:
-        return (source for source in self._sources if isinstance(source, Listed))
+    def _lists(self) -> Iterator[ProblemList]:
+        return (source for source in self._sources if isinstance(source, ProblemList))
 
-    def _choices(self, step: int, n: int) -> list[int]:
-        """Return which task each of the step's problems is of."""
-        source = random.Random(f"{self._seed}/mixture/{step}")  # noqa: S311 (no secret)
-        return source.choices(range(len(self._weights)), self._weights, k=n)
+    def _choices(self, draw: int, n: int) -> list[int]:
+        """Return the index of the task of each problem of a draw."""
+        rng = random.Random(f"{self._seed}/mixture/{draw}")  # noqa: S311 (not for cryptography)
+        return rng.choices(range(len(self._weights)), self._weights, k=n)
 
-    def _pass_over(self, step: int, n: int) -> tuple[list[int], list[int]]:
-        """Return which task each problem of a draw is of, and how many each gave before; count it as given."""
-        if step < self._first_draw:
-            raise ValueError(f"draw {step} was given before the run was resumed at draw {self._first_draw}")
-        while len(self._given) <= step - self._first_draw:
-            earlier = self._first_draw + len(self._given) - 1
-            self._given.append(self._after(self._given[-1], self._choices(earlier, n)))
-        index = step - self._first_draw
-        before, choices = self._given[index], self._choices(step, n)
+    def _advance(self, draw: int, n: int) -> tuple[list[int], list[int]]:
+        """Return the task of each problem of a draw, and the number drawn from each task before; count the draw."""
+        if draw < self._first_draw:
+            raise ValueError(f"draw {draw} is before draw {self._first_draw}, at which the run resumed")
+        while len(self._num_drawn) <= draw - self._first_draw:
+            earlier = self._first_draw + len(self._num_drawn) - 1
+            self._num_drawn.append(self._after(self._num_drawn[-1], self._choices(earlier, n)))
+        index = draw - self._first_draw
+        before, choices = self._num_drawn[index], self._choices(draw, n)
         after = self._after(before, choices)
-        if self._given[index + 1 : index + 2] != [after]:
-            self._given[index + 1 :] = [after]
+        if self._num_drawn[index + 1 : index + 2] != [after]:
+            self._num_drawn[index + 1 :] = [after]
         return choices, before
 
     def _after(self, before: Sequence[int], choices: Sequence[int]) -> list[int]:
@@ -131,9 +131,9 @@ class Mixture:
 
 
 def task_names(tasks: Sequence[TaskConfig]) -> list[str]:
-    """Return what each task goes by: its file's name, its reasoning-gym name, or its kind.
+    """Return the name of each task: that of its file, its reasoning-gym name, or its kind.
 
-    Tasks that share one are numbered: "gsm8k", "digits-1", "digits-2".
+    Tasks with the same name are numbered: "gsm8k", "digits-1", "digits-2".
     """
     names = [_task_name(task) for task in tasks]
     shared, counted = Counter(names), Counter[str]()
@@ -151,7 +151,7 @@ def _task_name(task: TaskConfig) -> str:
 
 
 def _quotas(weights: Sequence[float], n: int) -> list[int]:
-    """Share out `n` by weight, to the largest remainders."""
+    """Split `n` by weight, with the largest-remainder method."""
     shares = [n * weight / sum(weights) for weight in weights]
     quotas = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda index: quotas[index] - shares[index])

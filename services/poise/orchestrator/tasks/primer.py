@@ -1,7 +1,7 @@
-"""Elementary skills for a small instruct model, easy enough to be right at times and hard enough to be wrong at others.
+"""Elementary skills for a small instruct model, of medium difficulty.
 
-Owns the wordings: base rates depend on them to the letter. A problem is told with one solved example of its skill,
-always the same one, so that its prompt identifies its question.
+Do not change the wording: success rates depend on every letter. The solved example of a skill is always the same, so
+that a prompt identifies its question.
 """
 
 from __future__ import annotations
@@ -25,64 +25,64 @@ _WORDS = (  # noqa: SIM905 (59 lines otherwise)
 _EXAMPLE_SEED = 100
 
 
-def _copy(source: random.Random) -> tuple[str, str]:
-    word = source.choice(_WORDS)
+def _copy(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(_WORDS)
     return f"Repeat this word: {word}", word
 
 
-def _capitals(source: random.Random) -> tuple[str, str]:
-    word = source.choice(_WORDS)
+def _capitals(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(_WORDS)
     return f"Write this word in capital letters: {word}", word.upper()
 
 
-def _first_letter(source: random.Random) -> tuple[str, str]:
-    word = source.choice(_WORDS)
+def _first_letter(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(_WORDS)
     return f'What is the first letter of the word "{word}"?', word[0]
 
 
-def _last_letter(source: random.Random) -> tuple[str, str]:
-    word = source.choice(_WORDS)
+def _last_letter(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(_WORDS)
     return f'What is the last letter of the word "{word}"?', word[-1]
 
 
-def _next_number(source: random.Random) -> tuple[str, str]:
-    number = source.randint(1, 200)
+def _next_number(rng: random.Random) -> tuple[str, str]:
+    number = rng.randint(1, 200)
     return f"What number comes after {number}?", str(number + 1)
 
 
-def _larger(source: random.Random) -> tuple[str, str]:
-    one, other = source.sample(range(1, 100), 2)
+def _larger(rng: random.Random) -> tuple[str, str]:
+    one, other = rng.sample(range(1, 100), 2)
     return f"Which number is larger, {one} or {other}?", str(max(one, other))
 
 
-def _smaller(source: random.Random) -> tuple[str, str]:
-    one, other = source.sample(range(1, 100), 2)
+def _smaller(rng: random.Random) -> tuple[str, str]:
+    one, other = rng.sample(range(1, 100), 2)
     return f"Which number is smaller, {one} or {other}?", str(min(one, other))
 
 
-def _greater(source: random.Random) -> tuple[str, str]:
-    one, other = source.sample(range(1, 100), 2)
+def _greater(rng: random.Random) -> tuple[str, str]:
+    one, other = rng.sample(range(1, 100), 2)
     return f"Is {one} greater than {other}? Answer yes or no.", "yes" if one > other else "no"
 
 
-def _odd_or_even(source: random.Random) -> tuple[str, str]:
-    number = source.randint(1, 99)
+def _odd_or_even(rng: random.Random) -> tuple[str, str]:
+    number = rng.randint(1, 99)
     return f"Is {number} odd or even?", "odd" if number % 2 else "even"
 
 
-def _first_word(source: random.Random) -> tuple[str, str]:
-    words = source.sample(_WORDS, 3)
+def _first_word(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(_WORDS, 3)
     return f"What is the first word in this list: {', '.join(words)}?", words[0]
 
 
-def _last_word(source: random.Random) -> tuple[str, str]:
-    words = source.sample(_WORDS, 3)
+def _last_word(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(_WORDS, 3)
     return f"What is the last word in this list: {', '.join(words)}?", words[-1]
 
 
-def _subtract(source: random.Random) -> tuple[str, str]:
-    minuend = source.randint(2, 18)
-    subtrahend = source.randint(1, min(9, minuend))
+def _subtract(rng: random.Random) -> tuple[str, str]:
+    minuend = rng.randint(2, 18)
+    subtrahend = rng.randint(1, min(9, minuend))
     return f"What is {minuend} - {subtrahend}?", str(minuend - subtrahend)
 
 
@@ -100,15 +100,15 @@ SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "last_word": _last_word,
     "subtract": _subtract,
 }
-"""Each skill's question and answer."""
+"""Draws the question and the answer of each skill."""
 
 
-def draw(skills: Sequence[str], one_shot: bool, domain: str, source: random.Random) -> Problem:
-    """Return a problem of one of `skills`, never the one that is shown as an example."""
-    skill = source.choice(skills)
+def draw(skills: Sequence[str], one_shot: bool, domain: str, rng: random.Random) -> Problem:
+    """Return a problem of one of `skills`, never the one used as the example."""
+    skill = rng.choice(skills)
     example, solution = SKILLS[skill](random.Random(_EXAMPLE_SEED))  # noqa: S311 (no secret)
     while True:
-        question, answer = SKILLS[skill](source)
+        question, answer = SKILLS[skill](rng)
         if question != example:
             break
     prompt = [Message(role="system", content=SYSTEM)]

@@ -1,7 +1,4 @@
-"""One problem: a prompt, the answer to it, and who checks.
-
-Owns what identifies a problem. Knows neither sources nor verifiers.
-"""
+"""A problem: a prompt with its answer and the verifier of its responses."""
 
 from __future__ import annotations
 
@@ -13,48 +10,55 @@ from typing import TYPE_CHECKING, Any
 
 from poise.orchestrator.tasks.answer import Answer
 
-if TYPE_CHECKING:  # the verifiers' processes have no use for gRPC
+if TYPE_CHECKING:  # verifier processes do not import gRPC
     from poise_client.types import Message
 
 
 class TaskError(ValueError):
-    """Tasks that cannot be used. The message says where, what is wrong, and what would be right."""
+    """Tasks are invalid. The message has the place, the problem and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt with a verifiable answer. Holds JSON values only: it travels to the verifier's process."""
+    """A prompt with a verifiable answer. Contains only JSON values, because it is sent to verifier processes."""
 
     domain: str
-    """Whose probe values its rollouts."""
+    """The domain whose probe values the rollouts."""
     prompt: str | Sequence[Message]
-    """Text as it stands, or a conversation to be rendered with the chat template."""
+    """Text that is used unchanged, or a conversation that is rendered with the chat template."""
     answer: Answer
-    """What the verifier compares with; for `regex` the pattern. A JSON number stays a number."""
+    """The reference answer; for `regex` the pattern."""
     verifier: str
     """`exact`, `numeric`, `regex`, `gym`, or `package.module:function`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the verifier, or a reader, may want to know."""
+    """Further data for the verifier or for readers."""
     task: str = ""
-    """Which task of the mixture it is of, by the name that evaluations tell it by."""
+    """Name of its task, as in evaluations."""
     file: str = ""
-    """The data file it was read from; empty for one that was made."""
+    """The data file that it was read from; empty for generated problems."""
     line: int = 0
-    """Its line there, from 1."""
+    """Its line in the file, from 1."""
 
     @property
     def origin(self) -> str:
-        """Where it comes from, for people: file and line, or the task that made it."""
+        """File and line, or the task that generated it; for messages."""
         return f"{self.file}:{self.line}" if self.file else f"task {self.task or self.domain}"
 
     @property
+    def prompt_text(self) -> str:
+        """The prompt as text; a conversation has one line for each message."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
+    @property
     def key(self) -> str:
-        """Identity: SHA-256 of prompt and answer, hex. The same in every process and on every machine."""
+        """SHA-256 of prompt and answer, hexadecimal."""
         return _digest([self.prompt, str(self.answer)])
 
     @property
     def prompt_key(self) -> str:
-        """Identity of the prompt alone, hex. What is held out goes by it: no prompt is on both sides."""
+        """SHA-256 of the prompt, hexadecimal. The held-out split uses it, so that no prompt is on both sides."""
         return _digest(self.prompt)
 
 

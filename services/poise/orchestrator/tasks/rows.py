@@ -1,7 +1,4 @@
-"""The rows read from a data file, its bad rows, and the messages about them.
-
-Knows neither JSON nor tokens: others find what is wrong with a row.
-"""
+"""The rows of a data file: problems, invalid rows, and the messages about them."""
 
 from __future__ import annotations
 
@@ -14,26 +11,26 @@ from typing import Literal
 from poise.orchestrator.tasks.problem import Problem, TaskError
 
 OnBadRow = Literal["stop", "skip"]
-"""What bad rows of a data file do: stop the run before its first step, or leave it without them."""
+"""How to handle invalid rows: fail before the first step, or leave them out."""
 
 MAX_SHOWN = 5
 
 
 def printable(text: str) -> str:
-    """Return a text of one line, for terminals and logs: what cannot be printed is escaped."""
+    """Return a text with unprintable characters escaped, for terminals and logs."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 @dataclass(slots=True)
 class BadRows:
-    """The bad rows of one file."""
+    """The invalid rows of one file."""
 
     num: int = 0
     shown: list[tuple[int, str]] = field(default_factory=list)
-    """Line and what is wrong with it, of the first ones found."""
+    """Line and problem of the first ones."""
 
     def add(self, line: int, what: str) -> None:
-        """Note a bad row."""
+        """Add an invalid row."""
         self.num += 1
         if len(self.shown) < MAX_SHOWN:
             self.shown.append((line, printable(what)))
@@ -41,28 +38,28 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """What was read of a file."""
+    """The content of a data file."""
 
     path: Path
     on_bad_row: OnBadRow
     sha256: str
-    """Of what was read, hexadecimal."""
+    """SHA-256 of the lines read, hexadecimal."""
     num_rows: int
-    """Good, bad and repeated ones."""
+    """All rows: valid, invalid and repeated."""
     problems: Sequence[Problem]
-    """Of the good rows, without those that repeat another."""
+    """Problems of the valid rows, without repeated ones."""
     bad: BadRows
     repeats: Sequence[int] = ()
-    """Lines that repeat a problem."""
+    """Lines that repeat an earlier problem."""
 
     def raise_if_bad(self) -> None:
-        """Raise `TaskError` for bad rows that are to stop the run."""
+        """Raise `TaskError` if there are invalid rows and `on_bad_row` is `stop`."""
         if self.bad.num and self.on_bad_row == "stop":
             remedy = "Fix them, or set on_bad_row: skip to leave them out."
-            raise TaskError("\n".join([*self._shown(), f"{self.path}: {self._count()} bad{self._cut()}. {remedy}"]))
+            raise TaskError("\n".join([*self._shown(), f"{self.path}: {self._count()} invalid{self._cut()}. {remedy}"]))
 
     def describe_skipped(self) -> list[str]:
-        """Return the lines that say which rows are left out; none where all are used."""
+        """Return messages about the rows that are left out; empty if all are used."""
         lines = []
         if self.bad.num:
             lines = [f"{self.path}: {self._count()} left out (on_bad_row: skip){self._cut()}", *self._shown()]
@@ -71,12 +68,12 @@ class DataFile:
             lines.append(f"{self.path}: {len(self.repeats)} rows repeat an earlier one and are left out: lines {first}")
         return lines
 
-    def without(self, wrong: Sequence[tuple[Problem, str]]) -> DataFile:
-        """Return it with these problems among its bad rows."""
+    def without(self, invalid: Sequence[tuple[Problem, str]]) -> DataFile:
+        """Return the file with these problems moved to its invalid rows."""
         bad = BadRows(self.bad.num, list(self.bad.shown))
-        for problem, what in wrong:
+        for problem, what in invalid:
             bad.add(problem.line, what)
-        keys = {problem.key for problem, _ in wrong}
+        keys = {problem.key for problem, _ in invalid}
         return dataclasses.replace(self, bad=bad, problems=[p for p in self.problems if p.key not in keys])
 
     def _count(self) -> str:

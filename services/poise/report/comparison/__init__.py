@@ -1,7 +1,4 @@
-"""What several runs come to side by side: arithmetic, tables and plots, all from the files in their folders.
-
-Knows no service and starts nothing: it reads run folders, at any moment, finished or not.
-"""
+"""Comparison of several runs: statistics, tables and figures, made from their run folders. Runs may be unfinished."""
 
 from poise.report.comparison.report import write_comparison
 from poise.report.comparison.summary import ComparedRun, Comparison, State

@@ -1,7 +1,8 @@
-"""Curves of rewards, what they reach and when, and the mean over seeds with what it is believed to lie in.
+"""Reward curves: when they reach a level, and means over seeds with intervals.
 
-Pure. A curve is piecewise linear between its points; before its first and after its last there is nothing. Shapes: S
-seeds, X points.
+Curves are piecewise linear between their points and undefined outside.
+
+Shapes: S seeds, X points.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ NUM_LEVELS = 5
 _LEVEL_PLACES = 3
 
 _T_975 = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
-"""Student's quantile by degrees of freedom; from ten on the series of Cornish and Fisher is as exact."""
+"""97.5 % quantile of Student's t by degrees of freedom. From ten on, the Cornish-Fisher series is as exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Rewards against what was spent."""
+    """Rewards against tokens or seconds."""
 
     x: Doubles
     """Increasing."""
@@ -34,23 +35,23 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class MeanCurve:
-    """The mean of the curves of several seeds, where all of them are known."""
+    """The mean of several seeds' curves, where all of them are defined."""
 
     curve: Curve
     low: Doubles
     high: Doubles
-    """As `spread` has them."""
+    """Bounds as in `spread`."""
 
 
 def make_curve(points: Iterable[tuple[float, float]]) -> Curve:
-    """Return the curve through (x, y); of points at the same x the last counts, and those that are NaN do not."""
+    """Return the curve through points (x, y). At equal x the last point counts; points with NaN are ignored."""
     known = {x: y for x, y in points if not np.isnan([x, y]).any()}
     xs = sorted(known)
     return Curve(np.array(xs, np.float64), np.array([known[x] for x in xs], np.float64))
 
 
 def crossing(curve: Curve, level: float) -> float | None:
-    """Return the least x where the curve is at `level` or above; None when it never is."""
+    """Return the first x at which the curve reaches `level`; None if it never does."""
     reached = np.flatnonzero(curve.y >= level)
     if not reached.size:
         return None
@@ -62,7 +63,7 @@ def crossing(curve: Curve, level: float) -> float | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> MeanCurve | None:
-    """Return the mean at every x of any of the curves that lies within all of them; None where there is none."""
+    """Return the mean at every x of any curve at which all curves are defined; None if there is no such x."""
     curves = [curve for curve in curves if curve.x.size]
     if not curves:
         return None
@@ -79,8 +80,9 @@ def mean_curve(curves: Sequence[Curve]) -> MeanCurve | None:
 
 
 def spread(values_S: Sequence[float]) -> Interval:
-    """Return the mean over seeds, and around it: of three seeds and more the 95 % interval of the mean, by Student's t;
-    of two their least and greatest; of one nothing.
+    """Return the mean over seeds with bounds.
+
+    For three seeds or more, they are the 95 % interval of the mean by Student's t; for two, minimum and maximum.
     """
     values = np.asarray(values_S, np.float64)
     mean = float(values.mean())
@@ -91,33 +93,33 @@ def spread(values_S: Sequence[float]) -> Interval:
 
 
 def describe_spread(num_seeds: int) -> str:
-    """Say what `spread` gives of so many seeds."""
+    """Return the meaning of the bounds of `spread` for this many seeds."""
     if num_seeds >= 3:
         return f"95 % interval of the mean over {num_seeds} seeds (Student's t)"
-    return "least and greatest of 2 seeds" if num_seeds == 2 else "one seed: no spread is known"
+    return "minimum and maximum of 2 seeds" if num_seeds == 2 else "one seed, no interval"
 
 
 def t_quantile(num_degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t, for two degrees of freedom and more."""
+    """Return the 97.5 % quantile of Student's t, for at least two degrees of freedom."""
     n = float(num_degrees)
     return _T_975.get(num_degrees, 1.95996 + 2.37227 / n + 2.8225 / n**2 + 2.5558 / n**3)
 
 
 def common_levels(curves: Sequence[Curve], num_levels: int = NUM_LEVELS) -> list[float]:
-    """Return equal steps from the mean of where the curves start to the lowest of their highest points.
+    """Return equally spaced levels from the mean start of the curves to the lowest of their maxima.
 
-    The last is the highest level that every one of them reaches. None at all when one never rises above the start.
+    The last one is the highest level that all curves reach. Empty if a curve never rises above the start.
     """
     curves = [curve for curve in curves if curve.x.size > 1]
     if not curves:
         return []
     start = float(np.mean([curve.y[0] for curve in curves]))
     end = min(float(curve.y.max()) for curve in curves)
-    scale = 10**_LEVEL_PLACES  # rounded down: a level that all reach stays one
+    scale = 10**_LEVEL_PLACES  # rounds down, so that all curves still reach the level
     levels = {float(np.floor(level * scale) / scale) for level in np.linspace(start, end, num_levels + 1)[1:]}
     return sorted(level for level in levels if level > start)
 
 
 def ratio(value: float | None, reference: float | None) -> float | None:
-    """Return value / reference; None where either is missing, or the reference is 0."""
+    """Return value / reference; None if either is missing or the reference is 0."""
     return None if value is None or not reference else value / reference

@@ -1,4 +1,4 @@
-"""The plots of a comparison: rewards against what was spent, and where the seconds of a step go."""
+"""The figures of a comparison: rewards against tokens and seconds, and time per phase."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LABELS = {"tokens": "response tokens sampled for training", "seconds": "seconds
 
 
 def curve_figure(tree: Mapping[str, Any], axis: str) -> str | None:
-    """Draw each run's mean held-out reward against `axis` with its band, and each seed's own curve faintly."""
+    """Plot the mean held-out reward of each run against `axis` with its interval, and single seeds as thin lines."""
     if not any(run["curves"][axis] for run in tree["runs"].values()):
         return None
     with drawing_style(f"reward-{axis}"):
@@ -53,7 +53,7 @@ def _draw_run(axes: Axes, name: str, run: Mapping[str, Any], axis: str, colour: 
 
 
 def time_figure(tree: Mapping[str, Any]) -> str | None:
-    """Draw the seconds of training of each run, by phase, one bar a run."""
+    """Plot the seconds of training of each run, stacked by phase."""
     runs = {name: run for name, run in tree["runs"].items() if run["time_s"]["total"]}
     if not runs:
         return None

@@ -1,4 +1,4 @@
-"""comparison.json, comparison.md and comparison.html: the same numbers for programs, for a text and for the eye."""
+"""Writes comparison.json, comparison.md and comparison.html."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from poise.runtime.files.atomic import write_file
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> str:
-    """Write the three files into `folder`, each whole or not at all, and return what people are shown of them.
+    """Write the three files into `folder`, each atomically, and return a summary as text.
 
-    Runs need not be finished, nor begun.
+    Runs may be unfinished or not started.
     """
     from markupsafe import Markup
 

@@ -1,7 +1,4 @@
-"""The numbers that a comparison comes down to, as a plain tree for comparison.json, its tables and its plots.
-
-What is not known is None; there is never a NaN.
-"""
+"""The summary of a comparison, for comparison.json, its tables and its figures. Unknown numbers are None, never NaN."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from poise.report.curves import PHASES, RunRecord, load_run, nan_mean, number, s
 State = Literal["finished", "unfinished", "failed", "not begun"]
 
 AXES = {"tokens": "tokens", "seconds": "wall_s"}
-"""What curves are drawn against, and where each evaluation has it."""
+"""Horizontal axes of the curves, and the key of each in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class ComparedRun:
     """One run of a comparison."""
 
     name: str
-    """Of the settings; it is the same for every seed."""
+    """Name of its settings, the same for all seeds."""
     seed: int
     algorithm: str
     folder: Path
@@ -47,21 +44,21 @@ class ComparedRun:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is compared."""
+    """The runs to compare."""
 
     name: str
     budget: Mapping[str, float]
-    """Of every run: `tokens`, `wall_s` or `updates`."""
+    """Budget of every run: `tokens`, `wall_s` or `updates`."""
     reference: str
-    """Name of the run that ratios are against."""
+    """Name of the run that ratios are relative to."""
     levels: Sequence[float]
-    """Rewards to be reached; empty chooses them from the curves."""
+    """Reward levels; empty chooses them from the curves."""
     runs: Sequence[ComparedRun]
 
 
 @dataclass(frozen=True, slots=True)
 class _Seed:
-    """One run, read."""
+    """A run with the content of its folder."""
 
     run: ComparedRun
     record: RunRecord
@@ -70,7 +67,7 @@ class _Seed:
 
 
 def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
-    """Return the tree. `runs` in it is by name, and within each `seeds` by seed."""
+    """Return the summary. Its `runs` are by name, and the `seeds` of each run by seed."""
     by_name: dict[str, list[_Seed]] = {}
     for run in comparison.runs:
         by_name.setdefault(run.name, []).append(_read(run))
@@ -153,7 +150,7 @@ def _reach(mean: MeanCurve | None, level: float) -> dict[str, Any]:
 
 
 def _final(seeds: Sequence[_Seed]) -> dict[str, Any] | None:
-    """Return the last held-out reward: its mean over seeds, or, of a single one, with its interval over prompts."""
+    """Return the last held-out reward: the mean over seeds, or for one seed its interval over prompts."""
     last = [seed.record.evaluations[-1].interval for seed in seeds if seed.record.evaluations]
     if not last:
         return None
@@ -163,7 +160,7 @@ def _final(seeds: Sequence[_Seed]) -> dict[str, Any] | None:
 
 
 def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
-    """Add to a run's tree what it took relative to the reference: on the mean curves, and seed by seed."""
+    """Add ratios to the reference run, on the mean curves and for each seed."""
     for axis, reaches in tree["to_reach"].items():
         for index, reach in enumerate(reaches):
             theirs = reference["to_reach"][axis][index]["on_mean_curve"]
@@ -180,7 +177,7 @@ def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
 
 
 def _over(seeds: Sequence[_Seed], measure: Callable[[RunRecord], float]) -> dict[str, Any] | None:
-    """Return a number's mean and spread over the seeds that have it; None when none has."""
+    """Return the mean and spread of a number over the seeds that have it; None if no seed has it."""
     values = [value for seed in seeds if math.isfinite(value := measure(seed.record))]
     return asdict(spread(values)) | {"num_seeds": len(values)} if values else None
 
@@ -190,12 +187,12 @@ def _mean(record: RunRecord, *path: str) -> float:
 
 
 def _gradient_variance(record: RunRecord) -> float:
-    """Return its mean over the steps; NaN where it was not measured, of which the learner makes 0 throughout."""
+    """Return the mean over steps; NaN if it was not measured, which the learner reports as 0."""
     return _mean(record, "learner", "gradient_variance") or math.nan
 
 
 def _variance_at_equal_tokens(record: RunRecord) -> float:
-    """Return the variance times the tokens of a step: a step of twice the tokens has half of it by size alone."""
+    """Return the variance times the tokens of a step, because doubling the tokens of a step halves its variance."""
     return _gradient_variance(record) * number(record.metrics[-1], "tokens") / len(record.metrics)
 
 

@@ -1,7 +1,4 @@
-"""The tables of a comparison as rows of words, for the page and for Markdown alike.
-
-Owns the words; the numbers are `summary`'s.
-"""
+"""The tables of a comparison, for HTML, Markdown and the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table with its title and what to know when reading it."""
+    """A table with its title and a note for readers."""
 
     title: str
     note: str
@@ -28,17 +25,17 @@ class Table:
 
 
 def headline(tree: Tree) -> str:
-    """Say what was compared, and whether all of it was run."""
+    """Return the budget, and how many runs are finished."""
     (kind, amount), *_ = tree["budget"].items()
     unit = {"tokens": "response tokens", "wall_s": "seconds of training", "updates": "updates"}[kind]
     states = [seed["state"] for run in tree["runs"].values() for seed in run["seeds"].values()]
     num_finished = states.count("finished")
-    partial = "" if tree["is_complete"] else f" {num_finished} of {len(states)} runs are finished: this is not the end."
-    return f"Each run may spend {thousands(amount)} {unit}.{partial}"
+    partial = "" if tree["is_complete"] else f" Preliminary: {num_finished} of {len(states)} runs are finished."
+    return f"Budget of each run: {thousands(amount)} {unit}.{partial}"
 
 
 def tables(tree: Tree) -> list[Table]:
-    """Return all of them."""
+    """Return all tables."""
     to_reach = [_to_reach(tree, "tokens", thousands), _to_reach(tree, "seconds", duration)]
     return [_final(tree), *to_reach, _gradients(tree), _time(tree), _runs(tree)]
 
@@ -47,11 +44,11 @@ def _final(tree: Tree) -> Table:
     rows = []
     for name, run in tree["runs"].items():
         final = run["final"]
-        told = [decimal(final["mean"]), _range(final), final["interval"]] if final else [UNKNOWN] * 3
-        spent = [_mean(run["num_steps"], thousands), _mean(run["tokens"], thousands), _mean(run["wall_s"], duration)]
-        rows.append([name, run["algorithm"], *told, *spent])
-    head = ["run", "algorithm", "held-out reward", "interval", "of what", "steps", "tokens", "time"]
-    note = "The last evaluation of each run. Steps, tokens and seconds are means over seeds; no evaluation counts."
+        cells = [decimal(final["mean"]), _range(final), final["interval"]] if final else [UNKNOWN] * 3
+        usage = [_mean(run["num_steps"], thousands), _mean(run["tokens"], thousands), _mean(run["wall_s"], duration)]
+        rows.append([name, run["algorithm"], *cells, *usage])
+    head = ["run", "algorithm", "held-out reward", "interval", "kind of interval", "steps", "tokens", "time"]
+    note = "The last evaluation of each run. Steps, tokens and time are means over seeds, without evaluations."
     return Table("Final held-out reward", note, head, rows)
 
 
@@ -68,11 +65,10 @@ def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
                 cells.append(f"{write(reach['on_mean_curve'])}{against}{_by_seed(reach, write)}")
         rows.append([name, *cells])
     if not tree["levels"]:
-        return Table(title, "No level is above the common start and reached by all.", ["run"], rows)
+        return Table(title, "No reward level above the start is reached by all runs.", ["run"], rows)
     note = (
-        f"Interpolated on the mean curve, which ends where the first of its seeds does; × is the ratio to "
-        f"{tree['reference']}, below 1 is less. In brackets the least and greatest of the seeds' own curves, and how "
-        "many of them reached it, where there are several."
+        f"Interpolated on the mean curve, which ends with its shortest seed. × is the ratio to {tree['reference']}; "
+        "less is better. In brackets: minimum and maximum over seeds, and the number of seeds that reached the level."
     )
     return Table(title, note, ["run", *map(decimal, tree["levels"])], rows)
 
@@ -94,10 +90,10 @@ def _gradients(tree: Tree) -> Table:
         [name, *(_measured(run[one]) for one in names), _mean(run["zero_advantage_share"], _percent)]
         for name, run in tree["runs"].items()
     ]
-    head = ["run", "mean squared advantage", "gradient variance", "at equal tokens", "groups of zero advantage"]
+    head = ["run", "mean squared advantage", "gradient variance", "variance × tokens", "groups with zero advantage"]
     note = (
-        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. At equal tokens: the variance of a "
-        "mini-batch's gradient times the tokens of a step, for a larger step has less of it by its size alone."
+        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. Gradient variance is that of a "
+        "mini-batch. Variance × tokens multiplies it by the tokens of a step, to compare steps of different sizes."
     )
     return Table("Advantages and gradients", note, head, rows)
 
@@ -107,7 +103,7 @@ def _time(tree: Tree) -> Table:
         [name, *(_mean(run["time_s"][phase], duration) for phase in (*PHASES, "total"))]
         for name, run in tree["runs"].items()
     ]
-    note = "Mean over seeds of the whole run. Phases of steps that are sampled ahead overlap those of others."
+    note = "Totals of the run, mean over seeds. Phases of steps sampled ahead overlap with other steps."
     return Table("Time per phase", note, ["run", *PHASES, "total"], rows)
 
 
@@ -126,7 +122,7 @@ def markdown(tree: Tree) -> str:
 
 
 def plain(tree: Tree) -> str:
-    """Return what people are shown when runs are done: the rewards, and the tokens to reach them."""
+    """Return a summary for the terminal: final rewards, and tokens to reach each level."""
     return "\n\n".join([headline(tree), *("\n".join([one.title, *_aligned(one)]) for one in tables(tree)[:2])])
 
 

@@ -115,7 +115,7 @@ def test_problems_of_all_runs_are_listed(tmp_path: Path) -> None:
         ),
         ({"value": {"queue": {"url": "redis://:secret@host:6379/0"}}}, "value.queue.url: is set in the base"),
         ({"train": {"run_id": "mine"}}, "train.run_id: unknown here; set `run.name`"),
-        ({"train": {"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}}, "absent.jsonl: cannot be read"),
+        ({"train": {"tasks": [{"kind": "jsonl", "path": "absent.jsonl"}]}}, "absent.jsonl: is not readable"),
     ],
 )
 def test_base_with_shared_state_or_no_evaluation_is_rejected(

@@ -13,7 +13,9 @@ from pydantic import TypeAdapter
 from poise.algorithms.group_baselines import EPSILON
 from poise.orchestrator.algorithms.algorithm import AlgorithmOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
-from poise.orchestrator.sampling.step_arithmetic import ScoredGroup
+from poise.orchestrator.algorithms.spo import KEY_CHARS
+from poise.orchestrator.sampling.scored_groups import ScoredGroup
+from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
 
 MAX_TOKENS = 8
@@ -40,7 +42,8 @@ def scored(prompt: str, rewards: list[float], lengths: list[int]) -> ScoredGroup
         )
         for index, length in enumerate(lengths)
     )
-    return ScoredGroup(Group(prompt, rollouts), "d", np.array(rewards, np.float32), prompt)
+    problem = Problem("d", prompt, "", "exact")
+    return ScoredGroup(Group(prompt, rollouts), problem, np.array(rewards, np.float32))
 
 
 STEP = [scored("a", [1, 0, 0, 1], [2, 6, 4, 8]), scored("b", [1, 1, 1, 1], [0, 2, 3, 4]), scored("c", [0, 1], [5, 5])]
@@ -93,14 +96,14 @@ EXPECTED: list[tuple[Any, list[list[float]]]] = [
 
 
 @pytest.mark.parametrize(("value", "expected"), EXPECTED)
-async def test_advantages_are_those_worked_out_by_hand(value: Any, expected: list[list[float]]) -> None:
+async def test_advantages_equal_those_calculated_by_hand(value: Any, expected: list[list[float]]) -> None:
     for mine, theirs in zip(await advantages_of(value, STEP), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.parametrize("reward", [0, 1])
 @pytest.mark.parametrize("name", sorted(NAMES - {"ppo"}))
-async def test_equal_rewards_everywhere_teach_nothing(name: str, reward: float) -> None:
+async def test_equal_rewards_give_zero_advantages(name: str, reward: float) -> None:
     equal = [scored("a", [reward] * 3, [1, 0, 5]), scored("b", [reward] * 2, [2, 2])]
     value = {"kind": name, "half_life_visits": 1} if name == "spo" else name
 
@@ -119,11 +122,11 @@ async def test_ppo_leaves_the_advantages_to_the_critic() -> None:
 
 
 @pytest.mark.parametrize(("name", "least"), [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("rloo", 2), ("poise", 2)])
-def test_each_knows_how_many_rollouts_it_needs(name: str, least: int) -> None:
+def test_algorithms_have_a_least_number_of_rollouts(name: str, least: int) -> None:
     assert options(name).min_rollouts == least <= options(name).usual_rollouts
 
 
-async def test_one_rollout_a_prompt_is_enough_for_those_that_ask_no_siblings() -> None:
+async def test_single_rollouts_suffice_without_sibling_baselines() -> None:
     alone = [scored("a", [1], [2]), scored("b", [0], [0])]
     for name in ("spo", "reinforce_pp"):
         assert await advantages_of(name, alone) == [
@@ -132,14 +135,14 @@ async def test_one_rollout_a_prompt_is_enough_for_those_that_ask_no_siblings() -
         ]
 
 
-def test_dapo_keeps_groups_of_unequal_rewards_alone_and_draws_again_for_them() -> None:
+def test_dapo_keeps_only_groups_of_unequal_rewards() -> None:
     dapo = options({"kind": "dapo", "max_draws": 3}).make(MAX_TOKENS)
     assert [dapo.keeps(group) for group in STEP] == [True, False, True]
     assert dapo.max_draws == 3
     assert options("grpo").make(MAX_TOKENS).keeps(STEP[1])
 
 
-async def test_spo_values_a_prompt_by_its_own_past_and_not_by_the_step_itself() -> None:
+async def test_spo_uses_only_rewards_of_earlier_steps() -> None:
     spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2, "batch_normalisation": False}).make(
         MAX_TOKENS
     )
@@ -150,23 +153,24 @@ async def test_spo_values_a_prompt_by_its_own_past_and_not_by_the_step_itself() 
         return [float(b[0]) for b in baselines.baselines]
 
     assert await values() == [0.5, 0.5]
-    memory = spo.remember(groups)
-    assert await values() == [0.5, 0.5]  # not before it is recalled
-    spo.recall(memory)
+    state = spo.step_state(groups)
+    assert await values() == [0.5, 0.5]  # not before it is loaded
+    spo.load_step_state(state)
     # α = 1, β = 1 and half of both: 0.5 + 1 of 0.5 + 1 + 0.5.
     assert await values() == pytest.approx([0.75, 0.25])
-    spo.recall(spo.remember(groups))
+    spo.load_step_state(spo.step_state(groups))
     # α = 0.75 + 1, β = 0.25.
     assert await values() == pytest.approx([0.875, 0.125])
 
 
-async def test_spo_takes_a_prompt_that_comes_twice_in_a_step_for_two_visits() -> None:
+async def test_spo_counts_a_repeated_prompt_as_two_visits() -> None:
     spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2}).make(MAX_TOKENS)
-    twice = spo.remember([scored("a", [1], [2]), scored("a", [1], [2])])
-    assert twice["trackers"] == {"a": [1.75, 0.25]}
+    group = scored("a", [1], [2])
+    state = spo.step_state([group, group])
+    assert state["trackers"] == {group.problem.prompt_key[:KEY_CHARS]: [1.75, 0.25]}
 
 
-def test_every_algorithm_goes_by_one_word_and_no_other() -> None:
+def test_algorithms_are_selected_by_name() -> None:
     assert {kind.model_fields["kind"].default for kind in get_args(AnyOptions)} == NAMES
     for name in NAMES:
         assert options(name) == options({"kind": name})
@@ -176,7 +180,7 @@ def test_every_algorithm_goes_by_one_word_and_no_other() -> None:
         options({"kind": "grpo", "max_draws": 2})
 
 
-async def test_the_documented_example_is_all_of_an_algorithm() -> None:
+async def test_the_documented_example_works() -> None:
     document = Path(__file__).parents[4] / "docs"
     example: dict[str, Any] = runpy.run_path(str(document / "best_of.py"))
     adapter: TypeAdapter[AlgorithmOptions] = TypeAdapter(example["BestOfOptions"])

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind, and how its numbers are told."""
+"""The files and the table of `poise eval`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from poise.report.scores import score_table
 from poise.runtime.config.settings import ConfigError
 
 
-def test_an_interrupted_measurement_leaves_no_folder(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), evaluation_folder(tmp_path / "a" / "b") as folder:
         (folder / "generation.log").touch()
         raise KeyboardInterrupt
     assert not (tmp_path / "a" / "b").exists()
 
 
-def test_an_interrupt_takes_neither_a_finished_measurement_nor_what_was_there(tmp_path: Path) -> None:
+def test_an_interrupt_deletes_no_existing_files(tmp_path: Path) -> None:
     for path in (tmp_path / "new", tmp_path):
         with pytest.raises(KeyboardInterrupt), evaluation_folder(path) as folder:
             (folder / "evaluation.json").touch()
@@ -32,7 +32,7 @@ def test_an_interrupt_takes_neither_a_finished_measurement_nor_what_was_there(tm
     assert (tmp_path / "notes").exists()
 
 
-def test_a_failed_measurement_leaves_its_log_and_no_empty_folder(tmp_path: Path) -> None:
+def test_a_failed_evaluation_leaves_its_log(tmp_path: Path) -> None:
     for name in ("with-log", "empty"):
         with pytest.raises(RuntimeError), evaluation_folder(tmp_path / name) as folder:
             if name == "with-log":
@@ -41,13 +41,13 @@ def test_a_failed_measurement_leaves_its_log_and_no_empty_folder(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["with-log"]
 
 
-def test_the_folder_of_another_measurement_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_an_evaluation_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").touch()
-    with pytest.raises(ConfigError, match="holds an evaluation already"), evaluation_folder(tmp_path):
+    with pytest.raises(ConfigError, match="already contains an evaluation"), evaluation_folder(tmp_path):
         pass
 
 
-def test_the_table_tells_scores_with_intervals_and_what_could_not_be_verified() -> None:
+def test_the_table_has_scores_intervals_and_errors() -> None:
     evaluation: dict[str, Any] = {
         "model": "org/model",
         "policy_version": None,
@@ -61,8 +61,8 @@ def test_the_table_tells_scores_with_intervals_and_what_could_not_be_verified() 
     }
     assert describe(evaluation) == [
         "org/model",
-        "2 held-out prompts x 2 rollouts at temperature 0.6, top_p 1, in 3 s; a rollout passes at reward 1; 95 % "
-        "intervals over prompts",
+        "2 held-out prompts x 2 rollouts at temperature 0.6, top_p 1, in 3 s; a rollout passes with a reward of at "
+        "least 1; 95 % intervals over prompts",
         "",
         "             prompts                avg@2               pass@1               pass@2",
         "overall            2  0.750 (0.750-0.750)  0.500 (0.500-0.500)  1.000 (1.000-1.000)",
@@ -72,4 +72,4 @@ def test_the_table_tells_scores_with_intervals_and_what_could_not_be_verified() 
     ]
     said = describe(evaluation | {"policy_version": 7, "verifier_errors": 3})
     assert said[0] == "org/model, policy version 7"
-    assert "3 rollouts could not be verified and count as 0" in said
+    assert "the verifier failed on 3 rollouts; their reward is 0" in said

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from poise.cli import main
-from poise.orchestrator.rewards import rules
+from poise.orchestrator.rewards import verifiers
 from poise.orchestrator.rewards.cases import CaseError, read_cases
 
 CASES = Path(__file__).with_name("cases")
@@ -35,10 +35,10 @@ def verify(*arguments):
 
 
 @pytest.mark.parametrize("verifier", ["numeric", "exact", "regex"])
-def test_responses_earn_what_a_person_would_give(verifier):
+def test_responses_get_the_expected_rewards(verifier):
     wrong = []
     for number, case in read_cases(CASES / f"{verifier}.jsonl").items():
-        score = getattr(rules, verifier)(case.response, case.answer)
+        score = getattr(verifiers, verifier)(case.response, case.answer)
         if score != case.expected:
             wrong.append(f"{number}: {case.answer!r} and {case.response!r} earn {score}: {score.reason}")
     assert wrong == []
@@ -55,12 +55,12 @@ def test_single_case_as_json_is_an_object_with_reward():
     assert done.exit_code == 0
     assert json.loads(done.output) == {
         "reward": 0.0,
-        "reason": "the final answer is 'no', the right one 'yes'",
+        "reason": "the final answer is 'no', the correct answer is 'yes'",
         "failed": False,
     }
 
 
-def test_file_of_cases_is_compared_with_what_is_expected(file):
+def test_cases_are_compared_with_expected_rewards(file):
     file.write_text(f"{GOOD}\n\n{GOOD.replace('1/2', '2')}\n")
     done = verify("--file", file)
     assert done.exit_code == 1
@@ -91,10 +91,10 @@ def test_own_function_gets_typed_answer_and_finish_reason(module, file):
         ("raise KeyError('no such thing')", "KeyError: 'no such thing'"),
         ("return 2", "returned 2.0; must return a number in [0, 1]"),
         ("import os; os._exit(3)", "its process exited with status 3"),
-        ("return len(bytearray(2**40))", "needed more memory than verifier.max_memory_bytes"),
+        ("return len(bytearray(2**40))", "exceeded verifier.max_memory_bytes"),
     ],
 )
-def test_failing_function_earns_0_with_status_1(module, body, reason):
+def test_failing_function_gets_reward_0_with_status_1(module, body, reason):
     module.write_text(f"def score(response, answer): {body}")
     done = verify("--verifier", "my_checks:score", "--answer", "a", "--response", "r", "--json")
     assert done.exit_code == 1
@@ -110,12 +110,15 @@ def test_failing_function_earns_0_with_status_1(module, body, reason):
         (["--verifier", "exact", "--answer", "a"], "set --verifier, --answer and --response"),
         (["--file", "a", "--answer", "b"], "--file cannot be combined with --verifier"),
         (["--verifier", "exakt", "--answer", "a", "--response", "b"], "did you mean 'exact'?"),
-        (["--verifier", "regex", "--answer", "(", "--response", "b"], "answer: is no regular expression: missing )"),
-        (["--verifier", "numeric", "--answer", "Paris", "--response", "b"], "'Paris' is no mathematical expression"),
-        (["--file", "missing.jsonl"], "missing.jsonl: cannot be read: No such file"),
+        (
+            ["--verifier", "regex", "--answer", "(", "--response", "b"],
+            "answer: is not a valid regular expression: missing )",
+        ),
+        (["--verifier", "numeric", "--answer", "Paris", "--response", "b"], "'Paris' is not a mathematical expression"),
+        (["--file", "missing.jsonl"], "missing.jsonl: is not readable: No such file"),
     ],
 )
-def test_case_that_cannot_be_used_is_refused(arguments, message):
+def test_invalid_cases_are_rejected(arguments, message):
     done = verify(*arguments)
     assert done.exit_code == 2
     assert message in done.output
@@ -132,7 +135,7 @@ def test_case_that_cannot_be_used_is_refused(arguments, message):
         (GOOD.replace("0.5", "null"), "answer: is null; must be text or a number"),
         (GOOD.replace('"reward": 1', '"reward": 2'), "reward: is 2; must be a number from 0 to 1"),
         (GOOD.replace("numeric", "numerics"), "verifier: 'numerics': unknown; did you mean 'numeric'?"),
-        (GOOD.replace("numeric", "regex").replace("0.5", '"["'), "answer: is no regular expression"),
+        (GOOD.replace("numeric", "regex").replace("0.5", '"["'), "answer: is not a valid regular expression"),
         (GOOD[:-1] + ', "finish_reason": "eos"}', "finish_reason: is 'eos'; must be one of stop, length, abort"),
     ],
 )
@@ -149,4 +152,4 @@ def test_many_wrong_lines_are_cut_at_five_and_counted(file):
     with pytest.raises(CaseError) as caught:
         read_cases(file)
     assert len(str(caught.value).splitlines()) == 6
-    assert str(caught.value).endswith("4 more lines are wrong")
+    assert str(caught.value).endswith("4 more lines are invalid")

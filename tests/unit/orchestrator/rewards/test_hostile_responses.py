@@ -31,7 +31,7 @@ async def verify_all(responses, verifier, answer):
 
 
 @pytest.mark.parametrize(("verifier", "texts"), [("exact", TAGS), ("regex", TAGS), ("numeric", TAGS + NUMBERS)])
-async def test_million_characters_are_read_in_linear_time(verifier, texts):
+async def test_long_responses_are_read_in_linear_time(verifier, texts):
     responses = [text * (LENGTH // len(text)) for text in texts]
     errors = await verify_all(responses, verifier, "4")
     assert set(errors.values()) == {None}
@@ -48,13 +48,13 @@ async def test_boxes_full_of_nonsense_are_read(answer):
     "response",
     ["9**9**9**9", "2000!*1999!*1998!", "1e999999999", "exp(exp(exp(exp(9))))", "9^" * 900 + "9", "sin(1e999999)"],
 )
-async def test_values_too_large_to_compute_are_wrong_at_once(response):
+async def test_values_too_large_to_compute_are_wrong(response):
     async with VerifierPool(VerifierConfig(num_workers=1, timeout_s=120)) as pool:
         verdict = await pool.verify(Problem("d", "p", 4, "numeric"), f"\\boxed{{{response}}}")
     assert (verdict.reward, verdict.error) == (0, None)
 
 
-async def test_pattern_that_backtracks_for_ever_is_ended():
+async def test_a_backtracking_pattern_is_killed():
     async with VerifierPool(VerifierConfig(num_workers=1, timeout_s=1)) as pool:
         verdict = await pool.verify(Problem("d", "p", "(a+)+$", "regex"), "a" * 60 + "!")
-    assert (verdict.reward, verdict.error) == (0, "did not finish within 1 s, and was killed")
+    assert (verdict.reward, verdict.error) == (0, "did not finish within 1 s and was killed")

@@ -121,7 +121,7 @@ def read_pids(path: Path) -> list[int]:
     return [int(pid) for pid in text.split()] if text.endswith("\n") else []
 
 
-async def test_rules_and_callables_reward_responses(checks):
+async def test_verifiers_reward_responses(checks):
     number = Problem("d", "p", "72", "numeric")
     async with pool(num_workers=2) as verifiers:
         problems = [checks("good"), checks("good"), number, number, Problem("d", "p", "yes", "exact")]
@@ -137,7 +137,7 @@ async def test_rules_and_callables_reward_responses(checks):
     [
         ("leave", "crash", "its process exited with status 3"),
         ("leave_well", "crash", "its process exited with status 0"),
-        ("segfault", "crash", "its process was ended by SIGSEGV"),
+        ("segfault", "crash", "its process was killed by SIGSEGV"),
         ("raise_", "raised", "KeyError: 'no such thing'"),
         ("sys_exit", "raised", "SystemExit: 0"),
         ("nan", "raised", "returned nan; must return a number in [0, 1]"),
@@ -146,7 +146,7 @@ async def test_rules_and_callables_reward_responses(checks):
         ("missing", "raised", "module odd_checks has no missing"),
     ],
 )
-async def test_failing_verifier_costs_its_own_rollout_and_is_told(checks, caplog, function, cause, said):
+async def test_a_failing_verifier_costs_only_its_rollout(checks, caplog, function, cause, said):
     caplog.set_level(logging.WARNING)
     async with pool() as verifiers:
         verdict = await verifiers.verify(checks(function), "yes")
@@ -162,55 +162,55 @@ async def test_failing_verifier_costs_its_own_rollout_and_is_told(checks, caplog
 
 
 @pytest.mark.parametrize("function", ["hog", "grow"])
-async def test_verifier_without_memory_costs_its_own_rollout(checks, function):
+async def test_a_verifier_out_of_memory_costs_only_its_rollout(checks, function):
     async with pool(max_memory_bytes=2**28, timeout_s=300) as verifiers:
         verdict = await verifiers.verify(checks(function), "yes")
         after = await verifiers.verify(checks("good"), "yes")
     assert verdict.reward == 0
-    assert verdict.error == "needed more memory than verifier.max_memory_bytes = 268435456, and was ended"
+    assert verdict.error == "exceeded verifier.max_memory_bytes = 268435456 and was killed"
     assert after.reward == 1
     assert verifiers.num_failures == {"memory": 1}
 
 
-async def test_memory_that_others_leaked_costs_nothing(checks):
+async def test_memory_leaked_by_earlier_checks_is_harmless(checks):
     async with pool(max_memory_bytes=2**28) as verifiers:
         verdicts = [await verifiers.verify(checks("leak"), "yes") for _ in range(12)]
     assert [verdict.reward for verdict in verdicts] == [1] * 12
     assert not verifiers.num_failures
 
 
-async def test_verifier_learns_why_the_response_ended(checks):
+async def test_verifiers_get_the_finish_reason(checks):
     async with pool() as verifiers:
         assert (await verifiers.verify(checks("ended"), "yes", "length")).reward == 1
         assert (await verifiers.verify(checks("ended"), "yes", "stop")).reward == 0
 
 
-async def test_rules_say_why(checks):
+async def test_verifiers_give_a_reason(checks):
     async with pool() as verifiers:
         verdict = await verifiers.verify(Problem("d", "p", 72, "numeric"), "#### 73")
     assert verdict.reason == "the response gives 73, the answer is 72"
 
 
-async def test_hanging_verifier_is_killed_with_all_it_started(checks, tmp_path, caplog):
+async def test_a_hanging_verifier_is_killed_with_its_children(checks, tmp_path, caplog):
     pids_file = tmp_path / "pids"
     async with pool(timeout_s=1.0) as verifiers:
         verdict = await verifiers.verify(checks("hang", pids=str(pids_file)), "yes")
         after = await verifiers.verify(checks("good"), "yes")
-    assert (verdict.reward, verdict.error) == (0, "did not finish within 1 s, and was killed")
+    assert (verdict.reward, verdict.error) == (0, "did not finish within 1 s and was killed")
     assert after.reward == 1
     assert verifiers.num_failures == {"timeout": 1}
     assert len(read_pids(pids_file)) == 2
     await until(lambda: not any(alive(pid) for pid in read_pids(pids_file)))
 
 
-async def test_hanging_inside_c_is_ended_too(checks):
+async def test_a_check_that_hangs_in_c_is_killed(checks):
     async with pool(timeout_s=0.5) as verifiers:
         verdict = await verifiers.verify(checks("stubborn"), "yes")
     assert "did not finish" in verdict.error
     assert verdict.seconds < 20
 
 
-async def test_hanging_verifier_holds_up_no_other_worker(checks, tmp_path):
+async def test_a_hanging_verifier_blocks_no_other_worker(checks, tmp_path):
     async with pool(num_workers=2) as verifiers:
         hanging = asyncio.create_task(verifiers.verify(checks("hang", pids=str(tmp_path / "pids")), "yes"))
         await until(lambda: read_pids(tmp_path / "pids"))
@@ -222,7 +222,7 @@ async def test_hanging_verifier_holds_up_no_other_worker(checks, tmp_path):
     assert [verdict.reward for verdict in verdicts] == [1] * 20
 
 
-async def test_cancelled_check_is_ended_and_its_worker_serves_on(checks, tmp_path):
+async def test_a_cancelled_check_frees_its_worker(checks, tmp_path):
     pids_file = tmp_path / "pids"
     async with pool() as verifiers:
         hanging = asyncio.create_task(verifiers.verify(checks("hang", pids=str(pids_file)), "yes"))
@@ -241,7 +241,7 @@ async def test_cancelled_check_is_ended_and_its_worker_serves_on(checks, tmp_pat
     assert not verifiers.num_failures
 
 
-async def test_as_many_checks_run_at_once_as_there_are_workers(checks, tmp_path):
+async def test_every_worker_runs_a_check_at_a_time(checks, tmp_path):
     folder = tmp_path / "running"
     folder.mkdir()
     async with pool(num_workers=2) as verifiers:
@@ -249,7 +249,7 @@ async def test_as_many_checks_run_at_once_as_there_are_workers(checks, tmp_path)
     assert {verdict.reward for verdict in verdicts} == {0.5}  # two of four
 
 
-async def test_time_limit_leaves_out_imports(checks, tmp_path):
+async def test_the_time_limit_excludes_imports(checks, tmp_path):
     (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(1.5)\ndef good(r, a): return True")
     async with pool(timeout_s=1.0) as verifiers:
         verdict = await verifiers.verify(Problem("d", "p", "yes", "slow_import:good"), "yes")
@@ -288,7 +288,7 @@ async def test_process_is_kept_from_check_to_check(checks, tmp_path):
     assert pids[0] == pids[1]
 
 
-async def test_too_long_a_response_earns_nothing_unchecked(checks):
+async def test_a_response_that_is_too_long_gets_reward_0(checks):
     async with pool(max_response_chars=3) as verifiers:
         verdict = await verifiers.verify(checks("good"), "yess")
         assert (await verifiers.verify(checks("good"), "yes")).reward == 1
@@ -303,7 +303,7 @@ async def test_any_text_reaches_the_verifier_as_it_is(checks):
     assert verdict.reward == 1
 
 
-async def test_stopping_ends_checks_under_way_and_those_that_wait(checks, tmp_path):
+async def test_stopping_fails_running_and_waiting_checks(checks, tmp_path):
     verifiers = pool()
     await verifiers.start()
     hanging = asyncio.create_task(verifiers.verify(checks("hang", pids=str(tmp_path / "pids")), "yes"))
@@ -311,17 +311,17 @@ async def test_stopping_ends_checks_under_way_and_those_that_wait(checks, tmp_pa
     pids = await until(lambda: read_pids(tmp_path / "pids"))
     await verifiers.stop()
     assert "SIGKILL" in (await hanging).error
-    assert (await waiting).error == "the verifiers were stopped"
+    assert (await waiting).error == "the verifier pool was stopped"
     await until(lambda: not any(alive(pid) for pid in pids))
     with pytest.raises(RuntimeError, match="not started, or was stopped"):
         await verifiers.verify(checks("good"), "yes")
 
 
-async def test_process_that_cannot_start_costs_a_reward_not_the_run(checks, monkeypatch):
+async def test_a_process_that_cannot_start_costs_a_reward(checks, monkeypatch):
     async with pool() as verifiers:
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         verdict = await verifiers.verify(checks("good"), "yes")
-        assert "no process can be started" in verdict.error
+        assert "starting a process failed" in verdict.error
         monkeypatch.undo()
         assert (await verifiers.verify(Problem("d", "p", "yes", "exact"), "yes")).reward == 1
 

@@ -13,11 +13,11 @@ import pytest
 
 from poise.orchestrator.config import EndpointsConfig
 from poise.orchestrator.sampling import load_balancer as dispatch
-from poise.orchestrator.sampling import replicas, waiting
+from poise.orchestrator.sampling import replicas, retry
 from poise.orchestrator.sampling import service_clients as module
 from poise.orchestrator.sampling.load_balancer import RejectedPrompt
-from poise.orchestrator.sampling.service_clients import Services
-from poise.orchestrator.sampling.waiting import StoppedWaiting
+from poise.orchestrator.sampling.retry import StopRequested
+from poise.orchestrator.sampling.service_clients import ServiceClients
 from poise.runtime.config.settings import ConfigError
 from poise.runtime.network.discovery import Discovery
 from poise_client.errors import (
@@ -107,7 +107,7 @@ def all_of(prompts: Sequence[Prompt]) -> list[Group]:
     return [group(prompt) for prompt in prompts]
 
 
-Make = Callable[..., Services]
+Make = Callable[..., ServiceClients]
 
 
 @pytest.fixture
@@ -117,9 +117,9 @@ def stopping() -> asyncio.Event:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, stopping: asyncio.Event) -> Make:
-    """Services by scripts, whose pauses are short."""
-    monkeypatch.setattr(waiting, "_RETRY_EVERY_S", 0.001)
-    monkeypatch.setattr(replicas, "_LOOK_EVERY_S", 0.0)
+    """ServiceClients by scripts, whose pauses are short."""
+    monkeypatch.setattr(retry, "RETRY_EVERY_S", 0.001)
+    monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.0)
 
     def make(
         generation: Sequence[Script] = (),
@@ -127,25 +127,23 @@ def make(monkeypatch: pytest.MonkeyPatch, stopping: asyncio.Event) -> Make:
         learner: Script | None = None,
         found_at: str = "",
         **settings: Any,
-    ) -> Services:
+    ) -> ServiceClients:
         clients = {script.target: script for script in (*generation, value, learner) if script}
         targets = [found_at] if found_at else [script.target for script in generation] or ["none:1"]
         endpoints = EndpointsConfig(**({"generation": targets, "value": "value:1", "learner": "learner:1"} | settings))
         for name in ("AsyncGenerationClient", "AsyncValueClient", "AsyncLearnerClient"):
             monkeypatch.setattr(module, name, lambda target, **_: clients.get(target, Script(target, [DOWN])))
-        return Services(endpoints, stopping)
+        return ServiceClients(endpoints, stopping)
 
     return make
 
 
-async def sampled(services: Services, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
+async def sampled(services: ServiceClients, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
     groups = services.sample("run", 0, prompts, 2, Sampling(), 0)
     return [found.group_id async for found in groups]
 
 
-async def test_a_service_that_is_down_is_waited_for_and_told_of_once(
-    make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_waiting_for_a_service_is_logged_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     learner = Script("learner:1", [DOWN, DOWN, DOWN, "status"])
     assert await make(learner=learner).learner_status() == "status"
@@ -157,10 +155,10 @@ async def test_a_service_that_is_down_is_waited_for_and_told_of_once(
     ]
 
 
-async def test_waiting_is_told_of_again_and_again(
+async def test_waiting_is_logged_repeatedly(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(retry, "_LOG_EVERY_S", 0.0)
     await make(value=Script("value:1", [DOWN, DOWN, 3])).publish_labels([])
     assert len([record for record in caplog.records if "waiting for value at value:1" in record.getMessage()]) == 2
 
@@ -169,9 +167,7 @@ def starting(message: str) -> UnavailableError:
     return UnavailableError(message, reason="BACKEND_DOWN", retryable=True, starting=True)
 
 
-async def test_a_service_that_starts_is_told_by_stages_and_is_no_trouble(
-    make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_startup_stages_are_logged_without_warnings(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     answers = [starting(f"loading weights, {second} s") for second in range(5)] + [starting("compiling, 1 s"), "status"]
     await make(learner=Script("learner:1", answers)).learner_status()
@@ -182,7 +178,7 @@ async def test_a_service_that_starts_is_told_by_stages_and_is_no_trouble(
     ]
 
 
-async def test_a_service_that_dies_while_it_starts_is_trouble(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_service_that_dies_while_starting_is_a_warning(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     answers = [starting("loading weights, 3 s"), DOWN, "status"]
     services = make(learner=Script("learner:1", answers))
@@ -190,52 +186,52 @@ async def test_a_service_that_dies_while_it_starts_is_trouble(make: Make, caplog
     assert [record.levelname for record in caplog.records if "waiting" in record.getMessage()] == ["INFO", "WARNING"]
 
 
-async def test_what_waiting_does_not_mend_is_raised_at_once(make: Make) -> None:
+async def test_permanent_errors_are_raised_at_once(make: Make) -> None:
     learner = Script("learner:1", [InvalidRequestError("no")])
     with pytest.raises(InvalidRequestError):
         await make(learner=learner).learner_status()
     assert len(learner.calls) == 1
 
 
-async def test_a_service_that_hangs_for_a_while_is_asked_again(make: Make) -> None:
+async def test_a_service_that_hangs_is_called_again(make: Make) -> None:
     hangs = DeadlineExceededError("no answer within 60 s")
     assert await make(learner=Script("learner:1", [hangs, "status"])).learner_status() == "status"
     assert len(await sampled(make([Script("a:1", [[hangs], all_of])]))) == 5
 
 
-async def test_an_export_is_given_the_time_that_a_large_model_takes(make: Make) -> None:
+async def test_an_export_has_a_long_timeout(make: Make) -> None:
     learner = Script("learner:1", ["export"])
     assert await make(learner=learner).export_model("model") == "export"
     assert learner.timeouts == [3600.0]
 
 
-async def test_a_question_is_given_the_time_that_it_lets_the_probe_settle_and_as_much_as_ever(make: Make) -> None:
+async def test_waiting_for_labels_extends_the_timeout(make: Make) -> None:
     value = Script("value:1", ["answers"])
     assert await make(value=value).estimate_baselines("run", 0, [], 30) == "answers"
     assert value.timeouts == [90]
 
 
 async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_RETRY_EVERY_S", 600.0)
+    monkeypatch.setattr(retry, "RETRY_EVERY_S", 600.0)
     asking = asyncio.create_task(make(learner=Script("learner:1", [DOWN])).learner_status())
     await asyncio.sleep(0)
     stopping.set()
-    with pytest.raises(StoppedWaiting):
+    with pytest.raises(StopRequested):
         await asyncio.wait_for(asking, 10)
 
 
 async def test_a_stop_ends_the_waiting_for_rollouts(make: Make, stopping: asyncio.Event) -> None:
     stopping.set()
-    with pytest.raises(StoppedWaiting):
+    with pytest.raises(StopRequested):
         await sampled(make([Script("a:1", [[DOWN]], [DOWN])]))
 
 
-async def test_a_stop_lets_a_call_that_is_answered_finish(make: Make, stopping: asyncio.Event) -> None:
+async def test_a_stop_does_not_cancel_a_running_call(make: Make, stopping: asyncio.Event) -> None:
     stopping.set()
     assert await make(learner=Script("learner:1", ["status"])).learner_status() == "status"
 
 
-async def test_up_means_that_all_services_answer(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_wait_until_up_needs_all_services(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     generation, value = Script("a:1", [], [DOWN, policy()]), Script("value:1", [DOWN, "report"])
     learner = Script("learner:1", [DOWN, "status"])
     await make([generation], value, learner).wait_until_up(with_value=True)
@@ -243,32 +239,32 @@ async def test_up_means_that_all_services_answer(make: Make, caplog: pytest.LogC
     assert waited_for == ["waiting for learner at learner", "waiting for generation at a", "waiting for value at value"]
 
 
-async def test_up_without_the_value_service_where_it_is_not_needed(make: Make) -> None:
+async def test_wait_until_up_may_skip_the_value_service(make: Make) -> None:
     value = Script("value:1", [DOWN])
     await make([Script("a:1", [])], value, Script("learner:1", ["status"])).wait_until_up(with_value=False)
     assert not value.calls
 
 
-async def test_prompts_are_spread_over_replicas_and_each_group_comes_once(make: Make) -> None:
+async def test_prompts_are_balanced_and_each_group_comes_once(make: Make) -> None:
     scripts = [Script("a:1", [all_of]), Script("b:1", [all_of])]
     assert sorted(await sampled(make(scripts))) == [prompt.group_id for prompt in PROMPTS]
     assert [script.calls for script in scripts] == [[["g0", "g2", "g4"]], [["g1", "g3"]]]
 
 
-async def test_a_replica_without_a_share_is_left_alone(make: Make) -> None:
+async def test_a_replica_without_a_share_is_not_called(make: Make) -> None:
     idle = Script("b:1", [DOWN])
     assert await sampled(make([Script("a:1", [all_of]), idle]), PROMPTS[:1]) == ["g0"]
     assert not idle.calls
 
 
-async def test_only_what_is_unfinished_is_asked_again(make: Make) -> None:
+async def test_only_unfinished_prompts_are_sampled_again(make: Make) -> None:
     replica = Script("a:1", [[group(PROMPTS[3]), DOWN], all_of])
     assert sorted(await sampled(make([replica]))) == [prompt.group_id for prompt in PROMPTS]
     assert replica.calls == [["g0", "g1", "g2", "g3", "g4"], ["g0", "g1", "g2", "g4"]]
 
 
 @pytest.mark.parametrize(("patience_s", "told"), [(600.0, 0), (0.0, 1)])
-async def test_weights_on_their_way_are_waited_for_in_silence_for_a_while(
+async def test_waiting_for_a_push_is_logged_late(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, patience_s: float, told: int
 ) -> None:
     monkeypatch.setattr(dispatch, "_PUSH_PATIENCE_S", patience_s)
@@ -279,7 +275,7 @@ async def test_weights_on_their_way_are_waited_for_in_silence_for_a_while(
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("too long"), KeyError("an unheard-of group")])
-async def test_a_replicas_refusal_ends_the_sampling(make: Make, error: Exception) -> None:
+async def test_a_permanent_error_ends_the_sampling(make: Make, error: Exception) -> None:
     scripts = [Script("a:1", [[group(PROMPTS[0]), error]]), Script("b:1", [[DOWN]])]
     with pytest.raises(type(error)):
         await asyncio.wait_for(sampled(make(scripts)), 10)
@@ -297,7 +293,7 @@ def rejecting(*names: str, also: Sequence[tuple[str, str]] = ()) -> Callable[[Se
     return answer
 
 
-async def outcome(services: Services) -> dict[str, str]:
+async def outcome(services: ServiceClients) -> dict[str, str]:
     """Return of each prompt why it was rejected; empty where its group came."""
     async with asyncio.timeout(20):
         found = [each async for each in services.sample("run", 0, PROMPTS, 2, Sampling(max_tokens=8), 0)]
@@ -313,14 +309,14 @@ async def test_rejected_prompts_cost_only_themselves(make: Make, names: list[str
     assert await outcome(make(replicas)) == expected
 
 
-async def test_rejections_cut_from_one_answer_come_with_the_next(make: Make) -> None:
+async def test_further_rejections_come_with_the_next_call(make: Make) -> None:
     cut = [("", "and 2 more wrong fields")]
     replica = Script("a:1", [rejecting("g1", also=cut), rejecting("g3", also=cut), rejecting()])
     assert [name for name, reason in (await outcome(make([replica]))).items() if reason] == ["g1", "g3"]
 
 
 @pytest.mark.parametrize("also", [[("sampling.top_p", "is 2")], [("run_id", "is empty")]])
-async def test_what_is_wrong_with_more_than_prompts_ends_the_sampling(make: Make, also: list[tuple[str, str]]) -> None:
+async def test_other_invalid_fields_end_the_sampling(make: Make, also: list[tuple[str, str]]) -> None:
     with pytest.raises(InvalidRequestError):
         await outcome(make([Script("a:1", [rejecting("g1", also=also)])]))
 
@@ -333,7 +329,7 @@ async def test_rejection_of_no_open_prompt_ends_the_sampling(make: Make, index: 
 
 
 async def test_prompts_are_checked_in_order_by_all_replicas(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHECKED_AT_ONCE", 3)
+    monkeypatch.setattr(module, "PROMPTS_PER_CHECK", 3)
     replicas = [Script("a:1", [DOWN, []]), Script("b:1", [[]])]
     told: list[int] = []
     async with asyncio.timeout(20):
@@ -343,29 +339,29 @@ async def test_prompts_are_checked_in_order_by_all_replicas(make: Make, monkeypa
     assert all(replica.calls for replica in replicas)
 
 
-async def test_prompts_that_cannot_be_checked_end_the_check(make: Make) -> None:
+async def test_a_permanent_error_ends_the_check(make: Make) -> None:
     with pytest.raises(InvalidRequestError):
         await make([Script("a:1", [InvalidRequestError("no such call")])]).check_prompts(["p"], lambda _: None)
 
 
-async def test_checking_waits_for_a_replica_and_ends_when_asked_to(make: Make, stopping: asyncio.Event) -> None:
+async def test_checking_waits_for_a_replica_until_a_stop(make: Make, stopping: asyncio.Event) -> None:
     stopping.set()
-    with pytest.raises(StoppedWaiting):
+    with pytest.raises(StopRequested):
         await make([Script("a:1", [[]], [policy(reason="loads")])]).check_prompts(["p"], lambda _: None)
 
 
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"endpoints\.token_file: .*absent cannot be read"):
-        Services(EndpointsConfig(token_file=tmp_path / "absent"), asyncio.Event())
+        ServiceClients(EndpointsConfig(token_file=tmp_path / "absent"), asyncio.Event())
 
 
-def test_the_errors_scripted_here_are_as_the_client_marks_them() -> None:
+def test_scripted_errors_are_marked_like_the_clients() -> None:
     assert isinstance(DOWN, PoiseClientError)
     assert not VersionMismatchError("x").retryable
     assert not DeadlineExceededError("x").retryable
 
 
-async def test_groups_that_new_weights_cut_off_are_sampled_again_and_not_handed_on(make: Make) -> None:
+async def test_aborted_groups_are_sampled_again(make: Make) -> None:
     def cut_off(prompts: Sequence[Prompt]) -> list[Group]:
         return [*all_of(prompts)[1:], Group(prompts[0].group_id, (WHOLE, CUT_OFF))]
 
@@ -379,7 +375,9 @@ async def test_groups_that_new_weights_cut_off_are_sampled_again_and_not_handed_
 # Replicas that come and go
 
 
-async def taken(services: Services, min_policy_version: int = 0, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
+async def taken(
+    services: ServiceClients, min_policy_version: int = 0, prompts: Sequence[Prompt] = PROMPTS
+) -> list[str]:
     groups = services.sample("run", 0, prompts, 2, Sampling(max_tokens=8), min_policy_version)
     return sorted([found.group_id async for found in asyncio_limited(groups)])
 
@@ -390,7 +388,7 @@ async def asyncio_limited(groups: AsyncIterator[Group]) -> AsyncIterator[Group]:
             yield found
 
 
-async def test_what_a_lost_replica_leaves_undone_is_sampled_by_another_and_counts_once(make: Make) -> None:
+async def test_prompts_of_a_lost_replica_are_reassigned_once(make: Make) -> None:
     lost = Script("a:1", [[group(PROMPTS[0]), DOWN]], [policy(), DOWN])
     other = Script("b:1", [all_of])
     assert await taken(make([lost, other])) == ALL
@@ -398,7 +396,7 @@ async def test_what_a_lost_replica_leaves_undone_is_sampled_by_another_and_count
     assert other.calls == [["g1", "g3"], ["g2", "g4"]]
 
 
-async def test_a_replica_that_drains_gets_nothing_new_and_may_finish_what_it_has(make: Make) -> None:
+async def test_a_draining_replica_gets_no_new_prompts(make: Make) -> None:
     services = make([draining := Script("a:1", [all_of], [policy(), policy(10, "draining")]), Script("b:1", [all_of])])
     assert await taken(services) == ALL
     draining.outcomes = [[UnavailableError("draining", retryable=True)]]
@@ -408,9 +406,7 @@ async def test_a_replica_that_drains_gets_nothing_new_and_may_finish_what_it_has
     assert len(draining.calls) == 2  # it is known by now
 
 
-async def test_a_replica_that_comes_gets_prompts_once_it_serves_current_weights(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_new_replica_gets_prompts_once_it_is_current(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"1.1.1.1:5"}
 
     async def resolve(host: str, port: int) -> set[str]:
@@ -431,10 +427,10 @@ async def test_a_replica_that_comes_gets_prompts_once_it_serves_current_weights(
     found.remove(first.target)  # and the other goes
     while not first.is_closed:
         assert await taken(services, 3) == ALL
-    assert services.served_tokens.keys() == {late.target}
+    assert services.replicas.served_tokens.keys() == {late.target}
 
 
-async def test_replicas_that_are_behind_are_passed_over_for_those_that_are_not(make: Make) -> None:
+async def test_replicas_that_are_behind_are_skipped(make: Make) -> None:
     behind = Script("a:1", [[VersionMismatchError("serves version 0")]], [policy(1), policy(0)])
     current = Script("b:1", [all_of], [policy(1)])
     services = make([behind, current])
@@ -443,7 +439,7 @@ async def test_replicas_that_are_behind_are_passed_over_for_those_that_are_not(m
     assert current.calls == [["g1", "g3"], ["g0", "g2", "g4"]]
 
 
-async def test_prompts_go_where_the_fewest_tokens_are_to_do(make: Make) -> None:
+async def test_prompts_go_to_the_least_loaded_replica(make: Make) -> None:
     long, *short = [Prompt("long", "x" * 400), *(Prompt(f"s{index}", "x" * 4) for index in range(6))]
     scripts = [Script("a:1", [all_of]), Script("b:1", [all_of])]
     await taken(make(scripts), prompts=[long, *short])
@@ -451,7 +447,7 @@ async def test_prompts_go_where_the_fewest_tokens_are_to_do(make: Make) -> None:
     assert [script.calls for script in scripts] == [[["long"]], [[f"s{index}" for index in range(6)]]]
 
 
-async def test_the_fastest_replica_takes_most_of_what_waits(make: Make) -> None:
+async def test_the_fastest_replica_takes_most_prompts(make: Make) -> None:
     stuck = asyncio.Event()
 
     class Slow(Script):
@@ -471,7 +467,7 @@ async def test_the_fastest_replica_takes_most_of_what_waits(make: Make) -> None:
     assert (slow.calls, fast.calls) == ([["g0"]], [["g1"], ["g2"], ["g3"], ["g4"]])
 
 
-async def test_a_replica_with_enough_to_do_is_left_alone_for_as_long_as_it_asks(make: Make) -> None:
+async def test_a_busy_replica_gets_prompts_after_its_retry_delay(make: Make) -> None:
     busy = Script("a:1", [[BusyError("65536 rollouts are waiting", retryable=True, retry_after_s=600.0)]])
     other = Script("b:1", [all_of])
     assert await taken(make([busy, other])) == ALL
@@ -484,14 +480,14 @@ async def test_a_replica_that_falls_silent_loses_its_work(make: Make, monkeypatc
             yield group(PROMPTS[0])
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(replicas, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(replicas, "SILENCE_S", 0.05)
     silent = Silent("a:1", [], [policy(), DOWN])
     other = Script("b:1", [all_of])
     assert await taken(make([silent, other])) == ALL
     assert other.calls == [["g1", "g3"], ["g2", "g4"]]
 
 
-async def test_leaving_early_ends_what_runs(make: Make) -> None:
+async def test_closing_the_stream_cancels_calls(make: Make) -> None:
     ended = asyncio.Event()
 
     class Endless(Script):
@@ -508,14 +504,14 @@ async def test_leaving_early_ends_what_runs(make: Make) -> None:
     assert ended.is_set()
 
 
-async def test_nobody_at_the_learners_address_is_told_from_a_learner_that_is_not_ready(make: Make) -> None:
+async def test_an_unready_learner_is_reachable(make: Make) -> None:
     recovering = UnavailableError("the learner is recovering", reason="DRAINING", retryable=True)
-    for outcome, is_there in (
+    for outcome, is_reachable in (
         (DOWN, False),
         (recovering, True),
         (DeadlineExceededError("late"), True),
         ("status", True),
     ):
         learner = Script("learner:1", [outcome])
-        assert await make(learner=learner).is_learner_there() is is_there
+        assert await make(learner=learner).is_learner_reachable() is is_reachable
         assert len(learner.calls) == 1

@@ -17,9 +17,9 @@ from tests.unit.orchestrator.storage.test_run_folder import finish, journalled
 from tests.unit.orchestrator.world import World, drive, settings
 
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.sampling import waiting
-from poise.orchestrator.sampling.waiting import StoppedWaiting
-from poise.orchestrator.storage.disk_retry import Storage
+from poise.orchestrator.sampling import retry
+from poise.orchestrator.sampling.retry import StopRequested
+from poise.orchestrator.storage.disk_retry import DiskRetry
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.report import TensorBoardLog
 from poise_client.types import ProbeReport
@@ -27,7 +27,7 @@ from poise_client.types import ProbeReport
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_RETRY_EVERY_S", 0.001)
+    monkeypatch.setattr(retry, "RETRY_EVERY_S", 0.001)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -57,10 +57,10 @@ class FullDisk:
         (errno.EROFS, "Read-only file system. Mount it writable"),
         (errno.EACCES, "Permission denied. Restore the permission"),
         (errno.EIO, "Input/output error. Check the disk"),
-        (errno.ESTALE, "Stale file handle. See that its file system is mounted"),
+        (errno.ESTALE, "Stale file handle. Check that its file system is mounted"),
     ],
 )
-async def test_a_run_outlasts_a_disk_that_refuses(
+async def test_a_run_survives_a_failing_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int, remedy: str
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -80,13 +80,13 @@ async def test_a_run_outlasts_a_disk_that_refuses(
     assert f"waiting for the run's folder: {remedy}" in caplog.text
     assert "The run then resumes" in caplog.text
     assert "the run's folder can be written again after" in caplog.text
-    for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "values.jsonl", "rollouts.jsonl", "step_states.jsonl", "evaluations.jsonl"):
         expected = [line["step"] for line in lines(tmp_path / "undisturbed", name)]
         assert [line["step"] for line in lines(config.run_dir, name)] == expected, name
 
 
 @pytest.mark.parametrize("failing", range(12))
-def test_a_step_is_finished_once_wherever_the_disk_refuses(
+def test_a_step_is_finished_once_wherever_the_disk_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     folder = RunFolder(tmp_path / "run")
@@ -103,7 +103,7 @@ def test_a_step_is_finished_once_wherever_the_disk_refuses(
         real(descriptor)
 
     monkeypatch.setattr("os.fsync", fsync)
-    numbers = step.numbers | {"wall_s": 2.0, "tokens": 14, "policy_version": 2}
+    numbers = step.metrics | {"wall_s": 2.0, "tokens": 14, "policy_version": 2}
     for _ in range(2):
         try:
             folder.finish_step(step, numbers)
@@ -111,14 +111,14 @@ def test_a_step_is_finished_once_wherever_the_disk_refuses(
         except OSError:
             continue
 
-    for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl", "memory.jsonl"):
+    for name in ("metrics.jsonl", "values.jsonl", "rollouts.jsonl", "step_states.jsonl"):
         assert [line["step"] for line in lines(folder.path, name)] == [0, 1], name
     assert folder.read_state("run").next_step == 2
     folder.close()
 
 
 @pytest.mark.parametrize("failing", range(8))
-def test_a_step_is_journalled_whole_wherever_the_disk_refuses(
+def test_a_step_is_journalled_whole_wherever_the_disk_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     folder = RunFolder(tmp_path / "run")
@@ -141,7 +141,7 @@ def test_a_step_is_journalled_whole_wherever_the_disk_refuses(
 
     found = folder.journal.read(0)
     assert found is not None
-    assert found.samples == journalled(0).samples
+    assert found.rollouts == journalled(0).rollouts
     assert [path.name for path in (folder.path / "journal").iterdir()] == ["step-00000000"]
     folder.close()
 
@@ -149,7 +149,7 @@ def test_a_step_is_journalled_whole_wherever_the_disk_refuses(
 WRITES: list[Callable[[RunFolder], object]] = [
     lambda folder: folder.journal.write(journalled(1)),
     lambda folder: folder.finish_step(
-        journalled(1), journalled(1).numbers | {"wall_s": 2.0, "tokens": 14, "policy_version": 2}
+        journalled(1), journalled(1).metrics | {"wall_s": 2.0, "tokens": 14, "policy_version": 2}
     ),
     lambda folder: folder.write_evaluation({"when": "step", "step": 1}, []),
     lambda folder: folder.write_probes(ProbeReport((), 0, 0, 0, 0)),
@@ -172,7 +172,7 @@ async def test_a_folder_that_was_moved_is_waited_for(
     path.rename(elsewhere)
     if is_replaced:
         (path / "logs").mkdir(parents=True)  # as a service that is started again does
-    keeping = asyncio.create_task(Storage().keep(lambda: write(folder)))
+    keeping = asyncio.create_task(DiskRetry().run(lambda: write(folder)))
     while "waiting for the run's folder" not in caplog.text:
         await asyncio.sleep(0.001)
 
@@ -186,14 +186,14 @@ async def test_a_folder_that_was_moved_is_waited_for(
     folder.close()
 
 
-def test_where_a_moved_folder_is_and_goes_is_told(tmp_path: Path) -> None:
+def test_a_moved_folder_is_reported_with_its_new_path(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open("run", {})
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=rf"was moved to {tmp_path}/elsewhere. Move it back to {tmp_path}/run"):
         folder.mark_reported()
     (tmp_path / "run").mkdir()
-    with pytest.raises(OSError, match="and another folder is there now"):
+    with pytest.raises(OSError, match="and replaced by another folder"):
         folder.mark_reported()
     folder.close()
 
@@ -221,16 +221,16 @@ async def test_a_stop_ends_the_waiting_for_the_disk() -> None:
     def stopping_soon() -> None:
         loop.call_soon_threadsafe(stopping.set)
 
-    with pytest.raises(StoppedWaiting):
-        await Storage(stopping).keep(refuse)
+    with pytest.raises(StopRequested):
+        await DiskRetry(stopping).run(refuse)
 
 
-async def test_what_is_no_fault_of_the_disk_is_raised_at_once() -> None:
+async def test_other_errors_are_not_retried() -> None:
     def fail() -> None:
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
-        await Storage().keep(fail)
+        await DiskRetry().run(fail)
 
 
 @pytest.mark.parametrize("cut_off", [b"", b'{"step": 9, "text', b"\n"[:0] + b"x" * 10000])
@@ -246,7 +246,7 @@ def test_lines_are_appended_after_the_last_whole_one(tmp_path: Path, cut_off: by
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_curves_that_have_no_room_are_written_with_the_next(
+def test_curves_are_written_after_the_disk_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tests.unit.report.test_tensorboard import read
@@ -268,8 +268,8 @@ def test_curves_that_have_no_room_are_written_with_the_next(
     log.write({"step": 3, "reward": 3.0})
     log.close()
     assert read(tmp_path) == {"reward": [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]}
-    assert caplog.text.count("kept in memory for now: No space left on device. Free some space") == 1
-    assert "are written to" in caplog.text
+    assert caplog.text.count("keeping TensorBoard curves in memory: No space left on device. Free some space") == 1
+    assert "writing TensorBoard curves to" in caplog.text
 
 
 def _descriptor_of(path: Path) -> int:
@@ -297,7 +297,7 @@ async def test_journal_of_a_moved_folder_is_written_after_it_is_back(
     folder.path.rename(tmp_path / "elsewhere")
 
     writing = asyncio.create_task(
-        Storage(stopping, folder.check_held).keep(lambda: folder.journal.write(journalled(0)))
+        DiskRetry(stopping, folder.check_open).run(lambda: folder.journal.write(journalled(0)))
     )
     while "waiting for" not in caplog.text:
         await asyncio.sleep(0.01)
@@ -314,6 +314,6 @@ async def test_journal_of_a_deleted_folder_ends_the_run(tmp_path: Path) -> None:
     folder.open("run", {})
     shutil.rmtree(folder.path)
 
-    with pytest.raises(RunError, match="was deleted while the run was driven"):
-        await Storage(check=folder.check_held).keep(lambda: folder.journal.write(journalled(0)))
+    with pytest.raises(RunError, match="was deleted during the run"):
+        await DiskRetry(check=folder.check_open).run(lambda: folder.journal.write(journalled(0)))
     folder.close()

@@ -1,4 +1,4 @@
-"""What a run keeps over a crash at any point."""
+"""The run folder and its journal after crashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.groups import make_group
 
-from poise.orchestrator.budget import Limits, Spent
+from poise.orchestrator.budget import Limits, Usage
 from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.storage.step_journal import JournalledStep
@@ -44,9 +44,9 @@ def journalled(step: int) -> JournalledStep:
         step=step,
         labels=[make_group("g", [features, features], [0, 1], domain="d", step=step)],
         batch=Batch("run", f"step-{step:08d}", step, (rollout,), 0.75),
-        numbers={"step": step, "time_s": {}},
+        metrics={"step": step, "time_s": {}},
         values={"step": step, "predicted": [0.5], "realised": [1.0]},
-        samples=[{"step": step, "response": "é"}],
+        rollouts=[{"step": step, "response": "é"}],
     )
 
 
@@ -65,7 +65,7 @@ SUCCESSORS: list[RunFolder] = []
 
 
 def again(folder: RunFolder, run_id: str = "run") -> tuple[RunFolder, int]:
-    """What a process that starts after this one died finds."""
+    """Open the folder as the next process after a crash."""
     folder.close()
     successor = RunFolder(folder.path)
     SUCCESSORS.append(successor)
@@ -76,7 +76,7 @@ def finish(folder: RunFolder, step: int) -> None:
     step_done = journalled(step)
     folder.journal.write(step_done)
     folder.finish_step(
-        step_done, step_done.numbers | {"wall_s": 2.0, "tokens": 7 * (step + 1), "policy_version": step + 1}
+        step_done, step_done.metrics | {"wall_s": 2.0, "tokens": 7 * (step + 1), "policy_version": step + 1}
     )
 
 
@@ -89,10 +89,10 @@ def test_a_journalled_step_is_found_whole(folder: RunFolder) -> None:
     assert found.batch.rollouts[0].token_ids.tolist() == [2, 3]
     assert found.batch.temperature == 0.75
     assert found.labels[0].rewards.tolist() == [0, 1]
-    assert (found.numbers, found.samples) == (journalled(0).numbers, journalled(0).samples)
+    assert (found.metrics, found.rollouts) == (journalled(0).metrics, journalled(0).rollouts)
 
 
-def test_a_journal_half_written_is_none_at_all(folder: RunFolder) -> None:
+def test_an_incomplete_journal_entry_is_ignored(folder: RunFolder) -> None:
     writing = folder.path / "journal" / "writing"
     writing.mkdir(parents=True)
     (writing / "labels.pb").write_bytes(b"half")
@@ -117,7 +117,7 @@ def test_a_finished_step_is_not_done_again(folder: RunFolder) -> None:
     assert not list((folder.path / "journal").iterdir())
 
 
-def test_lines_written_before_a_crash_that_lost_the_state_are_written_once(folder: RunFolder) -> None:
+def test_lines_after_the_last_state_are_written_once(folder: RunFolder) -> None:
     finish(folder, 0)
     state = (folder.path / "state.json").read_bytes()
     finish(folder, 1)
@@ -127,34 +127,34 @@ def test_lines_written_before_a_crash_that_lost_the_state_are_written_once(folde
     successor, next_step = again(folder)
     assert next_step == 1
     finish(successor, 1)
-    for name in ("metrics.jsonl", "values.jsonl", "trajectories.jsonl"):
+    for name in ("metrics.jsonl", "values.jsonl", "rollouts.jsonl"):
         steps = [json.loads(line)["step"] for line in (folder.path / name).read_text().splitlines()]
         assert steps == [0, 1], name
 
 
-def test_texts_of_any_characters_come_back_whole(folder: RunFolder) -> None:
+def test_any_characters_survive_a_restart(folder: RunFolder) -> None:
     texts = ["one\u2028two", "three\x85four", "five\r\nsix", "\ud800é"[1:], '"{}']
     for step, text in enumerate(texts):
-        done = replace(journalled(step), samples=[{"step": step, "response": text}])
+        done = replace(journalled(step), rollouts=[{"step": step, "response": text}])
         folder.journal.write(done)
-        folder.finish_step(done, done.numbers | {"wall_s": 1.0, "tokens": 0, "policy_version": step + 1})
-    before = (folder.path / "trajectories.jsonl").read_bytes()
+        folder.finish_step(done, done.metrics | {"wall_s": 1.0, "tokens": 0, "policy_version": step + 1})
+    before = (folder.path / "rollouts.jsonl").read_bytes()
     _, next_step = again(folder)
     assert next_step == len(texts)
-    assert (folder.path / "trajectories.jsonl").read_bytes() == before
+    assert (folder.path / "rollouts.jsonl").read_bytes() == before
     assert [json.loads(line)["response"] for line in before.split(b"\n")[:-1]] == texts
 
 
 def test_a_line_cut_off_within_a_character_is_dropped(folder: RunFolder) -> None:
     finish(folder, 0)
-    path = folder.path / "trajectories.jsonl"
+    path = folder.path / "rollouts.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + '{"step": 0, "response": "é'.encode()[:-1])
     again(folder)
     assert path.read_bytes() == whole
 
 
-def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFolder) -> None:
+def test_a_truncated_evaluation_is_dropped(folder: RunFolder) -> None:
     folder.write_evaluation({"when": "before", "step": 0}, [])
     with (folder.path / "evaluations.jsonl").open("a") as file:
         file.write('{"when": "step", "st')
@@ -164,9 +164,7 @@ def test_an_evaluation_cut_off_is_dropped_and_those_before_it_kept(folder: RunFo
     assert successor.evaluated("step", 2)
 
 
-def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluations_line_names_a_complete_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder.path / "generations" / "step-00000002.jsonl"
     responses = [{"response": "one\u2028two"}, {"response": "é"}]
 
@@ -174,7 +172,7 @@ def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:
-        dying.setattr(folder, "_append", die)
+        dying.setattr(folder, "append_lines", die)
         with pytest.raises(KeyboardInterrupt):
             folder.write_evaluation({"when": "step", "step": 2}, responses[:1])
     path.with_name("after-00000003.jsonl.tmp").write_text("cut o")
@@ -191,7 +189,7 @@ def test_the_responses_of_an_evaluation_are_whole_before_its_line_is_there(
     assert third.evaluated("step", 2)
 
 
-def test_all_steps_in_hand_are_found_up_to_a_gap(folder: RunFolder) -> None:
+def test_pending_steps_are_read_up_to_a_gap(folder: RunFolder) -> None:
     finish(folder, 0)
     for step in (1, 2, 4):
         folder.journal.write(journalled(step))
@@ -215,13 +213,13 @@ def test_journals_that_a_crash_left_over_are_removed(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '"x"', '{"run_id": "run", "unheard_of": 1}', "{}"])
-def test_a_damaged_state_is_named_and_not_taken_for_a_new_run(folder: RunFolder, content: str) -> None:
+def test_a_damaged_state_is_rejected(folder: RunFolder, content: str) -> None:
     (folder.path / "state.json").write_text(content)
     with pytest.raises(SettingsError, match=r"state\.json is damaged: .*restore it, or use another run folder"):
         again(folder)
 
 
-def test_a_refused_folder_is_let_go(folder: RunFolder) -> None:
+def test_a_rejected_folder_is_unlocked(folder: RunFolder) -> None:
     finish(folder, 0)
     with pytest.raises(RunError):
         again(folder, "other")
@@ -230,11 +228,11 @@ def test_a_refused_folder_is_let_go(folder: RunFolder) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"file/run cannot be used as the run's folder"):
+    with pytest.raises(SettingsError, match=r"run folder .*file/run is not usable"):
         RunFolder(tmp_path / "file" / "run").open("run", {})
 
 
-def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_that_changed_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"seed": 0, "num_steps": 3, "sampling": {"max_tokens": 4, "top_p": 1.0}, "endpoints": {"value": "a:1"}}
     folder = RunFolder(tmp_path)
     folder.open("run", settings)
@@ -245,7 +243,7 @@ def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     folder.close()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "settings changed since this run began; from step 1 on it follows the new ones: "
+        "settings changed since this run began; the new ones apply from step 1 on: "
         "sampling.max_tokens: 4 -> 8; seed: 0 -> 1"
     )
     caplog.clear()
@@ -254,7 +252,7 @@ def test_settings_that_changed_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
-def test_a_run_is_finished_once_it_was_reported_for_as_many_steps(folder: RunFolder) -> None:
+def test_a_run_is_finished_after_its_report(folder: RunFolder) -> None:
     finish(folder, 0)
     assert not folder.read_state("run").is_finished(Limits(1))
     folder.mark_reported()
@@ -267,28 +265,28 @@ def test_a_run_is_finished_once_it_was_reported_for_as_many_steps(folder: RunFol
     assert not folder.read_state("run").is_finished(Limits(2))
 
 
-def test_two_processes_cannot_drive_a_run(folder: RunFolder) -> None:
-    with pytest.raises(RunError, match="driven by another process"):
+def test_two_processes_cannot_open_a_run(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="another process runs"):
         RunFolder(folder.path).open("run", {})
 
 
-def test_the_folder_of_another_run_is_refused(folder: RunFolder) -> None:
+def test_the_folder_of_another_run_is_rejected(folder: RunFolder) -> None:
     finish(folder, 0)
-    with pytest.raises(RunError, match="holds run 'run', not 'other'"):
+    with pytest.raises(RunError, match="belongs to run 'run', not 'other'"):
         again(folder, "other")
 
 
 def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
-    assert folder.last_evaluated() == Spent()
+    assert folder.last_evaluated() == Usage()
     folder.write_evaluation({"when": "before", "step": 0, "tokens": 0, "wall_s": 0.0}, [])
     folder.write_evaluation({"when": "step", "step": 2, "tokens": 30, "wall_s": 1.5}, [])
     successor, _ = again(folder)
     assert successor.evaluated("before", 0)
     assert not successor.evaluated("after", 0)
-    assert successor.last_evaluated() == Spent(2, 30, 1.5)
+    assert successor.last_evaluated() == Usage(2, 30, 1.5)
 
 
-def test_what_is_not_known_of_a_probe_is_null(folder: RunFolder) -> None:
+def test_unknown_numbers_of_a_probe_are_null(folder: RunFolder) -> None:
     quality = ProbeQuality(0, nan, nan, nan, nan, nan, nan, nan, nan, (CalibrationBin(0.1, 0.2, 3),))
     folder.write_probes(ProbeReport((ProbeStatus("d", 0, 2, 4, 1, 4, 0.0, nan, quality),), 2, 0, 0, 0))
     (probe,) = json.loads((folder.path / "probes.json").read_text())

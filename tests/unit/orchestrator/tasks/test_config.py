@@ -31,7 +31,7 @@ def test_defaults():
         ({"kind": "prime"}, "'primer', 'digits', 'jsonl', 'gym'"),
         ({"kind": "primer", "skills": ["copy", "fly"]}, "unknown skills fly; known: copy,"),
         ({"kind": "primer", "skills": []}, "at least 1"),
-        ({"kind": "primer", "skills": ["copy", "copy"]}, "names a skill twice"),
+        ({"kind": "primer", "skills": ["copy", "copy"]}, "a skill is listed twice"),
         ({"kind": "digits", "skills": ["copy"]}, "unknown skills copy; known: fst,"),
         ({"kind": "primer", "weight": 0}, "greater than 0"),
         ({"kind": "primer", "weight": float("inf")}, "finite"),
@@ -47,7 +47,7 @@ def test_defaults():
         ({"kind": "gym", "name": "spell_backward", "size": 0}, "greater than or equal to 1"),
     ],
 )
-def test_wrong_settings_are_refused(settings, said):
+def test_wrong_settings_are_rejected(settings, said):
     with pytest.raises(ValidationError) as caught:
         TASK.validate_python(settings)
     assert said in str(caught.value)

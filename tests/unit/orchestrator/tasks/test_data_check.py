@@ -81,17 +81,17 @@ async def check(config: OrchestratorConfig, generation: Any = None) -> Mixture:
     return mixture
 
 
-async def test_bad_rows_of_all_files_stop_the_run_by_file_and_line(tmp_path: Path, task: dict[str, Any]) -> None:
+async def test_invalid_rows_stop_the_run_by_file_and_line(tmp_path: Path, task: dict[str, Any]) -> None:
     with pytest.raises(TaskError) as caught:
         await check(settings(tmp_path, task))
     said = str(caught.value).splitlines()
     own, held_out = task["path"], task["eval_path"]
     rows = [*(f"{own}:{i}" for i in (3, 7, 12)), str(own), f"{held_out}:2", str(held_out)]
     assert [line.split(": ")[0] for line in said] == rows
-    assert "prompt: has 30 tokens, which with 4 of a response is more than max_model_len, 32; shorten it" in said[0]
+    assert "prompt: has 30 tokens; with 4 response tokens that exceeds max_model_len = 32. Shorten it" in said[0]
     assert said[1] == f"{own}:7: chat: the model's chat template refuses it: no"
-    assert said[3] == f"{own}: 3 of 20 rows are bad. Fix them, or set on_bad_row: skip to leave them out."
-    assert said[5].startswith(f"{held_out}: 1 of 4 rows is bad.")
+    assert said[3] == f"{own}: 3 of 20 rows are invalid. Fix them, or set on_bad_row: skip to leave them out."
+    assert said[5].startswith(f"{held_out}: 1 of 4 rows is invalid.")
 
 
 async def test_bad_rows_are_skipped_and_counted(
@@ -123,7 +123,7 @@ async def test_row_must_leave_room_for_a_response(tmp_path: Path, num_tokens: in
 
 @pytest.mark.parametrize(("num_tokens", "fits"), [(28, True), (31, True), (32, False)])
 @pytest.mark.parametrize("max_tokens", [32, 500])
-async def test_max_tokens_beyond_the_model_takes_the_room_there_is(
+async def test_max_tokens_beyond_the_model_needs_little_room(
     tmp_path: Path, max_tokens: int, num_tokens: int, fits: bool
 ) -> None:
     path = write(tmp_path / "own.jsonl", ["q" * num_tokens, *(f"q{i}" for i in range(20))])
@@ -132,14 +132,14 @@ async def test_max_tokens_beyond_the_model_takes_the_room_there_is(
 
 
 async def test_too_few_held_out_rows_that_are_good_stop_the_run(tmp_path: Path, task: dict[str, Any]) -> None:
-    with pytest.raises(TaskError, match="has 3 held-out problems, and its share of 4 is 4"):
+    with pytest.raises(TaskError, match="has 3 held-out problems, but its share of 4 is 4"):
         await check(settings(tmp_path, task, on_bad_row="skip", evaluation={"num_prompts": 4}))
 
 
 async def test_file_of_only_bad_rows_stops_the_run_under_skip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "own.jsonl", [f"{i}☠" for i in range(9)])
     config = settings(tmp_path, {"kind": "jsonl", "path": path}, evaluation={"num_prompts": 0}, on_bad_row="skip")
-    with pytest.raises(TaskError, match="no problem is left to train on"):
+    with pytest.raises(TaskError, match="none is left for training"):
         await check(config)
     assert f"{path}: 9 of 9 rows are left out (on_bad_row: skip), showing the first 5" in caplog.text
     assert f"{path}:1: chat: the model's chat template refuses it" in caplog.text
@@ -177,7 +177,7 @@ async def test_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, task: dic
     assert generation.num_checked == 24
 
 
-async def test_cache_that_cannot_be_written_does_no_harm(
+async def test_an_unwritable_cache_is_ignored(
     tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -193,10 +193,10 @@ async def test_oldest_counts_are_dropped(tmp_path: Path, cache: Path, monkeypatc
     assert len(list(cache.iterdir())) == 2
 
 
-async def test_progress_is_told_of_what_takes_long(
+async def test_progress_of_long_checks_is_logged(
     tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_check, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(data_check, "LOG_EVERY_S", 0.0)
     said: list[str] = []
     config = settings(tmp_path, task, on_bad_row="skip")
     await check_data(config, Mixture(config.tasks, 0, "skip"), Generation(), said.append)  # type: ignore[arg-type]
@@ -204,13 +204,13 @@ async def test_progress_is_told_of_what_takes_long(
     assert said[20] == f"{task['path']}: 20 prompts checked in 0 s"
 
 
-async def test_stop_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+async def test_stop_tokens_beyond_the_vocabulary_are_rejected(tmp_path: Path) -> None:
     values = {"sampling": {"stop_token_ids": [127, 128]}}
-    with pytest.raises(ConfigError, match=r"sampling\.stop_token_ids: holds 128; the model's vocabulary is 0 to 127"):
+    with pytest.raises(ConfigError, match=r"sampling\.stop_token_ids: contains 128; the model's ids are 0 to 127"):
         await check(settings(tmp_path, {"kind": "digits"}, **values))
 
 
-async def test_tasks_without_files_ask_nothing(tmp_path: Path) -> None:
+async def test_tasks_without_files_call_no_service(tmp_path: Path) -> None:
     await check(settings(tmp_path, {"kind": "digits"}), object())
 
 
@@ -224,7 +224,7 @@ async def recorded(tmp_path: Path, task: dict[str, Any], next_step: int) -> None
 
 
 @pytest.mark.parametrize("changed", ["path", "eval_path"])
-async def test_data_that_changed_since_the_run_began_is_told(
+async def test_data_that_changed_since_the_run_began_is_reported(
     tmp_path: Path, task: dict[str, Any], changed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await recorded(tmp_path, task, 0)
@@ -235,23 +235,23 @@ async def test_data_that_changed_since_the_run_began_is_told(
     await recorded(tmp_path, task, 7)
 
     (told,) = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
-    assert told.startswith(f"{task[changed]} changed since this run began: from ")
-    assert "From step 7 on the run follows the new rows" in told
-    assert "Restore the file, or start a run of another name" in told
+    assert told.startswith(f"{task[changed]} changed since this run began, from ")
+    assert "From step 7 the run uses the new rows" in told
+    assert "Restore the file, or start a new run" in told
 
 
-async def test_rows_that_are_skipped_anew_count_as_a_change(
+async def test_newly_skipped_rows_count_as_a_change(
     tmp_path: Path, task: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await recorded(tmp_path, task, 0)
     config = settings(tmp_path, task, on_bad_row="skip")
     folder = RunFolder(tmp_path / "run")
     folder.record_data((await check(config, Generation(max_model_len=2000))).files, 3)
-    assert "from 20 rows, of which 17 are used" in caplog.text
-    assert "to 20 rows, of which 19 are used" in caplog.text
+    assert "from 20 rows, 17 used" in caplog.text
+    assert "to 20 rows, 19 used" in caplog.text
 
 
-async def test_data_changed_before_the_first_step_is_no_matter(
+async def test_data_may_change_before_the_first_step(
     tmp_path: Path, task: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     await recorded(tmp_path, task, 0)

@@ -89,7 +89,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("role", ["path", "eval_path"])
 @pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
-def test_file_of_another_format_is_named_with_the_remedy(tmp_path: Path, name: str, role: str, on_bad_row: str) -> None:
+def test_other_file_formats_are_named_with_a_remedy(tmp_path: Path, name: str, role: str, on_bad_row: str) -> None:
     make, remedy = FOREIGN[name]
     paths = {"path": tmp_path / "good.jsonl", role: tmp_path / "own file.jsonl"}
     (tmp_path / "good.jsonl").write_bytes(GOOD)
@@ -97,23 +97,23 @@ def test_file_of_another_format_is_named_with_the_remedy(tmp_path: Path, name: s
     with pytest.raises(TaskError) as caught:
         Mixture([JsonlTask.model_validate(paths | {"on_bad_row": on_bad_row})], 0)
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'own file.jsonl'}: is not JSON lines but {name}; ")
+    assert said.startswith(f"{tmp_path / 'own file.jsonl'}: is not JSON Lines but {name}; ")
     assert remedy in said
     assert "\n" not in said
 
 
-def test_table_with_other_columns_is_named_csv(tmp_path: Path) -> None:
+def test_csv_with_other_columns_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_bytes(b'"question",solution\n2+2=,4\n')
-    with pytest.raises(TaskError, match=r"own\.jsonl: is not JSON lines but CSV"):
+    with pytest.raises(TaskError, match=r"own\.jsonl: is not JSON Lines but CSV"):
         Mixture([JsonlTask(path=path)], 0)
 
 
 @pytest.mark.parametrize("data", [b"\x17\x00\x00\x03" * 40, b"\x0b\x02\x80compressed text\x03"])
-def test_binary_file_of_no_known_format_is_said_to_be_binary(tmp_path: Path, data: bytes) -> None:
+def test_an_unknown_binary_file_is_rejected(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "own.jsonl"
     path.write_bytes(data)
-    with pytest.raises(TaskError, match=r"own\.jsonl: is binary; name a file of JSON lines, in UTF-8"):
+    with pytest.raises(TaskError, match=r"own\.jsonl: is binary; name a JSON Lines file in UTF-8"):
         Mixture([JsonlTask(path=path)], 0)
 
 

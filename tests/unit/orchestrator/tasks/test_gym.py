@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from poise.orchestrator.rewards.rules import bind
+from poise.orchestrator.rewards.verifiers import reward_function
 from poise.orchestrator.tasks.config import GymTask
 from poise.orchestrator.tasks.gym import drawer
 from poise.orchestrator.tasks.problem import TaskError
@@ -17,7 +17,7 @@ def draw(seed=0, **settings):
     return drawer(GymTask(**{"name": "spell_backward", "size": 50} | settings))(random.Random(seed))
 
 
-def test_problem_is_the_packages_own():
+def test_gym_problems_equal_those_of_the_package():
     problem = draw(options={"min_word_len": 6, "max_word_len": 6})
     [message] = problem.prompt
     assert message["role"] == "user"
@@ -42,16 +42,16 @@ def test_same_chance_gives_the_same_problem():
 def test_right_answer_scores_one_after_a_trip_through_json(name):
     problem = draw(name=name)
     travelled = type(problem)(**json.loads(json.dumps({f: getattr(problem, f) for f in problem.__slots__})))
-    score = bind(travelled)
+    score = reward_function(travelled)
     assert score(problem.answer) == 1
     assert score(f"<think>hm</think>So: <answer>{problem.answer}</answer>") == 1
     assert score("no idea") < 0.2
 
 
-def test_task_without_one_right_answer_is_scored_all_the_same():
+def test_tasks_with_several_answers_are_scored():
     problem = draw(name="rubiks_cube")
     assert problem.answer == ""
-    assert 0 <= bind(problem)("U R U'") < 1
+    assert 0 <= reward_function(problem)("U R U'") < 1
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_task_without_one_right_answer_is_scored_all_the_same():
     [
         ({"name": "spell_backwards"}, "'spell_backwards': unknown; did you mean spell_backward?"),
         ({"name": "qqqqq"}, "unknown; known: ab, "),
-        ({"options": {"min_len": 3}}, "options {'min_len': 3} do not work: "),
-        ({"options": {"min_word_len": 9, "max_word_len": 3}}, "do not work: max_word_len must be >= min_word_len"),
-        ({"options": {"seed": 3}}, "seed is not for options to set"),
+        ({"options": {"min_len": 3}}, "options {'min_len': 3} are invalid: "),
+        ({"options": {"min_word_len": 9, "max_word_len": 3}}, "are invalid: max_word_len must be >= min_word_len"),
+        ({"options": {"seed": 3}}, "seed is not allowed here"),
     ],
 )
-def test_wrong_names_and_options_are_told(settings, said):
+def test_wrong_names_and_options_are_reported(settings, said):
     with pytest.raises(TaskError) as caught:
         draw(**settings)
     assert said in str(caught.value)

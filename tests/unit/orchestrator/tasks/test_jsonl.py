@@ -45,7 +45,7 @@ def test_text_and_messages_numbers_and_domains_are_read(file):
     assert (third.prompt, third.answer) == ("Grüßeß", 0.5)
 
 
-def test_byte_order_mark_and_windows_line_ends_do_no_harm(file):
+def test_byte_order_mark_and_crlf_are_accepted(file):
     assert len(read(file, b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n")) == 1
 
 
@@ -63,19 +63,19 @@ def test_system_message_goes_before_prompts_that_bring_none(file):
     assert kept.prompt == own
 
 
-def test_all_wrong_lines_are_told_at_once_by_number(file):
+def test_all_invalid_lines_are_listed(file):
     said = refused(file, f'{{"prompt": "a"}}\n{GOOD}\n\n{{"prompt": "a", "answer": null}}\n')
     assert said == [
         f"{file}:1: answer: missing; every line needs prompt and answer",
         f"{file}:4: answer: is null; must be text or a number",
-        f"{file}: 2 of 3 rows are bad. Fix them, or set on_bad_row: skip to leave them out.",
+        f"{file}: 2 of 3 rows are invalid. Fix them, or set on_bad_row: skip to leave them out.",
     ]
 
 
 def test_five_bad_rows_are_shown_and_all_counted(file):
     said = refused(file, f"{GOOD}\n" + "{}\n" * 50)
     assert [line.split(": ")[0] for line in said] == [*(f"{file}:{number}" for number in range(2, 7)), str(file)]
-    assert "50 of 51 rows are bad, showing the first 5. Fix them" in said[-1]
+    assert "50 of 51 rows are invalid, showing the first 5. Fix them" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -83,26 +83,29 @@ def test_five_bad_rows_are_shown_and_all_counted(file):
     [
         ('{"prompt": "a", "answr": "b"}', "answr: unknown; did you mean 'answer'?; answer: missing"),
         ('{"ask": "a", "answer": "b"}', "ask: unknown; known: prompt, answer, domain, metadata; prompt: missing"),
-        ('{"prompt": "a", "answer": "b", "prompt": "c"}', "prompt: given twice; keep one"),
+        ('{"prompt": "a", "answer": "b", "prompt": "c"}', "prompt: appears twice; keep one"),
         ('{"prompt": "", "answer": "b"}', "prompt: is empty"),
-        ('{"prompt": "a\tb", "answer": "b"}', "line: holds a bare control character at column 14; escape it"),
-        ('{"prompt": "a", "ans' + "\0" * 40, "line: holds NUL bytes, so the file was damaged"),
+        ('{"prompt": "a\tb", "answer": "b"}', "line: contains an unescaped control character at column 14; escape it"),
+        ('{"prompt": "a", "ans' + "\0" * 40, "line: contains NUL bytes: the file is damaged"),
         ('{"prompt": 3, "answer": "b"}', "prompt: is a number; must be text, or a list"),
-        ('{"prompt": [], "answer": "b"}', "prompt: must end with a message of the user"),
-        ('{"prompt": [{"role": "assistant", "content": "a"}], "answer": "b"}', "prompt: must end with a message of"),
+        ('{"prompt": [], "answer": "b"}', "prompt: the last message must have the role user"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "a"}], "answer": "b"}',
+            "prompt: the last message must have the role",
+        ),
         (
             '{"prompt": [{"role": "robot", "content": "a"}], "answer": "b"}',
             "prompt[0].role: is 'robot'; must be one of",
         ),
         ('{"prompt": [{"role": ["user"], "content": "a"}], "answer": "b"}', "prompt[0].role: is ['user']; must be one"),
         ('{"prompt": [{"role": "user", "content": 1}], "answer": "b"}', "prompt[0].content: is a number; must be text"),
-        ('{"prompt": [{"role": "user"}], "answer": "b"}', "prompt[0]: must be an object of role and content"),
-        ('{"prompt": ["a"], "answer": "b"}', "prompt[0]: must be an object of role and content"),
+        ('{"prompt": [{"role": "user"}], "answer": "b"}', "prompt[0]: must be an object with exactly role and content"),
+        ('{"prompt": ["a"], "answer": "b"}', "prompt[0]: must be an object with exactly role and content"),
         ('{"prompt": "a", "answer": true}', "answer: is true or false; must be text or a number"),
         ('{"prompt": "a", "answer": " "}', "answer: is empty"),
         ('{"prompt": "a", "answer": NaN}', "line: NaN is not JSON"),
-        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line: holds a number of thousands of digits"),
-        ('{"prompt": "a", "answer": 1e999}', "answer: is too large a number"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line: contains a number with thousands of digits"),
+        ('{"prompt": "a", "answer": 1e999}', "answer: is too large for a double"),
         (
             '{"prompt": "a", "answer": "b", "domain": "two words"}',
             "domain: is 'two words'; must be 1 to 128 characters",
@@ -111,15 +114,15 @@ def test_five_bad_rows_are_shown_and_all_counted(file):
         ('{"prompt": "a", "answer": "b", "metadata": []}', "metadata: is a list; must be an object"),
         ('["a", "b"]', "line: is a list; must be an object"),
         ("prompt,answer", "line: is not JSON at column 1"),
-        ('{"prompt": "a\\ud800", "answer": "b"}', "line: holds half of a surrogate pair"),
+        ('{"prompt": "a\\ud800", "answer": "b"}', "line: contains half of a surrogate pair"),
         ("[" * 200_000, "line: is nested too deep"),
         ('{"prompt": " \\n\\t", "answer": "b"}', "prompt: is empty"),
         ('{"prompt": [{"role": "user", "content": " "}], "answer": "b"}', "prompt[0].content: is empty"),
-        ('{"prompt": "a\\u0000b", "answer": "b"}', "line: holds the character NUL"),
-        ('{"prompt": "a", "answer": "b", "metadata": {"k": ["\\u0000"]}}', "line: holds the character NUL"),
-        ('{"prompt": "a\x00b", "answer": "b"}', "line: holds NUL bytes"),
-        ('{"prompt": "a", "answer": "b", "\\udfff": 1}', "line: holds half of a surrogate pair"),
-        ('{"\\udfff": 1, "\\udfff": 1}', "\\udfff: given twice"),
+        ('{"prompt": "a\\u0000b", "answer": "b"}', "line: contains the character NUL"),
+        ('{"prompt": "a", "answer": "b", "metadata": {"k": ["\\u0000"]}}', "line: contains the character NUL"),
+        ('{"prompt": "a\x00b", "answer": "b"}', "line: contains NUL bytes"),
+        ('{"prompt": "a", "answer": "b", "\\udfff": 1}', "line: contains half of a surrogate pair"),
+        ('{"\\udfff": 1, "\\udfff": 1}', "\\udfff: appears twice"),
         ('{"a\\u001b[31m": 1, "prompt": "a", "answer": "b"}', "a\\x1b[31m: unknown"),
         (
             '{"prompt": "a", "answer": "b"} {"prompt": "c", "answer": "d"}',
@@ -132,24 +135,24 @@ def test_five_bad_rows_are_shown_and_all_counted(file):
         ('{"prompt": "a", "answer": "b", "metadata": null}', "metadata: is null; must be an object"),
     ],
 )
-def test_wrong_line_is_told_by_field_with_what_would_be_right(file, line, said):
+def test_invalid_lines_are_reported_by_field_with_a_remedy(file, line, said):
     assert refused(file, f"{GOOD}\n{line}\n")[0].startswith(f"{file}:2: {said}")
 
 
 @pytest.mark.parametrize("kept", [25, 13, 5, 1])
-def test_cut_off_last_line_is_told_as_such(file, kept):
+def test_cut_off_last_line_is_reported(file, kept):
     said = refused(file, f"{GOOD}\n{GOOD[:kept]}")
     assert said[0].startswith(f"{file}:2: line: is not JSON")
     assert "the file was cut off here" in said[0]
 
 
-def test_file_that_is_not_utf8_is_refused_with_the_line(file):
+def test_file_that_is_not_utf8_is_rejected_with_the_line(file):
     said = refused(file, GOOD.encode() + b'\n{"prompt": "Gr\xfc\xdfe", "answer": "a"}')
     assert said[:1] == [f"{file}:2: line: byte 15 is not UTF-8; save the file as UTF-8"]
 
 
 @pytest.mark.parametrize("length", [MAX_LINE_BYTES, MAX_LINE_BYTES + 1, 3 * MAX_LINE_BYTES])
-def test_huge_line_is_a_bad_row_and_those_after_it_are_read(file, length):
+def test_a_line_that_is_too_long_is_an_invalid_row(file, length):
     huge = '{"prompt": "' + "a" * length + '", "answer": "b"}'
     said = refused(file, f"{huge}\n{GOOD}\n{{}}\n")
     assert said[0] == f"{file}:1: line: is longer than 1048576 bytes; put one JSON object on each line"
@@ -164,18 +167,18 @@ def test_line_of_the_greatest_length_is_read(file):
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
-def test_empty_file_is_refused(file, text):
-    assert "holds no problem; put one on each line" in refused(file, text)[0]
+def test_empty_file_is_rejected(file, text):
+    assert "contains no problem; put one on each line" in refused(file, text)[0]
 
 
-def test_missing_file_and_folder_are_refused(file, tmp_path):
-    assert "own.jsonl: cannot be read: No such file" in refused(file)[0]
-    assert "cannot be read: Is a directory" in refused(tmp_path)[0]
+def test_missing_file_and_folder_are_rejected(file, tmp_path):
+    assert "own.jsonl: is not readable: No such file" in refused(file)[0]
+    assert "is not readable: Is a directory" in refused(tmp_path)[0]
 
 
-def test_pattern_that_does_not_compile_is_refused(file):
+def test_pattern_that_does_not_compile_is_rejected(file):
     said = refused(file, '{"prompt": "a", "answer": "(b"}', verifier="regex")
-    assert "answer: is no regular expression: missing )" in said[0]
+    assert "answer: is not a valid regular expression: missing )" in said[0]
     assert len(read(file, '{"prompt": "a", "answer": "(b"}', verifier="exact")) == 1
 
 
@@ -216,7 +219,7 @@ def test_escaped_backslash_before_u0000_is_no_nul(file):
     assert problem.prompt == "a\\u0000b"
 
 
-def test_rows_know_where_they_come_from(file):
+def test_rows_have_file_and_line(file):
     first, second = read(file, f"\r\n{GOOD}\r\n\r\n{GOOD.replace('2+2', '1+3')}")
     assert [first.origin, second.origin] == [f"{file}:2", f"{file}:4"]
 
@@ -230,9 +233,9 @@ def test_skipped_rows_are_left_out_counted_and_shown(file):
     assert [line.split(": ")[0] for line in told[1:]] == [f"{file}:{number}" for number in (1, 3, 4, 5, 6)]
 
 
-def test_file_without_a_good_row_is_refused_under_skip(file):
+def test_file_without_a_good_row_is_rejected_under_skip(file):
     file.write_text("{}\n[]\n")
-    with pytest.raises(TaskError, match=r"(?s)holds no problem.*:1: prompt: missing.*:2: line: is"):
+    with pytest.raises(TaskError, match=r"(?s)contains no problem.*:1: prompt: missing.*:2: line: is"):
         read_file(JsonlTask(path=file), file, "skip")
 
 
@@ -247,12 +250,12 @@ def test_hash_is_of_what_was_read(file):
     assert read_file(task, file, limit=1).sha256 == first
 
 
-def test_pipe_is_refused_instead_of_waited_for(tmp_path):
+def test_a_pipe_is_rejected(tmp_path):
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
-    assert "is no regular file; name a file of JSON lines" in refused(pipe)[0]
+    assert "is not a regular file; name a JSON Lines file" in refused(pipe)[0]
 
 
-def test_path_with_nul_is_refused(tmp_path):
+def test_path_with_nul_is_rejected(tmp_path):
     path = tmp_path / "a\0b"
-    assert "a\\x00b': holds the character NUL" in refused(path)[0]
+    assert "a\\x00b': contains the character NUL" in refused(path)[0]

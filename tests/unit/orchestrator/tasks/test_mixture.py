@@ -41,7 +41,7 @@ def test_problems_follow_from_seed_and_step_alone(file):
     assert keys(Mixture(tasks, 8).problems(5, 12)) != steps[5]
 
 
-def test_another_seed_gives_other_problems_in_another_order_of_tasks():
+def test_another_seed_draws_other_problems():
     one, other = (Mixture([DigitsTask()], seed).problems(0, 20) for seed in (0, 1))
     assert not set(keys(one)) >= set(keys(other))
     one, other = (Mixture([DigitsTask(), PrimerTask()], seed).problems(0, 20) for seed in (0, 1))
@@ -76,7 +76,7 @@ def test_problems_of_a_step_are_distinct(tasks):
         assert len(set(keys(mixture.problems(step, 256)))) == 256
 
 
-def test_too_small_a_task_repeats_itself_instead_of_failing():
+def test_a_task_that_is_too_small_repeats_problems():
     problems = Mixture([PrimerTask(skills=("copy",))], 0).problems(0, 80)
     assert len(problems) == 80
     assert 40 < len(set(keys(problems))) <= 58
@@ -90,7 +90,7 @@ def test_no_step_trains_on_what_is_held_out(file):
     assert not trained & {problem.prompt_key for problem in held_out}
 
 
-def test_held_out_problems_are_shared_out_by_weight_and_the_same_for_every_seed(file):
+def test_held_out_problems_follow_weights_but_not_the_seed(file):
     tasks = [PrimerTask(), DigitsTask(weight=2), file(1000)]
     held_out = Mixture(tasks, 0).held_out(41)
     assert Counter(problem.domain for problem in held_out) == {"primer": 10, "digits": 21, "default": 10}
@@ -103,13 +103,13 @@ def test_about_an_eighth_is_held_out(file):
     assert len(trained) / 4000 == pytest.approx(7 / 8, abs=0.02)
 
 
-def test_too_few_held_out_problems_are_told(file):
+def test_too_few_held_out_problems_are_reported(file):
     task = file(40)
     with pytest.raises(TaskError) as caught:
         Mixture([PrimerTask(), task], 0).held_out(128)
     said = str(caught.value)
     assert f"tasks[1] (jsonl), {task.path}: has " in said
-    assert "its share of 128 is 64; lower evaluation.num_prompts" in said
+    assert "its share of 128 is 64. Lower evaluation.num_prompts" in said
 
 
 def test_tasks_that_share_problems_hold_out_distinct_ones():
@@ -128,13 +128,13 @@ def test_every_problem_of_a_file_comes_once_an_epoch(file, others):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_step_that_holds_the_end_of_an_epoch_and_the_beginning_of_the_next_repeats_nothing(file):
+def test_a_step_across_epochs_repeats_no_problem(file):
     mixture = Mixture([file(31, eval_path=file(5, "eval.jsonl", "9").path)], 0)
     for step in range(120):
         assert len(set(keys(mixture.problems(step, 10)))) == 10
 
 
-def test_eval_file_is_what_is_held_out_and_nothing_else_is(file):
+def test_only_the_eval_file_is_held_out(file):
     task = file(60, eval_path=file(20, "eval.jsonl").path)  # its prompts are in the training file, too
     mixture = Mixture([task], 0)
     held_out = {problem.prompt for problem in mixture.held_out(20)}
@@ -143,7 +143,7 @@ def test_eval_file_is_what_is_held_out_and_nothing_else_is(file):
     assert trained == {f"{index}+1=" for index in range(20, 60)}
 
 
-def test_no_task_trains_on_what_another_holds_out_of_its_file(file):
+def test_no_task_trains_on_held_out_prompts_of_others(file):
     split = file(200)
     whole = file(200, "same.jsonl", eval_path=file(5, "eval.jsonl", "9").path)
     mixture = Mixture([split, whole], 0)
@@ -152,19 +152,19 @@ def test_no_task_trains_on_what_another_holds_out_of_its_file(file):
     assert not trained & held_out
 
 
-def test_file_of_which_nothing_is_left_to_train_on_is_refused(file):
-    with pytest.raises(TaskError, match="no problem is left to train on"):
+def test_a_file_without_training_problems_is_rejected(file):
+    with pytest.raises(TaskError, match="none is left for training"):
         Mixture([file(3, eval_path=file(5, "eval.jsonl").path)], 0)
 
 
-def test_wrong_lines_of_any_task_are_told_before_anything_runs(file, tmp_path):
+def test_invalid_lines_of_any_task_are_reported_first(file, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}")
     with pytest.raises(TaskError, match=r"bad\.jsonl:1: prompt: missing"):
         Mixture([PrimerTask(), JsonlTask(path=bad)], 0)
 
 
-def test_verifier_that_is_not_there_is_told_before_anything_runs(file):
+def test_a_missing_verifier_is_reported_before_the_run(file):
     with pytest.raises(TaskError, match=r"tasks\[0\] \(jsonl\): verifier: .*module nowhere_at_all cannot be imported"):
         Mixture([file(10, verifier="nowhere_at_all:check")], 0)
 
@@ -176,8 +176,8 @@ def test_file_stops_being_read_at_max_prompts(file):
     assert len(set(keys(Mixture([task], 0).problems(0, 3)))) == 3
 
 
-def test_no_tasks_are_refused():
-    with pytest.raises(TaskError, match="name at least one"):
+def test_no_tasks_are_rejected():
+    with pytest.raises(TaskError, match="add at least one"):
         Mixture([], 0)
 
 
@@ -191,7 +191,7 @@ def test_tasks_need_no_torch():
     assert output.stdout.strip() == "set()"
 
 
-def test_problems_know_their_task_by_a_name_that_people_gave(file):
+def test_problems_have_the_name_of_their_task(file):
     tasks = [file(64, "gsm8k.jsonl"), DigitsTask(), PrimerTask(), DigitsTask(skills=("fst",))]
     assert task_names(tasks) == ["gsm8k", "digits-1", "primer", "digits-2"]
     assert task_names([GymTask(name="spell_backward"), DigitsTask()]) == ["spell_backward", "digits"]
@@ -213,7 +213,7 @@ SIZES = [[8] * 50 + [16] * 50, [16] * 50 + [8] * 50, [1, 300, 7, 64, 64, 2, 500,
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5)]])
-def test_file_gives_each_problem_once_whatever_steps_take(file, sizes, others):
+def test_a_file_gives_each_problem_once_an_epoch(file, sizes, others):
     mixture = Mixture([file(994, eval_path=file(5, "eval.jsonl", "held out ").path), *others], 0)
     given = [p.key for step, n in enumerate(sizes) for p in mixture.problems(step, n) if p.domain == "default"]
     assert len(set(given[:994])) == len(given[:994])
@@ -221,7 +221,7 @@ def test_file_gives_each_problem_once_whatever_steps_take(file, sizes, others):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5), PrimerTask()]])
-def test_resumed_mixture_goes_on_where_the_other_was(file, sizes, others):
+def test_a_resumed_mixture_continues(file, sizes, others):
     tasks = [*others, file(994, eval_path=file(5, "eval.jsonl", "held out ").path)]
     whole, first, then = (Mixture(tasks, 3) for _ in range(3))
     expected = [keys(whole.problems(step, n)) for step, n in enumerate(sizes)]
@@ -229,41 +229,41 @@ def test_resumed_mixture_goes_on_where_the_other_was(file, sizes, others):
     for step in range(cut):
         first.problems(step, sizes[step])
 
-    then.resume(cut, first.given(cut))
+    then.resume(cut, first.num_drawn(cut))
 
     assert [keys(then.problems(step, sizes[step])) for step in range(cut, len(sizes))] == expected[cut:]
 
 
-def test_passed_over_draws_count_as_given(file):
+def test_skipped_draws_count(file):
     tasks = [file(300, eval_path=file(5, "eval.jsonl", "held out ").path), DigitsTask()]
     whole, resumed = Mixture(tasks, 0), Mixture(tasks, 0)
     for step, n in enumerate((8, 8, 3)):
         whole.problems(step, n)
-        resumed.pass_over(step, n)
+        resumed.skip(step, n)
     assert keys(resumed.problems(3, 20)) == keys(whole.problems(3, 20))
 
 
-def test_position_goes_by_the_names_of_tasks(file):
+def test_positions_follow_the_names_of_tasks(file):
     first, second = file(100, "first.jsonl"), file(100, "second.jsonl", "1")
     before = Mixture([first, second], 0)
     before.problems(0, 30)
-    given = before.given(1)
+    given = before.num_drawn(1)
     assert sum(given.values()) == 30
 
     after = Mixture([DigitsTask(), second, first], 0)
     after.resume(1, given)
 
-    assert after.given(1) == given | {"digits": 0}
+    assert after.num_drawn(1) == given | {"digits": 0}
 
 
 def test_draw_before_the_one_resumed_at_is_an_error():
     mixture = Mixture([DigitsTask()], 0)
     mixture.resume(5, {"digits": 40})
-    with pytest.raises(ValueError, match="draw 4 was given before the run was resumed at draw 5"):
+    with pytest.raises(ValueError, match="draw 4 is before draw 5, at which the run resumed"):
         mixture.problems(4, 8)
 
 
-def test_bad_rows_of_all_files_are_told_at_once(tmp_path):
+def test_invalid_rows_of_all_files_are_listed(tmp_path):
     paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
     for path in paths:
         path.write_text("{}\n")
@@ -277,17 +277,17 @@ def test_bad_rows_of_all_files_are_told_at_once(tmp_path):
     ("of_run", "of_task", "stops"),
     [("stop", None, True), ("skip", None, False), ("stop", "skip", False), ("skip", "stop", True)],
 )
-def test_task_or_run_says_what_bad_rows_do(file, of_run, of_task, stops):
+def test_on_bad_row_of_a_task_overrides_the_run(file, of_run, of_task, stops):
     task = file(40, on_bad_row=of_task)
     task.path.write_text(task.path.read_text() + "\n{}\n")
     if stops:
-        with pytest.raises(TaskError, match="1 of 41 rows is bad"):
+        with pytest.raises(TaskError, match="1 of 41 rows is invalid"):
             Mixture([task], 0, of_run)
     else:
         assert Mixture([task], 0, of_run).files[0].bad.num == 1
 
 
-def test_rows_left_out_later_are_never_given(file):
+def test_rows_dropped_later_are_never_drawn(file):
     mixture = Mixture([file(80), file(20, "other.jsonl", "1")], 0)
     first, second = mixture.files
     gone = [problem for problem in first.problems if problem.line % 3 == 0]
@@ -301,8 +301,8 @@ def test_rows_left_out_later_are_never_given(file):
     assert mixture.files[0].bad.num == len(gone)
 
 
-def test_nothing_left_to_train_on_is_told(file):
+def test_a_task_without_training_problems_is_rejected(file):
     mixture = Mixture([file(20)], 0)
     (only,) = mixture.files
-    with pytest.raises(TaskError, match="no problem is left to train on, the others cannot be used"):
+    with pytest.raises(TaskError, match="all problems are invalid, none is left for training"):
         mixture.keep([only.without([(problem, "too long") for problem in only.problems])])

@@ -35,7 +35,7 @@ def test_there_are_twelve_skills():
 
 
 @pytest.mark.parametrize("skill", OPERATIONS)
-def test_questions_are_worded_as_measured_and_answers_are_right(skill):
+def test_questions_have_the_measured_wording(skill):
     pattern, operation = OPERATIONS[skill]
     for problem in draws(skill):
         match = re.fullmatch(pattern, problem.prompt[-1]["content"])
@@ -45,7 +45,7 @@ def test_questions_are_worded_as_measured_and_answers_are_right(skill):
 
 
 @pytest.mark.parametrize("skill", OPERATIONS)
-def test_one_solved_example_of_the_skill_comes_first_and_is_never_asked(skill):
+def test_the_solved_example_is_never_the_question(skill):
     pattern, operation = OPERATIONS[skill]
     problems = draws(skill, 400)
     for problem in problems:
@@ -58,7 +58,7 @@ def test_one_solved_example_of_the_skill_comes_first_and_is_never_asked(skill):
     assert problems[0].prompt[2]["content"] == operation(*example.groups())
 
 
-def test_without_an_example_only_the_question_is_told():
+def test_without_an_example_the_prompt_is_the_question():
     assert [message["role"] for message in draws("copy", 1, one_shot=False)[0].prompt] == ["system", "user"]
 
 

@@ -15,12 +15,12 @@ def test_key_is_the_same_on_every_machine():
     assert problem("2+2?").key == "3472ec40ac0bb1eff9a11f6a2bf8b9ac0bc9412fa0d3db82f13b81a3b7b80b04"
 
 
-def test_key_tells_prompts_and_answers_apart():
+def test_the_key_separates_prompts_and_answers():
     keys = {problem().key, problem(answer="5").key, problem("2+2?").key, problem([*CHAT, *CHAT]).key}
     assert len(keys) == 4
 
 
-def test_key_is_that_of_prompt_and_answer_alone():
+def test_the_key_depends_on_prompt_and_answer():
     same = problem([{"content": "2+2?", "role": "user"}], domain="other", verifier="numeric", metadata={"a": 1})
     assert same.key == problem().key
 

@@ -25,7 +25,7 @@ def curve(*points: tuple[float, float]) -> Curve:
     return make_curve(points)
 
 
-def test_a_curve_is_in_order_and_of_two_points_at_one_place_the_last_counts() -> None:
+def test_curves_are_sorted_and_keep_the_last_of_equal_x() -> None:
     found = curve((20, 0.5), (0, 0.1), (20, 0.6), (math.nan, 1.0), (10, math.nan))
     assert found.x.tolist() == [0, 20]
     assert found.y.tolist() == [0.1, 0.6]
@@ -51,7 +51,7 @@ def test_the_first_of_several_crossings_counts() -> None:
     assert crossing(curve(), 0.3) is None
 
 
-def test_the_mean_over_seeds_is_taken_where_all_are_known() -> None:
+def test_the_mean_curve_needs_all_seeds() -> None:
     # At 10 the second lies at 0.2 + 0.4·10/40 = 0.3, at 30 at 0.5; it ends at 40, the first at 30.
     found = mean_curve([curve((0, 0.0), (10, 0.1), (30, 0.7)), curve((0, 0.2), (40, 0.6))])
     assert found is not None
@@ -61,7 +61,7 @@ def test_the_mean_over_seeds_is_taken_where_all_are_known() -> None:
     np.testing.assert_allclose(found.high, [0.2, 0.3, 0.7])
 
 
-def test_a_seed_that_was_not_measured_yet_holds_up_nothing() -> None:
+def test_seeds_without_data_are_ignored() -> None:
     found = mean_curve([curve((0, 0.0), (10, 0.5)), curve()])
     assert found is not None
     assert found.curve.y.tolist() == [0.0, 0.5]
@@ -76,21 +76,21 @@ def test_the_spread_of_three_seeds_is_students_interval() -> None:
     assert "95 %" in describe_spread(3)
 
 
-def test_the_spread_of_two_seeds_is_the_two_and_of_one_nothing() -> None:
+def test_the_spread_of_two_seeds_is_minimum_and_maximum() -> None:
     found = spread([0.3, 0.5])
     assert (found.mean, found.low, found.high) == (0.4, 0.3, 0.5)
-    assert describe_spread(2) == "least and greatest of 2 seeds"
+    assert describe_spread(2) == "minimum and maximum of 2 seeds"
     one = spread([0.3])
     assert one.low == one.mean == one.high == 0.3
     assert "one seed" in describe_spread(1)
 
 
 @pytest.mark.parametrize("num_degrees", [2, 5, 9, 10, 14, 100])
-def test_students_quantiles_are_scipys(num_degrees: int) -> None:
+def test_t_quantiles_equal_scipys(num_degrees: int) -> None:
     assert t_quantile(num_degrees) == pytest.approx(stats.t.ppf(0.975, num_degrees), rel=1e-4)
 
 
-def test_levels_rise_from_the_common_start_to_what_all_reach() -> None:
+def test_levels_rise_to_what_all_curves_reach() -> None:
     # Start (0.1 + 0.2) / 2 = 0.15; the lower of the highest points 0.65: steps of 0.1.
     curves = [curve((0, 0.1), (5, 0.65), (9, 0.6)), curve((0, 0.2), (5, 0.9))]
     levels = common_levels(curves)
@@ -98,7 +98,7 @@ def test_levels_rise_from_the_common_start_to_what_all_reach() -> None:
     assert all(crossing(one, level) is not None for one in curves for level in levels)
 
 
-def test_there_are_no_levels_where_one_never_rises_or_nothing_was_measured() -> None:
+def test_there_are_no_levels_if_a_curve_never_rises() -> None:
     assert common_levels([curve((0, 0.1), (5, 0.9)), curve((0, 0.1), (5, 0.05))]) == []
     assert common_levels([curve((0, 0.1)), curve()]) == []
 

@@ -1,4 +1,4 @@
-"""The three files of a comparison: the same numbers, whole pages, whatever is missing."""
+"""The three files of a comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def row(markdown: str, title: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_tables_say_what_was_reached_and_at_what_cost(make_run: Make, compare: Compare, tmp_path: Path) -> None:
+def test_the_tables_have_rewards_costs_and_ratios(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     comparison = compare(
         make_run("rloo", 0, [0.0, 0.2, 0.4], variance=0.6),
         make_run("rloo", 1, [0.0, 0.4, 0.8], variance=0.6),
@@ -31,12 +31,12 @@ def test_the_tables_say_what_was_reached_and_at_what_cost(make_run: Make, compar
     )
     write_comparison(comparison, tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "Each run may spend 200 response tokens." in text
+    assert "Budget of each run: 200 response tokens." in text
     reached = row(text, "Tokens to reach a held-out reward", "poise")
     assert reached == ["poise", "50 ×0.50 (50 to 50)", "150 (125 to 125, 1 of 2)", "not reached (0 of 2)"]
     assert row(text, "Seconds to reach a held-out reward", "poise")[1] == "1.0 s ×0.50 (1.0 s to 1.0 s)"
     final = row(text, "Final held-out reward", "poise")
-    assert final[2:5] == ["0.700", "0.600 to 0.800", "least and greatest of 2 seeds"]
+    assert final[2:5] == ["0.700", "0.600 to 0.800", "minimum and maximum of 2 seeds"]
     gradients = row(text, "Advantages and gradients", "poise")
     assert gradients[2:] == ["0.3 ×0.50 (0.3 to 0.3)", "30 ×0.50 (30 to 30)", "50 %"]
     assert row(text, "Runs", "rloo")[1:4] == ["0", "finished", "2"]
@@ -44,7 +44,7 @@ def test_the_tables_say_what_was_reached_and_at_what_cost(make_run: Make, compar
     assert tree["runs"]["poise"]["to_reach"]["tokens"][0]["ratio"] == pytest.approx(0.5)
 
 
-def test_the_page_stands_alone_and_holds_the_same_words(make_run: Make, compare: Compare, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     runs = [make_run("rloo", 0, [0.0, 0.2, 0.4]), make_run("poise", 0, [0.0, 0.6, 0.8])]
     write_comparison(compare(*runs, name="a <b> trial"), tmp_path)
     page = (tmp_path / "comparison.html").read_text()
@@ -52,20 +52,18 @@ def test_the_page_stands_alone_and_holds_the_same_words(make_run: Make, compare:
     assert "a &lt;b&gt; trial" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "not reached" not in page
-    assert "one seed: no spread is known" in page
+    assert "one seed, no interval" in page
     assert row((tmp_path / "comparison.md").read_text(), "Advantages and gradients", "poise")[1] == "0.2 ×1.00"
 
 
-def test_people_are_shown_rewards_and_what_they_took_in_columns(
-    make_run: Make, compare: Compare, tmp_path: Path
-) -> None:
+def test_the_terminal_summary_is_aligned(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     runs = [make_run("rloo", 0, [0.0, 0.2, 0.4]), make_run("poise", 0, [0.0, 0.6, 0.8])]
-    told = write_comparison(compare(*runs, levels=[0.4]), tmp_path).splitlines()
-    assert told[0] == "Each run may spend 200 response tokens."
-    header = told[told.index("Tokens to reach a held-out reward") + 1]
+    text = write_comparison(compare(*runs, levels=[0.4]), tmp_path).splitlines()
+    assert text[0] == "Budget of each run: 200 response tokens."
+    header = text[text.index("Tokens to reach a held-out reward") + 1]
     assert header.split() == ["run", "0.400"]
-    assert told[-3].index("67 ×0.33") == header.index("0.400")
-    assert told[-1] == f"report: {tmp_path / 'comparison.html'}"
+    assert text[-3].index("67 ×0.33") == header.index("0.400")
+    assert text[-1] == f"report: {tmp_path / 'comparison.html'}"
 
 
 def test_the_same_folders_give_the_same_page(make_run: Make, compare: Compare, tmp_path: Path) -> None:
@@ -76,10 +74,10 @@ def test_the_same_folders_give_the_same_page(make_run: Make, compare: Compare, t
     assert (tmp_path / "comparison.html").read_bytes() == first
 
 
-def test_a_comparison_that_has_not_begun_is_a_report_too(compare: Compare, tmp_path: Path) -> None:
+def test_a_comparison_without_runs_has_a_report(compare: Compare, tmp_path: Path) -> None:
     run = ComparedRun("rloo", 0, "rloo", tmp_path / "nowhere", "not begun")
     write_comparison(compare(run), tmp_path)
     page = (tmp_path / "comparison.html").read_text()
     assert "No run has been evaluated yet." in page
-    assert "0 of 1 runs are finished: this is not the end." in page
+    assert "Preliminary: 0 of 1 runs are finished." in page
     assert "not begun" in (tmp_path / "comparison.md").read_text()

@@ -16,9 +16,7 @@ Make = Callable[..., ComparedRun]
 Compare = Callable[..., Comparison]
 
 
-def test_tokens_to_reach_a_level_are_read_off_the_mean_curve_and_off_each_seed(
-    make_run: Make, compare: Compare
-) -> None:
+def test_tokens_to_reach_a_level_are_interpolated(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(
         compare(
             make_run("rloo", 0, [0.0, 0.2, 0.4]),
@@ -41,13 +39,13 @@ def test_tokens_to_reach_a_level_are_read_off_the_mean_curve_and_off_each_seed(
     assert (tree["levels"], tree["levels_from"], tree["is_complete"]) == ([0.3, 0.5, 0.65], "settings", True)
 
 
-def test_levels_are_chosen_from_the_mean_curves_where_none_are_given(make_run: Make, compare: Compare) -> None:
+def test_default_levels_come_from_the_mean_curves(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(compare(make_run("rloo", 0, [0.0, 0.2, 0.5]), make_run("poise", 0, [0.0, 0.6, 0.8])))
     assert tree["levels"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.001)
     assert tree["levels_from"] == "curves"
 
 
-def test_the_final_reward_is_the_last_evaluation_with_its_spread_over_seeds(make_run: Make, compare: Compare) -> None:
+def test_the_final_reward_has_its_spread_over_seeds(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(
         compare(
             make_run("rloo", 0, [0.0, 0.9, 0.3]),
@@ -71,7 +69,7 @@ def test_a_single_seed_has_its_interval_over_prompts(make_run: Make, compare: Co
     assert "prompts" in final["interval"]
 
 
-def test_gradient_variance_is_told_at_equal_tokens_too(make_run: Make, compare: Compare) -> None:
+def test_gradient_variance_is_scaled_by_tokens(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(
         compare(
             make_run("rloo", 0, [0, 0.1, 0.2], tokens=100, variance=0.6, used=0.2),
@@ -86,7 +84,7 @@ def test_gradient_variance_is_told_at_equal_tokens_too(make_run: Make, compare: 
     assert grpo["mean_squared_advantage"]["ratio"] == pytest.approx(1.5)
 
 
-def test_what_was_not_recorded_is_not_told(make_run: Make, compare: Compare) -> None:
+def test_missing_sections_are_left_out(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(
         compare(make_run("rloo", 0, [0, 0.1, 0.2]), make_run("poise", 0, [0, 0.1, 0.2], zero_share=0.25))
     )
@@ -97,7 +95,7 @@ def test_what_was_not_recorded_is_not_told(make_run: Make, compare: Compare) -> 
     json.dumps(tree, allow_nan=False)
 
 
-def test_time_is_told_by_phase_over_the_whole_run(make_run: Make, compare: Compare) -> None:
+def test_time_is_reported_by_phase(make_run: Make, compare: Compare) -> None:
     run = summarise_comparison(compare(make_run("rloo", 0, [0, 0.1, 0.2])))["runs"]["rloo"]
     assert {name: one["mean"] for name, one in run["time_s"].items() if one["mean"]} == {
         "generate": 3.0,
@@ -107,7 +105,7 @@ def test_time_is_told_by_phase_over_the_whole_run(make_run: Make, compare: Compa
     assert (run["num_steps"]["mean"], run["tokens"]["mean"], run["wall_s"]["mean"]) == (2, 200, 4.0)
 
 
-def test_a_comparison_is_told_as_far_as_it_is(make_run: Make, compare: Compare, tmp_path: Path) -> None:
+def test_an_unfinished_comparison_is_reported(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     tree = summarise_comparison(
         compare(
             ComparedRun("rloo", 0, "rloo", tmp_path / "nowhere", "not begun"),

@@ -1,1 +1,1 @@
-"""Read the numbers that people and models write, and compare them."""
+"""Reads numbers as people and models write them, and compares them."""

@@ -1,6 +1,6 @@
-"""Arithmetic on exact fractions where that is possible, else on mpmath numbers of 60 digits.
+"""Arithmetic on exact fractions if possible, otherwise on mpmath numbers of 60 digits.
 
-Every operation is bounded: what would need too many digits becomes inexact, and what would need too long is an error.
+Every operation is bounded: results with too many digits become inexact, and operations that take too long raise.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import mpmath
 
 CONTEXT = mpmath.MPContext()
-"""The arithmetic of inexact values, apart from mpmath's global precision."""
+"""Context of inexact values, independent of mpmath's global precision."""
 CONTEXT.dps = 60
 
 Scalar = Any
-"""A Fraction, or an mpmath number of `CONTEXT`, real or complex."""
+"""A Fraction, or a real or complex mpmath number of `CONTEXT`."""
 
 _NOISE = CONTEXT.mpf(10) ** -45
 """Relative size below which a difference is rounding noise."""
@@ -25,17 +25,17 @@ _MAX_BITS = 40_000
 """Largest exact numerator or denominator."""
 _MAX_POWER = 10**15
 _MAX_ARGUMENT = 10**30
-"""Largest argument of a function: reducing an angle takes as many digits as it has."""
+"""Largest argument of a function, because reducing an angle needs as many digits as it has."""
 _WITH_ZEROS = frozenset({"sin", "cos", "tan", "cot", "ln"})
 _NOT_TINY = CONTEXT.mpf(10) ** -3
-"""Arguments above this size have no function values near zero except at the zeros themselves."""
+"""Above this size, function values near zero are zeros of the function."""
 _MAX_FACTORIAL = 2_000
 _MAX_LITERAL = 4_000
-"""Longest number in digits; Python's own conversion is quadratic."""
+"""Longest number in digits, because Python's conversion is quadratic."""
 
 
 class ArithmeticLimit(ValueError):
-    """The value is undefined, or too large to compute."""
+    """The value is undefined or too large to compute."""
 
 
 def inexact(value: Scalar) -> Scalar:
@@ -53,7 +53,7 @@ def literal(digits: str, exponent: int) -> Scalar:
 
 
 def equal(one: Scalar, other: Scalar) -> bool:
-    """Whether two values are equal; inexact values up to rounding noise."""
+    """Return whether two values are equal; inexact values up to rounding noise."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     left, right = inexact(one), inexact(other)
@@ -65,7 +65,7 @@ def equal(one: Scalar, other: Scalar) -> bool:
 
 
 def add(one: Scalar, other: Scalar) -> Scalar:
-    """Return the sum; noise of cancelled inexact values becomes an exact 0."""
+    """Return the sum. If inexact values cancel to rounding noise, the sum is an exact 0."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return _bounded(one + other)
     left, right = inexact(one), inexact(other)
@@ -96,7 +96,7 @@ def divide(one: Scalar, other: Scalar) -> Scalar:
 
 
 def power(base: Scalar, exponent: Scalar) -> Scalar:
-    """Return the principal power; exact where base and exponent allow it."""
+    """Return the principal power; exact if base and exponent allow it."""
     if abs(exponent) > _MAX_POWER:
         raise ArithmeticLimit("the exponent is too large")
     if not base and (not exponent or abs(exponent) != exponent):
@@ -116,7 +116,7 @@ def power(base: Scalar, exponent: Scalar) -> Scalar:
 
 
 def root(value: Scalar, degree: Scalar) -> Scalar:
-    """Return the root of a degree; real for odd roots of negative numbers."""
+    """Return the root; real for odd roots of negative numbers."""
     is_odd = isinstance(degree, Fraction) and degree.denominator == 1 and degree.numerator % 2 == 1
     if is_odd and isinstance(value, Fraction) and value < 0:
         return -power(-value, 1 / degree)
@@ -144,7 +144,7 @@ def magnitude(value: Scalar) -> Scalar:
 
 
 def apply(name: str, arguments: list[Scalar], log_base: int | None = None) -> Scalar:
-    """Return a function of its arguments; `log` without a base is natural unless `log_base` says otherwise."""
+    """Return the value of a function. `log` without a base uses `log_base`; None is the natural logarithm."""
     first = arguments[0]
     if name in _EXACT:
         return _EXACT[name](first)
@@ -211,11 +211,11 @@ FUNCTIONS = frozenset(
     | {"log", "lg", "log2", "log10", "min", "max", "gcd", "lcm"}
     | set(_EXACT)
 )
-"""Names that `apply` knows."""
+"""Functions that `apply` supports."""
 
 
 def _whole(value: Scalar) -> Scalar:
-    """Return a whole number that was computed inexactly, such as log(100)/log(10), as an exact one."""
+    """Return an inexact whole number, such as log(100)/log(10), as an exact one."""
     if not isinstance(value, CONTEXT.mpf) or not CONTEXT.isfinite(value) or not 0.5 < abs(value) < _MAX_ARGUMENT:
         return value
     whole = Fraction(int(CONTEXT.nint(value)))

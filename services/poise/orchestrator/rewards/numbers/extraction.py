@@ -1,4 +1,4 @@
-"""Find the values that an answer, or the final part of a response, gives."""
+"""Finds the values in an answer and in a final answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from poise.orchestrator.rewards.numbers.reader import Reader
 from poise.orchestrator.rewards.numbers.units import OTHER
 
 MAX_CHARS = 4000
-"""Longest text that is read as a value; of a longer one, the end is searched."""
+"""Longest text that is read as a value. Of longer texts, only the end is searched."""
 
 _COMMAS = ("thousands", "list", "decimal")
-"""What a comma between digits may be, the most likely first."""
+"""Meanings of a comma between digits, the most likely first."""
 ANCHOR = re.compile(
     r"(?:answer|result|solution)s?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?!\s*not\b)", re.IGNORECASE
 )
@@ -54,7 +54,7 @@ _VALUE_WORDS = FUNCTIONS | {
 
 
 def answer_values(answer: str) -> list[Value]:
-    """Return the readings of an answer; empty if it is not a number, or a group of numbers, as a whole."""
+    """Return the possible values of an answer; empty if the whole answer is not a number or a group of numbers."""
     text = plain_text(answer[: MAX_CHARS + 1]).strip()
     if not text or len(text) > MAX_CHARS:
         return []
@@ -62,20 +62,20 @@ def answer_values(answer: str) -> list[Value]:
 
 
 def response_values(text: str, *, boxed: bool, lists: bool) -> list[Value]:
-    """Return the readings of what the final part of a response gives.
+    """Return the possible values of a final answer.
 
-    That is all of `text` where it is one value, else what follows the last "answer is", else the last value in it.
+    The value is the whole text if it is one value, else the value after the last "answer is", else the last value.
 
     Args:
-        text: the final part, or what is in its box.
-        boxed: whether it is from a box, where a formula that is not read as a whole is not searched for parts.
-        lists: whether prose is searched for lists such as `1, 2 and 3`.
+        text: the final answer, or the content of its box.
+        boxed: whether it is from a box. Formulas in boxes are read as a whole or not at all.
+        lists: whether to search prose for lists such as `1, 2 and 3`.
     """
     text = plain_text(text[-MAX_CHARS:])
     bare = text.strip()
     if boxed and _COMMAND.search(text):
         return _distinct(_whole(bare, style) for style in _styles(text, _COMMAS))
-    # In a sentence, "42!" is a factorial or an exclamation.
+    # In a sentence, "42!" is either a factorial or an exclamation.
     prose = [text] if boxed else list(dict.fromkeys((text, _EXCLAMATION.sub(".", text))))
     found: list[Value | None] = []
     for style in _styles(text, _COMMAS):
@@ -102,7 +102,7 @@ def _styles(text: str, commas: tuple[str, ...]) -> Iterator[Style]:
 
 
 def _whole(text: str, style: Style) -> Value | None:
-    """Read a text that is one value, with words for its unit at most."""
+    """Read a text that is one value, possibly followed by words for its unit."""
     if text == "{}":
         return Group("set", ())
     label = _LABEL.match(text)
@@ -121,7 +121,7 @@ def _whole(text: str, style: Style) -> Value | None:
 
 
 def _in_prose(text: str, style: Style, lists: bool) -> Value | None:
-    """Return the value after the last "answer is", else the last one."""
+    """Return the value after the last "answer is", else the last value."""
     text = _BULLET.sub(lambda match: " " * len(match[0]), text) if "\n" in text else text
     if anchors := list(ANCHOR.finditer(text)):
         after = next(_search(text, anchors[-1].end(), style, lists), None)
@@ -134,7 +134,7 @@ def _in_prose(text: str, style: Style, lists: bool) -> Value | None:
 
 
 def _search(text: str, position: int, style: Style, lists: bool) -> Iterator[Value]:
-    """Yield the values in prose, formulas with variables among them."""
+    """Yield the values in prose, including formulas with variables."""
     reader = Reader(text, style)
     while start := _START.search(text, position):
         position = start.start()
@@ -157,7 +157,7 @@ def _search(text: str, position: int, style: Style, lists: bool) -> Iterator[Val
 
 
 def _begins_value(text: str, position: int) -> bool:
-    """Whether the word at a position is a constant or function, or a variable in a formula."""
+    """Return whether the word at a position is a constant, a function, or a variable in a formula."""
     word = _WORD.match(text, position)
     if not word:
         return False

@@ -1,4 +1,4 @@
-"""Read number literals: `1e-5`, `1,234.5`, `1 234`, `1_000`, `1.234,5`, `1 1/2`, `0x1F`, `5th`."""
+"""Reads number literals: `1e-5`, `1,234.5`, `1 234`, `1_000`, `1.234,5`, `1 1/2`, `0x1F`, `5th`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])")
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How ambiguous notation is read."""
+    """Interpretation of ambiguous notation."""
 
     comma: str = "thousands"
-    """What a comma between digits is: `thousands`, `decimal` or `list`."""
+    """Meaning of a comma between digits: `thousands`, `decimal` or `list`."""
     log_base: int | None = None
     """Base of a bare `log`; None is natural."""
 
@@ -44,7 +44,7 @@ def read_literal(text: str, position: int, style: Style, *, in_brackets: bool) -
     """Read a number without a sign: decimal, scientific, grouped, mixed, hexadecimal, octal or binary.
 
     Raises:
-        Unreadable: none is there.
+        Unreadable: there is none.
     """
     if radix := _RADIX.match(text, position):
         return Number(Fraction(int(radix[0], 0))), radix.end()

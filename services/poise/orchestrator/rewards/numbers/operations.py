@@ -1,4 +1,4 @@
-"""Operations on what was read: numbers with units, formulas with variables, and the lists that ± makes."""
+"""Operations on values: numbers with units, formulas with variables, and the lists that ± creates."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from poise.orchestrator.rewards.numbers.units import OTHER, PERCENT, Unit
 
 
 class Unreadable(ValueError):
-    """No value is at this position."""
+    """There is no value at this position."""
 
 
 def is_symbolic(value: Value) -> bool:
-    """Whether a value is a formula with variables."""
+    """Return whether a value is a formula with variables."""
     return isinstance(value, Number) and value.value is None
 
 
 def negated(value: Value) -> Value:
-    """Return a number with the other sign."""
+    """Return the negated number."""
     if isinstance(value, Group):
         raise Unreadable("a group has no sign")
     return value if value.value is None else replace(value, value=-value.value)
 
 
 def plain(value: Value) -> Value:
-    """Return a number without its unit; percent and degrees as what they amount to."""
+    """Return a number without its unit; percent and degrees are multiplied out."""
     if isinstance(value, Group) or value.value is None or value.unit is None:
         return value
     return Number(arithmetic.multiply(value.value, value.unit.factor) if value.unit.is_factor else value.value)
 
 
 def apply(function: Callable[..., arithmetic.Scalar], *values: Value) -> Number:
-    """Return a function of numbers; a formula where one of them is."""
+    """Return a function of numbers; a formula if any of them is a formula."""
     scalars = []
     for value in values:
         if isinstance(value, Group):
@@ -55,7 +55,7 @@ def _as_number(value: Value) -> Number:
 
 
 def combine(left: Value, right: Value, sign: str) -> Value:
-    """Return `left sign right`. A list combines item by item: it comes from ±."""
+    """Return `left sign right`. Lists come from ± and are combined item by item."""
     if isinstance(left, Group) and left.kind == "list" and isinstance(right, Number):
         return Group("list", tuple(combine(item, right, sign) for item in left.items))
     if isinstance(right, Group) and right.kind == "list" and isinstance(left, Number):
@@ -73,7 +73,7 @@ def combine(left: Value, right: Value, sign: str) -> Value:
 
 
 def _common_unit(left: Unit | None, right: Unit | None, sign: str) -> Unit | None:
-    """Return the unit of `left sign right`; None where both count as plain numbers."""
+    """Return the unit of `left sign right`; None if both count as plain numbers."""
     if left == right:
         return left if sign in "+-" else None
     known = left or right

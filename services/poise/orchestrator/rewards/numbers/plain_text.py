@@ -1,6 +1,5 @@
-"""Rewrite numbers and formulas from the many ways people type them into one plain notation.
-
-Maps Unicode digits, signs and spaces to ASCII and LaTeX commands to operators. Knows no values.
+"""Rewrites numbers and formulas into one plain notation: Unicode digits, signs and spaces to ASCII, LaTeX commands to
+operators.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from functools import lru_cache
 
 SET_OPEN, SET_CLOSE = "⦃", "⦄"
 DOLLAR = "＄"
-"""A dollar sign that is a currency and no LaTeX delimiter."""
+"""A dollar sign that is a currency, not a LaTeX delimiter."""
 
 _CHARACTERS = {
     **dict.fromkeys("−‐‑‒﹣－", "-"),
@@ -114,7 +113,7 @@ def _plain_character(character: str) -> str:
 
 
 def _dollars(text: str) -> str:
-    """Return `text` with LaTeX's delimiters blanked; an odd dollar sign before a number is a currency."""
+    """Return `text` without LaTeX delimiters. An unpaired dollar sign before a number is a currency."""
     if text.count("$") % 2 == 0:
         return text.replace("$", " ")
     return re.sub(r"\$(?=\s*[\d.-])", DOLLAR, text, count=1).replace("$", " ")

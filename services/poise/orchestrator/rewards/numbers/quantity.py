@@ -1,4 +1,4 @@
-"""Numbers with units, groups of them, and whether two of them are equal as a person would judge."""
+"""Numbers with units, groups of them, and their equality."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from poise.orchestrator.rewards.numbers.arithmetic import CONTEXT, add, equal, i
 from poise.orchestrator.rewards.numbers.units import OTHER, PERCENT, PERMILLE, UNITS, Unit
 
 _ROUNDED_DIGITS = 6
-"""Fewest significant digits with which a decimal stands for the longer value that it rounds."""
+"""Fewest significant digits for which a rounded decimal equals the exact value."""
 _LONG_DIGITS = 12
-"""Significant digits from which a decimal itself stands for a value that has no end."""
+"""From this many significant digits, a decimal counts as a rounded value itself."""
 _POUNDS = {UNITS["pounds"], UNITS["£"]}
-"""Mass and money of the same name."""
+"""Units with the same name: mass and currency."""
 _DOUBLE_DIGITS = range(15, 18)
-"""Significant digits of a decimal that may carry the rounding of a double."""
+"""Significant digits of a decimal that may be a rounded double."""
 _DOUBLE_ROUNDING = CONTEXT.mpf(10) ** -14
 
 
@@ -28,9 +28,9 @@ class Number:
     """A Fraction or an mpmath number; None for a formula with variables."""
     unit: Unit | None = None
     digits: int = 0
-    """Significant digits, where it was written as one decimal."""
+    """Significant digits, if it was written as one decimal."""
     decimals: int = 0
-    """Its digits after the point."""
+    """Digits after the decimal point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ Value = Number | Group
 
 
 def is_numeric(value: Value) -> bool:
-    """Whether no part of a value is a formula with variables."""
+    """Return whether no part of a value is a formula with variables."""
     if isinstance(value, Group):
         return all(map(is_numeric, value.items))
     return value.value is not None
 
 
 def same(left: Value, right: Value) -> bool:
-    """Whether two values are equal. Units count where both have one."""
+    """Return whether two values are equal. Units are compared only if both have one."""
     if isinstance(left, Group) and isinstance(right, Group):
         return _same_groups(left, right)
     if isinstance(left, Number) and isinstance(right, Number):
@@ -95,7 +95,7 @@ def _same_numbers(left: Number, right: Number) -> bool:
 
 
 def _is_share_of_one(left: Number, right: Number) -> bool:
-    """Whether one is a percentage of at most 1: 0.5% is not 0.5, though 50% may be given as 50."""
+    """Return whether one is a percentage of at most 1: 0.5% does not equal 0.5, although 50% may equal 50."""
     share = next((number for number in (left, right) if number.unit in (PERCENT, PERMILLE)), None)
     return share is not None and bool(0 < abs(share.value) <= 1)
 
@@ -115,7 +115,7 @@ def _close(left: Number, right: Number) -> bool:
 
 
 def _rounds(short: Number, long: Number) -> bool:
-    """Whether `short` is `long` cut or rounded to six digits or more, or to the precision of a double."""
+    """Return whether `short` is `long` truncated or rounded to six digits or more, or to double precision."""
     if short.decimals < 1 or short.digits < _ROUNDED_DIGITS or CONTEXT.isinf(inexact(long.value)):
         return False
     difference = abs(inexact(add(short.value, -long.value)))
@@ -126,7 +126,7 @@ def _rounds(short: Number, long: Number) -> bool:
 
 
 def _is_decimal(value: Any) -> bool:
-    """Whether a value can be written as a decimal with an end."""
+    """Return whether a value has a finite decimal representation."""
     if not isinstance(value, Fraction):
         return False
     rest = value.denominator

@@ -1,4 +1,4 @@
-"""Read one value from text in plain notation: numbers, arithmetic, functions, units, and groups of them."""
+"""Parses a value in plain notation: numbers, arithmetic, functions, units, and groups of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from poise.orchestrator.rewards.numbers.units import CURRENCIES, OTHER, UNITS, r
 
 _MAX_DEPTH = 60
 _MAX_SIGNS = 3
-"""In a row, as in `2--3`."""
+"""Most consecutive signs, as in `2--3`."""
 _MAX_STEPS = 10_000
-"""Values that one reader reads: far more than an answer has, and reached within a second."""
+"""Most values that a reader reads, to bound its time to about a second."""
 
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf" *({'|'.join(_SCALES)})s?(?![A-Za-z])")
@@ -63,7 +63,7 @@ _IMPLICIT = re.compile(r"\s*(?=\\sqrt|\\frac|π|√|∞|(?:sqrt|pi|sin|cos|tan|l
 
 
 class Reader:
-    """Reads values at any position of a text. Every method takes a position and returns a value and its end."""
+    """A recursive-descent parser. Methods take a position and return a value and its end."""
 
     def __init__(self, text: str, style: Style) -> None:
         self._text = text
@@ -71,13 +71,13 @@ class Reader:
         self._depth = 0
         self._num_steps = 0
         self._num_brackets = 0
-        """Open around the position."""
+        """Number of open brackets."""
 
     def value(self, position: int, *, lists: bool) -> tuple[Value, int]:
-        """Read the longest value at a position, with its unit; `lists` also reads what commas, `and`, `or` separate.
+        """Read the longest value at a position, with its unit; with `lists`, also lists with commas, `and` or `or`.
 
         Raises:
-            Unreadable: none is there.
+            Unreadable: there is none.
         """
         try:
             value, end = self._relation(position)
@@ -162,7 +162,7 @@ class Reader:
             value, end = combine(value, factor, operator[0] if operator else "*"), after
 
     def _attached_word(self, value: Value, end: int) -> tuple[Value, int]:
-        """Read letters that follow a number at once: variables, as in `2xy`, or from four letters on a unit."""
+        """Read letters directly after a number: variables as in `2xy`, or from four letters on a unit."""
         word = _WORD.match(self._text, end)
         if not word or isinstance(value, Group) or value.value is None:
             return value, end
@@ -304,7 +304,7 @@ class Reader:
         raise Unreadable("an unknown command")
 
     def _argument(self, position: int) -> tuple[Value, int]:
-        """Read what a LaTeX command takes: a group in braces, or one digit."""
+        """Read the argument of a LaTeX command: a group in braces, or one digit."""
         at = self._skip(position)
         if self._text[at : at + 1].isdigit():
             return Number(Fraction(int(self._text[at]))), at + 1

@@ -1,4 +1,4 @@
-"""Units of measurement that answers commonly have, by name and symbol."""
+"""Common units of measurement, by name and symbol."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from poise.orchestrator.rewards.numbers.arithmetic import CONTEXT
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a number counts."""
+    """A unit of measurement."""
 
     dimension: tuple[tuple[str, int], ...] = ()
-    """Powers of the base quantities; empty for a unit that is not in the table."""
+    """Powers of the base quantities; empty for an unknown unit."""
     factor: Any = Fraction(1)
     """Its size in the base unit of its dimension."""
     is_factor: bool = False
-    """Whether it is only a number, as percent and degree are."""
+    """Whether it is only a factor, like percent and degree."""
 
     def is_like(self, other: Unit) -> bool:
-        """Whether both measure the same quantity."""
+        """Return whether both measure the same quantity."""
         return bool(self.dimension) and self.dimension == other.dimension
 
     def is_part_of(self, other: Unit) -> bool:
-        """Whether it is a smaller unit of the same quantity, as minutes are of hours."""
+        """Return whether it is a smaller unit of the same quantity, like minutes of hours."""
         return self.is_like(other) and not self.is_factor and bool(self.factor < other.factor)
 
 
@@ -36,7 +36,7 @@ PERMILLE = Unit((("share", 1),), Fraction(1, 1000), is_factor=True)
 DEGREE = Unit((("angle", 1),), CONTEXT.pi / 180, is_factor=True)
 RADIAN = Unit((("angle", 1),), Fraction(1), is_factor=True)
 OTHER = Unit()
-"""A unit that is not in the table, such as `apples`."""
+"""An unknown unit, such as `apples`."""
 
 _NAMES: dict[str, dict[str, str | int]] = {
     # base quantity: names and symbols, size in the base unit
@@ -88,7 +88,7 @@ _NAMES: dict[str, dict[str, str | int]] = {
     "volt": {"V volt volts": 1},
 }
 _BASE = {"volume": (("length", 3),)}
-"""Quantities that are measured in powers of others."""
+"""Quantities derived from other quantities."""
 CURRENCIES = "＄€£¥₹"
 
 
@@ -116,12 +116,12 @@ _PART = re.compile(rf"\s*(?P<per>per\s+|/\s*)?(?:(?P<word>square|cubic|sq)\s+)?(
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 _MAX_PARTS = 4
 _INCH = re.compile(r"\s*(?:[.,;:!)\]}]|$)")
-"""What follows `in` where it is a unit and not a preposition."""
+"""Text after `in` if it is the unit and not a preposition."""
 
 
 @lru_cache(maxsize=1024)
 def read_unit(text: str) -> tuple[Unit, int] | None:
-    """Return the unit at the start of `text`, such as `km/h`, and its length; None where no known unit is there."""
+    """Return the unit at the start of `text`, such as `km/h`, and its length; None if there is no known unit."""
     powers: dict[str, int] = {}
     factor: Any = Fraction(1)
     end = 0

@@ -1,4 +1,4 @@
-"""Runs that train nothing end with the reason, whatever kept the steps from training."""
+"""Runs that train nothing fail with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.unit.orchestrator.world import World, drive, settings
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.untrained_steps import UntrainedSteps, why_untrained
+from poise.orchestrator.run_checks import UntrainedSteps, why_untrained
 from poise_client.types import Batch, StepMetrics, StepResult
 
 NOT_EVALUATED = {"num_prompts": 0}
@@ -72,17 +72,21 @@ def finished_steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("world", "options", "why"),
     [
-        (Rejecting("stale"), {}, "rejected every rollout: 4 from older weights.*lower it for the run"),
-        (Rejecting("future_version"), {}, "rejected every rollout: 4 from newer weights"),
-        (Rejecting("duplicate"), {}, "rejected every rollout: 4 trained on before: give the run a name"),
+        (
+            Rejecting("stale"),
+            {},
+            "rejected all rollouts: 4 older than max_staleness.*lower it",
+        ),
+        (Rejecting("future_version"), {}, "rejected all rollouts: 4 sampled by a newer policy version"),
+        (Rejecting("duplicate"), {}, "rejected all rollouts: 4 trained on before; give the run a new name"),
         (Rejecting("failed"), {}, "training failed repeatedly.*folder `failed`.*micro_batch_tokens"),
-        (Rejecting("reason_of_a_later_release"), {}, "rejected every rollout: 4 reason_of_a_later_release"),
-        (Unverified(), {}, "none of its 4 responses could be verified.*Fix the verifier"),
-        (NonFinite(), {}, "none of its 2 updates had a finite loss.*learning_rate"),
+        (Rejecting("reason_of_a_later_release"), {}, "rejected all rollouts: 4 reason_of_a_later_release"),
+        (Unverified(), {}, "the verifier failed on all 4 rollouts.*Fix the verifier"),
+        (NonFinite(), {}, "all 2 updates had a non-finite loss.*learning_rate"),
         (
             Equal(),
             {"algorithm": {"kind": "dapo", "max_draws": 2}, "rollouts_per_prompt": 2},
-            r"dapo filtered out all 4 groups.*\(mean 1.000\)",
+            r"dapo dropped all 4 groups.*\(mean 1.000\)",
         ),
     ],
 )
@@ -131,11 +135,11 @@ async def test_steps_sampled_ahead_count_too(tmp_path: Path) -> None:
 def test_a_short_run_that_trained_nothing_fails_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Services(Rejecting):
+    class Clients(Rejecting):
         def __init__(self, endpoints: Any, stopping: asyncio.Event) -> None:
             super().__init__("stale")
 
-        async def __aenter__(self) -> Services:
+        async def __aenter__(self) -> Clients:
             return self
 
         async def __aexit__(self, *exception: object) -> None: ...
@@ -147,13 +151,13 @@ def test_a_short_run_that_trained_nothing_fails_at_its_end(
         async def export_model(self, name: str, **options: Any) -> Any:
             raise AssertionError("a model that was not trained is not exported")
 
-    monkeypatch.setattr(job, "Services", Services)
+    monkeypatch.setattr(job, "ServiceClients", Clients)
     monkeypatch.setattr(job, "configure_logging", lambda _: None)
     config = OrchestratorConfig(
         run_dir=tmp_path, num_steps=2, prompts_per_step=2, tasks=[{"kind": "digits"}], evaluation=NOT_EVALUATED
     )
     assert job.train(config) == job.FAILED
-    assert "none of the run's 2 steps trained anything. Step 1: the learner rejected every rollout" in caplog.text
+    assert "none of the run's 2 steps trained anything. Step 1: the learner rejected all rollouts" in caplog.text
 
 
 def line(**changes: Any) -> dict[str, Any]:
@@ -180,14 +184,14 @@ def line(**changes: Any) -> dict[str, Any]:
         line(num_filtered_groups=1),
     ],
 )
-def test_a_step_that_trained_on_some_of_its_rollouts_did_train(partly: dict[str, Any]) -> None:
+def test_a_partly_rejected_step_counts_as_trained(partly: dict[str, Any]) -> None:
     assert why_untrained(partly) is None
 
 
 def test_a_step_without_rollouts_trained_nothing() -> None:
-    assert why_untrained(line(num_rollouts=0, num_groups=0)) == "it had no rollout to train on"
+    assert why_untrained(line(num_rollouts=0, num_groups=0)) == "it has no rollouts"
 
 
-def test_a_run_some_of_whose_steps_trained_may_end_on_one_that_did_not() -> None:
+def test_a_run_may_end_with_an_untrained_step() -> None:
     untrained = UntrainedSteps(5, [line(), line(verifier_errors=4)])
     untrained.check_end()

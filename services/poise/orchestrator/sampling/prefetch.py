@@ -1,7 +1,4 @@
-"""Steps on their way to the learner: begun some steps ahead of it, sampled one after the other, taken in order.
-
-Owns what is in hand between sampling and training. Knows neither services nor files.
-"""
+"""Sampling of steps ahead of the learner: started in order, one after the other, and taken in order."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from poise.orchestrator.storage.step_journal import JournalledStep
 
 SampleStep = Callable[[int, int, int], Awaitable[JournalledStep]]
-"""Samples and journals a step. Takes the step, the least policy version, and how many steps it is ahead."""
+"""Samples and journals a step. Takes the step, the least policy version, and by how many steps it is ahead."""
 
 
-class Pipeline:
-    """Steps in hand. The same step is begun once."""
+class Prefetcher:
+    """The steps between sampling and training."""
 
     def __init__(self, sample: SampleStep, pending: Mapping[int, JournalledStep]) -> None:
-        """Begin with `pending`, the steps that an earlier process sampled."""
+        """Start with `pending`, the steps that an earlier process sampled."""
         self._sample = sample
         self._pending = dict(pending)
         self._tasks: dict[int, asyncio.Task[JournalledStep]] = {}
@@ -26,10 +23,10 @@ class Pipeline:
     def __contains__(self, step: int) -> bool:
         return step in self._pending or step in self._tasks
 
-    def begin(self, steps: range, policy_version: int) -> None:
-        """Have `steps` sampled, those that are not in hand yet, from `policy_version` or newer.
+    def start(self, steps: range, policy_version: int) -> None:
+        """Start sampling those of `steps` that were not started yet, from `policy_version` or newer.
 
-        `steps` begins with the one that the learner is to get next: the others are sampled ahead of it.
+        The first of `steps` is the one that the learner gets next; the others are ahead of it.
         """
         for step in steps:
             if step not in self:
@@ -39,20 +36,20 @@ class Pipeline:
                 )
 
     async def take(self, step: int) -> JournalledStep:
-        """Return a step that was begun, as soon as it is journalled, and let go of it. Raises what sampling raised."""
+        """Wait for a started step, remove and return it. Raises the error of its sampling."""
         if step in self._pending:
             return self._pending.pop(step)
         journalled = await self._tasks[step]
         del self._tasks[step]
         return journalled
 
-    async def settle(self) -> None:
-        """Return when nothing is being sampled. What went wrong is told when the step is taken."""
+    async def drain(self) -> None:
+        """Wait until no step is being sampled. Errors are raised by `take`."""
         if self._tasks:
             await asyncio.wait(self._tasks.values())
 
     async def close(self) -> None:
-        """Give up what is being sampled. What is journalled is there when the run goes on."""
+        """Cancel sampling. Journalled steps stay on disk for the next process."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -63,5 +60,5 @@ class Pipeline:
         if before is not None:
             await asyncio.wait([before])
             if before.cancelled() or before.exception() is not None:
-                raise asyncio.CancelledError  # journals have no gaps, and what went wrong is told with that step
+                raise asyncio.CancelledError  # the journal must have no gaps; `take` of that step raises its error
         return await self._sample(step, policy_version, num_ahead)

@@ -1,4 +1,4 @@
-"""What a run leaves at its end is tried before its first step."""
+"""Outputs of a run are checked before its first step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.storage import final_outputs as outputs
-from poise.orchestrator.storage.final_outputs import keep_model
+from poise.orchestrator.storage import model_copy
+from poise.orchestrator.storage.model_copy import copy_model
 from poise.runtime.models.checkpoint_digest import EXPORT_MARK
 
 
@@ -24,7 +24,7 @@ def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
         raise AssertionError("nothing is asked of any service")
 
     monkeypatch.setattr(job, "configure_logging", lambda _: None)
-    monkeypatch.setattr(job, "Services", no_services)
+    monkeypatch.setattr(job, "ServiceClients", no_services)
     return caplog
 
 
@@ -68,18 +68,18 @@ def hide(module: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (occupy_model, f"model is where this run puts its model, and holds something else: it has no {EXPORT_MARK}"),
-        (occupy_model_by_link, "model is where this run puts its model"),
-        (occupy_curves, "tensorboard cannot be written: File exists"),
-        (occupy_generations, "cannot be used as the run's folder: File exists"),
-        (occupy_journal, "cannot be used as the run's folder: File exists"),
-        (occupy_folder, "cannot be used as the run's folder: "),
-        (hide("jinja2"), "report and curves cannot be written: .*jinja2.*Install what is missing"),
-        (hide("markupsafe"), "report and curves cannot be written: .*markupsafe"),
-        (hide("tensorboard.compat.proto"), "report and curves cannot be written: .*tensorboard"),
+        (occupy_model, f"model exists and is not an exported model: it has no {EXPORT_MARK}"),
+        (occupy_model_by_link, "model exists and is not an exported model"),
+        (occupy_curves, "tensorboard is not writable: File exists"),
+        (occupy_generations, "run folder .* is not usable: File exists"),
+        (occupy_journal, "run folder .* is not usable: File exists"),
+        (occupy_folder, "run folder .* is not usable: "),
+        (hide("jinja2"), "report needs a library that is missing: .*jinja2.*Install it"),
+        (hide("markupsafe"), "report needs a library that is missing: .*markupsafe"),
+        (hide("tensorboard.compat.proto"), "report needs a library that is missing: .*tensorboard"),
     ],
 )
-def test_what_would_fail_at_the_end_is_told_at_the_start(
+def test_unwritable_outputs_fail_at_the_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     logged: pytest.LogCaptureFixture,
@@ -93,7 +93,7 @@ def test_what_would_fail_at_the_end_is_told_at_the_start(
     assert re.search(why, logged.text)
 
 
-def test_too_few_held_out_problems_are_told_at_the_start(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+def test_too_few_held_out_problems_fail_at_the_start(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "problems.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n')
     tasks = [{"kind": "jsonl", "path": str(path), "verifier": "exact"}]
@@ -102,12 +102,12 @@ def test_too_few_held_out_problems_are_told_at_the_start(tmp_path: Path, logged:
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.0099])
-def test_a_temperature_that_nothing_samples_at_is_told_at_the_start(tmp_path: Path, temperature: float) -> None:
-    with pytest.raises(ValueError, match=r"required: 0 \(greedy\), or 0.01 to 100"):
+def test_an_unsupported_temperature_is_rejected(tmp_path: Path, temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"must be 0 \(greedy\), or 0.01 to 100"):
         settings(tmp_path, evaluation={"temperature": temperature})
 
 
-def test_a_model_is_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_copied_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported, target = tmp_path / "exports" / "model", tmp_path / "run" / "model"
     for folder, text in ((exported, "new"), (target, "old")):
         folder.mkdir(parents=True)
@@ -118,14 +118,14 @@ def test_a_model_is_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(outputs.shutil, "copytree", fail)
+        patched.setattr(model_copy.shutil, "copytree", fail)
         with pytest.raises(OSError, match="No space left"):
-            keep_model(exported, target)
+            copy_model(exported, target)
     assert (target / "config.json").read_text() == "old"
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
-    keep_model(exported, target)
+    copy_model(exported, target)
     assert (target / "config.json").read_text() == "new"
     shutil.rmtree(exported)
-    keep_model(exported, target)  # on another machine's disk
+    copy_model(exported, target)  # on another machine's disk
     assert (target / "config.json").read_text() == "new"

@@ -6,8 +6,16 @@ import sys
 
 import pytest
 
-from poise.orchestrator.rewards.parts import final_part, last_box
-from poise.orchestrator.rewards.rules import bind, check_answer, checked, exact, numeric, regex, resolve
+from poise.orchestrator.rewards.final_answer import final_answer, last_box
+from poise.orchestrator.rewards.verifiers import (
+    check_answer,
+    exact,
+    load_verifier,
+    numeric,
+    regex,
+    reward_function,
+    valid_reward,
+)
 from poise.orchestrator.tasks.problem import Problem
 
 
@@ -39,12 +47,12 @@ def module(tmp_path, monkeypatch):
         ("", ""),
     ],
 )
-def test_final_part_leaves_out_thoughts(response, said):
-    assert final_part(response) == said
+def test_final_answer_leaves_out_thoughts(response, said):
+    assert final_answer(response) == said
 
 
-def test_response_goes_on_with_the_thought_that_the_prompt_opens():
-    opened = bind(Problem("d", "2+2? <think>\n", "4", "numeric"))
+def test_a_thought_may_start_in_the_prompt():
+    opened = reward_function(Problem("d", "2+2? <think>\n", "4", "numeric"))
     assert opened("that is 4") == 0
     assert opened("hm</think>4") == 1
 
@@ -63,13 +71,13 @@ def test_last_box_is_found_with_its_braces(box, said):
 
 
 @pytest.mark.parametrize("response", ["Paris", " paris.\n", '"PARIS"!', "'Paris'", "<think>Rome</think>\nParis."])
-def test_exact_forgives_case_spaces_quotes_and_full_stops(response):
+def test_exact_ignores_case_spaces_quotes_and_stops(response):
     assert exact(response, "Paris") == 1
     assert exact(response, " paris. ") == 1
 
 
 @pytest.mark.parametrize("response", ["", "Pari", "Paris, France", "It is Paris", "Par is", "Paris\nRome"])
-def test_exact_forgives_nothing_else(response):
+def test_exact_ignores_nothing_else(response):
     assert exact(response, "Paris") == 0
 
 
@@ -96,7 +104,7 @@ def test_regex_is_searched_for():
         ("x+1", "$1+x$"),
     ],
 )
-def test_numeric_takes_equal_values_however_they_are_written(answer, response):
+def test_numeric_accepts_equal_values_in_any_notation(answer, response):
     assert numeric(response, answer) == 1
 
 
@@ -113,12 +121,12 @@ def test_numeric_takes_equal_values_however_they_are_written(answer, response):
         ("1/3", "0.333"),
     ],
 )
-def test_numeric_refuses_other_values(answer, response):
+def test_numeric_rejects_other_values(answer, response):
     assert numeric(response, answer) == 0
 
 
-def test_answer_that_is_no_number_is_an_error_not_a_wrong_response():
-    with pytest.raises(ValueError, match="'#### ' is no mathematical expression"):
+def test_a_non_numeric_answer_is_an_error():
+    with pytest.raises(ValueError, match="'#### ' is not a mathematical expression"):
         numeric("1", "#### ")
 
 
@@ -126,9 +134,9 @@ def problem(verifier, **others) -> Problem:
     return Problem("d", "p", "a", verifier, **others)
 
 
-def test_callable_by_import_path_is_called_with_response_and_answer(module):
+def test_functions_are_called_with_response_and_answer(module):
     name = module("def score(response, answer):\n    return 0.5 if (response, answer) == ('r', 'a') else 0", "plain")
-    assert bind(problem(f"{name}:score"))("r") == 0.5
+    assert reward_function(problem(f"{name}:score"))("r") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -139,36 +147,36 @@ def test_callable_by_import_path_is_called_with_response_and_answer(module):
         ("anything", "response, answer, **others"),
     ],
 )
-def test_callable_gets_the_problem_if_it_takes_it(module, taker, signature):
+def test_functions_get_problem_if_they_take_it(module, taker, signature):
     name = module(
         f"def score({signature}):\n"
         "    problem = locals().get('problem') or others['problem']\n"
         "    return problem.metadata['level'] / 4",
         f"takes_{taker}",
     )
-    assert bind(problem(f"{name}:score", metadata={"level": 3}))("r") == 0.75
+    assert reward_function(problem(f"{name}:score", metadata={"level": 3}))("r") == 0.75
 
 
-def test_callable_gets_the_finish_reason_if_it_takes_it(module):
+def test_functions_get_finish_reason_if_they_take_it(module):
     name = module("def score(response, answer, finish_reason=None):\n    return finish_reason == 'length'", "ends")
-    score = bind(problem(f"{name}:score"))
+    score = reward_function(problem(f"{name}:score"))
     assert (score("r", "length"), score("r", "stop"), score("r")) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("verifier", "answer", "said"),
     [
-        ("regex", "(b", "is no regular expression: missing )"),
-        ("regex", "[a-", "is no regular expression: unterminated character set"),
-        ("regex", "a{2,1}", "is no regular expression: min repeat greater than max"),
-        ("regex", "a{99999999999}", "is no regular expression"),
-        ("numeric", "Paris", "is no mathematical expression; use another verifier, such as exact"),
-        ("numeric", "no solution", "is no mathematical expression"),
-        ("numeric", "#### ", "is no mathematical expression"),
+        ("regex", "(b", "is not a valid regular expression: missing )"),
+        ("regex", "[a-", "is not a valid regular expression: unterminated character set"),
+        ("regex", "a{2,1}", "is not a valid regular expression: min repeat greater than max"),
+        ("regex", "a{99999999999}", "is not a valid regular expression"),
+        ("numeric", "Paris", "is not a mathematical expression; use another verifier, such as exact"),
+        ("numeric", "no solution", "is not a mathematical expression"),
+        ("numeric", "#### ", "is not a mathematical expression"),
         ("exact", " ", "is empty"),
     ],
 )
-def test_answer_that_a_rule_cannot_use_is_refused(verifier, answer, said):
+def test_an_unusable_answer_is_rejected(verifier, answer, said):
     with pytest.raises(ValueError) as caught:
         check_answer(verifier, answer)
     assert said in str(caught.value)
@@ -183,14 +191,14 @@ def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "beside_me.py").write_text("def score(response, answer):\n    return True")
-    assert resolve("beside_me:score")("r", "a") is True
+    assert load_verifier("beside_me:score")("r", "a") is True
 
 
 @pytest.mark.parametrize(
     ("verifier", "said"),
     [
         ("exakt", "'exakt': unknown; did you mean 'exact'?"),
-        ("something", "unknown; name a rule, or package.module:function"),
+        ("something", "unknown; use exact, numeric, regex or package.module:function"),
         ("nowhere.at.all:check", "module nowhere.at.all cannot be imported: ModuleNotFoundError"),
         ("broken_on_import:check", "module broken_on_import cannot be imported: ZeroDivisionError"),
         ("a_script:check", "module a_script cannot be imported: SystemExit(0)"),
@@ -201,7 +209,7 @@ def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
         ("odd_ones:four", "cannot be called as function(response, answer): missing a required argument: 'extra'"),
     ],
 )
-def test_callable_that_cannot_work_is_refused(module, verifier, said):
+def test_invalid_functions_are_rejected(module, verifier, said):
     module("1 / 0", "broken_on_import")
     module("import sys\nsys.exit(0)", "a_script")
     module(
@@ -209,17 +217,17 @@ def test_callable_that_cannot_work_is_refused(module, verifier, said):
         "odd_ones",
     )
     with pytest.raises(ValueError) as caught:
-        resolve(verifier)
+        load_verifier(verifier)
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(("reward", "float_"), [(True, 1.0), (False, 0.0), (0.25, 0.25), (1, 1.0)])
 def test_rewards_in_range_are_taken(reward, float_):
-    value = checked(reward)
+    value = valid_reward(reward)
     assert (type(value), value) == (float, float_)
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1.01, -0.01, "0.5", None, [1.0]])
-def test_anything_else_is_no_reward(reward):
+def test_invalid_rewards_are_rejected(reward):
     with pytest.raises(ValueError, match="must return a number in"):
-        checked(reward)
+        valid_reward(reward)
