@@ -16,9 +16,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+from click.testing import CliRunner
 from tests.support.groups import make_group, moved
 from tests.support.ports import free_port
 
+from poise.cli import main
 from poise_client import AsyncValueClient
 from poise_client.types import EntropyStats, Features, Group
 
@@ -149,10 +151,9 @@ class ValueService:
 
 
 def poise(*arguments: str) -> str:
-    """Run the command; return what it prints."""
-    command = [sys.executable, "-c", "from poise.cli import main; main()", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr
+    """Run the command in this process, which saves its start; return what it prints."""
+    done = CliRunner().invoke(main, arguments, prog_name="poise")
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 

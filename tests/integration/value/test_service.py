@@ -193,7 +193,7 @@ async def test_dead_letters_are_listed_newest_first(shared, client, make, valkey
         assert (answer.status_code, answer.json()["violations"][0]["field"]) == (422, "limit")
 
 
-async def test_refused_labels_are_replayed_once_the_reason_is_gone(build, make) -> None:
+async def test_rejected_labels_are_replayed_after_correction(build, make) -> None:
     """The limit of domains was too low: once it is raised, the labels of the second domain are learnt after all."""
 
     async def queue(service: ValueService, *arguments: str) -> str:
