@@ -175,7 +175,7 @@ class ValueConfig(ServiceConfig):
     horizon_steps: int = Field(1024, ge=1)
     """Most recent steps of a run whose consumed ids are kept. Labels of older steps go to the dead letters."""
     pinned_steps: int = Field(16, ge=1)
-    """Most recent steps of a run whose probes stay pinned for repeated requests."""
+    """Steps of a run that keep their pinned probes for repeated requests; the least recently requested is dropped."""
     max_runs: int = Field(64, ge=1)
     """Runs whose steps are kept. Of a run that was not used for longer, only the last step is known; labels up to it
     are rejected."""
