@@ -162,12 +162,12 @@ ENDS_BY_ITSELF = {"model", "train-cpu", "train"}
 """Of compose's services."""
 
 
-@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF)
+@pytest.mark.parametrize("name", sorted(COMPOSE["services"].keys() - ENDS_BY_ITSELF))
 def test_compose_services_have_health_checks(name: str) -> None:
     assert COMPOSE["services"][name]["healthcheck"]["test"][0] == "CMD"
 
 
-@pytest.mark.parametrize("name", COMPOSE["services"].keys() - ENDS_BY_ITSELF - {"valkey"})
+@pytest.mark.parametrize("name", sorted(COMPOSE["services"].keys() - ENDS_BY_ITSELF - {"valkey"}))
 def test_compose_services_have_time_to_drain(name: str) -> None:
     service = COMPOSE["services"][name]
     settings = yaml.safe_load((DEPLOY / "compose" / Path(service["command"][-1]).name).read_text())
