@@ -22,10 +22,10 @@ from tests.integration.learner.live_replicas import LiveReplica, published_versi
 from tests.integration.learner.replicas import NO_RETRIES, TIMEOUT_S
 
 from poise.learner.config import PushConfig
-from poise.learner.core import Published
 from poise.learner.publishing import process_group as groups
 from poise.learner.publishing.publisher import Publisher
 from poise.learner.publishing.transports import make_transport
+from poise.learner.publishing.weight_version import WeightVersion
 from poise.runtime.network.discovery import Discovery
 from poise_client import AsyncGenerationClient, GenerationClient, WeightPush
 from poise_client.types import Policy
@@ -45,7 +45,7 @@ class Client(AsyncGenerationClient):
 
 
 @pytest.fixture
-def versions(model: Path, request: pytest.FixtureRequest) -> list[Published]:
+def versions(model: Path, request: pytest.FixtureRequest) -> list[WeightVersion]:
     """Of a lineage of the test's own, for which replicas start over."""
     lineage_id = hashlib.sha256(request.node.name.encode()).hexdigest()
     return [dataclasses.replace(version, lineage_id=lineage_id) for version in published_versions(model, NUM_VERSIONS)]
@@ -112,7 +112,7 @@ def served(replica: Process) -> Policy:
         return client.get_policy()
 
 
-async def until_served(replica: Process, version: Published) -> None:
+async def until_served(replica: Process, version: WeightVersion) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while (await asyncio.to_thread(served, replica)).digest != version.digest:
             await asyncio.sleep(0.05)
