@@ -1,4 +1,4 @@
-"""The example in docs/ is what it says: complete, short, and it trains."""
+"""Runs docs/custom_loop.py against local services: it is short, and it learns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_STEPS = 12
 
 
 def test_the_example_is_short() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert len(EXAMPLE.read_text().splitlines()) < 40
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`buf curl`, which knows nothing of this project but what reflection tells, drives every RPC of one request."""
+"""Calls every unary RPC with `buf curl`, which learns the protos only through reflection."""
 
 from __future__ import annotations
 

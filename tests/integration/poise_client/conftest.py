@@ -61,14 +61,14 @@ def group_message(request, group_id):
 
 
 def encoded_message(group_id):
-    """Return an encoded prompt whose state is as wide as its name is long."""
+    """Return an encoded prompt whose width is the length of its group id."""
     return codec.encode(
         EncodedPrompt(group_id, 4, np.ones(len(group_id), np.float32), 3), generation.EncodePromptsResponse
     )
 
 
 class Scripted:
-    """What the servicers share: each call takes the next script entry, or answers as it should when there is none."""
+    """Base of the servicers: a call runs the next entry of the script, or returns a valid answer if there is none."""
 
     def __init__(self) -> None:
         self.script: list[Callable] = []
@@ -132,7 +132,7 @@ class Generation(Scripted, GenerationServiceServicer):
         return answer or generation.UpdateWeightsResponse(policy_version=messages[0].manifest.policy_version)
 
     def stream(self, *group_ids, then=None):
-        """Return a script entry that yields these groups, whatever was asked for, and then does `then`."""
+        """Return a script entry that yields these groups for any request, then awaits `then`."""
 
         async def entry(request, context):
             for group_id in group_ids:
@@ -190,7 +190,7 @@ class Learner(Scripted, LearnerServiceServicer):
 
 @pytest.fixture
 def failing() -> Callable[..., Callable]:
-    """Makes script entries that fail, from the arguments of `fail`."""
+    """Return a factory of failing script entries. It takes the arguments of `fail`."""
 
     def make(code, **arguments):
         async def entry(request, context):
@@ -203,13 +203,13 @@ def failing() -> Callable[..., Callable]:
 
 @pytest.fixture
 def unavailable(failing) -> Callable:
-    """A script entry that fails as a draining service does."""
+    """Script entry that fails like a draining service."""
     return failing(grpc.StatusCode.UNAVAILABLE, reason="DRAINING")
 
 
 @pytest.fixture
 def unused_port() -> int:
-    """A port of 127.0.0.1 where nobody listens."""
+    """Unused port of 127.0.0.1."""
     return free_port()
 
 
@@ -230,7 +230,7 @@ def learner_service() -> Learner:
 
 @pytest.fixture
 async def target(generation_service, value_service, learner_service) -> AsyncIterator[str]:
-    """Address of a server of the three."""
+    """Address of a server with all three services."""
     server = grpc.aio.server()
     add_GenerationServiceServicer_to_server(generation_service, server)
     add_ValueServiceServicer_to_server(value_service, server)

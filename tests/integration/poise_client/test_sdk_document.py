@@ -1,4 +1,4 @@
-"""What docs/sdk.md shows is run, top to bottom, as one program."""
+"""Runs the snippets of docs/sdk.md, from top to bottom, as one program."""
 
 import asyncio
 import os

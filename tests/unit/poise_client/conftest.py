@@ -1,4 +1,4 @@
-"""A clock that tests own."""
+"""A clock that tests control."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from poise_client._transport.retry import Clock
 
 
 class FakeTime:
-    """Time that passes only by sleeping; chance that always draws the longest."""
+    """Time that passes only in sleep, with random numbers that are always the largest."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
