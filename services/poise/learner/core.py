@@ -54,10 +54,10 @@ class LearnerCore:
     """The learner's state in memory and on disk."""
 
     def __init__(self, config: LearnerConfig) -> None:
-        self._config = config
-        self._trainer = make_trainer(config)
+        self.config = config
+        self.trainer = make_trainer(config)
         self._journal = Journal(config.state_dir / "journal")
-        self._checkpoints = CheckpointStore(config.state_dir, config.keep_checkpoints, self._checkpoint_saved)
+        self.checkpoints = CheckpointStore(config.state_dir, config.keep_checkpoints, self._checkpoint_saved)
         self._nonfinite = BatchFolder(config.state_dir / "nonfinite", config.keep_nonfinite)
         self._quarantine = Quarantine(self._journal, BatchFolder(config.state_dir / "failed", config.keep_nonfinite))
         self._answers: dict[tuple[str, str], Answer] = {}
@@ -87,30 +87,11 @@ class LearnerCore:
     @property
     def is_stopped(self) -> bool:
         """Whether training has stopped after too many updates in a row that were not finite."""
-        return self.progress.num_skipped_in_a_row >= self._config.max_nonfinite_in_a_row
-
-    @property
-    def max_tokens(self) -> int:
-        """Maximum tokens of prompt and response together."""
-        return self._trainer.max_tokens
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Upper bound of token ids, exclusive."""
-        return self._trainer.vocabulary_size
-
-    @property
-    def has_other_ranks(self) -> bool:
-        """Whether other processes train with this one."""
-        return self._trainer.has_other_ranks
+        return self.progress.num_skipped_in_a_row >= self.config.max_nonfinite_in_a_row
 
     def listen(self, on_lost: Callable[[str], object], on_leaving: Callable[[str], object]) -> None:
-        """Call `on_lost` when another rank is lost, `on_leaving` when one is told to exit; both on another thread."""
-        self._trainer.listen(RankEvents(lambda loss: on_lost(str(loss)), on_leaving, self._count_remote_failure))
-
-    def touch(self) -> None:
-        """Tell the other ranks that this process's event loop runs. May be called from any thread."""
-        self._trainer.touch()
+        """Call `on_lost` when a rank is lost, `on_leaving` when one gets a stop signal; both on another thread."""
+        self.trainer.listen(RankEvents(lambda loss: on_lost(str(loss)), on_leaving, self._count_remote_failure))
 
     def ping(self) -> None:
         """Check that the other ranks, if any, still take commands.
@@ -119,7 +100,7 @@ class LearnerCore:
             RankLost: one does not; see `failure`.
         """
         with self._failing_with_ranks():
-            self._trainer.ping()
+            self.trainer.ping()
 
     def stop_waiting(self) -> None:
         """Stop waiting for a disk that cannot be written. May be called from any thread."""
@@ -132,20 +113,20 @@ class LearnerCore:
             StateError: the folder is in use or damaged, or was written with another model, adapters or critic.
             BackendDown: the model cannot be loaded or exported, or training failed again.
         """
-        self._checkpoints.open()
+        self.checkpoints.open()
         self._journal.open()
         self.startup.begin("loading weights")
-        self._trainer.load()
+        self.trainer.load()
         self.startup.begin("checking that exports and checkpoints can be written")
         self._check_outputs()
         self.startup.begin("copying and hashing weights")
-        if self._config.lora is not None and self._config.push.transport == "lora":
-            self._adapter = lora.describe(self._config.lora, self._config.model)
-        self._lineage_id = self._checkpoints.lineage()
+        if self.config.lora is not None and self.config.push.transport == "lora":
+            self._adapter = lora.describe(self.config.lora, self.config.model)
+        self._lineage_id = self.checkpoints.lineage()
         self._take_weights(0)
-        self.progress = Progress(origin=origin_of(self._config, self._weights))
+        self.progress = Progress(origin=origin_of(self.config, self._weights))
         self.startup.begin("reading the last checkpoint")
-        if (checkpoint := self._checkpoints.load()) is not None:
+        if (checkpoint := self.checkpoints.load()) is not None:
             self._restore(checkpoint)
         self._replay(dict(self._journal.answers()))
         self.published = dataclasses.replace(self._weights, lineage_id=self._lineage_id)
@@ -176,7 +157,7 @@ class LearnerCore:
             self._fail(f"the answer to batch {batch.batch_id} cannot be written: {error}")
         if answer.policy_version != self.published.policy_version:
             self.published = self._weights
-        if self.progress.num_batches % self._config.checkpoint_every_steps == 0:
+        if self.progress.num_batches % self.config.checkpoint_every_steps == 0:
             self._start_checkpoint()
         return answer, False
 
@@ -189,7 +170,7 @@ class LearnerCore:
         """
         self._check_healthy()
         self._start_checkpoint()
-        path = self._checkpoints.finish_saving()
+        path = self.checkpoints.finish_saving()
         assert path is not None  # noqa: S101 (started)
         return path
 
@@ -204,16 +185,16 @@ class LearnerCore:
         version = self.progress.policy_version
         with (
             self._failing_with_ranks(),
-            self._exporting(f"version {version}", collective=self.has_other_ranks),
+            self._exporting(f"version {version}", collective=self.trainer.has_other_ranks),
         ):
-            path = export.write_export(self._export_dir, name, version, self._trainer.save_model)
+            path = export.write_export(self._export_dir, name, version, self.trainer.save_model)
         return ModelExport(str(path), version)
 
     def check_export(self, name: str) -> ModelExport:
         """Return or raise what `export` would, by writing and deleting an export without parameters."""
         self._check_healthy()
-        with self._exporting(f"model {self._config.model}", collective=False):
-            path = export.check_export(self._export_dir, name, self._trainer.save_without_parameters)
+        with self._exporting(f"model {self.config.model}", collective=False):
+            path = export.check_export(self._export_dir, name, self.trainer.policy.save_without_parameters)
         return ModelExport(str(path), self.progress.policy_version)
 
     def check_disk(self) -> None:
@@ -226,20 +207,20 @@ class LearnerCore:
             self._set_disk_error(error)
         else:
             self.disk_error = ""
-            logger.info("state_dir %s can be written again", self._config.state_dir)
+            logger.info("state_dir %s can be written again", self.config.state_dir)
 
     def close(self) -> None:
         """Wait for the checkpoint being written, leave the process group and unlock the state folder."""
         try:
-            self._checkpoints.close()
+            self.checkpoints.close()
         finally:
-            self._trainer.close()
+            self.trainer.close()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         origin, progress = self.progress.origin, checkpoint.progress
-        check_checkpoint(checkpoint, self._config, origin, self._trainer.trained_shapes())
-        self._trainer.restore(checkpoint.tensors, progress.num_updates)
-        self._trainer.num_skipped_in_a_row = progress.num_skipped_in_a_row
+        check_checkpoint(checkpoint, self.config, origin, self.trainer.trained_shapes())
+        self.trainer.restore(checkpoint.tensors, progress.num_updates)
+        self.trainer.num_skipped_in_a_row = progress.num_skipped_in_a_row
         self.progress, self._seen = dataclasses.replace(progress, origin=origin), checkpoint.seen
         self.checkpoint_version = progress.policy_version
         self._take_weights(progress.policy_version)
@@ -252,7 +233,7 @@ class LearnerCore:
                 self._answers[answer.run_id, answer.batch_id] = answer
         while (batch := self._read_batch(self.progress.num_batches)) is not None:
             sequence = self.progress.num_batches
-            check_batch(batch, self._config)
+            check_batch(batch, self.config)
             logger.info("replaying batch %s (%d after the checkpoint)", batch.batch_id, sequence - first + 1)
             self.startup.begin(f"replaying batch {sequence - first + 1} after the checkpoint")
             old = answers.get(sequence)
@@ -260,7 +241,7 @@ class LearnerCore:
             if sequence in answers and (old is None or old.digest != new.digest):
                 # Another machine, library or setting: replicas may serve other weights under this version number.
                 # Start the lineage before the new answer hides the difference from the next restart.
-                self._lineage_id = self._checkpoints.new_lineage()
+                self._lineage_id = self.checkpoints.new_lineage()
                 logger.warning(
                     "replaying gave other weights for version %d: publishing them as new lineage %s",
                     new.policy_version,
@@ -311,9 +292,9 @@ class LearnerCore:
         self._training = sequence, batch, content
         try:
             version, metrics = self.progress.policy_version, StepMetrics()
-            admission = admit(batch, self._seen, version, self._config.max_staleness)
+            admission = admit(batch, self._seen, version, self.config.max_staleness)
             if admission.accepted:
-                metrics = self._trainer.train(admission.accepted, batch.temperature)
+                metrics = self.trainer.train(admission.accepted, batch.temperature)
                 metrics = dataclasses.replace(metrics, staleness=dict(admission.ages))
             if metrics.num_skipped_updates:
                 logger.error(
@@ -347,7 +328,7 @@ class LearnerCore:
             num_rollouts=progress.num_rollouts + num_accepted,
             num_rejected=dict(Counter(progress.num_rejected) + Counter(reason for _, reason in rejected)),
             last_batch_id=batch.batch_id,
-            num_skipped_in_a_row=self._trainer.num_skipped_in_a_row,
+            num_skipped_in_a_row=self.trainer.num_skipped_in_a_row,
         )
         return Answer(
             run_id=batch.run_id,
@@ -361,7 +342,7 @@ class LearnerCore:
 
     def _take_weights(self, policy_version: int) -> None:
         self._weights = _NO_WEIGHTS  # free the old ones first: they are as large as the model
-        self._weights = WeightVersion.of(self._lineage_id, policy_version, self._trainer.weights(), self._adapter)
+        self._weights = WeightVersion.of(self._lineage_id, policy_version, self.trainer.weights(), self._adapter)
 
     def _write_answer(self, sequence: int, answer: Answer) -> None:
         """Make an answer durable. Wait while the disk cannot be written: the weights in memory stay correct."""
@@ -380,22 +361,22 @@ class LearnerCore:
 
     def _start_checkpoint(self) -> None:
         try:
-            tensors, num_updates = self._trainer.state()
+            tensors, num_updates = self.trainer.state()
         except Exception as error:
             # Everything is journalled and answered, but another rank or its memory is lost.
             self._fail(f"the state for a checkpoint cannot be read: {type(error).__name__}: {error}")
         self.progress = dataclasses.replace(self.progress, num_updates=num_updates)
-        self._checkpoints.start_saving(self.progress, tensors, self._seen)
+        self.checkpoints.start_saving(self.progress, tensors, self._seen)
 
     def _checkpoint_saved(self, progress: Progress) -> None:
         """Delete what a durable checkpoint makes superfluous. Called on the writing thread."""
         self.checkpoint_version = progress.policy_version
-        oldest = self._checkpoints.sequences()[0]
+        oldest = self.checkpoints.sequences()[0]
         self._journal.prune(before_batch=oldest, before_answer=progress.num_batches - ANSWERS_KEPT)
 
     def _set_disk_error(self, error: OSError) -> None:
         previous = self.disk_error
-        self.disk_error = f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+        self.disk_error = f"state_dir {self.config.state_dir} cannot be written: {describe_disk_error(error)}"
         if self.disk_error != previous:
             logger.error("%s", self.disk_error)
 
@@ -433,7 +414,7 @@ class LearnerCore:
 
     @property
     def _export_dir(self) -> Path:
-        return self._config.export_dir or self._config.state_dir / "exports"
+        return self.config.export_dir or self.config.state_dir / "exports"
 
     @contextlib.contextmanager
     def _exporting(self, what: str, *, collective: bool) -> Iterator[None]:
@@ -477,11 +458,11 @@ class LearnerCore:
             Unusable: the model cannot be exported.
         """
         try:
-            self._checkpoints.check_writable()
+            self.checkpoints.check_writable()
             self._journal.check_writable()
         except OSError as error:
             raise StateError(
-                f"state_dir {self._config.state_dir} cannot be written: {describe_disk_error(error)}"
+                f"state_dir {self.config.state_dir} cannot be written: {describe_disk_error(error)}"
             ) from error
         try:
             self.check_export(_CHECK_NAME)
@@ -489,14 +470,14 @@ class LearnerCore:
             raise
         except PoiseError as error:
             raise Unusable(str(error), remedy=error.remedy) from error
-        num_parameters = self._trainer.num_parameters()
-        num_trained = sum(math.prod(shape) for shape in self._trainer.trained_shapes().values())
-        num_trained += num_parameters if self._config.critic else 0
+        num_parameters = self.trainer.num_parameters()
+        num_trained = sum(math.prod(shape) for shape in self.trainer.trained_shapes().values())
+        num_trained += num_parameters if self.config.critic else 0
         needs = [
-            SpaceNeed("state_dir", self._config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
+            SpaceNeed("state_dir", self.config.state_dir, num_trained * _CHECKPOINT_BYTES, "a checkpoint"),
             SpaceNeed("export_dir", self._export_dir, num_parameters * _EXPORT_BYTES, "an export"),
         ]
         for problem in missing_space(needs):
-            if not self._checkpoints.sequences():
+            if not self.checkpoints.sequences():
                 raise StateError(problem)
             logger.error("%s", problem)  # a resumed run continues: there may be space before it is needed

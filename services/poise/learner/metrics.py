@@ -73,31 +73,19 @@ class LearnerMetrics:
                 ("clip_low_share", "clip_low_ratio", "Share of the last step's tokens clipped at the lower bound."),
                 ("clip_high_share", "clip_high_ratio", "Share of the last step's tokens clipped at the upper bound."),
                 ("dual_clip_share", "dual_clip_ratio", "Share of the last step's tokens clipped by the dual clip."),
-                (
-                    "truncated_share",
-                    "truncated_ratio",
-                    "Share of the last step's tokens whose importance weight was truncated.",
-                ),
+                ("truncated_share", "truncated_ratio", "Share of the last step's tokens with a truncated weight."),
                 ("gradient_norm", "gradient_norm", "Norm of the last step's gradient before clipping."),
-                (
-                    "reference_kl",
-                    "reference_kl_nats",
-                    "KL(policy || reference) of the last step; 0 without a reference.",
-                ),
+                ("reference_kl", "reference_kl_nats", "KL(policy || reference) of the last step; 0 without one."),
                 ("value_loss", "value_loss", "Critic loss of the last step; 0 without a critic."),
                 (
                     "explained_variance",
                     "explained_variance_ratio",
-                    "Share of the returns' variance explained by the critic in the last step.",
+                    "Share of the returns' variance that values explain.",
                 ),
-                (
-                    "critic_gradient_norm",
-                    "critic_gradient_norm",
-                    "Norm of the last step's critic gradient before clipping.",
-                ),
-                ("gradient_variance", "gradient_variance", "Variance of the last step's gradient; 0 if not measured."),
+                ("critic_gradient_norm", "critic_gradient_norm", "Norm of the critic's gradient before clipping."),
+                ("gradient_variance", "gradient_variance", "Variance of the gradient; 0 if not measured."),
                 ("tokens_per_s", "tokens_per_second", "Model tokens per second of training in the last step."),
-                ("mfu", "mfu_ratio", "Model FLOP/s utilization of the last step; 0 if unknown."),
+                ("mfu", "mfu_ratio", "Model FLOP/s utilization; 0 if unknown."),
             )
         }
 

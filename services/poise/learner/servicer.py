@@ -95,7 +95,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._start(self._publisher.publish(self._core.published))
         self._activity = "idle"
         self._watchers = [self._start(self._watch_disk())]
-        if self._core.has_other_ranks:
+        if self._core.trainer.has_other_ranks:
             self._watchers += [self._start(self._ping_ranks()), self._start(self._touch())]
 
     async def _watch_disk(self) -> None:
@@ -133,7 +133,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
 
     async def _touch(self) -> None:
         while True:
-            self._core.touch()
+            self._core.trainer.touch()
             await asyncio.sleep(1.0)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
@@ -272,7 +272,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 )
             num_spans = len(message.rollout.version_spans)
             try:
-                if num_spans > self._core.max_tokens:
+                if num_spans > self._core.trainer.max_tokens:
                     raise CodecError(
                         f"{path}.version_spans", f"has {num_spans} spans; allowed: at most one for each response token"
                     )
@@ -303,15 +303,13 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.identifier(f"{path}.id.run_id", rollout.id.run_id)
         wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
         self._check_signal(rollout, path, wrong)
-        limit = self._core.max_tokens
+        limit, vocabulary_size = self._core.trainer.max_tokens, self._core.trainer.vocabulary_size
         for name, token_ids in (("prompt_token_ids", rollout.prompt_token_ids), ("token_ids", rollout.token_ids)):
             field = f"{path}.{name}"
             if wrong.check(token_ids.size > 0, field, "is empty; required: at least one token"):
-                inside = int(token_ids.min()) >= 0 and int(token_ids.max()) < self._core.vocabulary_size
+                inside = int(token_ids.min()) >= 0 and int(token_ids.max()) < vocabulary_size
                 wrong.check(
-                    inside,
-                    field,
-                    f"has token ids outside the model's vocabulary; allowed: 0 to {self._core.vocabulary_size - 1}",
+                    inside, field, f"has ids outside the model's vocabulary; allowed: 0 to {vocabulary_size - 1}"
                 )
         wrong.check(
             num_prompt + num_response <= limit,
@@ -340,7 +338,11 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             return
         needed = "the learner has a critic: send a finite reward and advantage 0"
         is_usable = reward is not None and abs(reward) <= MAX_SIGNAL  # false of NaN
-        wrong.check(is_usable, f"{path}.reward", f"is {reward}; {needed}; allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}")
+        wrong.check(
+            is_usable,
+            f"{path}.reward",
+            f"is {'not set' if reward is None else reward}; {needed}; allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}",
+        )
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 
 

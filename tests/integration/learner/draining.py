@@ -1,4 +1,4 @@
-"""SIGTERM to a learner within a step: what becomes of the batch."""
+"""Sends SIGTERM to a learner during a step."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from poise_client import AsyncLearnerClient, RetryPolicy
 from poise_client.types import Batch
 
 NUM_PROMPTS = 40
-"""At two per mini-batch, a step of 20 updates."""
+"""With two prompts a mini-batch, a step of 20 updates."""
 
 
 @dataclass
 class Outcome:
-    """Of one drain."""
+    """The outcome of one drain."""
 
     policy_version: int
-    """That the batch in hand was answered with."""
+    """The version in the answer to the current batch."""
     version_after: int
-    """Of the learner, once it is started again."""
+    """The learner's version after a restart."""
     drain_s: float
     exit_status: int
 
 
 async def drain_within_a_step(model: Path, folder: Path) -> Outcome:
-    """Send SIGTERM while a batch is trained on; start the learner again."""
+    """Send SIGTERM during training, then restart the learner."""
     learner = Learner(model, folder)
     learner.start("nowhere")
     try:

@@ -1,4 +1,4 @@
-"""Real generation replicas, and a proxy before each that mistreats the pushes which pass through it."""
+"""Real generation replicas, each behind a proxy that corrupts or delays pushes."""
 
 # ruff: noqa: N802 (gRPC names the methods)
 
@@ -29,13 +29,13 @@ from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1 import generation_pb2_grpc
 
 NUM_PIECES = 10
-"""The proxy cuts each chunk into so many, so that there is something to mix up."""
+"""Pieces that the proxy splits each chunk into, so that it can reorder them."""
 
 FAULTS = ("drop", "truncate", "swap", "swap in place", "flip a bit", "cut the connection", "repeat")
 
 
 def published_versions(folder: Path, count: int) -> list[WeightVersion]:
-    """Return versions 0 to `count` - 1 of a model, in bfloat16: in each, a hundredth of the elements moved."""
+    """Return versions 0 to `count` - 1 of a model in bfloat16, each with a hundredth of the elements changed."""
     arrays = {
         name: tensor.to(torch.bfloat16).view(torch.uint16).numpy()
         for name, tensor in load_file(folder / "model.safetensors").items()
@@ -51,12 +51,12 @@ def published_versions(folder: Path, count: int) -> list[WeightVersion]:
 
 
 def served_values(version: WeightVersion) -> bytes:
-    """Return what tells an engine's float32 parameters when it serves a version whole."""
+    """Return the fingerprint of an engine's float32 parameters if it serves exactly this version."""
     return _fingerprint({name: to_float32(weight) for name, weight in version.weights.items()})
 
 
 def to_float32(weight: WeightArray) -> np.ndarray:
-    """Return bfloat16 bits as the values they stand for."""
+    """Return bfloat16 bits as float32 values."""
     return (weight.array.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -86,7 +86,7 @@ class LiveReplica:
         return self
 
     async def stop(self) -> None:
-        """Die in the midst of whatever it does."""
+        """Die at once."""
         if self._server is not None and self.app is not None:
             await self._server.stop(None)
             await self.app.stop()
@@ -109,20 +109,20 @@ class LiveReplica:
 
 
 class Proxy(generation_pb2_grpc.GenerationServiceServicer):
-    """Passes calls on to a replica. Stopped, it is a replica that is down."""
+    """Forwards calls to a replica. A stopped proxy is a dead replica."""
 
     def __init__(self, replica: Callable[[], str], seed: int) -> None:
         self._replica = replica
         self._random = random.Random(seed)
         self.faults: list[str] = []
-        """What the next pushes meet, each one; nothing where it is empty or they are exhausted."""
+        """One fault for each of the next pushes; later pushes pass."""
         self.open = asyncio.Event()
-        """Unset, pushes get through to their middle and no further."""
+        """While unset, pushes stop in the middle."""
         self.open.set()
         self.held_s: list[float] = []
-        """Of the pushes that wait there: the seconds that each had left when it came."""
+        """For each stopped push, the seconds it had left at its arrival."""
         self.piece_s = 0.0
-        """Seconds that each piece takes to pass: a slow network."""
+        """Delay of each piece, as in a slow network, s."""
         self.num_deltas = 0
         self.address = "127.0.0.1:0"
         self._server: grpc.aio.Server | None = None
@@ -200,7 +200,7 @@ class Proxy(generation_pb2_grpc.GenerationServiceServicer):
 
 @contextlib.contextmanager
 def _mistreated_file(begin: pb.WeightsManifest, fault: str, chance: random.Random) -> Iterator[None]:
-    """Let a push whose body lies in a file name a bad copy of it, as a bad disk or another writer would make it."""
+    """Let a push through a file name a damaged copy, as after a disk error."""
     if not begin.file or fault in ("", "cut the connection"):
         yield
         return
@@ -257,7 +257,7 @@ def _mistreated(
             return chunks[:first]
         case "swap":
             chunks[first], chunks[second] = chunks[second], chunks[first]
-        case "swap in place":  # only checksums tell
+        case "swap in place":  # only checksums detect it
             a, b = chunks[first].chunk, chunks[second].chunk
             chunks[first], chunks[second] = _chunk(a.offset, b.data), _chunk(b.offset, a.data)
         case "flip a bit":

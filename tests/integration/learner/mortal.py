@@ -1,6 +1,6 @@
-"""The learner, which dies by kill -9 at a point of its second batch: run by the tests as a process.
+"""A learner that kills itself at a point of its second batch; tests run it as a process.
 
-Usage: mortal.py POINT [options of poise.learner]. POINT "nowhere" lets it live.
+Usage: mortal.py POINT [options of poise.learner]. With POINT "nowhere" it survives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def die() -> NoReturn:
 
 
 def die_after(owner: Any, name: str, num_calls: int) -> None:
-    """Let a function work so many times, and die with the last of them done."""
+    """Let a function return `num_calls` times, then die."""
     work, calls = getattr(owner, name), []
 
     def counted(*args: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A learner on several nodes, each a torchrun that is started again whenever it ends, as a kubelet does."""
+"""A learner on several nodes, each a torchrun that is restarted whenever it exits, as by a kubelet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from poise_client.errors import PoiseClientError
 T = TypeVar("T")
 
 DEADLINE_S = 600.0
-"""Of an answer, over restarts: far above what they take, for the machine may be busy."""
+"""Deadline of an answer over restarts, generous for busy machines."""
 _LOOK_EVERY_S = 0.5
 _FAILED_LOOKS = 6
 
@@ -58,7 +58,7 @@ class Nodes:
                 _kill_family(process)
 
     async def ask(self, question: Callable[[AsyncLearnerClient], Awaitable[T]]) -> T:
-        """Return the answer, whatever restarts in between."""
+        """Return the answer, waiting over restarts."""
         last: Exception | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE_S):
@@ -81,7 +81,7 @@ class Nodes:
         return self._folder / name
 
     async def restarted(self, before: list[int]) -> None:
-        """Wait until every node has been started again since."""
+        """Wait until every node has restarted since `before`."""
         async with asyncio.timeout(DEADLINE_S):
             while any(now <= then for now, then in zip(self.num_starts, before, strict=True)):
                 await asyncio.sleep(0.1)
@@ -109,7 +109,7 @@ class Nodes:
         return ForkedProgram("torch.distributed.run", [*options, *script, *settings], environment, log)
 
     async def _keep(self, node: int) -> None:
-        """Start a node again when it has ended; kill it first where it answers no more, once it has answered."""
+        """Restart a node when it has exited; kill it first if it stops answering."""
         has_answered, num_failed = False, 0
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -131,7 +131,7 @@ class Nodes:
             return False
 
     def _is_stopped(self, process: ForkedProgram) -> bool:
-        """Only what is stopped: a busy machine may answer late, too."""
+        """Whether a process is stopped by a signal: a busy one may only answer late."""
         try:
             children = psutil.Process(process.pid).children(recursive=True)
             return any(child.status() == psutil.STATUS_STOPPED for child in children)

@@ -1,4 +1,4 @@
-"""A generation replica without a model: it takes pushes as the service does, and fails on demand."""
+"""A generation replica without a model that receives pushes like the service, and fails on demand."""
 
 # ruff: noqa: N802 (gRPC names the methods)
 
@@ -28,7 +28,7 @@ NO_RETRIES = RetryPolicy(max_attempts=1)
 
 
 async def eventually(condition: Callable[[], Any]) -> Any:
-    """Return the first truth that `condition` answers."""
+    """Wait until `condition` is true; return its value."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (answer := condition()):
         assert time.monotonic() < deadline, "it never came to pass"
@@ -41,7 +41,7 @@ def interceptors(service: str, registry: CollectorRegistry) -> list[grpc.aio.Ser
 
 
 class Replica(generation_pb2_grpc.GenerationServiceServicer):
-    """One replica at an address of its own, where it can die and come back."""
+    """One replica at a fixed address, where it can die and restart."""
 
     def __init__(self) -> None:
         self.policy = ServedPolicy()
@@ -50,13 +50,13 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         """Versions, in order."""
         self.num_asked = self.num_pushes = 0
         self.release, self.answers = asyncio.Event(), asyncio.Event()
-        """Unset, a push hangs; or being asked what is served."""
+        """While unset, pushes or GetPolicy hang."""
         self.release.set()
         self.answers.set()
         self.breaks = False
-        """Whether a push fails midway."""
+        """Whether a push fails in the middle."""
         self.takes_s = 0.0
-        """Seconds that a push takes at least."""
+        """Minimum duration of a push, s."""
         self.address = "127.0.0.1:0"
         self._server: grpc.aio.Server | None = None
 
@@ -76,7 +76,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
             self._server = None
 
     async def restart(self, policy: ServedPolicy = ServedPolicy()) -> None:  # noqa: B008 (frozen)
-        """Die, forget, and serve `policy`: the model as it was loaded unless told otherwise."""
+        """Restart without state and serve `policy`, by default the model as loaded."""
         await self.stop()
         self.policy, self.tensors = policy, {}
         await self.start()

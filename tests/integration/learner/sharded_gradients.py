@@ -1,4 +1,4 @@
-"""Writes the gradients of a mini-batch for every loss, as processes under torchrun come to them together.
+"""Writes the gradients of a mini-batch for every loss, computed by ranks under torchrun.
 
 Usage: torchrun ... sharded_gradients.py MODEL STATE_DIR FILE. Started as `python -m`, from the repository.
 """
@@ -19,7 +19,7 @@ SETTINGS = {"mini_batch_prompts": 100, "micro_batch_tokens": 24}
 
 
 def gradients_of_all(trainer: GradientTrainer) -> dict[str, torch.Tensor]:
-    """By loss and parameter."""
+    """Return the gradients by loss and parameter."""
     rollouts = make_batch(0, num_prompts=5).rollouts
     return {
         f"{loss}/{name}": gradient

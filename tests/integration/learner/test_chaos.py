@@ -1,4 +1,4 @@
-"""Pushes to three real replicas, of which one is dead, one slow, one flaps and one restarts, over a bad network."""
+"""Pushes over a bad network to real replicas: dead, slow, flapping and restarting ones."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ AS_LOADED = -1
 
 
 async def watch(replicas: list[LiveReplica], versions: list[WeightVersion], seen: list[set[int]]) -> None:
-    """Look again and again at what each replica serves: only ever a whole version."""
+    """Check repeatedly that each replica serves exactly one version."""
     by_values = {served_values(version): version.policy_version for version in versions}
     by_values[await replicas[0].serves()] = AS_LOADED
     while True:
         for i, replica in enumerate(replicas):
-            with contextlib.suppress(BackendDown, AttributeError):  # it stops, or has yet to load its model
+            with contextlib.suppress(BackendDown, AttributeError):  # it is stopping, or has not loaded its model
                 served = await replica.serves()
                 assert served in by_values, f"replica {i} serves a mix"
                 seen[i].add(by_values[served])
@@ -107,7 +107,7 @@ async def test_replicas_never_mix_versions_and_agree_in_the_end(
             match version.policy_version:
                 case 2:
                     await proxies[0].stop()  # dead
-                    proxies[1].piece_s = 0.15  # slow: a push takes longer than a step waits
+                    proxies[1].piece_s = 0.15  # slow: a push takes longer than a step waits for it for it for it
                 case 4:
                     await proxies[0].start()
                 case 5:
@@ -115,7 +115,7 @@ async def test_replicas_never_mix_versions_and_agree_in_the_end(
                 case 6:
                     proxies[1].piece_s = 0.0
             await publisher.publish(version)
-            # Steps wait for no replica that was late, so this test does for one: else all would skip what is between.
+            # Steps do not wait for late replicas, so the test waits for one: otherwise all would skip versions.
             await eventually(lambda: any(result.current for result in publisher.results))
             assert not watching.done(), watching.exception()
         flapping.cancel()
@@ -145,12 +145,12 @@ async def test_steps_continue_during_a_push_to_a_late_replica(
     async with chaos(model, tmp_path, transport=transport, timeout_s=0.5) as (replicas, proxies, publisher):
         await eventually(lambda: len(publisher.results) == 3)
         proxies[1].open.clear()
-        await publisher.publish(versions[0])  # waits for its limit, the first time
-        # From now on a step that waits for it, and a push to it, would go on for longer than a test may take.
-        publisher._config = publisher._config.model_copy(update={"timeout_s": 10 * TIMEOUT_S})
-        for one in publisher._replicas.values():
-            one._config = publisher._config
-        # Pushes with the old limit are given up.
+        await publisher.publish(versions[0])  # waits for its timeout, the first time
+        # From now on a step that waits for it, or a push to it, would take longer than the test may.
+        publisher.config = publisher.config.model_copy(update={"timeout_s": 10 * TIMEOUT_S})
+        for one in publisher.replicas.values():
+            one.config = publisher.config
+        # Pushes with the old timeout fail.
         await eventually(lambda: [left_s > TIMEOUT_S for left_s in proxies[1].held_s] == [True])
         num_steps = 0
         async with asyncio.timeout(TIMEOUT_S):
@@ -209,20 +209,20 @@ async def test_corrupted_push_changes_nothing_and_is_repeated(
     async with chaos(model, tmp_path, num_replicas=1, transport=transport) as (replicas, (proxy,), publisher):
         watching = asyncio.create_task(watch(replicas, versions, seen))
         await publisher.publish(versions[1])
-        proxy.faults = [fault, fault, fault]  # the delta, and what is tried after it
+        proxy.faults = [fault, fault, fault]  # the delta, and the retries
         await publisher.publish(versions[2])
         await eventually(lambda: publisher.results[0].current)
         assert not watching.done(), watching.exception()
         watching.cancel()
         assert proxy.faults == []
-        # What is refused is not sent again; what was cut off is.
+        # A rejected push is not repeated; an interrupted one is.
         assert proxy.num_deltas == (4 if fault == "cut the connection" else 1)
         assert await replicas[0].serves() == served_values(versions[2])
         assert publisher.results[0].digest == versions[2].digest
 
 
 async def assert_samples_from(replica: LiveReplica, version: WeightVersion, model: Path) -> None:
-    """Hold what a replica samples against transformers with the version's weights."""
+    """Compare what a replica samples with transformers under the version's weights."""
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

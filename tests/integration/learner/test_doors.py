@@ -1,4 +1,4 @@
-"""Batches whose size or shape cost the learner more than they may: refused in few words, and nothing is trained."""
+"""Batches of excessive size or invalid shape are rejected with short errors and not trained on."""
 
 from __future__ import annotations
 

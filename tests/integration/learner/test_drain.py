@@ -1,4 +1,4 @@
-"""SIGTERM within a step, to a real process."""
+"""SIGTERM during a step, to a real process."""
 
 from __future__ import annotations
 

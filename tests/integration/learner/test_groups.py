@@ -1,4 +1,4 @@
-"""Bodies of pushes through groups of two processes: replicas are processes of their own; gloo moves the bytes."""
+"""Pushes through process groups: replicas are separate processes, and gloo sends the bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_VERSIONS = 6
 
 
 class Client(AsyncGenerationClient):
-    """Notes how each push travelled."""
+    """Records how each push was sent."""
 
     ways: list[str]
 
@@ -46,7 +46,7 @@ class Client(AsyncGenerationClient):
 
 @pytest.fixture
 def versions(model: Path, request: pytest.FixtureRequest) -> list[WeightVersion]:
-    """Of a lineage of the test's own, for which replicas start over."""
+    """Versions of a lineage that only this test uses."""
     lineage_id = hashlib.sha256(request.node.name.encode()).hexdigest()
     return [dataclasses.replace(version, lineage_id=lineage_id) for version in published_versions(model, NUM_VERSIONS)]
 
@@ -71,7 +71,7 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
 
 @pytest.fixture(scope="module")
 def replicas(start: Start) -> tuple[Process, Process]:
-    """Two that outlive the tests."""
+    """Two replicas for all tests."""
     both = start(), start()
     for replica in both:
         replica.wait_until_ready()
@@ -85,7 +85,7 @@ def replica(replicas: tuple[Process, Process]) -> Process:
 
 @pytest.fixture
 async def publish() -> AsyncIterator[Callable[..., Any]]:
-    """Starts publishers; gives each with the list of the ways that its pushes travelled."""
+    """Starts publishers; returns each with a list of how its pushes were sent."""
     started: list[Publisher] = []
 
     def start(*replicas: Process | str, **settings: Any) -> tuple[Publisher, list[str]]:
@@ -119,11 +119,11 @@ async def until_served(replica: Process, version: WeightVersion) -> None:
 
 
 class Middle:
-    """Stops senders in the midst of a body, until told to go on."""
+    """Pauses senders in the middle of a payload."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
-        pieces = groups._pieces
+        pieces = groups.payload_pieces
 
         def held(push: WeightPush) -> Iterator[torch.Tensor]:
             for index, piece in enumerate(pieces(push)):
@@ -132,7 +132,7 @@ class Middle:
                     self.go_on.wait()
                 yield piece
 
-        monkeypatch.setattr(groups, "_pieces", held)
+        monkeypatch.setattr(groups, "payload_pieces", held)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_versions_and_deltas_use_one_process_group(replicas, publish, vers
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_whole_versions_come_through_it_one_after_another(replica, publish, versions):
+async def test_full_versions_reuse_one_process_group(replica, publish, versions):
     publisher, ways = publish(replica, deltas=False)
     for version in versions[:3]:
         await publisher.publish(version)
@@ -173,28 +173,28 @@ async def test_replica_without_a_group_falls_back_to_grpc(model, tmp_path, publi
     finally:
         await replica.stop()
     assert ways == ["grpc", "grpc delta"]
-    assert len([record for record in caplog.records if "set `nccl`" in record.message]) == 1
+    assert len([record for record in caplog.records if "Set `nccl`" in record.message]) == 1
 
 
-async def test_damage_is_refused_and_the_version_comes_over_grpc(replica, publish, versions, monkeypatch, caplog):
+async def test_damaged_payload_is_rejected_and_sent_over_grpc(replica, publish, versions, monkeypatch, caplog):
     publisher, ways = publish(replica, deltas=False)
     await publisher.publish(versions[0])
-    pieces = groups._pieces
+    pieces = groups.payload_pieces
 
     def damaged(push: WeightPush) -> Iterator[torch.Tensor]:
         for index, piece in enumerate(pieces(push)):
             yield piece ^ (index == 2)
 
-    monkeypatch.setattr(groups, "_pieces", damaged)
+    monkeypatch.setattr(groups, "payload_pieces", damaged)
     for version in versions[1:4]:
         await publisher.publish(version)
         await until_served(replica, version)
     assert ways[:3] == ["group", "group", "grpc"]
-    assert ways.count("group") == 3  # after two that broke, no other is tried
+    assert ways.count("group") == 3  # after two failures no other is tried
     broken = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert len(broken) == 2
     assert "sha256" in broken[0]
-    assert "as all to come" in broken[1]
+    assert "all pushes now go over gRPC" in broken[1]
 
 
 async def test_sender_lost_during_a_push_leaves_the_old_version(replica, publish, versions, middle):
@@ -212,7 +212,7 @@ async def test_sender_lost_during_a_push_leaves_the_old_version(replica, publish
     successor, _ = publish(replica)
     await successor.publish(versions[2])
     await until_served(replica, versions[2])
-    assert not list((replica.log_file.parents[1] / "staging").rglob("landing-*"))
+    assert not list((replica.log_file.parents[1] / "staging").rglob("payload-*"))
 
 
 async def test_hanging_replica_costs_no_more_than_its_timeout(replicas, publish, versions, middle):
@@ -243,7 +243,7 @@ async def test_replica_killed_during_a_push_gets_a_new_group(start, publish, ver
     doomed.process.kill()
     doomed.process.wait()
     middle.go_on.set()
-    async with asyncio.timeout(TIMEOUT_S / 2):  # rather than waited for
+    async with asyncio.timeout(TIMEOUT_S / 2):  # not the whole timeout
         await publishing
     assert not publisher.results[0].current
     again = start(port)

@@ -20,7 +20,7 @@ from poise_client.types import WeightArray
 
 
 def version(number: int, lineage: str = "lineage") -> WeightVersion:
-    """Weights that tell of their version, of more than one chunk."""
+    """Weights that depend on their version, larger than one chunk."""
     weights = {
         "b.weight": WeightArray(np.full((1024, 300), number, np.float32), "float32"),
         "a.weight": WeightArray(np.arange(7, dtype=np.uint16) + number, "bfloat16"),
@@ -42,7 +42,7 @@ def publisher_to(targets: list[str], config: PushConfig, connect: Callable[[Addr
 
 @pytest.fixture
 async def publisher() -> AsyncIterator[Callable[..., Publisher]]:
-    """Starts a publisher to these replicas; its own limits are far off, so that a test sees what it waits for."""
+    """Starts a publisher for these replicas, with generous timeouts."""
     started: list[Publisher] = []
 
     def start(*replicas: Replica, **settings: Any) -> Publisher:
@@ -105,7 +105,7 @@ async def test_version_after_a_hanging_one_is_waited_for(replica, publisher):
     first = asyncio.create_task(sender.publish(version(1)))
     await eventually(lambda: one.num_pushes)
     second = asyncio.create_task(sender.publish(version(2)))
-    await first  # nobody waits for it any more
+    await first  # it is not waited for any more
     one.release.set()
     await second
     assert one.policy == served(version(2))
@@ -136,7 +136,7 @@ async def test_without_replicas_there_is_nothing_to_wait_for(publisher):
 
 
 async def test_dead_replica_delays_no_other_and_catches_up(replica, publisher, monkeypatch):
-    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    monkeypatch.setattr(module, "_GET_POLICY_TIMEOUT_S", 10 * TIMEOUT_S)
     up, down = await replica(), await replica()
     await down.stop()
     sender = publisher(up, down, timeout_s=10 * TIMEOUT_S)
@@ -148,7 +148,7 @@ async def test_dead_replica_delays_no_other_and_catches_up(replica, publisher, m
     assert "GetPolicy" in sender.results[1].error
     await down.start()
     await eventually(lambda: sender.results[1].current)
-    assert down.applied == [1]  # what it missed is not made up for
+    assert down.applied == [1]  # it skips the versions it missed
 
 
 @pytest.mark.parametrize(
@@ -186,17 +186,17 @@ async def test_hanging_push_times_out_and_delays_no_other(replica, publisher):
 
 
 def wait_long(sender: Publisher) -> None:
-    """From now on a step waits far longer than a test may take, and so do pushes."""
-    sender._config = sender._config.model_copy(update={"timeout_s": 10 * TIMEOUT_S})
-    for one in sender._replicas.values():
-        one._config = sender._config
+    """Raise the timeouts of steps and pushes far above the duration of the test."""
+    sender.config = sender.config.model_copy(update={"timeout_s": 10 * TIMEOUT_S})
+    for one in sender.replicas.values():
+        one.config = sender.config
 
 
 async def test_late_replica_is_not_waited_for_until_it_catches_up(replica, publisher):
     slow, well = await replica(), await replica()
     slow.release.clear()
     sender = publisher(slow, well, timeout_s=0.5)
-    await sender.publish(version(1))  # waits for its limit, once
+    await sender.publish(version(1))  # waits for its timeout, once
     wait_long(sender)
     async with asyncio.timeout(TIMEOUT_S):
         for number in range(2, 6):
@@ -207,7 +207,7 @@ async def test_late_replica_is_not_waited_for_until_it_catches_up(replica, publi
     await eventually(lambda: slow.policy == served(version(5)))
     await eventually(lambda: sender.results[0].current)
     slow.release.clear()
-    publishing = asyncio.create_task(sender.publish(version(6)))  # and is waited for again
+    publishing = asyncio.create_task(sender.publish(version(6)))  # it is waited for again
     pushes = slow.num_pushes
     await eventually(lambda: slow.num_pushes > pushes and well.policy == served(version(6)))
     assert not publishing.done()
@@ -217,15 +217,15 @@ async def test_late_replica_is_not_waited_for_until_it_catches_up(replica, publi
 
 
 async def test_replica_that_hides_its_version_is_waited_for_once(replica, publisher, monkeypatch):
-    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(module, "_GET_POLICY_TIMEOUT_S", 0.1)
     one = await replica()
     one.answers.clear()
     sender = publisher(one)
     await sender.publish(version(1))
     assert "GetPolicy" in sender.results[0].error
-    monkeypatch.setattr(module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    monkeypatch.setattr(module, "_GET_POLICY_TIMEOUT_S", 10 * TIMEOUT_S)
     asked = one.num_asked
-    await eventually(lambda: one.num_asked > asked)  # it is being asked, and does not answer
+    await eventually(lambda: one.num_asked > asked)  # it gets a request and does not answer
     wait_long(sender)
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(version(2))
@@ -369,7 +369,7 @@ async def test_replica_without_a_client_has_a_reason_and_is_retried(replica, cap
     assert by_address.keys() == set(targets)
     assert (by_address[unread.address].current, by_address[unread.address].error) == (
         False,
-        "no connection can be made: ca.pem",
+        "cannot connect: ca.pem",
     )
     assert "a defect" in by_address[broken.address].error
     problems.clear()
@@ -395,5 +395,5 @@ async def test_failed_discovery_is_logged_and_retried(replica, caplog):
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(version(1))
     await eventually(lambda: one.policy == served(version(1)))
-    assert "a defect in looking for replicas" in caplog.text
+    assert "unexpected error while looking for replicas" in caplog.text
     await sender.stop()

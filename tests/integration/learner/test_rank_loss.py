@@ -128,7 +128,7 @@ async def test_stopped_rank_of_one_torchrun_is_killed(model: Path, tmp_path: Pat
             assert await digest(nodes) == undisturbed, nodes.log()
 
 
-async def test_follower_told_to_exit_drains_all(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
+async def test_stop_signal_to_a_follower_drains_all(model: Path, tmp_path: Path, undisturbed: bytes) -> None:
     async with make_nodes(model, tmp_path).running() as nodes:
         await submit(nodes, 0)
         before = list(nodes.num_starts)
@@ -137,7 +137,7 @@ async def test_follower_told_to_exit_drains_all(model: Path, tmp_path: Path, und
         await nodes.restarted(before)
 
         log = nodes.log()
-        assert "a rank of the learner was told to exit: the learner drains" in log
+        assert "a rank of the learner received a stop signal: the learner drains" in log
         assert "sent no heartbeat" not in log
         assert (await nodes.ask(lambda client: client.get_status())).checkpoint_version == 1
         for step in (1, 2):

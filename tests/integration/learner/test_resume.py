@@ -1,4 +1,4 @@
-"""Exact resume of a real process: killed at any point and started again, it ends in the weights of one never killed."""
+"""A real process, killed at any point and restarted, ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEADLINE_S = 240.0
 
 
 class Learner:
-    """A learner's process, over several lives."""
+    """A learner process, over several restarts."""
 
     def __init__(self, model: Path, folder: Path, **changes: object) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Learner:
         self.process = ForkedProgram(str(SCRIPT), arguments, environment, self.folder / "log")
 
     async def submit(self, batch: Batch) -> StepResult:
-        """Submit until it is answered; where the process dies, start one that lives."""
+        """Submit until answered; restart the process if it dies."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
                 assert self.process is not None
@@ -64,7 +64,7 @@ def batch_of(case: str, step: int) -> Batch:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Digest of the last version, where nothing goes wrong."""
+    """Digest of the last version without any failure."""
     digests = {}
     for case, changes in CASES.items():
         core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed"), **changes))

@@ -38,18 +38,18 @@ MODEL_TOKENS = 512
 
 @dataclasses.dataclass
 class Service:
-    """A learner that is served."""
+    """A learner service in this process."""
 
     app: LearnerApp
     client: AsyncLearnerClient
     stub: LearnerServiceStub
     stopped: bool = False
-    """Whether the test itself stopped it."""
+    """Whether the test stopped it."""
 
 
 @pytest.fixture
 async def serve(model, tmp_path) -> AsyncIterator[Callable[..., Awaitable[Service]]]:
-    """Serves a learner in this process; the one before on the same state is stopped."""
+    """Serves a learner in this process; stops an earlier one with the same state."""
     running: list[Callable[[], Awaitable[None]]] = []
 
     async def stop() -> None:
@@ -84,7 +84,7 @@ async def serve(model, tmp_path) -> AsyncIterator[Callable[..., Awaitable[Servic
 
 
 class Gate:
-    """Holds the learner's thread where `name` of a class is called, and counts who is there."""
+    """Blocks the learner's thread in a method of a class, and counts the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, target: type, name: str) -> None:
         self.arrived, self.release = threading.Semaphore(0), threading.Event()
@@ -270,7 +270,9 @@ async def test_every_wrong_field_is_named_and_nothing_is_trained_on(serve):
         assert field in [name for name, _ in error.violations], (what, error)
         assert not error.retryable
     await assert_untouched(service)
-    assert (await service.client.submit_advantages(make_batch(0))).policy_version == 1  # the unchanged one is fine
+    assert (
+        await service.client.submit_advantages(make_batch(0))
+    ).policy_version == 1  # the unchanged batch is accepted
 
 
 REWARDS_WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] = {
@@ -305,7 +307,7 @@ async def test_critic_needs_rewards_and_no_advantages(serve):
         error = await refusal_of(service, requests)
         assert isinstance(error, InvalidRequestError), what
         assert [name for name, _ in error.violations] == [field], (what, error)
-        assert "send each rollout's, finite, and advantage 0" in str(error)
+        assert "the learner has a critic: send a finite reward and advantage 0" in str(error)
     await assert_untouched(service)
     assert (await service.client.get_status()).has_critic
     result = await service.client.submit_advantages(rewarded(make_batch(0)))
@@ -324,7 +326,7 @@ async def test_a_learner_without_a_critic_takes_no_rewards(serve):
     error = await refusal_of(service, requests)
     assert isinstance(error, InvalidRequestError)
     assert [name for name, _ in error.violations] == ["rollouts[1].reward"]
-    assert "no critic to use it: leave it unset, or set `critic`" in str(error)
+    assert "the learner has no critic. Leave it unset, or set `critic`" in str(error)
     await assert_untouched(service)
     assert not (await service.client.get_status()).has_critic
 
@@ -353,8 +355,8 @@ async def test_a_stream_cut_half_way_trains_on_nothing(serve):
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-    error = await refusal_of(service, messages(make_batch(0))[:4])  # closed in good order, and too early
-    assert "the stream was cut, and nothing was trained on" in str(error)
+    error = await refusal_of(service, messages(make_batch(0))[:4])  # closed properly, but too early
+    assert "3 rollouts were sent. Nothing was trained on" in str(error)
     await assert_untouched(service)
 
 
@@ -364,7 +366,7 @@ async def test_a_refusal_reaches_a_caller_that_is_still_sending(serve):
     call = service.stub.SubmitAdvantages()
     for message in messages(make_batch(0)):
         await call.write(message)
-        await asyncio.sleep(0.02)  # time enough to be answered too early
+        await asyncio.sleep(0.02)  # long enough for an early answer to show
     await call.done_writing()
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await call
@@ -400,7 +402,7 @@ async def test_disconnected_caller_gets_the_answer_on_resubmission(serve, monkey
     with pytest.raises(asyncio.CancelledError):
         await asking
     gate.release.set()
-    await eventually(lambda: one.policy.policy_version == 1)  # though nobody waits for it
+    await eventually(lambda: one.policy.policy_version == 1)  # although no call waits for it
     result = await service.client.submit_advantages(make_batch(0))
     assert (result.policy_version, result.duplicate) == (1, True)
     assert result.metrics.num_rollouts == 6
@@ -445,7 +447,7 @@ async def test_checkpoint_request_waits_for_training(serve, monkeypatch):
     await gate.reached()
     checkpoint = asyncio.create_task(service.app.checkpoint())
     exporting = asyncio.create_task(service.client.export_model("mine"))
-    status = await service.client.get_status()  # needs no turn
+    status = await service.client.get_status()  # it does not wait for the batch
     assert (status.state, status.policy_version, status.checkpoint_version) == ("training", 0, 0)
     assert not saved
     gate.release.set()
@@ -499,7 +501,7 @@ async def test_draining_finishes_the_batch_and_writes_a_checkpoint(serve, monkey
     behind = asyncio.create_task(service.client.submit_advantages(make_batch(1)))
     draining = asyncio.create_task(service.app.drain())
     await eventually(lambda: "shutting down" in service.app.readiness().reason)
-    await service.app.resume()  # opens nothing that is closing
+    await service.app.resume()  # a closing learner stays closed
     with pytest.raises(UnavailableError, match="shutting down"):
         await service.client.submit_advantages(make_batch(2))
     gate.release.set()
@@ -519,7 +521,7 @@ async def test_stopping_unlocks_the_state_after_the_current_batch(serve, monkeyp
     await gate.reached()
     service.stopped = True
     stopping = asyncio.create_task(service.app.stop())
-    await asyncio.sleep(0.05)  # time enough to do it wrong
+    await asyncio.sleep(0.05)  # long enough for a mistake to show
     other = CheckpointStore(service.app.config.state_dir, keep=1)
     with pytest.raises(StateError, match="in use"):
         other.open()
@@ -560,7 +562,7 @@ async def test_failed_training_exits_and_a_restart_retries(serve, monkeypatch, r
 
 
 async def test_stored_answer_waits_until_its_weights_are_pushed(serve, replica):
-    """The learner restarts before it could push: whoever asks again samples the version it is told of."""
+    """The learner restarts before it could push. A retrying caller must be able to sample the version in the answer."""
     one = await replica()
     first = await serve()
     await first.client.submit_advantages(make_batch(0))
@@ -581,7 +583,7 @@ async def test_a_replica_that_restarts_gets_the_version_of_now(serve, replica):
 
 
 async def test_a_step_does_not_wait_for_a_replica_that_is_down(serve, replica, monkeypatch):
-    monkeypatch.setattr(replica_module, "_ASK_TIMEOUT_S", 10 * TIMEOUT_S)
+    monkeypatch.setattr(replica_module, "_GET_POLICY_TIMEOUT_S", 10 * TIMEOUT_S)
     one = await replica()
     await one.stop()
     service = await serve(replicas=(one.address,), push={"timeout_s": 10 * TIMEOUT_S})
@@ -681,12 +683,12 @@ async def test_repeated_export_request_joins_the_running_one(serve, monkeypatch)
     assert (await again).policy_version == 0
     assert len(saving.threads) == 1
     await service.client.submit_advantages(make_batch(0))
-    assert (await service.client.export_model("mine")).policy_version == 1  # an export of its own
+    assert (await service.client.export_model("mine")).policy_version == 1  # a new export
 
 
 async def test_an_export_takes_the_place_of_nothing_else(serve, tmp_path):
-    service = await serve(export_dir=tmp_path)  # as a run on one machine has it
-    with pytest.raises(InvalidRequestError, match=r"state is there already and is no export") as refused:
+    service = await serve(export_dir=tmp_path)  # as in a run on one machine
+    with pytest.raises(InvalidRequestError, match=r"state already exists and is not an export") as refused:
         await service.client.export_model("state")
     assert [field for field, _ in refused.value.violations] == ["name"]
     assert (await service.client.submit_advantages(make_batch(0))).policy_version == 1

@@ -1,4 +1,4 @@
-"""Two processes come to the gradients of one, for every loss: over all rows and ranks, before clipping."""
+"""Two ranks compute the gradients of one process, for every loss, before clipping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEADLINE_S = 300.0
 
 @pytest.mark.parametrize("name", ["tiny", "gemma2", "mamba"])
 def test_two_processes_have_the_gradients_of_one_for_every_loss(name: str, model: Path, tmp_path: Path) -> None:
-    if name != "tiny":  # with logits of its own; with sequences computed one at a time
+    if name != "tiny":  # one with the model's own head, one with unpacked sequences
         model = make_architecture(tmp_path / "model", name)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

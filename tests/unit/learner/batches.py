@@ -1,4 +1,4 @@
-"""Batches, of random tokens from a seed, and settings for the learner's tests."""
+"""Random batches from a seed, and settings, for the learner's tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY = 260
 
 
 def make_config(folder: Path, state_dir: Path, **changes: object) -> LearnerConfig:
-    """Settings of a learner that starts from the model in `folder` and moves far in a step."""
+    """Settings of a learner that starts from the model in `folder` and takes large steps."""
     optimizer = {"learning_rate": 1e-3, "warmup_updates": 0} | changes.pop("optimizer", {})  # type: ignore[operator]
     values = {"model": str(folder), "state_dir": state_dir, "threads": 1, "mini_batch_prompts": 2}
     return LearnerConfig(**values | {"optimizer": optimizer} | changes)
@@ -49,7 +49,7 @@ def make_group(
 def make_batch(
     step: int = 0, *, version: int | None = None, num_prompts: int = 3, temperature: float = 1.0, seed: int = 0
 ) -> Batch:
-    """A batch of pairs, sampled by `version`: as old as the step unless told otherwise."""
+    """A batch of pairs sampled by `version`, by default the step's own."""
     random = np.random.default_rng([step, seed])
     version = step if version is None else version
     rollouts = [

@@ -1,4 +1,4 @@
-"""The gradient of a mini-batch before it is clipped, by the learner and by a naive loop over single rollouts."""
+"""The gradient of a mini-batch before clipping, from the learner and from a naive loop over rollouts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPERATURE = 0.8
 
 
 class GradientTrainer(Trainer):
-    """A trainer that is loaded for a KL, has left its reference, and goes no further than a gradient."""
+    """A trainer with a reference model, whose policy differs from it, that only computes gradients."""
 
     def __init__(self, config: LearnerConfig) -> None:
         super().__init__(config.model_copy(update={"loss": LossConfig(kl_coefficient=1.0)}))
@@ -56,13 +56,13 @@ class GradientTrainer(Trainer):
         return self._gradients
 
     def _keep(self) -> float:
-        """Keep what there is; what is not finite changes nothing."""
+        """Keep the gradient. Return infinity, so that the trainer skips the update."""
         self._gradients = {name: full_tensor(p.grad).clone() for name, p in self.policy.trained()}
         return math.inf
 
 
 class NaiveLoop:
-    """Each rollout goes through the model alone; formulas as in the papers, a rollout at a time."""
+    """Computes one rollout at a time with the papers' formulas."""
 
     def __init__(self, trainer: GradientTrainer, folder: str) -> None:
         load = transformers.AutoModelForCausalLM.from_pretrained
@@ -111,7 +111,7 @@ def _logprobs(model: transformers.PreTrainedModel, rollout: Rollout) -> torch.Te
 
 
 def assert_same_gradients(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """To a few float32 roundings of the largest element of each parameter's."""
+    """Check equality to a few float32 roundings of each parameter's largest element."""
     assert mine.keys() == theirs.keys()
     for name, gradient in theirs.items():
         largest = float(gradient.abs().max())

@@ -48,7 +48,7 @@ delta rule differs by 8e-4."""
 
 
 def rollouts(folder: Path) -> list[Rollout]:
-    """Return siblings of three prompts, of lengths on both sides of the windows."""
+    """Return siblings of three prompts, shorter and longer than the windows."""
     size = transformers.AutoConfig.from_pretrained(folder).vocab_size
     random = np.random.default_rng(5)
     made = []
@@ -77,7 +77,7 @@ def row_of(folder: Path) -> PackedRow:
 def plain(folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the others leave the cap out
+        model.set_attn_implementation("eager")  # the others ignore the cap
     return model
 
 
@@ -238,7 +238,7 @@ def test_windows_beyond_the_check_are_crossed_in_it(name, changes, tmp_path, mon
     monkeypatch.setattr("poise.learner.models.attention._mask", _full_mask)
     folder = make_architecture(tmp_path, name, **changes)
     policy = Policy(settings(folder), World(CPU))
-    assert not policy.logprobs.mode.packed  # packed attention, here without windows, is found out
+    assert not policy.logprobs.mode.packed  # the check detects that packed attention has no windows here
     text = policy.model.config.get_text_config()
     assert {key: getattr(text, key) for key in changes} == changes
 

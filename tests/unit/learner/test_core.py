@@ -28,12 +28,12 @@ CRITIC = {"learning_rate": 1e-3, "warmup_updates": 0}
 
 
 class Killed(BaseException):
-    """What a kill leaves undone."""
+    """Stands for a kill: nothing after it runs."""
 
 
 @pytest.fixture
 def start(config) -> Iterator[Callable[..., LearnerCore]]:
-    """Starts a learner on a state folder, as a new process would after the death of the one before."""
+    """Starts a learner on a state folder, as a new process would after the previous one died."""
     running: dict[Path, LearnerCore] = {}
 
     def start(**changes: object) -> LearnerCore:
@@ -51,7 +51,7 @@ def start(config) -> Iterator[Callable[..., LearnerCore]]:
 
 @pytest.fixture(scope="module")
 def digests(model, tmp_path_factory) -> list[bytes]:
-    """Of versions 0 to 5, when nothing goes wrong."""
+    """Digests of versions 0 to 5 without any failure."""
     core = LearnerCore(make_config(model, tmp_path_factory.mktemp("undisturbed")))
     core.recover()
     answers = [core.published.digest]
@@ -88,7 +88,7 @@ def test_resubmitted_batch_gets_its_stored_answer(start):
     assert core.submit(make_batch(0)) == (answer, True)
     assert core.published is published
     assert core.progress.num_batches == 2
-    # and so it does after a restart, from before the checkpoint as from after it
+    # also after a restart, for batches before and after the checkpoint
     core.submit(make_batch(2))
     again = start()
     for step in range(3):
@@ -105,7 +105,7 @@ def test_reused_batch_id_with_other_content_is_a_conflict(start):
         core.submit(make_batch(0, temperature=0.5))
     assert (core.published, core.progress) == (published, progress)
     other_run = dataclasses.replace(make_batch(1), run_id="other", batch_id="step-00000000")
-    assert not core.submit(other_run)[1]  # ids are the run's own
+    assert not core.submit(other_run)[1]  # batch ids belong to their run
 
 
 def with_versions(batch, *versions):
@@ -135,11 +135,11 @@ def test_rejected_rollouts_are_named_and_the_rest_trained_on(start):
     assert answer.metrics.staleness == {0: 2, 1: 2}
     assert answer.policy_version == 4
     assert core.progress.num_rejected == {"stale": 2, "future_version": 2, "duplicate": 2}
-    alone = start(max_staleness=1, state_dir=core._config.state_dir.with_name("alone"))
+    alone = start(max_staleness=1, state_dir=core.config.state_dir.with_name("alone"))
     for step in range(3):
         alone.submit(make_batch(step))
     alone.submit(dataclasses.replace(make_batch(7), rollouts=(*fine, *older)))
-    assert alone.published.digest == core.published.digest  # the rejected left no trace
+    assert alone.published.digest == core.published.digest  # the rejected rollouts changed nothing
 
 
 def test_a_rollout_is_as_old_as_its_oldest_token(start):
@@ -165,7 +165,7 @@ def test_fully_rejected_batch_keeps_the_version(start):
     again = start()
     assert again.progress.num_batches == 2
     assert again.submit(make_batch(1, version=0)) == (answer, True)
-    # What was rejected was not trained on: it may come again, under another id of batch.
+    # Rejected rollouts were not trained on, so another batch may contain them.
     renamed = dataclasses.replace(make_batch(1, version=1), batch_id="once more")
     assert not again.submit(renamed)[0].rejected
 
@@ -183,7 +183,7 @@ def at_entry(target: type, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def after(target: type, name: str, calls: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
-    """Dies when `name` has returned so often."""
+    """Dies when `name` has returned `calls` times."""
 
     def arm(patch: pytest.MonkeyPatch) -> None:
         work, left = getattr(target, name), [calls]
@@ -223,12 +223,12 @@ def test_a_kill_at_any_point_ends_in_the_same_weights(start, digests, monkeypatc
         KILLS[point](patch)
         with pytest.raises(Killed):
             core.submit(make_batch(3))
-            core._checkpoints.finish_saving()  # what is written beside has died as well
+            core.checkpoints.finish_saving()  # the writing thread has died too
     again = start(keep_checkpoints=1)
     version = again.published.policy_version
     assert version in ({3} if point == "before the journal" else {4})
     assert again.published.digest == digests[version]
-    answer, duplicate = again.submit(make_batch(3))  # the caller asks again
+    answer, duplicate = again.submit(make_batch(3))  # the caller retries
     assert duplicate == (version == 4)
     assert answer.policy_version == 4
     assert answer.metrics.num_updates == 2
@@ -297,7 +297,7 @@ def test_checkpoint_without_origin_is_checked_by_its_shapes(start, config, monke
 
 
 def with_dropout(patch: pytest.MonkeyPatch) -> None:
-    """Let models be loaded with dropout after the embedding."""
+    """Load models with dropout after the embedding."""
     load = policy_module.load_model
 
     def load_with_dropout(config: LearnerConfig) -> transformers.PreTrainedModel:
@@ -305,7 +305,7 @@ def with_dropout(patch: pytest.MonkeyPatch) -> None:
         model.get_input_embeddings().register_forward_hook(
             lambda module, _, states: torch.nn.functional.dropout(states, 0.3, module.training)
         )
-        torch.rand(7)  # as initialising what a checkpoint lacks may
+        torch.rand(7)  # as initializing missing weights may do
         return model
 
     patch.setattr(policy_module, "load_model", load_with_dropout)
@@ -313,7 +313,7 @@ def with_dropout(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_dropout_continues_after_a_kill_as_without(start, config, monkeypatch, checkpointed):
-    """One process at a time: random numbers are the process's own."""
+    """One learner at a time, because random numbers belong to the process."""
     with_dropout(monkeypatch)
     settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed, "dropout": True}
     alive = start(state_dir=config().state_dir.with_name("alive"), **settings)
@@ -325,8 +325,8 @@ def test_dropout_continues_after_a_kill_as_without(start, config, monkeypatch, c
         if step in (1, 2, 4):  # right after a checkpoint, and a batch later
             killed = start(**settings)
             assert killed.published.digest.hex() == expected[step]
-    again = [killed._trainer.train(make_batch(5).rollouts, 1.0).loss for _ in range(2)]
-    assert again[0] != again[1]  # dropout it is
+    again = [killed.trainer.train(make_batch(5).rollouts, 1.0).loss for _ in range(2)]
+    assert again[0] != again[1]  # dropout is active
 
 
 @pytest.mark.parametrize(
@@ -343,13 +343,13 @@ def test_a_kill_ends_in_the_same_critic(start, tmp_path, monkeypatch, point):
         KILLS[point](patch)
         with pytest.raises(Killed):
             core.submit(rewarded(make_batch(3)))
-            core._checkpoints.finish_saving()
+            core.checkpoints.finish_saving()
     again = start(critic=CRITIC)
     for step in range(3, 5):
         again.submit(rewarded(make_batch(step)))
     assert again.published.digest == undisturbed.published.digest
     assert again.published.lineage_id == core.published.lineage_id
-    (mine, num_updates), (theirs, num_updates_of_theirs) = (one._trainer.state() for one in (again, undisturbed))
+    (mine, num_updates), (theirs, num_updates_of_theirs) = (one.trainer.state() for one in (again, undisturbed))
     assert num_updates == num_updates_of_theirs == 10
     assert mine.keys() == theirs.keys()
     assert "critic.exp_avg_sq.head.weight" in mine
@@ -368,14 +368,14 @@ def test_adding_or_removing_the_critic_is_rejected(start, had_critic, num_batche
     message = f"{now} a critic: its {what} is from training {was} one. {remedy} `critic` in the learner's settings"
     with pytest.raises(StateError, match=message):
         start(**after)
-    assert start(**before).published.digest == core.published.digest  # and nothing is lost
+    assert start(**before).published.digest == core.published.digest  # nothing is lost
 
 
 def test_damaged_checkpoint_replays_from_the_one_before(start, digests):
     core = start()
     for step in range(5):
         core.submit(make_batch(step))
-    folder = core._config.state_dir
+    folder = core.config.state_dir
     assert files(folder, "checkpoint-*") == ["checkpoint-00000002", "checkpoint-00000004"]
     (folder / "checkpoint-00000004" / "tensors.safetensors").write_bytes(b"")
     again = start()
@@ -394,10 +394,10 @@ def test_without_a_checkpoint_everything_is_replayed(start, digests):
 
 def test_only_superfluous_files_are_deleted(start):
     core = start(keep_checkpoints=2)
-    folder = core._config.state_dir
+    folder = core.config.state_dir
     for step in range(7):
         core.submit(make_batch(step))
-    core._checkpoints.finish_saving()  # which is written beside training
+    core.checkpoints.finish_saving()  # it is written on a thread
     assert files(folder, "checkpoint-*") == ["checkpoint-00000004", "checkpoint-00000006"]
     assert files(folder / "journal", "batch-*") == [f"batch-{i:08d}.pb" for i in (4, 5, 6)]
     assert files(folder / "journal", "answer-*") == [f"answer-{i:08d}.json" for i in range(7)]
@@ -408,8 +408,8 @@ def test_resubmission_after_its_answer_expired_has_duplicates(start, monkeypatch
     core = start()
     for step in range(4):
         core.submit(make_batch(step))
-    core._checkpoints.finish_saving()
-    assert files(core._config.state_dir / "journal", "answer-*") == ["answer-00000002.json", "answer-00000003.json"]
+    core.checkpoints.finish_saving()
+    assert files(core.config.state_dir / "journal", "answer-*") == ["answer-00000002.json", "answer-00000003.json"]
     for learner in (core, start()):
         assert learner.submit(make_batch(3))[1]
         answer, duplicate = learner.submit(make_batch(0))
@@ -428,7 +428,7 @@ def test_other_weights_after_a_replay_get_a_new_lineage(start, caplog):
     assert again.published.digest != digest
     assert again.published.lineage_id != lineage
     assert "replaying gave other weights for version 3" in caplog.text
-    # From now on this is the truth.
+    # The new lineage is stable.
     settled = start(optimizer={"learning_rate": 2e-3})
     assert settled.published.lineage_id == again.published.lineage_id
     assert settled.published.digest == again.published.digest
@@ -447,11 +447,11 @@ def test_a_kill_during_a_diverging_replay_keeps_the_new_lineage(start, monkeypat
 
 
 def test_damaged_answer_after_the_checkpoint_means_new_lineage(start):
-    """What was served under the version cannot be told any more."""
+    """Nobody knows which weights were served under the version."""
     core = start()
     for step in range(3):
         core.submit(make_batch(step))
-    journal = core._config.state_dir / "journal"
+    journal = core.config.state_dir / "journal"
     (journal / "answer-00000002.json").write_text("")
     (journal / "answer-00000000.json").write_text("")
     again = start()
@@ -465,7 +465,7 @@ def test_damaged_batch_is_named_with_a_remedy(start, digests):
     core = start()
     for step in range(3):
         core.submit(make_batch(step))
-    folder = core._config.state_dir
+    folder = core.config.state_dir
     path = folder / "journal" / "batch-00000002.pb"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
@@ -507,7 +507,7 @@ def test_failed_checkpoint_loses_no_answer(start, digests, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "save", full)
         assert core.submit(make_batch(1))[0].policy_version == 2
-        core._checkpoints.close()
+        core.checkpoints.close()
     assert "the last checkpoint could not be written" in caplog.text
     assert core.checkpoint_version == 0
     assert start().published.digest == digests[2]
@@ -526,7 +526,7 @@ def test_full_disk_loses_no_answer_and_unlocks_the_folder(start, config, digests
             assert core.submit(make_batch(step))[0].policy_version == step + 1
         core.close()
     assert caplog.text.count("the last checkpoint could not be written") == 2
-    assert start().published.digest == digests[4]  # the folder was free
+    assert start().published.digest == digests[4]  # the folder was unlocked
 
 
 def test_closing_unlocks_the_folder_despite_errors(start, config, monkeypatch):
@@ -547,7 +547,7 @@ def test_closing_unlocks_the_folder_despite_errors(start, config, monkeypatch):
 
 @pytest.mark.parametrize("point", [(Trainer, "update"), (Journal, "write_answer")])
 def test_failure_during_training_needs_a_restart(start, digests, monkeypatch, point):
-    """Out of memory in the second mini-batch: the policy in memory is no version."""
+    """After a failure in the second mini-batch, the policy in memory matches no version."""
     core = start()
     core.submit(make_batch(0))
     work, calls = getattr(*point), []
@@ -574,7 +574,7 @@ def test_failure_during_training_needs_a_restart(start, digests, monkeypatch, po
 
 
 def out_of_memory_at(step: int, patch: pytest.MonkeyPatch) -> list[int]:
-    """Training on the batch of a step fails in its second mini-batch; returns the attempts, each a number."""
+    """Let training on a step's batch fail in its second mini-batch; return a list that counts the failures."""
     train, attempts, marked = Trainer.train, [], make_batch(step).rollouts[-1].id
 
     def fail(self: Trainer, rollouts: Sequence[Rollout], temperature: float) -> object:
@@ -608,13 +608,13 @@ def test_batch_that_always_fails_is_quarantined(start, monkeypatch, caplog):
     assert answer.rejected == tuple((rollout.id, "failed") for rollout in make_batch(1).rollouts)
     assert (answer.policy_version, answer.metrics.num_updates) == (1, 0)
     assert again.progress.num_rejected == {"failed": 6}
-    kept = again._config.state_dir / "failed" / "batch-00000001.pb"
+    kept = again.config.state_dir / "failed" / "batch-00000001.pb"
     assert dump_batch(load_batch(kept.read_bytes())) == dump_batch(make_batch(1))
     assert "step-00000001 failed 2 times: all its rollouts are rejected; the batch is kept in" in caplog.text
     assert "lower micro_batch_tokens" in caplog.text
 
-    # Training goes on as if it had never been, over restarts before and after a checkpoint.
-    without = start(state_dir=core._config.state_dir.with_name("without"))
+    # Training continues as without the batch, over restarts before and after a checkpoint.
+    without = start(state_dir=core.config.state_dir.with_name("without"))
     for step in (0, 2, 3, 4):
         without.submit(make_batch(step, version=0 if step == 0 else step - 1))
     for step in (2, 3, 4):
@@ -638,7 +638,7 @@ def test_batch_that_failed_once_is_trained_on(start, digests, monkeypatch):
 
 
 def test_answered_batch_is_never_quarantined(start, digests, monkeypatch):
-    """Its effect was served: settings under which it fails again are to blame, and are named."""
+    """Replicas served its effect. If it fails in a replay, the settings are the cause."""
     core = start(checkpoint_every_steps=100)
     for step in range(2):
         core.submit(make_batch(step))
@@ -669,7 +669,7 @@ def test_unrecorded_failures_quarantine_nothing(start, digests, monkeypatch):
 
 
 def poisoned(step: int) -> Batch:
-    """A batch whose every mini-batch overflows."""
+    """A batch whose mini-batches all overflow."""
     batch = make_batch(step)
     return dataclasses.replace(batch, rollouts=tuple(dataclasses.replace(r, advantage=3e38) for r in batch.rollouts))
 
@@ -677,12 +677,12 @@ def poisoned(step: int) -> Batch:
 def test_nonfinite_batches_are_kept_and_stop_training(start, caplog):
     core = start(max_nonfinite_in_a_row=4, keep_nonfinite=1)
     before = core.published.digest
-    for step in range(2):  # of two mini-batches each
+    for step in range(2):  # two mini-batches each
         answer, _ = core.submit(poisoned(step))
         assert (answer.metrics.num_updates, answer.metrics.num_skipped_updates) == (0, 2)
         assert answer.policy_version == step + 1
     assert core.published.digest == before
-    folder = core._config.state_dir / "nonfinite"
+    folder = core.config.state_dir / "nonfinite"
     assert files(folder, "*") == ["batch-00000001.pb"]
     kept = load_batch((folder / "batch-00000001.pb").read_bytes())
     assert dump_batch(kept) == dump_batch(poisoned(1))
@@ -692,7 +692,7 @@ def test_nonfinite_batches_are_kept_and_stop_training(start, caplog):
         with pytest.raises(TrainingStopped, match="last 4 updates were not finite") as stopped:
             restarted.submit(make_batch(2))
         assert str(folder) in stopped.value.remedy
-        assert restarted.submit(poisoned(1))[1]  # what is answered stays answered
+        assert restarted.submit(poisoned(1))[1]  # answered batches keep their answers
     assert start(max_nonfinite_in_a_row=5).submit(make_batch(2))[0].metrics.num_skipped_updates == 0
 
 
@@ -703,7 +703,7 @@ def test_nothing_is_published_before_recovery_ends(start, monkeypatch):
     train = Trainer.train
     monkeypatch.setattr(Trainer, "train", lambda *args: (seen.append(again.published), train(*args))[1])
     core.close()
-    again = LearnerCore(core._config)
+    again = LearnerCore(core.config)
     again.recover()
     again.close()
     assert seen == [None]
@@ -742,7 +742,7 @@ def test_transformers_loads_an_export(start, model):
     export = core.export("mine")
     assert export.policy_version == 1
     folder = Path(export.path)
-    assert folder == core._config.state_dir.resolve() / "exports" / "mine"
+    assert folder == core.config.state_dir.resolve() / "exports" / "mine"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in loaded.named_parameters():
         np.testing.assert_array_equal(parameter.detach(), core.published.weights[name].array)

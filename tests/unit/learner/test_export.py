@@ -1,4 +1,4 @@
-"""An export is tried when the learner starts, so that it succeeds when the run ends."""
+"""Exports, which the learner also checks at its start so that they succeed at the end of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Configure = Callable[..., LearnerConfig]
 
 @pytest.fixture
 def own_model(model: Path, tmp_path: Path) -> Path:
-    """A copy of the model, for a test to spoil."""
+    """A copy of the model that a test may damage."""
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 

@@ -1,4 +1,4 @@
-"""A learner whose disk refuses says so, waits, and goes on: nothing is trained on twice, nothing is lost."""
+"""A learner with a full or broken disk reports it, waits and resumes: nothing is lost or trained on twice."""
 
 from __future__ import annotations
 

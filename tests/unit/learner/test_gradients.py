@@ -1,4 +1,4 @@
-"""Gradients of packed, accumulated and checkpointed mini-batches, for every loss, beside each rollout alone."""
+"""Gradients of packed, accumulated and checkpointed mini-batches against a naive loop, for every loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def naive(trainer: GradientTrainer, model: Path) -> Iterator[NaiveLoop]:
 
 @pytest.fixture(scope="module")
 def rollouts() -> list[Rollout]:
-    """Pairs and a group of three, of different lengths; the engine a little off the learner's own."""
+    """Pairs and a group of three, of different lengths, with slightly different engine log-probabilities."""
     random = np.random.default_rng(3)
     lengths = ((3, 8), (4, 7), (5, 6, 1), (6, 5))
     return [r for i, each in enumerate(lengths) for r in make_group(random, f"g{i}", 1 + i, each)]
@@ -51,7 +51,7 @@ def test_a_mini_batch_has_the_gradient_of_each_rollout_alone(
 
 
 def test_every_loss_has_a_gradient_of_its_own(naive: NaiveLoop, rollouts: list[Rollout]) -> None:
-    """Else the comparison could not tell one from another."""
+    """Otherwise the comparison could not distinguish the losses."""
     norms = []
     for loss in LOSSES.values():
         naive_gradients = naive.gradients(rollouts, loss)

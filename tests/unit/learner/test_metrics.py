@@ -1,4 +1,4 @@
-"""What the learner counts of its own time."""
+"""The learner's metrics of its own time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def waited(registry: CollectorRegistry) -> tuple[float | None, float | None]:
 def test_waiting_is_counted_between_batches_of_one_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, clock = CollectorRegistry(), Clock(monkeypatch)
     metrics = LearnerMetrics(registry, lambda: False)
-    clock.step(metrics, 60.0)  # nobody was training before
+    clock.step(metrics, 60.0)  # no previous batch
     assert waited(registry) == (0, 0)
     clock.step(metrics, 3.0)
     clock.step(metrics, 4.0)

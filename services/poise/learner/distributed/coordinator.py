@@ -239,7 +239,7 @@ class _Signals:
     def _run(self) -> None:
         signal.sigwait(self._numbers)
         if self._world is not None and self._world.health is not None:
-            logger.info("told to exit: rank 0 finishes its work, then all ranks exit; a second signal exits at once")
+            logger.info("stopping: rank 0 finishes its work, then all ranks exit; a second signal exits at once")
             self._world.health.leave()
             signal.sigwait(self._numbers)
         os._exit(INTERRUPTED)

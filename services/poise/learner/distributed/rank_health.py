@@ -53,7 +53,7 @@ class RankEvents:
     lost: Callable[[RankLost], object]
     """A rank is lost; exit with status 1 within a few seconds."""
     leaving: Callable[[str], object]
-    """A rank was told to exit; finish the current work and end all ranks."""
+    """A rank received a stop signal; finish the current work and end all ranks."""
     giving_up: Callable[[RankLost], object]
     """The orderly exit took too long: the process exits when the callback returns."""
 
@@ -102,7 +102,7 @@ class RankHealth:
         self._watching.set()
 
     def _wait_for_group_to_exit(self) -> None:
-        """Wait until the running group and its store are gone: otherwise the next start would join it again."""
+        """Wait until the running group and its store have exited: otherwise the next start would join it again."""
         deadline = time.monotonic() + self._timeout_s + 2 * _GRACE_S
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
@@ -151,7 +151,7 @@ class RankHealth:
     def leave(self) -> None:
         """Ask rank 0 to finish its work and to end all ranks."""
         with contextlib.suppress(RuntimeError), self._lock:
-            self._store.set(_LEAVING, f"rank {self._rank} was told to exit")
+            self._store.set(_LEAVING, f"rank {self._rank} received a stop signal")
 
     def explain(self, error: Exception) -> Exception:
         """Return the loss that caused an exception of a collective, or the exception itself if all ranks are alive."""
@@ -215,7 +215,7 @@ class RankHealth:
                 loss, leaving = RankLost(f"the rendezvous store on rank 0's host is unreachable: {error}"), False
             if leaving and not self._has_reported_leaving and self._events is not None:
                 self._has_reported_leaving = True
-                self._events.leaving("a rank of the learner was told to exit")
+                self._events.leaving("a rank of the learner received a stop signal")
             if loss is not None and not self._stopped.is_set():
                 self._end(loss)
                 return

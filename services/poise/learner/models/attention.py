@@ -166,7 +166,7 @@ def _attend_varlen(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=True,
     )
-    assert isinstance(states_LHD, torch.Tensor)  # noqa: S101 (no auxiliary output was asked for)
+    assert isinstance(states_LHD, torch.Tensor)  # noqa: S101 (no auxiliary output is requested)
     return states_LHD[None]
 
 

@@ -1,7 +1,7 @@
 """The critic: a model like the policy that predicts the value of the state before each token.
 
 It is the policy's model with a head of one value, initialised to 0, in place of the head over the vocabulary. It is
-trained beside the policy with an optimizer of its own. Parameters are float32 whatever `dtype` is. Every rank must make
+trained beside the policy with an optimizer of its own. Parameters are always float32. Every rank must make
 the same calls.
 
 Shapes: N response tokens of a packed row; d the model's width.
@@ -63,7 +63,7 @@ class Critic:
         self._settings = settings
         self._world = world
         model = load_model(config).to(world.device)
-        mode = checked_forward(model, config).mode  # it holds for the decoder, whose states both heads read
+        mode = checked_forward(model, config).mode  # valid for the critic too, which reads the same decoder states
         size = model_size(model)
         self.size: ModelSize | None = None if size is None else dataclasses.replace(size, head_flops=0)
         """FLOPs without the head, which takes almost none."""

@@ -39,7 +39,7 @@ class _Group:
         if self._is_aborted:  # while this thread waited
             self._group.abort()
             raise RuntimeError("the process group was aborted")
-        for piece in _pieces(push):
+        for piece in payload_pieces(push):
             self._group.broadcast(piece.to(self._device))
 
     def abort(self) -> None:
@@ -108,7 +108,8 @@ class GroupSender:
             requesting.cancel()
 
 
-def _pieces(push: WeightPush) -> Iterator[torch.Tensor]:
+def payload_pieces(push: WeightPush) -> Iterator[torch.Tensor]:
+    """Yield the payload as uint8 tensors of at most `PIECE_BYTES`."""
     for part in push.payload:
         start = 0
         for size in piece_sizes(len(part)):

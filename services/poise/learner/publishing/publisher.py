@@ -30,8 +30,8 @@ class Publisher:
         self._discovery = discovery
         self._connect = connect
         self._transport = transport
-        self._config = config
-        self._replicas: dict[str, Replica] = {}
+        self.config = config
+        self.replicas: dict[str, Replica] = {}
         self._loops: dict[str, asyncio.Task[None]] = {}
         self._unconnected: dict[str, ReplicaResult] = {}
         """Replicas that no client could be made for, with the reason. Every look-up tries them again."""
@@ -52,25 +52,25 @@ class Publisher:
         """
         pushes = self._set_version(version)
         try:
-            async with asyncio.timeout(self._config.timeout_s):
+            async with asyncio.timeout(self.config.timeout_s):
                 await self._has_looked.wait()
-                waited_for = [replica for replica in self._replicas.values() if not replica.is_behind]
+                waited_for = [replica for replica in self.replicas.values() if not replica.is_behind]
                 await asyncio.gather(*(replica.wait_for(pushes) for replica in waited_for))
         except TimeoutError:
-            for replica in self._replicas.values():
+            for replica in self.replicas.values():
                 replica.mark_behind(pushes)
 
     @property
     def results(self) -> tuple[ReplicaResult, ...]:
         """The last result of each replica."""
-        return (*(replica.result for replica in self._replicas.values()), *self._unconnected.values())
+        return (*(replica.result for replica in self.replicas.values()), *self._unconnected.values())
 
     async def stop(self) -> None:
         """Stop the loops, close the clients and remove the transport's files."""
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-        await asyncio.gather(*(self._remove(target) for target in list(self._replicas)))
+        await asyncio.gather(*(self._remove(target) for target in list(self.replicas)))
         if self._pushes is not None:
             await self._pushes.close()
         await asyncio.gather(*self._closing)
@@ -82,12 +82,12 @@ class Publisher:
         if previous is not None and previous.version is version:
             pushes = previous
         else:
-            pushes = self._pushes = VersionPushes(version, previous, self._transport, deltas=self._config.deltas)
+            pushes = self._pushes = VersionPushes(version, previous, self._transport, deltas=self.config.deltas)
             if previous is not None:
                 closing = asyncio.create_task(previous.close(), name="close-version")
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
-        for replica in self._replicas.values():
+        for replica in self.replicas.values():
             replica.set_version(pushes)
         return pushes
 
@@ -103,23 +103,23 @@ class Publisher:
             self._has_looked.set()
             if is_done:
                 return
-            await asyncio.sleep(self._config.reconcile_every_s)
+            await asyncio.sleep(self.config.reconcile_every_s)
 
     async def _update(self, addresses: list[Address]) -> None:
         """Add replicas that appeared and remove those that disappeared."""
         targets = {address.target for address in addresses}
         for target in self._unconnected.keys() - targets:
             del self._unconnected[target]
-        for target in self._replicas.keys() - targets:
+        for target in self.replicas.keys() - targets:
             logger.info("replica %s was removed: its address is no longer found", target)
             await self._remove(target)
         for address in addresses:
-            if address.target in self._replicas:
+            if address.target in self.replicas:
                 continue
             client = self._make_client(address)
             if client is None:
                 continue
-            replica = self._replicas[address.target] = Replica(client, self._config, self._transport.group_sender())
+            replica = self.replicas[address.target] = Replica(client, self.config, self._transport.group_sender())
             if self._pushes is not None:
                 replica.set_version(self._pushes)
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
@@ -138,7 +138,7 @@ class Publisher:
         return client
 
     async def _remove(self, target: str) -> None:
-        replica, loop = self._replicas.pop(target), self._loops.pop(target)
+        replica, loop = self.replicas.pop(target), self._loops.pop(target)
         loop.cancel()
         await asyncio.gather(loop, return_exceptions=True)
         await replica.close()

@@ -47,7 +47,7 @@ class Replica:
 
     def __init__(self, client: AsyncGenerationClient, config: PushConfig, sender: GroupSender | None = None) -> None:
         self._client = client
-        self._config = config
+        self.config = config
         self._sender = sender
         self._num_group_failures = 0
         """Failed pushes in a row through the process group."""
@@ -100,7 +100,7 @@ class Replica:
                         self.result = result
                     self._changed.notify_all()
             try:
-                await asyncio.wait_for(self._wake.wait(), self._config.reconcile_every_s)
+                await asyncio.wait_for(self._wake.wait(), self.config.reconcile_every_s)
             except TimeoutError:
                 continue
 
@@ -169,7 +169,7 @@ class Replica:
         )
 
     def _left_s(self, started: float) -> float:
-        return max(0.001, self._config.timeout_s * self._timeout_factor - (time.monotonic() - started))
+        return max(0.001, self.config.timeout_s * self._timeout_factor - (time.monotonic() - started))
 
     async def _send_through_group(self, push: WeightPush, policy: Policy, timeout_s: float) -> WeightUpdate | None:
         """Push through the process group; None if that is not possible and the push must go over gRPC."""

@@ -160,8 +160,8 @@ def token_weights(lengths_R: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """Return the weight of each token's loss, [N]. After division by `denominator`, the weighted sum is
 
     `token_mean`: the mean over all tokens; `sequence_mean`: the mean over rollouts of the means over their tokens;
-    `constant`: the mean over rollouts of the sums over their tokens / `normaliser_tokens` (Dr. GRPO: a token has the
-    same weight whatever the length of its rollout, or of others in the batch).
+    `constant`: the mean over rollouts of the sums over their tokens / `normaliser_tokens` (Dr. GRPO: a token's
+    weight does not depend on the length of its rollout, or of others in the batch).
     """
     if config.aggregation == "sequence_mean":
         weights_R = 1 / lengths_R

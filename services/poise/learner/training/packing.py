@@ -34,7 +34,7 @@ class PromptGroup:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Rollouts in the form that goes through the model: tokens of a row, and what the losses need about them."""
+    """The packed form of rollouts: the tokens of one row, and the inputs of the losses."""
 
     token_ids_1L: torch.Tensor
     positions_1L: torch.Tensor

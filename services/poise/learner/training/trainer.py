@@ -225,10 +225,6 @@ class Trainer:
         """Write the policy as a Hugging Face folder, see `Policy.save`."""
         self.policy.save(folder)
 
-    def save_without_parameters(self, folder: str) -> None:
-        """Write a folder without parameters, see `Policy.save_without_parameters`; on this rank only."""
-        self.policy.save_without_parameters(folder)
-
     def num_parameters(self) -> int:
         """Return the number of the policy's parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.policy.model.parameters())

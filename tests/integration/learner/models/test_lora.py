@@ -1,4 +1,4 @@
-"""A learner that trains adapters and sends them alone, and real replicas that sample with them unmerged."""
+"""A learner that trains and pushes only adapters, and real replicas that sample with them unmerged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def learner(model: Path, folder: Path, *addresses: str, **push: Any) -> As
             replicas=addresses,
             lora=LORA,
             push={"transport": "lora", "timeout_s": TIMEOUT_S, "reconcile_every_s": 0.05} | push,
-            mini_batch_prompts=8,  # one update a step: its mismatch is that of the policy that sampled
+            mini_batch_prompts=8,  # one update a step, so that the mismatch is that of the sampling policy
             optimizer={"learning_rate": 1e-2},
         )
     )
@@ -87,7 +87,7 @@ def batch_of(groups: list[Group], step: int) -> Batch:
 
 
 async def step_on(client: AsyncLearnerClient, address: str, step: int) -> StepResult:
-    """Sample with the version of that number, and train on it."""
+    """Sample with a version and train on the rollouts."""
     return await client.submit_advantages(batch_of(await sample(address, step, step), step))
 
 

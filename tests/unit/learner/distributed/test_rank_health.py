@@ -23,7 +23,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit statuses of ranks that exited."""
     statuses: list[int] = []
     monkeypatch.setattr(rank_health.os, "_exit", statuses.append)
-    monkeypatch.setattr(rank_health.os, "kill", lambda pid, number: None)  # all are this one process
+    monkeypatch.setattr(rank_health.os, "kill", lambda pid, number: None)  # all ranks are this process
     monkeypatch.setattr(rank_health.logging, "shutdown", lambda: None)
     monkeypatch.setattr(rank_health, "_GRACE_S", 0.01)
     monkeypatch.setattr(rank_health, "_BEAT_EVERY_S", 0.05)
@@ -125,7 +125,7 @@ def test_request_to_exit_reaches_rank_0_once(meet: Callable[..., list[RankHealth
 
     wait_until(lambda: heard.leaving)
     time.sleep(0.3)
-    assert heard.leaving == ["a rank of the learner was told to exit"]
+    assert heard.leaving == ["a rank of the learner received a stop signal"]
     assert not exits
 
 

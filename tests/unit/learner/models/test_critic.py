@@ -1,4 +1,4 @@
-"""The critic: a whole step against plain torch, what carries over, and that it learns."""
+"""The critic: a whole step against plain torch, its state, and that it learns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loaded(config: LearnerConfig) -> Trainer:
 
 
 def rollouts(step: int = 0) -> tuple[Rollout, ...]:
-    """Four prompts of two rollouts, of other lengths each."""
+    """Four prompts with two rollouts each, all of different lengths."""
     random = np.random.default_rng(step)
     made = [r for i in range(4) for r in make_group(random, f"g{i}", 1 + i, (3 + i, 8 - i), step=step)]
     return rewarded(Batch("run", "b", step, tuple(made))).rollouts
@@ -48,17 +48,17 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 
 
 def assert_near(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """Same weights, for all that float32 can tell."""
+    """Check that weights are equal within float32 rounding."""
     assert one.keys() == other.keys()
     for name in one:
-        # Adam makes whole steps of gradients that are nothing but rounding: a few elements may stray by one.
+        # Adam takes full steps on gradients that are only rounding: a few elements may differ by one step.
         difference = np.abs(one[name] - other[name])
         assert np.quantile(difference, 0.999) < 2e-6, name
         assert difference.max() < RATE, name
 
 
 class PlainPpo:
-    """PPO in plain torch: each rollout goes through both models alone, and every sum is written out."""
+    """PPO in plain torch, one rollout at a time, with every sum written out."""
 
     def __init__(self, config: LearnerConfig) -> None:
         assert config.critic is not None
@@ -153,7 +153,7 @@ class PlainPpo:
     ],
 )
 def test_a_step_is_that_of_plain_ppo_each_rollout_alone(config, changes):
-    """Two steps of two mini-batches: the second goes on from values, moments and weights of the first."""
+    """Two steps of two mini-batches: the second depends on values, moments and weights of the first."""
     settings = config(mini_batch_prompts=2, micro_batch_tokens=24, critic=CRITIC | changes)
     trainer, plain = loaded(settings), PlainPpo(settings)
     start = parameters(trainer)
@@ -182,13 +182,13 @@ def test_rows_and_checkpointing_change_nothing(config, changes):
 
 
 def poisoned(made: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
-    """With returns whose square no float32 holds."""
+    """With returns whose squares overflow float32."""
     return tuple(dataclasses.replace(r, reward=3e38) for r in made)
 
 
 @pytest.mark.parametrize("whiten", [True, False])
 def test_where_a_loss_of_either_is_not_finite_neither_moves(config, whiten, caplog):
-    """Whitened, the advantages of the policy are finite all the same: the critic's loss alone is not."""
+    """Whitened advantages are still finite, so only the critic's loss is not."""
     trainer = loaded(config(critic=CRITIC | {"whiten_advantages": whiten}))
     before = state_of(trainer)
     metrics = trainer.train(poisoned(rollouts()[:4]), 1.0)
@@ -232,7 +232,7 @@ def test_the_critic_warms_up_by_its_own_rate_and_updates(config):
     trainer = loaded(config(critic={"learning_rate": 1e-3, "warmup_updates": 4}, mini_batch_prompts=4))
     trainer.train(rollouts(), 1.0)
     bias = state_of(trainer)["critic.model.head.bias"]
-    assert np.abs(bias) == pytest.approx(1e-3 / 4, rel=1e-3)  # Adam's first step is the rate itself
+    assert np.abs(bias) == pytest.approx(1e-3 / 4, rel=1e-3)  # Adam's first step equals the learning rate
 
 
 def test_only_the_policy_leaves(config, tmp_path):
@@ -271,7 +271,7 @@ def test_in_bfloat16_its_weights_are_moved_in_float32(config):
     kept = half.state()[0]
     assert {tensor.dtype for name, tensor in kept.items() if not name.startswith("rng.")} == {torch.float32}
     assert metrics.value_loss == pytest.approx(wanted.value_loss, rel=0.05)
-    assert metrics.value_loss != wanted.value_loss  # it did compute in bfloat16
+    assert metrics.value_loss != wanted.value_loss  # bfloat16 was used
 
 
 def test_the_critics_arithmetic_counts_but_for_a_head(config):
@@ -286,7 +286,7 @@ def test_the_critics_arithmetic_counts_but_for_a_head(config):
 
 
 def test_a_critic_learns_what_rollouts_are_worth(config):
-    """Rewards that the last token of the prompt tells."""
+    """Rewards that depend on the prompt's last token."""
     random = np.random.default_rng(0)
     made = []
     for i in range(16):
@@ -295,6 +295,6 @@ def test_a_critic_learns_what_rollouts_are_worth(config):
             made.append(dataclasses.replace(r, prompt_token_ids=prompt, advantage=0.0, reward=float(i % 2)))
     trainer = loaded(config(critic=CRITIC | {"value_clip": None}, mini_batch_prompts=16))
     history: list[StepMetrics] = [trainer.train(made, 1.0) for _ in range(40)]
-    assert history[0].explained_variance == 0  # a critic that says 0 of all explains nothing
+    assert history[0].explained_variance == 0  # a critic that predicts 0 explains nothing
     assert history[-1].explained_variance > 0.8
     assert history[-1].value_loss < history[0].value_loss / 5

@@ -1,4 +1,4 @@
-"""LoRA: only adapters are trained, and what leaves the trainer is a plain model."""
+"""LoRA: only adapters are trained, and pushes and exports are plain models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from poise.learner.training.trainer import Trainer
 
 @pytest.fixture
 def trained(config) -> Trainer:
-    """A trainer of adapters, after two batches."""
+    """A trainer with adapters, after two batches."""
     trainer = loaded(config(lora={"rank": 4, "alpha": 8}))
     for step in range(2):
         trainer.train(make_batch(step).rollouts, 1.0)
@@ -137,7 +137,7 @@ def test_a_step_is_peft_and_torch_s_own(config):
 
 
 def served_and_trained(config: LearnerConfig, num_batches: int) -> tuple[dict[str, torch.Tensor], ...]:
-    """Return, of every adapted parameter, what it was, what it was served as, and W + (alpha / r) B A as trained."""
+    """Return the original, the served and the trained W + (alpha / r) B A of every adapted parameter."""
     trainer = loaded(config)
     layers = {
         f"{name}.weight": layer for name, layer in trainer.policy.model.named_modules() if hasattr(layer, "base_layer")
@@ -160,7 +160,7 @@ def test_in_float32_what_is_served_is_what_is_trained(config):
 
 
 def test_bfloat16_rounds_small_adapter_updates_away(config):
-    """Half a step of bfloat16 is the most it is off by, and what moved by less may not move there at all."""
+    """The error is at most half a bfloat16 step, so smaller updates may vanish."""
     settings = config(dtype="bfloat16", lora={"rank": 4, "alpha": 8}, optimizer={"learning_rate": 1e-4})
     before, served, trained = served_and_trained(settings, 2)
     moved, lost = 0, 0

@@ -15,7 +15,7 @@ from poise_client.types import Adapter, Policy, WeightArray
 
 
 def published(number: int, dtype: str = "bfloat16") -> WeightVersion:
-    """A version of which three elements differ from the one before."""
+    """A version that differs from the one before in three elements."""
     array = np.arange(1000, dtype=np.uint16 if dtype == "bfloat16" else np.float32)
     array[: 3 * number] += 1
     weights = {"a": WeightArray(array, dtype)}

@@ -15,7 +15,7 @@ from poise.learner.storage.checkpoint import CheckpointStore, Progress, StateErr
 
 
 class Killed(BaseException):
-    """What a kill leaves undone."""
+    """Stands for a kill: nothing after it runs."""
 
 
 def content(count: int) -> tuple[Progress, dict[str, torch.Tensor], set[bytes]]:
@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def open_store(folder) -> Iterator[Callable[..., CheckpointStore]]:
-    """Opens the folder as a process started anew would; the one before is dead."""
+    """Opens the folder as a new process would after the previous one died."""
     opened: list[CheckpointStore] = []
 
     def open_store(keep: int = 2) -> CheckpointStore:
@@ -97,7 +97,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(store, folder, name, ca
 
 
 def _reads_like(damage: bytes, whole: bytes, name: str) -> bool:
-    """White space of JSON may be other white space; its schema version is looked at first."""
+    """Other white space in JSON is no damage, and the schema version is checked first."""
     if name != "state.json":
         return False
     try:
@@ -140,7 +140,7 @@ def test_a_checkpoint_from_before_origins_were_told_is_read(store, folder):
     store.save(*content(1))
     path = folder / "checkpoint-00000001" / "state.json"
     state = json.loads(path.read_text())
-    assert state["schema_version"] == 2  # what knows no origin must not take it for damage
+    assert state["schema_version"] == 2  # older releases must reject it by its version, not as damage
     del state["progress"]["origin"]
     digest = hashlib.sha256(json.dumps(state["progress"], sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(state | {"schema_version": 1, "sha256": state["sha256"] | {"progress": digest}}))
@@ -164,7 +164,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def kill_at(monkeypatch, call: int) -> list[int]:
-    """Let the process die before its n-th change of the disk from now on. Returns the count of changes."""
+    """Let the process die before its n-th change of the disk. Return a counter of changes."""
     made = [0]
 
     def counted(work):
@@ -208,7 +208,7 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new(folder, open_store, monke
         count = store.load().progress.num_batches
         assert_holds(store, count)
         found.add(count)
-        store.save(*content(3))  # and it goes on
+        store.save(*content(3))  # saving still works
         assert_holds(store, 3)
         assert not list(folder.glob("writing-*"))
         if not killed:
@@ -218,7 +218,7 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new(folder, open_store, monke
 
 
 def test_the_same_state_is_not_written_twice(store, open_store, monkeypatch):
-    """Else a kill between dropping the old and renaming the new would lose the only one."""
+    """Otherwise a kill between deleting the old one and renaming the new one would lose both."""
     path = store.save(*content(1))
     for restart in (False, True):
         if restart:
@@ -251,7 +251,7 @@ def test_a_lineage_is_named_once_until_a_new_one_begins(store, open_store):
 
 @contextmanager
 def no_room_beyond(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: writing more is an error of the system's own."""
+    """Limit the size of files: the operating system then fails larger writes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

@@ -47,7 +47,7 @@ def test_checkpoint_export_equals_the_learners_export(config, tmp_path, changes)
 
 @pytest.fixture
 def state(tmp_path) -> Iterator[Path]:
-    """A state folder with checkpoints of three batches, held by its learner."""
+    """A state folder with three checkpoints, locked by its learner."""
     store = CheckpointStore(tmp_path / "state", keep=3)
     store.open()
     for count in (1, 2, 3):
@@ -68,7 +68,7 @@ def test_damaged_checkpoint_is_skipped_and_not_changed(state, caplog):
 
 def test_checkpoint_deleted_while_read_yields_the_newer_one(state, monkeypatch):
     def read(path: Path, prefix: str):
-        if path.name == "checkpoint-00000003":  # the learner goes on
+        if path.name == "checkpoint-00000003":  # the learner continues
             path.rename(state / "checkpoint-00000004")
         return read_checkpoint(path, prefix)
 

@@ -1,4 +1,4 @@
-"""The measured variance of the gradient against gradients of the groups, each by itself in plain torch."""
+"""The measured gradient variance against per-group gradients in plain torch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from poise_client.types import Batch, Rollout, StepMetrics
 
 Group = list[Rollout]
 STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "gradient_clip": 1e-3}
-"""Moves no weight, so that all mini-batches of a step meet the same model; and clips, which variance comes before."""
+"""Changes no weight, so that all mini-batches of a step see the same model. Clipping comes after measuring."""
 
 
 def groups(count: int) -> list[Group]:
-    """Of the same number of tokens each, so that the loss of every mini-batch is divided by the same."""
+    """Groups with the same number of tokens, so that all mini-batches have the same denominator."""
     random = np.random.default_rng(0)
     return [make_group(random, f"g{i}", 3, (4, 5)) for i in range(count)]
 
 
 def trained(config: LearnerConfig, mini_batches: Sequence[Sequence[Group]]) -> StepMetrics:
-    """The numbers of a step over these mini-batches, in which a group may come more than once."""
+    """The metrics of a step with these mini-batches, which may repeat a group."""
     trainer = Trainer(config)
     trainer.load()
     rollouts = [
@@ -85,7 +85,7 @@ def test_uneven_halves_are_weighted_by_their_groups(config):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_mean_over_all_draws_is_the_sample_covariance(config, size):
-    """Unbiased: over all ways to draw and cut a mini-batch of six groups the mean is m·tr Σ, but for rounding."""
+    """Unbiased: over all ways to draw and split a mini-batch of six groups, the mean is m·tr Σ up to rounding."""
     settings = settings_for(config, size)
     six = groups(6)
     draws = [

@@ -15,7 +15,7 @@ def make_head(*, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.
 
 
 def whole(head, states, targets):
-    """Of all logits at once."""
+    """Compute log-probabilities and entropies from all logits at once."""
     logprobs = torch.log_softmax(head(states) / TEMPERATURE, -1)
     return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
@@ -59,7 +59,7 @@ def test_bfloat16_rounds_products_but_not_chunk_sums():
 
 
 class Largest(TorchDispatchMode):
-    """Watches for the largest tensor that is made, backward included."""
+    """Records the largest tensor that is created, also in the backward pass."""
 
     num_elements = 0
 

@@ -57,7 +57,7 @@ class Case:
 
 
 def ppo(c: LossConfig, logprob: float, old: float, advantage: float) -> tuple[float, str]:
-    """One token: its loss, and which bound decided."""
+    """Return one token's loss and the clip that applied."""
     ratio = math.exp(logprob - old)
     if advantage > 0 and ratio > 1 + c.clip_high:
         return -advantage * (1 + c.clip_high), "high"
@@ -79,7 +79,7 @@ def gspo(c: LossConfig, mean_difference: float, advantage: float) -> tuple[float
 
 
 def reference_of(case: Case, config: LossConfig, logprobs: np.ndarray) -> tuple[list[float], list[str]]:
-    """Policy losses of all tokens by the formulas, and the bounds that decided; CISPO's weights as of `case`."""
+    """Policy losses of all tokens by the formulas, and the clips that applied; CISPO's weights are those of `case`."""
     losses, bounds, start = [], [], 0
     for length in LENGTHS:
         rows = slice(start, start + length)
@@ -111,7 +111,7 @@ def kl_of(case: Case, logprobs: np.ndarray) -> list[float]:
 
 
 def aggregated(losses: list[float], config: LossConfig) -> float:
-    """As a mini-batch's loss is defined."""
+    """The definition of a mini-batch's loss."""
     rows = np.split(np.array(losses), np.cumsum(LENGTHS)[:-1])
     if config.aggregation == "token_mean":
         return float(np.mean(losses))
@@ -152,7 +152,7 @@ def test_every_token_has_the_loss_and_the_bound_of_the_formula(name):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_mini_batch_loss_and_gradient_match_the_formula(name, aggregation):
-    """Finite differences know nothing of what is held constant: so the formula holds it, too."""
+    """Finite differences ignore stopped gradients, so the formula keeps the same terms constant."""
     case = Case()
     config = SETTINGS[name].model_copy(
         update={"aggregation": aggregation, "normaliser_tokens": 50, "kl_coefficient": 0.3}
@@ -171,8 +171,8 @@ def test_mini_batch_loss_and_gradient_match_the_formula(name, aggregation):
     assert float(loss_of(torch.from_numpy(case.logprobs))) == pytest.approx(formula(case.logprobs), rel=1e-6)
     got, wanted = gradient(loss_of, case.logprobs), finite_differences(formula, case.logprobs)
     if config.policy == "gspo":
-        # A rollout's gradient lies with its tokens one by one, weighted as they are; the formula's is that of their
-        # mean. Where a mean of tokens is taken, with weights alike, they are the same.
+        # Each token has its own share of a rollout's gradient; the formula has the gradient of their
+        # mean. With equal weights over a rollout's tokens, both are the same.
         got, wanted = (np.array([part.sum() for part in np.split(g, np.cumsum(LENGTHS)[:-1])]) for g in (got, wanted))
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-9)
     assert np.abs(wanted).max() > 1e-3
@@ -196,7 +196,7 @@ def test_gspo_gradient_matches_its_formula():
 def test_on_policy_gradient_is_weighted_reinforce(name):
     case = Case()
     got = gradient(lambda logprobs: case.losses(SETTINGS[name], logprobs, reference=False).losses_N.sum(), case.old)
-    # CISPO's ratio is of the log-probabilities it is given: those of the old policy, too.
+    # CISPO's ratio also uses the old policy's log-probabilities.
     np.testing.assert_allclose(got, -case.advantages * np.minimum(np.exp(case.old - case.rollout), 2), rtol=1e-9)
 
 
@@ -208,7 +208,7 @@ def test_no_gradient_goes_through_the_importance_weight(name):
     losses.losses_N.sum().backward()
     assert tensors[2].grad is None
     if SETTINGS[name].policy == "ppo":
-        np.testing.assert_array_equal(tensors[1].grad, -tensors[0].grad)  # the ratio's alone
+        np.testing.assert_array_equal(tensors[1].grad, -tensors[0].grad)  # only the ratio's
 
 
 def test_cispo_leaves_no_token_without_a_gradient():
@@ -236,12 +236,12 @@ def test_kl_estimate_is_unbiased_and_never_negative():
     [
         (1.0, 1.28, -1.28, True),  # the higher clip: up to 1.28
         (1.0, 1.29, -1.28, False),
-        (1.0, 0.5, -0.5, True),  # a good token that became rarer is not clipped
+        (1.0, 0.5, -0.5, True),  # positive advantage, lower probability: not clipped
         (-1.0, 0.81, 0.81, True),
         (-1.0, 0.79, 0.8, False),
-        (-1.0, 2.9, 2.9, True),  # a bad token that became likelier is not clipped, until
+        (-1.0, 2.9, 2.9, True),  # negative advantage, higher probability: not clipped, until
         (-1.0, 3.1, 3.0, False),  # the dual clip
-        (1.0, 3.1, -1.28, False),  # which is for bad ones alone
+        (1.0, 3.1, -1.28, False),  # it applies to negative advantages only
     ],
 )
 def test_the_clips_of_ppo_take_hold_at_their_bounds(advantage, ratio, loss, has_gradient):
@@ -279,14 +279,14 @@ def test_every_split_of_a_mini_batch_adds_up_to_the_same_loss(aggregation):
 
 @pytest.mark.parametrize(
     ("value", "loss", "gradient"),
-    [  # the value was 1, and is to be 3; the clip is 0.5
+    [  # the old value is 1, the return 3, the clip 0.5
         (1.0, 2.0, -2.0),
         (1.4, 1.28, -1.6),
-        (1.6, 1.125, 0.0),  # it has come further towards 3 than the step allows
+        (1.6, 1.125, 0.0),  # moved towards 3 by more than the clip: no gradient
         (0.6, 2.88, -2.4),
-        (0.4, 3.38, -2.6),  # further away from it: it must come back
+        (0.4, 3.38, -2.6),  # moved away from 3: full gradient
         (3.0, 1.125, 0.0),
-        (4.9, 1.8050, 1.9),  # beyond 3, worse than at the bound: it must come back
+        (4.9, 1.8050, 1.9),  # beyond 3, with a larger error than at the clip: full gradient
     ],
 )
 def test_value_clip_limits_the_change_of_a_value(value, loss, gradient):

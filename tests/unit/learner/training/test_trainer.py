@@ -36,7 +36,7 @@ def assert_same(one, other) -> None:
 
 
 class PlainLoop:
-    """The same training in plain torch: each rollout goes through the model alone."""
+    """The same training in plain torch, one rollout at a time."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self.config = config
@@ -50,7 +50,7 @@ class PlainLoop:
         )
 
     def logprobs(self, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the response's tokens, and the entropies."""
+        """Return the log-probabilities of the response's tokens, and the entropies."""
         tokens = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
         num_prompt = rollout.prompt_token_ids.size
         logprobs = torch.log_softmax(self.model(tokens).logits[0, num_prompt - 1 : -1] / temperature, -1)
@@ -102,7 +102,7 @@ def assert_close(trainer: Trainer, loop: PlainLoop, start: dict[str, np.ndarray]
     """Same weights, for all that float32 can tell, and far from the start."""
     for name, parameter in loop.model.named_parameters():
         mine, theirs = weights(trainer)[name], parameter.detach().numpy()
-        # Adam makes whole steps of gradients that are nothing but rounding: a few elements may stray by one.
+        # Adam takes full steps on gradients that are only rounding: a few elements may differ by one step.
         difference = np.abs(mine - theirs)
         assert np.quantile(difference, 0.999) < 1e-6, name
         assert difference.max() < learning_rate, name
@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(config, caplog):
     assert_same(weights(trainer), before)
     assert trainer.state()[0].keys() == state[0].keys()
     assert trainer.state()[1] == 0
-    # The other mini-batch of the step is trained on, and the next step is as if nothing had been.
+    # The step's other mini-batch is trained on, and the next step is unaffected.
     mixed = [*poisoned[:4], *rollouts()[4:]]
     fresh = loaded(config(mini_batch_prompts=2))
     metrics = trainer.train(mixed, 1.0)
@@ -254,7 +254,7 @@ def test_tied_weights_travel_once(config, model):
 
 
 def test_bfloat16_keeps_float32_weights_and_pushes_rounded_ones(config):
-    """The published recipe's learning rate, 1e-6, is under a bfloat16's resolution of all but the smallest weights."""
+    """The paper's learning rate, 1e-6, is below the bfloat16 resolution of all but the smallest weights."""
     trainer = loaded(config(dtype="bfloat16", optimizer={"learning_rate": 1e-6}))
     exact = loaded(config())
     for name, weight in trainer.weights().items():
@@ -269,7 +269,7 @@ def test_bfloat16_keeps_float32_weights_and_pushes_rounded_ones(config):
             assert (tensor != before[name]).float().mean() > 0.5, name
     reference = exact.train(rollouts(), 1.0)
     assert metrics.entropy == pytest.approx(reference.entropy, rel=0.02)
-    assert metrics.entropy != reference.entropy  # it did compute in bfloat16
+    assert metrics.entropy != reference.entropy  # bfloat16 was used
 
 
 def test_a_model_that_is_not_there_is_named(config, tmp_path):
