@@ -185,7 +185,7 @@ class LearnerCore:
         version = self.progress.policy_version
         with (
             self._failing_with_ranks(),
-            self._exporting(f"version {version}", collective=self.trainer.has_other_ranks),
+            export.describing_errors(f"version {version}", self._export_dir, collective=self.trainer.has_other_ranks),
         ):
             path = export.write_export(self._export_dir, name, version, self.trainer.save_model)
         return ModelExport(str(path), version)
@@ -193,7 +193,7 @@ class LearnerCore:
     def check_export(self, name: str) -> ModelExport:
         """Return or raise what `export` would, by writing and deleting an export without parameters."""
         self._check_healthy()
-        with self._exporting(f"model {self.config.model}", collective=False):
+        with export.describing_errors(f"model {self.config.model}", self._export_dir):
             path = export.check_export(self._export_dir, name, self.trainer.policy.save_without_parameters)
         return ModelExport(str(path), self.progress.policy_version)
 
@@ -210,7 +210,7 @@ class LearnerCore:
             logger.info("state_dir %s can be written again", self.config.state_dir)
 
     def close(self) -> None:
-        """Wait for the checkpoint being written, leave the process group and unlock the state folder."""
+        """Wait for the checkpoint being written, unlock the state folder and leave the process group."""
         try:
             self.checkpoints.close()
         finally:
@@ -415,39 +415,6 @@ class LearnerCore:
     @property
     def _export_dir(self) -> Path:
         return self.config.export_dir or self.config.state_dir / "exports"
-
-    @contextlib.contextmanager
-    def _exporting(self, what: str, *, collective: bool) -> Iterator[None]:
-        """Turn exceptions of an export into errors with a remedy.
-
-        With `collective` other ranks take part, and torch.distributed raises `RuntimeError` if one is lost.
-        """
-        try:
-            yield
-        except PoiseError:
-            raise
-        except OSError as error:
-            raise BackendDown(
-                f"{what} cannot be exported to export_dir {self._export_dir}: {describe_disk_error(error)}",
-                remedy="Then request the export again; training is not affected.",
-                retry_after_s=1.0,
-            ) from error
-        except Exception as error:
-            if collective and isinstance(error, RuntimeError):
-                # The other ranks may be dead, or wait in a collective that this one has left.
-                self.failure = f"{what} was not exported because another rank was lost: {error}"
-                logger.exception("the export failed")
-                raise BackendDown(
-                    self.failure,
-                    remedy="The learner restarts from its checkpoint and journal. Request the export again then.",
-                    retry_after_s=1.0,
-                ) from error
-            logger.exception("the export failed")
-            raise PoiseError(
-                f"{what} cannot be exported: {type(error).__name__}: {error}",
-                remedy="Correct the named file in the model's folder. The policy is safe in the learner's checkpoints, "
-                "and the learner's log has the traceback.",
-            ) from error
 
     def _check_outputs(self) -> None:
         """Write and delete an export, a checkpoint and a journal file, so that problems show before training.

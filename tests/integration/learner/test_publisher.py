@@ -375,7 +375,7 @@ async def test_replica_without_a_client_has_a_reason_and_is_retried(replica, cap
     problems.clear()
     await eventually(lambda: all(result.current for result in sender.results))
     assert unread.policy == broken.policy == served(version(1))
-    assert caplog.text.count("no connection can be made") == 2
+    assert caplog.text.count("cannot connect: ") == 2
     await sender.stop()
 
 

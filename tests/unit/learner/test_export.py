@@ -289,7 +289,7 @@ def test_losing_a_rank_during_an_export_fails_the_learner(recovered: Any, monkey
     monkeypatch.setattr("poise.learner.training.trainer.Trainer.has_other_ranks", True)
     with pytest.raises(BackendDown, match="another rank was lost: Connection closed") as raised:
         core.export("model")
-    assert "The learner restarts from its checkpoint and journal" in raised.value.remedy
+    assert "All ranks of the learner restart and resume" in raised.value.remedy
     assert core.failure
 
 

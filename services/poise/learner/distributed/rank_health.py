@@ -41,7 +41,7 @@ class RankLost(BackendDown):
     """Another rank died, hangs, failed or was restarted: all of them must restart."""
 
     def __init__(self, reason: str, *, in_training: bool = False) -> None:
-        super().__init__(reason, remedy="All ranks of the learner restart and resume.", retry_after_s=1.0)
+        super().__init__(reason, remedy="All ranks of the learner restart and resume; retry then.", retry_after_s=1.0)
         self.in_training = in_training
         """Whether training on the current batch raised an exception there. Otherwise the batch is not the cause."""
 

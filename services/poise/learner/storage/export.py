@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from poise.errors import InvalidRequest
+from poise.errors import BackendDown, InvalidRequest, PoiseError
 from poise.learner.config import LearnerConfig
 from poise.learner.distributed.process_group import World
+from poise.learner.distributed.rank_health import RankLost
 from poise.learner.models.policy import Policy
 from poise.learner.storage.checkpoint import DAMAGE, Checkpoint, StateError, checkpoint_folders, read_checkpoint
-from poise.runtime.files.atomic import tensor_errors
+from poise.runtime.files.atomic import describe_disk_error, tensor_errors
 from poise.runtime.models.checkpoint_digest import EXPORT_MARK
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,38 @@ def check_export(folder: Path, name: str, save: Callable[[str], None]) -> Path:
         with contextlib.suppress(OSError):  # another process may have written to it
             folder.rmdir()
     return target.resolve()
+
+
+@contextlib.contextmanager
+def describing_errors(what: str, folder: Path, *, collective: bool = False) -> Iterator[None]:
+    """Turn exceptions of an export into errors with a remedy.
+
+    With `collective` other ranks take part, and torch.distributed raises `RuntimeError` if one is lost.
+
+    Raises:
+        RankLost: another rank was lost.
+        PoiseError: anything else; nothing is lost.
+    """
+    try:
+        yield
+    except PoiseError:
+        raise
+    except OSError as error:
+        raise BackendDown(
+            f"{what} cannot be exported to export_dir {folder}: {describe_disk_error(error)}",
+            remedy="Then request the export again; training is not affected.",
+            retry_after_s=1.0,
+        ) from error
+    except Exception as error:
+        logger.exception("the export failed")
+        if collective and isinstance(error, RuntimeError):
+            # The other ranks may be dead, or wait in a collective that this one has left.
+            raise RankLost(f"{what} was not exported because another rank was lost: {error}") from error
+        raise PoiseError(
+            f"{what} cannot be exported: {type(error).__name__}: {error}",
+            remedy="Correct the named file in the model's folder. The policy is safe in the learner's checkpoints, "
+            "and the learner's log has the traceback.",
+        ) from error
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint]:
