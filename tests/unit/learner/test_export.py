@@ -95,7 +95,7 @@ def test_unreadable_generation_settings_are_left_out(
     (own_model / "generation_config.json").write_text(text)
     recovered(model=str(own_model)).export("model")
     assert "generation_config.json of model" in caplog.text
-    assert "cannot be read and is left out" in caplog.text
+    assert "cannot be read and is ignored" in caplog.text
 
 
 def test_a_message_of_left_out_settings_is_short(own_model: Path) -> None:
@@ -299,4 +299,4 @@ def test_generation_settings_are_read_as_a_log_says(own_model: Path, caplog: pyt
     config, repairs = load_generation_config(str(own_model), transformers.GenerationConfig)
     assert config is not None
     assert config.eos_token_id == [2, 3]
-    assert repairs.endswith("exports leave out: top_k 7. Training does not use them; correct the file to keep them")
+    assert repairs.endswith("which exports omit: top_k 7. Training does not use them. Correct the file to keep them")
