@@ -1,7 +1,7 @@
 """Records hidden states, log-probabilities and entropies of running rollouts in vLLM's worker.
 
-The memory is allocated once, independent of the length of rollouts. Each rollout has a slot, which holds the sum of its
-prompt's last states, a ring buffer of its latest response states, the pooled state at its last `</think>`, and two
+The memory is allocated once, independent of the length of rollouts. Each rollout has a slot. A slot holds the sum of
+its prompt's last states, a ring buffer of its latest response states, the pooled state at its last `</think>`, and two
 floats per token. Everything stays on the model's device, and a few indexed operations per step write it without
 synchronizing. Only `collect` copies to the host.
 
