@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from poise.errors import InvalidRequest, VersionMismatch
 from poise.generation.config import GenerationConfig
 from poise.generation.served_policy import ServedPolicy
-from poise.runtime.network.broadcast_group import Rendezvous
 from poise.runtime.rpc.validation import Violations, quoted
 from poise_client import combine_digests
 from poise_client.codec import (
-    DTYPE_NAMES,
     SAFETENSORS_DTYPES,
-    backend_name,
+    CodecError,
     decode,
     max_block_bytes,
     safetensors_header,
@@ -66,24 +64,37 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """The description of a push, from its first message."""
+class ProcessGroup:
+    """The group of two processes that broadcasts the payload of a push."""
 
-    policy: ServedPolicy
-    """The version to serve."""
+    backend: str = ""
+    rendezvous: bytes = b""
+    timeout_s: float = 0.0
+    """Longest time that the transfer may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The first message of a push, which describes it completely. Fields are those of `WeightsManifest`."""
+
+    lineage_id: str
+    policy_version: int
     tensors: tuple[TensorSpec, ...]
+    digest: bytes
     base: ServedPolicy | None = None
     """The version that a delta builds on; None for whole parameters."""
-    file: str = ""
-    """Path of the payload; empty if it comes in chunks or through a group."""
-    keep_as_base: bool = False
-    """Whether the sender may send a delta against this version next."""
     adapter: Adapter | None = None
     """Rank, scale and base of a low-rank adapter; None for the model's own parameters."""
-    rendezvous: Rendezvous | None = None
-    """Where to join the process group that broadcasts the payload, if one does."""
-    timeout_s: float = 0.0
-    """Longest time that the group may take."""
+    keep_as_base: bool = False
+    """Whether the sender may send a delta against this version next."""
+    file: str = ""
+    """Path of the payload; empty if it comes in chunks or through a group."""
+    process_group: ProcessGroup | None = None
+
+    @property
+    def policy(self) -> ServedPolicy:
+        """The version to serve."""
+        return ServedPolicy(self.lineage_id, self.policy_version, self.digest)
 
     @property
     def total_bytes(self) -> int:
@@ -105,11 +116,6 @@ class Manifest:
         """The header of a safetensors file that holds the whole parameters in this order."""
         return safetensors_header(tensor.layout for tensor in self.tensors)
 
-    @property
-    def digest(self) -> bytes:
-        """The digest that the tensors' hashes give; see `WeightsManifest.digest` in generation.proto."""
-        return combine_digests({tensor.name: tensor.sha256 for tensor in self.tensors}, self.adapter)
-
 
 def read_manifest(
     message: pb.WeightsManifest, config: GenerationConfig, *, base_digest: bytes = b"", group_backend: str = ""
@@ -127,30 +133,10 @@ def read_manifest(
         VersionMismatch: the adapter was trained on another model.
     """
     _check_sizes(message)
-    manifest = Manifest(
-        policy=ServedPolicy(message.lineage_id, message.policy_version, message.digest),
-        tensors=tuple(
-            TensorSpec(
-                tensor.name,
-                DTYPE_NAMES.get(tensor.dtype, ""),
-                tuple(tensor.shape),
-                tensor.sha256,
-                tensor.num_changed,
-                tensor.block_bytes,
-            )
-            for tensor in message.tensors
-        ),
-        base=ServedPolicy(message.base.lineage_id, message.base.policy_version, message.base.digest)
-        if message.HasField("base")
-        else None,
-        file=message.file,
-        keep_as_base=message.keep_as_base,
-        adapter=decode(message.adapter, Adapter) if message.HasField("adapter") else None,
-        rendezvous=Rendezvous(backend_name(message.process_group.backend), message.process_group.rendezvous)
-        if message.HasField("process_group")
-        else None,
-        timeout_s=message.process_group.timeout_s,
-    )
+    try:
+        manifest = decode(message, Manifest, "manifest")
+    except CodecError as error:
+        raise InvalidRequest.field(error.field, error.description) from error
     _check_tensors(manifest, config.max_update_bytes)
     _check_adapter(manifest, config, base_digest)
     _check_group(manifest, group_backend)
@@ -218,7 +204,9 @@ def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
                 remedy="Raise max_update_bytes of the generation service.",
             )
         _check_delta(tensor, path, is_delta=manifest.base is not None)
-    if manifest.policy.digest != manifest.digest:
+    if manifest.digest != combine_digests(
+        {tensor.name: tensor.sha256 for tensor in manifest.tensors}, manifest.adapter
+    ):
         raise InvalidRequest.field("manifest.digest", "is not the SHA-256 over the tensors' sha256 in order of name")
 
 
@@ -272,16 +260,17 @@ def _check_adapter(manifest: Manifest, config: GenerationConfig, base_digest: by
 
 
 def _check_group(manifest: Manifest, group_backend: str) -> None:
-    if manifest.rendezvous is None:
+    group = manifest.process_group
+    if group is None:
         return
     if manifest.file:
         raise InvalidRequest.field(
             "manifest.file", "is set; required: unset, because `process_group` sends the payload"
         )
-    if not 0 < manifest.timeout_s <= MAX_GROUP_TIMEOUT_S:
+    if not 0 < group.timeout_s <= MAX_GROUP_TIMEOUT_S:
         raise InvalidRequest.field(
             "manifest.process_group.timeout_s",
-            f"is {manifest.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}",
+            f"is {group.timeout_s:g}; required: above 0, at most {MAX_GROUP_TIMEOUT_S}",
         )
     if not group_backend:
         raise InvalidRequest.field(
@@ -289,7 +278,7 @@ def _check_group(manifest: Manifest, group_backend: str) -> None:
             "is set, but `nccl` is unset on this replica",
             remedy="Set `nccl` of the generation service, or choose another push.transport of the learner.",
         )
-    if manifest.rendezvous.backend != group_backend:
+    if group.backend != group_backend:
         raise InvalidRequest.field(
-            "manifest.process_group.backend", f"is {quoted(manifest.rendezvous.backend)}; required: {group_backend}"
+            "manifest.process_group.backend", f"is {quoted(group.backend)}; required: {group_backend}"
         )

@@ -95,11 +95,11 @@ class PushReceiver:
             base_digest=self._base_digest,
             group_backend=self._engine.process_group_backend,
         )
-        version = manifest.policy.policy_version
+        version = manifest.policy_version
         if not must_apply(self.policy, manifest.policy):
             return WeightUpdate(version, True, 0.0, 0.0)
         with self.staging.open(manifest) as push:
-            if manifest.rendezvous is not None:
+            if manifest.process_group is not None:
                 payload = push.group_payload()
                 limit_s = WAIT_BUDGET_S + manifest.payload_bytes / MIN_BYTES_PER_S
                 await self._engine.receive_payload(
@@ -118,7 +118,7 @@ class PushReceiver:
 
     async def _apply(self, push: StagedPush, receive_s: float) -> float:
         """Serve a complete push; return the seconds for which generation paused."""
-        manifest, version = push.manifest, push.manifest.policy.policy_version
+        manifest, version = push.manifest, push.manifest.policy_version
         if manifest.adapter is None:
             folder = None
             pause_s = await self._engine.update_weights(push.path, version)
@@ -132,7 +132,7 @@ class PushReceiver:
         logger.info(
             "serving version %d of lineage %s (%s): received in %.2f s, generation paused for %.2f s",
             version,
-            manifest.policy.lineage_id[:8],
+            manifest.lineage_id[:8],
             "whole" if manifest.base is None else "delta",
             receive_s,
             pause_s,

@@ -23,6 +23,7 @@ from poise.generation.weights.capacity import check_free_space, choose_folder, s
 from poise.generation.weights.manifest import Manifest, TensorSpec
 from poise.generation.weights.process_group import GroupPayload
 from poise.runtime.files.scratch import ScratchFolder, remove_leftovers
+from poise.runtime.network.broadcast_group import Rendezvous
 from poise.runtime.rpc.validation import quoted
 from poise_client.codec import CodecError, apply_delta
 
@@ -149,7 +150,7 @@ class StagedPush:
         self, manifest: Manifest, folder: ScratchFolder, *, base: DeltaBase | None, shared_file: Path | None
     ) -> None:
         self.manifest = manifest
-        self.comes_in_chunks = shared_file is None and manifest.rendezvous is None
+        self.comes_in_chunks = shared_file is None and manifest.process_group is None
         self._folder = folder
         self._base = base
         self._header = manifest.header
@@ -183,7 +184,7 @@ class StagedPush:
         assert self._file is not None  # noqa: S101 (entered)
         if not self._is_kept:
             self.path.unlink(missing_ok=True)
-        if self.manifest.rendezvous is not None and self._base is not None and self._payload_file is not None:
+        if self.manifest.process_group is not None and self._base is not None and self._payload_file is not None:
             self._payload_file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # bytes that a full disk did not take, which nothing needs
             self._file.close()
@@ -196,11 +197,12 @@ class StagedPush:
 
     def group_payload(self) -> GroupPayload:
         """Return what to receive through the process group of the manifest."""
-        manifest = self.manifest
-        assert manifest.rendezvous is not None  # noqa: S101 (called for such pushes only)
+        group = self.manifest.process_group
+        assert group is not None  # noqa: S101 (called for such pushes only)
         assert self._payload_file is not None  # noqa: S101 (entered)
+        rendezvous = Rendezvous(group.backend, group.rendezvous)
         header = self._header if self._base is None else b""
-        return GroupPayload(manifest.rendezvous, manifest.part_bytes, header, self._payload_file, manifest.timeout_s)
+        return GroupPayload(rendezvous, self.manifest.part_bytes, header, self._payload_file, group.timeout_s)
 
     def keep(self) -> Path:
         """Leave the file to the caller, who removes it."""
@@ -263,7 +265,7 @@ class StagedPush:
         """Check the free space and write the header, where this process will write the parameters."""
         manifest = self.manifest
         num_bytes = self._total_bytes
-        if manifest.rendezvous is not None:
+        if manifest.process_group is not None:
             self._payload_file = self.path
             if self._base is not None:
                 descriptor, name = tempfile.mkstemp(prefix="payload-", dir=self.path.parent)

@@ -113,8 +113,10 @@ def test_push_may_fill_the_limit_but_not_exceed_it() -> None:
 
 def test_digest_covers_the_hashes_in_order_of_name() -> None:
     expected = hashlib.sha256(b"".join(t.sha256 for t in sorted(TENSORS, key=lambda t: t.name))).digest()
-    assert read(message_of(TENSORS)).digest == read(message_of(TENSORS[::-1])).digest == expected
-    assert read(message_of(changed(0, sha256=b"x" * 32))).digest != expected
+    for tensors in (TENSORS, TENSORS[::-1]):
+        assert read(message_of(tensors, digest=expected)).policy.digest == expected
+    other = changed(0, sha256=b"x" * 32)
+    assert wrong_fields(message_of(other, digest=expected)) == ["manifest.digest"]
 
 
 def test_digest_of_other_tensors_is_rejected() -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from poise.errors import BackendDown, InvalidRequest, VersionMismatch
 from poise.generation.served_policy import ServedPolicy
 from poise.generation.weights import staging as module
-from poise.generation.weights.manifest import Manifest, TensorSpec
+from poise.generation.weights.manifest import Manifest, ProcessGroup, TensorSpec
 from poise.generation.weights.staging import StagedPush, Staging
 from poise.runtime.network.broadcast_group import Rendezvous
 from poise_client import combine_digests
@@ -41,8 +41,12 @@ ENDS = np.cumsum([array.nbytes for array in ARRAYS.values()]).tolist()
 
 
 def manifest_of(tensors: list[TensorSpec] = TENSORS, version: int = 1, **more: object) -> Manifest:
-    policy = ServedPolicy("lineage", version, combine_digests({tensor.name: tensor.sha256 for tensor in tensors}))
-    return Manifest(**{"policy": policy, "tensors": tuple(tensors), "keep_as_base": True} | more)
+    digest = combine_digests({tensor.name: tensor.sha256 for tensor in tensors})
+    return Manifest(
+        **{"lineage_id": "lineage", "policy_version": version, "tensors": tuple(tensors), "digest": digest}
+        | {"keep_as_base": True}
+        | more
+    )
 
 
 @contextmanager
@@ -208,12 +212,11 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     script = (
         "import os, signal\nfrom pathlib import Path\n"
-        "from poise.generation.served_policy import ServedPolicy\n"
         "from poise.generation.weights.staging import Staging\n"
         "from poise.generation.weights.manifest import Manifest, TensorSpec\n"
         f"staging = Staging(Path({str(tmp_path)!r}), keep_base=True, shared_dirs=())\n"
         "tensors = (TensorSpec('a', 'float32', (9,), b''),)\n"
-        "with staging.open(Manifest(ServedPolicy(), tensors)) as push:\n"
+        "with staging.open(Manifest('lineage', 1, tensors, b'')) as push:\n"
         "    push.write(0, b'x' * 12)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -422,14 +425,15 @@ def test_files_outside_shared_dirs_are_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_delta", [False, True])
 def test_payload_of_a_group_is_read_from_its_file(tmp_path: Path, is_delta: bool) -> None:
-    rendezvous = Rendezvous("gloo", b"host:1")
+    group = ProcessGroup("gloo", b"host:1", 9.0)
     with staging_in(tmp_path) as staging:
         serve(staging, manifest_of())
         manifest, body = delta(new_arrays()) if is_delta else (manifest_of(version=2), DATA)
-        manifest = dataclasses.replace(manifest, rendezvous=rendezvous, timeout_s=9.0)
+        manifest = dataclasses.replace(manifest, process_group=group)
         with staging.open(manifest) as push:
             payload = push.group_payload()
-            assert (payload.rendezvous, sum(payload.part_bytes), payload.timeout_s) == (rendezvous, len(body), 9.0)
+            assert (payload.rendezvous, payload.timeout_s) == (Rendezvous("gloo", b"host:1"), 9.0)
+            assert sum(payload.part_bytes) == len(body)
             payload.path.write_bytes(payload.header + body)
             push.read_file()
             push.finish(len(body))
