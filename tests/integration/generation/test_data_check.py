@@ -90,7 +90,7 @@ async def test_bad_rows_are_named_with_the_error_of_the_model(picky: Running, ro
     with pytest.raises(TaskError) as caught:
         await check(settings(picky, rows))
     long, template, beyond, summary = str(caught.value).splitlines()
-    assert long.startswith(f"{rows}:3: prompt: has 200 tokens, which with 8 of a response is more than max_model_len")
+    assert long.startswith(f"{rows}:3: prompt: has 200 tokens; with 8 response tokens that exceeds max_model_len")
     assert template.startswith(f"{rows}:5: chat: is rejected by the model's chat template: one turn only")
     assert beyond.startswith(f"{rows}:8: text: has token ")
     assert summary == f"{rows}: 3 of 40 rows are invalid. Fix them, or set on_bad_row: skip to leave them out."

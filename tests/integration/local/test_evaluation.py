@@ -51,13 +51,13 @@ def folder(tmp_path: Path) -> Path:
         (["--checkpoint", "absent"], 2, "--checkpoint: absent does not exist. Name a checkpoint-… folder"),
         (["--checkpoint", "checkpoint-00000003"], 1, "checkpoint-00000003 has schema_version 99"),
         (["--out", "done"], 2, "done already contains an evaluation; use another folder"),
-        (["--out", "run.yaml/x"], 2, "run.yaml/x cannot be used"),
+        (["--out", "run.yaml/x"], 2, "run.yaml/x is not usable"),
         (
             ["--set", "train.evaluation.num_prompts=0"],
             2,
-            "evaluation.num_prompts: is 0, which leaves nothing to measure",
+            "evaluation.num_prompts is 0; set it to 1 or more to evaluate",
         ),
-        (["--prompts", "1000000"], 2, "held-out problems, and its share of 1000000 is 1000000; lower"),
+        (["--prompts", "1000000"], 2, "held-out problems, but its share of 1000000 is 1000000. Lower"),
         (["--rollouts", "0"], 2, "0 is not in the range"),
     ],
 )

@@ -60,7 +60,7 @@ def test_run_of_another_model_is_rejected_before_the_start(run_file: Path) -> No
 def test_missing_task_file_is_reported_before_the_start(run_file: Path) -> None:
     done = poise("run", "-c", str(run_file), "--set", "train.tasks=[{kind: jsonl, path: absent.jsonl}]")
     assert done.returncode == 2
-    assert "absent.jsonl: cannot be read" in done.stderr
+    assert "absent.jsonl: is not readable" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run_file.parent / "run" / "logs").exists()
 
