@@ -22,7 +22,7 @@ from poise_client import RetryPolicy
 from poise_proto.v1 import generation_pb2 as pb
 from poise_proto.v1 import generation_pb2_grpc
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 NO_RETRIES = RetryPolicy(max_attempts=1)
 

@@ -1,6 +1,6 @@
 """Writes the gradients of a mini-batch for every loss, computed by ranks under torchrun.
 
-Usage: torchrun ... sharded_gradients.py MODEL STATE_DIR FILE. Started as `python -m`, from the repository.
+Usage: torchrun ... sharded_gradients.py MODEL STATE_DIR FILE, with the repository on the path.
 """
 
 from __future__ import annotations

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.integration.learner import sharded_gradients
 from tests.integration.learner.sharded_gradients import SETTINGS, gradients_of_all
 from tests.support.architectures import make_architecture
+from tests.support.forking import ForkedProgram
 from tests.unit.learner.batches import make_config
 from tests.unit.learner.gradients import LOSSES, GradientTrainer, assert_same_gradients
 
-ROOT = Path(__file__).parents[3]
-DEADLINE_S = 300.0
+DEADLINE_S = 500.0
 
 
 @pytest.mark.parametrize("name", ["tiny", "gemma2", "mamba"])
 def test_two_processes_have_the_gradients_of_one_for_every_loss(name: str, model: Path, tmp_path: Path) -> None:
     if name != "tiny":  # one with the model's own head, one with unpacked sequences
         model = make_architecture(tmp_path / "model", name)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.integration.learner.sharded_gradients", str(model), str(tmp_path / "state")]
-    ran = subprocess.run(
-        [*command, str(tmp_path / "gradients.safetensors")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        cwd=ROOT,
-        timeout=DEADLINE_S,
-        capture_output=True,
-        text=True,
-        check=False,
+    log, arguments = tmp_path / "log", [str(model), str(tmp_path / "state"), str(tmp_path / "gradients.safetensors")]
+    options = ["--standalone", "--nproc-per-node=2", "--run-path", "--start-method=fork"]
+    torchrun = ForkedProgram(
+        "torch.distributed.run", [*options, sharded_gradients.__file__, *arguments], os.environ, log
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert torchrun.wait(DEADLINE_S) == 0, log.read_text()[-3000:]
     together = load_file(tmp_path / "gradients.safetensors")
 
     alone = GradientTrainer(make_config(model, tmp_path / "alone", **SETTINGS))

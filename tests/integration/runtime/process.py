@@ -18,7 +18,7 @@ import grpc
 import httpx
 
 STAGE = Path(__file__).with_name("stage.py")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 
 def eventually(condition: Callable[[], Any], what: str = "") -> Any:

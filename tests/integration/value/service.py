@@ -25,7 +25,7 @@ from poise_client import AsyncValueClient
 from poise_client.types import EntropyStats, Features, Group
 
 SCRIPT = Path(__file__).with_name("recording_service.py")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 WIDTH = 8
 
 PROBE = ("probe.warmup_steps=2", "probe.min_rows=4", "probe.alpha=1")
