@@ -313,7 +313,7 @@ async def test_stopping_fails_running_and_waiting_checks(checks, tmp_path):
     assert "SIGKILL" in (await hanging).error
     assert (await waiting).error == "the verifier pool was stopped"
     await until(lambda: not any(alive(pid) for pid in pids))
-    with pytest.raises(RuntimeError, match="not started, or was stopped"):
+    with pytest.raises(RuntimeError, match="the verifier pool is not running"):
         await verifiers.verify(checks("good"), "yes")
 
 
