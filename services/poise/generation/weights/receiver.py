@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import Any
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.generation.config import GenerationConfig
@@ -110,10 +111,8 @@ class PushReceiver:
             applying = asyncio.create_task(self._apply(push, receive_s), name="apply-weights")
             try:
                 pause_s = await asyncio.shield(applying)
-            except asyncio.CancelledError:
-                # The caller left. Finish before the file is removed and the next push starts.
-                await asyncio.wait({applying})
-                raise
+            finally:  # also if the caller leaves: only then remove the file and start the next push
+                await wait_until_done(applying)
         return WeightUpdate(version, False, receive_s, pause_s)
 
     async def _apply(self, push: StagedPush, receive_s: float) -> float:
@@ -178,5 +177,22 @@ async def _receive(requests: Requests, push: StagedPush) -> None:
         raise InvalidRequest.field("part", "the push ended without `commit`; the old version is still served")
     finally:
         if storing is not None:  # the file must not be closed meanwhile
-            await asyncio.wait({storing})
-            storing.exception()
+            await wait_until_done(storing)
+
+
+async def wait_until_done(task: asyncio.Task[Any]) -> None:
+    """Wait until a task ended, however often the caller is cancelled meanwhile. Ignores the task's error.
+
+    Raises:
+        CancelledError: the caller was cancelled, after the task ended.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if not task.cancelled():
+        task.exception()  # asyncio logs an error that nothing retrieves
+    if cancelled is not None:
+        raise cancelled
