@@ -115,8 +115,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {override!r}: must look like section.field=value")
         try:
             value = text if _IPV6.fullmatch(text) else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--set {name}: {text!r} is not a YAML value. Quote it") from error
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"--set {name}: the value is not YAML. Quote it") from None  # it may be a secret
         node = tree
         for part in parts[:-1]:
             node = node.setdefault(part, {})

@@ -181,3 +181,10 @@ def test_string_in_place_of_a_section_is_its_kind() -> None:
     below = {"x": {"a": {"kind": "one", "of_one": 1}, "b": "word"}}
     assert merged(below, {"x": {"a": "one"}}) == below
     assert merged(below, {"x": {"a": "two", "b": "other"}}) == {"x": {"a": {"kind": "two"}, "b": "other"}}
+
+
+def test_a_broken_value_is_not_quoted():
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(["queue.url={[sesame"])
+    assert "queue.url" in str(caught.value)
+    assert "sesame" not in str(caught.value)
