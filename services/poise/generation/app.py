@@ -22,12 +22,11 @@ from poise_proto.v1 import generation_pb2, generation_pb2_grpc
 logger = logging.getLogger(__name__)
 
 LOADING = "the model is still loading"
-"""The stage of a start before the engine reports its own."""
+"""The startup stage to report before the engine reports its own."""
 
 _WATCH_INTERVAL_S = 0.5
 _HUNG_S = 600.0
-"""An engine hangs if nothing enters or leaves it for this time, or for one second per token of max_model_len if that is
-longer."""
+"""The engine counts as hung if no rollout starts or finishes for this time, or for max_model_len seconds if longer."""
 
 
 class GenerationApp(ServiceApp):
@@ -36,7 +35,7 @@ class GenerationApp(ServiceApp):
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, engine: Engine, startup: Startup | None = None) -> None:
-        """The engine reports its progress to `startup`."""
+        """`startup` receives the engine's progress while the model loads."""
         super().__init__(config, CollectorRegistry())
         self.engine = engine
         self._startup = startup or Startup(LOADING)
@@ -78,7 +77,7 @@ class GenerationApp(ServiceApp):
     async def drain(self) -> None:
         """Reject new rollouts and wait for the accepted ones to finish."""
         self._draining = True
-        await self.servicer.sampler.idle()
+        await self.servicer.sampler.wait_until_idle()
 
     async def stop(self) -> None:
         """See `ServiceApp`."""
@@ -141,7 +140,7 @@ class GenerationApp(ServiceApp):
 
 
 def _info_dict(info: EngineInfo) -> dict[str, Any]:
-    """Return an engine's facts with JSON values only."""
+    """Return an engine's info as JSON values."""
     return dataclasses.asdict(info) | {"tokenizer_digest": info.tokenizer_digest.hex()}
 
 

@@ -20,8 +20,8 @@ class VllmConfig(StrictModel):
     enforce_eager: bool = True
     """Run without torch.compile and CUDA graphs. Starts minutes sooner; decodes slower on GPUs."""
     prefix_caching: bool = True
-    """Compute the common beginning of prompts, such as those of siblings, once per policy version. The cache works in
-    blocks of 16 tokens, on a CPU 128. Blocks with any of a prompt's last `prompt_pool_tokens` are always computed."""
+    """Cache the common beginning of prompts, such as those of siblings, until the next push. The cache has blocks of
+    16 tokens, or 128 on a CPU. Blocks with any of a prompt's last `prompt_pool_tokens` tokens are always computed."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per replica."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
@@ -29,7 +29,7 @@ class VllmConfig(StrictModel):
     threads: int | None = Field(None, ge=1)
     """CPU threads of the worker; null lets vLLM choose."""
     start_timeout_s: float = Field(600.0, gt=0)
-    """Longest time to load the model, in seconds."""
+    """Maximum time to load the model, in seconds."""
 
 
 class TorchConfig(StrictModel):
@@ -64,42 +64,43 @@ class GenerationConfig(ServiceConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Element type of weights and activations; `auto` uses the checkpoint's."""
     max_model_len: int | None = Field(None, ge=2)
-    """Most tokens of prompt and response together; null uses the model's own limit, or 8192 if it has none."""
+    """Maximum tokens of prompt plus response; null uses the model's own limit, or 8192 if it has none."""
     max_num_seqs: int = Field(64, ge=1)
-    """Most rollouts sampled at once."""
+    """Maximum number of rollouts sampled at once."""
     max_queued_rollouts: int = Field(65536, ge=1)
-    """Most rollouts accepted and not yet finished. Further requests fail with BUSY."""
+    """Maximum number of accepted, unfinished rollouts. Further requests fail with BUSY."""
     default_max_tokens: int = Field(256, ge=1)
-    """Most response tokens, for requests that set no limit."""
+    """Maximum response tokens for requests that set no limit."""
     feature_layer: int | None = Field(None, ge=0)
     """Decoder layer, 0-based, whose output is pooled; null uses `round(0.53 x layers)`."""
     prompt_pool_tokens: int = Field(POOL_TOKENS, ge=1)
-    """How many of the last prompt tokens `prompt_hidden` averages. Probes fitted with another value do not fit: change
-    the domain's name too."""
+    """Number of last prompt tokens that `prompt_hidden` averages. Probes fitted with another value become invalid: also
+    rename the domain when you change it."""
     response_pool_tokens: int = Field(POOL_TOKENS, ge=1, le=256)
-    """How many response tokens `response_hidden` averages. `vllm` keeps the states of 22 more tokens per rollout."""
+    """Number of response tokens that `response_hidden` averages. `vllm` stores 22 more states per rollout."""
     wait_for_learner: bool = False
     """Become ready only after the first push. Set it for training, where replica and learner must have the same
     policy."""
     staging_dir: Path | None = None
-    """Folder that stores a push before it is applied; fastest in memory. It holds one model during a push; with
-    `keep_base`, one always and two during a push. Null uses `/dev/shm` if the model fits twice, else the temporary
-    folder."""
+    """Folder that stores a push before it is applied; fastest in memory. It needs space for one model during a push;
+    with `keep_base`, for one always and two during a push. Null uses `/dev/shm` or the temporary folder: the first with
+    space for two models, else the one with more free space."""
     keep_base: bool = True
     """Keep the applied weights in `staging_dir` so that the next push can be a delta. They are kept only if the learner
     sends deltas and the next version fits beside them."""
     shared_dirs: tuple[Path, ...] = ()
-    """Folders whose files a push may name, for learners on this host with `push.transport: shared`. Empty rejects such
+    """Folders from which learners on this host may push files (`push.transport: shared`). An empty list rejects such
     pushes. If `staging_dir` is on the same disk, files are hard-linked instead of copied."""
     in_flight: Literal["keep", "abort"] = "keep"
-    """What a push does to running rollouts. `keep` continues them under the new version, which their version spans
-    show. `abort` ends them with the tokens they have and finish_reason "abort"."""
+    """What a push does to running rollouts. `keep` continues them under the new version; their version spans show
+    the change. `abort` ends them with the tokens sampled so far and finish_reason "abort"."""
     max_update_bytes: int = Field(64 * 2**30, ge=1)
-    """Largest push, in bytes."""
+    """Maximum size of a push, in bytes."""
     lora: LoraConfig | None = None
     """Accept adapters instead of whole parameters, and sample from the model with the unmerged adapter."""
     nccl: bool = False
-    """Accept pushes from learners with `push.transport: nccl`, from GPU to GPU. On CPUs of one host, uses gloo."""
+    """Accept pushes from learners with `push.transport: nccl`, from GPU to GPU. On CPUs of one host, gloo replaces
+    NCCL."""
     vllm: VllmConfig = VllmConfig()
     """The `vllm` engine."""
     torch: TorchConfig = TorchConfig()

@@ -37,9 +37,9 @@ class EngineRequest:
     id: RolloutId
     """Copied into the rollout."""
     prompt_token_ids: Sequence[int]
-    """At least one, and fewer than max_model_len."""
+    """At least one token, and fewer than max_model_len."""
     sampling: Sampling
-    """With max_tokens resolved: at least 1, and at most max_model_len minus the prompt."""
+    """Its max_tokens is at least 1 and at most max_model_len minus the prompt's tokens."""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""Features of one rollout from its hidden states and token entropies. The rules are in `algorithms.features`.
+"""Computes the features of one rollout from hidden states and token entropies, as `algorithms.features` defines them.
 
 Shapes: T response tokens, d the model's width.
 """

@@ -1,4 +1,4 @@
-"""Samples groups of rollouts and encodes prompts: tokenization, limits and seeds. Streams results as they finish."""
+"""Tokenizes prompts, then samples groups of rollouts or encodes prompts. Enforces limits and derives seeds."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ MAX_CHARS_PER_TOKEN = 64
 """Texts with more characters than this times max_model_len are rejected before they are tokenized."""
 
 _PROMPT_S, _REQUEST_S = 5.0, 60.0
-"""Longest time for the chat template of one prompt, and for all prompts of a request."""
+"""Maximum time for the chat template of one prompt, and for all prompts of a request."""
 _TEMPLATE_CHARS = 2**18
-"""Most characters that a chat template may add to a conversation, such as descriptions of tools."""
+"""Maximum characters that a chat template may add to a conversation, such as tool descriptions."""
 _NUM_THREADS = 2
 _MAX_INLINE_PROMPTS, _MAX_INLINE_CHARS = 64, 2**14
 """Up to this size, tokenizing on the event loop is faster than on a thread."""
 
 MAX_PROBLEM_CHARS = 200
-"""Characters kept of a prompt's problem, so that the problems of 4096 prompts fit one response."""
+"""Problem texts are cut at this length, so that those of 4096 prompts fit in one response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Sampler:
         self._idle.set()
         self._last_activity_s = time.monotonic()
         self.num_accepted = 0
-        """Accepted rollouts of groups that were not yet handed over, and prompts to encode."""
+        """Accepted rollouts whose group was not yielded yet, plus prompts that are not encoded yet."""
         self.num_running = 0
         """Rollouts and prompts in the engine."""
 
@@ -110,12 +110,12 @@ class Sampler:
         """Return each prompt's number of tokens, even above max_model_len, or why it cannot be sampled."""
         return [await self._on_thread(self._check, prompt, self._limit()) for prompt in prompts]
 
-    async def idle(self) -> None:
-        """Return once no accepted rollout is left."""
+    async def wait_until_idle(self) -> None:
+        """Wait until no accepted rollout is left."""
         await self._idle.wait()
 
     def close(self) -> None:
-        """Stop tokenizing."""
+        """Stop the tokenizing threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(
@@ -168,10 +168,10 @@ class Sampler:
             rollouts = await asyncio.gather(*siblings)
         finally:
             await _cancel(siblings)
-        known: dict[str, Any] = {"prompt_token_ids": np.array(prompt.token_ids, np.int32)}
+        changes: dict[str, Any] = {"prompt_token_ids": np.array(prompt.token_ids, np.int32)}
         if not return_token_entropies:
-            known["token_entropies"] = None
-        return Group(prompt.group_id, tuple(dataclasses.replace(rollout, **known) for rollout in rollouts))
+            changes["token_entropies"] = None
+        return Group(prompt.group_id, tuple(dataclasses.replace(rollout, **changes) for rollout in rollouts))
 
     async def _sample_rollout(self, prompt: _TokenizedPrompt, rollout_id: RolloutId) -> Rollout:
         sampling = prompt.sampling
@@ -203,7 +203,7 @@ class Sampler:
             return PromptCheck(prompt.group_id, 0, error.message[:MAX_PROBLEM_CHARS])
 
     async def _tokenize_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[_TokenizedPrompt]:
-        """Tokenize on a thread, unless the prompts are short."""
+        """Tokenize on the event loop if the prompts are short, else on a thread."""
         limit = self._limit()
         if _are_short(prompts):
             return self._tokenize(prompts, limit, sampling)
@@ -238,7 +238,7 @@ class Sampler:
         vocabulary_size = self._engine.info.vocabulary_size
         if not isinstance(content, str) and content and isinstance(content[0], int):
             token_ids = cast(Sequence[int], content)
-            self._max_response_tokens(len(token_ids))  # first, because it needs only their number
+            self._max_response_tokens(len(token_ids))  # first, because it is cheap
             check_vocabulary("tokens.token_ids", token_ids, vocabulary_size)
             return list(token_ids)
         text = cast(str | Sequence[Message], content)
@@ -247,8 +247,7 @@ class Sampler:
         if num_chars > max_chars:
             raise InvalidRequest.field(
                 kind,
-                f"has {num_chars} characters; required: at most {max_chars}, which is {MAX_CHARS_PER_TOKEN} for each "
-                f"token of max_model_len, {self._engine.info.max_model_len}",
+                f"has {num_chars} characters; required: at most {max_chars}, {MAX_CHARS_PER_TOKEN} times max_model_len",
             )
         try:
             limit.check()
@@ -301,7 +300,7 @@ def _num_chars(content: str | Sequence[Message]) -> int:
 
 
 def _are_short(prompts: Sequence[Prompt]) -> bool:
-    """Return whether to tokenize on the event loop. False for conversations, whose chat template is a program."""
+    """Return whether tokenizing is fast enough for the event loop. Chat templates are programs and may be slow."""
     num_chars = 0
     for prompt in prompts:
         if not prompt.content or isinstance(prompt.content[0], dict):

@@ -1,4 +1,4 @@
-"""The policy version being served, and which pushes can replace it."""
+"""The policy version being served, and the rule for pushes that replace it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from poise.errors import Conflict
 
 @dataclass(frozen=True, slots=True)
 class ServedPolicy:
-    """A version within a lineage. The empty lineage is the model as it was loaded."""
+    """A policy version of one lineage. An empty lineage id means the model as loaded from disk."""
 
     lineage_id: str = ""
     policy_version: int = 0

@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 4096
 MAX_TURNS = 32768
-"""Most turns in all conversations of a request."""
+"""Limit on the chat messages of one request, over all its prompts."""
 MAX_ROLLOUTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(0.01)), 100.0
-"""Below the minimum, which is vLLM's, logits overflow; 0 means greedy. Rounded to float32, as requests carry it."""
+"""Logits overflow below the minimum, which is vLLM's too. Rounded to float32, the field's type. 0 means greedy."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -67,7 +67,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         prompts, sampling, num_rollouts = _read_request(request, self._engine.info.vocabulary_size)
         if request.HasField("min_policy_version") and self.policy.policy_version < request.min_policy_version:
             raise VersionMismatch(
-                f"version {self.policy.policy_version} is served; min_policy_version is {request.min_policy_version}",
+                f"min_policy_version is {request.min_policy_version}; version {self.policy.policy_version} is served",
                 remedy="Wait for the learner's push and try again.",
             )
         groups = self.sampler.sample(
@@ -151,7 +151,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     @contextmanager
     def _engine_death_as_unavailable(self) -> Iterator[None]:
-        """Raise a retryable error if the engine died during the call; other exceptions are defects."""
+        """Convert exceptions to a retryable error if the engine died during the call. Let all others pass."""
         try:
             yield
         except PoiseError:
@@ -184,7 +184,9 @@ def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Pro
         path = f"prompts[{index}]"
         wrong.identifier(f"{path}.group_id", spec.group_id)
         if spec.group_id in seen:
-            wrong.add(f"{path}.group_id", f"is {quoted(spec.group_id)}, like an earlier prompt's; required: unique")
+            wrong.add(
+                f"{path}.group_id", f"is {quoted(spec.group_id)}, which an earlier prompt has too; required: unique"
+            )
         seen.add(spec.group_id)
         try:
             prompts.append(decode(spec, Prompt, path))

@@ -56,7 +56,7 @@ async def settle() -> None:
 async def assert_all_freed(sampler: Sampler, engine: ScriptedEngine, max_num_seqs: int) -> None:
     """Check that nothing is left, and that as many rollouts as ever can run at once."""
     assert sampler.num_accepted == sampler.num_running == 0
-    await asyncio.wait_for(sampler.idle(), 1)
+    await asyncio.wait_for(sampler.wait_until_idle(), 1)
     engine.before_rollout = lambda request: asyncio.sleep(0.001)
     engine.most_at_once = 0
     await all_groups(start(sampler, ["a"], num_rollouts=max_num_seqs))
@@ -132,7 +132,7 @@ async def test_encoding_shares_the_limits_of_rollouts(engine: ScriptedEngine, co
         await anext(encode(sampler, ["e"]))
     with pytest.raises(InvalidRequest, match="max_queued_rollouts is 5"):
         await anext(encode(sampler, ["e"] * 6))
-    idle = asyncio.ensure_future(sampler.idle())
+    idle = asyncio.ensure_future(sampler.wait_until_idle())
     gate.open("a")
     await rollouts
     assert not idle.done()
@@ -300,10 +300,10 @@ async def test_request_larger_than_the_queue_is_invalid(engine: ScriptedEngine, 
 async def test_idle_waits_for_the_last_rollout(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     sampler = Sampler(engine, config())
-    await asyncio.wait_for(sampler.idle(), 10)
+    await asyncio.wait_for(sampler.wait_until_idle(), 10)
     groups = asyncio.create_task(all_groups(start(sampler, ["a", "b"])))
     await settle()
-    idle = asyncio.create_task(sampler.idle())
+    idle = asyncio.create_task(sampler.wait_until_idle())
     gate.open("a")
     await settle()
     assert not idle.done()

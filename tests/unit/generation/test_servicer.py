@@ -201,7 +201,7 @@ async def test_rejection_names_the_reason(service: Service) -> None:
 
 async def test_min_policy_version_is_checked_against_the_served(service: Service) -> None:
     assert len(await service.stream(request_of(min_policy_version=0))) == 2
-    with pytest.raises(VersionMismatch, match="version 0 is served; min_policy_version is 3"):
+    with pytest.raises(VersionMismatch, match="min_policy_version is 3; version 0 is served"):
         await service.stream(request_of(min_policy_version=3))
     await service.push(push_messages(weights(), 3))
     (group, _) = await service.stream(request_of(min_policy_version=3))
@@ -509,7 +509,7 @@ async def test_silent_push_is_ended(service: Service, num_sent: int) -> None:
             yield message.SerializeToString()
         await asyncio.Event().wait()
 
-    requests = RequestStream(pb.UpdateWeightsRequest.FromString, silent(), patience_s=0.01)
+    requests = RequestStream(pb.UpdateWeightsRequest.FromString, silent(), budget_s=0.01)
     with pytest.raises(InvalidRequest, match="arrives too slowly"):
         await service.servicer.UpdateWeights(requests, CONTEXT)
     assert service.staged() == []

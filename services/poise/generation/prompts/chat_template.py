@@ -26,7 +26,7 @@ MAX_MEMORY_BYTES = 1 << 29
 _READY_S = 120.0
 """Time to start Python and import transformers on a busy machine."""
 _MAX_CPU_S = 60
-"""CPU time for one conversation, after which the process ends even if the service was killed."""
+"""Limit on the CPU time of one conversation. It ends the process even if the service was killed."""
 _POLL_S = 0.05
 """How often a waiting caller checks its limit."""
 

@@ -3,7 +3,7 @@
     → {"template": "...", "messages": [...], "variables": {...}, "max_chars": 1000}
     ← {"text": "..."} or {"error": "..."} or {"error": "...", "out_of_memory": true}
 
-The first line it writes is `{"ready": true}`. Arguments: most bytes of memory, most CPU seconds per request.
+The first line it writes is `{"ready": true}`. Arguments: memory limit in bytes, CPU seconds per request.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _respond(line: str, render: Any) -> dict[str, Any]:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Limit the CPU time from now on: the caller may be dead and unable to end this process."""
+    """Limit the CPU time of the next request: a caller that was killed cannot end this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

@@ -18,9 +18,9 @@ class TimeLimit:
         """Start the clock.
 
         Args:
-            total_s: most seconds for all prompts together.
-            each_s: most seconds for the chat template of one conversation.
-            max_chars: most characters that a chat template may produce.
+            total_s: maximum seconds for all prompts together.
+            each_s: maximum seconds for the chat template of one conversation.
+            max_chars: maximum characters that a chat template may produce.
         """
         self.each_s = each_s
         self.max_chars = max_chars

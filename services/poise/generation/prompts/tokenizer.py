@@ -1,4 +1,4 @@
-"""A model's tokenizer with its chat template, and its limits. Both engines use it. transformers is imported late."""
+"""A model's tokenizer and chat template, and the model's limits, for both engines. transformers is imported late."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from poise.runtime.models.decoder import position_limit
 from poise.runtime.models.generation_config import load_generation_config
 from poise_client.types import Message
 
-UNLIMITED_MODEL_LEN = 8192
-"""Used for `max_model_len` if neither the settings nor the model, such as a recurrent one, set a limit."""
+DEFAULT_MODEL_LEN = 8192
+"""`max_model_len` if neither the settings nor the model limit it. Recurrent models have no limit."""
 
 
 class Tokenizer:
@@ -36,9 +36,9 @@ class Tokenizer:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        tokenizer("")  # resets the padding and truncation of the model's files; concurrent threads would fail at it
+        tokenizer("")  # the first call resets padding and truncation, which is not thread-safe
         stops = {tokenizer.eos_token_id}
-        # Ignore its problems, which the learner reports.
+        # The learner reports problems in the generation config.
         generation_config, _ = load_generation_config(model, transformers.GenerationConfig)
         declared = None if generation_config is None else generation_config.eos_token_id
         stops |= set(declared) if isinstance(declared, list) else {declared}
@@ -134,4 +134,4 @@ def resolve_max_model_len(configured: int | None, model_config: Any) -> int:
     limit = position_limit(model_config)
     if configured is not None and limit is not None and configured > limit:
         raise Unusable(f"max_model_len is {configured}; required: at most {limit}, the model's limit")
-    return configured or limit or UNLIMITED_MODEL_LEN
+    return configured or limit or DEFAULT_MODEL_LEN

@@ -1,4 +1,4 @@
-"""Low-rank adapters in files: the folder that peft writes, and whether its tensors fit a model.
+"""Adapter folders in peft's format: writes and reads them, and checks that their tensors fit a model.
 
 Shapes: r the adapter's rank; a linear module's weight is [out, in], its lora_A [r, in], its lora_B [out, r].
 """
@@ -24,7 +24,7 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def adapted_modules(names: Iterable[str]) -> set[str]:
-    """Return the names, in the model, of the modules that an adapter's tensors belong to."""
+    """Return the names of the model's modules that an adapter's tensors belong to."""
     return {
         name.removeprefix(PREFIX).removesuffix(side)
         for name in names
@@ -52,7 +52,7 @@ def check_adapter(model: Mapping[str, tuple[int, ...]], adapter: Mapping[str, tu
 
 @contextlib.contextmanager
 def adapter_folder(weights: Path, names: Iterable[str], adapter: Adapter, scratch: ScratchFolder) -> Iterator[Path]:
-    """Move an adapter's tensors into a new folder as peft writes it. Remove the folder if the context raises.
+    """Move an adapter's tensors into a new folder in peft's format. Remove the folder if the context raises.
 
     Raises:
         BackendDown: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Free disk and memory for a push: where to stage it, and whether a second copy of the weights fits."""
+"""Checks of free disk space and memory: where to stage a push, and whether a second copy of the weights fits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from poise.runtime.files.atomic import free_bytes
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (files in it get unguessable names)
 _CGROUP = Path("/sys/fs/cgroup")
 _NUM_VERSIONS = 2
-"""Versions that a staging folder should have space for: the base of the next delta, and the next version."""
+"""A staging folder should have space for two versions: the base of the next delta, and the next version."""
 
 
 def staging_folders(configured: Path | None) -> list[Path]:
@@ -51,7 +51,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 
 
 def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
-    """Return the memory that this process can still take, within the machine's and its container's limits."""
+    """Return the bytes that this process can still allocate, within the machine's and its container's limits."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -67,7 +67,7 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def trim_memory() -> None:
-    """Return freed memory from this process's allocator to the machine, which otherwise counts it as used.
+    """Return memory that this process has freed to the operating system, which otherwise counts it as used.
 
     glibc cannot return memory below a block that is still in use.
     """
@@ -76,16 +76,16 @@ def trim_memory() -> None:
 
 
 class MemoryLock:
-    """A lock around measuring and then taking much memory, so that two processes do not count on the same bytes.
+    """A lock to hold while measuring free memory and allocating it, so that two processes do not use the same bytes.
 
-    Shared by the processes of one user that have the same temporary folder. It ends with its process.
+    Processes of one user with the same temporary folder share it. It is released when its process exits.
     """
 
     def __init__(self) -> None:
         self._file: int | None = None
 
     def try_acquire(self) -> bool:
-        """Return whether this object now has the lock; never blocks. Raises `OSError` if its file cannot be opened."""
+        """Acquire the lock without blocking; return whether this object has it. Raises `OSError` on a file error."""
         if self._file is not None:
             return True
         path = _temporary_folder() / f"poise-memory-{os.getuid()}.lock"

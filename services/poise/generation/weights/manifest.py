@@ -1,4 +1,4 @@
-"""The manifest of a weight push, and every check that needs no byte of its payload.
+"""The manifest of a weight push, and all checks that do not need the payload.
 
 `staging` checks the payload's bytes. The engine checks names and shapes against the model, with `check_shapes`.
 """
@@ -30,7 +30,7 @@ MAX_AXES = 8
 MAX_PATH_CHARS = 4096
 MAX_GROUP_TIMEOUT_S = 3600
 _MAX_PROBLEMS = 5
-"""Tensors that an error about shapes lists; the others are counted."""
+"""Limit on the tensors that an error about shapes lists; it counts the others."""
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}")
 
 
@@ -59,18 +59,18 @@ class TensorSpec:
 
     @property
     def layout(self) -> tuple[str, str, tuple[int, ...]]:
-        """Name, dtype and shape: what a delta must share with its base."""
+        """Name, dtype and shape, which a delta must share with its base."""
         return self.name, self.dtype, self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """The group of two processes that broadcasts the payload of a push."""
+    """The group of sender and replica that transfers the payload of a push."""
 
     backend: str = ""
     rendezvous: bytes = b""
     timeout_s: float = 0.0
-    """Longest time that the transfer may take."""
+    """Maximum time of the transfer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +120,11 @@ class Manifest:
 def read_manifest(
     message: pb.WeightsManifest, config: GenerationConfig, *, base_digest: bytes = b"", group_backend: str = ""
 ) -> Manifest:
-    """Return the manifest in the first message of a push, once it passes every check.
+    """Return the checked manifest of a push.
 
     Args:
         message: the first message of the push.
-        config: what this replica accepts.
+        config: the settings of this replica.
         base_digest: digest of the model that adapters are served over.
         group_backend: backend of the groups that the engine can join; empty for none.
 
@@ -188,7 +188,9 @@ def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
                 f"{path}.name", f"is {quoted(tensor.name)}; required: 1 to 512 characters of A-Z a-z 0-9 . _ / -"
             )
         if tensor.name in seen:
-            raise InvalidRequest.field(f"{path}.name", f"is {tensor.name} a second time; required: each tensor once")
+            raise InvalidRequest.field(
+                f"{path}.name", f"is {tensor.name}, which an earlier tensor has too; required: unique"
+            )
         seen.add(tensor.name)
         if tensor.dtype not in SAFETENSORS_DTYPES:
             raise InvalidRequest.field(
@@ -200,7 +202,7 @@ def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
         if total > max_bytes:
             raise InvalidRequest.field(
                 "manifest.tensors",
-                f"have {total} bytes or more, counted up to {tensor.name}; max_update_bytes is {max_bytes}",
+                f"have at least {total} bytes (up to {tensor.name}); max_update_bytes is {max_bytes}",
                 remedy="Raise max_update_bytes of the generation service.",
             )
         _check_delta(tensor, path, is_delta=manifest.base is not None)
@@ -227,7 +229,7 @@ def _check_delta(tensor: TensorSpec, path: str, *, is_delta: bool) -> None:
 
 
 def _check_adapter(manifest: Manifest, config: GenerationConfig, base_digest: bytes) -> None:
-    """Check that a replica with `lora` gets an adapter for its model, and that any other gets whole parameters."""
+    """Check that a replica with `lora` gets an adapter for its model, and a replica without gets whole parameters."""
     adapter = manifest.adapter
     if config.lora is None:
         if adapter is not None:

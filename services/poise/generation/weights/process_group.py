@@ -1,4 +1,4 @@
-"""Receiving the payload of a push through a process group, into a file, on a thread beside the model.
+"""Receives the payload of a push through a process group into a file, on a thread of its own.
 
 The `torch` engine runs it in the server, the `vllm` engine in its first worker. torch is imported late.
 """
@@ -45,7 +45,7 @@ class GroupReceiver:
 
     def start(self, payload: GroupPayload) -> None:
         """Start receiving. Raises `RuntimeError` while an earlier payload is still being received."""
-        if self._outcome is None:  # a communicator that waits for a dead sender cannot be woken
+        if self._outcome is None:  # aborting may not wake a thread that waits for a dead sender
             raise RuntimeError("another payload is being received")
         self._outcome, self._is_aborted = None, False
         threading.Thread(target=self._run, args=(payload,), name="group-receiver", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The server side of UpdateWeights: receive a push, check it to the last byte, then hand it to the engine."""
+"""The server side of UpdateWeights: receives a push, checks every byte, then applies it to the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Requests = AsyncIterator[pb.UpdateWeightsRequest]
 
 
 class PushReceiver:
-    """Receives one push at a time, all or nothing. Close it when the process ends."""
+    """Receives one push at a time. A push is applied completely or not at all."""
 
     def __init__(self, engine: Engine, config: GenerationConfig, metrics: GenerationMetrics) -> None:
         self._engine = engine
@@ -111,7 +111,7 @@ class PushReceiver:
             applying = asyncio.create_task(self._apply(push, receive_s), name="apply-weights")
             try:
                 pause_s = await asyncio.shield(applying)
-            finally:  # also if the caller leaves: only then remove the file and start the next push
+            finally:  # also after a cancellation: keep the file, and other pushes out, until the push is applied
                 await wait_until_done(applying)
         return WeightUpdate(version, False, receive_s, pause_s)
 
@@ -144,7 +144,7 @@ async def _receive(requests: Requests, push: StagedPush) -> None:
     storing: asyncio.Task[None] | None = None
 
     async def store(work: Callable[[], None]) -> asyncio.Task[None]:
-        """Start work on a thread once the last work ended. Raises the error of the last work."""
+        """Start `work` on a thread after the previous call's work has ended; raise that work's error."""
         nonlocal storing
         if storing is not None:
             await asyncio.shield(storing)

@@ -37,7 +37,7 @@ class DeltaBase:
 
     manifest: Manifest
     path: Path
-    """A safetensors file that nothing changes."""
+    """A safetensors file, never modified."""
 
 
 class Staging:
@@ -50,9 +50,9 @@ class Staging:
         self._adapter: Path | None = None
         """Folder of the adapter being served."""
         self.folder = next(iter(self._folders.values()))
-        """Where the last push was staged."""
+        """The folder of the last push."""
         self.base: DeltaBase | None = None
-        """What a delta can build on."""
+        """The weights that the next delta can build on; None if none are kept."""
 
     def remove_leftovers(self) -> None:
         """Remove the files of killed processes. Call it when the process starts."""
@@ -66,7 +66,7 @@ class Staging:
             folder.close()
 
     def open(self, manifest: Manifest) -> StagedPush:
-        """Return the file to receive a push in: a context manager.
+        """Return a context manager for the file that receives a push.
 
         Raises:
             VersionMismatch: the base of a delta is not kept here.
@@ -142,8 +142,8 @@ class Staging:
 class StagedPush:
     """The file of one push, filled and checked byte by byte. Removed at the end of the context unless kept.
 
-    The payload comes in one of three ways: in chunks, which `write` takes; in a shared file; or through a process
-    group, into the file that `group_payload` names. After the last two, call `read_file`.
+    The payload comes in one of three ways: in chunks, passed to `write`; in a shared file; or through a process group,
+    into the file that `group_payload` names. In the last two cases, call `read_file`.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class StagedPush:
         self._file: IO[bytes] | None = None
         self._is_kept = False
         self._num_received = 0
-        """Bytes of the payload."""
+        """Payload bytes received so far."""
         self._index = 0
-        """The tensor that the next byte belongs to."""
+        """Index of the tensor that the next byte belongs to."""
         self._num_hashed = 0
-        """Bytes of that tensor."""
+        """Bytes of that tensor hashed so far."""
         self._hash = hashlib.sha256()
         self._block = bytearray()
-        """What was received of that tensor's block, in a delta."""
+        """In a delta, the bytes received so far of that tensor's block."""
         self._base_bytes = memoryview(b"")
         self._base_offset = len(self._header)
 
@@ -186,7 +186,7 @@ class StagedPush:
             self.path.unlink(missing_ok=True)
         if self.manifest.process_group is not None and self._base is not None and self._payload_file is not None:
             self._payload_file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # bytes that a full disk did not take, which nothing needs
+        with contextlib.suppress(OSError):  # the disk may be full, but the unwritten bytes are no longer needed
             self._file.close()
 
     @property
@@ -205,7 +205,7 @@ class StagedPush:
         return GroupPayload(rendezvous, self.manifest.part_bytes, header, self._payload_file, group.timeout_s)
 
     def keep(self) -> Path:
-        """Leave the file to the caller, who removes it."""
+        """Do not remove the file at the end of the context; return its path."""
         self._is_kept = True
         return self.path
 
@@ -213,7 +213,7 @@ class StagedPush:
         """Append the next bytes of the payload.
 
         Raises:
-            InvalidRequest: the bytes do not follow, exceed the manifest's size, or complete a damaged tensor.
+            InvalidRequest: the offset is wrong, there are too many bytes, or a completed tensor has a wrong checksum.
             BackendDown: the disk is full or fails.
         """
         if offset != self._num_received:
@@ -262,7 +262,7 @@ class StagedPush:
             self._file.flush()
 
     def _prepare(self, file: IO[bytes]) -> None:
-        """Check the free space and write the header, where this process will write the parameters."""
+        """Check the free space. Write the header, unless `read_file` or the group's receiver writes the whole file."""
         manifest = self.manifest
         num_bytes = self._total_bytes
         if manifest.process_group is not None:
@@ -283,7 +283,7 @@ class StagedPush:
                 self._base_bytes = memoryview(mmap.mmap(base.fileno(), 0, prot=mmap.PROT_READ))
 
     def _link_and_check(self, source: Path) -> None:
-        """Check a safetensors file of whole parameters, after linking or copying it to `path` if it is not there."""
+        """Link or copy a safetensors file of whole parameters to `path`, unless it is there already; then check it."""
         num_bytes = len(self._header) + self._total_bytes
         if source != self.path:
             _check_size(source, source.stat().st_size, num_bytes)
@@ -314,7 +314,7 @@ class StagedPush:
             self._decode_block(tensors[self._index])
 
     def _decode_block(self, tensor: TensorSpec) -> None:
-        """Append a tensor of the base with its block applied."""
+        """Apply the delta's block to a tensor of the base, and append the result."""
         end = self._base_offset + tensor.num_bytes
         content = bytearray(self._base_bytes[self._base_offset : end])
         try:
@@ -334,7 +334,7 @@ class StagedPush:
         self._check(data)
 
     def _check(self, data: memoryview) -> None:
-        """Hash the next bytes of the parameters, and check each tensor that they complete."""
+        """Hash the next bytes of the parameters. Check the hash of each completed tensor."""
         while data:
             tensor = self.manifest.tensors[self._index]
             num_taken = min(len(data), tensor.num_bytes - self._num_hashed)

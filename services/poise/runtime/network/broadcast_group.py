@@ -1,8 +1,8 @@
-"""Process groups of two that broadcast bytes: NCCL between GPUs, gloo between processes on one host.
+"""Process groups of one sender and one receiver: NCCL between GPUs, gloo between processes on one host.
 
-One process invites and sends, the other joins and receives. NCCL groups use vLLM's communicator with a unique id
-instead of a store, so nothing from a rendezvous is ever unpickled. torch and vLLM are imported late. All functions
-block; another thread may call `BroadcastGroup.abort`.
+The sender calls `invite`, the receiver `join`. NCCL groups use vLLM's communicator with a unique id instead of a store,
+so nothing from a rendezvous is ever unpickled. torch and vLLM are imported late. All functions block; another thread
+may call `BroadcastGroup.abort`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 PIECE_BYTES = 64 * 2**20
-"""A payload is sent in pieces of at most this size, which bounds its memory on a device."""
+"""Maximum size of the pieces of a payload, which limits the memory on a device."""
 
 SENDER, RECEIVER = 0, 1
 
@@ -34,11 +34,11 @@ class BroadcastGroup(Protocol):
     """A connected sender and receiver."""
 
     def broadcast(self, piece: Any) -> None:
-        """Send or fill a uint8 tensor on the group's device; return when that is done."""
+        """Send a uint8 tensor on the group's device, or fill it as the receiver. Return once it is transferred."""
         ...
 
     def abort(self) -> None:
-        """Let running and later broadcasts fail. May be called twice, and from any thread."""
+        """Make running and later broadcasts fail. Safe to call twice, and from any thread."""
         ...
 
 
@@ -54,7 +54,7 @@ def backend_of(device: str) -> str:
 
 
 def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], BroadcastGroup]]:
-    """Return a sender's rendezvous, and a function that waits there for the receiver."""
+    """Return a new rendezvous, and a function that waits for the receiver and returns the group."""
     if backend_of(device) == "nccl":
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
@@ -68,7 +68,7 @@ def invite(device: str, timeout_s: float) -> tuple[Rendezvous, Callable[[], Broa
 
 
 def join(rendezvous: Rendezvous, device: str, timeout_s: float) -> BroadcastGroup:
-    """Join a sender. Raises `ValueError` if its backend does not fit this device."""
+    """Return the group with the sender of a rendezvous. Raises `ValueError` if its backend does not fit this device."""
     if rendezvous.backend != backend_of(device):
         raise ValueError(f"backend {rendezvous.backend} does not fit device {device}, which needs {backend_of(device)}")
     if rendezvous.backend == "nccl":
@@ -89,7 +89,7 @@ class _NcclGroup:
 
         self._device = torch.device(device)
         with torch.cuda.device(self._device):
-            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # its own, so that the model's stream continues
+            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # a separate one, so that the model can compute meanwhile
             self._communicator = PyNcclCommunicator.from_unique_id_bytes(key, rank, 2, self._device)
 
     def broadcast(self, piece: Any) -> None:

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Running:
-    """The state of one unfinished rollout."""
+    """An unfinished rollout."""
 
     request: EngineRequest
     generator: torch.Generator
@@ -162,8 +162,8 @@ class TorchEngine:
         """Run work on the model's thread, one call at a time.
 
         Raises:
-            BackendDown: the engine was stopped. That cancels waiting calls and fails the running one, which must not
-                look like a cancelled caller or a defect.
+            BackendDown: the engine was stopped. Without this error, waiting calls would look as if their callers had
+                cancelled them, and the running call as if it had a defect.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,4 +1,4 @@
-"""The forward pass of the `torch` engine: logits of the next token, with a KV cache if the model works with one.
+"""The forward pass of the `torch` engine: logits of the next token, with a KV cache if the model's cache is correct.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -15,14 +15,14 @@ import transformers
 logger = logging.getLogger(__name__)
 
 _NUM_PREFILLED, _NUM_TOKENS = 8, 20
-"""Tokens of the sequence that tests the cache: in its first pass, and in total."""
+"""Length of the sequence that tests the cache: tokens in its first forward pass, and in total."""
 _MAX_NATS = {torch.float32: 2e-3}
 _MAX_NATS_HALF = 0.5
 """Largest difference between log-probabilities with and without a cache, in float32 and in half precision."""
 
 
 class TorchForward:
-    """Computes the next token's logits. Tests once whether the model's KV cache works, and else runs without one."""
+    """Computes the next token's logits. Tests the model's KV cache once, and runs without it if it is wrong."""
 
     def __init__(self, model: Any, name: str) -> None:
         self._model = model
@@ -61,7 +61,7 @@ class TorchForward:
                 difference = float((cached_V.float().log_softmax(-1) - whole_V.float().log_softmax(-1)).abs().max())
                 allowed = _MAX_NATS.get(cached_V.dtype, _MAX_NATS_HALF)
                 if not difference <= allowed:
-                    return f"with one its log-probabilities differ by {difference:.2g} nats; allowed: {allowed:g}"
+                    return f"the cache changes log-probabilities by {difference:.2g} nats; allowed: {allowed:g}"
         except Exception as error:  # architectures raise many types
-            return f"with one it fails: {type(error).__name__}: {error}"
+            return f"a forward pass with the cache fails: {type(error).__name__}: {error}"
         return ""

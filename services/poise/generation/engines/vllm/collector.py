@@ -1,6 +1,6 @@
 """Fetches the records of finished rollouts from the worker, and frees those of aborted rollouts.
 
-A call to the worker waits for the current step. Requests that arrive meanwhile share the next call.
+The worker responds after its current step. Requests that arrive meanwhile are sent together in the next call.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from poise.generation.engines.vllm.launch import ModelFacts, check_version, impo
 from poise.generation.engines.vllm.load_progress import StageFile
 from poise.generation.engines.vllm.lora import adapter_request
 from poise.generation.engines.vllm.worker_client import (
-    answered,
+    call_engine,
     call_workers,
     load_adapter,
     load_weights,
@@ -290,12 +290,12 @@ class VllmEngine:
 
         if self.config.lora is None:
             init = self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-            await answered(self.llm, init)
+            await call_engine(self.llm, init)
         else:
             await call_workers(self.llm, "poise_add_empty_adapter")
             self._lora = adapter_request()
-        await answered(self.llm, self.llm.update_weight_version("0"))
-        await answered(self.llm, self.llm.get_supported_tasks())  # vLLM caches the result for all rollouts
+        await call_engine(self.llm, self.llm.update_weight_version("0"))
+        await call_engine(self.llm, self.llm.get_supported_tasks())  # vLLM caches the result for all rollouts
         if self.config.nccl:
             self._process_group_backend = (await call_workers(self.llm, "poise_process_group_backend"))[0]
 
@@ -307,9 +307,9 @@ class VllmEngine:
         started = time.monotonic()
         try:
             # With `keep`, running rollouts are frozen, and vLLM computes their tokens again under the new weights.
-            await answered(self.llm, self.llm.pause_generation(mode=self.config.in_flight))
-            await answered(self.llm, load())
-            await answered(self.llm, self.llm.resume_generation())
+            await call_engine(self.llm, self.llm.pause_generation(mode=self.config.in_flight))
+            await call_engine(self.llm, load())
+            await call_engine(self.llm, self.llm.resume_generation())
         except BaseException as error:
             self._is_broken = True
             if isinstance(error, Exception):

@@ -23,10 +23,10 @@ from poise.generation.prompts.tokenizer import resolve_feature_layer, resolve_ma
 from poise.runtime.network.unix_sockets import check_socket_path
 
 SUPPORTED_VERSION = "0.32."
-"""The worker uses internals of vLLM: with another version it could silently record wrong numbers."""
+"""The worker uses vLLM's internals. With another version, it could silently record wrong values."""
 
 STREAM_INTERVAL = 2**30
-"""Tokens between two outputs of a running request: only the first token and the end matter."""
+"""Tokens between two outputs of a request. So many that vLLM sends only the first token and the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class ModelFacts:
 
     info: EngineInfo
     dtype: str
-    """vLLM's name of it."""
+    """vLLM's name of the element type."""
     parameter_shapes: dict[str, tuple[int, ...]]
-    """By checkpoint name; tied parameters once."""
+    """Shapes by checkpoint name; tied parameters appear once."""
 
 
 def num_slots(config: GenerationConfig) -> int:
-    """Return the most rollouts in vLLM at once: as many waiting or being collected as running."""
+    """Return the maximum number of rollouts in vLLM: those running, and as many that wait or are being collected."""
     return 2 * config.max_num_seqs
 
 
@@ -100,8 +100,8 @@ def read_model(config: GenerationConfig, tokenizer_digest: bytes = b"") -> Model
 def import_vllm(config: GenerationConfig) -> None:
     """Set vLLM's environment and import it. Takes seconds.
 
-    Not part of `launch`: modules can keep the traceback of a failed import, which would keep the caller's frame and the
-    engine in it alive until the interpreter exits.
+    Separate from `launch`: modules can keep the traceback of a failed import. Its frames would keep the engine alive
+    until the interpreter exits.
     """
     _set_environment(config)
     importlib.import_module("vllm.v1.engine.async_llm")
@@ -116,8 +116,8 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
 
     settings = config.vllm
     if current_platform.is_cpu():
-        # On a CPU, vLLM 0.32 crashes if the prompt of a seeded request is split over steps: its random generators
-        # cannot take back the number drawn for the unfinished part.
+        # On a CPU, vLLM 0.32 crashes if the prompt of a seeded request is split over steps: it cannot
+        # reset the random generator after sampling for the unfinished part.
         hardware: dict[str, Any] = {
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
             "enable_chunked_prefill": False,
@@ -150,7 +150,7 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
 
 
 def _prefix_caching(settings: VllmConfig) -> dict[str, Any]:
-    """Return the arguments for prefix caching, with the scheduler that computes all pooled tokens."""
+    """Return vLLM's arguments for prefix caching, with the scheduler that recomputes pooled tokens."""
     if not settings.prefix_caching:
         return {"enable_prefix_caching": False}
     from poise.generation.engines.vllm.scheduler import PoiseScheduler

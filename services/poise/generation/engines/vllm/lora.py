@@ -22,7 +22,7 @@ def adapter_arguments(config: GenerationConfig) -> dict[str, Any]:
 
 
 def adapter_request(folder: Path | None = None) -> Any:
-    """Return a request for the served adapter; with a folder, a request to replace it by the one in the folder."""
+    """Return vLLM's request for the served adapter; with a folder, for replacing it with the folder's adapter."""
     from vllm.lora.request import LoRARequest
 
     # vLLM does not read the path of a served adapter, but it must not be empty.

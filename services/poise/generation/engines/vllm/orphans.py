@@ -29,7 +29,7 @@ def end_with_server() -> None:
 
 
 def _watch(pidfds: Sequence[int]) -> None:
-    """Wait until one of these processes ends. Kill them, except the last, which is the server, and then this one."""
+    """Wait until one of these processes exits. Then kill all but the last, the server, and finally this process."""
     poll = select.poll()
     for pidfd in pidfds:
         poll.register(pidfd, select.POLLIN)

@@ -1,9 +1,8 @@
 """Records hidden states, log-probabilities and entropies of running rollouts in vLLM's worker.
 
-The memory is allocated once, independent of the length of rollouts. Each rollout has a slot. A slot holds the sum of
-its prompt's last states, a ring buffer of its latest response states, the pooled state at its last `</think>`, and two
-floats per token. Everything stays on the model's device, and a few indexed operations per step write it without
-synchronizing. Only `collect` copies to the host.
+Memory is allocated once, in slots. The slot of a rollout holds the sum of its prompt's last states, a ring buffer of
+its latest response states, the pooled state at its last `</think>`, and two floats per token. Slots are on the model's
+device. Each step writes them with a few indexed operations and no synchronization. Only `collect` copies to the host.
 
 Positions count from the start of the prompt. This module does not import vLLM.
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from poise.generation.engines.vllm.think_tokens import ENDED, NUM_STATES
 
 RUN_ON_TOKENS = 22
-"""Response states kept beyond the pooled window: vLLM samples on until it detects a stop string."""
+"""Response states kept beyond the pooled window, because vLLM samples more tokens before it detects a stop string."""
 
 IntArray = NDArray[np.int64]
 
@@ -110,8 +109,8 @@ class Recorder:
     ) -> None:
         """Record the hidden states of a step's tokens.
 
-        Tokens that are computed again after a preemption were already recorded. Only a prompt that was preempted before
-        its end is pooled from the start, because the weights may have changed.
+        Tokens that vLLM computes again after a preemption are not recorded again. An exception is a prompt preempted
+        before its end: it is pooled from the start, because the weights may have changed.
         """
         slots_R = np.array([self._slot_of_request.get(r, self._no_slot) for r in request_ids], np.int64)
         num_seen_R = self._num_seen_S[slots_R]
@@ -183,7 +182,7 @@ class Recorder:
     def _record_response(
         self, slots: torch.Tensor, indices: torch.Tensor, token_ids: torch.Tensor, hidden: torch.Tensor
     ) -> None:
-        """Record one response token for each of `slots`, which are distinct: a rollout samples one token per step."""
+        """Record one response token per slot. Slots are distinct, because a rollout samples one token per step."""
         self._ring[slots, indices % self._ring_tokens] = hidden
         moved = self._think_table_SV[self._think_state_S[slots], token_ids].long()
         self._think_state_S[slots] = moved % NUM_STATES

@@ -1,9 +1,9 @@
-"""vLLM's scheduler, with a limit on reading the prefix cache. Imported in vLLM's processes, by name.
+"""vLLM's scheduler, changed to never read pooled tokens from the prefix cache. vLLM's processes import it by name.
 
-Tokens read from the cache do not go through the model and give no hidden states. So the search for cached blocks stops
-before the last tokens of a prompt, which `prompt_hidden` averages. Siblings share the rest of their prompt, different
-prompts a common beginning. Every rollout computes at least the blocks of its pooled tokens: on a GPU up to 15 tokens
-more than are pooled, on a CPU up to 127.
+Cached tokens do not go through the model, so they have no hidden states. The search for cached blocks therefore stops
+before the last tokens of a prompt, which `prompt_hidden` averages. Siblings share the rest of their prompt, and other
+prompts share common beginnings. Every rollout computes at least the blocks of its pooled tokens: up to 15 extra tokens
+on a GPU, and up to 127 on a CPU.
 
 vLLM empties the cache when it pauses for new weights, and fails the update if it cannot.
 """
@@ -18,10 +18,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 
 class _ComputesPooledTokens:
-    """Never reads pooled prompt tokens from the cache, unless the rollout recorded them before it was preempted."""
+    """Never reads pooled prompt tokens from the cache, except after a preemption, when they are already recorded."""
 
     def _get_local_prefix_cache_hit(self: Any, request: Any) -> tuple[Any, int, int, bool]:
-        """Return the cached blocks, their tokens, the end of a shared prefix that some layers lack, and False."""
+        """Return the cached blocks, their token count, the end of a prefix that some layers lack, and False."""
         if request.num_output_tokens:
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc, no-any-return]
         manager = self.kv_cache_manager
@@ -42,7 +42,7 @@ class _AsyncScheduler(_ComputesPooledTokens, AsyncScheduler):  # type: ignore[mi
 
 
 class PoiseScheduler:
-    """Constructs the asynchronous scheduler, as on GPUs, or the synchronous one, as on CPUs."""
+    """Constructs the asynchronous (GPU) or synchronous (CPU) scheduler, as vLLM's configuration says."""
 
     def __new__(cls, *, vllm_config: Any, **arguments: Any) -> Any:
         """See vLLM."""
@@ -50,10 +50,10 @@ class PoiseScheduler:
         return chosen(vllm_config=vllm_config, **arguments)
 
 
-def _is_correct(record: logging.LogRecord) -> bool:
-    """Return False for vLLM's warning that custom schedulers disable asynchronous scheduling, which is wrong here."""
+def _keep_record(record: logging.LogRecord) -> bool:
+    """Return False for vLLM's warning that custom schedulers disable asynchronous scheduling: this one does not."""
     return not str(record.msg).startswith("Using custom scheduler class")
 
 
 # vLLM's engine process imports this module before it logs the warning.
-logging.getLogger("vllm.config.scheduler").addFilter(_is_correct)
+logging.getLogger("vllm.config.scheduler").addFilter(_keep_record)

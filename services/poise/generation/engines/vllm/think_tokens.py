@@ -1,8 +1,8 @@
 """A state machine that finds the ends of `</think>` in a stream of token ids.
 
-The worker pools the tokens before the last `</think>` during sampling, when it has token ids on a GPU but no text. The
-table maps the characters matched so far and the next token to the characters matched then.
-`algorithms.features.locate_spans` finds the same ends in texts.
+During sampling, the worker pools the tokens before the last `</think>`. It then has token ids on a GPU, but no text. So
+a table gives, for the characters matched so far and the next token, the characters matched after it.
+`algorithms.features.locate_spans` finds the same ends in text.
 
 Shapes: S states (characters of the tag matched so far), V vocabulary.
 """

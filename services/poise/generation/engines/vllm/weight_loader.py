@@ -3,8 +3,8 @@
 vLLM reloads a model layer by layer, in place, with tensors from a registered backend. On a CPU it packs every matrix
 for its kernels, which takes most of a reload. So there the backend prepares the next weights on a thread while sampling
 continues: it reloads a shadow model, which has the same modules but its own tensors, and later copies the result in
-place. It falls back to vLLM's reload if the shadow does not fit in memory or the model has unknown layers. One process
-of a machine prepares at a time, because all replicas get their weights at the same moment.
+place. It falls back to vLLM's reload if the shadow does not fit in memory or the model has unknown layers. Only one
+process per machine prepares at a time, because all replicas receive their weights at the same moment.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _KNOWN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, type(None
 
 @dataclass
 class FileInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """Initialization of the backend: empty."""
+    """Initialization of the backend; it needs no fields."""
 
 
 @dataclass
@@ -73,19 +73,19 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
     init_info_cls = FileInit
     update_info_cls = FileUpdate
     thread: threading.Thread | None = None
-    """Prepares weights, or returns the memory of the replaced ones, while sampling continues."""
+    """Prepares the next weights, or frees the replaced ones, while sampling continues."""
     next_weights: NextWeights | None = None
     """The weights of the next update, if they were prepared."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory_lock = MemoryLock()
-        """Held from checking the free memory until the memory of the replaced weights is returned."""
+        """Held from the check of free memory until the replaced weights are freed."""
 
     def prepare(self, path: str) -> tuple[int, str]:
         """Start preparing the weights in a file on a thread, if that is possible here.
 
-        Returns why it is not possible, after the level at which to log that; `NO_OBSTACLE` if it is, or on a GPU.
+        Returns a log level and why it is not possible. Returns `NO_OBSTACLE` if it is, and on a GPU.
         """
         if self.thread is not None:
             self.thread.join()
@@ -108,7 +108,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         """See vLLM."""
-        trim_memory()  # freed by loading the model
+        trim_memory()  # loading the model freed much
 
     def start_weight_update(self) -> None:
         """See vLLM."""
@@ -135,22 +135,22 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         """See vLLM."""
 
     def _obstacle(self) -> tuple[int, str]:
-        """Return why weights cannot be prepared, as `prepare` does. Without an obstacle, the memory lock is held."""
+        """Return what `prepare` returns. If there is no obstacle, the memory lock is held afterwards."""
         if self.parallel_config.world_size > 1:
             return logging.INFO, "the model is split over several processes"
         if kinds := unknown_layers(self.model):
             return logging.INFO, f"the model has layers of unknown kinds ({', '.join(kinds)})"
         try:
             if not self.memory_lock.try_acquire():
-                return logging.INFO, "another process on this machine prepares its weights now"
+                return logging.INFO, "another process on this machine is preparing its weights"
         except OSError as error:
             return logging.WARNING, f"{error}; set TMPDIR to a writable folder"
         needed = _MEMORY_FACTOR * num_weight_bytes(self.model)
         free = free_memory_bytes()
         if free < needed:
             return logging.WARNING, (
-                f"that needs {needed / 1e6:.0f} MB of memory, and {free / 1e6:.0f} MB are free; free memory, or raise "
-                "the container's memory limit"
+                f"preparing needs {needed / 1e6:.0f} MB of memory, but {free / 1e6:.0f} MB are free; free memory, or "
+                "raise the container's memory limit"
             )
         return NO_OBSTACLE
 
@@ -159,8 +159,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         self.thread.start()
 
     def _in_background(self, work: Callable[..., None], *args: str) -> None:
-        # vLLM binds its threads to cores. This thread may run on all cores of the server, but only on one at a time.
-        # `torch._C`, because vLLM disabled `torch.set_num_threads`.
+        # vLLM binds its threads to cores. Undo that for this thread, and compute on one core at a time.
+        # vLLM disabled `torch.set_num_threads`, so call `torch._C`.
         os.sched_setaffinity(0, os.sched_getaffinity(int(os.environ[SERVER_PID_VARIABLE])))
         torch._C.set_num_threads(1)
         work(*args)
@@ -196,7 +196,7 @@ class _NextLayer:
     """The layer that the model samples with."""
     parameters: dict[str, torch.Tensor]
     linear: Callable[..., torch.Tensor] | None
-    """The product with the packed matrix, if the layer has one."""
+    """Multiplies by the packed matrix; None if the layer has none."""
 
 
 class NextWeights:
@@ -207,7 +207,7 @@ class NextWeights:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Copy the weights into the model, which must not compute meanwhile."""
+        """Copy the weights into the model. No forward pass may run meanwhile."""
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 layer.module._parameters[name].data.copy_(parameter)
@@ -231,7 +231,9 @@ def prepare_next(model: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Nex
         shadow_model.load_weights(tensors)
         for shadow in shadows.values():
             info = get_layerwise_info(shadow)
-            if info.load_numel and not is_deferred_attention_layer(shadow):  # its padding was not loaded
+            if info.load_numel and not is_deferred_attention_layer(
+                shadow
+            ):  # padding is never loaded, so vLLM has not finished this layer
                 _layerwise_process(shadow, info)
         layers = [_next_layer(module, shadow) for module, shadow in shadows.items()]
     finally:
@@ -251,8 +253,10 @@ def share_packed_heads(model: torch.nn.Module) -> None:
     vLLM 0.32 gives them a packed matrix of their own and does not update it on a reload: logits would silently come
     from the old head.
     """
-    layers = [one for one in model.modules() if isinstance(one, VocabParallelEmbedding) and hasattr(one, "cpu_linear")]
-    packed = {id(one.weight): one.cpu_linear for one in layers if not isinstance(one, ParallelLMHead)}
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear")
+    ]
+    packed = {id(layer.weight): layer.cpu_linear for layer in layers if not isinstance(layer, ParallelLMHead)}
     for head in layers:
         head.cpu_linear = packed.get(id(head.weight), head.cpu_linear)
 
@@ -304,7 +308,7 @@ def _cloned(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter with its original loader: an earlier reload in place left its own loader in the record."""
+    """Restore a parameter's original loader, which an earlier in-place reload has wrapped. Return the parameter."""
     tensor.weight_loader = _get_original_loader(tensor)  # type: ignore[attr-defined]
     return tensor
 

@@ -1,4 +1,4 @@
-"""vLLM's worker, which records hidden states, log-probabilities and entropies. Imported in vLLM's processes, by name.
+"""vLLM's worker, which also records hidden states, log-probabilities and entropies. vLLM's processes import it by name.
 
 The hidden states are outputs of the model, through vLLM's interface for EAGLE-3, so torch.compile and CUDA graphs
 return them too. Models without this interface need a forward hook and eager mode. Log-probabilities and entropies come
@@ -93,7 +93,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         return [self._recorder.collect(*rollout) for rollout in wanted]
 
     def poise_add_empty_adapter(self) -> None:
-        """Serve an adapter of zeros until the first push, so that rollouts running then continue with the new one."""
+        """Serve an adapter of zeros until the first push, which can then replace the adapter of running rollouts."""
         add_empty_adapter(self.model_runner.lora_manager)
 
     def poise_process_group_backend(self) -> str:

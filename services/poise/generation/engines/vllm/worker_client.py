@@ -1,6 +1,6 @@
 """Calls from the server's process to the `PoiseWorker`s of a vLLM engine. vLLM is imported late.
 
-vLLM never answers a call if its engine process dies meanwhile. `answered` raises `BackendDown` instead.
+vLLM never answers a call if its engine process dies meanwhile. `call_engine` raises `BackendDown` instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from poise.generation.weights.process_group import GroupPayload, wait_for_payloa
 logger = logging.getLogger(__name__)
 
 _CHECK_ALIVE_S = 1.0
-"""How often a call without an answer checks whether the engine still lives."""
+"""How often a waiting call checks that the engine is alive."""
 _POLL_S = 0.02
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
-async def answered(engine: Any, call: Coroutine[Any, Any, Answer]) -> Answer:
+async def call_engine(engine: Any, call: Coroutine[Any, Any, Response]) -> Response:
     """Return the result of a call to an `AsyncLLM`, or raise its error.
 
     Raises:
@@ -42,8 +42,8 @@ async def answered(engine: Any, call: Coroutine[Any, Any, Answer]) -> Answer:
 
 
 async def call_workers(engine: Any, method: str, *args: Any) -> list[Any]:
-    """Call a method of the `PoiseWorker`s of an `AsyncLLM`. Return the result of each rank; see `answered`."""
-    return await answered(engine, engine.collective_rpc(method, args=args))
+    """Call a method of the `PoiseWorker`s of an `AsyncLLM`. Return the result of each rank; see `call_engine`."""
+    return await call_engine(engine, engine.collective_rpc(method, args=args))
 
 
 async def receive_payload(engine: Any, payload: GroupPayload) -> None:
@@ -75,8 +75,8 @@ async def receive_payload(engine: Any, payload: GroupPayload) -> None:
 async def prepare_weights(engine: Any, weights: Path, last_obstacle: str) -> str:
     """Prepare new weights in the workers while sampling continues.
 
-    Returns why the workers cannot, or an empty string. Logs it if it differs from `last_obstacle`, because the logs of
-    the workers go nowhere.
+    Returns why the workers cannot, or an empty string. Logs it if it differs from `last_obstacle`, because the
+    workers' own logs are hidden.
 
     Raises:
         BackendDown: vLLM does not answer.
@@ -88,7 +88,9 @@ async def prepare_weights(engine: Any, weights: Path, last_obstacle: str) -> str
     except Exception as error:
         raise BackendDown(f"vLLM cannot prepare new weights: {error}") from error
     if obstacle and obstacle != last_obstacle:
-        logger.log(level, "generation pauses while new weights load, because they cannot be prepared: %s", obstacle)
+        logger.log(
+            level, "generation pauses while new weights load, because they cannot be prepared beforehand: %s", obstacle
+        )
     return str(obstacle)
 
 

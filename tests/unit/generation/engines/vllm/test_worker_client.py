@@ -11,7 +11,7 @@ import pytest
 
 from poise.errors import BackendDown
 from poise.generation.engines.vllm import worker_client
-from poise.generation.engines.vllm.worker_client import answered, call_workers, prepare_weights, receive_payload
+from poise.generation.engines.vllm.worker_client import call_engine, call_workers, prepare_weights, receive_payload
 from poise.generation.weights.process_group import GroupPayload
 from poise.runtime.network.broadcast_group import Rendezvous
 
@@ -72,7 +72,7 @@ async def test_errors_and_cancellation_reach_the_other_end() -> None:
         raise ValueError("no such method")
 
     with pytest.raises(ValueError, match="no such method"):
-        await answered(EchoEngine(), fail())
+        await call_engine(EchoEngine(), fail())
     engine = EchoEngine()
     call = asyncio.create_task(call_workers(engine, "poise_collect"))
     await asyncio.sleep(0.05)
