@@ -31,14 +31,16 @@ class OptimizerConfig(StrictModel):
 class LossConfig(StrictModel):
     """The policy loss. `poise.learner.training.losses` has the formulas."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"normaliser_tokens": "normalizer_tokens"}
+
     policy: Literal["ppo", "gspo", "cispo"] = "ppo"
     """`ppo`: clip-higher and dual clip for each token. `gspo`: one clipped ratio for each rollout; use it with
     `sequence_mean` and clips of about 3e-4 and 4e-4. `cispo`: a clipped ratio as a constant weight, so that every token
     keeps its gradient; use it with `clip_low` 1, which disables the lower clip."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """How token losses are averaged over a mini-batch. `token_mean`: over all tokens. `sequence_mean`: over the means
-    of its rollouts. `constant`: over the sums of its rollouts, each divided by `normaliser_tokens`."""
-    normaliser_tokens: int = Field(1024, ge=1)
+    of its rollouts. `constant`: over the sums of its rollouts, each divided by `normalizer_tokens`."""
+    normalizer_tokens: int = Field(1024, ge=1)
     """The divisor of `constant`: the maximum response length in tokens."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The old policy in ratios. `rollout`: the engine's log-probabilities from sampling, without another forward pass.

@@ -17,7 +17,7 @@ from poise_client.types import Rollout
 
 LOSSES = {
     f"{policy}-{aggregation}{'-kl' if kl else ''}": LossConfig(
-        policy=policy, aggregation=aggregation, kl_coefficient=kl, normaliser_tokens=16, dual_clip=1.5
+        policy=policy, aggregation=aggregation, kl_coefficient=kl, normalizer_tokens=16, dual_clip=1.5
     )
     for policy, aggregation, kl in itertools.product(
         ("ppo", "gspo", "cispo"), ("token_mean", "sequence_mean", "constant"), (0.0, 0.3)
@@ -79,7 +79,7 @@ class NaiveLoop:
             elif loss.aggregation == "sequence_mean":
                 share = losses.mean() / len(rollouts)
             else:
-                share = losses.sum() / loss.normaliser_tokens / len(rollouts)
+                share = losses.sum() / loss.normalizer_tokens / len(rollouts)
             share.backward()
         return {name: p.grad for name, p in self.model.named_parameters()}
 

@@ -131,6 +131,10 @@ def test_sections_and_overrides_reach_their_programs(tmp_path: Path) -> None:
         (MINIMAL | {"run": {"name": "a/b"}}, "run.name"),
         (MINIMAL | {"run": {"nmae": "a"}}, "run.nmae: unknown; did you mean 'name'"),
         (MINIMAL | {"learner": {"optimiser": {}}}, "learner.optimiser: unknown; it was renamed to 'optimizer'"),
+        (
+            MINIMAL | {"learner": {"loss": {"normaliser_tokens": 9}}},
+            "learner.loss.normaliser_tokens: unknown; it was renamed to 'normalizer_tokens'",
+        ),
         (MINIMAL | {"generation": {"grpc": 3}}, "generation.grpc: "),
         (MINIMAL | {"value": 3}, "value"),
         ({"model": "m"}, "train.tasks: required, but not set"),
@@ -186,7 +190,7 @@ def test_file_takes_precedence_over_the_algorithms_loss(tmp_path: Path) -> None:
     own = load(tmp_path, with_train(algorithm="grpo") | {"learner": {"loss": {"clip_high": 0.3}}}).learner
     assert (own.loss.aggregation, own.loss.clip_high) == ("sequence_mean", 0.3)
     dr_grpo = load(tmp_path, with_train(algorithm="dr_grpo", sampling={"max_tokens": 77}))
-    assert (dr_grpo.learner.loss.aggregation, dr_grpo.learner.loss.normaliser_tokens) == ("constant", 77)
+    assert (dr_grpo.learner.loss.aggregation, dr_grpo.learner.loss.normalizer_tokens) == ("constant", 77)
     assert load(tmp_path, MINIMAL, "train.algorithm=dr_grpo").trees["learner"]["loss"]["aggregation"] == "constant"
 
 

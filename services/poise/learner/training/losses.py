@@ -160,13 +160,13 @@ def token_weights(lengths_R: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """Return the weight of each token's loss, [N]. After division by `denominator`, the weighted sum is
 
     `token_mean`: the mean over all tokens; `sequence_mean`: the mean over rollouts of the means over their tokens;
-    `constant`: the mean over rollouts of the sums over their tokens / `normaliser_tokens` (Dr. GRPO: a token's
+    `constant`: the mean over rollouts of the sums over their tokens / `normalizer_tokens` (Dr. GRPO: a token's
     weight does not depend on the length of its rollout, or of others in the batch).
     """
     if config.aggregation == "sequence_mean":
         weights_R = 1 / lengths_R
     elif config.aggregation == "constant":
-        weights_R = torch.full_like(lengths_R, 1 / config.normaliser_tokens, dtype=torch.get_default_dtype())
+        weights_R = torch.full_like(lengths_R, 1 / config.normalizer_tokens, dtype=torch.get_default_dtype())
     else:
         weights_R = torch.ones_like(lengths_R, dtype=torch.get_default_dtype())
     return torch.repeat_interleave(weights_R, lengths_R)

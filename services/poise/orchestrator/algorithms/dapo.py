@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ class DapoOptions(AlgorithmOptions):
     """DAPO: GRPO on groups of unequal rewards. Other groups are dropped, and more prompts are sampled instead. The
     learner's defaults are its clip-higher and token-mean loss."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"std_normalisation": "std_normalization"}
+
     kind: Literal["dapo"] = "dapo"
     """This algorithm."""
     max_draws: int = Field(4, ge=1, le=64)
@@ -24,7 +26,7 @@ class DapoOptions(AlgorithmOptions):
     overlong_margin_tokens: int = Field(0, ge=0)
     """Length of the penalty zone before `sampling.max_tokens`. The penalty grows linearly to 1 at its end. 0 disables
     it."""
-    std_normalisation: bool = True
+    std_normalization: bool = True
     """Divide by the standard deviation of the group's rewards."""
 
     def make(self, max_tokens: int) -> Algorithm:
@@ -50,5 +52,5 @@ class Dapo(Algorithm):
         if margin := min(self._options.overlong_margin_tokens, self._max_tokens):
             penalties = [overlong_penalty(lengths_n, self._max_tokens, margin) for lengths_n in lengths_of(groups)]
             rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
-        scaled = group_mean(rewards, divide=self._options.std_normalisation)
+        scaled = group_mean(rewards, divide=self._options.std_normalization)
         return StepBaselines(scaled.baselines, "group", scales=scaled.scales, penalties=penalties)

@@ -5,7 +5,7 @@ The formulas are in `poise.algorithms.group_baselines`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from poise.algorithms.group_baselines import ScaledBaselines, group_mean, length_weighted_mean, rloo, whitened
@@ -45,14 +45,16 @@ class GrpoOptions(AlgorithmOptions):
     """GRPO: the baseline is the group's mean reward, the scale its standard deviation. The loss weighs all rollouts
     equally."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"std_normalisation": "std_normalization"}
+
     kind: Literal["grpo"] = "grpo"
     """This algorithm."""
-    std_normalisation: bool = True
+    std_normalization: bool = True
     """Divide by the standard deviation of the group's rewards."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
-        return RewardBaselines("group", lambda groups: group_mean(rewards_of(groups), divide=self.std_normalisation))
+        return RewardBaselines("group", lambda groups: group_mean(rewards_of(groups), divide=self.std_normalization))
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
@@ -71,7 +73,7 @@ class DrGrpoOptions(AlgorithmOptions):
 
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
-        return {"loss": {"aggregation": "constant", "normaliser_tokens": max_tokens, **PPO_CLIP}}
+        return {"loss": {"aggregation": "constant", "normalizer_tokens": max_tokens, **PPO_CLIP}}
 
 
 class OpoOptions(AlgorithmOptions):

@@ -20,6 +20,8 @@ KEY_CHARS = 16
 class SpoOptions(AlgorithmOptions):
     """SPO: the baseline is a tracker of the prompt's rewards in earlier steps."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"batch_normalisation": "batch_normalization"}
+
     min_rollouts: ClassVar[int] = 1
     usual_rollouts: ClassVar[int] = 1
     kind: Literal["spo"] = "spo"
@@ -30,7 +32,7 @@ class SpoOptions(AlgorithmOptions):
     """Baseline of a prompt before its first visit."""
     prior_strength: float = Field(1.0, gt=0)
     """Weight of the prior, in rollouts."""
-    batch_normalisation: bool = True
+    batch_normalization: bool = True
     """Whiten the advantages over the batch."""
 
     def make(self, max_tokens: int) -> Algorithm:
@@ -50,8 +52,8 @@ class Spo(Algorithm):
     async def baselines(self, groups: Sequence[ScoredGroup], estimate: EstimateBaselines) -> StepBaselines:
         """See `Algorithm`."""
         values = [np.full(item.rewards.shape, self._tracker(item).value, np.float32) for item in groups]
-        normalise = self._options.batch_normalisation
-        scaled = whitened(rewards_of(groups), values) if normalise else ScaledBaselines(values)
+        whiten = self._options.batch_normalization
+        scaled = whitened(rewards_of(groups), values) if whiten else ScaledBaselines(values)
         return StepBaselines(scaled.baselines, "tracker", scales=scaled.scales)
 
     def step_state(self, groups: Sequence[ScoredGroup]) -> State:

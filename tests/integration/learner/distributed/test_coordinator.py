@@ -26,7 +26,7 @@ from poise_client.errors import PoiseClientError
 from poise_client.types import Batch, StepResult
 
 DEADLINE_S = 240.0
-RECOMPUTED = {"policy": "cispo", "aggregation": "constant", "normaliser_tokens": 16, "old_logprobs": "recompute"}
+RECOMPUTED = {"policy": "cispo", "aggregation": "constant", "normalizer_tokens": 16, "old_logprobs": "recompute"}
 CASES: dict[str, dict[str, object]] = {
     "ppo": {"loss": {"policy": "ppo"}},
     "gspo": {"loss": {"policy": "gspo", "aggregation": "sequence_mean", "kl_coefficient": 0.1}},

@@ -117,7 +117,7 @@ def aggregated(losses: list[float], config: LossConfig) -> float:
         return float(np.mean(losses))
     if config.aggregation == "sequence_mean":
         return float(np.mean([row.mean() for row in rows]))
-    return float(np.mean([row.sum() / config.normaliser_tokens for row in rows]))
+    return float(np.mean([row.sum() / config.normalizer_tokens for row in rows]))
 
 
 def gradient(loss_of: Callable[[torch.Tensor], torch.Tensor], at: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_mini_batch_loss_and_gradient_match_the_formula(name, aggregation):
     """Finite differences ignore stopped gradients, so the formula keeps the same terms constant."""
     case = Case()
     config = SETTINGS[name].model_copy(
-        update={"aggregation": aggregation, "normaliser_tokens": 50, "kl_coefficient": 0.3}
+        update={"aggregation": aggregation, "normalizer_tokens": 50, "kl_coefficient": 0.3}
     )
     weights = token_weights(torch.tensor(LENGTHS), config).double()
 
@@ -268,7 +268,7 @@ def test_extreme_ratios_give_finite_losses_and_gradients(name, advantage, differ
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_every_split_of_a_mini_batch_adds_up_to_the_same_loss(aggregation):
-    config = LossConfig(aggregation=aggregation, normaliser_tokens=50)
+    config = LossConfig(aggregation=aggregation, normalizer_tokens=50)
     losses = torch.from_numpy(np.random.default_rng(0).normal(0, 1, N))
     whole = float((token_weights(torch.tensor(LENGTHS), config) * losses).sum())
     parts = losses.split((8, 92))

@@ -77,10 +77,10 @@ EXPECTED: list[tuple[Any, list[list[float]]]] = [
     ({"kind": "poise", "bootstrap": "batch_mean"}, [[1 / 6, -5 / 6, -5 / 6, 1 / 6], [0.5] * 4, [-0.75, 0.25]]),
     ("rloo", [times(A, 2 / 3), B, C]),
     ("grpo", [times(A, 0.5 / STD), B, times(C, 0.5 / PAIR)]),
-    ({"kind": "grpo", "std_normalisation": False}, [times(A, 0.5), B, times(C, 0.5)]),
+    ({"kind": "grpo", "std_normalization": False}, [times(A, 0.5), B, times(C, 0.5)]),
     ("dr_grpo", [times(A, 0.5), B, times(C, 0.5)]),
     ("dapo", [times(A, 0.5 / STD), B, times(C, 0.5 / PAIR)]),
-    ({"kind": "dapo", "std_normalisation": False}, [times(A, 0.5), B, times(C, 0.5)]),
+    ({"kind": "dapo", "std_normalization": False}, [times(A, 0.5), B, times(C, 0.5)]),
     (
         {"kind": "dapo", "overlong_margin_tokens": 4},
         [[0.875 / SHAPED, -0.625 / SHAPED, -0.125 / SHAPED, -0.125 / SHAPED], B, times(C, 0.5 / PAIR)],
@@ -91,7 +91,7 @@ EXPECTED: list[tuple[Any, list[list[float]]]] = [
         [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]],
     ),
     ("spo", [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]]),
-    ({"kind": "spo", "batch_normalisation": False}, [times(A, 0.5), [0.5] * 4, times(C, 0.5)]),
+    ({"kind": "spo", "batch_normalization": False}, [times(A, 0.5), [0.5] * 4, times(C, 0.5)]),
 ]
 
 
@@ -143,7 +143,7 @@ def test_dapo_keeps_only_groups_of_unequal_rewards() -> None:
 
 
 async def test_spo_uses_only_rewards_of_earlier_steps() -> None:
-    spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2, "batch_normalisation": False}).make(
+    spo = options({"kind": "spo", "half_life_visits": 1, "prior_strength": 2, "batch_normalization": False}).make(
         MAX_TOKENS
     )
     groups = [scored("a", [1], [2]), scored("b", [0], [2])]
