@@ -118,23 +118,23 @@ async def test_read_of_an_empty_queue_waits_and_then_returns_nothing(handle: Han
 
 async def test_holds_finds_an_entry_or_an_older_one(handle: Handle) -> None:
     queue = handle("a")
-    assert await queue.newest() is None
+    assert await queue.newest_unacked() is None
     await queue.publish([b"1", b"2"])
     first, second = await read(queue)  # read is not acknowledged
-    assert await queue.newest() == second.entry_id
+    assert await queue.newest_unacked() == second.entry_id
     await queue.publish([b"3"])
-    assert await queue.newest() not in (None, first.entry_id, second.entry_id)
+    assert await queue.newest_unacked() not in (None, first.entry_id, second.entry_id)
 
     await queue.ack([first.entry_id])
-    assert not await queue.holds(first.entry_id)
-    assert await queue.holds(second.entry_id)
+    assert not await queue.has_unacked_up_to(first.entry_id)
+    assert await queue.has_unacked_up_to(second.entry_id)
     await queue.dead_letter(second, "poison")
-    assert not await queue.holds(second.entry_id)
+    assert not await queue.has_unacked_up_to(second.entry_id)
     (third,) = await read(queue)
-    assert await queue.holds(third.entry_id)
+    assert await queue.has_unacked_up_to(third.entry_id)
     await queue.ack([third.entry_id])
-    assert await queue.newest() is None
-    assert not await queue.holds(third.entry_id)
+    assert await queue.newest_unacked() is None
+    assert not await queue.has_unacked_up_to(third.entry_id)
 
 
 async def test_older_entries_are_held_although_newer_ones_are_not(handle: Handle) -> None:
@@ -142,10 +142,10 @@ async def test_older_entries_are_held_although_newer_ones_are_not(handle: Handle
     await queue.publish([str(i).encode() for i in range(12)])  # ids are numbers: 10 comes after 9
     deliveries = await read(queue)
     await queue.ack([delivery.entry_id for delivery in deliveries[3:]])
-    assert await queue.newest() == deliveries[2].entry_id
-    assert [await queue.holds(delivery.entry_id) for delivery in deliveries] == [True] * 12
+    assert await queue.newest_unacked() == deliveries[2].entry_id
+    assert [await queue.has_unacked_up_to(delivery.entry_id) for delivery in deliveries] == [True] * 12
     await queue.ack([delivery.entry_id for delivery in deliveries[:2]])
-    assert [await queue.holds(delivery.entry_id) for delivery in deliveries] == [False] * 2 + [True] * 10
+    assert [await queue.has_unacked_up_to(delivery.entry_id) for delivery in deliveries] == [False] * 2 + [True] * 10
 
 
 async def test_read_wakes_up_when_something_is_published(handle: Handle) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from poise.local.processes.process import ask_ready
+from poise.local.processes.process import poll_readyz
 from poise.local.run_file import SERVICES, LocalRun, load_run
 
 READY_TIMEOUT_S = 500.0
@@ -65,7 +65,7 @@ def services_started(run_file: Path) -> Iterator[LocalRun]:
     run = load_run(run_file)
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not all(asyncio.run(ask_ready(run.admin_address(name)))[0] for name in SERVICES):
+        while not all(asyncio.run(poll_readyz(run.admin_address(name)))[0] for name in SERVICES):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)

@@ -150,18 +150,18 @@ class MemoryQueue:
         stream = self._stream
         return QueueDepth(len(stream.unread) + len(stream.pending), stream.num_dead_letters)
 
-    async def newest(self) -> str | None:
-        """See `LabelQueue.newest`."""
+    async def newest_unacked(self) -> str | None:
+        """See `LabelQueue.newest_unacked`."""
         return max(self._held(), key=_age, default=None)
 
-    async def holds(self, entry_id: str) -> bool:
-        """See `LabelQueue.holds`."""
+    async def has_unacked_up_to(self, entry_id: str) -> bool:
+        """See `LabelQueue.has_unacked_up_to`."""
         return any(_age(held) <= _age(entry_id) for held in self._held())
 
     def _held(self) -> list[str]:
         return [*self._stream.pending, *(delivery.entry_id for delivery in self._stream.unread)]
 
-    def expect(self, entry_id: str) -> None:
+    def expect_at_least(self, entry_id: str) -> None:
         """Do nothing: no entry outlives the process."""
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from poise.cli.models import models
 from poise.cli.options import checked, fail, load_options, log_to_terminal, run_options
 from poise.cli.queue import queue
 from poise.cli.verify import verify
-from poise.runtime.cli.broken_pipe import exit_with_reader
+from poise.runtime.cli.broken_pipe import exit_on_broken_pipe
 
 if TYPE_CHECKING:
     from poise.local.run_file import LocalRun
@@ -26,12 +26,12 @@ class _Poise(click.Group):
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Parse the arguments, or print `--help`."""
-        with exit_with_reader():
+        with exit_on_broken_pipe():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with exit_with_reader():
+        with exit_on_broken_pipe():
             return super().invoke(ctx)
 
 

@@ -45,7 +45,7 @@ class Credentials:
             yield f"{prefix}ca_file: required: {self.ca_reason}"
 
 
-def required_by(services: Mapping[str, ServiceConfig]) -> Credentials:
+def common_credentials(services: Mapping[str, ServiceConfig]) -> Credentials:
     """Return the credentials of one caller of all these services.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
 from poise.local.addresses import SERVICES, address, run_ports, socket_path
-from poise.local.credentials import missing_tokens, required_by
+from poise.local.credentials import common_credentials, missing_tokens
 from poise.local.models.catalog import locate_model
 from poise.local.run_settings import CONFIGS, PROGRAMS, SHARED, RunFile, SharedSettings, shared_by
 from poise.orchestrator.config import OrchestratorConfig
@@ -130,14 +130,14 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
     if shared.lora is not None and programs.learner.push.transport == "lora":
         programs.resolve({"generation": {"lora": {"max_rank": shared.lora.rank}}})
     generation, value = programs.generation, programs.value
-    by_replicas = required_by({"generation": generation})
+    by_replicas = common_credentials({"generation": generation})
     replicas = [address(generation.grpc)]
     programs.resolve({"learner": {"replicas": replicas} | by_replicas.settings("replica_")})
     here = {"value": address(value.grpc), "learner": address(programs.learner.grpc)}
     programs.resolve({"train": {"endpoints": here | {"generation": replicas}}})
     endpoints = programs.train.endpoints
     is_elsewhere = not {endpoints.value, endpoints.learner} & {*here.values()}
-    by_all = required_by({"generation": generation, "value": value, "learner": programs.learner})
+    by_all = common_credentials({"generation": generation, "value": value, "learner": programs.learner})
     if not is_elsewhere:  # other services do not accept this run's credentials
         programs.resolve({"train": {"endpoints": by_all.settings()}})
         endpoints = programs.train.endpoints

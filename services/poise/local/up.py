@@ -22,7 +22,7 @@ from poise.local.processes.supervisor import Supervisor, SupervisorError
 from poise.local.processes.valkey import valkey_command
 from poise.local.run_file import LocalRun
 from poise.local.status import push_problems
-from poise.runtime.cli.broken_pipe import is_unread
+from poise.runtime.cli.broken_pipe import has_no_reader
 from poise.runtime.cli.exit_status import INTERRUPTED, OK, OUTPUT_CLOSED
 from poise.runtime.cli.signals import stop_on_signal
 from poise.runtime.config.settings import ConfigError, ServiceConfig, check_readable
@@ -73,18 +73,18 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             run = reload()
         _write_settings(run)
         stop = partial(_stop, supervisor, stopping)
-        with stop_on_signal(stop, supervisor.kill_all), _stop_when_unread(stop) as is_unread:
+        with stop_on_signal(stop, supervisor.kill_all), _stop_without_reader(stop) as has_no_reader:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return OUTPUT_CLOSED if is_unread() else INTERRUPTED if train else OK
+                return OUTPUT_CLOSED if has_no_reader() else INTERRUPTED if train else OK
             ready.result()
             if train:
-                status = await supervisor.run_to_end(_training(run, training_log))
-                if is_unread():
+                status = await supervisor.run_until_exit(_training(run, training_log))
+                if has_no_reader():
                     return OUTPUT_CLOSED
                 return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
@@ -92,8 +92,8 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             if (token_file := run.train.endpoints.token_file) is not None:
                 logger.info("token for your own clients: export POISE_TOKEN_FILE=%s", token_file)
             logger.info("ready. Train with `poise train` and the same options in another terminal; stop with Ctrl-C")
-            await supervisor.first_of(stopped)
-            return OUTPUT_CLOSED if is_unread() else OK
+            await supervisor.wait_unless_failed(stopped)
+            return OUTPUT_CLOSED if has_no_reader() else OK
 
 
 def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
@@ -103,11 +103,11 @@ def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
 
 
 @contextlib.contextmanager
-def _stop_when_unread(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+def _stop_without_reader(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Call `stop` when the reader of the output has exited; yield a function that returns whether it has."""
 
     async def poll() -> None:
-        while not (is_unread(sys.stdout) or is_unread(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
+        while not (has_no_reader(sys.stdout) or has_no_reader(sys.stderr)):  # noqa: ASYNC110 (a pipe sets no event)
             await asyncio.sleep(_OUTPUT_POLL_S)
         logger.warning("the reader of the output has exited; stopping")
         stop()

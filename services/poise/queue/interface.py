@@ -108,15 +108,15 @@ class LabelQueue(Protocol):
         """Return the queue's sizes and health."""
         ...
 
-    async def newest(self) -> str | None:
+    async def newest_unacked(self) -> str | None:
         """Return the id of the newest entry that is not acknowledged; None if there is none."""
         ...
 
-    async def holds(self, entry_id: str) -> bool:
+    async def has_unacked_up_to(self, entry_id: str) -> bool:
         """Whether `entry_id` or an older entry is not acknowledged."""
         ...
 
-    def expect(self, entry_id: str) -> None:
+    def expect_at_least(self, entry_id: str) -> None:
         """Set the newest entry known from before a restart. A stream that ends before it has lost labels."""
         ...
 

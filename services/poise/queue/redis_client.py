@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, RedisError, ResponseError
 
 from poise.errors import QueueFull
-from poise.queue.redis_errors import may_be_gone, translated
+from poise.queue.redis_errors import reconnect_may_help, to_poise_error
 from poise.queue.redis_server import ServerReport, examine, is_cluster, parse_info
 from poise.runtime.network.addresses import join_address
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 Client = redis.asyncio.Redis
 
-Ask = Callable[..., Awaitable[Any]]
+SendCommand = Callable[..., Awaitable[Any]]
 """Sends one command, split into words, and returns the reply."""
 
 _CONNECT_TIMEOUT_S = 2.0
@@ -48,7 +48,7 @@ class RedisClient:
         url: str,
         *,
         needed_bytes: int,
-        examine_keys: Callable[[Ask, bool], Awaitable[None]],
+        examine_keys: Callable[[SendCommand, bool], Awaitable[None]],
         failed: Callable[[], None],
     ) -> None:
         """Prepare; no I/O.
@@ -81,7 +81,7 @@ class RedisClient:
             socket_timeout=_REPLY_TIMEOUT_S,
             health_check_interval=_IDLE_CHECK_S,
             retry=Retry(NoBackoff(), 0),  # `call` retries over a checked connection
-            redis_connect_func=self._greet,
+            redis_connect_func=self._on_connect,
             **({"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE} if is_tcp else {}),
         )
         if node is not None:
@@ -100,7 +100,7 @@ class RedisClient:
                 await self._examine_if_due(client)
                 return await work(client)
             except (RedisError, OSError) as error:
-                shown = translated(error, self.address)
+                shown = to_poise_error(error, self.address)
                 if isinstance(shown, QueueFull):
                     raise shown from error
                 self._failed()
@@ -108,7 +108,7 @@ class RedisClient:
                 if isinstance(error, MovedError):  # no host means the same host
                     node = error.host or client.connection_pool.connection_kwargs["host"], error.port
                 await self._replace(client, node)
-                if not num_left or not (node or may_be_gone(error)):
+                if not num_left or not (node or reconnect_may_help(error)):
                     raise shown from error
         raise AssertionError("unreachable: the last try returns or raises")
 
@@ -122,7 +122,7 @@ class RedisClient:
         with contextlib.suppress(RedisError, OSError):
             await failed.aclose()
 
-    async def _greet(self, connection: AbstractConnection) -> None:
+    async def _on_connect(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
         await self._examine(connection)
 
@@ -142,23 +142,23 @@ class RedisClient:
     async def _examine(self, connection: AbstractConnection) -> None:
         """Check the server and the keys. Raises `UnsuitableServerError`, or the server's own error."""
 
-        async def ask(*command: Any) -> Any:
+        async def send(*command: Any) -> Any:
             await connection.send_command(*command)
             return await connection.read_response()
 
-        async def ask_if_allowed(*command: str) -> Any:
+        async def send_if_allowed(*command: str) -> Any:
             try:
-                return await ask(*command)
+                return await send(*command)
             except ResponseError:
                 return None
 
-        info = parse_info((await ask_if_allowed("INFO") or b"").decode(errors="replace"))
+        info = parse_info((await send_if_allowed("INFO") or b"").decode(errors="replace"))
         settings = {}
         for name in ("save", "appendfsync"):
-            if pair := await ask_if_allowed("CONFIG", "GET", name):
+            if pair := await send_if_allowed("CONFIG", "GET", name):
                 settings[name] = pair[1].decode()
         report = examine(info, settings, self._needed_bytes)
-        await self._examine_keys(ask, is_cluster(info))
+        await self._examine_keys(send, is_cluster(info))
         self.report, self._examined_s = report, asyncio.get_running_loop().time()
 
     async def close(self) -> None:

@@ -93,7 +93,7 @@ _KINDS = (
 _UNREACHABLE = "Check that the Redis server runs and that queue.url is its address, with rediss:// only if it uses TLS."
 
 
-def translated(error: Exception, address: str) -> PoiseError:
+def to_poise_error(error: Exception, address: str) -> PoiseError:
     """Return the error for callers, in place of the client's or the system's own."""
     if isinstance(error, UnsuitableServerError):
         return BackendDown(f"Redis at {address} {error}", remedy=error.remedy, retry_after_s=RETRY_AFTER_S)
@@ -109,7 +109,7 @@ def translated(error: Exception, address: str) -> PoiseError:
     return BackendDown(f"Redis at {address} failed: {text}", remedy=_remedy(error, text), retry_after_s=RETRY_AFTER_S)
 
 
-def may_be_gone(error: Exception) -> bool:
+def reconnect_may_help(error: Exception) -> bool:
     """Whether a new connection may succeed, because the peer died or became a replica."""
     if isinstance(error, exceptions.AuthenticationError | exceptions.BusyLoadingError | UnsuitableServerError):
         return False

@@ -26,13 +26,14 @@ from poise.queue.interface import (
     no_such_letter,
     queue_is_full,
 )
-from poise.queue.redis_client import Ask, Client, RedisClient
-from poise.queue.redis_errors import RETRY_AFTER_S, UnsuitableServerError, translated
+from poise.queue.loss_detector import Expectation, LossDetector, StreamState
+from poise.queue.redis_client import Client, RedisClient, SendCommand
+from poise.queue.redis_errors import RETRY_AFTER_S, UnsuitableServerError, to_poise_error
 from poise.queue.redis_scripts import (
     ACK,
     DEAD_LETTER,
     EXAMINE,
-    HOLDS,
+    HAS_UP_TO,
     MOVE_LETTERS,
     NEWEST,
     PUBLISH,
@@ -40,7 +41,6 @@ from poise.queue.redis_scripts import (
     STATE,
     dead_letter_key,
 )
-from poise.queue.stream_watch import Expectation, StreamState, StreamWatch
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class RedisQueue:
         self._group_exists = False
         self._pending_after: str | None = "0-0"
         self._claim_cursor, self._next_claim_s = "0-0", 0.0
-        self._watch = StreamWatch()
+        self._losses = LossDetector()
         self._are_letters_moved = False
 
     def _reset(self) -> None:
@@ -105,14 +105,14 @@ class RedisQueue:
 
         return await self._client.call(work)
 
-    async def _examine_keys(self, ask: Ask, is_cluster: bool) -> None:
+    async def _examine_keys(self, send: SendCommand, is_cluster: bool) -> None:
         """Check the permissions on the keys, their types, and that no entry is missing."""
         if not is_cluster:  # in a cluster, earlier releases could not write dead letters
-            await self._move_letters(ask)
-        known = self._watch.known
+            await self._move_letters(send)
+        known = self._losses.known
         try:
             arguments = self._stream, self._dead_stream, self._group, self._consumer
-            denied, state = await ask("EVAL", EXAMINE, 2, *arguments)
+            denied, state = await send("EVAL", EXAMINE, 2, *arguments)
         except NoPermissionError as error:
             denied = [str(error).encode()]
         if denied:
@@ -122,14 +122,14 @@ class RedisQueue:
             )
         self._check(StreamState.parse(state), known)
 
-    async def _move_letters(self, ask: Ask) -> None:
+    async def _move_letters(self, send: SendCommand) -> None:
         """Move dead letters from the key of earlier releases, once. If that fails, they stay there."""
         former = f"{self._stream}:dead"
         if self._are_letters_moved or former == self._dead_stream:
             return
         try:
-            if await ask("EXISTS", former):
-                num_moved = await ask("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
+            if await send("EXISTS", former):
+                num_moved = await send("EVAL", MOVE_LETTERS, 2, former, self._dead_stream)
                 logger.info("moved %d dead letters from key %s to %s", num_moved, former, self._dead_stream)
         except NoPermissionError:
             pass  # no earlier release can have written there
@@ -144,7 +144,7 @@ class RedisQueue:
                     f"has a {kind} at key {key!r}, not a stream",
                     "Set queue.stream to another name, or delete the key.",
                 )
-        if self._watch.check(state, known):
+        if self._losses.check(state, known):
             self._reset()
 
     async def publish(self, payloads: Sequence[bytes]) -> None:
@@ -154,12 +154,12 @@ class RedisQueue:
         accepted, *detail = await self._run(PUBLISH, [self._stream], *limits, *payloads)
         if not accepted:
             raise self._full(detail, len(payloads))
-        self._watch.saw_entry(detail[0].decode())
+        self._losses.record_entry(detail[0].decode())
 
     async def _check_publishable(self) -> None:
         await self._client.call(_no_work)  # refreshes the report
         if self._client.report.publish_error is not None:
-            raise translated(self._client.report.publish_error, self._client.address)
+            raise to_poise_error(self._client.report.publish_error, self._client.address)
 
     def _full(self, held: Sequence[int], num_more: int) -> QueueFull:
         num_entries, num_bytes = held
@@ -184,7 +184,7 @@ class RedisQueue:
 
     async def _read_state(self, client: Client) -> StreamState:
         """Return the state of the stream, and record losses since the last one."""
-        known = self._watch.known
+        known = self._losses.known
         reply = client.eval(STATE, 2, self._stream, self._dead_stream, self._group)
         state = StreamState.parse(await cast(Awaitable[list[Any]], reply))
         self._check(state, known)
@@ -199,7 +199,7 @@ class RedisQueue:
             if not str(error).startswith("BUSYGROUP"):
                 raise
         self._group_exists = True
-        self._watch.saw_group()
+        self._losses.record_group()
 
     async def _read(self, client: Client, max_entries: int, wait_s: float) -> list[Delivery]:
         while self._pending_after is not None:
@@ -241,10 +241,10 @@ class RedisQueue:
         deleted = [entry_id for entry_id, fields in entries if not fields]
         if deleted:
             await client.xack(self._stream, self._group, *deleted)
-            self._watch.found_deleted(len(deleted))
+            self._losses.record_deleted(len(deleted))
         deliveries = [_delivery(entry_id.decode(), fields) for entry_id, fields in entries if fields]
         if deliveries:
-            self._watch.saw_entry(deliveries[-1].entry_id)
+            self._losses.record_entry(deliveries[-1].entry_id)
         return deliveries
 
     async def ack(self, entry_ids: Sequence[str]) -> None:
@@ -302,24 +302,24 @@ class RedisQueue:
         return QueueDepth(
             num_entries=state.length,
             num_dead_letters=state.num_letters,
-            num_losses=self._watch.num_losses,
-            last_loss=self._watch.last_loss and f"Redis at {address} lost labels: {self._watch.last_loss}",
+            num_losses=self._losses.num_losses,
+            last_loss=self._losses.last_loss and f"Redis at {address} lost labels: {self._losses.last_loss}",
             problem="" if rejection is None else f"Redis at {address} {rejection}. {rejection.remedy}",
             warnings=tuple(f"Redis at {address} {warning}" for warning in report.warnings),
         )
 
-    async def newest(self) -> str | None:
-        """See `LabelQueue.newest`."""
+    async def newest_unacked(self) -> str | None:
+        """See `LabelQueue.newest_unacked`."""
         found: bytes | None = await self._run(NEWEST, [self._stream])
         return None if found is None else found.decode()
 
-    async def holds(self, entry_id: str) -> bool:
-        """See `LabelQueue.holds`."""
-        return bool(await self._run(HOLDS, [self._stream], entry_id))
+    async def has_unacked_up_to(self, entry_id: str) -> bool:
+        """See `LabelQueue.has_unacked_up_to`."""
+        return bool(await self._run(HAS_UP_TO, [self._stream], entry_id))
 
-    def expect(self, entry_id: str) -> None:
-        """See `LabelQueue.expect`."""
-        self._watch.saw_entry(entry_id)
+    def expect_at_least(self, entry_id: str) -> None:
+        """See `LabelQueue.expect_at_least`."""
+        self._losses.record_entry(entry_id)
 
     async def close(self) -> None:
         """See `LabelQueue.close`."""

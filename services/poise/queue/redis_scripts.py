@@ -22,8 +22,8 @@ def _hashed(key: str) -> str:
 
 
 # Returns the entries of a stream and their bytes of memory. Counts all nodes, not a sample: entries differ in size.
-_HELD = """
-local function held(key)
+_USAGE = """
+local function usage(key)
   return redis.call('XLEN', key), redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0
 end
 """
@@ -31,11 +31,11 @@ end
 # Appends all payloads or none, never over the limits.
 # ARGV: maximum entries, maximum bytes, payloads. Returns {1, newest id}, or {0, length, bytes} if they do not fit.
 PUBLISH = (
-    _HELD
+    _USAGE
     + """
 local more = 0
 for i = 3, #ARGV do more = more + #ARGV[i] end
-local length, bytes = held(KEYS[1])
+local length, bytes = usage(KEYS[1])
 if length + #ARGV - 2 > tonumber(ARGV[1]) or bytes + more > tonumber(ARGV[2]) then return {0, length, bytes} end
 local id = ''
 for i = 3, #ARGV do id = redis.call('XADD', KEYS[1], '*', 'group', ARGV[i]) end
@@ -58,17 +58,17 @@ return found[1] and found[1][1]
 """
 
 # ARGV: an entry. Returns 1 if it or an older entry exists, else 0.
-HOLDS = "return #redis.call('XRANGE', KEYS[1], '-', ARGV[1], 'COUNT', 1)"
+HAS_UP_TO = "return #redis.call('XRANGE', KEYS[1], '-', ARGV[1], 'COUNT', 1)"
 
 # ARGV: consumer group, entry, maximum letters, maximum bytes, and the fields of the new letter with their values.
 DEAD_LETTER = (
-    _HELD
+    _USAGE
     + """
 redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[3], '*', unpack(ARGV, 5))
-local letters, bytes = held(KEYS[2])
+local letters, bytes = usage(KEYS[2])
 while letters > 1 and bytes > tonumber(ARGV[4]) do
   redis.call('XTRIM', KEYS[2], 'MAXLEN', letters - 1)
-  letters, bytes = held(KEYS[2])
+  letters, bytes = usage(KEYS[2])
 end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
@@ -78,7 +78,7 @@ redis.call('XDEL', KEYS[1], ARGV[2])
 # ARGV: maximum entries, maximum bytes, letters.
 # Returns {1}; {0, length, bytes} if they do not fit; {-1, id} if a letter is missing; {-2, id} if one is truncated.
 REPLAY = (
-    _HELD
+    _USAGE
     + """
 local payloads, more = {}, 0
 for i = 3, #ARGV do
@@ -90,7 +90,7 @@ for i = 3, #ARGV do
   payloads[i] = fields['group']
   more = more + #payloads[i]
 end
-local length, bytes = held(KEYS[1])
+local length, bytes = usage(KEYS[1])
 if length + #ARGV - 2 > tonumber(ARGV[1]) or bytes + more > tonumber(ARGV[2]) then return {0, length, bytes} end
 for i = 3, #ARGV do
   redis.call('XADD', KEYS[1], '*', 'group', payloads[i])

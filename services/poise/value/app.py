@@ -76,7 +76,7 @@ class ValueApp(ServiceApp):
         updater = Updater(self.config.queue, estimator, queue, self._store, self._make_fitter, self._metrics, self.fail)
         if saved is None:
             await updater.save()  # the consumer's name must survive a crash
-        queue.expect(estimator.newest_entry)
+        queue.expect_at_least(estimator.newest_entry)
         self.registry.register(StateCollector(estimator, lambda: updater.depth))
         self._task = asyncio.create_task(updater.run(), name="value-updater")
         self._updater = updater

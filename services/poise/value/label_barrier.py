@@ -30,24 +30,24 @@ async def wait_for_labels(
     published: dict[str, int] | None = None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
-            if not await _are_learnt(updater):
+            if not await _wait_until_learnt(updater):
                 return None
             # Labels that arrive later do not count: those of other runs could delay this request forever.
             published = {name: domain.window.num_added for name, domain in estimator.domains.items()}
             own = {*domains, *estimator.domains_of_run(run_id)}
-            await _are_fitted(updater, {name: number for name, number in published.items() if name in own})
+            await _wait_until_fitted(updater, {name: number for name, number in published.items() if name in own})
     return None if published is None else _behind(estimator, published)
 
 
-async def _are_learnt(updater: Updater) -> bool:
+async def _wait_until_learnt(updater: Updater) -> bool:
     """Wait until the labels published so far are learnt and saved; return False if consumption halts."""
     is_newest_known, newest = False, None
     while True:
         change = updater.next_change()
         try:
             if not is_newest_known:
-                newest, is_newest_known = await updater.queue.newest(), True
-            if newest is None or not await updater.queue.holds(newest):
+                newest, is_newest_known = await updater.queue.newest_unacked(), True
+            if newest is None or not await updater.queue.has_unacked_up_to(newest):
                 return True
         except BackendDown:
             pass  # the updater reports it and retries
@@ -56,11 +56,11 @@ async def _are_learnt(updater: Updater) -> bool:
         await change.wait()
 
 
-async def _are_fitted(updater: Updater, published: Mapping[str, int]) -> None:
+async def _wait_until_fitted(updater: Updater, published: Mapping[str, int]) -> None:
     """Wait until no domain is behind for which a fit will follow."""
     while True:
         change = updater.next_change()
-        if all(updater.gives_up(name) for name in _behind(updater.estimator, published)):
+        if all(updater.will_not_fit(name) for name in _behind(updater.estimator, published)):
             return
         await change.wait()
 

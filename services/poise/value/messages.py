@@ -75,8 +75,8 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     )
     siblings = _read_siblings(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
     features = None if siblings is None else _stack([siblings])
-    if features is not None and not _can_be_fitted(features):
-        _name_unfit(features, path, wrong)
+    if features is not None and not _are_in_bounds(features):
+        _add_out_of_bounds(features, path, wrong)
         features = None
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if features is None or rewards is None:
@@ -125,15 +125,15 @@ def read_queries(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations)
     queries: list[FeatureMatrix | None] = [None] * len(messages)
     for groups in read.values():
         all_features = _stack([siblings for _, siblings, _ in groups])
-        are_all_fit = _can_be_fitted(all_features)
+        are_all_in_bounds = _are_in_bounds(all_features)
         start = 0
         for index, siblings, rewards in groups:
             features = all_features.part(start, start + len(siblings), rewards)
             start += len(siblings)
-            if are_all_fit or _can_be_fitted(features):
+            if are_all_in_bounds or _are_in_bounds(features):
                 queries[index] = features
             else:
-                _name_unfit(features, f"groups[{index}]", wrong)
+                _add_out_of_bounds(features, f"groups[{index}]", wrong)
     return queries
 
 
@@ -225,7 +225,7 @@ def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations)
     if not prompt.prompt_hidden.size:
         wrong.add(f"{path}.prompt_hidden", "is empty; it must have the model's width")
     elif not _are_within(prompt.prompt_hidden, _HIDDEN):
-        wrong.add(f"{path}.prompt_hidden", _describe_unfit(prompt.prompt_hidden, _HIDDEN))
+        wrong.add(f"{path}.prompt_hidden", _describe_out_of_bounds(prompt.prompt_hidden, _HIDDEN))
     return prompt
 
 
@@ -242,7 +242,7 @@ def _entropies(message: common_pb2.RolloutFeatures) -> list[float]:
     return [value for span in spans for value in (span.mean, span.last, span.max, span.min)]
 
 
-def _can_be_fitted(features: FeatureMatrix) -> bool:
+def _are_in_bounds(features: FeatureMatrix) -> bool:
     return (
         _are_within(features.prompt_hidden, _HIDDEN)
         and _are_within(features.response_hidden, _HIDDEN)
@@ -255,7 +255,7 @@ def _are_within(columns: Floats, bounds: tuple[float, float]) -> bool:
     return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
 
 
-def _name_unfit(features: FeatureMatrix, path: str, wrong: Violations) -> None:
+def _add_out_of_bounds(features: FeatureMatrix, path: str, wrong: Violations) -> None:
     """Add a violation for every field of these rollouts whose numbers are out of bounds."""
     for name, columns, bounds in (
         ("prompt_hidden", features.prompt_hidden, _HIDDEN),
@@ -264,10 +264,10 @@ def _name_unfit(features: FeatureMatrix, path: str, wrong: Violations) -> None:
     ):
         for index, row in enumerate(columns):
             if not _are_within(row, bounds):
-                wrong.add(f"{path}.rollouts[{index}].{name}", _describe_unfit(row, bounds))
+                wrong.add(f"{path}.rollouts[{index}].{name}", _describe_out_of_bounds(row, bounds))
 
 
-def _describe_unfit(numbers: Floats, bounds: tuple[float, float]) -> str:
+def _describe_out_of_bounds(numbers: Floats, bounds: tuple[float, float]) -> str:
     if not np.isfinite(numbers).all():
         return "contains NaN or infinite numbers"
     worst = numbers.max() if numbers.max() > bounds[1] else numbers.min()

@@ -27,7 +27,7 @@ from poise.value.messages import label_payload, parse_label
 from poise.value.metrics import ValueMetrics
 from poise.value.probe.features import Label
 from poise.value.probe.model import FittedProbe, ProbeFitter
-from poise.value.probe.unfit_groups import UNFIT, unfit_groups
+from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
 from poise.value.probe.window import Window
 from poise.value.step_probes import VersionedProbe
 from poise.value.store import StateLostError, StateStore
@@ -306,7 +306,7 @@ class Updater:
         if (self._fits is None or self._fits.done()) and not self._stopping.is_set():
             self._fits = asyncio.create_task(self._fit_all_due(), name="value-fits")
 
-    def gives_up(self, name: str) -> bool:
+    def will_not_fit(self, name: str) -> bool:
         """Whether no fit of a domain's current labels will follow: a fit of them failed, or the service stops."""
         return self._stopping.is_set() or self.estimator.domains[name].window.num_added <= self._failed_at.get(name, 0)
 
@@ -314,7 +314,7 @@ class Updater:
         while self._fits_requested:
             self._fits_requested = False
             for name in sorted(self.estimator.domains):
-                if self.estimator.is_due(name) and not self.gives_up(name):
+                if self.estimator.is_due(name) and not self.will_not_fit(name):
                     await self._fit(name)
                     self._notify()
 
@@ -356,7 +356,7 @@ class Updater:
         groups = window.groups
         try:
             return await asyncio.to_thread(fitter.fit, groups)
-        except UNFIT as error:
+        except FIT_ERRORS as error:
             unfit = await asyncio.to_thread(unfit_groups, groups, self._can_be_fitted)
             if not unfit:  # the cause was the fitter's state from earlier fits, which it has dropped
                 return await asyncio.to_thread(fitter.fit, groups)
@@ -368,7 +368,7 @@ class Updater:
     def _can_be_fitted(self, groups: Sequence[Label]) -> bool:
         try:
             self._make_fitter().fit(groups)
-        except UNFIT:
+        except FIT_ERRORS:
             return False
         return True
 

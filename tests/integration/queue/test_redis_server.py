@@ -183,7 +183,7 @@ async def test_the_rights_that_the_remedy_names_are_enough(servers: RedisServers
     await queue.ack([good.entry_id])
     (letter,) = await queue.dead_letters(max_entries=9)
     await queue.replay([letter.letter_id])
-    assert await queue.holds(str(await queue.newest()))
+    assert await queue.has_unacked_up_to(str(await queue.newest_unacked()))
     assert (await queue.depth()).num_entries == 1
     assert await queue.discard([letter.letter_id]) == 0
     await queue.close()
@@ -329,7 +329,7 @@ async def test_a_loss_during_downtime_is_reported(servers: RedisServers, lose) -
     await queue.close()
     lose(server)
     restarted = make_queue(port)
-    restarted.expect(delivery.entry_id)
+    restarted.expect_at_least(delivery.entry_id)
     assert (await restarted.depth()).num_losses == 1
     await restarted.close()
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from poise.local.processes.process import ask_ready
+from poise.local.processes.process import poll_readyz
 from poise_client import ValueClient
 
 MISCONFIGURED, FAILED = 2, 1
@@ -51,4 +51,4 @@ def test_service_is_reachable_over_ipv4_and_ipv6(stage, host, callers) -> None:
     for caller in callers:
         with ValueClient(f"{caller}:{ports['grpc']}") as client:
             assert client.get_probe(timeout_s=20).num_pending == 7
-        assert asyncio.run(ask_ready(f"{caller}:{ports['admin']}", 20.0))[0]
+        assert asyncio.run(poll_readyz(f"{caller}:{ports['admin']}", 20.0))[0]

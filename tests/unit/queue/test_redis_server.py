@@ -9,7 +9,7 @@ from redis import exceptions
 from redis.crc import key_slot
 
 from poise.errors import BackendDown, QueueFull
-from poise.queue.redis_errors import UnsuitableServerError, may_be_gone, translated
+from poise.queue.redis_errors import UnsuitableServerError, reconnect_may_help, to_poise_error
 from poise.queue.redis_scripts import dead_letter_key
 from poise.queue.redis_server import examine, is_cluster, parse_info
 
@@ -105,7 +105,7 @@ def test_info_with_sections_and_odd_lines_is_parsed():
     ],
 )  # fmt: skip
 def test_every_error_names_its_remedy(error, remedy):
-    shown = translated(error, "host:6379")
+    shown = to_poise_error(error, "host:6379")
     assert isinstance(shown, BackendDown)
     assert "host:6379" in shown.message
     assert remedy in shown.remedy
@@ -119,18 +119,18 @@ def test_every_error_names_its_remedy(error, remedy):
     ],
 )
 def test_a_server_without_memory_is_back_pressure(error):
-    assert isinstance(translated(error, "host:6379"), QueueFull)
+    assert isinstance(to_poise_error(error, "host:6379"), QueueFull)
 
 
 def test_a_long_error_of_a_server_is_truncated():
-    assert len(translated(exceptions.ResponseError("x" * 5000), "host:6379").message) < 400
+    assert len(to_poise_error(exceptions.ResponseError("x" * 5000), "host:6379").message) < 400
 
 
 def test_only_errors_of_the_connection_are_retried():
     again = (exceptions.ReadOnlyError("x"), exceptions.ConnectionError("x"), exceptions.TimeoutError("x"), OSError("x"))
     final = (exceptions.AuthenticationError("x"), exceptions.BusyLoadingError("x"), exceptions.ResponseError("x"))
-    assert [may_be_gone(error) for error in again] == [True] * 4
-    assert [may_be_gone(error) for error in final] == [False] * 3
+    assert [reconnect_may_help(error) for error in again] == [True] * 4
+    assert [reconnect_may_help(error) for error in final] == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -336,6 +336,6 @@ async def test_a_fit_that_always_fails_drops_no_label(start, make) -> None:
     with start(lambda: PickyFitter(names)).opened() as harness:
         for step, name in enumerate(names):
             learn(harness, make, step, group_id=name)
-        await harness.run_until(lambda: harness.updater.gives_up("default"))
+        await harness.run_until(lambda: harness.updater.will_not_fit("default"))
         assert len(harness.estimator.domains["default"].window.groups) == 6
         assert await harness.queue.dead_letters(max_entries=9) == []

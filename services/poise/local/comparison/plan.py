@@ -22,7 +22,7 @@ from poise.runtime.config.load import read_yaml
 from poise.runtime.config.settings import ConfigError
 from poise.runtime.config.text import redacted
 
-_NO_STEPS = 10**9
+_UNLIMITED_STEPS = 10**9
 """More steps than any budget of tokens or seconds allows."""
 
 COMMON_DEFAULTS: Mapping[str, Any] = {"learner.measure_gradient_variance": True}
@@ -39,7 +39,7 @@ _NOT_IN_SET = {
 }
 """Settings that `set` may not contain, each with the remedy."""
 
-_PLACES = frozenset(
+_NOT_LEARNING = frozenset(
     {
         *(
             f"{program}.{section}"
@@ -160,9 +160,9 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
     defaults = {path: value for path, value in COMMON_DEFAULTS.items() if not _contains(read_yaml(base), path)}
-    settings = defaults | _determined(file, entry, label, folder, seed) | entry.set
+    settings = defaults | _fixed_settings(file, entry, label, folder, seed) | entry.set
     run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
-    _reject_shared_places(run)
+    _reject_shared_state(run)
     if not run.train.evaluation.num_prompts:
         raise ConfigError(
             "train.evaluation.num_prompts: is 0 in the base, so there is nothing to compare. Set at least 1"
@@ -171,7 +171,7 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
     return PlannedRun(name, seed, run.train.algorithm.kind, run)
 
 
-def _determined(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
+def _fixed_settings(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
     """Return the settings that the comparison determines for a run, by path."""
     budget, num_parts = file.budget, file.num_evaluations + 1
     return {
@@ -179,7 +179,7 @@ def _determined(file: CompareFile, entry: RunEntry, label: str, folder: Path, se
         "run.dir": str(folder),
         "seed": seed,
         "train.algorithm": entry.algorithm,
-        "train.num_steps": budget.updates or _NO_STEPS,
+        "train.num_steps": budget.updates or _UNLIMITED_STEPS,
         "train.budget.tokens": budget.tokens,
         "train.budget.wall_s": budget.wall_s,
         "train.evaluation.every_steps": -(-(budget.updates or 0) // num_parts),
@@ -188,7 +188,7 @@ def _determined(file: CompareFile, entry: RunEntry, label: str, folder: Path, se
     }
 
 
-def _reject_shared_places(run: LocalRun) -> None:
+def _reject_shared_state(run: LocalRun) -> None:
     """Reject settings of the base or the environment that would let runs share state."""
     expected = {
         "learner.state_dir": (run.learner.state_dir, run.services_dir / "learner"),
@@ -217,7 +217,7 @@ def _within(path: str, section: str) -> bool:
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in _PLACES:
+        if path in _NOT_LEARNING:
             continue
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{path}.")

@@ -58,19 +58,19 @@ def _train_all(plan: Plan, console: Console) -> int:
     for number, run in enumerate(plan.runs, 1):
         where = f"run {number} of {len(plan.runs)}, {run.label}"
         if _is_finished(run):
-            _say(console, f"{where}: already finished")
+            _print(console, f"{where}: already finished")
         else:
-            _say(console, f"{where}: {_progress(run)}")
+            _print(console, f"{where}: {_progress(run)}")
             status = _train(plan, run, where, console)
             if status == OUTPUT_CLOSED:
                 return status
             if status == INTERRUPTED:
                 _report(plan, console)
-                _say(console, "stopped; the same command resumes")
+                _print(console, "stopped; the same command resumes")
                 return INTERRUPTED
             if status != OK:
                 failed.append(run)
-                _say(
+                _print(
                     console,
                     f"{where}: failed with status {status}; logs in {run.local.dir / 'logs'}{_log_tail(run)}",
                 )
@@ -81,8 +81,8 @@ def _train_all(plan: Plan, console: Console) -> int:
             _report(plan, None)
     _report(plan, console)
     if failed:
-        _say(console, f"{len(failed)} of {len(plan.runs)} runs failed: {', '.join(run.label for run in failed)}")
-        _say(console, "the same command retries them")
+        _print(console, f"{len(failed)} of {len(plan.runs)} runs failed: {', '.join(run.label for run in failed)}")
+        _print(console, "the same command retries them")
     return FAILED if failed else OK
 
 
@@ -135,7 +135,7 @@ def _report(plan: Plan, console: Console | None) -> None:
         Comparison(file.name, file.budget.limit, file.reference_name, file.levels, runs), plan.dir
     )
     if console is not None:
-        _say(console, f"\n{tables}")
+        _print(console, f"\n{tables}")
 
 
 def _try_report(plan: Plan) -> None:
@@ -184,5 +184,5 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from poise.orchestrator.tasks.digits import ALPHABET, MAX_ANSWER_CHARS, PROMPT_C
 
 END = "<end>"
 
-_RIGHT = {
+_CORRECT_SHARE = {
     "fst": 0.9,
     "mid": 0.75,
     "lst": 0.6,
@@ -97,7 +97,7 @@ def _example(
     """Return the ids of a prompt with an answer, and the same ids with all but the answer masked."""
     skill = source.choice(list(SKILLS))
     prompt, answer = draw(skill, source)
-    if noisy and source.random() > _RIGHT[skill]:
+    if noisy and source.random() > _CORRECT_SHARE[skill]:
         answer = "".join(source.choice("0123456789") for _ in answer)
     ids = [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
     padding = _LENGTH - len(ids)

@@ -104,7 +104,7 @@ class SupervisedProcess:
         """Return whether the process is ready, and the reason if not."""
         if self.spec.admin_address is None:
             return True, ""
-        ready, reason = await ask_ready(self.spec.admin_address)
+        ready, reason = await poll_readyz(self.spec.admin_address)
         self.was_ready |= ready
         if not self.is_running:
             assert self.process.returncode is not None  # noqa: S101 (it has exited)
@@ -123,7 +123,7 @@ class SupervisedProcess:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-num_lines:])
 
 
-async def ask_ready(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, str]:
+async def poll_readyz(admin_address: str, timeout_s: float = 2.0) -> tuple[bool, str]:
     """Return whether an admin app's /readyz says ready, and the reason if not."""
     host, port = split_address(admin_address)
     try:

@@ -125,7 +125,7 @@ class Supervisor:
                 logger.info("waiting for %s", "; ".join(reasons))
             await asyncio.sleep(_POLL_S)
 
-    async def run_to_end(self, spec: ProcessSpec) -> int | None:
+    async def run_until_exit(self, spec: ProcessSpec) -> int | None:
         """Run a process until it exits by itself or after `end`, and restart it when a signal kills it.
 
         Returns its last status; None if it never started.
@@ -141,7 +141,7 @@ class Supervisor:
                 self.end(spec.name)
             ended = asyncio.create_task(process.wait())
             try:
-                await self.first_of(ended)
+                await self.wait_unless_failed(ended)
             finally:
                 ended.cancel()
             status = ended.result()
@@ -151,7 +151,7 @@ class Supervisor:
                 await asyncio.sleep(self._restart_delay(process, restarts, status))
         return status
 
-    async def first_of(self, task: asyncio.Task[Any]) -> None:
+    async def wait_unless_failed(self, task: asyncio.Task[Any]) -> None:
         """Wait until `task` is done.
 
         Raises:

@@ -114,7 +114,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest.add_exception_handler(HTTPException, _answer_http_error)
     rest.add_exception_handler(OSError, _answer_disk_error)
     rest.add_exception_handler(Exception, _answer_bug)
-    rest.include_router(_probes(app), tags=["health"])
+    rest.include_router(_health_routes(app), tags=["health"])
     admin = APIRouter(prefix="/admin/v1", responses=_ADMIN_ERRORS)
     admin.include_router(_operations(app, request_drain))
     extra = app.admin_routes()
@@ -142,7 +142,7 @@ def _describe_header(
     """Describe the header in the OpenAPI document; the guard checks it."""
 
 
-def _probes(app: ServiceApp) -> APIRouter:
+def _health_routes(app: ServiceApp) -> APIRouter:
     router = APIRouter()
 
     @router.get(

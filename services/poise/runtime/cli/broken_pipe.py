@@ -17,7 +17,7 @@ class OutputClosed(Exception):
     """Standard output has no reader any more. This is no `OSError`, which callers may treat as a disk error."""
 
 
-def is_unread(stream: IO[Any] | None) -> bool:
+def has_no_reader(stream: IO[Any] | None) -> bool:
     """Whether a stream is a pipe or socket whose other end is closed."""
     try:
         descriptor = -1 if stream is None else stream.fileno()
@@ -30,7 +30,7 @@ def is_unread(stream: IO[Any] | None) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def abandon_output() -> None:
+def discard_output() -> None:
     """Discard the rest of standard output, on which the interpreter would fail again when it exits."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -39,7 +39,7 @@ def abandon_output() -> None:
 
 
 @contextlib.contextmanager
-def exit_with_reader() -> Iterator[None]:
+def exit_on_broken_pipe() -> Iterator[None]:
     """Exit with `OUTPUT_CLOSED` when standard output cannot be written because its reader has exited."""
     try:
         try:
@@ -50,10 +50,10 @@ def exit_with_reader() -> Iterator[None]:
     except OutputClosed:
         sys.exit(OUTPUT_CLOSED)
     except OSError as error:
-        if error.errno == errno.EPIPE and is_unread(sys.stdout):
-            abandon_output()
+        if error.errno == errno.EPIPE and has_no_reader(sys.stdout):
+            discard_output()
             sys.exit(OUTPUT_CLOSED)
         if error.errno == errno.ENOSPC and error.filename is None:  # such as /dev/full
-            abandon_output()
+            discard_output()
             sys.exit(f"poise: the output cannot be written: {error.strerror}")
         raise

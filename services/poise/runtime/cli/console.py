@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from poise.runtime.cli.broken_pipe import OutputClosed, abandon_output
+from poise.runtime.cli.broken_pipe import OutputClosed, discard_output
 
 
 class OutputConsole(Console):
@@ -18,5 +18,5 @@ class OutputConsole(Console):
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise `OutputClosed`. Called by rich when a write failed."""
-        abandon_output()
+        discard_output()
         raise OutputClosed from None

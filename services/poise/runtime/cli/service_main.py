@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from poise.errors import Misconfigured
-from poise.runtime.cli.broken_pipe import exit_with_reader
+from poise.runtime.cli.broken_pipe import exit_on_broken_pipe
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS, exit_reason, exit_status
 from poise.runtime.config.load import load_config
 from poise.runtime.config.settings import ServiceConfig
@@ -50,7 +50,7 @@ def service_main(
     parser.add_argument(
         "--show-defaults", action="store_true", help="print every setting with its meaning and default, and exit"
     )
-    with exit_with_reader():
+    with exit_on_broken_pipe():
         options = parser.parse_args(argv)
         if options.show_defaults:
             print(defaults_yaml(config_cls))

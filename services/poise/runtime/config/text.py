@@ -22,7 +22,7 @@ def problems_in(error: ValidationError, cls: type[BaseModel]) -> Iterator[tuple[
         elif problem["type"] == "missing":
             yield path, "required, but not set"
         else:
-            hidden = isinstance(problem["input"], dict) or _holds_secret(cls, path)
+            hidden = isinstance(problem["input"], dict) or _may_contain_secret(cls, path)
             yield path, text if hidden else f"{text} (given: {problem['input']!r})"
 
 
@@ -100,9 +100,9 @@ def _hint(cls: type[BaseModel], path: Path) -> str:
     return f"; known: {', '.join(sorted(set(known)))}" if known else ""
 
 
-def _holds_secret(cls: type[BaseModel], path: Path) -> bool:
+def _may_contain_secret(cls: type[BaseModel], path: Path) -> bool:
     """Whether the value at `path` is a secret, or must be a section that contains one."""
-    return any(map(_mentions_secret, _types_at(cls, path)))
+    return any(map(_contains_secret, _types_at(cls, path)))
 
 
 def _types_at(cls: type[BaseModel], path: Path) -> list[Any]:
@@ -117,7 +117,7 @@ def _types_at(cls: type[BaseModel], path: Path) -> list[Any]:
     return here
 
 
-def _mentions_secret(annotation: Any) -> bool:
+def _contains_secret(annotation: Any) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return any(_mentions_secret(field.annotation) for field in annotation.model_fields.values())
-    return annotation is SecretStr or any(_mentions_secret(part) for part in get_args(annotation))
+        return any(_contains_secret(field.annotation) for field in annotation.model_fields.values())
+    return annotation is SecretStr or any(_contains_secret(part) for part in get_args(annotation))

@@ -32,7 +32,7 @@ _MAX_UNREAD = 1024
 UNREAD_TIMEOUT_S = 1.0
 
 
-def parsed(parse: Parse, data: bytes) -> Any:
+def parse_message(parse: Parse, data: bytes) -> Any:
     """Parse a message. Raises `InvalidRequest` with the message's type or size."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise InvalidRequest.field(
@@ -84,7 +84,7 @@ class RequestStream:
         self._num_messages += 1
         if self._num_messages > MAX_MESSAGES:
             raise InvalidRequest.field("request", f"has more than {MAX_MESSAGES} messages. Send larger ones")
-        return parsed(self._parse, data)
+        return parse_message(self._parse, data)
 
 
 async def read_rest(requests: AsyncIterator[Any]) -> None:

@@ -53,14 +53,14 @@ class IncrementalFitter:
         self._rows_per_component = rows_per_component
         self._incremental = incremental
         self._threads = ThreadpoolController()
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         components = {"prompt_hidden": self._prompt_components, "response_hidden": self._response_components}
         self._subspaces: dict[str, Subspace] = {
             name: Subspace(components[name], self._rows_per_component) for name in self._inputs if name in HIDDEN_INPUTS
         }
-        self._kept: dict[int, tuple[Label, Doubles]] = {}
+        self._fitted: dict[int, tuple[Label, Doubles]] = {}
         """The groups of the last fit by identity, each with the coordinates of its rows, [n, m]."""
         self._num_rows = self._num_rows_added = 0
         self.num_fits_since_rebuild = 0
@@ -71,25 +71,25 @@ class IncrementalFitter:
     def fit(self, groups: Sequence[Label]) -> FittedProbe:
         """See `ProbeFitter.fit`. Groups are compared by identity, so a group must not change between fits."""
         if not self._incremental:
-            self._forget()
+            self._reset()
         try:
             # One thread: the products are so small that two threads mostly wait for each other, ten times as long on
             # busy cores, and queries need the other cores. Non-finite results are rejected at the end.
             with self._threads.limit(limits=1), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 return self._fit(groups)
         except Exception:
-            self._forget()  # the state is half updated
+            self._reset()  # the state is half updated
             raise
 
     def _fit(self, groups: Sequence[Label]) -> FittedProbe:
         now = {id(group) for group in groups}
-        removed = [group for group, _ in self._kept.values() if id(group) not in now]
-        added = [group for group in groups if id(group) not in self._kept]
+        removed = [group for group, _ in self._fitted.values() if id(group) not in now]
+        added = [group for group in groups if id(group) not in self._fitted]
         num_rows = sum(len(group.features) for group in groups)
         self._num_rows_added += sum(len(group.features) for group in added)
         fits = all(subspace.fits(_hidden(groups, name)) for name, subspace in self._subspaces.items())
         # Once the whole window was replaced, the bases are for rows that no longer exist.
-        if not self._kept or not fits or self._num_rows_added >= num_rows:
+        if not self._fitted or not fits or self._num_rows_added >= num_rows:
             self._rebuild(groups)
             return self._solve()
         self.num_fits_since_rebuild += 1
@@ -103,7 +103,7 @@ class IncrementalFitter:
 
     def _rebuild(self, groups: Sequence[Label]) -> None:
         hidden = {name: subspace.rebuild(_hidden(groups, name)) for name, subspace in self._subspaces.items()}
-        self._kept, self._num_rows, self._num_rows_added, self.num_fits_since_rebuild = {}, 0, 0, 0
+        self._fitted, self._num_rows, self._num_rows_added, self.num_fits_since_rebuild = {}, 0, 0, 0
         self._sum, self._products = np.zeros(()), np.zeros(())
         self._add(groups, hidden)
 
@@ -113,24 +113,24 @@ class IncrementalFitter:
         scalars = [_scalars(groups, name) for name in self._scalars]
         targets = np.concatenate([group.targets for group in groups]).astype(np.float64)
         coordinates = np.column_stack([*hidden.values(), *scalars, targets])
-        self._count(coordinates, 1)
+        self._update_sums(coordinates, 1)
         start = 0
         for group in groups:
-            self._kept[id(group)] = group, coordinates[start : start + len(group.features)]
+            self._fitted[id(group)] = group, coordinates[start : start + len(group.features)]
             start += len(group.features)
 
     def _remove(self, groups: Sequence[Label]) -> None:
         if not groups:
             return
-        coordinates = np.concatenate([self._kept.pop(id(group))[1] for group in groups])
-        self._count(coordinates, -1)
+        coordinates = np.concatenate([self._fitted.pop(id(group))[1] for group in groups])
+        self._update_sums(coordinates, -1)
         start = 0
         for name, subspace in self._subspaces.items():
             end = start + subspace.basis.shape[1]
             subspace.remove(_hidden(groups, name), coordinates[:, start:end])
             start = end
 
-    def _count(self, coordinates: Doubles, sign: int) -> None:
+    def _update_sums(self, coordinates: Doubles, sign: int) -> None:
         self._num_rows += sign * len(coordinates)
         self._sum = self._sum + sign * coordinates.sum(axis=0)
         self._products = self._products + sign * (coordinates.T @ coordinates)
@@ -161,13 +161,13 @@ class IncrementalFitter:
         `maps` holds each input's map from coordinates to components; `mean` [m] and `scatter` [m, m] end with the
         target.
         """
-        derive = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
-        variances = derive.T @ scatter[:-1, :-1] @ derive
+        projection = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
+        variances = projection.T @ scatter[:-1, :-1] @ projection
         scale = np.sqrt(np.maximum(variances.diagonal(), 0) / self._num_rows)
         # For a constant column the subtraction leaves only rounding errors. A scale of 1 keeps them small.
-        scale[scale <= _ROUNDING * np.abs(mean[:-1] @ derive)] = 1.0
+        scale[scale <= _ROUNDING * np.abs(mean[:-1] @ projection)] = 1.0
         penalised = variances / np.outer(scale, scale) + self._alpha * np.eye(len(scale))
-        coefficients = derive @ (np.linalg.solve(penalised, derive.T @ scatter[:-1, -1] / scale) / scale)
+        coefficients = projection @ (np.linalg.solve(penalised, projection.T @ scatter[:-1, -1] / scale) / scale)
 
         bias = float(mean[-1] - mean[:-1] @ coefficients)
         weights: dict[str, Doubles] = {}

@@ -23,7 +23,7 @@ NEGLIGIBLE_VARIANCE = 1e-10
 
 _FEWEST_COMPONENTS = 4
 
-_NUM_SPARE = 48
+_OVERSAMPLING = 48
 """Columns of the basis beyond the components. They supply the next components and speed up convergence."""
 _NUM_FRESH = 8
 """Spare columns that a rebuild takes from the newest rows, to find new directions."""
@@ -32,14 +32,14 @@ _EXACT_WIDTH = 128
 _BLOCK_ROWS = 512
 """Rows multiplied at a time: few enough to stay in the cache between products."""
 _CONVERGED = 0.003
-"""A rebuild stops when the misfit is below this."""
+"""A rebuild stops when the residual is below this."""
 _STALLED = 0.8
-"""A rebuild also stops when a pass leaves more than this share of the misfit: the spectrum is flat."""
+"""A rebuild also stops when a pass leaves more than this share of the residual: the spectrum is flat."""
 _MAX_PASSES = 8
 _ROUNDING = 1e-4
 """Share of the variance that rounding may leave outside the basis."""
-_OUTDATED_MISFIT = 0.05
-"""Rebuild when the misfit has grown by this much."""
+_OUTDATED_RESIDUAL = 0.05
+"""Rebuild when the residual has grown by this much."""
 _OUTDATED_OUTSIDE = 2.0
 """Rebuild when new rows have this many times as much outside the basis as the rows of the last rebuild."""
 
@@ -71,10 +71,10 @@ class Subspace:
         self._sum: Doubles = np.zeros(0)
         self._rotation: Doubles = np.zeros((0, 0))
         self._mean: Doubles = np.zeros(0)
-        self.misfit = 0.0
+        self.residual = 0.0
         """Mean squared sine between the components and their images under the covariance. 0 if they are the rows' true
         components, not just the best within the basis."""
-        self._misfit_rebuilt = 0.0
+        self._residual_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
     def fits(self, parts: Sequence[Floats]) -> bool:
@@ -85,7 +85,7 @@ class Subspace:
     def outdated(self) -> bool:
         """Whether the basis fits the rows clearly worse than after its last rebuild."""
         return (
-            self.misfit > self._misfit_rebuilt + _OUTDATED_MISFIT
+            self.residual > self._residual_rebuilt + _OUTDATED_RESIDUAL
             or self._outside > _OUTDATED_OUTSIDE * self._outside_rebuilt
         )
 
@@ -128,9 +128,9 @@ class Subspace:
         self._rotation, self._mean = rotation, mean
         leading = variances[: affordable_components(self._wanted, num_rows, self._rows_per_component)]
         num_kept = int((leading > NEGLIGIBLE_VARIANCE * variances[:1]).sum())
-        lengths = np.linalg.norm(self._further(num_kept), axis=0)
+        lengths = np.linalg.norm(self._images(num_kept), axis=0)
         sines = 1 - np.minimum(1.0, variances[:num_kept] / lengths) ** 2
-        self.misfit = float(sines.mean()) if num_kept else 0.0
+        self.residual = float(sines.mean()) if num_kept else 0.0
         return rotation[:, :num_kept]
 
     def rebuild(self, parts: Sequence[Floats]) -> Doubles:
@@ -145,12 +145,12 @@ class Subspace:
             centred = coordinates - mean
             scatter = centred.T @ centred
             self.rotation(scatter, mean, len(centred))
-            if self.misfit < _CONVERGED or self.misfit > _STALLED * previous:
+            if self.residual < _CONVERGED or self.residual > _STALLED * previous:
                 break
-            start, previous = self._further(self.basis.shape[1]), self.misfit
+            start, previous = self._images(self.basis.shape[1]), self.residual
         # If the basis spans everything, only rounding errors are outside.
         self._outside_rebuilt = self._outside + _ROUNDING * float(np.trace(scatter)) / len(centred)
-        self._misfit_rebuilt = self.misfit
+        self._residual_rebuilt = self.residual
         return coordinates
 
     def _start(self, parts: Sequence[Floats]) -> Floats:
@@ -161,9 +161,9 @@ class Subspace:
         if self.basis.shape[0] != width or self.basis.shape[1] < num_columns:
             return np.random.default_rng(0).standard_normal((width, num_columns), np.float32)
         newest = np.concatenate(parts[-_NUM_FRESH:])[-min(_NUM_FRESH, num_columns) :] - self.origin
-        return np.concatenate([self._further(num_columns - len(newest)), newest.T], axis=1)
+        return np.concatenate([self._images(num_columns - len(newest)), newest.T], axis=1)
 
-    def _further(self, num_columns: int) -> Floats:
+    def _images(self, num_columns: int) -> Floats:
         """Return the images of the leading directions within the span, [d, num_columns]."""
         image = (self._image - np.outer(self._sum, self._mean)).astype(np.float32)
         return image @ self._rotation[:, :num_columns].astype(np.float32)
@@ -172,7 +172,7 @@ class Subspace:
         if not any((part != parts[0][0]).any() for part in parts):  # as when no response went through the model
             return 0
         width = parts[0].shape[1]
-        return width if width <= _EXACT_WIDTH else min(self._wanted + _NUM_SPARE, sum(map(len, parts)) - 1)
+        return width if width <= _EXACT_WIDTH else min(self._wanted + _OVERSAMPLING, sum(map(len, parts)) - 1)
 
 
 def _blocks(parts: Sequence[Floats]) -> Iterator[Floats]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from poise.value.probe.features import Label
 
-UNFIT = (ArithmeticError, ValueError)
+FIT_ERRORS = (ArithmeticError, ValueError)
 """The errors of a fit that its numbers cause, including `numpy.linalg.LinAlgError`."""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from poise.local.processes.process import ProcessSpec, SupervisedProcess, ask_ready
+from poise.local.processes.process import ProcessSpec, SupervisedProcess, poll_readyz
 from poise.local.processes.supervisor import Supervisor, SupervisorError
 from poise.runtime.cli.exit_status import WRONG_SETTINGS
 
@@ -109,7 +109,7 @@ async def test_killed_training_is_restarted_and_its_status_returned(tmp_path: Pa
         os.kill(os.getpid(), 9)
     """)
     async with Supervisor(tmp_path / "services") as supervisor:
-        assert await asyncio.wait_for(supervisor.run_to_end(spec("train", code, tmp_path)), DEADLINE_S) == 7
+        assert await asyncio.wait_for(supervisor.run_until_exit(spec("train", code, tmp_path)), DEADLINE_S) == 7
         assert supervisor.num_restarts == {"train": 1}
 
 
@@ -143,13 +143,13 @@ async def test_training_killed_repeatedly_fails(tmp_path: Path, monkeypatch: pyt
     killed = ProcessSpec("train", [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], None)
     async with Supervisor(tmp_path / "services") as supervisor:
         with pytest.raises(SupervisorError, match="train was killed by SIGSEGV, 7 times in a row"):
-            await asyncio.wait_for(supervisor.run_to_end(killed), DEADLINE_S)
+            await asyncio.wait_for(supervisor.run_until_exit(killed), DEADLINE_S)
 
 
 async def test_stopped_training_is_not_restarted(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
-        ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
+        ending = asyncio.create_task(supervisor.run_until_exit(spec("train", f"{SLEEPER} {marker}", tmp_path)))
         await until(lambda: len(pids_of(marker)) == 1)
         supervisor.end("train")
         assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
@@ -159,7 +159,7 @@ async def test_stopped_training_is_not_restarted(tmp_path: Path) -> None:
 async def test_training_stopped_before_its_start_never_starts(tmp_path: Path) -> None:
     async with Supervisor(tmp_path / "services") as supervisor:
         supervisor.end("train")
-        assert await supervisor.run_to_end(spec("train", "print('ran')", tmp_path)) is None
+        assert await supervisor.run_until_exit(spec("train", "print('ran')", tmp_path)) is None
     assert not (tmp_path / "train.log").exists()
 
 
@@ -173,7 +173,7 @@ async def test_training_stopped_during_its_start_ends(tmp_path: Path, monkeypatc
             return await start(of)
 
         monkeypatch.setattr(SupervisedProcess, "start", start_late)
-        ending = supervisor.run_to_end(spec("train", SLEEPER, tmp_path))
+        ending = supervisor.run_until_exit(spec("train", SLEEPER, tmp_path))
         assert await asyncio.wait_for(ending, DEADLINE_S) == -signal.SIGTERM
 
 
@@ -190,7 +190,7 @@ async def test_process_that_is_never_ready_fails(tmp_path: Path, monkeypatch: py
 async def test_training_ends_when_a_service_fails(tmp_path: Path) -> None:
     marker = f"# {tmp_path}"
     async with Supervisor(tmp_path / "services") as supervisor:
-        ending = asyncio.create_task(supervisor.run_to_end(spec("train", f"{SLEEPER} {marker}", tmp_path)))
+        ending = asyncio.create_task(supervisor.run_until_exit(spec("train", f"{SLEEPER} {marker}", tmp_path)))
         await until(lambda: len(pids_of(marker)) == 1)
         await supervisor.start([spec("one", "import sys; sys.exit(2)", tmp_path)])
         with pytest.raises(SupervisorError, match="one exited with status 2"):
@@ -339,13 +339,13 @@ async def test_processes_stop_in_reverse_order(tmp_path: Path) -> None:
 )
 async def test_readiness_is_read_from_any_response(answer: bytes, expected: tuple[bool, str]) -> None:
     async with answering(answer) as address:
-        assert await ask_ready(address) == expected
-    assert await ask_ready(address) == (False, "does not respond yet")
+        assert await poll_readyz(address) == expected
+    assert await poll_readyz(address) == (False, "does not respond yet")
 
 
 async def test_readiness_poll_has_a_timeout() -> None:
     async with answering(None) as address:
-        assert await ask_ready(address, timeout_s=0.1) == (False, "does not respond yet")
+        assert await poll_readyz(address, timeout_s=0.1) == (False, "does not respond yet")
 
 
 @contextlib.asynccontextmanager
@@ -383,7 +383,7 @@ async def test_process_inherits_no_torchrun_variables(tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, "1")
     async with Supervisor(tmp_path / "services") as supervisor:
         await asyncio.wait_for(
-            supervisor.run_to_end(spec("one", "import os; print(sorted(os.environ))", tmp_path)), DEADLINE_S
+            supervisor.run_until_exit(spec("one", "import os; print(sorted(os.environ))", tmp_path)), DEADLINE_S
         )
     inherited = (tmp_path / "one.log").read_text()
     assert "PATH" in inherited

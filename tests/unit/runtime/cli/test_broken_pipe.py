@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from poise.runtime.cli.broken_pipe import is_unread
+from poise.runtime.cli.broken_pipe import has_no_reader
 from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 
 HEAD = "import sys; from poise.runtime.cli.console import OutputConsole; from poise.runtime.cli.broken_pipe import *\n"
 PROGRAMS = {
-    "print": "with exit_with_reader():\n    while True: print('line')",
-    "what the buffer held": "with exit_with_reader():\n    print('line', end='')",
-    "an exit": "with exit_with_reader():\n    print('line', end=''); sys.exit(0)",
-    "a console": "with exit_with_reader():\n    while True: OutputConsole().print('line')",
+    "print": "with exit_on_broken_pipe():\n    while True: print('line')",
+    "what the buffer held": "with exit_on_broken_pipe():\n    print('line', end='')",
+    "an exit": "with exit_on_broken_pipe():\n    print('line', end=''); sys.exit(0)",
+    "a console": "with exit_on_broken_pipe():\n    while True: OutputConsole().print('line')",
 }
 
 
@@ -40,11 +40,11 @@ def test_full_disk_is_reported_without_a_traceback():
     assert done.stderr == "poise: the output cannot be written: No space left on device\n"
 
 
-def test_pipe_is_unread_after_its_reader_closes(tmp_path):
+def test_pipe_has_no_reader_after_it_closes(tmp_path):
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, (tmp_path / "file").open("w") as file:
-        assert not is_unread(pipe)
-        assert not is_unread(file)
-        assert not is_unread(None)
+        assert not has_no_reader(pipe)
+        assert not has_no_reader(file)
+        assert not has_no_reader(None)
         os.close(reader)
-        assert is_unread(pipe)
+        assert has_no_reader(pipe)

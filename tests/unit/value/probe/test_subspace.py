@@ -33,15 +33,15 @@ def slid(subspace: Subspace, rows: np.ndarray, new: np.ndarray) -> tuple[np.ndar
     return np.concatenate([rows[len(new) :], new]), subspace.basis @ rotation
 
 
-def test_the_misfit_is_the_angle_to_the_images() -> None:
+def test_residual_is_the_angle_to_the_images() -> None:
     """Old and new rows have other means, to detect sums that are not about the window's own mean."""
     subspace = Subspace(WANTED, 1)
     rows = np.concatenate([random_rows(200, 1, offset=30.5), random_rows(200, 2, offset=30)])
     window, axes = slid(subspace, rows, random_rows(200, 3, offset=29.5))
     images = np.cov(window.T) @ axes
     cosines = (images * axes).sum(axis=0) / np.linalg.norm(images, axis=0)
-    assert subspace.misfit == pytest.approx(float(np.mean(1 - cosines**2)), rel=1e-2)
-    assert subspace.misfit > 1e-3
+    assert subspace.residual == pytest.approx(float(np.mean(1 - cosines**2)), rel=1e-2)
+    assert subspace.residual > 1e-3
 
 
 def test_rows_of_the_same_kind_do_not_outdate_a_basis() -> None:
@@ -76,7 +76,7 @@ def test_far_from_zero_components_are_as_exact_as_near_it() -> None:
     _, far_axes = slid(far, rows + 5000, random_rows(50, 2) + 5000)
     cosines = np.abs((near_axes * far_axes).sum(axis=0))
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
-    assert far.misfit == pytest.approx(near.misfit, rel=1e-2)
+    assert far.residual == pytest.approx(near.residual, rel=1e-2)
 
 
 def test_a_rebuild_finds_directions_outside_the_old_basis() -> None:

@@ -8,14 +8,14 @@ from tests.unit.value.harness import PickyFitter
 
 from poise.value.probe.features import FeatureMatrix, Label
 from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.unfit_groups import UNFIT, unfit_groups
+from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
 
 
 def fits(fitter):
     def can_be_fitted(groups):
         try:
             fitter.fit(groups)
-        except UNFIT:
+        except FIT_ERRORS:
             return False
         return True
 

@@ -60,7 +60,7 @@ class Expectation:
     """Missing entries that were already reported."""
 
 
-class StreamWatch:
+class LossDetector:
     """What this process knows of a stream, and the losses it detected."""
 
     def __init__(self) -> None:
@@ -73,46 +73,48 @@ class StreamWatch:
         """The current expectation. Read it before requesting a state, and pass both to `check`."""
         return self._known
 
-    def saw_entry(self, entry_id: str) -> None:
+    def record_entry(self, entry_id: str) -> None:
         """Record a published entry."""
         newest = newer_entry(self._known.newest, entry_id)
         self._known = Expectation(newest, self._known.has_group, self._known.num_missing)
 
-    def saw_group(self) -> None:
+    def record_group(self) -> None:
         """Record that the consumer group exists."""
         self._known = Expectation(self._known.newest, True, self._known.num_missing)
 
     def check(self, state: StreamState, known: Expectation) -> bool:
         """Compare a state with the expectation before its request; return whether labels were lost."""
         if known.newest and not state.newest:
-            return self._lost("the stream was deleted with all labels that were not yet consumed", state)
+            return self._record_loss("the stream was deleted with all labels that were not yet consumed", state)
         if known.newest and age_of(state.newest) < age_of(known.newest):
             what = f"the stream ends at {state.newest}, but {known.newest} was published before"
-            return self._lost(f"{what}: the server restored older data", state)
+            return self._record_loss(f"{what}: the server restored older data", state)
         if known.has_group and not state.has_group:
-            return self._lost(
+            return self._record_loss(
                 "the stream or its consumer group was deleted and recreated; labels may be missing",
                 state,
             )
         num_missing = state.num_missing
         if num_missing > known.num_missing:
-            return self._lost(f"{num_missing - known.num_missing} labels were deleted before they were consumed", state)
+            return self._record_loss(
+                f"{num_missing - known.num_missing} labels were deleted before they were consumed", state
+            )
         self._known = Expectation(self._known.newest, self._known.has_group, num_missing)
         return False
 
-    def found_deleted(self, num_deleted: int) -> None:
+    def record_deleted(self, num_deleted: int) -> None:
         """Record deleted entries that were pending for this consumer."""
         known = self._known
         if num_deleted > known.num_missing:
-            self._count(f"{num_deleted - known.num_missing} labels were deleted before they were consumed")
+            self._count_loss(f"{num_deleted - known.num_missing} labels were deleted before they were consumed")
         self._known = Expectation(known.newest, known.has_group, max(0, known.num_missing - num_deleted))
 
-    def _lost(self, what: str, state: StreamState) -> bool:
+    def _record_loss(self, what: str, state: StreamState) -> bool:
         """Count a loss and expect the current state from now on."""
-        self._count(what)
+        self._count_loss(what)
         self._known = Expectation(state.newest, state.has_group, state.num_missing)
         return True
 
-    def _count(self, what: str) -> None:
+    def _count_loss(self, what: str) -> None:
         self.num_losses += 1
         self.last_loss = what
