@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class Misconfigured(Exception):
-    """Mixed into errors that last until the settings change. A program that one of them ends is not restarted."""
+    """Mixin for errors that persist until the settings change. A program that exits with one is not restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class PoiseError(Exception):
     reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
     starting: ClassVar[bool] = False
-    """Whether the message is the progress of a start."""
+    """Whether the service is starting; the message is then its progress."""
 
     def __init__(self, message: str, *, remedy: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -108,7 +108,7 @@ class TrainingStopped(PoiseError):
 
 
 class Conflict(PoiseError):
-    """The same id came with other content, or two callers write at once."""
+    """An id was sent again with other content, or two callers write at once."""
 
     status, reason = "ABORTED", "CONFLICT"
 

@@ -94,7 +94,7 @@ def up(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> Non
 def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Train with running services.
 
-    These are the ones of `poise up`, or those that train.endpoints names.
+    It uses the services of `poise up`, or those in train.endpoints.
 
     \b
     poise train -c run.yaml
@@ -115,16 +115,18 @@ def train(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
     is_flag=False,
     flag_value="latest",
     metavar="[FOLDER]",
-    help="A checkpoint folder. Without FOLDER the run's newest, also during training.",
+    help="A checkpoint folder; without FOLDER, the run's newest. Works during training.",
 )
 @click.option("--prompts", type=click.IntRange(1), help="Held-out prompts. Default: train.evaluation.num_prompts.")
 @click.option(
-    "--rollouts", type=click.IntRange(1, 256), help="Responses to each prompt. Default: rollouts_per_prompt there."
+    "--rollouts",
+    type=click.IntRange(1, 256),
+    help="Responses per prompt. Default: train.evaluation.rollouts_per_prompt.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(0, 100),
-    help="Sampling temperature; 0 is greedy. Default: temperature there.",
+    help="Sampling temperature; 0 is greedy. Default: train.evaluation.temperature.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json and all responses."
@@ -149,8 +151,8 @@ def evaluate(
     poise eval -c run.yaml --model runs/a/model any model
     poise eval -c run.yaml --model tiny --rollouts 16 --temperature 0.6
 
-    --checkpoint and --model start an engine of their own. The result and all responses go to
-    <run folder>/evaluations/ or --out; nothing is used for training.
+    --checkpoint and --model start their own engine. The result and all responses are written to
+    <run folder>/evaluations/ or --out, and never used for training.
     """
     from poise.local.evaluation import evaluate_run
 
@@ -179,7 +181,7 @@ def status(path: Path | None, preset: str | None, overrides: tuple[str, ...], as
 def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> None:
     """Check that the services work together.
 
-    It samples, asks for values and compares weights, without publishing labels or training.
+    It samples, requests values and compares weights. It publishes no labels and does not train.
 
     It waits for services that are starting. `poise status` only shows what they report.
     """
@@ -227,7 +229,7 @@ def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
 
 @main.command()
 @run_options
-@click.option("--all", "everything", is_flag=True, help="Print every setting as each program will see it.")
+@click.option("--all", "everything", is_flag=True, help="Print every setting of every program with its value.")
 @click.option("--show-defaults", is_flag=True, help="Print every setting with its meaning and its default.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of run.yaml, for editors.")
 @click.argument("program", required=False, type=click.Choice(PROGRAMS))
@@ -242,12 +244,12 @@ def config(
 ) -> None:
     """Print the settings of a run.
 
-    By default the twenty that matter, with their values. Secrets are masked.
+    By default, it prints the twenty most important ones with their values. Secrets are masked.
 
     PROGRAM limits the output to all settings of one program.
 
     \b
-    poise config -c run.yaml                       the settings that matter, with their values
+    poise config -c run.yaml                       the key settings, with their values
     poise config -c run.yaml --all                 every setting of every program, with its value
     poise config -c run.yaml learner               every setting of the learner, with its value
     poise config --show-defaults > run.yaml        a file to start from

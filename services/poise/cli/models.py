@@ -80,8 +80,10 @@ def check(
     poise models check -c run.yaml                  the run's model, engine and settings
 
     Each row shows the largest and the mean difference of the log-probabilities of the same tokens. In float32, rounding
-    causes about 1e-5; more means that a part of the model is not computed. The learner runs this check when it loads a
-    model, and `train.max_mismatch_kl` limits the difference of engine and learner in the first step.
+    causes about 1e-5. A larger difference means that a part of the model is not computed.
+
+    The learner runs this check when it loads a model, and `train.max_mismatch_kl` limits the difference of engine and
+    learner in the first step.
 
     Exit status: 1 if the model cannot be trained, 2 if it does not exist.
     """

@@ -20,7 +20,7 @@ _config_option = click.option(
     "-c", "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Settings of the run, a run.yaml."
 )
 _preset_option = click.option(
-    "--preset", help="A built-in run instead: tiny (3 minutes, no vLLM) or smollm2 (15 minutes)."
+    "--preset", help="A built-in run instead of -c: tiny (1 to 3 minutes, no vLLM) or smollm2 (6 to 12 minutes)."
 )
 _set_option = click.option(
     "--set",

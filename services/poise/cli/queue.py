@@ -45,7 +45,7 @@ _all_option = click.option("--all", "everything", is_flag=True, help="All dead l
 @queue.command(name="status")
 @_queue_options
 def queue_status(**where: Any) -> None:
-    """Count waiting labels, and dead letters since the start."""
+    """Count waiting labels, and dead letters so far."""
     pending, dead = checked(_queue_admin(**where).depth)
     click.echo(f"{pending} groups waiting; {dead} dead letters so far")
 
@@ -68,7 +68,7 @@ def queue_list(limit: int, **where: Any) -> None:
 def queue_replay(ids: tuple[str, ...], everything: bool, **where: Any) -> None:
     """Queue dead letters again unchanged: all of the named ones, or none.
 
-    A label that was learnt meanwhile is not learnt twice. One that still cannot be learnt becomes a dead letter again.
+    A label that has been learnt is not learnt again. One that still cannot be learnt becomes a dead letter again.
     """
     admin = _queue_admin(**where)
     wanted = checked(lambda: _wanted_letters(admin, ids, everything))
@@ -104,7 +104,7 @@ def _queue_admin(
 
     if admin is None:
         if token_file is not None:
-            fail("--token-file requires --admin. The token of a run is known")
+            fail("--token-file requires --admin. For a run, omit it: its settings name the token")
         run = load_options(path, preset, overrides)
         return QueueAdmin(f"http://{run.admin_address('value')}", checked(run.value.auth.read_token))
     if path is not None or preset is not None or overrides:

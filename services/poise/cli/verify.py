@@ -14,7 +14,7 @@ from poise.cli.options import checked, fail
 
 @click.command()
 @click.option("--verifier", metavar="NAME", help="exact, numeric, regex, or your package.module:function.")
-@click.option("--answer", metavar="TEXT", help="The right answer; for regex, the pattern.")
+@click.option("--answer", metavar="TEXT", help="The expected answer; for regex, the pattern.")
 @click.option("--response", metavar="TEXT", help="The model's response, with thoughts and tags.")
 @click.option(
     "--finish-reason",

@@ -1,1 +1,1 @@
-"""Runs on one machine: run.yaml, the processes with an embedded Valkey, models to start with."""
+"""Run POISE on one machine: run.yaml, supervised processes with an embedded Valkey, small models."""

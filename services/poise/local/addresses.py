@@ -30,7 +30,7 @@ def address(listening: GrpcConfig | AdminConfig) -> str:
 
 
 def run_ports(folder: Path) -> dict[str, int]:
-    """Return the run's ports, by `service.kind`. They are chosen once, so that a restarted process keeps its address.
+    """Return the run's ports, by `service.kind`. A run keeps its ports, so a restarted process has the same address.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -44,9 +44,9 @@ def run_ports(folder: Path) -> dict[str, int]:
 
 
 def renew_taken_ports(folder: Path) -> bool:
-    """Replace ports of the run on which another program listens now; return whether there were any.
+    """Replace ports of the run that another program has taken; return whether there were any.
 
-    No process of the run may be running. Raises as `run_ports` does.
+    Call it while no process of the run is running. Raises the errors of `run_ports`.
     """
     with _ports_file(folder) as path:
         before = _read_ports(path) or {}
@@ -118,14 +118,14 @@ def _read_ports(path: Path) -> dict[str, int] | None:
 def _choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
     """Return a free port for each name: the wanted one if it is free. Raises `OSError`."""
     with contextlib.ExitStack() as stack:
-        held = {}  # open together, so that no port is chosen twice
+        listening = {}  # open together, so that no port is chosen twice
         for name, port in wanted.items():
             with contextlib.suppress(OSError):
-                held[name] = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                listening[name] = stack.enter_context(socket.create_server(("127.0.0.1", port)))
         for name in _PORT_NAMES:
-            if name not in held:
-                held[name] = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        return {name: held[name].getsockname()[1] for name in _PORT_NAMES}
+            if name not in listening:
+                listening[name] = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        return {name: listening[name].getsockname()[1] for name in _PORT_NAMES}
 
 
 def socket_path(folder: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Tokens and certificates of a local run: what its services require, and what their callers send and trust.
+"""Tokens and certificates of a local run, for its services and their callers.
 
-A run has a bearer token of its own, which keeps other users of the machine out. Every caller has one token and one CA
-file for all services that it calls.
+A run has its own bearer token, which keeps out other users of the machine. Every caller uses one token and one CA file
+for all services that it calls.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ class Credentials:
     """What a caller needs for a set of services."""
 
     token_file: Path | None
-    """File with the token that they accept; None if they accept none in common, or need none."""
+    """File with a token that all of them accept; None if there is no such token, or none is needed."""
     ca_file: Path | None
-    """Certificate that all of them present; None if they present different ones, or do not use TLS."""
+    """Certificate that all of them present; None if their certificates differ, or they do not use TLS."""
     token_reason: str
     """Why a token file is required; empty if it is not."""
     ca_reason: str
     """Why a CA file is required; empty if it is not."""
 
     def settings(self, prefix: str = "") -> dict[str, str]:
-        """Return the known settings of a caller, their names after `prefix`."""
+        """Return the known settings of a caller, with `prefix` before their names."""
         files = {"token_file": self.token_file, "ca_file": self.ca_file}
         return {f"{prefix}{name}": str(file) for name, file in files.items() if file is not None}
 
     def missing(self, prefix: str, token_file: Path | None, ca_file: Path | None) -> Iterator[str]:
-        """Yield a problem for each required file that a caller, whose settings begin with `prefix`, does not have."""
+        """Yield a problem for each required file that a caller lacks. `prefix` precedes the setting's name."""
         if self.token_reason and token_file is None:
             yield f"{prefix}token_file: required: {self.token_reason}"
         if self.ca_reason and ca_file is None:
@@ -67,7 +67,7 @@ def _common_token(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, s
         return None, f"{names} got a token from the environment. Write it to a file and name that in auth.token_file"
     is_one_file = len(files) == len(protected) and len(set(files)) == 1
     if not is_one_file and len({auth.read_token() for auth in protected.values()}) > 1:
-        return None, f"{names} have different tokens, but a caller sends the same to all. Give them one token"
+        return None, f"{names} have different tokens, but a caller sends the same to all. Set the same token for all"
     return files[0], f"{names} require a token"
 
 
@@ -78,17 +78,17 @@ def _common_certificate(services: Mapping[str, ServiceConfig]) -> tuple[Path | N
         return None, ""
     if len(secure) < len(chains):
         plain = " and ".join(name for name in chains if name not in secure)
-        return None, f"TLS is on for {' and '.join(secure)} and off for {plain}. A caller needs it on or off for all"
+        return None, f"TLS is on for {' and '.join(secure)} and off for {plain}. Turn it on or off for all of them"
     if len({*chains.values()}) > 1:
         return None, "the services present different certificates. Name a file with the CAs that signed them"
     return next(iter(chains.values())), "the services use TLS"
 
 
 def missing_tokens(auths: Mapping[str, AuthConfig], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return, by service, settings that give a token to the services without one.
+    """Return settings with a token file for each service without a token, by service.
 
-    It is the token file of another service, or else the run's own. A token from the environment is never written to a
-    file for others. Raises as `run_token_file`.
+    The file is that of another service, or else the run's own. A token from the environment is never written to a file.
+    Raises the errors of `run_token_file`.
     """
     unprotected = [
         name

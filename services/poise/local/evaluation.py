@@ -1,6 +1,6 @@
-"""`poise eval` on this machine: of the running services, or of a model that a temporary generation service serves.
+"""`poise eval`: evaluates what the running services serve, or a model in a temporary generation service.
 
-The temporary service has its own ports and process group, so a run can train meanwhile.
+The temporary service has its own ports and process group, so a run can train at the same time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _STOP_TIMEOUT_S = 20.0
 
 
 def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: Path | None, as_json: bool) -> int:
-    """Evaluate `model`, a checkpoint, or by default what the run's services serve; return the exit status.
+    """Evaluate `model`, a checkpoint, or by default the served policy; return the exit status.
 
     Raises:
         ConfigError: `model` and `checkpoint` are both set.
@@ -84,7 +84,7 @@ def _export(run: LocalRun, checkpoint: str, target: Path) -> EvaluatedModel:
     folder = run.learner.state_dir if checkpoint == LATEST else Path(checkpoint).expanduser()
     if checkpoint != LATEST and not folder.is_dir():
         raise ConfigError(
-            f"--checkpoint: {checkpoint} does not exist. Name a checkpoint-… folder, or none for the newest"
+            f"--checkpoint: {checkpoint} does not exist. Name a checkpoint-… folder, or omit FOLDER for the newest"
         )
     make_model(run.model)
     try:
@@ -132,11 +132,11 @@ async def _measure_when_ready(
 ) -> None:
     log = StartLog(_LOG_EVERY_S)
     while True:
-        ready, why = await process.is_ready()
+        ready, reason = await process.is_ready()
         if ready:
             break
-        if log.is_due([why]):
-            logger.info("waiting for generation: %s", why)
+        if log.is_due([reason]):
+            logger.info("waiting for generation: %s", reason)
         await asyncio.sleep(_POLL_S)
     await evaluate_served(train, mixture, subject, folder, as_json)
 

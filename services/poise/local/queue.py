@@ -47,7 +47,7 @@ class QueueAdmin:
         return [letter["id"] for letter in reversed(self.letters(_MAX_LETTERS))]
 
     def depth(self) -> tuple[int, int]:
-        """Return how many labels wait, and how many became dead letters."""
+        """Return the numbers of waiting labels and of dead letters so far."""
         status = self._call("/status")
         if "num_pending" not in status:
             raise QueueError(f"the value service at {self.url} is {status.get('state', 'not ready')}. Try again later")

@@ -29,7 +29,7 @@ class LocalRun:
     """A run on this machine, resolved and checked."""
 
     shared: SharedSettings
-    """What the programs share, with the folder resolved."""
+    """Settings that the programs share, with the folder resolved."""
     generation: GenerationConfig
     value: ValueConfig
     learner: LearnerConfig
@@ -153,7 +153,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
 
 
 class _Programs:
-    """The settings of each program, which become complete step by step."""
+    """The settings of each program, completed step by step."""
 
     generation: GenerationConfig
     value: ValueConfig
@@ -165,7 +165,7 @@ class _Programs:
         self._sections = {program: _without_unset(program, sections.get(program, {})) for program in PROGRAMS}
         self._filled_in: dict[str, dict[str, Any]] = {program: {} for program in PROGRAMS}
         self.overrides = {
-            # They reach the program as they are: its environment takes precedence over the file, and they over both.
+            # Passed on unchanged: the program's environment overrides the file, and these override both.
             program: [text.strip().removeprefix(f"{program}.") for text in overrides if _is_of(text, program)]
             for program in PROGRAMS
         }
@@ -197,7 +197,7 @@ class _Programs:
 
 
 def _shared(shared: SharedSettings, program: str) -> dict[str, Any]:
-    """Return the settings of a program that run.yaml states at its top."""
+    """Return the settings of a program that are at the top level of run.yaml."""
     values: dict[str, Any] = {
         "run.name": shared.run.name,
         "run.dir": str(shared.run.dir),
@@ -209,12 +209,12 @@ def _shared(shared: SharedSettings, program: str) -> dict[str, Any]:
         "lora": None if shared.lora is None else shared.lora.model_dump(mode="json"),
     }
     if program == "generation":
-        values["lora"] = None  # only a learner that pushes adapters needs them there
+        values["lora"] = None  # set later if the learner pushes adapters
     return {name: values[key] for name, key in shared_by(program) if values[key] is not None}
 
 
 def _without_unset(program: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section without required settings that are null: `tasks:`, as the defaults show it, sets nothing."""
+    """Return a section without required settings that are null: an empty `tasks:` sets nothing."""
     required = {name for name, field in CONFIGS[program].model_fields.items() if field.is_required()}
     return {name: value for name, value in section.items() if value is not None or name not in required}
 
@@ -224,18 +224,18 @@ def _is_of(override: str, program: str) -> bool:
 
 
 def _of_run(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that are not of one program."""
+    """Return the overrides that do not belong to a single program."""
     return [text for text in overrides if not any(_is_of(text, program) for program in PROGRAMS)]
 
 
 def _reject_variables(environment: Mapping[str, str]) -> None:
-    """Reject variables that are no program's setting, and those that would contradict the top of run.yaml."""
+    """Reject variables that are not a program's setting, or that contradict the top level of run.yaml."""
     prefixes = {program: cls.model_config.get("env_prefix", "") for program, cls in CONFIGS.items()}
     known = (*prefixes.values(), "POISE_CHECK_")
     for variable in environment:
         if variable.startswith("POISE_") and "__" in variable and not variable.startswith(known):
             raise ConfigError(
-                f"{variable} (environment): is not a program's setting; they begin with {', '.join(known)}"
+                f"{variable} (environment): is not a program's setting; those begin with {', '.join(known)}"
             )
         for name, settings in SHARED.items():
             for setting in settings:

@@ -1,4 +1,4 @@
-"""run.yaml as one typed tree: what the whole run shares at the top, then a section for each program.
+"""run.yaml as one typed tree: shared settings at the top level, then a section for each program.
 
 run:            {name, dir}
 model: engine: seed: dtype: max_staleness: lora:        shared by the programs
@@ -40,7 +40,7 @@ SHARED: Mapping[str, tuple[str, ...]] = {
     "max_staleness": ("learner.max_staleness", "train.max_staleness"),
     "lora": ("generation.lora", "learner.lora"),
 }
-"""Settings that run.yaml states once, each with the settings of programs that get its value."""
+"""Settings that run.yaml states once, each with the programs' settings that get its value."""
 
 _LISTENING = ("grpc.port", "admin.port", "auth.token_file")
 
@@ -65,7 +65,7 @@ class RunSection(StrictModel):
 
 
 class SharedSettings(Settings):
-    """What run.yaml says once for all programs."""
+    """Settings that run.yaml states once for all programs."""
 
     run: RunSection = RunSection()
     """Name and folder."""
@@ -74,18 +74,18 @@ class SharedSettings(Settings):
     engine: Literal["vllm", "torch"] = "vllm"
     """Engine that samples: `vllm`, or `torch` (transformers; exact and slow)."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Determines the prompts of every step, the sampling, and the initial adapters."""
+    """Seed of the prompts of every step, the sampling, and the initial adapters."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Element type in which engine and learner compute. Null: the engine uses the checkpoint's, the learner float32."""
+    """Data type in which engine and learner compute. Null: the engine uses the checkpoint's, the learner float32."""
     max_staleness: int = Field(0, ge=0, le=64)
-    """Steps that may be sampled ahead of the learner, and so the age in versions of the rollouts it accepts. 0 is
+    """Steps that may be sampled ahead of the learner. The learner accepts rollouts up to this many versions old. 0 is
     exactly on-policy."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of the whole model, such as {rank: 32, alpha: 64}."""
 
 
 class _Section(StrictModel):
-    """Base of the sections below, which are not written as classes and so have no docstrings to extract."""
+    """Base of the sections below. They are created at run time, so there are no docstrings to extract."""
 
     model_config = ConfigDict(use_attribute_docstrings=False)
 
@@ -95,7 +95,7 @@ class _RunFile(SharedSettings):
 
 
 def shared_by(program: str) -> Iterator[tuple[str, str]]:
-    """Yield each setting of a program that run.yaml states at its top: its name in the program, and in run.yaml."""
+    """Yield each setting of a program that is at the top level of run.yaml: its name in the program, and there."""
     for name, settings in SHARED.items():
         for setting in settings:
             if setting.startswith(f"{program}."):
@@ -103,7 +103,7 @@ def shared_by(program: str) -> Iterator[tuple[str, str]]:
 
 
 def _section(program: str) -> type[StrictModel]:
-    """Return the section of a program: its settings without those at the top, and none of them required."""
+    """Return the section of a program: its settings except those at the top level, all optional."""
     cls, moved = CONFIGS[program], dict(shared_by(program))
     fields: dict[str, Any] = {}
     for name, field in cls.model_fields.items():

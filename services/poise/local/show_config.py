@@ -1,4 +1,4 @@
-"""What `poise config` prints: the settings that matter, all settings, their defaults, the JSON Schema of run.yaml."""
+"""Output of `poise config`: the key settings, all settings, their defaults, the JSON Schema of run.yaml."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ KEY_SETTINGS = (
     *("train.sampling.max_tokens", "train.sampling.temperature", "train.evaluation.num_prompts"),
     *("learner.optimizer.learning_rate", "learner.mini_batch_prompts", "learner.device", "generation.max_model_len"),
 )
-"""The twenty settings that decide most about a run, in the order in which they are shown."""
+"""The twenty most important settings of a run, in the order in which they are shown."""
 
 _SCHEMA_LINES = """\
 # yaml-language-server: $schema=run.schema.json
-# Editors complete and check this file once `poise config --schema > run.schema.json` has been run beside it."""
+# Editors complete and check this file after `poise config --schema > run.schema.json` in the same folder."""
 
 
 def key_settings_text(run: LocalRun) -> str:
-    """Return the settings that matter, with descriptions and values: itself a run.yaml."""
+    """Return the key settings with descriptions and values, as a valid run.yaml."""
     return "\n".join(
         [
             _SCHEMA_LINES,
-            "# The settings that matter. `poise config --all` shows every value, `--show-defaults` every meaning.",
+            "# The key settings. `poise config --all` shows the value of every setting, `--show-defaults` its meaning.",
             *_key_setting_lines(run),
         ]
     )
@@ -70,7 +70,7 @@ def _first_sentence(text: str) -> str:
 
 
 def resolved_text(run: LocalRun, program: str | None) -> str:
-    """Return all settings as the programs, or one of them, will see them, with secrets masked."""
+    """Return all settings of the programs, or of one of them, with secrets masked."""
     names = [program] if program else PROGRAMS
     return yaml.safe_dump({name: redacted(getattr(run, name)) for name in names}, sort_keys=False).rstrip()
 

@@ -58,7 +58,7 @@ def push_problems(run: LocalRun) -> str:
     """
     replicas = _read_status(run, "learner").get("replicas", ())
     errors = {one["address"]: one["error"] for one in replicas}
-    # An error with a duration is the progress of a replica that starts, which is logged for the replica itself.
+    # An error with a duration is the progress of a starting replica, which is logged for that replica.
     problems = {address: error for address, error in errors.items() if error and error == without_elapsed(error)}
     return "; ".join(f"pushing to {address}: {error}" for address, error in problems.items())
 

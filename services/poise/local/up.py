@@ -1,4 +1,4 @@
-"""`poise up` and `poise run`: start the services of a run on this machine, and train if asked to."""
+"""`poise up` and `poise run`: start the services of a run on this machine, and optionally train."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_services(
         run: the run.
         reload: returns the run with new ports, after its ports have changed.
         train: train, and stop the services at the end.
-        training_log: file for the output of training; None leaves it on the terminal.
+        training_log: file for the output of training; None writes it to the terminal.
 
     Raises:
         ConfigError: the model cannot be created, the folder contains a run of another model, a socket's path is too
@@ -73,18 +73,18 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
             run = reload()
         _write_settings(run)
         stop = partial(_stop, supervisor, stopping)
-        with stop_on_signal(stop, supervisor.kill_all), _stop_without_reader(stop) as has_no_reader:
+        with stop_on_signal(stop, supervisor.kill_all), _stop_without_reader(stop) as lost_reader:
             await supervisor.start([_valkey(run), *(_service(run, name) for name in SERVICES)])
             ready = asyncio.create_task(supervisor.wait_ready(SERVICES, partial(push_problems, run)))
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 ready.cancel()
-                return OUTPUT_CLOSED if has_no_reader() else INTERRUPTED if train else OK
+                return OUTPUT_CLOSED if lost_reader() else INTERRUPTED if train else OK
             ready.result()
             if train:
                 status = await supervisor.run_until_exit(_training(run, training_log))
-                if has_no_reader():
+                if lost_reader():
                     return OUTPUT_CLOSED
                 return INTERRUPTED if status is None or status < 0 else status
             for name in SERVICES:
@@ -93,7 +93,7 @@ async def _supervise(run: LocalRun, reload: Callable[[], LocalRun], train: bool,
                 logger.info("token for your own clients: export POISE_TOKEN_FILE=%s", token_file)
             logger.info("ready. Train with `poise train` and the same options in another terminal; stop with Ctrl-C")
             await supervisor.wait_unless_failed(stopped)
-            return OUTPUT_CLOSED if has_no_reader() else OK
+            return OUTPUT_CLOSED if lost_reader() else OK
 
 
 def _stop(supervisor: Supervisor, stopping: asyncio.Event) -> None:
@@ -133,7 +133,7 @@ def _write_settings(run: LocalRun) -> None:
 
 
 def _reject_other_model(run: LocalRun) -> None:
-    """Reject another model than the run started with: its state does not fit."""
+    """Raise `ConfigError` if the run started with another model: its state would not fit."""
     model, path = _model_name(run), _model_file(run)
     first_model = path.read_text() if path.exists() else model
     if first_model != model and run.learner.state_dir.exists():

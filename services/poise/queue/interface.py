@@ -20,7 +20,7 @@ class Delivery:
     entry_id: str
     payload: bytes
     published_s: float
-    """When it was published by the queue's clock, s since 1970."""
+    """Time of publishing by the queue's clock, s since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class QueueDepth:
     num_dead_letters: int
     """Entries ever dead-lettered, including those no longer kept."""
     num_losses: int = 0
-    """How often this process found published labels missing."""
+    """Number of times this process found published labels missing."""
     last_loss: str = ""
     """Description of the last loss; empty if there was none."""
     problem: str = ""
@@ -56,7 +56,7 @@ class QueueDepth:
 
 
 MAX_DEAD_LETTER_BYTES = 4 << 20
-"""Maximum payload kept of a dead letter: as much as fits a gRPC message."""
+"""Maximum payload kept of a dead letter. It fits in a gRPC message."""
 
 
 class LabelQueue(Protocol):
@@ -73,8 +73,8 @@ class LabelQueue(Protocol):
     async def read(self, *, max_entries: int, wait_s: float) -> list[Delivery]:
         """Return up to `max_entries` entries, or none after `wait_s`.
 
-        Returns first the entries that this consumer got before and has not acknowledged, then those of dead consumers,
-        then new ones.
+        The order: entries already delivered to this consumer and not acknowledged, entries of dead consumers, new
+        entries.
         """
         ...
 

@@ -51,7 +51,7 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What was known of the stream before its state was requested. Since then it can only have grown."""
+    """What was known of the stream before its state was requested. The stream can only have grown since."""
 
     newest: str
     """Newest entry known to be published; empty if none is."""
@@ -61,7 +61,7 @@ class Expectation:
 
 
 class LossDetector:
-    """What this process knows of a stream, and the losses it detected."""
+    """Compares what this process knows of a stream with its current state, and counts losses."""
 
     def __init__(self) -> None:
         self._known = Expectation("", False, 0)
@@ -83,7 +83,7 @@ class LossDetector:
         self._known = Expectation(self._known.newest, True, self._known.num_missing)
 
     def check(self, state: StreamState, known: Expectation) -> bool:
-        """Compare a state with the expectation before its request; return whether labels were lost."""
+        """Compare a state with the expectation `known` from before its request; return whether labels were lost."""
         if known.newest and not state.newest:
             return self._record_loss("the stream was deleted with all labels that were not yet consumed", state)
         if known.newest and age_of(state.newest) < age_of(known.newest):

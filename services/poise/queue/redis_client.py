@@ -1,4 +1,4 @@
-"""Connections to the Redis server. Each is checked before its first use and replaced when it fails.
+"""Connections to the Redis server. Each is checked before first use and replaced when it fails.
 
 Follows a failover to the new primary and a cluster's redirection to another node.
 """
@@ -105,7 +105,7 @@ class RedisClient:
                     raise shown from error
                 self._failed()
                 node = None
-                if isinstance(error, MovedError):  # no host means the same host
+                if isinstance(error, MovedError):  # without a host, the node is on the same host
                     node = error.host or client.connection_pool.connection_kwargs["host"], error.port
                 await self._replace(client, node)
                 if not num_left or not (node or reconnect_may_help(error)):

@@ -29,7 +29,7 @@ class _Kind:
     """One kind of error."""
 
     words: tuple[str, ...]
-    """Any of these in the error's text identifies the kind: errors in scripts have no error code."""
+    """The error is of this kind if its text contains any of these: errors in scripts have no error code."""
     remedy: str
     types: tuple[type[BaseException], ...] = ()
 
@@ -37,12 +37,12 @@ class _Kind:
 _KINDS = (
     _Kind(
         ("READONLY", "read only replica", "UNBLOCKED"),
-        "queue.url reaches a read-only replica. Name the primary, or a DNS name or proxy that follows a failover.",
+        "queue.url reaches a read-only replica. Set it to the primary, or to a name or proxy that follows a failover.",
         (exceptions.ReadOnlyError,),
     ),
     _Kind(
         ("MASTERDOWN",),
-        "queue.url reaches a replica that has lost its primary. Name the primary.",
+        "queue.url reaches a replica that has lost its primary. Set it to the primary.",
         (exceptions.MasterDownError,),
     ),
     _Kind(("LOADING",), "Wait until the server has loaded its data from disk.", (exceptions.BusyLoadingError,)),
@@ -70,7 +70,7 @@ _KINDS = (
     ),
     _Kind(
         ("MOVED",),
-        "The cluster names another node for the queue's slot. Check that it can be reached from here.",
+        "The cluster redirects to another node for the queue's slot. Check that this machine can reach that node.",
         (exceptions.MovedError,),
     ),
     _Kind(
@@ -94,7 +94,7 @@ _UNREACHABLE = "Check that the Redis server runs and that queue.url is its addre
 
 
 def to_poise_error(error: Exception, address: str) -> PoiseError:
-    """Return the error for callers, in place of the client's or the system's own."""
+    """Return the `PoiseError`, with a remedy, for an error of the Redis client or the operating system."""
     if isinstance(error, UnsuitableServerError):
         return BackendDown(f"Redis at {address} {error}", remedy=error.remedy, retry_after_s=RETRY_AFTER_S)
     text = str(error) or type(error).__name__
@@ -123,5 +123,5 @@ def _remedy(error: Exception, text: str) -> str:
         if isinstance(error, kind.types) or any(words in text for words in kind.words):
             return kind.remedy
     if isinstance(error, ssl.SSLError) or "SSL" in text or "certificate" in text.lower():
-        return "Check that the server uses TLS on this port (rediss://) and that its certificate is trusted here."
+        return "Check that the server uses TLS on this port (rediss://) and that this machine trusts its certificate."
     return _UNREACHABLE

@@ -50,7 +50,7 @@ _PERMISSIONS = "+@connection +@stream +@scripting +type +exists +memory|usage +i
 
 
 class RedisQueue:
-    """One consumer or publisher of the stream. It connects, and reconnects after a failure, by itself."""
+    """One consumer or publisher of the stream. It connects and reconnects automatically."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RedisQueue:
             url: `redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`.
             stream: Key of the stream.
             group: The consumer group.
-            consumer: This consumer's name. Keep it over restarts to get unacknowledged entries again.
+            consumer: This consumer's name. Keep it across restarts to get unacknowledged entries again.
             max_entries: Maximum entries that are not acknowledged.
             max_bytes: Maximum memory of these entries in the server.
             max_dead_letters: Maximum dead letters kept. The oldest are dropped first.
@@ -237,7 +237,7 @@ class RedisQueue:
         return await self._deliveries(client, entries)
 
     async def _deliveries(self, client: Client, entries: Sequence[Any]) -> list[Delivery]:
-        """Return the entries as deliveries. Acknowledges deleted ones (as by XTRIM), which cannot be read any more."""
+        """Return the entries as deliveries. Acknowledges those without content: XTRIM deleted them."""
         deleted = [entry_id for entry_id, fields in entries if not fields]
         if deleted:
             await client.xack(self._stream, self._group, *deleted)

@@ -7,7 +7,7 @@ def dead_letter_key(stream: str) -> str:
     """Return the key of a stream's dead letters. In a cluster it is in the slot of the stream.
 
     Raises:
-        ValueError: the name of the stream admits no such key.
+        ValueError: this stream name has no such key.
     """
     key = f"{stream}:dead" if _hashed(stream) != stream else f"{{{stream}}}:dead"
     if _hashed(key) != _hashed(stream):
@@ -21,7 +21,7 @@ def _hashed(key: str) -> str:
     return found[1] if found and found[1] else key
 
 
-# Returns the entries of a stream and their bytes of memory. Counts all nodes, not a sample: entries differ in size.
+# Returns the number of entries of a stream and their bytes of memory. Entries differ in size, so all nodes are counted.
 _USAGE = """
 local function usage(key)
   return redis.call('XLEN', key), redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0

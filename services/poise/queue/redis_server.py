@@ -14,7 +14,7 @@ OLDEST_VERSION = (6, 2)
 """The first version with XAUTOCLAIM, which claims the entries of a dead consumer."""
 
 _HEADROOM = 1.25
-"""Memory of the server relative to that of the entries."""
+"""Required memory of the server / memory of the entries."""
 
 Info = Mapping[str, str]
 """The fields of INFO."""
@@ -25,9 +25,9 @@ class ServerReport:
     """Shortcomings of a server that can still be used."""
 
     publish_error: UnsuitableServerError | None
-    """Why no label may be published there; None if it may. Labels in the queue can be consumed."""
+    """Why no label may be published to the server; None if it may. Labels in the queue can still be consumed."""
     warnings: tuple[str, ...]
-    """One sentence each, without its subject and its full stop."""
+    """Each continues a sentence that begins with the server's name, and has no full stop."""
 
 
 def parse_info(text: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ from poise_client._transport import KEEPALIVE_OPTIONS
 logger = logging.getLogger(__name__)
 
 ADDRESS_FILE_ENV = "POISE_ADDRESS_FILE"
-"""Names a file to which a service writes `{"grpc", "admin", "pid"}` once both ports are bound."""
+"""Variable with the path of a file to which a service writes `{"grpc", "admin", "pid"}` once both ports are bound."""
 
 _READINESS_EVERY_S = 0.25
 _MIN_PING_INTERVAL_MS = 5000
@@ -194,7 +194,7 @@ class _Server:
 
 
 class _PortTaken(Exception):
-    """Another program listens there. The settings may be right: it may exit soon."""
+    """Another program listens on the port. A restart may succeed, because that program may exit."""
 
 
 _TEMPORARY = (errno.EADDRINUSE, socket.EAI_AGAIN)

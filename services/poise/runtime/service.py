@@ -1,4 +1,4 @@
-"""The interface that every service implements, and `runtime.server` runs."""
+"""The interface that every service implements. `runtime.server` runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Readiness:
     ready: bool
     reason: str = ""
     elapsed_s: float | None = field(default=None, compare=False)
-    """Seconds since `reason` applies; None if they are not counted."""
+    """Seconds since `reason` began to apply; None if unknown."""
 
     @property
     def text(self) -> str:
@@ -75,7 +75,7 @@ class ServiceApp(ABC):
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
-        """Return JSON-able facts for `/admin/v1/status`."""
+        """Return JSON-serialisable facts for `/admin/v1/status`."""
 
     def fail(self, reason: str) -> None:
         """End the process with status 1, so that its supervisor restarts it."""

@@ -26,7 +26,7 @@ class Startup:
 
     @contextlib.contextmanager
     def reported_by(self, read_stage: Callable[[], str]) -> Iterator[None]:
-        """Inside the block, use the stage that `read_stage` returns unless it is empty: another process reports it."""
+        """Inside the block, use the stage that `read_stage` gets from another process, unless it is empty."""
         self._read_stage = read_stage
         try:
             yield

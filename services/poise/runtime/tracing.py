@@ -1,7 +1,7 @@
 """OpenTelemetry tracing across services, one trace for each step, with the same ids in the logs.
 
 The trace id of a step is a hash of run and step: every process that works on the step, also after a restart, adds to
-one trace. Without an endpoint nothing is recorded, but the ids still reach the logs.
+one trace. Without an endpoint nothing is recorded, but the logs still have the ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def configure_tracing(config: TracingConfig, service: str) -> None:
-    """Start recording if the settings name an endpoint. Call it once a process."""
+    """Start recording if `otlp_endpoint` is set. Call it once per process."""
     if not config.otlp_endpoint:
         return
     import requests

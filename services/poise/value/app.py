@@ -69,7 +69,7 @@ class ValueApp(ServiceApp):
         value_pb2_grpc.add_ValueServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Restore the state and start to consume. If the queue is down, requests are answered and consuming waits."""
+        """Restore the state and start to consume. If the queue is down, requests are answered, and labels wait."""
         saved = await asyncio.to_thread(self._store.open)
         estimator = BaselineEstimator(self.config, saved)
         queue = self._make_queue(estimator.instance_id)

@@ -28,7 +28,7 @@ class QueueConfig(StrictModel):
     max_entries: int = Field(8192, ge=1)
     """Maximum groups that are published and not saved yet. At the limit, publishing fails with QUEUE_FULL."""
     max_bytes: int = Field(512 * 1024 * 1024, ge=1024)
-    """Maximum memory of these groups in the server. At the limit, publishing fails likewise. Set the server's
+    """Maximum memory of these groups in the server. At the limit, publishing fails with QUEUE_FULL. Set the server's
     `maxmemory` to at least 1.25 times `max_bytes` + `max_dead_letter_bytes`."""
     max_entry_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Maximum size of one serialised group."""
@@ -123,8 +123,8 @@ class ProbeConfig(StrictModel):
     response_components: int = Field(64, ge=1)
     """Maximum PCA components of response_hidden."""
     rows_per_component: int = Field(64, ge=1)
-    """Rows per PCA component: a hidden state gets at most the window's rows / rows_per_component, but at least four.
-    While a window fills, more components would fit noise. The paper uses 1."""
+    """Rows of the window per PCA component. A hidden state gets at most rows / rows_per_component components, but at
+    least four. While a window fills, more would fit noise. The paper uses 1."""
     alpha: float = Field(100.0, gt=0)
     """Ridge penalty on standardised inputs."""
     refit: Literal["incremental", "fresh"] = "incremental"
@@ -137,7 +137,7 @@ class ProbeConfig(StrictModel):
     window_rows: int = Field(3072, ge=2)
     """Maximum rollouts in a domain's sliding window. The oldest groups leave first, whole."""
     window_rows_by_domain: dict[str, int] = Field({"math": 4096})
-    """`window_rows` of single domains."""
+    """`window_rows` of individual domains."""
     max_domains: int = Field(64, ge=1)
     """Maximum domains. Each has a window in memory. Labels of further domains are rejected."""
 
@@ -175,7 +175,7 @@ class ValueConfig(ServiceConfig):
     horizon_steps: int = Field(1024, ge=1)
     """Most recent steps of a run whose consumed ids are kept. Labels of older steps go to the dead letters."""
     pinned_steps: int = Field(16, ge=1)
-    """Steps of a run that keep their pinned probes for repeated requests; the least recently requested is dropped."""
+    """Steps of a run whose pinned probes are kept for repeated requests. The least recently requested is dropped."""
     max_runs: int = Field(64, ge=1)
-    """Runs whose steps are kept. Of a run that was not used for longer, only the last step is known; labels up to it
-    are rejected."""
+    """Most recently used runs whose consumed ids and pinned probes are kept. Of an older run only the last step is
+    kept, and labels up to that step are rejected."""

@@ -1,7 +1,7 @@
-"""The state of the value service: answers baseline requests from it, and learns labels into it.
+"""The state of the value service: windows, probes and consumed ids. Answers requests and learns labels.
 
-Every method runs on the event loop without yielding. So no request can see a label in a window before its id is among
-the consumed ones. This module has no I/O and no threads.
+Every method runs on the event loop without yielding. So a request never sees a label whose id is not yet recorded as
+consumed. This module has no I/O and no threads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Domain:
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
     label_lag_s: float = math.nan
-    """From publishing the newest learnt label to saving it."""
+    """Seconds from publishing the newest learnt label to saving it."""
 
 
 class BaselineEstimator:
@@ -147,10 +147,11 @@ class BaselineEstimator:
         return self._width_rejection(domain, known, width) if domain in self.probes else None
 
     def width_vote(self, label: Label) -> FieldViolation | None:
-        """Vote on the width of a domain that has no probe yet; return why the label is rejected, None if it is not.
+        """Vote on the width of a domain that has no probe yet; return why the label is rejected; None if it is not.
 
         The first label of a domain may have the wrong width, so a label of another width is rejected but counts
-        against the window. At a majority the window is emptied for it. Dropped labels still count as consumed.
+        against the window. Once such labels are the majority, the window is emptied. Dropped labels still count as
+        consumed.
         """
         known = self.domains.get(label.domain)
         if known is None or label.domain in self.probes or known.window.width in (None, label.features.width):
@@ -198,9 +199,9 @@ class BaselineEstimator:
         domain.window = domain.window.without(groups)
 
     def is_due(self, name: str, num_added: int | None = None) -> bool:
-        """Whether a domain is past its warm-up and its probe has not seen all labels.
+        """Whether a domain is past its warm-up and its probe has not seen all its labels.
 
-        With `num_added`: all of the first so many labels that its window ever got.
+        With `num_added`, consider only the first `num_added` labels ever added to the window.
         """
         domain, probe, config = self.domains[name], self.probes.get(name), self._config.probe
         warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
@@ -231,11 +232,11 @@ class BaselineEstimator:
         ]
 
     def install(self, name: str, probe: VersionedProbe) -> None:
-        """Make a probe answer for steps that are not pinned yet."""
+        """Use a probe for steps that are not pinned yet."""
         self.probes = {**self.probes, name: probe}
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:
-        """Return the current state, with a fitted probe instead of the current one of its domain, if given."""
+        """Return the current state. A `fitted` probe replaces the current one of its domain."""
         probes = {**self.probes, **dict([fitted] if fitted else [])}
         return Snapshot(
             self.instance_id,

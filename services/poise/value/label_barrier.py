@@ -19,12 +19,12 @@ async def wait_for_labels(
 ) -> frozenset[str] | None:
     """Return the domains whose probes have not seen every label published so far.
 
-    Returns None if some of these labels are not learnt and saved, so that any domain may be behind. The answer is valid
-    until the caller yields.
+    Returns None if some of these labels are not learnt and saved yet, so that any domain may be behind. The answer is
+    valid until the caller yields.
 
-    Waits for the requested domains and for those with labels of the run, because another request may ask about them in
-    the same step. Does not wait for fits of other runs. Returns when all these are fitted, when no fit of the rest will
-    follow, or after `limit_s`. If the queue is unreachable, it waits for the queue to return.
+    Waits for fits of the requested domains and of all domains with labels of the run, because a later request of the
+    same step may need those. Does not wait for domains of other runs. Returns when all these domains are fitted, when
+    no fit of the rest will follow, or after `limit_s`. While the queue is unreachable, it keeps waiting.
     """
     estimator = updater.estimator
     published: dict[str, int] | None = None
@@ -32,7 +32,7 @@ async def wait_for_labels(
         async with asyncio.timeout(limit_s):
             if not await _wait_until_learnt(updater):
                 return None
-            # Labels that arrive later do not count: those of other runs could delay this request forever.
+            # Later labels do not count: those of other runs could delay this request forever.
             published = {name: domain.window.num_added for name, domain in estimator.domains.items()}
             own = {*domains, *estimator.domains_of_run(run_id)}
             await _wait_until_fitted(updater, {name: number for name, number in published.items() if name in own})
@@ -57,7 +57,7 @@ async def _wait_until_learnt(updater: Updater) -> bool:
 
 
 async def _wait_until_fitted(updater: Updater, published: Mapping[str, int]) -> None:
-    """Wait until no domain is behind for which a fit will follow."""
+    """Wait until every domain is fitted, except those for which no fit will follow."""
     while True:
         change = updater.next_change()
         if all(updater.will_not_fit(name) for name in _behind(updater.estimator, published)):
@@ -66,5 +66,5 @@ async def _wait_until_fitted(updater: Updater, published: Mapping[str, int]) -> 
 
 
 def _behind(estimator: BaselineEstimator, published: Mapping[str, int]) -> frozenset[str]:
-    """Return the domains whose probes have not seen the first so many groups of their windows."""
+    """Return the domains whose probes have not seen the first `published[domain]` groups of their windows."""
     return frozenset(name for name, num_added in published.items() if estimator.is_due(name, num_added))

@@ -1,4 +1,4 @@
-"""Translates messages to matrices and checks them: requests of callers and queue entries pass the same checks.
+"""Parses and checks messages. Requests and queue entries pass the same checks.
 
 The estimator checks widths against a domain's window, because that needs its state.
 """
@@ -32,7 +32,7 @@ MAX_SIBLINGS = 1024
 """Maximum rollouts per group."""
 
 _HIDDEN = (-1e7, 1e7)
-"""Bounds of a hidden state: ten times what models produce. Larger squares would dominate those of all other rows."""
+"""Bounds of a hidden state: ten times what models produce. Larger values would dominate the fit."""
 
 _ENTROPY = (-1e-3, 25.0)
 """Bounds of an entropy, nats: up to a uniform choice among e^25 tokens; below 0 only by rounding errors."""
@@ -60,7 +60,7 @@ def parse_label(payload: bytes, max_bytes: int) -> Label:
 def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -> Label | None:
     """Parse a labelled group. If it is invalid, return None and add all violations to `wrong`."""
     if message.schema_version != LABEL_SCHEMA_VERSION:
-        # The other fields of another schema have an unknown meaning.
+        # The meaning of the other fields is unknown.
         wrong.add(f"{path}.schema_version", f"is {message.schema_version}; must be {LABEL_SCHEMA_VERSION}")
         return None
     domain = message.domain or DEFAULT_DOMAIN
@@ -110,7 +110,7 @@ def label_payload(label: Label) -> bytes:
 def read_queries(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureMatrix | None]:
     """Parse each group's features, and its rewards if given; None for groups with invalid features.
 
-    Groups of one width share matrices: a few passes over all rows take half the time of separate passes per group.
+    Groups of one width are stacked into one matrix: checking it takes half the time of checking each group.
     """
     read: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
     for index, message in enumerate(messages):
@@ -174,7 +174,7 @@ class _Siblings:
 def _read_siblings(
     messages: Sequence[common_pb2.RolloutFeatures], path: str, wrong: Violations, *, at_least: int = 1
 ) -> _Siblings | None:
-    """Parse the siblings' features. If their form is invalid, return None and add all violations to `wrong`."""
+    """Parse the siblings' features. If one is malformed, return None and add all violations to `wrong`."""
     if len(messages) < at_least:
         wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at least {at_least} are needed")
         return None

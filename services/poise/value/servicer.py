@@ -141,7 +141,7 @@ def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     wrong.check(
-        0 <= request.wait_for_labels_s <= MAX_WAIT_S,  # false of NaN
+        0 <= request.wait_for_labels_s <= MAX_WAIT_S,  # False for NaN
         "wait_for_labels_s",
         f"is {request.wait_for_labels_s}; required: 0 to {MAX_WAIT_S:g} seconds",
     )

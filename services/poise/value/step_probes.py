@@ -1,4 +1,4 @@
-"""Which probe version answers for each step. This enforces the order invariant.
+"""Pins the probes that answer for each step. This enforces the order invariant.
 
 The order invariant: the baselines of a step are fixed before any label of that step can reach a probe. The first
 request about a (run, step) pins every domain's current probe, and later requests about the step get the same probes.

@@ -6,8 +6,8 @@
     <state_dir>/damaged-1/         files that could not be read, kept for inspection
 
 Windows, probes, pinned steps and consumed ids are saved together, in one transaction: a probe without the ids of its
-labels could be pinned for a step whose labels it has seen. A save writes only what the older of the two files lacks. If
-one file is damaged, the other has the state of the save before.
+labels could be pinned for a step whose labels it has seen. A save updates the older file and
+writes only the difference. If one file is damaged, the other has the state of the previous save.
 
 Every row carries a checksum, because SQLite detects damage only in the structure of a file, not in its values. The
 rollback journal (TRUNCATE) is faster here than WAL, which writes every row twice, and keeps the state in one file.
@@ -98,7 +98,7 @@ class Snapshot:
     """The whole state at one moment. Immutable, so it can be saved in a thread."""
 
     instance_id: str
-    """The consumer's name in the queue. It outlives restarts, so that unacknowledged entries are found again."""
+    """The consumer's name in the queue. A restart keeps it, so that unacknowledged entries are found again."""
     domains: tuple[DomainSnapshot, ...]
     consumed: DedupSnapshot
     pins: tuple[PinnedProbes, ...]
@@ -106,7 +106,7 @@ class Snapshot:
     num_groups_consumed: int
     num_duplicates: int
     newest_entry: str = ""
-    """Id of the newest learnt queue entry. A queue that ends before it has lost labels."""
+    """Id of the newest learnt queue entry. If the queue's newest entry is older, labels were lost."""
 
 
 class StateError(OSError):
@@ -118,11 +118,11 @@ class StateMismatchError(StateError, Misconfigured):
 
 
 class StateInUseError(StateError):
-    """Another process holds the folder."""
+    """Another process has locked the folder."""
 
 
 class StateLostError(StateError):
-    """This process no longer holds the folder."""
+    """This process has lost the lock of the folder."""
 
 
 class _DamagedError(Exception):
@@ -144,7 +144,7 @@ class StateStore:
         """Lock the folder and return the newest undamaged state; None if the folder has no state.
 
         Raises:
-            StateInUseError: another process holds the folder.
+            StateInUseError: another process has locked the folder.
             StateError: the folder cannot be read or written, every state is damaged, or another release wrote them.
                 The folder is unlocked again and unchanged.
         """
@@ -167,7 +167,7 @@ class StateStore:
         """Save the state, durable on return. Returns its file.
 
         Raises:
-            StateLostError: this process no longer holds the folder.
+            StateLostError: this process has lost the lock of the folder.
             OSError: it could not be written. The state of the save before is intact.
         """
         self._check_lock()
@@ -206,8 +206,8 @@ class StateStore:
                 if is_same_file and os.pread(self._lock.fileno(), len(self._mark) + 1, 0) == self._mark:
                     return
         raise StateLostError(
-            f"this service has lost the lock of state_dir {self._folder} and stops writing; another may hold it. Check "
-            "that the file system keeps locks and that nothing removes the lock file"
+            f"this service has lost the lock of state_dir {self._folder} and stops writing; another may have it. Check "
+            "that the file system supports locks and that nothing removes the lock file"
         )
 
     def _load(self) -> Snapshot | None:
@@ -340,7 +340,7 @@ class _StateFile:
         entries: Sequence[_Entry],
         columns: Callable[[_Entry], tuple[Any, ...]],
     ) -> None:
-        """Insert the new entries of a log and delete those that left it. A number never names two entries."""
+        """Insert the new entries of a log and delete the dropped ones. Numbers are never reused."""
         first = num_added - len(entries)
         new = range(max(first, num_written), num_added)
         self._insert(table, ((domain, number, *columns(entries[number - first])) for number in new))
@@ -369,7 +369,7 @@ class _StateFile:
             self._execute("DELETE FROM consumed WHERE run_id = ?", run_id)
 
     def _insert(self, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Insert rows with checksums. A row may exist already, from a transaction that failed and yet is durable."""
+        """Insert rows with checksums. A row may already exist: a failed COMMIT can still be durable."""
         for row in rows:
             marks = ", ".join("?" * (len(row) + 1))
             self._execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", *row, _checksum(row))  # noqa: S608
@@ -405,7 +405,7 @@ class _StateFile:
                 steps.setdefault(run_id, {})[int(step)] = encoded
             for run_id, _, num_steps in document["runs"]:
                 if len(steps.setdefault(run_id, {})) != num_steps:
-                    raise ValueError(f"{len(steps[run_id])} of {num_steps} steps of a run are there")
+                    raise ValueError(f"{len(steps[run_id])} of {num_steps} steps of a run are in the file")
             domains = [
                 DomainSnapshot(
                     name,
@@ -479,7 +479,7 @@ def _all_probes(snapshot: Snapshot) -> _ProbesByVersion:
 
 
 def _document(snapshot: Snapshot, sequence: int) -> dict[str, Any]:
-    """Return everything small, and how many rows belong to it, so that a missing row is detected."""
+    """Return the small parts of the state, and row counts, so that a missing row is detected."""
     return {
         "schema_version": SCHEMA_VERSION,
         "sequence": sequence,

@@ -1,10 +1,11 @@
-"""Keeps the probes current: one loop that consumes labels, learns them, saves the state, acknowledges them, and fits.
+"""The update loop: consumes labels, learns them, saves the state, acknowledges them, and fits the probes.
 
 A label is acknowledged only after it is saved. If the service dies in between, the label is delivered again and
-recognised as a duplicate. A label that cannot be learnt goes to the dead letters and never stops the others.
+recognised as a duplicate. A label that cannot be learnt goes to the dead letters and never blocks the others.
 
-Fits run in a thread beside queries. Labels that arrive during a fit are all part of the next one. A fitted probe is
-saved before it answers, so a version never names two probes. Groups that make a fit fail go to the dead letters.
+Fits run in a thread, so queries are answered meanwhile. Labels that arrive during a fit are part of the next one. A
+fitted probe is saved before it answers, so a version never names two probes. Groups that make a fit fail go to the dead
+letters.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ from poise.value.store import StateLostError, StateStore
 logger = logging.getLogger(__name__)
 
 READ_WAIT_S = 0.5
-"""How long a read of an empty queue waits. It delays a stop by as much."""
+"""How long a read of an empty queue blocks, s. A stop may take this much longer."""
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
-"""Pauses after a failed turn; they double up to the last."""
+"""First and longest pause after a failed turn, s. The pause doubles with each failure."""
 
 FIT_RETRY_S = 5.0
-"""Pause after a fitted probe could not be saved or an unfit group could not be dead-lettered."""
+"""Pause before the next fit if a probe cannot be saved or a group cannot be dead-lettered, s."""
 
 LOSS_SHOWN_S = 60.0
-"""How long readiness reports lost labels. They cannot be restored; new ones are consumed all the time."""
+"""How long readiness reports lost labels, s. They cannot be restored, and new ones are still consumed."""
 
 _MAX_REASON = 1000
-"""Characters kept of the reason of a dead letter."""
+"""Maximum characters of a dead letter's reason."""
 
 _MAX_LOGGED = 200
-"""Characters of the reason that are logged."""
+"""Maximum characters of the reason in the log."""
 
 _NO_ENTRY = "0-0"
 """Entry id of a dead letter whose queue entry was already acknowledged."""
@@ -69,7 +70,7 @@ class Updater:
         metrics: ValueMetrics,
         fail: Callable[[str], None],
     ) -> None:
-        """Prepare the loop. `fail` ends the service if another process takes over the state folder."""
+        """Prepare the loop. `fail` ends the service; it is called if another process takes over the state folder."""
         self.estimator = estimator
         self.queue = queue
         self.depth = QueueDepth(0, 0)
@@ -121,7 +122,7 @@ class Updater:
         return self.paused or self._stopping.is_set()
 
     def pause(self) -> None:
-        """Stop consuming until `resume`. Labels that a read in progress still returns wait too."""
+        """Stop consuming until `resume`. A read in progress may still return labels; they wait too."""
         self._not_paused.clear()
         self._notify()
 
@@ -147,7 +148,7 @@ class Updater:
         event.set()
 
     async def run(self) -> None:
-        """Consume until stopped. Errors are reported, and the turn is repeated after a pause."""
+        """Consume until stopped. After an error, report it, pause and retry."""
         retry_s = FIRST_RETRY_S
         self.request_fits()  # a restored state may have labels that its probes have not seen
         try:
@@ -171,7 +172,7 @@ class Updater:
     # Consume, learn, save, acknowledge.
 
     async def _turn(self) -> str:
-        """Consume one batch; return a problem that did not prevent it, or an empty text."""
+        """Consume one batch. Return a problem that did not prevent it; empty if there was none."""
         await self._finish_batch()  # if an earlier turn failed
         await self._wait_while_paused()
         if self._stopping.is_set():
@@ -205,7 +206,7 @@ class Updater:
         except InvalidRequest as error:
             return error.message
         except Exception:
-            # A bug that this entry triggers every time: it must not stop the entries behind it.
+            # This entry triggers a bug every time. It must not block later entries.
             logger.exception("label entry %s cannot be read", delivery.entry_id)
             return "reading it raised an unexpected error; the log has the traceback"
         rejection = self.estimator.rejection(label.domain, label.features.width) or self.estimator.width_vote(label)
@@ -221,8 +222,9 @@ class Updater:
     async def _finish_batch(self) -> str:
         """Save and acknowledge learnt entries, and dead-letter rejected ones.
 
-        Returns why some rejected entries must wait. A server without memory for dead letters does not stop consumption,
-        which frees memory; but more than a batch of waiting entries does. After an error everything left is retried.
+        Returns why rejected entries must wait; empty if none do. If the server has no memory for dead letters,
+        consumption continues, because it frees memory. It stops when more than a batch of rejected entries wait. After
+        an error, the next call retries the rest.
         """
         if self._learnt:
             for entry_id in self._learnt:
@@ -252,7 +254,7 @@ class Updater:
         self._new = []
 
     def _report(self, problem: str, bug: Exception | None = None) -> None:
-        """Log changes only, so that a long outage is one line."""
+        """Store the current problem. Log only changes, so that a long outage is one line."""
         if problem and problem != self._queue_problem:
             logger.error("labels are not consumed: %s", problem, exc_info=bug)
         elif self._queue_problem and not problem:
@@ -260,7 +262,7 @@ class Updater:
         self._queue_problem = problem
 
     def _observe(self, depth: QueueDepth) -> None:
-        """Keep the queue's sizes; log new warnings, problems and losses."""
+        """Store the queue's sizes; log new warnings, problems and losses."""
         before, self.depth = self.depth, depth
         for warning in depth.warnings:
             if warning not in before.warnings:
@@ -275,7 +277,7 @@ class Updater:
     # Save.
 
     async def save(self, fitted: tuple[str, VersionedProbe] | None = None) -> Path:
-        """Save the state; then let a fitted probe of a domain answer, if given. Returns the file.
+        """Save the state, then install the fitted probe of a domain, if any. Returns the file.
 
         Raises:
             OSError: it could not be written. The domain's current probe continues to answer.
@@ -319,7 +321,7 @@ class Updater:
                     self._notify()
 
     async def _fit(self, name: str) -> None:
-        """Fit a domain's probe, save it and let it answer."""
+        """Fit a domain's probe, save it and install it."""
         window, before = self.estimator.domains[name].window, self.estimator.probes.get(name)
         num_added = window.num_added
         started_s = time.perf_counter()
@@ -347,7 +349,7 @@ class Updater:
         """Return the probe of a window; None if unfit groups were removed instead, and the domain is due again.
 
         Raises:
-            ArithmeticError, ValueError: it cannot be fitted, even without a few groups.
+            ArithmeticError, ValueError: the window cannot be fitted, even without a few of its groups.
             OSError, PoiseError: unfit groups could not be dead-lettered.
         """
         if name not in self._fitters:
@@ -373,7 +375,7 @@ class Updater:
         return True
 
     async def _remove_unfit(self, name: str, unfit: Sequence[Label], error: Exception) -> None:
-        """Dead-letter learnt groups, then remove them from the window. After a crash in between they are sent twice."""
+        """Dead-letter learnt groups, then remove them from the window. A crash in between dead-letters them twice."""
         for group in unfit:
             delivery = Delivery(_NO_ENTRY, label_payload(group), time.time())
             await self.queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")

@@ -254,7 +254,7 @@ async def test_it_waits_for_all_domains_of_the_run(start, stream, make) -> None:
 
 async def test_it_waits_for_a_queue_that_is_unreachable(start, stream, make, monkeypatch) -> None:
     harness = start()
-    for method in ("newest", "holds", "read"):
+    for method in ("newest_unacked", "has_unacked_up_to", "read"):
         real, refusals = getattr(harness.queue, method), iter(range(2))
 
         async def away(*arguments, real=real, refusals=refusals, **options):
@@ -278,7 +278,7 @@ async def test_the_limit_ends_it_if_the_queue_stays_unreachable(start, monkeypat
     async def away(**options):
         raise BackendDown("Redis is away")
 
-    for method in ("newest", "read", "depth"):
+    for method in ("newest_unacked", "read", "depth"):
         monkeypatch.setattr(harness.queue, method, away)
     async with harness.running():
         assert await wait(harness, limit_s=0.05) is UNKNOWN

@@ -40,7 +40,7 @@ class BudgetSection(StrictModel):
 
 
 class RunEntry(StrictModel):
-    """An algorithm with its settings."""
+    """An algorithm and its settings."""
 
     algorithm: str | dict[str, Any]
     """Name of the algorithm, or its `kind` and options, as `train.algorithm` of a run."""
@@ -60,13 +60,13 @@ class CompareFile(StrictModel):
     budget: BudgetSection
     """Budget of each run."""
     num_evaluations: int = Field(8, ge=0, le=1000)
-    """Held-out evaluations during training, besides those before and after: the points of the curves."""
+    """Held-out evaluations during training, besides those before and after. They are the points of the curves."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """Every run is trained once with each seed."""
     levels: tuple[float, ...] = ()
     """Held-out rewards for the time-to-reward table; empty chooses five that every run reaches."""
     reference: str | None = None
-    """Run to which ratios refer; null means the first."""
+    """Run that ratios are relative to; null means the first."""
     keep_state: bool = False
     """Keep the services' state of a finished run: optimizer, probe and queue. Results and model are always kept."""
     runs: dict[Name, RunEntry] = Field(min_length=1)
@@ -87,7 +87,7 @@ class CompareFile(StrictModel):
 
     @property
     def reference_name(self) -> str:
-        """Name of the run to which ratios refer."""
+        """Name of the run that ratios are relative to."""
         return self.reference or next(iter(self.runs))
 
 

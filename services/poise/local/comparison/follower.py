@@ -1,4 +1,4 @@
-"""Show the progress of a run whose output goes to a log, from the files in its folder."""
+"""Show the progress of a run from the files in its folder, because its output goes to a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_S = 1.0
 
 
 class Tail:
-    """Reads rows as they are appended to a file of JSON lines, and nothing twice: training needs the machine."""
+    """Reads rows appended to a file of JSON lines. It reads each row once, to leave the CPU to training."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -34,7 +34,7 @@ class Tail:
         with self._path.open("rb") as file:
             self._offset = min(
                 self._offset, file.seek(0, os.SEEK_END)
-            )  # a resumed run removes the rows of steps that it repeats
+            )  # a resumed run truncates the file to repeat steps
             file.seek(self._offset)
             *lines, _ = file.read().split(b"\n")
         self._offset += sum(len(line) + 1 for line in lines)
@@ -88,7 +88,7 @@ class Follower:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:  # a part of a row, after the file was rewritten
+    except ValueError:  # an incomplete row, because the file was rewritten
         return None
     return row if isinstance(row, dict) else None
 

@@ -51,7 +51,7 @@ _NOT_LEARNING = frozenset(
         *("value.state_dir", "value.queue.url", "train.run_dir", "train.endpoints", "train.samples_per_step"),
     }
 )
-"""Settings of places and output, which do not change what a run learns."""
+"""Settings of addresses, folders and output. They do not change what a run learns."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class PlannedRun:
 
     @property
     def record(self) -> Path:
-        """File with the settings that it started with."""
+        """File with the settings of its first start."""
         return self.local.dir / "compare.json"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting that affects what it learns, by path."""
+        """Every setting that affects training, by path."""
         trees = {program: redacted(getattr(self.local, program)) for program in PROGRAMS}
         return {"model": self.local.model} | dict(_leaves(trees))
 
@@ -120,7 +120,7 @@ def make_plan(file: CompareFile, source: Path) -> Plan:
 
 
 def reject_changes(plan: Plan) -> None:
-    """Check that runs that have started keep their settings.
+    """Check that the settings of started runs have not changed.
 
     Raises:
         ConfigError: names every changed setting, with its old and new value.
@@ -172,7 +172,7 @@ def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: i
 
 
 def _fixed_settings(file: CompareFile, entry: RunEntry, label: str, folder: Path, seed: int) -> dict[str, Any]:
-    """Return the settings that the comparison determines for a run, by path."""
+    """Return the settings that the comparison fixes for a run, by path."""
     budget, num_parts = file.budget, file.num_evaluations + 1
     return {
         "run.name": label,
@@ -226,5 +226,5 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    """Return a value in the form of `--set`."""
+    """Return a value in the syntax of `--set`."""
     return yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 _STATES = ("learner", "value", "valkey")
-"""Folders of the services that a finished run does not need."""
+"""Service folders that a finished run no longer needs."""
 
 
 def compare_runs(path: Path, *, report_only: bool) -> int:
@@ -139,7 +139,7 @@ def _report(plan: Plan, console: Console | None) -> None:
 
 
 def _try_report(plan: Plan) -> None:
-    """Write the report before any run starts, to find problems early. Raises `ConfigError` if that fails."""
+    """Write the report before any run starts, to detect problems early. Raises `ConfigError` if that fails."""
     try:
         _report(plan, None)
     except ImportError as error:

@@ -51,7 +51,7 @@ def is_ready(name: str) -> bool:
 
 
 def locate_model(name: str) -> Path | str:
-    """Return the folder of a model, also if a known one is not created yet; a name on the hub is returned as it is.
+    """Return the folder of a model, even if a known one is not created yet. Returns a name on the hub unchanged.
 
     Raises:
         ConfigError: a path does not exist.
@@ -67,7 +67,7 @@ def locate_model(name: str) -> Path | str:
 
 
 def make_model(name: str) -> Path | str:
-    """Return the folder of a model as `locate_model` does; create a known one first.
+    """Return the folder of a model like `locate_model`, but create a known model first.
 
     Raises:
         ConfigError: a path does not exist, or a model cannot be created here.
@@ -79,7 +79,7 @@ def make_model(name: str) -> Path | str:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent second process finds it created
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the model
             if not is_ready(name):
                 _make(name, KNOWN_MODELS[name], folder)
     except ImportError as error:
@@ -94,7 +94,7 @@ def make_model(name: str) -> Path | str:
 
 
 def find_model(name: str, option: str, hint: str = "") -> Path | str:
-    """Return the folder of a model, created first if it is a known one, or a name on the hub as it is.
+    """Return the folder of a model. Creates a known one first; returns a name on the hub unchanged.
 
     Args:
         name: a known model, a folder, or a name on the hub.

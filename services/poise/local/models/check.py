@@ -35,7 +35,7 @@ _NUM_SIBLINGS, _NUM_TOKENS = 2, 24
 
 
 def check_model(name: str | None, run: LocalRun | None, engine: str | None, as_json: bool) -> int:
-    """Compare, print the result, and return the exit status: 1 if the model cannot be trained.
+    """Compare, print the result, and return the exit status: 1 for a model that cannot be trained.
 
     Args:
         name: a known model, a folder or a name on the hub; None uses the run's.

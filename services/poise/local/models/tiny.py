@@ -1,6 +1,6 @@
-"""Train a model of about a million parameters that solves the `digits` tasks, with errors.
+"""Train a model of about a million parameters that solves the `digits` tasks imperfectly.
 
-It first learns the right answers, then partly random ones, at another rate for each skill. Samples from it have mixed
+It first learns correct answers, then partly random ones, at a different rate for each skill. Problems then have mixed
 difficulty, which reinforcement learning needs.
 """
 
@@ -28,7 +28,7 @@ _CORRECT_SHARE = {
     "two": 0.15,
     "rev": 0.1,
 }
-"""Share of right answers of each skill in the second phase."""
+"""Share of correct answers of each skill in the second phase."""
 
 _CLEAN_STEPS, _NOISY_STEPS, _BATCH, _LEARNING_RATE = 250, 80, 64, 3e-3
 _LENGTH = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
@@ -94,7 +94,7 @@ def _train(
 def _example(
     tokenizer: transformers.PreTrainedTokenizerFast, source: Random, *, noisy: bool
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt with an answer, and the same ids with all but the answer masked."""
+    """Return the ids of a prompt with an answer, and the labels: the same ids with only the answer unmasked."""
     skill = source.choice(list(SKILLS))
     prompt, answer = draw(skill, source)
     if noisy and source.random() > _CORRECT_SHARE[skill]:

@@ -1,4 +1,4 @@
-"""One child process in a process group of its own, which ends with its parent."""
+"""One child process in its own process group. It stops when its parent dies."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ProcessSpec:
     name: str
     command: Sequence[str]
     log: Path | None
-    """File for its output; None leaves it on the terminal."""
+    """File for its output; None writes it to the terminal."""
     admin_address: str | None = None
-    """host:port of the /readyz to poll; None means that it is ready at once."""
+    """host:port of the admin app whose /readyz is polled; None if the process is ready immediately."""
     stop_signal: signal.Signals = signal.SIGTERM
     """Signal that makes it drain and exit."""
 
@@ -46,7 +46,7 @@ class SupervisedProcess:
         self.process = process
         self.started = time.monotonic()
         self.was_ready = spec.admin_address is None
-        """Whether it was ever ready."""
+        """Whether it has ever been ready."""
         self._has_answered = False
 
     @classmethod

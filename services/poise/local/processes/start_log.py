@@ -1,4 +1,4 @@
-"""Decide when to log the progress of a start: at each change, and unchanged states at growing intervals."""
+"""Decide when to log the progress of a start: every change, and an unchanged state at growing intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST_S = 120.0
 
 
 class StartLog:
-    """The log messages of one wait."""
+    """Decides for one wait."""
 
     def __init__(self, every_s: float) -> None:
         """Log at most once in `every_s`, and not before that time."""

@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.2, 10.0
 STEADY_S = 30.0
-"""A process that was ready and ran this long is restarted at once when it dies."""
+"""A process that was ready and ran this long, s, is restarted immediately when it dies."""
 _MAX_RESTARTS = 6
-"""Restarts in a row before the supervisor gives up. One that was ready and ran for `STEADY_S` starts a new row."""
+"""Consecutive restarts before the supervisor fails. A process that was ready and ran for `STEADY_S` resets them."""
 STOP_MARGIN_S = 10.0
-"""Time to stop besides draining."""
+"""Time to stop in addition to draining, s."""
 _START_TIMEOUT_S = 120.0
-"""Time until a starting process should respond: it imports its libraries."""
+"""Time in which a starting process should respond, s. It first imports its libraries."""
 _NOT_RUNNING = "is not running. Start it with `poise up`"
 _POLL_S = 0.1
 _READINESS_POLL_S = 1.0
-"""Interval at which a process that is not ready yet is polled."""
+"""Polling interval of a process that is not ready yet, s."""
 LOG_EVERY_S = 15.0
 
 
@@ -51,7 +51,7 @@ class Supervisor:
     """Keeps processes running. An async context manager; its exit stops them, the last started first."""
 
     def __init__(self, folder: Path, drain_timeout_s: float = 30.0) -> None:
-        """Processes that take longer than `drain_timeout_s` plus a margin to stop are killed."""
+        """Kill processes that do not stop within `drain_timeout_s` plus a margin."""
         self._folder = folder
         self._stop_timeout_s = drain_timeout_s + STOP_MARGIN_S
         self._processes: dict[str, SupervisedProcess] = {}
@@ -61,7 +61,7 @@ class Supervisor:
         """Gets a `SupervisorError` when a process cannot be kept running."""
         self.num_restarts: dict[str, int] = {}
         self._ending: set[str] = set()
-        """Processes that `end` stopped, which are not restarted."""
+        """Processes that `end` stopped. They are not restarted."""
 
     async def __aenter__(self) -> Supervisor:
         try:
@@ -126,7 +126,7 @@ class Supervisor:
             await asyncio.sleep(_POLL_S)
 
     async def run_until_exit(self, spec: ProcessSpec) -> int | None:
-        """Run a process until it exits by itself or after `end`, and restart it when a signal kills it.
+        """Run a process until it exits or `end` stops it. Restart it if a signal kills it.
 
         Returns its last status; None if it never started.
 
@@ -163,7 +163,7 @@ class Supervisor:
             self.failed.result()
 
     def end(self, name: str) -> None:
-        """Send a process its stop signal, and do not start it again, or at all."""
+        """Send a process its stop signal, and never start it again."""
         self._ending.add(name)
         process = self._processes.get(name)
         if process is not None and process.is_running:
@@ -189,7 +189,7 @@ class Supervisor:
                 status = await _wait_for_exit(process)
                 await asyncio.sleep(self._restart_delay(process, restarts, status))
                 process = await self._start(process.spec)
-        except Exception as error:  # else the supervisor would wait forever
+        except Exception as error:  # otherwise the supervisor would wait forever
             if not isinstance(error, SupervisorError):
                 logger.error("%s cannot be kept running", process.spec.name, exc_info=True)
                 error = SupervisorError(f"{process.spec.name} cannot be kept running: {error!r}")
@@ -239,7 +239,7 @@ async def _wait_for_exit(process: SupervisedProcess) -> int:
 
 
 class _Restarts:
-    """Counts the restarts of a process in a row."""
+    """Counts the consecutive restarts of a process."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         self._spec = spec
@@ -265,7 +265,7 @@ class _Restarts:
 def process_state(folder: Path, name: str, log: Path) -> str:
     """Return the state of a supervised process that does not respond: starting, exited, or never started.
 
-    `folder` is its supervisor's.
+    `folder` is the folder of its supervisor.
     """
     try:
         with (folder / "supervisor.lock").open("rb") as lock:

@@ -19,7 +19,7 @@ def valkey_command(socket: Path, folder: Path) -> list[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = socket.parent.lstat()  # TMPDIR is open to all users: another one may have created it
+    facts = socket.parent.lstat()  # every user can write to TMPDIR, so another one may have created it
     if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o077:
         raise ConfigError(
             f"{socket.parent} must be accessible only to this user. Remove it, or set TMPDIR to another folder"

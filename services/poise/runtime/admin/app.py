@@ -104,7 +104,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
     rest = FastAPI(
         title=f"POISE {app.name} service",
         version=poise.__version__,
-        description="Health, metrics, status and operation of one service, whose work is done over gRPC. Requests that "
+        description="Health, metrics, status and operations of one service. Its work is done over gRPC. Requests that "
         "change something require the header `X-Poise: 1` or a bearer token; web pages can send neither.",
         docs_url=None,
         redoc_url=None,
@@ -131,7 +131,7 @@ def build_admin_app(app: ServiceApp, auth: BearerAuth, request_drain: Callable[[
 
 
 def _hosts(config: AdminConfig) -> tuple[str, ...]:
-    """Return the names of the app. The address of all interfaces is not one: web pages can use it."""
+    """Return the allowed names in a Host header. 0.0.0.0 and :: are not among them: web pages can use these."""
     own = () if config.host in EVERY_HOST else (config.host,)
     return (*own, *config.allowed_hosts)
 
@@ -147,7 +147,7 @@ def _health_routes(app: ServiceApp) -> APIRouter:
 
     @router.get(
         "/healthz",
-        summary="Whether the process works; 503 with the reason if it should be killed.",
+        summary="Whether the process is healthy; 503 with the reason if it should be killed.",
         response_class=PlainTextResponse,
         responses={503: {"description": "The reason.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
     )

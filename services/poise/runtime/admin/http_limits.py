@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_TIMEOUT_S = 10.0
 """Time from the connection, or the previous response, to the end of a request's head."""
 READ_TIMEOUT_S = 30.0
-"""How long a client may leave a response unread."""
+"""Time that a client may leave a response unread."""
 MAX_CONNECTIONS = 256
 """With more, the connection with the nearest deadline is closed, so that health probes always get through."""
 MAX_HEAD_BYTES = 16 * 2**10
@@ -43,7 +43,7 @@ class DeadlineProtocol(H11Protocol):
             self._stop_clock()
 
     def on_response_complete(self) -> None:
-        """Restart the clock. The rest of a rejected body is read within that time, and dropped."""
+        """Restart the clock. The rest of a rejected body is read in that time and dropped."""
         super().on_response_complete()
         self._restart_clock()
 

@@ -1,4 +1,4 @@
-"""Checks of every HTTP request before the admin app reads its body: its origin, its token, its size.
+"""Checks every HTTP request of the admin app: its origin and token, then the size of its body.
 
 ASGI middleware. A web page in a browser on this machine can reach the app. Three checks reject it: the `Host` header
 (DNS rebinding), the `Origin` and `Sec-Fetch-Site` headers, and a header that no form can send.
@@ -45,7 +45,7 @@ class BodyRejected(Exception):
 
 
 class Guard:
-    """Rejects requests that fail a check; passes the others on with their complete body."""
+    """Rejects requests that fail a check; passes on the others with their complete body."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class Guard:
         if host and (is_own or host in self._hosts or f".{host}".endswith(self._domains) or is_loopback(host)):
             return
         raise Forbidden(
-            f"the host {quoted(', '.join(values))} is not one of this service's",
-            remedy="Address it by localhost or its own address, or add the name to admin.allowed_hosts.",
+            f"the host {quoted(', '.join(values))} does not belong to this service",
+            remedy="Use localhost or the service's own address, or add the name to admin.allowed_hosts.",
         )
 
 

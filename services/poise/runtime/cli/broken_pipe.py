@@ -14,7 +14,7 @@ from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 
 
 class OutputClosed(Exception):
-    """Standard output has no reader any more. This is no `OSError`, which callers may treat as a disk error."""
+    """The reader of standard output has exited. Not an `OSError`, because callers treat those as disk errors."""
 
 
 def has_no_reader(stream: IO[Any] | None) -> bool:
@@ -31,11 +31,11 @@ def has_no_reader(stream: IO[Any] | None) -> bool:
 
 
 def discard_output() -> None:
-    """Discard the rest of standard output, on which the interpreter would fail again when it exits."""
+    """Redirect standard output to /dev/null, so that the interpreter does not fail again when it exits."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 @contextlib.contextmanager

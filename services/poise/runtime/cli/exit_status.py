@@ -12,11 +12,11 @@ OK = 0
 FAILED = 1
 """Failure. The program may succeed when it is started again."""
 WRONG_SETTINGS = 2
-"""Wrong settings. The program fails again until an option, a setting, or what a setting names is changed."""
+"""Wrong settings. The program fails again until an option, a setting, or a file that a setting names is changed."""
 INTERRUPTED = 130
-"""Stopped by a signal. Started again, the program resumes."""
+"""Stopped by a signal. The program resumes when it is started again."""
 OUTPUT_CLOSED = 141
-"""Nothing reads the output any more. A shell shows this status for a process that SIGPIPE killed."""
+"""The reader of the output has exited. A shell shows this status for a process that SIGPIPE killed."""
 
 
 def exit_reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Faster start of the programs that import transformers."""
+"""Hide packages that slow down the import of transformers."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def service_main(
     parser = argparse.ArgumentParser(
         prog=f"python -m poise.{name}",
         description=f"Run the POISE {name} service.",
-        epilog="A setting comes from the first of these that has it: --set, the environment "
+        epilog="Order of precedence of settings: --set, the environment "
         f"({prefix}SECTION__FIELD), the file, the default.",
     )
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings file, YAML")

@@ -38,7 +38,7 @@ def parse_config(
 ) -> C:
     """Build settings from the content of a file, the environment and `a.b=value` overrides.
 
-    Errors name `file` and, if `values` are only a section of it, `section`. Raises as `load_config` does.
+    Errors name `file`, and `section` if `values` are only that section. Raises the errors of `load_config`.
     """
     prefix = cls.model_config.get("env_prefix", "")
     options = parse_overrides(overrides)
@@ -75,7 +75,7 @@ def parse_config(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping. Raises `ConfigError` with the file's name and, for wrong YAML, the line."""
+    """Read a mapping. Raises `ConfigError` with the file's name and, for invalid YAML, the line."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -86,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes. Check that it is a settings file")
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; too many brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date in a 13th month; too deep nesting
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if values is None:
         return {}
@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `a.b=value` into a tree. Values are YAML: 3, true, null and [1, 2] mean what they look like.
+    """Turn `a.b=value` into a tree. Values are YAML: 3 is a number, true a boolean, [1, 2] a list.
 
     An IPv6 address, with or without brackets and port, is a string: YAML reads `::` as a mapping, `[::1]` as a list.
 
@@ -127,9 +127,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `below` with the settings of `above` in place of its own, merged section by section.
+    """Return `below` overridden by `above`, merged section by section.
 
-    A section with a `kind` replaces one of another kind as a whole. A string in place of such a section is its kind.
+    A section of another `kind` replaces the one in `below` completely.
+    A string in place of such a section is its kind.
     """
     result = dict(below)
     for key, value in above.items():
@@ -145,7 +146,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _has(tree: Mapping[str, Any], path: Sequence[int | str]) -> bool:
-    """Whether a tree sets what is at `path`. An index or a union's tag ends the search within a value."""
+    """Whether a tree has a value at `path`. A list index or a union's tag in the path is inside a value."""
     node: Any = tree
     for part in path:
         if not isinstance(node, Mapping):
@@ -157,9 +158,9 @@ def _has(tree: Mapping[str, Any], path: Sequence[int | str]) -> bool:
 
 
 def _misspelt_variables(cls: type[BaseModel], prefix: str, environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each variable that is almost a setting's, or that names a section that does not exist.
+    """Yield a line for each variable whose name resembles a setting's, or whose section does not exist.
 
-    Other variables with the prefix are ignored. Kubernetes, for one, sets POISE_VALUE_PORT for a Service named
+    Other variables with the prefix are ignored. For example, Kubernetes sets POISE_VALUE_PORT for a Service named
     poise-value, and its `…_PORT` variables are tcp://address.
     """
     known = list(_variables(cls))

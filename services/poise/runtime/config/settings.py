@@ -22,7 +22,7 @@ Host = Annotated[str, AfterValidator(bare_host)]
 
 
 class ConfigError(ValueError, Misconfigured):
-    """Settings that cannot be used. The text names every problem and the remedy."""
+    """Invalid settings. The message names every problem and its remedy."""
 
 
 class StrictModel(BaseModel):
@@ -33,10 +33,10 @@ class StrictModel(BaseModel):
     )
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    """Old names of settings in this section, each with its new name. Errors about unknown names show it."""
+    """New name of each renamed setting of this section, by old name. Errors about unknown names show it."""
 
     MOVED: ClassVar[Mapping[str, str]] = {}
-    """Settings that do not belong in this section, each with what to set instead. Errors show it likewise."""
+    """What to set instead, by name of a setting that does not belong in this section. Errors show it too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,9 +60,9 @@ class GrpcConfig(StrictModel):
     """Where gRPC listens."""
 
     host: Host = "127.0.0.1"
-    """Address to bind; `::` takes IPv4 too. Any but a loopback address requires a token or `auth.allow_open_bind`."""
+    """Address to bind; `::` accepts IPv4 too. Requires a token or `auth.allow_open_bind`, except for loopback."""
     port: int = Field(0, ge=0, le=65535)
-    """Port; 0 takes a free one and logs it."""
+    """Port; 0 chooses a free one and logs it."""
     tls_cert_file: Path | None = None
     """PEM certificate chain of the service. With `tls_key_file`, gRPC uses TLS."""
     tls_key_file: Path | None = None
@@ -82,9 +82,9 @@ class AdminConfig(StrictModel):
     """Where the REST admin app listens."""
 
     host: Host = "127.0.0.1"
-    """Address to bind; `::` takes IPv4 too. Any but a loopback address requires a token or `auth.allow_open_bind`."""
+    """Address to bind; `::` accepts IPv4 too. Requires a token or `auth.allow_open_bind`, except for loopback."""
     port: int = Field(0, ge=0, le=65535)
-    """Port; 0 takes a free one and logs it."""
+    """Port; 0 chooses a free one and logs it."""
     allowed_hosts: tuple[Annotated[str, AfterValidator(bare_name)], ...] = ()
     """Names and addresses, without a port, that a request's Host header may contain; `.example.com` allows that name
     and its subdomains. `localhost`, loopback addresses, `host` and the connection's own address are always allowed, and
@@ -92,16 +92,16 @@ class AdminConfig(StrictModel):
 
 
 class AuthConfig(StrictModel):
-    """Who may call."""
+    """Authentication of callers."""
 
     token: SecretStr | None = None
-    """Bearer token that callers must send. Only from the environment; `token_file` names a file with it."""
+    """Bearer token that callers must send. Allowed only in the environment; elsewhere set `token_file`."""
     token_file: Path | None = None
     """File with the bearer token on one line, which no other user can read. A change takes effect without a restart;
     the previous token is accepted for two more minutes."""
     allow_open_bind: bool = False
-    """Listen on all addresses without a token, because something else protects the service: a mesh, a network
-    policy."""
+    """Allow listening on any address without a token. Set it only if something else protects the service, such as a
+    mesh or a network policy."""
 
     @field_validator("token")
     @classmethod
@@ -133,7 +133,7 @@ class AuthConfig(StrictModel):
 
 
 def open_token_file(path: Path | None, field: str) -> TokenFile | None:
-    """Return the token file that the setting `field` names; None if it names none.
+    """Return the token file of the setting `field`; None if `path` is None.
 
     Raises:
         ConfigError: the file cannot be read, other users can read it, or it contains no token.
@@ -147,7 +147,7 @@ def open_token_file(path: Path | None, field: str) -> TokenFile | None:
 
 
 def check_readable(path: Path | None, field: str) -> None:
-    """Check that the file which the setting `field` names can be read; None is no file.
+    """Check that the file of the setting `field` can be read; None means no file.
 
     Raises:
         ConfigError: it cannot be read.
@@ -191,7 +191,7 @@ class Settings(StrictModel, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take only what is passed in: `load` merges the sources, so that errors can name the one they came from."""
+        """Use only the arguments: `load` merges the sources, so that errors can name the source."""
         return (init_settings,)
 
 
@@ -203,7 +203,7 @@ class ServiceConfig(Settings):
     admin: AdminConfig = AdminConfig()
     """Where the REST admin app listens."""
     auth: AuthConfig = AuthConfig()
-    """Who may call."""
+    """Authentication of callers."""
     logging: LoggingConfig = LoggingConfig()
     """Logging."""
     tracing: TracingConfig = TracingConfig()

@@ -14,7 +14,7 @@ Path = Sequence[int | str]
 
 
 def problems_in(error: ValidationError, cls: type[BaseModel]) -> Iterator[tuple[Path, str]]:
-    """Yield the path and the text of each problem, without secrets; for an unknown name with the nearest known one."""
+    """Yield the path and the text of each problem, without secrets; with a similar known name for an unknown one."""
     for problem in error.errors():
         path, text = problem["loc"], problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
@@ -87,7 +87,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _hint(cls: type[BaseModel], path: Path) -> str:
-    """Return what the unknown name at the end of `path` may mean: its new name, a similar name, or all names."""
+    """Return a hint for the unknown name at the end of `path`: its new name, a similar name, or all names."""
     models = [model for annotation in _types_at(cls, path[:-1]) for model in models_in(annotation)]
     for model in models:
         if new_name := getattr(model, "RENAMED", {}).get(path[-1]):
@@ -111,7 +111,7 @@ def _types_at(cls: type[BaseModel], path: Path) -> list[Any]:
     for part in path:
         models = [model for annotation in here for model in models_in(annotation)]
         fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        # Not a field: a union's tag, which chooses a model; else an index or a key, which leaves the models the same.
+        # Not a field: either a union's tag, which selects a model, or an index or key, which keeps the models.
         tagged = [m for m in models if any(part in get_args(field.annotation) for field in m.model_fields.values())]
         here = fields or [*(tagged or models)]
     return here

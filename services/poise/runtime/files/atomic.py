@@ -47,13 +47,13 @@ def describe_disk_error(error: OSError) -> str:
 
 
 def free_bytes(folder: Path) -> float:
-    """Return the free bytes of a folder's file system; infinity if it has no size, as a tmpfs without a limit."""
+    """Return the free bytes of a folder's file system; infinity if it has no limit, like some tmpfs."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else math.inf
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `OSError` unless a file can be written to `folder`; leave nothing there."""
+    """Raise `OSError` unless a file can be written to `folder`; remove the file again."""
     probe = folder / ".probe"
     write_file(probe, b"probe")
     probe.unlink()
@@ -100,7 +100,7 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 
 def append_file(target: Path, data: bytes) -> None:
-    """Append whole lines to a file, durable on return; or nothing, if that fails.
+    """Append whole lines to a file, durable on return. If that fails, append nothing.
 
     Raises:
         OSError: nothing was appended.
@@ -168,7 +168,7 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 @contextmanager
 def tensor_errors(path: Path) -> Iterator[None]:
-    """Raise disk errors of safetensors, which has an exception class of its own, as `OSError`."""
+    """Raise disk errors of safetensors, which has its own exception class, as `OSError`."""
     from safetensors import SafetensorError
 
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 class ScratchFolder:
     """A folder of this process in a parent that several processes share. Close it at the end.
 
-    A file lock shows whether its process still runs. A process id would not: in a restarted container it is the same.
+    A file lock shows whether its process still runs. A process id does not: a restarted container reuses it.
     """
 
     def __init__(self, parent: Path, prefix: str) -> None:
@@ -23,7 +23,7 @@ class ScratchFolder:
         self._descriptor = -1
 
     def ensure(self) -> Path:
-        """Return the folder; create it if it does not exist, or no longer: some systems clean /tmp by age.
+        """Return the folder; create it if it is missing. Some systems delete old folders in /tmp.
 
         Creating it removes the folders of processes that have exited. Raises `OSError`.
         """

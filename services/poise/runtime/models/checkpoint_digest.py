@@ -1,4 +1,4 @@
-"""A digest of a model's parameters, by which two services check that they start from the same model."""
+"""A digest of a model's parameters. Two services compare it to check that they start from the same model."""
 
 from __future__ import annotations
 

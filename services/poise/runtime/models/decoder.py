@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length", "keep_window_size")
-"""The last is of Doge: beyond it, a token attends to the highest-ranking keys of the whole sequence."""
+"""Fields with a length limit. The last is of Doge; beyond it, attention selects keys of the whole sequence."""
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 

@@ -22,7 +22,7 @@ _FIRST = (
     "return_dict_in_generate",
     "use_cache",
 )
-"""Entries that are checked first: they decide which other entries are valid."""
+"""Entries that are checked first, because the validity of other entries depends on them."""
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 

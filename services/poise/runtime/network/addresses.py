@@ -74,7 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. `::` and the empty host accept IPv4 too, and only IPv4 on a machine without IPv6.
 
     Raises:
-        OSError: the host is not one of this machine, or the port is taken.
+        OSError: the host is not an address of this machine, or the port is taken.
     """
     if host in ("", "::"):
         if socket.has_dualstack_ipv6():

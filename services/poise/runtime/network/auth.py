@@ -64,7 +64,7 @@ def reject_open_bind(config: ServiceConfig, secret: str | TokenFile | None) -> N
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host, a name or an address."""
+    """Whether only this machine can reach `host`, which is a name or an address."""
     if host == "localhost":
         return True
     try:

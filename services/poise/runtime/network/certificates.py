@@ -1,4 +1,4 @@
-"""The TLS certificate of a service, read again when its files change, as those of a Kubernetes secret do."""
+"""The TLS certificate of a service. It is read again when its files change, as in a Kubernetes secret."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Certificate:
-    """A certificate chain and its key. New connections use the current files; open ones keep what they started with."""
+    """A certificate chain and its key. New connections use the current files; open ones keep their certificate."""
 
     def __init__(self, cert_file: Path, key_file: Path) -> None:
         self._files = (cert_file, key_file)

@@ -116,9 +116,9 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
     ) -> Handler:
         """Wrap the handler of a call.
 
-        Every handler becomes one of a request stream without a deserializer, because gRPC reads a single request,
-        however large and slow, before it calls the handler. So the caller is authenticated before anything is read, and
-        the call itself parses and times what it reads.
+        gRPC reads a single request, however large and slow, before it calls the handler. So every handler becomes one
+        of a request stream without a deserializer: the caller is authenticated before anything is read, and the call
+        parses its requests itself.
         """
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -244,7 +244,7 @@ class _Call:
             self._done("CANCELLED")
             raise asyncio.CancelledError
         if isinstance(error, asyncio.CancelledError):
-            # Something that the handler awaited was cancelled. If this went to gRPC, it would never answer the call.
+            # Something that the handler awaited was cancelled. If gRPC got this error, it would never answer the call.
             logger.warning("%s: cancelled inside the service", self._details.method)
             error = BackendDown("the work was cancelled inside the service", remedy="Call again.")
         if isinstance(error, grpc.aio.AbortError):
@@ -284,7 +284,7 @@ class _Disconnected(Exception):
 
 
 _DISCONNECTED = (_Disconnected, grpc.aio.InternalError)
-"""Errors of a call whose client has disconnected. gRPC raises the second for a call that was cancelled meanwhile."""
+"""Errors of a call whose client has disconnected. gRPC raises the second if the call was cancelled."""
 
 
 async def _write(context: Any, response: Any, method: str) -> None:

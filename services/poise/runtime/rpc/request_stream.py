@@ -1,6 +1,6 @@
-"""Parse the requests of a call, with limits of size, number and speed, and errors that name the problem.
+"""Parse the requests of a call, with limits on size, number and speed.
 
-gRPC would parse before authentication, and answer UNKNOWN with the name of an exception.
+gRPC itself would parse before authentication, and report UNKNOWN with only the name of an exception.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_READ_BYTES = 2 * MAX_MESSAGE_BYTES
 """Limit set in gRPC. It is above ours, so that clients see our error; gRPC rejects larger messages itself."""
 MAX_MESSAGES = 2**17
-"""Messages in a request stream: twice as many as the largest push has in chunks of 1 MiB."""
+"""Maximum messages in a request stream: twice those of the largest push in chunks of 1 MiB."""
 
 WAIT_BUDGET_S = 60.0
 """Time budget for waiting on the client of a call. Received bytes restore it at `MIN_BYTES_PER_S`."""
@@ -51,7 +51,7 @@ def parse_message(parse: Parse, data: bytes) -> Any:
 
 
 class RequestStream:
-    """Iterates over the messages of a request stream. A wait for one may be cancelled and repeated.
+    """Iterates over the messages of a request stream. Waiting for a message may be cancelled and repeated.
 
     A call whose client sends too slowly fails, so that no call occupies a slot or a lock forever. Only the time spent
     waiting for the client counts, not the service's own time between two messages.
@@ -67,7 +67,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Any:
-        """Return the next message. Raises `InvalidRequest` if it is invalid, one too many, or too late."""
+        """Return the next message. Raises `InvalidRequest` if it is invalid, too late, or one too many."""
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, self._left_s)):

@@ -8,7 +8,7 @@ This state is in memory only; after a restart it is recomputed from the window. 
 (8·n + 16·d)·l bytes per hidden input. At n = 4096, d = 2560 and the default components that is 14 MB per domain, beside
 84 MB for the window.
 
-Shapes: n rows, d the model's width, m coordinates of a row: in the basis of each hidden input, scalars, target.
+Shapes: n rows, d the model's width, m columns: coordinates in each hidden input's basis, scalars, target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from poise.value.probe.subspace import Subspace
 _SCALAR_COLUMNS = {"entropy": len(ENTROPY_MEANS), "sibling_reward": 1}
 
 _ROUNDING = 1e-7
-"""A standard deviation below this share of the column's mean counts as zero."""
+"""A standard deviation below this fraction of the column's mean counts as zero."""
 
 
 class IncrementalFitter:
@@ -73,8 +73,8 @@ class IncrementalFitter:
         if not self._incremental:
             self._reset()
         try:
-            # One thread: the products are so small that two threads mostly wait for each other, ten times as long on
-            # busy cores, and queries need the other cores. Non-finite results are rejected at the end.
+            # One thread: with such small products, more threads mostly wait for each other, and queries need the
+            # other cores. Non-finite results are rejected at the end.
             with self._threads.limit(limits=1), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 return self._fit(groups)
         except Exception:
@@ -156,12 +156,12 @@ class IncrementalFitter:
     def _regress(
         self, maps: Mapping[str, Doubles], mean: Doubles, scatter: Doubles
     ) -> tuple[dict[str, Doubles], float]:
-        """Return weights and bias of the ridge regression of the targets on standardised components and scalars.
+        """Regress the targets on standardised components and scalars; return weights and bias.
 
-        `maps` holds each input's map from coordinates to components; `mean` [m] and `scatter` [m, m] end with the
-        target.
+        `maps` contains each input's map from coordinates to components. The last entry of `mean` [m] and `scatter`
+        [m, m] is the target.
         """
-        projection = _block_diagonal([*maps.values()])  # [m − 1, derived columns]
+        projection = _block_diagonal([*maps.values()])  # [m − 1, columns of the regression]
         variances = projection.T @ scatter[:-1, :-1] @ projection
         scale = np.sqrt(np.maximum(variances.diagonal(), 0) / self._num_rows)
         # For a constant column the subtraction leaves only rounding errors. A scale of 1 keeps them small.

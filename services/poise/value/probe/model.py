@@ -32,7 +32,7 @@ HIDDEN_INPUTS = ("prompt_hidden", "response_hidden")
 """The inputs that PCA reduces. The others enter unchanged."""
 
 _ROWS_AT_ONCE = 16
-"""As doubles, more rows do not fit the processor's cache."""
+"""Rows converted to double at a time; more would not fit in the processor's cache."""
 _COLUMNS_AT_ONCE = 8192
 """Above 10,000 columns BLAS sums in several threads, and their number changes the last bit."""
 
@@ -107,13 +107,13 @@ class FittedProbe:
 
 
 class ProbeFitter(Protocol):
-    """Fits the successive probes of one domain. It runs in a thread beside queries."""
+    """Fits the successive probes of one domain, in a thread."""
 
     def fit(self, groups: Sequence[Label]) -> FittedProbe:
         """Fit to at least one group of a window. May keep the groups and intermediate results for the next fit.
 
         Raises:
-            ArithmeticError, ValueError: the numbers admit no finite fit.
+            ArithmeticError, ValueError: these numbers have no finite fit.
         """
         ...
 
@@ -122,7 +122,7 @@ def _columns(features: FeatureMatrix, name: str) -> Floats:
     """Return the columns of a `ProbeInput`, [n, its columns].
 
     Raises:
-        ValueError: `sibling_reward` is asked for and the rows have no rewards.
+        ValueError: `sibling_reward` is an input and the rows have no rewards.
     """
     match name:
         case "prompt_hidden":

@@ -2,12 +2,11 @@
 
 Only the product of the window's Gram matrix with a basis is kept. The basis has l ≪ d columns, a few more than
 components, so adding or removing a row costs d·l, not d². The best components within the span of the basis follow from
-the rows' coordinates (Rayleigh–Ritz). The product is also the next step of subspace iteration: the angle between basis
-and product measures how well the basis still fits, and a rebuild, which passes over all rows, starts from the product.
+the rows' coordinates (Rayleigh–Ritz). The product is also the next step of subspace iteration. The angle between basis
+and product shows how well the basis still fits. A rebuild passes over all rows and starts from the product.
 
-Shapes: n rows, d the model's width, l columns of the basis, k components. An origin near the rows' mean is subtracted
-first: hidden states are far from zero, and without their mean single precision suffices for products over d. Sums over
-rows are double.
+Shapes: n rows, d the model's width, l columns of the basis, k components. Hidden states are far from zero, so an origin
+near the rows' mean is subtracted first. Then single precision suffices for products over d. Sums over rows are double.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ NEGLIGIBLE_VARIANCE = 1e-10
 _FEWEST_COMPONENTS = 4
 
 _OVERSAMPLING = 48
-"""Columns of the basis beyond the components. They supply the next components and speed up convergence."""
+"""Columns of the basis beyond the components. They supply later components and speed up convergence."""
 _NUM_FRESH = 8
-"""Spare columns that a rebuild takes from the newest rows, to find new directions."""
+"""Extra columns that a rebuild takes from the newest rows, to find new directions."""
 _EXACT_WIDTH = 128
-"""Up to this width the basis spans everything and the components are exact; the eigenproblem takes milliseconds."""
+"""Up to this width the basis spans the whole space, so the components are exact. This takes milliseconds."""
 _BLOCK_ROWS = 512
 """Rows multiplied at a time: few enough to stay in the cache between products."""
 _CONVERGED = 0.003
 """A rebuild stops when the residual is below this."""
 _STALLED = 0.8
-"""A rebuild also stops when a pass leaves more than this share of the residual: the spectrum is flat."""
+"""A rebuild also stops when a pass leaves more than this fraction of the residual: the spectrum is flat."""
 _MAX_PASSES = 8
 _ROUNDING = 1e-4
 """Share of the variance that rounding may leave outside the basis."""
 _OUTDATED_RESIDUAL = 0.05
 """Rebuild when the residual has grown by this much."""
 _OUTDATED_OUTSIDE = 2.0
-"""Rebuild when new rows have this many times as much outside the basis as the rows of the last rebuild."""
+"""Rebuild when the variance of new rows outside the basis is this many times that after the last rebuild."""
 
 
 def affordable_components(wanted: int, num_rows: int, rows_per_component: int) -> int:
@@ -73,7 +72,7 @@ class Subspace:
         self._mean: Doubles = np.zeros(0)
         self.residual = 0.0
         """Mean squared sine between the components and their images under the covariance. 0 if they are the rows' true
-        components, not just the best within the basis."""
+        components and not only the best ones within the basis."""
         self._residual_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
@@ -148,7 +147,7 @@ class Subspace:
             if self.residual < _CONVERGED or self.residual > _STALLED * previous:
                 break
             start, previous = self._images(self.basis.shape[1]), self.residual
-        # If the basis spans everything, only rounding errors are outside.
+        # If the basis spans the whole space, only rounding errors are outside.
         self._outside_rebuilt = self._outside + _ROUNDING * float(np.trace(scatter)) / len(centred)
         self._residual_rebuilt = self.residual
         return coordinates
@@ -169,7 +168,9 @@ class Subspace:
         return image @ self._rotation[:, :num_columns].astype(np.float32)
 
     def _num_columns(self, parts: Sequence[Floats]) -> int:
-        if not any((part != parts[0][0]).any() for part in parts):  # as when no response went through the model
+        if not any(
+            (part != parts[0][0]).any() for part in parts
+        ):  # all rows are equal: no response went through the model
             return 0
         width = parts[0].shape[1]
         return width if width <= _EXACT_WIDTH else min(self._wanted + _OVERSAMPLING, sum(map(len, parts)) - 1)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from poise.value.probe.features import Label
 
 FIT_ERRORS = (ArithmeticError, ValueError)
-"""The errors of a fit that its numbers cause, including `numpy.linalg.LinAlgError`."""
+"""Errors that a fit raises because of its input values, including `numpy.linalg.LinAlgError`."""
 
 
 def unfit_groups(groups: Sequence[Label], can_be_fitted: Callable[[Sequence[Label]], bool]) -> list[Label]:
-    """Return groups such that the rest can be fitted. Bisects: few bad groups need few fits."""
-    fit: list[Label] = []
+    """Return the groups to remove so that the rest can be fitted. Bisects: few bad groups need few fits."""
+    good: list[Label] = []
 
     def search(candidates: Sequence[Label]) -> list[Label]:
-        if can_be_fitted([*fit, *candidates]):
-            fit.extend(candidates)
+        if can_be_fitted([*good, *candidates]):
+            good.extend(candidates)
             return []
         if len(candidates) == 1:
             return [candidates[0]]

@@ -40,10 +40,10 @@ class Window:
         return Window(self._max_rows, kept, self.num_added + len(kept))
 
     def vote_against_width(self) -> bool:
-        """Count a group of another width; return whether such groups now are at least as many as the window's own.
+        """Count a group of another width; return whether such groups are now at least as many as the window's own.
 
-        This is the majority vote of Boyer and Moore: the width that more than half of all groups have wins,
-        whatever width the first group had.
+        This is the majority vote of Boyer and Moore: the width of more than half of all groups wins, regardless of the
+        first group's width.
         """
         self._majority -= 1
         return self._majority <= 0

@@ -13,7 +13,7 @@ from poise.runtime.cli.exit_status import OUTPUT_CLOSED
 HEAD = "import sys; from poise.runtime.cli.console import OutputConsole; from poise.runtime.cli.broken_pipe import *\n"
 PROGRAMS = {
     "print": "with exit_on_broken_pipe():\n    while True: print('line')",
-    "what the buffer held": "with exit_on_broken_pipe():\n    print('line', end='')",
+    "buffered output": "with exit_on_broken_pipe():\n    print('line', end='')",
     "an exit": "with exit_on_broken_pipe():\n    print('line', end=''); sys.exit(0)",
     "a console": "with exit_on_broken_pipe():\n    while True: OutputConsole().print('line')",
 }
@@ -31,7 +31,7 @@ def test_program_without_a_reader_exits_quietly(program):
 
 
 def test_full_disk_is_reported_without_a_traceback():
-    program = HEAD + PROGRAMS["what the buffer held"]
+    program = HEAD + PROGRAMS["buffered output"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
@@ -40,7 +40,7 @@ def test_full_disk_is_reported_without_a_traceback():
     assert done.stderr == "poise: the output cannot be written: No space left on device\n"
 
 
-def test_pipe_has_no_reader_after_it_closes(tmp_path):
+def test_pipe_has_no_reader_after_closing(tmp_path):
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, (tmp_path / "file").open("w") as file:
         assert not has_no_reader(pipe)
