@@ -200,10 +200,10 @@ async def test_a_service_that_lost_its_folder_fails(start, make) -> None:
         await harness.updater.save()
         assert harness.failures == []
         (Path(harness.config.state_dir) / "lock").write_bytes(b"another")
-        with pytest.raises(OSError, match="another may hold it"):
+        with pytest.raises(OSError, match="another may have it"):
             await harness.updater.save()
         (reason,) = harness.failures
-        assert "another may hold it" in reason
+        assert "another may have it" in reason
 
 
 async def test_requests_are_answered_during_a_fit_and_a_save(start, make, monkeypatch) -> None:
