@@ -121,7 +121,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class RolloutId(_message.Message):
-    """RolloutId identifies one rollout for ever. Services use it to process each rollout at most once."""
+    """RolloutId identifies one rollout permanently. Services use it to process each rollout at most once."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -671,7 +671,7 @@ class ProcessGroup(_message.Message):
     while this value stays the same.
     """
     timeout_s: _builtins.float
-    """timeout_s is the time after which the replica gives up the group. Above 0, at most 3600 seconds. Required."""
+    """timeout_s is the time after which the replica abandons the group. Above 0, at most 3600 seconds. Required."""
     def __init__(
         self,
         *,

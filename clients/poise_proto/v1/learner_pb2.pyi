@@ -147,7 +147,7 @@ class TrainingRollout(_message.Message):
     """advantage is r_i - b_i, from -1e4 to 1e4. 0 if the learner has a critic."""
     reward: _builtins.float
     """reward is r_i, from -1e4 to 1e4. Required if the learner has a critic (GetStatusResponse.has_critic), which computes
-    advantages from it. Rejected otherwise.
+    advantages from it. Rejected without a critic.
     """
     @_builtins.property
     def id(self) -> _common_pb2.RolloutId:
@@ -307,8 +307,8 @@ class StepMetrics(_message.Message):
     """gradient_norm is the gradient norm before clipping, averaged over mini-batches. Not finite if one of them is not."""
     gradient_variance: _builtins.float
     """gradient_variance estimates the trace of the covariance of a mini-batch's policy gradient over independent prompts,
-    before clipping. The estimate is unbiased, from two halves of the mini-batch, and averaged over mini-batches that
-    changed the policy and have at least two prompts. NaN if there is none; 0 if it is not measured.
+    before clipping. The estimate is unbiased and compares two halves of the mini-batch. It is averaged over mini-batches
+    that changed the policy and have at least two prompts. NaN if there is none; 0 if it is not measured.
     """
     learning_rate: _builtins.float
     """learning_rate is the learning rate of the last mini-batch."""
@@ -575,7 +575,7 @@ class GetStatusResponse(_message.Message):
     policy_version: _builtins.int
     """policy_version is the current version."""
     checkpoint_version: _builtins.int
-    """checkpoint_version is the version of the last durable checkpoint."""
+    """checkpoint_version is the policy version of the last durable checkpoint."""
     digest: _builtins.bytes
     """digest is the digest of the current weights, as in WeightsManifest."""
     num_batches: _builtins.int

@@ -57,8 +57,9 @@ class LearnerServiceServicer(object):
     """
 
     def SubmitAdvantages(self, request_iterator, context):
-        """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns after
-        the new weights were offered to every replica. Repeating a batch id returns the stored result and does not train again.
+        """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns once
+        each replica serves the new weights, or its push failed or timed out. Repeating a batch id returns the stored result and
+        does not train again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,7 +74,7 @@ class LearnerServiceServicer(object):
 
     def ExportModel(self, request, context):
         """ExportModel writes the current policy as a Hugging Face folder on the learner's file system, atomically. Call it after
-        training; with check_only, before.
+        training. Call it with check_only before training.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

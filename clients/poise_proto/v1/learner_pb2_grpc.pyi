@@ -34,14 +34,15 @@ class LearnerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LearnerServiceAsyncStub: ...
     SubmitAdvantages: _grpc.StreamUnaryMultiCallable[_learner_pb2.SubmitAdvantagesRequest, _learner_pb2.SubmitAdvantagesResponse]
-    """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns after
-    the new weights were offered to every replica. Repeating a batch id returns the stored result and does not train again.
+    """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns once
+    each replica serves the new weights, or its push failed or timed out. Repeating a batch id returns the stored result and
+    does not train again.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_learner_pb2.GetStatusRequest, _learner_pb2.GetStatusResponse]
     """GetStatus returns the state of the learner. Call it to monitor training, or before a run to see its limits."""
     ExportModel: _grpc.UnaryUnaryMultiCallable[_learner_pb2.ExportModelRequest, _learner_pb2.ExportModelResponse]
     """ExportModel writes the current policy as a Hugging Face folder on the learner's file system, atomically. Call it after
-    training; with check_only, before.
+    training. Call it with check_only before training.
     """
 
 @_typing.type_check_only
@@ -50,14 +51,15 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitAdvantages: _aio.StreamUnaryMultiCallable[_learner_pb2.SubmitAdvantagesRequest, _learner_pb2.SubmitAdvantagesResponse]  # type: ignore[assignment]
-    """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns after
-    the new weights were offered to every replica. Repeating a batch id returns the stored result and does not train again.
+    """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns once
+    each replica serves the new weights, or its push failed or timed out. Repeating a batch id returns the stored result and
+    does not train again.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_learner_pb2.GetStatusRequest, _learner_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus returns the state of the learner. Call it to monitor training, or before a run to see its limits."""
     ExportModel: _aio.UnaryUnaryMultiCallable[_learner_pb2.ExportModelRequest, _learner_pb2.ExportModelResponse]  # type: ignore[assignment]
     """ExportModel writes the current policy as a Hugging Face folder on the learner's file system, atomically. Call it after
-    training; with check_only, before.
+    training. Call it with check_only before training.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -69,8 +71,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_learner_pb2.SubmitAdvantagesRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_learner_pb2.SubmitAdvantagesResponse, _abc.Awaitable[_learner_pb2.SubmitAdvantagesResponse]]:
-        """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns after
-        the new weights were offered to every replica. Repeating a batch id returns the stored result and does not train again.
+        """SubmitAdvantages trains on one batch: send a header, then its rollouts. Call it at the end of a step. It returns once
+        each replica serves the new weights, or its push failed or timed out. Repeating a batch id returns the stored result and
+        does not train again.
         """
 
     @_abc_1.abstractmethod
@@ -88,7 +91,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_learner_pb2.ExportModelResponse, _abc.Awaitable[_learner_pb2.ExportModelResponse]]:
         """ExportModel writes the current policy as a Hugging Face folder on the learner's file system, atomically. Call it after
-        training; with check_only, before.
+        training. Call it with check_only before training.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

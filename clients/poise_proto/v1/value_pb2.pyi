@@ -99,10 +99,10 @@ class EstimateBaselinesRequest(_message.Message):
     step: _builtins.int
     """step is the step of the groups. No label of it may have reached the probe before the first call for it."""
     wait_for_labels_s: _builtins.float
-    """wait_for_labels_s is the longest time that the first call for a step waits until the probes are fitted on every label
-    published before the call, so that the answer does not depend on timing. It covers the domains of this request and
-    those that the run has published labels for. The wait ends before the deadline of the call, and at once while the
-    service is paused. 0 to 600 seconds. Unset or 0 uses the current probes. Later calls for the step never wait.
+    """wait_for_labels_s is the maximum wait of the first call for a step. That call waits until the probes are fitted on every
+    label published before it, so that the answer does not depend on timing. The wait covers the domains of this request and
+    those that the run has published labels for. It ends before the deadline of the call, and at once while the service is
+    paused. 0 to 600 seconds. Unset or 0 uses the current probes. Later calls for the step never wait.
     """
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupFeatures]:
@@ -143,9 +143,9 @@ class GroupBaselines(_message.Message):
     probe_version: _builtins.int
     """probe_version is the version of the probe. 0 without a probe."""
     up_to_date: _builtins.bool
-    """up_to_date is true if the probe is known to be fitted on every label published before the first call for the step. It
-    is false if that call did not wait (see wait_for_labels_s) or its wait timed out. It is also false if the call did not
-    need to wait for this domain and came before the domain's fit. All groups of a domain in a step have the same value.
+    """up_to_date is true if the probe is known to be fitted on every label published before the first call for the step. It is
+    false if that call did not wait (see wait_for_labels_s) or its wait timed out. It is also false if the wait did not
+    cover this domain and the domain's fit came later. All groups of a domain in a step have the same value.
     """
     @_builtins.property
     def values(self) -> _common_pb2.Tensor:
@@ -338,8 +338,8 @@ class LabelledGroup(_message.Message):
     domain: _builtins.str
     """domain selects the probe that learns from the group. Empty means "default"."""
     num_rollouts: _builtins.int
-    """num_rollouts is the number of rollouts that were sampled. It must equal the length of `rollouts`: part of a group would
-    teach the probe a wrong mean. Required.
+    """num_rollouts is the number of rollouts that were sampled. It must equal the length of `rollouts`: an incomplete group
+    would give the probe a wrong mean. Required.
     """
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.RolloutFeatures]:
@@ -494,7 +494,7 @@ class ProbeQuality(_message.Message):
     brier_skill: _builtins.float
     """brier_skill is 1 - brier / (brier of always predicting the mean). 1 is perfect; below 0 is worse than that constant."""
     bias: _builtins.float
-    """bias is the mean of prediction - reward. Above 0 the probe expects too much."""
+    """bias is the mean of prediction - reward. Above 0, predictions are too high."""
     share_clipped: _builtins.float
     """share_clipped is the share of predictions at exactly 0 or 1."""
     variance_vs_none: _builtins.float

@@ -72,7 +72,8 @@ class ValueServiceServicer(object):
 
     def ScorePrompts(self, request, context):
         """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-        choose prompts that the policy sometimes solves. It uses the current probes and fixes nothing, so it gives no baseline.
+        choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+        as baselines.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

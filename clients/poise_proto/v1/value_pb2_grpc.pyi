@@ -40,7 +40,8 @@ class ValueServiceStub:
     """
     ScorePrompts: _grpc.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]
     """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-    choose prompts that the policy sometimes solves. It uses the current probes and fixes nothing, so it gives no baseline.
+    choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+    as baselines.
     """
     PublishLabels: _grpc.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]
     """PublishLabels queues labelled groups for the probe and returns when they are durable. Call it after EstimateBaselines
@@ -61,7 +62,8 @@ class ValueServiceAsyncStub(ValueServiceStub):
     """
     ScorePrompts: _aio.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]  # type: ignore[assignment]
     """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-    choose prompts that the policy sometimes solves. It uses the current probes and fixes nothing, so it gives no baseline.
+    choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+    as baselines.
     """
     PublishLabels: _aio.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]  # type: ignore[assignment]
     """PublishLabels queues labelled groups for the probe and returns when they are durable. Call it after EstimateBaselines
@@ -91,7 +93,8 @@ class ValueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_value_pb2.ScorePromptsResponse, _abc.Awaitable[_value_pb2.ScorePromptsResponse]]:
         """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-        choose prompts that the policy sometimes solves. It uses the current probes and fixes nothing, so it gives no baseline.
+        choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+        as baselines.
         """
 
     @_abc_1.abstractmethod
