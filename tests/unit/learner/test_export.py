@@ -125,7 +125,7 @@ def test_valid_generation_settings_are_exported_unchanged(
 
 
 def test_unreachable_hub_model_has_no_generation_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load_generation_config("nobody/no-such-model", transformers.GenerationConfig) == (None, "")
 
 

@@ -19,15 +19,17 @@ PATIENT_S = 60.0
 
 
 @pytest.fixture
-def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The exit statuses of ranks that exited."""
-    statuses: list[int] = []
+    others, statuses = set(threading.enumerate()), list[int]()
     monkeypatch.setattr(rank_health.os, "_exit", statuses.append)
     monkeypatch.setattr(rank_health.os, "kill", lambda pid, number: None)  # all ranks are this process
     monkeypatch.setattr(rank_health.logging, "shutdown", lambda: None)
     monkeypatch.setattr(rank_health, "_GRACE_S", 0.01)
     monkeypatch.setattr(rank_health, "_BEAT_EVERY_S", 0.05)
-    return statuses
+    yield statuses
+    for thread in set(threading.enumerate()) - others:  # one that exits later would end this process
+        thread.join(PATIENT_S)
 
 
 @pytest.fixture
