@@ -1,1 +1,1 @@
-"""The learner service: advantages in, policy versions out."""
+"""The learner service: trains the policy on rollouts with advantages, and publishes each new version."""

@@ -17,7 +17,7 @@ class Admission:
 
     accepted: list[Rollout] = field(default_factory=list)
     digests: set[bytes] = field(default_factory=set)
-    """A digest of each accepted rollout's id, 16 bytes."""
+    """16-byte digests of the accepted rollouts' ids."""
     ages: Counter[int] = field(default_factory=Counter)
     """Number of accepted rollouts by staleness."""
     rejected: list[tuple[RolloutId, str]] = field(default_factory=list)

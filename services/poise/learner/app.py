@@ -85,8 +85,8 @@ class LearnerApp(ServiceApp):
 
     def readiness(self) -> Readiness:
         """Ready while batches are accepted."""
-        refusal = self._servicer.refusal or self._core.disk_error
-        return Readiness(not refusal, refusal, self._servicer.starting_s)
+        reason = self._servicer.not_ready_reason or self._core.disk_error
+        return Readiness(not reason, reason, self._servicer.starting_s)
 
     def status(self) -> dict[str, Any]:
         """See `ServiceApp`."""

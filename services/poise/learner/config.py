@@ -72,8 +72,8 @@ class LoraSettings(StrictModel):
 
 
 class CriticConfig(StrictModel):
-    """A critic as large as the policy: a second copy of `model` with a head of one value. Its generalised advantage
-    estimates (GAE) replace the rollouts' advantages. Betas, weight decay and gradient clip are those of `optimizer`."""
+    """A critic as large as the policy: a second copy of `model` with a value head. Its generalised advantage estimates
+    (GAE) replace the rollouts' advantages. It uses the betas, weight decay and gradient clip of `optimizer`."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """Learning rate after the warm-up."""
@@ -84,7 +84,7 @@ class CriticConfig(StrictModel):
     discount: float = Field(1.0, gt=0, le=1)
     """γ: discount of the reward per token."""
     value_clip: float | None = Field(0.2, gt=0)
-    """Clip of a value's change from before the step; null disables it."""
+    """Clip range of a value around its prediction before the step; null disables clipping."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the tokens of a batch."""
 
@@ -108,10 +108,10 @@ class PushConfig(StrictModel):
     """Send lossless deltas to replicas that keep the previous version: in bfloat16 about a hundredth of the bytes at
     usual learning rates. In float32 nearly every element changes, so everything is sent."""
     timeout_s: float = Field(60.0, gt=0)
-    """How long a step waits for its replicas, s. A slower replica catches up in the background, and no step waits for
-    it until it has. Its pushes may then take up to eight times as long."""
+    """Maximum time that a step waits for its replicas, in seconds. A slower replica catches up in the background, where
+    its pushes may take up to eight times as long. Steps do not wait for it meanwhile."""
     reconcile_every_s: float = Field(1.0, gt=0)
-    """Interval at which each replica is asked for its version, s."""
+    """Interval of checking each replica's version, in seconds."""
 
 
 class LearnerConfig(ServiceConfig):
@@ -146,8 +146,8 @@ class LearnerConfig(ServiceConfig):
     threads: int | None = Field(None, ge=1)
     """CPU threads; null uses torch's default."""
     rank_timeout_s: float = Field(30.0, ge=1)
-    """With several ranks (torchrun): how long one may miss heartbeats, or delay a collective, before all of them
-    restart, s. Raise it for a slow network or uneven hosts."""
+    """With several ranks (torchrun): all ranks restart if one sends no heartbeat, or delays a collective, for this many
+    seconds. Raise it for a slow network or uneven hosts."""
     seed: int = 0
     """Seed of torch's random numbers, used for new adapters and dropout."""
     max_staleness: int = Field(0, ge=0)
@@ -155,9 +155,9 @@ class LearnerConfig(ServiceConfig):
     lora: LoraSettings | None = None
     """Train adapters instead of the whole model: moments and checkpoints take a fraction of the memory. Replicas get
     the model with adapters merged, or with `push.transport: lora` only the adapters. An export has the merged model
-    and, in `adapter`, the adapters. Use a learning rate ten to a hundred times that of whole models."""
+    and, in `adapter`, the adapters. Use a learning rate 10 to 100 times that of a whole model."""
     mini_batch_prompts: int = Field(32, ge=1)
-    """Prompts in an optimizer step."""
+    """Number of prompts per optimizer step."""
     micro_batch_tokens: int = Field(4096, ge=1)
     """Maximum tokens of a packed row, which goes through the model at once; a longer rollout gets its own row. Limits
     memory and does not change results."""
@@ -175,10 +175,10 @@ class LearnerConfig(ServiceConfig):
     """Training stops after this many updates in a row with a loss or gradient that is not finite. Restart the learner
     with other settings to continue."""
     keep_nonfinite: int = Field(8, ge=1)
-    """Number of batches with such updates kept in `<state_dir>/nonfinite` for inspection."""
+    """Number of batches with non-finite updates kept in `<state_dir>/nonfinite` for inspection."""
     checkpoint_every_steps: int = Field(10, ge=1)
     """Batches between checkpoints, which are written while training continues. A restart replays the batches after the
-    last one, to the same weights."""
+    last checkpoint, with the same resulting weights."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints kept."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -189,8 +189,8 @@ class LearnerConfig(ServiceConfig):
     """Train a critic beside the policy (PPO). It takes about as much memory as the policy, and needs rollouts with
     rewards and without advantages. With `lora` the critic is still trained whole."""
     measure_gradient_variance: bool = False
-    """Report the variance of the policy's gradient. Each mini-batch is computed in two halves of its prompts, with a
-    copy of the gradient in memory in between."""
+    """Report the variance of the policy's gradient. Computes each mini-batch in two halves, and keeps a copy of the
+    first half's gradient in memory."""
     push: PushConfig = PushConfig()
     """Pushing weights to replicas."""
 

@@ -1,4 +1,4 @@
-"""The learner's state machine: each batch is journalled, trained on and answered, exactly once over any crash.
+"""The learner's state machine: each batch is journalled, trained on and answered exactly once, even across crashes.
 
     submit ─► journal ─► train ─► answer (durable) ─► publish ─► every few batches: checkpoint, on a thread
 
@@ -46,7 +46,7 @@ _RETRY_S = 1.0
 """Pause between two attempts to write an answer."""
 _CHECK_NAME = "poise-check"
 _CHECKPOINT_BYTES, _EXPORT_BYTES = 12, 4
-"""Bytes a parameter: value and two moments; value. All float32."""
+"""Bytes per parameter, all float32: value and two moments in a checkpoint, value in an export."""
 _NO_WEIGHTS = WeightVersion("", 0, {}, {}, b"")
 
 
@@ -66,11 +66,11 @@ class LearnerCore:
         """Digests of the rollouts trained on."""
         self._lineage_id = ""
         self._weights = _NO_WEIGHTS
-        """The trainer's present weights, published once the batch is answered."""
+        """The trainer's current weights, published once the batch is answered."""
         self._adapter: Adapter | None = None
         """Describes the adapter if only the adapter's weights are published."""
         self._training: tuple[int, Batch, bytes] | None = None
-        """Number and content of the batch that is being trained on."""
+        """Sequence number, batch and content of the batch in training."""
         self._stop_waiting = threading.Event()
         self.startup = Startup("recovering")
         """The progress of `recover`."""
@@ -78,9 +78,9 @@ class LearnerCore:
         self.published: WeightVersion | None = None
         """The current version; None until recovered."""
         self.failure = ""
-        """Why the weights in memory are unreliable; empty while they are not."""
+        """Why the weights in memory are unreliable; empty while they are reliable."""
         self.disk_error = ""
-        """Why `state_dir` cannot be written; empty while it can."""
+        """Why `state_dir` is not writable; empty while it is."""
         self.checkpoint_version = 0
         """The policy version of the last durable checkpoint."""
 
@@ -132,12 +132,15 @@ class LearnerCore:
         self.published = dataclasses.replace(self._weights, lineage_id=self._lineage_id)
 
     def submit(self, batch: Batch) -> tuple[Answer, bool]:
-        """Train on a batch unless it has been trained on; return the durable answer, and whether it is a stored one.
+        """Train on a batch and return its durable answer. A batch trained on before gets its stored answer.
+
+        The second value is True for a stored answer.
 
         Raises:
-            Conflict: its id belongs to a batch of other content.
-            TrainingStopped: the last updates in a row were not finite; nothing has changed.
-            BackendDown: it cannot be journalled, and nothing has changed; or `failure` says what went wrong.
+            Conflict: a batch with this id but other content was trained on before.
+            TrainingStopped: too many updates in a row were not finite; nothing has changed.
+            BackendDown: the batch cannot be journalled, and nothing has changed; or the learner must restart, see
+                `failure`.
         """
         self._check_healthy()
         assert self.published is not None  # noqa: S101 (recovered)
@@ -162,7 +165,7 @@ class LearnerCore:
         return answer, False
 
     def checkpoint(self) -> Path:
-        """Write a checkpoint of the present state, durable on return; return its folder.
+        """Write a checkpoint of the current state, durable on return; return its folder.
 
         Raises:
             BackendDown: see `failure`.
@@ -178,7 +181,7 @@ class LearnerCore:
         """Write the policy as a Hugging Face folder, replacing an earlier export of the same name.
 
         Raises:
-            InvalidRequest: something else has that name.
+            InvalidRequest: a file or folder of that name exists and is not an export.
             BackendDown: it cannot be written, and nothing is lost; or see `failure`.
         """
         self._check_healthy()
@@ -274,19 +277,19 @@ class LearnerCore:
             self._set_disk_error(error)
             raise BackendDown(
                 f"nothing was trained on: {self.disk_error}",
-                remedy="The learner accepts the batch once it can write there.",
+                remedy="Submit the batch again once state_dir is writable.",
                 retry_after_s=1.0,
             ) from error
         self.disk_error = ""
 
-    def _train(self, batch: Batch, content: bytes, answered: Answer | None = None) -> Answer:
-        """Train on the rollouts of a journalled batch that can be admitted; return the answer.
+    def _train(self, batch: Batch, content: bytes, old_answer: Answer | None = None) -> Answer:
+        """Train on the admitted rollouts of a journalled batch; return the answer.
 
         Raises:
-            BackendDown: training failed; the quarantine has counted it unless another rank was lost.
+            BackendDown: training failed. The failure counts against the batch unless another rank was lost.
         """
         sequence = self.progress.num_batches
-        if self._quarantine.must_reject(sequence, content, answered):
+        if self._quarantine.must_reject(sequence, content, old_answer):
             self._quarantine.keep(sequence, batch, content)
             return self._advance(batch, content, StepMetrics(), [(rollout.id, FAILED) for rollout in batch.rollouts])
         self._training = sequence, batch, content
@@ -309,7 +312,7 @@ class LearnerCore:
             return self._advance(batch, content, metrics, admission.rejected)
         except Exception as error:
             if isinstance(error, RankLost) and not error.in_training:
-                raise  # not the batch's fault
+                raise  # the batch did not cause it
             raise self._quarantine.count_failure(sequence, batch, content, error) from error
         finally:
             self._training = None
@@ -369,7 +372,7 @@ class LearnerCore:
         self.checkpoints.start_saving(self.progress, tensors, self._seen)
 
     def _checkpoint_saved(self, progress: Progress) -> None:
-        """Delete what a durable checkpoint makes superfluous. Called on the writing thread."""
+        """Delete journal files that a durable checkpoint replaces. Called on the writing thread."""
         self.checkpoint_version = progress.policy_version
         oldest = self.checkpoints.sequences()[0]
         self._journal.prune(before_batch=oldest, before_answer=progress.num_batches - ANSWERS_KEPT)
@@ -417,7 +420,7 @@ class LearnerCore:
         return self.config.export_dir or self.config.state_dir / "exports"
 
     def _check_outputs(self) -> None:
-        """Write and delete an export, a checkpoint and a journal file, so that problems show before training.
+        """Write and delete an export, a checkpoint and a journal file, to find problems before training.
 
         Raises:
             StateError: a folder cannot be written, or has too little space.
@@ -447,4 +450,4 @@ class LearnerCore:
         for problem in missing_space(needs):
             if not self.checkpoints.sequences():
                 raise StateError(problem)
-            logger.error("%s", problem)  # a resumed run continues: there may be space before it is needed
+            logger.error("%s", problem)  # a resumed run continues, because space may be freed before it is needed

@@ -17,7 +17,7 @@ _STALENESS = (0, 1, 2, 4, 8, 16, 32)
 
 
 class LearnerMetrics:
-    """The metrics, on the service's registry."""
+    """Prometheus metrics on the service's registry."""
 
     def __init__(self, registry: CollectorRegistry, is_stopped: Callable[[], bool]) -> None:
         Gauge(
@@ -52,7 +52,7 @@ class LearnerMetrics:
         )
         self._wait = Histogram(
             "poise_learner_wait_seconds",
-            "Time between answering a batch and receiving the run's next one, without pauses.",
+            "Time between answering a batch and receiving the run's next one, excluding pauses.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -62,7 +62,7 @@ class LearnerMetrics:
             buckets=_STALENESS,
             registry=registry,
         )
-        self._numbers = {
+        self._gauges = {
             name: Gauge(f"poise_learner_{metric}", text, registry=registry)
             for name, metric, text in (
                 ("loss", "loss", "Policy loss of the last step."),
@@ -119,7 +119,7 @@ class LearnerMetrics:
         for age, count in metrics.staleness.items():
             for _ in range(count):
                 self._staleness.observe(age)
-        for name, gauge in self._numbers.items():
+        for name, gauge in self._gauges.items():
             gauge.set(getattr(metrics, name))
 
 

@@ -2,8 +2,8 @@
 
     <folder>/batch-00000042.pb      the batch as submitted; `poise_client.codec.load_batch` reads it
 
-A failure in the middle of training leaves the policy in memory unusable, so the learner restarts before it retries.
-Without a limit, a batch that always fails (it needs more memory than there is) would stop every restart.
+A failure during training leaves the policy in memory unusable, so the learner restarts before it retries the batch.
+Without a limit, a batch that always fails, for example from lack of memory, would make every restart fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from poise_client.types import Batch
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 2
-"""Times that training on a batch may fail, with a restart after each, before its rollouts are rejected."""
+"""After this many failures, each followed by a restart, a batch's rollouts are rejected."""
 
 _REMEDY = "if memory ran out, lower micro_batch_tokens or set gradient_checkpointing"
 
@@ -52,9 +52,9 @@ class Quarantine:
         self._journal = journal
         self._folder = folder
 
-    def must_reject(self, sequence: int, content: bytes, answered: Answer | None) -> bool:
-        """Whether a batch has failed too often. Never true of a batch that has been trained on: replicas served it."""
-        was_trained = answered is not None and not answered.is_quarantined
+    def must_reject(self, sequence: int, content: bytes, old_answer: Answer | None) -> bool:
+        """Return whether a batch has failed too often. False if it was trained on before: replicas served that."""
+        was_trained = old_answer is not None and not old_answer.is_quarantined
         return not was_trained and self._journal.num_failures(sequence, content) >= MAX_FAILURES
 
     def count_failure(self, sequence: int, batch: Batch, content: bytes, error: Exception) -> BackendDown:
@@ -67,7 +67,7 @@ class Quarantine:
         return BackendDown(f"{what} (failure {count} of {MAX_FAILURES} before the batch is rejected; {_REMEDY})")
 
     def keep(self, sequence: int, batch: Batch, content: bytes) -> None:
-        """Write a rejected batch to the folder and log where it is."""
+        """Write a rejected batch to the folder and log its path."""
         logger.error(
             "training on batch %s failed %d times: all its rollouts are rejected; the batch is kept in %s; %s",
             batch.batch_id,

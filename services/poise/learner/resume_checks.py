@@ -1,6 +1,6 @@
-"""Checks before the learner resumes: a state folder fits only the model, adapters and critic that it was made with.
+"""Checks before the learner resumes: a state folder is valid only for the model, adapters and critic it was made with.
 
-With others, its tensors would not fit or, worse, would fit and mean something else.
+With others, its tensors would have the wrong shapes or, worse, the right shapes with another meaning.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def check_checkpoint(checkpoint: Checkpoint, config: LearnerConfig, origin: Mapp
     Args:
         checkpoint: the checkpoint.
         config: the settings.
-        origin: what `origin_of` returns for them.
+        origin: the result of `origin_of` for these settings.
         shapes: shapes of the parameters that are trained under them, by name.
 
     Raises:
-        StateMismatchError: it was made with another model, other adapters, or only one of the two has a critic.
+        StateMismatchError: it was made with another model, with other adapters, or with a critic where now is none (or
+            vice versa).
     """
     _check_critic("checkpoint", has_critic_tensors(checkpoint.tensors), config)
     found = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}
@@ -58,9 +59,9 @@ def resume_error(old: Mapping[str, Any], new: Mapping[str, Any], old_shapes: Sha
 
     Args:
         old: the checkpoint's origin; empty if it records none.
-        new: the origin under the present settings.
+        new: the origin under the current settings.
         old_shapes: shapes of the checkpoint's trained parameters, by name.
-        new_shapes: shapes of those under the present settings.
+        new_shapes: shapes of the trained parameters under the current settings.
     """
     if old and old["lora"] != new["lora"]:
         return f"it was made with lora {old['lora']}, but lora is {new['lora']} now"

@@ -29,12 +29,12 @@ from poise_proto.v1 import learner_pb2_grpc
 MAX_ROLLOUTS = 65536
 MAX_BATCH_TOKENS = 64 * 2**20
 MIN_LOGPROB, MAX_LOGPROB = -80.0, 1e-3
-"""The maximum is above 0 because engines round. No token with a probability below e^-80 is ever sampled, and importance
-weights, e to the difference of two log-probabilities, must stay finite in float32."""
-MAX_SIGNAL = 1e4
-"""Largest magnitude of advantages and rewards: squares of losses and gradients must stay finite in float32."""
+"""The maximum is above 0 because engines round. The minimum keeps importance weights, exp(difference of two
+log-probabilities), finite in float32. Tokens with a probability below e^-80 are never sampled."""
+MAX_ADVANTAGE = 1e4
+"""Largest magnitude of advantages and rewards. It keeps squares of losses and gradients finite in float32."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.0099, 100.0
-"""Sampling temperatures, with room for rounding."""
+"""Allowed sampling temperatures. The minimum is 0.01, less a margin for rounding."""
 
 _CHECK_DISK_EVERY_S = 2.0
 
@@ -63,7 +63,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._batches = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._exports: dict[str, asyncio.Task[ModelExport]] = {}
-        """Exports that are being written, or wait for the current batch, by name."""
+        """Exports being written, or waiting for the current batch, by name."""
         self._activity: LearnerState = "recovering"
         self._watchers: list[asyncio.Task[None]] = []
         self._closed = False
@@ -71,7 +71,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self.paused = False
 
     @property
-    def refusal(self) -> str:
+    def not_ready_reason(self) -> str:
         """Why batches are rejected; empty while they are accepted."""
         if self._closed:
             return "the learner is shutting down"
@@ -79,11 +79,11 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             return self._core.startup.stage
         if self._core.failure:
             return self._core.failure
-        return "paused; resume by POST /admin/v1/resume" if self.paused else ""
+        return "paused; resume with POST /admin/v1/resume" if self.paused else ""
 
     @property
     def starting_s(self) -> float | None:
-        """Seconds in the present stage of the start; None once the start is over."""
+        """Seconds in the current startup stage; None once started."""
         return self._core.startup.elapsed_s if self._activity == "recovering" else None
 
     async def recover(self) -> None:
@@ -106,14 +106,14 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
                 await self.on_thread(self._core.check_disk)
 
     async def close(self) -> None:
-        """Reject further batches; return when the current one is done."""
+        """Reject further batches, and wait for the current one."""
         self._closed = True
         self._core.stop_waiting()
         async with self._batches:
             pass
 
     async def stop(self) -> None:
-        """Unlock the state folder once the current work, which may write there, is done."""
+        """Wait for the current work, which may write to the state folder; then unlock the folder."""
         self._core.stop_waiting()
         for task in self._watchers:
             task.cancel()
@@ -137,7 +137,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             await asyncio.sleep(1.0)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Run work on the core's thread, one call at a time, with the context of logs and traces.
+        """Run work on the core's thread, one call at a time, in the caller's logging and tracing context.
 
         Raises:
             Draining: the core is closed.
@@ -229,8 +229,8 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
     def _check_accepting(self) -> None:
         if self._activity == "recovering" and not self._closed:
             raise self._starting()
-        if self.refusal:
-            raise Draining(self.refusal, retry_after_s=1.0)
+        if self.not_ready_reason:
+            raise Draining(self.not_ready_reason, retry_after_s=1.0)
 
     async def _step(self, batch: Batch) -> StepResult:
         async with self._batches:
@@ -302,7 +302,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         num_prompt, num_response = rollout.prompt_token_ids.size, rollout.token_ids.size
         wrong.identifier(f"{path}.id.run_id", rollout.id.run_id)
         wrong.identifier(f"{path}.id.group_id", rollout.id.group_id)
-        self._check_signal(rollout, path, wrong)
+        self._check_advantage_or_reward(rollout, path, wrong)
         limit, vocabulary_size = self._core.trainer.max_tokens, self._core.trainer.vocabulary_size
         for name, token_ids in (("prompt_token_ids", rollout.prompt_token_ids), ("token_ids", rollout.token_ids)):
             field = f"{path}.{name}"
@@ -324,12 +324,12 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         )
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
 
-    def _check_signal(self, rollout: Rollout, path: str, wrong: Violations) -> None:
+    def _check_advantage_or_reward(self, rollout: Rollout, path: str, wrong: Violations) -> None:
         """Check the advantage, or the reward that a critic computes advantages from."""
         advantage, reward = rollout.advantage, rollout.reward
         if self._config.critic is None:
-            required = f"allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}"
-            wrong.check(abs(advantage) <= MAX_SIGNAL, f"{path}.advantage", f"is {advantage:g}; {required}")
+            required = f"allowed: {-MAX_ADVANTAGE:g} to {MAX_ADVANTAGE:g}"
+            wrong.check(abs(advantage) <= MAX_ADVANTAGE, f"{path}.advantage", f"is {advantage:g}; {required}")
             wrong.check(
                 reward is None,
                 f"{path}.reward",
@@ -337,11 +337,11 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             )
             return
         needed = "the learner has a critic: send a finite reward and advantage 0"
-        is_usable = reward is not None and abs(reward) <= MAX_SIGNAL  # false of NaN
+        is_usable = reward is not None and abs(reward) <= MAX_ADVANTAGE  # false of NaN
         wrong.check(
             is_usable,
             f"{path}.reward",
-            f"is {'not set' if reward is None else reward}; {needed}; allowed: {-MAX_SIGNAL:g} to {MAX_SIGNAL:g}",
+            f"is {'not set' if reward is None else reward}; {needed}; allowed: {-MAX_ADVANTAGE:g} to {MAX_ADVANTAGE:g}",
         )
         wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
 

@@ -57,7 +57,7 @@ class RankZeroTrainer(Trainer):
         super().__init__(config)
         self._events: RankEvents | None = None
         self._failure = ""
-        """Why the followers can take no more commands; empty while they can."""
+        """Why the followers accept no more commands; empty while they do."""
 
     def load(self) -> World:
         """See `Trainer`. Followers load without a command."""
@@ -122,7 +122,7 @@ class RankZeroTrainer(Trainer):
 
     @contextlib.contextmanager
     def _command(self, command: _Command, arguments: bytes = b"") -> Iterator[None]:
-        """Send a command for the block to execute on this rank; turn errors that a lost rank caused into `RankLost`."""
+        """Send a command, which the block executes on this rank. Convert errors caused by a lost rank to `RankLost`."""
         try:
             try:
                 self._send(command, arguments)
@@ -233,7 +233,7 @@ class _Signals:
         threading.Thread(target=self._run, name="signals", daemon=True).start()
 
     def drain_through_rank_zero(self, world: World) -> None:
-        """Ask rank 0 to drain at a signal from now on. Before this call, a signal exits at once."""
+        """On a signal after this call, ask rank 0 to drain. A signal before this call exits at once."""
         self._world = world
 
     def _run(self) -> None:

@@ -15,7 +15,7 @@ from poise.learner.distributed.process_group import World
 
 
 def shard(module: torch.nn.Module, layers: Iterable[torch.nn.Module], world: World, *, keep_head: bool = True) -> None:
-    """Shard a module's parameters in place; each layer is a unit, and the rest of the module another.
+    """Shard a module's parameters in place. Each layer is one FSDP unit, the rest of the module another.
 
     With `keep_head` the rest stays gathered after the forward pass, because the backward pass needs the head first.
     """
@@ -33,7 +33,7 @@ def shard(module: torch.nn.Module, layers: Iterable[torch.nn.Module], world: Wor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a parameter or moment, gathered from its shards."""
+    """Return the whole of a parameter or moment, gathered from its shards."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -41,7 +41,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def on_rank_zero(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return what a rank keeps of a full tensor: rank 0 a copy in host memory, other ranks an empty tensor.
 
-    A device has no room for all full tensors at once. Without sharding, return the tensor itself.
+    All full tensors together do not fit on a device. Without sharding, return the tensor itself.
     """
     if not world.is_sharded:
         return tensor

@@ -19,9 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 from poise.learner.distributed.rank_health import RankHealth
 
 _JOIN_TIMEOUT = timedelta(minutes=1)
-"""How long ranks wait for each other at the start. torchrun starts them once all hosts have joined."""
+"""Maximum wait for the other ranks at the start. torchrun starts ranks once all hosts have joined."""
 _COMMAND_TIMEOUT = timedelta(hours=1)
-"""How long followers wait for a command. Rank 0 sends one every few seconds unless it is writing to disk."""
+"""Maximum wait of followers for a command. Rank 0 sends one every few seconds unless it is writing to disk."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ fails, or that is restarted while the others run, writes the reason to the store
 status 1. The supervisor (torchrun, a kubelet) then restarts all of them, and rank 0 resumes from checkpoint and
 journal.
 
-Deliberately not here: collectives. They have timeouts of their own, see `process_group`.
+Collectives have their own timeouts, see `process_group`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _BEAT_EVERY_S = 1.0
 _GRACE_S = 5.0
-"""Time for an orderly exit after a loss. Then the process exits: its main thread may be stuck in a collective."""
+"""Time for an orderly exit after a loss. Then the process is ended: its main thread may hang in a collective."""
 
 _FAILED, _LEAVING = "failed", "leaving"
 _LOADING_TIMEOUT_S = 3600.0
@@ -43,7 +43,7 @@ class RankLost(BackendDown):
     def __init__(self, reason: str, *, in_training: bool = False) -> None:
         super().__init__(reason, remedy="All ranks of the learner restart and resume; retry then.", retry_after_s=1.0)
         self.in_training = in_training
-        """Whether training on the current batch raised an exception there. Otherwise the batch is not the cause."""
+        """Whether the loss is an exception of training on the current batch. Otherwise the batch is not the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class RankHealth:
             time.sleep(0.1)
 
     def listen(self, events: RankEvents) -> None:
-        """Set the callbacks, also for events that have already happened."""
+        """Set the callbacks. They are also called for events that have already happened."""
         self._events = events
 
     def touch(self) -> None:
@@ -143,7 +143,7 @@ class RankHealth:
         self._touched = time.monotonic()
 
     def fail(self, reason: str, *, in_training: bool = False) -> None:
-        """Tell all other ranks to exit, with a reason. The first reason counts."""
+        """Tell all other ranks to exit, with a reason. Only the first reason is stored."""
         content = json.dumps({"reason": reason, "in_training": in_training})
         with contextlib.suppress(RuntimeError), self._lock:  # without a store they notice on their own
             self._store.compare_set(_FAILED, "", content)
@@ -171,7 +171,7 @@ class RankHealth:
         return RankLost(f"ranks {_listed(sorted(silent))} of {self._size} are lost: {error}") if silent else error
 
     def stop(self) -> None:
-        """Stop the heartbeat before this process exits: a thread inside the store's code would abort the exit.
+        """Stop the heartbeat thread before the process exits: a thread inside the store's code would crash the exit.
 
         After a loss, that thread no longer uses the store. It only waits to exit the process if nothing else does.
         """
@@ -221,7 +221,7 @@ class RankHealth:
                 return
 
     def _is_stray(self) -> bool:
-        """Whether torchrun has announced the first host in this store, but not this process's host."""
+        """Return whether torchrun has announced the first host in this store, but not this process's host."""
         host = os.environ.get("GROUP_RANK", "0")
         first, own = (f"torchelastic/role_info/{each}" for each in ("0", host))
         return self._launcher_store.check([first]) and not self._launcher_store.check([own])

@@ -2,9 +2,9 @@
 
 The row is split into spans of queries. A prompt and its first response attend causally; each further sibling's response
 attends to that prompt and, causally, to itself. On GPUs, in half precision, one variable-length kernel computes all
-spans; elsewhere torch's own attention computes one at a time. Nothing of the row's size squared is computed. Sliding
-windows, score soft caps and attention sinks are the model's. Neither kernel supports soft caps or sinks, so these use
-plain matrix products span by span. Attention dropout is not applied.
+spans; elsewhere torch's own attention computes one at a time. No mask or score spans the whole row. Sliding windows,
+soft caps and attention sinks are applied as the model defines them. Neither kernel supports soft caps or sinks, so
+these use plain matrix products span by span. Attention dropout is not applied.
 
 Shapes: L tokens of the row, K keys of all spans one after the other, S spans, H heads of D.
 """
@@ -22,7 +22,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 PACKED = "poise_packed"
-"""Its `attn_implementation` name, once registered."""
+"""The `attn_implementation` name of this attention, after `register`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Loads the model that training starts from, and computes its hidden states for a packed row.
 
-Policy, reference and critic share this.
+Policy, reference and critic use it.
 
 Shapes: L tokens of the row, N response tokens of it, B sequences of up to T tokens, d the model's width.
 """
@@ -108,8 +108,8 @@ def predictor_states(decoder: Any, row: PackedRow, dtype: torch.dtype, *, packed
         decoder: the model without its head.
         row: the row.
         dtype: element type of matrix products.
-        packed: compute the whole row in one sequence, with the attention of `poise.learner.models.attention`; otherwise
-            compute each sequence without packing.
+        packed: compute the row as one sequence, with the attention of `poise.learner.models.attention`; otherwise as a
+            batch of padded sequences.
     """
     with torch.autocast(row.token_ids_1L.device.type, dtype, enabled=dtype != torch.float32):
         states_Ld = _packed_states(decoder, row) if packed else _padded_states(decoder, row)
@@ -129,7 +129,7 @@ def _packed_states(decoder: Any, row: PackedRow) -> torch.Tensor:
 def _padded_states(decoder: Any, row: PackedRow) -> torch.Tensor:
     """Return the states in the order of the row; a prompt's are those computed with its first sibling.
 
-    The decoder runs once a row, because FSDP requires the same number of runs on every rank.
+    The decoder runs once per row, because FSDP requires the same number of runs on every rank.
     """
     spans = row.spans.spans
     sequences = [row.token_ids_1L[0, keys_of(span).to(row.token_ids_1L.device)] for span in spans]

@@ -32,12 +32,12 @@ from poise.learner.training.packing import PromptGroup, build_row, group_by_prom
 from poise_client.types import Rollout
 
 _ADAPTER_STD = 0.02
-"""Standard deviation of the adapters' elements while they are compared. New adapters are zero."""
+"""Standard deviation of the adapters' random elements in the comparison: new adapters, which are zero, test nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The difference of a part from the model's own forward in float32, on the same tokens."""
+    """How much a part's log-probabilities differ from the model's own forward in float32, on the same tokens."""
 
     part: str
     """"engine torch", "engine vllm", "learner" or "adapters"."""
@@ -52,11 +52,11 @@ class Comparison:
 
     @property
     def allowed_nats(self) -> tuple[float | None, float]:
-        """Allowed largest and mean difference; no limit for single tokens if None."""
+        """Allowed largest and mean difference. The first is None if single tokens have no limit."""
         return (LARGEST_NATS, MEAN_NATS) if self.dtype == "float32" else (None, MEAN_NATS_BFLOAT16)
 
     @property
-    def is_right(self) -> bool:
+    def is_within_limits(self) -> bool:
         """Whether the difference is within the allowed limits."""
         if self.difference is None:
             return False
@@ -123,7 +123,7 @@ def _learner(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -
 
 
 def _adapters(config: LearnerConfig, model: Any, groups: Sequence[PromptGroup]) -> Comparison:
-    """Compare adapters in the learner with the model they are merged into, as replicas get it."""
+    """Compare the learner's adapters with the merged model, which replicas get."""
     lora, is_needed = config.lora or LoraSettings(), config.lora is not None
     try:
         policy = _policy(config, lora)

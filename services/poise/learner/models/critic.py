@@ -1,8 +1,7 @@
 """The critic: a model like the policy that predicts the value of the state before each token.
 
-It is the policy's model with a head of one value, initialised to 0, in place of the head over the vocabulary. It is
-trained beside the policy with an optimizer of its own. Parameters are always float32. Every rank must make
-the same calls.
+It is the policy's model with a value head, initialised to 0, instead of the language model head. It has its own
+optimizer. Parameters are always float32. Every rank must make the same calls.
 
 Shapes: N response tokens of a packed row; d the model's width.
 """
@@ -66,7 +65,7 @@ class Critic:
         mode = checked_forward(model, config).mode  # valid for the critic too, which reads the same decoder states
         size = model_size(model)
         self.size: ModelSize | None = None if size is None else dataclasses.replace(size, head_flops=0)
-        """FLOPs without the head, which takes almost none."""
+        """FLOPs without the head's, which are negligible."""
         width, dtype = model.get_output_embeddings().weight.shape[1], getattr(torch, config.dtype)
         self.values = ValueModel(decoder_of(model), width, dtype, packed=mode.packed)
         """The forward pass of a packed row."""

@@ -1,6 +1,6 @@
 """The forward pass: from a packed row to the log-probabilities of its response tokens.
 
-Architectures differ in what they support, so there are several modes; `forward_check` chooses one for a model.
+Architectures support different modes; `forward_check` selects one for a model.
 
 Shapes: N response tokens of a packed row.
 """

@@ -43,7 +43,7 @@ _GROUPS = ((5, (3, 7)), (12, (1, 9, 4)), (1, (6,)), (40, (20, 24)))
 _LOOK_BACK = ("sliding_window", "attention_chunk_size", "index_topk")
 """Attributes that limit how far back a layer attends."""
 _SHORT_LOOK_BACK = 16
-"""Their value during the check, so that the probe's sequences exceed it."""
+"""Value of these attributes during the check, so that the probe's sequences exceed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Difference:
 
     @classmethod
     def between(cls, one_N: torch.Tensor, other_N: torch.Tensor) -> Difference:
-        """Measure it; infinite if either has values that are not finite."""
+        """Measure the difference. It is infinite if either side has values that are not finite."""
         differences_N = (one_N.detach().double() - other_N.detach().double()).abs().nan_to_num(torch.inf)
         return cls(float(differences_N.max()), float(differences_N.mean()))
 
@@ -78,7 +78,7 @@ class _Failure:
 
 
 def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
-    """Set up a model for training and return its forward pass. The model is not sharded yet and in evaluation mode.
+    """Set up a model for training and return its forward pass. The model must be in evaluation mode, not sharded.
 
     Raises:
         Unusable: no mode gives the model's own log-probabilities.
@@ -133,11 +133,11 @@ def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) ->
     try:
         difference = Difference.between(probe_logprobs(forward), before_N)
     except Exception as error:  # architectures fail in ways of their own
-        reason = f"its forward pass fails with them: {type(error).__name__}: {error}"
+        reason = f"the forward pass fails with them: {type(error).__name__}: {error}"
     else:
         if difference.is_rounding:
             return
-        reason = f"new ones change its log-probabilities, which {difference}"
+        reason = f"log-probabilities with and without new, zero adapters {difference}"
     raise Unusable(
         f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {reason}",
         remedy="Name other lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj].",
@@ -210,7 +210,7 @@ class _Check:
 
 
 def probe_groups(model: Any) -> list[PromptGroup]:
-    """Return the probe batch: prompts with siblings of various lengths, of random tokens but no special ones."""
+    """Return the probe batch: prompts and siblings of various lengths, of random tokens without special ones."""
     config = model.config.get_text_config()
     ordinary = _ordinary_tokens(config)
     generator = np.random.default_rng(0)

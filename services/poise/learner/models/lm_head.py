@@ -1,7 +1,7 @@
 """Log-probabilities from a decoder's states by the model's own head, including scaled, capped or masked logits.
 
 `logprobs.token_logprobs` is faster for models whose logits are W·h + b. This module runs the model's own `forward` with
-the decoder replaced by one that returns given states, which is right for all other models.
+the decoder replaced by one that returns given states, which works for all other models.
 
 Shapes: N tokens, d the model's width, V its vocabulary; C tokens of a chunk.
 """
@@ -26,7 +26,7 @@ def head_logprobs(
     chunk_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's log-probability, with a gradient, and its distribution's entropy, without one; float32.
+    """Return each target's log-probability (with a gradient) and its distribution's entropy (without), float32.
 
     Computes the logits of `chunk_tokens` tokens at a time, and again in the backward pass.
     """
@@ -49,7 +49,7 @@ def head_logprobs(
 
 
 class _Output(tuple[torch.Tensor]):
-    """A decoder's output with the parts that heads read: the states first, and None as any other attribute."""
+    """A decoder's output, as heads read it: the states first, and None for any other attribute."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ class _Output(tuple[torch.Tensor]):
 
 @contextmanager
 def _decoder_returning(model: Any, states_1Cd: torch.Tensor) -> Iterator[None]:
-    """Let the model's decoder return these states for any input."""
+    """Make the model's decoder return these states for any input."""
     decoder = decoder_of(model)
     decoder.forward = lambda *_, **__: _Output((states_1Cd,))
     try:

@@ -52,7 +52,7 @@ def inject(model: Any, settings: LoraSettings, name: str) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
+    """Return whether a parameter belongs to an adapter."""
     return ".lora_" in name
 
 
@@ -82,7 +82,7 @@ def name_in_files(name: str) -> str:
 
 
 def describe(settings: LoraSettings, model: str) -> Adapter:
-    """Return the description of a model's adapters that replicas get. Reads the model's files.
+    """Return the description of a model's adapters for pushes. Reads the model's files.
 
     Raises:
         Unusable: they cannot be read.

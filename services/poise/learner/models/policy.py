@@ -1,6 +1,6 @@
 """The policy: the causal language model in training, with or without adapters, sharded over ranks if there are several.
 
-Weights and exports have Hugging Face names and full tensors, however parameters are sharded. Every rank must make the
+Weights and exports have Hugging Face names and full tensors, even if parameters are sharded. Every rank must make the
 same calls.
 """
 
@@ -43,7 +43,7 @@ class Policy:
         self.model = load_model(config).to(world.device)
         self._repair_generation_config()
         self._tokenizer: Any = None
-        """Loaded by the first export, or check of one."""
+        """Loaded by the first export or export check."""
         self.logprobs = checked_forward(self.model, config)
         """The forward pass of a packed row."""
         if config.lora is not None:
@@ -55,7 +55,7 @@ class Policy:
         self.logprobs.train(config.dropout)
 
     def _repair_generation_config(self) -> None:
-        """Repair generation settings that transformers took from config.json but would refuse to save."""
+        """Repair generation settings that transformers read from config.json but would not save."""
         config = self.model.generation_config
         if config is None:
             return
@@ -71,9 +71,9 @@ class Policy:
                 yield name, parameter
 
     def weights(self) -> dict[str, WeightArray]:
-        """Return a copy of the weights that replicas get, by their names in files; empty except on rank 0.
+        """Return a copy of the weights to push, by their names in files; empty except on rank 0.
 
-        That is every parameter, tied ones once, adapters merged; with `push.transport: lora` only the adapters'.
+        These are all parameters, tied ones once, with adapters merged. With `push.transport: lora`, only the adapters'.
         """
         dtype = getattr(torch, self._config.dtype)
         weights = {}
@@ -103,7 +103,7 @@ class Policy:
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in parameters}
 
     def save_without_parameters(self, folder: str) -> None:
-        """Write what `save` writes, but of the parameters only the smallest; on one rank.
+        """Write what `save` writes, but only the smallest parameter. Runs on one rank.
 
         It fails whenever `save` would, except for lack of disk space.
         """

@@ -1,1 +1,1 @@
-"""Bringing every version of the policy to the generation replicas."""
+"""Publishes every policy version to the generation replicas."""

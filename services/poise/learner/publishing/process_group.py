@@ -1,8 +1,8 @@
 """Sends a push's payload through a process group of two: the learner and one replica, GPU to GPU or CPU to CPU.
 
-The payload is the version's copy in host memory, moved to the device piece by piece. Training can continue meanwhile,
-and other ranks take no part. A broadcast to a dead peer may block forever, so it runs on a daemon thread that is
-abandoned when its time is over.
+The payload is copied from host memory to the device piece by piece. Training continues meanwhile, and other ranks take
+no part. A broadcast to a dead peer may block forever, so it runs on a daemon thread, which is abandoned after the
+timeout.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from poise_client.types import Policy, WeightUpdate
 
 
 class _Group:
-    """A process group from the invitation until it is aborted. Its methods block."""
+    """A process group with one replica process. Its methods block."""
 
     def __init__(self, device: str, instance_id: str, timeout_s: float) -> None:
         self.instance_id = instance_id
-        """The replica's process that is invited."""
+        """The replica process that can join."""
         self._device = device
         self.rendezvous, self._wait_for_receiver = invite(device, timeout_s)
         self._group: BroadcastGroup | None = None
@@ -43,7 +43,7 @@ class _Group:
             self._group.broadcast(piece.to(self._device))
 
     def abort(self) -> None:
-        """Let running and later broadcasts fail."""
+        """Make running and later broadcasts fail."""
         self._is_aborted = True
         if self._group is not None:
             self._group.abort()
@@ -57,13 +57,13 @@ class GroupSender:
         self._group: _Group | None = None
 
     def can_reach(self, policy: Policy) -> bool:
-        """Whether the replica's process group has the same backend."""
+        """Return whether the replica's process group has the same backend."""
         return policy.process_group_backend == backend_of(self._device)
 
     async def send(
         self, push: WeightPush, client: AsyncGenerationClient, policy: Policy, timeout_s: float
     ) -> WeightUpdate:
-        """Push to the replica that serves `policy`, the payload through the group. Any error aborts the group.
+        """Push to the replica that serves `policy`, with the payload through the group. Any error aborts the group.
 
         Raises:
             TimeoutError: it took longer than `timeout_s`.

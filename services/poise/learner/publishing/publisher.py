@@ -1,4 +1,4 @@
-"""Finds the generation replicas and brings all of them to the learner's current version."""
+"""Finds the generation replicas and updates all of them to the learner's current version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """All replicas. A slow or dead one delays neither the others nor, beyond `timeout_s`, the learner."""
+    """Updates all replicas. A slow or dead one does not delay the others, and the learner by at most `timeout_s`."""
 
     def __init__(
         self,
@@ -34,26 +34,26 @@ class Publisher:
         self.replicas: dict[str, Replica] = {}
         self._loops: dict[str, asyncio.Task[None]] = {}
         self._unconnected: dict[str, ReplicaResult] = {}
-        """Replicas that no client could be made for, with the reason. Every look-up tries them again."""
-        self._has_looked = asyncio.Event()
-        self._looking: asyncio.Task[None] | None = None
+        """Replicas whose client could not be created, with the reason. Every discovery retries them."""
+        self._has_discovered = asyncio.Event()
+        self._discovering: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._pushes: VersionPushes | None = None
         """The pushes of the current version."""
 
     def start(self) -> None:
-        """Start to look for replicas and to update them."""
-        self._looking = asyncio.create_task(self._look(), name="replica-discovery")
+        """Start discovering and updating replicas."""
+        self._discovering = asyncio.create_task(self._discover(), name="replica-discovery")
 
     async def publish(self, version: WeightVersion) -> None:
-        """Push a version to every replica; return when each serves it or has failed once, at most after `timeout_s`.
+        """Push a version to every replica. Return once each serves it or has failed, after `timeout_s` at the latest.
 
         A replica that exceeds this limit is behind: no later version waits for it until it has caught up.
         """
         pushes = self._set_version(version)
         try:
             async with asyncio.timeout(self.config.timeout_s):
-                await self._has_looked.wait()
+                await self._has_discovered.wait()
                 waited_for = [replica for replica in self.replicas.values() if not replica.is_behind]
                 await asyncio.gather(*(replica.wait_for(pushes) for replica in waited_for))
         except TimeoutError:
@@ -67,9 +67,9 @@ class Publisher:
 
     async def stop(self) -> None:
         """Stop the loops, close the clients and remove the transport's files."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._discovering is not None:
+            self._discovering.cancel()
+            await asyncio.gather(self._discovering, return_exceptions=True)
         await asyncio.gather(*(self._remove(target) for target in list(self.replicas)))
         if self._pushes is not None:
             await self._pushes.close()
@@ -77,7 +77,7 @@ class Publisher:
         await asyncio.to_thread(self._transport.close)
 
     def _set_version(self, version: WeightVersion) -> VersionPushes:
-        """Let every replica have this version from now on."""
+        """Make this the version that every replica should serve."""
         previous = self._pushes
         if previous is not None and previous.version is version:
             pushes = previous
@@ -91,7 +91,7 @@ class Publisher:
             replica.set_version(pushes)
         return pushes
 
-    async def _look(self) -> None:
+    async def _discover(self) -> None:
         while True:
             is_done = False
             try:
@@ -100,7 +100,7 @@ class Publisher:
             except Exception:
                 # If this loop ended, new replicas would never get weights.
                 logger.exception("unexpected error while looking for replicas; trying again")
-            self._has_looked.set()
+            self._has_discovered.set()
             if is_done:
                 return
             await asyncio.sleep(self.config.reconcile_every_s)
@@ -125,7 +125,7 @@ class Publisher:
             self._loops[address.target] = asyncio.create_task(replica.run(), name=f"replica {address.target}")
 
     def _make_client(self, address: Address) -> AsyncGenerationClient | None:
-        """Return a client for a replica; None if that fails, which the replica's result then says."""
+        """Return a client for a replica; None if that fails. The replica's result then has the error."""
         try:
             client = self._connect(address)
         except Exception as error:  # an unreadable CA file, or an invalid address

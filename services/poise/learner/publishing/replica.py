@@ -1,8 +1,8 @@
-"""One replica, and the loop that brings it to the current version.
+"""One replica, and the loop that updates it to the current version.
 
-The loop asks which version the replica serves, and pushes if that is not the current one. A new version, a restarted
-replica and a failed push are the same case. A push continues when a newer version arrives: otherwise a replica that is
-slower than a step would never get any.
+The loop asks which version the replica serves, and pushes the current one if they differ. It handles a new version, a
+restarted replica and a failed push alike. A running push continues when a newer version arrives. Otherwise, a replica
+slower than a step would never get any version.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _MAX_TIMEOUT_FACTOR = 8
 """A push to a replica that is behind may take up to this many times `timeout_s`."""
 
 _GROUP_SHARE = 0.5
-"""Share of a push's time for the process group. The rest is for a second try over gRPC."""
+"""Share of a push's time for the process group. The rest is for a retry over gRPC."""
 
 _MAX_GROUP_FAILURES = 2
-"""Failed pushes in a row through the process group, after which this replica's pushes go over gRPC."""
+"""After this many failed pushes in a row through the process group, all pushes to the replica use gRPC."""
 
 
 class Replica:
@@ -52,16 +52,16 @@ class Replica:
         self._num_group_failures = 0
         """Failed pushes in a row through the process group."""
         self._warned_instance = ""
-        """The replica's instance that a warning about a missing process group was logged for."""
+        """Id of the replica process whose missing process group was logged."""
         self._wanted: VersionPushes | None = None
         self._rejects_delta_of: VersionPushes | None = None
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._is_closed = False
         self._timeout_factor = 1
-        """Doubled after each push that ran out of time."""
+        """Doubled after each push that timed out."""
         self.is_behind = False
-        """Whether a step waited for it in vain and it has not been current since. No step waits for it meanwhile."""
+        """True from a timeout until the replica is current again. Steps do not wait for it meanwhile."""
         self.result = ReplicaResult(client.target, 0, False, "not reached yet", 0.0, 0.0)
         """The last known state."""
 
@@ -73,9 +73,9 @@ class Replica:
             self._wake.set()
 
     async def wait_for(self, pushes: VersionPushes) -> None:
-        """Return when the version is served, a push of it has failed, or another version has replaced it."""
+        """Wait until the version is served, its push has failed, or another version has replaced it."""
         async with self._changed:
-            self._changed.notify_all()  # callers that wait for the version before can stop
+            self._changed.notify_all()  # wake callers that wait for an older version
             await self._changed.wait_for(
                 lambda: self._is_closed or self._wanted is not pushes or self.result.current or bool(self.result.error)
             )
@@ -132,10 +132,10 @@ class Replica:
             return dataclasses.replace(result, current=False, error=f"unexpected error while publishing: {error}")
 
     async def _push(self, wanted: VersionPushes, policy: Policy, result: ReplicaResult) -> ReplicaResult:
-        """Push the changes if possible, else everything, within the time of one push.
+        """Push a delta if possible, else all parameters, within one time limit.
 
-        A replica that is behind delays no step, so its time doubles after each timeout: a slow one must get there
-        in the end, and a hanging one must be given up.
+        The limit doubles after each timeout, up to a maximum. So a slow replica succeeds in the end, and a push to a
+        hanging replica ends. This delays no step, because steps do not wait for a replica that is behind.
         """
         started = time.monotonic()
         delta = None if self._rejects_delta_of is wanted else await wanted.delta_for(policy)

@@ -1,4 +1,4 @@
-"""How the bytes of a push reach a replica: over gRPC, through a file on the same host, or between GPUs."""
+"""Transports of a push's payload: over gRPC, through a file on the same host, or from GPU to GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Transport:
     """Sends the payload over gRPC, in chunks. Its methods block and are called from several threads."""
 
     def place(self, push: WeightPush) -> WeightPush:
-        """Put the payload where replicas find it; return the push to send over gRPC. Raises `BackendDown`."""
+        """Write the payload to a file, if replicas read files; return the push for gRPC. Raises `BackendDown`."""
         return push
 
     def remove(self, push: WeightPush) -> None:
-        """Delete what `place` wrote for a push that no replica will get again."""
+        """Delete the file that `place` wrote for a push, which is no longer sent."""
 
     def group_sender(self) -> GroupSender | None:
-        """Return a process group for one replica; None if payloads go as `place` says."""
+        """Return a sender for one replica; None if this transport uses no process group."""
         return None
 
     def close(self) -> None:
@@ -33,13 +33,13 @@ class Transport:
 
 
 class NcclTransport(Transport):
-    """Sends the payload from this process's device to the replica's; over gRPC to replicas without a process group."""
+    """Sends the payload from device to device, or over gRPC to replicas without a process group."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def group_sender(self) -> GroupSender | None:
-        """Return a process group for one replica."""
+        """Return a sender for one replica."""
         return GroupSender(self._device)
 
 

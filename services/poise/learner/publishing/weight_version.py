@@ -1,4 +1,4 @@
-"""One policy version: its weights with their hashes, and the pushes of it, made once for all replicas."""
+"""One policy version: its weights with hashes, and its pushes, prepared once for all replicas."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class WeightVersion:
     """The weights of one policy version, as replicas serve them. Never modified."""
 
     lineage_id: str
-    """Names the sequence of versions."""
+    """Id of the sequence of versions."""
     policy_version: int
     weights: dict[str, WeightArray]
     """Every parameter by its name in files, or only the adapter's."""
     sha256_by_name: dict[str, bytes]
-    """The hash of each of them."""
+    """SHA-256 of each parameter."""
     digest: bytes
-    """The hash of all of them."""
+    """Combined hash of all parameters."""
     adapter: Adapter | None = None
     """Describes the adapter if the weights are an adapter's."""
 
@@ -34,20 +34,20 @@ class WeightVersion:
     def of(
         cls, lineage_id: str, policy_version: int, weights: dict[str, WeightArray], adapter: Adapter | None = None
     ) -> WeightVersion:
-        """Hash the weights of a version."""
+        """Return a version with hashed weights."""
         hashes = hash_weights(weights)
         return cls(lineage_id, policy_version, weights, hashes, combine_digests(hashes, adapter), adapter)
 
     def is_served_by(self, policy: Policy) -> bool:
-        """Whether a replica that reports `policy` serves this version."""
+        """Return whether a replica that reports `policy` serves this version."""
         served = (policy.lineage_id, policy.policy_version, policy.digest)
         return served == (self.lineage_id, self.policy_version, self.digest)
 
 
 class VersionPushes:
-    """The pushes of one version: everything, or the changes since the version before.
+    """The pushes of one version: all parameters, or a delta against the previous version.
 
-    The changes are computed at once, so that the version before can be freed: both are in memory only meanwhile.
+    The delta is computed immediately, so that the previous version can be freed.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class VersionPushes:
             self._delta = asyncio.create_task(self._compare(previous._full), name="delta")
 
     async def full(self) -> WeightPush:
-        """Return the push of all parameters. Raises what preparing it raised."""
+        """Return the push of all parameters. Raises the exception of preparing it."""
         return await self._place("full", await asyncio.shield(self._full))
 
     async def delta_for(self, policy: Policy) -> WeightPush | None:
-        """Return the push of the changes since the version that a replica serves and has kept; None without one."""
+        """Return a delta against the version that a replica serves and has kept; None if there is none."""
         if self._delta is None or not policy.keeps_base:
             return None
         push = await asyncio.shield(self._delta)

@@ -11,14 +11,14 @@ from poise.runtime.files.atomic import free_bytes
 
 @dataclass(frozen=True, slots=True)
 class SpaceNeed:
-    """Bytes that a folder must have room for."""
+    """Free space that a folder needs."""
 
     setting: str
     """The setting that names the folder."""
     folder: Path
     num_bytes: int
     what: str
-    """What takes the bytes, such as "a checkpoint"."""
+    """What needs the space, such as "a checkpoint"."""
 
 
 def missing_space(needs: Sequence[SpaceNeed]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that training resumes from, in safetensors and JSON.
+"""Checkpoints: the state that training resumes from, in safetensors and JSON.
 
     <folder>/lock                            locked while a service uses the folder
     <folder>/lineage                         id of the sequence of policy versions
@@ -7,7 +7,7 @@
         seen.safetensors                     digests of the rollouts trained on
         state.json                           the progress, and checksums of everything
 
-A damaged checkpoint is logged and renamed to damaged-…, and the one before it is used.
+A damaged checkpoint is logged and renamed to damaged-…, and the previous one is used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _READ_VERSIONS = (1, 2)
 """Version 1 has no `origin` in its progress. Releases that only read 1 reject 2 by its number."""
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
-"""What reading a damaged checkpoint may raise."""
+"""Exceptions that reading a damaged checkpoint may raise."""
 
 _PREFIX = "checkpoint-"
 _FILES = ("tensors.safetensors", "seen.safetensors")
@@ -89,11 +89,11 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, keep: int, on_saved: Callable[[Progress], None] = lambda _: None) -> None:
-        """Open nothing yet.
+        """Initialize without touching the folder.
 
         Args:
             folder: the state folder.
-            keep: how many checkpoints stay.
+            keep: number of checkpoints to keep.
             on_saved: called on the writing thread after `start_saving` has made a checkpoint durable.
         """
         self._folder = folder
@@ -141,7 +141,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def start_saving(self, progress: Progress, tensors: Mapping[str, torch.Tensor], seen: Set[bytes]) -> None:
-        """Copy the state and write it on a thread, once the checkpoint before is written; log if that one failed."""
+        """Wait for the previous checkpoint and log its error; then copy the state and write it on a thread."""
         self._wait_and_log()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._saving = self._thread.submit(self._save_copies, progress, copies, frozenset(seen))
@@ -183,7 +183,7 @@ class CheckpointStore:
         return target
 
     def lineage(self) -> str:
-        """Return the lineage's id; the first call ever creates it."""
+        """Return the lineage's id. Create it if the folder has none."""
         path = self._folder / "lineage"
         return path.read_text() if path.exists() else self.new_lineage()
 
@@ -198,7 +198,7 @@ class CheckpointStore:
         return sorted(int(path.name.removeprefix(_PREFIX)) for path in checkpoint_folders(self._folder))
 
     def load(self) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint; None if there has never been one.
+        """Return the newest undamaged checkpoint; None if the folder has never had one.
 
         Raises:
             StateError: all checkpoints are damaged, or the newest was written by another release.
@@ -210,7 +210,7 @@ class CheckpointStore:
             except StateError:
                 raise
             except DAMAGE as error:
-                logger.error("checkpoint %s is damaged: %s; trying the one before", path, error)
+                logger.error("checkpoint %s is damaged: %s; trying the previous one", path, error)
                 aside = self._folder / f"damaged-{path.name}"  # no longer counted among the checkpoints to keep
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)

@@ -1,6 +1,6 @@
 """Exports: the policy as a Hugging Face folder, from a running learner or from a checkpoint on disk.
 
-A marker file tells exports from other folders, so that only an export is ever replaced.
+A marker file identifies exports, so that no other folder is ever replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PARAMETERS = "model."
 _MAX_LISTINGS = 5
-"""How often the folder is listed again because a running learner deleted the listed checkpoints."""
+"""Maximum listings of the folder. A running learner may delete checkpoints after each."""
 
 
 def write_export(folder: Path, name: str, policy_version: int, save: Callable[[str], None]) -> Path:
@@ -73,7 +73,7 @@ def check_export(folder: Path, name: str, save: Callable[[str], None]) -> Path:
 
 @contextlib.contextmanager
 def describing_errors(what: str, folder: Path, *, collective: bool = False) -> Iterator[None]:
-    """Turn exceptions of an export into errors with a remedy.
+    """Convert exceptions of an export to errors with a remedy.
 
     With `collective` other ranks take part, and torch.distributed raises `RuntimeError` if one is lost.
 
@@ -129,7 +129,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint]:
             except DAMAGE as error:
                 if not path.exists():
                     break  # the learner has replaced it with a newer one
-                logger.warning("checkpoint %s is damaged: %s; using the one before", path, error)
+                logger.warning("checkpoint %s is damaged: %s; using the previous one", path, error)
         else:
             break
     if listed:

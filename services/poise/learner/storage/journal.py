@@ -25,7 +25,7 @@ from poise_client.types import Batch, RolloutId, StepMetrics
 logger = logging.getLogger(__name__)
 
 ANSWERS_KEPT = 4096
-"""Answers kept. A batch resubmitted after its answer was deleted is answered with all rollouts rejected as
+"""Number of answers kept. If a batch is resubmitted after its answer was deleted, all its rollouts are rejected as
 duplicates."""
 
 FAILED = "failed"
@@ -43,7 +43,7 @@ class Answer:
     content: str
     """SHA-256 of the batch in hexadecimal: the same id with other content is a conflict."""
     policy_version: int
-    """After the batch."""
+    """Policy version after the batch."""
     digest: str
     """Digest of the weights after the batch, in hexadecimal."""
     metrics: StepMetrics

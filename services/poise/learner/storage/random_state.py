@@ -29,7 +29,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], world: World) -> N
         names = [f"rng.{kind}.{rank}" for rank in range(world.size)]
         if not tensors.keys() >= set(names):
             logger.info(
-                "the checkpoint has no %s random states of %d ranks: they start from the seed", kind, world.size
+                "the checkpoint has no %s random states for %d ranks; generators start from the seed", kind, world.size
             )
             continue
         state = world.scatter([tensors[name] for name in names] if world.rank == 0 else [], own)

@@ -1,1 +1,1 @@
-"""One training step: packing, losses, gradients, optimizer."""
+"""The training step: packing, losses, gradients, optimizer."""

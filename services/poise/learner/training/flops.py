@@ -1,6 +1,6 @@
 """FLOPs of a training step, and the peak FLOP/s of devices.
 
-Counts the model's own work: activations recomputed to save memory, and softmaxes, are left out.
+The counts leave out recomputed activations and softmaxes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PEAKS = {
     "RTX 4090": 1.65e14,
     "RTX 3090": 7.1e13,
 }
-"""Dense bfloat16 FLOP/s from the data sheets, by a part of the device's name. The first match counts."""
+"""Dense bfloat16 FLOP/s from the data sheets, by a part of the device's name. The first match is used."""
 
 
 @dataclass(frozen=True, slots=True)

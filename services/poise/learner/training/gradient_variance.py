@@ -1,4 +1,4 @@
-"""The variance of a mini-batch's gradient, measured from two halves of it.
+"""Estimates the variance of a mini-batch's gradient from its two halves.
 
 Let g = Σ_i G_i be the gradient of a mini-batch of m prompt groups, and let the G_i be independent draws with mean μ and
 covariance Σ, so that tr Cov(g) = m·tr Σ. Let g_A be the sum over m1 of the groups and g_B that over the other m2. Then
@@ -6,10 +6,10 @@ g_A/m1 and g_B/m2 are independent, with the same mean and covariances Σ/m1 and 
 
     E‖g_A/m1 − g_B/m2‖² = (1/m1 + 1/m2)·tr Σ = m / (m1·m2)·tr Σ,
 
-and m1·m2·‖g_A/m1 − g_B/m2‖² is an unbiased estimate of tr Cov(g). The loss's denominator and baselines that groups of a
-batch share are taken as constants, although strictly both make the groups slightly dependent.
+and m1·m2·‖g_A/m1 − g_B/m2‖² is an unbiased estimate of tr Cov(g). The estimate treats the loss's denominator and shared
+baselines as constants, although both make the groups slightly dependent.
 
-It takes a copy of the gradient, or of each rank's shard of it: 4 bytes a trained parameter.
+The estimate needs a copy of the gradient, or of each rank's shard: 4 bytes per trained parameter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HalfGradient:
 
     @torch.no_grad()
     def variance(self, world: World) -> float:
-        """Return the estimate once the gradient is that of the whole mini-batch. Call it once: it frees the copy."""
+        """Return the estimate. Call it once, when the gradient covers the whole mini-batch: it frees the copy."""
         first, self._first = self._first, []
         m1, m2 = self._num_groups
         squares = torch.zeros((), dtype=torch.float64, device=world.device)

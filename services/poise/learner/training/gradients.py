@@ -1,7 +1,7 @@
-"""Forward and backward pass of one row, and the sums over its tokens.
+"""The forward and backward pass of one row, and the sums over its tokens.
 
-Every loss is divided by one denominator of the whole mini-batch. So the gradients add up to the same however rollouts
-are spread over rows, and rows over ranks.
+Every loss is divided by the same denominator, that of the whole mini-batch. So the total gradient does not depend on
+how rollouts are spread over rows, or rows over ranks.
 
 Shapes: N response tokens of a row.
 """
@@ -18,12 +18,12 @@ from poise.learner.training.losses import TokenLosses, policy_losses, token_weig
 from poise.learner.training.packing import PackedRow
 
 Forward = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]
-"""Returns log-probabilities, with a gradient, and entropies of a row's targets, [N] each."""
+"""Returns log-probabilities (with a gradient) and entropies of a row's targets, [N] each."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSums:
-    """Sums over the tokens of a mini-batch, or of a part of it."""
+    """Sums over the tokens of a mini-batch or a part of it."""
 
     loss: float = 0.0
     """The weighted sum, before division by the denominator."""
@@ -35,7 +35,7 @@ class TokenSums:
     truncated: float = 0.0
     reference_kl: float = 0.0
     num_compared: float = 0.0
-    """Tokens with a log-probability from before the step. The two mismatches are sums over these."""
+    """Tokens whose log-probability from before the step is known. The mismatches are sums over these."""
     mismatch_logprob: float = 0.0
     mismatch_kl: float = 0.0
     value_loss: float = 0.0
@@ -57,7 +57,7 @@ class TokenSums:
 
 @dataclass(frozen=True, slots=True)
 class CriticTargets:
-    """What the critic computes from a row before the step's first update, [N] each."""
+    """The critic's outputs for a row before the step's first update, [N] each."""
 
     advantages_N: torch.Tensor
     """Advantages for the policy."""
@@ -74,19 +74,19 @@ class PreviousOutputs:
     reference_logprobs_N: torch.Tensor | None = None
     """Log-probabilities under the model that training started from."""
     critic: CriticTargets | None = None
-    """Without a critic, rollouts bring their advantages."""
+    """None without a critic: the advantages then come with the rollouts."""
 
 
 def accumulate_gradient(
     forward: Forward, row: PackedRow, previous: PreviousOutputs, *, first: bool, denominator: float, config: LossConfig
 ) -> TokenSums:
-    """Add a row's share to the gradients of the parameters; return the sums over its tokens.
+    """Add a row's gradient to the parameters' gradients; return the sums over its tokens.
 
     Args:
         forward: the policy.
         row: the row.
         previous: outputs from before the step.
-        first: whether this is the step's first update, so that the policy's outputs are those from before the step.
+        first: whether this is the step's first update. The policy's outputs are then those from before the step.
         denominator: divides the losses of the whole mini-batch.
         config: the loss.
     """

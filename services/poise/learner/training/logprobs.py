@@ -21,7 +21,7 @@ def token_logprobs(
     chunk_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's log-probability, with a gradient, and its distribution's entropy, without one; float32.
+    """Return each target's log-probability (with a gradient) and its distribution's entropy (without), float32.
 
     Computes the logits of `chunk_tokens` tokens at a time, and again in the backward pass. Matrix products use `dtype`,
     everything else float32.

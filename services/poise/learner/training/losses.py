@@ -1,8 +1,8 @@
-"""The losses (docs/design.md, section 2), as pure functions of tensors.
+"""The losses of docs/design.md, section 2, as pure functions of tensors.
 
 `policy_losses` returns the configured loss of every token. The loss of a mini-batch is the sum of these losses,
-weighted by `token_weights`, divided by `denominator`. Both refer to the whole mini-batch, so that any split of it into
-rows or over ranks gives the same gradient.
+weighted by `token_weights`, divided by `denominator`. Both refer to the whole mini-batch, so the gradient does not
+depend on how it is split into rows or over ranks.
 
 Shapes: N response tokens, those of one rollout side by side; R rollouts.
 Symbols: ρ = exp(logprob − old), the ratio; A the advantage; ε the clips; C the cap; V a value, R its return.

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """How a mini-batch is split to measure the variance of its gradient."""
+    """The split of a mini-batch for measuring its gradient variance."""
 
     num_rows: int
     """Rows of the first half on this rank."""
@@ -36,18 +36,18 @@ class MiniBatch:
     rows: list[PackedRow]
     """This rank's rows. Every rank has the same number, because each forward pass involves all ranks."""
     counts: list[bool]
-    """For each row; False for padding rows that keep ranks in step."""
+    """Whether each row counts. False for padding rows that keep ranks in step."""
     halves: Halves | None
     """None if the variance is not measured."""
     denominator: int
-    """Divides the losses of all ranks' rows."""
+    """Divisor of the losses of all ranks' rows."""
     num_targets: int
     """Response tokens on all ranks."""
     num_tokens: int
     """Tokens through the model on all ranks."""
 
     def without_padding(self, values: Iterable[T]) -> list[T]:
-        """Return the values of rows that count, from one value a row."""
+        """Return the values of rows that count, given one value per row."""
         return [value for value, counts in zip(values, self.counts, strict=True) if counts]
 
 
@@ -56,8 +56,8 @@ def build_mini_batch(
 ) -> MiniBatch:
     """Pack prompt groups into rows; in two halves if `measure_gradient_variance` is set and there are two groups.
 
-    With `share_prompts` siblings follow one copy of their prompt. Otherwise each has its own copy, and rows suit a
-    model that computes their sequences padded to the longest.
+    With `share_prompts`, siblings follow one copy of their prompt. Otherwise each sibling has its own copy, for models
+    that compute a row as a batch of sequences padded to the longest.
     """
     half = len(groups) // 2 if config.measure_gradient_variance else 0
     distribute = pack if share_prompts else pack_padded

@@ -51,7 +51,7 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def clip(self) -> float:
-        """Clip the norm of the gradient; return the norm before."""
+        """Clip the norm of the gradient; return the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._settings.gradient_clip)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -62,7 +62,7 @@ class Optimizer:
         self.adam.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return parameters and moments as `model.<name>` and `exp_avg.<name>`. Not copies; empty except on rank 0."""
+        """Return parameters and moments as `model.<name>`, `exp_avg.<name>`, …. Not copies; empty except on rank 0."""
         tensors = {}
         for name, parameter in self._parameters.items():
             tensors[f"model.{name}"] = on_rank_zero(full_tensor(parameter), self._world)

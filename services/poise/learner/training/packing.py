@@ -1,8 +1,8 @@
 """Packs rollouts end to end into rows without padding; siblings share their prompt's tokens.
 
-A row has, for each group, the prompt and then the siblings' responses. Positions restart after the prompt for every
-sibling, and attention spans limit each response to its prompt and itself. So every token has the context it was sampled
-with, and a prompt is computed once.
+For each group, a row has the prompt, then the siblings' responses. Positions restart after the prompt for every
+sibling, and attention spans limit each response to its prompt and itself. So a prompt is computed once, and every token
+has the same context as when it was sampled.
 
 Shapes: L tokens of the row, N response tokens of it, R rollouts.
 """
@@ -45,7 +45,7 @@ class PackedRow:
     rollout_logprobs_N: torch.Tensor
     advantages_N: torch.Tensor
     rewards_R: torch.Tensor
-    """NaN if a rollout has none."""
+    """NaN for rollouts without a reward."""
     lengths_R: torch.Tensor
     """Response tokens of each rollout."""
     num_attended: int
@@ -74,9 +74,8 @@ def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGrou
     rows: list[list[PromptGroup]] = []
     room: list[int] = []
     pieces = [piece for group in groups for piece in _split(group, max_tokens)]
-    for piece in sorted(
-        pieces, key=lambda piece: -piece.num_tokens
-    ):  # a stable sort: the same batch is packed the same way
+    # The sort is stable, so the same batch is always packed in the same way.
+    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
         index = next((i for i, free in enumerate(room) if free >= piece.num_tokens), len(rows))
         if index == len(rows):
             rows.append([])
@@ -101,7 +100,7 @@ def pack_padded(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[Pro
 
 
 def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.dtype) -> PackedRow:
-    """Return groups as the tensors of one row, for models that compute in `dtype` on `device`."""
+    """Return the row that contains these groups, for models that compute in `dtype` on `device`."""
     token_ids: list[Ints] = []
     positions: list[Ints] = []
     predictors: list[Ints] = []

@@ -1,7 +1,7 @@
-"""The training step: a batch of rollouts in, updated weights and the step's metrics out.
+"""The training step: trains on a batch of rollouts and returns the step's metrics.
 
-With several ranks each has a `Trainer` and makes the same calls. Each computes its share of the rows, and all return
-the same metrics.
+Each rank has a `Trainer`, and all ranks make the same calls. Each computes its share of the rows, and all return the
+same metrics.
 
 Shapes: N response tokens of a packed row.
 """
@@ -48,11 +48,11 @@ class Update:
     sums: TokenSums
     """Over all ranks."""
     gradient_norm: float
-    """The policy's, before clipping."""
+    """Norm of the policy's gradient before clipping."""
     critic_gradient_norm: float
-    """0 without a critic."""
+    """Norm of the critic's gradient before clipping; 0 without a critic."""
     gradient_variance: float | None
-    """The policy's, before clipping; None if not measured."""
+    """Variance of the policy's gradient before clipping; None if not measured."""
 
     @property
     def is_finite(self) -> bool:
@@ -65,7 +65,7 @@ class Trainer:
     """The models and optimizers of one rank. Its calls must not overlap."""
 
     policy: Policy
-    """The model that is trained. Like `optimizer`, `critic` and `reference`, set by `load`."""
+    """The model that is trained. `load` sets it, `optimizer`, `critic` and `reference`."""
     optimizer: Optimizer
     critic: Critic | None
     """None unless `learner.critic` is set."""
@@ -77,7 +77,7 @@ class Trainer:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._world = World(_device(config.device))
         self._num_updates = 0
-        """Updates so far. The learning rates of policy and critic follow it."""
+        """Updates so far. They determine the learning rates of policy and critic."""
         self.num_skipped_in_a_row = 0
         """Mini-batches skipped since the last one that changed the policy."""
         self._size: ModelSize | None = None
@@ -185,7 +185,7 @@ class Trainer:
     def update(
         self, mini_batch: MiniBatch, previous: Sequence[PreviousOutputs], temperature: float, *, first: bool
     ) -> Update:
-        """Take one optimizer step of the policy and, if there is one, of the critic: of both or of neither.
+        """Take one optimizer step of the policy and, if there is one, the critic. Update both or neither.
 
         Args:
             mini_batch: the rollouts.
@@ -218,7 +218,7 @@ class Trainer:
         return update
 
     def weights(self) -> dict[str, WeightArray]:
-        """Return the weights that replicas get, see `Policy.weights`."""
+        """Return the weights to push, see `Policy.weights`."""
         return self.policy.weights()
 
     def save_model(self, folder: str) -> None:
@@ -234,7 +234,7 @@ class Trainer:
         return {f"model.{name}": tuple(parameter.shape) for name, parameter in self.policy.trained()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], int]:
-        """Return everything that training resumes from: tensors by name, and the number of updates. Not copies.
+        """Return the state that training resumes from: tensors by name, not copied, and the number of updates.
 
         The tensors are empty on all ranks but 0.
         """
@@ -343,7 +343,7 @@ class Trainer:
 
 
 def has_critic_tensors(names: Iterable[str]) -> bool:
-    """Whether a state with these tensor names has a critic."""
+    """Return whether a state with these tensor names has a critic."""
     return any(name.startswith(_CRITIC) for name in names)
 
 

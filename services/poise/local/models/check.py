@@ -90,8 +90,8 @@ def _check(model: str, learner: LearnerConfig, engines: Sequence[GenerationConfi
         return {"model": model, "trainable": False, "problem": str(error), "parts": []}
     return {
         "model": model,
-        "trainable": all(part.is_right for part in compared if part.is_needed),
-        "problem": next((_problem(part) for part in compared if part.is_needed and not part.is_right), ""),
+        "trainable": all(part.is_within_limits for part in compared if part.is_needed),
+        "problem": next((_problem(part) for part in compared if part.is_needed and not part.is_within_limits), ""),
         "parts": [_facts(part) for part in compared],
     }
 
@@ -145,7 +145,7 @@ def _facts(part: Comparison) -> dict[str, Any]:
     return {
         "part": part.part,
         "dtype": part.dtype,
-        "ok": part.is_right,
+        "ok": part.is_within_limits,
         "needed": part.is_needed,
         "largest_nats": None if difference is None else _finite(difference.largest),
         "mean_nats": None if difference is None else _finite(difference.mean),
