@@ -63,7 +63,7 @@ async def test_logprobs_are_the_models_own(name, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bloom", 8192), ("mamba", 8192), ("mpt", 256), ("gpt2", 256)])
-async def test_a_limit_is_the_models_or_the_default(name, limit, tmp_path):
+async def test_length_limit_is_the_models_or_the_default(name, limit, tmp_path):
     folder = make_architecture(tmp_path, name)
     _, _, found = await sample(folder)
     assert found == limit

@@ -46,7 +46,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("how", BATCHES)
-async def test_a_batch_of_impossible_size_is_refused(serve, how: str) -> None:
+async def test_batch_of_impossible_size_is_rejected(serve, how: str) -> None:
     service: Service = await serve()
     error = await refusal_of(service, BATCHES[how])
     assert isinstance(error, InvalidRequestError)

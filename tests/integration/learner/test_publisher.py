@@ -76,7 +76,7 @@ async def test_every_replica_serves_a_version_once_published(replica, publisher)
     assert replicas[0].applied == [0, 1, 2]
 
 
-async def test_what_a_replica_serves_already_is_not_pushed(replica, publisher):
+async def test_version_already_served_is_not_pushed(replica, publisher):
     one = await replica()
     one.policy = served(version(4))
     sender = publisher(one)
@@ -243,7 +243,7 @@ async def test_slow_replica_catches_up_in_the_background(replica, publisher):
     assert slow.policy == served(version(1))
 
 
-async def test_a_push_that_breaks_midway_says_why_and_is_tried_again(replica, publisher):
+async def test_push_that_fails_midway_is_named_and_retried(replica, publisher):
     one = await replica()
     one.breaks = True
     sender = publisher(one)

@@ -145,7 +145,7 @@ async def test_weights_are_served_when_the_answer_arrives(serve, replica):
         assert one.applied == [0, 1]
 
 
-async def test_bfloat16_weights_travel(serve, replica):
+async def test_bfloat16_weights_are_pushed(serve, replica):
     one = await replica()
     service = await serve(replicas=(one.address,), dtype="bfloat16")
     await service.client.submit_advantages(make_batch(0))
@@ -360,7 +360,7 @@ async def test_a_stream_cut_half_way_trains_on_nothing(serve):
     await assert_untouched(service)
 
 
-async def test_a_refusal_reaches_a_caller_that_is_still_sending(serve):
+async def test_rejection_reaches_a_caller_that_is_still_sending(serve):
     service = await serve()
     await service.app.pause()
     call = service.stub.SubmitAdvantages()
@@ -458,7 +458,7 @@ async def test_checkpoint_request_waits_for_training(serve, monkeypatch):
     assert (await service.client.get_status()).checkpoint_version == 1
 
 
-async def test_the_status_tells_of_one_version_while_the_next_is_made(serve, monkeypatch):
+async def test_status_shows_one_version_while_the_next_is_trained(serve, monkeypatch):
     """Between counting a batch and publishing its weights."""
     service = await serve()
     before = await service.client.get_status()
@@ -573,7 +573,7 @@ async def test_stored_answer_waits_until_its_weights_are_pushed(serve, replica):
     assert one.applied == [1]
 
 
-async def test_a_replica_that_restarts_gets_the_version_of_now(serve, replica):
+async def test_restarted_replica_gets_the_current_version(serve, replica):
     one = await replica()
     service = await serve(replicas=(one.address,))
     await service.client.submit_advantages(make_batch(0))
@@ -608,7 +608,7 @@ async def test_nothing_is_answered_while_recovering(serve):
     assert service.app.readiness().reason == "recovering"
 
 
-async def test_a_restart_goes_on_where_it_was(serve):
+async def test_restart_resumes_from_the_last_batch(serve):
     first = await serve()
     for step in range(3):
         await first.client.submit_advantages(make_batch(step))
@@ -622,7 +622,7 @@ async def test_a_restart_goes_on_where_it_was(serve):
     assert (await again.client.submit_advantages(make_batch(4))).policy_version == 5
 
 
-async def test_a_state_that_is_in_use_is_refused_at_the_start(serve, model, tmp_path):
+async def test_state_dir_in_use_is_rejected_at_the_start(serve, model, tmp_path):
     await serve()
     second = build(make_config(model, tmp_path / "state"))
     with pytest.raises(StateError, match="in use by another learner"):
@@ -631,7 +631,7 @@ async def test_a_state_that_is_in_use_is_refused_at_the_start(serve, model, tmp_
 
 
 @pytest.mark.parametrize("name", ["", "..", ".", "../up", "a/b", "/etc", ".hidden", "x" * 65, "a\0b", "naïve", "a b"])
-async def test_an_export_name_that_may_lead_elsewhere_is_refused(serve, name, tmp_path):
+async def test_export_name_that_is_a_path_is_rejected(serve, name, tmp_path):
     service = await serve()
     with pytest.raises(InvalidRequestError) as refused:
         await service.client.export_model(name)
@@ -686,7 +686,7 @@ async def test_repeated_export_request_joins_the_running_one(serve, monkeypatch)
     assert (await service.client.export_model("mine")).policy_version == 1  # a new export
 
 
-async def test_an_export_takes_the_place_of_nothing_else(serve, tmp_path):
+async def test_export_replaces_only_exports(serve, tmp_path):
     service = await serve(export_dir=tmp_path)  # as in a run on one machine
     with pytest.raises(InvalidRequestError, match=r"state already exists and is not an export") as refused:
         await service.client.export_model("state")

@@ -249,7 +249,7 @@ def _full_mask(span: Any, device: torch.device, sliding_window: int | None = Non
     return torch.ones(span.end - span.start, span.num_keys, dtype=torch.bool, device=device).tril(span.num_shared)
 
 
-def test_slower_ways_are_told_with_their_reason(tmp_path, caplog):
+def test_slower_forward_modes_are_logged_with_a_reason(tmp_path, caplog):
     folder = make_architecture(tmp_path, "mamba")
     with caplog.at_level(logging.WARNING, "poise"):
         Policy(settings(folder), World(CPU))
@@ -260,7 +260,7 @@ def test_slower_ways_are_told_with_their_reason(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 @pytest.mark.parametrize("load", [Policy, load_reference])
-def test_a_model_that_sees_ahead_is_rejected_by_name(name, load, tmp_path):
+def test_non_causal_model_is_rejected_by_name(name, load, tmp_path):
     folder = make_architecture(tmp_path, name)
     with pytest.raises(BackendDown, match=r"(Bert|Roberta)\w+\) cannot be trained: .*differ by up to [\d.]+ nats"):
         load(settings(folder), World(CPU))
@@ -284,7 +284,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_entries_of_a_config_that_do_not_matter(changes, tmp_path):
+def test_irrelevant_config_entries_are_ignored(changes, tmp_path):
     folder = make_architecture(tmp_path / "model", "llama")
     own = expected(plain(folder), folder).detach()
     change_config(folder, **changes)

@@ -7,7 +7,7 @@ from poise.runtime.config.settings import ConfigError
 
 
 @pytest.mark.parametrize("target", ["http://gen:50051", "gen", "dns:gen:1"])
-def test_a_replica_that_cannot_be_an_address_is_refused(config, target):
+def test_replica_that_is_not_an_address_is_rejected(config, target):
     with pytest.raises(ValueError, match=r"replicas[\s\S]*must look like"):
         config(replicas=("gen:50051", target))
 

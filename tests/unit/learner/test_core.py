@@ -371,7 +371,7 @@ def test_adding_or_removing_the_critic_is_rejected(start, had_critic, num_batche
     assert start(**before).published.digest == core.published.digest  # nothing is lost
 
 
-def test_damaged_checkpoint_replays_from_the_one_before(start, digests):
+def test_damaged_checkpoint_replays_from_the_previous_one(start, digests):
     core = start()
     for step in range(5):
         core.submit(make_batch(step))

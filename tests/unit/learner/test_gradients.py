@@ -43,7 +43,7 @@ def rollouts() -> list[Rollout]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_mini_batch_has_the_gradient_of_each_rollout_alone(
+def test_mini_batch_sums_the_gradients_of_single_rollouts(
     trainer: GradientTrainer, naive: NaiveLoop, rollouts: list[Rollout], loss: str
 ) -> None:
     mine = trainer.gradients(rollouts, LOSSES[loss])

@@ -29,7 +29,7 @@ def waited(registry: CollectorRegistry) -> tuple[float | None, float | None]:
     return tuple(registry.get_sample_value(f"poise_learner_wait_seconds_{part}") for part in ("sum", "count"))  # type: ignore[return-value]
 
 
-def test_waiting_is_counted_between_batches_of_one_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_counted_only_within_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, clock = CollectorRegistry(), Clock(monkeypatch)
     metrics = LearnerMetrics(registry, lambda: False)
     clock.step(metrics, 60.0)  # no previous batch
@@ -41,7 +41,7 @@ def test_waiting_is_counted_between_batches_of_one_run_alone(monkeypatch: pytest
     assert waited(registry) == (7.0, 2)
 
 
-def test_a_pause_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pause_does_not_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, clock = CollectorRegistry(), Clock(monkeypatch)
     metrics = LearnerMetrics(registry, lambda: False)
     clock.step(metrics, 0.0)
@@ -51,7 +51,7 @@ def test_a_pause_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waited(registry) == (2.0, 1)
 
 
-def test_that_training_stopped_is_told_until_it_goes_on() -> None:
+def test_metric_shows_that_training_is_stopped() -> None:
     registry, stopped = CollectorRegistry(), [False]
     LearnerMetrics(registry, lambda: stopped[0])
     for state in (False, True, False):

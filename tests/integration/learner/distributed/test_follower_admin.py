@@ -37,7 +37,7 @@ def test_a_follower_is_ready_once_it_has_loaded(config: AdminConfig) -> None:
         ask(config, "/healthz")
 
 
-def test_a_taken_port_is_named(config: AdminConfig) -> None:
+def test_port_in_use_is_named(config: AdminConfig) -> None:
     taken = serve_probes(config)
     with serve_probes(config), pytest.raises(ConfigError, match=f"admin: cannot listen on 127.0.0.1:{config.port}"):
         taken.__enter__()

@@ -155,7 +155,7 @@ async def test_restarted_replica_gets_the_adapter_before_ready(live, model: Path
         assert (await step_on(client, replica.address, 2)).metrics.mismatch_logprob < TOLERANCE
 
 
-async def test_a_learner_that_restarted_sends_the_same_policy(live, model: Path, tmp_path: Path) -> None:
+async def test_restarted_learner_sends_the_same_policy(live, model: Path, tmp_path: Path) -> None:
     replica = await live()
     async with learner(model, tmp_path, replica.address) as client:
         await until_current(client)

@@ -12,7 +12,7 @@ from poise.generation.weights.receiver import wait_until_done
 
 
 @pytest.mark.parametrize("num_cancels", [0, 1, 3])
-async def test_waits_to_the_end_however_often_cancelled(num_cancels: int) -> None:
+async def test_cancellations_do_not_shorten_the_wait(num_cancels: int) -> None:
     release = asyncio.Event()
     task = asyncio.create_task(release.wait())
     waiting = asyncio.create_task(wait_until_done(task))

@@ -333,7 +333,7 @@ def test_damaged_delta_is_rejected_and_the_base_stays(tmp_path: Path, how: str) 
 
 
 @pytest.mark.parametrize("why", ["not wanted", "not allowed", "no room"])
-def test_base_is_kept_only_if_wanted_and_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_base_is_kept_only_if_requested_and_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     if why == "no room":
         usage = module.shutil.disk_usage(tmp_path)
         free = iter([len(DATA), len(DATA) - 1])  # before the push, and after it

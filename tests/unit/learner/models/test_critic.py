@@ -152,7 +152,7 @@ class PlainPpo:
         {"gae_lambda": 1.0},
     ],
 )
-def test_a_step_is_that_of_plain_ppo_each_rollout_alone(config, changes):
+def test_step_equals_plain_ppo_on_single_rollouts(config, changes):
     """Two steps of two mini-batches: the second depends on values, moments and weights of the first."""
     settings = config(mini_batch_prompts=2, micro_batch_tokens=24, critic=CRITIC | changes)
     trainer, plain = loaded(settings), PlainPpo(settings)
@@ -187,7 +187,7 @@ def poisoned(made: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-def test_where_a_loss_of_either_is_not_finite_neither_moves(config, whiten, caplog):
+def test_nonfinite_loss_updates_neither_model(config, whiten, caplog):
     """Whitened advantages are still finite, so only the critic's loss is not."""
     trainer = loaded(config(critic=CRITIC | {"whiten_advantages": whiten}))
     before = state_of(trainer)
@@ -213,7 +213,7 @@ def test_nonfinite_policy_gradient_skips_the_critic_too(config):
     assert_same(state_of(trainer), before)
 
 
-def test_training_goes_on_bit_for_bit_from_a_state(config):
+def test_training_resumes_bit_for_bit_from_a_state(config):
     settings = config(critic=CRITIC | {"warmup_updates": 5})
     straight = loaded(settings)
     straight.train(rollouts(0), 1.0)
@@ -228,14 +228,14 @@ def test_training_goes_on_bit_for_bit_from_a_state(config):
         assert f"critic.{kind}.head.weight" in kept
 
 
-def test_the_critic_warms_up_by_its_own_rate_and_updates(config):
+def test_critic_has_its_own_learning_rate_and_warmup(config):
     trainer = loaded(config(critic={"learning_rate": 1e-3, "warmup_updates": 4}, mini_batch_prompts=4))
     trainer.train(rollouts(), 1.0)
     bias = state_of(trainer)["critic.model.head.bias"]
     assert np.abs(bias) == pytest.approx(1e-3 / 4, rel=1e-3)  # Adam's first step equals the learning rate
 
 
-def test_only_the_policy_leaves(config, tmp_path):
+def test_only_the_policy_is_pushed_and_exported(config, tmp_path):
     trainer, without = loaded(config(critic=CRITIC)), loaded(config())
     trainer.train(rollouts(), 1.0)
     assert trainer.weights().keys() == without.weights().keys()
@@ -247,12 +247,12 @@ def test_only_the_policy_leaves(config, tmp_path):
         np.testing.assert_array_equal(exported[name].numpy(), weight.array)
 
 
-def test_without_a_critic_its_numbers_are_0(config):
+def test_critic_metrics_are_0_without_a_critic(config):
     metrics = loaded(config()).train(make_batch(0).rollouts, 1.0)
     assert (metrics.value_loss, metrics.explained_variance, metrics.critic_gradient_norm) == (0, 0, 0)
 
 
-def test_beside_adapters_the_critic_is_trained_whole(config):
+def test_critic_is_trained_whole_beside_adapters(config):
     trainer = loaded(config(critic=CRITIC, lora={"rank": 4, "alpha": 8}))
     start = state_of(trainer)
     for step in range(2):
@@ -264,7 +264,7 @@ def test_beside_adapters_the_critic_is_trained_whole(config):
             assert (after[name] != start[name]).any(), name
 
 
-def test_in_bfloat16_its_weights_are_moved_in_float32(config):
+def test_bfloat16_critic_is_updated_in_float32(config):
     exact, half = loaded(config(critic=CRITIC)), loaded(config(critic=CRITIC, dtype="bfloat16"))
     for step in range(2):
         wanted, metrics = exact.train(rollouts(step), 1.0), half.train(rollouts(step), 1.0)
@@ -274,7 +274,7 @@ def test_in_bfloat16_its_weights_are_moved_in_float32(config):
     assert metrics.value_loss != wanted.value_loss  # bfloat16 was used
 
 
-def test_the_critics_arithmetic_counts_but_for_a_head(config):
+def test_flops_include_the_critic_without_its_head(config):
     """A prompt of 3 tokens and a response of 4; layers of 64 and 32 x 64 for heads, and of 3 x 64 x 128."""
     one = make_group(np.random.default_rng(0), "g", 3, (4,))
     with_critic, without = loaded(config(critic=CRITIC, peak_flops=1e9)), loaded(config(peak_flops=1e9))
@@ -285,7 +285,7 @@ def test_the_critics_arithmetic_counts_but_for_a_head(config):
         assert metrics.mfu * metrics.train_s * 1e9 == pytest.approx(flops)
 
 
-def test_a_critic_learns_what_rollouts_are_worth(config):
+def test_critic_learns_the_values_of_rollouts(config):
     """Rewards that depend on the prompt's last token."""
     random = np.random.default_rng(0)
     made = []

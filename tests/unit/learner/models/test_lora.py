@@ -61,7 +61,7 @@ def test_only_adapters_are_trained_and_only_they_are_kept(trained, config):
         assert bool((values != start[name]).any()) == is_adapted, name
 
 
-def test_training_goes_on_bit_for_bit_from_the_adapters_alone(trained, config):
+def test_training_resumes_bit_for_bit_from_only_adapters(trained, config):
     tensors, num_updates = trained.state()
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     resumed = loaded(config(lora={"rank": 4, "alpha": 8}))
@@ -85,7 +85,7 @@ def test_export_has_the_merged_model_and_peft_adapter(trained, config, tmp_path:
     torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_sent_alone_is_what_an_export_holds(config, tmp_path: Path):
+def test_sent_adapters_equal_exported_adapters(config, tmp_path: Path):
     sender = loaded(config(lora={"rank": 4, "alpha": 8}, push={"transport": "lora"}))
     sender.train(make_batch(0).rollouts, 1.0)
     sender.save_model(str(tmp_path / "exported"))
@@ -96,12 +96,12 @@ def test_what_is_sent_alone_is_what_an_export_holds(config, tmp_path: Path):
         np.testing.assert_array_equal(stored[name].numpy(), values)
 
 
-def test_adapters_are_not_sent_where_there_are_none(config):
+def test_lora_transport_needs_adapters(config):
     with pytest.raises(ValueError, match="but `lora` is not set"):
         config(push={"transport": "lora"})
 
 
-def test_a_step_is_peft_and_torch_s_own(config):
+def test_step_equals_peft_with_a_plain_torch_loop(config):
     """Oracle: peft's wrapped model, its own forward pass, AdamW on the adapters."""
     settings = config(lora={"rank": 4, "alpha": 8}, mini_batch_prompts=8)
     trainer = loaded(settings)
@@ -153,7 +153,7 @@ def served_and_trained(config: LearnerConfig, num_batches: int) -> tuple[dict[st
     return before, served, trained
 
 
-def test_in_float32_what_is_served_is_what_is_trained(config):
+def test_float32_serves_exactly_the_trained_weights(config):
     _, served, trained = served_and_trained(config(lora={"rank": 4, "alpha": 8}), 2)
     for name, weight in trained.items():
         torch.testing.assert_close(served[name], weight, rtol=2e-7, atol=1e-8)

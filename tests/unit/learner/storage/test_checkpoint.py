@@ -59,7 +59,7 @@ def assert_holds(store: CheckpointStore, count: int) -> None:
     assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was(store):
+def test_newest_checkpoint_is_loaded_unchanged(store):
     assert store.load() is None
     for count in (0, 1, 5):
         store.save(*content(count))
@@ -74,7 +74,7 @@ def test_only_the_newest_are_kept(store, folder):
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "seen.safetensors", "state.json"])
-def test_damaged_checkpoint_falls_back_to_the_one_before(store, folder, name, caplog):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(store, folder, name, caplog):
     store.save(*content(1))
     store.save(*content(2))
     path = folder / "checkpoint-00000002"
@@ -107,7 +107,7 @@ def _reads_like(damage: bytes, whole: bytes, name: str) -> bool:
     return values == json.loads(whole) or values.get("schema_version", module.SCHEMA_VERSION) != module.SCHEMA_VERSION
 
 
-def test_damaged_ones_do_not_count_among_those_kept(store, folder):
+def test_damaged_checkpoints_do_not_count_as_kept(store, folder):
     for count in (1, 2):
         store.save(*content(count))
     (folder / "checkpoint-00000002" / "state.json").unlink()
@@ -118,7 +118,7 @@ def test_damaged_ones_do_not_count_among_those_kept(store, folder):
     assert_holds(store, 1)
 
 
-def test_damaged_checkpoints_are_no_fresh_start(store, folder):
+def test_only_damaged_checkpoints_are_an_error(store, folder):
     store.save(*content(1))
     (folder / "checkpoint-00000001" / "tensors.safetensors").write_bytes(b"")
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_damaged_checkpoints_are_no_fresh_start(store, folder):
             store.load()
 
 
-def test_another_release_s_checkpoint_is_left_alone_and_named(store, folder, monkeypatch):
+def test_checkpoint_of_another_release_is_named_and_kept(store, folder, monkeypatch):
     store.save(*content(1))
     monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
     store.save(*content(2))
@@ -136,7 +136,7 @@ def test_another_release_s_checkpoint_is_left_alone_and_named(store, folder, mon
     assert store.sequences() == [1, 2]
 
 
-def test_a_checkpoint_from_before_origins_were_told_is_read(store, folder):
+def test_checkpoint_of_schema_1_without_origin_is_read(store, folder):
     store.save(*content(1))
     path = folder / "checkpoint-00000001" / "state.json"
     state = json.loads(path.read_text())

@@ -67,7 +67,7 @@ def settings_for(config, num_prompts: int, **changes: object) -> LearnerConfig:
     return config(mini_batch_prompts=num_prompts, **changes)
 
 
-def test_two_groups_give_their_gradients_squared_distance(config):
+def test_two_groups_give_the_squared_gradient_distance(config):
     settings = settings_for(config, 2)
     pair = groups(2)
     one, other = gradients(settings, pair, 18)
@@ -134,7 +134,7 @@ def test_skipped_mini_batches_are_left_out_of_the_variance(config):
 
 
 @pytest.mark.parametrize("changes", [{"critic": {}}, {"lora": {"rank": 4}}])
-def test_it_goes_with_a_critic_and_with_adapters(config, changes):
+def test_variance_is_measured_with_critic_and_with_adapters(config, changes):
     settings = settings_for(config, 4, **changes)
     rollouts = tuple(r for group in groups(4) for r in group)
     if "critic" in changes:

@@ -72,7 +72,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 64])
-def test_no_more_logits_than_a_chunks_are_ever_held(chunk_tokens):
+def test_only_the_logits_of_one_chunk_are_in_memory(chunk_tokens):
     vocabulary, num_tokens = 1000, 200
     head, states = torch.nn.Linear(4, vocabulary), torch.randn(num_tokens, 4, requires_grad=True)
     with Largest() as largest:

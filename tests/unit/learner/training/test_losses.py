@@ -244,7 +244,7 @@ def test_kl_estimate_is_unbiased_and_never_negative():
         (1.0, 3.1, -1.28, False),  # it applies to negative advantages only
     ],
 )
-def test_the_clips_of_ppo_take_hold_at_their_bounds(advantage, ratio, loss, has_gradient):
+def test_ppo_clips_apply_at_their_bounds(advantage, ratio, loss, has_gradient):
     logprobs = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)

@@ -103,7 +103,7 @@ def test_varlen_index_and_masks_agree():
     assert seen_by_masks[13].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 12, 13]  # the prompt, itself
 
 
-def test_targets_logprobs_and_advantages_lie_side_by_side():
+def test_targets_logprobs_and_advantages_are_aligned():
     row = build_row(group_by_prompt(rollouts()), CPU, torch.float32)
     wanted = [
         (int(token), float(logprob), np.float32(rollout.advantage))

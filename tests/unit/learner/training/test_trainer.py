@@ -111,7 +111,7 @@ def assert_close(trainer: Trainer, loop: PlainLoop, start: dict[str, np.ndarray]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("old_logprobs", ["rollout", "recompute"])
-def test_a_step_is_that_of_a_plain_torch_loop(config, temperature, old_logprobs):
+def test_step_equals_a_plain_torch_loop(config, temperature, old_logprobs):
     settings = config(mini_batch_prompts=8, micro_batch_tokens=40, loss={"old_logprobs": old_logprobs})
     trainer, loop = loaded(settings), PlainLoop(settings)
     start = weights(trainer)
@@ -161,14 +161,14 @@ def test_the_split_into_micro_batches_changes_nothing(config):
             assert np.quantile(np.abs(after[name] - weights_after[name]), 0.999) < 1e-6
 
 
-def test_an_advantage_of_nothing_moves_nothing_but_by_decay(config):
+def test_zero_advantages_only_decay_the_weights(config):
     trainer = loaded(config(optimizer={"weight_decay": 0.0}))
     before = weights(trainer)
     trainer.train([dataclasses.replace(r, advantage=0.0) for r in rollouts()], 1.0)
     assert_same(weights(trainer), before)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(config, caplog):
+def test_nonfinite_gradient_changes_nothing(config, caplog):
     trainer = loaded(config(mini_batch_prompts=2))
     before, state = weights(trainer), trainer.state()
     poisoned = [dataclasses.replace(r, advantage=3e38) for r in rollouts()]
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(config, caplog):
     assert_same(weights(trainer), weights(fresh))
 
 
-def test_training_goes_on_bit_for_bit_from_a_state(config, tmp_path):
+def test_training_resumes_bit_for_bit_from_a_state(config, tmp_path):
     settings = config(mini_batch_prompts=2, optimizer={"warmup_updates": 5})
     straight = loaded(settings)
     straight.train(rollouts(0), 1.0)
@@ -238,7 +238,7 @@ def test_parameter_without_gradient_restores_without_moments(config):
     assert trainer.train(rollouts(1), 1.0).num_updates == 2
 
 
-def test_published_weights_do_not_change_under_the_next_step(config):
+def test_next_step_does_not_change_published_weights(config):
     trainer = loaded(config())
     before = trainer.weights()
     copies = {name: weight.array.copy() for name, weight in before.items()}
@@ -247,7 +247,7 @@ def test_published_weights_do_not_change_under_the_next_step(config):
     assert any((before[name].array != weight).any() for name, weight in weights(trainer).items())
 
 
-def test_tied_weights_travel_once(config, model):
+def test_tied_weights_are_sent_once(config, model):
     names = set(loaded(config()).weights())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
@@ -272,7 +272,7 @@ def test_bfloat16_keeps_float32_weights_and_pushes_rounded_ones(config):
     assert metrics.entropy != reference.entropy  # bfloat16 was used
 
 
-def test_a_model_that_is_not_there_is_named(config, tmp_path):
+def test_missing_model_is_named(config, tmp_path):
     with pytest.raises(BackendDown, match="nowhere cannot be loaded"):
         loaded(config(model=str(tmp_path / "nowhere")))
 
@@ -296,6 +296,6 @@ def test_mini_batch_size_counts_prompts_not_rollouts(config):
 @pytest.mark.parametrize(
     "settings", [{"device": "gpu"}, {"device": "cuda:x"}, {"device": "cuda:99"}, {"model": "/nowhere/model"}], ids=str
 )
-def test_a_device_or_model_that_is_not_there_is_misconfigured(tmp_path, settings):
+def test_missing_device_or_model_is_misconfigured(tmp_path, settings):
     with pytest.raises(Misconfigured, match=r"cannot be used|cannot be loaded"):
         loaded(LearnerConfig(**({"model": str(tmp_path), "state_dir": tmp_path} | settings)))

@@ -36,7 +36,7 @@ def ends(table, tokens: list[int]) -> list[int]:
         ([], []),
     ],
 )
-def test_end_of_the_tag_is_found_however_it_is_cut(texts: list[str], expected: list[int]) -> None:
+def test_end_of_the_tag_is_found_for_any_tokenization(texts: list[str], expected: list[int]) -> None:
     assert ends(think_close_table(texts), list(range(len(texts)))) == expected
 
 
