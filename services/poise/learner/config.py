@@ -72,7 +72,7 @@ class LoraSettings(StrictModel):
 
 
 class CriticConfig(StrictModel):
-    """A critic as large as the policy: a second copy of `model` with a value head. Its generalised advantage estimates
+    """A critic as large as the policy: a second copy of `model` with a value head. Its generalized advantage estimates
     (GAE) replace the rollouts' advantages. It uses the betas, weight decay and gradient clip of `optimizer`."""
 
     learning_rate: float = Field(1e-5, gt=0)

@@ -57,7 +57,7 @@ class Tokenizer:
         if isinstance(content, str):
             try:
                 ids = list(self._tokenizer(content)["input_ids"])
-            except Exception as error:  # some models bring tokenizers with their own code
+            except Exception as error:  # some tokenizers have code of their own
                 raise InvalidRequest.field("text", f"is rejected by the model's tokenizer: {error}") from error
             return ids[1:] if self._has_second_bos(content, ids) else ids
         try:

@@ -181,7 +181,7 @@ async def _receive(requests: Requests, push: StagedPush) -> None:
 
 
 async def wait_until_done(task: asyncio.Task[Any]) -> None:
-    """Wait until a task ended, however often the caller is cancelled meanwhile. Ignores the task's error.
+    """Wait until a task has ended, even if the caller is cancelled. Ignores the task's error.
 
     Raises:
         CancelledError: the caller was cancelled, after the task ended.

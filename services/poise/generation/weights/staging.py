@@ -96,7 +96,7 @@ class Staging:
             self.base = DeltaBase(push.manifest, push.keep())
 
     def drop_base(self) -> None:
-        """Remove the base: the next push must bring whole parameters."""
+        """Remove the base: the next push must contain whole parameters."""
         if self.base is not None:
             self.base.path.unlink(missing_ok=True)
             self.base = None

@@ -1,6 +1,6 @@
 """The critic: a model like the policy that predicts the value of the state before each token.
 
-It is the policy's model with a value head, initialised to 0, instead of the language model head. It has its own
+It is the policy's model with a value head, initialized to 0, instead of the language model head. It has its own
 optimizer. Parameters are always float32. Every rank must make the same calls.
 
 Shapes: N response tokens of a packed row; d the model's width.

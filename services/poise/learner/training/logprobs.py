@@ -48,16 +48,16 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `token_logprobs`."""
         # Separate tensors: views of one would lose FSDP's hooks at the first in-place change.
-        logprobs_N, entropies_N, normalisers_N = (
+        logprobs_N, entropies_N, normalizers_N = (
             states_Nd.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
         )
         with torch.autocast(states_Nd.device.type, enabled=False):
             for chunk, logits_CV in _logits(states_Nd, weight_Vd, bias_V, temperature, chunk_tokens, dtype):
-                normalisers_N[chunk] = torch.logsumexp(logits_CV, -1)
-                logprobs_CV = logits_CV.sub_(normalisers_N[chunk, None])
+                normalizers_N[chunk] = torch.logsumexp(logits_CV, -1)
+                logprobs_CV = logits_CV.sub_(normalizers_N[chunk, None])
                 logprobs_N[chunk] = logprobs_CV.gather(-1, targets_N[chunk, None])[:, 0]
                 entropies_N[chunk] = -logprobs_CV.exp().mul_(logprobs_CV).sum(-1)
-        ctx.save_for_backward(states_Nd, weight_Vd, bias_V, targets_N, normalisers_N)
+        ctx.save_for_backward(states_Nd, weight_Vd, bias_V, targets_N, normalizers_N)
         ctx.settings = temperature, chunk_tokens, dtype
         ctx.mark_non_differentiable(entropies_N)
         return logprobs_N, entropies_N
@@ -66,7 +66,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_N: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Recompute the chunks; accumulate the gradient of the weights in place."""
-        states_Nd, weight_Vd, bias_V, targets_N, normalisers_N = ctx.saved_tensors
+        states_Nd, weight_Vd, bias_V, targets_N, normalizers_N = ctx.saved_tensors
         temperature, chunk_tokens, dtype = ctx.settings
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         of_states_Nd = torch.empty_like(states_Nd) if needs_states else None
@@ -76,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(states_Nd.device.type, enabled=False):
             weight_cast_Vd = weight_Vd.to(dtype)
             for chunk, logits_CV in _logits(states_Nd, weight_Vd, bias_V, temperature, chunk_tokens, dtype):
-                of_logits_CV = logits_CV.sub_(normalisers_N[chunk, None]).exp_().mul_(-gradient_N[chunk, None])
+                of_logits_CV = logits_CV.sub_(normalizers_N[chunk, None]).exp_().mul_(-gradient_N[chunk, None])
                 of_logits_CV.scatter_add_(-1, targets_N[chunk, None], gradient_N[chunk, None])
                 if of_bias_V is not None:
                     of_bias_V += of_logits_CV.sum(0)

@@ -72,16 +72,16 @@ def pack(groups: Sequence[PromptGroup], max_tokens: int) -> list[list[PromptGrou
     Groups too large for a row are split over several, each with the prompt. A longer rollout gets a row of its own.
     """
     rows: list[list[PromptGroup]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     pieces = [piece for group in groups for piece in _split(group, max_tokens)]
     # The sort is stable, so the same batch is always packed in the same way.
     for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
-        index = next((i for i, free in enumerate(room) if free >= piece.num_tokens), len(rows))
+        index = next((i for i, free in enumerate(free_tokens) if free >= piece.num_tokens), len(rows))
         if index == len(rows):
             rows.append([])
-            room.append(max_tokens)
+            free_tokens.append(max_tokens)
         rows[index].append(piece)
-        room[index] -= piece.num_tokens
+        free_tokens[index] -= piece.num_tokens
     return rows
 
 
@@ -144,13 +144,13 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
 
 def _split(group: PromptGroup, max_tokens: int) -> list[PromptGroup]:
     parts: list[list[Rollout]] = []
-    room = 0
+    free_tokens = 0
     for rollout in group.rollouts:
-        if not parts or rollout.token_ids.size > room:
+        if not parts or rollout.token_ids.size > free_tokens:
             parts.append([])
-            room = max_tokens - int(group.prompt_token_ids.size)
+            free_tokens = max_tokens - int(group.prompt_token_ids.size)
         parts[-1].append(rollout)
-        room -= int(rollout.token_ids.size)
+        free_tokens -= int(rollout.token_ids.size)
     return [PromptGroup(group.prompt_token_ids, tuple(part)) for part in parts]
 
 

@@ -89,7 +89,7 @@ class _NcclGroup:
 
         self._device = torch.device(device)
         with torch.cuda.device(self._device):
-            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # a separate one, so that the model can compute meanwhile
+            self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # a separate one, so that the model can compute
             self._communicator = PyNcclCommunicator.from_unique_id_bytes(key, rank, 2, self._device)
 
     def broadcast(self, piece: Any) -> None:
