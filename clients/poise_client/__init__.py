@@ -1,7 +1,7 @@
 """SDK of POISE served: typed clients, async and blocking, with numpy arrays. See docs/sdk.md.
 
-`connect` gives training runs on all three services; the clients give every call of one service. The dataclasses are in
-`poise_client.types`, the exceptions in `poise_client.errors`.
+`connect` opens all three services, for training runs; each client offers every call of one service. The dataclasses are
+in `poise_client.types`, the exceptions in `poise_client.errors`.
 """
 
 from poise_client import _transport  # noqa: F401 (first: it loads gRPC)

@@ -47,8 +47,8 @@ class AsyncServices:
         """Return a training run. Nothing is sent until its first call.
 
         Args:
-            run_id: name of the run. A name that was used before continues that run: its steps are not trained twice.
-            domain: probe of groups that name no domain themselves; "default" by default.
+            run_id: name of the run. Reuse a name to continue that run; its steps are not trained twice.
+            domain: domain of groups without one; "default" by default.
             bootstrap: baseline until the probe's first fit.
         """
         return AsyncRun(run_id, self.generation, self.value, self.learner, domain=domain, bootstrap=bootstrap)

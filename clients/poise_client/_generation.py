@@ -90,7 +90,7 @@ class AsyncGenerationClient(AsyncClient):
     async def encode_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[EncodedPrompt]:
         """Return the hidden state of each prompt, in the order of `prompts`.
 
-        Each prompt passes through the model once, without sampling. `score_prompts` of the value client needs this. If
+        Each prompt passes through the model once, without sampling. Use it for `score_prompts` of the value client. If
         the service fails midway, the remaining prompts are requested again.
 
         Args:
@@ -150,9 +150,9 @@ class AsyncGenerationClient(AsyncClient):
             unfinished = {specs[i].group_id: i for i in part}
             while unfinished:
                 indices = list(unfinished.values())
-                asked = [specs[i] for i in indices]
+                requested = [specs[i] for i in indices]
                 try:
-                    async with aclosing(self._attempt(method, asked, unfinished, attempts, start, kind)) as answers:
+                    async with aclosing(self._attempt(method, requested, unfinished, attempts, start, kind)) as answers:
                         async for answer in answers:
                             yield answer
                 except PoiseClientError as error:
@@ -162,20 +162,20 @@ class AsyncGenerationClient(AsyncClient):
     async def _attempt(
         self,
         method: str,
-        asked: list[pb.PromptSpec],
+        requested: list[pb.PromptSpec],
         unfinished: dict[str, int],
         attempts: Attempts,
         start: Callable[[list[pb.PromptSpec], float], grpc.aio.UnaryStreamCall[Any, M]],
         kind: type[T],
     ) -> AsyncGenerator[T, None]:
-        """Yield the answers of one attempt and remove their prompts from `unfinished`. Raises if a prompt is left."""
+        """Yield the answers of one attempt and remove their prompts from `unfinished`. Raise if a prompt remains."""
         with self._translated(method):
-            call = start(asked, attempts.remaining_s())
+            call = start(requested, attempts.remaining_s())
         try:
             while True:
                 with self._translated(method):
                     message: Any = await call.read()
-                    if not message:  # gRPC's end of the stream; a message is true, even an empty one
+                    if not message:  # end of the stream: gRPC returns a false value; messages are true, even empty ones
                         break
                     answer = decode(message, kind)
                 if unfinished.pop(message.group_id, None) is not None:
@@ -203,16 +203,16 @@ class AsyncGenerationClient(AsyncClient):
         weights: Mapping[str, WeightArray],
         timeout_s: float | None = None,
     ) -> WeightUpdate:
-        """Replace the served weights. If anything fails, the old version remains served.
+        """Replace the served weights. After a failure, the replica still serves the old version.
 
         Args:
-            lineage_id: the learner that numbers the versions.
-            policy_version: within a lineage it must exceed the served version.
+            lineage_id: id of the learner that numbers the versions.
+            policy_version: must exceed the served version of the same lineage.
             weights: every parameter by its Hugging Face name, tied ones once. Do not change them during the call.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:
-            ConflictError: the version has other weights already, or is lower than the served version.
+            ConflictError: the replica has other weights of this version, or serves a newer version.
             PoiseClientError: see `poise_client.errors`.
         """
         attempts = self._attempts(timeout_s, UPDATE_TIMEOUT_S)
@@ -221,15 +221,15 @@ class AsyncGenerationClient(AsyncClient):
         return await self._push(push, attempts)
 
     async def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> WeightUpdate:
-        """Replace the served weights by a prepared push. Use it for several replicas, deltas and shared files.
+        """Replace the served weights with a prepared push. Use it for several replicas, deltas and shared files.
 
         Args:
-            push: the parameters and how they are transferred.
+            push: the parameters and their transfer method.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:
             VersionMismatchError: the push is a delta, and the replica does not serve and keep its base.
-            ConflictError: the version has other weights already, or is lower than the served version.
+            ConflictError: the replica has other weights of this version, or serves a newer version.
             PoiseClientError: see `poise_client.errors`.
         """
         return await self._push(push, self._attempts(timeout_s, UPDATE_TIMEOUT_S))
@@ -240,16 +240,18 @@ class AsyncGenerationClient(AsyncClient):
 
 def _encode_prompts(prompts: Sequence[Prompt]) -> list[pb.PromptSpec]:
     specs = encode_each(prompts, pb.PromptSpec, "prompts")
-    _refuse_duplicates([spec.group_id for spec in specs])
+    _reject_duplicates([spec.group_id for spec in specs])
     return specs
 
 
-def _refuse_duplicates(group_ids: Sequence[str]) -> None:
+def _reject_duplicates(group_ids: Sequence[str]) -> None:
     seen: set[str] = set()
     violations = []
     for i, group_id in enumerate(group_ids):
         if group_id in seen:
-            violations.append((f"prompts[{i}].group_id", f"{group_id!r} names an earlier prompt; required: unique"))
+            violations.append(
+                (f"prompts[{i}].group_id", f"{group_id!r} is the group_id of an earlier prompt; required: unique")
+            )
         seen.add(group_id)
     if violations:
         raise InvalidRequestError("cannot be sent", violations=violations)

@@ -22,7 +22,7 @@ class AsyncLearnerClient(AsyncClient):
     _stub = LearnerServiceStub
 
     async def submit_advantages(self, batch: Batch, *, timeout_s: float | None = None) -> StepResult:
-        """Train on a batch and return after its weights were offered to every replica.
+        """Train on a batch, and return after the learner tried to push the weights to every replica.
 
         Repeating a batch id is safe: it returns the stored result with `duplicate` set.
 
@@ -31,7 +31,7 @@ class AsyncLearnerClient(AsyncClient):
             timeout_s: deadline; 30 minutes by default.
 
         Raises:
-            ConflictError: the learner trained on this batch id with other content.
+            ConflictError: the learner has trained on this batch id with other content.
             TrainingStoppedError: the last updates were not finite. An operator must act.
             PoiseClientError: see `poise_client.errors`.
         """
@@ -48,11 +48,11 @@ class AsyncLearnerClient(AsyncClient):
         return await self._call("GetStatus", attempts, pb.GetStatusRequest(), partial(decode, kind=LearnerStatus))
 
     async def export_model(self, name: str, *, check_only: bool = False, timeout_s: float | None = None) -> ModelExport:
-        """Write the current policy as Hugging Face folder `name` on the learner's file system.
+        """Write the current policy to the Hugging Face folder `name` on the learner's file system.
 
         Args:
             name: name of the folder. An export with the same name is replaced.
-            check_only: raise what an export would raise, but leave no folder.
+            check_only: check whether the export would succeed, but leave no folder.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:

@@ -68,7 +68,7 @@ class AsyncRun:
 
         Args:
             step: step of the run, from 0.
-            prompts: `Prompt`s, or only their contents; these get the group ids "g0", "g1", ...
+            prompts: `Prompt`s, or their contents. Contents get the group ids "g0", "g1", ...
             num_rollouts: responses of each prompt, 1 to 256.
             sampling: how tokens are sampled.
             timeout_s: deadline; 30 minutes by default.
@@ -98,17 +98,17 @@ class AsyncRun:
     ) -> StepBaselines:
         """Return the baselines of one step's rollouts. Call it before `publish` of the same step.
 
-        Until the first fit of a domain's probe, the baselines are those of `bootstrap`. A single rollout has no
-        siblings: its baseline is the mean reward of the step's other prompts.
+        Until the first fit of a domain's probe, `bootstrap` selects the baselines. A single rollout has no siblings:
+        its baseline is the mean reward of the step's other prompts.
 
         Args:
-            groups: all groups of the step that will be trained on, from `sample`.
+            groups: all groups of the step to train on, from `sample`.
             rewards: rewards of each group, [n] each, in [0, 1].
             wait_for_labels_s: see `AsyncValueClient.estimate_baselines`.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the groups are of several steps or of another run, or `publish` was called for their step.
+            StepOrderError: the groups are from several steps or another run, or `publish` was called for their step.
             ValueError: the number of rewards differs from the number of rollouts.
             PoiseClientError: see `poise_client.errors`.
         """
@@ -141,15 +141,15 @@ class AsyncRun:
         The labels are durable on return. Repeating the call is safe.
 
         Args:
-            baselines: what `baselines` returned for the step.
+            baselines: result of `baselines` for the step.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the baselines are of another run.
+            StepOrderError: the baselines are from another run.
             PoiseClientError: see `poise_client.errors`.
         """
         step = self._step_of(baselines.groups)
-        self._published.add(step)  # first: labels may have arrived although the call failed
+        self._published.add(step)  # before the call, which may fail after the labels arrived
         return await self._value.publish_labels(baselines.groups, timeout_s=timeout_s)
 
     async def train(
@@ -160,14 +160,14 @@ class AsyncRun:
         temperature: float | None = None,
         timeout_s: float | None = None,
     ) -> StepResult:
-        """Train the policy on a step and return after the new weights were offered to every replica.
+        """Train the policy on a step, and return after the learner tried to push the weights to every replica.
 
         Repeating the call is safe: the learner trains on a step once and returns the stored result.
 
         Args:
-            baselines: what `baselines` returned for the step.
+            baselines: result of `baselines` for the step.
             advantages: your own advantages, [n] for each group; by default reward − baseline.
-            temperature: of the sampling. By default that of `sample`; 1 if another process sampled the step.
+            temperature: sampling temperature. By default that of `sample`, or 1 if another process sampled the step.
             timeout_s: deadline; 30 minutes by default.
 
         Raises:
@@ -209,7 +209,7 @@ class AsyncRun:
         """Return the bootstrap baselines of the group at `index`, [n]."""
         own, others = rewards[index], [group for position, group in enumerate(rewards) if position != index]
         if own.size > 1 and (self._bootstrap == "rloo" or not others):
-            # Leave the own reward out, rather than subtract it from the sum: no bit of the baseline may depend on it.
+            # Omit the rollout's own reward instead of subtracting it: no bit of the baseline may depend on it.
             means = [np.delete(own, position).mean(dtype=np.float64) for position in range(own.size)]
             return np.array(means, np.float32)
         mean = np.concatenate(others).mean(dtype=np.float64) if others else 0.0
@@ -217,7 +217,7 @@ class AsyncRun:
 
 
 def _for_training(group: Group, advantages: ArrayLike, *, has_critic: bool) -> Sequence[Rollout]:
-    """Return the rollouts of a group with their advantages; with their rewards for a critic."""
+    """Return the rollouts of a group with their advantages, or for a critic with their rewards."""
     if has_critic:
         return group.rollouts
     values = np.asarray(advantages, np.float32)

@@ -91,7 +91,7 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
     def encode_prompts(self, prompts: Sequence[Prompt], *, timeout_s: float | None = None) -> list[EncodedPrompt]:
         """Return the hidden state of each prompt, in the order of `prompts`.
 
-        Each prompt passes through the model once, without sampling. `score_prompts` of the value client needs this. If
+        Each prompt passes through the model once, without sampling. Use it for `score_prompts` of the value client. If
         the service fails midway, the remaining prompts are requested again.
 
         Args:
@@ -129,16 +129,16 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
         weights: Mapping[str, WeightArray],
         timeout_s: float | None = None,
     ) -> WeightUpdate:
-        """Replace the served weights. If anything fails, the old version remains served.
+        """Replace the served weights. After a failure, the replica still serves the old version.
 
         Args:
-            lineage_id: the learner that numbers the versions.
-            policy_version: within a lineage it must exceed the served version.
+            lineage_id: id of the learner that numbers the versions.
+            policy_version: must exceed the served version of the same lineage.
             weights: every parameter by its Hugging Face name, tied ones once. Do not change them during the call.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:
-            ConflictError: the version has other weights already, or is lower than the served version.
+            ConflictError: the replica has other weights of this version, or serves a newer version.
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(
@@ -148,22 +148,22 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
         )
 
     def push_weights(self, push: WeightPush, *, timeout_s: float | None = None) -> WeightUpdate:
-        """Replace the served weights by a prepared push. Use it for several replicas, deltas and shared files.
+        """Replace the served weights with a prepared push. Use it for several replicas, deltas and shared files.
 
         Args:
-            push: the parameters and how they are transferred.
+            push: the parameters and their transfer method.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:
             VersionMismatchError: the push is a delta, and the replica does not serve and keep its base.
-            ConflictError: the version has other weights already, or is lower than the served version.
+            ConflictError: the replica has other weights of this version, or serves a newer version.
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(self._client.push_weights(push, timeout_s=timeout_s))
 
 
 class ValueClient(SyncClient[AsyncValueClient]):
-    """Returns baselines of rollouts and teaches the probe their rewards.
+    """Requests baselines of rollouts, and publishes rewards for the probe to learn from.
 
     Blocks; see `AsyncValueClient`.
     """
@@ -188,14 +188,14 @@ class ValueClient(SyncClient[AsyncValueClient]):
         Args:
             run_id: the training run.
             step: step of the run.
-            groups: groups whose rollouts have features; with rewards if the probe uses the siblings' rewards.
-            wait_for_labels_s: longest wait, in the first call for a step, until the probes are fitted on every label
-                published before. It covers the domains of `groups` and those that the run has published labels for.
-                `GroupBaselines.up_to_date` says whether the wait succeeded. 0 uses the current probes.
+            groups: groups whose rollouts have features, and rewards if the probe uses the siblings' rewards.
+            wait_for_labels_s: maximum wait, in the first call for a step, until the probes are fitted on every label
+                published before. It covers the domains of `groups`, and domains with labels from this run.
+                `GroupBaselines.up_to_date` is True if the wait succeeded. 0 uses the current probes.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            LabelsConsumedError: a label of this step reached the probe before the first call for the step.
+            LabelsConsumedError: a label of the step reached the probe before the first call for the step.
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(
@@ -207,8 +207,8 @@ class ValueClient(SyncClient[AsyncValueClient]):
     def score_prompts(self, prompts: Sequence[PromptFeatures], *, timeout_s: float | None = None) -> list[PromptScore]:
         """Return the predicted mean reward of prompts before any rollout, in the order of `prompts`.
 
-        Use it to choose what to sample. It uses the current probes and fixes nothing, so it may be called at any time.
-        Baselines come only from `estimate_baselines`.
+        Use it to choose prompts to sample. It uses the current probes and does not fix their versions for a step, so it
+        may be called at any time. Baselines come only from `estimate_baselines`.
 
         Args:
             prompts: hidden states of the prompts, from `encode_prompts` of the generation client.
@@ -221,7 +221,7 @@ class ValueClient(SyncClient[AsyncValueClient]):
         return self._run(self._client.score_prompts(prompts, timeout_s=timeout_s))
 
     def publish_labels(self, groups: Sequence[Group], *, timeout_s: float | None = None) -> int:
-        """Queue labels for the probe and return how many groups are durable in the queue.
+        """Queue labels for the probe, and return the number of groups that are durable in the queue.
 
         Call it after `estimate_baselines` of the same step. Repeating it is safe: the probe learns each rollout once.
 
@@ -236,7 +236,7 @@ class ValueClient(SyncClient[AsyncValueClient]):
         return self._run(self._client.publish_labels(groups, timeout_s=timeout_s))
 
     def get_probe(self, domain: str = "", *, timeout_s: float | None = None) -> ProbeReport:
-        """Return state and quality of one domain's probe, or of all. `timeout_s` is a minute by default."""
+        """Return state and quality of one domain's probe, or of all probes. `timeout_s` is a minute by default."""
         return self._run(self._client.get_probe(domain, timeout_s=timeout_s))
 
 
@@ -250,7 +250,7 @@ class LearnerClient(SyncClient[AsyncLearnerClient]):
     _async_client = AsyncLearnerClient
 
     def submit_advantages(self, batch: Batch, *, timeout_s: float | None = None) -> StepResult:
-        """Train on a batch and return after its weights were offered to every replica.
+        """Train on a batch, and return after the learner tried to push the weights to every replica.
 
         Repeating a batch id is safe: it returns the stored result with `duplicate` set.
 
@@ -259,7 +259,7 @@ class LearnerClient(SyncClient[AsyncLearnerClient]):
             timeout_s: deadline; 30 minutes by default.
 
         Raises:
-            ConflictError: the learner trained on this batch id with other content.
+            ConflictError: the learner has trained on this batch id with other content.
             TrainingStoppedError: the last updates were not finite. An operator must act.
             PoiseClientError: see `poise_client.errors`.
         """
@@ -270,11 +270,11 @@ class LearnerClient(SyncClient[AsyncLearnerClient]):
         return self._run(self._client.get_status(timeout_s=timeout_s))
 
     def export_model(self, name: str, *, check_only: bool = False, timeout_s: float | None = None) -> ModelExport:
-        """Write the current policy as Hugging Face folder `name` on the learner's file system.
+        """Write the current policy to the Hugging Face folder `name` on the learner's file system.
 
         Args:
             name: name of the folder. An export with the same name is replaced.
-            check_only: raise what an export would raise, but leave no folder.
+            check_only: check whether the export would succeed, but leave no folder.
             timeout_s: deadline; 5 minutes by default.
 
         Raises:
@@ -302,7 +302,7 @@ class Run(BlockingPart[AsyncRun]):
 
         Args:
             step: step of the run, from 0.
-            prompts: `Prompt`s, or only their contents; these get the group ids "g0", "g1", ...
+            prompts: `Prompt`s, or their contents. Contents get the group ids "g0", "g1", ...
             num_rollouts: responses of each prompt, 1 to 256.
             sampling: how tokens are sampled.
             timeout_s: deadline; 30 minutes by default.
@@ -324,17 +324,17 @@ class Run(BlockingPart[AsyncRun]):
     ) -> StepBaselines:
         """Return the baselines of one step's rollouts. Call it before `publish` of the same step.
 
-        Until the first fit of a domain's probe, the baselines are those of `bootstrap`. A single rollout has no
-        siblings: its baseline is the mean reward of the step's other prompts.
+        Until the first fit of a domain's probe, `bootstrap` selects the baselines. A single rollout has no siblings:
+        its baseline is the mean reward of the step's other prompts.
 
         Args:
-            groups: all groups of the step that will be trained on, from `sample`.
+            groups: all groups of the step to train on, from `sample`.
             rewards: rewards of each group, [n] each, in [0, 1].
             wait_for_labels_s: see `ValueClient.estimate_baselines`.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the groups are of several steps or of another run, or `publish` was called for their step.
+            StepOrderError: the groups are from several steps or another run, or `publish` was called for their step.
             ValueError: the number of rewards differs from the number of rollouts.
             PoiseClientError: see `poise_client.errors`.
         """
@@ -348,11 +348,11 @@ class Run(BlockingPart[AsyncRun]):
         The labels are durable on return. Repeating the call is safe.
 
         Args:
-            baselines: what `baselines` returned for the step.
+            baselines: result of `baselines` for the step.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            StepOrderError: the baselines are of another run.
+            StepOrderError: the baselines are from another run.
             PoiseClientError: see `poise_client.errors`.
         """
         return self._run(self._client.publish(baselines, timeout_s=timeout_s))
@@ -365,14 +365,14 @@ class Run(BlockingPart[AsyncRun]):
         temperature: float | None = None,
         timeout_s: float | None = None,
     ) -> StepResult:
-        """Train the policy on a step and return after the new weights were offered to every replica.
+        """Train the policy on a step, and return after the learner tried to push the weights to every replica.
 
         Repeating the call is safe: the learner trains on a step once and returns the stored result.
 
         Args:
-            baselines: what `baselines` returned for the step.
+            baselines: result of `baselines` for the step.
             advantages: your own advantages, [n] for each group; by default reward − baseline.
-            temperature: of the sampling. By default that of `sample`; 1 if another process sampled the step.
+            temperature: sampling temperature. By default that of `sample`, or 1 if another process sampled the step.
             timeout_s: deadline; 30 minutes by default.
 
         Raises:

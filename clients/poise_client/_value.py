@@ -16,7 +16,7 @@ TIMEOUT_S = 60.0
 
 
 class AsyncValueClient(AsyncClient):
-    """Returns baselines of rollouts and teaches the probe their rewards."""
+    """Requests baselines of rollouts, and publishes rewards for the probe to learn from."""
 
     service = "ValueService"
     _stub = ValueServiceStub
@@ -38,14 +38,14 @@ class AsyncValueClient(AsyncClient):
         Args:
             run_id: the training run.
             step: step of the run.
-            groups: groups whose rollouts have features; with rewards if the probe uses the siblings' rewards.
-            wait_for_labels_s: longest wait, in the first call for a step, until the probes are fitted on every label
-                published before. It covers the domains of `groups` and those that the run has published labels for.
-                `GroupBaselines.up_to_date` says whether the wait succeeded. 0 uses the current probes.
+            groups: groups whose rollouts have features, and rewards if the probe uses the siblings' rewards.
+            wait_for_labels_s: maximum wait, in the first call for a step, until the probes are fitted on every label
+                published before. It covers the domains of `groups`, and domains with labels from this run.
+                `GroupBaselines.up_to_date` is True if the wait succeeded. 0 uses the current probes.
             timeout_s: deadline; a minute by default.
 
         Raises:
-            LabelsConsumedError: a label of this step reached the probe before the first call for the step.
+            LabelsConsumedError: a label of the step reached the probe before the first call for the step.
             PoiseClientError: see `poise_client.errors`.
         """
         answers = await self._call_in_parts(
@@ -65,8 +65,8 @@ class AsyncValueClient(AsyncClient):
     ) -> list[PromptScore]:
         """Return the predicted mean reward of prompts before any rollout, in the order of `prompts`.
 
-        Use it to choose what to sample. It uses the current probes and fixes nothing, so it may be called at any time.
-        Baselines come only from `estimate_baselines`.
+        Use it to choose prompts to sample. It uses the current probes and does not fix their versions for a step, so it
+        may be called at any time. Baselines come only from `estimate_baselines`.
 
         Args:
             prompts: hidden states of the prompts, from `encode_prompts` of the generation client.
@@ -87,7 +87,7 @@ class AsyncValueClient(AsyncClient):
         return [score for part in answers for score in part]
 
     async def publish_labels(self, groups: Sequence[Group], *, timeout_s: float | None = None) -> int:
-        """Queue labels for the probe and return how many groups are durable in the queue.
+        """Queue labels for the probe, and return the number of groups that are durable in the queue.
 
         Call it after `estimate_baselines` of the same step. Repeating it is safe: the probe learns each rollout once.
 
@@ -110,7 +110,7 @@ class AsyncValueClient(AsyncClient):
         return sum(counts)
 
     async def get_probe(self, domain: str = "", *, timeout_s: float | None = None) -> ProbeReport:
-        """Return state and quality of one domain's probe, or of all. `timeout_s` is a minute by default."""
+        """Return state and quality of one domain's probe, or of all probes. `timeout_s` is a minute by default."""
         with encoding("domain"):
             request = pb.GetProbeRequest(domain=domain)
         attempts = self._attempts(timeout_s, TIMEOUT_S)
@@ -123,9 +123,9 @@ def _read_baselines(
     if [group.group_id for group in response.groups] != [group.group_id for group in request.groups]:
         raise CodecError("groups", "are not the groups of the request")
     answers = [decode(group, GroupBaselines, f"groups[{i}]") for i, group in enumerate(response.groups)]
-    for i, (asked, answer) in enumerate(zip(request.groups, answers, strict=True)):
-        if answer.values is not None and answer.values.size != len(asked.rollouts):
-            raise CodecError(f"groups[{i}].values", f"has {answer.values.size} for {len(asked.rollouts)} rollouts")
+    for i, (requested, answer) in enumerate(zip(request.groups, answers, strict=True)):
+        if answer.values is not None and answer.values.size != len(requested.rollouts):
+            raise CodecError(f"groups[{i}].values", f"has {answer.values.size} for {len(requested.rollouts)} rollouts")
     return answers
 
 

@@ -31,7 +31,7 @@ CHUNK_BYTES = 2**20
 """Size of the chunks of a payload."""
 
 MAX_CHANGED_SHARE = 0.25
-"""Above this share of changed elements a full push is sent: a delta would save little and take long to make."""
+"""Above this share of changed elements a full push is sent: a delta would save little and take long to create."""
 
 _MAX_THREADS = 4
 
@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 
 def wire_view(weight: WeightArray, name: str) -> memoryview:
-    """Return the bytes of a parameter, little-endian in C order. Copies only if memory differs from that.
+    """Return the bytes of a parameter, little-endian in C order. Copy only if the array has another layout.
 
     Raises:
         CodecError: the element type of the array differs from `weight.dtype`.
@@ -48,8 +48,8 @@ def wire_view(weight: WeightArray, name: str) -> memoryview:
     if weight.dtype not in SAFETENSORS_DTYPES or weight.array.dtype != host_dtype(weight.dtype):
         raise CodecError(
             f"weights[{name!r}]",
-            f"holds {weight.array.dtype.name} and says {weight.dtype}; required: float32, float64, float16, "
-            "or bfloat16 as its raw uint16 bits",
+            f"is an array of {weight.array.dtype.name} with dtype {weight.dtype!r}; required: float32, float64, "
+            "float16, or bfloat16 as raw uint16 bits",
         )
     little = weight.array.astype(weight.array.dtype.newbyteorder("<"), order="C", copy=False)
     return little.reshape(-1).view(np.uint8).data
@@ -68,7 +68,7 @@ def hash_weights(weights: Mapping[str, WeightArray]) -> dict[str, bytes]:
 def combine_digests(sha256_by_name: Mapping[str, bytes], adapter: Adapter | None = None) -> bytes:
     """Return the digest of a policy: SHA-256 over the SHA-256 of its parameters, ordered by name.
 
-    For an adapter, the digest of its base, its rank and its alpha follow.
+    For an adapter, the hash also covers the digest of its base, its rank and its alpha.
     """
     content = b"".join(sha256_by_name[name] for name in sorted(sha256_by_name))
     if adapter is not None:
@@ -92,7 +92,7 @@ class WeightPush:
     manifest: pb.WeightsManifest
     """The first message of the push. Do not change it."""
     payload: tuple[memoryview, ...]
-    """The bytes of each parameter in the order of the manifest; of a delta, the blocks of the changed parameters."""
+    """The bytes of each parameter in the order of the manifest; in a delta, the blocks of the changed parameters."""
 
     @classmethod
     def prepare(
@@ -108,12 +108,12 @@ class WeightPush:
         """Return a full push.
 
         Args:
-            lineage_id: the learner that numbers the versions.
-            policy_version: within a lineage it must exceed the served version.
+            lineage_id: id of the learner that numbers the versions.
+            policy_version: must exceed the served version of the same lineage.
             weights: every parameter by its Hugging Face name, tied ones once. Do not change them while in use.
-            sha256_by_name: result of `hash_weights`. None hashes them here, which blocks for a while.
+            sha256_by_name: result of `hash_weights`. None calls it, which blocks for a while.
             keep_as_base: ask replicas to keep these weights as the base of a later `delta`.
-            adapter: the adapter that `weights` belong to, named as in peft's files; None for a whole model.
+            adapter: the adapter of these `weights`, which are then named as in peft's files; None for a whole model.
 
         Raises:
             CodecError: the element type of an array differs from its `dtype`.
@@ -149,7 +149,7 @@ class WeightPush:
         return sum(len(part) for part in self.payload)
 
     def delta(self, base: WeightPush) -> WeightPush | None:
-        """Return this push as a delta to `base`; None if it would not pay or the parameters have other shapes.
+        """Return this push as a delta to `base`; None if it saves too little or names, dtypes or shapes differ.
 
         It compares every byte, which blocks for a while.
 
@@ -200,12 +200,12 @@ class WeightPush:
         yield from self.payload
 
     def messages(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.UpdateWeightsRequest]:
-        """Yield the messages of the push: the manifest, the chunks if there are any, the commit."""
+        """Yield the messages of the push: the manifest, any chunks, the commit."""
         yield pb.UpdateWeightsRequest(manifest=self.manifest)
         offset = 0
         has_own_transport = self.manifest.file or self.manifest.HasField("process_group")
         for data in [] if has_own_transport else self._chunks(chunk_bytes):
-            request = pb.UpdateWeightsRequest()  # filled in place: passing a message to another copies it
+            request = pb.UpdateWeightsRequest()  # filled in place: protobuf copies nested messages
             request.chunk.offset, request.chunk.data = offset, data
             yield request
             offset += len(data)
@@ -246,6 +246,6 @@ def _encode(triple: tuple[memoryview, memoryview, int]) -> tuple[int, bytes]:
 
 
 def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Return the results of `work`, which releases the GIL for most of its time."""
+    """Apply `work` to each item in threads. It must release the GIL most of the time."""
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="poise_client") as pool:
         return list(pool.map(work, items))

@@ -16,7 +16,7 @@
     ├── StepOrderError          calls of a run in the wrong order                     fix the loop
     └── InternalError           a bug: the service logs the traceback                 do not retry
 
-A `retryable` error was retried for as long as the deadline and the `RetryPolicy` allow. See `attempts` and
+A `retryable` error was retried until the deadline or the limit of the `RetryPolicy`. See `attempts` and
 `elapsed_s`.
 """
 
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class PoiseClientError(Exception):
-    """Base of the family."""
+    """Base of all exceptions of the clients."""
 
     default_reason: ClassVar[str] = "INTERNAL"
 
@@ -49,15 +49,15 @@ class PoiseClientError(Exception):
         self.reason = reason or self.default_reason
         """Name of the `ErrorReason`, such as "QUEUE_FULL"."""
         self.retryable = retryable
-        """Whether the same call may succeed later without the caller changing anything."""
+        """Whether the same call may succeed later, unchanged."""
         self.remedy = remedy
-        """What to do next, in one sentence; may be empty."""
+        """The next thing to do, in one sentence; may be empty."""
         self.violations = tuple(violations)
         """The wrong fields: (path, what is wrong and what is allowed)."""
         self.retry_after_s = retry_after_s
         """Seconds to wait before the next attempt, if the service asked for a pause."""
         self.starting = starting
-        """Whether the service still loads or recovers. The message names the stage and its duration."""
+        """Whether the service is still starting. The message has the stage and its duration."""
         self.call = call
         """The call, such as "GenerationService.GetPolicy at host:port"."""
         self.attempts = 1
@@ -119,7 +119,7 @@ class TrainingStoppedError(PoiseClientError):
 
 
 class ConflictError(PoiseClientError):
-    """The same id came with other content, or two callers write at once."""
+    """The same id has other content, or two callers write at once."""
 
     default_reason = "CONFLICT"
 
@@ -143,7 +143,7 @@ class UnavailableError(PoiseClientError):
 
 
 class DeadlineExceededError(PoiseClientError):
-    """The call had no answer before its deadline."""
+    """The service did not answer before the deadline."""
 
     default_reason = "DEADLINE_EXCEEDED"
 

@@ -14,19 +14,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Background:
+class BackgroundLoop:
     """A running event loop on its own daemon thread."""
 
     def __init__(self) -> None:
         self.num_leases = 0
-        """Number of clients that use the loop. Guarded by the lock of `Shared`."""
+        """Number of clients that use the loop. Guarded by the lock of `SharedLoop`."""
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(_idle(started)), name="poise_client", daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(_serve(started)), name="poise_client", daemon=True)
         self._thread.start()
         self._loop, self._stop = started.result()
 
     def is_alive(self) -> bool:
-        """Return whether the loop runs. It does not run in a forked child of the process that started it."""
+        """Return whether the loop runs. It does not run in forked children."""
         return self._thread.is_alive()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -40,29 +40,29 @@ class Background:
             self._thread.join()
 
 
-async def _idle(started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+async def _serve(started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
     """Publish the running loop and keep it running until the event is set."""
     stop = asyncio.Event()
     started.set_result((asyncio.get_running_loop(), stop))
     await stop.wait()
 
 
-class Shared:
-    """Lends one `Background`. The first lease starts it and the last release stops it."""
+class SharedLoop:
+    """Lends one `BackgroundLoop`. The first `acquire` starts it, and the last `release` stops it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._current: Background | None = None
+        self._current: BackgroundLoop | None = None
 
-    def acquire(self) -> Background:
+    def acquire(self) -> BackgroundLoop:
         """Return the running loop. Pass it to `release` afterwards."""
         with self._lock:
             if self._current is None or not self._current.is_alive():
-                self._current = Background()
+                self._current = BackgroundLoop()
             self._current.num_leases += 1
             return self._current
 
-    def release(self, background: Background) -> None:
+    def release(self, background: BackgroundLoop) -> None:
         """Return a loop, once for each `acquire`."""
         with self._lock:
             background.num_leases -= 1
@@ -73,5 +73,5 @@ class Shared:
         background.stop()
 
 
-shared = Shared()
-"""One for the process, like gRPC's completion queue."""
+shared = SharedLoop()
+"""The loop of this process, which also has one gRPC completion queue."""

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import grpc
 
-from poise_client._transport.fork import note_use, refuse_after_fork
+from poise_client._transport.fork import record_use, reject_after_fork
 from poise_client._transport.target import check_target
 from poise_client._transport.token import TOKEN_FILE_ENV, TokenFile
 from poise_client._transport.tracing import TRACEPARENT, TRACEPARENT_KEY
 
 MAX_RECEIVED_BYTES = 64 * 2**20
-"""A group of many long rollouts is one message. Requests stay below gRPC's default of 4 MiB."""
+"""Large, because a group of many long rollouts is one message. Requests stay below gRPC's default of 4 MiB."""
 
 ChannelOption = tuple[str, int | str]
 
 _PING_AFTER_MS = 15_000
-"""A peer is pinged after this silence. gRPC may take twice as long."""
+"""Silence after which a peer is pinged. gRPC may take twice as long."""
 _PING_TIMEOUT_MS = 20_000
-"""Longest wait for the answer to a ping. A peer that died silently is detected within 50 s."""
+"""Maximum wait for the answer to a ping. A silent failure of a peer is detected within 50 s."""
 
 KEEPALIVE_OPTIONS: tuple[ChannelOption, ...] = (
     ("grpc.keepalive_time_ms", _PING_AFTER_MS),
@@ -42,7 +42,7 @@ _NO_PROXY_OPTIONS: tuple[ChannelOption, ...] = (
 _OPTIONS: tuple[ChannelOption, ...] = (
     *KEEPALIVE_OPTIONS,
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    # A service that restarts is found again within 2 s; gRPC's own back-off grows to two minutes.
+    # Reconnect within 2 s of a service's restart; gRPC's own backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -55,13 +55,13 @@ class TlsOptions:
     """TLS to the service, with a client certificate if the service requires one."""
 
     root_certs_file: Path | str | None = None
-    """PEM file of the trusted authorities; None trusts those of gRPC."""
+    """PEM file of the trusted authorities; None uses gRPC's defaults."""
     client_cert_file: Path | str | None = None
     """PEM file of the client's certificate chain."""
     client_key_file: Path | str | None = None
     """PEM file of its key."""
     server_name: str | None = None
-    """Name in the service's certificate; None uses that of the target. Set it for targets that are IP addresses."""
+    """Name in the service's certificate; None uses the name in the target. Set it for IP addresses."""
 
     def __post_init__(self) -> None:
         if (self.client_cert_file is None) != (self.client_key_file is None):
@@ -88,7 +88,7 @@ class Dialer:
         allow_insecure_token: bool,
         use_proxy: bool,
     ) -> None:
-        refuse_after_fork()
+        reject_after_fork()
         check_target(target)
         if token is not None and token_file is not None:
             raise ValueError("token and token_file are both set. Remove one")
@@ -99,11 +99,11 @@ class Dialer:
         )
         has_token = token is not None or self._token_file is not None
         if token is not None and (not token.isascii() or not token.isprintable() or " " in token or not token):
-            raise ValueError("token must be printable ASCII without spaces. Was a file read with its line end?")
+            raise ValueError("token must be printable ASCII without spaces or line breaks. Strip it first")
         if has_token and tls is None and not allow_insecure_token and not is_loopback(target):
             raise ValueError(
                 f"the token for {target} would be sent in plaintext. Pass tls=TlsOptions(...), or "
-                "allow_insecure_token=True if something else encrypts"
+                "allow_insecure_token=True if another layer encrypts the connection"
             )
         self.target = target
         self._token = token
@@ -123,7 +123,7 @@ class Dialer:
 
     @property
     def is_token_new(self) -> bool:
-        """Whether the token changed so recently that the service may not know it yet."""
+        """Whether the token changed so recently that the service may not have read it yet."""
         return self._token_file is not None and self._token_file.changed_lately
 
     def open(self) -> grpc.aio.Channel:
@@ -132,11 +132,11 @@ class Dialer:
 
 
 def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool = False) -> grpc.aio.Channel:
-    """Open a channel like those of the clients, on the running event loop, for calls that they do not offer.
+    """Open a channel like those of the clients, on the running event loop. Use it for calls that the clients lack.
 
     Args:
         target: `host:port`, `[IPv6 address]:port`, `dns:///name:port` or `unix:path`.
-        tls: how to encrypt; None means plaintext.
+        tls: TLS options; None sends plaintext.
         use_proxy: use the proxy of `http_proxy` and similar variables.
 
     Raises:
@@ -152,7 +152,7 @@ def open_channel(target: str, tls: TlsOptions | None = None, *, use_proxy: bool 
 def _open(
     target: str, credentials: grpc.ChannelCredentials | None, server_name: str | None, use_proxy: bool
 ) -> grpc.aio.Channel:
-    note_use()
+    record_use()
     options: Sequence[ChannelOption] = (
         *_OPTIONS,
         *(() if use_proxy else _NO_PROXY_OPTIONS),

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from poise_client._transport.channel import Dialer, TlsOptions
-from poise_client._transport.fork import is_forked, refuse_after_fork
+from poise_client._transport.fork import is_forked, reject_after_fork
 from poise_client._transport.retry import Attempts, Clock, RetryPolicy
 from poise_client._transport.status import error_from_rpc, renumber
 from poise_client._transport.token import TokenFile
@@ -31,7 +31,7 @@ MAX_REQUEST_BYTES = 3 * 2**20
 """Requests are split below this, well under gRPC's default limit of 4 MiB."""
 
 MAX_ENTRIES = 4096
-"""Most prompts or groups in one request."""
+"""Maximum number of prompts or groups in one request."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -45,13 +45,13 @@ class ClientOptions(TypedDict, total=False):
     token_file: Path | str | TokenFile | None
     """File with the bearer token, read again when it changes. Default: the file named by POISE_TOKEN_FILE, if any."""
     tls: TlsOptions | None
-    """How to encrypt; None sends plaintext."""
+    """TLS options; None sends plaintext."""
     timeout_s: float | None
     """Deadline of every call, retries included; None uses the default of each method."""
     retries: RetryPolicy
-    """How retryable errors are retried."""
+    """Retry policy for retryable errors."""
     allow_insecure_token: bool
-    """Send the token in plaintext because something else encrypts."""
+    """Send the token in plaintext, because another layer encrypts the connection."""
     use_proxy: bool
     """Use the proxy of `http_proxy` and similar variables. They are ignored by default."""
 
@@ -119,7 +119,7 @@ class AsyncClient:
     def _open(self) -> grpc.aio.Channel:
         if self._closed:
             raise RuntimeError(f"{self!r} is closed. Create a new one")
-        refuse_after_fork()
+        reject_after_fork()
         loop = asyncio.get_running_loop()
         if self._channel is None:
             self._channel, self._loop = self._dialer.open(), loop
@@ -128,13 +128,13 @@ class AsyncClient:
         return self._channel
 
     def _attempts(self, timeout_s: float | None, default_s: float) -> Attempts:
-        for given_s in (timeout_s, self._timeout_s):
-            if given_s is not None:
-                if not given_s > 0:
+        for limit_s in (timeout_s, self._timeout_s):
+            if limit_s is not None:
+                if not limit_s > 0:
                     raise InvalidRequestError(
-                        "the timeout is too short", violations=[("timeout_s", f"is {given_s}; required: above 0")]
+                        "the timeout is too short", violations=[("timeout_s", f"is {limit_s}; required: above 0")]
                     )
-                return Attempts(self._retries, given_s, self._clock)
+                return Attempts(self._retries, limit_s, self._clock)
         return Attempts(self._retries, default_s, self._clock)
 
     async def _call(
@@ -144,7 +144,7 @@ class AsyncClient:
         request: Message | Callable[[], Iterable[Message]],
         decode: Callable[[Any], T],
     ) -> T:
-        """Send a request, or a fresh stream of requests, until it succeeds or `attempts` ends; decode the answer."""
+        """Send a request, or a new stream of requests, until it succeeds or `attempts` ends. Decode the answer."""
         while True:
             try:
                 with self._translated(method):
@@ -168,13 +168,13 @@ class AsyncClient:
         request: Callable[[list[Any]], Message],
         decode: Callable[[Any, Any], T],
     ) -> list[T]:
-        """Send messages in as many requests as they need; return the decoded answers, given request and response.
+        """Send messages in as many requests as necessary, and return the decoded answers.
 
         Args:
             method: the RPC.
-            attempts: of all requests together.
-            field: repeated field that holds the messages. Its indices in errors are those of `messages`.
-            messages: what to send.
+            attempts: attempts of all requests together.
+            field: repeated field of the messages. In errors, its indices are those of `messages`.
+            messages: messages to send.
             request: returns a request with a part of the messages.
             decode: returns an answer from a request and its response.
         """
@@ -191,7 +191,7 @@ class AsyncClient:
 
     @contextmanager
     def _translated(self, method: str) -> Iterator[None]:
-        """Raise errors of gRPC and of the codec as `PoiseClientError`."""
+        """Convert errors of gRPC and of the codec to `PoiseClientError`."""
         call = f"{self.service}.{method} at {self.target}"
         try:
             yield
@@ -211,7 +211,7 @@ class AsyncClient:
 
 @contextmanager
 def encoding(field: str) -> Iterator[None]:
-    """Raise values that do not fit a request as `InvalidRequestError`, as the service would."""
+    """Convert errors about values that do not fit a request to `InvalidRequestError`, as the service would."""
     try:
         yield
     except CodecError as error:
@@ -229,7 +229,7 @@ def encoding(field: str) -> Iterator[None]:
 def pack(messages: Sequence[M]) -> Iterator[range]:
     """Yield consecutive ranges of indices whose messages fit one request.
 
-    A message that is too large by itself gets its own request: gRPC decides about it.
+    A message above the limit gets its own request, which gRPC may reject.
     """
     start, size = 0, 0
     for i, message in enumerate(messages):
@@ -243,7 +243,7 @@ def pack(messages: Sequence[M]) -> Iterator[range]:
 
 
 def encode_each(values: Sequence[object], kind: type[M], field: str) -> list[M]:
-    """Return dataclasses as messages. Raises `InvalidRequestError`, which names the entry of `field`."""
+    """Return dataclasses as messages. Raise `InvalidRequestError`, which names the entry of `field`."""
     messages = []
     for i, value in enumerate(values):
         with encoding(f"{field}[{i}]"):

@@ -1,7 +1,7 @@
 """Rejects the use of gRPC in forked processes, where it does not work.
 
-Importing this module loads gRPC without its own fork handlers: with them, about one in four children that are forked
-during a call crashes. `GRPC_ENABLE_FORK_SUPPORT` in the environment still turns them on.
+Importing this module loads gRPC without its own fork handlers. With them, about a quarter of the children forked during
+a call crash. `GRPC_ENABLE_FORK_SUPPORT` in the environment still turns them on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _load_grpc() -> None:
 _load_grpc()
 
 _opened_by: int | None = None
-"""The process that opened the first channel: this one, or one that it was forked from."""
+"""Id of the process that opened the first channel: this process or an ancestor."""
 
 
 def is_forked() -> bool:
@@ -33,7 +33,7 @@ def is_forked() -> bool:
     return _opened_by not in (None, os.getpid())
 
 
-def refuse_after_fork() -> None:
+def reject_after_fork() -> None:
     """Raise `RuntimeError` if `is_forked`."""
     if is_forked():
         raise RuntimeError(
@@ -43,8 +43,8 @@ def refuse_after_fork() -> None:
         )
 
 
-def note_use() -> None:
+def record_use() -> None:
     """Record that this process uses gRPC. Raises `RuntimeError` if `is_forked`."""
     global _opened_by
-    refuse_after_fork()
+    reject_after_fork()
     _opened_by = os.getpid()

@@ -13,14 +13,14 @@ from poise_client.errors import DeadlineExceededError, PoiseClientError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How retryable errors are retried, within the deadline of the call."""
+    """Limits of retries after retryable errors, within the deadline of the call."""
 
     initial_backoff_s: float = 0.1
-    """Longest wait before the second attempt. It doubles with each further attempt."""
+    """Maximum wait before the second attempt. It doubles with each attempt."""
     max_backoff_s: float = 5.0
-    """Longest wait between attempts, unless the service asks for more."""
+    """Maximum wait between attempts, unless the service asks for a longer one."""
     max_attempts: int | None = None
-    """Most attempts without progress, including the first. None retries until the deadline; 1 never retries."""
+    """Maximum number of attempts without progress. None retries until the deadline; 1 never retries."""
 
     def __post_init__(self) -> None:
         if not 0 < self.initial_backoff_s <= self.max_backoff_s:
@@ -69,7 +69,7 @@ class Attempts:
         return max(0.0, self._timeout_s - self._elapsed_s())
 
     def progressed(self) -> None:
-        """Record progress: backoff and the limit of attempts start over."""
+        """Record progress, which resets the backoff and the count of attempts."""
         self._num_without_progress = 0
 
     async def wait_after(self, error: PoiseClientError) -> None:
@@ -94,7 +94,7 @@ class Attempts:
         backoff_s = self._clock.draw(longest_s / 2, longest_s)
         if error.retry_after_s is None:
             return backoff_s
-        return error.retry_after_s + backoff_s  # spread, so that callers do not all return at once
+        return error.retry_after_s + backoff_s  # jitter, so that callers do not all retry at once
 
     def _elapsed_s(self) -> float:
         return self._clock.now() - self._started_s

@@ -1,4 +1,4 @@
-"""Converts a failed RPC to an exception: by its `PoiseErrorDetail` if it has one, else by its gRPC status."""
+"""Converts a failed RPC to an exception, by its `PoiseErrorDetail` or else by its gRPC status."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ _REMEDIES: dict[grpc.StatusCode, str] = {
 }
 
 
-_CORE = "Internal error from Core"
-"""gRPC's own message when it could not send on a call that had just ended."""
+_CORE_ERROR = "Internal error from Core"
+"""gRPC's message when it sends on a call that has just ended."""
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, call: str) -> PoiseClientError:
-    """Return the exception for a failed RPC. `call` names the RPC in its text."""
+    """Return the exception for a failed RPC. `call` is the name of the RPC, for its text."""
     code = error.code()
     message = error.details() or f"failed with {code.name}"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return errors.InvalidRequestError(message, remedy="send less at once", call=call)
-    if code is grpc.StatusCode.INTERNAL and message.startswith(_CORE):
+    if code is grpc.StatusCode.INTERNAL and message.startswith(_CORE_ERROR):
         return errors.UnavailableError(
             "the service ended the call while the request was sent, and gRPC lost its answer", retryable=True, call=call
         )
@@ -116,7 +116,7 @@ def _details(error: grpc.aio.AioRpcError) -> Sequence[Any]:
 
 
 def renumber(error: PoiseClientError, field: str, indices: Sequence[int]) -> None:
-    """Replace indices of a request in an error by those of the caller: `field[k]` becomes `field[indices[k]]`."""
+    """Replace a request's indices in an error with the caller's: `field[k]` becomes `field[indices[k]]`."""
     prefix = f"{field}["
 
     def renamed(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, Unpack
 
 from poise_client._transport import background
 from poise_client._transport.client import AsyncClient, ClientOptions
-from poise_client._transport.fork import is_forked, refuse_after_fork
+from poise_client._transport.fork import is_forked, reject_after_fork
 from poise_client.errors import UnavailableError
 from poise_client.types import Group
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Closable(Protocol):
-    """Async object that a `Blocking` wraps."""
+    """An async object that a `Blocking` can wrap."""
 
     async def close(self) -> None:
         """Cancel running calls and close every channel."""
@@ -39,7 +39,7 @@ class Blocking(Generic[A]):
     def __init__(self, wrapped: A) -> None:
         self._client = wrapped
         self._lock = threading.Lock()
-        self._background: background.Background | None = None
+        self._background: background.BackgroundLoop | None = None
         self._running: set[Future[Any]] = set()
         self._closed = False
 
@@ -56,7 +56,7 @@ class Blocking(Generic[A]):
 
     def close(self) -> None:
         """Cancel running calls of all threads and close the channel. It can be called twice, but not reopened."""
-        if is_forked():  # the loop and the channel belong to the parent, and one of its threads may hold the lock
+        if is_forked():  # the parent owns the loop and the channel, and the lock may be held forever
             self._closed = True
             return
         with self._lock:
@@ -92,7 +92,7 @@ class Blocking(Generic[A]):
                 self._running.discard(future)
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        refuse_after_fork()  # before taking the lock, which another thread may have held at the fork
+        reject_after_fork()  # before the lock, which another thread may have held at the fork
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self!r} is closed. Create a new one")
@@ -126,7 +126,7 @@ class SyncClient(Blocking[C]):
 
 
 class GroupStream(Iterator[Group]):
-    """Yields groups as they complete. Closing or dropping it early cancels the unfinished rollouts in the service.
+    """Yields groups as they complete. Closing or deleting it early cancels the unfinished rollouts in the service.
 
     Several threads may iterate over one stream: each group goes to one of them.
     """
@@ -134,7 +134,7 @@ class GroupStream(Iterator[Group]):
     def __init__(self, client: Blocking[Any], groups: AsyncGenerator[Group, None]) -> None:
         self._client = client
         self._groups = groups
-        self._lock = asyncio.Lock()  # for tasks of the loop: two of them cannot advance one generator
+        self._lock = asyncio.Lock()  # two tasks cannot advance one generator
         self._waiting: set[asyncio.Task[Any]] = set()
         self._closed = False
 

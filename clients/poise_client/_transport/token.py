@@ -13,7 +13,7 @@ TOKEN_FILE_ENV = "POISE_TOKEN_FILE"  # noqa: S105 (a variable's name)
 """Environment variable with the token file of clients without `token` and `token_file`."""
 
 ROTATION_S = 120.0
-"""Seconds after a change during which both tokens are in use. Kubernetes updates mounts within a minute."""
+"""Seconds after a change during which both tokens are valid. Kubernetes updates mounts within a minute."""
 
 _TOKEN = re.compile(r"[!-~]+")
 
@@ -30,7 +30,7 @@ class TokenFile:
         """
         self.path = Path(path)
         self._now = now
-        self._version = self._look()
+        self._version = self._file_version()
         self._token = self._read()
         self._previous: str | None = None
         self._changed_s = -ROTATION_S
@@ -41,7 +41,7 @@ class TokenFile:
     def current(self) -> str:
         """The token in the file; the previous one while the file is invalid."""
         try:
-            version = self._look()
+            version = self._file_version()
             if version != self._version:
                 token = self._read()
                 if token != self._token:
@@ -60,16 +60,16 @@ class TokenFile:
 
     @property
     def changed_lately(self) -> bool:
-        """Whether the token changed so recently that the peer may still use the previous one."""
+        """Whether the token changed so recently that the peer may still use the old one."""
         return self._now() - self._changed_s < ROTATION_S
 
-    def _look(self) -> tuple[int, ...]:
-        facts = self.path.stat()
-        return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size, facts.st_mode
+    def _file_version(self) -> tuple[int, ...]:
+        status = self.path.stat()
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size, status.st_mode
 
     def _read(self) -> str:
         with self.path.open("rb") as file:
-            refuse_shared_file(self.path, os.fstat(file.fileno()))
+            reject_shared_file(self.path, os.fstat(file.fileno()))
             token = file.read(65536).decode("ascii", "replace").strip()
         try:
             check_token(token)
@@ -84,18 +84,18 @@ def check_token(token: str) -> None:
         raise ValueError("must be visible ASCII characters without blanks or line breaks, at least one")
 
 
-def refuse_shared_file(path: Path, facts: os.stat_result) -> None:
+def reject_shared_file(path: Path, status: os.stat_result) -> None:
     """Raise `ValueError` for a secret that other users of the machine can read or change.
 
-    A file of root that only a group of this process can read is accepted: Kubernetes mounts secrets so with `fsGroup`.
+    A root-owned file that only a group of this process can read is accepted: Kubernetes creates such with `fsGroup`.
     """
-    if os.name != "posix" or not facts.st_mode & 0o077:
+    if os.name != "posix" or not status.st_mode & 0o077:
         return
     is_mounted_secret = (
-        facts.st_uid == 0 and not facts.st_mode & 0o037 and facts.st_gid in {os.getegid(), *os.getgroups()}
+        status.st_uid == 0 and not status.st_mode & 0o037 and status.st_gid in {os.getegid(), *os.getgroups()}
     )
     if not is_mounted_secret:
         raise ValueError(
-            f"{path} has mode {stat.S_IMODE(facts.st_mode):04o}: other users can use the token. "
+            f"{path} has mode {stat.S_IMODE(status.st_mode):04o}: other users can use the token. "
             f"Run `chmod 600 {path}`; in Kubernetes, set defaultMode: 0440 of the volume and fsGroup of the pod"
         )

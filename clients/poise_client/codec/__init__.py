@@ -1,7 +1,7 @@
-"""Dataclasses of `poise_client.types` to and from protobuf messages. For servicers and clients, not for their users.
+"""Converts dataclasses of `poise_client.types` to and from protobuf messages. For clients and servicers, not for users.
 
-`encode` and `decode` check structure: what must be set, dtype, shape, lengths that must agree. They raise `CodecError`,
-which names the field by its path within the message. Ranges of values are for the servicer to check.
+`encode` and `decode` check structure: required fields, dtypes, shapes, and lengths that must agree. They raise
+`CodecError`, which names the field by its path within the message. Servicers check the ranges of values.
 """
 
 from poise_client.codec._converters import LABEL_SCHEMA_VERSION, backend_name, backend_number, decode_hidden

@@ -1,4 +1,4 @@
-"""The conversions that do more than copy fields: features, groups, prompts, batches and what depends on a status."""
+"""Conversions that do more than copy fields: features, groups, prompts, batches and status-dependent messages."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from poise_client.types import (
 from poise_proto.v1 import common_pb2, generation_pb2, learner_pb2, value_pb2
 
 LABEL_SCHEMA_VERSION = 2
-"""Schema of LabelledGroup that this code writes, and the only one that it reads."""
+"""The only schema of LabelledGroup that this code reads and writes."""
 
 _REASONS = learner_pb2.RejectionReason.DESCRIPTOR
 _ROLES = generation_pb2.ChatRole.DESCRIPTOR
 _BACKENDS = generation_pb2.ProcessGroupBackend.DESCRIPTOR
 
 
-# Features. Written out because the value service reads thousands of them in a call.
+# Features. Written by hand for speed: the value service reads thousands of them per call.
 
 
 def _encode_features(features: Features, kind: type[Any], path: str) -> common_pb2.RolloutFeatures:
@@ -88,7 +88,7 @@ def decode_hidden(message: common_pb2.RolloutFeatures, path: str = "features") -
     if prompt_hidden.shape != response_hidden.shape:
         raise CodecError(
             join(path, "response_hidden"),
-            f"is {response_hidden.size} wide and prompt_hidden {prompt_hidden.size}; required: both the model's width",
+            f"has width {response_hidden.size}, but prompt_hidden has {prompt_hidden.size}; required: equal",
         )
     return prompt_hidden, response_hidden
 
@@ -102,7 +102,7 @@ def _decode_rollout(message: generation_pb2.Rollout | learner_pb2.TrainingRollou
         if array is not None and array.shape != rollout.token_ids.shape:
             raise CodecError(
                 join(path, name),
-                f"has {array.size} elements for {rollout.token_ids.size} response tokens; required: one each",
+                f"has {array.size} elements for {rollout.token_ids.size} response tokens; required: one per token",
             )
     return rollout
 
@@ -218,7 +218,7 @@ def _decode_prompt(message: generation_pb2.PromptSpec, path: str) -> Prompt:
             raise CodecError(join(path, kind), "is empty; required: at least one message or token id")
 
 
-# Estimates: present or absent by their status.
+# Estimates, which are present or absent depending on their status.
 
 
 def _encode_baselines(group: GroupBaselines, kind: type[Any], path: str) -> value_pb2.GroupBaselines:
@@ -228,7 +228,7 @@ def _encode_baselines(group: GroupBaselines, kind: type[Any], path: str) -> valu
 def _decode_baselines(message: value_pb2.GroupBaselines, path: str) -> GroupBaselines:
     if not _is_present(message.status, path):
         return GroupBaselines(message.group_id, 0, None, None, message.up_to_date)
-    # An estimate has values, whatever the type allows.
+    # A present estimate must have values, although the dataclass allows None.
     values = from_tensor(message.values, field=join(path, "values"))
     group = decode_fields(message, GroupBaselines, path, values=values)
     if group.baselines is not None and group.baselines.shape != values.shape:
@@ -296,7 +296,7 @@ def _decode_status(message: learner_pb2.GetStatusResponse, path: str) -> Learner
     return decode_fields(message, LearnerStatus, path, num_rejected=counts)
 
 
-# Process groups, of which the SDK has no type.
+# Process groups, for which the SDK has no type.
 
 
 def backend_number(name: str) -> generation_pb2.ProcessGroupBackend.ValueType:

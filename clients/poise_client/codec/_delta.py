@@ -18,16 +18,16 @@ from poise_client.codec._tensor import CodecError
 Buffer = bytes | bytearray | memoryview
 
 MAX_DELTA_ELEMENTS = 2**32
-"""Most elements of a tensor: positions have 32 bits."""
+"""Maximum number of elements of a tensor, because positions have 32 bits."""
 
 _LEVEL = 1
-"""zlib's level. Higher levels take several times as long and save a tenth."""
+"""zlib's compression level. Higher levels take several times as long to save a tenth."""
 
 _POSITION_BYTES = 4
 
 
 def make_delta(base: Buffer, new: Buffer, itemsize: int) -> tuple[int, bytes]:
-    """Return the number of elements that differ, and their block; the block is empty if none does.
+    """Return the number of elements that differ, and their block, which is empty if there are none.
 
     Both buffers must have the same number of elements of `itemsize` bytes, at most `MAX_DELTA_ELEMENTS`.
     """
@@ -49,10 +49,10 @@ def max_block_bytes(num_changed: int, itemsize: int) -> int:
 
 
 def apply_delta(target: bytearray | memoryview, block: Buffer, num_changed: int, itemsize: int, field: str) -> None:
-    """Change the bytes of the base into those of the new version, in place.
+    """Change the base in `target` to the new version, in place.
 
     Raises:
-        CodecError: the block is malformed. It names `field`. `target` is then undefined.
+        CodecError: the block is malformed; the error names `field`. The content of `target` is then undefined.
     """
     if not num_changed:
         if block:
@@ -72,7 +72,7 @@ def apply_delta(target: bytearray | memoryview, block: Buffer, num_changed: int,
 def _unpack(block: Buffer, num_bytes: int, field: str) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        content = unpacker.decompress(block, num_bytes + 1)  # one byte more than allowed: a zlib bomb stops here
+        content = unpacker.decompress(block, num_bytes + 1)  # one byte above the limit, to stop a zlib bomb
     except zlib.error as error:
         raise CodecError(field, f"is not a zlib stream: {error}") from error
     if len(content) != num_bytes or not unpacker.eof or unpacker.unused_data:

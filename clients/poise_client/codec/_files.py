@@ -1,4 +1,4 @@
-"""Batches and labels as bytes, for journals: length-prefixed messages."""
+"""Serializes batches and labels for journals, as length-prefixed messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_labels(content: bytes) -> list[Group]:
 
 
 def _parse(kind: type[M], content: bytes, field: str) -> Iterator[M]:
-    """Yield length-prefixed messages. Raises `CodecError` for bytes that are truncated or are no such messages."""
+    """Yield length-prefixed messages. Raise `CodecError` if the bytes are truncated or something else."""
     stream = io.BytesIO(content)
     while True:
         try:

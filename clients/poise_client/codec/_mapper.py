@@ -1,6 +1,6 @@
-"""Dataclasses to and from messages, field by field.
+"""Converts dataclasses to and from messages, field by field.
 
-A field is copied if the dataclass and the message both have it. Its conversion follows from the two declarations:
+Fields that both the dataclass and the message have are copied. The two declarations determine the conversion:
 
     message                     dataclass
     Tensor                      Floats or Ints, 1 axis
@@ -9,7 +9,7 @@ A field is copied if the dataclass and the message both have it. Its conversion 
     map, repeated scalar        dict, tuple
     unset optional field        the default of the dataclass
 
-What needs more than copying is in `_converters`, registered here by type.
+`_converters` registers all other conversions here, by type.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 Encoder = Callable[[Any, str], Any]
-"""Returns what the field of the message holds. Takes the value and its path, for errors."""
+"""Returns the content of a message field. Takes the dataclass field's value, and its path for errors."""
 Decoder = Callable[[Any, str], Any]
-"""Returns what the field of the dataclass holds. Takes the whole message and its path."""
+"""Returns the value of a dataclass field. Takes the whole message, and the field's path for errors."""
 
 _ENCODERS: dict[type, Callable[[Any, type[Any], str], Any]] = {}
 _DECODERS: dict[type, Callable[[Any, str], Any]] = {}
@@ -53,7 +53,7 @@ def decode(message: Message, kind: type[T], path: str = "") -> T:
 
 
 def encode_fields(value: object, kind: type[M], path: str = "", **more: Any) -> M:
-    """Return a dataclass as a message, copying every shared field but those in `more`, which sets them."""
+    """Return a dataclass as a message. `more` sets fields; all other shared fields are copied."""
     prefix = f"{path}." if path else ""
     for name, encoder in _plan(cast(Any, type(value)), kind.DESCRIPTOR)[0]:
         if name not in more and (content := getattr(value, name)) is not None:
@@ -62,7 +62,7 @@ def encode_fields(value: object, kind: type[M], path: str = "", **more: Any) -> 
 
 
 def decode_fields(message: Message, kind: type[T], path: str = "", **more: Any) -> T:
-    """Return a message as a dataclass, copying every shared field but those in `more`, which sets them."""
+    """Return a message as a dataclass. `more` sets fields; all other shared fields are copied."""
     prefix = f"{path}." if path else ""
     for name, decoder in _plan(cast(Any, kind), message.DESCRIPTOR)[1]:
         if name not in more:
@@ -75,7 +75,7 @@ def register(
     encoder: Callable[[T, type[Any], str], Any] | None = None,
     decoder: Callable[[Any, str], T] | None = None,
 ) -> None:
-    """Convert `kind` with these functions in place of `encode_fields` and `decode_fields`."""
+    """Register functions that convert `kind`, instead of `encode_fields` and `decode_fields`."""
     if encoder is not None:
         _ENCODERS[kind] = encoder
     if decoder is not None:
@@ -111,7 +111,7 @@ def _enum_names(enum: EnumDescriptor) -> dict[int, str]:
 
 @cache
 def _plan(cls: Any, descriptor: Any) -> tuple[list[tuple[str, Encoder | None]], list[tuple[str, Decoder | None]]]:
-    """Return how each shared field is encoded and how it is decoded; None copies it."""
+    """Return the encoder and the decoder of each shared field; None copies the field."""
     hints = get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name in descriptor.fields_by_name]
     encoders, decoders = [], []
@@ -161,7 +161,7 @@ def _decoder(field: dataclasses.Field[Any], hint: Any, wire: FieldDescriptor) ->
 
 
 def _converter(hint: Any, wire: FieldDescriptor) -> Callable[[Any, str], Any]:
-    """Return what converts the content of a field that is set."""
+    """Return the converter for the content of a field that is set."""
     if (enum := wire.enum_type) is not None:
         return lambda number, path: enum_name(enum, number, path)
     if wire.message_type is None:
@@ -188,9 +188,9 @@ def _dataclass(hint: Any) -> Any:
 
 
 def _plain_fields(cls: Any, descriptor: Any) -> tuple[str, ...] | None:
-    """Return the fields of a dataclass if each is copied as it is, such as those of `RolloutId`; else None.
+    """Return the fields of a dataclass if all are copied unchanged, as for `RolloutId`; else None.
 
-    Such a dataclass is converted at once, without paths for errors: there is nothing to check.
+    Such a dataclass needs no checks, so it is converted at once, without paths for errors.
     """
     if cls in _ENCODERS or cls in _DECODERS or not dataclasses.is_dataclass(cls):
         return None

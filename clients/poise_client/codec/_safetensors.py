@@ -1,4 +1,4 @@
-"""The header of a safetensors file. Equal parameters give equal headers."""
+"""Creates the header of a safetensors file. Equal parameters give equal headers."""
 
 from __future__ import annotations
 

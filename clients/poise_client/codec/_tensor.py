@@ -1,4 +1,4 @@
-"""numpy arrays to and from `Tensor` messages. bfloat16, which numpy lacks, is represented as raw uint16 bits."""
+"""Converts numpy arrays to and from `Tensor` messages. bfloat16, which numpy lacks, becomes raw uint16 bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPE_NAMES: Mapping[int, DTypeName] = MappingProxyType({number: name for name, 
 _BY_DTYPE: Mapping[str, DTypeName] = MappingProxyType({name: name for name in DTYPE_NUMBERS if name != "bfloat16"})
 
 MAX_ELEMENTS = 2**20
-"""Most elements that `from_tensor` accepts by default: as float32 they fill gRPC's default limit of 4 MiB."""
+"""Default limit of `from_tensor`: as many float32 elements as fit gRPC's default limit of 4 MiB."""
 
 _SHOWN_AXES = 8
 
@@ -66,7 +66,8 @@ def to_tensor(array: ArrayLike, dtype: DTypeName | None = None, *, field: str = 
     Args:
         array: anything that numpy converts to an array, of any shape.
         dtype: element type on the wire; None uses that of the array. Floats may be rounded to narrower floats, and
-            integers stored in other integers that hold them. Nothing else is cast. bfloat16 takes raw uint16 bits.
+            integers cast to other integer types that can represent them. Other casts are rejected. bfloat16 takes raw
+            uint16 bits.
         field: path of the array, for errors.
 
     Raises:

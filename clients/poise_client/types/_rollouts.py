@@ -19,7 +19,7 @@ Ints = NDArray[np.int32]
 FinishReason = Literal["stop", "length", "abort"]
 
 DEFAULT_DOMAIN = "default"
-"""Domain of groups that name none."""
+"""Domain of groups without one."""
 
 
 class Message(TypedDict):
@@ -45,10 +45,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are sampled."""
+    """Options of sampling."""
 
     temperature: float = 1.0
-    """Log-probabilities, entropies and the loss refer to the distribution after it. 0 is greedy: do not train on it."""
+    """Log-probabilities, entropies and the loss use the distribution after it. 0 is greedy: do not train on it."""
     top_p: float = 1.0
     """Nucleus mass, above 0 and at most 1."""
     top_k: int = 0
@@ -65,7 +65,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class RolloutId:
-    """Identifies one rollout for ever."""
+    """The permanent id of a rollout."""
 
     run_id: str
     step: int
@@ -75,7 +75,7 @@ class RolloutId:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Says which policy version sampled the response tokens [start_token, end_token)."""
+    """The policy version that sampled the response tokens [start_token, end_token)."""
 
     start_token: int
     end_token: int
@@ -107,7 +107,7 @@ def _no_ints() -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Input of the probe: what it sees of one rollout."""
+    """The probe's input for one rollout."""
 
     prompt_hidden: Floats = field(default_factory=_no_floats)
     """[d]"""
@@ -127,10 +127,10 @@ def _no_features() -> Features:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response: the same type from sampling to training.
+    """One sampled response, from sampling to training.
 
-    Each call uses the fields it needs and leaves the others out of its messages. So a rollout that was read from a
-    batch has no features, and one that was read from a label has no tokens.
+    Each call sends only the fields it needs. So a rollout read from a batch has no features, and one read from a label
+    has no tokens.
     """
 
     id: RolloutId
@@ -141,15 +141,15 @@ class Rollout:
     logprobs: Floats = field(default_factory=_no_floats)
     """[T], in nats: under the distribution over the full vocabulary after temperature."""
     version_spans: tuple[VersionSpan, ...] = ()
-    """Which policy version sampled which tokens."""
+    """The policy version that sampled each token."""
     features: Features = field(default_factory=_no_features)
-    """What the value service needs."""
+    """The probe's input."""
     reward: float | None = None
-    """In [0, 1] for the value service. Set it after scoring."""
+    """Set it after scoring. The value service requires [0, 1]."""
     advantage: float = 0.0
-    """What the learner trains on. 0 if the learner has a critic, which computes advantages from rewards."""
+    """Used by the learner. 0 if the learner has a critic, which computes advantages from rewards."""
     finish_reason: FinishReason = "stop"
-    """Not stored in batches and labels: "stop" there."""
+    """Always "stop" in rollouts read from batches and labels, which do not store it."""
     text: str = ""
     """The decoded response without special tokens."""
     token_entropies: Floats | None = None
@@ -167,9 +167,9 @@ class Group:
     group_id: str
     rollouts: tuple[Rollout, ...]
     domain: str = DEFAULT_DOMAIN
-    """Selects the probe that values the rollouts and learns from them."""
+    """Selects the probe."""
     num_rollouts: int = -1
-    """Number of rollouts that were sampled; by default those that are here. The probe rejects part of a group."""
+    """Number of rollouts that were sampled; by default those in `rollouts`. The probe rejects incomplete groups."""
 
     def __post_init__(self) -> None:
         if self.num_rollouts < 0:
@@ -197,7 +197,7 @@ class Group:
         return None if None in rewards else np.array(rewards, np.float32)
 
     def scored(self, rewards: ArrayLike, domain: str | None = None) -> Group:
-        """Return this group with a reward for each rollout, [n], and if given another domain.
+        """Return this group with a reward for each rollout, [n], and optionally with another domain.
 
         Raises:
             ValueError: the number of rewards differs from the number of rollouts.
@@ -235,4 +235,4 @@ class EncodedPrompt:
     prompt_hidden: Floats
     """[d]: the same value as in the features of the prompt's rollouts."""
     policy_version: int
-    """The version that computed it."""
+    """The policy version that computed the hidden state."""

@@ -18,7 +18,7 @@ class Batch:
 
     run_id: str
     batch_id: str
-    """Names the batch within the run."""
+    """Id of the batch within the run."""
     step: int
     rollouts: tuple[Rollout, ...]
     """With advantages; with rewards instead if the learner has a critic."""
@@ -92,7 +92,7 @@ class ReplicaResult:
 
     address: str
     policy_version: int
-    """The version that it is known to serve."""
+    """The last version that it is known to serve."""
     current: bool
     """Whether it serves the learner's current version."""
     error: str
@@ -109,7 +109,7 @@ class ReplicaResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The result of a batch."""
+    """The result of training on a batch."""
 
     policy_version: int
     """The version after the batch."""
@@ -117,7 +117,7 @@ class StepResult:
     """Whether the learner trained on this batch before and returned the stored result."""
     metrics: StepMetrics
     rejected: tuple[tuple[RolloutId, str], ...]
-    """Rollouts that were not trained on, each with its `RejectionReason`."""
+    """Rollouts excluded from training, each with its `RejectionReason`."""
     replicas: tuple[ReplicaResult, ...]
 
 
@@ -126,7 +126,7 @@ class LearnerStatus:
     """State of the learner."""
 
     lineage_id: str
-    """Names the sequence of versions."""
+    """Id of the sequence of versions."""
     policy_version: int
     """The current version."""
     checkpoint_version: int

@@ -21,9 +21,9 @@ class GroupBaselines:
     values: Floats | None
     """[n], in [0, 1]: g_k(z_i), the predicted rewards."""
     baselines: Floats | None
-    """[n]: b_i = mean over j ≠ i of g_k(z_j). None for a single rollout, too."""
+    """[n]: b_i = mean over j ≠ i of g_k(z_j). Also None for a single rollout."""
     up_to_date: bool = False
-    """Whether the probe is known to be fitted on every label published before the first call for the step.
+    """Whether the probe was fitted on every label published before the first call for the step, as far as known.
 
     See `wait_for_labels_s` of `estimate_baselines`. All groups of a domain in a step have the same value.
     """
@@ -31,16 +31,16 @@ class GroupBaselines:
 
 @dataclass(frozen=True, slots=True)
 class StepBaselines:
-    """The baselines of one step: what `run.baselines` returns, and `run.publish` and `run.train` take."""
+    """The baselines of one step: the result of `run.baselines`, and the argument of `run.publish` and `run.train`."""
 
     run_id: str
     step: int
     groups: tuple[Group, ...]
     """The groups with their rewards."""
     baselines: tuple[Floats, ...]
-    """[n] for each group: from the probe, or from the bootstrap where the probe has none."""
+    """[n] for each group, from the probe, or from the bootstrap if the probe has none."""
     estimates: tuple[GroupBaselines, ...]
-    """What the value service returned, by group."""
+    """The answer of the value service, by group."""
 
     @property
     def rewards(self) -> tuple[Floats, ...]:
@@ -95,7 +95,7 @@ class CalibrationBin:
 class ProbeQuality:
     """Quality of a domain's recent predictions, each made before the probe learnt the label.
 
-    Predictions are compared with the mean reward of the siblings. A number that is not defined is NaN.
+    Predictions are compared with the mean reward of the siblings. Undefined numbers are NaN.
     """
 
     num_rows: int
@@ -107,7 +107,7 @@ class ProbeQuality:
     brier_skill: float
     """1 − brier / (brier of always predicting the mean). 1 is perfect; below 0 is worse than that constant."""
     bias: float
-    """Mean of prediction − reward. Above 0 the probe expects too much."""
+    """Mean of prediction − reward. Above 0, predictions are too high."""
     share_clipped: float
     """Share of predictions at exactly 0 or 1."""
     variance_vs_none: float
@@ -132,7 +132,7 @@ class ProbeStatus:
     num_rows: int
     """Rollouts in the sliding window."""
     num_steps_seen: int
-    """Different steps seen so far."""
+    """Distinct steps seen so far."""
     warmup_steps: int
     """Steps before the first fit."""
     last_fit_s: float
@@ -150,8 +150,8 @@ class ProbeReport:
     num_groups_consumed: int
     """Groups learnt since the state was created, without duplicates."""
     num_duplicates: int
-    """Groups that were delivered again and ignored."""
+    """Groups that were ignored because they were delivered again."""
     num_dead_letters: int
     """Queue entries that could not be learnt from."""
     num_pending: int
-    """Published groups that are not in the durable state yet."""
+    """Published groups that are not yet in the durable state."""

@@ -16,7 +16,7 @@ class Policy:
     instance_id: str
     """Changes at each start of the replica."""
     lineage_id: str
-    """The learner that numbers the versions; empty before the first push."""
+    """Id of the learner that numbers the versions; empty before the first push."""
     policy_version: int
     """0 before the first push."""
     digest: bytes
@@ -36,13 +36,13 @@ class Policy:
     num_running: int
     """Rollouts running now."""
     keeps_base: bool = False
-    """Whether the replica kept the weights pushed last, so it accepts a delta against them."""
+    """Whether the replica kept the weights pushed last, and so accepts a delta to them."""
     process_group_backend: str = ""
     """Backend of the process groups that it accepts for pushes, "nccl" or "gloo"; empty if it accepts none."""
     tokenizer_digest: bytes = b""
     """SHA-256 of the tokenizer with its chat template."""
     vocabulary_size: int = 0
-    """Number of token ids that the model has embeddings for."""
+    """Number of token ids with an embedding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ async def test_encoded_prompts_come_in_the_order_asked_over_breaks(generation, g
 
 
 async def test_prompts_to_encode_are_checked_and_split(generation, generation_service):
-    with pytest.raises(errors.InvalidRequestError, match="names an earlier prompt"):
+    with pytest.raises(errors.InvalidRequestError, match="is the group_id of an earlier prompt"):
         await generation.encode_prompts([PROMPTS[0], PROMPTS[0]])
     with pytest.raises(errors.InvalidRequestError, match="required: text"):
         await generation.encode_prompts([Prompt("a", [])])

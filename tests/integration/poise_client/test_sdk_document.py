@@ -24,7 +24,7 @@ async def test_the_snippets_of_the_sdk_document_run(target, tmp_path, generation
     )
     output, problems = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, problems.decode()) == (0, "")
-    assert "weights['w'] holds float64 and says float32" in output.decode()
+    assert "weights['w'] is an array of float64 with dtype 'float32'" in output.decode()
     assert "1 of 2 prompts" in output.decode()
     header, *rollouts = next(request for request in learner_service.requests if isinstance(request, list))
     assert header.header.num_rollouts == len(rollouts) == 4

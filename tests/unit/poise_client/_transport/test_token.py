@@ -85,10 +85,10 @@ def facts(mode: int, uid: int, gid: int) -> os.stat_result:
 def test_a_secret_mounted_for_the_pods_group_is_accepted(tmp_path):
     group = os.getegid()
     for mode in (0o440, 0o640):
-        token_module.refuse_shared_file(tmp_path, facts(mode, 0, group))
+        token_module.reject_shared_file(tmp_path, facts(mode, 0, group))
     for mode, uid, gid in ((0o440, 1234, group), (0o440, 0, 54321), (0o444, 0, group), (0o460, 0, group)):
         with pytest.raises(ValueError, match="defaultMode: 0440"):
-            token_module.refuse_shared_file(tmp_path, facts(mode, uid, gid))
+            token_module.reject_shared_file(tmp_path, facts(mode, uid, gid))
 
 
 @pytest.mark.parametrize("client", [GenerationClient, ValueClient, LearnerClient, AsyncValueClient])
