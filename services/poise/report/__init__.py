@@ -1,4 +1,4 @@
-"""Summary, report and TensorBoard curves of a run, made from the files in its run folder. The run may be unfinished."""
+"""Creates the summary, report and TensorBoard curves of a run from its run folder. The run may be unfinished."""
 
 from poise.report.html import render_report, write_report
 from poise.report.summary import summarise, write_summary

@@ -1,7 +1,7 @@
-"""Reads the files of a run folder and makes series of them.
+"""Reads a run folder, and returns its metrics as series.
 
-Reading tolerates damage, because reports of failed runs matter most. Invalid JSON lines are skipped and counted. Of a
-step that was written twice, the last line counts. Missing and null numbers become NaN.
+Damaged files are tolerated, because reports of failed runs matter most. Invalid JSON lines are skipped and counted. If
+a step was written twice, the last line counts. Missing and null numbers become NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 Doubles = NDArray[np.float64]
 
 BASELINES = ("used", "none", "rloo", "batch_mean")
-"""Baselines whose advantage variance each step records on the same rewards."""
+"""Baselines whose advantage variance is recorded for each step, on the same rewards."""
 PHASES = ("generate", "verify", "baselines", "journal", "publish", "train", "weights")
 """Phases of a step, in order."""
 
@@ -56,9 +56,9 @@ class RunRecord:
     evaluations: list[Evaluation]
     rollouts: list[Row]
     num_unreadable: int
-    """Lines skipped in all files."""
+    """Number of lines skipped, in all files."""
     num_skipped_rows: int = 0
-    """Invalid rows of the data files that the run skips."""
+    """Number of invalid rows of data files that the run skips."""
 
     @property
     def before(self) -> Evaluation | None:
@@ -67,7 +67,7 @@ class RunRecord:
 
     @property
     def latest(self) -> Evaluation | None:
-        """The evaluation after training; before it exists, the last one during training."""
+        """The evaluation after training or, before it exists, the last one during training."""
         for when in ("after", "step"):
             found = next((e for e in reversed(self.evaluations) if e.when == when), None)
             if found:
@@ -139,7 +139,7 @@ def nan_mean(values: Doubles) -> float:
 
 
 def prediction_pairs(rows: Iterable[Row]) -> tuple[Doubles, Doubles]:
-    """Return predicted and realised values of all rows, for rollouts that have both."""
+    """Return predicted and realised values of all rows, for rollouts with both."""
     pairs = [
         (float(predicted), float(realised))
         for row in rows
@@ -162,12 +162,12 @@ def prediction_pairs_by_domain(rows: Iterable[Row]) -> dict[str, tuple[Doubles, 
 
 
 def second_half(rows: Sequence[Row]) -> list[Row]:
-    """Return the second half of the rows, in which the probe has had data to learn from. It includes the middle row."""
+    """Return the second half of the rows, with the middle one. By then the probe has had data to learn from."""
     return list(rows[len(rows) // 2 :])
 
 
 def thinned(steps: Doubles, values: Doubles, max_points: int) -> tuple[Doubles, Doubles]:
-    """Return the means of at most `max_points` blocks of consecutive steps, to keep the figure small."""
+    """Return the means of at most `max_points` blocks of consecutive steps, to limit the size of a figure."""
     if steps.size <= max_points:
         return steps, values
     blocks = np.array_split(np.arange(steps.size), max_points)

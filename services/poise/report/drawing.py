@@ -1,8 +1,8 @@
-"""Style of the figures, and their export as inline SVG.
+"""Styles figures, and exports them as inline SVG.
 
-Colours are CSS variables of the page (`--ink`, `--faint`, `--series-0` ...), so that a figure works in light and dark
-mode: matplotlib draws with placeholder colours, which are replaced in its output. Text stays text. Figures are created
-without pyplot, and the same input gives the same bytes.
+Figures support light and dark mode: their colours are CSS variables of the page (`--ink`, `--faint`, `--series-0` ...).
+matplotlib draws with placeholder colours, which are then replaced. Text stays text. Figures do not use pyplot. Equal
+inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _STYLE = {
 }
 
 
-def from_zero(axes: Axes, least_top: float = 0.0) -> None:
+def extend_to_zero(axes: Axes, min_top: float = 0.0) -> None:
     """Extend the vertical axis to zero, with some space above the highest point."""
     bottom, top = axes.dataLim.intervaly
     if np.isfinite([bottom, top]).all():
-        top = max(top, least_top, 1e-12)
+        top = max(top, min_top, 1e-12)
         axes.set_ylim(min(0.0, bottom) - 0.03 * top, 1.08 * top)
 
 
@@ -67,7 +67,7 @@ def new_figure(height: float) -> Figure:
 
 
 def draw_legend(axes: Axes, *, below: bool = False, reverse: bool = False) -> None:
-    """Put the legend beside the axes, or below them, where it hides no point."""
+    """Put the legend beside or below the axes, where it hides no point."""
     if not axes.get_legend_handles_labels()[0]:
         return
     if below:

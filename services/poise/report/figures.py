@@ -34,7 +34,7 @@ from poise.report.drawing import (
     SKY,
     draw_legend,
     drawing_style,
-    from_zero,
+    extend_to_zero,
     new_figure,
     to_svg,
 )
@@ -64,7 +64,7 @@ def reward_figure(record: RunRecord) -> str | None:
         _draw_evaluations(axes, record.evaluations)
         axes.set(ylabel="reward")
         _step_axis(axes)
-        from_zero(axes)
+        extend_to_zero(axes)
         draw_legend(axes)
         return to_svg(figure, "Reward by step")
 
@@ -117,13 +117,13 @@ def variance_figure(rows: list[Row]) -> str | None:
         running.set(title="mean of all steps so far")
         _step_axis(moving)
         _step_axis(running)
-        from_zero(moving)
+        extend_to_zero(moving)
         draw_legend(running)
         return to_svg(figure, "Advantage variance by step")
 
 
 def time_figure(rows: list[Row]) -> str | None:
-    """Plot the seconds of every step, stacked by phase. Phases of steps sampled ahead overlap other steps."""
+    """Plot the seconds of every step, stacked by phase. Phases of steps sampled ahead overlap with other steps."""
     times = {phase: np.nan_to_num(series(rows, "time_s", phase)) for phase in PHASES}
     total = sum(values.sum() for values in times.values())
     if not total:
@@ -171,8 +171,8 @@ def health_figure(rows: list[Row]) -> str | None:
         right.set(title="staleness, in policy versions")
         _step_axis(left)
         _step_axis(right)
-        from_zero(left)
-        from_zero(right, least_top=1.0)
+        extend_to_zero(left)
+        extend_to_zero(right, min_top=1.0)
         draw_legend(left, below=True)
         draw_legend(right, below=True)
         return to_svg(figure, "Mismatch and staleness by step")
@@ -218,7 +218,7 @@ def _steps(rows: list[Row]) -> Doubles:
 
 
 def _marker(steps: Doubles) -> str:
-    """Return the marker: a dot if there is only one step, because a line needs two points."""
+    """Return the marker: a dot for a single step, because a line needs two points."""
     return "o" if steps.size == 1 else "none"
 
 

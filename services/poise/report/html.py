@@ -18,7 +18,7 @@ from poise.report.scores import score_names, score_rows
 from poise.report.summary import summarise_record
 from poise.runtime.files.atomic import write_file
 
-_ESSENTIALS = (
+_SHOWN_SETTINGS = (
     "model",
     "engine",
     "dtype",
@@ -46,20 +46,20 @@ _ESSENTIALS = (
     "alpha",
     "inputs",
 )
-"""Names of the settings shown in the report. An allowlist, so that no secret is shown."""
+"""Names of the settings to show in the report. An allowlist keeps secrets out."""
 
 _MAX_ROLLOUTS = 12
 _MAX_TEXT = 2000
-"""Most characters shown of a prompt or response."""
+"""Maximum number of characters to show of a prompt or response."""
 
 
 def write_report(run_dir: Path) -> Path:
     """Write report.html into the run folder, atomically, and return its path.
 
-    Works for any folder; sections without data are left out or say so.
+    Any folder is accepted. Sections without data are omitted, or state that they have none.
     """
     path = run_dir / "report.html"
-    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON may contain halves of surrogate pairs
+    write_file(path, render_report(run_dir).encode(errors="replace"))  # JSON may contain lone surrogates
     return path
 
 
@@ -118,7 +118,7 @@ def _domains(held_out: dict[str, Any] | None) -> list[tuple[str, float | None, f
 
 
 def _scores(held_out: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the table of avg@n and pass@k, each cell with the scores before and after; None without scores."""
+    """Return the table of avg@n and pass@k. Each cell has the scores before and after. None without scores."""
     found = [one and one["scores"] for one in (held_out["before"], held_out["after"])] if held_out else []
     tables = [dict(score_rows(table)) for table in found if table]
     if not tables:
@@ -199,7 +199,7 @@ def _run_name(run_dir: Path) -> str:
 
 def _settings(path: Path) -> list[tuple[str, str]]:
     """Return the settings to show as (dotted path, value)."""
-    return [(name, value) for name, value in _leaves(_config(path)) if name.rpartition(".")[2] in _ESSENTIALS]
+    return [(name, value) for name, value in _leaves(_config(path)) if name.rpartition(".")[2] in _SHOWN_SETTINGS]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Renders the pages of reports and formats their numbers. Everything filled into a template is escaped."""
+"""Renders report pages and formats numbers. All values in templates are escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    """Format a number with this many decimal places."""
+    """Format a number with `places` decimal places."""
     return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
 
 

@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 def score_table(
     rewards_Pn: ArrayLike, domains: Sequence[str], tasks: Sequence[str], pass_threshold: float
 ) -> dict[str, Any]:
-    """Return `{"overall": s, "by_domain": {name: s}, "by_task": {name: s}}`, given domain and task of each prompt.
+    """Return `{"overall": s, "by_domain": {name: s}, "by_task": {name: s}}`. `domains` and `tasks` are by prompt.
 
     s is `{"num_prompts", "avg@n", "pass@1", "pass@2", "pass@4", …}`. Each score is `{"mean", "low", "high"}`, with the
     bounds of a 95 % bootstrap interval over prompts. avg@n is the mean reward. A rollout passes if its reward is at
@@ -50,7 +50,7 @@ def score_rows(table: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_table(found: object) -> dict[str, Any] | None:
-    """Return a table read from a file; None if it is invalid or missing, as in files of older releases."""
+    """Return a table read from a file; None if it is invalid, or missing as in older releases."""
     if not isinstance(found, dict) or not _is_entry(found.get("overall")):
         return None
     groups = {kind: found.get(kind) for kind in ("by_domain", "by_task")}
@@ -72,13 +72,15 @@ def _is_entry(entry: object) -> bool:
 
 
 def _grouped(rewards_Pn: Floats, names: Sequence[str], pass_threshold: float) -> dict[str, Any]:
-    of_prompts = np.array(names)
-    return {name: _scores(rewards_Pn[of_prompts == name], pass_threshold) for name in sorted(set(names))}
+    names_P = np.array(names)
+    return {name: _scores(rewards_Pn[names_P == name], pass_threshold) for name in sorted(set(names))}
 
 
 def _scores(rewards_Pn: Floats, pass_threshold: float) -> dict[str, Any]:
     num_prompts, num_rollouts = rewards_Pn.shape
-    passed = rewards_Pn >= np.float32(pass_threshold)  # float32 like the rewards: 0.9 is 0.89999998 there
+    passed = rewards_Pn >= np.float32(pass_threshold)  # as float32, like the rewards: 0.9 becomes 0.89999998
     by_prompt = {f"avg@{num_rollouts}": rewards_Pn.mean(axis=1, dtype=np.float64)}
     by_prompt |= {f"pass@{k}": pass_at_k(passed, k) for k in reported_ks(num_rollouts)}
-    return {"num_prompts": num_prompts} | {name: asdict(mean_interval(of_P)) for name, of_P in by_prompt.items()}
+    return {"num_prompts": num_prompts} | {
+        name: asdict(mean_interval(scores_P)) for name, scores_P in by_prompt.items()
+    }

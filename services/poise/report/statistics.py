@@ -1,8 +1,8 @@
 """Bootstrap intervals of held-out rewards.
 
-The unit is the prompt, because rollouts of one prompt are not independent. A prompt counts as the mean of its rewards.
-Percentile bootstraps over prompts cover both the choice of prompts and the sampling of rollouts. If all prompts have
-the same mean, the interval has zero width.
+The percentile bootstrap resamples prompts, because rollouts of one prompt are not independent. Each prompt counts as
+the mean of its rewards. The intervals cover both the choice of prompts and the sampling of rollouts. If all prompts
+have the same mean, the interval has zero width.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
 
 def summarise_record(record: RunRecord) -> dict[str, Any]:
-    """Return the summary of a run folder that has been read."""
+    """Return the summary of a `RunRecord`."""
     rows = record.metrics
     last: Row = rows[-1] if rows else {}
     window = smoothing_window(len(rows))
@@ -101,8 +101,9 @@ def write_summary(run_dir: Path) -> Path:
 def _held_out(record: RunRecord) -> dict[str, Any] | None:
     """Return both evaluations, their paired difference and the verdict.
 
-    "rose_beyond_intervals": the intervals do not overlap. "rose": they overlap, but the interval of the paired
-    difference is above zero. "fell": either is below. "unclear": the paired difference may be zero, or is not known.
+    "rose_beyond_intervals": the second interval is above the first. "rose": they overlap, but the interval of the
+    paired difference is above zero. "fell": the second interval is below the first, or that of the difference
+    below zero. "unclear": the paired difference may be zero, or is unknown.
     """
     before, latest = record.before, record.latest
     if before is None and latest is None:
@@ -171,14 +172,14 @@ def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None
             domain: {
                 **_quality(*pairs),
                 "calibration": [asdict(one) for one in calibration(*pairs)],
-                "used_relative_to": _variances_of(domain, same_steps),
+                "used_relative_to": _variance_ratios(domain, same_steps),
             }
             for domain, pairs in by_domain.items()
         },
     }
 
 
-def _variances_of(domain: str, rows: Sequence[Row]) -> dict[str, float]:
+def _variance_ratios(domain: str, rows: Sequence[Row]) -> dict[str, float]:
     """Return a domain's advantage variance relative to other baselines, over the steps with a probe."""
     means = {name: nan_mean(series(rows, "advantage_variance", "by_domain", domain, name)) for name in BASELINES}
     return {name: means["used"] / means[name] if means[name] > 0 else math.nan for name in BASELINES[1:]}

@@ -1,7 +1,7 @@
 """Writes the metrics of steps as TensorBoard scalars, without TensorFlow.
 
-Uses tensorboard's `RecordWriter` instead of its `EventFileWriter`, which imports TensorFlow if installed and buffers in
-a thread. Here a step is on disk when `write` returns.
+It uses tensorboard's `RecordWriter`. The `EventFileWriter` imports TensorFlow if installed, and buffers in a thread.
+Here a step is on disk when `write` returns.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class TensorBoardLog:
 
     While the disk fails, records are kept in memory and written with the next step; training does not wait for it.
 
-    TensorBoard drops points of earlier files from the first step written here on, because a resumed run repeats the
-    steps that it had not finished.
+    A resumed run repeats the steps that it had not finished. TensorBoard drops their points in earlier files, starting
+    at the first step written here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,7 +117,7 @@ class _RetryingFile:
             self.flush()
         if self._unwritten:
             logger.warning(
-                "TensorBoard curves lack the last steps: %s was not writable; metrics.jsonl has them",
+                "TensorBoard curves lack the last steps, because %s was not writable; metrics.jsonl has them",
                 self._path,
             )
         self._file.close()

@@ -1,4 +1,4 @@
-"""Comparison of several runs: statistics, tables and figures, made from their run folders. Runs may be unfinished."""
+"""Compares several runs: statistics, tables and figures from their run folders. Runs may be unfinished."""
 
 from poise.report.comparison.report import write_comparison
 from poise.report.comparison.summary import ComparedRun, Comparison, State

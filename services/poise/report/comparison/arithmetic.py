@@ -1,4 +1,4 @@
-"""Reward curves: when they reach a level, and means over seeds with intervals.
+"""Reward curves: level crossings, and means over seeds with intervals.
 
 Curves are piecewise linear between their points and undefined outside.
 
@@ -21,7 +21,7 @@ NUM_LEVELS = 5
 _LEVEL_PLACES = 3
 
 _T_975 = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
-"""97.5 % quantile of Student's t by degrees of freedom. From ten on, the Cornish-Fisher series is as exact."""
+"""97.5 % quantile of Student's t by degrees of freedom. From ten on, the Cornish-Fisher series is as accurate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class MeanCurve:
 
 
 def make_curve(points: Iterable[tuple[float, float]]) -> Curve:
-    """Return the curve through points (x, y). At equal x the last point counts; points with NaN are ignored."""
+    """Return the curve through points (x, y). Of points with equal x, the last counts; points with NaN are ignored."""
     known = {x: y for x, y in points if not np.isnan([x, y]).any()}
     xs = sorted(known)
     return Curve(np.array(xs, np.float64), np.array([known[x] for x in xs], np.float64))
@@ -63,7 +63,7 @@ def crossing(curve: Curve, level: float) -> float | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> MeanCurve | None:
-    """Return the mean at every x of any curve at which all curves are defined; None if there is no such x."""
+    """Return the mean at each curve's x where all curves are defined; None if there is no such x."""
     curves = [curve for curve in curves if curve.x.size]
     if not curves:
         return None
@@ -93,7 +93,7 @@ def spread(values_S: Sequence[float]) -> Interval:
 
 
 def describe_spread(num_seeds: int) -> str:
-    """Return the meaning of the bounds of `spread` for this many seeds."""
+    """Return what the bounds of `spread` mean for this number of seeds, as text."""
     if num_seeds >= 3:
         return f"95 % interval of the mean over {num_seeds} seeds (Student's t)"
     return "minimum and maximum of 2 seeds" if num_seeds == 2 else "one seed, no interval"

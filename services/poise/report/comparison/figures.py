@@ -24,7 +24,7 @@ _LABELS = {"tokens": "response tokens sampled for training", "seconds": "seconds
 
 
 def curve_figure(tree: Mapping[str, Any], axis: str) -> str | None:
-    """Plot the mean held-out reward of each run against `axis` with its interval, and single seeds as thin lines."""
+    """Plot each run's mean held-out reward with its interval against `axis`, and single seeds as thin lines."""
     if not any(run["curves"][axis] for run in tree["runs"].values()):
         return None
     with drawing_style(f"reward-{axis}"):
@@ -42,9 +42,9 @@ def curve_figure(tree: Mapping[str, Any], axis: str) -> str | None:
 
 
 def _draw_run(axes: Axes, name: str, run: Mapping[str, Any], axis: str, colour: str) -> None:
-    place = {"tokens": "tokens", "seconds": "wall_s"}[axis]
+    key = {"tokens": "tokens", "seconds": "wall_s"}[axis]
     for seed in run["seeds"].values():
-        points = [(one[place], one["mean"]) for one in seed["evaluations"] if one[place] is not None]
+        points = [(one[key], one["mean"]) for one in seed["evaluations"] if one[key] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=0.8)
     if curve := run["curves"][axis]:

@@ -14,7 +14,7 @@ from poise.runtime.files.atomic import write_file
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> str:
-    """Write the three files into `folder`, each atomically, and return a summary as text.
+    """Write the three files to `folder`, each atomically, and return a summary as text.
 
     Runs may be unfinished or not started.
     """

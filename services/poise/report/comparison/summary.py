@@ -48,9 +48,9 @@ class Comparison:
 
     name: str
     budget: Mapping[str, float]
-    """Budget of every run: `tokens`, `wall_s` or `updates`."""
+    """Budget of each run, in `tokens`, `wall_s` or `updates`."""
     reference: str
-    """Name of the run that ratios are relative to."""
+    """Name of the run that is the denominator of ratios."""
     levels: Sequence[float]
     """Reward levels; empty chooses them from the curves."""
     runs: Sequence[ComparedRun]
@@ -67,7 +67,7 @@ class _Seed:
 
 
 def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
-    """Return the summary. Its `runs` are by name, and the `seeds` of each run by seed."""
+    """Return the summary. Its `runs` are keyed by name, and the `seeds` of each run by seed."""
     by_name: dict[str, list[_Seed]] = {}
     for run in comparison.runs:
         by_name.setdefault(run.name, []).append(_read(run))
@@ -94,8 +94,8 @@ def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
 def _read(run: ComparedRun) -> _Seed:
     record = load_run(run.folder)
     curves = {
-        axis: make_curve((getattr(one, place), one.interval.mean) for one in record.evaluations)
-        for axis, place in AXES.items()
+        axis: make_curve((getattr(one, key), one.interval.mean) for one in record.evaluations)
+        for axis, key in AXES.items()
     }
     return _Seed(run, record, curves)
 
@@ -109,14 +109,14 @@ def _run_tree(seeds: Sequence[_Seed], means: Mapping[str, MeanCurve | None], lev
         "curves": {axis: _curve_tree(mean) for axis, mean in means.items()},
         "final": _final(seeds),
         "to_reach": {axis: [_reach(mean, level) for level in levels] for axis, mean in means.items()},
-        "num_steps": _over(measured, lambda record: float(len(record.metrics))),
-        "tokens": _over(measured, lambda record: number(record.metrics[-1], "tokens")),
-        "wall_s": _over(measured, lambda record: number(record.metrics[-1], "wall_s")),
-        "mean_squared_advantage": _over(measured, lambda record: _mean(record, "advantage_variance", "used")),
-        "gradient_variance": _over(measured, _gradient_variance),
-        "gradient_variance_at_equal_tokens": _over(measured, _variance_at_equal_tokens),
-        "zero_advantage_share": _over(measured, lambda record: _mean(record, "zero_advantage_share")),
-        "time_s": {phase: _over(measured, partial(_total_s, phase)) for phase in (*PHASES, "total")},
+        "num_steps": _spread_over(measured, lambda record: float(len(record.metrics))),
+        "tokens": _spread_over(measured, lambda record: number(record.metrics[-1], "tokens")),
+        "wall_s": _spread_over(measured, lambda record: number(record.metrics[-1], "wall_s")),
+        "mean_squared_advantage": _spread_over(measured, lambda record: _mean(record, "advantage_variance", "used")),
+        "gradient_variance": _spread_over(measured, _gradient_variance),
+        "gradient_variance_at_equal_tokens": _spread_over(measured, _variance_at_equal_tokens),
+        "zero_advantage_share": _spread_over(measured, lambda record: _mean(record, "zero_advantage_share")),
+        "time_s": {phase: _spread_over(measured, partial(_total_s, phase)) for phase in (*PHASES, "total")},
     }
 
 
@@ -127,7 +127,12 @@ def _seed_tree(seed: _Seed, levels: Sequence[float]) -> dict[str, Any]:
         "folder": str(seed.run.folder),
         "num_steps": len(rows),
         "evaluations": [
-            {"step": one.step, "tokens": _plain(one.tokens), "wall_s": _plain(one.wall_s), **asdict(one.interval)}
+            {
+                "step": one.step,
+                "tokens": _if_finite(one.tokens),
+                "wall_s": _if_finite(one.wall_s),
+                **asdict(one.interval),
+            }
             for one in seed.record.evaluations
         ],
         "to_reach": {axis: [crossing(curve, level) for level in levels] for axis, curve in seed.curves.items()},
@@ -163,20 +168,20 @@ def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
     """Add ratios to the reference run, on the mean curves and for each seed."""
     for axis, reaches in tree["to_reach"].items():
         for index, reach in enumerate(reaches):
-            theirs = reference["to_reach"][axis][index]["on_mean_curve"]
-            reach["ratio"] = ratio(reach["on_mean_curve"], theirs)
+            denominator = reference["to_reach"][axis][index]["on_mean_curve"]
+            reach["ratio"] = ratio(reach["on_mean_curve"], denominator)
             reach["by_seed"] = {seed: one["to_reach"][axis][index] for seed, one in tree["seeds"].items()}
             reach["ratio_by_seed"] = {
                 seed: ratio(value, reference["seeds"][seed]["to_reach"][axis][index])
                 for seed, value in reach["by_seed"].items()
             }
     for name in ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens"):
-        ours, theirs = tree[name], reference[name]
-        if ours is not None:
-            ours["ratio"] = ratio(ours["mean"], theirs and theirs["mean"])
+        own, other = tree[name], reference[name]
+        if own is not None:
+            own["ratio"] = ratio(own["mean"], other and other["mean"])
 
 
-def _over(seeds: Sequence[_Seed], measure: Callable[[RunRecord], float]) -> dict[str, Any] | None:
+def _spread_over(seeds: Sequence[_Seed], measure: Callable[[RunRecord], float]) -> dict[str, Any] | None:
     """Return the mean and spread of a number over the seeds that have it; None if no seed has it."""
     values = [value for seed in seeds if math.isfinite(value := measure(seed.record))]
     return asdict(spread(values)) | {"num_seeds": len(values)} if values else None
@@ -187,12 +192,12 @@ def _mean(record: RunRecord, *path: str) -> float:
 
 
 def _gradient_variance(record: RunRecord) -> float:
-    """Return the mean over steps; NaN if it was not measured, which the learner reports as 0."""
+    """Return the mean over steps; NaN if the learner reports 0, which means that it was not measured."""
     return _mean(record, "learner", "gradient_variance") or math.nan
 
 
 def _variance_at_equal_tokens(record: RunRecord) -> float:
-    """Return the variance times the tokens of a step, because doubling the tokens of a step halves its variance."""
+    """Return variance * tokens per step. Twice as many tokens per step halve the variance."""
     return _gradient_variance(record) * number(record.metrics[-1], "tokens") / len(record.metrics)
 
 
@@ -200,5 +205,5 @@ def _total_s(phase: str, record: RunRecord) -> float:
     return float(np.nansum(series(record.metrics, "time_s", phase)))
 
 
-def _plain(value: float) -> float | None:
+def _if_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

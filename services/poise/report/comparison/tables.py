@@ -25,7 +25,7 @@ class Table:
 
 
 def headline(tree: Tree) -> str:
-    """Return the budget, and how many runs are finished."""
+    """Return the budget, and the number of finished runs if some are unfinished, as text."""
     (kind, amount), *_ = tree["budget"].items()
     unit = {"tokens": "response tokens", "wall_s": "seconds of training", "updates": "updates"}[kind]
     states = [seed["state"] for run in tree["runs"].values() for seed in run["seeds"].values()]
@@ -52,28 +52,28 @@ def _final(tree: Tree) -> Table:
     return Table("Final held-out reward", note, head, rows)
 
 
-def _to_reach(tree: Tree, axis: str, write: Any) -> Table:
+def _to_reach(tree: Tree, axis: str, format_value: Any) -> Table:
     title = f"{axis.capitalize()} to reach a held-out reward"
     rows = []
     for name, run in tree["runs"].items():
         cells = []
         for reach in run["to_reach"][axis]:
             if reach["on_mean_curve"] is None:
-                cells.append("not reached" + _by_seed(reach, write))
+                cells.append("not reached" + _by_seed(reach, format_value))
             else:
-                against = "" if reach["ratio"] is None else f" ×{decimal(reach['ratio'], 2)}"
-                cells.append(f"{write(reach['on_mean_curve'])}{against}{_by_seed(reach, write)}")
+                ratio_text = "" if reach["ratio"] is None else f" ×{decimal(reach['ratio'], 2)}"
+                cells.append(f"{format_value(reach['on_mean_curve'])}{ratio_text}{_by_seed(reach, format_value)}")
         rows.append([name, *cells])
     if not tree["levels"]:
         return Table(title, "No reward level above the start is reached by all runs.", ["run"], rows)
     note = (
         f"Interpolated on the mean curve, which ends with its shortest seed. × is the ratio to {tree['reference']}; "
-        "less is better. In brackets: minimum and maximum over seeds, and the number of seeds that reached the level."
+        "lower is better. In brackets: minimum and maximum over seeds, and the number of seeds that reached the level."
     )
     return Table(title, note, ["run", *map(decimal, tree["levels"])], rows)
 
 
-def _by_seed(reach: Tree, write: Any) -> str:
+def _by_seed(reach: Tree, format_value: Any) -> str:
     values = [value for value in reach["by_seed"].values() if value is not None]
     num_seeds = len(reach["by_seed"])
     if num_seeds < 2:
@@ -81,7 +81,7 @@ def _by_seed(reach: Tree, write: Any) -> str:
     if not values:
         return f" (0 of {num_seeds})"
     of_all = "" if len(values) == num_seeds else f", {len(values)} of {num_seeds}"
-    return f" ({write(min(values))} to {write(max(values))}{of_all})"
+    return f" ({format_value(min(values))} to {format_value(max(values))}{of_all})"
 
 
 def _gradients(tree: Tree) -> Table:
@@ -92,8 +92,8 @@ def _gradients(tree: Tree) -> Table:
     ]
     head = ["run", "mean squared advantage", "gradient variance", "variance × tokens", "groups with zero advantage"]
     note = (
-        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. Gradient variance is that of a "
-        "mini-batch. Variance × tokens multiplies it by the tokens of a step, to compare steps of different sizes."
+        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. Gradient variance is per mini-batch. "
+        "Variance × tokens multiplies it by the tokens per step, to compare steps of different sizes."
     )
     return Table("Advantages and gradients", note, head, rows)
 
@@ -122,7 +122,7 @@ def markdown(tree: Tree) -> str:
 
 
 def plain(tree: Tree) -> str:
-    """Return a summary for the terminal: final rewards, and tokens to reach each level."""
+    """Return a summary for the terminal: final rewards, and tokens to reach each reward level."""
     return "\n\n".join([headline(tree), *("\n".join([one.title, *_aligned(one)]) for one in tables(tree)[:2])])
 
 
@@ -146,16 +146,16 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _mean(one: Tree | None, write: Any) -> str:
-    return write(one["mean"]) if one else UNKNOWN
+def _mean(one: Tree | None, format_value: Any) -> str:
+    return format_value(one["mean"]) if one else UNKNOWN
 
 
 def _measured(one: Tree | None) -> str:
     if one is None:
         return UNKNOWN
-    against = "" if one["ratio"] is None else f" ×{decimal(one['ratio'], 2)}"
+    ratio_text = "" if one["ratio"] is None else f" ×{decimal(one['ratio'], 2)}"
     within = f" ({one['low']:.3g} to {one['high']:.3g})" if one["num_seeds"] > 1 else ""
-    return f"{one['mean']:.3g}{against}{within}"
+    return f"{one['mean']:.3g}{ratio_text}{within}"
 
 
 def _range(interval: Tree) -> str:
