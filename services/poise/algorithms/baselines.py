@@ -1,7 +1,6 @@
-"""Baselines from sibling rollouts and from the rest of the batch, and the advantages they give.
+"""Baselines from sibling rollouts or from the rest of the batch, and advantages.
 
-All of them leave the gradient unbiased: a baseline never depends on the reward of its own rollout. See docs/design.md,
-section 2.
+A baseline never depends on the reward of its own rollout, so the gradient stays unbiased.
 
 Shapes: n rollouts of one prompt.
 """
@@ -17,11 +16,11 @@ Array = NDArray[np.float32]
 
 
 def mean_of_others(values_n: Array) -> Array:
-    """Return, for every i, the mean over j ≠ i of values_j. Needs n ≥ 2.
+    """Return the mean of values_j over j ≠ i, for every i. Needs n ≥ 2.
 
-    Of probe values it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`. Of rewards it is RLOO's baseline and
-    the probe's training target. No bit of element i depends on value i: the value is left out of the sum, not
-    subtracted from it.
+    Applied to probe values, it is the cross-rollout baseline `b_i = mean_{j≠i} g_k(z_j)`. Applied to rewards, it is
+    RLOO's baseline and the probe's training target. Value i is left out of the sum, not subtracted from it, so no bit
+    of element i depends on it.
 
     Raises:
         ValueError: n < 2.
@@ -38,7 +37,7 @@ def mean_of_others(values_n: Array) -> Array:
 
 
 def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:
-    """Return, for every rollout, the mean reward over all other prompts of the batch.
+    """Return the mean reward of all other prompts in the batch, for every rollout.
 
     Unbiased, because rewards of other prompts are independent of this rollout. With a single prompt in the batch it
     falls back to `mean_of_others`.

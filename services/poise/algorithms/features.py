@@ -1,6 +1,6 @@
-"""Which tokens of a rollout are pooled, and statistics of their entropies (POISE paper, section 3).
+"""Selects the tokens of a rollout to pool, and summarizes token entropies (POISE paper, section 3).
 
-Both engines use these rules. Responses are given as the texts of their tokens, so no tokenizer is needed here.
+Both engines use these rules. A response is passed as its token texts, so this module needs no tokenizer.
 
 Shapes: T response tokens.
 """

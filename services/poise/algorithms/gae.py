@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Doubles = NDArray[np.float64]
 
 _WHITENING_VARIANCE = 1e-8
-"""Added to the variance before taking its square root."""
-_LEAST_VARIANCE = 1e-12
+"""Added to the variance before the square root."""
+_MIN_VARIANCE = 1e-12
 """Below this variance, returns differ only by float32 rounding."""
 
 
@@ -37,8 +37,8 @@ def gae(
     deltas_N[last_R] += rewards_R
     decay = discount * gae_lambda
     advantages = []
-    for of_rollout in np.split(deltas_N, last_R[:-1] + 1):
-        backwards = accumulate(reversed(of_rollout.tolist()), lambda later, delta: delta + decay * later)
+    for rollout_deltas in np.split(deltas_N, last_R[:-1] + 1):
+        backwards = accumulate(reversed(rollout_deltas.tolist()), lambda later, delta: delta + decay * later)
         advantages.append(np.array(list(backwards))[::-1])
     advantages_N = np.concatenate(advantages)
     return advantages_N, advantages_N + values_N
@@ -49,6 +49,6 @@ def whitened(advantages_N: Doubles, mean: float, variance: float) -> Doubles:
     return (advantages_N - mean) / math.sqrt(variance + _WHITENING_VARIANCE)
 
 
-def explained_variance(residuals: float, returns: float) -> float:
-    """Return 1 − residuals / returns, from Var(returns − values) and Var(returns); NaN if returns do not vary."""
-    return 1 - residuals / returns if returns > _LEAST_VARIANCE else math.nan
+def explained_variance(residual_variance: float, return_variance: float) -> float:
+    """Return 1 − Var(returns − values) / Var(returns); NaN if the returns do not vary."""
+    return 1 - residual_variance / return_variance if return_variance > _MIN_VARIANCE else math.nan

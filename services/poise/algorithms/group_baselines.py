@@ -29,14 +29,14 @@ class ScaledBaselines:
 
 
 def rloo(rewards: Sequence[Array]) -> ScaledBaselines:
-    """b_i = mean of the siblings' rewards (Ahmadian et al., arXiv 2402.14740). Unbiased. Needs n ≥ 2."""
+    """Return RLOO's b_i, the mean reward of the siblings (Ahmadian et al., arXiv 2402.14740). Unbiased. Needs n ≥ 2."""
     return ScaledBaselines([mean_of_others(r) for r in rewards])
 
 
 def group_mean(rewards: Sequence[Array], *, divide: bool) -> ScaledBaselines:
-    """b = mean reward of the group; with `divide`, s = its standard deviation with n − 1 degrees of freedom. n ≥ 2.
+    """Return b, the group's mean reward. With `divide`, also s, the sample standard deviation; needs n ≥ 2.
 
-    With `divide` it is GRPO (DeepSeekMath, arXiv 2402.03300), without it Dr. GRPO (arXiv 2503.20783). Undivided
+    With `divide` it is GRPO (DeepSeekMath, arXiv 2402.03300), otherwise Dr. GRPO (arXiv 2503.20783). Undivided
     advantages are (n − 1)/n times RLOO's.
     """
     baselines = [_full_like(r, float(r.mean(dtype=np.float64))) for r in rewards]
@@ -48,7 +48,7 @@ def group_mean(rewards: Sequence[Array], *, divide: bool) -> ScaledBaselines:
 
 
 def length_weighted_mean(rewards: Sequence[Array], lengths: Sequence[Array]) -> ScaledBaselines:
-    """b = Σ l_j·r_j / Σ l_j over the group; l is the number of response tokens (OPO, arXiv 2505.23585).
+    """Return b = Σ l_j·r_j / Σ l_j over the group, where l is the response length in tokens (OPO, arXiv 2505.23585).
 
     If all responses of a group are empty, b is the plain mean.
     """

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 class BetaTracker:
     """A Beta distribution over the prompt's expected reward. Immutable.
 
-    A step must use the `value` from before its own rewards: otherwise the baseline depends on the rollout's own reward.
+    A step must read `value` before it adds its own rewards. Otherwise a baseline depends on its rollout's own reward.
     """
 
     successes: float
     """α > 0, pseudo-counts of reward."""
     failures: float
-    """β > 0, pseudo-counts of reward missed."""
+    """β > 0, pseudo-counts of missed reward."""
 
     def __post_init__(self) -> None:
         if not (self.successes > 0 and self.failures > 0 and math.isfinite(self.successes + self.failures)):
@@ -43,7 +43,7 @@ class BetaTracker:
 
     @property
     def value(self) -> float:
-        """v = α/(α+β), in (0, 1)."""
+        """Expected reward α / (α + β), in (0, 1)."""
         return self.successes / (self.successes + self.failures)
 
     def after(self, rewards_n: NDArray[np.float32], discount: float) -> Self:

@@ -26,7 +26,7 @@ from poise.local.processes.start_log import StartLog
 from poise.local.run_file import LocalRun
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError, SettingsError
-from poise.orchestrator.evaluation.eval_command import EvaluatedModel, evaluate_served, evaluation_folder, load_held_out
+from poise.orchestrator.evaluation.eval_command import EvaluatedModel, evaluate_served, evaluation_folder, load_tasks
 from poise.orchestrator.job import with_exit_status
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.cli.exit_status import OK, WRONG_SETTINGS
@@ -53,7 +53,7 @@ def evaluate_run(run: LocalRun, model: str | None, checkpoint: str | None, out: 
         raise ConfigError("--model and --checkpoint are both set. Keep one")
 
     def work() -> int:
-        mixture = load_held_out(run.train)
+        mixture = load_tasks(run.train)
         location = None if model is None else find_model(model, "--model", "for a checkpoint use `--checkpoint`")
         restrict_umask()
         stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 
 class Callbacks(Protocol):
-    """What a run calls as it makes progress."""
+    """Methods that a run calls as it progresses."""
 
     def on_phase(self, step: int, name: str) -> None:
-        """A phase of a step begins."""
+        """A phase of a step has begun."""
         ...
 
     def on_sampled(self, step: int, done: int, total: int) -> None:
@@ -58,7 +58,7 @@ class PhaseTimer:
         self._callbacks = callbacks
         self._step = step
         self.seconds: dict[str, float] = {}
-        """By phase."""
+        """Duration of each phase."""
 
     def on_sampled(self, done: int, total: int) -> None:
         """See `Callbacks`."""

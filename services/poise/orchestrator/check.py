@@ -1,4 +1,4 @@
-"""`python -m poise.orchestrator.check`: check that the services work, and work together. Uses the public SDK.
+"""`python -m poise.orchestrator.check`: check that the services work together. Uses the public SDK.
 
 Samples from every generation replica, requests baselines for the rollouts, and compares the replicas' weights with the
 learner's. Publishes no labels and trains nothing.
@@ -72,8 +72,8 @@ async def check(config: CheckConfig, console: Console) -> None:
             raise CheckFailed(f"endpoints.generation resolves to no replica: {', '.join(endpoints.generation)}")
         for found in replicas:
             address = found.target
-            named = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
-            async with AsyncGenerationClient(address, tls=named, **options) as generation:
+            replica_tls = TlsOptions(endpoints.ca_file, server_name=found.server_name) if endpoints.ca_file else None
+            async with AsyncGenerationClient(address, tls=replica_tls, **options) as generation:
                 group = await _sample(generation, config.timeout_s)
                 policy = await generation.get_policy(timeout_s=_CALL_TIMEOUT_S)
             compare(address, policy, status)
@@ -91,7 +91,7 @@ async def check(config: CheckConfig, console: Console) -> None:
 
 
 def _run_id() -> str:
-    """Return a unique run id, so that nothing here is mistaken for part of a training run."""
+    """Return a unique run id, which no training run uses."""
     return f"check-{uuid.uuid4().hex[:12]}"
 
 
@@ -118,7 +118,7 @@ def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
         )
     if policy.policy_version == status.policy_version and policy.digest != status.digest:
         raise CheckFailed(
-            f"generation {address} serves version {policy.policy_version}, but with other weights than the learner's"
+            f"generation {address} serves version {policy.policy_version} with weights that differ from the learner's"
         )
 
 

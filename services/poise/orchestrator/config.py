@@ -29,8 +29,8 @@ class EndpointsConfig(StrictModel):
     """Generation replicas: `host:port`, or `dns:///name:port` for all addresses of a name. Names are resolved
     repeatedly, so replicas may come and go during a run. Prompts go to the replica with the fewest expected tokens."""
     rollouts_per_replica: int = Field(256, ge=1)
-    """Most rollouts assigned to a replica at a time. Set it above the number that a replica samples concurrently, to
-    keep it busy; further prompts wait for the first free replica."""
+    """Maximum number of rollouts assigned to a replica at a time. Set it above the number that a replica samples
+    concurrently, to keep it busy. Other prompts wait for the first free replica."""
     value: str = "127.0.0.1:50052"
     """Value service, `host:port`."""
     learner: str = "127.0.0.1:50053"
@@ -44,7 +44,7 @@ class EndpointsConfig(StrictModel):
 
     @field_validator("generation", "value", "learner")
     @classmethod
-    def _services_can_be_found(cls, targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    def _check_targets(cls, targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
         for target in (targets,) if isinstance(targets, str) else targets:
             parse_name(target)
         return targets
@@ -58,7 +58,7 @@ class SamplingConfig(StrictModel):
     top_p: float = Field(1.0, gt=0, le=1)
     """Probability mass of nucleus sampling. Below 1 the loss no longer matches the sampling distribution exactly."""
     max_tokens: int = Field(256, ge=1)
-    """Most tokens of a response."""
+    """Maximum number of tokens in a response."""
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
     """Strings that end a response, at most 16. Special tokens are allowed, such as `<|im_end|>`."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((), max_length=16)
@@ -79,28 +79,28 @@ class EvaluationConfig(StrictModel):
     pass_threshold: float = Field(1.0, gt=0, le=1)
     """A rollout passes, for pass@k, if its reward is at least this."""
     every_steps: int = Field(0, ge=0)
-    """Also evaluate after every this many steps; 0 evaluates only before and after training."""
+    """Interval between evaluations, in steps; 0 evaluates only before and after training."""
     every_tokens: int = Field(0, ge=0)
-    """Also evaluate each time the response tokens sampled for training pass a multiple of this; 0 is off. Use it to
-    compare algorithms at equal numbers of tokens."""
+    """Interval between evaluations, in response tokens sampled for training; 0 is off. Use it to compare algorithms at
+    equal numbers of tokens."""
     every_wall_s: float = Field(0.0, ge=0)
-    """Also evaluate each time the seconds of training pass a multiple of this; 0 is off."""
+    """Interval between evaluations, in seconds of training; 0 is off."""
 
     @field_validator("temperature")
     @classmethod
-    def _temperature_can_be_sampled_at(cls, temperature: float) -> float:
+    def _check_temperature(cls, temperature: float) -> float:
         if 0 < temperature < MIN_TEMPERATURE:
             raise ValueError(f"is {temperature:g}; must be 0 (greedy), or {MIN_TEMPERATURE:g} to 100")
         return temperature
 
 
 class BudgetConfig(StrictModel):
-    """Limits of the whole run besides `num_steps`. It ends after the step that reaches the first of them."""
+    """Limits of the run besides `num_steps`. It ends after the step that reaches the first of them."""
 
     tokens: int | None = Field(None, ge=1)
     """Response tokens sampled for training, including groups that the algorithm drops; null is no limit."""
     wall_s: float | None = Field(None, gt=0)
-    """Seconds of training, over all restarts, without evaluations; null is no limit."""
+    """Seconds of training, including earlier starts of the run but not evaluations; null is no limit."""
 
 
 class OrchestratorConfig(Settings):
@@ -117,23 +117,23 @@ class OrchestratorConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the run. It determines the prompts and the sampling seeds of every step."""
     num_steps: int = Field(500, ge=1)
-    """Number of steps of the whole run."""
+    """Number of steps in the run."""
     budget: BudgetConfig = BudgetConfig()
-    """Further limits of the whole run."""
+    """Other limits of the run."""
     prompts_per_step: int = Field(256, ge=1, le=4096)
-    """Prompts of a step."""
+    """Number of prompts per step."""
     rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
-    """Rollouts of each prompt (the group size); null uses the algorithm's default: 2 for `poise`, 1 for `spo` and
+    """Number of rollouts per prompt (the group size); null uses the algorithm's default: 2 for `poise`, 1 for `spo` and
     `ppo`, 8 for the others."""
     algorithm: AlgorithmConfig = PoiseOptions()
     """The algorithm: its name, or its name as `kind` with its options. The formulas are in
     docs/reference/algorithms.md."""
     max_staleness: int = Field(0, ge=0, le=64)
-    """Steps that may be sampled ahead of the learner. Their rollouts are trained on with a staleness of up to this many
-    policy versions. 0 is exactly on-policy: sampling and training alternate. Must not exceed the learner's own
-    max_staleness; run.yaml sets both."""
+    """Maximum number of steps sampled ahead of the learner, and so the maximum staleness of their rollouts in policy
+    versions. 0 is exactly on-policy: sampling and training alternate. Must not exceed the learner's own max_staleness;
+    run.yaml sets both."""
     max_untrained_steps: int = Field(5, ge=1)
-    """After this many steps in a row that train nothing, the run fails with the reason and status 1. A step trains
+    """The run fails with status 1 and the reason after this many steps in a row that trained nothing. A step trains
     nothing if the learner rejects all rollouts, no update is finite, the verifier fails on all rollouts, or the
     algorithm drops all groups. A run also fails if none of its steps trained anything."""
     max_mismatch_kl: float | None = Field(0.05, gt=0)
@@ -143,8 +143,9 @@ class OrchestratorConfig(Settings):
     the check."""
     wait_for_labels_s: float = Field(30.0, ge=0, le=600)
     """Before requesting baselines, wait up to this many seconds until the probe is fitted on all labels of earlier
-    steps. It rarely takes any time, because labels are published before the learner trains. It makes runs reproducible,
-    also over restarts (docs/how_to/resume_exactly.md). Only if `max_staleness` is 0; 0 never waits."""
+    steps. The wait is usually short, because labels are published before the learner trains. It makes runs
+    reproducible, even across restarts (docs/how_to/resume_exactly.md). Used only if `max_staleness` is 0. 0 disables
+    the wait."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """Tasks to train on, mixed by weight."""
     on_bad_row: OnBadRow = "stop"
@@ -159,7 +160,7 @@ class OrchestratorConfig(Settings):
     endpoints: EndpointsConfig = EndpointsConfig()
     """Where the services are."""
     samples_per_step: int = Field(4, ge=0)
-    """Groups of each step to write to rollouts.jsonl, for reading."""
+    """Number of groups per step to write to rollouts.jsonl, for people to read."""
     logging: LoggingConfig = LoggingConfig()
     """Logging."""
     tracing: TracingConfig = TracingConfig()
@@ -168,7 +169,7 @@ class OrchestratorConfig(Settings):
     @property
     def group_size(self) -> int:
         """Rollouts of each prompt."""
-        return self.rollouts_per_prompt or self.algorithm.usual_rollouts
+        return self.rollouts_per_prompt or self.algorithm.default_rollouts
 
     @property
     def limits(self) -> Limits:
@@ -176,7 +177,7 @@ class OrchestratorConfig(Settings):
         return Limits(self.num_steps, self.budget.tokens, self.budget.wall_s)
 
     @model_validator(mode="after")
-    def _algorithm_has_what_it_needs(self) -> Self:
+    def _check_algorithm(self) -> Self:
         algorithm = self.algorithm
         if self.group_size < algorithm.min_rollouts:
             raise ValueError(

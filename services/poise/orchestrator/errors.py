@@ -13,7 +13,7 @@ class RunError(Exception):
 
 
 class SettingsError(RunError):
-    """Settings, data, run folder and services do not fit together. A restart does not help."""
+    """Settings, data, run folder and services are inconsistent. A restart does not help."""
 
 
 def file_error_kind(cause: Exception) -> type[RunError]:

@@ -1,6 +1,4 @@
-"""A training run from its settings to its report: builds the parts, runs the loop, writes the report, returns an exit
-status.
-"""
+"""Runs a training job: builds its parts, runs the loop, writes the report and returns an exit status."""
 
 from __future__ import annotations
 
@@ -75,7 +73,7 @@ def with_exit_status(config: OrchestratorConfig, work: Callable[[], T]) -> T | i
     except KeyboardInterrupt:
         return INTERRUPTED
     except OutputClosed:
-        logger.warning("stopped because the reader of the output exited; the same command resumes")
+        logger.warning("stopped because the process that reads the output exited. Run the same command to resume")
         return OUTPUT_CLOSED
     except (ConfigError, TaskError, SettingsError, InvalidRequestError) as error:
         logger.error("%s", error)
@@ -117,7 +115,7 @@ async def _train(config: OrchestratorConfig, mixture: Mixture) -> int:
                 except StopRequested:
                     export = None
                 if export is None:
-                    progress.print(f"stopped before the end; the same command resumes. Run folder: {config.run_dir}")
+                    progress.print(f"stopped early. Run the same command to resume. Run folder: {config.run_dir}")
                     return INTERRUPTED
     _print_summary(config, export.path)
     return OK
@@ -131,7 +129,7 @@ async def _train_and_report(
     progress: _Progress,
     stopping: asyncio.Event,
 ) -> ModelExport | None:
-    """Train to the end, write model, summary and report; return the model, or None if the run was stopped before."""
+    """Train to the end, and write model, summary and report. Return the model, or None if the run was stopped early."""
     disk = DiskRetry(stopping, folder.check_open)
     async with ServiceClients(config.endpoints, stopping) as services, VerifierPool(config.verifier) as verifiers:
         loop = TrainingLoop(config, folder, services, verifiers, mixture, progress, stopping)
@@ -155,10 +153,10 @@ async def _train_and_report(
 
 
 def _check_outputs(config: OrchestratorConfig, mixture: Mixture) -> TensorBoardLog:
-    """Check before the first step that everything can be written at the end; return the open TensorBoard log.
+    """Check that all outputs can be written, and return the open TensorBoard log. Call it before the first step.
 
     Raises:
-        SettingsError: a library is missing, or the place of the model is taken.
+        SettingsError: a library is missing, or another file is at the path of the model.
         RunError: a file or folder is not writable.
         TaskError: there are too few held-out problems.
     """

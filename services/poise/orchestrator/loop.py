@@ -68,14 +68,14 @@ class TrainingLoop:
         self._evaluator = Evaluator(config, folder, mixture, scorer, callbacks, self._disk)
         self._clock = RunClock()
         self._probe_up_to_date = True
-        """As of the last step that waited for the probe."""
+        """Result of the last step that waited for the probe."""
 
     async def run(self, state: RunState) -> bool:
         """Continue the run from `state` to its end; return whether it reached its end.
 
         Raises:
             SettingsError: the run cannot continue on this learner (see `check_resume`), engine and learner disagree in
-                the first step, or the value service has already learnt from a step of this name.
+                the first step, or the value service has already consumed labels of a step of this run_id.
             RunError: too many steps in a row trained nothing.
             PoiseClientError: a service failed with a permanent error.
         """
@@ -100,7 +100,7 @@ class TrainingLoop:
                 if self._stopping.is_set() and step not in prefetcher:
                     return False
                 if when := await self._evaluator.due(usage):
-                    await prefetcher.drain()  # sampling must not go on while the clock is paused
+                    await prefetcher.drain()  # finish sampling before pausing the clock
                     with clock.paused():
                         await self._evaluator.evaluate(when, usage, policy_version)
                 num_ahead = 0 if self._stopping.is_set() else config.max_staleness
@@ -128,7 +128,7 @@ class TrainingLoop:
         `num_ahead` is the number of earlier steps that the learner has yet to train on.
 
         Raises:
-            SettingsError: the probe has already learnt from a step of this name, or generation rejects all prompts.
+            SettingsError: the value service has already consumed labels of the step, or generation rejects all prompts.
         """
         config, timer = self._config, PhaseTimer(self._callbacks, step)
         with step_span("sample", config.run_id, step):
@@ -160,7 +160,7 @@ class TrainingLoop:
                     rollouts=_rollout_lines(step, groups[: config.samples_per_step], baselines),
                     state=state,
                 )
-                metrics["wall_s"] = self._clock.now_s()  # counts even if the process dies before the step is finished
+                metrics["wall_s"] = self._clock.now_s()  # counts even if the process exits before the step is finished
                 await self._disk.run(partial(self._folder.journal.write, journalled))
             self._algorithm.load_step_state(state)
             return journalled
@@ -193,15 +193,15 @@ class TrainingLoop:
             answers = await self._services.estimate_baselines(config.run_id, step, labelled_groups(groups), wait_s)
         except LabelsConsumedError as error:
             raise SettingsError(
-                f"the value service has already learnt from step {step} of a run named {config.run_id!r}. Set another "
-                "run_id for this run"
+                f"the value service has already consumed labels of step {step} of run {config.run_id!r}. Set another "
+                "run_id"
             ) from error
         if wait_s:
             self._log_probe_state(step, all(answer.up_to_date for answer in answers))
         return answers
 
     def _log_probe_state(self, step: int, up_to_date: bool) -> None:
-        """Log when the probe falls behind, and when it has caught up."""
+        """Log when the probe falls behind and when it catches up."""
         if self._probe_up_to_date and not up_to_date:
             logger.warning(
                 "step %d uses a probe that may lack labels of earlier steps: it was not fitted on them within "
@@ -220,9 +220,9 @@ class TrainingLoop:
             self._algorithm.load_step_state(state)
 
     def _read_pending(self, next_step: int) -> dict[int, JournalledStep]:
-        """Return the steps that an earlier process sampled; drop those further ahead than `max_staleness` now allows.
+        """Return the steps that an earlier process sampled. Drop those further ahead than `max_staleness` now allows.
 
-        Labels or advantages of `next_step` may have been sent, so it is never dropped. Nothing of the others was sent.
+        `next_step` is never dropped: its labels or advantages may have been sent. Those of later steps were not.
         """
         pending = self._folder.journal.read_pending(next_step)
         too_far = [
@@ -234,7 +234,7 @@ class TrainingLoop:
             for step in range(max(pending), too_far[0] - 1, -1):  # from the end, so that a crash leaves no gap
                 self._folder.journal.drop(step)
                 del pending[step]
-            logger.info("sampling steps from %d on again: they are further ahead than max_staleness", too_far[0])
+            logger.info("resampling steps from %d on: they are further ahead than max_staleness allows", too_far[0])
         return pending
 
 
@@ -254,7 +254,7 @@ def _rollout_lines(step: int, groups: Sequence[ScoredGroup], baselines: StepBase
                     "response": rollout.text,
                     "reward": float(item.rewards[sibling]),
                     "value": None if values_n is None else float(values_n[sibling]),
-                    "advantage": None if baselines.by_critic else float(advantages_n[sibling]),
+                    "advantage": None if baselines.uses_critic else float(advantages_n[sibling]),
                 }
             )
     return lines

@@ -1,4 +1,4 @@
-"""Checks that end a run: whether it can resume on this learner, engine mismatch, and steps that trained nothing."""
+"""Checks that end a run: a learner it cannot resume on, engine mismatch, steps that trained nothing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_mismatch(max_kl: float | None, metrics: StepMetrics) -> None:
     found = metrics.mismatch_kl
     if max_kl is not None and found > max_kl:  # NaN if nothing was trained on
         raise SettingsError(
-            f"engine and learner disagree about the tokens of step 0: KL is {found:.3g} nats a token (mean |Δ log p| "
+            f"engine and learner disagree about the tokens of step 0: KL is {found:.3g} nats per token (mean |Δ log p| "
             f"{metrics.mismatch_logprob:.3g}), but train.max_mismatch_kl is {max_kl:g}. One of them computes a "
             "different model, so training would follow a wrong gradient. Run `poise models check MODEL` to compare "
             "both with the reference forward pass. To train anyway, raise train.max_mismatch_kl or set it to null"
@@ -77,7 +77,7 @@ def check_mismatch(max_kl: float | None, metrics: StepMetrics) -> None:
 
 
 def describe_rejections(num_rejected: Mapping[str, int]) -> str:
-    """Return the number of rejected rollouts by reason, each with its remedy."""
+    """Return the number of rejected rollouts for each reason, with its remedy, as text."""
     return "; ".join(f"{count} {_REJECTIONS.get(reason, reason)}" for reason, count in num_rejected.items())
 
 
@@ -108,7 +108,7 @@ class UntrainedSteps:
     """Counts the steps of a run that trained nothing, and ends the run if there are too many in a row."""
 
     def __init__(self, limit: int, metrics: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Allow fewer than `limit` in a row; `metrics` are those of the steps already finished."""
+        """Allow fewer than `limit` in a row. `metrics` are those of the finished steps."""
         self._limit = limit
         self._num_in_a_row = 0
         self._has_trained = False

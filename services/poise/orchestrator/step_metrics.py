@@ -24,7 +24,7 @@ _ROUNDING = 1e-6
 def sampling_metrics(
     sampled: Sequence[ScoredGroup], kept: Sequence[ScoredGroup], baselines: StepBaselines, policy_version: int
 ) -> dict[str, Any]:
-    """Return the metrics of a step's rollouts, which were requested at `policy_version`.
+    """Return the metrics of a step's rollouts. They were requested at `policy_version`.
 
     Rewards, tokens and staleness cover all `sampled` groups; baselines and advantages cover the `kept` groups.
     """
@@ -63,14 +63,14 @@ def learner_metrics(result: StepResult) -> dict[str, Any]:
         "num_rejected": dict(Counter(reason for _, reason in result.rejected)),
         "learner": without_nan(learner),
     }
-    if ages := result.metrics.staleness:  # at training time: the policy may have moved on since sampling
+    if ages := result.metrics.staleness:  # at training time: the policy may have advanced since sampling
         mean = sum(age * count for age, count in ages.items()) / sum(ages.values())
         metrics["staleness"] = {"mean": mean, "max": max(ages)}
     return metrics
 
 
 def predictions(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, list[Any]]:
-    """Return the probe's value, the siblings' mean reward and the domain of every rollout that a probe valued."""
+    """Return the probe's value, the siblings' mean reward and the domain of every rollout with a probe value."""
     pairs: dict[str, list[Any]] = {"predicted": [], "realised": [], "domain": []}
     for index, item in enumerate(kept):
         values_n = baselines.value(index)
@@ -99,11 +99,11 @@ def _quality(predicted: Sequence[float], realised: Sequence[float]) -> dict[str,
 
 
 def _advantage_variance(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, float | None]:
-    """Return the mean of (r − b)² for the baselines in use and for other baselines on the same rewards."""
+    """Return the mean of (r − b)² for the baselines used, and for other baselines on the same rewards."""
     rewards = rewards_of(kept)
     have_siblings = all(r.size > 1 for r in rewards)
     return {
-        "used": None if baselines.by_critic else _mean_square(rewards, baselines.baselines),
+        "used": None if baselines.uses_critic else _mean_square(rewards, baselines.baselines),
         "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
         "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]) if have_siblings else None,
         "batch_mean": _mean_square(rewards, batch_mean(rewards)) if have_siblings or len(rewards) > 1 else None,
@@ -136,7 +136,7 @@ def _advantage_variance_by_domain(
 
 def _zero_advantage_share(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> float | None:
     """Return the share of groups whose advantages are all zero; None if a critic computes advantages."""
-    if baselines.by_critic:
+    if baselines.uses_critic:
         return None
     nonzero = [np.abs(baselines.advantages(i, item.rewards)).max() > _ROUNDING for i, item in enumerate(kept)]
     return 1 - float(np.mean(nonzero))

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         (
             [],
             1,
-            "start the services with `poise up` and the same options, or measure without them: `poise eval --model",
+            "Start the services with `poise up` and the same options. Without services, `poise eval --model FOLDER`",
         ),
         (["--model", "./absent"], 2, "--model: ./absent does not exist. Name a Hugging Face folder, one of tiny,"),
         (["--model", "runs/a/model"], 2, "--model: runs/a/model does not exist"),

@@ -18,7 +18,7 @@ NUM_COMPARED = 3
 MARGIN = 0.12
 """Of the mean reward over the last steps above that over the first."""
 SEEDS = (0, 1, 2)
-ALGORITHMS = {options.model_fields["kind"].default: options.usual_rollouts for options in get_args(AnyOptions)}
+ALGORITHMS = {options.model_fields["kind"].default: options.default_rollouts for options in get_args(AnyOptions)}
 
 
 @pytest.fixture(autouse=True)

@@ -147,4 +147,4 @@ def test_closed_output_ends_a_run(tmp_path: Path, logged: pytest.LogCaptureFixtu
         raise OutputClosed
 
     assert job.with_exit_status(settings(tmp_path), print_to_closed_output) == OUTPUT_CLOSED
-    assert "the reader of the output exited; the same command resumes" in logged.text
+    assert "the process that reads the output exited. Run the same command to resume" in logged.text

@@ -219,7 +219,7 @@ async def test_without_kept_groups_the_last_draw_is_used(tmp_path: Path) -> None
 async def test_a_run_id_used_before_is_rejected(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path / "first"), world)
-    with pytest.raises(RunError, match=r"already learnt from step 0 of a run named 'run'.*another run_id"):
+    with pytest.raises(RunError, match=r"already consumed labels of step 0 of run 'run'.*another run_id"):
         await drive(settings(tmp_path / "second"), world)
 
 

@@ -122,7 +122,7 @@ async def test_rejected_prompt_costs_only_itself(
     num_rejected = sum(line["num_rejected_prompts"] for line in metrics)
     assert num_rejected == len([prompt for prompt in asked if prompt in world.rejected]) > 0
     line = Mixture(config.tasks, 0).files[0].problems[0].file
-    assert f"{line}:1: skipped, generation rejects the prompt: text: is too long" in caplog.text
+    assert f"{line}:1: skipped because generation rejects the prompt: text: is too long" in caplog.text
     names = [(call[1], prompt.group_id) for call in world.asked for prompt in call[2]]
     assert len(set(names)) == len(names)
 

@@ -1,4 +1,4 @@
-"""The interface of an algorithm: which groups it keeps, which baselines it uses, which state it carries between steps.
+"""The interface of an algorithm: the groups it keeps, its baselines, and its state between steps.
 
 To add one, write a module with its options and a subclass of `Algorithm`, and add the options to `registry`.
 """
@@ -23,7 +23,7 @@ class Algorithm:
     """An algorithm of one run. The loop calls it once for each step, in order."""
 
     max_draws: int = 1
-    """How many times a step may draw prompts until `keeps` accepted enough groups."""
+    """Maximum number of times that a step draws prompts to get enough groups that `keeps` accepts."""
 
     def keeps(self, group: ScoredGroup) -> bool:
         """Return whether to train on a group. The tokens of other groups still count toward the budget."""
@@ -38,20 +38,20 @@ class Algorithm:
         return {}
 
     def load_step_state(self, state: State) -> None:
-        """Apply the result of `step_state`. The loop calls it once for each step, in order; also when it resumes."""
+        """Apply the result of `step_state`. The loop calls it for each step, in order, and again when it resumes."""
 
 
 class AlgorithmOptions(StrictModel):
     """Options of an algorithm. `kind` is its name."""
 
     min_rollouts: ClassVar[int] = 2
-    """Fewest rollouts of a prompt."""
+    """Minimum number of rollouts per prompt."""
     needs_probe: ClassVar[bool] = False
     """Whether baselines come from the value service, which then needs labels."""
     needs_critic: ClassVar[bool] = False
     """Whether the learner's critic computes the advantages from rewards."""
-    usual_rollouts: ClassVar[int] = 8
-    """Default number of rollouts of a prompt."""
+    default_rollouts: ClassVar[int] = 8
+    """Default number of rollouts per prompt."""
 
     def make(self, max_tokens: int) -> Algorithm:
         """Return the algorithm, for responses of at most `max_tokens` tokens."""

@@ -21,8 +21,8 @@ class DapoOptions(AlgorithmOptions):
     kind: Literal["dapo"] = "dapo"
     """This algorithm."""
     max_draws: int = Field(4, ge=1, le=64)
-    """How many times a step may draw prompts to fill its batch with groups of unequal rewards. It then trains on the
-    groups it has. 1 draws once."""
+    """Maximum number of times a step draws prompts to fill its batch with groups of unequal rewards. After the last
+    draw it trains on the groups it has."""
     overlong_margin_tokens: int = Field(0, ge=0)
     """Length of the penalty zone before `sampling.max_tokens`. The penalty grows linearly to 1 at its end. 0 disables
     it."""

@@ -14,7 +14,7 @@ class PoiseOptions(AlgorithmOptions):
     """POISE: the baseline is the probe's value of the siblings, predicted from their hidden states and rewards."""
 
     needs_probe: ClassVar[bool] = True
-    usual_rollouts: ClassVar[int] = 2
+    default_rollouts: ClassVar[int] = 2
     kind: Literal["poise"] = "poise"
     """This algorithm."""
     bootstrap: Literal["rloo", "batch_mean"] = "rloo"
@@ -39,8 +39,8 @@ class Poise(Algorithm):
         num_probed = sum(answer.values is not None for answer in answers)
         return StepBaselines(
             [
-                spare if answer.baselines is None else answer.baselines
-                for answer, spare in zip(answers, fallback, strict=True)
+                bootstrap if answer.baselines is None else answer.baselines
+                for answer, bootstrap in zip(answers, fallback, strict=True)
             ],
             source="probe" if num_probed == len(answers) else "mixed" if num_probed else "bootstrap",
             values=[answer.values for answer in answers],

@@ -1,4 +1,4 @@
-"""PPO: the learner trains a critic of the policy's own size, which gives token advantages by GAE."""
+"""PPO: the learner trains a critic as large as the policy, and computes token advantages by GAE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PpoOptions(AlgorithmOptions):
 
     min_rollouts: ClassVar[int] = 1
     needs_critic: ClassVar[bool] = True
-    usual_rollouts: ClassVar[int] = 1
+    default_rollouts: ClassVar[int] = 1
     kind: Literal["ppo"] = "ppo"
     """This algorithm."""
 

@@ -23,7 +23,7 @@ class SpoOptions(AlgorithmOptions):
     RENAMED: ClassVar[Mapping[str, str]] = {"batch_normalisation": "batch_normalization"}
 
     min_rollouts: ClassVar[int] = 1
-    usual_rollouts: ClassVar[int] = 1
+    default_rollouts: ClassVar[int] = 1
     kind: Literal["spo"] = "spo"
     """This algorithm."""
     half_life_visits: float = Field(8.0, gt=0)

@@ -41,13 +41,13 @@ class EvaluatedModel:
     name: str
     """Name or path, for messages and evaluation.json."""
     is_policy: bool
-    """Whether a run's services serve it as their current policy; otherwise a generation service without a learner."""
+    """True for the current policy of a running learner; False if generation serves the weights without a learner."""
     policy_version: int | None = None
-    """Version of a checkpoint. Unknown for other models; the learner reports it for a current policy."""
+    """Version of a checkpoint. None for other models; the learner reports that of its current policy."""
 
 
-def load_held_out(config: OrchestratorConfig) -> Mixture:
-    """Return the tasks, checked for enough held-out problems.
+def load_tasks(config: OrchestratorConfig) -> Mixture:
+    """Return the tasks, after checking that they have enough held-out problems.
 
     Raises:
         ConfigError: `evaluation.num_prompts` is 0.
@@ -107,11 +107,11 @@ async def evaluate_served(
                 await services.wait_for_generation()
             await check_data(config, mixture, services, progress.print)
             at_least = version if version is not None and model.is_policy else 0
-            found = await evaluator.measure("now", version or 0, at_least)
+            result = await evaluator.measure("now", version or 0, at_least)
     about = {"model": model.name, "policy_version": version, "generations": "generations.jsonl"}
-    evaluation = {"run_id": config.run_id} | found.line | about
+    evaluation = {"run_id": config.run_id} | result.line | about
     versions = {} if model.is_policy else {"policy_versions": [] if version is None else [version]}
-    write_lines(folder / "generations.jsonl", (line | versions for line in found.generations()))
+    write_lines(folder / "generations.jsonl", (line | versions for line in result.generations()))
     write_file(folder / "evaluation.json", (json.dumps(evaluation, indent=2, allow_nan=False) + "\n").encode())
     text = json.dumps(evaluation) if as_json else "\n".join([*describe(evaluation), f"written to {folder}"])
     console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -121,8 +121,8 @@ async def _served_version(services: ServiceClients, config: OrchestratorConfig) 
     if not await services.is_learner_reachable():
         raise RunError(
             f"no learner answers at {config.endpoints.learner}. Start the services with `poise up` and the same "
-            "options, or evaluate without them: `poise eval --model FOLDER` takes any model, `--checkpoint` the run's "
-            "newest checkpoint"
+            "options. Without services, `poise eval --model FOLDER` evaluates any model, and `poise eval --checkpoint` "
+            "the run's newest checkpoint"
         )
     await services.wait_until_up(with_value=False)
     return (await services.learner_status()).policy_version

@@ -21,7 +21,7 @@ from poise.orchestrator.tasks.mixture import Mixture
 from poise.report.scores import score_table
 
 EVALUATION_SUFFIX = ":evaluation"
-"""Suffix of the run id of evaluation rollouts. It keeps them apart from training rollouts."""
+"""Suffix of the run id of evaluation rollouts, which separates them from training rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Evaluator:
         return await self._disk.run(partial(self._due, usage))
 
     async def evaluate(self, when: str, usage: Usage, policy_version: int) -> None:
-        """Evaluate the policy and write the result; do nothing if it was written or evaluation is off."""
+        """Evaluate the policy and write the result. Do nothing if it is already written or evaluation is off."""
         step = usage.num_steps
         if not await self._disk.run(partial(self._is_missing, when, step)):
             return
@@ -132,10 +132,10 @@ class Evaluator:
 
     def _due(self, usage: Usage) -> str | None:
         step = usage.num_steps
-        when = "before" if step == 0 else "step" if self._is_time(usage) else None
+        when = "before" if step == 0 else "step" if self._is_scheduled(usage) else None
         return when if when and self._is_missing(when, step) else None
 
-    def _is_time(self, usage: Usage) -> bool:
+    def _is_scheduled(self, usage: Usage) -> bool:
         config = self._config.evaluation
         if config.every_steps and usage.num_steps % config.every_steps == 0:
             return True

@@ -1,1 +1,1 @@
-"""Rewards: verifiers give each response a reward in [0, 1], in processes of their own."""
+"""Rewards: verifiers score each response in [0, 1], in separate processes."""

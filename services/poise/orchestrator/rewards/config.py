@@ -15,6 +15,6 @@ class VerifierConfig(StrictModel):
     num_workers: int = Field(2, ge=1, le=256)
     """Number of verifier processes."""
     max_memory_bytes: int = Field(1024 * 1024 * 1024, ge=128 * 1024 * 1024)
-    """Memory limit of one process, bytes. If a check exceeds it, the reward is 0 and the process is replaced."""
+    """Memory limit of a verifier process, bytes. If a check exceeds it, the reward is 0 and the process is replaced."""
     max_response_chars: int = Field(262_144, ge=1)
-    """Longest response to verify, in characters. The reward of longer ones is 0."""
+    """Maximum length of a response to verify, in characters. Longer responses get reward 0."""

@@ -1,4 +1,4 @@
-"""Finds the final answer of a response: thoughts, answer tags, boxes and `####`.
+"""Finds the final answer of a response: removes thoughts, and reads answer tags, boxes and `####`.
 
 Every search is linear in the length of the response.
 """
@@ -18,9 +18,9 @@ _BOX = re.compile(r"\\f?boxed\s*(?=[{\w\\.+-])")
 def final_answer(response: str, *, in_thought: bool = False) -> str:
     """Return the final answer of a response.
 
-    Thoughts are removed first: `<think>…</think>`, everything before a `</think>` without a start, and an unclosed
+    Thoughts are removed first: `<think>…</think>`, everything before an unopened `</think>`, and an unclosed
     `<think>…`. The final answer is then inside the last `<answer>…</answer>`; an unclosed tag extends to the end.
-    Without a tag, it is the text after the last thought; empty if that thought is unclosed.
+    Without a tag, it is the text after the last thought, or empty if that thought is unclosed.
 
     Args:
         response: the text of the response.

@@ -1,7 +1,7 @@
 """The verifier `numeric`: compares the value of a final answer with the answer.
 
-Numbers and groups of numbers are read by `numbers`; formulas with variables, matrices and equations by math-verify. The
-verifier process limits the time.
+`numbers` reads numbers and groups of numbers. math-verify reads formulas with variables, matrices and equations. The
+verifier process enforces the time limit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from poise.orchestrator.rewards.numbers.quantity import Group, Number, Value, sa
 from poise.orchestrator.rewards.verifiers import Score
 
 _MAX_BOX = 1000
-"""Longest content of a box that is read, because math-verify's time grows faster than the length."""
+"""Maximum length of a box to read, because math-verify's time grows faster than the length."""
 _MAX_BARE_FORMULA = 300
-"""Longest final answer that is tried as a formula without delimiters."""
+"""Maximum length of a final answer to try as a formula without delimiters."""
 _SHOWN_ITEMS = 8
 _SHOWN_EXACTLY = 10**18
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|ln|log|exp|pi)(?![A-Za-z])")
@@ -91,7 +91,7 @@ def _no_expression(answer: str) -> str:
 def _score_formula(candidate: str, expected: str, *, is_boxed: bool) -> Score:
     import math_verify
 
-    # It warns that its own time limit is off. The verifier process has a limit that no signal handler can miss.
+    # math-verify warns that its own time limit is off. The verifier process enforces one instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     expected, candidate = _ascii(expected), _ascii(candidate[-MAX_CHARS:])
     gold = math_verify.parse(f"${_latex(expected.strip('$ '))}$", parsing_timeout=None)

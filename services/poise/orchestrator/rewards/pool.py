@@ -41,7 +41,7 @@ class VerifierResult:
     error: str | None
     """Why the verifier failed; None if it did not."""
     seconds: float
-    """Duration of the check, without waiting for a process."""
+    """Duration of the check, excluding the wait for a process."""
     reason: str = ""
     """The verifier's reason for the reward; built-in verifiers give one."""
 
@@ -58,7 +58,7 @@ class _OutOfMemory(_Failure):
     """The check exceeded the memory limit."""
 
 
-class _EndedEarly(_Failure):
+class _ExitedEarly(_Failure):
     """The process exited before the check began."""
 
 
@@ -80,7 +80,7 @@ class VerifierPool:
         await self.stop()
 
     async def start(self) -> None:
-        """Open the pool. Processes start when they are first needed."""
+        """Open the pool. Processes start on first use."""
         self._idle = asyncio.LifoQueue()
         for worker in self._workers:
             self._idle.put_nowait(worker)
@@ -133,7 +133,7 @@ class VerifierPool:
 
 
 class _Worker:
-    """A process that is started when needed and replaced after a failure."""
+    """A verifier process, started on first use and replaced after a failure."""
 
     def __init__(self, config: VerifierConfig) -> None:
         self._config = config
@@ -148,12 +148,12 @@ class _Worker:
         try:
             used_before = self._process is not None
             try:
-                answer = await self._ask(request)
-            except (_EndedEarly, _OutOfMemory):
+                answer = await self._request(request)
+            except (_ExitedEarly, _OutOfMemory):
                 if not used_before:
                     raise
                 await self.stop()
-                answer = await self._ask(request)
+                answer = await self._request(request)
         except BaseException:
             await self.stop()
             raise
@@ -169,7 +169,7 @@ class _Worker:
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.shield(process.wait())
 
-    async def _ask(self, request: bytes) -> dict[str, Any]:
+    async def _request(self, request: bytes) -> dict[str, Any]:
         if self._process is None:
             self._process = await _launch(self._config.max_memory_bytes)
         process = self._process
@@ -177,7 +177,7 @@ class _Worker:
             stdin = cast(asyncio.StreamWriter, process.stdin)
             stdin.write(request)
             await stdin.drain()
-        ready = await _read(process, _READY_TIMEOUT_S, "did not start", _EndedEarly)
+        ready = await _read(process, _READY_TIMEOUT_S, "did not start", _ExitedEarly)
         answer = ready
         if "ready" in ready:
             answer = await _read(process, self._config.timeout_s, "did not finish", _Failure)
@@ -197,19 +197,19 @@ async def _launch(max_memory_bytes: int) -> Process:
         raise _Failure("crash", f"starting a process failed: {error}") from error
 
 
-async def _read(process: Process, timeout_s: float, late: str, gone: type[_Failure]) -> dict[str, Any]:
+async def _read(process: Process, timeout_s: float, timeout_text: str, exit_error: type[_Failure]) -> dict[str, Any]:
     try:
         async with asyncio.timeout(timeout_s):
             line = await cast(asyncio.StreamReader, process.stdout).readline()
     except TimeoutError:
-        raise _Failure("timeout", f"{late} within {timeout_s:g} s and was killed") from None
+        raise _Failure("timeout", f"{timeout_text} within {timeout_s:g} s and was killed") from None
     if not line.endswith(b"\n"):
-        raise gone("crash", f"its process {_ending(await process.wait())}")
+        raise exit_error("crash", f"its process {_describe_exit(await process.wait())}")
     answer: dict[str, Any] = json.loads(line)
     return answer
 
 
-def _ending(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     return f"was killed by {signal.Signals(-status).name}"

@@ -1,4 +1,4 @@
-"""Verifiers: functions that give a response its reward. The built-in ones, and loading of user-defined ones.
+"""The built-in verifiers, and loading of user-defined ones. A verifier returns the reward of a response.
 
 `reward_function` loads the verifier of a problem and imports its heavy packages, so that the time limit of a check does
 not include imports.
@@ -81,8 +81,8 @@ def regex(response: str, answer: Answer) -> Score:
 def numeric(response: str, answer: Answer) -> Score:
     r"""Return 1 if the final answer has the value of the answer; see docs/reference/verifiers.md.
 
-    The value is read from the last \boxed{…}, else after the last `####`, else after the last "answer is"; else it is
-    the last value of the final answer.
+    The value comes from the first of these that exists: the last \boxed{…}, the text after the last `####`, the text
+    after the last "answer is", the last value of the final answer.
 
     Raises:
         ValueError: the answer is not a mathematical expression.
@@ -124,7 +124,7 @@ def gym(response: str, problem: Problem) -> Score:
 
 
 def load_verifier(verifier: str) -> Verifier:
-    """Return a verifier by its name or import path, `package.module:function`. Also searches the working folder.
+    """Return a verifier by its name or import path, `package.module:function`. Also search the working folder.
 
     Raises:
         ValueError: it does not exist, or cannot be called as a verifier.
@@ -182,7 +182,7 @@ def decode_tuples(value: Any) -> Any:
 
 
 def reward_function(problem: Problem) -> Callable[..., float]:
-    """Return the function that gives a response to `problem` its reward, with slow imports done.
+    """Return the function that scores responses to `problem`, after its slow imports.
 
     It takes the response and, if known, its finish reason: `stop`, `length` or `abort`.
 
@@ -241,7 +241,7 @@ def _with_thought(response: str, problem: Problem) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """Return the content of a text that is one box; any other text unchanged."""
+    """Return the content of a text that consists of one box; return other texts unchanged."""
     box = _BOXED.fullmatch(text)
     return text if box is None else box[1] or box[2] or ""
 

@@ -4,8 +4,8 @@
     ← {"ready": true}                             imports are done; the time limit starts
     ← {"reward": 0.5, "reason": "..."} or {"error": "..."} or {"error": "...", "out_of_memory": true}
 
-Run as a file with one JSON argument: the parent's `sys.path`, to find the same verifiers, its process id, and the
-memory limit in bytes. Verifiers run in the main thread, so that they may use signals. Exits with its parent.
+The file is run with one JSON argument: the parent's `sys.path`, to find the same verifiers, its process id, and the
+memory limit in bytes. Verifiers run in the main thread, so they may use signals. The process exits with its parent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Answer requests until standard input closes."""
     options = json.loads(sys.argv[1])
-    _exit_with(options["parent"])
+    _exit_with_parent(options["parent"])
     resource.setrlimit(resource.RLIMIT_DATA, (options["max_memory_bytes"], options["max_memory_bytes"]))
     sys.path[:] = options["path"]
     # Verifiers may print and read without disturbing the requests and answers.
@@ -58,7 +58,7 @@ def _write(answer: dict[str, Any], answers: IO[str]) -> None:
     answers.flush()
 
 
-def _exit_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """Exit when the parent exits, on Linux even during a check that hangs; elsewhere only between checks."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""From problems to scored groups: service clients, load balancing, scoring, prefetching of steps."""
+"""Samples and scores groups: service clients, load balancing, scoring, prefetching of steps."""

@@ -1,7 +1,7 @@
 """Spreads prompts over generation replicas and yields each group once, even if replicas fail.
 
-A prompt is assigned to one replica at a time, and reassigned only after the call to the first has ended. So no rollout
-is lost and none counts twice.
+A prompt is assigned to one replica at a time. It is reassigned only after the call to that replica has ended, so no
+rollout is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PROMPT_FIELD = re.compile(r"prompts\[(\d+)\]\.?")
 
 _STREAM_TIMEOUT_S = 3600.0
 _PUSH_PATIENCE_S = 5.0
-"""Waiting for a weight push is logged only after this time."""
+"""A wait for a weight push is logged only after this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class GroupRequest:
         self._waiting = WaitLog("generation", stopping)
 
     async def groups(self) -> AsyncGenerator[Group | RejectedPrompt, None]:
-        """Yield every group once, as it is finished, or its rejected prompt. Closing the generator cancels open calls.
+        """Yield every group, or its rejected prompt, once it is finished. Closing the generator cancels open calls.
 
         Raises:
             StopRequested: a stop was requested while no replica could take the remaining prompts.
@@ -120,7 +120,7 @@ class GroupRequest:
                 call.add_done_callback(calls.discard)
 
     def _check_waiting(self) -> None:
-        """While no replica works, log the waiting, or raise `StopRequested` after a stop request."""
+        """If no replica is sampling, log the wait, or raise `StopRequested` after a stop request."""
         if self._calls or not self._has_refreshed:
             return
         if self._stopping.is_set():
@@ -185,9 +185,9 @@ class GroupRequest:
 def _rejected_prompts(error: InvalidRequestError) -> dict[int, str]:
     """Return the reason for each rejected prompt, by index; empty if another field of the request is invalid too."""
     rejected: dict[int, str] = {}
-    for field, what in error.violations:
+    for field, description in error.violations:
         if match := _PROMPT_FIELD.match(field):
-            rejected.setdefault(int(match[1]), f"{field[match.end() :]}: {what}")
+            rejected.setdefault(int(match[1]), f"{field[match.end() :]}: {description}")
         elif field:  # empty for "and 7 more wrong fields"
             return {}
     return rejected

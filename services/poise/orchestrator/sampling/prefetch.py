@@ -1,4 +1,4 @@
-"""Sampling of steps ahead of the learner: started in order, one after the other, and taken in order."""
+"""Samples steps ahead of the learner, one at a time and in order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from poise.orchestrator.storage.step_journal import JournalledStep
 
 SampleStep = Callable[[int, int, int], Awaitable[JournalledStep]]
-"""Samples and journals a step. Takes the step, the least policy version, and by how many steps it is ahead."""
+"""Samples and journals a step. Takes the step, the minimum policy version, and the number of steps it is ahead."""
 
 
 class Prefetcher:
-    """The steps between sampling and training."""
+    """Steps that are being sampled, or sampled but not yet trained on."""
 
     def __init__(self, sample: SampleStep, pending: Mapping[int, JournalledStep]) -> None:
         """Start with `pending`, the steps that an earlier process sampled."""
@@ -24,9 +24,9 @@ class Prefetcher:
         return step in self._pending or step in self._tasks
 
     def start(self, steps: range, policy_version: int) -> None:
-        """Start sampling those of `steps` that were not started yet, from `policy_version` or newer.
+        """Start sampling the steps that were not started yet, from `policy_version` or newer.
 
-        The first of `steps` is the one that the learner gets next; the others are ahead of it.
+        The learner trains on the first of `steps` next; the others are ahead of it.
         """
         for step in steps:
             if step not in self:

@@ -1,7 +1,7 @@
 """The pool of generation replicas: discovery, health, and choice of the least loaded one.
 
-Replicas may come and go during a run. A replica gets prompts only after it reported that it is ready with new enough
-weights; after a failure it gets none until it reports so again.
+Replicas may be added and removed during a run. A replica gets prompts only if it reports that it is ready and its
+weights are new enough. After a failure it gets none until it reports that again.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Replica:
         self.client = client
         self.is_ready = False
         self.missing_version: int | None = missing_version
-        """Lowest policy version that it is known not to serve; None if it is not known to be behind."""
+        """Lowest policy version that it does not serve yet; None unless it is known to be behind."""
         self.not_ready_reason = "its status is not known yet"
         """Why it gets no prompts, for messages."""
         self.is_starting = False
-        """Whether that reason is its start-up stage."""
+        """Whether `not_ready_reason` is its start-up stage."""
         self.not_before_s = 0.0
-        """When a busy replica gets prompts again."""
+        """Time after which a busy replica gets prompts again."""
         self.last_alive_s = 0.0
         self.num_rollouts = 0
-        """Assigned and unfinished."""
+        """Assigned and unfinished rollouts."""
         self.num_tokens = 0.0
         """Expected tokens of those rollouts."""
         self.num_served_tokens = 0
@@ -183,7 +183,7 @@ class ReplicaPool:
             self._response_tokens = before + _SMOOTHING * (mean - before)
 
     async def refresh(self) -> None:
-        """Discover replicas, and poll those whose status is not known; does nothing if the last call is recent."""
+        """Discover replicas and poll those of unknown status. Do nothing if the last call is recent."""
         async with self._refreshing:
             if time.monotonic() - self._refreshed_s < REFRESH_EVERY_S:
                 return
@@ -203,7 +203,7 @@ class ReplicaPool:
             await replica.client.close()
 
     async def _poll(self, replica: Replica) -> None:
-        """Poll a replica without prompts for its readiness, and one with prompts for being alive."""
+        """Poll the readiness of an idle replica, or the liveness of a busy one."""
         if replica.is_ready and replica.missing_version is None and not replica.num_rollouts:
             return
         try:

@@ -1,4 +1,4 @@
-"""Retrying until a service or the disk works again: pauses, what is worth a retry, and log messages on the way."""
+"""Retries until a service or the disk works again: pauses, transient errors, log messages."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def is_transient(error: PoiseClientError) -> bool:
     return error.retryable or isinstance(error, DeadlineExceededError)
 
 
-async def pause(stopping: asyncio.Event, least_s: float = 0.0) -> None:
+async def pause(stopping: asyncio.Event, min_s: float = 0.0) -> None:
     """Sleep until the next retry, or until `stopping` is set. If it is already set, sleep the whole time."""
-    duration_s = max(RETRY_EVERY_S, least_s)
+    duration_s = max(RETRY_EVERY_S, min_s)
     if stopping.is_set():
         await asyncio.sleep(duration_s)
         return
@@ -40,7 +40,7 @@ _START_SERVICES = "; `poise up` starts the services, `poise status` shows them"
 
 
 class WaitLog:
-    """Logs the waiting for a service or the disk: at once, from time to time, and when it ends."""
+    """Logs a wait for a service or the disk: its start, its progress at intervals, and its end."""
 
     def __init__(self, name: str, stopping: asyncio.Event, remedy: str = _START_SERVICES) -> None:
         """Log waiting for `name`. The first message ends with `remedy`."""
@@ -50,12 +50,12 @@ class WaitLog:
         self._since_s: float | None = None
         self._logged_s: float | None = None
         self._stage = ""
-        """Start-up stage in the last message."""
+        """The start-up stage in the last message."""
 
     def report(self, why: str, patience_s: float = 0.0, *, starting: bool = False) -> None:
-        """Log what is waited for and why, unless a message is recent or waiting began less than `patience_s` ago.
+        """Log the reason for the wait, unless the last message is recent or the wait is shorter than `patience_s`.
 
-        With `starting`, a service reports its start-up stage: log each stage once, then at longer intervals.
+        With `starting`, the reason is a service's start-up stage: log each stage once, then at longer intervals.
         """
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s
@@ -73,19 +73,19 @@ class WaitLog:
             return
         self._stage, self._logged_s = stage, now_s
 
-    async def pause(self, least_s: float = 0.0) -> None:
+    async def pause(self, min_s: float = 0.0) -> None:
         """Wait until the next retry.
 
         Raises:
-            StopRequested: a stop was requested, before or meanwhile.
+            StopRequested: a stop was requested before or during the wait.
         """
         if not self._stopping.is_set():
-            await pause(self._stopping, least_s)
+            await pause(self._stopping, min_s)
         if self._stopping.is_set():
             raise StopRequested(self._name)
 
     def done(self, what: str = "answers") -> None:
-        """Log the end of the waiting, if its beginning was logged."""
+        """Log the end of the wait, if its start was logged."""
         if self._logged_s is not None and self._since_s is not None:
             logger.info("%s %s after %.0f s", self._name, what, time.monotonic() - self._since_s)
         self._since_s = self._logged_s = None

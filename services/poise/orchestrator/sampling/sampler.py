@@ -16,7 +16,7 @@ from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 
 _MAX_REPLACEMENTS = 8
-"""How many times rejected prompts of a draw are replaced by other prompts."""
+"""Maximum number of times that rejected prompts of a draw are replaced by other prompts."""
 
 
 @dataclass(slots=True)
@@ -45,12 +45,12 @@ class StepSampler:
         self._scorer = scorer
         self._algorithm = algorithm
         self._num_extra_draws = 0
-        """Draws beyond one for each step, over all steps so far."""
+        """Draws after the first of each step, over all steps so far."""
 
     def resume(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue after `step`, from the state that was stored with it.
 
-        Older releases stored no positions of the tasks: `num_problems` is then the number of problems drawn.
+        Older releases did not store the positions of the tasks. Then `num_problems` is the number of problems drawn.
         """
         num_draws = state.get("num_draws", 1)
         first_draw = step + self._num_extra_draws

@@ -1,4 +1,4 @@
-"""The data of one step: scored groups and their baselines, and the labels and training batch made from them.
+"""The data of one step: scored groups, baselines, labels and the training batch.
 
 Shapes: n rollouts of one prompt.
 """
@@ -27,7 +27,7 @@ class ScoredGroup:
 
     @property
     def domain(self) -> str:
-        """The domain whose probe values the rollouts."""
+        """The domain, which selects the probe."""
         return self.problem.domain
 
 
@@ -37,20 +37,20 @@ class StepBaselines:
 
     baselines: Sequence[Floats]
     source: str
-    """Where they come from: `probe`, `bootstrap`, `mixed` (both), `group`, `batch`, `tracker` or `critic`."""
+    """Their origin: `probe`, `bootstrap`, `mixed` (both), `group`, `batch`, `tracker` or `critic`."""
     values: Sequence[Floats | None] = ()
-    """Values of the probe; None for a domain without a probe. Empty for algorithms without a probe."""
+    """The probe's values; None for a domain without a probe. Empty for algorithms without a probe."""
     probe_versions: Mapping[str, int] = field(default_factory=dict)
     """By domain."""
     up_to_date: bool | None = None
     """Whether the probe was fitted on all labels published before the step; None for algorithms without a probe."""
     scales: Sequence[Floats] = ()
-    """Divisors of reward − baseline; empty for none."""
+    """Divisors of reward − baseline; empty if there are none."""
     penalties: Sequence[Floats] = ()
-    """Added to the rewards; empty for none."""
+    """Added to the rewards; empty if there are none."""
 
     @property
-    def by_critic(self) -> bool:
+    def uses_critic(self) -> bool:
         """Whether the learner's critic computes the advantages instead."""
         return self.source == "critic"
 
@@ -76,7 +76,7 @@ def lengths_of(groups: Sequence[ScoredGroup]) -> list[Floats]:
 
 
 def labelled_groups(groups: Sequence[ScoredGroup]) -> list[Group]:
-    """Return the groups with their rewards and domains: the value service values them and learns from them."""
+    """Return the groups with rewards and domains, as the value service estimates baselines and learns from them."""
     return [item.group.scored(item.rewards, item.domain) for item in groups]
 
 
@@ -84,11 +84,11 @@ def training_batch(
     run_id: str, step: int, groups: Sequence[ScoredGroup], baselines: StepBaselines, temperature: float
 ) -> Batch:
     """Return the batch that the learner trains on: rollouts with advantages, or with rewards for a critic."""
-    by_critic, rollouts = baselines.by_critic, []
+    uses_critic, rollouts = baselines.uses_critic, []
     for index, item in enumerate(groups):
-        advantages_n = np.zeros_like(item.rewards) if by_critic else baselines.advantages(index, item.rewards)
+        advantages_n = np.zeros_like(item.rewards) if uses_critic else baselines.advantages(index, item.rewards)
         rollouts += [
-            dataclasses.replace(rollout, advantage=float(advantage), reward=float(reward) if by_critic else None)
+            dataclasses.replace(rollout, advantage=float(advantage), reward=float(reward) if uses_critic else None)
             for rollout, advantage, reward in zip(item.group.rollouts, advantages_n, item.rewards, strict=True)
         ]
     return Batch(run_id, f"step-{step:08d}", step, tuple(rollouts), temperature)

@@ -97,16 +97,16 @@ class Scorer:
 
 def _log_rejected(rejected: Sequence[tuple[Problem, str]]) -> None:
     for problem, reason in rejected[:_MAX_SHOWN]:
-        logger.warning("%s: skipped, generation rejects the prompt: %s", problem.origin, reason)
+        logger.warning("%s: skipped because generation rejects the prompt: %s", problem.origin, reason)
     if len(rejected) > _MAX_SHOWN:
         logger.warning("%d prompts were rejected, showing the first %d", len(rejected), _MAX_SHOWN)
 
 
-def sampling_options(config: OrchestratorConfig, nucleus: SamplingConfig | EvaluationConfig, seed: int) -> Sampling:
-    """Return the options of a sampling request; temperature and top-p are those of `nucleus`."""
+def sampling_options(config: OrchestratorConfig, section: SamplingConfig | EvaluationConfig, seed: int) -> Sampling:
+    """Return the options of a sampling request, with the temperature and top-p of `section`."""
     return Sampling(
-        temperature=nucleus.temperature,
-        top_p=nucleus.top_p,
+        temperature=section.temperature,
+        top_p=section.top_p,
         max_tokens=config.sampling.max_tokens,
         stop=config.sampling.stop,
         stop_token_ids=config.sampling.stop_token_ids,

@@ -42,7 +42,7 @@ _CALL_TIMEOUT_S = 60.0
 _SUBMIT_TIMEOUT_S = 3600.0
 _EXPORT_TIMEOUT_S = 3600.0
 PROMPTS_PER_CHECK = 256
-"""Prompts of one `check_prompts` call: few enough to spread over replicas and to show progress."""
+"""Prompts per `check_prompts` call. Small enough to spread calls over replicas and to show progress."""
 _MAX_CHECKS = 8
 """Concurrent `check_prompts` calls."""
 
@@ -70,8 +70,8 @@ class ServiceClients:
             )
 
         def connect(address: Address) -> AsyncGenerationClient:
-            named = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
-            return client(AsyncGenerationClient, address.target, named)
+            replica_tls = TlsOptions(config.ca_file, server_name=address.server_name) if config.ca_file else None
+            return client(AsyncGenerationClient, address.target, replica_tls)
 
         self.replicas = ReplicaPool(Discovery(config.generation), connect, config.rollouts_per_replica)
         self._value = client(AsyncValueClient, config.value, tls)
@@ -86,7 +86,7 @@ class ServiceClients:
             await client.close()
 
     async def wait_until_up(self, *, with_value: bool) -> None:
-        """Return once all services answer, and at least one generation replica. Logs what it waits for."""
+        """Return once learner, value and at least one generation replica answer. Log the reason for the wait."""
         await self._call_learner(lambda: self._learner.get_status(timeout_s=_STATUS_TIMEOUT_S))
         await self.wait_for_generation()
         if with_value:
@@ -111,7 +111,7 @@ class ServiceClients:
         return request.groups()
 
     async def generation_policy(self) -> Policy:
-        """See `AsyncGenerationClient.get_policy`; asks any replica that is ready."""
+        """Return the policy of any ready replica; see `AsyncGenerationClient.get_policy`."""
         return await self._call_generation(lambda client: client.get_policy(timeout_s=_STATUS_TIMEOUT_S))
 
     async def check_prompts(
@@ -142,7 +142,7 @@ class ServiceClients:
     async def estimate_baselines(
         self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
-        """See `AsyncValueClient`; wait up to `wait_for_labels_s` until the probe is fitted on all labels."""
+        """See `AsyncValueClient`. Wait up to `wait_for_labels_s` until the probe is fitted on all labels."""
         timeout_s = _CALL_TIMEOUT_S + wait_for_labels_s
         return await self._call_value(
             lambda: self._value.estimate_baselines(
@@ -171,13 +171,13 @@ class ServiceClients:
         return await self._call_learner(lambda: self._learner.export_model(name, timeout_s=_EXPORT_TIMEOUT_S))
 
     async def check_export(self, name: str) -> ModelExport:
-        """Raise the error that an export of this name would raise; see `AsyncLearnerClient.export_model`."""
+        """Check whether an export of this name would succeed; see `AsyncLearnerClient.export_model`."""
         return await self._call_learner(
             lambda: self._learner.export_model(name, check_only=True, timeout_s=_EXPORT_TIMEOUT_S)
         )
 
     async def is_learner_reachable(self) -> bool:
-        """Return whether a service answers at the learner's address, ready or not."""
+        """Return whether a learner answers at its address, even if it is not ready."""
         try:
             await self._learner.get_status(timeout_s=_STATUS_TIMEOUT_S)
         except UnavailableError as error:
@@ -187,7 +187,7 @@ class ServiceClients:
         return True
 
     async def wait_for_generation(self) -> None:
-        """Return once a replica is ready. Logs what it waits for."""
+        """Return once a replica is ready. Log the reason for the wait."""
         waiting = WaitLog("generation", self._stopping)
         while True:
             await self.replicas.refresh()
@@ -198,7 +198,7 @@ class ServiceClients:
             await waiting.pause()
 
     async def _call_generation(self, call: Callable[[AsyncGenerationClient], Awaitable[T]]) -> T:
-        """Call a replica that is ready; rotate over the replicas."""
+        """Call a ready replica, in rotation."""
 
         async def call_next() -> T:
             while (client := self.replicas.next_ready()) is None:

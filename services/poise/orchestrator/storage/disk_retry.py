@@ -25,8 +25,8 @@ class DiskRetry:
         """Create it.
 
         Args:
-            stopping: ends the waiting when set.
-            check: raises the cause of a failed operation if it knows one; see `RunFolder.check_open`.
+            stopping: ends the wait when set.
+            check: raises the cause of a failed operation, if known; see `RunFolder.check_open`.
         """
         self._stopping = stopping or asyncio.Event()
         self._check = check
@@ -50,7 +50,7 @@ class DiskRetry:
                 return result
 
     def _cause(self, error: OSError) -> OSError:
-        """Return the cause of a failed operation: that the folder was moved explains more than a missing file."""
+        """Return the cause of a failed operation. A moved folder explains more than a missing file."""
         if self._check is not None:
             try:
                 self._check()
@@ -60,7 +60,7 @@ class DiskRetry:
 
 
 async def until_done(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even if cancelled, so that the folder is not closed during a write."""
+    """Await the end of `work` even if cancelled, so that the folder is not closed during a write."""
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)

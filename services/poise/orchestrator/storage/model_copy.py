@@ -14,7 +14,7 @@ MODEL = "model"
 
 
 def check_model_path(run_dir: Path) -> None:
-    """Raise `SettingsError` if something else is where the model will be written."""
+    """Raise `SettingsError` if another file or folder is at the path of the model."""
     model = run_dir / MODEL
     if os.path.lexists(model) and not (model / EXPORT_MARK).is_file():
         raise SettingsError(
@@ -24,7 +24,7 @@ def check_model_path(run_dir: Path) -> None:
 
 
 def copy_model(exported: Path, target: Path) -> None:
-    """Copy an export to `target`, all or nothing. Do nothing if this machine does not have the learner's files.
+    """Copy an export to `target`, all or nothing. Do nothing if the export is not on this machine.
 
     Raises:
         OSError: copying failed. The call may be repeated.

@@ -1,13 +1,13 @@
 """The folder of a run: its results, and the state from which it resumes.
 
-run.lock            locked by the process that runs it
+run.lock            lock of the process that runs it
 config.yaml         settings
 data.json           data files: hash, number of rows, number of used rows
 state.json          finished steps, tokens, seconds, policy version
 journal/            steps between sampling and training; see `step_journal`
 metrics.jsonl       one line for each step
 values.jsonl        one line for each step: predicted and realised values
-rollouts.jsonl      rollouts of some groups of each step, to read
+rollouts.jsonl      rollouts of some groups of each step, for people to read
 step_states.jsonl   one line for each step: positions of the tasks, state of the algorithm
 evaluations.jsonl   one line for each evaluation
 generations/        all rollouts of each evaluation
@@ -49,12 +49,12 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = frozenset(
     {"budget", "endpoints", "logging", "max_untrained_steps", "num_steps", "run_dir", "samples_per_step"}
 )
-"""Settings that do not change what a step trains."""
+"""Settings that do not affect training."""
 
 _RENAMED_FILES = {"trajectories.jsonl": "rollouts.jsonl", "memory.jsonl": "step_states.jsonl"}
 """Names of files in older releases."""
 
-_LEAST_FREE_BYTES = 2**20
+_MIN_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class RunState:
 
     next_step: int = 0
     wall_s: float = 0.0
-    """Seconds of training, over all restarts, without evaluations."""
+    """Seconds of training, including earlier starts of the run but not evaluations."""
     policy_version: int = 0
     """The learner's version after the last finished step."""
     is_reported: bool = False
@@ -85,7 +85,7 @@ class RunFolder:
     """The folder of one run, opened by one process at a time.
 
     Methods that write raise `OSError` if the disk is full, the folder is not writable or was moved. The call may then
-    be repeated and continues where it failed. They raise `RunError` if the folder was deleted.
+    be repeated and continues at the point of failure. They raise `RunError` if the folder was deleted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,21 +94,21 @@ class RunFolder:
         self._run_id = ""
         self._lock: IO[bytes] | None = None
         self._descriptor: int | None = None
-        """Of the open folder, even after it was moved."""
+        """Descriptor of the open folder, which stays valid if the folder is moved."""
         self._appended: set[tuple[int, str]] = set()
-        """Files to which the lines of an unfinished step were written."""
+        """Files that already have the lines of a step that is being finished."""
 
     def open(self, run_id: str, settings: Mapping[str, Any]) -> RunState:
         """Lock the folder and return the run's progress. Log settings that changed since the last start.
 
         Raises:
-            RunError: another process runs it, it belongs to another run, or it is not writable.
+            RunError: another process uses it, it belongs to another run, or it is not writable.
         """
         try:
             return self._open(run_id, settings)
         except BlockingIOError:
             self.close()
-            raise RunError(f"another process runs {self.path}; wait for it to end, or stop it") from None
+            raise RunError(f"another process uses {self.path}. Wait until it exits, or stop it") from None
         except OSError as error:
             self.close()
             raise file_error_kind(error)(
@@ -168,8 +168,8 @@ class RunFolder:
             return ""
         if not os.access(self.path, os.W_OK):
             return "the run folder is not writable: restore the permission, or mount it writable"
-        if free_bytes(self.path) < _LEAST_FREE_BYTES:
-            return "the disk of the run folder is full: training waits until there is space"
+        if free_bytes(self.path) < _MIN_FREE_BYTES:
+            return "the disk of the run folder is full: training waits for free space"
         return ""
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class RunFolder:
         """Check that the path still names the folder that was opened.
 
         Raises:
-            OSError: it was moved or replaced. It may come back.
+            OSError: it was moved or replaced. Someone may move it back.
             RunError: it was deleted.
         """
         if self._descriptor is None:

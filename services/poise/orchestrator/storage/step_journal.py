@@ -23,7 +23,7 @@ from poise_client.types import Batch, Group
 
 @dataclass(frozen=True, slots=True)
 class JournalledStep:
-    """A sampled and scored step with its baselines, before any of it is sent."""
+    """A sampled and scored step with its baselines, whose labels and batch are not sent yet."""
 
     step: int
     labels: list[Group]
@@ -104,7 +104,7 @@ class StepJournal:
         return pending
 
     def drop(self, step: int) -> None:
-        """Delete a step of which nothing was sent, to sample it again, or everything was sent."""
+        """Delete a step: either all of it was sent, or nothing was and it will be sampled again."""
         shutil.rmtree(self._folder(step))
 
     def tidy(self, next_step: int) -> None:

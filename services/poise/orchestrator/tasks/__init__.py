@@ -1,1 +1,1 @@
-"""Tasks: where problems come from, how tasks are mixed, and which problems are held out for evaluation."""
+"""Tasks: sources of problems, the mixture of tasks, and the split of held-out problems."""

@@ -21,7 +21,7 @@ def _known_skills(known: tuple[str, ...], skills: tuple[str, ...]) -> tuple[str,
     if unknown := sorted(set(skills) - set(known)):
         raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(known)}")
     if len(set(skills)) < len(skills):
-        raise ValueError("a skill is listed twice; to draw one more often, give it a task of its own with a weight")
+        raise ValueError("a skill is listed twice; to draw one more often, add a second task with its own weight")
     return skills
 
 
@@ -66,7 +66,7 @@ class PrimerTask(_Task):
     kind: Literal["primer"] = "primer"
     """This kind of task."""
     skills: Annotated[tuple[str, ...], AfterValidator(_primer_skills)] = Field(tuple(primer.SKILLS), min_length=1)
-    """Which skills, in equal shares."""
+    """Skills to draw from, in equal shares."""
     one_shot: bool = True
     """Put one solved example of the skill before the question."""
     domain: Domain = "primer"
@@ -79,7 +79,7 @@ class DigitsTask(_Task):
     kind: Literal["digits"] = "digits"
     """This kind of task."""
     skills: Annotated[tuple[str, ...], AfterValidator(_digit_skills)] = Field(tuple(digits.SKILLS), min_length=1)
-    """Which skills, in equal shares."""
+    """Skills to draw from, in equal shares."""
     domain: Domain = "digits"
     """Domain of the problems."""
 
@@ -97,14 +97,14 @@ class JsonlTask(_Task):
     function(response, answer), with problem= and finish_reason= if it has these parameters, and returns a reward in
     [0, 1]."""
     domain: Domain = "default"
-    """Domain of the problems, for lines without one."""
+    """Domain of lines without one."""
     system: str | None = None
     """System message for prompts without one; a text prompt becomes the user's message. If unset, text prompts are
     passed to the model unchanged, without the chat template."""
     eval_path: Path | None = None
     """File of held-out problems. If unset, an eighth of `path` is held out."""
     max_prompts: int | None = Field(None, ge=1)
-    """Read only this many problems from the start of `path`; unset reads all."""
+    """Maximum number of problems to read from the start of `path`; all if unset."""
     on_bad_row: OnBadRow | None = None
     """How to handle invalid rows: `stop` fails before the first step, `skip` leaves them out and reports their number.
     If unset, the run's `on_bad_row` applies."""
@@ -122,9 +122,9 @@ class GymTask(_Task):
     size: int = Field(10_000, ge=1, le=2**31)
     """Number of different problems to draw from."""
     domain: Domain | None = None
-    """Domain of the problems; unset is the task's name."""
+    """Domain of the problems; the task's name if unset."""
     system: str | None = None
-    """System message; unset is none."""
+    """System message; none if unset."""
 
 
 TaskConfig = Annotated[PrimerTask | DigitsTask | JsonlTask | GymTask, Field(discriminator="kind")]

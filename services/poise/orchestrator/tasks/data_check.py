@@ -31,13 +31,13 @@ MAX_CACHED = 64
 LOG_EVERY_S = 5.0
 
 Count = tuple[int, str]
-"""Tokens of a prompt, and why generation rejects it regardless of its length; empty if it does not."""
+"""Number of tokens of a prompt, and the reason if generation rejects it at any length; empty if not."""
 
 
 async def check_data(
     config: OrchestratorConfig, mixture: Mixture, services: ServiceClients, log: Callable[[str], None]
 ) -> None:
-    """Check all prompts of the data files; drop invalid rows from the mixture, or fail, as `on_bad_row` says.
+    """Check all prompts of the data files. Drop invalid rows from the mixture, or fail, depending on `on_bad_row`.
 
     Raises:
         ConfigError: a stop token is not in the model's vocabulary.
@@ -78,7 +78,7 @@ def _bad_rows(
 ) -> list[tuple[Problem, str]]:
     """Return the invalid rows with the reasons.
 
-    If `max_tokens` alone exceeds `max_model_len`, a prompt needs room for only one response token.
+    If `max_tokens` is at least `max_model_len`, a prompt needs room for only one response token.
     """
     room = max_tokens if max_tokens < max_model_len else 1
     bad = []
@@ -120,7 +120,7 @@ async def _counts(file: DataFile, policy: Policy, services: ServiceClients, log:
 
 
 def _cache_path(file: DataFile, policy: Policy) -> Path | None:
-    """Return the path of the cached counts; None if the tokenizer is not identified."""
+    """Return the path of the cached counts; None if the tokenizer has no digest."""
     if not policy.tokenizer_digest:
         return None
     digest = hashlib.sha256(f"{policy.tokenizer_digest.hex()}/{policy.vocabulary_size}".encode())

@@ -1,7 +1,7 @@
 """Problems from reasoning-gym.
 
-`rewards.verifiers` scores the responses. The dataset entry travels in the problem's metadata, because some of the tasks
-generate another entry when they are created again in the verifier process.
+`rewards.verifiers` scores the responses. The problem's metadata contains the dataset entry, because some tasks generate
+another entry when the verifier process creates them again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The mixture of tasks: the problems that each step trains on, and the held-out problems.
 
-The problems of a draw depend only on the seed, the draw's number, and how many problems earlier draws took. So a
-restarted run continues where it stopped, even if it then takes more or fewer problems a step.
+The problems of a draw depend only on the seed, the draw's number, and the number of problems in earlier draws. So a
+restarted run continues at the same problem, even if it then uses more or fewer problems per step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mixture:
         self._seed = seed
         self._first_draw = 0
         self._num_drawn = [[0] * len(tasks)]
-        """Number of problems drawn from each task before `_first_draw`, before the next draw, and so on."""
+        """Number of problems drawn from each task before `_first_draw`, before the draw after it, and so on."""
 
     def problems(self, draw: int, n: int) -> list[Problem]:
         """Return the `n` problems of a draw; they are distinct if the tasks have enough problems.
@@ -57,7 +57,7 @@ class Mixture:
         return [by_task[index].pop() for index in choices]
 
     def held_out(self, n: int) -> list[Problem]:
-        """Return `n` distinct held-out problems, shared between the tasks by weight. Independent of the seed.
+        """Return `n` distinct held-out problems, divided between the tasks by weight. They do not depend on the seed.
 
         Raises:
             TaskError: a task has too few held-out problems.
@@ -77,7 +77,7 @@ class Mixture:
         return held_out
 
     def num_drawn(self, draw: int) -> dict[str, int]:
-        """Return the number of problems drawn from each task before a draw, by its name. `resume` takes it."""
+        """Return the number of problems drawn from each task before a draw, by task name, for `resume`."""
         return dict(zip(self._names, self._num_drawn[draw - self._first_draw], strict=True))
 
     def resume(self, draw: int, num_drawn: Mapping[str, int]) -> None:
@@ -113,7 +113,7 @@ class Mixture:
         return rng.choices(range(len(self._weights)), self._weights, k=n)
 
     def _advance(self, draw: int, n: int) -> tuple[list[int], list[int]]:
-        """Return the task of each problem of a draw, and the number drawn from each task before; count the draw."""
+        """Count a draw. Return the task of each of its problems, and the numbers drawn from each task before it."""
         if draw < self._first_draw:
             raise ValueError(f"draw {draw} is before draw {self._first_draw}, at which the run resumed")
         while len(self._num_drawn) <= draw - self._first_draw:

@@ -104,7 +104,7 @@ SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def draw(skills: Sequence[str], one_shot: bool, domain: str, rng: random.Random) -> Problem:
-    """Return a problem of one of `skills`, never the one used as the example."""
+    """Return a problem of one of `skills` that differs from the skill's example."""
     skill = rng.choice(skills)
     example, solution = SKILLS[skill](random.Random(_EXAMPLE_SEED))  # noqa: S311 (no secret)
     while True:

@@ -23,15 +23,15 @@ class Problem:
     """A prompt with a verifiable answer. Contains only JSON values, because it is sent to verifier processes."""
 
     domain: str
-    """The domain whose probe values the rollouts."""
+    """The domain, which selects the probe."""
     prompt: str | Sequence[Message]
-    """Text that is used unchanged, or a conversation that is rendered with the chat template."""
+    """Text, which is used unchanged, or a conversation, which is rendered with the chat template."""
     answer: Answer
     """The reference answer; for `regex` the pattern."""
     verifier: str
     """`exact`, `numeric`, `regex`, `gym`, or `package.module:function`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Further data for the verifier or for readers."""
+    """Other data for the verifier or for people."""
     task: str = ""
     """Name of its task, as in evaluations."""
     file: str = ""
@@ -58,7 +58,7 @@ class Problem:
 
     @property
     def prompt_key(self) -> str:
-        """SHA-256 of the prompt, hexadecimal. The held-out split uses it, so that no prompt is on both sides."""
+        """SHA-256 of the prompt, hexadecimal. The held-out split uses it, so no prompt is in both parts."""
         return _digest(self.prompt)
 
 

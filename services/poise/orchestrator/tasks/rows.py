@@ -59,7 +59,7 @@ class DataFile:
             raise TaskError("\n".join([*self._shown(), f"{self.path}: {self._count()} invalid{self._cut()}. {remedy}"]))
 
     def describe_skipped(self) -> list[str]:
-        """Return messages about the rows that are left out; empty if all are used."""
+        """Return messages about the rows that are left out; empty if there are none."""
         lines = []
         if self.bad.num:
             lines = [f"{self.path}: {self._count()} left out (on_bad_row: skip){self._cut()}", *self._shown()]

@@ -116,8 +116,8 @@ class ProblemList:
     def training(self, seed: str, draw: int, first: int, num: int, seen: Set[str]) -> list[Problem]:
         """See `Source`."""
         size = len(self._training)
-        places = (divmod(place, size) for place in range(first, first + num))
-        return [self._training[self._order(seed, epoch)[offset]] for epoch, offset in places]
+        positions = (divmod(position, size) for position in range(first, first + num))
+        return [self._training[self._order(seed, epoch)[offset]] for epoch, offset in positions]
 
     def held_out(self) -> Iterator[Problem]:
         """See `Source`."""
@@ -145,21 +145,21 @@ class ProblemList:
             raise TaskError(f"{self.name}: all problems are invalid, none is left for training; add problems")
 
     def _make_order(self, seed: str, epoch: int) -> list[int]:
-        """Return the order of an epoch, which does not begin with the last problems of the epoch before.
+        """Return the order of an epoch. It does not begin with the last problems of the previous epoch.
 
-        One step may span both epochs.
+        Otherwise a step that spans both epochs could repeat a problem.
         """
         order = _shuffled(len(self._training), seed, epoch)
         if epoch == 0:
             return order
-        third = len(order) // 3  # rearranges only the first two thirds: the next epoch depends on the last
+        third = len(order) // 3  # rearrange only the first two thirds: the next epoch depends on the last third
         just_drawn = set(_shuffled(len(order), seed, epoch - 1)[-third:]) if third else set()
         head = sorted(order[: 2 * third], key=lambda index: index in just_drawn)
         return head + order[2 * third :]
 
 
 def make_sources(tasks: Sequence[TaskConfig], on_bad_row: OnBadRow) -> list[Source]:
-    """Return the source of every task. No task trains on prompts that another one holds out of its file.
+    """Return the source of every task. No task trains on prompts that another task's file holds out.
 
     Raises:
         TaskError: files, names or options are invalid, or no problem is left for training. Covers all tasks.

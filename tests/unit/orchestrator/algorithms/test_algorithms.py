@@ -117,13 +117,13 @@ async def test_equal_rewards_give_zero_advantages(name: str, reward: float) -> N
 
 async def test_ppo_leaves_the_advantages_to_the_critic() -> None:
     baselines = await options("ppo").make(MAX_TOKENS).baselines(STEP, no_probe)
-    assert baselines.by_critic
+    assert baselines.uses_critic
     assert options("ppo").learner_settings(MAX_TOKENS)["critic"] == {}
 
 
 @pytest.mark.parametrize(("name", "least"), [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("rloo", 2), ("poise", 2)])
 def test_algorithms_have_a_least_number_of_rollouts(name: str, least: int) -> None:
-    assert options(name).min_rollouts == least <= options(name).usual_rollouts
+    assert options(name).min_rollouts == least <= options(name).default_rollouts
 
 
 async def test_single_rollouts_suffice_without_sibling_baselines() -> None:

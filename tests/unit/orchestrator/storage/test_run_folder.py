@@ -266,7 +266,7 @@ def test_a_run_is_finished_after_its_report(folder: RunFolder) -> None:
 
 
 def test_two_processes_cannot_open_a_run(folder: RunFolder) -> None:
-    with pytest.raises(RunError, match="another process runs"):
+    with pytest.raises(RunError, match="another process uses"):
         RunFolder(folder.path).open("run", {})
 
 

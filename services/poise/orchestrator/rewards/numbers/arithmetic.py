@@ -1,6 +1,7 @@
-"""Arithmetic on exact fractions if possible, otherwise on mpmath numbers of 60 digits.
+"""Arithmetic on exact fractions if possible, else on mpmath numbers of 60 digits.
 
-Every operation is bounded: results with too many digits become inexact, and operations that take too long raise.
+Every operation is bounded. Results with too many digits become inexact, and operations that would take too long raise
+`ArithmeticLimit`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ Scalar = Any
 _NOISE = CONTEXT.mpf(10) ** -45
 """Relative size below which a difference is rounding noise."""
 _MAX_BITS = 40_000
-"""Largest exact numerator or denominator."""
+"""Maximum size of an exact numerator or denominator, in bits."""
 _MAX_POWER = 10**15
 _MAX_ARGUMENT = 10**30
-"""Largest argument of a function, because reducing an angle needs as many digits as it has."""
-_WITH_ZEROS = frozenset({"sin", "cos", "tan", "cot", "ln"})
-_NOT_TINY = CONTEXT.mpf(10) ** -3
-"""Above this size, function values near zero are zeros of the function."""
+"""Maximum argument of a function: reducing an angle needs as many digits as the angle has."""
+_FUNCTIONS_WITH_ZEROS = frozenset({"sin", "cos", "tan", "cot", "ln"})
+_MIN_ZERO_ARGUMENT = CONTEXT.mpf(10) ** -3
+"""For arguments above this size, function values near zero count as exact zeros."""
 _MAX_FACTORIAL = 2_000
 _MAX_LITERAL = 4_000
-"""Longest number in digits, because Python's conversion is quadratic."""
+"""Maximum number of digits, because Python's conversion takes quadratic time."""
 
 
 class ArithmeticLimit(ValueError):
@@ -130,12 +131,12 @@ def factorial(value: Scalar) -> Scalar:
     return Fraction(math.factorial(value.numerator))
 
 
-def choose(many: Scalar, few: Scalar) -> Scalar:
-    """Return the binomial coefficient of whole numbers."""
+def choose(n: Scalar, k: Scalar) -> Scalar:
+    """Return the binomial coefficient "n choose k" of whole numbers."""
     limit = Fraction(_MAX_FACTORIAL)
-    if any(not isinstance(one, Fraction) or one.denominator != 1 or not 0 <= one <= limit for one in (many, few)):
+    if any(not isinstance(one, Fraction) or one.denominator != 1 or not 0 <= one <= limit for one in (n, k)):
         raise ArithmeticLimit("the binomial coefficient is undefined or too large")
-    return Fraction(math.comb(many.numerator, few.numerator))
+    return Fraction(math.comb(n.numerator, k.numerator))
 
 
 def magnitude(value: Scalar) -> Scalar:
@@ -171,7 +172,7 @@ def _function(name: str, argument: Scalar) -> Scalar:
         result = _checked(getattr(CONTEXT, name)(value))
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ArithmeticLimit(f"{name} is undefined there") from error
-    if name in _WITH_ZEROS and abs(value) > _NOT_TINY and abs(result) <= _NOISE:
+    if name in _FUNCTIONS_WITH_ZEROS and abs(value) > _MIN_ZERO_ARGUMENT and abs(result) <= _NOISE:
         return Fraction(0)
     return _whole(result)
 

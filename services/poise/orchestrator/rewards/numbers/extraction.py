@@ -1,4 +1,4 @@
-"""Finds the values in an answer and in a final answer."""
+"""Finds the possible values of a reference answer, and of a response's final answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from poise.orchestrator.rewards.numbers.reader import Reader
 from poise.orchestrator.rewards.numbers.units import OTHER
 
 MAX_CHARS = 4000
-"""Longest text that is read as a value. Of longer texts, only the end is searched."""
+"""Maximum length of a text to read as a value. In longer texts, only the end is searched."""
 
 _COMMAS = ("thousands", "list", "decimal")
 """Meanings of a comma between digits, the most likely first."""
@@ -54,7 +54,7 @@ _VALUE_WORDS = FUNCTIONS | {
 
 
 def answer_values(answer: str) -> list[Value]:
-    """Return the possible values of an answer; empty if the whole answer is not a number or a group of numbers."""
+    """Return the possible values of a reference answer; empty if it is not one number or group of numbers."""
     text = plain_text(answer[: MAX_CHARS + 1]).strip()
     if not text or len(text) > MAX_CHARS:
         return []
@@ -68,7 +68,7 @@ def response_values(text: str, *, boxed: bool, lists: bool) -> list[Value]:
 
     Args:
         text: the final answer, or the content of its box.
-        boxed: whether it is from a box. Formulas in boxes are read as a whole or not at all.
+        boxed: whether the text is from a box. A formula in a box is read as a whole or not at all.
         lists: whether to search prose for lists such as `1, 2 and 3`.
     """
     text = plain_text(text[-MAX_CHARS:])
@@ -102,7 +102,7 @@ def _styles(text: str, commas: tuple[str, ...]) -> Iterator[Style]:
 
 
 def _whole(text: str, style: Style) -> Value | None:
-    """Read a text that is one value, possibly followed by words for its unit."""
+    """Read a text that consists of one value, possibly with words for its unit."""
     if text == "{}":
         return Group("set", ())
     label = _LABEL.match(text)
@@ -157,7 +157,7 @@ def _search(text: str, position: int, style: Style, lists: bool) -> Iterator[Val
 
 
 def _begins_value(text: str, position: int) -> bool:
-    """Return whether the word at a position is a constant, a function, or a variable in a formula."""
+    """Return whether the word at a position is a constant, a function or a variable in a formula."""
     word = _WORD.match(text, position)
     if not word:
         return False

@@ -37,7 +37,7 @@ class Style:
     comma: str = "thousands"
     """Meaning of a comma between digits: `thousands`, `decimal` or `list`."""
     log_base: int | None = None
-    """Base of a bare `log`; None is natural."""
+    """Base of `log` without a base; None is the natural logarithm."""
 
 
 def read_literal(text: str, position: int, style: Style, *, in_brackets: bool) -> tuple[Number, int]:

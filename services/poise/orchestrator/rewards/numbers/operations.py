@@ -27,18 +27,18 @@ def negated(value: Value) -> Value:
 
 
 def plain(value: Value) -> Value:
-    """Return a number without its unit; percent and degrees are multiplied out."""
+    """Return a number without its unit. Percent and degrees become factors."""
     if isinstance(value, Group) or value.value is None or value.unit is None:
         return value
     return Number(arithmetic.multiply(value.value, value.unit.factor) if value.unit.is_factor else value.value)
 
 
 def apply(function: Callable[..., arithmetic.Scalar], *values: Value) -> Number:
-    """Return a function of numbers; a formula if any of them is a formula."""
+    """Apply a function to numbers. Return a formula if any of them is a formula."""
     scalars = []
     for value in values:
         if isinstance(value, Group):
-            raise Unreadable("a group is no number")
+            raise Unreadable("a group is not a number")
         scalars.append(value.value)
     return Number(None) if None in scalars else Number(function(*scalars))
 
@@ -50,12 +50,12 @@ def plus_minus(value: Value, term: Value) -> Group:
 
 def _as_number(value: Value) -> Number:
     if isinstance(value, Group):
-        raise Unreadable("a group is no number")
+        raise Unreadable("a group is not a number")
     return value
 
 
 def combine(left: Value, right: Value, sign: str) -> Value:
-    """Return `left sign right`. Lists come from ± and are combined item by item."""
+    """Return `left sign right`. Lists, which ± creates, are combined item by item."""
     if isinstance(left, Group) and left.kind == "list" and isinstance(right, Number):
         return Group("list", tuple(combine(item, right, sign) for item in left.items))
     if isinstance(right, Group) and right.kind == "list" and isinstance(left, Number):
@@ -73,7 +73,7 @@ def combine(left: Value, right: Value, sign: str) -> Value:
 
 
 def _common_unit(left: Unit | None, right: Unit | None, sign: str) -> Unit | None:
-    """Return the unit of `left sign right`; None if both count as plain numbers."""
+    """Return the unit of `left sign right`; None if both are treated as plain numbers."""
     if left == right:
         return left if sign in "+-" else None
     known = left or right

@@ -10,13 +10,13 @@ from poise.orchestrator.rewards.numbers.arithmetic import CONTEXT, add, equal, i
 from poise.orchestrator.rewards.numbers.units import OTHER, PERCENT, PERMILLE, UNITS, Unit
 
 _ROUNDED_DIGITS = 6
-"""Fewest significant digits for which a rounded decimal equals the exact value."""
+"""Minimum significant digits of a rounded decimal that equals the exact value."""
 _LONG_DIGITS = 12
-"""From this many significant digits, a decimal counts as a rounded value itself."""
+"""A decimal with at least this many significant digits may be a rounded value itself."""
 _POUNDS = {UNITS["pounds"], UNITS["£"]}
 """Units with the same name: mass and currency."""
 _DOUBLE_DIGITS = range(15, 18)
-"""Significant digits of a decimal that may be a rounded double."""
+"""Significant digits of decimals that may be rounded doubles."""
 _DOUBLE_ROUNDING = CONTEXT.mpf(10) ** -14
 
 
@@ -28,7 +28,7 @@ class Number:
     """A Fraction or an mpmath number; None for a formula with variables."""
     unit: Unit | None = None
     digits: int = 0
-    """Significant digits, if it was written as one decimal."""
+    """Significant digits, if it was written as one decimal; else 0."""
     decimals: int = 0
     """Digits after the decimal point."""
 
@@ -95,7 +95,7 @@ def _same_numbers(left: Number, right: Number) -> bool:
 
 
 def _is_share_of_one(left: Number, right: Number) -> bool:
-    """Return whether one is a percentage of at most 1: 0.5% does not equal 0.5, although 50% may equal 50."""
+    """Return whether one is a percentage of at most 1. 0.5% does not equal 0.5, although 50% may equal 50."""
     share = next((number for number in (left, right) if number.unit in (PERCENT, PERMILLE)), None)
     return share is not None and bool(0 < abs(share.value) <= 1)
 
@@ -121,8 +121,8 @@ def _rounds(short: Number, long: Number) -> bool:
     difference = abs(inexact(add(short.value, -long.value)))
     if short.digits in _DOUBLE_DIGITS and difference <= _DOUBLE_ROUNDING * abs(inexact(short.value)):
         return True
-    has_no_end = long.digits >= _LONG_DIGITS or not _is_decimal(long.value)
-    return has_no_end and long.digits != short.digits and bool(difference < CONTEXT.mpf(10) ** -short.decimals)
+    is_unending = long.digits >= _LONG_DIGITS or not _is_decimal(long.value)
+    return is_unending and long.digits != short.digits and bool(difference < CONTEXT.mpf(10) ** -short.decimals)
 
 
 def _is_decimal(value: Any) -> bool:

@@ -24,9 +24,9 @@ from poise.orchestrator.rewards.numbers.units import CURRENCIES, OTHER, UNITS, r
 
 _MAX_DEPTH = 60
 _MAX_SIGNS = 3
-"""Most consecutive signs, as in `2--3`."""
+"""Maximum number of consecutive signs, as in `2--3`."""
 _MAX_STEPS = 10_000
-"""Most values that a reader reads, to bound its time to about a second."""
+"""Maximum number of values per text. It limits the time to about a second."""
 
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf" *({'|'.join(_SCALES)})s?(?![A-Za-z])")
@@ -162,7 +162,7 @@ class Reader:
             value, end = combine(value, factor, operator[0] if operator else "*"), after
 
     def _attached_word(self, value: Value, end: int) -> tuple[Value, int]:
-        """Read letters directly after a number: variables as in `2xy`, or from four letters on a unit."""
+        """Read letters directly after a number: variables, as in `2xy`, or a unit of at least four letters."""
         word = _WORD.match(self._text, end)
         if not word or isinstance(value, Group) or value.value is None:
             return value, end
@@ -296,9 +296,9 @@ class Reader:
             return apply(lambda of: arithmetic.apply(name, [of]), plain(value)), end
         command = _COMMAND.match(text, position)
         if command and command[1] in ("binom", "dbinom", "tbinom"):
-            many, end = self._argument(command.end())
-            few, end = self._argument(end)
-            return apply(arithmetic.choose, plain(many), plain(few)), end
+            n, end = self._argument(command.end())
+            k, end = self._argument(end)
+            return apply(arithmetic.choose, plain(n), plain(k)), end
         if command and command[1] in _GREEK:
             return Number(None), self._subscript(command.end())
         raise Unreadable("an unknown command")

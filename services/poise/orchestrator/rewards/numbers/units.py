@@ -20,7 +20,7 @@ class Unit:
     factor: Any = Fraction(1)
     """Its size in the base unit of its dimension."""
     is_factor: bool = False
-    """Whether it is only a factor, like percent and degree."""
+    """Whether it only scales a number, like percent and degree."""
 
     def is_like(self, other: Unit) -> bool:
         """Return whether both measure the same quantity."""
@@ -116,7 +116,7 @@ _PART = re.compile(rf"\s*(?P<per>per\s+|/\s*)?(?:(?P<word>square|cubic|sq)\s+)?(
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 _MAX_PARTS = 4
 _INCH = re.compile(r"\s*(?:[.,;:!)\]}]|$)")
-"""Text after `in` if it is the unit and not a preposition."""
+"""Text after `in` where it is the unit, not the preposition."""
 
 
 @lru_cache(maxsize=1024)
