@@ -1,4 +1,4 @@
-"""Baselines: hand-worked numbers, and that none looks at the reward of its own rollout."""
+"""Baselines against numbers calculated by hand; none depends on its own rollout's reward."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_two_siblings_swap_their_values() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_a_lone_rollout_has_no_siblings(n: int) -> None:
+def test_a_single_rollout_has_no_siblings(n: int) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         mean_of_others(np.zeros(n, np.float32))
 

@@ -1,4 +1,4 @@
-"""The pooling and entropy rules, on responses cut into tokens in every way."""
+"""Pooling and entropy rules, on responses split into tokens in every way."""
 
 import itertools
 
@@ -82,7 +82,7 @@ def test_plain_text_has_no_spans() -> None:
 
 
 @given(st.lists(st.integers(1, 60), max_size=12))
-def test_tags_are_found_however_the_text_is_cut(cuts: list[int]) -> None:
+def test_tags_are_found_in_every_tokenization(cuts: list[int]) -> None:
     text = "<think>reasons</think> then <answer>42</answer>."
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
@@ -99,5 +99,5 @@ def test_entropy_stats_over_a_span() -> None:
     assert entropy_stats(entropies_T, Span(1, 4)) == (2.0, 1.0, 4.0, 1.0)
 
 
-def test_entropy_stats_of_nothing_are_zero() -> None:
+def test_entropy_stats_of_an_empty_span_are_zero() -> None:
     assert entropy_stats(np.ones(3, np.float32), EMPTY) == (0.0, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Advantages from values: by hand, and against the sums of the paper."""
+"""GAE against numbers calculated by hand, and against the paper's sums."""
 
 import math
 
@@ -37,13 +37,13 @@ def test_lambda_1_returns_are_discounted_rewards():
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
-def test_a_rollout_of_one_token_is_its_reward_less_its_value(gae_lambda):
+def test_one_token_has_advantage_reward_minus_value(gae_lambda):
     advantages, returns = gae(np.array([0.3]), np.array([1.0]), np.array([1]), 0.9, gae_lambda)
     assert (advantages.tolist(), returns.tolist()) == ([0.7], [1.0])
 
 
 @pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.97, 0.5), (1.0, 1.0), (0.9, 0.0)])
-def test_rollouts_of_a_row_never_mix(discount, gae_lambda):
+def test_rollouts_do_not_affect_each_other(discount, gae_lambda):
     random = np.random.default_rng(1)
     lengths = np.array([1, 4, 1, 1, 9, 2])
     values, rewards = random.normal(0, 1, lengths.sum()), random.normal(0, 1, lengths.size)

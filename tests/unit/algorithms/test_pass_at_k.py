@@ -1,4 +1,4 @@
-"""pass@k against numbers worked by hand, and against counting every draw."""
+"""pass@k against numbers calculated by hand, and against an enumeration of all draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from poise.algorithms.pass_at_k import pass_at_k, reported_ks
 
 
-def test_hand_worked_numbers() -> None:
+def test_pass_at_k_by_hand() -> None:
     passed = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert pass_at_k(passed, 1).tolist() == pytest.approx([1 / 4, 1 / 2, 3 / 4])
     # C(3, 2) / C(4, 2) = 3/6 draws of two hold no pass; of two failures there is one such draw; of one, none.
@@ -34,7 +34,7 @@ def test_pass_at_n_is_1_with_any_pass() -> None:
     assert pass_at_k([[0, 0, 0], [0, 0, 1], [1, 1, 1]], 3).tolist() == [0, 1, 1]
 
 
-def test_many_rollouts_neither_overflow_nor_vanish() -> None:
+def test_many_rollouts_do_not_overflow_or_underflow() -> None:
     passed = np.arange(256) < 1
     assert pass_at_k([passed], 128)[0] == pytest.approx(0.5)
 

@@ -1,4 +1,4 @@
-"""Quality of predictions."""
+"""Quality of reward predictions."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_pearson_of_a_perfect_line() -> None:
 
 
 @pytest.mark.parametrize(("predicted", "realised"), [([], []), ([1], [1]), ([1, 1], [0, 1])])
-def test_pearson_is_unknown_without_spread(predicted: list[float], realised: list[float]) -> None:
+def test_pearson_is_nan_without_variation(predicted: list[float], realised: list[float]) -> None:
     assert math.isnan(pearson(predicted, realised))
 
 
@@ -30,7 +30,7 @@ def test_mean_squared_error_by_hand() -> None:
     assert mean_squared_error([0.5, 1], [0, 1]) == pytest.approx(0.125)
 
 
-def test_mean_squared_error_of_nothing_is_unknown() -> None:
+def test_mean_squared_error_of_no_rows_is_nan() -> None:
     assert math.isnan(mean_squared_error([], []))
 
 
@@ -55,7 +55,7 @@ def test_values_at_the_bounds_count_as_clipped() -> None:
     assert math.isnan(share_clipped([]))
 
 
-def test_calibration_bins_hold_the_means_of_both_sides() -> None:
+def test_calibration_bins_have_mean_prediction_and_reward() -> None:
     predicted, realised = np.array([0.02, 0.04, 0.55, 1.0]), np.array([0.0, 1.0, 1.0, 0.5])
     assert calibration(predicted, realised) == [
         CalibrationBin(pytest.approx(0.03), 0.5, 2),
@@ -64,7 +64,7 @@ def test_calibration_bins_hold_the_means_of_both_sides() -> None:
     ]
 
 
-def test_calibration_bins_are_those_of_scikit_learn() -> None:
+def test_calibration_bins_equal_scikit_learns() -> None:
     random = np.random.default_rng(0)
     predicted = random.random(500)
     realised = (random.random(500) < predicted).astype(int)

@@ -1,4 +1,4 @@
-"""SPO's tracker: hand-worked numbers, what the discount forgets, and what it refuses."""
+"""SPO's tracker: numbers calculated by hand, discounting and validation."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_a_prior_has_its_value_and_strength() -> None:
 
 
 @pytest.mark.parametrize(("value", "strength"), [(0, 2), (1, 2), (0.5, 0), (0.5, float("inf")), (float("nan"), 2)])
-def test_a_prior_that_could_not_learn_is_rejected(value: float, strength: float) -> None:
+def test_an_invalid_prior_is_rejected(value: float, strength: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         BetaTracker.prior(value, strength)
 

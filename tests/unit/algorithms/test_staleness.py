@@ -1,4 +1,4 @@
-"""Age of a rollout in versions."""
+"""Staleness of a rollout, in policy versions."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_a_current_rollout_is_not_stale() -> None:
     assert staleness([6], current_version=6) == 0
 
 
-def test_a_rollout_from_the_future_is_negative() -> None:
+def test_a_newer_version_gives_negative_staleness() -> None:
     assert staleness([5, 9], current_version=6) == -3
 
 

@@ -1,4 +1,4 @@
-"""Sampling ahead of the learner: never further than allowed, in order, and nothing trained twice after a crash."""
+"""Sampling ahead of the learner: within the limit, in order, and each step trains once after a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_STEPS = 6
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not."""
+    """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -34,14 +34,14 @@ def ahead(folder: Path, max_staleness: int, **values: Any) -> OrchestratorConfig
 
 
 def slow_world(max_staleness: int, slowness: int = 20) -> World:
-    """A world whose learner is the slower side."""
+    """Return a world whose learner is slower than its generation service."""
     world = World()
     world.max_staleness, world.slowness = max_staleness, slowness
     return world
 
 
 def num_in_hand(events: list[str]) -> list[int]:
-    """Return, each time that sampling a step begins, how many steps the learner has yet to finish before it."""
+    """Return the number of unfinished earlier steps at the start of each step's sampling."""
     finished, found = 0, []
     for event in events:
         name, *rest = event.split()
@@ -66,7 +66,7 @@ async def test_sampling_is_ahead_by_at_most_max_staleness(tmp_path: Path, max_st
     assert [row["staleness"] for row in rows] == [{"mean": age, "max": age} for age in expected]
 
 
-async def test_generation_works_while_the_learner_does(tmp_path: Path) -> None:
+async def test_generation_and_learner_work_at_the_same_time(tmp_path: Path) -> None:
     world = slow_world(1)
     assert await drive(ahead(tmp_path, 1), world)
     events = world.events
@@ -183,7 +183,7 @@ async def test_lower_staleness_samples_distant_steps_again(tmp_path: Path) -> No
     assert [row["staleness"]["max"] for row in lines(tmp_path, "metrics.jsonl")] == [0, 1, 1, 1, 1, 1]
 
 
-async def test_errors_ahead_are_raised_in_order(tmp_path: Path) -> None:
+async def test_errors_of_steps_ahead_are_raised_in_order(tmp_path: Path) -> None:
     class Consumed(World):
         async def estimate_baselines(self, run_id: str, step: int, groups: Any, wait_for_labels_s: float) -> Any:
             if step == 2:

@@ -1,4 +1,4 @@
-"""Where a run ends and is measured when tokens or seconds decide, over crashes and with steps sampled ahead."""
+"""Limits and evaluations by tokens or seconds, across crashes and with steps sampled ahead."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from poise.orchestrator.callbacks import RunClock
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not."""
+    """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that stands still unless it is set."""
+    """Return a clock that only tests advance."""
     time = SimpleNamespace(s=100.0)
     time.monotonic = lambda: time.s
     monkeypatch.setattr(callbacks, "time", time)
@@ -143,7 +143,7 @@ async def test_evaluations_follow_tokens_and_seconds(tmp_path: Path, now: Simple
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 2])
-async def test_a_crash_anywhere_keeps_end_and_evaluations(tmp_path: Path, max_staleness: int) -> None:
+async def test_a_crash_anywhere_keeps_limits_and_evaluations(tmp_path: Path, max_staleness: int) -> None:
     def config(name: str) -> Any:
         return settings(
             tmp_path / name,
@@ -185,7 +185,7 @@ async def test_a_crash_anywhere_keeps_end_and_evaluations(tmp_path: Path, max_st
         assert left(name) == reference or max_staleness
 
 
-async def test_nothing_is_sampled_while_the_clock_is_paused(tmp_path: Path) -> None:
+async def test_sampling_stops_while_the_clock_is_paused(tmp_path: Path) -> None:
     class SlowToSample(World):
         async def sample(self, run_id: str, *rest: Any) -> Any:
             async for group in super().sample(run_id, *rest):

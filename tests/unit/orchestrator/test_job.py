@@ -102,7 +102,7 @@ def test_too_few_held_out_problems_are_reported(tmp_path: Path, logged: pytest.L
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_the_exit_status_tells_whether_a_restart_helps(tmp_path: Path, error: Exception, status: int) -> None:
+def test_the_exit_status_shows_if_a_restart_helps(tmp_path: Path, error: Exception, status: int) -> None:
     def fail() -> int:
         raise error
 
@@ -123,7 +123,7 @@ def test_a_full_disk_is_not_a_settings_error(tmp_path: Path, monkeypatch: pytest
     assert job.train(settings(tmp_path / "run")) == job.FAILED
 
 
-def test_an_interrupt_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 

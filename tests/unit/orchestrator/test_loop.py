@@ -1,4 +1,4 @@
-"""The loop's order, what a crash anywhere leaves of it, and what it refuses."""
+"""The training loop: order of calls, recovery from crashes anywhere, and checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from poise.orchestrator.errors import RunError, SettingsError
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not."""
+    """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -223,7 +223,7 @@ async def test_a_run_id_used_before_is_rejected(tmp_path: Path) -> None:
         await drive(settings(tmp_path / "second"), world)
 
 
-async def test_a_learner_that_lost_its_state_is_not_trained_on(tmp_path: Path) -> None:
+async def test_a_learner_that_lost_its_state_is_rejected(tmp_path: Path) -> None:
     world = World()
     await drive(settings(tmp_path), world)
     batches = dict(world.batches)
@@ -243,7 +243,7 @@ async def test_num_steps_below_the_finished_steps_is_rejected(tmp_path: Path) ->
         await drive(settings(tmp_path, num_steps=2), world)
 
 
-async def test_prompts_and_seeds_follow_from_seed_and_step_alone(tmp_path: Path) -> None:
+async def test_prompts_depend_only_on_seed_and_step(tmp_path: Path) -> None:
     def asked(world: World) -> dict[int, tuple[Any, Any]]:
         return {call[1]: (call[2], call[4]) for call in world.asked if call[0] == "run"}
 

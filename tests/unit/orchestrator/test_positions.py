@@ -1,4 +1,4 @@
-"""The problems that a run draws over restarts with other step sizes, and with rejected prompts."""
+"""Problems drawn by a run across restarts, changed step sizes and rejected prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_ROWS = 90
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not."""
+    """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -48,7 +48,7 @@ DAPO = {"kind": "dapo", "max_draws": 3}
 @pytest.mark.parametrize("algorithm", ["poise", DAPO, "spo"])
 @pytest.mark.parametrize("max_staleness", [0, 2])
 @pytest.mark.parametrize("sizes", [(8, 16, 4), (16, 8, 8), (3, 29, 1)])
-async def test_every_problem_comes_once_an_epoch_over_changed_steps(
+async def test_step_sizes_may_change_within_an_epoch(
     tmp_path: Path, tasks: list[dict[str, Any]], algorithm: Any, max_staleness: int, sizes: tuple[int, ...]
 ) -> None:
     world = World()
@@ -65,9 +65,7 @@ async def test_every_problem_comes_once_an_epoch_over_changed_steps(
         assert len(set(epoch)) == len(epoch)
 
 
-async def test_weighted_tasks_keep_their_positions_over_changed_steps(
-    tmp_path: Path, tasks: list[dict[str, Any]]
-) -> None:
+async def test_weighted_tasks_keep_positions_when_sizes_change(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"prompt": f"o{i}", "answer": "1"}) + "\n" for i in range(60)))
     mixed = [*tasks, tasks[0] | {"path": other, "weight": 0.5}, {"kind": "digits"}]
@@ -106,7 +104,7 @@ async def test_a_folder_of_an_older_release_resumes(
     assert len(set(found)) == len(found) > 40
 
 
-async def test_rejected_prompt_costs_only_itself(
+async def test_a_rejected_prompt_is_replaced(
     tmp_path: Path, tasks: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     world, options = World(), {"tasks": tasks, "evaluation": NO_EVALUATION, "prompts_per_step": 8}

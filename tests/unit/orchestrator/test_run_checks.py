@@ -22,7 +22,7 @@ NOT_EVALUATED = {"num_prompts": 0}
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes die here, machines do not."""
+    """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -59,7 +59,7 @@ class NonFinite(World):
 
 
 class Equal(World):
-    """Every response earns the same."""
+    """A verifier that gives every response the same reward."""
 
     async def verify(self, problem: Any, response: str, finish_reason: str) -> Any:
         return await super().verify(problem, "1", finish_reason)
@@ -99,7 +99,7 @@ async def test_steps_in_a_row_without_training_end_the_run(
     assert finished_steps(tmp_path) == [0, 1, 2, 3, 4]
 
 
-async def test_a_step_that_trains_starts_the_count_again(tmp_path: Path) -> None:
+async def test_a_step_that_trains_resets_the_count(tmp_path: Path) -> None:
     world = Rejecting("stale", range(2, 6))
     assert await drive(settings(tmp_path, num_steps=12, evaluation=NOT_EVALUATED), world)
 
@@ -132,7 +132,7 @@ async def test_steps_sampled_ahead_count_too(tmp_path: Path) -> None:
         await drive(config, world)
 
 
-def test_a_short_run_that_trained_nothing_fails_at_its_end(
+def test_a_short_run_without_training_fails_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Clients(Rejecting):

@@ -1,4 +1,4 @@
-"""Services, verifiers and a run folder as scripted doubles, that keep what outlives the orchestrator's process."""
+"""Scripted fakes of services, verifiers and the run folder. Their state outlives the orchestrator's process."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from poise_client.types import (
 
 
 class Crash(BaseException):
-    """The process dies. No handler of the code under test may see it."""
+    """A crash of the process. The code under test must not catch it."""
 
 
 class World:
-    """What is outside of the orchestrator. Every event is noted, and may be the last before a crash."""
+    """Everything outside the orchestrator. Each event is recorded, and may be the last before a crash."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -187,7 +187,7 @@ class World:
 
 
 class NotedJournal(StepJournal):
-    """A real journal, every write of which may be the last before a crash."""
+    """A real journal. Each write may be the last before a crash."""
 
     def __init__(self, path: Path, world: World) -> None:
         super().__init__(path)
@@ -200,7 +200,7 @@ class NotedJournal(StepJournal):
 
 
 class NotedFolder(RunFolder):
-    """A real run folder, likewise."""
+    """A real run folder. Each write may be the last before a crash."""
 
     def __init__(self, path: Path, world: World) -> None:
         super().__init__(path)
@@ -228,7 +228,7 @@ def settings(folder: Path, **values: Any) -> OrchestratorConfig:
 
 
 async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Event | None = None) -> bool:
-    """One process's work: open the folder, drive the run until its end, a stop or a crash."""
+    """Do the work of one process: open the folder and run until the end, a stop or a crash."""
     folder = NotedFolder(config.run_dir, world)
     state = folder.open(config.run_id, {})
     mixture = Mixture(config.tasks, config.seed, config.on_bad_row)
@@ -240,5 +240,5 @@ async def drive(config: OrchestratorConfig, world: World, stopping: asyncio.Even
 
 
 def same(left: object, right: object) -> bool:
-    """Whether two of the SDK's dataclasses hold the same, arrays included."""
+    """Return whether two of the SDK's dataclasses are equal, including their arrays."""
     return repr(left) == repr(right)

@@ -6,7 +6,7 @@ from poise_client._transport.retry import Clock
 
 
 class FakeTime:
-    """Time that passes only in sleep, with random numbers that are always the largest."""
+    """A clock that advances only in `sleep`; its random numbers are always the maximum."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0

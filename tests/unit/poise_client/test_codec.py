@@ -184,7 +184,7 @@ PAIRS = {
     ),
     types.ModelExport: (numbers_of(types.ModelExport), learner_pb2.ExportModelResponse),
 }
-"""Each type with what draws it and its message."""
+"""Each type with its strategy and its message type."""
 
 
 def plain(value):
@@ -201,7 +201,7 @@ def plain(value):
 @pytest.mark.parametrize("name", PAIRS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_a_value_survives_the_wire(name, data):
+def test_a_value_survives_encoding_and_decoding(name, data):
     strategy, message_class = PAIRS[name]
     value = data.draw(strategy)
     message = codec.encode(value, message_class)
@@ -231,7 +231,7 @@ def test_a_batch_header_counts_its_rollouts():
     assert codec.decode_fields(header, types.Batch, rollouts=()) == dataclasses.replace(batch, rollouts=())
 
 
-def test_what_is_unset_gets_the_documented_default():
+def test_unset_fields_get_the_documented_default():
     assert codec.decode(generation_pb2.SamplingParams(), types.Sampling) == types.Sampling()
     assert codec.decode_fields(learner_pb2.BatchHeader(), types.Batch, rollouts=()).temperature == 1.0
     assert codec.decode(value_pb2.GroupFeatures(), types.Group).domain == "default"
@@ -381,7 +381,7 @@ def test_a_broken_message_is_rejected_by_the_field(whole, kind, field, broken):
     assert caught.value.field == f"x[1].{field}"
 
 
-def test_the_path_leads_to_the_wrong_sibling():
+def test_the_path_names_the_invalid_sibling():
     message = whole_question()
     message.rollouts[1].ClearField("prompt_hidden")
     with pytest.raises(CodecError) as caught:
@@ -414,7 +414,7 @@ def test_a_missing_reward_is_rejected_by_its_rollout(kind):
     assert caught.value.field == "groups[2].rollouts[1].reward"
 
 
-def test_part_of_a_group_keeps_the_number_sampled():
+def test_an_incomplete_group_keeps_the_number_sampled():
     group = make_group("g", [state()] * 3, [0, 1, 1])
     part = dataclasses.replace(group, rollouts=group.rollouts[:2])
     assert codec.encode(part, value_pb2.LabelledGroup).num_rollouts == 3
@@ -426,7 +426,7 @@ def test_a_group_takes_one_reward_for_each_rollout(rewards):
         make_group("g", [state()] * 2).scored(rewards)
 
 
-def test_arrays_of_two_axes_are_not_sent_as_one():
+def test_arrays_of_two_axes_are_rejected():
     wide = types.Features(np.ones((1, 3), np.float32), np.ones(3, np.float32))
     with pytest.raises(CodecError, match="required: 1 axis") as caught:
         codec.encode(wide, common_pb2.RolloutFeatures, "z")

@@ -27,7 +27,7 @@ def rebuilt(base, block, num_changed):
 
 
 @given(pairs)
-def test_a_delta_gives_back_every_bit_whatever_changed(pair):
+def test_a_delta_restores_every_bit(pair):
     base, new = pair
     num_changed, block = make_delta(base.data, new.data, base.itemsize)
     assert num_changed == (base != new).sum()
@@ -35,7 +35,7 @@ def test_a_delta_gives_back_every_bit_whatever_changed(pair):
     np.testing.assert_array_equal(rebuilt(base, block, num_changed), new)
 
 
-def test_a_block_is_what_the_protocol_says():
+def test_a_block_follows_the_documented_format():
     base, new = np.array([5, 5, 5, 5, 5], "<u2"), np.array([5, 6, 5, 5, 3], "<u2")
     num_changed, block = make_delta(base.data, new.data, 2)
     gaps, steps = np.array([2, 3], "<u4"), np.array([2, 3], "<u2")  # +1 is 2, -2 is 3
@@ -43,20 +43,20 @@ def test_a_block_is_what_the_protocol_says():
     assert (num_changed, zlib.decompress(block)) == (2, content)
 
 
-def test_what_does_not_compress_fits_the_bound():
+def test_incompressible_blocks_stay_within_the_bound():
     random = np.random.default_rng(0)
     base, new = (random.integers(0, 2**64, 50_000, np.uint64) for _ in range(2))
     num_changed, block = make_delta(base.data, new.data, 8)
     assert len(block) <= max_block_bytes(num_changed, 8)
 
 
-def test_nothing_changed_is_nothing_to_send():
+def test_no_change_gives_an_empty_block():
     base = np.arange(9, dtype="<u2")
     assert make_delta(base.data, base.copy().data, 2) == (0, b"")
     np.testing.assert_array_equal(rebuilt(base, b"", 0), base)
 
 
-def test_few_small_steps_take_few_bytes():
+def test_few_small_changes_take_few_bytes():
     random = np.random.default_rng(0)
     base = random.integers(0, 2**16, 100_000, np.uint16)
     new = base + (random.random(base.size) < 0.01).astype(np.uint16)
@@ -90,11 +90,11 @@ def block_of(gaps, steps=None):
         pytest.param(zlib.compress(bytes(10**7)), 2, id="a bomb"),
     ],
 )
-def test_what_is_no_delta_is_refused_by_name(block, num_changed):
+def test_a_malformed_delta_is_rejected_by_field(block, num_changed):
     with pytest.raises(CodecError) as caught:
         rebuilt(BASE, block, num_changed)
     assert caught.value.field == "block"
 
 
-def test_positions_may_reach_both_ends():
+def test_positions_may_be_first_and_last():
     np.testing.assert_array_equal(rebuilt(BASE, block_of([1, 7]), 2), [1, 1, 2, 3, 4, 5, 6, 8])

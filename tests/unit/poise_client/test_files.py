@@ -25,7 +25,7 @@ STATE = Features(LOGPROBS, LOGPROBS)
 LABELS = [make_group(name, [STATE, STATE], [0, 1], domain="math", step=1) for name in "gh"]
 
 
-def test_a_batch_survives_its_bytes():
+def test_a_batch_survives_dump_and_load():
     back = codec.load_batch(codec.dump_batch(BATCH))
     assert (back.run_id, back.batch_id, back.step, back.temperature) == ("run", "step-1", 1, 0.5)
     assert [rollout.id for rollout in back.rollouts] == [rollout.id for rollout in BATCH.rollouts]
@@ -35,21 +35,21 @@ def test_a_batch_survives_its_bytes():
     assert codec.dump_batch(back) == codec.dump_batch(BATCH)
 
 
-def test_labels_survive_their_bytes():
+def test_labels_survive_dump_and_load():
     back = codec.load_labels(codec.dump_labels(LABELS))
     assert [group.group_id for group in back] == ["g", "h"]
     assert codec.dump_labels(back) == codec.dump_labels(LABELS)
     assert codec.load_labels(b"") == []
 
 
-def test_no_part_of_a_batch_passes_for_a_batch():
+def test_a_truncated_batch_is_rejected():
     content = codec.dump_batch(BATCH)
     for length in range(len(content)):
         with pytest.raises(CodecError):
             codec.load_batch(content[:length])
 
 
-def test_no_broken_label_passes():
+def test_a_malformed_label_is_rejected():
     content = codec.dump_labels(LABELS)
     half = len(content) // 2  # the two are of one length
     for length in {*range(1, len(content))} - {half}:
@@ -58,7 +58,7 @@ def test_no_broken_label_passes():
 
 
 @given(st.binary(max_size=64))
-def test_arbitrary_bytes_raise_nothing_but_a_codec_error(content):
+def test_arbitrary_bytes_raise_only_codec_errors(content):
     for load in (codec.load_batch, codec.load_labels):
         with contextlib.suppress(CodecError):  # a batch of no rollouts is one too
             load(content)

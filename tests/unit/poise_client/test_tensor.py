@@ -16,7 +16,7 @@ def typed_arrays(draw):
 
 
 @given(typed_arrays())
-def test_any_array_comes_back_bit_for_bit(case):
+def test_arrays_are_decoded_bit_for_bit(case):
     name, array = case
     message = pb.Tensor.FromString(to_tensor(array, name).SerializeToString())
     back = from_tensor(message, dtype=name, ndim=array.ndim)
@@ -30,12 +30,12 @@ def test_any_memory_layout_is_sent_little_endian_in_c_order():
     assert to_tensor(array).data == np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes()
 
 
-def test_what_comes_back_cannot_be_written_to():
+def test_decoded_arrays_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
         from_tensor(to_tensor(np.zeros(3, np.float32)))[0] = 1
 
 
-def test_lists_and_wider_floats_are_sent_as_asked():
+def test_lists_and_wider_floats_are_cast():
     assert from_tensor(to_tensor([0.1, 0.2], "float32")).tolist() == np.array([0.1, 0.2], np.float32).tolist()
     assert from_tensor(to_tensor([1, 2], "int32"), dtype="int32").tolist() == [1, 2]
     assert from_tensor(to_tensor([], "int32"), dtype="int32").size == 0
@@ -56,7 +56,7 @@ def test_lists_and_wider_floats_are_sent_as_asked():
         pytest.param([1j], "float32", "cannot be sent", id="complex"),
     ],
 )
-def test_what_would_lose_more_than_precision_is_refused(array, dtype, text):
+def test_casts_that_change_values_are_rejected(array, dtype, text):
     with pytest.raises(CodecError, match=text) as caught:
         to_tensor(array, dtype, field="a.b")
     assert caught.value.field == "a.b"
@@ -79,7 +79,7 @@ def _tensor(dtype=pb.DTYPE_FLOAT32, shape=(2,), data=bytes(8)):
         pytest.param(_tensor(shape=(2**32 - 1,)), "at most 4 are accepted", id="a shape that claims gigabytes"),
     ],
 )
-def test_a_malformed_tensor_is_refused_by_name(tensor, text):
+def test_a_malformed_tensor_is_rejected_by_field(tensor, text):
     with pytest.raises(CodecError, match=text) as caught:
         from_tensor(tensor, field="groups[2].values", max_elements=4)
     assert caught.value.field == "groups[2].values"

@@ -59,7 +59,7 @@ def test_the_digest_changes_with(changed):
         (np.array(["a"], object), "float32"),
     ],
 )
-def test_a_parameter_that_is_not_what_it_says_is_refused_by_name(array, dtype):
+def test_a_parameter_of_another_dtype_is_rejected_by_name(array, dtype):
     with pytest.raises(CodecError) as caught:
         weights_digest({"lm_head": WeightArray(array, dtype)})
     assert caught.value.field == "weights['lm_head']"
@@ -97,7 +97,7 @@ def bf16(values):
 
 
 def versions(seed=0):
-    """Two versions of which few elements differ: a matrix's, a vector's; and nothing of a third."""
+    """Return two versions that differ in a few elements of a matrix and a vector, but not in a third parameter."""
     random = np.random.default_rng(seed)
     matrix, vector = bf16(random.normal(size=(60, 50))), random.normal(size=400).astype(np.float32)
     other, moved = matrix.copy(), vector.copy()
@@ -110,7 +110,7 @@ def versions(seed=0):
     )
 
 
-def test_a_delta_announces_the_whole_and_carries_what_changed():
+def test_a_delta_has_the_manifest_and_only_changed_blocks():
     old, new = versions()
     base, full = WeightPush.prepare("l", 3, old), WeightPush.prepare("l", 4, new, keep_as_base=True)
     delta = full.delta(base)
@@ -133,7 +133,7 @@ def test_a_delta_announces_the_whole_and_carries_what_changed():
         assert rebuilt == new[name].array.tobytes()
 
 
-def test_no_delta_between_other_shapes_or_after_many_changes():
+def test_no_delta_for_other_shapes_or_many_changes():
     old, new = versions()
     full = WeightPush.prepare("l", 4, new)
     reshaped = old | {"m": WeightArray(old["m"].array.reshape(50, 60), "bfloat16")}
@@ -145,7 +145,7 @@ def test_no_delta_between_other_shapes_or_after_many_changes():
         full.delta(delta)
 
 
-def test_a_push_in_a_file_names_it_and_sends_no_chunk(tmp_path):
+def test_a_push_in_a_file_sends_its_path_and_no_chunks(tmp_path):
     _, new = versions()
     push = WeightPush.prepare("l", 4, new)
     path = tmp_path / "weights"
@@ -160,13 +160,13 @@ def test_a_push_in_a_file_names_it_and_sends_no_chunk(tmp_path):
         assert file.get_slice("m").get_dtype() == "BF16"
 
 
-def test_a_file_of_a_delta_holds_its_blocks_alone():
+def test_a_file_of_a_delta_has_only_its_blocks():
     old, new = versions()
     delta = WeightPush.prepare("l", 4, new).delta(WeightPush.prepare("l", 3, old))
     assert b"".join(delta.file_parts()) == b"".join(delta.payload)
 
 
-def test_hashes_given_are_not_taken_again():
+def test_passed_hashes_are_not_computed_again():
     given = {name: name.encode().ljust(32) for name in WEIGHTS}
     push = WeightPush.prepare("l", 4, WEIGHTS, sha256_by_name=given)
     assert {tensor.name: tensor.sha256 for tensor in push.manifest.tensors} == given

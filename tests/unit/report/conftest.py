@@ -1,4 +1,4 @@
-"""A run folder such as the training loop leaves, with round numbers."""
+"""A run folder like those of the training loop, with round numbers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run folder of `num_steps`, the probe answering from step 2 on; `evaluations` as given, else none."""
+    """Create a run folder of `num_steps` steps, with a probe from step 2 on, and with `evaluations` if passed."""
 
     def make(num_steps: int = 6, *, probe: bool = True, evaluations: Iterable[Row] = ()) -> Path:
         run_dir = tmp_path / "my-run"

@@ -21,7 +21,7 @@ from poise.report.curves import (
 )
 
 
-def test_cut_off_last_line_is_left_out_and_counted(make_run: Callable[..., Path]) -> None:
+def test_a_truncated_last_line_is_skipped_and_counted(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(3)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rewa')
@@ -30,7 +30,7 @@ def test_cut_off_last_line_is_left_out_and_counted(make_run: Callable[..., Path]
     assert record.num_unreadable == 1
 
 
-def test_lines_after_a_cut_off_one_are_still_read(make_run: Callable[..., Path]) -> None:
+def test_lines_after_a_truncated_one_are_read(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(1)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "rew\n[1, 2]\n\n{"step": 1}\n')
@@ -45,7 +45,7 @@ def test_a_tag_may_be_split_anywhere(make_run: Callable[..., Path]) -> None:
     assert load_run(run_dir).num_unreadable == 1
 
 
-def test_repeated_step_counts_once_as_written_last(make_run: Callable[..., Path]) -> None:
+def test_the_last_line_of_a_repeated_step_counts(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(2)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 0, "reward": {"mean": 0.9}}) + "\n")
@@ -98,7 +98,7 @@ def test_the_moving_mean_ignores_missing_values() -> None:
     assert moving_mean(np.array([]), 3).size == 0
 
 
-def test_running_mean_is_of_everything_so_far() -> None:
+def test_running_mean_covers_all_values_so_far() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 3.0, np.nan, 8.0])), [1.0, 2.0, 2.0, 4.0])
     assert np.isnan(nan_mean(np.array([np.nan])))
 
@@ -123,7 +123,7 @@ def test_second_half_of_an_odd_number_is_the_larger_half() -> None:
     assert [row["step"] for row in second_half(rows)] == [2, 3, 4]
 
 
-def test_thinning_keeps_the_mean_and_bounds_the_points() -> None:
+def test_thinning_keeps_the_mean_and_limits_the_points() -> None:
     steps = np.arange(1000.0)
     thin_steps, thin_values = thinned(steps, steps * 2, 100)
     assert thin_steps.size == 100

@@ -139,7 +139,7 @@ def test_every_colour_follows_the_theme(make_run: Callable[..., Path], new_evalu
         assert variables <= set(re.findall(r"(--[a-z0-9-]+):", theme))
 
 
-def test_same_run_gives_the_same_bytes(make_run: Callable[..., Path]) -> None:
+def test_equal_runs_give_equal_bytes(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(30)
     assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
 
@@ -191,14 +191,14 @@ def test_texts_of_the_run_are_escaped(make_run: Callable[..., Path]) -> None:
     assert "advantage −0.50" in text
 
 
-def test_half_a_surrogate_pair_is_replaced(make_run: Callable[..., Path]) -> None:
+def test_a_lone_surrogate_is_replaced(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     (run_dir / "rollouts.jsonl").write_text('{"step": 0, "prompt": "why", "response": "half \\ud83d"}')
     _, page = read(run_dir)
     assert page.texts["pre"] == ["why", "half ?"]
 
 
-def test_long_texts_are_shortened_and_say_so(make_run: Callable[..., Path]) -> None:
+def test_long_texts_are_shortened_with_a_note(make_run: Callable[..., Path]) -> None:
     run_dir = make_run()
     (run_dir / "rollouts.jsonl").write_text(json.dumps({"step": 0, "prompt": "why", "response": "a" * 2500}))
     text, _ = read(run_dir)

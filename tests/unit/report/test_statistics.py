@@ -6,7 +6,7 @@ import pytest
 from poise.report.statistics import bootstrap_interval, paired_interval
 
 
-def test_interval_of_many_prompts_is_the_normal_one() -> None:
+def test_the_interval_of_many_prompts_is_normal() -> None:
     rewards = np.random.default_rng(3).normal(0.4, 0.2, (900, 1))
     interval = bootstrap_interval(rewards.tolist())
     half_width = 1.96 * rewards.std() / 30
@@ -37,7 +37,7 @@ def test_interval_is_reproducible_and_follows_its_seed() -> None:
     assert bootstrap_interval(rewards) != bootstrap_interval(rewards, seed=1)
 
 
-def test_one_prompt_has_no_width() -> None:
+def test_one_prompt_gives_an_interval_of_zero_width() -> None:
     interval = bootstrap_interval([[0.25, 0.75]])
     assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
 

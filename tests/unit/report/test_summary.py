@@ -25,7 +25,7 @@ def test_totals_and_means_of_the_steps(make_run: Callable[..., Path]) -> None:
     assert summary["time_s"]["total"] == pytest.approx(12.0)
 
 
-def test_rows_left_out_and_prompts_rejected_are_counted(make_run: Callable[..., Path]) -> None:
+def test_skipped_rows_and_rejected_prompts_are_counted(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(3)
     summary = summarise(run_dir)
     assert (summary["num_skipped_rows"], summary["num_rejected_prompts"]) == (0, 0)
@@ -39,7 +39,7 @@ def test_rows_left_out_and_prompts_rejected_are_counted(make_run: Callable[..., 
     assert summarise(run_dir)["num_skipped_rows"] == 0
 
 
-def test_advantage_variance_is_also_given_for_the_probe_alone(make_run: Callable[..., Path]) -> None:
+def test_advantage_variance_is_also_given_for_probe_steps(make_run: Callable[..., Path]) -> None:
     variance = summarise(make_run(6))["advantage_variance"]
     assert variance["all_steps"]["used"] == pytest.approx((2 * 0.4 + 4 * 0.2) / 6)
     assert (variance["probe_steps"]["num_steps"], variance["probe_steps"]["used"]) == (4, pytest.approx(0.2))
@@ -110,9 +110,7 @@ def test_verdict_on_the_held_out_reward(
     assert summarise(run_dir)["held_out"]["verdict"] == verdict
 
 
-def test_held_out_numbers_are_those_of_the_evaluations(
-    make_run: Callable[..., Path], new_evaluation: Evaluation
-) -> None:
+def test_held_out_numbers_come_from_the_evaluations(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
     before, after = new_evaluation("before", 0, [[0.0, 1.0]] * 4), new_evaluation("after", 6, [[1.0, 1.0]] * 4)
     held_out = summarise(make_run(evaluations=[before, after]))["held_out"]
     assert held_out["before"]["mean"] == 0.5

@@ -1,4 +1,4 @@
-"""Each algorithm's advantages on a step worked out by hand, edge cases included."""
+"""Advantages of each algorithm on one step against numbers calculated by hand, with edge cases."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_ppo_leaves_the_advantages_to_the_critic() -> None:
 
 
 @pytest.mark.parametrize(("name", "least"), [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("rloo", 2), ("poise", 2)])
-def test_algorithms_have_a_least_number_of_rollouts(name: str, least: int) -> None:
+def test_algorithms_have_a_minimum_number_of_rollouts(name: str, least: int) -> None:
     assert options(name).min_rollouts == least <= options(name).default_rollouts
 
 

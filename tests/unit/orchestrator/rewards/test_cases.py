@@ -1,4 +1,4 @@
-"""Files of cases, and the rewards of those that ship with the tests."""
+"""Files of verifier cases, and the rewards of the cases stored with the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Write a module of verifiers beside the caller."""
+    """Write a module of verifiers into the working folder."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "my_checks.py"

@@ -1,4 +1,4 @@
-"""A verifier that misbehaves in any way costs its own rollout, loudly, and nothing else."""
+"""A verifier that fails in any way costs only its own rollout's reward, and is logged."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def at_once(response, answer, *, problem):
 
 @pytest.fixture
 def checks(tmp_path, monkeypatch):
-    """Name a verifier of the module above."""
+    """Return the import path of a verifier in the module above."""
     (tmp_path / "odd_checks.py").write_text(VERIFIERS)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
 
@@ -162,7 +162,7 @@ async def test_a_failing_verifier_costs_only_its_rollout(checks, caplog, functio
 
 
 @pytest.mark.parametrize("function", ["hog", "grow"])
-async def test_a_verifier_out_of_memory_costs_only_its_rollout(checks, function):
+async def test_running_out_of_memory_costs_only_one_rollout(checks, function):
     async with pool(max_memory_bytes=2**28, timeout_s=300) as verifiers:
         verdict = await verifiers.verify(checks(function), "yes")
         after = await verifiers.verify(checks("good"), "yes")
@@ -185,7 +185,7 @@ async def test_verifiers_get_the_finish_reason(checks):
         assert (await verifiers.verify(checks("ended"), "yes", "stop")).reward == 0
 
 
-async def test_verifiers_give_a_reason(checks):
+async def test_built_in_verifiers_return_a_reason(checks):
     async with pool() as verifiers:
         verdict = await verifiers.verify(Problem("d", "p", 72, "numeric"), "#### 73")
     assert verdict.reason == "the response gives 73, the answer is 72"
@@ -268,7 +268,7 @@ async def test_checks_run_in_the_main_thread_of_a_lean_process(checks):
         assert (await verifiers.verify(checks("lean"), "yes")).reward == 1
 
 
-async def test_process_killed_while_idle_costs_nothing(checks, tmp_path):
+async def test_a_killed_idle_process_is_replaced(checks, tmp_path):
     async with pool() as verifiers:
         await verifiers.verify(checks("pid", pids=str(tmp_path / "pid")), "yes")
         pid = int((tmp_path / "pid").read_text())
@@ -278,7 +278,7 @@ async def test_process_killed_while_idle_costs_nothing(checks, tmp_path):
     assert (verdict.reward, verdict.error) == (1, None)
 
 
-async def test_process_is_kept_from_check_to_check(checks, tmp_path):
+async def test_a_process_is_reused_between_checks(checks, tmp_path):
     pids = []
     async with pool() as verifiers:
         for _ in range(2):
@@ -296,7 +296,7 @@ async def test_a_response_that_is_too_long_gets_reward_0(checks):
     assert verifiers.num_failures == {"too_long": 1}
 
 
-async def test_any_text_reaches_the_verifier_as_it_is(checks):
+async def test_any_text_reaches_the_verifier_unchanged(checks):
     odd = 'line\nbreak\r "quotes" \x00 \u2028 ß 😀 \ud800'
     async with pool() as verifiers:
         verdict = await verifiers.verify(Problem("d", "p", odd, "odd_checks:good"), odd)
@@ -317,7 +317,7 @@ async def test_stopping_fails_running_and_waiting_checks(checks, tmp_path):
         await verifiers.verify(checks("good"), "yes")
 
 
-async def test_a_process_that_cannot_start_costs_a_reward(checks, monkeypatch):
+async def test_a_process_that_cannot_start_gives_reward_0(checks, monkeypatch):
     async with pool() as verifiers:
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         verdict = await verifiers.verify(checks("good"), "yes")
@@ -326,7 +326,7 @@ async def test_a_process_that_cannot_start_costs_a_reward(checks, monkeypatch):
         assert (await verifiers.verify(Problem("d", "p", "yes", "exact"), "yes")).reward == 1
 
 
-async def test_hanging_check_dies_with_a_killed_run(checks, tmp_path):
+async def test_a_hanging_check_exits_with_a_killed_run(checks, tmp_path):
     code = (
         "import asyncio, sys\n"
         "from poise.orchestrator.tasks.problem import Problem\n"

@@ -1,4 +1,4 @@
-"""What responses earn under the rules that ship, and under yours."""
+"""Rewards of the built-in verifiers and of user-defined ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def module(tmp_path, monkeypatch):
         ("", ""),
     ],
 )
-def test_final_answer_leaves_out_thoughts(response, said):
+def test_final_answer_excludes_thoughts(response, said):
     assert final_answer(response) == said
 
 
@@ -77,7 +77,7 @@ def test_exact_ignores_case_spaces_quotes_and_stops(response):
 
 
 @pytest.mark.parametrize("response", ["", "Pari", "Paris, France", "It is Paris", "Par is", "Paris\nRome"])
-def test_exact_ignores_nothing_else(response):
+def test_exact_rejects_other_differences(response):
     assert exact(response, "Paris") == 0
 
 
@@ -183,7 +183,7 @@ def test_an_unusable_answer_is_rejected(verifier, answer, said):
 
 
 @pytest.mark.parametrize("answer", [5, 1e-5, "x+1", "sqrt(x)", "5 km", r"\text{none}", "2xy", "e^x", "inf", "[0, 1)"])
-def test_answer_with_a_value_suits_numeric(answer):
+def test_numeric_accepts_answers_with_a_value(answer):
     check_answer("numeric", answer)
 
 
@@ -222,7 +222,7 @@ def test_invalid_functions_are_rejected(module, verifier, said):
 
 
 @pytest.mark.parametrize(("reward", "float_"), [(True, 1.0), (False, 0.0), (0.25, 0.25), (1, 1.0)])
-def test_rewards_in_range_are_taken(reward, float_):
+def test_rewards_in_range_are_accepted(reward, float_):
     value = valid_reward(reward)
     assert (type(value), value) == (float, float_)
 

@@ -1,4 +1,4 @@
-"""Waiting for services: aloud, for as long as it takes, and no longer than asked; rollouts from whoever is there."""
+"""Calls wait for services, log the wait and stop on request; prompts go to available replicas."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def policy(version: int = 10, reason: str = "") -> Policy:
 
 
 class Script:
-    """A service's client: each call takes the next of `outcomes`, the last one for ever."""
+    """A fake client: each call returns the next of `outcomes`, and then always the last."""
 
     def __init__(self, target: str, outcomes: Sequence[Any], policies: Sequence[Any] = ()) -> None:
         self.target = target
@@ -117,7 +117,7 @@ def stopping() -> asyncio.Event:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, stopping: asyncio.Event) -> Make:
-    """ServiceClients by scripts, whose pauses are short."""
+    """Return `ServiceClients` with fake clients and short pauses."""
     monkeypatch.setattr(retry, "RETRY_EVERY_S", 0.001)
     monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.0)
 
@@ -178,7 +178,7 @@ async def test_startup_stages_are_logged_without_warnings(make: Make, caplog: py
     ]
 
 
-async def test_a_service_that_dies_while_starting_is_a_warning(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_during_startup_is_a_warning(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     answers = [starting("loading weights, 3 s"), DOWN, "status"]
     services = make(learner=Script("learner:1", answers))
@@ -211,7 +211,7 @@ async def test_waiting_for_labels_extends_the_timeout(make: Make) -> None:
     assert value.timeouts == [90]
 
 
-async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_ends_the_wait(make: Make, stopping: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_EVERY_S", 600.0)
     asking = asyncio.create_task(make(learner=Script("learner:1", [DOWN])).learner_status())
     await asyncio.sleep(0)
@@ -220,7 +220,7 @@ async def test_a_stop_ends_the_waiting(make: Make, stopping: asyncio.Event, monk
         await asyncio.wait_for(asking, 10)
 
 
-async def test_a_stop_ends_the_waiting_for_rollouts(make: Make, stopping: asyncio.Event) -> None:
+async def test_a_stop_ends_the_wait_for_rollouts(make: Make, stopping: asyncio.Event) -> None:
     stopping.set()
     with pytest.raises(StopRequested):
         await sampled(make([Script("a:1", [[DOWN]], [DOWN])]))
@@ -245,7 +245,7 @@ async def test_wait_until_up_may_skip_the_value_service(make: Make) -> None:
     assert not value.calls
 
 
-async def test_prompts_are_balanced_and_each_group_comes_once(make: Make) -> None:
+async def test_prompts_are_balanced_and_groups_yielded_once(make: Make) -> None:
     scripts = [Script("a:1", [all_of]), Script("b:1", [all_of])]
     assert sorted(await sampled(make(scripts))) == [prompt.group_id for prompt in PROMPTS]
     assert [script.calls for script in scripts] == [[["g0", "g2", "g4"]], [["g1", "g3"]]]
@@ -282,7 +282,7 @@ async def test_a_permanent_error_ends_the_sampling(make: Make, error: Exception)
 
 
 def rejecting(*names: str, also: Sequence[tuple[str, str]] = ()) -> Callable[[Sequence[Prompt]], list[Any]]:
-    """Return what a replica does that does not take prompts of these names: all or nothing of a request."""
+    """Return a fake replica that rejects requests with prompts of these names."""
 
     def answer(prompts: Sequence[Prompt]) -> list[Any]:
         wrong = [
@@ -294,7 +294,7 @@ def rejecting(*names: str, also: Sequence[tuple[str, str]] = ()) -> Callable[[Se
 
 
 async def outcome(services: ServiceClients) -> dict[str, str]:
-    """Return of each prompt why it was rejected; empty where its group came."""
+    """Return the reason for each rejected prompt; empty for sampled ones."""
     async with asyncio.timeout(20):
         found = [each async for each in services.sample("run", 0, PROMPTS, 2, Sampling(max_tokens=8), 0)]
     assert len({each.group_id for each in found}) == len(found)
@@ -303,13 +303,13 @@ async def outcome(services: ServiceClients) -> dict[str, str]:
 
 @pytest.mark.parametrize("names", [["g0"], ["g1", "g4"], ["g0", "g1", "g2", "g3", "g4"]])
 @pytest.mark.parametrize("num_replicas", [1, 2])
-async def test_rejected_prompts_cost_only_themselves(make: Make, names: list[str], num_replicas: int) -> None:
+async def test_other_prompts_of_a_rejected_request_are_sampled(make: Make, names: list[str], num_replicas: int) -> None:
     replicas = [Script(f"{name}:1", [rejecting(*names)]) for name in "ab"[:num_replicas]]
     expected = {name: f"text: no {name}" if name in names else "" for name in ALL}
     assert await outcome(make(replicas)) == expected
 
 
-async def test_further_rejections_come_with_the_next_call(make: Make) -> None:
+async def test_later_rejections_follow_in_the_next_call(make: Make) -> None:
     cut = [("", "and 2 more wrong fields")]
     replica = Script("a:1", [rejecting("g1", also=cut), rejecting("g3", also=cut), rejecting()])
     assert [name for name, reason in (await outcome(make([replica]))).items() if reason] == ["g1", "g3"]
@@ -447,7 +447,7 @@ async def test_prompts_go_to_the_least_loaded_replica(make: Make) -> None:
     assert [script.calls for script in scripts] == [[["long"]], [[f"s{index}" for index in range(6)]]]
 
 
-async def test_the_fastest_replica_takes_most_prompts(make: Make) -> None:
+async def test_the_fastest_replica_gets_most_prompts(make: Make) -> None:
     stuck = asyncio.Event()
 
     class Slow(Script):
@@ -474,7 +474,7 @@ async def test_a_busy_replica_gets_prompts_after_its_retry_delay(make: Make) -> 
     assert len(busy.calls) == 1
 
 
-async def test_a_replica_that_falls_silent_loses_its_work(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompts_of_a_silent_replica_are_reassigned(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(Script):
         async def stream_trajectories(self, *arguments: Any, **settings: Any) -> AsyncIterator[Group]:
             yield group(PROMPTS[0])

@@ -1,4 +1,4 @@
-"""A disk that refuses is waited for: nothing is lost, nothing is written twice, and the log says what to do."""
+"""Writes are retried until the disk works: nothing is lost or duplicated, and the remedy is logged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 class FullDisk:
-    """Makes the calls that put data on a disk fail at first, `num_failures` times in a row for each number in turn."""
+    """Makes calls that write to disk fail, `num_failures` times in a row for each number in turn."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, numbers: list[int], num_failures: int) -> None:
         self.left = [number for number in numbers for _ in range(num_failures)]
@@ -161,7 +161,7 @@ WRITES: list[Callable[[RunFolder], object]] = [
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("is_replaced", [False, True])
-async def test_a_folder_that_was_moved_is_waited_for(
+async def test_writes_wait_for_a_moved_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, write: Callable[[RunFolder], object], is_replaced: bool
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -209,7 +209,7 @@ async def test_a_folder_that_was_deleted_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-async def test_a_stop_ends_the_waiting_for_the_disk() -> None:
+async def test_a_stop_ends_the_wait_for_the_disk() -> None:
     stopping = asyncio.Event()
 
     def refuse() -> None:

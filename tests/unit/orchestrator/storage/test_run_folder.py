@@ -65,7 +65,7 @@ SUCCESSORS: list[RunFolder] = []
 
 
 def again(folder: RunFolder, run_id: str = "run") -> tuple[RunFolder, int]:
-    """Open the folder as the next process after a crash."""
+    """Open the folder as the next process does after a crash."""
     folder.close()
     successor = RunFolder(folder.path)
     SUCCESSORS.append(successor)
@@ -226,7 +226,7 @@ def test_a_rejected_folder_is_unlocked(folder: RunFolder) -> None:
     assert again(folder)[1] == 1
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"run folder .*file/run is not usable"):
         RunFolder(tmp_path / "file" / "run").open("run", {})
@@ -276,7 +276,7 @@ def test_the_folder_of_another_run_is_rejected(folder: RunFolder) -> None:
         again(folder, "other")
 
 
-def test_an_evaluation_is_remembered(folder: RunFolder) -> None:
+def test_a_written_evaluation_is_found(folder: RunFolder) -> None:
     assert folder.last_evaluated() == Usage()
     folder.write_evaluation({"when": "before", "step": 0, "tokens": 0, "wall_s": 0.0}, [])
     folder.write_evaluation({"when": "step", "step": 2, "tokens": 30, "wall_s": 1.5}, [])

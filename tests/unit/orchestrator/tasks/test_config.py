@@ -1,4 +1,4 @@
-"""Settings of tasks that cannot work are refused where they are read."""
+"""Invalid settings of tasks are rejected at load."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_wrong_settings_are_rejected(settings, said):
 
 
 @pytest.mark.parametrize("verifier", ["exact", "numeric", "regex", "checks:score", "my.own.checks:score"])
-def test_verifiers_by_name_and_by_import_path_are_taken(verifier):
+def test_names_and_import_paths_of_verifiers_are_accepted(verifier):
     assert JsonlTask(path=Path("a.jsonl"), verifier=verifier).verifier == verifier

@@ -1,4 +1,4 @@
-"""Rows that cannot be sampled are named by file and line before the first step, or left out."""
+"""Invalid rows are reported by file and line before the first step, or skipped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from poise_client.types import Policy, PromptCheck, PromptContent
 
 
 class Generation:
-    """A tokenizer of letters behind a service, which knows only some."""
+    """A fake service with a tokenizer that knows only some letters."""
 
     def __init__(self, max_model_len: int = 32, digest: bytes = b"letters") -> None:
         self.policy = Policy(
@@ -58,7 +58,7 @@ def write(path: Path, prompts: Sequence[str]) -> Path:
 
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, Any]:
-    """Return a task of 20 rows to train on, of which 3, 7 and 12 are bad, and 4 held out, of which 2 is."""
+    """Return a task with 20 training rows (3, 7 and 12 are invalid) and 4 held-out rows (2 is invalid)."""
     rows = [f"q{i:02d}" for i in range(1, 21)]
     rows[2], rows[6], rows[11] = "x" * 30, "a☠b", "x" * 999
     held_out = [f"e{i}" for i in range(1, 5)]
@@ -106,7 +106,7 @@ async def test_bad_rows_are_skipped_and_counted(
     assert f"{task['eval_path']}: 1 of 4 rows is left out" in caplog.text
 
 
-async def test_bad_json_and_long_rows_are_counted_together(
+async def test_invalid_json_and_long_rows_are_counted_together(
     tmp_path: Path, task: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     task["path"].write_text("{}\n" + task["path"].read_text() + "[]\n")
@@ -131,12 +131,12 @@ async def test_max_tokens_beyond_the_model_needs_little_room(
     assert (await check(settings(tmp_path, {"kind": "jsonl", "path": path}, **values))).files[0].bad.num == (not fits)
 
 
-async def test_too_few_held_out_rows_that_are_good_stop_the_run(tmp_path: Path, task: dict[str, Any]) -> None:
+async def test_too_few_valid_held_out_rows_stop_the_run(tmp_path: Path, task: dict[str, Any]) -> None:
     with pytest.raises(TaskError, match="has 3 held-out problems, but its share of 4 is 4"):
         await check(settings(tmp_path, task, on_bad_row="skip", evaluation={"num_prompts": 4}))
 
 
-async def test_file_of_only_bad_rows_stops_the_run_under_skip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_file_without_valid_rows_stops_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "own.jsonl", [f"{i}☠" for i in range(9)])
     config = settings(tmp_path, {"kind": "jsonl", "path": path}, evaluation={"num_prompts": 0}, on_bad_row="skip")
     with pytest.raises(TaskError, match="none is left for training"):
@@ -167,7 +167,7 @@ async def test_counts_are_cached_by_content_tokenizer_and_settings(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", ["", "{", "[[1]]", "[]", '[["a", ""]]'])
-async def test_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, task: dict[str, Any], content: str) -> None:
+async def test_a_damaged_cache_is_replaced(tmp_path: Path, cache: Path, task: dict[str, Any], content: str) -> None:
     config = settings(tmp_path, task, on_bad_row="skip")
     await check(config)
     for path in cache.iterdir():

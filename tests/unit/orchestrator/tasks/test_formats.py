@@ -1,4 +1,4 @@
-"""A file of another format is named as such, with what makes JSON lines of it."""
+"""Files of other formats are recognised, with a command that converts them to JSON Lines."""
 
 from __future__ import annotations
 

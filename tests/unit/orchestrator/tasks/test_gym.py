@@ -26,20 +26,20 @@ def test_gym_problems_equal_those_of_the_package():
     assert (problem.domain, problem.verifier) == ("spell_backward", "gym")
 
 
-def test_system_message_and_domain_are_taken():
+def test_system_message_and_domain_are_used():
     problem = draw(system="Spell.", domain="spelling")
     assert problem.prompt[0] == {"role": "system", "content": "Spell."}
     assert problem.domain == "spelling"
 
 
-def test_same_chance_gives_the_same_problem():
+def test_equal_seeds_give_the_same_problem():
     assert draw(5).key == draw(5).key
     assert draw(5).key != draw(6).key
 
 
 # rearc scores by comparing tuples, word_ladder makes its problems in advance, rubiks_cube has no one right answer
 @pytest.mark.parametrize("name", ["spell_backward", "rearc", "word_ladder", "leg_counting"])
-def test_right_answer_scores_one_after_a_trip_through_json(name):
+def test_correct_answers_score_1_after_json_encoding(name):
     problem = draw(name=name)
     travelled = type(problem)(**json.loads(json.dumps({f: getattr(problem, f) for f in problem.__slots__})))
     score = reward_function(travelled)

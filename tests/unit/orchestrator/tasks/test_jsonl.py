@@ -1,4 +1,4 @@
-"""A file of problems is taken whole, or refused with every wrong line named."""
+"""Reading of JSON Lines files; invalid lines are reported by number."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_byte_order_mark_and_crlf_are_accepted(file):
     assert len(read(file, b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n")) == 1
 
 
-def test_system_message_goes_before_prompts_that_bring_none(file):
+def test_system_message_is_added_to_prompts_without_one(file):
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}]
     texts = [
         {"prompt": "a", "answer": "b"},
@@ -159,7 +159,7 @@ def test_a_line_that_is_too_long_is_an_invalid_row(file, length):
     assert said[1].startswith(f"{file}:3: prompt: missing")
 
 
-def test_line_of_the_greatest_length_is_read(file):
+def test_a_line_of_maximum_length_is_read(file):
     frame = '{"prompt": "", "answer": "b"}\n'
     text = frame.replace('""', '"' + "a" * (MAX_LINE_BYTES - len(frame)) + '"')
     assert len(text) == MAX_LINE_BYTES
@@ -202,7 +202,7 @@ def test_answer_keeps_the_value_and_type_of_its_literal(file, literal, answer):
     assert (type(problem.answer), problem.answer) == (type(answer), answer)
 
 
-def test_repeated_problem_is_left_out_and_told(file):
+def test_repeated_problems_are_skipped_and_reported(file):
     same_prompt = GOOD.replace('"4"', '"four"')
     file.write_text(f"{GOOD}\n{GOOD}\n{same_prompt}\n\n{GOOD}\n")
     found = read_file(JsonlTask(path=file), file)
@@ -214,7 +214,7 @@ def test_reading_stops_at_the_limit(file):
     assert len(read(file, f"{GOOD}\n{GOOD.replace('2+2', '1+3')}\nnot JSON", limit=2)) == 2
 
 
-def test_escaped_backslash_before_u0000_is_no_nul(file):
+def test_an_escaped_backslash_before_u0000_is_not_nul(file):
     (problem,) = read(file, '{"prompt": "a\\\\u0000b", "answer": "b"}')
     assert problem.prompt == "a\\u0000b"
 
@@ -233,13 +233,13 @@ def test_skipped_rows_are_left_out_counted_and_shown(file):
     assert [line.split(": ")[0] for line in told[1:]] == [f"{file}:{number}" for number in (1, 3, 4, 5, 6)]
 
 
-def test_file_without_a_good_row_is_rejected_under_skip(file):
+def test_a_file_without_valid_rows_is_rejected(file):
     file.write_text("{}\n[]\n")
     with pytest.raises(TaskError, match=r"(?s)contains no problem.*:1: prompt: missing.*:2: line: is"):
         read_file(JsonlTask(path=file), file, "skip")
 
 
-def test_hash_is_of_what_was_read(file):
+def test_the_hash_covers_only_lines_read(file):
     task = JsonlTask(path=file)
     file.write_text(f"{GOOD}\n")
     first = read_file(task, file).sha256

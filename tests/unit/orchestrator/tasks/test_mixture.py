@@ -1,4 +1,4 @@
-"""What a step trains on, and what it never does."""
+"""The problems of each step, and the held-out split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file(tmp_path):
     return write
 
 
-def test_problems_follow_from_seed_and_step_alone(file):
+def test_problems_depend_only_on_seed_and_step(file):
     tasks = [PrimerTask(), DigitsTask(weight=2), file(100)]
     mixture = Mixture(tasks, 7)
     steps = [keys(mixture.problems(step, 12)) for step in range(6)]
@@ -48,7 +48,7 @@ def test_another_seed_draws_other_problems():
     assert [problem.domain for problem in one] != [problem.domain for problem in other]
 
 
-def test_another_process_draws_the_same():
+def test_another_process_draws_the_same_problems():
     code = (
         "from poise.orchestrator.tasks.mixture import Mixture\n"
         "from poise.orchestrator.tasks.config import PrimerTask\n"
@@ -82,7 +82,7 @@ def test_a_task_that_is_too_small_repeats_problems():
     assert 40 < len(set(keys(problems))) <= 58
 
 
-def test_no_step_trains_on_what_is_held_out(file):
+def test_no_step_trains_on_held_out_problems(file):
     mixture = Mixture([PrimerTask(), DigitsTask(), file(400)], 0)
     held_out = mixture.held_out(96)
     assert len(set(keys(held_out))) == 96
@@ -118,7 +118,7 @@ def test_tasks_that_share_problems_hold_out_distinct_ones():
 
 
 @pytest.mark.parametrize("others", [[], [DigitsTask(weight=1.5)]])
-def test_every_problem_of_a_file_comes_once_an_epoch(file, others):
+def test_every_problem_of_a_file_is_drawn_once_an_epoch(file, others):
     mixture = Mixture([file(48, eval_path=file(5, "eval.jsonl", "9").path), *others], 0)
     given = [p.key for step in range(80) for p in mixture.problems(step, 7) if p.domain == "default"]
     epochs = [given[start : start + 48] for start in range(0, len(given) - 47, 48)]
@@ -169,7 +169,7 @@ def test_a_missing_verifier_is_reported_before_the_run(file):
         Mixture([file(10, verifier="nowhere_at_all:check")], 0)
 
 
-def test_file_stops_being_read_at_max_prompts(file):
+def test_reading_a_file_stops_at_max_prompts(file):
     path = file(3).path
     path.write_text(path.read_text() + "\nnot JSON")
     task = JsonlTask(path=path, max_prompts=3, eval_path=file(5, "eval.jsonl", "9").path)
@@ -213,7 +213,7 @@ SIZES = [[8] * 50 + [16] * 50, [16] * 50 + [8] * 50, [1, 300, 7, 64, 64, 2, 500,
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("others", [[], [DigitsTask(weight=0.5)]])
-def test_a_file_gives_each_problem_once_an_epoch(file, sizes, others):
+def test_changed_sizes_keep_one_problem_an_epoch(file, sizes, others):
     mixture = Mixture([file(994, eval_path=file(5, "eval.jsonl", "held out ").path), *others], 0)
     given = [p.key for step, n in enumerate(sizes) for p in mixture.problems(step, n) if p.domain == "default"]
     assert len(set(given[:994])) == len(given[:994])
@@ -256,7 +256,7 @@ def test_positions_follow_the_names_of_tasks(file):
     assert after.num_drawn(1) == given | {"digits": 0}
 
 
-def test_draw_before_the_one_resumed_at_is_an_error():
+def test_a_draw_before_the_resumed_one_is_an_error():
     mixture = Mixture([DigitsTask()], 0)
     mixture.resume(5, {"digits": 40})
     with pytest.raises(ValueError, match="draw 4 is before draw 5, at which the run resumed"):

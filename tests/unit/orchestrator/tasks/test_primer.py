@@ -1,4 +1,4 @@
-"""The wordings of the elementary skills, and their answers."""
+"""Wording and answers of the elementary skills."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_without_an_example_the_prompt_is_the_question():
     assert [message["role"] for message in draws("copy", 1, one_shot=False)[0].prompt] == ["system", "user"]
 
 
-def test_skills_come_in_equal_shares():
+def test_skills_are_drawn_in_equal_shares():
     source = random.Random(0)
     skills = [primer.draw(("copy", "larger"), True, "primer", source).metadata["skill"] for _ in range(400)]
     assert 150 < skills.count("copy") < 250

@@ -1,4 +1,4 @@
-"""What identifies a problem."""
+"""Keys of problems."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_the_key_depends_on_prompt_and_answer():
     assert same.key == problem().key
 
 
-def test_prompt_key_leaves_the_answer_out():
+def test_prompt_key_excludes_the_answer():
     assert problem(answer="5").prompt_key == problem().prompt_key
     assert problem("2+3?").prompt_key != problem("2+2?").prompt_key
 
 
-def test_key_of_a_number_is_that_of_its_text():
+def test_a_number_has_the_key_of_its_text():
     assert problem(answer=4).key == problem(answer="4").key

@@ -11,7 +11,7 @@ from poise_client._transport.channel import is_loopback
         *("dns:///localhost:1", "unix:/run/poise.sock", "unix:///run/poise.sock", "unix-abstract:poise"),
     ],
 )
-def test_this_very_machine_is_recognised(target):
+def test_this_machine_is_recognised(target):
     assert is_loopback(target)
 
 
@@ -22,18 +22,18 @@ def test_this_very_machine_is_recognised(target):
         *("dns:///value:1", "dns://8.8.8.8/localhost:1", "[2001:db8::1]:1"),
     ],
 )
-def test_other_machines_are_not_taken_for_this_one(target):
+def test_other_machines_are_not_loopback(target):
     assert not is_loopback(target)
 
 
 @pytest.mark.parametrize("client", [AsyncGenerationClient, GenerationClient])
-def test_a_token_is_not_sent_in_the_clear_to_another_machine(client):
+def test_a_token_is_not_sent_in_plaintext_to_other_machines(client):
     with pytest.raises(ValueError, match="would be sent in plaintext") as caught:
         client("value.example.org:1", token="hunter2")
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_token_may_travel_encrypted_locally_or_when_told_so():
+def test_a_token_may_be_sent_encrypted_or_if_allowed():
     AsyncGenerationClient("value.example.org:1", token="t", tls=TlsOptions())
     AsyncGenerationClient("localhost:1", token="t")
     AsyncGenerationClient("value.example.org:1", token="t", allow_insecure_token=True)
@@ -47,7 +47,7 @@ def test_an_invalid_token_is_rejected_without_showing_it(token):
 
 
 @pytest.mark.parametrize("target", ["", "http://localhost:1", "grpc://localhost:1"])
-def test_a_target_that_is_a_url_is_refused(target):
+def test_a_url_is_rejected_as_a_target(target):
     with pytest.raises(ValueError, match="host:port"):
         AsyncGenerationClient(target)
 
@@ -62,6 +62,6 @@ def test_a_client_certificate_needs_its_key():
         TlsOptions(client_cert_file="a.pem")
 
 
-def test_a_tls_file_that_is_missing_is_named_before_any_call(tmp_path):
+def test_a_missing_tls_file_is_reported_before_any_call(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.pem"):
         AsyncGenerationClient("localhost:1", tls=TlsOptions(root_certs_file=tmp_path / "absent.pem"))

@@ -26,7 +26,7 @@ def test_requests_keep_order_and_stay_below_the_limit(sizes):
         assert len(part) == 1 or sum(messages[i].ByteSize() for i in part) <= MAX_REQUEST_BYTES
 
 
-def test_the_packed_request_itself_stays_below_the_limit():
+def test_the_packed_request_stays_below_the_limit():
     specs = [generation_pb2.PromptSpec(group_id="g", text="x" * 5000) for _ in range(2000)]
     parts = list(pack(specs))
     assert len(parts) == 4
@@ -40,7 +40,7 @@ def test_entries_are_counted_too():
     assert [len(part) for part in pack([sized(0)] * (MAX_ENTRIES + 1))] == [MAX_ENTRIES, 1]
 
 
-def test_nothing_makes_no_request():
+def test_no_messages_make_no_request():
     assert list(pack([])) == []
 
 
@@ -59,29 +59,29 @@ async def first(client, prompts, **arguments):
     return await anext(client.stream_trajectories("run", 0, prompts, **{"num_rollouts": 2} | arguments))
 
 
-async def test_two_prompts_of_one_group_id_are_refused():
+async def test_duplicate_group_ids_are_rejected():
     client = AsyncGenerationClient("localhost:1")
     prompts = [Prompt("a", "?"), Prompt("b", "?"), Prompt("a", "!")]
     assert await refused(first(client, prompts)) == ["prompts[2].group_id"]
 
 
-async def test_a_malformed_prompt_is_refused_by_its_place():
+async def test_a_malformed_prompt_is_rejected_by_index():
     client = AsyncGenerationClient("localhost:1")
     assert await refused(first(client, [Prompt("a", "?"), Prompt("b", [])])) == ["prompts[1].content"]
 
 
-async def test_numbers_the_protocol_cannot_hold_are_refused():
+async def test_numbers_out_of_range_are_rejected():
     client = AsyncGenerationClient("localhost:1")
     assert await refused(first(client, [Prompt("a", "?")], num_rollouts=-1)) == ["request"]
 
 
-async def test_malformed_features_are_refused_by_their_place():
+async def test_malformed_features_are_rejected_by_index():
     client = AsyncValueClient("localhost:1")
     groups = [make_group("g", [Features(FLAT, FLAT)]), make_group("h", [Features(FLAT, SQUARE)])]
     assert await refused(client.estimate_baselines("run", 0, groups)) == ["groups[1].rollouts[0].response_hidden"]
 
 
-async def test_a_malformed_rollout_is_refused_by_its_place():
+async def test_a_malformed_rollout_is_rejected_by_index():
     client = AsyncLearnerClient("localhost:1")
     ids = np.zeros(2, np.int32)
     rollout = Rollout(RolloutId("run", 0, "g", 0), ids, ids, SQUARE)
@@ -90,12 +90,12 @@ async def test_a_malformed_rollout_is_refused_by_its_place():
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
-async def test_no_time_at_all_is_refused(timeout_s):
+async def test_a_timeout_of_zero_or_less_is_rejected(timeout_s):
     assert await refused(AsyncValueClient("localhost:1").get_probe(timeout_s=timeout_s)) == ["timeout_s"]
     assert await refused(AsyncValueClient("localhost:1", timeout_s=timeout_s).get_probe()) == ["timeout_s"]
 
 
-async def test_a_closed_client_says_so():
+async def test_a_closed_client_raises():
     client = AsyncValueClient("localhost:1")
     await client.close()
     await client.close()

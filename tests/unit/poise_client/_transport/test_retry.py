@@ -8,7 +8,7 @@ def unavailable(retry_after_s=None):
     return UnavailableError("nobody there", retryable=True, retry_after_s=retry_after_s)
 
 
-async def test_waits_double_up_to_the_longest(time):
+async def test_waits_double_up_to_the_maximum(time):
     attempts = Attempts(RetryPolicy(initial_backoff_s=1, max_backoff_s=5), 100, time.clock)
     for _ in range(5):
         await attempts.wait_after(unavailable())
@@ -24,13 +24,13 @@ async def test_waits_are_drawn_from_the_upper_half(time):
     assert time.slept_s == [0.5]
 
 
-async def test_the_wait_the_service_asks_for_is_honoured_and_spread(time):
+async def test_retry_after_is_obeyed_with_jitter(time):
     attempts = Attempts(RetryPolicy(initial_backoff_s=0.5), 100, time.clock)
     await attempts.wait_after(BusyError("busy", retryable=True, retry_after_s=7))
     assert time.slept_s == [7.5]
 
 
-async def test_what_is_final_is_raised_at_once(time):
+async def test_permanent_errors_are_raised_at_once(time):
     error = InvalidRequestError("no")
     with pytest.raises(InvalidRequestError) as caught:
         await Attempts(RetryPolicy(), 100, time.clock).wait_after(error)
@@ -39,7 +39,7 @@ async def test_what_is_final_is_raised_at_once(time):
     assert error.attempts == 1
 
 
-async def test_no_wait_goes_beyond_the_deadline(time):
+async def test_no_wait_exceeds_the_deadline(time):
     attempts = Attempts(RetryPolicy(initial_backoff_s=4, max_backoff_s=4), 10, time.clock)
     await attempts.wait_after(unavailable())
     await attempts.wait_after(unavailable())
@@ -50,13 +50,13 @@ async def test_no_wait_goes_beyond_the_deadline(time):
     assert time.slept_s == [4, 4]
 
 
-async def test_a_wait_asked_for_that_is_too_long_is_not_begun(time):
+async def test_a_retry_after_beyond_the_deadline_raises(time):
     with pytest.raises(UnavailableError):
         await Attempts(RetryPolicy(), 10, time.clock).wait_after(unavailable(retry_after_s=10))
     assert time.slept_s == []
 
 
-async def test_attempts_are_limited_when_asked(time):
+async def test_attempts_are_limited_by_the_policy(time):
     attempts = Attempts(RetryPolicy(max_attempts=2), 100, time.clock)
     await attempts.wait_after(unavailable())
     with pytest.raises(UnavailableError):
@@ -65,7 +65,7 @@ async def test_attempts_are_limited_when_asked(time):
         await Attempts(RetryPolicy(max_attempts=1), 100, time.clock).wait_after(unavailable())
 
 
-async def test_progress_starts_back_off_and_limit_over(time):
+async def test_progress_resets_backoff_and_attempts(time):
     attempts = Attempts(RetryPolicy(initial_backoff_s=1, max_attempts=3), 100, time.clock)
     for _ in range(2):
         await attempts.wait_after(unavailable())
@@ -76,7 +76,7 @@ async def test_progress_starts_back_off_and_limit_over(time):
     assert error.attempts == 3  # all are still counted
 
 
-async def test_a_deadline_tells_what_went_wrong_before_it(time):
+async def test_a_deadline_error_has_the_previous_error(time):
     attempts = Attempts(RetryPolicy(), 10, time.clock)
     await attempts.wait_after(unavailable())
     with pytest.raises(DeadlineExceededError, match=r"no answer within 10 s.*nobody there"):
@@ -93,6 +93,6 @@ async def test_the_time_left_is_never_negative(time):
     "arguments",
     [{"initial_backoff_s": 0}, {"initial_backoff_s": 6}, {"max_backoff_s": 0.01}, {"max_attempts": 0}],
 )
-def test_a_policy_that_cannot_be_is_refused(arguments):
+def test_an_invalid_policy_is_rejected(arguments):
     with pytest.raises(ValueError, match="must be"):
         RetryPolicy(**arguments)

@@ -47,14 +47,14 @@ def bare_error(code, message="it broke"):
         ("INTERNAL", errors.InternalError),
     ],
 )
-def test_the_reason_decides_the_class_whatever_the_code(reason, kind):
+def test_the_reason_determines_the_class(reason, kind):
     detail = errors_pb2.PoiseErrorDetail(reason=f"ERROR_REASON_{reason}", retryable=True, remedy="do this")
     error = error_from_rpc(rpc_error(grpc.StatusCode.UNKNOWN, details=[detail]), CALL)
     assert type(error) is kind
     assert (error.reason, error.retryable, error.remedy, error.call) == (reason, True, "do this", CALL)
 
 
-def test_every_reason_of_the_protocol_has_a_class():
+def test_every_reason_has_a_class():
     for name, number in errors_pb2.ErrorReason.items():
         detail = errors_pb2.PoiseErrorDetail(reason=number)
         error = error_from_rpc(rpc_error(grpc.StatusCode.UNKNOWN, details=[detail]), CALL)
@@ -62,12 +62,12 @@ def test_every_reason_of_the_protocol_has_a_class():
             assert error.reason == name.removeprefix("ERROR_REASON_")
 
 
-def test_the_service_decides_what_may_be_retried():
+def test_the_service_decides_if_a_retry_may_help():
     detail = errors_pb2.PoiseErrorDetail(reason="ERROR_REASON_BACKEND_DOWN", retryable=False)
     assert not error_from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, details=[detail]), CALL).retryable
 
 
-def test_wrong_fields_and_the_wait_asked_for_are_read():
+def test_violations_and_retry_delay_are_read():
     wrong = error_details_pb2.BadRequest()
     wrong.field_violations.add(field="groups[0].domain", description="is empty; required: a name")
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
@@ -95,7 +95,7 @@ def test_wrong_fields_and_the_wait_asked_for_are_read():
         (grpc.StatusCode.UNKNOWN, errors.InternalError, False),
     ],
 )
-def test_a_peer_without_details_is_told_by_its_code(code, kind, retryable):
+def test_errors_without_details_are_mapped_by_code(code, kind, retryable):
     error = error_from_rpc(bare_error(code), CALL)
     assert type(error) is kind
     assert error.retryable is retryable
@@ -123,13 +123,13 @@ def test_a_peer_without_details_is_told_by_its_code(code, kind, retryable):
         ),
     ],
 )
-def test_details_that_cannot_be_trusted_are_left_aside(error):
+def test_malformed_details_are_ignored(error):
     translated = error_from_rpc(error, CALL)
     assert type(translated) is errors.UnavailableError
     assert translated.retryable
 
 
-def test_a_message_too_large_is_the_callers_to_mend():
+def test_a_message_above_the_limit_is_an_invalid_request():
     text = "Received message larger than max (5000000 vs. 4194304)"
     error = error_from_rpc(bare_error(grpc.StatusCode.RESOURCE_EXHAUSTED, text), CALL)
     assert type(error) is errors.InvalidRequestError
@@ -142,13 +142,13 @@ def test_an_error_reads_as_a_sentence():
     assert str(error) == f"{CALL}: the queue is full; wait (gave up after 3 attempts over 2.0 s)"
 
 
-def test_every_class_is_of_the_family_and_names_its_reason():
+def test_every_class_has_the_base_and_a_reason():
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, errors.PoiseClientError):
             assert kind("x").reason == kind.default_reason
 
 
-def test_fields_are_renumbered_to_the_callers_own():
+def test_fields_are_renumbered_for_the_caller():
     error = errors.InvalidRequestError(
         "groups[1].domain: is empty",
         violations=[("groups[1].domain", "is empty"), ("run_id", "is empty"), ("groups[9].domain", "is out of range")],

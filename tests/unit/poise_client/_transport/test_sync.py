@@ -33,13 +33,13 @@ def public(client):
 
 
 @pytest.mark.parametrize(("asynchronous", "blocking"), TWINS)
-def test_twins_offer_the_same(asynchronous, blocking):
+def test_blocking_clients_have_the_same_methods(asynchronous, blocking):
     assert public(asynchronous).keys() == public(blocking).keys()
     assert getattr(asynchronous, "service", None) == getattr(blocking, "service", None)
 
 
 @pytest.mark.parametrize(("asynchronous", "blocking"), TWINS)
-def test_twins_take_the_same_and_give_the_same(asynchronous, blocking):
+def test_blocking_methods_have_the_same_signatures(asynchronous, blocking):
     constructors = [("__init__", asynchronous.__init__)] if hasattr(asynchronous, "service") else []
     for name, theirs in [*public(asynchronous).items(), *constructors]:
         if isinstance(theirs, property):
@@ -68,7 +68,7 @@ def test_a_client_that_was_never_used_starts_no_thread():
     client.close()
 
 
-def test_a_closed_client_says_so():
+def test_a_closed_client_raises():
     client = ValueClient("localhost:1")
     client.close()
     with pytest.raises(RuntimeError, match=r"is closed\. Create a new one"):
@@ -81,7 +81,7 @@ def test_a_closed_client_says_so():
     groups.close()
 
 
-def test_clients_share_one_thread_that_ends_with_the_last():
+def test_clients_share_one_thread_until_the_last_closes():
     def named():
         return [thread for thread in threading.enumerate() if thread.name == "poise_client"]
 
@@ -95,13 +95,13 @@ def test_clients_share_one_thread_that_ends_with_the_last():
     assert named() == []
 
 
-def test_a_thread_is_started_anew_after_the_last_ended():
+def test_a_new_thread_starts_after_the_last_one_ended():
     for _ in range(2):
         with ValueClient("localhost:1", timeout_s=-1) as client, pytest.raises(InvalidRequestError):
             client.get_probe()
 
 
-def test_a_loop_that_died_is_not_handed_out_again():
+def test_a_dead_loop_is_not_reused():
     shared = background.Shared()
     first = shared.acquire()
     first.stop()

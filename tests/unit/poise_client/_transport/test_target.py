@@ -12,7 +12,7 @@ from poise_client import AsyncValueClient, ValueClient
         *("unix:/run/x", "unix:///run/x", "ipv4:10.0.0.1:1", "ipv6:[::1]:1"),
     ],
 )
-def test_a_target_that_names_a_service_is_taken(target):
+def test_valid_targets_are_accepted(target):
     assert ValueClient(target).target == target
 
 
@@ -36,6 +36,6 @@ def test_a_target_that_names_a_service_is_taken(target):
         ("", "must be host:port"),
     ],
 )
-def test_what_grpc_would_misread_is_refused_with_the_right_form(target, said):
+def test_targets_that_grpc_misreads_are_rejected(target, said):
     with pytest.raises(ValueError, match=said):
         AsyncValueClient(target)

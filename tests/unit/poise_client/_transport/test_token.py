@@ -1,4 +1,4 @@
-"""A token in a file: followed when it changes, refused where others can use it."""
+"""Token files: changes are read, and files that other users can access are rejected."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Clock:
 
 
 def replaced(path, token: str) -> None:
-    """As Kubernetes and careful people do: another file under the same name."""
+    """Replace the file atomically, as Kubernetes does."""
     write_token(path.with_suffix(".new"), token).replace(path)
 
 
-def test_a_changed_token_is_followed_and_the_old_one_accepted(tmp_path):
+def test_a_changed_token_is_read_and_the_old_one_accepted(tmp_path):
     clock = Clock()
     path = write_token(tmp_path / "token", "first")
     file = TokenFile(path, clock)
@@ -36,7 +36,7 @@ def test_a_changed_token_is_followed_and_the_old_one_accepted(tmp_path):
     assert (file.accepted, file.changed_lately) == (("second",), False)
 
 
-def test_a_token_that_is_written_anew_is_no_change(tmp_path):
+def test_rewriting_the_same_token_is_not_a_change(tmp_path):
     path = write_token(tmp_path / "token", "same")
     file = TokenFile(path)
     replaced(path, "same")
@@ -44,7 +44,7 @@ def test_a_token_that_is_written_anew_is_no_change(tmp_path):
 
 
 @pytest.mark.parametrize("breaking", ["removed", "emptied", "opened"])
-def test_a_file_that_breaks_keeps_the_token_and_says_so(tmp_path, breaking):
+def test_an_invalid_file_keeps_the_token_and_is_reported(tmp_path, breaking):
     path = write_token(tmp_path / "token", "kept")
     file = TokenFile(path)
     if breaking == "removed":
@@ -61,7 +61,7 @@ def test_a_file_that_breaks_keeps_the_token_and_says_so(tmp_path, breaking):
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o644, 0o660, 0o666, 0o602, 0o620, 0o755])
-def test_a_file_that_others_can_use_is_refused_with_the_remedy(tmp_path, mode):
+def test_a_file_open_to_others_is_rejected_with_a_remedy(tmp_path, mode):
     path = write_token(tmp_path / "token", "hunter2")
     path.chmod(mode)
     for make in (TokenFile, lambda file: ValueClient("localhost:1", token_file=file)):
@@ -72,7 +72,7 @@ def test_a_file_that_others_can_use_is_refused_with_the_remedy(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
-def test_a_file_of_this_user_alone_is_accepted(tmp_path, mode):
+def test_a_file_of_only_this_user_is_accepted(tmp_path, mode):
     path = write_token(tmp_path / "token", "hunter2")
     path.chmod(mode)
     assert TokenFile(path).current == "hunter2"
@@ -92,14 +92,14 @@ def test_a_secret_mounted_for_the_pods_group_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("client", [GenerationClient, ValueClient, LearnerClient, AsyncValueClient])
-def test_the_environment_names_a_default_token_file(tmp_path, monkeypatch, client):
+def test_the_environment_sets_a_default_token_file(tmp_path, monkeypatch, client):
     monkeypatch.setenv("POISE_TOKEN_FILE", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match="absent"):
         client("localhost:1")
     client("localhost:1", token="own")
 
 
-def test_every_call_shows_the_token_of_the_moment(tmp_path, monkeypatch):
+def test_every_call_sends_the_current_token(tmp_path, monkeypatch):
     path = write_token(tmp_path / "token", "first")
     monkeypatch.setenv("POISE_TOKEN_FILE", str(path))
     dialer = Dialer("localhost:1", None, None, None, False, False)

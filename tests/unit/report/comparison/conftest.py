@@ -1,4 +1,4 @@
-"""Folders of runs with round numbers."""
+"""Run folders with round numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def evaluation_row(when: str, step: int, tokens: int, reward: float) -> dict[str
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., ComparedRun]:
-    """Make a run of two steps of `tokens` response tokens, whose held-out rewards at 0, 1 and 2 steps are as given."""
+    """Create a run of two steps with `tokens` response tokens each, and these held-out rewards at 0, 1 and 2 steps."""
 
     def make(
         name: str,
@@ -60,7 +60,7 @@ def make_run(tmp_path: Path) -> Callable[..., ComparedRun]:
 
 @pytest.fixture
 def compare() -> Callable[..., Comparison]:
-    """Compare runs; the first one's name is the reference."""
+    """Compare runs, with the first as the reference."""
 
     def build(*runs: ComparedRun, levels: Sequence[float] = (), name: str = "trial") -> Comparison:
         return Comparison(name, {"tokens": 200}, runs[0].name, levels, runs)

@@ -1,4 +1,4 @@
-"""Curves, crossings, means over seeds and levels, against numbers worked by hand."""
+"""Curves, crossings, means over seeds and levels, against numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def curve(*points: tuple[float, float]) -> Curve:
     return make_curve(points)
 
 
-def test_curves_are_sorted_and_keep_the_last_of_equal_x() -> None:
+def test_curves_are_sorted_with_the_last_of_equal_x() -> None:
     found = curve((20, 0.5), (0, 0.1), (20, 0.6), (math.nan, 1.0), (10, math.nan))
     assert found.x.tolist() == [0, 20]
     assert found.y.tolist() == [0.1, 0.6]
@@ -90,7 +90,7 @@ def test_t_quantiles_equal_scipys(num_degrees: int) -> None:
     assert t_quantile(num_degrees) == pytest.approx(stats.t.ppf(0.975, num_degrees), rel=1e-4)
 
 
-def test_levels_rise_to_what_all_curves_reach() -> None:
+def test_levels_end_at_one_that_all_curves_reach() -> None:
     # Start (0.1 + 0.2) / 2 = 0.15; the lower of the highest points 0.65: steps of 0.1.
     curves = [curve((0, 0.1), (5, 0.65), (9, 0.6)), curve((0, 0.2), (5, 0.9))]
     levels = common_levels(curves)

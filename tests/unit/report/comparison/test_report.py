@@ -66,7 +66,7 @@ def test_the_terminal_summary_is_aligned(make_run: Make, compare: Compare, tmp_p
     assert text[-1] == f"report: {tmp_path / 'comparison.html'}"
 
 
-def test_the_same_folders_give_the_same_page(make_run: Make, compare: Compare, tmp_path: Path) -> None:
+def test_equal_folders_give_equal_pages(make_run: Make, compare: Compare, tmp_path: Path) -> None:
     comparison = compare(make_run("rloo", 0, [0.0, 0.2, 0.4]))
     write_comparison(comparison, tmp_path)
     first = (tmp_path / "comparison.html").read_bytes()

@@ -1,4 +1,4 @@
-"""What run folders come to side by side, against numbers worked by hand."""
+"""Summaries of several run folders, against numbers calculated by hand."""
 
 from __future__ import annotations
 
