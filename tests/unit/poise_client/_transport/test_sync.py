@@ -102,7 +102,7 @@ def test_a_new_thread_starts_after_the_last_one_ended():
 
 
 def test_a_dead_loop_is_not_reused():
-    shared = background.Shared()
+    shared = background.SharedLoop()
     first = shared.acquire()
     first.stop()
     second = shared.acquire()
