@@ -185,7 +185,7 @@ Global___VersionSpan: _TypeAlias = VersionSpan  # noqa: Y015
 
 @_typing.final
 class EntropyStats(_message.Message):
-    """EntropyStats summarises token entropies, in nats, over one part of a response: the entropies of the sampling
+    """EntropyStats summarizes token entropies, in nats, over one part of a response: the entropies of the sampling
     distribution over the full vocabulary. All values are 0 if the part is empty. The value service accepts -0.001 to 25.
     """
 

@@ -124,7 +124,7 @@ Global___ChatPrompt: _TypeAlias = ChatPrompt  # noqa: Y015
 
 @_typing.final
 class TokenPrompt(_message.Message):
-    """TokenPrompt is a prompt that is already tokenised."""
+    """TokenPrompt is a prompt that is already tokenized."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -159,7 +159,7 @@ class PromptSpec(_message.Message):
     group_id: _builtins.str
     """group_id names the group; it is unique within the request. 1 to 128 of the characters A-Z a-z 0-9 . _ : / -. Required."""
     text: _builtins.str
-    """text is tokenised without a chat template. If it begins with the tokenizer's BOS, no second BOS is added."""
+    """text is tokenized without a chat template. If it begins with the tokenizer's BOS, no second BOS is added."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """chat is rendered with the model's chat template."""
@@ -941,7 +941,7 @@ class GetPolicyResponse(_message.Message):
     vocabulary_size: _builtins.int
     """vocabulary_size is the number of token ids that the model has embeddings for: ids 0 to vocabulary_size - 1."""
     tokenizer_digest: _builtins.bytes
-    """tokenizer_digest is the SHA-256 of the tokenizer and its chat template, 32 bytes. Equal digests tokenise alike."""
+    """tokenizer_digest is the SHA-256 of the tokenizer and its chat template, 32 bytes. Equal digests tokenize alike."""
     max_model_len: _builtins.int
     """max_model_len is the maximum number of tokens of prompt and response together."""
     num_running: _builtins.int

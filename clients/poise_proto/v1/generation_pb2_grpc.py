@@ -83,7 +83,7 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CheckPrompts(self, request, context):
-        """CheckPrompts tokenises prompts without running the model. It returns the number of tokens of each prompt, or why the
+        """CheckPrompts tokenizes prompts without running the model. It returns the number of tokens of each prompt, or why the
         prompt cannot be sampled. Call it on a whole data set before training on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

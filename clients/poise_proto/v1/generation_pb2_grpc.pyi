@@ -42,7 +42,7 @@ class GenerationServiceStub:
     ValueService.ScorePrompts, to choose prompts. Cancelling the call aborts the unfinished prompts.
     """
     CheckPrompts: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]
-    """CheckPrompts tokenises prompts without running the model. It returns the number of tokens of each prompt, or why the
+    """CheckPrompts tokenizes prompts without running the model. It returns the number of tokens of each prompt, or why the
     prompt cannot be sampled. Call it on a whole data set before training on it.
     """
     UpdateWeights: _grpc.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]
@@ -68,7 +68,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     ValueService.ScorePrompts, to choose prompts. Cancelling the call aborts the unfinished prompts.
     """
     CheckPrompts: _aio.UnaryUnaryMultiCallable[_generation_pb2.CheckPromptsRequest, _generation_pb2.CheckPromptsResponse]  # type: ignore[assignment]
-    """CheckPrompts tokenises prompts without running the model. It returns the number of tokens of each prompt, or why the
+    """CheckPrompts tokenizes prompts without running the model. It returns the number of tokens of each prompt, or why the
     prompt cannot be sampled. Call it on a whole data set before training on it.
     """
     UpdateWeights: _aio.StreamUnaryMultiCallable[_generation_pb2.UpdateWeightsRequest, _generation_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CheckPromptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CheckPromptsResponse, _abc.Awaitable[_generation_pb2.CheckPromptsResponse]]:
-        """CheckPrompts tokenises prompts without running the model. It returns the number of tokens of each prompt, or why the
+        """CheckPrompts tokenizes prompts without running the model. It returns the number of tokens of each prompt, or why the
         prompt cannot be sampled. Call it on a whole data set before training on it.
         """
 
