@@ -1,4 +1,4 @@
-"""A run whose generation replicas are killed, added and drained: what each did, and what became of the rollouts."""
+"""Drives a run while its generation replicas are killed, added and drained, and counts the rollouts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Fleet:
 
 
 class Run:
-    """One run, driven in this process: its watcher, its verifier, and what is done to its replicas."""
+    """One run, driven in this process: its callbacks, its verifier, and the changes to its replicas."""
 
     def __init__(self, config: OrchestratorConfig) -> None:
         self.config = config
@@ -111,31 +111,31 @@ async def eventually(condition: Callable[[], object]) -> None:
 
 @dataclass
 class Outcome:
-    """What the run's own record and the learner say of it."""
+    """The result of a run, from its files and from the learner."""
 
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of the response tokens of two steps, by phase, what each replica handed over."""
+    """Each replica's share of the response tokens of two steps, by phase."""
     num_steps: int = 0
     num_expected: int = 0
-    """Rollouts that those steps have."""
+    """Rollouts of those steps."""
     num_written: int = 0
-    """Rollouts written down."""
+    """Recorded rollouts."""
     num_lost: int = 0
-    """Rollouts of a group that were written down fewer times than they are."""
+    """Rollouts that were not recorded."""
     num_doubled: int = 0
-    """Rollouts written down more often."""
+    """Rollouts that were recorded more than once."""
     num_trained: int = 0
-    """Rollouts trained on, by the learner's count."""
+    """Rollouts that the learner trained on."""
     num_rejected: int = 0
     policy_version: int = 0
     max_staleness: int = 0
     drained_status: int | None = None
-    """Exit status of the replica that was told to stop."""
+    """Exit status of the drained replica."""
     drained_log: str = ""
 
 
 async def drive_elastic_run(folder: Path) -> Outcome:
-    """Train while of three replicas one is killed, one is added, and one is told to stop; go on to a clean end."""
+    """Train with three replicas while one is killed, one added and one drained, to the end of the run."""
     fleet = Fleet(folder)
     try:
         return await _drive(fleet, folder)
@@ -230,7 +230,7 @@ async def _drive(fleet: Fleet, folder: Path) -> Outcome:
 
 
 def _count(outcome: Outcome, run: Path) -> None:
-    """Hold what was written down against what each step has."""
+    """Compare the recorded rollouts with those of each step."""
     lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     written = Counter((line["step"], line["group_id"]) for line in lines)
     expected = Counter(

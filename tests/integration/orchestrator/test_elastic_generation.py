@@ -1,4 +1,4 @@
-"""Generation replicas killed, added and drained while a run is driven: nothing lost or doubled, the work shared."""
+"""Replicas are killed, added and drained during a run: no rollout is lost or duplicated, and load is balanced."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tests.integration.orchestrator.elastic import drive_elastic_run
 
 
 def assert_balanced(shares: dict[str, float], *among: str) -> None:
-    """The replicas `among` handed over about as much as each other, and no other did anything."""
+    """Check that the replicas `among` returned about equal shares, and others nothing."""
     assert all(0.6 / len(among) < shares[name] < 1.5 / len(among) for name in among), shares
     assert all(not share for name, share in shares.items() if name not in among), shares
 
 
-async def test_no_rollout_is_lost_while_replicas_come_and_go(tmp_path: Path) -> None:
+async def test_no_rollout_is_lost_while_replicas_change(tmp_path: Path) -> None:
     outcome = await drive_elastic_run(tmp_path)
     assert_balanced(outcome.shares["three replicas"], "killed", "drained", "steady")
     assert_balanced(outcome.shares["one killed, one added"], "drained", "steady", "added")

@@ -1,4 +1,4 @@
-"""Every algorithm teaches the tiny model: its reward rises by a margin, whatever the seed."""
+"""Every algorithm trains the tiny model: its reward rises by a margin, with each seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from poise.orchestrator.algorithms.registry import AnyOptions
 NUM_STEPS, NUM_ROLLOUTS = 12, 128
 NUM_COMPARED = 3
 MARGIN = 0.12
-"""Of the mean reward over the last steps above that over the first."""
+"""Minimum rise of the mean reward from the first steps to the last."""
 SEEDS = (0, 1, 2)
 ALGORITHMS = {options.model_fields["kind"].default: options.default_rollouts for options in get_args(AnyOptions)}
 

@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 whose three servicers do what the next entry of their script says."""
+"""A server on 127.0.0.1 with three scripted servicers."""
 
 # ruff: noqa: N802 (gRPC names the methods)
 
@@ -27,7 +27,7 @@ from poise_proto.v1.value_pb2_grpc import ValueServiceServicer, add_ValueService
 
 
 async def fail(context, code, *, reason=None, retryable=True, retry_after_s=None, violations=(), message="scripted"):
-    """End the call with a rich status, as the services do; with a bare one when `reason` is None."""
+    """End the call with a rich status, as the services do, or with a bare one if `reason` is None."""
     details = []
     if reason is not None:
         details.append(errors_pb2.PoiseErrorDetail(reason=f"ERROR_REASON_{reason}", retryable=retryable))
@@ -48,7 +48,7 @@ async def fail(context, code, *, reason=None, retryable=True, retry_after_s=None
 
 
 def group_message(request, group_id):
-    """Return a group as the service would: n rollouts of two tokens."""
+    """Return a group as from the service, with n rollouts of two tokens."""
     state = Features(np.ones(3, np.float32), np.ones(3, np.float32))
     prompt, tokens, logprobs = np.array([1], np.int32), np.array([5, 6], np.int32), np.zeros(2, np.float32)
     rollouts = tuple(

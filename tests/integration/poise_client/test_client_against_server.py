@@ -57,7 +57,7 @@ async def collect(stream):
     return [group async for group in stream]
 
 
-async def test_groups_come_as_they_finish_with_all_their_rollouts(generation, generation_service):
+async def test_groups_are_yielded_when_complete(generation, generation_service):
     generation_service.script = [generation_service.stream("c", "a", "d", "b")]
     groups = await collect(generation.stream_trajectories("run", 7, PROMPTS, num_rollouts=2))
     assert [group.group_id for group in groups] == ["c", "a", "d", "b"]
@@ -99,7 +99,7 @@ async def test_an_error_mid_stream_has_the_indices_of_the_caller(generation, gen
     assert caught.value.attempts == 2
 
 
-async def test_many_prompts_are_split_and_come_once_each(generation, generation_service):
+async def test_many_prompts_are_split_and_yielded_once(generation, generation_service):
     prompts = [Prompt(f"g{i}", "x" * 400_000) for i in range(10)]
     groups = await collect(generation.stream_trajectories("run", 0, prompts, num_rollouts=1))
     assert [group.group_id for group in groups] == [f"g{i}" for i in range(10)]
@@ -114,7 +114,7 @@ async def test_closing_a_stream_cancels_it_in_the_service(generation, generation
     await asyncio.wait_for(generation_service.cancelled.wait(), 60)
 
 
-async def test_encoded_prompts_come_in_the_order_asked_over_breaks(generation, generation_service, unavailable):
+async def test_encoded_prompts_keep_their_order_over_retries(generation, generation_service, unavailable):
     generation_service.script = [
         generation_service.stream("d", "b", then=unavailable),
         generation_service.stream("c", "b"),  # b comes again, and the stream ends early
@@ -137,7 +137,7 @@ async def test_prompts_to_encode_are_checked_and_split(generation, generation_se
     assert len(generation_service.requests) == 2
 
 
-async def test_checked_prompts_come_in_order_over_retries(generation, generation_service, unavailable):
+async def test_checked_prompts_keep_their_order_over_retries(generation, generation_service, unavailable):
     generation_service.script = [unavailable]
     sizes = [*range(5), *[400_000] * 10, *range(5)]
     checks = await generation.check_prompts([Prompt(f"g{i}", "x" * size) for i, size in enumerate(sizes)])
@@ -146,7 +146,7 @@ async def test_checked_prompts_come_in_order_over_retries(generation, generation
     assert await generation.check_prompts([]) == []
 
 
-async def test_wrong_prompts_to_check_are_named_by_number(generation, generation_service, failing):
+async def test_invalid_prompts_to_check_are_named_by_index(generation, generation_service, failing):
     async def answer(request, context):
         return None  # as it should
 
@@ -189,7 +189,7 @@ async def test_closing_the_client_ends_its_calls_with_an_error(value, value_serv
         await call
 
 
-async def test_what_is_unavailable_is_tried_again(value, value_service, unavailable):
+async def test_unavailable_services_are_retried(value, value_service, unavailable):
     value_service.script = [unavailable, unavailable]
     assert (await value.get_probe()).num_pending == 4
     assert len(value_service.requests) == 3
@@ -202,7 +202,7 @@ async def test_an_absent_service_is_retried_until_the_deadline(unused_port):
     assert caught.value.attempts > 1
 
 
-async def test_the_wait_that_a_full_queue_asks_for_is_kept(value, value_service, failing):
+async def test_retry_after_of_a_full_queue_is_obeyed(value, value_service, failing):
     value_service.script = [failing(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after_s=0.3)]
     started_s = time.monotonic()
     assert await value.publish_labels([labelled("g")]) == 1
@@ -210,7 +210,7 @@ async def test_the_wait_that_a_full_queue_asks_for_is_kept(value, value_service,
     assert len(value_service.requests) == 2
 
 
-async def test_a_queue_that_stays_full_is_given_up_before_the_deadline(value, value_service, failing):
+async def test_a_queue_that_stays_full_fails_before_the_deadline(value, value_service, failing):
     full = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after_s=30)
     value_service.script = [full]
     with pytest.raises(errors.QueueFullError) as caught:
@@ -218,7 +218,7 @@ async def test_a_queue_that_stays_full_is_given_up_before_the_deadline(value, va
     assert (caught.value.retry_after_s, caught.value.attempts) == (30, 1)
 
 
-async def test_the_limit_of_attempts_is_kept(target, value_service, unavailable):
+async def test_the_limit_of_attempts_is_obeyed(target, value_service, unavailable):
     value_service.script = [unavailable] * 3
     async with AsyncValueClient(target, retries=RetryPolicy(max_attempts=2, initial_backoff_s=0.01)) as client:
         with pytest.raises(errors.UnavailableError) as caught:
@@ -228,7 +228,7 @@ async def test_the_limit_of_attempts_is_kept(target, value_service, unavailable)
     assert caught.value.call == f"ValueService.GetProbe at {target}"
 
 
-async def test_what_is_final_is_not_tried_again(value, value_service, failing):
+async def test_permanent_errors_are_not_retried(value, value_service, failing):
     value_service.script = [
         failing(grpc.StatusCode.FAILED_PRECONDITION, reason="LABELS_CONSUMED", retryable=False),
     ]
@@ -244,7 +244,7 @@ async def test_a_deadline_also_ends_the_call_in_the_service(value, value_service
     await asyncio.wait_for(value_service.cancelled.wait(), 60)
 
 
-async def test_the_deadline_bounds_a_stream_that_keeps_breaking(generation, generation_service, unavailable):
+async def test_the_deadline_ends_a_stream_that_keeps_failing(generation, generation_service, unavailable):
     generation_service.script = [generation_service.stream(then=unavailable)] * 1000
     with pytest.raises(errors.PoiseClientError):
         await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1, timeout_s=0.3))
@@ -257,7 +257,7 @@ async def test_the_token_is_sent_as_a_bearer_token(target, value_service):
     assert value_service.metadata[0]["authorization"] == "Bearer t0ken"
 
 
-async def test_a_call_the_server_does_not_know_says_so(target):
+async def test_an_unknown_call_is_reported(target):
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -278,7 +278,7 @@ def labelled(group_id, width=2):
     return unlabelled(group_id, width).scored([0, 0])
 
 
-async def test_many_groups_are_split_below_3_mib_and_answered_in_order(value, value_service):
+async def test_many_groups_are_split_and_answered_in_order(value, value_service):
     names = [f"g{i}" for i in range(256)]
     asked = [unlabelled(name, 2560) for name in names]
     answers = await value.estimate_baselines("run", 5, asked, wait_for_labels_s=2.5)
@@ -337,7 +337,7 @@ async def test_many_labels_are_split_and_counted(value, value_service, unavailab
     assert max(request.ByteSize() for request in value_service.requests) <= 3 * 2**20
 
 
-async def test_an_error_in_a_later_part_names_the_callers_own_group(value, value_service, failing):
+async def test_an_error_in_a_later_part_has_the_callers_index(value, value_service, failing):
     async def fine(request, context):
         return None
 
@@ -422,7 +422,7 @@ async def test_the_learner_answers_status_and_export(learner):
     assert (await learner.export_model("final")).path == "/exports/final"
 
 
-async def test_a_client_stays_with_the_loop_that_used_it_first(target):
+async def test_a_client_belongs_to_its_first_event_loop(target):
     client = AsyncValueClient(target)
     await client.get_probe()
     with pytest.raises(RuntimeError, match="one client per loop"):

@@ -1,4 +1,4 @@
-"""Connections that die without a word: found by pings, and what was asked over them is asked again."""
+"""Connections that fail silently: pings detect them, and their calls are retried."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -36,9 +36,7 @@ async def groups_of(client):
     return [group.group_id async for group in client.stream_trajectories("run", 0, prompts, num_rollouts=1)]
 
 
-async def test_calls_over_connections_that_died_are_asked_again(
-    target, generation_service, value_service, learner_service
-):
+async def test_calls_over_dead_connections_are_retried(target, generation_service, value_service, learner_service):
     services = (generation_service, value_service, learner_service)
     generation_service.script = [
         generation_service.stream("b", then=generation_service.hang),

@@ -1,4 +1,4 @@
-"""Clients and fork: refused at once where gRPC was used before, and the remedies that the refusal names work."""
+"""Clients in forked processes: rejected after a use of gRPC; the remedies in the error work."""
 
 import asyncio
 import sys
@@ -55,7 +55,7 @@ async def run(tmp_path, target, body):
 
 
 @pytest.mark.parametrize("parent", PARENTS)
-async def test_every_use_in_a_forked_child_is_refused(tmp_path, target, parent):
+async def test_every_use_in_a_forked_child_is_rejected(tmp_path, target, parent):
     body = textwrap.dedent(PARENTS[parent]) + textwrap.dedent("""
         child = os.fork()
         if not child:
@@ -78,7 +78,7 @@ async def test_every_use_in_a_forked_child_is_refused(tmp_path, target, parent):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-async def test_the_named_start_methods_work_beside_a_live_client(tmp_path, target, method):
+async def test_spawn_and_forkserver_work_with_an_open_client(tmp_path, target, method):
     body = f"""
         ask()
         client = ValueClient(target)
@@ -95,7 +95,7 @@ async def test_the_named_start_methods_work_beside_a_live_client(tmp_path, targe
     assert "child: 0" in output
 
 
-async def test_a_fork_before_the_first_call_leaves_both_sides_working(tmp_path, target):
+async def test_both_processes_work_after_a_fork_before_calls(tmp_path, target):
     body = """
         client = ValueClient(target)
         child = os.fork()
@@ -111,7 +111,7 @@ async def test_a_fork_before_the_first_call_leaves_both_sides_working(tmp_path, 
     assert "child: 0" in output
 
 
-async def test_a_pool_of_forked_workers_names_the_remedy(tmp_path, target):
+async def test_a_forked_pool_fails_with_the_remedy(tmp_path, target):
     body = """
         from concurrent.futures import ProcessPoolExecutor
         ask()

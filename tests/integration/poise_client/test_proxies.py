@@ -1,4 +1,4 @@
-"""Proxies of the environment: ignored, unless a client is told to use them."""
+"""Proxies from the environment are ignored unless `use_proxy` is set."""
 
 import asyncio
 
@@ -26,13 +26,13 @@ async def test_grpcs_own_proxy_for_addresses_is_ignored(target, monkeypatch):
         assert (await client.get_status(timeout_s=20)).state == "idle"
 
 
-async def test_a_channel_of_the_users_own_ignores_proxies_too(target, monkeypatch):
+async def test_a_channel_from_open_channel_ignores_proxies(target, monkeypatch):
     monkeypatch.setenv("http_proxy", NO_PROXY)
     async with open_channel(target) as channel:
         assert (await ValueServiceStub(channel).GetProbe(GetProbeRequest(), timeout=20)).num_pending == 4
 
 
-async def test_a_client_that_is_told_to_goes_through_the_proxy(target, monkeypatch):
+async def test_use_proxy_sends_calls_through_the_proxy(target, monkeypatch):
     asked = asyncio.get_running_loop().create_future()
 
     async def refuse(reader, writer):

@@ -1,4 +1,4 @@
-"""A run of the SDK against servers in this process: what each call sends, and which order is rejected."""
+"""The SDK's run against servers in this process: messages of each call, and order of calls."""
 
 import asyncio
 import dataclasses
@@ -93,7 +93,7 @@ async def test_without_a_probe_the_bootstrap_gives_baselines(target, bootstrap, 
     assert [each.tolist() for each in baselines.baselines] == expected
 
 
-async def test_a_single_rollout_keeps_a_baseline_once_there_is_a_probe(run, value_service):
+async def test_single_rollouts_have_a_baseline_with_a_probe(run, value_service):
     value_service.script = [answering([0.25], None)]
     groups = await run.sample(0, CONTENTS, num_rollouts=1)
     baselines = await run.baselines(groups, [[1], [0]])
