@@ -86,7 +86,7 @@ async def sampled(config: OrchestratorConfig, prompts: Sequence[Prompt]) -> list
         return [each async for each in groups]
 
 
-async def test_bad_rows_are_named_with_the_error_of_the_model(picky: Running, rows: Path) -> None:
+async def test_bad_rows_are_named_with_their_error(picky: Running, rows: Path) -> None:
     with pytest.raises(TaskError) as caught:
         await check(settings(picky, rows))
     long, template, beyond, summary = str(caught.value).splitlines()

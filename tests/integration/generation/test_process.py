@@ -28,7 +28,7 @@ from poise_client.errors import UnavailableError
 from poise_client.types import Prompt
 from poise_proto.v1.generation_pb2_grpc import GenerationServiceStub
 
-MORTAL = ("tests.integration.generation.mortal", "--set", "model=scripted")
+CRASHING = ("tests.integration.generation.crashing_service", "--set", "model=scripted")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def sample(client: GenerationClient, prompt: str) -> list[str]:
 
 
 def test_death_of_the_engine_ends_the_process_with_status_1(tmp_path: Path) -> None:
-    with run(tmp_path / "run", *MORTAL) as process:
+    with run(tmp_path / "run", *CRASHING) as process:
         process.wait_until_ready()
         with process.client(retries=RetryPolicy(max_attempts=1)) as client:
             assert len(sample(client, "live")) == 2
@@ -105,7 +105,7 @@ def test_death_of_the_engine_ends_the_process_with_status_1(tmp_path: Path) -> N
 
 
 def test_readiness_and_status_show_the_version(tmp_path: Path) -> None:
-    with run(tmp_path / "run", *MORTAL, "--set", "wait_for_learner=true") as process:
+    with run(tmp_path / "run", *CRASHING, "--set", "wait_for_learner=true") as process:
         process.wait_for(lambda: "learner" in process.rest("GET", "/readyz").text)
         assert process.rest("GET", "/readyz").status_code == 503
         with process.client() as client:
@@ -123,9 +123,9 @@ def test_readiness_and_status_show_the_version(tmp_path: Path) -> None:
         assert "poise_generation_policy_version 6.0" in process.rest("GET", "/metrics").text
 
 
-def test_leftovers_of_a_push_cut_by_a_kill_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_push_are_removed(tmp_path: Path) -> None:
     staging = tmp_path / "staging"
-    with run(tmp_path / "first", *MORTAL) as process:
+    with run(tmp_path / "first", *CRASHING) as process:
         process.wait_until_ready()
 
         async def push_and_kill() -> None:
@@ -145,7 +145,7 @@ def test_leftovers_of_a_push_cut_by_a_kill_are_removed(tmp_path: Path) -> None:
         asyncio.run(push_and_kill())
         process.exit_status()
         assert any(staging.iterdir())
-    with run(tmp_path / "second", *MORTAL) as process:
+    with run(tmp_path / "second", *CRASHING) as process:
         process.wait_until_ready()
         assert not any(staging.iterdir())
 

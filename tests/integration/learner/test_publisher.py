@@ -216,7 +216,7 @@ async def test_late_replica_is_not_waited_for_until_it_catches_up(replica, publi
     assert slow.policy == served(version(6))
 
 
-async def test_replica_that_hides_its_version_is_waited_for_once(replica, publisher, monkeypatch):
+async def test_replica_without_a_version_is_waited_for_once(replica, publisher, monkeypatch):
     monkeypatch.setattr(module, "_GET_POLICY_TIMEOUT_S", 0.1)
     one = await replica()
     one.answers.clear()
@@ -271,7 +271,7 @@ async def test_conflict_is_logged_once_until_resolved(replica, publisher, caplog
     assert sender.results[0].error == ""
 
 
-async def test_a_defect_in_publishing_ends_no_loop(replica, publisher, caplog):
+async def test_publishing_survives_an_unexpected_error(replica, publisher, caplog):
     one = await replica()
     sender = publisher(one)
     broken = WeightVersion("lineage", 1, {"a": object()}, {}, b"x")  # type: ignore[dict-item]

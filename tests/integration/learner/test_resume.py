@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.integration.learner.mortal import POINTS
+from tests.integration.learner.crashing_learner import POINTS
 from tests.support.forking import ForkedProgram
 from tests.unit.learner.batches import make_batch, make_config, rewarded
 
@@ -17,7 +17,7 @@ from poise_client import AsyncLearnerClient, RetryPolicy
 from poise_client.errors import PoiseClientError
 from poise_client.types import Batch, StepResult
 
-SCRIPT = Path(__file__).with_name("mortal.py")
+SCRIPT = Path(__file__).with_name("crashing_learner.py")
 NUM_BATCHES = 4
 CASES: dict[str, dict[str, object]] = {
     "alone": {},

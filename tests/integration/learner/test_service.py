@@ -346,7 +346,7 @@ async def test_all_wrong_fields_are_named_at_once(serve):
     ]
 
 
-async def test_a_stream_cut_half_way_trains_on_nothing(serve):
+async def test_incomplete_stream_trains_on_nothing(serve):
     service = await serve()
     for _ in range(2):
         call = service.stub.SubmitAdvantages()
@@ -374,7 +374,7 @@ async def test_rejection_reaches_a_caller_that_is_still_sending(serve):
     assert "paused" in refused.value.details()
 
 
-async def test_conflict_has_its_own_error(serve):
+async def test_conflict_raises_its_own_error(serve):
     service = await serve()
     await service.client.submit_advantages(make_batch(0))
     with pytest.raises(ConflictError, match="with other content"):

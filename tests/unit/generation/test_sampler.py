@@ -273,7 +273,7 @@ async def test_request_beyond_the_queue_is_busy(engine: ScriptedEngine, config: 
     await assert_all_freed(sampler, engine, 8)
 
 
-async def test_groups_handed_over_free_the_queue(engine: ScriptedEngine, config: Build) -> None:
+async def test_yielded_groups_free_the_queue(engine: ScriptedEngine, config: Build) -> None:
     gate = engine.before_rollout = Gate()
     gate.open("a")
     sampler = Sampler(engine, config(max_queued_rollouts=4))

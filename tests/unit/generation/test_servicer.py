@@ -161,7 +161,7 @@ async def test_values_at_the_limits_are_accepted(service: Service, changes: dict
     assert await service.stream(request_of(**changes))
 
 
-async def test_most_prompts_allowed_are_accepted(service: Service) -> None:
+async def test_maximum_number_of_prompts_is_accepted(service: Service) -> None:
     assert len(await service.stream(request_of(prompts=prompts(*[{}] * 4096)))) == 4096
 
 

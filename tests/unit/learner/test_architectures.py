@@ -234,7 +234,7 @@ def test_siblings_may_share_a_row_of_a_model_that_cannot_pack(tmp_path):
     ("name", "changes"),
     [("mistral", {"sliding_window": 4096}), ("llama4_text", {"attention_chunk_size": 8192})],
 )
-def test_windows_beyond_the_check_are_crossed_in_it(name, changes, tmp_path, monkeypatch):
+def test_check_detects_missing_sliding_windows(name, changes, tmp_path, monkeypatch):
     monkeypatch.setattr("poise.learner.models.attention._mask", _full_mask)
     folder = make_architecture(tmp_path, name, **changes)
     policy = Policy(settings(folder), World(CPU))
@@ -356,7 +356,7 @@ def test_adapters_that_do_not_fit_are_rejected_by_name(name, modules, tmp_path):
         Policy(settings(folder, lora={"target_modules": modules}), World(CPU))
 
 
-def test_rotary_embeddings_by_length_bound_the_sequences(tmp_path):
+def test_length_dependent_rope_limits_sequences(tmp_path):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     folder = make_architecture(tmp_path, "phi3", original_max_position_embeddings=64, rope_scaling=rope)
     trainer = Trainer(settings(folder))
@@ -364,7 +364,7 @@ def test_rotary_embeddings_by_length_bound_the_sequences(tmp_path):
     assert trainer.max_tokens == 64
 
 
-def test_attention_that_ranks_keys_bounds_the_sequences(tmp_path):
+def test_window_of_ranked_keys_limits_sequences(tmp_path):
     trainer = Trainer(settings(make_architecture(tmp_path, "doge", keep_window_size=100)))
     trainer.load()
     assert trainer.max_tokens == 100

@@ -312,7 +312,7 @@ def with_dropout(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_dropout_continues_after_a_kill_as_without(start, config, monkeypatch, checkpointed):
+def test_dropout_is_the_same_after_a_kill(start, config, monkeypatch, checkpointed):
     """One learner at a time, because random numbers belong to the process."""
     with_dropout(monkeypatch)
     settings = {"lora": {"rank": 2}, "gradient_checkpointing": checkpointed, "dropout": True}
@@ -392,7 +392,7 @@ def test_without_a_checkpoint_everything_is_replayed(start, digests):
     assert start(checkpoint_every_steps=100).published.digest == digests[3]
 
 
-def test_only_superfluous_files_are_deleted(start):
+def test_only_unneeded_files_are_deleted(start):
     core = start(keep_checkpoints=2)
     folder = core.config.state_dir
     for step in range(7):
@@ -529,7 +529,7 @@ def test_full_disk_loses_no_answer_and_unlocks_the_folder(start, config, digests
     assert start().published.digest == digests[4]  # the folder was unlocked
 
 
-def test_closing_unlocks_the_folder_despite_errors(start, config, monkeypatch):
+def test_folder_is_unlocked_even_if_closing_fails(start, config, monkeypatch):
     core = start()
     for owner, name in ((CheckpointStore, "finish_saving"), (Trainer, "close")):
         with monkeypatch.context() as patch:

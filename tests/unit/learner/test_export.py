@@ -151,7 +151,7 @@ def spoil_mount(model: Path, export_dir: Path) -> None:
         (spoil_mount, "export_dir .*exports: "),
     ],
 )
-def test_what_an_export_would_lack_is_noticed_at_the_start(
+def test_impossible_export_fails_the_start(
     own_model: Path, tmp_path: Path, config: Configure, spoil: Callable[[Path, Path], None], why: str
 ) -> None:
     export_dir = tmp_path / "exports"
@@ -293,7 +293,7 @@ def test_losing_a_rank_during_an_export_fails_the_learner(recovered: Any, monkey
     assert core.failure
 
 
-def test_generation_settings_are_read_as_a_log_says(own_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_omitted_generation_settings_are_logged(own_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     (own_model / "generation_config.json").write_text('{"eos_token_id": [2, 3], "top_k": 7}')
     config, repairs = load_generation_config(str(own_model), transformers.GenerationConfig)

@@ -158,7 +158,7 @@ async def test_push_beyond_the_limit_is_rejected_at_once(serve: Callable[..., An
     await assert_serves(running, reference, reference.original, 0)
 
 
-async def test_caller_that_leaves_midway_leaves_no_files(tiny: Running, reference: Reference) -> None:
+async def test_disconnected_caller_leaves_no_files(tiny: Running, reference: Reference) -> None:
     messages = push_messages(reference.changed(1), 1, chunk_bytes=2**16)
 
     async def halting() -> AsyncIterator[pb.UpdateWeightsRequest]:
@@ -207,7 +207,7 @@ async def test_many_pushes_at_once_end_with_the_highest(tiny: Running, reference
     assert tiny.staged() == []
 
 
-async def test_push_is_applied_even_if_its_caller_leaves(
+async def test_push_is_applied_after_its_caller_disconnects(
     scripted: tuple[Running, ScriptedEngine],
 ) -> None:
     running, engine = scripted

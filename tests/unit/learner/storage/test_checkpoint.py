@@ -66,7 +66,7 @@ def test_newest_checkpoint_is_loaded_unchanged(store):
         assert_holds(store, count)
 
 
-def test_only_the_newest_are_kept(store, folder):
+def test_only_the_newest_checkpoints_are_kept(store, folder):
     for count in range(5):
         assert store.save(*content(count)).is_dir()
     assert store.sequences() == [3, 4]
@@ -190,7 +190,7 @@ def kill_at(monkeypatch, call: int) -> list[int]:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_kill_while_saving_leaves_the_old_or_the_new(folder, open_store, monkeypatch, keep):
+def test_kill_while_saving_leaves_an_intact_checkpoint(folder, open_store, monkeypatch, keep):
     found = set()
     for call in range(100):
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +217,7 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new(folder, open_store, monke
     assert call > 8
 
 
-def test_the_same_state_is_not_written_twice(store, open_store, monkeypatch):
+def test_intact_checkpoint_is_not_written_again(store, open_store, monkeypatch):
     """Otherwise a kill between deleting the old one and renaming the new one would lose both."""
     path = store.save(*content(1))
     for restart in (False, True):
@@ -230,7 +230,7 @@ def test_the_same_state_is_not_written_twice(store, open_store, monkeypatch):
             assert made == [0]
 
 
-def test_a_damaged_one_is_written_again(store, open_store, folder):
+def test_damaged_checkpoint_is_written_again(store, open_store, folder):
     store.save(*content(1))
     store.save(*content(2))
     store = open_store()
@@ -240,7 +240,7 @@ def test_a_damaged_one_is_written_again(store, open_store, folder):
     assert_holds(store, 2)
 
 
-def test_a_lineage_is_named_once_until_a_new_one_begins(store, open_store):
+def test_lineage_id_is_stable_until_a_new_lineage(store, open_store):
     name = store.lineage()
     assert name
     assert open_store().lineage() == name

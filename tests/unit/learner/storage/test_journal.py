@@ -62,7 +62,7 @@ def test_pruning_deletes_only_older_entries(journal, tmp_path):
     assert [sequence for sequence, _ in journal.answers()] == [2, 3, 4, 5]
 
 
-def test_temporary_files_are_no_entries(journal, tmp_path):
+def test_temporary_files_are_not_read_as_entries(journal, tmp_path):
     (tmp_path / "journal" / "batch-00000000.pb.tmp").write_bytes(b"half")
     (tmp_path / "journal" / "answer-00000000.json.tmp").write_bytes(b"half")
     assert journal.read_batch(0) is None

@@ -17,17 +17,17 @@ from poise.runtime.network.broadcast_group import PIECE_BYTES, Rendezvous, backe
         (2 * PIECE_BYTES + 3, [PIECE_BYTES, PIECE_BYTES, 3]),
     ],
 )
-def test_a_part_goes_in_full_pieces_and_what_is_left(num_bytes: int, sizes: list[int]) -> None:
+def test_payload_is_split_into_full_pieces_and_a_rest(num_bytes: int, sizes: list[int]) -> None:
     assert list(piece_sizes(num_bytes)) == sizes
 
 
-def test_gpus_meet_by_nccl_and_cpus_by_gloo() -> None:
+def test_gpus_use_nccl_and_cpus_gloo() -> None:
     assert [backend_of(device) for device in ("cuda", "cuda:3", "cpu")] == ["nccl", "nccl", "gloo"]
     with pytest.raises(ValueError, match="nccl"):
         join(Rendezvous("nccl", b""), "cpu", 1.0)
 
 
-def test_a_group_of_one_host_needs_no_interface_of_the_environments(monkeypatch):
+def test_gloo_ignores_the_environments_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     rendezvous, meet = invite("cpu", 60.0)
     received = torch.zeros(3, dtype=torch.uint8)

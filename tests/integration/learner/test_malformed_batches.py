@@ -54,7 +54,7 @@ async def test_batch_of_impossible_size_is_rejected(serve, how: str) -> None:
     await assert_untouched(service)
 
 
-async def test_idle_uploads_keep_no_status_waiting(serve) -> None:
+async def test_idle_uploads_do_not_delay_get_status(serve) -> None:
     service: Service = await serve()
 
     async def idle() -> AsyncIterator[pb.SubmitAdvantagesRequest]:

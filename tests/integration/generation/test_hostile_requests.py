@@ -152,7 +152,7 @@ async def test_looping_template_does_not_freeze_the_service(looping: Running) ->
     assert answers > 4  # one template takes as long as many answers
 
 
-async def test_client_that_leaves_stops_its_template(looping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_template_stops_when_its_client_disconnects(looping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poise.generation.sampler._PROMPT_S", 3600.0)
     calls = [looping.stub.StreamTrajectories(prompts(chat("x"))) for _ in range(4)]
     reads = [asyncio.create_task(call.read()) for call in calls]

@@ -1,6 +1,6 @@
 """A learner that kills itself at a point of its second batch; tests run it as a process.
 
-Usage: mortal.py POINT [options of poise.learner]. With POINT "nowhere" it survives.
+Usage: crashing_learner.py POINT [options of poise.learner]. With POINT "nowhere" it survives.
 """
 
 from __future__ import annotations
