@@ -81,7 +81,7 @@ def describe_rejections(num_rejected: Mapping[str, int]) -> str:
     return "; ".join(f"{count} {_REJECTIONS.get(reason, reason)}" for reason, count in num_rejected.items())
 
 
-def why_untrained(metrics: Mapping[str, Any]) -> str | None:
+def untrained_reason(metrics: Mapping[str, Any]) -> str | None:
     """Return why a step trained nothing, from its line of metrics.jsonl; None if it trained."""
     num_rollouts, learner = metrics["num_rollouts"], metrics["learner"]
     if not num_rollouts:
@@ -138,7 +138,7 @@ class UntrainedSteps:
             )
 
     def _count(self, metrics: Mapping[str, Any]) -> None:
-        why = why_untrained(metrics)
+        why = untrained_reason(metrics)
         if why is None:
             self._num_in_a_row, self._has_trained = 0, True
         else:

@@ -14,7 +14,7 @@ from tests.unit.orchestrator.world import World, drive, settings
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError
-from poise.orchestrator.run_checks import UntrainedSteps, why_untrained
+from poise.orchestrator.run_checks import UntrainedSteps, untrained_reason
 from poise_client.types import Batch, StepMetrics, StepResult
 
 NOT_EVALUATED = {"num_prompts": 0}
@@ -185,11 +185,11 @@ def line(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_partly_rejected_step_counts_as_trained(partly: dict[str, Any]) -> None:
-    assert why_untrained(partly) is None
+    assert untrained_reason(partly) is None
 
 
 def test_a_step_without_rollouts_trained_nothing() -> None:
-    assert why_untrained(line(num_rollouts=0, num_groups=0)) == "it has no rollouts"
+    assert untrained_reason(line(num_rollouts=0, num_groups=0)) == "it has no rollouts"
 
 
 def test_a_run_may_end_with_an_untrained_step() -> None:

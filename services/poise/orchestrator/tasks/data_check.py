@@ -61,7 +61,7 @@ async def check_data(
         raise TaskError("\n".join(wrong))
     for line in (line for file in checked for line in file.describe_skipped()):
         logger.warning("%s", line)
-    mixture.keep(checked)
+    mixture.replace_files(checked)
     mixture.held_out(config.evaluation.num_prompts)  # raises if too few are left
 
 

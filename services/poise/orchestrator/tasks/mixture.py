@@ -94,15 +94,15 @@ class Mixture:
         """The data files of all tasks."""
         return [file for source in self._lists() for file in source.files]
 
-    def keep(self, files: Sequence[DataFile]) -> None:
-        """Replace the data files by `files`, in the order of the property `files`.
+    def replace_files(self, files: Sequence[DataFile]) -> None:
+        """Replace the data files with `files`, in the same order.
 
         Raises:
             TaskError: no problem of a task is left for training.
         """
         rest = iter(files)
         for source in self._lists():
-            source.keep(list(islice(rest, len(source.files))))
+            source.replace_files(list(islice(rest, len(source.files))))
 
     def _lists(self) -> Iterator[ProblemList]:
         return (source for source in self._sources if isinstance(source, ProblemList))

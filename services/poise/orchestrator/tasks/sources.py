@@ -134,8 +134,8 @@ class ProblemList:
         if not self._training:
             raise TaskError(f"{self.name}: all problems are held out, none is left for training; add problems")
 
-    def keep(self, files: Sequence[DataFile]) -> None:
-        """Keep only the problems of these files. Raises `TaskError` if none is left for training."""
+    def replace_files(self, files: Sequence[DataFile]) -> None:
+        """Replace the files, and keep only their problems. Raises `TaskError` if none is left for training."""
         self.files = files
         left = {problem.key for file in files for problem in file.problems}
         self._training = [problem for problem in self._training if problem.key in left]

@@ -292,7 +292,7 @@ def test_rows_dropped_later_are_never_drawn(file):
     first, second = mixture.files
     gone = [problem for problem in first.problems if problem.line % 3 == 0]
 
-    mixture.keep([first.without([(problem, "too long") for problem in gone]), second])
+    mixture.replace_files([first.without([(problem, "too long") for problem in gone]), second])
 
     left = {problem.key for problem in (*first.problems, *second.problems)} - {problem.key for problem in gone}
     seen = {problem.key for step in range(40) for problem in mixture.problems(step, 8)}
@@ -305,4 +305,4 @@ def test_a_task_without_training_problems_is_rejected(file):
     mixture = Mixture([file(20)], 0)
     (only,) = mixture.files
     with pytest.raises(TaskError, match="all problems are invalid, none is left for training"):
-        mixture.keep([only.without([(problem, "too long") for problem in only.problems])])
+        mixture.replace_files([only.without([(problem, "too long") for problem in only.problems])])
