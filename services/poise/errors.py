@@ -144,4 +144,4 @@ class Starting(BackendDown):
 
 
 class Unusable(BackendDown, Misconfigured):
-    """The model, or a setting that does not fit it, cannot be used."""
+    """The model cannot be used, or a setting does not fit it."""

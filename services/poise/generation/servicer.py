@@ -167,7 +167,7 @@ def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -
     wrong.identifier("run_id", request.run_id)
     num_rollouts = request.num_rollouts or 1
     wrong.check(num_rollouts <= MAX_ROLLOUTS, "num_rollouts", f"is {num_rollouts}; required: 1 to {MAX_ROLLOUTS}")
-    wrong.count("sampling.stop", len(request.sampling.stop), MAX_STOPS)
+    wrong.check_count("sampling.stop", len(request.sampling.stop), MAX_STOPS)
     prompts = _read_prompts(request.prompts, wrong)
     sampling = decode(request.sampling, Sampling)
     _check_sampling(sampling, vocabulary_size, wrong)
@@ -176,8 +176,8 @@ def _read_request(request: pb.StreamTrajectoriesRequest, vocabulary_size: int) -
 
 
 def _read_prompts(specs: Sequence[pb.PromptSpec], wrong: Violations) -> list[Prompt]:
-    wrong.count("prompts", len(specs), MAX_PROMPTS, at_least=1)
-    wrong.count("prompts.chat.messages", sum(len(spec.chat.messages) for spec in specs), MAX_TURNS)
+    wrong.check_count("prompts", len(specs), MAX_PROMPTS, at_least=1)
+    wrong.check_count("prompts.chat.messages", sum(len(spec.chat.messages) for spec in specs), MAX_TURNS)
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for index, spec in enumerate(specs):

@@ -163,7 +163,7 @@ def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:
 
 def _read_prompts(request: pb.ScorePromptsRequest) -> list[PromptFeatures]:
     wrong = Violations()
-    wrong.count("prompts", len(request.prompts), MAX_GROUPS, at_least=1)
+    wrong.check_count("prompts", len(request.prompts), MAX_GROUPS, at_least=1)
     prompts = [read_prompt(prompt, f"prompts[{i}]", wrong) for i, prompt in enumerate(request.prompts)]
     wrong.raise_if_any()
     return [prompt for prompt in prompts if prompt is not None]
@@ -203,8 +203,8 @@ def _read_labels(
 
 
 def _check_counts(groups: Sequence[pb.GroupFeatures] | Sequence[pb.LabelledGroup], wrong: Violations) -> None:
-    wrong.count("groups", len(groups), MAX_GROUPS, at_least=1)
-    wrong.count("groups.rollouts", sum(len(group.rollouts) for group in groups), MAX_ROLLOUTS)
+    wrong.check_count("groups", len(groups), MAX_GROUPS, at_least=1)
+    wrong.check_count("groups.rollouts", sum(len(group.rollouts) for group in groups), MAX_ROLLOUTS)
 
 
 def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:

@@ -91,8 +91,8 @@ def test_taken_port_is_replaced_for_all_programs(run_file: Path) -> None:
             wait_until(lambda: train.exists() and train.stat().st_size > 0, log, process)
             run = load_run(run_file)
             assert run.generation.grpc.port != taken
-            told = yaml.safe_load(train.read_text()), yaml.safe_load(learner.read_text())
-            assert told[0]["endpoints"]["generation"] == told[1]["replicas"] == [run.grpc_address("generation")]
+            settings = yaml.safe_load(train.read_text()), yaml.safe_load(learner.read_text())
+            assert settings[0]["endpoints"]["generation"] == settings[1]["replicas"] == [run.grpc_address("generation")]
             process.send_signal(signal.SIGINT)
             assert process.wait(DEADLINE_S) == 0, log.read_text()
         finally:

@@ -36,7 +36,7 @@ EVERY_CALL = pytest.mark.parametrize("call", [publish, read, depth])
 
 
 @EVERY_CALL
-async def test_a_failed_over_primary_is_left_for_the_new_one(servers: RedisServers, call) -> None:
+async def test_the_client_follows_a_failover_to_the_new_primary(servers: RedisServers, call) -> None:
     old, new = servers.start(), servers.start()
     async with Proxy(old).open() as proxy:
         queue = make_queue(proxy.port)
@@ -71,7 +71,7 @@ async def test_a_waiting_read_continues_at_the_new_primary(servers: RedisServers
 
 
 @EVERY_CALL
-async def test_a_replica_is_refused_and_its_primary_named(servers: RedisServers, call) -> None:
+async def test_a_replica_is_rejected_and_its_primary_named(servers: RedisServers, call) -> None:
     primary = servers.start()
     replica = servers.start("--replicaof", f"127.0.0.1 {primary}")
     error = await problem_of(make_queue(replica), call)
@@ -93,7 +93,7 @@ async def test_a_half_open_connection_is_found_and_replaced(servers: RedisServer
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
-async def test_no_label_is_published_where_any_key_may_be_evicted(servers: RedisServers, policy: str) -> None:
+async def test_publishing_is_rejected_where_any_key_may_be_evicted(servers: RedisServers, policy: str) -> None:
     port = servers.start("--maxmemory", "64mb", "--maxmemory-policy", policy)
     queue = make_queue(port)
     for call in (publish, lambda queue: queue.replay(["1-1"])):
@@ -111,7 +111,7 @@ async def test_no_label_is_published_where_any_key_may_be_evicted(servers: Redis
 
 
 @pytest.mark.parametrize("policy", ["noeviction", "volatile-lru", "volatile-ttl"])
-async def test_labels_are_published_where_no_key_of_ours_is_evicted(servers: RedisServers, policy: str) -> None:
+async def test_publishing_works_where_its_keys_are_not_evicted(servers: RedisServers, policy: str) -> None:
     queue = make_queue(servers.start("--maxmemory", "64mb", "--maxmemory-policy", policy, *DURABLE))
     await queue.publish([b"x"])
     found = await queue.depth()
@@ -152,7 +152,7 @@ async def test_settings_that_may_lose_labels_give_a_warning(servers: RedisServer
         ("+@all -@write", "XADD"),
     ],
 )
-async def test_rights_that_are_missing_are_named_at_once(servers: RedisServers, call, rules: str, named: str) -> None:
+async def test_missing_permissions_are_named(servers: RedisServers, call, rules: str, named: str) -> None:
     port = servers.start()
     redis.Redis(port=port).execute_command("ACL", "SETUSER", "poise", "on", ">pw", "~*", "&*", *rules.split())
     error = await problem_of(make_queue(port, user="poise:pw@"), call)
@@ -161,7 +161,7 @@ async def test_rights_that_are_missing_are_named_at_once(servers: RedisServers, 
 
 
 @pytest.mark.parametrize("pattern", ["~poise:*", f"~{STREAM}", f"~{LETTERS}"])
-async def test_keys_that_may_not_be_used_are_named(servers: RedisServers, pattern: str) -> None:
+async def test_keys_without_permission_are_named(servers: RedisServers, pattern: str) -> None:
     port = servers.start()
     redis.Redis(port=port).execute_command("ACL", "SETUSER", "poise", "on", ">pw", pattern, "+@all")
     error = await problem_of(make_queue(port, user="poise:pw@"), publish)
@@ -169,7 +169,7 @@ async def test_keys_that_may_not_be_used_are_named(servers: RedisServers, patter
     assert f"~{LETTERS}" in error.remedy
 
 
-async def test_the_rights_that_the_remedy_names_are_enough(servers: RedisServers) -> None:
+async def test_the_permissions_in_the_remedy_suffice(servers: RedisServers) -> None:
     port = servers.start()
     server = redis.Redis(port=port)
     server.execute_command("ACL", "SETUSER", "poise", "on", ">pw", "+@connection")
@@ -210,7 +210,7 @@ async def test_letters_of_another_program_are_listed(servers: RedisServers, fiel
 
 
 @pytest.mark.parametrize("user", ["", ":wrong@", "nobody:pw@"])
-async def test_a_wrong_password_names_the_setting_and_no_secret(servers: RedisServers, user: str) -> None:
+async def test_a_wrong_password_names_the_setting_but_no_secret(servers: RedisServers, user: str) -> None:
     error = await problem_of(make_queue(servers.start("--requirepass", "s3cret"), user=user), publish)
     assert "redis://user:password@" in error.remedy
     assert "wrong" not in error.message.replace("WRONGPASS", "")
@@ -233,13 +233,13 @@ async def test_too_few_replicas_are_named(servers: RedisServers) -> None:
     assert "min-replicas-to-write" in error.remedy
 
 
-async def test_a_command_that_the_server_lacks_is_named(servers: RedisServers) -> None:
+async def test_an_unknown_command_of_the_server_is_named(servers: RedisServers) -> None:
     error = await problem_of(make_queue(servers.start("--rename-command", "XAUTOCLAIM", "")), read)
     assert "XAUTOCLAIM" in error.message
     assert "6.2" in error.remedy
 
 
-async def test_poison_finds_no_room_in_a_full_server_and_says_so(servers: RedisServers) -> None:
+async def test_a_dead_letter_that_does_not_fit_is_reported(servers: RedisServers) -> None:
     queue = make_queue(servers.start("--maxmemory", "4mb"), max_bytes=64 << 20)
     with pytest.raises(QueueFull):
         for _ in range(1000):
@@ -335,7 +335,7 @@ async def test_a_loss_during_downtime_is_reported(servers: RedisServers, lose) -
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_nothing_is_lost_by_anything_that_the_queue_does(servers: RedisServers, seed: int) -> None:
+async def test_normal_operation_reports_no_loss(servers: RedisServers, seed: int) -> None:
     port, chance = servers.start(), random.Random(seed)
     queues = [make_queue(port, consumer=name, claim_idle_s=0.05) for name in ("a", "b")]
     for _ in range(150):
@@ -378,7 +378,7 @@ async def test_dead_letters_of_earlier_releases_are_moved(servers: RedisServers)
 # Clusters.
 
 
-async def test_every_node_of_a_cluster_leads_to_the_labels(servers: RedisServers) -> None:
+async def test_every_node_of_a_cluster_redirects_to_the_labels(servers: RedisServers) -> None:
     for port in servers.cluster(3):
         queue = make_queue(port)
         await queue.publish([b"poison", b"good"])

@@ -227,9 +227,9 @@ def test_certificate_enables_tls(stage):
     target = running.addresses()["grpc"]
     with grpc.secure_channel(target, grpc.ssl_channel_credentials(CERTIFICATE.read_bytes())) as channel:
         assert probe(channel).num_pending == 7
-    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as refused:
+    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as caught:
         probe(channel)
-    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert ssl.get_server_certificate(("127.0.0.1", int(target.rpartition(":")[2]))).startswith("-----BEGIN")
 
 

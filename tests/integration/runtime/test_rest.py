@@ -127,9 +127,9 @@ def test_parameter_of_wrong_type_is_named(rest):
     assert violation["field"] == "retry_after_s"
 
 
-@pytest.mark.parametrize(("asked_s", "told"), [(0.2, "1"), (7.4, "7")])
-def test_retry_delay_is_a_header_in_seconds(rest, asked_s, told):
-    assert rest.get("/admin/v1/raise/Busy", params={"retry_after_s": asked_s}).headers["retry-after"] == told
+@pytest.mark.parametrize(("delay_s", "header"), [(0.2, "1"), (7.4, "7")])
+def test_retry_delay_is_a_header_in_seconds(rest, delay_s, header):
+    assert rest.get("/admin/v1/raise/Busy", params={"retry_after_s": delay_s}).headers["retry-after"] == header
 
 
 def test_bug_is_500_logged_once_and_hidden(running, rest):

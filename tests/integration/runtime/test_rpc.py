@@ -109,27 +109,27 @@ def test_reflection_lists_the_services(channel):
 
 def test_reflection_needs_the_token(channel):
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         list(stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest()]), timeout=TIMEOUT_S))
-    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize(
     "authorization", [None, TOKEN, "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}"]
 )
 def test_call_without_the_token_is_unauthenticated(channel, authorization):
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         probe(channel, metadata=() if authorization is None else (("authorization", authorization),))
-    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-    assert details_of(refused.value)["PoiseErrorDetail"].reason == errors_pb2.ERROR_REASON_UNAUTHENTICATED
-    assert TOKEN not in refused.value.details()
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert details_of(caught.value)["PoiseErrorDetail"].reason == errors_pb2.ERROR_REASON_UNAUTHENTICATED
+    assert TOKEN not in caught.value.details()
 
 
 def test_stream_without_the_token_is_unauthenticated(channel):
     stub = generation_pb2_grpc.GenerationServiceStub(channel)
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         next(stub.StreamTrajectories(generation_pb2.StreamTrajectoriesRequest(), timeout=TIMEOUT_S))
-    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_bug_is_internal_logged_once_and_hidden(running, channel):
@@ -145,10 +145,10 @@ def test_bug_is_internal_logged_once_and_hidden(running, channel):
 
 
 def test_status_names_as_many_wrong_fields_as_fit(channel):
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         probe(channel, "many-wrong-fields")
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    violations = details_of(refused.value)["BadRequest"].field_violations
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    violations = details_of(caught.value)["BadRequest"].field_violations
     named = violations[:-1]
     assert [violation.field for violation in named] == [f"groups[{i}].domain" for i in range(len(named))]
     assert len(named) >= 5
@@ -156,11 +156,11 @@ def test_status_names_as_many_wrong_fields_as_fit(channel):
 
 
 def test_long_message_of_any_script_is_shortened(channel):
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         probe(channel, "long-message")
-    assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-    assert refused.value.details().startswith("长" * 100)
-    details = details_of(refused.value)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert caught.value.details().startswith("长" * 100)
+    details = details_of(caught.value)
     assert details["PoiseErrorDetail"].remedy.startswith("也" * 50)
     assert details["RetryInfo"].retry_delay.ToMilliseconds() == 2500
 
@@ -227,10 +227,10 @@ def test_calls_beyond_the_limit_of_their_rpc_are_rejected(running, channel):
         for _ in range(MAX_RPCS):
             stack.callback(start_probe(channel, "hang").cancel)
         eventually(lambda: count(running, "hanging") == num_before + MAX_RPCS)
-        with pytest.raises(grpc.RpcError) as refused:
+        with pytest.raises(grpc.RpcError) as caught:
             probe(channel)
-        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        details = details_of(refused.value)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        details = details_of(caught.value)
         assert details["PoiseErrorDetail"].reason == errors_pb2.ERROR_REASON_BUSY
         assert details["PoiseErrorDetail"].retryable
         assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1000
@@ -259,9 +259,9 @@ def test_calls_are_timed_by_method_and_code(running, channel):
 
 
 def test_unknown_method_is_unimplemented(channel):
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/poise.v1.ValueService/Forget")(b"", timeout=TIMEOUT_S, metadata=AUTHORISED)
-    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize(
@@ -284,24 +284,24 @@ def test_unparsable_bytes_are_rejected_with_the_message_name(running, channel, m
         answer = getattr(channel, kind)(f"/{method}")(request, timeout=TIMEOUT_S, metadata=metadata)
         return list(answer) if kind.endswith("stream") else answer
 
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         call(AUTHORISED)
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    [violation] = details_of(refused.value)["BadRequest"].field_violations
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = details_of(caught.value)["BadRequest"].field_violations
     assert violation.field == "request"
     assert violation.description.startswith(f"is not a {message}: ")
     with running.rest() as rest:
         counted = f'poise_stage_rpc_seconds_count{{code="INVALID_ARGUMENT",method="{method.rpartition("/")[2]}"}}'
         assert counted in rest.get("/metrics").text
     if not method.startswith("grpc.health"):
-        with pytest.raises(grpc.RpcError) as refused:
+        with pytest.raises(grpc.RpcError) as caught:
             call(())
-        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_message_beyond_the_limit_is_rejected_with_a_remedy(channel):
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as caught:
         probe(channel, "x" * (5 * 2**20))
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "the limit is 4194304" in refused.value.details()
-    assert "rollouts_per_prompt" in details_of(refused.value)["PoiseErrorDetail"].remedy
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "the limit is 4194304" in caught.value.details()
+    assert "rollouts_per_prompt" in details_of(caught.value)["PoiseErrorDetail"].remedy

@@ -1,9 +1,9 @@
 """Publishes labels while the value service and its Valkey are killed repeatedly, at any moment.
 
 Each kill is aimed at a phase: a random moment after the service next begins to publish, consume, fit or checkpoint.
-What it hit is what was going on at that moment.
+`hits` counts the phases in progress at that moment.
 
-What counts in the end is the durable state on disk, read without the service.
+The result is the durable state on disk, read without the service.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Phase = Literal["publish", "consume", "fit", "checkpoint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GROUPS_A_MESSAGE, MESSAGES_A_ROUND = 3, 6
 WIDTH = 1024
-"""Wide enough that fits and saves take their time."""
+"""Wide enough that fits and saves take measurable time."""
 LONGEST_WAIT_S = 6.0
-"""For the phase to begin; then the kill comes as it comes."""
+"""Maximum wait for the phase to begin, s. After that, the kill is at a random moment."""
 LONGEST_DELAY_S: dict[Phase, float] = {"publish": 0.005, "consume": 0.05, "fit": 0.05, "checkpoint": 0.02}
-"""From a phase's beginning to the kill: about as long as it takes."""
+"""Maximum time from the start of a phase to the kill: about the duration of the phase."""
 
 Name = tuple[str, int, str]
 """Run, step, group."""
@@ -45,21 +45,21 @@ Name = tuple[str, int, str]
 
 @dataclass
 class Outcome:
-    """Of all rounds."""
+    """Result of all rounds."""
 
     published: set[Name] = field(default_factory=set)
-    """Labels whose publishing returned."""
+    """Labels that were published successfully."""
     learnt: Counter[Name] = field(default_factory=Counter)
-    """Labels in the windows of the durable state, and how often each is there."""
+    """Number of copies of each label in the windows of the durable state."""
     consumed: set[Name] = field(default_factory=set)
     """Labels whose ids are in the durable state."""
     kills: Counter[Victim] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
-    """Kills by what was going on at that moment; several things may be, or none ("idle")."""
+    """Kills by the phase in progress: several phases, or none ("idle")."""
     num_retries: int = 0
-    """Messages published again because the answer was an error: their labels may be queued twice."""
+    """Messages published again after an error, so their labels may be queued twice."""
     num_duplicates: int = 0
-    """Queued copies that were recognised."""
+    """Queued copies that were recognised as duplicates."""
     num_fits: int = 0
 
     @property
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Valkey:
-    """One server over all its lives."""
+    """One server across restarts."""
 
     def __init__(self, folder: Path) -> None:
         self._socket = folder / "sockets" / "valkey"
@@ -92,7 +92,7 @@ class Valkey:
 
 
 async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
-    """Publish in every round, and kill a victim in it; then let all come to rest and read the state."""
+    """Publish and kill a victim in every round; then wait until all labels are consumed, and read the state."""
     source, outcome = random.Random(seed), Outcome()
     valkey = Valkey(folder)
     service = ValueService(folder, valkey.url, "queue.batch_entries=4", "probe.window_rows=100000")
@@ -104,7 +104,7 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
             for number in range(num_rounds):
                 labels = [
                     [
-                        make.label("chaos", number, make.question(f"{message}.{i}", width=WIDTH))
+                        make.label("chaos", number, make.query(f"{message}.{i}", width=WIDTH))
                         for i in range(GROUPS_A_MESSAGE)
                     ]
                     for message in range(MESSAGES_A_ROUND)
@@ -152,7 +152,7 @@ async def _publish(client: AsyncValueClient, labels: list[list[Group]], outcome:
 
 
 def read_state(folder: Path, outcome: Outcome) -> None:
-    """Note what the durable state holds."""
+    """Record the content of the durable state in `outcome`."""
     store = StateStore(folder)
     saved = store.open()
     store.close()

@@ -23,7 +23,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def build(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[Callable[..., ValueService]]:
-    """Makes services of the test's own, on streams of their own."""
+    """Return a function that creates a service with its own stream."""
     made: list[ValueService] = []
 
     def one(*settings: str, url: str = valkey_url, folder: Path | None = None) -> ValueService:
@@ -38,7 +38,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[ValueService]:
-    """One service for tests that keep to runs and domains of their own; starting one takes seconds."""
+    """Return a service shared by tests that use separate runs and domains, because a start takes seconds."""
     folder: Path = tmp_path_factory.mktemp("shared")
     service = ValueService(folder, valkey_url, f"queue.stream={folder.name}", "queue.batch_entries=4")
     service.start()

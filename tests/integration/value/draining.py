@@ -21,18 +21,18 @@ NUM_CALLERS, GROUPS_A_MESSAGE = 3, 4
 
 @dataclass
 class Outcome(chaos.Outcome):
-    """Of one drain; what was published before it, and what the durable state holds in the end."""
+    """Result of one drain: labels published before it, and the durable state at the end."""
 
-    num_questions: int = 0
-    """Answered."""
+    num_requests: int = 0
+    """Answered requests."""
     retryable: bool = True
-    """Whether every error said that the call may be made again."""
+    """Whether every error was marked as retryable."""
     drain_s: float = 0.0
     exit_statuses: list[int] = field(default_factory=list)
 
 
 async def drain_under_load(folder: Path, after_s: float) -> Outcome:
-    """Keep publishing and asking, send SIGTERM `after_s` later; start again, let all be learnt, and read the state."""
+    """Send requests and labels, and SIGTERM after `after_s`. Restart, wait until all is learnt, and read the state."""
     outcome = Outcome()
     valkey = chaos.Valkey(folder)
     service = ValueService(folder, valkey.url, "queue.batch_entries=4", "probe.window_rows=100000")
@@ -55,7 +55,7 @@ async def drain_under_load(folder: Path, after_s: float) -> Outcome:
 
 @contextlib.asynccontextmanager
 async def _started(service: ValueService, outcome: Outcome) -> AsyncIterator[Callable[[], Awaitable[float]]]:
-    """Give what ends it by SIGTERM and returns the seconds that it took."""
+    """Yield a function that stops the service by SIGTERM and returns the seconds that it took."""
     service.start()
     await service.ready()
     process = service.process
@@ -71,17 +71,17 @@ async def _started(service: ValueService, outcome: Outcome) -> AsyncIterator[Cal
 
 
 async def _call(service: ValueService, index: int, outcome: Outcome) -> None:
-    """Ask and publish, again and again, until the service refuses."""
+    """Request baselines and publish labels until the service rejects a call."""
     make = Maker()
     async with AsyncValueClient(service.grpc, retries=RetryPolicy(max_attempts=1)) as client:
         for step in range(10**6):
             run = f"caller-{index}"
-            questions = [make.question(f"{i}") for i in range(GROUPS_A_MESSAGE)]
+            queries = [make.query(f"{i}") for i in range(GROUPS_A_MESSAGE)]
             try:
-                await client.estimate_baselines(run, step, questions, timeout_s=TIMEOUT_S)
-                outcome.num_questions += 1
-                await client.publish_labels([make.label(run, step, one) for one in questions], timeout_s=TIMEOUT_S)
+                await client.estimate_baselines(run, step, queries, timeout_s=TIMEOUT_S)
+                outcome.num_requests += 1
+                await client.publish_labels([make.label(run, step, one) for one in queries], timeout_s=TIMEOUT_S)
             except PoiseClientError as error:
                 outcome.retryable &= error.retryable
                 return
-            outcome.published |= {(run, step, one.group_id) for one in questions}
+            outcome.published |= {(run, step, one.group_id) for one in queries}

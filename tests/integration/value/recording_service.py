@@ -1,4 +1,4 @@
-"""The value service, which also records what each probe was fitted on. Tests run it as a process.
+"""The value service, which also records the labels of each fit. Tests run it as a process.
 
 Usage: recording_service.py RECORD_FILE [options of poise.value]. Each fit adds a line before its probe can answer:
 {"domain", "version", "seen": [[run_id, step], ...]}. Of two lines with the same version the later one is valid: the
@@ -6,7 +6,7 @@ process of the earlier one died before the probe was saved.
 
 A test can ambush it: RECORD_FILE.ambush contains {"phase", "delay_s", "dies"}. That long after the phase next begins,
 the current phases are written to RECORD_FILE.sprung, and the process dies if `dies` is set. While RECORD_FILE.hold
-exists, no fit ends.
+exists, fits do not end.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ PROBE = ("probe.warmup_steps=2", "probe.min_rows=4", "probe.alpha=1")
 
 
 async def eventually(condition: Callable[[], Any], what: str = "") -> Any:
-    """Return the first truth that `condition` answers; it may be a coroutine function."""
+    """Wait until `condition`, a function or coroutine function, returns a true value; return it."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         answer = condition()
@@ -45,7 +45,7 @@ async def eventually(condition: Callable[[], Any], what: str = "") -> Any:
 
 
 class ValueService:
-    """One service over all its lives: same state, same ports, same log."""
+    """One service across restarts: same state, ports and log."""
 
     def __init__(self, folder: Path, url: str, *settings: str) -> None:
         self.folder = folder
@@ -70,13 +70,13 @@ class ValueService:
             self.process = subprocess.Popen(self._command, env=environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
-        """As by `kill -9`."""
+        """Kill the process, like `kill -9`."""
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(TIMEOUT_S)
 
     async def ambush(self, phase: str, delay_s: float, dies: bool, wait_s: float) -> list[str]:
-        """Let it die, or only tell, so long after it next begins a phase; return what was going on then."""
+        """Wait until `delay_s` after the next start of `phase`; kill the service if `dies`. Return the phases then."""
         ambush, sprung = (self.record_file.with_suffix(f".{name}") for name in ("ambush", "sprung"))
         sprung.unlink(missing_ok=True)
         partial = ambush.with_suffix(".part")
@@ -89,8 +89,8 @@ class ValueService:
         return (json.loads(sprung.read_text()) or ["idle"]) if sprung.exists() else ["idle"]
 
     @contextlib.contextmanager
-    def held_fits(self) -> Iterator[None]:
-        """Let no fit end within the block."""
+    def blocked_fits(self) -> Iterator[None]:
+        """Block the end of every fit inside the block."""
         hold = self.record_file.with_suffix(".hold")
         hold.touch()
         try:
@@ -106,7 +106,7 @@ class ValueService:
         return AsyncValueClient(self.grpc)
 
     async def get(self, path: str) -> httpx.Response | None:
-        """None while nobody listens."""
+        """Return the response; None while nothing listens."""
         return await self._ask("GET", path)
 
     async def post(self, action: str) -> httpx.Response:
@@ -136,7 +136,7 @@ class ValueService:
         await eventually(is_ready, "ready")
 
     async def not_ready_reason(self, part: str) -> str:
-        """Wait until readiness says why not, with `part` in it."""
+        """Wait until the service is not ready for a reason that contains `part`; return the reason."""
 
         async def reason() -> str:
             answer = await self.get("/readyz")
@@ -145,20 +145,20 @@ class ValueService:
         return await eventually(reason, part)
 
     def seen_by_version(self) -> dict[tuple[str, int], set[tuple[str, int]]]:
-        """What each probe was fitted on, by domain and version."""
+        """Return the (run, step) pairs that each probe was fitted on, by domain and version."""
         lines = [json.loads(line) for line in self.record_file.read_text().splitlines()]
         return {(line["domain"], line["version"]): {(run, step) for run, step in line["seen"]} for line in lines}
 
 
 def poise(*arguments: str) -> str:
-    """Run the command in this process, which saves its start; return what it prints."""
+    """Run a `poise` command in this process, which is faster; return its output."""
     done = CliRunner().invoke(main, arguments, prog_name="poise")
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 class Maker:
-    """Random features, from one seed."""
+    """Makes random features from one seed."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
@@ -170,18 +170,18 @@ class Maker:
 
         return tuple(one() for _ in range(n))
 
-    def question(self, group_id: str = "g0", domain: str = "default", **options: Any) -> Group:
-        """With rewards that the features explain."""
+    def query(self, group_id: str = "g0", domain: str = "default", **options: Any) -> Group:
+        """Return a group whose rewards depend on its features."""
         rollouts = self.rollouts(**options)
         rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in rollouts]))
         return make_group(group_id, rollouts, rewards, domain=domain)
 
-    def label(self, run_id: str, step: int, question: Group | None = None, **options: Any) -> Group:
-        return moved(question or self.question(**options), run_id, step)
+    def label(self, run_id: str, step: int, query: Group | None = None, **options: Any) -> Group:
+        return moved(query or self.query(**options), run_id, step)
 
 
 def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:
-    """What must not change between answers to the same question."""
+    """Return the parts of an answer that must be the same for a repeated request."""
     return [
         (
             each.probe_version,
@@ -193,7 +193,7 @@ def numbers(answers: Sequence[Any]) -> list[tuple[int, bytes, bytes]]:
 
 
 async def consumed(client: AsyncValueClient) -> None:
-    """Wait until nothing is queued any more."""
+    """Wait until the queue is empty."""
 
     async def nothing_pending() -> bool:
         return (await client.get_probe()).num_pending == 0
@@ -202,7 +202,7 @@ async def consumed(client: AsyncValueClient) -> None:
 
 
 async def fitted(client: AsyncValueClient, domain: str, version: int) -> None:
-    """Wait for a domain's probe of at least that version."""
+    """Wait until a domain's probe has at least this version."""
 
     async def is_fitted() -> bool:
         report = await client.get_probe()
@@ -212,7 +212,7 @@ async def fitted(client: AsyncValueClient, domain: str, version: int) -> None:
 
 
 async def warm_up(client: AsyncValueClient, make: Maker, domain: str = "default") -> None:
-    """Teach a domain enough, in a run of its own, for its first probe."""
+    """Publish enough labels, in a separate run, for a domain's first probe."""
     await client.publish_labels(
         [make.label(f"past.{domain}", step, group_id=f"g{i}", domain=domain) for step in range(2) for i in range(4)]
     )

@@ -41,7 +41,7 @@ def unknown_schema(label: pb.LabelledGroup, random: Random) -> None:
 
 
 def half_a_group(label: pb.LabelledGroup, random: Random) -> None:
-    """Enough rollouts with rewards, but twice as many were sampled."""
+    """Return a label with enough rollouts, but only half of those sampled."""
     label.num_rollouts = 2 * len(label.rollouts)
 
 
@@ -129,7 +129,7 @@ def damaged(payload: bytes, kind: int, random: Random) -> bytes:
     return random.bytes(int(random.integers(0, 300)))
 
 
-async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
+async def test_invalid_labels_never_block_valid_ones(
     shared: ValueService, client: AsyncValueClient, make: Maker, valkey_url: str
 ) -> None:
     random = np.random.default_rng(SEED)
@@ -142,7 +142,7 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
         redis.asyncio.from_url(valkey_url) as server,
         grpc.aio.insecure_channel(shared.grpc) as channel,
     ):
-        door = value_pb2_grpc.ValueServiceStub(channel)
+        stub = value_pb2_grpc.ValueServiceStub(channel)
 
         async def enqueue(payload: bytes) -> None:
             await server.xadd(shared.folder.name, {"group": payload})
@@ -152,7 +152,9 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
             good = label.SerializeToString()
             await client.publish_labels([make.label("fuzz", number // 10, group_id=f"good{number}", domain="fuzz")])
             num_good += 1
-            change, reason = list(CHANGES.items())[number // 4 % len(CHANGES)]  # every kind in every way
+            change, reason = list(CHANGES.items())[
+                number // 4 % len(CHANGES)
+            ]  # every change with every way of publishing
             match number % 4:
                 case 0:  # queued directly
                     change(label, random)
@@ -163,7 +165,7 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
                     change(label, random)
                     right = pb.LabelledGroup.FromString(good)
                     try:
-                        await door.PublishLabels(pb.PublishLabelsRequest(groups=[right, label]))
+                        await stub.PublishLabels(pb.PublishLabelsRequest(groups=[right, label]))
                     except grpc.aio.AioRpcError as error:
                         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, change
                         assert "groups[1]" in (error.details() or ""), (change, error.details())
@@ -183,7 +185,7 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
     learnt = after.num_groups_consumed - before.num_groups_consumed
     again = after.num_duplicates - before.num_duplicates
     dead = after.num_dead_letters - before.num_dead_letters
-    # Flipped bits may leave a label that is right, of a group seen or not.
+    # Flipped bits may leave a valid label, of a new or a known group.
     assert num_good <= learnt <= num_good + num_guesses
     assert num_again <= again <= num_again + num_guesses
     assert num_dead <= dead <= num_dead + num_guesses
@@ -199,11 +201,11 @@ async def test_bad_labels_never_stop_good_ones_and_all_are_counted(
 
     (probe,) = (each for each in after.probes if each.domain == "fuzz")
     await fitted(client, "fuzz", probe.probe_version)
-    (answer,) = await client.estimate_baselines("fuzz.after", 0, [make.question(domain="fuzz")])
+    (answer,) = await client.estimate_baselines("fuzz.after", 0, [make.query(domain="fuzz")])
     assert answer.values is not None and np.isfinite(answer.values).all()
 
 
-async def test_the_sdk_names_what_is_wrong_with_a_label(client: AsyncValueClient, make: Maker) -> None:
+async def test_the_sdk_names_the_invalid_field_of_a_label(client: AsyncValueClient, make: Maker) -> None:
     label = make.label("fuzz.sdk", 0).scored([0, np.nan])
     try:
         await client.publish_labels([label])

@@ -1,4 +1,4 @@
-"""Exactly once over kill -9 of the value service and of Valkey. `benchmarks/value_chaos.py` does it fifty times."""
+"""Labels are learnt exactly once despite kill -9. `benchmarks/value_chaos.py` repeats the test fifty times."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.integration.value.chaos import GROUPS_A_MESSAGE, MESSAGES_A_ROUND, PHASES, run_chaos
 
 
-async def test_every_label_is_learnt_once_whatever_is_killed_when(tmp_path: Path) -> None:
+async def test_every_label_is_learnt_once_despite_kills(tmp_path: Path) -> None:
     outcome = await run_chaos(tmp_path, num_rounds=5, seed=3)
     assert len(outcome.published) == 5 * MESSAGES_A_ROUND * GROUPS_A_MESSAGE
     assert outcome.kills["value"] and outcome.kills["valkey"] and outcome.kills["both"]

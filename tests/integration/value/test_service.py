@@ -66,7 +66,7 @@ async def test_kill_9_while_consuming_learns_each_label_once(shared, client, mak
     assert again.probes[0].num_groups == NUM_LABELS
 
 
-async def test_without_its_queue_it_answers_and_is_not_ready(build, make, tmp_path: Path) -> None:
+async def test_without_its_queue_it_answers_but_is_not_ready(build, make, tmp_path: Path) -> None:
     port = free_port()
 
     def valkey() -> ValkeyServer:
@@ -82,17 +82,17 @@ async def test_without_its_queue_it_answers_and_is_not_ready(build, make, tmp_pa
     await service.ready()
     async with service.client() as client:
         await warm_up(client, make)
-        question = make.question("a")
-        first = await client.estimate_baselines("run", 0, [question])
+        query = make.query("a")
+        first = await client.estimate_baselines("run", 0, [query])
         await client.publish_labels([make.label("run", 1)])
         await consumed(client)
         server.terminate()
         await service.not_ready_reason(f"Redis at 127.0.0.1:{port} failed")
-        assert numbers(await client.estimate_baselines("run", 0, [question])) == numbers(first)
+        assert numbers(await client.estimate_baselines("run", 0, [query])) == numbers(first)
         with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}") as caught:
-            await client.publish_labels([make.label("run", 0, question)], timeout_s=1.0)
+            await client.publish_labels([make.label("run", 0, query)], timeout_s=1.0)
         assert "queue.url" in caught.value.remedy
-        waiting = asyncio.create_task(client.publish_labels([make.label("run", 0, question)], timeout_s=TIMEOUT_S))
+        waiting = asyncio.create_task(client.publish_labels([make.label("run", 0, query)], timeout_s=TIMEOUT_S))
         server = valkey()
         try:
             assert await waiting == 1
@@ -100,7 +100,7 @@ async def test_without_its_queue_it_answers_and_is_not_ready(build, make, tmp_pa
             await consumed(client)
             report = await client.get_probe()
             assert report.num_groups_consumed == 8 + 2
-            assert numbers(await client.estimate_baselines("run", 0, [question])) == numbers(first)
+            assert numbers(await client.estimate_baselines("run", 0, [query])) == numbers(first)
         finally:
             server.stop()
 
@@ -154,7 +154,7 @@ async def test_while_paused_requests_are_answered_and_labels_wait(shared, client
     status = await shared.status()
     assert (status["state"], status["problem"]) == ("paused", "")
     assert "poise_value_groups_pending 3.0" in (await shared.get("/metrics")).text
-    assert (await client.estimate_baselines("rest", 9, [make.question(domain="rest")]))[0].values is not None
+    assert (await client.estimate_baselines("rest", 9, [make.query(domain="rest")]))[0].values is not None
     after = await client.get_probe("rest")
     assert (after.num_pending, after.num_groups_consumed) == (3, before.num_groups_consumed)
     assert (await shared.post("resume")).json()["ready"]
@@ -163,7 +163,7 @@ async def test_while_paused_requests_are_answered_and_labels_wait(shared, client
     assert (await shared.status())["state"] == "serving"
 
 
-async def test_a_checkpoint_names_the_file_that_holds_everything(shared, client, make) -> None:
+async def test_a_checkpoint_names_the_file_with_the_whole_state(shared, client, make) -> None:
     await client.publish_labels([make.label("checkpoint", 0, domain="checkpoint")])
     await consumed(client)
     answer = await shared.post("checkpoint")
@@ -194,7 +194,7 @@ async def test_dead_letters_are_listed_newest_first(shared, client, make, valkey
 
 
 async def test_rejected_labels_are_replayed_after_correction(build, make) -> None:
-    """The limit of domains was too low: once it is raised, the labels of the second domain are learnt after all."""
+    """Labels of a domain over the limit become dead letters. After raising the limit, they are replayed and learnt."""
 
     async def queue(service: ValueService, *arguments: str) -> str:
         return await asyncio.to_thread(poise, "queue", *arguments, "--admin", f"http://{service.admin}")
@@ -203,7 +203,7 @@ async def test_rejected_labels_are_replayed_after_correction(build, make) -> Non
     strict.start()
     await strict.ready()
     async with strict.client() as client:
-        await strict.post("pause")  # at the door nothing is wrong: neither domain is known yet
+        await strict.post("pause")  # the requests are accepted: neither domain exists yet
         labels = [make.label("run", step, domain=domain) for step, domain in enumerate(("a", "b", "b"))]
         await client.publish_labels(labels)
         assert await queue(strict, "status") == "3 groups waiting; 0 dead letters so far\n"
@@ -239,7 +239,7 @@ async def test_rejected_labels_are_replayed_after_correction(build, make) -> Non
     ],
     ids=str,
 )
-async def test_wrong_replays_are_refused(shared, client, body, status) -> None:
+async def test_invalid_replays_are_rejected(shared, client, body, status) -> None:
     async with httpx.AsyncClient(base_url=f"http://{shared.admin}", headers={"x-poise": "1"}) as rest:
         answer = await rest.post("/admin/v1/dead-letters/replay", json=body)
     assert answer.status_code == status
@@ -250,7 +250,7 @@ async def test_wrong_replays_are_refused(shared, client, body, status) -> None:
 
 
 async def scraped(service: ValueService) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """What Prometheus would see."""
+    """Return the metrics as Prometheus reads them."""
     answer = await service.get("/metrics")
     assert answer is not None
     samples = (sample for family in text_string_to_metric_families(answer.text) for sample in family.samples)
@@ -261,9 +261,9 @@ async def test_get_probe_reports_quality_on_unseen_labels(shared, client, make) 
     await warm_up(client, make, "quality")
     (before,) = (await client.get_probe("quality")).probes
     assert math.isnan(before.quality.pearson) and math.isnan(before.quality.brier)
-    questions = [make.question(f"g{i}", "quality") for i in range(20)]
-    answers = await client.estimate_baselines("quality", 0, questions)
-    labels = [make.label("quality", 0, question) for question in questions]
+    queries = [make.query(f"g{i}", "quality") for i in range(20)]
+    answers = await client.estimate_baselines("quality", 0, queries)
+    labels = [make.label("quality", 0, query) for query in queries]
     await client.publish_labels(labels)
     await fitted(client, "quality", before.probe_version + 1)
     await consumed(client)
@@ -291,7 +291,7 @@ async def test_get_probe_reports_quality_on_unseen_labels(shared, client, make) 
         if name == "poise_value_calibration_rows" and ("domain", "quality") in labels
     ]
     assert sum(counts) == 40
-    # Learnt one by one as they came: each label's way is timed.
+    # The lag of each label is measured.
     assert metrics["poise_value_label_lag_seconds_count", (("domain", "quality"),)] >= 20
     with pytest.raises(NotFoundError, match="chess"):
         await client.get_probe("chess")
@@ -306,14 +306,16 @@ async def test_rewards_as_inputs_are_required_and_survive_a_kill(build, make) ->
     await service.ready()
     async with service.client() as client:
         bare = make_group("a", make.rollouts())
-        assert (await client.estimate_baselines("early", 0, [bare]))[0].values is None  # no probe, nothing to ask for
+        assert (await client.estimate_baselines("early", 0, [bare]))[
+            0
+        ].values is None  # without a probe, rewards are not needed
         await warm_up(client, make)
         with pytest.raises(InvalidRequestError, match="with sibling_reward among") as caught:
             await client.estimate_baselines("run", 0, [bare])
         assert [field for field, _ in caught.value.violations] == ["groups[0].rewards"]
 
-        asked, changed = (bare.scored(rewards) for rewards in ([0, 0.5], [1, 0.5]))
-        ((first,), (second,)) = [await client.estimate_baselines("run", 0, [each]) for each in (asked, changed)]
+        requested, changed = (bare.scored(rewards) for rewards in ([0, 0.5], [1, 0.5]))
+        ((first,), (second,)) = [await client.estimate_baselines("run", 0, [each]) for each in (requested, changed)]
         assert second.values[0] != first.values[0]
         assert second.baselines[0].tobytes() == first.baselines[0].tobytes()
         assert second.baselines[1] == second.values[0]
@@ -323,7 +325,7 @@ async def test_rewards_as_inputs_are_required_and_survive_a_kill(build, make) ->
         service.kill()
         service.start()
         await service.ready()
-        assert numbers(await client.estimate_baselines("run", 0, [asked])) == numbers([first])
+        assert numbers(await client.estimate_baselines("run", 0, [requested])) == numbers([first])
         assert await client.score_prompts(prompts) == scores
 
 

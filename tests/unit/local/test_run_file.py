@@ -89,7 +89,7 @@ def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("POISE_GENERATION_GRPC__PORT", "40003")
     run = load(tmp_path, {"model": "m", "train": train}, "train.num_steps=4")
     assert (run.train.num_steps, run.train.prompts_per_step, run.train.samples_per_step) == (4, 3, 2)
-    # What the environment says of one program is what the others are told.
+    # A setting of one program from the environment reaches the others.
     assert run.learner.replicas == run.train.endpoints.generation == ("127.0.0.1:40003",)
     assert run.overrides["train"] == ["num_steps=4"]
 
@@ -210,7 +210,7 @@ def test_drain_timeout_is_the_longest_of_all_services(tmp_path: Path) -> None:
 
 
 def secured(folder: Path, **tokens: str) -> dict[str, Any]:
-    """A file whose services want these tokens, each from a file of its own."""
+    """Write a run.yaml whose services require these tokens, each from its own file."""
     values: dict[str, Any] = dict(MINIMAL)
     for name, token in tokens.items():
         write_token(folder / f"{name}.token", token)

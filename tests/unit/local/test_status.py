@@ -179,9 +179,9 @@ def test_service_that_is_not_ready_gives_status_1(
 
 def test_json_contains_all_facts(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_status(run, as_json=True) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["services"] == READY
-    assert told["run"]["next_step"] == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["services"] == READY
+    assert printed["run"]["next_step"] == 0
 
 
 def test_progress_of_the_run_is_shown(run: LocalRun, admins: Admins, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ GOOD = {
 NEEDED = 1000
 
 
-def test_a_good_server_has_no_shortcomings():
+def test_a_suitable_server_has_no_shortcomings():
     report = examine(GOOD, {"appendfsync": "always", "save": ""}, NEEDED)
     assert (report.publish_error, report.warnings) == (None, ())
 
@@ -118,7 +118,7 @@ def test_every_error_names_its_remedy(error, remedy):
         exceptions.ResponseError("Error running script: OOM command not allowed when used memory > 'maxmemory'."),
     ],
 )
-def test_a_server_without_memory_is_back_pressure(error):
+def test_a_server_out_of_memory_is_queue_full(error):
     assert isinstance(to_poise_error(error, "host:6379"), QueueFull)
 
 
@@ -126,7 +126,7 @@ def test_a_long_error_of_a_server_is_truncated():
     assert len(to_poise_error(exceptions.ResponseError("x" * 5000), "host:6379").message) < 400
 
 
-def test_only_errors_of_the_connection_are_retried():
+def test_only_connection_errors_are_retried():
     again = (exceptions.ReadOnlyError("x"), exceptions.ConnectionError("x"), exceptions.TimeoutError("x"), OSError("x"))
     final = (exceptions.AuthenticationError("x"), exceptions.BusyLoadingError("x"), exceptions.ResponseError("x"))
     assert [reconnect_may_help(error) for error in again] == [True] * 4
@@ -148,6 +148,6 @@ def test_dead_letters_share_the_slot_of_their_stream(stream, key):
 
 
 @pytest.mark.parametrize("stream", ["a}b", "{}a", "a{}b"])
-def test_a_name_that_admits_no_second_key_is_rejected(stream):
+def test_a_name_without_a_dead_letter_key_is_rejected(stream):
     with pytest.raises(ValueError, match="braces"):
         dead_letter_key(stream)

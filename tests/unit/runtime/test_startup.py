@@ -30,15 +30,15 @@ def test_stage_is_shown_with_its_seconds(clock: list[float]) -> None:
 
 
 def test_stage_of_another_process_is_shown(clock: list[float]) -> None:
-    startup, told = Startup("starting vLLM"), [""]
-    with startup.reported_by(lambda: told[0]):
+    startup, stages = Startup("starting vLLM"), [""]
+    with startup.reported_by(lambda: stages[0]):
         assert startup.stage == "starting vLLM"
         clock[0] += 5
-        told[0] = "loading weights"
+        stages[0] = "loading weights"
         assert str(startup) == "loading weights, 0 s"
         clock[0] += 7
         assert str(startup) == "loading weights, 7 s"
-    told[0] = "of no interest any more"
+    stages[0] = "ignored"
     startup.begin("preparing weight updates")
     assert startup.stage == "preparing weight updates"
 

@@ -47,7 +47,7 @@ class Maker:
         return Label(run_id, step, group_id, domain, features, rewards.astype(np.float32))
 
     def message(self, label: Label) -> value_pb2.LabelledGroup:
-        """A label as it travels."""
+        """Return a serialised label."""
         ids = {"run_id": label.run_id, "step": label.step, "domain": label.domain}
         group = make_group(label.group_id, sdk_features(label.features), label.rewards, **ids)
         return encode(group, value_pb2.LabelledGroup)
@@ -55,7 +55,7 @@ class Maker:
     def payload(self, step: int, group_id: str = "g0", **options: object) -> bytes:
         return self.message(self.label(step, group_id, **options)).SerializeToString()
 
-    def question(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupQuery:
+    def query(self, group_id: str = "q", *, domain: str = "default", n: int = 2, width: int = WIDTH) -> GroupQuery:
         return GroupQuery(group_id, domain, self.features(n, width))
 
     def rewards(self, n: int = 2) -> np.ndarray:
@@ -63,7 +63,7 @@ class Maker:
 
 
 def sdk_features(rows: FeatureMatrix) -> tuple[Features, ...]:
-    """Return features as clients have them."""
+    """Return features in the client's types."""
     return tuple(
         Features(prompt, response, *(EntropyStats(*entropies[i : i + 4].tolist()) for i in (0, 4, 8)))
         for prompt, response, entropies in zip(rows.prompt_hidden, rows.response_hidden, rows.entropies, strict=True)

@@ -1,4 +1,4 @@
-"""The updater with a queue in memory, to be run, crashed and restarted by tests; and fitters that fail or wait."""
+"""The updater with an in-memory queue, which tests run, crash and restart; and fitters that fail or wait."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MeanFitter:
         return FittedProbe({}, sum(rewards) / len(rewards))
 
 
-class HeldFitter(MeanFitter):
+class BlockedFitter(MeanFitter):
     """Waits in its thread until `go` is released."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class PickyFitter(MeanFitter):
 
 
 class Harness:
-    """One life of the updater on a state folder and a stream that outlive it."""
+    """One process lifetime of the updater, on a state folder and a stream that outlive it."""
 
     def __init__(
         self, config: ValueConfig, stream: MemoryStream, make_fitter: Callable[[], MeanFitter] = MeanFitter
@@ -106,7 +106,7 @@ class Harness:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Harness]:
-        """Run the updater beside the block, then close the store."""
+        """Run the updater during the block, then close the store."""
         task = asyncio.create_task(self.updater.run())
         with self.opened():
             try:
@@ -126,7 +126,7 @@ class Harness:
 
 
 def saved_and_read(snapshot: Snapshot) -> Snapshot:
-    """Return the snapshot as it comes back from the store."""
+    """Save a snapshot and return it as loaded from the store."""
     with tempfile.TemporaryDirectory() as folder:
         store = StateStore(Path(folder))
         store.open()
@@ -140,7 +140,7 @@ def saved_and_read(snapshot: Snapshot) -> Snapshot:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """Make the system refuse to grow files beyond 100 bytes, as a full disk would."""
+    """Limit files to 100 bytes, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:

@@ -52,7 +52,7 @@ def test_the_url_of_a_redis_server_is_accepted(url: str) -> None:
         "redis://host/9999999999999999999999s3cret",
     ],
 )
-def test_another_url_is_rejected_and_not_quoted(url: str) -> None:
+def test_an_invalid_url_is_rejected_and_not_quoted(url: str) -> None:
     text = rejection(f"queue.url={url}")
     assert "queue.url: is not the URL of a Redis server" in text
     assert "percent-encoded" in text
@@ -100,7 +100,7 @@ def test_a_window_smaller_than_min_rows_is_rejected() -> None:
         "pinned_steps=0",
     ],
 )
-def test_values_out_of_range_are_refused_by_path(setting: str) -> None:
+def test_values_out_of_range_are_rejected_by_path(setting: str) -> None:
     assert setting.split("=")[0] in rejection(setting)
 
 
@@ -109,6 +109,6 @@ def test_the_state_folder_has_no_default() -> None:
         load_config(ValueConfig, None, [])
 
 
-def test_a_queue_too_small_for_a_group_is_refused() -> None:
+def test_a_queue_too_small_for_a_group_is_rejected() -> None:
     assert "the largest group would never fit" in rejection("queue.max_bytes=5000000")
     assert loaded("queue.max_bytes=5000000", "queue.max_entry_bytes=2500000").queue.max_bytes == 5_000_000

@@ -40,14 +40,14 @@ def test_steps_beyond_the_horizon_are_too_old(after) -> None:
 def test_steps_may_come_out_of_order_within_the_horizon() -> None:
     consumed = ConsumedLabels(3, 2)
     assert [consumed.admit("run", step, "g", "math") for step in (7, 2, 5)] == [NEW] * 3
-    assert consumed.admit("run", 1, "g", "math") is TOO_OLD  # would be forgotten at once
+    assert consumed.admit("run", 1, "g", "math") is TOO_OLD  # would be dropped immediately
     assert consumed.admit("run", 2, "h", "math") is NEW
     assert consumed.admit("run", 6, "g", "math") is NEW  # makes step 2 too old
     assert consumed.admit("run", 3, "g", "math") is TOO_OLD or not consumed.may_have_labels_of("run", 3)
     assert consumed.admit("run", 2, "g", "math") is TOO_OLD
 
 
-def test_one_absurd_step_number_makes_no_other_step_too_old() -> None:
+def test_one_huge_step_number_makes_no_other_step_too_old() -> None:
     consumed = ConsumedLabels(3, 2)
     assert consumed.admit("run", 2**63, "g", "math") is NEW
     assert [consumed.admit("run", step, "g", "math") for step in range(10)] == [NEW] * 10
@@ -75,7 +75,7 @@ def test_only_the_last_step_of_a_long_unused_run_is_known(after) -> None:
     assert consumed.admit("old", 4, "h", "math") is TOO_OLD
 
 
-def test_a_run_in_use_is_known_in_full() -> None:
+def test_all_steps_of_a_run_in_use_are_known() -> None:
     consumed = ConsumedLabels(3, max_runs=2)
     consumed.admit("one", 0, "g", "math")
     consumed.admit("two", 0, "g", "math")
@@ -85,7 +85,7 @@ def test_a_run_in_use_is_known_in_full() -> None:
     assert consumed.admit("two", 0, "g", "math") is TOO_OLD
 
 
-def test_it_knows_the_domains_of_a_step() -> None:
+def test_the_domains_of_a_step_are_known() -> None:
     consumed = ConsumedLabels(3, 2)
     consumed.admit("run", 0, "g", "math")
     consumed = restored(consumed)

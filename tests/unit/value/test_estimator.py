@@ -1,4 +1,4 @@
-"""The order invariant under attack, and everything else about the estimator."""
+"""The estimator: the order invariant, values and baselines, prompt scores, learning, and diagnostics."""
 
 from __future__ import annotations
 
@@ -55,110 +55,110 @@ def numbers(answers) -> list[bytes | None]:
 
 
 def test_a_step_gets_the_same_answer_after_its_labels(fitted, make) -> None:
-    questions = [make.question("a"), make.question("b")]
-    first = fitted.estimate("run", 0, questions)
-    for name, question in zip("ab", questions, strict=True):
-        fitted.learn(make.label(0, name, features=question.features))
+    queries = [make.query("a"), make.query("b")]
+    first = fitted.estimate("run", 0, queries)
+    for name, query in zip("ab", queries, strict=True):
+        fitted.learn(make.label(0, name, features=query.features))
     refit(fitted)
-    again = fitted.estimate("run", 0, questions)
+    again = fitted.estimate("run", 0, queries)
     assert numbers(again) == numbers(first)
     assert [answer.probe_version for answer in again] == [1, 1]
-    assert fitted.estimate("run", 1, questions)[0].probe_version == 2
+    assert fitted.estimate("run", 1, queries)[0].probe_version == 2
 
 
-def test_a_step_whose_labels_came_first_is_rejected(fitted, make) -> None:
+def test_a_step_with_consumed_labels_is_rejected(fitted, make) -> None:
     fitted.learn(make.label(3, "g0"))
     with pytest.raises(LabelsConsumed, match=r"step 3 of run 'run'"):
-        fitted.estimate("run", 3, [make.question("g1")])
+        fitted.estimate("run", 3, [make.query("g1")])
 
 
-def test_a_refused_step_stays_refused(fitted, make) -> None:
+def test_a_rejected_step_stays_rejected(fitted, make) -> None:
     """A rejected request must not pin its step."""
     fitted.learn(make.label(3))
     for _ in range(2):
         with pytest.raises(LabelsConsumed):
-            fitted.estimate("run", 3, [make.question()])
+            fitted.estimate("run", 3, [make.query()])
 
 
-def test_a_label_closes_its_step_in_every_domain(fitted, make) -> None:
+def test_a_label_blocks_its_step_in_every_domain(fitted, make) -> None:
     fitted.learn(make.label(3, domain="new"))
     with pytest.raises(LabelsConsumed):
-        fitted.estimate("run", 3, [make.question(domain="default")])
+        fitted.estimate("run", 3, [make.query(domain="default")])
 
 
-def test_nothing_is_computed_for_a_refused_request(fitted, make, monkeypatch) -> None:
+def test_a_rejected_request_computes_nothing(fitted, make, monkeypatch) -> None:
     fitted.learn(make.label(3))
     monkeypatch.setattr("poise.value.probe.model.FittedProbe.predict", lambda *_: pytest.fail("computed"))
     with pytest.raises(LabelsConsumed):
-        fitted.estimate("run", 3, [make.question()])
+        fitted.estimate("run", 3, [make.query()])
 
 
-def test_labels_of_the_same_step_in_another_run_do_not_taint(fitted, make) -> None:
+def test_labels_of_another_run_do_not_block_a_step(fitted, make) -> None:
     fitted.learn(make.label(3, run_id="other"))
-    assert fitted.estimate("run", 3, [make.question()])[0].values is not None
+    assert fitted.estimate("run", 3, [make.query()])[0].values is not None
 
 
-def test_labels_of_other_steps_do_not_taint_in_any_order(fitted, make) -> None:
+def test_labels_of_other_steps_do_not_block_a_step(fitted, make) -> None:
     for step in (5, 3):
         fitted.learn(make.label(step))
     refit(fitted)
     for step in (4, 0, 6):
-        assert fitted.estimate("run", step, [make.question()])[0].probe_version == 2
+        assert fitted.estimate("run", step, [make.query()])[0].probe_version == 2
 
 
 def test_a_fit_between_two_requests_does_not_change_a_step(fitted, make) -> None:
     """A request in two parts; labels of the first part arrive before the second."""
-    fitted.estimate("run", 0, [make.question("a")])
+    fitted.estimate("run", 0, [make.query("a")])
     fitted.learn(make.label(0, "a"))
     refit(fitted)
-    assert fitted.estimate("run", 0, [make.question("b")])[0].probe_version == 1
+    assert fitted.estimate("run", 0, [make.query("b")])[0].probe_version == 1
 
 
 def test_a_pin_covers_domains_requested_later(fitted, make) -> None:
     for step in range(4):
         fitted.learn(make.label(step, run_id="past", group_id="late", domain="late"))
     before = refit(fitted, "late")
-    fitted.estimate("run", 0, [make.question()])  # no mention of "late"
+    fitted.estimate("run", 0, [make.query()])  # no mention of "late"
     fitted.learn(make.label(0, domain="late"))
     refit(fitted, "late")
-    assert fitted.estimate("run", 0, [make.question(domain="late")])[0].probe_version == before.version
+    assert fitted.estimate("run", 0, [make.query(domain="late")])[0].probe_version == before.version
 
 
 def test_a_domain_pinned_without_a_probe_has_none_in_that_step(fitted, make) -> None:
-    question = make.question(domain="new")
-    assert fitted.estimate("run", 0, [question])[0].values is None
+    query = make.query(domain="new")
+    assert fitted.estimate("run", 0, [query])[0].values is None
     for step in range(4):
         fitted.learn(make.label(step, domain="new"))
     refit(fitted, "new")
-    assert fitted.estimate("run", 0, [question])[0].values is None
-    assert fitted.estimate("run", 9, [question])[0].values is not None
+    assert fitted.estimate("run", 0, [query])[0].values is None
+    assert fitted.estimate("run", 9, [query])[0].values is not None
 
 
 def test_a_pin_survives_labels_refits_and_a_restart(fitted, config, make) -> None:
-    questions = [make.question()]
-    first = fitted.estimate("run", 0, questions)
+    queries = [make.query()]
+    first = fitted.estimate("run", 0, queries)
     fitted.learn(make.label(0))
     refit(fitted)
     restarted = restart(fitted, config())
-    assert numbers(restarted.estimate("run", 0, questions)) == numbers(first)
-    assert restarted.estimate("run", 1, questions)[0].probe_version == 2
+    assert numbers(restarted.estimate("run", 0, queries)) == numbers(first)
+    assert restarted.estimate("run", 1, queries)[0].probe_version == 2
 
 
-def test_a_pin_keeps_which_domains_are_behind_over_a_restart(fitted, config, make) -> None:
-    questions = [make.question(domain=domain) for domain in ("default", "behind")]
-    fitted.estimate("run", 0, questions[:1], behind=frozenset({"behind"}))
-    again = restart(fitted, config()).estimate("run", 0, questions, behind=None)
+def test_a_restart_keeps_which_domains_are_behind(fitted, config, make) -> None:
+    queries = [make.query(domain=domain) for domain in ("default", "behind")]
+    fitted.estimate("run", 0, queries[:1], behind=frozenset({"behind"}))
+    again = restart(fitted, config()).estimate("run", 0, queries, behind=None)
     assert [answer.up_to_date for answer in again] == [True, False]
 
 
-def test_a_restart_does_not_open_a_step_with_labels(fitted, config, make) -> None:
+def test_a_restart_does_not_unblock_a_step_with_labels(fitted, config, make) -> None:
     fitted.learn(make.label(0))
     with pytest.raises(LabelsConsumed):
-        restart(fitted, config()).estimate("run", 0, [make.question()])
+        restart(fitted, config()).estimate("run", 0, [make.query()])
 
 
-def test_a_label_learnt_after_a_restart_is_held_against_its_pin(fitted, config, make) -> None:
-    fitted.estimate("run", 0, [make.question()])
+def test_a_label_after_a_restart_is_compared_with_its_pin(fitted, config, make) -> None:
+    fitted.estimate("run", 0, [make.query()])
     restarted = restart(fitted, config())
     restarted.learn(make.label(0))
     assert len(restarted.domains["default"].diagnostics) == 2
@@ -172,7 +172,7 @@ def test_a_step_older_than_the_horizon_is_rejected(fitted, config, make) -> None
         short.learn(make.label(step))
     for step in (0, 1, 4):
         with pytest.raises(LabelsConsumed):
-            short.estimate("run", step, [make.question()])
+            short.estimate("run", step, [make.query()])
 
 
 def test_a_dropped_pin_is_renewed_only_without_labels(config, make) -> None:
@@ -181,18 +181,18 @@ def test_a_dropped_pin_is_renewed_only_without_labels(config, make) -> None:
         estimator.learn(make.label(step, run_id="past"))
     refit(estimator)
     for step in range(4):
-        estimator.estimate("run", step, [make.question()])
+        estimator.estimate("run", step, [make.query()])
     estimator.learn(make.label(0))
     with pytest.raises(LabelsConsumed):
-        estimator.estimate("run", 0, [make.question()])
-    assert estimator.estimate("run", 1, [make.question()])[0].values is not None
+        estimator.estimate("run", 0, [make.query()])
+    assert estimator.estimate("run", 1, [make.query()])[0].values is not None
 
 
-def test_a_dead_lettered_label_does_not_taint_its_step(config, make) -> None:
+def test_a_dead_lettered_label_does_not_block_its_step(config, make) -> None:
     estimator = BaselineEstimator(config(horizon_steps=1))
     estimator.learn(make.label(7))
     assert estimator.learn(make.label(5)) is Admission.TOO_OLD
-    assert estimator.estimate("run", 8, [make.question()])[0].values is None
+    assert estimator.estimate("run", 8, [make.query()])[0].values is None
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -205,7 +205,7 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
     versions: dict[str, int] = {}
     begun: list[tuple[str, tuple[Label, ...], int]] = []
     num_answers = num_refusals = 0
-    questions = {domain: make.question(domain=domain) for domain in ("a", "b")}
+    queries = {domain: make.query(domain=domain) for domain in ("a", "b")}
     for turn in range(600):
         run, step, domain = (
             f"run{random.integers(2)}",
@@ -215,7 +215,7 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
         match random.choice(["ask", "learn", "begin fit", "end fit", "restart"], p=[0.4, 0.3, 0.14, 0.14, 0.02]):
             case "ask":
                 try:
-                    (answer,) = estimator.estimate(run, step, [questions[domain]])
+                    (answer,) = estimator.estimate(run, step, [queries[domain]])
                 except LabelsConsumed:
                     num_refusals += 1
                     continue
@@ -245,16 +245,16 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
 
 
 def test_baselines_are_the_mean_value_of_the_siblings(fitted, make) -> None:
-    questions = [make.question("a", n=4), make.question("b", n=2)]
-    for question, answer in zip(questions, fitted.estimate("run", 0, questions), strict=True):
-        expected = fitted.probes["default"].probe.predict(question.features)
+    queries = [make.query("a", n=4), make.query("b", n=2)]
+    for query, answer in zip(queries, fitted.estimate("run", 0, queries), strict=True):
+        expected = fitted.probes["default"].probe.predict(query.features)
         np.testing.assert_array_equal(answer.values, expected)
         np.testing.assert_array_equal(answer.baselines, mean_of_others(expected))
-        assert answer.group_id == question.group_id
+        assert answer.group_id == query.group_id
 
 
 def test_a_single_rollout_has_a_value_and_no_baseline(fitted, make) -> None:
-    (answer,) = fitted.estimate("run", 0, [make.question(n=1)])
+    (answer,) = fitted.estimate("run", 0, [make.query(n=1)])
     assert answer.values.shape == (1,)
     assert answer.baselines is None
 
@@ -265,32 +265,32 @@ def test_each_domain_is_answered_by_its_own_probe_in_order(fitted, make) -> None
     refit(fitted, "math")
     refit(fitted, "math")
     order = ["math", "default", "unknown", "math"]
-    answers = fitted.estimate("run", 0, [make.question(str(i), domain=name) for i, name in enumerate(order)])
+    answers = fitted.estimate("run", 0, [make.query(str(i), domain=name) for i, name in enumerate(order)])
     assert [answer.group_id for answer in answers] == ["0", "1", "2", "3"]
     assert [answer.probe_version for answer in answers] == [2, 1, 0, 2]
     assert answers[2].values is None
 
 
-def test_the_probe_is_asked_once_a_domain(fitted, make, monkeypatch) -> None:
+def test_each_domain_is_predicted_once(fitted, make, monkeypatch) -> None:
     from poise.value.probe.model import FittedProbe
 
     sizes = []
     predict = FittedProbe.predict
     monkeypatch.setattr(FittedProbe, "predict", lambda self, rows: sizes.append(len(rows)) or predict(self, rows))
-    fitted.estimate("run", 0, [make.question(str(i), n=3) for i in range(5)])
+    fitted.estimate("run", 0, [make.query(str(i), n=3) for i in range(5)])
     assert sizes == [15]
 
 
-def test_another_width_than_the_probes_names_the_group(fitted, make) -> None:
+def test_a_group_of_another_width_than_the_probe_is_named(fitted, make) -> None:
     with pytest.raises(InvalidRequest, match=r"groups\[1\].rollouts: .* width 9; .* needs 6"):
-        fitted.estimate("run", 0, [make.question(), make.question(width=9)])
+        fitted.estimate("run", 0, [make.query(), make.query(width=9)])
 
 
 # The sibling's reward among the inputs.
 
 
-def with_rewards(question: GroupQuery, rewards: np.ndarray) -> GroupQuery:
-    return replace(question, features=replace(question.features, rewards=rewards.astype(np.float32)))
+def with_rewards(query: GroupQuery, rewards: np.ndarray) -> GroupQuery:
+    return replace(query, features=replace(query.features, rewards=rewards.astype(np.float32)))
 
 
 @pytest.fixture
@@ -308,14 +308,14 @@ def rewarded(config: Build, make) -> BaselineEstimator:
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-def test_no_bit_of_a_baseline_depends_on_the_own_reward(rewarded, make, n) -> None:
-    question = make.question(n=n)
+def test_a_baseline_does_not_depend_on_the_rollouts_reward(rewarded, make, n) -> None:
+    query = make.query(n=n)
     for own in range(n):
         rewards = make.rewards(n)
-        (before,) = rewarded.estimate("run", 0, [with_rewards(question, rewards)])
+        (before,) = rewarded.estimate("run", 0, [with_rewards(query, rewards)])
         for changed in (0.0, 1.0, 1e-30, 1 - rewards[own]):
             rewards[own] = changed
-            (after,) = rewarded.estimate("run", 0, [with_rewards(question, rewards)])
+            (after,) = rewarded.estimate("run", 0, [with_rewards(query, rewards)])
             assert after.baselines[own].tobytes() == before.baselines[own].tobytes()
             others = [i for i in range(n) if i != own]
             assert np.array_equal(after.values[others], before.values[others])
@@ -324,33 +324,33 @@ def test_no_bit_of_a_baseline_depends_on_the_own_reward(rewarded, make, n) -> No
 
 
 def test_a_request_without_required_rewards_is_rejected(rewarded, make) -> None:
-    rich = with_rewards(make.question(), make.rewards())
+    rich = with_rewards(make.query(), make.rewards())
     with pytest.raises(InvalidRequest) as caught:
-        rewarded.estimate("run", 0, [make.question(domain="plain"), rich, make.question(), make.question(domain="new")])
+        rewarded.estimate("run", 0, [make.query(domain="plain"), rich, make.query(), make.query(domain="new")])
     (violation,) = caught.value.violations
     assert violation.field == "groups[2].rewards"
     assert "sibling_reward among probe.inputs. Send each rollout's reward" in violation.description
 
 
 def test_the_pinned_probe_says_whether_rewards_are_needed(fitted, rewarded, make) -> None:
-    fitted.estimate("run", 0, [make.question()])
+    fitted.estimate("run", 0, [make.query()])
     fitted.install("default", replace(rewarded.probes["default"], version=2))
-    assert fitted.estimate("run", 0, [make.question()])[0].probe_version == 1
+    assert fitted.estimate("run", 0, [make.query()])[0].probe_version == 1
     with pytest.raises(InvalidRequest, match=r"groups\[0\].rewards"):
-        fitted.estimate("run", 1, [make.question()])
+        fitted.estimate("run", 1, [make.query()])
 
 
-def test_rewards_change_nothing_if_they_are_no_input(rewarded, make) -> None:
-    question = make.question(domain="plain")
-    asked = [question, with_rewards(question, make.rewards()), with_rewards(question, make.rewards())]
-    first, second, third = numbers(rewarded.estimate("run", 0, asked))
+def test_rewards_that_are_not_inputs_change_nothing(rewarded, make) -> None:
+    query = make.query(domain="plain")
+    requested = [query, with_rewards(query, make.rewards()), with_rewards(query, make.rewards())]
+    first, second, third = numbers(rewarded.estimate("run", 0, requested))
     assert first == second == third
 
 
-def test_diagnostics_use_the_values_that_were_answered(rewarded, make) -> None:
-    question = make.question(n=3)
-    label = make.label(0, features=question.features)
-    (answer,) = rewarded.estimate("run", 0, [with_rewards(question, label.rewards)])
+def test_diagnostics_use_the_returned_values(rewarded, make) -> None:
+    query = make.query(n=3)
+    label = make.label(0, features=query.features)
+    (answer,) = rewarded.estimate("run", 0, [with_rewards(query, label.rewards)])
     rewarded.learn(label)
     record = rewarded.domains["default"].diagnostics
     assert record.quality().brier == pytest.approx(float(np.mean((answer.values - label.targets) ** 2)), rel=1e-5)
@@ -371,14 +371,14 @@ def test_each_prompt_is_scored_by_its_domains_probe_in_order(fitted, make) -> No
     prompts = [prompt(make, domain) for domain in ("math", "default", "unknown", "math")]
     scores = fitted.score(prompts)
     assert [(score.group_id, score.probe_version) for score in scores] == [
-        (asked.group_id, version) for asked, version in zip(prompts, (2, 1, 0, 2), strict=True)
+        (requested.group_id, version) for requested, version in zip(prompts, (2, 1, 0, 2), strict=True)
     ]
-    for asked, score in zip(prompts, scores, strict=True):
-        if asked.domain == "unknown":
+    for requested, score in zip(prompts, scores, strict=True):
+        if requested.domain == "unknown":
             assert score.value is None
         else:
-            probe = fitted.probes[asked.domain].probe.prompt_only
-            assert score.value == probe.predict(asked.prompt_hidden[None])[0]
+            probe = fitted.probes[requested.domain].probe.prompt_only
+            assert score.value == probe.predict(requested.prompt_hidden[None])[0]
 
 
 def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
@@ -394,23 +394,23 @@ def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
     assert values[0] > 0.75 > 0.25 > values[1]
 
 
-def test_scoring_pins_nothing_and_asks_the_current_probe(fitted, make) -> None:
-    asked = prompt(make)
-    fitted.estimate("run", 0, [make.question()])
-    (first,) = fitted.score([asked])
+def test_scoring_pins_nothing_and_uses_the_current_probe(fitted, make) -> None:
+    requested = prompt(make)
+    fitted.estimate("run", 0, [make.query()])
+    (first,) = fitted.score([requested])
     fitted.learn(make.label(0))
     refit(fitted)
-    (second,) = fitted.score([asked])
+    (second,) = fitted.score([requested])
     assert (first.probe_version, second.probe_version) == (1, 2)
-    assert fitted.estimate("run", 0, [make.question()])[0].probe_version == 1
+    assert fitted.estimate("run", 0, [make.query()])[0].probe_version == 1
     fitted.learn(make.label(5))
     with pytest.raises(LabelsConsumed):
-        fitted.estimate("run", 5, [make.question()])
+        fitted.estimate("run", 5, [make.query()])
 
 
 def test_scores_survive_a_restart_to_the_last_bit(fitted, config, make) -> None:
-    asked = [prompt(make) for _ in range(5)]
-    assert restart(fitted, config()).score(asked) == fitted.score(asked)
+    requested = [prompt(make) for _ in range(5)]
+    assert restart(fitted, config()).score(requested) == fitted.score(requested)
 
 
 def test_prompts_of_another_width_are_named(fitted, make) -> None:
@@ -435,7 +435,7 @@ def test_a_probe_fitted_without_prompts_gives_no_score_yet(fitted, make) -> None
 # Learning.
 
 
-def test_a_label_is_learnt_once_over_redelivery_and_restart(config, make) -> None:
+def test_a_label_is_learnt_once_despite_redelivery_and_restart(config, make) -> None:
     estimator, label = BaselineEstimator(config()), make.label(0)
     assert estimator.learn(label) is Admission.NEW
     assert estimator.learn(label) is Admission.DUPLICATE
@@ -511,13 +511,13 @@ def test_the_width_of_the_majority_wins(config: Build, make) -> None:
     assert window.num_rows == 2 * 6
 
 
-def test_a_probe_settles_the_width(fitted, make) -> None:
+def test_a_probe_fixes_the_width(fitted, make) -> None:
     for step in range(30):
         assert not taken(fitted, make.label(step, width=9))
     assert fitted.domains["default"].window.width == 6
 
 
-def test_labels_of_another_width_are_refused_by_domain(fitted) -> None:
+def test_labels_of_another_width_are_rejected_per_domain(fitted) -> None:
     assert fitted.rejection("default", 6) is None
     rejection = fitted.rejection("default", 9)
     assert rejection.field == "rollouts"
@@ -534,7 +534,7 @@ def test_the_number_of_domains_is_bounded(config, make) -> None:
     assert "max_domains = 1" in rejection.description
 
 
-def test_windows_are_as_large_as_their_domain_says(config, make) -> None:
+def test_each_domain_has_its_own_window_size(config, make) -> None:
     probe = {"window_rows": 4, "window_rows_by_domain": {"math": 8}}
     estimator = BaselineEstimator(config(probe=probe))
     for step in range(10):
@@ -544,14 +544,14 @@ def test_windows_are_as_large_as_their_domain_says(config, make) -> None:
     assert estimator.domains["default"].window.num_rows == 4
 
 
-# The track record.
+# Diagnostics.
 
 
 def test_diagnostics_compare_pinned_values_with_later_labels(fitted, make) -> None:
-    question = make.question(n=4)
-    (answer,) = fitted.estimate("run", 0, [question])
+    query = make.query(n=4)
+    (answer,) = fitted.estimate("run", 0, [query])
     refit(fitted)
-    label = make.label(0, features=question.features)
+    label = make.label(0, features=query.features)
     assert math.isnan(fitted.domains["default"].diagnostics.quality().brier)
     fitted.learn(label)
     record = fitted.domains["default"].diagnostics
@@ -561,7 +561,7 @@ def test_diagnostics_compare_pinned_values_with_later_labels(fitted, make) -> No
 
 def test_diagnostics_ignore_unpinned_steps_and_duplicates(fitted, make) -> None:
     fitted.learn(make.label(0))
-    fitted.estimate("run", 1, [make.question()])
+    fitted.estimate("run", 1, [make.query()])
     label = make.label(1)
     fitted.learn(label)
     fitted.learn(label)

@@ -1,4 +1,4 @@
-"""What `wait_for_labels` waits for and what ends the wait."""
+"""`wait_for_labels`: when it waits, and when the wait ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.memory_queue import MemoryQueue, MemoryStream
-from tests.unit.value.harness import TIMEOUT_S, FailingFitter, Harness, HeldFitter, MeanFitter, until
+from tests.unit.value.harness import TIMEOUT_S, BlockedFitter, FailingFitter, Harness, MeanFitter, until
 
 import poise.value.updater
 from poise.errors import BackendDown
@@ -31,9 +31,9 @@ def start(config, stream) -> Callable[..., Harness]:
     return lambda make_fitter=MeanFitter, **changes: Harness(config(**changes), stream, make_fitter)
 
 
-def wait(harness: Harness, *asked: str, limit_s: float = TIMEOUT_S) -> asyncio.Task[frozenset[str] | None]:
+def wait(harness: Harness, *domains: str, limit_s: float = TIMEOUT_S) -> asyncio.Task[frozenset[str] | None]:
     """Wait for a request of a separate run, about the default domain if none is named."""
-    return asyncio.create_task(wait_for_labels(harness.updater, "asks", asked or ("default",), limit_s))
+    return asyncio.create_task(wait_for_labels(harness.updater, "asks", domains or ("default",), limit_s))
 
 
 UP_TO_DATE: frozenset[str] = frozenset()
@@ -41,7 +41,7 @@ UNKNOWN = None
 
 
 async def run_other_tasks() -> None:
-    """Let every task run as far as it can."""
+    """Yield until every task is blocked."""
     for _ in range(50):
         await asyncio.sleep(0)
 
@@ -85,7 +85,7 @@ async def test_it_waits_for_labels_that_are_not_saved(start, stream, make, monke
 
 
 async def test_it_waits_for_the_current_fit_and_the_next(start, stream, make) -> None:
-    fitter = HeldFitter()
+    fitter = BlockedFitter()
     harness = start(lambda: fitter)
     async with harness.running():
         await publish(stream, make, 0, 1)
@@ -102,7 +102,7 @@ async def test_it_waits_for_the_current_fit_and_the_next(start, stream, make) ->
         assert harness.estimator.probes["default"].num_added == 3
 
 
-async def test_the_end_of_a_fit_ends_it(start, make) -> None:
+async def test_the_wait_ends_with_the_fit(start, make) -> None:
     harness = start()
     for step in range(2):
         harness.estimator.learn(make.label(step))
@@ -110,8 +110,8 @@ async def test_the_end_of_a_fit_ends_it(start, make) -> None:
         assert await asyncio.wait_for(wait(harness), TIMEOUT_S / 2) == UP_TO_DATE
 
 
-async def test_it_does_not_wait_for_labels_learnt_meanwhile(start, stream, make) -> None:
-    fitter = HeldFitter()
+async def test_it_ignores_labels_learnt_during_the_wait(start, stream, make) -> None:
+    fitter = BlockedFitter()
     harness = start(lambda: fitter, queue={"batch_entries": 1})
     await publish(stream, make, 0, 1)
     async with harness.running():
@@ -120,11 +120,11 @@ async def test_it_does_not_wait_for_labels_learnt_meanwhile(start, stream, make)
         await publish(stream, make, 2)
         await until(lambda: not stream.unread and not stream.pending)
         fitter.go.release()
-        assert await asyncio.wait_for(waiting, TIMEOUT_S / 2) == UP_TO_DATE  # although another fit is held
+        assert await asyncio.wait_for(waiting, TIMEOUT_S / 2) == UP_TO_DATE  # although another fit is blocked
         fitter.go.release()
 
 
-async def test_it_does_not_wait_for_entries_published_meanwhile(start, stream, make, monkeypatch) -> None:
+async def test_it_ignores_entries_published_during_the_wait(start, stream, make, monkeypatch) -> None:
     harness = start(queue={"batch_entries": 1}, probe={"warmup_steps": 9})
     save, num_saves, go = harness.store.save, iter(range(9)), threading.Event()
 
@@ -143,7 +143,7 @@ async def test_it_does_not_wait_for_entries_published_meanwhile(start, stream, m
         go.set()
 
 
-async def test_without_labels_it_returns_at_once_even_if_paused(start, stream) -> None:
+async def test_without_labels_it_returns_immediately_even_if_paused(start, stream) -> None:
     harness = start()
     harness.updater.pause()
     async with harness.running():
@@ -158,7 +158,7 @@ async def test_a_domain_in_its_warm_up_is_up_to_date(start, stream, make) -> Non
         assert not harness.estimator.probes
 
 
-async def test_the_limit_ends_it(start, stream, make) -> None:
+async def test_the_time_limit_ends_the_wait(start, stream, make) -> None:
     harness = start()
     await publish(stream, make, 0)
     with harness.opened():
@@ -190,7 +190,7 @@ async def test_it_ends_when_fitting_stops(start, make) -> None:
         assert await asyncio.wait_for(waiting, TIMEOUT_S / 2) == {"default"}
 
 
-async def test_a_failed_fit_ends_it_until_there_are_new_labels(start, stream, make) -> None:
+async def test_a_failed_fit_ends_the_wait_until_new_labels_arrive(start, stream, make) -> None:
     fitter = FailingFitter(1)
     harness = start(lambda: fitter)
     await publish(stream, make, 0, 1)
@@ -203,7 +203,7 @@ async def test_a_failed_fit_ends_it_until_there_are_new_labels(start, stream, ma
 
 
 async def test_a_failed_domain_does_not_end_the_wait_for_others(start, make) -> None:
-    held = HeldFitter()
+    held = BlockedFitter()
     fitters = iter([FailingFitter(1), held])
     harness = start(lambda: next(fitters))
     for step in range(2):
@@ -220,8 +220,8 @@ async def test_a_failed_domain_does_not_end_the_wait_for_others(start, make) -> 
 
 
 async def test_it_does_not_wait_for_domains_of_other_runs(start, make) -> None:
-    """Fits run in the order of names: one domain is fitted, one fails, one is held, and the last must wait for it."""
-    held = HeldFitter()
+    """Fits run in the order of names: one succeeds, one fails, one is blocked, and the last waits for it."""
+    held = BlockedFitter()
     fitters = iter([MeanFitter(), FailingFitter(1), held])
     harness = start(lambda: next(fitters))
     for step in range(2):
@@ -229,16 +229,16 @@ async def test_it_does_not_wait_for_domains_of_other_runs(start, make) -> None:
             harness.estimator.learn(make.label(step, group_id=domain, domain=domain))
     async with harness.running():
         await until(lambda: held.num_begun == 1)
-        for asked in ("a.mine", "never.seen"):
-            behind = await asyncio.wait_for(wait(harness, asked), TIMEOUT_S / 2)
+        for requested in ("a.mine", "never.seen"):
+            behind = await asyncio.wait_for(wait(harness, requested), TIMEOUT_S / 2)
             assert behind == {"b.fails", "c.holds", "d.waits"}
         assert await wait(harness, "a.mine", "c.holds", limit_s=0.01) == {"b.fails", "c.holds", "d.waits"}
         held.go.release()
 
 
 async def test_it_waits_for_all_domains_of_the_run(start, stream, make) -> None:
-    """Another request may ask about the other domains of the step."""
-    held = HeldFitter()
+    """Another request may need the other domains of the step."""
+    held = BlockedFitter()
     harness = start(lambda: held)
     await MemoryQueue(stream, "publisher").publish(
         [make.message(make.label(step, run_id="asks", domain="taught")).SerializeToString() for step in range(2)]
@@ -255,10 +255,10 @@ async def test_it_waits_for_all_domains_of_the_run(start, stream, make) -> None:
 async def test_it_waits_for_a_queue_that_is_unreachable(start, stream, make, monkeypatch) -> None:
     harness = start()
     for method in ("newest_unacked", "has_unacked_up_to", "read"):
-        real, refusals = getattr(harness.queue, method), iter(range(2))
+        real, failures = getattr(harness.queue, method), iter(range(2))
 
-        async def away(*arguments, real=real, refusals=refusals, **options):
-            if next(refusals, None) is not None:
+        async def away(*arguments, real=real, failures=failures, **options):
+            if next(failures, None) is not None:
                 raise BackendDown("Redis is away")
             return await real(*arguments, **options)
 
@@ -272,7 +272,7 @@ async def test_it_waits_for_a_queue_that_is_unreachable(start, stream, make, mon
         assert harness.estimator.probes["default"].num_added == 2
 
 
-async def test_the_limit_ends_it_if_the_queue_stays_unreachable(start, monkeypatch) -> None:
+async def test_the_time_limit_holds_while_the_queue_is_unreachable(start, monkeypatch) -> None:
     harness = start()
 
     async def away(**options):

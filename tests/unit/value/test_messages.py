@@ -37,7 +37,7 @@ def violations(payload: bytes, max_bytes: int = 1 << 20) -> list[tuple[str, str]
     return [(each.field, each.description) for each in caught.value.violations]
 
 
-def test_a_good_label_is_read_to_the_last_bit(make) -> None:
+def test_a_valid_label_is_read_to_the_last_bit(make) -> None:
     label = make.label(2**64 - 1, "a.b_c:d/e-F", run_id="run", domain="math", n=3)
     read = parse_label(make.message(label).SerializeToString(), 1 << 20)
     assert (read.run_id, read.step, read.group_id, read.domain) == ("run", 2**64 - 1, "a.b_c:d/e-F", "math")
@@ -118,7 +118,7 @@ FIELDS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize(("change", "field"), FIELDS.values(), ids=FIELDS)
-def test_one_wrong_field_is_named_alone(make, change: Change, field: str) -> None:
+def test_a_single_wrong_field_is_named(make, change: Change, field: str) -> None:
     message = make.message(make.label(0))
     change(message)
     ((named, description),) = violations(message.SerializeToString())
@@ -126,7 +126,7 @@ def test_one_wrong_field_is_named_alone(make, change: Change, field: str) -> Non
     assert description
 
 
-def test_rollouts_of_two_widths_are_refused_together(make) -> None:
+def test_rollouts_of_two_widths_are_rejected(make) -> None:
     message = make.message(make.label(0))
     message.rollouts[1].CopyFrom(make.message(make.label(0, width=9)).rollouts[1])
     assert violations(message.SerializeToString()) == [
@@ -134,7 +134,7 @@ def test_rollouts_of_two_widths_are_refused_together(make) -> None:
     ]
 
 
-def test_hidden_states_without_a_width_are_refused(make) -> None:
+def test_empty_hidden_states_are_rejected(make) -> None:
     message = make.message(make.label(0, width=1))
     for rollout in message.rollouts:
         put(rollout.prompt_hidden, vector())
@@ -142,7 +142,7 @@ def test_hidden_states_without_a_width_are_refused(make) -> None:
     assert [field for field, _ in violations(message.SerializeToString())] == ["group.rollouts"]
 
 
-def test_all_wrong_fields_are_named_at_once(make) -> None:
+def test_all_wrong_fields_are_named(make) -> None:
     message = make.message(make.label(0, n=3))
     message.run_id = message.group_id = ""
     message.domain = "a b"
@@ -159,28 +159,28 @@ def test_all_wrong_fields_are_named_at_once(make) -> None:
     ]
 
 
-def test_of_another_schema_nothing_else_is_judged(make) -> None:
+def test_other_fields_of_another_schema_are_not_checked(make) -> None:
     message = LabelledGroup(schema_version=7)
     assert violations(message.SerializeToString()) == [("group.schema_version", "is 7; must be 2")]
 
 
 @pytest.mark.parametrize("payload", [b"\xff", b"not a message", b"\x08", "…".encode()])
-def test_bytes_that_are_no_message_are_poison(payload: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_rejected(payload: bytes) -> None:
     ((field, description),) = violations(payload)
     assert field == "payload"
     assert "LabelledGroup" in description
 
 
-def test_an_empty_entry_is_poison() -> None:
+def test_an_empty_entry_is_rejected() -> None:
     assert violations(b"")[0][0] == "group.schema_version"
 
 
-def test_an_entry_over_the_limit_is_not_even_parsed() -> None:
+def test_an_entry_over_the_limit_is_not_parsed() -> None:
     ((field, description),) = violations(b"\xff" * 101, max_bytes=100)
     assert (field, description) == ("payload", "is 101 bytes; at most 100 are accepted")
 
 
-def test_no_cut_of_a_message_gets_through_as_a_label(make) -> None:
+def test_a_truncated_message_is_never_a_label(make) -> None:
     """As after a torn write: a prefix that parses lacks rewards, the last field."""
     payload = make.payload(3)
     for end in range(len(payload)):
@@ -218,13 +218,13 @@ def test_numbers_that_cannot_be_fitted_are_named(make, field, number):
     name = "output_entropy.mean" if field == "entropies" else field
     with pytest.raises(InvalidRequest, match=rf"rollouts\[1\].{name}: contains .*; allowed: "):
         parse_label(make.message(label).SerializeToString(), 2**20)
-    question = GroupFeatures(group_id="g", rollouts=make.message(label).rollouts)
+    query = GroupFeatures(group_id="g", rollouts=make.message(label).rollouts)
     wrong = Violations()
-    assert read_queries([question], wrong) == [None]
+    assert read_queries([query], wrong) == [None]
     assert wrong
 
 
-def test_a_label_survives_being_written_again(make):
+def test_a_label_survives_serialisation(make):
     label = make.label(3, "g7", n=3)
     again = parse_label(label_payload(label), 2**20)
     assert (again.run_id, again.step, again.group_id, again.domain) == ("run", 3, "g7", "default")

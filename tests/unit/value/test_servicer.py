@@ -22,13 +22,13 @@ from poise_client.types import GroupBaselines, ProbeReport, PromptFeatures, Prom
 from poise_proto.v1 import value_pb2 as pb
 
 
-def question_message(question: GroupQuery, rewards=None) -> pb.GroupFeatures:
-    group = make_group(question.group_id, sdk_features(question.features), rewards, domain=question.domain)
+def question_message(query: GroupQuery, rewards=None) -> pb.GroupFeatures:
+    group = make_group(query.group_id, sdk_features(query.features), rewards, domain=query.domain)
     return encode(group, pb.GroupFeatures)
 
 
 class Call:
-    """A call with this much time left."""
+    """A call context with this much time left."""
 
     def __init__(self, left_s: float | None = None) -> None:
         self._left_s = left_s
@@ -38,20 +38,20 @@ class Call:
 
 
 class Barrier:
-    """Returns at once, after what a test does meanwhile; records the requests and limits."""
+    """A label barrier that runs a test's action and returns. It records the requests and limits."""
 
     def __init__(self) -> None:
         self.limits_s: list[float] = []
         self.requests: list[tuple[str, set[str]]] = []
         self.behind: frozenset[str] | None = frozenset()
-        self.meanwhile: Callable[[], object] = lambda: None
+        self.action: Callable[[], object] = lambda: None
 
     async def wait(
         self, updater: object, run_id: str, domains: Collection[str], limit_s: float
     ) -> frozenset[str] | None:
         self.limits_s.append(limit_s)
         self.requests.append((run_id, set(domains)))
-        self.meanwhile()
+        self.action()
         return self.behind
 
 
@@ -69,8 +69,8 @@ class Service:
 
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
         rewards = options.pop("rewards", None)
-        question = self.make.question(group_id, **options)
-        return question_message(question, rewards)
+        query = self.make.query(group_id, **options)
+        return question_message(query, rewards)
 
     def label(self, step: int = 0, group_id: str = "g0", **options) -> pb.LabelledGroup:
         return self.make.message(self.make.label(step, group_id, **options))
@@ -130,7 +130,7 @@ def with_change(message, change: Callable[[object], object]):
 # EstimateBaselines.
 
 
-async def test_answers_are_in_order_and_from_the_domains_probe(service) -> None:
+async def test_answers_keep_the_order_and_use_the_domains_probe(service) -> None:
     service.install("math")
     answers = await service.estimate(
         service.group("a", domain="math"), service.group("b", domain=""), service.group("c", domain="math", n=1)
@@ -146,7 +146,7 @@ async def test_an_empty_domain_is_the_default_one(service) -> None:
     assert answer.probe_version == 1
 
 
-async def test_everything_wrong_with_a_question_is_named_at_once(service) -> None:
+async def test_all_invalid_fields_of_a_request_are_named(service) -> None:
     narrow = service.group("narrow", width=4)
     groups = [
         service.group("good"),
@@ -169,7 +169,7 @@ async def test_everything_wrong_with_a_question_is_named_at_once(service) -> Non
     ]
 
 
-async def test_a_refused_question_pins_nothing(service) -> None:
+async def test_a_rejected_request_pins_nothing(service) -> None:
     await fields_of(service.estimate(service.group("a b")))
     service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
@@ -191,7 +191,7 @@ async def test_a_group_of_another_width_is_rejected_by_name(service) -> None:
     assert await fields_of(service.estimate(service.group(domain="new"), wide)) == ["groups[1].rollouts"]
 
 
-async def test_rewards_reach_a_probe_that_takes_them(service) -> None:
+async def test_rewards_reach_a_probe_that_needs_them(service) -> None:
     service.install(reward_weight=0.25)
     (answer,) = await service.estimate(service.group(rewards=np.float32([0, 1])))
     assert answer.values.tolist() == [0.5, 0.75]
@@ -203,16 +203,14 @@ async def test_each_group_is_answered_from_its_own_features(service) -> None:
     probe = FittedProbe({"response_hidden": np.arange(9) / 100, "entropy": np.float64([1, 2, 3]) / 100}, 0.5)
     service.estimator.install("wide", VersionedProbe(1, probe, 0, 0.0))
     service.install("rewarded", reward_weight=0.25)
-    questions = [
-        service.make.question(f"g{i}", domain=domain, n=n, width=9 if domain == "wide" else 6)
+    queries = [
+        service.make.query(f"g{i}", domain=domain, n=n, width=9 if domain == "wide" else 6)
         for i, (domain, n) in enumerate([("wide", 2), ("rewarded", 3), ("wide", 1), ("none", 2), ("rewarded", 2)])
     ]
     rewards = [None, np.float32([0, 0.5, 1]), np.float32([1]), None, np.float32([1, 0])]
-    answers = await service.estimate(
-        *(question_message(each, own) for each, own in zip(questions, rewards, strict=True))
-    )
+    answers = await service.estimate(*(question_message(each, own) for each, own in zip(queries, rewards, strict=True)))
     for number in (0, 2):
-        rows = questions[number].features
+        rows = queries[number].features
         expected = 0.5 + rows.response_hidden @ np.arange(9) / 100 + rows.entropies[:, [0, 4, 8]] @ [0.01, 0.02, 0.03]
         np.testing.assert_allclose(answers[number].values, expected, atol=1e-6)
         assert 0 < expected.min() < expected.max() < 1 or len(expected) == 1
@@ -225,7 +223,7 @@ async def test_each_group_is_answered_from_its_own_features(service) -> None:
 @pytest.mark.parametrize(
     "rewards", [[0.5], [0.5] * 3, [0.5, float("nan")], [float("inf"), 0], [0.5, -0.01], [1.01, 0.5], np.zeros((2, 1))]
 )
-async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, rewards, reward_weight) -> None:
+async def test_invalid_rewards_are_rejected_even_if_unused(service, rewards, reward_weight) -> None:
     service.install(reward_weight=reward_weight)
     group = service.group()
     group.rewards.CopyFrom(to_tensor(np.array(rewards, np.float32)))
@@ -233,7 +231,7 @@ async def test_rewards_that_cannot_be_are_refused_whether_used_or_not(service, r
 
 
 async def test_a_request_that_pins_a_step_waits_for_labels(service) -> None:
-    service.barrier.meanwhile = service.install
+    service.barrier.action = service.install
     (answer,) = await service.estimate(service.group(), wait_for_labels_s=30)
     assert (answer.probe_version, answer.up_to_date) == (1, True)
     service.barrier.behind = None
@@ -271,7 +269,7 @@ async def test_a_pinned_step_is_answered_without_waiting(service) -> None:
     assert service.barrier.limits_s == [30]
 
 
-async def test_a_step_whose_labels_came_first_is_rejected_at_once(service) -> None:
+async def test_a_step_with_consumed_labels_is_rejected_without_wait(service) -> None:
     service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
@@ -279,7 +277,7 @@ async def test_a_step_whose_labels_came_first_is_rejected_at_once(service) -> No
 
 
 async def test_labels_of_the_step_during_the_wait_reject_the_request(service) -> None:
-    service.barrier.meanwhile = lambda: service.estimator.learn(service.make.label(0))
+    service.barrier.action = lambda: service.estimator.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
 
@@ -291,14 +289,14 @@ async def test_waiting_leaves_time_for_the_answer_before_the_deadline(service) -
 
 
 async def test_a_request_that_waits_during_shutdown_pins_nothing(service) -> None:
-    service.barrier.meanwhile = service.servicer.close
+    service.barrier.action = service.servicer.close
     with pytest.raises(Draining):
         await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.estimator.would_pin("run", 0)
 
 
 @pytest.mark.parametrize("wait_for_labels_s", [-0.1, float("nan"), float("inf"), MAX_WAIT_S + 1])
-async def test_a_wait_that_cannot_be_is_named(service, wait_for_labels_s) -> None:
+async def test_an_invalid_wait_is_rejected_by_name(service, wait_for_labels_s) -> None:
     assert await fields_of(service.estimate(service.group(), wait_for_labels_s=wait_for_labels_s)) == [
         "wait_for_labels_s"
     ]
@@ -312,7 +310,7 @@ def prompt_message(group_id: str = "p", domain: str = "default", width: int = 6)
     return encode(PromptFeatures(group_id, domain, np.full(width, 0.5, np.float32)), pb.PromptFeatures)
 
 
-async def test_prompts_are_scored_in_the_order_asked(service) -> None:
+async def test_prompts_are_scored_in_request_order(service) -> None:
     service.install("math")
     service.install("default", width=4)
     scores = await service.score(
@@ -322,7 +320,7 @@ async def test_prompts_are_scored_in_the_order_asked(service) -> None:
     assert [score.value for score in scores] == [pytest.approx(0.4), pytest.approx(0.5), None]
 
 
-async def test_everything_wrong_with_prompts_is_named_at_once(service) -> None:
+async def test_all_invalid_fields_of_prompts_are_named(service) -> None:
     service.install()
     prompts = [prompt_message(), *(prompt_message() for _ in range(5))]
     prompts[1].group_id = "a b"
@@ -348,13 +346,13 @@ async def test_the_number_of_prompts_is_bounded(service, number) -> None:
 # PublishLabels.
 
 
-async def test_labels_are_queued_whole_in_order(service) -> None:
+async def test_labels_are_queued_unchanged_in_order(service) -> None:
     labels = [service.label(0, "a"), service.label(1, "b")]
     assert await service.publish(*labels) == 2
     assert [pb.LabelledGroup.FromString(entry.payload) for entry in service.stream.unread] == labels
 
 
-async def test_all_invalid_fields_of_labels_are_named_at_once(service) -> None:
+async def test_all_invalid_fields_of_labels_are_named(service) -> None:
     service.estimator.learn(service.make.label(0, domain="known", width=9))
     service.install("known", width=9)
     labels = [
@@ -375,7 +373,7 @@ async def test_all_invalid_fields_of_labels_are_named_at_once(service) -> None:
     assert not service.stream.unread
 
 
-async def test_a_domain_too_many_is_named(config, make) -> None:
+async def test_a_domain_over_the_limit_is_rejected_by_name(config, make) -> None:
     service = Service(config(probe={"max_domains": 1}), make)
     service.estimator.learn(make.label(0, domain="one"))
     assert await fields_of(service.publish(service.label(domain="two"))) == ["groups[0].domain"]
@@ -393,7 +391,7 @@ async def test_more_labels_than_the_queue_can_hold_are_invalid(config, make) -> 
     assert await fields_of(service.publish(*[service.label(0, str(i)) for i in range(3)])) == ["groups"]
 
 
-async def test_a_full_queue_takes_all_of_a_request_or_nothing(config, make) -> None:
+async def test_a_full_queue_accepts_all_of_a_request_or_nothing(config, make) -> None:
     service = Service(config(queue={"max_entries": 3}), make)
     await service.publish(service.label(0, "a"), service.label(0, "b"))
     with pytest.raises(QueueFull) as caught:
@@ -405,7 +403,7 @@ async def test_a_full_queue_takes_all_of_a_request_or_nothing(config, make) -> N
 # GetProbe.
 
 
-async def test_the_report_counts_what_is_known_and_queued(service) -> None:
+async def test_the_report_counts_consumed_and_queued_groups(service) -> None:
     for step in range(2):
         service.estimator.learn(service.make.label(step, domain="math"))
     service.estimator.learn(service.make.label(1, domain="math"))
@@ -439,14 +437,14 @@ async def all_calls(service: Service, error: type[Exception]) -> None:
             await call
 
 
-async def test_nothing_is_answered_before_the_state_is_restored(config) -> None:
+async def test_requests_before_the_restore_are_rejected(config) -> None:
     servicer = ValueServicer(config())
     for call in (servicer.EstimateBaselines, servicer.ScorePrompts, servicer.PublishLabels, servicer.GetProbe):
         with pytest.raises(BackendDown, match="restoring"):
             await call(None, None)
 
 
-async def test_nothing_is_answered_once_closed(service) -> None:
+async def test_requests_after_closing_are_rejected(service) -> None:
     service.servicer.close()
     await all_calls(service, Draining)
     assert not service.stream.unread

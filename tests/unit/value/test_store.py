@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
 
 
-# The whole state comes back.
+# The whole state is restored.
 
 
 def probe(version: int, width: int = 6) -> VersionedProbe:
@@ -134,15 +134,15 @@ def plain(value: object) -> object:
     return [plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def test_everything_comes_back_to_the_last_bit(snapshot) -> None:
+def test_everything_is_restored_to_the_last_bit(snapshot) -> None:
     assert plain(saved_and_read(snapshot)) == plain(snapshot)
 
 
-def test_an_empty_state_comes_back() -> None:
+def test_an_empty_state_is_restored() -> None:
     assert plain(saved_and_read(EMPTY)) == plain(EMPTY)
 
 
-def test_a_probe_that_many_steps_pin_stays_one(snapshot) -> None:
+def test_a_probe_pinned_by_many_steps_is_stored_once(snapshot) -> None:
     again = saved_and_read(snapshot)
     pinned = {(pin.run_id, pin.step): pin.probes for pin in again.pins}
     assert pinned["run", 1]["math"] is pinned["other", 1]["math"]
@@ -158,7 +158,7 @@ def test_a_new_folder_is_created_and_is_empty(folder) -> None:
 
 
 def sliding(make) -> list[Snapshot]:
-    """States of a sliding window of four groups, beside a domain that never changes."""
+    """States of a sliding window of four groups, and a domain that never changes."""
     groups, still = [make.label(step) for step in range(12)], (make.label(0, domain="still"),)
     valued = [ValuedGroup("run", step, make.rewards(), make.rewards()) for step in range(12)]
     states = []
@@ -189,7 +189,7 @@ def sliding(make) -> list[Snapshot]:
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_a_state_of_many_saves_comes_back_whole(folder, make, restarts) -> None:
+def test_a_state_of_many_saves_is_restored_completely(folder, make, restarts) -> None:
     states = sliding(make)
     store, _ = opened(folder)
     for state in states:
@@ -201,7 +201,7 @@ def test_a_state_of_many_saves_comes_back_whole(folder, make, restarts) -> None:
     assert plain(read(folder)) == plain(states[-1])
 
 
-def test_a_window_that_was_replaced_comes_back(folder, make) -> None:
+def test_a_replaced_window_is_restored(folder, make) -> None:
     store, _ = opened(folder)
     states = []
     for num_added, num_kept in ((4, 4), (9, 2), (11, 1), (12, 0)):
@@ -268,7 +268,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_state_is_moved_and_the_one_before_used(folder, numbered, damage, caplog) -> None:
+def test_a_damaged_state_is_moved_and_the_previous_one_used(folder, numbered, damage, caplog) -> None:
     newest = saved(folder, numbered(1), numbered(2))[-1]
     damage(newest)
     damaged = newest.read_bytes()
@@ -280,7 +280,7 @@ def test_a_damaged_state_is_moved_and_the_one_before_used(folder, numbered, dama
     after = saved(folder, numbered(3))[-1]
     assert reopened(folder) == 3
     damage(after)
-    assert reopened(folder) == 1  # the good state was kept
+    assert reopened(folder) == 1  # the undamaged state was kept
     assert (folder / "damaged-2").is_dir()
 
 
@@ -362,7 +362,7 @@ def test_a_failing_disk_stops_the_service(folder, numbered, monkeypatch, caplog)
     assert reopened(folder) == 2
 
 
-def test_files_of_others_are_neither_read_nor_deleted(folder, numbered) -> None:
+def test_unknown_files_are_neither_read_nor_deleted(folder, numbered) -> None:
     others = ("notes.json", "state-latest.json", "state-9.sqlite3")
     saved(folder, numbered(1))
     for name in others:
@@ -402,14 +402,14 @@ def test_closing_twice_is_harmless(folder) -> None:
     store.close()
 
 
-def test_a_path_that_is_no_folder_is_rejected_by_name(tmp_path) -> None:
+def test_a_path_that_is_not_a_folder_is_rejected_by_name(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="file cannot be used"):
         opened(tmp_path / "file")
 
 
 def take_over(folder: Path) -> None:
-    """Take the folder although it is locked, as when a file system loses the lock."""
+    """Lock the folder although it is locked, like a file system that lost the lock."""
     (folder / "lock").write_bytes(b"another")
 
 
@@ -486,8 +486,8 @@ while True:
 """
 
 
-def test_a_killed_process_leaves_the_last_state_or_the_next(folder) -> None:
-    """A save that returned survives `kill -9`; one in progress leaves the state before or after it."""
+def test_a_killed_process_leaves_the_previous_or_the_new_state(folder) -> None:
+    """A finished save survives `kill -9`. An unfinished one leaves the old or the new state."""
     code = CRASHING.format(path=sys.path, folder=str(folder))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -498,7 +498,7 @@ def test_a_killed_process_leaves_the_last_state_or_the_next(folder) -> None:
     assert reopened(folder) in (int(last), int(last) + 1)
 
 
-def test_a_crash_at_any_statement_leaves_one_of_two_states(tmp_path, make) -> None:
+def test_a_crash_at_any_statement_leaves_an_intact_state(tmp_path, make) -> None:
     """Copies the folder at every commit step, as a crash at that moment would leave it, and opens the copy."""
     folder, copies = tmp_path / "state", tmp_path / "copies"
     copies.mkdir()

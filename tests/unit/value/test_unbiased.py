@@ -2,7 +2,7 @@
 
 A softmax policy over a few answers to a few prompts, small enough for the exact gradient. Rollouts carry features that
 tell both prompt and answer; a probe is fitted on earlier rollouts. The estimator's mean over many groups must match the
-exact gradient within its own error, and a baseline that looks at its own rollout must be told apart. The baselines of
+exact gradient within its own error, and a baseline that looks at its own rollout must be depths apart. The baselines of
 the service's own way, from labels by its fitter to its answers, are put to the same test.
 """
 
@@ -26,8 +26,8 @@ from poise.value.step_probes import VersionedProbe
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2
-NUM_ASKED = 30_000
-"""The number of groups whose baselines the service is asked for."""
+NUM_QUERIED = 30_000
+"""Number of groups whose baselines are requested from the service."""
 
 PAPERS: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 
@@ -132,24 +132,24 @@ def test_the_siblings_probe_value_keeps_the_gradient_unbiased(probe, groups) -> 
     assert p_value(groups, groups.others(values(probe, groups))) > 1e-3
 
 
-def test_so_does_a_value_that_knows_the_siblings_reward_too(probe, groups) -> None:
-    """b_i = mean over j ≠ i of g(z_j, r_j): (z_j, r_j) is as independent of y_i, given the prompt, as z_j alone."""
+def test_the_siblings_reward_keeps_the_gradient_unbiased(probe, groups) -> None:
+    """b_i = mean over j ≠ i of g(z_j, r_j): (z_j, r_j) is independent of y_i, given the prompt, like z_j."""
     informed = values(probe, groups) + 0.4 * (groups.rewards - 0.5)
     assert p_value(groups, groups.others(informed)) > 1e-3
 
 
-def test_so_do_the_bootstrap_baselines(groups) -> None:
+def test_the_bootstrap_baselines_keep_the_gradient_unbiased(groups) -> None:
     assert p_value(groups, groups.others(groups.rewards)) > 1e-3
     few = groups.first(20_000)
     assert p_value(few, np.stack(batch_mean([*few.rewards]))) > 1e-3
 
 
-def test_a_baseline_from_the_own_reward_is_told_apart(probe, groups) -> None:
+def test_a_baseline_from_the_own_reward_is_detected_as_biased(probe, groups) -> None:
     leaky = 0.9 * groups.others(values(probe, groups)) + 0.1 * groups.rewards
     assert p_value(groups, leaky) < 1e-9
 
 
-def test_a_baseline_from_the_own_features_is_told_apart(probe, groups) -> None:
+def test_a_baseline_from_the_own_features_is_detected_as_biased(probe, groups) -> None:
     assert p_value(groups, values(probe, groups)) < 1e-9
 
 
@@ -165,9 +165,9 @@ class Served:
         fitter = IncrementalFitter(inputs, 4, 8, 1.0)
         window = estimator.domains["default"].window
         estimator.install("default", VersionedProbe(1, fitter.fit(window.groups), window.num_added, 0.0))
-        self.groups = groups.first(NUM_ASKED)
-        asked = [GroupQuery("g", "default", rows) for rows in self.groups.groups()]
-        answers = estimator.estimate("run", 0, asked)
+        self.groups = groups.first(NUM_QUERIED)
+        requested = [GroupQuery("g", "default", rows) for rows in self.groups.groups()]
+        answers = estimator.estimate("run", 0, requested)
         self.values = np.stack([answer.values for answer in answers])
         self.baselines = np.stack([answer.baselines for answer in answers])
 
@@ -195,7 +195,7 @@ def test_the_siblings_reward_lowers_the_variance_further(config, groups) -> None
     assert variance(("sibling_reward", "entropy")) < 0.995 * variance(("entropy",))
 
 
-def test_the_probe_is_worth_it(probe, groups) -> None:
+def test_the_probe_reduces_the_variance(probe, groups) -> None:
     """The variance of the advantages is lower than without a baseline and with RLOO."""
 
     def variance(baselines: Array) -> float:

@@ -1,4 +1,4 @@
-"""Consume, learn, save, acknowledge: each label is learnt exactly once, over crashes anywhere."""
+"""Consume, learn, save, acknowledge: each label is learnt exactly once despite crashes at any point."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def empty(stream: MemoryStream) -> bool:
 
 
 def consumed(harness: Harness) -> Counter[tuple[str, int, str]]:
-    """How often each label is in the window."""
+    """Return the number of copies of each label in the window."""
     return Counter(
         (group.run_id, group.step, group.group_id)
         for domain in harness.estimator.domains.values()
@@ -56,7 +56,7 @@ def consumed(harness: Harness) -> Counter[tuple[str, int, str]]:
     )
 
 
-async def test_labels_are_learnt_made_durable_and_acknowledged(start, stream, make) -> None:
+async def test_labels_are_learnt_saved_and_acknowledged(start, stream, make) -> None:
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
@@ -65,7 +65,7 @@ async def test_labels_are_learnt_made_durable_and_acknowledged(start, stream, ma
         assert consumed(after) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
 
 
-async def test_nothing_is_acknowledged_before_it_is_durable(start, stream, make, monkeypatch) -> None:
+async def test_labels_are_acknowledged_only_after_saving(start, stream, make, monkeypatch) -> None:
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     order: list[str] = []
 
@@ -90,7 +90,7 @@ async def test_nothing_is_acknowledged_before_it_is_durable(start, stream, make,
 
 
 class Crash(BaseException):
-    """Ends the process here; nothing after it runs."""
+    """Simulates the end of the process; no later code runs."""
 
 
 CRASHES: list[tuple[type, str, str]] = [
@@ -142,7 +142,7 @@ def crash_once(monkeypatch, owner: type, method: str, when: str, nth: int) -> No
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize(("owner", "method", "when"), CRASHES, ids=lambda value: getattr(value, "__name__", value))
-async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
+async def test_a_crash_anywhere_learns_each_label_once(
     start, stream, make, monkeypatch, owner, method, when, nth
 ) -> None:
     poison = {2: b"\xff", 5: b"also poison", 9: b""}
@@ -160,7 +160,7 @@ async def test_a_crash_anywhere_loses_no_label_and_repeats_none(
 
 
 async def test_repeated_crashes_still_learn_each_label_once(start, stream, make, monkeypatch) -> None:
-    """The service starts, does one more thing and dies, repeatedly."""
+    """The service repeatedly starts, makes one more step and dies."""
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     num_lives = 0
     for owner, method in ((Updater, "save"), (MemoryQueue, "ack")) * 2:
@@ -176,16 +176,16 @@ async def test_repeated_crashes_still_learn_each_label_once(start, stream, make,
         assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (NUM_LABELS, 4)
 
 
-# Trouble that passes.
+# Temporary failures.
 
 
 async def test_a_full_disk_keeps_labels_in_the_queue(start, stream, make, monkeypatch) -> None:
     await publish(stream, *[make.payload(step) for step in range(NUM_LABELS)])
     with start().opened() as harness:
-        save, refusals = harness.store.save, iter(range(3))
+        save, failures = harness.store.save, iter(range(3))
 
         def full(snapshot):
-            if next(refusals, None) is not None:
+            if next(failures, None) is not None:
                 assert len(stream.unread) + len(stream.pending) == NUM_LABELS
                 raise OSError(28, "No space left on device")
             return save(snapshot)
@@ -230,7 +230,7 @@ async def test_an_unreached_queue_is_a_problem(start, stream) -> None:
         await harness.run_until(lambda: not harness.updater.problem)
 
 
-# Poison.
+# Invalid labels.
 
 
 async def test_invalid_labels_are_dead_lettered_with_the_reason(start, stream, make, monkeypatch) -> None:
@@ -317,7 +317,7 @@ async def test_a_full_queue_rejects_labels_until_some_are_consumed(start, stream
 # Pause and stop.
 
 
-async def test_while_paused_even_a_pending_read_is_not_learnt(start, stream, make, monkeypatch) -> None:
+async def test_labels_of_a_pending_read_wait_while_paused(start, stream, make, monkeypatch) -> None:
     monkeypatch.setattr(poise.value.updater, "READ_WAIT_S", 0.3)
     with start().opened() as harness:
         running = asyncio.create_task(harness.updater.run())
@@ -374,31 +374,31 @@ async def test_requests_are_answered_between_labels_of_a_batch(start, stream, ma
         order.append("label")
         return learn(self, label)
 
-    async def questions() -> None:
+    async def queries() -> None:
         while len(order) < 100:
             if order:
-                order.append("question")
+                order.append("query")
             await asyncio.sleep(0)
 
     monkeypatch.setattr(BaselineEstimator, "learn", noted)
-    asking = asyncio.create_task(questions())
+    asking = asyncio.create_task(queries())
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
     asking.cancel()
     labels = [place for place, event in enumerate(order) if event == "label"]
-    assert all("question" in order[one:other] for one, other in pairwise(labels))
+    assert all("query" in order[one:other] for one, other in pairwise(labels))
 
 
 async def test_lost_labels_are_logged_and_others_still_learnt(start, stream, make, monkeypatch, caplog) -> None:
-    told = [QueueDepth(0, 0), QueueDepth(0, 0, num_losses=1, last_loss="Redis at r:1 lost labels: it is gone")]
+    depths = [QueueDepth(0, 0), QueueDepth(0, 0, num_losses=1, last_loss="Redis at r:1 lost labels: it is gone")]
 
     async def depth() -> QueueDepth:
-        return told[0] if len(told) == 1 else told.pop(0)
+        return depths[0] if len(depths) == 1 else depths.pop(0)
 
     with start().opened() as harness:
         monkeypatch.setattr(harness.queue, "depth", depth)
         await publish(stream, make.payload(0))
-        await harness.run_until(lambda: empty(stream) and len(told) == 1 and harness.updater.problem != "")
+        await harness.run_until(lambda: empty(stream) and len(depths) == 1 and harness.updater.problem != "")
         assert harness.updater.problem == "Redis at r:1 lost labels: it is gone"
         assert harness.updater.depth.num_losses == 1
         assert consumed(harness)
@@ -423,7 +423,7 @@ async def test_warnings_of_the_queue_are_logged_once(start, stream, monkeypatch,
     assert sum("deletes any key" in message for message in caplog.messages) == 1
 
 
-async def test_dead_letters_without_room_do_not_stop_other_labels(start, stream, make, monkeypatch) -> None:
+async def test_full_dead_letters_do_not_block_other_labels(start, stream, make, monkeypatch) -> None:
     await publish(stream, b"poison", *[make.payload(step) for step in range(NUM_LABELS)])
     with start().opened() as harness:
         real = harness.queue.dead_letter
@@ -446,7 +446,7 @@ async def test_dead_letters_without_room_do_not_stop_other_labels(start, stream,
         assert letter.payload == b"poison"
 
 
-async def test_the_newest_entry_learnt_is_known_over_a_restart(start, stream, make) -> None:
+async def test_the_newest_learnt_entry_survives_a_restart(start, stream, make) -> None:
     await publish(stream, *[make.payload(step) for step in range(12)])  # ids are numbers: 10 comes after 9
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))

@@ -1,4 +1,4 @@
-"""Fits beside requests: when, on which labels, and what a failure does. A probe is saved before it answers."""
+"""Background fits: when they run, on which labels, and what a failure does. A probe is saved before it answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from tests.support.memory_queue import MemoryStream
 from tests.unit.value.harness import (
     TIMEOUT_S,
+    BlockedFitter,
     FailingFitter,
     Harness,
-    HeldFitter,
     MeanFitter,
     PickyFitter,
     full_disk,
@@ -66,7 +66,7 @@ async def test_only_a_due_domain_is_fitted(start, make) -> None:
         assert harness.estimator.probes["math"].probe.bias == expected.bias
 
 
-async def test_a_restored_state_that_is_due_is_fitted_at_once(start, make) -> None:
+async def test_a_restored_state_that_is_due_is_fitted_immediately(start, make) -> None:
     with start().opened() as harness:
         learn(harness, make, 0, 1)
         await harness.updater.save()
@@ -75,7 +75,7 @@ async def test_a_restored_state_that_is_due_is_fitted_at_once(start, make) -> No
 
 
 async def test_labels_that_arrive_during_a_fit_are_in_the_next_one(start, make) -> None:
-    fitter = HeldFitter()
+    fitter = BlockedFitter()
     async with start(lambda: fitter).running() as harness:
         learn_and_fit(harness, make, 0, 1)
         await until(lambda: fitter.num_begun == 1)
@@ -90,8 +90,8 @@ async def test_labels_that_arrive_during_a_fit_are_in_the_next_one(start, make) 
     assert fitter.sizes == [2, 5]
 
 
-async def test_a_fit_of_a_window_emptied_meanwhile_is_dropped(start, make) -> None:
-    fitter = HeldFitter()
+async def test_a_fit_is_dropped_if_its_window_was_emptied(start, make) -> None:
+    fitter = BlockedFitter()
     async with start(lambda: fitter).running() as harness:
         learn_and_fit(harness, make, 0, 1, width=9)
         await until(lambda: fitter.num_begun == 1)
@@ -108,19 +108,19 @@ async def test_a_fit_of_a_window_emptied_meanwhile_is_dropped(start, make) -> No
     assert fitter.sizes == [2, 3]
 
 
-async def test_a_step_pinned_during_a_fit_keeps_the_probe_before_it(start, make) -> None:
-    fitter = HeldFitter()
+async def test_a_step_pinned_during_a_fit_keeps_the_old_probe(start, make) -> None:
+    fitter = BlockedFitter()
     async with start(lambda: fitter).running() as harness:
         learn_and_fit(harness, make, 0, 1)
         fitter.go.release()
         await until(lambda: version(harness) == 1)
         learn_and_fit(harness, make, 2)
         await until(lambda: fitter.num_begun == 2)
-        assert harness.estimator.estimate("run", 9, [make.question()])[0].probe_version == 1
+        assert harness.estimator.estimate("run", 9, [make.query()])[0].probe_version == 1
         fitter.go.release()
         await until(lambda: version(harness) == 2)
-        assert harness.estimator.estimate("run", 9, [make.question()])[0].probe_version == 1
-        assert harness.estimator.estimate("run", 10, [make.question()])[0].probe_version == 2
+        assert harness.estimator.estimate("run", 9, [make.query()])[0].probe_version == 1
+        assert harness.estimator.estimate("run", 10, [make.query()])[0].probe_version == 2
 
 
 async def test_a_domain_keeps_its_own_fitter(start, make) -> None:
@@ -162,13 +162,13 @@ async def test_a_failing_domain_does_not_delay_others(start, make) -> None:
         await until(lambda: harness.fit_failures("b") == 1)
 
 
-async def test_a_probe_answers_only_once_it_is_saved(start, make, monkeypatch) -> None:
+async def test_a_probe_answers_only_after_it_is_saved(start, make, monkeypatch) -> None:
     monkeypatch.setattr(poise.value.updater, "FIT_RETRY_S", 0.005)
     with start().opened() as harness:
-        save, refusals = harness.store.save, iter(range(3))
+        save, failures = harness.store.save, iter(range(3))
 
         def full(snapshot):
-            if next(refusals, None) is not None:
+            if next(failures, None) is not None:
                 assert version(harness) == 0
                 raise OSError(28, "No space left on device")
             return save(snapshot)
@@ -176,11 +176,11 @@ async def test_a_probe_answers_only_once_it_is_saved(start, make, monkeypatch) -
         monkeypatch.setattr(harness.store, "save", full)
         learn(harness, make, 0, 1)
         await harness.run_until(lambda: version(harness) == 1)
-        assert next(refusals, None) is None
+        assert next(failures, None) is None
         assert harness.updater.problem == ""
 
 
-async def test_a_full_disk_is_reported_and_is_no_failed_fit(start, make, monkeypatch) -> None:
+async def test_a_full_disk_is_not_counted_as_a_failed_fit(start, make, monkeypatch) -> None:
     monkeypatch.setattr(poise.value.updater, "FIT_RETRY_S", 0.005)
     async with start().running() as harness:
         with full_disk():
@@ -207,8 +207,8 @@ async def test_a_service_that_lost_its_folder_fails(start, make) -> None:
 
 
 async def test_requests_are_answered_during_a_fit_and_a_save(start, make, monkeypatch) -> None:
-    """Neither blocks the loop or a lock that a request needs: both are held until the requests are answered."""
-    fitter = HeldFitter()
+    """A fit and a save are blocked until the requests are answered: neither blocks the loop or a shared lock."""
+    fitter = BlockedFitter()
     async with start(lambda: fitter).running() as harness:
         save, begun, go = harness.store.save, threading.Event(), threading.Event()
 
@@ -243,11 +243,11 @@ async def test_requests_are_answered_during_a_fit_and_a_save(start, make, monkey
         await until(lambda: version(harness) == 2)
 
 
-async def test_a_version_names_one_probe_even_over_a_crash(start, make) -> None:
+async def test_a_version_names_one_probe_even_after_a_crash(start, make) -> None:
     with start().opened() as harness:
         learn(harness, make, 0, 1)
         await harness.run_until(lambda: version(harness) == 1)
-        (answer,) = harness.estimator.estimate("run", 9, [make.question("q")])
+        (answer,) = harness.estimator.estimate("run", 9, [make.query("q")])
     with start().opened() as harness:  # nothing was saved after the answer
         learn(harness, make, 2)
         assert version(harness) == answer.probe_version == 1
@@ -255,7 +255,7 @@ async def test_a_version_names_one_probe_even_over_a_crash(start, make) -> None:
 
 
 async def test_stopping_waits_for_the_current_fit(start, make) -> None:
-    fitter = HeldFitter()
+    fitter = BlockedFitter()
     with start(lambda: fitter).opened() as harness:
         running = asyncio.create_task(harness.updater.run())
         learn_and_fit(harness, make, 0, 1)
@@ -305,7 +305,9 @@ async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, 
         np.testing.assert_array_equal(again.features.prompt_hidden, bad.features.prompt_hidden)
         np.testing.assert_array_equal(again.features.entropies, bad.features.entropies)
     assert "Traceback" not in caplog.text
-    with start(lambda: PickyFitter(["bad"])).opened() as harness:  # it is gone for good, and cannot be learnt again
+    with start(
+        lambda: PickyFitter(["bad"])
+    ).opened() as harness:  # it was removed permanently and cannot be learnt again
         groups = harness.estimator.domains["default"].window.groups
         assert [group.step for group in groups] == [0, 1, 2]
         learn(harness, make, 3, group_id="bad")
@@ -331,7 +333,7 @@ async def test_a_group_stays_until_it_is_dead_lettered(start, make, monkeypatch)
         assert len(harness.estimator.domains["default"].window.groups) == 4
 
 
-async def test_a_fit_that_always_fails_drops_no_label(start, make) -> None:
+async def test_a_fit_that_always_fails_removes_no_label(start, make) -> None:
     names = [f"g{step}" for step in range(6)]
     with start(lambda: PickyFitter(names)).opened() as harness:
         for step, name in enumerate(names):

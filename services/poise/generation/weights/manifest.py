@@ -165,7 +165,7 @@ def _check_sizes(message: pb.WeightsManifest) -> None:
     """Check the lengths of all lists and texts. Must run before the shapes are read."""
     wrong = Violations()
     wrong.identifier("manifest.lineage_id", message.lineage_id)
-    wrong.count("manifest.tensors", len(message.tensors), MAX_TENSORS, at_least=1)
+    wrong.check_count("manifest.tensors", len(message.tensors), MAX_TENSORS, at_least=1)
     for index, tensor in enumerate(message.tensors):
         if len(tensor.shape) > MAX_AXES:
             wrong.add(f"manifest.tensors[{index}].shape", f"has {len(tensor.shape)} axes; required: at most {MAX_AXES}")

@@ -126,20 +126,20 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `below` overridden by `above`, merged section by section.
+def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` overridden by `override`, merged section by section.
 
-    A section of another `kind` replaces the one in `below` completely.
+    A section of another `kind` replaces the one in `base` completely.
     A string in place of such a section is its kind.
     """
-    result = dict(below)
-    for key, value in above.items():
-        under = below.get(key)
-        if isinstance(under, Mapping) and isinstance(value, str) and "kind" in under:
+    result = dict(base)
+    for key, value in override.items():
+        current = base.get(key)
+        if isinstance(current, Mapping) and isinstance(value, str) and "kind" in current:
             value = {"kind": value}
-        if isinstance(under, Mapping) and isinstance(value, Mapping):
-            is_other_kind = "kind" in value and under.get("kind", value["kind"]) != value["kind"]
-            result[key] = dict(value) if is_other_kind else merged(under, value)
+        if isinstance(current, Mapping) and isinstance(value, Mapping):
+            is_other_kind = "kind" in value and current.get("kind", value["kind"]) != value["kind"]
+            result[key] = dict(value) if is_other_kind else merged(current, value)
         else:
             result[key] = value
     return result

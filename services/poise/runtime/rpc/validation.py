@@ -58,7 +58,7 @@ class Violations:
         self.add(field, f"{state}; required: 1 to 128 characters of A-Z a-z 0-9 . _ : / -")
         return False
 
-    def count(self, field: str, number: int, at_most: int, *, at_least: int = 0) -> None:
+    def check_count(self, field: str, number: int, at_most: int, *, at_least: int = 0) -> None:
         """Raise `InvalidRequest` with all wrong fields unless a list's length is allowed. Call it before reading."""
         if not at_least <= number <= at_most:
             self.add(field, f"has {number}; required: {at_least} to {at_most}")

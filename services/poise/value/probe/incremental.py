@@ -143,12 +143,14 @@ class IncrementalFitter:
         start = 0
         prompt_only = None
         for name, subspace in self._subspaces.items():
-            here = slice(start, start + subspace.basis.shape[1])
-            maps[name] = subspace.rotation(scatter[here, here], mean[here], self._num_rows)
-            start = here.stop
+            columns = slice(start, start + subspace.basis.shape[1])
+            maps[name] = subspace.rotation(scatter[columns, columns], mean[columns], self._num_rows)
+            start = columns.stop
             if name == "prompt_hidden":
-                kept = np.r_[here, -1]
-                weights, bias = self._regress({name: maps[name]}, mean[kept], scatter[np.ix_(kept, kept)])
+                prompt_columns = np.r_[columns, -1]
+                weights, bias = self._regress(
+                    {name: maps[name]}, mean[prompt_columns], scatter[np.ix_(prompt_columns, prompt_columns)]
+                )
                 prompt_only = PromptProbe(weights[name], bias)
         maps |= {name: np.eye(_SCALAR_COLUMNS[name]) for name in self._scalars}
         return FittedProbe(*self._regress(maps, mean, scatter), prompt_only)

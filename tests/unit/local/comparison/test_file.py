@@ -52,10 +52,10 @@ def test_omitted_settings_have_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_setting_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         read(tmp_path, **changes)
-    assert message in str(refused.value)
-    assert "compare.yaml" in str(refused.value)
+    assert message in str(caught.value)
+    assert "compare.yaml" in str(caught.value)
 
 
 def test_example_loads_and_explains_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

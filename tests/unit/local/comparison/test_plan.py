@@ -94,16 +94,16 @@ def test_base_may_be_a_file_in_the_same_folder(tmp_path: Path) -> None:
     ],
 )
 def test_problem_of_any_run_is_reported_first(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         plan(tmp_path, **changes)
-    assert message in str(refused.value)
+    assert message in str(caught.value)
 
 
 def test_problems_of_all_runs_are_listed(tmp_path: Path) -> None:
     runs = {"a": {"algorithm": "rlo"}, "b": {"algorithm": "rloo", "set": {"seed": 1}}}
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         plan(tmp_path, runs=runs)
-    assert [line.split(": ")[1] for line in str(refused.value).splitlines()] == ["runs.a", "runs.b"]
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["runs.a", "runs.b"]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_base_with_shared_state_or_no_evaluation_is_rejected(
 ) -> None:
     train = {"tasks": [{"kind": "digits"}]} | base.pop("train", {})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "org/model", "train": train} | base))
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         plan(tmp_path, base="run.yaml")
-    assert message in str(refused.value)
-    assert "secret" not in str(refused.value)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +151,11 @@ def begin(begun: Plan) -> None:
 def test_started_runs_keep_their_settings(tmp_path: Path) -> None:
     begin(plan(tmp_path))
     reject_changes(plan(tmp_path, levels=[0.5], reference="poise", keep_state=True))  # of the report and the folder
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         reject_changes(plan(tmp_path, budget={"tokens": 2000}))
-    assert "rloo-seed0: train.budget.tokens: 1000 -> 2000" in str(refused.value)
-    assert "poise-seed7: train.budget.tokens: 1000 -> 2000" in str(refused.value)
-    assert "Give this comparison another name or dir" in str(refused.value)
+    assert "rloo-seed0: train.budget.tokens: 1000 -> 2000" in str(caught.value)
+    assert "poise-seed7: train.budget.tokens: 1000 -> 2000" in str(caught.value)
+    assert "Give this comparison another name or dir" in str(caught.value)
 
 
 def test_runs_and_seeds_may_be_added(tmp_path: Path) -> None:

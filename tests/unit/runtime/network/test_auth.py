@@ -27,10 +27,10 @@ def test_scheme_of_the_token_is_case_insensitive(given):
               "Basic hunter2", "Bearer HUNTER2", "Bearer hünter2", "Bearer \udcff"]
 )  # fmt: skip
 def test_wrong_token_is_rejected_without_showing_the_right_one(given):
-    with pytest.raises(Unauthenticated) as refused:
+    with pytest.raises(Unauthenticated) as caught:
         BearerAuth("hunter2").check(given)
-    assert refused.value.remedy
-    assert "hunter2" not in str(refused.value)
+    assert caught.value.remedy
+    assert "hunter2" not in str(caught.value)
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
@@ -51,9 +51,9 @@ def test_loopback_address_needs_no_token(host):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"])
 def test_other_address_needs_a_token_or_permission(host):
     beyond = {"grpc": {"host": host}, "admin": {"host": host}}
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         reject_open_bind(config(**beyond), None)
-    lines = str(refused.value).splitlines()
+    lines = str(caught.value).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["grpc.host", "admin.host"]
     assert all("auth.token_file" in line and "auth.allow_open_bind" in line for line in lines)
     reject_open_bind(config(**beyond), "hunter2")

@@ -10,9 +10,9 @@ def test_one_error_names_all_wrong_fields():
     assert not wrong.check(False, "n", "is 0; required: at least 1")
     wrong.add("groups[3].id", "is empty")
     assert wrong
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as caught:
         wrong.raise_if_any()
-    assert [(v.field, v.description) for v in refused.value.violations] == [
+    assert [(v.field, v.description) for v in caught.value.violations] == [
         ("n", "is 0; required: at least 1"),
         ("groups[3].id", "is empty"),
     ]
@@ -35,9 +35,9 @@ def test_identifier_is_accepted(value):
 def test_invalid_identifier_is_rejected_with_the_rule(value):
     wrong = Violations()
     assert not wrong.identifier("run_id", value)
-    with pytest.raises(InvalidRequest, match=r"run_id: is .*; required: 1 to 128 characters") as refused:
+    with pytest.raises(InvalidRequest, match=r"run_id: is .*; required: 1 to 128 characters") as caught:
         wrong.raise_if_any()
-    assert len(refused.value.message) < 200
+    assert len(caught.value.message) < 200
 
 
 @pytest.mark.parametrize("value", ["final", "step-8_b.v2", "x" * 64])

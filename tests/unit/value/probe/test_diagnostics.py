@@ -22,14 +22,14 @@ def random_groups(num_groups: int = 60) -> list[ValuedGroup]:
     ]
 
 
-def test_nothing_is_known_before_the_first_row() -> None:
+def test_all_numbers_are_nan_before_the_first_row() -> None:
     quality = dataclasses.asdict(Diagnostics(10).quality())
     assert quality.pop("num_rows") == 0
     assert quality.pop("calibration") == ()
     assert all(math.isnan(value) for value in quality.values())
 
 
-def test_values_are_held_against_the_siblings_rewards() -> None:
+def test_values_are_compared_with_the_siblings_rewards() -> None:
     record, groups = Diagnostics(1000), random_groups()
     for one in groups:
         record.add(one)
@@ -67,22 +67,22 @@ def test_advantage_variance_is_compared_with_other_baselines() -> None:
     assert quality.variance_vs_batch_mean == pytest.approx(used / mean_square(others), rel=1e-5)
 
 
-def test_the_other_prompts_of_a_step_are_those_of_its_run_alone() -> None:
+def test_the_batch_mean_excludes_other_runs() -> None:
     record = Diagnostics(100)
     record.add(group([0.5, 0.5], [1, 0], run_id="a"))
     record.add(group([0.5, 0.5], [1, 1], run_id="b"))
-    # Each is alone in its step: the siblings stand in for the other prompts.
+    # Each group is the only one in its step, so the siblings' mean replaces the other prompts' mean.
     assert record.quality().variance_vs_batch_mean == pytest.approx(record.quality().variance_vs_rloo)
 
 
-def test_a_ratio_to_a_perfect_rival_is_not_defined() -> None:
+def test_a_ratio_to_zero_variance_is_nan() -> None:
     record = Diagnostics(10)
     record.add(group([0.4, 0.6], [1, 1]))
     assert math.isnan(record.quality().variance_vs_rloo)
     assert record.quality().variance_vs_none == pytest.approx((0.4**2 + 0.6**2) / 2)
 
 
-def test_only_the_last_whole_groups_count() -> None:
+def test_only_the_newest_whole_groups_count() -> None:
     record = Diagnostics(4)
     for one in (group([1, 1], [0, 0]), group([0.5, 0.5], [1, 1]), group([0.25, 0.25], [1, 1])):
         record.add(one)
@@ -90,7 +90,7 @@ def test_only_the_last_whole_groups_count() -> None:
     assert record.quality().brier == pytest.approx((0.5**2 + 0.75**2) / 2)
 
 
-def test_a_restored_record_judges_alike() -> None:
+def test_restored_diagnostics_give_the_same_numbers() -> None:
     record = Diagnostics(50)
     for one in random_groups():
         record.add(one)

@@ -61,7 +61,7 @@ def fitter(**changes: object) -> IncrementalFitter:
 def reference(groups: Iterable[Label], **changes: object) -> FittedProbe:
     configured = {"inputs": ALL_INPUTS, "prompt_components": 12, "response_components": 12, "alpha": 1.0} | changes
     rows, targets = training_data(groups)
-    # Doubles, because scikit-learn forms covariances about zero: in single precision too coarse far from it.
+    # Doubles: scikit-learn computes covariances about zero, which is too coarse in single precision far from zero.
     doubles = replace(
         rows,
         prompt_hidden=rows.prompt_hidden.astype(float),  # type: ignore[arg-type]
@@ -92,38 +92,38 @@ def assert_alike(fitted: FittedProbe, expected: FittedProbe, groups: list[Label]
         ("sibling_reward",),
     ],
 )
-def test_a_first_fit_predicts_as_the_reference(inputs: tuple[str, ...]) -> None:
+def test_a_first_fit_predicts_like_the_reference(inputs: tuple[str, ...]) -> None:
     source = Source()
-    groups, asked = source.groups(150), source.groups(50)
-    assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), asked, atol=2e-4)
+    groups, unseen = source.groups(150), source.groups(50)
+    assert_alike(fitter(inputs=inputs).fit(groups), reference(groups, inputs=inputs), unseen, atol=2e-4)
 
 
 def test_a_growing_window_gets_more_components() -> None:
     source, filling = Source(), fitter(rows_per_component=40)
-    groups, asked = source.groups(50), source.groups(50)
+    groups, unseen = source.groups(50), source.groups(50)
     for num_components in (4, 5, 10, 12):  # of 100, 200, 400 and 800 rows
         expected = reference(groups, prompt_components=num_components, response_components=num_components)
-        assert_alike(filling.fit(groups), expected, asked, atol=5e-4)
-        assert_alike(reference(groups, rows_per_component=40), expected, asked, atol=1e-6)
+        assert_alike(filling.fit(groups), expected, unseen, atol=5e-4)
+        assert_alike(reference(groups, rows_per_component=40), expected, unseen, atol=1e-6)
         groups = groups + source.groups(len(groups))
 
 
 @pytest.mark.parametrize("inputs", [ALL_INPUTS, ("response_hidden", "sibling_reward", "prompt_hidden")])
-def test_fifty_updates_predict_as_the_reference(inputs: tuple[str, ...]) -> None:
-    """Wider than the exact solution, so that bases are updated. All else is single precision."""
+def test_fifty_updates_predict_like_the_reference(inputs: tuple[str, ...]) -> None:
+    """Wider than the exact solution, so that bases are updated in single precision."""
     source, sliding = Source(), fitter(inputs=inputs)
-    groups, asked = source.groups(120), source.groups(50)
+    groups, unseen = source.groups(120), source.groups(50)
     num_rebuilds = 0
     for update in range(50):
         fitted = sliding.fit(groups)
         num_rebuilds += sliding.num_fits_since_rebuild == 0
         if update % 7 == 0 or update == 49:
-            assert_alike(fitted, reference(groups, inputs=inputs), asked, atol=5e-4)
+            assert_alike(fitted, reference(groups, inputs=inputs), unseen, atol=5e-4)
         groups = groups[10:] + source.groups(10)
     assert 4 <= num_rebuilds <= 6  # 12 updates replace the window
 
 
-def test_sums_of_a_hundred_updates_are_those_of_a_rebuild() -> None:
+def test_sums_after_a_hundred_updates_equal_those_of_a_rebuild() -> None:
     """Groups leave and return, so the window stays the same and needs no rebuild."""
     source, sliding = Source(), fitter()
     groups, others = source.groups(400), source.groups(3)
@@ -140,13 +140,13 @@ def test_sums_of_a_hundred_updates_are_those_of_a_rebuild() -> None:
 def test_random_rows_of_few_columns_are_fitted_exactly() -> None:
     """All directions are alike, so only the whole basis gives the reference's components."""
     source, sliding = Source(width=80, rank=80, noise=5.0), fitter()
-    groups, asked = source.groups(300, n=3), source.groups(50)
+    groups, unseen = source.groups(300, n=3), source.groups(50)
     for _ in range(5):
-        assert_alike(sliding.fit(groups), reference(groups), asked, atol=2e-3)
+        assert_alike(sliding.fit(groups), reference(groups), unseen, atol=2e-3)
         groups = groups[40:] + source.groups(40, n=3)
 
 
-def test_directions_never_seen_before_are_found_at_once() -> None:
+def test_new_directions_are_found_in_one_update() -> None:
     source, sliding = Source(rank=6), fitter()
     groups = source.groups(200)
     sliding.fit(groups)
@@ -169,27 +169,27 @@ def test_the_same_fits_give_the_same_probes() -> None:
 
 def test_a_new_fitter_continues_after_a_restart() -> None:
     source, sliding = Source(), fitter()
-    groups, asked = source.groups(120), source.groups(50)
+    groups, unseen = source.groups(120), source.groups(50)
     for _ in range(5):
         fitted = sliding.fit(groups)
         before, groups = groups, groups[8:] + source.groups(8)
-    assert_alike(fitter().fit(before), fitted, asked, atol=2e-4)
+    assert_alike(fitter().fit(before), fitted, unseen, atol=2e-4)
 
 
 @pytest.mark.parametrize("width", [64, 400])
 def test_a_fresh_fit_is_the_same_after_a_restart(width: int) -> None:
     source, kept = Source(width), fitter(incremental=False)
-    groups, asked = source.groups(60), FeatureMatrix.concatenate([group.features for group in source.groups(50)])
+    groups, unseen = source.groups(60), FeatureMatrix.concatenate([group.features for group in source.groups(50)])
     for _ in range(4):
         groups = groups[4:] + source.groups(4)
         fitted, first = kept.fit(groups), fitter(incremental=False).fit(restored(groups))
         assert fitted.bias == first.bias
         assert all(np.array_equal(array, first.arrays()[name]) for name, array in fitted.arrays().items())
-        assert fitted.predict(asked).tobytes() == first.predict(asked).tobytes()
+        assert fitted.predict(unseen).tobytes() == first.predict(unseen).tobytes()
 
 
 def restored(groups: list[Label]) -> list[Label]:
-    """Return the groups as they come back from the store."""
+    """Return the groups as loaded from the store."""
     domain = DomainSnapshot("d", tuple(groups), len(groups), 1, None)
     return list(saved_and_read(Snapshot("id", (domain,), DedupSnapshot(), (), 0, 0)).domains[0].groups)
 
@@ -243,10 +243,10 @@ def test_a_fit_that_overflows_fails_and_resets_the_fitter() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_any_sequence_of_windows_predicts_as_the_reference(data: st.DataObject) -> None:
+def test_any_sequence_of_windows_predicts_like_the_reference(data: st.DataObject) -> None:
     source = Source(width=data.draw(st.integers(1, 12)), rank=1, noise=1.0, seed=data.draw(st.integers(0, 99)))
     pool = [source.group(n) for n in data.draw(st.lists(st.integers(2, 4), min_size=2, max_size=12))]
-    # As many components as can be: where some are left out, which of near equal ones are is no one's to say.
+    # The maximum number of components: among nearly equal ones, the choice would be arbitrary.
     sliding = fitter()
     for _ in range(data.draw(st.integers(1, 6))):
         groups = data.draw(st.lists(st.sampled_from(pool), min_size=1, unique_by=id))

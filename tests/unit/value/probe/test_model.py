@@ -38,7 +38,7 @@ def fitter(**changes: object) -> ReferenceFitter:
 
 @pytest.mark.parametrize("alpha", [0.1, 100.0])
 def test_predictions_are_those_of_the_reference_pipeline(alpha: float) -> None:
-    train, asked = random_rows(400, 90), random_rows(50, 90, seed=1)
+    train, unseen = random_rows(400, 90), random_rows(50, 90, seed=1)
     targets = rewards_of(train)
 
     prompt = PCA(32, random_state=0).fit(train.prompt_hidden)
@@ -55,16 +55,16 @@ def test_predictions_are_those_of_the_reference_pipeline(alpha: float) -> None:
 
     scaler = StandardScaler().fit(derive(train))
     ridge = Ridge(alpha=alpha).fit(scaler.transform(derive(train)), targets)
-    expected = np.clip(ridge.predict(scaler.transform(derive(asked))), 0, 1)
+    expected = np.clip(ridge.predict(scaler.transform(derive(unseen))), 0, 1)
 
     fitted = fitter(alpha=alpha).fit(train, targets)
-    np.testing.assert_allclose(fitted.predict(asked), expected, atol=2e-5)
-    assert np.ptp(expected) > 0.05  # the comparison had something to compare
+    np.testing.assert_allclose(fitted.predict(unseen), expected, atol=2e-5)
+    assert np.ptp(expected) > 0.05  # the predictions vary, so the comparison is meaningful
 
 
-def test_the_siblings_reward_is_one_more_standardised_column() -> None:
+def test_the_siblings_reward_is_another_standardised_column() -> None:
     random = np.random.default_rng(3)
-    train, asked = (
+    train, unseen = (
         replace(random_rows(n, 40, seed=n), rewards=random.uniform(size=n).astype(np.float32)) for n in (300, 50)
     )
     targets = (0.5 * rewards_of(train) + 0.5 * train.rewards).astype(np.float32)
@@ -74,10 +74,10 @@ def test_the_siblings_reward_is_one_more_standardised_column() -> None:
 
     scaler = StandardScaler().fit(derive(train))
     ridge = Ridge(alpha=1.0).fit(scaler.transform(derive(train)), targets)
-    expected = np.clip(ridge.predict(scaler.transform(derive(asked))), 0, 1)
+    expected = np.clip(ridge.predict(scaler.transform(derive(unseen))), 0, 1)
 
     fitted = fitter(inputs=("entropy", "sibling_reward"), alpha=1.0).fit(train, targets)
-    np.testing.assert_allclose(fitted.predict(asked), expected, atol=1e-6)
+    np.testing.assert_allclose(fitted.predict(unseen), expected, atol=1e-6)
     assert fitted.needs_rewards
     assert fitted.width is None
     assert np.ptp(expected) > 0.3
@@ -93,18 +93,18 @@ def test_a_probe_that_needs_rewards_rejects_rows_without() -> None:
 
 
 def test_the_prompt_only_probe_is_fitted_to_the_prompt() -> None:
-    train, asked = random_rows(400, 90), random_rows(50, 90, seed=1)
+    train, unseen = random_rows(400, 90), random_rows(50, 90, seed=1)
     targets = rewards_of(train)
     prompt_only = fitter(alpha=1.0).fit(train, targets).prompt_only
-    alone = fitter(alpha=1.0, inputs=("prompt_hidden",)).fit(train, targets)
+    separate = fitter(alpha=1.0, inputs=("prompt_hidden",)).fit(train, targets)
     assert prompt_only is not None
-    values = prompt_only.predict(asked.prompt_hidden)
-    np.testing.assert_allclose(values, alone.predict(asked), atol=1e-6)
+    values = prompt_only.predict(unseen.prompt_hidden)
+    np.testing.assert_allclose(values, separate.predict(unseen), atol=1e-6)
     assert np.ptp(values) > 0.3
-    one_by_one = [prompt_only.predict(asked.prompt_hidden[i : i + 1]) for i in range(50)]
+    one_by_one = [prompt_only.predict(unseen.prompt_hidden[i : i + 1]) for i in range(50)]
     assert np.concatenate(one_by_one).tobytes() == values.tobytes()
-    assert prompt_only.predict(100 * asked.prompt_hidden).min() == 0.0
-    assert prompt_only.predict(100 * asked.prompt_hidden).max() == 1.0
+    assert prompt_only.predict(100 * unseen.prompt_hidden).min() == 0.0
+    assert prompt_only.predict(100 * unseen.prompt_hidden).max() == 1.0
 
 
 def test_without_prompt_hidden_there_is_no_prompt_only_probe() -> None:
@@ -127,9 +127,9 @@ def test_a_row_has_the_same_value_to_the_bit_in_any_batch(width: int) -> None:
     weights = {name: random.normal(0, 0.02 / width**0.5, width) for name in ("prompt_hidden", "response_hidden")}
     fitted = FittedProbe(weights | {"entropy": random.normal(0, 0.02, 3)}, 0.5)
     together = fitted.predict(rows)
-    alone = np.concatenate([fitted.predict(rows.part(i, i + 1)) for i in range(len(rows))])
+    separate = np.concatenate([fitted.predict(rows.part(i, i + 1)) for i in range(len(rows))])
     sevens = np.concatenate([fitted.predict(rows.part(i, i + 7)) for i in range(0, len(rows), 7)])
-    assert together.tobytes() == alone.tobytes() == sevens.tobytes()
+    assert together.tobytes() == separate.tobytes() == sevens.tobytes()
     assert len(np.unique(together)) > 40  # few were clipped
 
 
@@ -223,7 +223,7 @@ def test_if_nothing_varies_the_value_is_the_mean_reward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_numbers_that_overflow_are_refused_rather_than_fitted() -> None:
+def test_numbers_that_overflow_are_rejected() -> None:
     train = random_rows(20, 8)
     huge = FeatureMatrix(train.prompt_hidden * np.float32(1e38), train.response_hidden, train.entropies)
     with pytest.raises((ArithmeticError, ValueError)):

@@ -60,7 +60,7 @@ def test_new_rows_outside_the_basis_outdate_it() -> None:
     assert subspace.outdated
 
 
-def test_components_that_turn_away_outdate_a_basis() -> None:
+def test_rotating_components_outdate_a_basis() -> None:
     """New rows have hardly more than noise outside the basis, so only the angle shows the change."""
     subspace = Subspace(WANTED, 1)
     new = random_rows(300, 2)
@@ -69,7 +69,7 @@ def test_components_that_turn_away_outdate_a_basis() -> None:
     assert subspace.outdated
 
 
-def test_far_from_zero_components_are_as_exact_as_near_it() -> None:
+def test_components_are_as_exact_far_from_zero_as_near_it() -> None:
     rows = random_rows(400, 1)
     near, far = Subspace(WANTED, 1), Subspace(WANTED, 1)
     _, near_axes = slid(near, rows, random_rows(50, 2))
@@ -105,7 +105,7 @@ def test_few_rows_have_few_components(num_rows: int, rows_per_component: int, ex
     assert affordable_components(32, num_rows, rows_per_component) == expected
 
 
-def test_rows_that_stop_varying_leave_no_direction_behind() -> None:
+def test_rows_that_stop_varying_leave_no_component() -> None:
     subspace = Subspace(WANTED, 1)
     subspace.rebuild(parts_of(random_rows(100, 1)))
     coordinates = subspace.rebuild(parts_of(np.full((100, WIDTH), 0.1)))

@@ -23,12 +23,12 @@ def fits(fitter):
 
 
 @pytest.mark.parametrize("unfit", [["g3"], ["g0"], ["g31"], ["g0", "g1"], ["g4", "g17", "g30"], []])
-def test_the_groups_to_blame_are_found_and_no_others(make, unfit):
+def test_only_the_unfit_groups_are_found(make, unfit):
     groups = [make.label(step, f"g{step}") for step in range(32)]
     assert [group.group_id for group in unfit_groups(groups, fits(PickyFitter(unfit)))] == unfit
 
 
-def test_of_groups_that_fail_only_together_the_newest_goes(make):
+def test_of_groups_that_fail_together_the_newest_is_removed(make):
     groups = [make.label(step, f"g{step}") for step in range(9)]
     found = unfit_groups(groups, fits(PickyFitter(["g2", "g7"], together=True)))
     assert [group.group_id for group in found] == ["g7"]

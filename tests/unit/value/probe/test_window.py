@@ -7,7 +7,7 @@ def test_the_oldest_groups_leave_whole(make) -> None:
     window = Window(max_rows=7)
     for step, n in enumerate([2, 3, 2, 3]):
         window.add(make.label(step, n=n))
-    assert [group.step for group in window.groups] == [2, 3]  # 3 + 2 + 3 rows would be one too many
+    assert [group.step for group in window.groups] == [2, 3]  # 3 + 2 + 3 rows would exceed the limit by one
     assert window.num_rows == 5
     assert window.num_added == 4
 

@@ -42,14 +42,14 @@ def servicer(config):
 
 
 @pytest.mark.parametrize("how", QUESTIONS)
-async def test_a_question_of_impossible_size_is_refused(servicer, how):
-    with pytest.raises(InvalidRequest) as refused:
+async def test_an_oversized_request_is_rejected(servicer, how):
+    with pytest.raises(InvalidRequest) as caught:
         await servicer.EstimateBaselines(QUESTIONS[how], None)
-    assert len(refused.value.violations) <= MAX_NAMED + 1
-    assert all(len(violation.description) < 300 for violation in refused.value.violations)
+    assert len(caught.value.violations) <= MAX_NAMED + 1
+    assert all(len(violation.description) < 300 for violation in caught.value.violations)
 
 
-async def test_the_event_loop_goes_on_meanwhile(servicer):
+async def test_the_event_loop_keeps_running_during_parsing(servicer):
     request = pb.EstimateBaselinesRequest(run_id="r", groups=[group(rollouts=[EMPTY] * 16)] * 4000)
     asking = asyncio.create_task(servicer.EstimateBaselines(request, None))
     await asyncio.sleep(0)
@@ -77,7 +77,7 @@ def test_a_label_has_a_bounded_number_of_rollouts(count):
     assert f"has {count} rollouts" in str(wrong.error())
 
 
-def test_widths_that_differ_are_quoted_in_part():
+def test_a_long_list_of_widths_is_shortened():
     rollouts = [
         common_pb2.RolloutFeatures(prompt_hidden=state, response_hidden=state)
         for state in (to_tensor(np.zeros(width, np.float32)) for width in range(1, 500))
@@ -88,6 +88,6 @@ def test_widths_that_differ_are_quoted_in_part():
 
 
 @pytest.mark.parametrize("shape", [[2] * 9, [2**32 - 1] * 1000, [0] * 500_000])
-def test_the_axes_of_a_tensor_are_counted_before_they_are_read(shape):
+def test_the_number_of_tensor_axes_is_checked_first(shape):
     with pytest.raises(CodecError, match=f"has {len(shape)} axes; required: 1"):
         from_tensor(common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=shape))
