@@ -36,8 +36,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: LearnerConfig, origin: Mapp
         shapes: shapes of the parameters that are trained under them, by name.
 
     Raises:
-        StateMismatchError: it was made with another model, with other adapters, or with a critic where now is none (or
-            vice versa).
+        StateMismatchError: it was made with another model or other adapters, or a critic was added or removed.
     """
     _check_critic("checkpoint", has_critic_tensors(checkpoint.tensors), config)
     found = {name: tuple(t.shape) for name, t in checkpoint.tensors.items() if name.startswith("model.")}

@@ -32,7 +32,7 @@ from poise.learner.training.packing import PromptGroup, build_row, group_by_prom
 from poise_client.types import Rollout
 
 _ADAPTER_STD = 0.02
-"""Standard deviation of the adapters' random elements in the comparison: new adapters, which are zero, test nothing."""
+"""Standard deviation of the adapters' elements in the comparison. New adapters are zero and would test nothing."""
 
 
 @dataclass(frozen=True, slots=True)

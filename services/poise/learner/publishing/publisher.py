@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Updates all replicas. A slow or dead one does not delay the others, and the learner by at most `timeout_s`."""
+    """Updates all replicas. A slow or dead one delays the learner by `timeout_s` at most, and no other replica."""
 
     def __init__(
         self,
