@@ -5,9 +5,7 @@ from __future__ import annotations
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,11 +16,17 @@ from poise_client.errors import UnauthenticatedError
 
 ONCE = RetryPolicy(max_attempts=1)
 
-CALLS: dict[str, Callable[[str], Any]] = {
-    "generation": lambda address: GenerationClient(address, retries=ONCE).get_policy(),
-    "value": lambda address: ValueClient(address, retries=ONCE).get_probe(),
-    "learner": lambda address: LearnerClient(address, retries=ONCE).get_status(),
+CALLS = {
+    "generation": (GenerationClient, "get_policy"),
+    "value": (ValueClient, "get_probe"),
+    "learner": (LearnerClient, "get_status"),
 }
+
+
+def call(service: str, address: str) -> None:
+    make_client, method = CALLS[service]
+    with make_client(address, retries=ONCE) as client:
+        getattr(client, method)()
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -30,10 +34,10 @@ def test_without_the_runs_token_nobody_is_served(
     tiny_run: LocalRun, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = tiny_run.grpc_address(service)
-    CALLS[service](address)  # with it, which the environment names
+    call(service, address)  # with the token that the environment names
     monkeypatch.delenv("POISE_TOKEN_FILE")
     with pytest.raises(UnauthenticatedError):
-        CALLS[service](address)
+        call(service, address)
     for action in ("pause", "drain"):
         request = urllib.request.Request(
             f"http://{tiny_run.admin_address(service)}/admin/v1/{action}", b"{}", method="POST"

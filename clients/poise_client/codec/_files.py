@@ -59,7 +59,7 @@ def _parse(kind: type[M], content: bytes, field: str) -> Iterator[M]:
     while True:
         try:
             message = parse_length_prefixed(kind, stream)
-        except (DecodeError, ValueError) as error:  # protobuf raises ValueError for truncated input
+        except (DecodeError, ValueError, OverflowError) as error:  # the last two for a wrong length
             raise CodecError(field, f"cannot be read: {error}") from error
         if message is None:
             return

@@ -66,4 +66,4 @@ exec(sys.argv[1])" "$2" """,
 
 def test_help_explains_another_torch(folder: Path) -> None:
     said = make(folder, "help", "TORCH=torch==2.13.0").stdout
-    assert "TORCH='torch==2.13.0' is what pip installs of torch" in said
+    assert "TORCH='torch==2.13.0' is the requirement that pip installs" in said

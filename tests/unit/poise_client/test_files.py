@@ -2,7 +2,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.groups import make_group
 
@@ -58,6 +58,7 @@ def test_a_malformed_label_is_rejected():
 
 
 @given(st.binary(max_size=64))
+@example(b"\x80" * 9 + b"\x01")  # a length beyond the range of an index
 def test_arbitrary_bytes_raise_only_codec_errors(content):
     for load in (codec.load_batch, codec.load_labels):
         with contextlib.suppress(CodecError):  # a batch of no rollouts is one too

@@ -143,7 +143,7 @@ def test_damaged_folder_is_one_message(damage, status, message, llama, tmp_path)
     [
         ([], "name a model"),
         (["/nowhere"], "FOLDER: /nowhere does not exist"),
-        (["tiny", "--set", "dtype=bfloat16"], "set -c FILE or --preset NAME"),
+        (["tiny", "--set", "dtype=bfloat16"], "Set -c FILE or --preset NAME"),
         (["tiny", "--engine", "fast"], "'fast' is not one of"),
     ],
 )
@@ -155,5 +155,5 @@ def test_mistake_has_status_2(arguments, message):
 
 def test_help_explains_the_check():
     result = check("--help")
-    for words in ("--engine vllm", "-c run.yaml", "nats", "status is 1 if the model cannot be trained"):
+    for words in ("--engine vllm", "-c run.yaml", "nats", "Exit status: 1 if the model cannot be trained"):
         assert words in result.output
