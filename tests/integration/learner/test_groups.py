@@ -108,7 +108,8 @@ async def publish() -> AsyncIterator[Callable[..., Any]]:
 
 
 def served(replica: Process) -> Policy:
-    with GenerationClient(replica.addresses()["grpc"], retries=NO_RETRIES, timeout_s=TIMEOUT_S) as client:
+    # With retries: gRPC still reports an earlier refusal of the same address for a moment.
+    with GenerationClient(replica.addresses()["grpc"], timeout_s=TIMEOUT_S) as client:
         return client.get_policy()
 
 
