@@ -23,7 +23,7 @@ class GroupBaselines:
     baselines: Floats | None
     """[n]: b_i = mean over j ≠ i of g_k(z_j). Also None for a single rollout."""
     up_to_date: bool = False
-    """Whether the probe was fitted on every label published before the first call for the step, as far as known.
+    """True only if the probe is known to be fitted on every label published before the first call for the step.
 
     See `wait_for_labels_s` of `estimate_baselines`. All groups of a domain in a step have the same value.
     """

@@ -38,7 +38,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_LABELS_CONSUMED: _ErrorReason.ValueType  # 6
     """FAILED_PRECONDITION: labels of this step have reached the probe, so a baseline would leak them."""
     ERROR_REASON_CONFLICT: _ErrorReason.ValueType  # 7
-    """ABORTED: the same id came with other content, or two callers write at once. Read again, then retry."""
+    """ABORTED: the same id came with other content, or two callers write at once. Call
+    GetStatus or GetPolicy for the current state, then retry.
+    """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 8
     """RESOURCE_EXHAUSTED: a bounded queue is full."""
     ERROR_REASON_BUSY: _ErrorReason.ValueType  # 9
@@ -70,7 +72,9 @@ ERROR_REASON_VERSION_MISMATCH: ErrorReason.ValueType  # 5
 ERROR_REASON_LABELS_CONSUMED: ErrorReason.ValueType  # 6
 """FAILED_PRECONDITION: labels of this step have reached the probe, so a baseline would leak them."""
 ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 7
-"""ABORTED: the same id came with other content, or two callers write at once. Read again, then retry."""
+"""ABORTED: the same id came with other content, or two callers write at once. Call
+GetStatus or GetPolicy for the current state, then retry.
+"""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 8
 """RESOURCE_EXHAUSTED: a bounded queue is full."""
 ERROR_REASON_BUSY: ErrorReason.ValueType  # 9

@@ -603,7 +603,7 @@ class WeightsBase(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
-    """lineage_id names the learner that numbers the versions. Required."""
+    """lineage_id identifies one unbroken sequence of policy versions. Required."""
     policy_version: _builtins.int
     """policy_version is the version of the base."""
     digest: _builtins.bytes
@@ -703,9 +703,13 @@ class WeightsManifest(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     PROCESS_GROUP_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
-    """lineage_id names the learner that numbers the versions. If it changes, the replica starts over. Required."""
+    """lineage_id identifies one unbroken sequence of policy versions. If it differs from the served lineage, the replica
+    accepts any policy_version. Required.
+    """
     policy_version: _builtins.int
-    """policy_version is the version to serve. Within a lineage it must exceed the served version."""
+    """policy_version is the version to serve. Within a lineage it must not be lower than the served version. An equal
+    version is accepted only with the same digest (see already_applied).
+    """
     digest: _builtins.bytes
     """digest identifies the whole policy, 32 bytes: SHA-256 over the tensors' sha256, ordered by name. For an adapter, its
     base_digest, its rank as uint32 and its alpha as double follow, both little-endian.
@@ -921,7 +925,7 @@ class GetPolicyResponse(_message.Message):
     instance_id: _builtins.str
     """instance_id changes at each start of the process."""
     lineage_id: _builtins.str
-    """lineage_id names the learner that numbers the versions. Empty before the first push."""
+    """lineage_id identifies one unbroken sequence of policy versions. Empty before the first push."""
     policy_version: _builtins.int
     """policy_version is the served version. 0 before the first push."""
     digest: _builtins.bytes

@@ -569,7 +569,7 @@ class GetStatusResponse(_message.Message):
     HAS_CRITIC_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
-    """lineage_id names the sequence of versions. It is created once with the learner's state."""
+    """lineage_id identifies one unbroken sequence of policy versions. It is created with the learner's state."""
     state: Global___LearnerState.ValueType
     """state is the current activity."""
     policy_version: _builtins.int

@@ -65,7 +65,8 @@ class GroupFeatures(_message.Message):
     @_builtins.property
     def rewards(self) -> _common_pb2.Tensor:
         """rewards is float32 [n], in [0, 1]. Required if the probe of the domain has sibling_reward among its inputs; otherwise
-        only checked. Reward j enters only value j, which is part of the baselines of the other rollouts and never of its own.
+        validated but not used. Reward j affects only value j. Value j enters the baselines of the other rollouts, never
+        baseline j.
         """
 
     def __init__(
@@ -144,8 +145,8 @@ class GroupBaselines(_message.Message):
     """probe_version is the version of the probe. 0 without a probe."""
     up_to_date: _builtins.bool
     """up_to_date is true if the probe is known to be fitted on every label published before the first call for the step. It is
-    false if that call did not wait (see wait_for_labels_s) or its wait timed out. It is also false if the wait did not
-    cover this domain and the domain's fit came later. All groups of a domain in a step have the same value.
+    false if that call did not wait (see wait_for_labels_s) or its wait timed out. It is also false if the wait skipped
+    this domain and its probe was fitted only afterwards. All groups of a domain in a step have the same value.
     """
     @_builtins.property
     def values(self) -> _common_pb2.Tensor:

@@ -103,7 +103,10 @@ class Sampler:
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> AsyncGenerator[EncodedPrompt, None]:
-        """Yield each encoded prompt when it finishes. Each counts as one rollout; otherwise as `sample`."""
+        """Yield each encoded prompt when it finishes.
+
+        Each prompt counts as one rollout toward the limits. Cancellation and errors are those of `sample`.
+        """
         return self._run(prompts, Sampling(max_tokens=1), 1, self._encode)
 
     async def check(self, prompts: Sequence[Prompt]) -> list[PromptCheck]:
@@ -247,7 +250,7 @@ class Sampler:
         if num_chars > max_chars:
             raise InvalidRequest.field(
                 kind,
-                f"has {num_chars} characters; required: at most {max_chars}, {MAX_CHARS_PER_TOKEN} times max_model_len",
+                f"has {num_chars} characters; required: at most {max_chars} ({MAX_CHARS_PER_TOKEN} × max_model_len)",
             )
         try:
             limit.check()

@@ -54,7 +54,7 @@ def configure_tracing(config: TracingConfig, service: str) -> None:
 
 @contextmanager
 def step_span(name: str, run_id: str, step: int) -> Iterator[None]:
-    """Record a part of a step. Calls to any service inside the block belong to it."""
+    """Record a span of a step's trace. Calls inside the block become its children."""
     trace_id = int.from_bytes(hashlib.sha256(f"{run_id}/{step}".encode()).digest()[:16], "big") or 1
     with ExitStack() as stack:
         step_token = _STEP_TRACE.set(trace_id)
@@ -74,7 +74,7 @@ def step_span(name: str, run_id: str, step: int) -> Iterator[None]:
 
 @contextmanager
 def call_span(method: str, metadata: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    """Record a served call, as a part of the caller's trace if the metadata name one."""
+    """Record a server span. Its parent is the caller's span if the metadata contain a traceparent."""
     traceparent = next((value for key, value in metadata if key == TRACEPARENT_KEY), None)
     if not isinstance(traceparent, str):
         with _tracer().start_as_current_span(method, kind=SpanKind.SERVER):

@@ -1,7 +1,7 @@
 """Renders chat templates in a separate process, with limits on time, memory and output.
 
-A chat template is a program that comes with the model. It can loop, fill the memory, or run one operation for hours
-that no other thread can interrupt. A process can be limited and killed.
+A chat template is a program that comes with the model. It can loop, exhaust memory, or run a single operation for
+hours. No other thread can interrupt such an operation, but a process can be limited and killed.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def _respond(line: str, render: Any) -> dict[str, Any]:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Limit the CPU time of the next request: a caller that was killed cannot end this process."""
+    """Limit the CPU time of the next request, so that this process ends even if the service was killed."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

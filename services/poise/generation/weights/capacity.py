@@ -67,7 +67,7 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def trim_memory() -> None:
-    """Return memory that this process has freed to the operating system, which otherwise counts it as used.
+    """Give freed heap memory back to the operating system (malloc_trim).
 
     glibc cannot return memory below a block that is still in use.
     """

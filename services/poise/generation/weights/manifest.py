@@ -82,7 +82,7 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
     digest: bytes
     base: ServedPolicy | None = None
-    """The version that a delta builds on; None for whole parameters."""
+    """The version that a delta builds on; None for a full push."""
     adapter: Adapter | None = None
     """Rank, scale and base of a low-rank adapter; None for the model's own parameters."""
     keep_as_base: bool = False
@@ -202,7 +202,7 @@ def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
         if total > max_bytes:
             raise InvalidRequest.field(
                 "manifest.tensors",
-                f"have at least {total} bytes (up to {tensor.name}); max_update_bytes is {max_bytes}",
+                f"exceed max_update_bytes: up to {tensor.name} they have {total} bytes; allowed: {max_bytes}",
                 remedy="Raise max_update_bytes of the generation service.",
             )
         _check_delta(tensor, path, is_delta=manifest.base is not None)
@@ -229,13 +229,13 @@ def _check_delta(tensor: TensorSpec, path: str, *, is_delta: bool) -> None:
 
 
 def _check_adapter(manifest: Manifest, config: GenerationConfig, base_digest: bytes) -> None:
-    """Check that a replica with `lora` gets an adapter for its model, and a replica without gets whole parameters."""
+    """Check that a push to a replica with `lora` is an adapter for its model, and to others the model's parameters."""
     adapter = manifest.adapter
     if config.lora is None:
         if adapter is not None:
             raise InvalidRequest.field(
                 "manifest.adapter",
-                "is set, but `lora` is unset on this replica, which serves whole parameters",
+                "is set, but `lora` is unset on this replica, which serves the model's own parameters",
                 remedy="Set `lora` of the generation service, or choose another push.transport of the learner.",
             )
         return

@@ -308,7 +308,7 @@ class StagedPush:
                 shutil.copyfile(source, self.path)
 
     def _copy_unchanged(self) -> None:
-        """Copy the next tensors from the base while they have no block."""
+        """Copy unchanged tensors from the base, up to the next tensor that has a block in the delta."""
         tensors = self.manifest.tensors
         while self._index < len(tensors) and not tensors[self._index].block_bytes:
             self._decode_block(tensors[self._index])

@@ -11,10 +11,10 @@ _LONGEST_S = 120.0
 
 
 class StartLog:
-    """Decides for one wait."""
+    """Limits how often the progress of one start is logged."""
 
     def __init__(self, every_s: float) -> None:
-        """Log at most once in `every_s`, and not before that time."""
+        """Log at most once per `every_s` seconds. The first log comes after `every_s`."""
         self._every_s = every_s
         self._interval_s = every_s
         self._logged_s = time.monotonic()

@@ -86,8 +86,8 @@ class Guard:
         has_token = headers.get("authorization", "").lower().startswith("bearer ")  # URLs can make browsers send Basic
         if scope["method"] not in _READING and not (CHANGE_HEADER in headers or has_token):
             raise Forbidden(
-                f"the {scope['method']} lacks the header {CHANGE_HEADER}, which proves that no web page sent it",
-                remedy="Send `X-Poise: 1`.",
+                f"the {scope['method']} request lacks the header {CHANGE_HEADER}, which guards against other sites",
+                remedy="Send `X-Poise: 1`, or a bearer token.",
             )
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:

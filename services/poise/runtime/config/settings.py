@@ -33,10 +33,10 @@ class StrictModel(BaseModel):
     )
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    """New name of each renamed setting of this section, by old name. Errors about unknown names show it."""
+    """Maps old setting names of this section to new ones. Shown in errors about unknown names."""
 
     MOVED: ClassVar[Mapping[str, str]] = {}
-    """What to set instead, by name of a setting that does not belong in this section. Errors show it too."""
+    """Maps settings that were moved out of this section to their replacements. Shown in errors about unknown names."""
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ MAX_MESSAGES = 2**17
 """Maximum messages in a request stream: twice those of the largest push in chunks of 1 MiB."""
 
 WAIT_BUDGET_S = 60.0
-"""Time budget for waiting on the client of a call. Received bytes restore it at `MIN_BYTES_PER_S`."""
+"""Maximum seconds to wait for a client. Every `MIN_BYTES_PER_S` bytes received add one second back, up to this."""
 MIN_BYTES_PER_S = 2**18
 
 _MAX_UNREAD = 1024
@@ -75,7 +75,7 @@ class RequestStream:
         except TimeoutError:
             raise InvalidRequest.field(
                 "request",
-                f"arrives too slowly: the service waited {self._budget_s:g} s for too few bytes",
+                f"arrives too slowly: the client fell more than {self._budget_s:g} s behind the minimum rate",
                 remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second.",
             ) from None
         finally:

@@ -189,7 +189,7 @@ async def test_adapter_that_the_engine_rejects_leaves_the_old_one(
         ({}, dataclasses.replace(ADAPTER, alpha=0.0), InvalidRequest, "adapter.alpha"),
         ({}, dataclasses.replace(ADAPTER, alpha=float("inf")), InvalidRequest, "adapter.alpha"),
         ({}, None, InvalidRequest, "serves adapters only"),
-        ({"lora": None}, ADAPTER, InvalidRequest, "serves whole parameters"),
+        ({"lora": None}, ADAPTER, InvalidRequest, "serves the model's own parameters"),
     ],
 )
 async def test_push_that_the_replica_does_not_accept_is_rejected(

@@ -162,8 +162,8 @@ class TorchEngine:
         """Run work on the model's thread, one call at a time.
 
         Raises:
-            BackendDown: the engine was stopped. Without this error, waiting calls would look as if their callers had
-                cancelled them, and the running call as if it had a defect.
+            BackendDown: the engine was stopped. It replaces the CancelledError of waiting calls and the exception of
+                the running call.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)

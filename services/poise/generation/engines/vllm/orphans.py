@@ -29,7 +29,10 @@ def end_with_server() -> None:
 
 
 def _watch(pidfds: Sequence[int]) -> None:
-    """Wait until one of these processes exits. Then kill all but the last, the server, and finally this process."""
+    """Wait until one of these processes exits. Then kill the other ancestors and this process.
+
+    The last pidfd is the server's; it is never killed.
+    """
     poll = select.poll()
     for pidfd in pidfds:
         poll.register(pidfd, select.POLLIN)

@@ -21,7 +21,10 @@ class _ComputesPooledTokens:
     """Never reads pooled prompt tokens from the cache, except after a preemption, when they are already recorded."""
 
     def _get_local_prefix_cache_hit(self: Any, request: Any) -> tuple[Any, int, int, bool]:
-        """Return the cached blocks, their token count, the end of a prefix that some layers lack, and False."""
+        """Return the cached blocks, their token count, `shared_end`, and False, as vLLM's own method does.
+
+        `shared_end` is the end of a longer prefix that only some layers have cached, or 0.
+        """
         if request.num_output_tokens:
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc, no-any-return]
         manager = self.kv_cache_manager
@@ -51,7 +54,7 @@ class PoiseScheduler:
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
-    """Return False for vLLM's warning that custom schedulers disable asynchronous scheduling: this one does not."""
+    """Drop vLLM's warning that custom schedulers disable asynchronous scheduling. This one supports it."""
     return not str(record.msg).startswith("Using custom scheduler class")
 
 

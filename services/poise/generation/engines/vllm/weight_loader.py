@@ -85,7 +85,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
     def prepare(self, path: str) -> tuple[int, str]:
         """Start preparing the weights in a file on a thread, if that is possible here.
 
-        Returns a log level and why it is not possible. Returns `NO_OBSTACLE` if it is, and on a GPU.
+        Returns `NO_OBSTACLE` if preparation started. On a GPU it does nothing and returns the same. Otherwise it
+        returns a log level and the reason.
         """
         if self.thread is not None:
             self.thread.join()

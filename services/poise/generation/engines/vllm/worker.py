@@ -82,7 +82,11 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
     def poise_collect(
         self, wanted: Sequence[tuple[str, int, int, int]], dropped: Sequence[str]
     ) -> list[Record | None] | None:
-        """Return and free the records of `wanted` rollouts, (id, num_tokens, start, end) each, and free `dropped` ones.
+        """Return the records of the wanted rollouts; free those and the dropped ones.
+
+        Args:
+            wanted: (rollout id, num_tokens, start, end); states are pooled over response tokens [start, end).
+            dropped: rollout ids.
 
         Returns None on ranks other than 0.
         """
