@@ -1,4 +1,4 @@
-"""Work of a push that must end before its file is removed."""
+"""Work that must end even if its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from poise.generation.weights.receiver import wait_until_done
+from poise.runtime.tasks import wait_until_done
 
 
 @pytest.mark.parametrize("num_cancels", [0, 1, 3])

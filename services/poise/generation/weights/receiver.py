@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
 
 from poise.errors import BackendDown, Busy, InvalidRequest, PoiseError
 from poise.generation.config import GenerationConfig
@@ -20,6 +19,7 @@ from poise.generation.weights.manifest import read_manifest
 from poise.generation.weights.staging import StagedPush, Staging
 from poise.runtime.models.checkpoint_digest import checkpoint_digest
 from poise.runtime.rpc.request_stream import MIN_BYTES_PER_S, WAIT_BUDGET_S, read_rest
+from poise.runtime.tasks import until_done, wait_until_done
 from poise_client.types import WeightUpdate
 from poise_proto.v1 import generation_pb2 as pb
 
@@ -108,11 +108,7 @@ class PushReceiver:
                 )
             await _receive(requests, push)
             receive_s = time.monotonic() - started
-            applying = asyncio.create_task(self._apply(push, receive_s), name="apply-weights")
-            try:
-                pause_s = await asyncio.shield(applying)
-            finally:  # also after a cancellation: keep the file, and other pushes out, until the push is applied
-                await wait_until_done(applying)
+            pause_s = await until_done(self._apply(push, receive_s))  # then the file may go, and the next push start
         return WeightUpdate(version, False, receive_s, pause_s)
 
     async def _apply(self, push: StagedPush, receive_s: float) -> float:
@@ -178,21 +174,3 @@ async def _receive(requests: Requests, push: StagedPush) -> None:
     finally:
         if storing is not None:  # the file must not be closed meanwhile
             await wait_until_done(storing)
-
-
-async def wait_until_done(task: asyncio.Task[Any]) -> None:
-    """Wait until a task has ended, even if the caller is cancelled. Ignores the task's error.
-
-    Raises:
-        CancelledError: the caller was cancelled, after the task ended.
-    """
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if not task.cancelled():
-        task.exception()  # asyncio logs an error that nothing retrieves
-    if cancelled is not None:
-        raise cancelled

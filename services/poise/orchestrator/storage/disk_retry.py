@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from poise.orchestrator.sampling.retry import WaitLog
 from poise.runtime.files.atomic import describe_disk_error
+from poise.runtime.tasks import until_done
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,3 @@ class DiskRetry:
             except OSError as cause:
                 return cause
         return error
-
-
-async def until_done(work: Coroutine[Any, Any, T]) -> T:
-    """Await the end of `work` even if cancelled, so that the folder is not closed during a write."""
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
