@@ -31,7 +31,7 @@ from poise.value.config import ValueConfig
 from poise.value.estimator import BaselineEstimator, GroupQuery
 from poise.value.messages import parse_label, read_queries
 from poise.value.probe.incremental import IncrementalFitter
-from poise.value.step_probes import VersionedProbe
+from poise.value.probe.step_probes import VersionedProbe
 from poise_client.codec import encode
 from poise_client.types import (
     Batch,

@@ -20,8 +20,8 @@ from poise.value.dedup import Admission, ConsumedLabels
 from poise.value.probe.diagnostics import Diagnostics, ValuedGroup
 from poise.value.probe.features import FeatureMatrix, Floats, Label
 from poise.value.probe.model import PromptProbe
+from poise.value.probe.step_probes import Probes, StepProbes, VersionedProbe
 from poise.value.probe.window import Window
-from poise.value.step_probes import Probes, StepProbes, VersionedProbe
 from poise.value.store import DomainSnapshot, Snapshot
 from poise_client.types import GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
 

@@ -38,7 +38,7 @@ from poise.value.dedup import ConsumedRun, DedupSnapshot
 from poise.value.probe.diagnostics import ValuedGroup
 from poise.value.probe.features import FeatureMatrix, Label
 from poise.value.probe.model import FittedProbe
-from poise.value.step_probes import PinnedProbes, VersionedProbe
+from poise.value.probe.step_probes import PinnedProbes, VersionedProbe
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from poise.value.messages import label_payload, parse_label
 from poise.value.metrics import ValueMetrics
 from poise.value.probe.features import Label
 from poise.value.probe.model import FittedProbe, ProbeFitter
+from poise.value.probe.step_probes import VersionedProbe
 from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
 from poise.value.probe.window import Window
-from poise.value.step_probes import VersionedProbe
 from poise.value.store import StateLostError, StateStore
 
 logger = logging.getLogger(__name__)

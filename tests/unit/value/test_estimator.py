@@ -18,7 +18,7 @@ from poise.value.dedup import Admission
 from poise.value.estimator import BaselineEstimator, GroupQuery
 from poise.value.probe.features import Label
 from poise.value.probe.incremental import IncrementalFitter
-from poise.value.step_probes import VersionedProbe
+from poise.value.probe.step_probes import VersionedProbe
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]

@@ -15,8 +15,8 @@ import poise.value.servicer
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
 from poise.value.estimator import BaselineEstimator, GroupQuery
 from poise.value.probe.model import FittedProbe, PromptProbe
+from poise.value.probe.step_probes import VersionedProbe
 from poise.value.servicer import MAX_GROUPS, MAX_WAIT_S, ValueServicer
-from poise.value.step_probes import VersionedProbe
 from poise_client.codec import decode, encode, to_tensor
 from poise_client.types import GroupBaselines, ProbeReport, PromptFeatures, PromptScore
 from poise_proto.v1 import value_pb2 as pb

@@ -22,7 +22,7 @@ from poise.value.estimator import BaselineEstimator, GroupQuery
 from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
 from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import ProbeInput
-from poise.value.step_probes import VersionedProbe
+from poise.value.probe.step_probes import VersionedProbe
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2

@@ -26,8 +26,8 @@ import poise.value.updater
 from poise.errors import BackendDown
 from poise.value.messages import parse_label
 from poise.value.probe.model import FittedProbe
+from poise.value.probe.step_probes import VersionedProbe
 from poise.value.servicer import ValueServicer
-from poise.value.step_probes import VersionedProbe
 from poise_proto.v1 import value_pb2
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from poise.errors import LabelsConsumed
 from poise.value.probe.model import FittedProbe
-from poise.value.step_probes import StepProbes, VersionedProbe
+from poise.value.probe.step_probes import StepProbes, VersionedProbe
 
 
 def probes(version: int) -> dict[str, VersionedProbe]:
