@@ -44,7 +44,6 @@ class AsyncGenerationClient(AsyncClient):
         *,
         num_rollouts: int,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        return_token_entropies: bool = False,
         min_policy_version: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Group, None]:
@@ -59,7 +58,6 @@ class AsyncGenerationClient(AsyncClient):
             prompts: prompts with different group ids.
             num_rollouts: responses of each prompt, 1 to 256.
             sampling: how tokens are sampled.
-            return_token_entropies: set `Rollout.token_entropies`.
             min_policy_version: raise `VersionMismatchError` if the replica serves an older version.
             timeout_s: deadline of the whole stream; 30 minutes by default.
 
@@ -72,7 +70,6 @@ class AsyncGenerationClient(AsyncClient):
                 step=step,
                 num_rollouts=num_rollouts,
                 sampling=encode(sampling, pb.SamplingParams),
-                return_token_entropies=return_token_entropies,
                 min_policy_version=min_policy_version,
             )
         specs = _encode_prompts(prompts)

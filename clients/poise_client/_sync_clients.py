@@ -52,7 +52,6 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
         *,
         num_rollouts: int,
         sampling: Sampling = Sampling(),
-        return_token_entropies: bool = False,
         min_policy_version: int | None = None,
         timeout_s: float | None = None,
     ) -> GroupStream:
@@ -67,7 +66,6 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
             prompts: prompts with different group ids.
             num_rollouts: responses of each prompt, 1 to 256.
             sampling: how tokens are sampled.
-            return_token_entropies: set `Rollout.token_entropies`.
             min_policy_version: raise `VersionMismatchError` if the replica serves an older version.
             timeout_s: deadline of the whole stream; 30 minutes by default.
 
@@ -82,7 +80,6 @@ class GenerationClient(SyncClient[AsyncGenerationClient]):
                 prompts,
                 num_rollouts=num_rollouts,
                 sampling=sampling,
-                return_token_entropies=return_token_entropies,
                 min_policy_version=min_policy_version,
                 timeout_s=timeout_s,
             ),

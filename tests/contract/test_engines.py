@@ -39,6 +39,7 @@ POOLED = {"prompt_pool_tokens": 7, "response_pool_tokens": 13}
 """Not the defaults, which `test_vllm_engine` uses."""
 
 TOLERANCE = 1e-4
+HALF_ROUNDING = 2**-11
 DEADLINE_S = 60.0
 
 ROLLOUT_INDICES = itertools.count()
@@ -90,7 +91,9 @@ class Reference:
         expected = _of_tokens(logprobs, token_ids)
         entropies = torch.special.entr(logprobs.exp()).sum(-1).numpy()
         np.testing.assert_allclose(rollout.logprobs, expected, atol=TOLERANCE)
-        np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE)
+        squares = logprobs.exp().square().sum(-1).numpy()
+        np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE, rtol=HALF_ROUNDING)
+        np.testing.assert_allclose(rollout.sum_squared_probs, squares, atol=TOLERANCE, rtol=HALF_ROUNDING)
 
         states = outputs.hidden_states[layer + 1][0].numpy()
         window, spans = self.pooled_response(token_ids)
@@ -209,7 +212,8 @@ async def test_rollout_agrees_with_a_separate_pass(engine: Engine, reference: Re
     prompt = engine.tokenize("What is the capital of France?")
     rollout = await sample(engine, prompt, sampling)
     assert 1 <= rollout.token_ids.size <= sampling.max_tokens
-    assert rollout.logprobs.dtype == rollout.token_entropies.dtype == np.float32
+    assert rollout.logprobs.dtype == np.float32
+    assert rollout.token_entropies.dtype == rollout.sum_squared_probs.dtype == np.float16
     assert rollout.features.prompt_hidden.dtype == rollout.features.response_hidden.dtype == np.float32
     assert 0 < rollout.first_token_s <= rollout.total_s
     reference.check(prompt, sampling, rollout, engine.info.feature_layer)
@@ -484,6 +488,7 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
         assert (old.policy_version, new.policy_version) == (before, after)
         assert 0 < old.end_token == new.start_token
         assert rollout.logprobs.size == rollout.token_entropies.size == rollout.token_ids.size
+        assert rollout.sum_squared_probs.size == rollout.token_ids.size
         # Each token is sampled as if the weights of its span had computed the whole sequence.
         token_ids = rollout.token_ids.tolist()
         for span, path in ((old, original), (new, weights)):

@@ -126,16 +126,18 @@ async def test_rollouts_are_whole(engine: Engine, max_tokens: int) -> None:
     assert 1 <= length <= max_tokens
     assert rollout.finish_reason == ("length" if length == max_tokens else "stop")
     assert rollout.token_ids.dtype == np.int32
-    for values in (rollout.logprobs, rollout.token_entropies):
-        assert (values.shape, values.dtype) == ((length,), np.float32)
+    assert (rollout.logprobs.shape, rollout.logprobs.dtype) == ((length,), np.float32)
+    for values in (rollout.token_entropies, rollout.sum_squared_probs):
+        assert (values.shape, values.dtype) == ((length,), np.float16)
     assert (rollout.logprobs <= 0).all()
     assert (rollout.token_entropies >= 0).all()
+    assert ((rollout.sum_squared_probs > 0) & (rollout.sum_squared_probs <= 1)).all()
     features = rollout.features
     for state in (features.prompt_hidden, features.response_hidden):
         assert (state.shape, state.dtype) == ((engine.info.hidden_size,), np.float32)
     assert features.response_hidden.any() == (length > 1)
-    assert features.output_entropy.mean == pytest.approx(rollout.token_entropies.mean(), rel=1e-5)
-    assert features.output_entropy.last == rollout.token_entropies[-1]
+    assert features.output_entropy.mean == pytest.approx(rollout.token_entropies.mean(dtype=float), rel=1e-3)
+    assert features.output_entropy.last == pytest.approx(float(rollout.token_entropies[-1]), rel=1e-3)
     assert [(span.start_token, span.end_token) for span in rollout.version_spans] == [(0, length)]
     assert 0 < rollout.first_token_s <= rollout.total_s
 

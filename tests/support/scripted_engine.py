@@ -154,7 +154,8 @@ class ScriptedEngine:
             id=request.id,
             token_ids=token_ids,
             logprobs=-random.uniform(0, 2, length).astype(np.float32),
-            token_entropies=entropies,
+            token_entropies=entropies.astype(np.float16),
+            sum_squared_probs=np.exp(-entropies).astype(np.float16),
             features=Features(
                 _prompt_hidden(request.prompt_token_ids),
                 random.normal(size=WIDTH).astype(np.float32) * (length > 1),

@@ -4,7 +4,13 @@
 `CodecError`, which names the field by its path within the message. Servicers check the ranges of values.
 """
 
-from poise_client.codec._converters import LABEL_SCHEMA_VERSION, backend_name, backend_number, decode_hidden
+from poise_client.codec._converters import (
+    LABEL_SCHEMA_VERSION,
+    backend_name,
+    backend_number,
+    decode_hidden,
+    decode_token_statistics,
+)
 from poise_client.codec._delta import MAX_DELTA_ELEMENTS, apply_delta, make_delta, max_block_bytes
 from poise_client.codec._files import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.codec._mapper import decode, decode_fields, encode
@@ -36,6 +42,7 @@ __all__ = [
     "decode",
     "decode_fields",
     "decode_hidden",
+    "decode_token_statistics",
     "dump_batch",
     "dump_labels",
     "encode",

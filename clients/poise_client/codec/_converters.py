@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from poise_client.codec._mapper import (
     join,
     register,
 )
-from poise_client.codec._tensor import CodecError, from_tensor, vector
+from poise_client.codec._tensor import CodecError, from_tensor, vector, wire_bytes
 from poise_client.types import (
     DEFAULT_DOMAIN,
     Batch,
@@ -26,6 +27,8 @@ from poise_client.types import (
     Floats,
     Group,
     GroupBaselines,
+    Halves,
+    Ints,
     LearnerStatus,
     Message,
     Prompt,
@@ -49,17 +52,48 @@ _BACKENDS = generation_pb2.ProcessGroupBackend.DESCRIPTOR
 
 
 def _encode_features(features: Features, kind: type[Any], path: str) -> common_pb2.RolloutFeatures:
+    has_hidden = features.prompt_hidden.size or features.response_hidden.size
     return common_pb2.RolloutFeatures(
-        prompt_hidden=vector(features.prompt_hidden, join(path, "prompt_hidden")),
-        response_hidden=vector(features.response_hidden, join(path, "response_hidden")),
+        prompt_hidden=vector(features.prompt_hidden, join(path, "prompt_hidden")) if has_hidden else None,
+        response_hidden=vector(features.response_hidden, join(path, "response_hidden")) if has_hidden else None,
         output_entropy=_encode_entropy(features.output_entropy),
         reasoning_entropy=_encode_entropy(features.reasoning_entropy),
         answer_entropy=_encode_entropy(features.answer_entropy),
     )
 
 
+def _encode_rollout_features(rollout: Rollout, path: str) -> common_pb2.RolloutFeatures:
+    """Return the features of a rollout with its token statistics, if it has any."""
+    message = _encode_features(rollout.features, common_pb2.RolloutFeatures, path)
+    if rollout.sum_squared_probs.size:
+        message.tokens.logprobs.CopyFrom(vector(rollout.logprobs, join(path, "tokens.logprobs")))
+        for name, array in (("entropies", rollout.token_entropies), ("sum_squared_probs", rollout.sum_squared_probs)):
+            getattr(message.tokens, name).CopyFrom(vector(array, join(path, f"tokens.{name}"), "float16"))
+    return message
+
+
+def decode_token_statistics(message: common_pb2.TokenStatistics, path: str) -> tuple[Floats, Halves, Halves]:
+    """Return log-probabilities, entropies and sums of squared probabilities, [T] each.
+
+    Raises:
+        CodecError: an array is missing or malformed, or their lengths differ.
+    """
+    logprobs = from_tensor(message.logprobs, field=join(path, "logprobs"))
+    entropies = from_tensor(message.entropies, dtype="float16", field=join(path, "entropies"))
+    squares = from_tensor(message.sum_squared_probs, dtype="float16", field=join(path, "sum_squared_probs"))
+    for name, array in (("entropies", entropies), ("sum_squared_probs", squares)):
+        if array.shape != logprobs.shape:
+            raise CodecError(
+                join(path, name), f"has {array.size} elements, but logprobs has {logprobs.size}; required: equal"
+            )
+    return logprobs, entropies, squares
+
+
 def _decode_features(message: common_pb2.RolloutFeatures, path: str) -> Features:
-    prompt_hidden, response_hidden = decode_hidden(message, path)
+    if message.HasField("prompt_hidden") or message.HasField("response_hidden"):
+        prompt_hidden, response_hidden = decode_hidden(message, path)
+    else:
+        prompt_hidden = response_hidden = Features().prompt_hidden
     return Features(
         prompt_hidden,
         response_hidden,
@@ -98,7 +132,13 @@ def decode_hidden(message: common_pb2.RolloutFeatures, path: str = "features") -
 
 def _decode_rollout(message: generation_pb2.Rollout | learner_pb2.TrainingRollout, path: str, **more: Any) -> Rollout:
     rollout = decode_fields(message, Rollout, path, **more)
-    for name, array in (("logprobs", rollout.logprobs), ("token_entropies", rollout.token_entropies)):
+    arrays: list[tuple[str, Floats | Halves | None]] = [
+        ("logprobs", rollout.logprobs),
+        ("advantages", rollout.advantages),
+    ]
+    if isinstance(message, generation_pb2.Rollout):
+        arrays += [("token_entropies", rollout.token_entropies), ("sum_squared_probs", rollout.sum_squared_probs)]
+    for name, array in arrays:
         if array is not None and array.shape != rollout.token_ids.shape:
             raise CodecError(
                 join(path, name),
@@ -125,9 +165,15 @@ def _encode_group(group: Group, kind: type[Any], path: str) -> Any:
     return kind(
         group_id=group.group_id,
         domain=group.domain,
-        rollouts=[_encode_features(each.features, kind, join(path, f"rollouts[{i}]")) for i, each in rollouts],
+        prompt_id=group.prompt_id or _hash_of_prompt(group.prompt_token_ids),
+        rollouts=[_encode_rollout_features(each, join(path, f"rollouts[{i}]")) for i, each in rollouts],
         **more,
     )
+
+
+def _hash_of_prompt(token_ids: Ints) -> str:
+    """Return 16 hexadecimal digits; empty without tokens."""
+    return hashlib.blake2b(wire_bytes(token_ids), digest_size=8).hexdigest() if token_ids.size else ""
 
 
 def _encode_rewards(rollouts: Sequence[Rollout], path: str) -> common_pb2.Tensor:
@@ -164,10 +210,18 @@ def _decode_group(message: Any, path: str) -> Group:
             id=RolloutId(run_id, step, message.group_id, index),
             features=_decode_features(features, join(path, f"rollouts[{index}]")),
             reward=reward,
+            **_decode_tokens(features, join(path, f"rollouts[{index}].tokens")),
         )
         for index, (features, reward) in enumerate(zip(message.rollouts, rewards, strict=True))
     )
-    return Group(message.group_id, rollouts, message.domain or DEFAULT_DOMAIN, num_rollouts)
+    return Group(message.group_id, rollouts, message.domain or DEFAULT_DOMAIN, num_rollouts, message.prompt_id)
+
+
+def _decode_tokens(message: common_pb2.RolloutFeatures, path: str) -> dict[str, Any]:
+    if not message.HasField("tokens"):
+        return {}
+    names = ("logprobs", "token_entropies", "sum_squared_probs")
+    return dict(zip(names, decode_token_statistics(message.tokens, path), strict=True))
 
 
 # Prompts.
@@ -222,7 +276,9 @@ def _decode_prompt(message: generation_pb2.PromptSpec, path: str) -> Prompt:
 
 
 def _encode_baselines(group: GroupBaselines, kind: type[Any], path: str) -> value_pb2.GroupBaselines:
-    return encode_fields(group, value_pb2.GroupBaselines, path, status=_status_of(group.values))
+    tokens = [vector(array, join(path, f"token_baselines[{i}]")) for i, array in enumerate(group.token_baselines or ())]
+    status = _status_of(group.values)
+    return encode_fields(group, value_pb2.GroupBaselines, path, status=status, token_baselines=tokens)
 
 
 def _decode_baselines(message: value_pb2.GroupBaselines, path: str) -> GroupBaselines:
@@ -230,9 +286,17 @@ def _decode_baselines(message: value_pb2.GroupBaselines, path: str) -> GroupBase
         return GroupBaselines(message.group_id, 0, None, None, message.up_to_date)
     # A present estimate must have values, although the dataclass allows None.
     values = from_tensor(message.values, field=join(path, "values"))
-    group = decode_fields(message, GroupBaselines, path, values=values)
-    if group.baselines is not None and group.baselines.shape != values.shape:
-        raise CodecError(join(path, "baselines"), f"has {group.baselines.size} elements for {values.size} values")
+    tokens = tuple(
+        from_tensor(tensor, field=join(path, f"token_baselines[{i}]"))
+        for i, tensor in enumerate(message.token_baselines)
+    )
+    group = decode_fields(message, GroupBaselines, path, values=values, token_baselines=tokens or None)
+    for name, size in (
+        ("baselines", len(values if group.baselines is None else group.baselines)),
+        ("token_baselines", len(tokens or values)),
+    ):
+        if size != values.size:
+            raise CodecError(join(path, name), f"has {size} elements for {values.size} values")
     return group
 
 

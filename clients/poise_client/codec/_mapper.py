@@ -3,10 +3,10 @@
 Fields that both the dataclass and the message have are copied. The two declarations determine the conversion:
 
     message                     dataclass
-    Tensor                      Floats or Ints, 1 axis
+    Tensor                      Floats, Halves or Ints, 1 axis
     enum                        its name in lower case, without the prefix: LEARNER_STATE_IDLE is "idle"
     message, repeated message   dataclass, tuple of dataclasses
-    map, repeated scalar        dict, tuple
+    map, repeated scalar        dict (enum values as names), tuple
     unset optional field        the default of the dataclass
 
 `_converters` registers all other conversions here, by type.
@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from poise_client.codec._tensor import CodecError, from_tensor, vector
-from poise_client.types import Ints
+from poise_client.types import Halves, Ints
 from poise_proto.v1 import common_pb2
 
 T = TypeVar("T")
@@ -126,13 +126,22 @@ def _is_map(wire: FieldDescriptor) -> bool:
     return wire.message_type is not None and wire.message_type.GetOptions().map_entry
 
 
-def _tensor_dtype(hint: Any) -> Literal["int32", "float32"]:
-    return "int32" if Ints in (hint, *get_args(hint)) else "float32"
+def _enum_of_map(wire: FieldDescriptor) -> EnumDescriptor | None:
+    """Return the enum of a map's values, if they are one."""
+    entry = wire.message_type
+    return entry.fields_by_name["value"].enum_type if entry is not None and _is_map(wire) else None
+
+
+def _tensor_dtype(hint: Any) -> Literal["int32", "float16", "float32"]:
+    hints = (hint, *get_args(hint))
+    return "int32" if Ints in hints else "float16" if Halves in hints else "float32"
 
 
 def _encoder(hint: Any, wire: FieldDescriptor) -> Encoder | None:
     if (enum := wire.enum_type) is not None:
         return lambda name, path: enum_number(enum, name, path) if name else 0
+    if (values := _enum_of_map(wire)) is not None:
+        return lambda names, path: {key: enum_number(values, name, path) for key, name in names.items()}
     if wire.message_type is None or _is_map(wire):
         return None
     kind = GetMessageClass(wire.message_type)
@@ -166,6 +175,8 @@ def _converter(hint: Any, wire: FieldDescriptor) -> Callable[[Any, str], Any]:
         return lambda number, path: enum_name(enum, number, path)
     if wire.message_type is None:
         return (lambda items, path: tuple(items)) if wire.is_repeated else _copy
+    if (values := _enum_of_map(wire)) is not None:
+        return lambda entries, path: {key: enum_name(values, number, path) for key, number in entries.items()}
     if _is_map(wire):
         return lambda entries, path: dict(entries)
     if GetMessageClass(wire.message_type) is common_pb2.Tensor:

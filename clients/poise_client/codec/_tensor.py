@@ -11,7 +11,7 @@ from typing import Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from poise_client.types import Floats, Ints
+from poise_client.types import Floats, Halves, Ints
 from poise_proto.v1 import common_pb2 as pb
 
 DTypeName = Literal["float32", "float64", "bfloat16", "float16", "int32", "int64"]
@@ -121,6 +121,15 @@ def from_tensor(
     field: str = "tensor",
     max_elements: int = MAX_ELEMENTS,
 ) -> Ints: ...
+@overload
+def from_tensor(
+    tensor: pb.Tensor,
+    *,
+    dtype: Literal["float16"],
+    ndim: int = 1,
+    field: str = "tensor",
+    max_elements: int = MAX_ELEMENTS,
+) -> Halves: ...
 @overload
 def from_tensor(
     tensor: pb.Tensor, *, dtype: DTypeName, ndim: int = 1, field: str = "tensor", max_elements: int = MAX_ELEMENTS

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float32]
+Halves = NDArray[np.float16]
 Ints = NDArray[np.int32]
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -92,13 +93,17 @@ class EntropyStats:
     min: float = 0.0
 
 
-_NO_FLOATS, _NO_INTS = np.zeros(0, np.float32), np.zeros(0, np.int32)
-for _array in (_NO_FLOATS, _NO_INTS):  # shared defaults
+_NO_FLOATS, _NO_HALVES, _NO_INTS = np.zeros(0, np.float32), np.zeros(0, np.float16), np.zeros(0, np.int32)
+for _array in (_NO_FLOATS, _NO_HALVES, _NO_INTS):  # shared defaults
     _array.flags.writeable = False
 
 
 def _no_floats() -> Floats:
     return _NO_FLOATS
+
+
+def _no_halves() -> Halves:
+    return _NO_HALVES
 
 
 def _no_ints() -> Ints:
@@ -110,9 +115,9 @@ class Features:
     """The probe's input for one rollout."""
 
     prompt_hidden: Floats = field(default_factory=_no_floats)
-    """[d]"""
+    """[d]; empty if the value service needs no hidden states."""
     response_hidden: Floats = field(default_factory=_no_floats)
-    """[d]"""
+    """[d]; empty if the value service needs no hidden states."""
     output_entropy: EntropyStats = EntropyStats()
     reasoning_entropy: EntropyStats = EntropyStats()
     answer_entropy: EntropyStats = EntropyStats()
@@ -146,14 +151,18 @@ class Rollout:
     """The probe's input."""
     reward: float | None = None
     """Set it after scoring. The value service requires [0, 1]."""
-    advantage: float = 0.0
-    """Used by the learner. 0 if the learner has a critic, which computes advantages from rewards."""
+    advantage: float | None = None
+    """reward − baseline. The learner needs either `advantage` or `advantages`, or neither if it has a critic."""
+    advantages: Floats | None = None
+    """[T]: one advantage per token."""
     finish_reason: FinishReason = "stop"
     """Always "stop" in rollouts read from batches and labels, which do not store it."""
     text: str = ""
     """The decoded response without special tokens."""
-    token_entropies: Floats | None = None
-    """[T], in nats; only on request."""
+    token_entropies: Halves = field(default_factory=_no_halves)
+    """[T], in nats: entropies of the distribution over the full vocabulary after temperature, rounded to float16."""
+    sum_squared_probs: Halves = field(default_factory=_no_halves)
+    """[T]: the sum over the vocabulary of the squared probabilities of the same distribution, rounded to float16."""
     first_token_s: float = 0.0
     """Time from entering the engine to the first token, in seconds."""
     total_s: float = 0.0
@@ -167,9 +176,11 @@ class Group:
     group_id: str
     rollouts: tuple[Rollout, ...]
     domain: str = DEFAULT_DOMAIN
-    """Selects the probe."""
+    """Selects the estimator of baselines."""
     num_rollouts: int = -1
-    """Number of rollouts that were sampled; by default those in `rollouts`. The probe rejects incomplete groups."""
+    """Number of rollouts that were sampled; by default those in `rollouts`. Incomplete groups cannot be learnt from."""
+    prompt_id: str = ""
+    """Names the prompt across steps. If it is empty, the value service gets a hash of the prompt's tokens."""
 
     def __post_init__(self) -> None:
         if self.num_rollouts < 0:

@@ -1,32 +1,45 @@
 """Baselines, prompt scores and the state of the probes.
 
-Shapes: n rollouts of a group, d the model's width.
+Shapes: n rollouts of a group, T tokens of a response, d the model's width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from poise_client.types._rollouts import Floats, Group
 
+Estimator = Literal["probe", "score_mean", "score_prefix", "score_prompt", "auto"]
+"""A way to compute baselines: the paper's probe, or a score-weighted mean or regression. "auto" chooses one of the
+latter; answers name the chosen one."""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupBaselines:
-    """The baselines of one group. The arrays are None while the domain has no fitted probe."""
+    """The baselines of one group. The arrays are None while the domain has no fitted estimator."""
 
     group_id: str
     probe_version: int
+    """Version of the fitted estimator."""
     values: Floats | None
-    """[n], in [0, 1]: g_k(z_i), the predicted rewards."""
+    """[n], in [0, 1]: the predicted rewards. From the probe they are g_k(z_i). From a score-weighted estimator they are
+    the means of each rollout's baselines, weighted by the squared score norms."""
     baselines: Floats | None
-    """[n]: b_i = mean over j ≠ i of g_k(z_j). Also None for a single rollout."""
+    """[n]: one baseline per rollout. From the probe it is the mean over j ≠ i of g_k(z_j); None for a single rollout.
+    Also None if `token_baselines` is set."""
     up_to_date: bool = False
     """True only if the probe is known to be fitted on every label published before the first call for the step.
 
     See `wait_for_labels_s` of `estimate_baselines`. All groups of a domain in a step have the same value.
     """
+    estimator: Estimator | Literal[""] = ""
+    """The estimator that answered; empty if none is fitted."""
+    token_baselines: tuple[Floats, ...] | None = None
+    """[T] for each rollout: one baseline per token. Set by score_prefix and score_prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +131,21 @@ class ProbeQuality:
     """Mean squared advantage, divided by the same with the mean reward of the step's other prompts as baseline."""
     calibration: tuple[CalibrationBin, ...]
     """Predictions in tenths of [0, 1]; empty tenths are omitted."""
+    weighted_variance_vs_none: float = float("nan")
+    """Mean squared advantage, weighted by the squared score norms, divided by the same without a baseline. It predicts
+    the variance of the gradient."""
+    weighted_variance_vs_batch_mean: float = float("nan")
+    """The same, divided by that with the mean reward of the step's other prompts as baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorError:
+    """The error of one score-weighted estimator on earlier steps."""
+
+    estimator: Estimator
+    weighted_error: float
+    """Mean squared difference of reward and baseline, weighted by the squared score norms. Each step was predicted from
+    the steps before it; later steps count more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +168,12 @@ class ProbeStatus:
     label_lag_s: float
     """Seconds from publishing to durable state of the label learnt last; NaN before the first since the start."""
     quality: ProbeQuality
+    configured: Estimator = "probe"
+    """The estimator that the configuration selects for the domain."""
+    estimator: Estimator | Literal[""] = ""
+    """The current estimator: for "auto" the one it chose. Empty before the first fit."""
+    errors: tuple[EstimatorError, ...] = ()
+    """The score-weighted estimators that were compared; empty before two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +189,7 @@ class ProbeReport:
     """Queue entries that could not be learnt from."""
     num_pending: int
     """Published groups that are not yet in the durable state."""
+    estimator: Estimator = "probe"
+    """The configured estimator of domains without one of their own."""
+    domain_estimators: Mapping[str, Estimator] = field(default_factory=dict)
+    """The configured estimators of individual domains."""

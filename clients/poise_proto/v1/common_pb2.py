@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15poise/v1/common.proto\x12\x08poise.v1\"E\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"R\n\tRolloutId\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x15\n\rrollout_index\x18\x04 \x01(\r\"M\n\x0bVersionSpan\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"D\n\x0c\x45ntropyStats\x12\x0c\n\x04mean\x18\x01 \x01(\x02\x12\x0c\n\x04last\x18\x02 \x01(\x02\x12\x0b\n\x03max\x18\x03 \x01(\x02\x12\x0b\n\x03min\x18\x04 \x01(\x02\"\xf8\x01\n\x0fRolloutFeatures\x12\'\n\rprompt_hidden\x18\x01 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0fresponse_hidden\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12.\n\x0eoutput_entropy\x18\x03 \x01(\x0b\x32\x16.poise.v1.EntropyStats\x12\x31\n\x11reasoning_entropy\x18\x04 \x01(\x0b\x32\x16.poise.v1.EntropyStats\x12.\n\x0e\x61nswer_entropy\x18\x05 \x01(\x0b\x32\x16.poise.v1.EntropyStats*\x8d\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT32\x10\x05\x12\x0f\n\x0b\x44TYPE_INT64\x10\x06*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15poise/v1/common.proto\x12\x08poise.v1\"E\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"R\n\tRolloutId\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x15\n\rrollout_index\x18\x04 \x01(\r\"M\n\x0bVersionSpan\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"D\n\x0c\x45ntropyStats\x12\x0c\n\x04mean\x18\x01 \x01(\x02\x12\x0c\n\x04last\x18\x02 \x01(\x02\x12\x0b\n\x03max\x18\x03 \x01(\x02\x12\x0b\n\x03min\x18\x04 \x01(\x02\"\x87\x01\n\x0fTokenStatistics\x12\"\n\x08logprobs\x18\x01 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\tentropies\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12+\n\x11sum_squared_probs\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\"\xa3\x02\n\x0fRolloutFeatures\x12\'\n\rprompt_hidden\x18\x01 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0fresponse_hidden\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12.\n\x0eoutput_entropy\x18\x03 \x01(\x0b\x32\x16.poise.v1.EntropyStats\x12\x31\n\x11reasoning_entropy\x18\x04 \x01(\x0b\x32\x16.poise.v1.EntropyStats\x12.\n\x0e\x61nswer_entropy\x18\x05 \x01(\x0b\x32\x16.poise.v1.EntropyStats\x12)\n\x06tokens\x18\x06 \x01(\x0b\x32\x19.poise.v1.TokenStatistics*\x8d\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT32\x10\x05\x12\x0f\n\x0b\x44TYPE_INT64\x10\x06*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'poise.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=591
-  _globals['_DTYPE']._serialized_end=732
-  _globals['_FINISHREASON']._serialized_start=734
-  _globals['_FINISHREASON']._serialized_end=854
+  _globals['_DTYPE']._serialized_start=772
+  _globals['_DTYPE']._serialized_end=913
+  _globals['_FINISHREASON']._serialized_start=915
+  _globals['_FINISHREASON']._serialized_end=1035
   _globals['_TENSOR']._serialized_start=35
   _globals['_TENSOR']._serialized_end=104
   _globals['_ROLLOUTID']._serialized_start=106
@@ -43,6 +43,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERSIONSPAN']._serialized_end=267
   _globals['_ENTROPYSTATS']._serialized_start=269
   _globals['_ENTROPYSTATS']._serialized_end=337
-  _globals['_ROLLOUTFEATURES']._serialized_start=340
-  _globals['_ROLLOUTFEATURES']._serialized_end=588
+  _globals['_TOKENSTATISTICS']._serialized_start=340
+  _globals['_TOKENSTATISTICS']._serialized_end=475
+  _globals['_ROLLOUTFEATURES']._serialized_start=478
+  _globals['_ROLLOUTFEATURES']._serialized_end=769
 # @@protoc_insertion_point(module_scope)

@@ -220,9 +220,49 @@ class EntropyStats(_message.Message):
 Global___EntropyStats: _TypeAlias = EntropyStats  # noqa: Y015
 
 @_typing.final
+class TokenStatistics(_message.Message):
+    """TokenStatistics describes the distributions that the response tokens were sampled from: over the full vocabulary, after
+    temperature and before top-p and top-k.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    ENTROPIES_FIELD_NUMBER: _builtins.int
+    SUM_SQUARED_PROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> Global___Tensor:
+        """logprobs is float32 [T]: the log-probability of each token. The value service accepts -80 to 0."""
+
+    @_builtins.property
+    def entropies(self) -> Global___Tensor:
+        """entropies is float16 [T]: the entropy at each token, in nats. The value service accepts -0.001 to 25."""
+
+    @_builtins.property
+    def sum_squared_probs(self) -> Global___Tensor:
+        """sum_squared_probs is float16 [T]: the sum of the squared probabilities of all tokens, at each token. The value service
+        accepts 0 to 1.001.
+        """
+
+    def __init__(
+        self,
+        *,
+        logprobs: Global___Tensor | None = ...,
+        entropies: Global___Tensor | None = ...,
+        sum_squared_probs: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entropies", b"entropies", "logprobs", b"logprobs", "sum_squared_probs", b"sum_squared_probs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropies", b"entropies", "logprobs", b"logprobs", "sum_squared_probs", b"sum_squared_probs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenStatistics: _TypeAlias = TokenStatistics  # noqa: Y015
+
+@_typing.final
 class RolloutFeatures(_message.Message):
-    """RolloutFeatures is the input of the probe: what it sees of one rollout. It comes from the forward passes that sampled
-    the rollout. The value service accepts hidden states from -1e7 to 1e7.
+    """RolloutFeatures is the input of the baseline estimators: what they see of one rollout. It comes from the forward passes
+    that sampled the rollout. The value service accepts hidden states from -1e7 to 1e7.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -232,9 +272,12 @@ class RolloutFeatures(_message.Message):
     OUTPUT_ENTROPY_FIELD_NUMBER: _builtins.int
     REASONING_ENTROPY_FIELD_NUMBER: _builtins.int
     ANSWER_ENTROPY_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_hidden(self) -> Global___Tensor:
-        """prompt_hidden is float32 [d]: the mean over the last prompt tokens of the residual stream after the feature layer."""
+        """prompt_hidden is float32 [d]: the mean over the last prompt tokens of the residual stream after the feature layer. May be
+        unset, with response_hidden, if the domain's estimator is score_mean or score_prefix.
+        """
 
     @_builtins.property
     def response_hidden(self) -> Global___Tensor:
@@ -254,6 +297,12 @@ class RolloutFeatures(_message.Message):
     def answer_entropy(self) -> Global___EntropyStats:
         """answer_entropy covers the tokens inside <answer>...</answer>; without these tags, the tokens after </think>."""
 
+    @_builtins.property
+    def tokens(self) -> Global___TokenStatistics:
+        """tokens is the input of the score-weighted estimators. Required in requests to the value service if the domain's estimator
+        is one of them. Rollout has the same arrays in its own fields, so the generation service leaves it unset.
+        """
+
     def __init__(
         self,
         *,
@@ -262,10 +311,11 @@ class RolloutFeatures(_message.Message):
         output_entropy: Global___EntropyStats | None = ...,
         reasoning_entropy: Global___EntropyStats | None = ...,
         answer_entropy: Global___EntropyStats | None = ...,
+        tokens: Global___TokenStatistics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_entropy", b"answer_entropy", "output_entropy", b"output_entropy", "prompt_hidden", b"prompt_hidden", "reasoning_entropy", b"reasoning_entropy", "response_hidden", b"response_hidden"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_entropy", b"answer_entropy", "output_entropy", b"output_entropy", "prompt_hidden", b"prompt_hidden", "reasoning_entropy", b"reasoning_entropy", "response_hidden", b"response_hidden", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_entropy", b"answer_entropy", "output_entropy", b"output_entropy", "prompt_hidden", b"prompt_hidden", "reasoning_entropy", b"reasoning_entropy", "response_hidden", b"response_hidden"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_entropy", b"answer_entropy", "output_entropy", b"output_entropy", "prompt_hidden", b"prompt_hidden", "reasoning_entropy", b"reasoning_entropy", "response_hidden", b"response_hidden", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from poise_proto.v1 import common_pb2 as poise_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19poise/v1/generation.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"@\n\x0b\x43hatMessage\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.poise.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.poise.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x87\x01\n\nPromptSpec\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.poise.v1.ChatPromptH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.poise.v1.TokenPromptH\x00\x42\x08\n\x06prompt\"\xbd\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xfa\x01\n\x19StreamTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x07prompts\x18\x03 \x03(\x0b\x32\x14.poise.v1.PromptSpec\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.poise.v1.SamplingParams\x12\x1e\n\x16return_token_entropies\x18\x06 \x01(\x08\x12\x1f\n\x12min_policy_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_min_policy_version\"\xde\x02\n\x07Rollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12#\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0ftoken_entropies\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12+\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x19.poise.v1.RolloutFeatures\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.poise.v1.FinishReason\x12\x0c\n\x04text\x18\x08 \x01(\t\x12\x15\n\rfirst_token_s\x18\t \x01(\x01\x12\x0f\n\x07total_s\x18\n \x01(\x01\"\x7f\n\x1aStreamTrajectoriesResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\x08rollouts\x18\x03 \x03(\x0b\x32\x11.poise.v1.Rollout\"=\n\x14\x45ncodePromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"\x85\x01\n\x15\x45ncodePromptsResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"<\n\x13\x43heckPromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"D\n\x0bPromptCheck\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07problem\x18\x03 \x01(\t\">\n\x14\x43heckPromptsResponse\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.poise.v1.PromptCheck\"\x85\x01\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x13\n\x0bnum_changed\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\"I\n\x0bWeightsBase\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"B\n\x0eWeightsAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\x0c\"e\n\x0cProcessGroup\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.poise.v1.ProcessGroupBackend\x12\x12\n\nrendezvous\x18\x02 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"\x99\x02\n\x0fWeightsManifest\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.poise.v1.WeightTensor\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12#\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x15.poise.v1.WeightsBase\x12)\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x18.poise.v1.WeightsAdapter\x12\x14\n\x0ckeep_as_base\x18\x07 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x08 \x01(\t\x12-\n\rprocess_group\x18\t \x01(\x0b\x32\x16.poise.v1.ProcessGroup\",\n\x0cWeightsChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"$\n\rWeightsCommit\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\"\xa1\x01\n\x14UpdateWeightsRequest\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.poise.v1.WeightsManifestH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.poise.v1.WeightsChunkH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.poise.v1.WeightsCommitH\x00\x42\x06\n\x04part\"l\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x17\n\x0f\x61lready_applied\x18\x02 \x01(\x08\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\x12\n\x10GetPolicyRequest\"\x89\x03\n\x11GetPolicyResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\nlineage_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x15\n\rfeature_layer\x18\n \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x0c \x01(\x0c\x12\x15\n\rmax_model_len\x18\r \x01(\r\x12\x13\n\x0bnum_running\x18\x0e \x01(\r\x12\x12\n\nkeeps_base\x18\x0f \x01(\x08\x12<\n\x15process_group_backend\x18\x10 \x01(\x0e\x32\x1d.poise.v1.ProcessGroupBackend*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03*|\n\x13ProcessGroupBackend\x12%\n!PROCESS_GROUP_BACKEND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPROCESS_GROUP_BACKEND_NCCL\x10\x01\x12\x1e\n\x1aPROCESS_GROUP_BACKEND_GLOO\x10\x02\x32\xb3\x03\n\x11GenerationService\x12\x61\n\x12StreamTrajectories\x12#.poise.v1.StreamTrajectoriesRequest\x1a$.poise.v1.StreamTrajectoriesResponse0\x01\x12R\n\rEncodePrompts\x12\x1e.poise.v1.EncodePromptsRequest\x1a\x1f.poise.v1.EncodePromptsResponse0\x01\x12M\n\x0c\x43heckPrompts\x12\x1d.poise.v1.CheckPromptsRequest\x1a\x1e.poise.v1.CheckPromptsResponse\x12R\n\rUpdateWeights\x12\x1e.poise.v1.UpdateWeightsRequest\x1a\x1f.poise.v1.UpdateWeightsResponse(\x01\x12\x44\n\tGetPolicy\x12\x1a.poise.v1.GetPolicyRequest\x1a\x1b.poise.v1.GetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19poise/v1/generation.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"@\n\x0b\x43hatMessage\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.poise.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.poise.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x87\x01\n\nPromptSpec\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.poise.v1.ChatPromptH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.poise.v1.TokenPromptH\x00\x42\x08\n\x06prompt\"\xbd\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xf8\x01\n\x19StreamTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x07prompts\x18\x03 \x03(\x0b\x32\x14.poise.v1.PromptSpec\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.poise.v1.SamplingParams\x12\x1f\n\x12min_policy_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x42\x15\n\x13_min_policy_versionJ\x04\x08\x06\x10\x07R\x16return_token_entropies\"\x8b\x03\n\x07Rollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12#\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12)\n\x0ftoken_entropies\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12+\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x19.poise.v1.RolloutFeatures\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.poise.v1.FinishReason\x12\x0c\n\x04text\x18\x08 \x01(\t\x12\x15\n\rfirst_token_s\x18\t \x01(\x01\x12\x0f\n\x07total_s\x18\n \x01(\x01\x12+\n\x11sum_squared_probs\x18\x0b \x01(\x0b\x32\x10.poise.v1.Tensor\"\x7f\n\x1aStreamTrajectoriesResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\x08rollouts\x18\x03 \x03(\x0b\x32\x11.poise.v1.Rollout\"=\n\x14\x45ncodePromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"\x85\x01\n\x15\x45ncodePromptsResponse\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\'\n\rprompt_hidden\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"<\n\x13\x43heckPromptsRequest\x12%\n\x07prompts\x18\x01 \x03(\x0b\x32\x14.poise.v1.PromptSpec\"D\n\x0bPromptCheck\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07problem\x18\x03 \x01(\t\">\n\x14\x43heckPromptsResponse\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.poise.v1.PromptCheck\"\x85\x01\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.poise.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x13\n\x0bnum_changed\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\"I\n\x0bWeightsBase\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"B\n\x0eWeightsAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\x0c\"e\n\x0cProcessGroup\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.poise.v1.ProcessGroupBackend\x12\x12\n\nrendezvous\x18\x02 \x01(\x0c\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"\x99\x02\n\x0fWeightsManifest\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.poise.v1.WeightTensor\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12#\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x15.poise.v1.WeightsBase\x12)\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x18.poise.v1.WeightsAdapter\x12\x14\n\x0ckeep_as_base\x18\x07 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x08 \x01(\t\x12-\n\rprocess_group\x18\t \x01(\x0b\x32\x16.poise.v1.ProcessGroup\",\n\x0cWeightsChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"$\n\rWeightsCommit\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\"\xa1\x01\n\x14UpdateWeightsRequest\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.poise.v1.WeightsManifestH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.poise.v1.WeightsChunkH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.poise.v1.WeightsCommitH\x00\x42\x06\n\x04part\"l\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x17\n\x0f\x61lready_applied\x18\x02 \x01(\x08\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\x12\n\x10GetPolicyRequest\"\x89\x03\n\x11GetPolicyResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\nlineage_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x15\n\rfeature_layer\x18\n \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x0c \x01(\x0c\x12\x15\n\rmax_model_len\x18\r \x01(\r\x12\x13\n\x0bnum_running\x18\x0e \x01(\r\x12\x12\n\nkeeps_base\x18\x0f \x01(\x08\x12<\n\x15process_group_backend\x18\x10 \x01(\x0e\x32\x1d.poise.v1.ProcessGroupBackend*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03*|\n\x13ProcessGroupBackend\x12%\n!PROCESS_GROUP_BACKEND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPROCESS_GROUP_BACKEND_NCCL\x10\x01\x12\x1e\n\x1aPROCESS_GROUP_BACKEND_GLOO\x10\x02\x32\xb3\x03\n\x11GenerationService\x12\x61\n\x12StreamTrajectories\x12#.poise.v1.StreamTrajectoriesRequest\x1a$.poise.v1.StreamTrajectoriesResponse0\x01\x12R\n\rEncodePrompts\x12\x1e.poise.v1.EncodePromptsRequest\x1a\x1f.poise.v1.EncodePromptsResponse0\x01\x12M\n\x0c\x43heckPrompts\x12\x1d.poise.v1.CheckPromptsRequest\x1a\x1e.poise.v1.CheckPromptsResponse\x12R\n\rUpdateWeights\x12\x1e.poise.v1.UpdateWeightsRequest\x1a\x1f.poise.v1.UpdateWeightsResponse(\x01\x12\x44\n\tGetPolicy\x12\x1a.poise.v1.GetPolicyRequest\x1a\x1b.poise.v1.GetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'poise.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATROLE']._serialized_start=3117
-  _globals['_CHATROLE']._serialized_end=3221
-  _globals['_PROCESSGROUPBACKEND']._serialized_start=3223
-  _globals['_PROCESSGROUPBACKEND']._serialized_end=3347
+  _globals['_CHATROLE']._serialized_start=3160
+  _globals['_CHATROLE']._serialized_end=3264
+  _globals['_PROCESSGROUPBACKEND']._serialized_start=3266
+  _globals['_PROCESSGROUPBACKEND']._serialized_end=3390
   _globals['_CHATMESSAGE']._serialized_start=62
   _globals['_CHATMESSAGE']._serialized_end=126
   _globals['_CHATPROMPT']._serialized_start=128
@@ -47,43 +47,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=356
   _globals['_SAMPLINGPARAMS']._serialized_end=545
   _globals['_STREAMTRAJECTORIESREQUEST']._serialized_start=548
-  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_end=798
-  _globals['_ROLLOUT']._serialized_start=801
-  _globals['_ROLLOUT']._serialized_end=1151
-  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_start=1153
-  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_end=1280
-  _globals['_ENCODEPROMPTSREQUEST']._serialized_start=1282
-  _globals['_ENCODEPROMPTSREQUEST']._serialized_end=1343
-  _globals['_ENCODEPROMPTSRESPONSE']._serialized_start=1346
-  _globals['_ENCODEPROMPTSRESPONSE']._serialized_end=1479
-  _globals['_CHECKPROMPTSREQUEST']._serialized_start=1481
-  _globals['_CHECKPROMPTSREQUEST']._serialized_end=1541
-  _globals['_PROMPTCHECK']._serialized_start=1543
-  _globals['_PROMPTCHECK']._serialized_end=1611
-  _globals['_CHECKPROMPTSRESPONSE']._serialized_start=1613
-  _globals['_CHECKPROMPTSRESPONSE']._serialized_end=1675
-  _globals['_WEIGHTTENSOR']._serialized_start=1678
-  _globals['_WEIGHTTENSOR']._serialized_end=1811
-  _globals['_WEIGHTSBASE']._serialized_start=1813
-  _globals['_WEIGHTSBASE']._serialized_end=1886
-  _globals['_WEIGHTSADAPTER']._serialized_start=1888
-  _globals['_WEIGHTSADAPTER']._serialized_end=1954
-  _globals['_PROCESSGROUP']._serialized_start=1956
-  _globals['_PROCESSGROUP']._serialized_end=2057
-  _globals['_WEIGHTSMANIFEST']._serialized_start=2060
-  _globals['_WEIGHTSMANIFEST']._serialized_end=2341
-  _globals['_WEIGHTSCHUNK']._serialized_start=2343
-  _globals['_WEIGHTSCHUNK']._serialized_end=2387
-  _globals['_WEIGHTSCOMMIT']._serialized_start=2389
-  _globals['_WEIGHTSCOMMIT']._serialized_end=2425
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=2428
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=2589
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=2591
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=2699
-  _globals['_GETPOLICYREQUEST']._serialized_start=2701
-  _globals['_GETPOLICYREQUEST']._serialized_end=2719
-  _globals['_GETPOLICYRESPONSE']._serialized_start=2722
-  _globals['_GETPOLICYRESPONSE']._serialized_end=3115
-  _globals['_GENERATIONSERVICE']._serialized_start=3350
-  _globals['_GENERATIONSERVICE']._serialized_end=3785
+  _globals['_STREAMTRAJECTORIESREQUEST']._serialized_end=796
+  _globals['_ROLLOUT']._serialized_start=799
+  _globals['_ROLLOUT']._serialized_end=1194
+  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_start=1196
+  _globals['_STREAMTRAJECTORIESRESPONSE']._serialized_end=1323
+  _globals['_ENCODEPROMPTSREQUEST']._serialized_start=1325
+  _globals['_ENCODEPROMPTSREQUEST']._serialized_end=1386
+  _globals['_ENCODEPROMPTSRESPONSE']._serialized_start=1389
+  _globals['_ENCODEPROMPTSRESPONSE']._serialized_end=1522
+  _globals['_CHECKPROMPTSREQUEST']._serialized_start=1524
+  _globals['_CHECKPROMPTSREQUEST']._serialized_end=1584
+  _globals['_PROMPTCHECK']._serialized_start=1586
+  _globals['_PROMPTCHECK']._serialized_end=1654
+  _globals['_CHECKPROMPTSRESPONSE']._serialized_start=1656
+  _globals['_CHECKPROMPTSRESPONSE']._serialized_end=1718
+  _globals['_WEIGHTTENSOR']._serialized_start=1721
+  _globals['_WEIGHTTENSOR']._serialized_end=1854
+  _globals['_WEIGHTSBASE']._serialized_start=1856
+  _globals['_WEIGHTSBASE']._serialized_end=1929
+  _globals['_WEIGHTSADAPTER']._serialized_start=1931
+  _globals['_WEIGHTSADAPTER']._serialized_end=1997
+  _globals['_PROCESSGROUP']._serialized_start=1999
+  _globals['_PROCESSGROUP']._serialized_end=2100
+  _globals['_WEIGHTSMANIFEST']._serialized_start=2103
+  _globals['_WEIGHTSMANIFEST']._serialized_end=2384
+  _globals['_WEIGHTSCHUNK']._serialized_start=2386
+  _globals['_WEIGHTSCHUNK']._serialized_end=2430
+  _globals['_WEIGHTSCOMMIT']._serialized_start=2432
+  _globals['_WEIGHTSCOMMIT']._serialized_end=2468
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=2471
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=2632
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=2634
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=2742
+  _globals['_GETPOLICYREQUEST']._serialized_start=2744
+  _globals['_GETPOLICYREQUEST']._serialized_end=2762
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2765
+  _globals['_GETPOLICYRESPONSE']._serialized_end=3158
+  _globals['_GENERATIONSERVICE']._serialized_start=3393
+  _globals['_GENERATIONSERVICE']._serialized_end=3828
 # @@protoc_insertion_point(module_scope)

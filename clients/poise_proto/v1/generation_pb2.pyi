@@ -262,7 +262,6 @@ class StreamTrajectoriesRequest(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     NUM_ROLLOUTS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
-    RETURN_TOKEN_ENTROPIES_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """run_id names the training run. 1 to 128 of the characters A-Z a-z 0-9 . _ : / -. Required."""
@@ -270,8 +269,6 @@ class StreamTrajectoriesRequest(_message.Message):
     """step is the step within the run."""
     num_rollouts: _builtins.int
     """num_rollouts is the number of rollouts of each prompt, 1 to 256. Unset or 0 means 1."""
-    return_token_entropies: _builtins.bool
-    """return_token_entropies also returns the entropy of every token. The features always contain a summary."""
     min_policy_version: _builtins.int
     """min_policy_version rejects the request with VERSION_MISMATCH if the replica serves an older version. Unset accepts any."""
     @_builtins.property
@@ -290,12 +287,11 @@ class StreamTrajectoriesRequest(_message.Message):
         prompts: _abc.Iterable[Global___PromptSpec] | None = ...,
         num_rollouts: _builtins.int = ...,
         sampling: Global___SamplingParams | None = ...,
-        return_token_entropies: _builtins.bool = ...,
         min_policy_version: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "min_policy_version", b"min_policy_version", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "min_policy_version", b"min_policy_version", "num_rollouts", b"num_rollouts", "prompts", b"prompts", "return_token_entropies", b"return_token_entropies", "run_id", b"run_id", "sampling", b"sampling", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "min_policy_version", b"min_policy_version", "num_rollouts", b"num_rollouts", "prompts", b"prompts", "run_id", b"run_id", "sampling", b"sampling", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_policy_version: _TypeAlias = _typing.Literal["min_policy_version"]  # noqa: Y015
     _WhichOneofArgType__min_policy_version: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version"]  # noqa: Y015
@@ -319,6 +315,7 @@ class Rollout(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
+    SUM_SQUARED_PROBS_FIELD_NUMBER: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
     """finish_reason says why the response ended."""
     text: _builtins.str
@@ -343,7 +340,7 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def token_entropies(self) -> _common_pb2.Tensor:
-        """token_entropies is float32 [T], in nats. Set only if return_token_entropies was."""
+        """token_entropies is float16 [T]: the entropy of the same distribution at each token, in nats."""
 
     @_builtins.property
     def features(self) -> _common_pb2.RolloutFeatures:
@@ -352,6 +349,10 @@ class Rollout(_message.Message):
     @_builtins.property
     def version_spans(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.VersionSpan]:
         """version_spans say which policy version sampled which tokens. They cover [0, T) without gaps."""
+
+    @_builtins.property
+    def sum_squared_probs(self) -> _common_pb2.Tensor:
+        """sum_squared_probs is float16 [T]: the sum of the squared probabilities of the same distribution at each token."""
 
     def __init__(
         self,
@@ -366,10 +367,11 @@ class Rollout(_message.Message):
         text: _builtins.str = ...,
         first_token_s: _builtins.float = ...,
         total_s: _builtins.float = ...,
+        sum_squared_probs: _common_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "id", b"id", "logprobs", b"logprobs", "token_entropies", b"token_entropies", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "id", b"id", "logprobs", b"logprobs", "sum_squared_probs", b"sum_squared_probs", "token_entropies", b"token_entropies", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "finish_reason", b"finish_reason", "first_token_s", b"first_token_s", "id", b"id", "logprobs", b"logprobs", "text", b"text", "token_entropies", b"token_entropies", "token_ids", b"token_ids", "total_s", b"total_s", "version_spans", b"version_spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "finish_reason", b"finish_reason", "first_token_s", b"first_token_s", "id", b"id", "logprobs", b"logprobs", "sum_squared_probs", b"sum_squared_probs", "text", b"text", "token_entropies", b"token_entropies", "token_ids", b"token_ids", "total_s", b"total_s", "version_spans", b"version_spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

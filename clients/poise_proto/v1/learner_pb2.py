@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from poise_proto.v1 import common_pb2 as poise_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16poise/v1/learner.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"}\n\x0b\x42\x61tchHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"\x88\x02\n\x0fTrainingRollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x11\n\tadvantage\x18\x05 \x01(\x02\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12\x13\n\x06reward\x18\x07 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_reward\"x\n\x17SubmitAdvantagesRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.poise.v1.BatchHeaderH\x00\x12,\n\x07rollout\x18\x02 \x01(\x0b\x32\x19.poise.v1.TrainingRolloutH\x00\x42\x06\n\x04part\"\xa7\x05\n\x0bStepMetrics\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0f\n\x07\x65ntropy\x18\x02 \x01(\x01\x12\x18\n\x10mismatch_logprob\x18\x03 \x01(\x01\x12\x13\n\x0bmismatch_kl\x18\x04 \x01(\x01\x12\x12\n\nclip_share\x18\x05 \x01(\x01\x12\x16\n\x0e\x63lip_low_share\x18\x06 \x01(\x01\x12\x17\n\x0f\x63lip_high_share\x18\x07 \x01(\x01\x12\x17\n\x0f\x64ual_clip_share\x18\x08 \x01(\x01\x12\x17\n\x0ftruncated_share\x18\t \x01(\x01\x12\x14\n\x0creference_kl\x18\n \x01(\x01\x12\x15\n\rgradient_norm\x18\x0b \x01(\x01\x12\x19\n\x11gradient_variance\x18\x0c \x01(\x01\x12\x15\n\rlearning_rate\x18\r \x01(\x01\x12\x14\n\x0cnum_rollouts\x18\x0e \x01(\r\x12\x12\n\nnum_tokens\x18\x0f \x01(\x04\x12\x18\n\x10num_model_tokens\x18\x10 \x01(\x04\x12\x13\n\x0bnum_updates\x18\x11 \x01(\r\x12\x1b\n\x13num_skipped_updates\x18\x12 \x01(\r\x12\x37\n\tstaleness\x18\x13 \x03(\x0b\x32$.poise.v1.StepMetrics.StalenessEntry\x12\x0f\n\x07train_s\x18\x14 \x01(\x01\x12\x11\n\tpublish_s\x18\x15 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x16 \x01(\x01\x12\x0b\n\x03mfu\x18\x17 \x01(\x01\x12\x12\n\nvalue_loss\x18\x18 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x19 \x01(\x01\x12\x1c\n\x14\x63ritic_gradient_norm\x18\x1a \x01(\x01\x1a\x30\n\x0eStalenessEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"]\n\x0fRejectedRollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.poise.v1.RejectionReason\"J\n\x0eRejectionCount\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.poise.v1.RejectionReason\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\x9d\x01\n\rReplicaResult\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0e\n\x06push_s\x18\x05 \x01(\x01\x12\x0f\n\x07pause_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\x12\x12\n\nsent_bytes\x18\x08 \x01(\x04\"\xc5\x01\n\x18SubmitAdvantagesResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12&\n\x07metrics\x18\x03 \x01(\x0b\x32\x15.poise.v1.StepMetrics\x12+\n\x08rejected\x18\x04 \x03(\x0b\x32\x19.poise.v1.RejectedRollout\x12)\n\x08replicas\x18\x05 \x03(\x0b\x32\x17.poise.v1.ReplicaResult\"\x12\n\x10GetStatusRequest\"\xe9\x02\n\x11GetStatusResponse\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.poise.v1.LearnerState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x13\n\x0bnum_batches\x18\x06 \x01(\x04\x12\x14\n\x0cnum_rollouts\x18\x07 \x01(\x04\x12.\n\x0cnum_rejected\x18\x08 \x03(\x0b\x32\x18.poise.v1.RejectionCount\x12\x15\n\rlast_batch_id\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\x12\x15\n\rmax_staleness\x18\x0b \x01(\r\x12\x12\n\nhas_critic\x18\x0c \x01(\x08\x12)\n\x08replicas\x18\r \x03(\x0b\x32\x17.poise.v1.ReplicaResult\"6\n\x12\x45xportModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheck_only\x18\x02 \x01(\x08\";\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04*\xb1\x01\n\x0fRejectionReason\x12 \n\x1cREJECTION_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECTION_REASON_STALE\x10\x01\x12\x1e\n\x1aREJECTION_REASON_DUPLICATE\x10\x02\x12#\n\x1fREJECTION_REASON_FUTURE_VERSION\x10\x03\x12\x1b\n\x17REJECTION_REASON_FAILED\x10\x04*\xb7\x01\n\x0cLearnerState\x12\x1d\n\x19LEARNER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LEARNER_STATE_IDLE\x10\x01\x12\x1a\n\x16LEARNER_STATE_TRAINING\x10\x02\x12\x1c\n\x18LEARNER_STATE_PUBLISHING\x10\x03\x12\x1c\n\x18LEARNER_STATE_RECOVERING\x10\x04\x12\x18\n\x14LEARNER_STATE_PAUSED\x10\x05\x32\xff\x01\n\x0eLearnerService\x12[\n\x10SubmitAdvantages\x12!.poise.v1.SubmitAdvantagesRequest\x1a\".poise.v1.SubmitAdvantagesResponse(\x01\x12\x44\n\tGetStatus\x12\x1a.poise.v1.GetStatusRequest\x1a\x1b.poise.v1.GetStatusResponse\x12J\n\x0b\x45xportModel\x12\x1c.poise.v1.ExportModelRequest\x1a\x1d.poise.v1.ExportModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16poise/v1/learner.proto\x12\x08poise.v1\x1a\x15poise/v1/common.proto\"}\n\x0b\x42\x61tchHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x0cnum_rollouts\x18\x04 \x01(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"\xc1\x02\n\x0fTrainingRollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12*\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x10.poise.v1.Tensor\x12#\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\"\n\x08logprobs\x18\x04 \x01(\x0b\x32\x10.poise.v1.Tensor\x12\x16\n\tadvantage\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12,\n\rversion_spans\x18\x06 \x03(\x0b\x32\x15.poise.v1.VersionSpan\x12\x13\n\x06reward\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12$\n\nadvantages\x18\x08 \x01(\x0b\x32\x10.poise.v1.TensorB\x0c\n\n_advantageB\t\n\x07_reward\"x\n\x17SubmitAdvantagesRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.poise.v1.BatchHeaderH\x00\x12,\n\x07rollout\x18\x02 \x01(\x0b\x32\x19.poise.v1.TrainingRolloutH\x00\x42\x06\n\x04part\"\xa7\x05\n\x0bStepMetrics\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0f\n\x07\x65ntropy\x18\x02 \x01(\x01\x12\x18\n\x10mismatch_logprob\x18\x03 \x01(\x01\x12\x13\n\x0bmismatch_kl\x18\x04 \x01(\x01\x12\x12\n\nclip_share\x18\x05 \x01(\x01\x12\x16\n\x0e\x63lip_low_share\x18\x06 \x01(\x01\x12\x17\n\x0f\x63lip_high_share\x18\x07 \x01(\x01\x12\x17\n\x0f\x64ual_clip_share\x18\x08 \x01(\x01\x12\x17\n\x0ftruncated_share\x18\t \x01(\x01\x12\x14\n\x0creference_kl\x18\n \x01(\x01\x12\x15\n\rgradient_norm\x18\x0b \x01(\x01\x12\x19\n\x11gradient_variance\x18\x0c \x01(\x01\x12\x15\n\rlearning_rate\x18\r \x01(\x01\x12\x14\n\x0cnum_rollouts\x18\x0e \x01(\r\x12\x12\n\nnum_tokens\x18\x0f \x01(\x04\x12\x18\n\x10num_model_tokens\x18\x10 \x01(\x04\x12\x13\n\x0bnum_updates\x18\x11 \x01(\r\x12\x1b\n\x13num_skipped_updates\x18\x12 \x01(\r\x12\x37\n\tstaleness\x18\x13 \x03(\x0b\x32$.poise.v1.StepMetrics.StalenessEntry\x12\x0f\n\x07train_s\x18\x14 \x01(\x01\x12\x11\n\tpublish_s\x18\x15 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x16 \x01(\x01\x12\x0b\n\x03mfu\x18\x17 \x01(\x01\x12\x12\n\nvalue_loss\x18\x18 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x19 \x01(\x01\x12\x1c\n\x14\x63ritic_gradient_norm\x18\x1a \x01(\x01\x1a\x30\n\x0eStalenessEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"]\n\x0fRejectedRollout\x12\x1f\n\x02id\x18\x01 \x01(\x0b\x32\x13.poise.v1.RolloutId\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.poise.v1.RejectionReason\"J\n\x0eRejectionCount\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.poise.v1.RejectionReason\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\x9d\x01\n\rReplicaResult\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0e\n\x06push_s\x18\x05 \x01(\x01\x12\x0f\n\x07pause_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\x12\x12\n\nsent_bytes\x18\x08 \x01(\x04\"\xc5\x01\n\x18SubmitAdvantagesResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12&\n\x07metrics\x18\x03 \x01(\x0b\x32\x15.poise.v1.StepMetrics\x12+\n\x08rejected\x18\x04 \x03(\x0b\x32\x19.poise.v1.RejectedRollout\x12)\n\x08replicas\x18\x05 \x03(\x0b\x32\x17.poise.v1.ReplicaResult\"\x12\n\x10GetStatusRequest\"\xe9\x02\n\x11GetStatusResponse\x12\x12\n\nlineage_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.poise.v1.LearnerState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x13\n\x0bnum_batches\x18\x06 \x01(\x04\x12\x14\n\x0cnum_rollouts\x18\x07 \x01(\x04\x12.\n\x0cnum_rejected\x18\x08 \x03(\x0b\x32\x18.poise.v1.RejectionCount\x12\x15\n\rlast_batch_id\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\x12\x15\n\rmax_staleness\x18\x0b \x01(\r\x12\x12\n\nhas_critic\x18\x0c \x01(\x08\x12)\n\x08replicas\x18\r \x03(\x0b\x32\x17.poise.v1.ReplicaResult\"6\n\x12\x45xportModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheck_only\x18\x02 \x01(\x08\";\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04*\xb1\x01\n\x0fRejectionReason\x12 \n\x1cREJECTION_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECTION_REASON_STALE\x10\x01\x12\x1e\n\x1aREJECTION_REASON_DUPLICATE\x10\x02\x12#\n\x1fREJECTION_REASON_FUTURE_VERSION\x10\x03\x12\x1b\n\x17REJECTION_REASON_FAILED\x10\x04*\xb7\x01\n\x0cLearnerState\x12\x1d\n\x19LEARNER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LEARNER_STATE_IDLE\x10\x01\x12\x1a\n\x16LEARNER_STATE_TRAINING\x10\x02\x12\x1c\n\x18LEARNER_STATE_PUBLISHING\x10\x03\x12\x1c\n\x18LEARNER_STATE_RECOVERING\x10\x04\x12\x18\n\x14LEARNER_STATE_PAUSED\x10\x05\x32\xff\x01\n\x0eLearnerService\x12[\n\x10SubmitAdvantages\x12!.poise.v1.SubmitAdvantagesRequest\x1a\".poise.v1.SubmitAdvantagesResponse(\x01\x12\x44\n\tGetStatus\x12\x1a.poise.v1.GetStatusRequest\x1a\x1b.poise.v1.GetStatusResponse\x12J\n\x0b\x45xportModel\x12\x1c.poise.v1.ExportModelRequest\x1a\x1d.poise.v1.ExportModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPMETRICS_STALENESSENTRY']._loaded_options = None
   _globals['_STEPMETRICS_STALENESSENTRY']._serialized_options = b'8\001'
-  _globals['_REJECTIONREASON']._serialized_start=2290
-  _globals['_REJECTIONREASON']._serialized_end=2467
-  _globals['_LEARNERSTATE']._serialized_start=2470
-  _globals['_LEARNERSTATE']._serialized_end=2653
+  _globals['_REJECTIONREASON']._serialized_start=2347
+  _globals['_REJECTIONREASON']._serialized_end=2524
+  _globals['_LEARNERSTATE']._serialized_start=2527
+  _globals['_LEARNERSTATE']._serialized_end=2710
   _globals['_BATCHHEADER']._serialized_start=59
   _globals['_BATCHHEADER']._serialized_end=184
   _globals['_TRAININGROLLOUT']._serialized_start=187
-  _globals['_TRAININGROLLOUT']._serialized_end=451
-  _globals['_SUBMITADVANTAGESREQUEST']._serialized_start=453
-  _globals['_SUBMITADVANTAGESREQUEST']._serialized_end=573
-  _globals['_STEPMETRICS']._serialized_start=576
-  _globals['_STEPMETRICS']._serialized_end=1255
-  _globals['_STEPMETRICS_STALENESSENTRY']._serialized_start=1207
-  _globals['_STEPMETRICS_STALENESSENTRY']._serialized_end=1255
-  _globals['_REJECTEDROLLOUT']._serialized_start=1257
-  _globals['_REJECTEDROLLOUT']._serialized_end=1350
-  _globals['_REJECTIONCOUNT']._serialized_start=1352
-  _globals['_REJECTIONCOUNT']._serialized_end=1426
-  _globals['_REPLICARESULT']._serialized_start=1429
-  _globals['_REPLICARESULT']._serialized_end=1586
-  _globals['_SUBMITADVANTAGESRESPONSE']._serialized_start=1589
-  _globals['_SUBMITADVANTAGESRESPONSE']._serialized_end=1786
-  _globals['_GETSTATUSREQUEST']._serialized_start=1788
-  _globals['_GETSTATUSREQUEST']._serialized_end=1806
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1809
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2170
-  _globals['_EXPORTMODELREQUEST']._serialized_start=2172
-  _globals['_EXPORTMODELREQUEST']._serialized_end=2226
-  _globals['_EXPORTMODELRESPONSE']._serialized_start=2228
-  _globals['_EXPORTMODELRESPONSE']._serialized_end=2287
-  _globals['_LEARNERSERVICE']._serialized_start=2656
-  _globals['_LEARNERSERVICE']._serialized_end=2911
+  _globals['_TRAININGROLLOUT']._serialized_end=508
+  _globals['_SUBMITADVANTAGESREQUEST']._serialized_start=510
+  _globals['_SUBMITADVANTAGESREQUEST']._serialized_end=630
+  _globals['_STEPMETRICS']._serialized_start=633
+  _globals['_STEPMETRICS']._serialized_end=1312
+  _globals['_STEPMETRICS_STALENESSENTRY']._serialized_start=1264
+  _globals['_STEPMETRICS_STALENESSENTRY']._serialized_end=1312
+  _globals['_REJECTEDROLLOUT']._serialized_start=1314
+  _globals['_REJECTEDROLLOUT']._serialized_end=1407
+  _globals['_REJECTIONCOUNT']._serialized_start=1409
+  _globals['_REJECTIONCOUNT']._serialized_end=1483
+  _globals['_REPLICARESULT']._serialized_start=1486
+  _globals['_REPLICARESULT']._serialized_end=1643
+  _globals['_SUBMITADVANTAGESRESPONSE']._serialized_start=1646
+  _globals['_SUBMITADVANTAGESRESPONSE']._serialized_end=1843
+  _globals['_GETSTATUSREQUEST']._serialized_start=1845
+  _globals['_GETSTATUSREQUEST']._serialized_end=1863
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1866
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2227
+  _globals['_EXPORTMODELREQUEST']._serialized_start=2229
+  _globals['_EXPORTMODELREQUEST']._serialized_end=2283
+  _globals['_EXPORTMODELRESPONSE']._serialized_start=2285
+  _globals['_EXPORTMODELRESPONSE']._serialized_end=2344
+  _globals['_LEARNERSERVICE']._serialized_start=2713
+  _globals['_LEARNERSERVICE']._serialized_end=2968
 # @@protoc_insertion_point(module_scope)

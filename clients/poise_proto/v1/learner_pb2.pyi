@@ -132,7 +132,7 @@ Global___BatchHeader: _TypeAlias = BatchHeader  # noqa: Y015
 
 @_typing.final
 class TrainingRollout(_message.Message):
-    """TrainingRollout is one rollout with its advantage. If the learner has a critic, it carries the reward instead."""
+    """TrainingRollout is one rollout with its advantages. If the learner has a critic, it carries the reward instead."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -143,8 +143,11 @@ class TrainingRollout(_message.Message):
     ADVANTAGE_FIELD_NUMBER: _builtins.int
     VERSION_SPANS_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
+    ADVANTAGES_FIELD_NUMBER: _builtins.int
     advantage: _builtins.float
-    """advantage is r_i - b_i, from -1e4 to 1e4. 0 if the learner has a critic."""
+    """advantage is r_i - b_i, from -1e4 to 1e4. Set exactly one of advantage and advantages; neither if the learner has a
+    critic.
+    """
     reward: _builtins.float
     """reward is r_i, from -1e4 to 1e4. Required if the learner has a critic (GetStatusResponse.has_critic), which computes
     advantages from it. Rejected without a critic.
@@ -169,6 +172,10 @@ class TrainingRollout(_message.Message):
     def version_spans(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.VersionSpan]:
         """version_spans say which policy version sampled which tokens."""
 
+    @_builtins.property
+    def advantages(self) -> _common_pb2.Tensor:
+        """advantages is float32 [T]: one advantage per response token, each from -1e4 to 1e4."""
+
     def __init__(
         self,
         *,
@@ -176,16 +183,22 @@ class TrainingRollout(_message.Message):
         prompt_token_ids: _common_pb2.Tensor | None = ...,
         token_ids: _common_pb2.Tensor | None = ...,
         logprobs: _common_pb2.Tensor | None = ...,
-        advantage: _builtins.float = ...,
+        advantage: _builtins.float | None = ...,
         version_spans: _abc.Iterable[_common_pb2.VersionSpan] | None = ...,
         reward: _builtins.float | None = ...,
+        advantages: _common_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "id", b"id", "logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "reward", b"reward", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_advantage", b"_advantage", "_reward", b"_reward", "advantage", b"advantage", "advantages", b"advantages", "id", b"id", "logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "reward", b"reward", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "advantage", b"advantage", "id", b"id", "logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "reward", b"reward", "token_ids", b"token_ids", "version_spans", b"version_spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_advantage", b"_advantage", "_reward", b"_reward", "advantage", b"advantage", "advantages", b"advantages", "id", b"id", "logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "reward", b"reward", "token_ids", b"token_ids", "version_spans", b"version_spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__advantage: _TypeAlias = _typing.Literal["advantage"]  # noqa: Y015
+    _WhichOneofArgType__advantage: _TypeAlias = _typing.Literal["_advantage", b"_advantage"]  # noqa: Y015
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__advantage) -> _WhichOneofReturnType__advantage | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
 
 Global___TrainingRollout: _TypeAlias = TrainingRollout  # noqa: Y015

@@ -62,9 +62,9 @@ class ValueServiceServicer(object):
     """
 
     def EstimateBaselines(self, request, context):
-        """EstimateBaselines returns the predicted reward of each rollout and its cross-rollout baseline. Call it before
-        PublishLabels of the same step. The first call for a step fixes the probe versions of that step, so a repeated call
-        returns the same numbers. It fails with LABELS_CONSUMED if a label of the step already reached the probe.
+        """EstimateBaselines returns the baselines of rollouts, one per rollout or one per token. Call it before PublishLabels of the
+        same step. The first call for a step fixes the estimators of that step, so a repeated call returns the same numbers. It
+        fails with LABELS_CONSUMED if a label of the step already reached the estimators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -81,13 +81,7 @@ class Sampler:
         return time.monotonic() - self._last_activity_s if self.num_running else 0.0
 
     def sample(
-        self,
-        run_id: str,
-        step: int,
-        prompts: Sequence[Prompt],
-        num_rollouts: int,
-        sampling: Sampling,
-        return_token_entropies: bool,
+        self, run_id: str, step: int, prompts: Sequence[Prompt], num_rollouts: int, sampling: Sampling
     ) -> AsyncGenerator[Group, None]:
         """Yield each group when its last rollout finishes. Closing the iterator aborts the others.
 
@@ -99,7 +93,7 @@ class Sampler:
             prompts,
             sampling,
             num_rollouts,
-            lambda prompt: self._sample_group(run_id, step, prompt, num_rollouts, return_token_entropies),
+            lambda prompt: self._sample_group(run_id, step, prompt, num_rollouts),
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> AsyncGenerator[EncodedPrompt, None]:
@@ -162,19 +156,15 @@ class Sampler:
         if self.num_accepted == 0:
             self._idle.set()
 
-    async def _sample_group(
-        self, run_id: str, step: int, prompt: _TokenizedPrompt, num_rollouts: int, return_token_entropies: bool
-    ) -> Group:
-        ids = [RolloutId(run_id, step, prompt.group_id, index) for index in range(num_rollouts)]
-        siblings = [asyncio.create_task(self._sample_rollout(prompt, rollout_id)) for rollout_id in ids]
+    async def _sample_group(self, run_id: str, step: int, prompt: _TokenizedPrompt, num_rollouts: int) -> Group:
+        rollout_ids = [RolloutId(run_id, step, prompt.group_id, index) for index in range(num_rollouts)]
+        siblings = [asyncio.create_task(self._sample_rollout(prompt, rollout_id)) for rollout_id in rollout_ids]
         try:
             rollouts = await asyncio.gather(*siblings)
         finally:
             await _cancel(siblings)
-        changes: dict[str, Any] = {"prompt_token_ids": np.array(prompt.token_ids, np.int32)}
-        if not return_token_entropies:
-            changes["token_entropies"] = None
-        return Group(prompt.group_id, tuple(dataclasses.replace(rollout, **changes) for rollout in rollouts))
+        ids = np.array(prompt.token_ids, np.int32)
+        return Group(prompt.group_id, tuple(dataclasses.replace(rollout, prompt_token_ids=ids) for rollout in rollouts))
 
     async def _sample_rollout(self, prompt: _TokenizedPrompt, rollout_id: RolloutId) -> Rollout:
         sampling = prompt.sampling

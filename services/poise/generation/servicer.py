@@ -70,9 +70,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 f"min_policy_version is {request.min_policy_version}; version {self.policy.policy_version} is served",
                 remedy="Wait for the learner's push and try again.",
             )
-        groups = self.sampler.sample(
-            request.run_id, request.step, prompts, num_rollouts, sampling, request.return_token_entropies
-        )
+        groups = self.sampler.sample(request.run_id, request.step, prompts, num_rollouts, sampling)
         try:
             with self._engine_death_as_unavailable():
                 async for group in groups:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc.aio
+import numpy as np
 
 from poise.errors import BackendDown, Draining, InvalidRequest, PoiseError, Starting
 from poise.learner.config import LearnerConfig
@@ -325,25 +326,34 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         wrong.check(covers, f"{path}.version_spans", f"must cover response tokens [0, {num_response}) without gaps")
 
     def _check_advantage_or_reward(self, rollout: Rollout, path: str, wrong: Violations) -> None:
-        """Check the advantage, or the reward that a critic computes advantages from."""
-        advantage, reward = rollout.advantage, rollout.reward
+        """Check the advantage or advantages, or the reward that a critic computes them from."""
+        advantage, advantages, reward = rollout.advantage, rollout.advantages, rollout.reward
         if self._config.critic is None:
             required = f"allowed: {-MAX_ADVANTAGE:g} to {MAX_ADVANTAGE:g}"
-            wrong.check(abs(advantage) <= MAX_ADVANTAGE, f"{path}.advantage", f"is {advantage:g}; {required}")
+            if advantage is not None and advantages is not None:
+                wrong.add(f"{path}.advantages", "is set, and so is advantage; set exactly one of the two")
+            elif advantage is not None:
+                wrong.check(abs(advantage) <= MAX_ADVANTAGE, f"{path}.advantage", f"is {advantage:g}; {required}")
+            elif advantages is None:
+                wrong.add(f"{path}.advantage", "is unset, and so is advantages; set exactly one of the two")
+            else:
+                are_allowed = bool((np.abs(advantages) <= MAX_ADVANTAGE).all())  # False for NaN
+                wrong.check(are_allowed, f"{path}.advantages", f"has values outside the allowed range; {required}")
             wrong.check(
                 reward is None,
                 f"{path}.reward",
                 "is set, but the learner has no critic. Leave it unset, or set `critic` in the learner's settings",
             )
             return
-        needed = "the learner has a critic: send a finite reward and advantage 0"
+        needed = "the learner has a critic: send a finite reward and no advantages"
         is_usable = reward is not None and abs(reward) <= MAX_ADVANTAGE  # false of NaN
         wrong.check(
             is_usable,
             f"{path}.reward",
             f"is {'not set' if reward is None else reward}; {needed}; allowed: {-MAX_ADVANTAGE:g} to {MAX_ADVANTAGE:g}",
         )
-        wrong.check(advantage == 0, f"{path}.advantage", f"is {advantage}; {needed}")
+        wrong.check(not advantage, f"{path}.advantage", f"is {advantage}; {needed}")
+        wrong.check(advantages is None, f"{path}.advantages", f"is set; {needed}")
 
 
 def _check_header(batch: Batch, num_rollouts: int) -> None:

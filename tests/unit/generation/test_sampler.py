@@ -24,10 +24,9 @@ def start(
     contents: Sequence[PromptContent],
     num_rollouts: int = 2,
     sampling: Sampling | None = None,
-    entropies: bool = False,
 ) -> AsyncGenerator[Group, None]:
     prompts = [Prompt(f"g{i}", content) for i, content in enumerate(contents)]
-    return sampler.sample("run", 3, prompts, num_rollouts, sampling or Sampling(), entropies)
+    return sampler.sample("run", 3, prompts, num_rollouts, sampling or Sampling())
 
 
 async def all_groups(groups: AsyncGenerator[Group, None]) -> dict[str, Group]:
@@ -181,14 +180,8 @@ async def test_group_holds_its_prompt_and_its_rollouts_in_order(engine: Scripted
     assert [rollout.id.rollout_index for rollout in group.rollouts] == [0, 1]
     assert {(r.id.run_id, r.id.step, r.id.group_id) for r in group.rollouts} == {("run", 3, "g0")}
     assert [r.sampling.seed for r in engine.requests] == [rollout_seed(1, "g0", 0), rollout_seed(1, "g0", 1)]
-    assert all(rollout.token_entropies is None for rollout in group.rollouts)
-
-
-async def test_token_entropies_are_returned_on_request(engine: ScriptedEngine, config: Build) -> None:
-    groups = await all_groups(start(Sampler(engine, config()), ["hi"], entropies=True))
-    for rollout in groups["g0"].rollouts:
-        assert rollout.token_entropies is not None
-        assert rollout.token_entropies.size == rollout.token_ids.size
+    for rollout in group.rollouts:
+        assert rollout.token_entropies.size == rollout.sum_squared_probs.size == rollout.token_ids.size
 
 
 async def test_closing_aborts_running_and_waiting_rollouts(engine: ScriptedEngine, config: Build) -> None:
@@ -315,7 +308,7 @@ async def test_idle_waits_for_the_last_rollout(engine: ScriptedEngine, config: B
 async def sampled(engine: ScriptedEngine, config: GenerationConfig, contents: dict[str, str], seed: int | None) -> dict:
     """Return the tokens of every rollout by group and index."""
     prompts = [Prompt(group_id, content) for group_id, content in contents.items()]
-    groups = Sampler(engine, config).sample("run", 0, prompts, 3, Sampling(seed=seed), False)
+    groups = Sampler(engine, config).sample("run", 0, prompts, 3, Sampling(seed=seed))
     async with aclosing(groups):
         return {(g.group_id, r.id.rollout_index): r.token_ids.tolist() async for g in groups for r in g.rollouts}
 

@@ -63,5 +63,5 @@ def make_batch(
 def rewarded(batch: Batch) -> Batch:
     """The batch for a learner with a critic: rewards of 0 and 1, and no advantages."""
     random = np.random.default_rng([batch.step, 7])
-    rollouts = [dataclasses.replace(r, advantage=0.0, reward=float(random.integers(0, 2))) for r in batch.rollouts]
+    rollouts = [dataclasses.replace(r, advantage=None, reward=float(random.integers(0, 2))) for r in batch.rollouts]
     return dataclasses.replace(batch, rollouts=tuple(rollouts))

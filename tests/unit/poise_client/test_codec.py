@@ -25,8 +25,15 @@ reasons = st.sampled_from(["stale", "duplicate", "future_version", "failed"])
 states = st.sampled_from(["idle", "training", "publishing", "recovering", "paused"])
 
 
+estimators = st.sampled_from(["probe", "score_mean", "score_prefix", "score_prompt", "auto"])
+
+
 def floats(size):
     return npst.arrays(np.float32, size, elements=st.floats(width=32, allow_nan=False))
+
+
+def halves(size):
+    return npst.arrays(np.float16, size, elements=st.floats(width=16, allow_nan=False))
 
 
 def ints(size):
@@ -68,7 +75,8 @@ def sampled_groups(draw):
             version_spans=draw(tuples(spans)),
             finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
             text=draw(texts),
-            token_entropies=draw(st.none() | floats(size)),
+            token_entropies=draw(halves(size)),
+            sum_squared_probs=draw(halves(size)),
             first_token_s=draw(doubles),
             total_s=draw(doubles),
         )
@@ -89,7 +97,22 @@ def labels(draw):
     siblings = draw(st.lists(features, min_size=1, max_size=3))
     rewards, ids = draw(floats(len(siblings))), {"run_id": draw(names), "step": draw(uint64s)}
     group = make_group(draw(names), siblings, rewards, domain=draw(names), **ids)
-    return dataclasses.replace(group, num_rollouts=draw(uint32s))
+    rollouts = tuple(with_token_statistics(draw, rollout) for rollout in group.rollouts)
+    return dataclasses.replace(
+        group, rollouts=rollouts, num_rollouts=draw(uint32s), prompt_id=draw(st.just("") | names)
+    )
+
+
+def with_token_statistics(draw, rollout):
+    size = draw(st.integers(0, 3))
+    if not size:
+        return rollout
+    return dataclasses.replace(
+        rollout,
+        logprobs=draw(floats(size)),
+        token_entropies=draw(halves(size)),
+        sum_squared_probs=draw(halves(size)),
+    )
 
 
 @st.composite
@@ -97,8 +120,12 @@ def group_baselines(draw):
     if draw(booleans):
         return types.GroupBaselines(draw(names), 0, None, None, draw(booleans))
     size = draw(st.integers(1, 3))
-    numbers = draw(floats(size)), draw(st.none() | floats(size))
-    return types.GroupBaselines(draw(names), draw(uint64s), *numbers, draw(booleans))
+    values, baselines, tokens = draw(floats(size)), None, None
+    if draw(booleans):
+        baselines = draw(st.none() | floats(size))
+    else:
+        tokens = tuple(draw(floats(draw(st.integers(0, 3)))) for _ in range(size))
+    return types.GroupBaselines(draw(names), draw(uint64s), values, baselines, draw(booleans), draw(estimators), tokens)
 
 
 @st.composite
@@ -110,7 +137,8 @@ def training_rollouts(draw):
         token_ids=draw(ints(size)),
         logprobs=draw(floats(size)),
         version_spans=draw(tuples(spans)),
-        advantage=draw(singles),
+        advantage=draw(st.none() | singles),
+        advantages=draw(st.none() | floats(size)),
         reward=draw(st.none() | singles),
     )
 
@@ -125,7 +153,14 @@ def numbers_of(kind, **others):
 metrics = numbers_of(types.StepMetrics, staleness=st.dictionaries(uint32s, uint32s, max_size=3))
 replicas = numbers_of(types.ReplicaResult)
 qualities = numbers_of(types.ProbeQuality, calibration=tuples(numbers_of(types.CalibrationBin)))
-probes = numbers_of(types.ProbeStatus, quality=qualities)
+estimator_errors = numbers_of(types.EstimatorError, estimator=estimators)
+probes = numbers_of(
+    types.ProbeStatus,
+    quality=qualities,
+    configured=estimators,
+    estimator=st.just("") | estimators,
+    errors=tuples(estimator_errors),
+)
 hidden = st.integers(0, 3).flatmap(floats)
 
 PAIRS = {
@@ -160,7 +195,15 @@ PAIRS = {
         | names.map(lambda name: types.PromptScore(name, 0, None)),
         value_pb2.PromptScore,
     ),
-    types.ProbeReport: (numbers_of(types.ProbeReport, probes=tuples(probes)), value_pb2.GetProbeResponse),
+    types.ProbeReport: (
+        numbers_of(
+            types.ProbeReport,
+            probes=tuples(probes),
+            estimator=estimators,
+            domain_estimators=st.dictionaries(names, estimators, max_size=2),
+        ),
+        value_pb2.GetProbeResponse,
+    ),
     types.Rollout: (training_rollouts(), learner_pb2.TrainingRollout),
     types.StepMetrics: (metrics, learner_pb2.StepMetrics),
     types.ReplicaResult: (replicas, learner_pb2.ReplicaResult),
@@ -211,10 +254,19 @@ def test_a_value_survives_encoding_and_decoding(name, data):
 
 NOT_COPIED = {
     types.Prompt: {"content", "text", "chat", "tokens"},  # converted by hand
-    types.Group: {"domain", "num_rollouts", "prompt_token_ids"},
+    types.Features: {"tokens"},  # in fields of Rollout
+    types.Group: {"domain", "num_rollouts", "prompt_id", "prompt_token_ids"},
     types.GroupBaselines: {"status"},
     types.PromptScore: {"status"},
-    types.Rollout: {"features", "finish_reason", "text", "token_entropies", "first_token_s", "total_s"},
+    types.Rollout: {
+        "features",
+        "finish_reason",
+        "text",
+        "token_entropies",
+        "sum_squared_probs",
+        "first_token_s",
+        "total_s",
+    },
 }
 
 
@@ -284,7 +336,13 @@ def whole_features():
 def whole_rollout():
     tokens, logprobs = np.arange(2, dtype=np.int32), np.zeros(2, np.float32)
     rollout = types.Rollout(
-        types.RolloutId("run", 0, "g", 0), tokens, tokens, logprobs, features=state(), token_entropies=logprobs
+        types.RolloutId("run", 0, "g", 0),
+        tokens,
+        tokens,
+        logprobs,
+        features=state(),
+        token_entropies=logprobs.astype(np.float16),
+        sum_squared_probs=logprobs.astype(np.float16),
     )
     return codec.encode(rollout, generation_pb2.Rollout)
 
@@ -330,6 +388,7 @@ def whole_training():
 
 
 THREE = codec.to_tensor([1.0, 2.0, 3.0], "float32")
+HALVES = codec.to_tensor([1.0, 2.0, 3.0], "float16")
 CASES = [
     # a valid message, its type, the broken field, its value (None clears it)
     (whole_features, types.Features, "prompt_hidden", None),
@@ -340,6 +399,10 @@ CASES = [
     (whole_rollout, types.Rollout, "logprobs", None),
     (whole_rollout, types.Rollout, "logprobs", THREE),
     (whole_rollout, types.Rollout, "token_entropies", THREE),
+    (whole_rollout, types.Rollout, "token_entropies", HALVES),
+    (whole_rollout, types.Rollout, "sum_squared_probs", HALVES),
+    (whole_rollout, types.Rollout, "sum_squared_probs", None),
+    (whole_training, types.Rollout, "advantages", THREE),
     (whole_rollout, types.Rollout, "finish_reason", None),
     (whole_rollout, types.Rollout, "finish_reason", 77),
     (whole_labels, types.Group, "schema_version", None),

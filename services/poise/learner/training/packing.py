@@ -126,7 +126,10 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
             start += num_own
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([rollout.token_ids.size for rollout in rollouts])
-    advantages = np.array([rollout.advantage for rollout in rollouts], np.float32)
+    advantages = [
+        np.full(length, rollout.advantage or 0.0, np.float32) if rollout.advantages is None else rollout.advantages
+        for rollout, length in zip(rollouts, lengths, strict=True)
+    ]
     rewards = np.array([np.nan if rollout.reward is None else rollout.reward for rollout in rollouts], np.float32)
     return PackedRow(
         token_ids_1L=_tensor(np.concatenate(token_ids).astype(np.int64), device)[None],
@@ -135,7 +138,7 @@ def build_row(groups: Sequence[PromptGroup], device: torch.device, dtype: torch.
         predictors_N=_tensor(np.concatenate(predictors), device),
         targets_N=_tensor(np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64), device),
         rollout_logprobs_N=_tensor(np.concatenate([rollout.logprobs for rollout in rollouts]), device),
-        advantages_N=_tensor(np.repeat(advantages, lengths), device),
+        advantages_N=_tensor(np.concatenate(advantages), device),
         rewards_R=_tensor(rewards, device),
         lengths_R=_tensor(lengths, device),
         num_attended=sum(span.num_attended for span in spans),

@@ -292,7 +292,7 @@ def test_critic_learns_the_values_of_rollouts(config):
     for i in range(16):
         for r in make_group(random, f"g{i}", 4, (5, 7)):
             prompt = np.array([*r.prompt_token_ids[:-1], 10 + i % 2], np.int32)
-            made.append(dataclasses.replace(r, prompt_token_ids=prompt, advantage=0.0, reward=float(i % 2)))
+            made.append(dataclasses.replace(r, prompt_token_ids=prompt, advantage=None, reward=float(i % 2)))
     trainer = loaded(config(critic=CRITIC | {"value_clip": None}, mini_batch_prompts=16))
     history: list[StepMetrics] = [trainer.train(made, 1.0) for _ in range(40)]
     assert history[0].explained_variance == 0  # a critic that predicts 0 explains nothing

@@ -65,6 +65,7 @@ class _Running:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    sum_squared_probs: list[float] = field(default_factory=list)
     hidden: list[Floats] = field(default_factory=list)
     """Hidden state of each response token that went through the model, [d] each."""
     versions: list[int] = field(default_factory=list)
@@ -247,7 +248,9 @@ class TorchEngine:
         token = sample_token(logprobs_V, sampling, running.generator)
         running.token_ids.append(token)
         running.logprobs.append(float(logprobs_V[token]))
-        running.entropies.append(float(torch.special.entr(logprobs_V.exp()).sum()))
+        probs_V = logprobs_V.exp()
+        running.entropies.append(float(torch.special.entr(probs_V).sum()))
+        running.sum_squared_probs.append(float(probs_V @ probs_V))
         running.versions.append(self._version)
         if len(running.token_ids) == 1:
             running.first_token_s = time.monotonic() - running.started
@@ -290,7 +293,8 @@ class TorchEngine:
             id=running.request.id,
             token_ids=np.array(running.token_ids, np.int32),
             logprobs=np.array(running.logprobs, np.float32),
-            token_entropies=entropies_T,
+            token_entropies=entropies_T.astype(np.float16),
+            sum_squared_probs=np.array(running.sum_squared_probs, np.float16),
             features=build_features(running.prompt_hidden_d, mean_or_zeros(states_Td, window), entropies_T, spans),
             version_spans=_version_spans(running.versions),
             finish_reason=reason,

@@ -219,7 +219,9 @@ class VllmEngine:
         record = await self._collector.collect(request_id, len(token_ids), window)
         if record is None:
             raise BackendDown(f"vLLM's worker did not record all of rollout {request_id}")
-        prompt_hidden_d, response_hidden_d, logprobs_T, entropies_T = (np.frombuffer(r, np.float32) for r in record)
+        prompt_hidden_d, response_hidden_d, logprobs_T, entropies_T, sum_squared_probs_T = (
+            np.frombuffer(array, np.float32) for array in record
+        )
         if not response_hidden_d.size:
             # vLLM sampled so far past a stop string that it overwrote these states. Pool them in another pass, as the
             # last tokens of a prompt.
@@ -231,7 +233,8 @@ class VllmEngine:
             id=request.id,
             token_ids=np.array(token_ids, np.int32),
             logprobs=logprobs_T,
-            token_entropies=entropies_T,
+            token_entropies=entropies_T.astype(np.float16),
+            sum_squared_probs=sum_squared_probs_T.astype(np.float16),
             features=build_features(prompt_hidden_d, response_hidden_d, entropies_T, spans),
             version_spans=tuple(VersionSpan(s.start, s.end, int(s.version)) for s in last.weight_versions or ()),
             finish_reason=_FINISH_REASONS[last.finish_reason],

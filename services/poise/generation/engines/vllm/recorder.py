@@ -1,8 +1,9 @@
 """Records hidden states, log-probabilities and entropies of running rollouts in vLLM's worker.
 
 Memory is allocated once, in slots. The slot of a rollout holds the sum of its prompt's last states, a ring buffer of
-its latest response states, the pooled state at its last `</think>`, and two floats per token. Slots are on the model's
-device. Each step writes them with a few indexed operations and no synchronization. Only `collect` copies to the host.
+its latest response states, the pooled state at its last `</think>`, and three floats per token. Slots are on the
+model's device. Each step writes them with a few indexed operations and no synchronization. Only `collect` copies to
+the host.
 
 Positions count from the start of the prompt. This module does not import vLLM.
 
@@ -25,8 +26,8 @@ RUN_ON_TOKENS = 22
 
 IntArray = NDArray[np.int64]
 
-Record = tuple[bytes, bytes, bytes, bytes]
-"""float32 bytes of prompt_hidden [d], response_hidden [d], logprobs [T] and entropies [T].
+Record = tuple[bytes, bytes, bytes, bytes, bytes]
+"""float32 bytes of prompt_hidden [d], response_hidden [d], logprobs [T], entropies [T] and sum_squared_probs [T].
 
 response_hidden is empty if its states were overwritten."""
 
@@ -77,6 +78,7 @@ class Recorder:
         self._ring = torch.zeros(rows, self._ring_tokens, hidden_size, dtype=dtype, device=device)
         self._logprobs = torch.empty(rows, max_model_len, device=device)
         self._entropies = torch.empty(rows, max_model_len, device=device)
+        self._sum_squared_probs = torch.empty(rows, max_model_len, device=device)
         self._window = torch.arange(response_pool_tokens, device=device)
 
     @property
@@ -141,7 +143,7 @@ class Recorder:
         self._step = _Step(slots_R, num_after_R - self._num_prompt_S[slots_R])
 
     def record_sampled(self, logprobs_RV: torch.Tensor, sampled_R: torch.Tensor, kept_R: NDArray[np.bool_]) -> None:
-        """Record log-probability and entropy of the sampled tokens, from the distributions before truncation."""
+        """Record the statistics of the sampled tokens, from the distributions before truncation."""
         if self._step is None:
             return
         rows = np.flatnonzero(kept_R & (self._step.slots_R != self._no_slot))
@@ -150,7 +152,9 @@ class Recorder:
         slots, indices = self._to_device(self._step.slots_R[rows]), self._to_device(self._step.sampled_R[rows])
         kept = self._to_device(rows)
         self._logprobs[slots, indices] = logprobs_RV.gather(1, sampled_R.long()[:, None])[kept, 0]
-        self._entropies[slots, indices] = torch.special.entr(logprobs_RV.exp()).sum(-1)[kept]
+        probs_RV = logprobs_RV.exp()
+        self._entropies[slots, indices] = torch.special.entr(probs_RV).sum(-1)[kept]
+        self._sum_squared_probs[slots, indices] = torch.linalg.vecdot(probs_RV, probs_RV)[kept]
 
     def collect(self, rollout_id: str, num_tokens: int, start: int, end: int) -> Record | None:
         """Return and free the record of a rollout of `num_tokens`, with states pooled over response [start, end).
@@ -169,6 +173,7 @@ class Recorder:
             self._response_hidden(slot, start, end),
             _to_bytes(self._logprobs[slot, :num_tokens]),
             _to_bytes(self._entropies[slot, :num_tokens]),
+            _to_bytes(self._sum_squared_probs[slot, :num_tokens]),
         )
         self.drop(rollout_id)
         return record

@@ -104,7 +104,7 @@ def test_any_schedule_leaves_the_same_record(seed: int) -> None:
         num_tokens = len(rollout.tokens)
         end = num_tokens - 1
         start = max(0, end - pool_tokens)
-        prompt, response, logprobs, entropies = collect(recorder, rollout, start, end)
+        prompt, response, logprobs, entropies, squares = collect(recorder, rollout, start, end)
         first = max(0, rollout.num_prompt - POOL_TOKENS)
         np.testing.assert_allclose(prompt, mean_states(rollout, range(first, rollout.num_prompt)), rtol=1e-5)
         expected = np.zeros(WIDTH)
@@ -116,6 +116,7 @@ def test_any_schedule_leaves_the_same_record(seed: int) -> None:
         )
         np.testing.assert_allclose(logprobs, distributions[range(num_tokens), rollout.tokens], rtol=1e-5)
         np.testing.assert_allclose(entropies, -(distributions.exp() * distributions).sum(-1), rtol=1e-4)
+        np.testing.assert_allclose(squares, distributions.exp().square().sum(-1), rtol=1e-5)
     assert recorder.num_open == 0
 
 
@@ -149,7 +150,7 @@ def test_overwritten_window_is_not_returned() -> None:
         recorder = make_recorder()
         rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, [0] * (31 + num_run_on))))
         rollout.num_sampled = 31  # where the stop string was; the last sampled token never becomes a state
-        _, response, logprobs, _ = collect(recorder, rollout, 20, 30)
+        _, response, logprobs, *_ = collect(recorder, rollout, 20, 30)
         assert logprobs.size == 31
         assert (response.size == WIDTH) is held
         if held:
