@@ -134,14 +134,14 @@ def test_states_before_the_last_tag_survive_a_long_answer(tag: list[int], pool_t
     tokens = [*[0] * 4, *tag, *[1] * 20, *tag, *[0] * 200]
     rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, tokens)))
     end = 24 + 2 * len(tag)
-    _, response, _, _ = collect(recorder, rollout, end - pool_tokens, end)
+    _, response, *_ = collect(recorder, rollout, end - pool_tokens, end)
     np.testing.assert_allclose(response, mean_states(rollout, range(5 + end - pool_tokens, 5 + end)), rtol=1e-5)
 
 
 def test_early_tag_pools_the_states_before_it() -> None:
     recorder = make_recorder()
     rollout = sample_whole(recorder, open_rollout(recorder, Rollout(0, 5, [0, 2, *[0] * 100])))
-    _, response, _, _ = collect(recorder, rollout, 0, 2)
+    _, response, *_ = collect(recorder, rollout, 0, 2)
     np.testing.assert_allclose(response, mean_states(rollout, range(5, 7)), rtol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_slots_are_reused_clean() -> None:
         rollout = open_rollout(recorder, Rollout(index, 12, [0, 2, 1]), pool_tokens=4)
         assert recorder.num_open == 1
         sample_whole(recorder, rollout)
-        prompt, _, _, _ = collect(recorder, rollout, 0, 2)
+        prompt, *_ = collect(recorder, rollout, 0, 2)
         np.testing.assert_allclose(prompt, mean_states(rollout, range(8, 12)), rtol=1e-5)
         assert recorder.num_open == 0
 
@@ -178,7 +178,7 @@ def test_dropped_rollouts_free_their_slots_while_running() -> None:
     run_step(recorder, [(doomed, 1), (kept, 3)])
     run_step(recorder, [(kept, 1), (doomed, 1)])
     run_step(recorder, [(kept, 1)])
-    _, response, _, _ = collect(recorder, kept, 0, 2)
+    _, response, *_ = collect(recorder, kept, 0, 2)
     np.testing.assert_allclose(response, mean_states(kept, range(3, 5)), rtol=1e-5)
     assert recorder.num_open == 0
 
@@ -190,7 +190,7 @@ def test_rollout_beyond_the_slots_disturbs_no_other() -> None:
     for _ in range(2):
         run_step(recorder, [(beyond, 1), (kept, 1)])
     assert recorder.collect("rollout-1", 3, 0, 2) is None
-    _, response, _, _ = collect(recorder, kept, 0, 2)
+    _, response, *_ = collect(recorder, kept, 0, 2)
     np.testing.assert_allclose(response, mean_states(kept, range(3, 5)), rtol=1e-5)
 
 
@@ -202,11 +202,11 @@ def test_prompt_with_cached_pooled_tokens_is_not_returned(num_cached: int, is_re
     run_step(recorder, [(whole, 30), (reading, reading.remaining)])
     run_step(recorder, [(reading, 1), (whole, 1)])
     if is_returned:
-        prompt, _, _, _ = collect(recorder, reading, 0, 1)
+        prompt, *_ = collect(recorder, reading, 0, 1)
         np.testing.assert_allclose(prompt, mean_states(reading, range(20, 30)), rtol=1e-5)
     else:
         assert recorder.collect("rollout-0", 2, 0, 1) is None
-    prompt, _, _, _ = collect(recorder, whole, 0, 1)
+    prompt, *_ = collect(recorder, whole, 0, 1)
     np.testing.assert_allclose(prompt, mean_states(whole, range(20, 30)), rtol=1e-5)
     assert recorder.num_open == 0
 
@@ -222,7 +222,7 @@ def test_preempted_prompt_is_pooled_from_its_second_pass_only() -> None:
     run_step(recorder, [(rollout, 14)])
     run_step(recorder, [(rollout, 8)])
     run_step(recorder, [(rollout, 1)])
-    prompt, _, _, _ = collect(recorder, rollout, 0, 1)
+    prompt, *_ = collect(recorder, rollout, 0, 1)
     np.testing.assert_allclose(prompt, mean_states(rollout, range(20, 30)), rtol=1e-5)
 
 

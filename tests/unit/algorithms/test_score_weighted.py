@@ -1,0 +1,209 @@
+"""Score-weighted baselines against scikit-learn, and their bias on a policy whose gradient is known."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from poise.algorithms.score_weighted import (
+    ALPHAS,
+    PREFIX_INPUTS,
+    Moments,
+    ScoreWeighted,
+    prefix_inputs,
+    ridge,
+    squared_score_norms,
+)
+
+
+def floats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def samples(seed: int = 0, size: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(size, 3)) * (1.0, 5.0, 0.1) + (0.0, 2.0, -1.0)
+    rewards = (random.random(size) < 1 / (1 + np.exp(-inputs[:, 0]))).astype(np.float64)
+    return inputs, rewards, random.exponential(size=size).astype(np.float32)
+
+
+def test_norm_is_that_of_the_logit_gradient():
+    logits = np.random.default_rng(1).normal(size=(5, 7))
+    policy = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    tokens = np.array([0, 3, 6, 2, 2])
+    expected = ((np.eye(7)[tokens] - policy) ** 2).sum(1)
+    logprobs = np.log(policy[np.arange(5), tokens]).astype(np.float32)
+    norms = squared_score_norms(logprobs, (policy**2).sum(1).astype(np.float32))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_norm_of_a_certain_token_is_zero():
+    assert squared_score_norms(floats(0.0), floats(1.0)) == 0.0
+    assert squared_score_norms(floats(0.0), floats(0.9999)) == 0.0
+
+
+def test_inputs_have_the_written_formulas():
+    logprobs, entropies, squares = floats(-1, -3, -2), floats(0.5, 1.5, 0.25), floats(0.3, 0.2, 0.6)
+    inputs = dict(zip(PREFIX_INPUTS, prefix_inputs(logprobs, entropies, squares).T, strict=True))
+    np.testing.assert_allclose(inputs["logprob_sum"], [0, -1, -4])
+    np.testing.assert_allclose(inputs["logprob_min"], [0, -1, -3])
+    np.testing.assert_allclose(inputs["probability"], np.exp([0, -1, -4]))
+    np.testing.assert_allclose(inputs["probability_min"], np.exp([0, -1, -3]))
+    np.testing.assert_allclose(inputs["previous_logprob"], [0, -1, -3])
+    np.testing.assert_allclose(inputs["log_position"], np.log([1, 2, 3]))
+    np.testing.assert_allclose(inputs["is_first"], [1, 0, 0])
+    np.testing.assert_allclose(inputs["entropy_sum"], [0, 0.5, 2.0])
+    np.testing.assert_allclose(inputs["surprise"], [0, -0.5, -2.0])
+    np.testing.assert_allclose(inputs["entropy"], entropies)
+    np.testing.assert_allclose(inputs["sum_squares"], squares, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_short_responses_have_inputs(length):
+    none = np.zeros(length, np.float32)
+    assert prefix_inputs(none, none, none).shape == (length, len(PREFIX_INPUTS))
+
+
+@pytest.mark.parametrize("token", range(4))
+def test_inputs_do_not_see_their_own_token(token):
+    values = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
+    changed = values.copy()
+    changed[0, token:] -= 1.0
+    before, after = prefix_inputs(*values), prefix_inputs(*changed)
+    np.testing.assert_array_equal(before[: token + 1], after[: token + 1])
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_ridge_is_scikit_learns(alpha):
+    inputs, rewards, weights = samples()
+    scaler = StandardScaler().fit(inputs, sample_weight=weights)
+    expected = Ridge(alpha).fit(scaler.transform(inputs), rewards, sample_weight=weights)
+    own = ridge(Moments.of(inputs, rewards, weights), alpha)
+    predicted = expected.predict(scaler.transform(inputs))
+    np.testing.assert_allclose(own(inputs), np.clip(predicted, 0, 1), atol=1e-6)
+
+
+def test_constant_is_the_weighted_mean():
+    inputs, rewards, weights = samples()
+    moments = Moments.of(inputs, rewards, weights)
+    assert moments.mean_reward == pytest.approx(np.average(rewards, weights=weights))
+    assert ridge(moments, None)(inputs) == pytest.approx(np.average(rewards, weights=weights))
+
+
+def test_an_input_without_variance_gets_no_slope():
+    inputs, rewards, weights = samples()
+    inputs[:, 1] = 7.0
+    regression = ridge(Moments.of(inputs, rewards, weights), 3.0)
+    assert regression.slopes[1] == 0.0
+    assert np.isfinite(regression(inputs)).all()
+
+
+def test_without_weight_the_baseline_is_zero():
+    inputs, rewards, weights = samples()
+    moments = Moments.of(inputs, rewards, np.zeros_like(weights))
+    assert ridge(moments, 3.0)(inputs).max() == 0.0
+    assert np.isnan(moments.mean_reward)
+
+
+def test_error_is_the_weighted_squared_error():
+    inputs, rewards, weights = samples()
+    moments, regression = Moments.of(inputs, rewards, weights), ridge(Moments.of(*samples(5)), 30.0)
+    unclipped = regression.intercept + inputs @ regression.slopes
+    assert moments.error(regression) == pytest.approx(float(weights @ (rewards - unclipped) ** 2))
+
+
+def test_penalty_is_chosen_by_earlier_predictions():
+    informative, noise = ScoreWeighted(3), ScoreWeighted(3)
+    for step in range(10):
+        inputs, rewards, weights = samples(step, 100)
+        informative.learn(Moments.of(inputs, rewards, weights))
+        noise.learn(Moments.of(inputs, np.random.default_rng(step).permutation(rewards), weights))
+    assert informative.errors.argmin() < noise.errors.argmin()
+    assert abs(informative.regression.slopes[0]) > 5 * abs(noise.regression.slopes[0])
+
+
+def test_a_step_counts_half_after_the_half_life():
+    learner = ScoreWeighted(1, half_life_steps=2)
+    ones = np.ones((10, 1))
+    learner.learn(Moments.of(ones, np.ones(10), np.full(10, 5, np.float32)))
+    learner.learn(Moments.of(ones[:0], np.ones(0), np.ones(0, np.float32)))
+    learner.learn(Moments.of(ones, np.zeros(10), np.full(10, 1, np.float32)))
+    assert learner.regression(ones)[0] == pytest.approx(1 / 3)
+
+
+class Softmax:
+    """A policy over three steps of four tokens whose logits depend on the last token; rewards are a fixed table."""
+
+    def __init__(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        logits = random.normal(size=(3, 5, 4))
+        self.policy = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        self.rewards = random.random((4, 4, 4)).round()
+        self.responses = np.array(list(itertools.product(range(4), repeat=3)))
+
+    def distributions(self, response: np.ndarray) -> np.ndarray:
+        return np.stack([self.policy[t, response[t - 1] if t else 4] for t in range(3)])
+
+    def gradient(self, baseline) -> np.ndarray:
+        """Return the exact expectation of Σ_t (r − b_t)·∇log π(y_t), over all responses."""
+        total = np.zeros_like(self.policy)
+        for response in self.responses:
+            policy = self.distributions(response)
+            probabilities = policy[np.arange(3), response]
+            reward = self.rewards[tuple(response)]
+            logprobs = np.log(probabilities).astype(np.float32)
+            entropies = -(policy * np.log(policy)).sum(1).astype(np.float32)
+            squares = (policy**2).sum(1).astype(np.float32)
+            advantages = reward - baseline(logprobs, entropies, squares, reward)
+            for t in range(3):
+                score = np.eye(4)[response[t]] - policy[t]
+                total[t, response[t - 1] if t else 4] += probabilities.prod() * advantages[t] * score
+        return total
+
+
+def leaky(kind: str, policy: Softmax):
+    """Return a baseline that uses earlier knowledge only (`none`), or one with a leak."""
+    inputs, rewards, weights = [], [], []
+    for response in policy.responses[::3]:
+        p = policy.distributions(response)
+        logprobs = np.log(p[np.arange(3), response]).astype(np.float32)
+        entropies, squares = -(p * np.log(p)).sum(1).astype(np.float32), (p**2).sum(1).astype(np.float32)
+        inputs.append(prefix_inputs(logprobs, entropies, squares))
+        rewards += [policy.rewards[tuple(response)]] * 3
+        weights.append(squared_score_norms(logprobs, squares))
+    earlier = Moments.of(np.concatenate(inputs), np.array(rewards), np.concatenate(weights))
+
+    def baseline(logprobs, entropies, squares, reward):
+        own = prefix_inputs(logprobs, entropies, squares)
+        match kind:
+            case "none":
+                return ridge(earlier, 3.0)(own)
+            case "own reward":
+                return np.full(3, 0.5 * reward)
+            case "a token late":
+                late = np.concatenate([own[1:], own[-1:]])
+                late[-1, PREFIX_INPUTS.index("previous_logprob")] = logprobs[-1]
+                return ridge(earlier, 3.0)(late)
+            case "fit on the step":
+                seen = Moments.of(own, reward, squared_score_norms(logprobs, squares))
+                return ridge(Moments.total([earlier, Moments(20 * seen.matrix, 20 * seen.num_samples)]), 3.0)(own)
+
+    return baseline
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_stays_unbiased(seed):
+    policy = Softmax(seed)
+    true = policy.gradient(lambda *_: np.zeros(3))
+    estimated = policy.gradient(leaky("none", policy))
+    np.testing.assert_allclose(estimated, true, atol=1e-7)
+
+
+@pytest.mark.parametrize("leak", ["own reward", "a token late", "fit on the step"])
+def test_a_leak_biases_the_gradient(leak):
+    policy = Softmax(0)
+    true = policy.gradient(lambda *_: np.zeros(3))
+    biased = policy.gradient(leaky(leak, policy))
+    assert np.abs(biased - true).max() > 0.01 * np.abs(true).max()
