@@ -276,7 +276,7 @@ async def test_empty_and_too_long_prompts_are_rejected(engine: Engine, reference
     sampler = Sampler(engine, GenerationConfig(model=str(reference.folder)))
     over = [Prompt("tokens", long_prompt(MAX_MODEL_LEN)), Prompt("text", "a" * (MAX_MODEL_LEN + 1)), Prompt("none", "")]
     with pytest.raises(InvalidRequest) as caught:
-        await anext(sampler.sample("run", 0, over, 2, Sampling(max_tokens=1), False))
+        await anext(sampler.sample("run", 0, over, 2, Sampling(max_tokens=1)))
     assert [(violation.field, violation.description.partition(";")[0]) for violation in caught.value.violations] == [
         ("prompts[0].prompt", f"has {MAX_MODEL_LEN} tokens"),
         ("prompts[1].prompt", f"has {MAX_MODEL_LEN + 1} tokens"),
@@ -284,7 +284,7 @@ async def test_empty_and_too_long_prompts_are_rejected(engine: Engine, reference
     ]
     assert f"max_model_len is {MAX_MODEL_LEN}" in str(caught.value)
     prompt = long_prompt(MAX_MODEL_LEN - 1)  # one token less is accepted
-    async with contextlib.aclosing(sampler.sample("run", 0, [Prompt("fits", prompt)], 2, Sampling(), False)) as groups:
+    async with contextlib.aclosing(sampler.sample("run", 0, [Prompt("fits", prompt)], 2, Sampling())) as groups:
         group = await anext(groups)
     assert [rollout.token_ids.size for rollout in group.rollouts] == [1, 1]
 

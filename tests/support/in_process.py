@@ -79,9 +79,7 @@ class InProcess:
         min_policy_version: int,
     ) -> AsyncGenerator[Group, None]:
         assert min_policy_version == self.version
-        async with contextlib.aclosing(
-            self._sampler.sample(run_id, step, prompts, num_rollouts, sampling, False)
-        ) as groups:
+        async with contextlib.aclosing(self._sampler.sample(run_id, step, prompts, num_rollouts, sampling)) as groups:
             async for group in groups:
                 yield group
 

@@ -47,12 +47,16 @@ ALPHAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 def squared_score_norms(logprobs_t: Floats, sum_squares_t: Floats) -> Floats:
     """Return ω_t = 1 − 2π(y_t) + Σ_v π(v)², [T]: the squared norm of the gradient with respect to the logits.
 
+    ω_t is between (1 − π(y_t))² and twice that. Clipping to this range keeps small norms right within a factor of 2,
+    although Σ_v π(v)² close to 1 is rounded to 0.0002 in float16.
+
     Args:
         logprobs_t: log π(y_t) of the sampled tokens.
         sum_squares_t: Σ_v π(v)² of the distribution that each token was sampled from.
     """
-    norms = 1.0 - 2.0 * np.exp(logprobs_t.astype(np.float64)) + sum_squares_t.astype(np.float64)
-    return np.maximum(norms, 0.0).astype(np.float32)
+    others = -np.expm1(logprobs_t.astype(np.float64))  # 1 − π(y_t)
+    norms = 2.0 * others - 1.0 + sum_squares_t.astype(np.float64)
+    return np.clip(norms, others**2, 2.0 * others**2).astype(np.float32)
 
 
 def prefix_inputs(logprobs_t: Floats, entropies_t: Floats, sum_squares_t: Floats) -> Doubles:

@@ -44,6 +44,17 @@ def test_norm_of_a_certain_token_is_zero():
     assert squared_score_norms(floats(0.0), floats(0.9999)) == 0.0
 
 
+@pytest.mark.parametrize("doubt", [0.3, 1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("num_others", [1, 3, 1000])
+def test_rounding_to_float16_keeps_small_norms(doubt, num_others):
+    """A confident token must not gain weight by rounding."""
+    policy = np.array([1.0 - doubt, *[doubt / num_others] * num_others])
+    squares = floats((policy**2).sum()).astype(np.float16)
+    exact = doubt**2 + (policy[1:] ** 2).sum()
+    norm = squared_score_norms(np.log(policy[:1]).astype(np.float32), squares)
+    assert abs(norm - exact) <= min(2.0**-11, exact) * 1.05
+
+
 def test_inputs_have_the_written_formulas():
     logprobs, entropies, squares = floats(-1, -3, -2), floats(0.5, 1.5, 0.25), floats(0.3, 0.2, 0.6)
     inputs = dict(zip(PREFIX_INPUTS, prefix_inputs(logprobs, entropies, squares).T, strict=True))
