@@ -7,12 +7,21 @@ Shapes: n rollouts of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+BIASES: Mapping[str, str] = {
+    "own_reward": "the baseline contains the rollout's own reward",
+    "standard_deviation": "advantages are divided by a standard deviation that contains the rollout's own reward",
+    "dropped_groups": "groups of equal rewards are dropped",
+    "gae": "gae_lambda below 1 relies on an inexact critic, and whiten_advantages divides by a standard deviation",
+    "token_mean": "the loss is divided by the number of sampled tokens, which depends on the rollouts",
+}
+"""Why the expected gradient of a step differs from that of the mean reward, by name."""
 
 
 def mean_of_others(values_n: Array) -> Array:
@@ -40,10 +49,10 @@ def batch_mean(rewards_by_group: Sequence[Array]) -> list[Array]:
     """Return the mean reward of all other prompts in the batch, for every rollout.
 
     Unbiased, because rewards of other prompts are independent of this rollout. With a single prompt in the batch it
-    falls back to `mean_of_others`.
+    falls back to `mean_of_others`, and with a single rollout to 0.
     """
     if len(rewards_by_group) < 2:
-        return [mean_of_others(rewards) for rewards in rewards_by_group]
+        return [mean_of_others(rewards) if rewards.size > 1 else np.zeros_like(rewards) for rewards in rewards_by_group]
     sums = np.array([rewards.sum(dtype=np.float64) for rewards in rewards_by_group])
     counts = np.array([rewards.size for rewards in rewards_by_group])
     means = (sums.sum() - sums) / (counts.sum() - counts)

@@ -123,8 +123,8 @@ class OrchestratorConfig(Settings):
     prompts_per_step: int = Field(256, ge=1, le=4096)
     """Number of prompts per step."""
     rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
-    """Number of rollouts per prompt (the group size); null uses the algorithm's default: 2 for `poise`, 1 for `spo` and
-    `ppo`, 8 for the others."""
+    """Number of rollouts per prompt (the group size); null uses the algorithm's default: 2 for `poise`, 1 for
+    `none`, `batch_mean`, `spo` and `ppo`, 8 for the others."""
     algorithm: AlgorithmConfig = PoiseOptions()
     """The algorithm: its name, or its name as `kind` with its options. The formulas are in
     docs/reference/algorithms.md."""
@@ -179,13 +179,11 @@ class OrchestratorConfig(Settings):
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
         algorithm = self.algorithm
+        if problem := algorithm.problem(self.group_size, self.prompts_per_step):
+            raise ValueError(problem)
         if self.group_size < algorithm.min_rollouts:
             raise ValueError(
                 f"rollouts_per_prompt: is {self.group_size}; algorithm {algorithm.kind} needs at least "
                 f"{algorithm.min_rollouts}"
-            )
-        if isinstance(algorithm, PoiseOptions) and algorithm.bootstrap == "batch_mean" and self.prompts_per_step < 2:
-            raise ValueError(
-                "prompts_per_step: is 1; algorithm.bootstrap: batch_mean needs at least 2, or use bootstrap: rloo"
             )
         return self

@@ -18,7 +18,7 @@ NUM_COMPARED = 3
 MARGIN = 0.12
 """Minimum rise of the mean reward from the first steps to the last."""
 SEEDS = (0, 1, 2)
-ALGORITHMS = {options.model_fields["kind"].default: options.default_rollouts for options in get_args(AnyOptions)}
+ALGORITHMS = {options.model_fields["kind"].default: options().default_rollouts for options in get_args(AnyOptions)}
 
 
 @pytest.fixture(autouse=True)

@@ -44,14 +44,29 @@ class Algorithm:
 class AlgorithmOptions(StrictModel):
     """Options of an algorithm. `kind` is its name."""
 
-    min_rollouts: ClassVar[int] = 2
-    """Minimum number of rollouts per prompt."""
     needs_probe: ClassVar[bool] = False
     """Whether baselines come from the value service, which then needs labels."""
     needs_critic: ClassVar[bool] = False
     """Whether the learner's critic computes the advantages from rewards."""
-    default_rollouts: ClassVar[int] = 8
-    """Default number of rollouts per prompt."""
+
+    @property
+    def min_rollouts(self) -> int:
+        """Minimum number of rollouts per prompt."""
+        return 2
+
+    @property
+    def default_rollouts(self) -> int:
+        """Default number of rollouts per prompt."""
+        return 8
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of `poise.algorithms.baselines.BIASES` that apply."""
+        return ()
+
+    def problem(self, rollouts_per_prompt: int, prompts_per_step: int) -> str | None:
+        """Return why the options do not work with these numbers, or None."""
+        return None
 
     def make(self, max_tokens: int) -> Algorithm:
         """Return the algorithm, for responses of at most `max_tokens` tokens."""

@@ -29,6 +29,11 @@ class DapoOptions(AlgorithmOptions):
     std_normalization: bool = True
     """Divide by the standard deviation of the group's rewards."""
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """See `AlgorithmOptions`."""
+        return ("own_reward", *["standard_deviation"] * self.std_normalization, "dropped_groups")
+
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
         return Dapo(self, max_tokens)

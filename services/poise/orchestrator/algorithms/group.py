@@ -1,4 +1,6 @@
-"""Algorithms whose baselines need only the step's rewards: RLOO, GRPO, Dr. GRPO, OPO, REINFORCE++.
+"""Algorithms whose baselines need only the step's rewards: RLOO, GRPO, Dr. GRPO, OPO, REINFORCE++, and two controls.
+
+The controls are no baseline, and the mean reward of the step's other prompts.
 
 The formulas are in `poise.algorithms.group_baselines`.
 """
@@ -8,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
+from poise.algorithms.baselines import batch_mean
 from poise.algorithms.group_baselines import ScaledBaselines, group_mean, length_weighted_mean, rloo, whitened
 from poise.orchestrator.algorithms.algorithm import Algorithm, AlgorithmOptions, EstimateBaselines
 from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, lengths_of, rewards_of
@@ -52,6 +57,11 @@ class GrpoOptions(AlgorithmOptions):
     std_normalization: bool = True
     """Divide by the standard deviation of the group's rewards."""
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """See `AlgorithmOptions`."""
+        return ("own_reward", *["standard_deviation"] * self.std_normalization)
+
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
         return RewardBaselines("group", lambda groups: group_mean(rewards_of(groups), divide=self.std_normalization))
@@ -64,6 +74,7 @@ class GrpoOptions(AlgorithmOptions):
 class DrGrpoOptions(AlgorithmOptions):
     """Dr. GRPO: the baseline is the group's mean reward, without a scale. The loss weighs all tokens equally."""
 
+    biases: ClassVar[tuple[str, ...]] = ("own_reward",)
     kind: Literal["dr_grpo"] = "dr_grpo"
     """This algorithm."""
 
@@ -79,6 +90,7 @@ class DrGrpoOptions(AlgorithmOptions):
 class OpoOptions(AlgorithmOptions):
     """OPO: the baseline is the group's mean reward, weighted by response length."""
 
+    biases: ClassVar[tuple[str, ...]] = ("own_reward",)
     kind: Literal["opo"] = "opo"
     """This algorithm."""
 
@@ -91,6 +103,7 @@ class ReinforcePpOptions(AlgorithmOptions):
     """REINFORCE++: rewards are whitened over the whole batch."""
 
     min_rollouts: ClassVar[int] = 1
+    biases: ClassVar[tuple[str, ...]] = ("own_reward", "standard_deviation")
     kind: Literal["reinforce_pp"] = "reinforce_pp"
     """This algorithm."""
 
@@ -101,3 +114,35 @@ class ReinforcePpOptions(AlgorithmOptions):
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """See `AlgorithmOptions`."""
         return {"loss": PPO_CLIP}
+
+
+class NoneOptions(AlgorithmOptions):
+    """No baseline: the advantage is the reward. A control for comparisons."""
+
+    min_rollouts: ClassVar[int] = 1
+    default_rollouts: ClassVar[int] = 1
+    kind: Literal["none"] = "none"
+    """This algorithm."""
+
+    def make(self, max_tokens: int) -> Algorithm:
+        """See `AlgorithmOptions`."""
+        return RewardBaselines("none", lambda groups: ScaledBaselines([np.zeros_like(item.rewards) for item in groups]))
+
+
+class BatchMeanOptions(AlgorithmOptions):
+    """The baseline is the mean reward of the step's other prompts. A control for comparisons."""
+
+    min_rollouts: ClassVar[int] = 1
+    default_rollouts: ClassVar[int] = 1
+    kind: Literal["batch_mean"] = "batch_mean"
+    """This algorithm."""
+
+    def make(self, max_tokens: int) -> Algorithm:
+        """See `AlgorithmOptions`."""
+        return RewardBaselines("batch", lambda groups: ScaledBaselines(batch_mean(rewards_of(groups))))
+
+    def problem(self, rollouts_per_prompt: int, prompts_per_step: int) -> str | None:
+        """See `AlgorithmOptions`."""
+        if prompts_per_step < 2:
+            return "prompts_per_step: is 1; algorithm batch_mean needs at least 2"
+        return None

@@ -21,6 +21,12 @@ class PoiseOptions(AlgorithmOptions):
     """Baseline of a domain that has no probe yet: `rloo`, the mean reward of the siblings, or `batch_mean`, the mean
     reward of the step's other prompts."""
 
+    def problem(self, rollouts_per_prompt: int, prompts_per_step: int) -> str | None:
+        """See `AlgorithmOptions`."""
+        if self.bootstrap == "batch_mean" and prompts_per_step < 2:
+            return "prompts_per_step: is 1; algorithm.bootstrap: batch_mean needs at least 2, or use bootstrap: rloo"
+        return None
+
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
         return Poise(self)

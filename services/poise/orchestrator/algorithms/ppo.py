@@ -18,6 +18,7 @@ class PpoOptions(AlgorithmOptions):
     min_rollouts: ClassVar[int] = 1
     needs_critic: ClassVar[bool] = True
     default_rollouts: ClassVar[int] = 1
+    biases: ClassVar[tuple[str, ...]] = ("gae",)
     kind: Literal["ppo"] = "ppo"
     """This algorithm."""
 

@@ -7,7 +7,15 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field
 
 from poise.orchestrator.algorithms.dapo import DapoOptions
-from poise.orchestrator.algorithms.group import DrGrpoOptions, GrpoOptions, OpoOptions, ReinforcePpOptions, RlooOptions
+from poise.orchestrator.algorithms.group import (
+    BatchMeanOptions,
+    DrGrpoOptions,
+    GrpoOptions,
+    NoneOptions,
+    OpoOptions,
+    ReinforcePpOptions,
+    RlooOptions,
+)
 from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.ppo import PpoOptions
 from poise.orchestrator.algorithms.spo import SpoOptions
@@ -27,6 +35,8 @@ AnyOptions = (
     | ReinforcePpOptions
     | SpoOptions
     | PpoOptions
+    | NoneOptions
+    | BatchMeanOptions
 )
 
 _Options = Annotated[AnyOptions, Field(discriminator="kind")]

@@ -35,6 +35,11 @@ class SpoOptions(AlgorithmOptions):
     batch_normalization: bool = True
     """Whiten the advantages over the batch."""
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """See `AlgorithmOptions`."""
+        return ("own_reward", "standard_deviation") if self.batch_normalization else ()
+
     def make(self, max_tokens: int) -> Algorithm:
         """See `AlgorithmOptions`."""
         return Spo(self)

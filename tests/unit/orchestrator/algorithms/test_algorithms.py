@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from poise.algorithms.baselines import BIASES
 from poise.algorithms.group_baselines import EPSILON
 from poise.orchestrator.algorithms.algorithm import AlgorithmOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
@@ -20,7 +21,7 @@ from poise_client.types import Features, Group, GroupBaselines, Rollout, Rollout
 
 MAX_TOKENS = 8
 
-NAMES = {"poise", "rloo", "grpo", "dr_grpo", "dapo", "opo", "reinforce_pp", "spo", "ppo"}
+NAMES = {"poise", "rloo", "grpo", "dr_grpo", "dapo", "opo", "reinforce_pp", "spo", "ppo", "none", "batch_mean"}
 
 
 def options(value: Any) -> AlgorithmOptions:
@@ -91,6 +92,8 @@ EXPECTED: list[tuple[Any, list[list[float]]]] = [
         [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]],
     ),
     ("spo", [[0.3 / WHITE, -0.7 / WHITE, -0.7 / WHITE, 0.3 / WHITE], [0.3 / WHITE] * 4, [-0.7 / WHITE, 0.3 / WHITE]]),
+    ("none", [[1, 0, 0, 1], [1] * 4, [0, 1]]),
+    ("batch_mean", [[1 / 6, -5 / 6, -5 / 6, 1 / 6], [0.5] * 4, [-0.75, 0.25]]),
     ({"kind": "spo", "batch_normalization": False}, [times(A, 0.5), [0.5] * 4, times(C, 0.5)]),
 ]
 
@@ -102,7 +105,7 @@ async def test_advantages_equal_those_calculated_by_hand(value: Any, expected: l
 
 
 @pytest.mark.parametrize("reward", [0, 1])
-@pytest.mark.parametrize("name", sorted(NAMES - {"ppo"}))
+@pytest.mark.parametrize("name", sorted(NAMES - {"ppo", "none"}))
 async def test_equal_rewards_give_zero_advantages(name: str, reward: float) -> None:
     equal = [scored("a", [reward] * 3, [1, 0, 5]), scored("b", [reward] * 2, [2, 2])]
     value = {"kind": name, "half_life_visits": 1} if name == "spo" else name
@@ -121,7 +124,10 @@ async def test_ppo_leaves_the_advantages_to_the_critic() -> None:
     assert options("ppo").learner_settings(MAX_TOKENS)["critic"] == {}
 
 
-@pytest.mark.parametrize(("name", "least"), [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("rloo", 2), ("poise", 2)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("spo", 1), ("reinforce_pp", 1), ("ppo", 1), ("none", 1), ("batch_mean", 1), ("rloo", 2), ("poise", 2)],
+)
 def test_algorithms_have_a_minimum_number_of_rollouts(name: str, least: int) -> None:
     assert options(name).min_rollouts == least <= options(name).default_rollouts
 
@@ -133,6 +139,33 @@ async def test_single_rollouts_suffice_without_sibling_baselines() -> None:
             pytest.approx([0.5 / (0.5 + EPSILON)], abs=1e-6),
             pytest.approx([-0.5 / (0.5 + EPSILON)], abs=1e-6),
         ]
+
+
+async def test_controls_work_with_single_rollouts() -> None:
+    alone = [scored("a", [1], [2]), scored("b", [0.5], [3]), scored("c", [0], [1])]
+    assert await advantages_of("none", alone) == [[1], [0.5], [0]]
+    assert await advantages_of("batch_mean", alone) == [[0.75], [0], [-0.75]]
+    assert await advantages_of("batch_mean", alone[:1]) == [[1]]  # generation rejected all other prompts
+
+
+@pytest.mark.parametrize(
+    ("value", "biases"),
+    [
+        *[(name, ()) for name in ("poise", "rloo", "none", "batch_mean")],
+        ("grpo", ("own_reward", "standard_deviation")),
+        ({"kind": "grpo", "std_normalization": False}, ("own_reward",)),
+        ("dr_grpo", ("own_reward",)),
+        ({"kind": "dapo", "std_normalization": False}, ("own_reward", "dropped_groups")),
+        ("opo", ("own_reward",)),
+        ("reinforce_pp", ("own_reward", "standard_deviation")),
+        ("spo", ("own_reward", "standard_deviation")),
+        ({"kind": "spo", "batch_normalization": False}, ()),
+        ("ppo", ("gae",)),
+    ],
+)
+def test_biased_algorithms_name_their_biases(value: Any, biases: tuple[str, ...]) -> None:
+    assert options(value).biases == biases
+    assert set(biases) <= BIASES.keys()
 
 
 def test_dapo_keeps_only_groups_of_unequal_rewards() -> None:
