@@ -191,6 +191,14 @@ def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
     sys.exit(run_check(CheckConfig(endpoints=run.train.endpoints)))
 
 
+def _part(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[int, int]:
+    """Read I/N."""
+    index, slash, num_parts = text.partition("/")
+    if slash and index.isdecimal() and num_parts.isdecimal() and 1 <= int(index) <= int(num_parts):
+        return int(index), int(num_parts)
+    raise click.BadParameter(f"{text!r} is not I/N with 1 <= I <= N, such as 1/2")
+
+
 @main.command()
 @click.option(
     "-c",
@@ -201,12 +209,18 @@ def check(path: Path | None, preset: str | None, overrides: tuple[str, ...]) -> 
 )
 @click.option("--report-only", is_flag=True, help="Only write the report of the runs so far.")
 @click.option(
+    "--part",
+    default="1/1",
+    callback=_part,
+    help="Train only part I/N of the runs, such as 1/2. Start all N parts at once to train N runs at a time.",
+)
+@click.option(
     "--show-defaults", is_flag=True, help="Print a compare.yaml to start from, with the meaning of each setting."
 )
-def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
+def compare(path: Path | None, report_only: bool, part: tuple[int, int], show_defaults: bool) -> None:
     """Compare algorithms and seeds under one budget.
 
-    The runs train one after another; a common report compares them.
+    The runs train one after another, unless several processes share them; a common report compares them.
 
     Ctrl-C stops after the current step; the same command resumes. Exit status: 1 if a run failed.
 
@@ -224,7 +238,7 @@ def compare(path: Path | None, report_only: bool, show_defaults: bool) -> None:
     if path is None:
         fail("set -c FILE; `poise compare --show-defaults` prints a file to start from")
     log_to_terminal()
-    sys.exit(checked(lambda: compare_runs(path, report_only=report_only)))
+    sys.exit(checked(lambda: compare_runs(path, report_only=report_only, part=part)))
 
 
 @main.command()

@@ -72,6 +72,9 @@ class EvaluationConfig(StrictModel):
     """Number of held-out prompts; 0 disables evaluation."""
     rollouts_per_prompt: int = Field(4, ge=1, le=256)
     """Rollouts of each prompt. pass@k is reported for k = 1, 2, 4, … up to this number."""
+    final_rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
+    """Rollouts of each prompt in the evaluation after training; null uses `rollouts_per_prompt`. Raise it to get pass@k
+    for larger k without slowing down the evaluations before."""
     temperature: float = Field(1.0, ge=0, le=100)
     """Temperature; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)

@@ -89,6 +89,14 @@ async def test_every_evaluation_happens_once(tmp_path: Path) -> None:
     assert found == [("before", 0, 0), ("step", 2, 2), ("after", 4, 4)]
 
 
+async def test_last_evaluation_may_have_more_rollouts(tmp_path: Path) -> None:
+    evaluation = {"num_prompts": 2, "rollouts_per_prompt": 1, "final_rollouts_per_prompt": 4}
+    await drive(settings(tmp_path, num_steps=1, evaluation=evaluation), World())
+    before, after = lines(tmp_path, "evaluations.jsonl")
+    assert [len(rewards) for rewards in (*before["rewards"], *after["rewards"])] == [1, 1, 4, 4]
+    assert "pass@4" in after["scores"]["overall"]
+
+
 async def test_an_evaluation_records_responses_and_sampling(tmp_path: Path) -> None:
     world = World()
     tasks = [{"kind": "digits", "domain": "easy"}, {"kind": "digits", "domain": "hard"}]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -46,6 +48,8 @@ class RunEntry(StrictModel):
     """Name of the algorithm, or its `kind` and options, as `train.algorithm` of a run."""
     set: dict[str, Any] = Field({})
     """Further settings by their path in run.yaml, such as `train.rollouts_per_prompt: 8`."""
+    seeds: tuple[Seed, ...] | None = Field(None, min_length=1)
+    """Seeds of this run; null means those of the comparison."""
 
 
 class CompareFile(StrictModel):
@@ -57,12 +61,15 @@ class CompareFile(StrictModel):
     """Folder of the comparison; null means compare/<name>."""
     base: str = Field(min_length=1)
     """Settings of all runs: a preset's name, or the path of a run.yaml relative to this file."""
+    set: dict[str, Any] = Field({})
+    """Settings of all runs by their path in run.yaml, in place of the base's, such as `train.evaluation.num_prompts:
+    64`. A run's own `set` overrides them."""
     budget: BudgetSection
     """Budget of each run."""
     num_evaluations: int = Field(8, ge=0, le=1000)
     """Held-out evaluations during training, besides those before and after. They are the points of the curves."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """Every run is trained once with each seed."""
+    """Every run is trained once with each seed, unless it has `seeds` of its own."""
     levels: tuple[float, ...] = ()
     """Held-out rewards for the time-to-reward table; empty chooses five that every run reaches."""
     reference: str | None = None
@@ -74,11 +81,24 @@ class CompareFile(StrictModel):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is listed twice")
+        for path, seeds in self._seeds_by_path():
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{path}: one is listed twice")
         if self.reference is not None and self.reference not in self.runs:
             raise ValueError(f"reference: {self.reference!r} is not a run; runs: {', '.join(self.runs)}")
         return self
+
+    def _seeds_by_path(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "seeds", self.seeds
+        for name, run in self.runs.items():
+            yield f"runs.{name}.seeds", run.seeds or ()
+
+    @property
+    def schedule(self) -> list[tuple[int, str]]:
+        """Seed and name of every run, seed by seed, so that finished runs are comparable at any time."""
+        by_name = {name: self.seeds if run.seeds is None else run.seeds for name, run in self.runs.items()}
+        all_seeds = dict.fromkeys(chain(self.seeds, *by_name.values()))
+        return [(seed, name) for seed in all_seeds for name, seeds in by_name.items() if seed in seeds]
 
     @property
     def folder(self) -> Path:

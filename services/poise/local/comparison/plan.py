@@ -33,11 +33,14 @@ _NOT_IN_SET = {
     "train.algorithm": "set `algorithm` of the run",
     "train.num_steps": "set `budget`",
     "train.budget": "set `budget`",
-    "train.evaluation": "all runs are evaluated alike; set it in the base, and `num_evaluations` here",
-    "train.tasks": "all runs are evaluated on the same prompts; set it in the base",
+    "train.evaluation": "all runs are evaluated alike; use the `set` of all runs, and `num_evaluations`",
+    "train.tasks": "all runs are evaluated on the same prompts; use the `set` of all runs",
     "seed": "set `seeds`",
 }
-"""Settings that `set` may not contain, each with the remedy."""
+"""Settings that a run's `set` may not contain, each with the remedy."""
+
+_NOT_IN_COMMON_SET = ("run", "train.algorithm", "train.num_steps", "train.budget", "seed")
+"""Settings that the `set` of all runs may not contain."""
 
 _NOT_LEARNING = frozenset(
     {
@@ -108,12 +111,11 @@ def make_plan(file: CompareFile, source: Path) -> Plan:
     base = _base_path(file.base, source)
     problems: dict[str, None] = {}
     runs = []
-    for seed in file.seeds:
-        for name, entry in file.runs.items():
-            try:
-                runs.append(_plan_run(file, base, name, entry, seed))
-            except (ConfigError, TaskError) as error:
-                problems |= dict.fromkeys(f"{source}: runs.{name}: {line}" for line in str(error).splitlines())
+    for seed, name in file.schedule:
+        try:
+            runs.append(_plan_run(file, base, name, file.runs[name], seed))
+        except (ConfigError, TaskError) as error:
+            problems |= dict.fromkeys(f"{source}: runs.{name}: {line}" for line in str(error).splitlines())
     if problems:
         raise ConfigError("\n".join(problems))
     return Plan(file, base, tuple(runs))
@@ -153,14 +155,14 @@ def _base_path(base: str, source: Path) -> Path:
 
 
 def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: int) -> PlannedRun:
-    for path in entry.set:
-        for reserved, remedy in _NOT_IN_SET.items():
+    for reserved, remedy in _NOT_IN_SET.items():
+        for path in (*entry.set, *(file.set if reserved in _NOT_IN_COMMON_SET else ())):
             if _within(path, reserved) or _within(reserved, path):
                 raise ConfigError(f"set: {path}: cannot differ between runs: {remedy}")
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
     defaults = {path: value for path, value in COMMON_DEFAULTS.items() if not _contains(read_yaml(base), path)}
-    settings = defaults | _fixed_settings(file, entry, label, folder, seed) | entry.set
+    settings = defaults | file.set | _fixed_settings(file, entry, label, folder, seed) | entry.set
     run = load_run(base, [f"{path}={_yaml(value)}" for path, value in settings.items()])
     _reject_shared_state(run)
     if not run.train.evaluation.num_prompts:

@@ -31,8 +31,10 @@ _STATES = ("learner", "value", "valkey")
 """Service folders that a finished run no longer needs."""
 
 
-def compare_runs(path: Path, *, report_only: bool) -> int:
+def compare_runs(path: Path, *, report_only: bool, part: tuple[int, int] = (1, 1)) -> int:
     """Train the unfinished runs of compare.yaml and report, or only report; return the exit status.
+
+    With `part` (i, n), train only every n-th run from the i-th on, so that n processes share the runs.
 
     Raises:
         ConfigError: a setting of any run, or the folder, cannot be used. No run has started then.
@@ -46,16 +48,17 @@ def compare_runs(path: Path, *, report_only: bool) -> int:
         _report(plan, console)
         return OK
     try:
-        with _locked(plan.dir):
-            return _train_all(plan, console)
+        with _locked(plan.dir, part):
+            return _train_all(plan, console, part)
     except KeyboardInterrupt:  # between two runs
         return INTERRUPTED
 
 
-def _train_all(plan: Plan, console: Console) -> int:
+def _train_all(plan: Plan, console: Console, part: tuple[int, int]) -> int:
     _try_report(plan)
     failed = []
-    for number, run in enumerate(plan.runs, 1):
+    index, num_parts = part
+    for number, run in list(enumerate(plan.runs, 1))[index - 1 :: num_parts]:
         where = f"run {number} of {len(plan.runs)}, {run.label}"
         if _is_finished(run):
             _print(console, f"{where}: already finished")
@@ -171,12 +174,14 @@ def _log_other_runs(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the comparison's folder. Raises `ConfigError` if another process has locked it."""
+def _locked(folder: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Lock a part of the comparison. Raises `ConfigError` if another process trains any of its runs."""
+    index, num_parts = part
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "compare.lock").open("ab") as lock:
+    with (folder / "compare.lock").open("ab") as whole, (folder / f"compare-{index}.lock").open("ab") as own:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(whole, (fcntl.LOCK_EX if num_parts == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"another process is running the comparison in {folder}. Wait for it, or stop it"

@@ -92,11 +92,12 @@ class Evaluator:
         config = self._config.evaluation
         sampling = sampling_options(self._config, config, sampling_seed(self._config.seed, "evaluation", 0))
         timer = PhaseTimer(self._callbacks, step)
+        num_rollouts = (config.final_rollouts_per_prompt if when == "after" else None) or config.rollouts_per_prompt
         scored = await self._scorer.score(
             self._config.run_id + EVALUATION_SUFFIX,
             step,
             self._mixture.held_out(config.num_prompts),
-            config.rollouts_per_prompt,
+            num_rollouts,
             sampling,
             policy_version,
             timer,
@@ -118,7 +119,7 @@ class Evaluator:
             "step": step,
             "policy_version": policy_version,
             "num_prompts": len(groups),
-            "rollouts_per_prompt": config.rollouts_per_prompt,
+            "rollouts_per_prompt": num_rollouts,
             "sampling": asdict(sampling),
             "pass_threshold": config.pass_threshold,
             "scores": score_table(rewards, domains, tasks, config.pass_threshold),

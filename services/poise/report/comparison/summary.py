@@ -22,7 +22,7 @@ from poise.report.comparison.arithmetic import (
     ratio,
     spread,
 )
-from poise.report.curves import PHASES, RunRecord, load_run, nan_mean, number, series
+from poise.report.curves import PHASES, Row, RunRecord, load_run, nan_mean, number, series
 
 State = Literal["finished", "unfinished", "failed", "not begun"]
 
@@ -116,6 +116,8 @@ def _run_tree(seeds: Sequence[_Seed], means: Mapping[str, MeanCurve | None], lev
         "gradient_variance": _spread_over(measured, _gradient_variance),
         "gradient_variance_at_equal_tokens": _spread_over(measured, _variance_at_equal_tokens),
         "zero_advantage_share": _spread_over(measured, lambda record: _mean(record, "zero_advantage_share")),
+        "final_pass_at_k": _final_pass_at_k(seeds),
+        "final_token_entropy": _spread_over(measured, _final_entropy),
         "time_s": {phase: _spread_over(measured, partial(_total_s, phase)) for phase in (*PHASES, "total")},
     }
 
@@ -164,6 +166,26 @@ def _final(seeds: Sequence[_Seed]) -> dict[str, Any] | None:
     return asdict(spread([one.mean for one in last])) | {"interval": describe_spread(len(last))}
 
 
+def _final_pass_at_k(seeds: Sequence[_Seed]) -> dict[str, Any]:
+    """Return mean and spread of each pass@k of the last evaluation, by name: pass@1, pass@2, …"""
+    overall = [
+        scores["overall"]
+        for seed in seeds
+        if seed.record.evaluations and (scores := seed.record.evaluations[-1].scores) is not None
+    ]
+    names = [name for name in (overall[0] if overall else ()) if name.startswith("pass@")]
+    return {
+        name: asdict(spread([scores[name]["mean"] for scores in overall])) | {"num_seeds": len(overall)}
+        for name in names
+        if all(name in scores for scores in overall)
+    }
+
+
+def _final_entropy(record: RunRecord) -> float:
+    """Return the mean entropy of trained tokens over the last tenth of the steps, in nats."""
+    return _mean_of_rows(record.metrics[-max(1, len(record.metrics) // 10) :], "learner", "entropy")
+
+
 def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
     """Add ratios to the reference run, on the mean curves and for each seed."""
     for axis, reaches in tree["to_reach"].items():
@@ -174,6 +196,7 @@ def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
             reach["ratio_by_seed"] = {
                 seed: ratio(value, reference["seeds"][seed]["to_reach"][axis][index])
                 for seed, value in reach["by_seed"].items()
+                if seed in reference["seeds"]
             }
     for name in ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens"):
         own, other = tree[name], reference[name]
@@ -188,7 +211,11 @@ def _spread_over(seeds: Sequence[_Seed], measure: Callable[[RunRecord], float]) 
 
 
 def _mean(record: RunRecord, *path: str) -> float:
-    return nan_mean(series(record.metrics, *path))
+    return _mean_of_rows(record.metrics, *path)
+
+
+def _mean_of_rows(rows: Sequence[Row], *path: str) -> float:
+    return nan_mean(series(rows, *path))
 
 
 def _gradient_variance(record: RunRecord) -> float:

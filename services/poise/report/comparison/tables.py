@@ -45,10 +45,17 @@ def _final(tree: Tree) -> Table:
     for name, run in tree["runs"].items():
         final = run["final"]
         cells = [decimal(final["mean"]), _range(final), final["interval"]] if final else [UNKNOWN] * 3
+        largest = list(run["final_pass_at_k"])[-1:]
+        cells += [f"{decimal(run['final_pass_at_k'][name]['mean'])} ({name})" for name in largest] or [UNKNOWN]
+        cells.append(_mean(run["final_token_entropy"], decimal))
         usage = [_mean(run["num_steps"], thousands), _mean(run["tokens"], thousands), _mean(run["wall_s"], duration)]
         rows.append([name, run["algorithm"], *cells, *usage])
-    head = ["run", "algorithm", "held-out reward", "interval", "kind of interval", "steps", "tokens", "time"]
-    note = "The last evaluation of each run. Steps, tokens and time are means over seeds, without evaluations."
+    names = ["run", "algorithm", "held-out reward", "interval", "kind of interval", "pass@k", "token entropy"]
+    head = [*names, "steps", "tokens", "time"]
+    note = (
+        "The last evaluation of each run, and the mean entropy of trained tokens over the last tenth of the steps, in "
+        "nats. Steps, tokens and time are means over seeds, without evaluations."
+    )
     return Table("Final held-out reward", note, head, rows)
 
 

@@ -47,6 +47,7 @@ def test_omitted_settings_have_defaults(tmp_path: Path) -> None:
         ({"seeds": []}, "seeds: "),
         ({"seeds": [1, 1]}, "seeds: one is listed twice"),
         ({"seeds": [-1]}, "seeds.0: "),
+        ({"runs": {"a": {"algorithm": "rloo", "seeds": [2, 2]}}}, "runs.a.seeds: one is listed twice"),
         ({"reference": "grpo"}, "reference: 'grpo' is not a run; runs: rloo, poise"),
         ({"name": "a b"}, "name: "),
     ],

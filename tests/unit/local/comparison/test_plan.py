@@ -39,6 +39,19 @@ def test_runs_are_ordered_seed_by_seed(tmp_path: Path) -> None:
     assert len({run.local.learner.state_dir for run in runs}) == len({run.local.socket for run in runs}) == 4
 
 
+def test_run_may_have_its_own_seeds(tmp_path: Path) -> None:
+    runs = plan(tmp_path, runs={"rloo": {"algorithm": "rloo"}, "poise": {"algorithm": "poise", "seeds": [7, 8]}}).runs
+    assert [run.label for run in runs] == ["rloo-seed0", "rloo-seed7", "poise-seed7", "poise-seed8"]
+
+
+def test_settings_of_all_runs_yield_to_those_of_one(tmp_path: Path) -> None:
+    common = {"train.evaluation.num_prompts": 9, "train.prompts_per_step": 3, "learner.threads": 2}
+    runs = {"a": {"algorithm": "rloo"}, "b": {"algorithm": "rloo", "set": {"train.prompts_per_step": 5}}}
+    trains = [run.local.train for run in plan(tmp_path, set=common, runs=runs).runs[:2]]
+    assert [train.evaluation.num_prompts for train in trains] == [9, 9]
+    assert [train.prompts_per_step for train in trains] == [3, 5]
+
+
 @pytest.mark.parametrize(
     ("budget", "limits", "every"),
     [
@@ -89,6 +102,8 @@ def test_base_may_be_a_file_in_the_same_folder(tmp_path: Path) -> None:
         (own(**{"train": {"num_steps": 8}}), "set: train: cannot differ"),
         (own(**{"seed": 8}), "set: seed: cannot differ"),
         (own(**{"train.evaluation.num_prompts": 8}), "all runs are evaluated alike"),
+        ({"set": {"seed": 8}}, "set: seed: cannot differ"),
+        ({"set": {"train.budget.tokens": 8}}, "set: train.budget.tokens: cannot differ"),
         (own(**{"train.algorithm": "grpo"}), "set `algorithm` of the run"),
         (own(**{"learner.state_dir": "/var/x"}), "learner.state_dir: is set in the base"),
     ],

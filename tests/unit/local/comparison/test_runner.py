@@ -77,8 +77,8 @@ def write(path: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
 
 
-def compare(path: Path, *, report_only: bool = False) -> int:
-    return runner.compare_runs(path, report_only=report_only)
+def compare(path: Path, *, report_only: bool = False, part: tuple[int, int] = (1, 1)) -> int:
+    return runner.compare_runs(path, report_only=report_only, part=part)
 
 
 def states(path: Path) -> dict[str, str]:
@@ -199,3 +199,24 @@ def test_second_process_of_a_comparison_is_rejected(path: Path, maker: Maker) ->
         with pytest.raises(ConfigError, match="another process is running the comparison"):
             compare(path)
     assert maker.made == []
+
+
+def test_parts_train_all_runs_once(path: Path, maker: Maker) -> None:
+    write(path, seeds=[0, 1])
+    assert compare(path, part=(2, 2)) == 0
+    assert maker.made == ["poise-seed0", "poise-seed1"]
+    assert compare(path, part=(1, 2)) == 0
+    assert maker.made[2:] == ["rloo-seed0", "rloo-seed1"]
+
+
+def test_part_that_is_running_cannot_start_again(path: Path, maker: Maker) -> None:
+    folder = path.parent / "trial"
+    folder.mkdir()
+    with (folder / "compare.lock").open("ab") as whole, (folder / "compare-1.lock").open("ab") as first:
+        fcntl.flock(whole, fcntl.LOCK_SH)
+        fcntl.flock(first, fcntl.LOCK_EX)
+        for part in ((1, 2), (1, 1)):
+            with pytest.raises(ConfigError, match="another process is running the comparison"):
+                compare(path, part=part)
+        assert compare(path, part=(2, 2)) == 0
+    assert maker.made == ["poise-seed0"]

@@ -45,6 +45,33 @@ def test_default_levels_come_from_the_mean_curves(make_run: Make, compare: Compa
     assert tree["levels_from"] == "curves"
 
 
+def test_seed_without_a_reference_run_has_no_ratio(make_run: Make, compare: Compare) -> None:
+    runs = [make_run("rloo", 0, [0.0, 0.2, 0.4]), *(make_run("poise", seed, [0.0, 0.6, 0.8]) for seed in (0, 1))]
+    tree = summarise_comparison(compare(*runs, levels=[0.3]))
+    assert tree["runs"]["poise"]["to_reach"]["tokens"][0]["ratio_by_seed"] == {"0": pytest.approx(50 / 150)}
+
+
+def test_pass_at_k_and_entropy_are_those_at_the_end(make_run: Make, compare: Compare) -> None:
+    runs = [make_run("rloo", seed, [0.0, 0.5, 0.5]) for seed in (0, 1)]
+    for run, score in zip(runs, (0.5, 0.7), strict=True):
+        path = run.folder / "evaluations.jsonl"
+        *earlier, last = map(json.loads, path.read_text().splitlines())
+        entry = {"mean": score, "low": 0.0, "high": 1.0}
+        last["scores"] = {
+            "overall": {"num_prompts": 2, "pass@1": entry, "pass@8": entry},
+            "by_domain": {},
+            "by_task": {},
+        }
+        path.write_text("".join(json.dumps(line) + "\n" for line in (*earlier, last)))
+        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row | {"learner": {"entropy": score + 1 - index}} for index, row in enumerate(rows)]
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = summarise_comparison(compare(*runs))["runs"]["rloo"]
+    assert list(tree["final_pass_at_k"]) == ["pass@1", "pass@8"]
+    assert tree["final_pass_at_k"]["pass@8"]["mean"] == pytest.approx(0.6)
+    assert tree["final_token_entropy"]["mean"] == pytest.approx(0.6)
+
+
 def test_the_final_reward_has_its_spread_over_seeds(make_run: Make, compare: Compare) -> None:
     tree = summarise_comparison(
         compare(
