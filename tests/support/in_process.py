@@ -27,10 +27,11 @@ from poise.orchestrator.storage.run_folder import RunFolder
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.rpc.validation import Violations
+from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.estimator import BaselineEstimator
 from poise.value.messages import parse_label, read_queries
-from poise.value.probe.incremental import IncrementalFitter
+from poise.value.probe.model import Fitter
 from poise.value.probe.step_probes import VersionedProbe
 from poise_client.codec import encode
 from poise_client.types import (
@@ -55,7 +56,7 @@ class InProcess:
         self._trainer = Trainer(run.learner)
         self._value: ValueConfig = run.value
         self.estimator = BaselineEstimator(run.value)
-        self._fitters: dict[str, IncrementalFitter] = {}
+        self._fitters: dict[str, Fitter] = {}
         self.version = 0
 
     async def __aenter__(self) -> InProcess:
@@ -86,33 +87,20 @@ class InProcess:
     async def estimate_baselines(
         self, run_id: str, step: int, groups: Sequence[Group], wait_for_labels_s: float
     ) -> list[GroupBaselines]:
-        wrong, asked = Violations(), []
-        questions = read_queries([encode(group, value_pb2.GroupFeatures) for group in groups], wrong)
+        wrong = Violations()
+        messages = [encode(group, value_pb2.GroupFeatures) for group in groups]
+        asked = [query for query in read_queries(messages, wrong, self._value.estimator_of) if query is not None]
         wrong.raise_if_any()
-        for group, rows in zip(groups, questions, strict=True):
-            assert rows is not None
-            asked.append(GroupQuery(group.group_id, group.domain, rows))
         return self.estimator.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
 
     def learn(self, labels: Sequence[Group]) -> None:
         """Learn labels as the value service does, and refit at once."""
         for label in labels:
             payload = encode(label, value_pb2.LabelledGroup).SerializeToString()
-            self.estimator.learn(parse_label(payload, len(payload)))
-        probe = self._value.probe
+            self.estimator.learn(parse_label(payload, len(payload), self._value.estimator_of))
         for name, domain in self.estimator.domains.items():
             if self.estimator.is_due(name):
-                fitter = self._fitters.setdefault(
-                    name,
-                    IncrementalFitter(
-                        probe.inputs,
-                        probe.prompt_components,
-                        probe.response_components,
-                        probe.alpha,
-                        probe.rows_per_component,
-                        incremental=probe.refit == "incremental",
-                    ),
-                )
+                fitter = self._fitters.setdefault(name, make_fitter(self._value, name))
                 before = self.estimator.probes.get(name)
                 fitted = fitter.fit(domain.window.groups)
                 version = before.version + 1 if before else 1

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+FloatsOrHalves = NDArray[np.float32] | NDArray[np.float16]
 Doubles = NDArray[np.float64]
 
 HALF_LIFE_STEPS = 40
@@ -44,7 +45,7 @@ ALPHAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Ridge penalties that a regression chooses from; a constant is always a candidate."""
 
 
-def squared_score_norms(logprobs_t: Floats, sum_squares_t: Floats) -> Floats:
+def squared_score_norms(logprobs_t: FloatsOrHalves, sum_squares_t: FloatsOrHalves) -> Floats:
     """Return ω_t = 1 − 2π(y_t) + Σ_v π(v)², [T]: the squared norm of the gradient with respect to the logits.
 
     ω_t is between (1 − π(y_t))² and twice that. Clipping to this range keeps small norms right within a factor of 2,
@@ -60,35 +61,84 @@ def squared_score_norms(logprobs_t: Floats, sum_squares_t: Floats) -> Floats:
 
 
 def prefix_inputs(logprobs_t: Floats, entropies_t: Floats, sum_squares_t: Floats) -> Doubles:
-    """Return what is known of each token before it is sampled, [T, p].
+    """Return what is known of each token of one response before it is sampled, [T, p]. Columns are `PREFIX_INPUTS`."""
+    return token_columns(logprobs_t, entropies_t, sum_squares_t, [logprobs_t.size])[1:].T
 
-    Row t depends on log-probabilities before t, and on entropies and Σπ² up to t: those describe the distribution at t,
-    not its sample. Columns are `PREFIX_INPUTS`.
+
+def token_columns(
+    logprobs_N: FloatsOrHalves, entropies_N: FloatsOrHalves, sum_squares_N: FloatsOrHalves, lengths: Sequence[int]
+) -> Doubles:
+    """Return (1, φ) of the N tokens of several responses, one after the other, [1 + p, N].
+
+    A token's column depends on log-probabilities of earlier tokens of its response, and on entropies and Σπ² up to its
+    own: those describe the distribution, not its sample. It is the same to the last bit in any batch.
     """
-    logprobs, entropies = logprobs_t.astype(np.float64), entropies_t.astype(np.float64)
-    length = logprobs.size
-    before, lowest, previous, entropy_sum = (np.zeros(length) for _ in range(4))
-    before[1:] = np.cumsum(logprobs)[:-1]
-    lowest[1:] = np.minimum.accumulate(logprobs)[:-1]
+    logprobs, entropies = logprobs_N.astype(np.float64), entropies_N.astype(np.float64)
+    columns = np.zeros((1 + len(PREFIX_INPUTS), logprobs.size))
+    ones, own, squares, before, lowest, p_before, p_lowest, previous, log_position, first, sums, surprise = columns
+    ones[:] = 1.0
+    own[:], squares[:] = entropies, sum_squares_N
     previous[1:] = logprobs[:-1]
-    entropy_sum[1:] = np.cumsum(entropies)[:-1]
-    positions = np.arange(length)
-    return np.stack(
-        [
-            entropies,
-            sum_squares_t.astype(np.float64),
-            before,
-            lowest,
-            np.exp(before),
-            np.exp(lowest),
-            previous,
-            np.log1p(positions),
-            (positions == 0).astype(np.float64),
-            entropy_sum,
-            before + entropy_sum,
-        ],
-        axis=1,
-    )
+    log_positions = np.log1p(np.arange(max(lengths, default=0)))
+    start = 0
+    for length in lengths:
+        if length == 0:
+            continue
+        end, second = start + length, start + 1
+        np.cumsum(logprobs[start : end - 1], out=before[second:end])
+        np.minimum.accumulate(logprobs[start : end - 1], out=lowest[second:end])
+        np.cumsum(entropies[start : end - 1], out=sums[second:end])
+        previous[start], first[start] = 0.0, 1.0
+        log_position[start:end] = log_positions[:length]
+        start = end
+    np.exp(before, out=p_before)
+    np.exp(lowest, out=p_lowest)
+    np.add(before, sums, out=surprise)
+    return columns
+
+
+_UPPER = np.triu_indices(1 + len(PREFIX_INPUTS))
+_TOKENS_AT_ONCE = 1024
+"""Few enough that BLAS uses one thread, whose sums always have the same order."""
+
+
+def packed_moments(columns_N: Doubles, weights_N: Floats, lengths: Sequence[int]) -> Doubles:
+    """Return Σ ω·(1, φ)(1, φ)ᵀ of each response, its upper triangle and its number of tokens, [n, packed].
+
+    Args:
+        columns_N: `token_columns` of all tokens.
+        weights_N: ω of all tokens.
+        lengths: tokens of each response.
+    """
+    packed = np.empty((len(lengths), _UPPER[0].size + 1))
+    start = 0
+    for row, length in zip(packed, lengths, strict=True):
+        end, matrix = start + length, np.zeros((columns_N.shape[0], columns_N.shape[0]))
+        for first in range(start, end, _TOKENS_AT_ONCE):
+            part = slice(first, min(first + _TOKENS_AT_ONCE, end))
+            matrix += (columns_N[:, part] * weights_N[part]) @ columns_N[:, part].T
+        row[:-1], row[-1] = matrix[_UPPER], length
+        start = end
+    return packed
+
+
+def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) -> tuple[Doubles, Doubles]:
+    """Return each step's moment matrix of (1, φ, r), [S, p + 2, p + 2], and its number of tokens, [S].
+
+    Args:
+        packed_n: `packed_moments` of responses, those of a step next to each other.
+        rewards_n: rewards of the responses.
+        starts_S: index of the first response of each step.
+    """
+    size = 1 + len(PREFIX_INPUTS)
+    rewards = rewards_n.astype(np.float64)[:, None]
+    weighted = packed_n[:, :size] * rewards  # the first row of the triangle: Σ ω·r·(1, φ)
+    sums = np.add.reduceat(np.hstack([packed_n, weighted, weighted[:, :1] * rewards]), starts_S, axis=0)
+    matrices = np.empty((len(starts_S), size + 1, size + 1))
+    matrices[:, _UPPER[0], _UPPER[1]] = matrices[:, _UPPER[1], _UPPER[0]] = sums[:, : _UPPER[0].size]
+    matrices[:, :size, -1] = matrices[:, -1, :size] = sums[:, _UPPER[0].size + 1 : -1]
+    matrices[:, -1, -1] = sums[:, -1]
+    return matrices, sums[:, _UPPER[0].size]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,8 +188,8 @@ class Moments:
 
     def error(self, regression: Regression) -> float:
         """Return Σ ω·(r − b)² of an unclipped regression."""
-        residual = np.concatenate(([-regression.intercept], -regression.slopes, [1.0]))
-        return max(0.0, float(residual @ self.matrix @ residual))
+        intercepts, slopes = np.array([[regression.intercept]]), regression.slopes[None, None]
+        return float(_errors(self.matrix[None], intercepts, slopes)[0, 0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,22 +210,76 @@ def ridge(moments: Moments, alpha: float | None) -> Regression:
 
     Inputs without variance get no slope. Moments without weight give the constant 0.
     """
-    matrix, num_inputs = moments.matrix, moments.matrix.shape[0] - 2
-    weight = matrix[0, 0]
-    if weight <= 0:
-        return Regression(0.0, np.zeros(num_inputs))
-    means = matrix[0] / weight
-    if alpha is None:
-        return Regression(float(means[-1]), np.zeros(num_inputs))
-    covariance = matrix / weight - np.outer(means, means)
-    variances = np.diagonal(covariance)[1:-1]
-    varies = variances > 1e-10 * (np.diagonal(matrix)[1:-1] / weight + 1e-300)
-    scales = np.where(varies, np.sqrt(np.maximum(variances, 1e-300)), 1.0)
-    gram = covariance[1:-1, 1:-1] / np.outer(scales, scales) * weight
-    gram[~varies], gram[:, ~varies] = 0.0, 0.0
-    target = np.where(varies, covariance[1:-1, -1] / scales * weight, 0.0)
-    slopes = np.linalg.solve(gram + alpha * np.eye(num_inputs), target) / scales
-    return Regression(float(means[-1] - slopes @ means[1:-1]), slopes)
+    intercepts, slopes = _ridges(moments.matrix[None], [alpha])
+    return Regression(float(intercepts[0, 0]), slopes[0, 0])
+
+
+def _ridges(matrices_S: Doubles, alphas: Sequence[float | None]) -> tuple[Doubles, Doubles]:
+    """Return intercepts [S, A] and slopes [S, A, p] of the regressions on S moment matrices with A penalties."""
+    num_inputs = matrices_S.shape[1] - 2
+    weights = matrices_S[:, 0, 0]
+    moments = matrices_S / np.where(weights > 0, weights, 1.0)[:, None, None]
+    means = moments[:, 0]
+    covariances = moments - means[:, :, None] * means[:, None, :]
+    variances = np.diagonal(covariances, axis1=1, axis2=2)[:, 1:-1]
+    varies = variances > 1e-10 * (np.diagonal(moments, axis1=1, axis2=2)[:, 1:-1] + 1e-300)
+    scales = np.where(varies, np.sqrt(np.maximum(variances, 1e-300)), np.inf)  # an infinite scale removes the input
+    grams = covariances[:, 1:-1, 1:-1] / (scales[:, :, None] * scales[:, None, :]) * weights[:, None, None]
+    targets = covariances[:, 1:-1, -1] / scales * weights[:, None]
+    slopes = np.zeros((len(matrices_S), len(alphas), num_inputs))
+    for index, alpha in enumerate(alphas):
+        if alpha is not None:
+            penalised = grams + alpha * np.eye(num_inputs)
+            slopes[:, index] = np.linalg.solve(penalised, targets[:, :, None])[:, :, 0] / scales
+    return means[:, None, -1] - (slopes @ means[:, 1:-1, None])[:, :, 0], slopes
+
+
+def _errors(matrices_S: Doubles, intercepts_SA: Doubles, slopes_SAp: Doubles) -> Doubles:
+    """Return Σ ω·(r − b)² of unclipped regressions on the moments of each step, [S, A]."""
+    ones = np.ones_like(intercepts_SA)[:, :, None]
+    residuals = np.concatenate([-intercepts_SA[:, :, None], -slopes_SAp, ones], axis=2)
+    errors: Doubles = np.maximum(0.0, ((residuals @ matrices_S) * residuals).sum(axis=2))
+    return errors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepFit:
+    """A regression fitted on successive steps, with the errors that it would have made on them."""
+
+    regression: Regression
+    """The baseline of the next step."""
+    error: float
+    """Mean ω·(r − b)² of the newest steps, each predicted from those before it with the penalty that was best until
+    then. Later steps count more. NaN before the second step with weight."""
+    constant_error: float
+    """The same of the weighted mean reward."""
+
+
+def fit_steps(matrices_S: Doubles, num_samples_S: Doubles, half_life_steps: float = HALF_LIFE_STEPS) -> StepFit:
+    """Fit to the moment matrices of successive steps, oldest first, [S, p + 2, p + 2], like `ScoreWeighted`.
+
+    Only the newest five half lives of steps choose the penalty: errors of earlier ones would count less than 1/32.
+    """
+    num_steps, discount = len(matrices_S), 0.5 ** (1 / half_life_steps)
+    weights = matrices_S[:, 0, 0]
+    factors = np.divide(num_samples_S, weights, out=np.ones(num_steps), where=weights > 0)
+    normalised = matrices_S * factors[:, None, None]
+    before = np.zeros((num_steps + 1, *matrices_S.shape[1:]))
+    for step in range(num_steps):
+        before[step + 1] = discount * before[step] + normalised[step]
+    penalties = (None, *ALPHAS)  # `argmin` returns the first of equals: the constant
+    first = max(0, num_steps - round(5 * half_life_steps))
+    judged = first + np.flatnonzero(before[first:-1, 0, 0] > 0)
+    errors = _errors(normalised[judged], *_ridges(before[judged], penalties))
+    sums, error, total = np.zeros(len(penalties)), 0.0, 0.0
+    for number, own in zip(num_samples_S[judged].tolist(), errors, strict=True):
+        error = discount * error + float(own[np.argmin(sums)])
+        total = discount * total + number
+        sums = discount * sums + own
+    regression = ridge(Moments(before[-1], 0.0), penalties[int(np.argmin(sums))])
+    if total == 0:
+        return StepFit(regression, float("nan"), float("nan"))
+    return StepFit(regression, error / total, float(sums[0]) / total)
 
 
 class ScoreWeighted:

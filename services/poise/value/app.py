@@ -23,7 +23,8 @@ from poise.value.dead_letters import dead_letter_routes
 from poise.value.estimator import BaselineEstimator
 from poise.value.metrics import StateCollector, ValueMetrics
 from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import ProbeFitter
+from poise.value.probe.model import Fitter
+from poise.value.score.fitter import ScoreFitter
 from poise.value.servicer import ValueServicer
 from poise.value.store import StateStore
 from poise.value.updater import Updater
@@ -39,10 +40,10 @@ class ValueApp(ServiceApp):
         self,
         config: ValueConfig,
         make_queue: Callable[[str], LabelQueue],
-        make_fitter: Callable[[], ProbeFitter],
+        make_fitter: Callable[[str], Fitter],
         registry: CollectorRegistry | None = None,
     ) -> None:
-        """`make_queue` returns the queue for a consumer of the given name."""
+        """`make_queue` returns the queue for a consumer of the given name, `make_fitter` the fitter of a domain."""
         super().__init__(config, registry or CollectorRegistry())
         self._make_queue = make_queue
         self._make_fitter = make_fitter
@@ -168,18 +169,25 @@ def _without_nan(facts: Any) -> Any:
 
 def build(config: ValueConfig) -> ValueApp:
     """Build the service with a Redis Streams queue. No I/O."""
-    probe = config.probe
     return ValueApp(
         config,
         lambda consumer: redis_queue(config.queue, consumer),
-        lambda: IncrementalFitter(
-            probe.inputs,
-            probe.prompt_components,
-            probe.response_components,
-            probe.alpha,
-            probe.rows_per_component,
-            incremental=probe.refit == "incremental",
-        ),
+        lambda domain: make_fitter(config, domain),
+    )
+
+
+def make_fitter(config: ValueConfig, domain: str) -> Fitter:
+    """Return a fitter of the domain's estimator."""
+    estimator, probe = config.estimator_of(domain), config.probe
+    if estimator != "probe":
+        return ScoreFitter(estimator)
+    return IncrementalFitter(
+        probe.inputs,
+        probe.prompt_components,
+        probe.response_components,
+        probe.alpha,
+        probe.rows_per_component,
+        incremental=probe.refit == "incremental",
     )
 
 

@@ -13,6 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from poise.queue.redis_scripts import dead_letter_key
 from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
 from poise.value.probe.model import ProbeInput
+from poise_client.types import Estimator
 
 
 class QueueConfig(StrictModel):
@@ -170,8 +171,13 @@ class ValueConfig(ServiceConfig):
     """Folder of the durable state: windows, probes, pinned steps, consumed ids. Only one service can use it."""
     queue: QueueConfig = QueueConfig()
     """The queue of labelled rollouts."""
+    estimator: Estimator = "probe"
+    """How baselines are computed: `probe`, `score_mean`, `score_prefix`, `score_prompt`, or `auto`, which uses the
+    score-weighted estimator with the smallest error on earlier steps. The probe needs two rollouts per prompt."""
+    estimator_by_domain: dict[str, Estimator] = Field({})
+    """`estimator` of individual domains."""
     probe: ProbeConfig = ProbeConfig()
-    """The probes."""
+    """The probes, and the windows of all estimators."""
     horizon_steps: int = Field(1024, ge=1)
     """Most recent steps of a run whose consumed ids are kept. Labels of older steps go to the dead letters."""
     pinned_steps: int = Field(16, ge=1)
@@ -179,3 +185,7 @@ class ValueConfig(ServiceConfig):
     max_runs: int = Field(64, ge=1)
     """Most recently used runs whose consumed ids and pinned probes are kept. Of an older run only the last step is
     kept, and labels up to that step are rejected."""
+
+    def estimator_of(self, domain: str) -> Estimator:
+        """Return the estimator of a domain."""
+        return self.estimator_by_domain.get(domain, self.estimator)

@@ -13,27 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from poise.algorithms.baselines import mean_of_others
 from poise.errors import FieldViolation, InvalidRequest
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission, ConsumedLabels
-from poise.value.probe.diagnostics import Diagnostics, ValuedGroup
-from poise.value.probe.features import FeatureMatrix, Floats, Label
-from poise.value.probe.model import PromptProbe
+from poise.value.probe.diagnostics import Diagnostics
+from poise.value.probe.features import GroupQuery, Label
+from poise.value.probe.model import Answer, FittedProbe, PromptProbe
 from poise.value.probe.step_probes import Probes, StepProbes, VersionedProbe
 from poise.value.probe.window import Window
+from poise.value.score.model import reduced
 from poise.value.store import DomainSnapshot, Snapshot
-from poise_client.types import GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupQuery:
-    """One group whose baselines are requested."""
-
-    group_id: str
-    domain: str
-    features: FeatureMatrix
-    """With rewards if the domain's probe needs them."""
+from poise_client.types import Estimator, EstimatorError, GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
 
 
 @dataclass(eq=False)
@@ -93,16 +83,26 @@ class BaselineEstimator:
         pin = self._step_probes.get_or_pin(run_id, step, self.probes, labels_consumed=labels_consumed, behind=behind)
         probes = pin.probes
         _check_inputs(groups, probes)
-        values = _values(groups, probes)
+        found = _answers(groups, probes)
         answers = []
         for index, group in enumerate(groups):
             up_to_date = pin.is_up_to_date(group.domain)
-            if index not in values:
+            if index not in found:
                 answers.append(GroupBaselines(group.group_id, 0, None, None, up_to_date))
                 continue
-            baselines = mean_of_others(values[index]) if len(group.features) > 1 else None
-            version = probes[group.domain].version
-            answers.append(GroupBaselines(group.group_id, version, values[index], baselines, up_to_date))
+            values, baselines, token_baselines = found[index]
+            fitted = probes[group.domain]
+            answers.append(
+                GroupBaselines(
+                    group.group_id,
+                    fitted.version,
+                    values,
+                    baselines,
+                    up_to_date,
+                    fitted.probe.estimator,
+                    token_baselines,
+                )
+            )
             if group.domain in self.domains:
                 self.domains[group.domain].num_estimated_rows += len(group.features)
         return answers
@@ -125,7 +125,7 @@ class BaselineEstimator:
         probes = {
             name: fitted.probe.prompt_only
             for name, fitted in self.probes.items()
-            if fitted.probe.prompt_only is not None
+            if isinstance(fitted.probe, FittedProbe) and fitted.probe.prompt_only is not None
         }
         _check_prompt_widths(prompts, probes)
         scores = [PromptScore(prompt.group_id, 0, None) for prompt in prompts]
@@ -135,6 +135,16 @@ class BaselineEstimator:
             for index, value in zip(indices, values.tolist(), strict=True):
                 scores[index] = PromptScore(prompts[index].group_id, self.probes[name].version, value)
         return scores
+
+    def configured(self, domain: str) -> Estimator:
+        """Return the configured estimator of a domain."""
+        return self._config.estimator_of(domain)
+
+    def estimator_of_step(self, run_id: str, step: int, domain: str) -> Estimator:
+        """Return the estimator that a step is pinned to, which a restart with other settings keeps."""
+        pin = self._step_probes.get(run_id, step)
+        fitted = pin.probes.get(domain) if pin else None
+        return fitted.probe.estimator if fitted else self.configured(domain)
 
     def rejection(self, domain: str, width: int) -> FieldViolation | None:
         """Return why a label cannot be learnt; None if it can, or if only `width_vote` decides."""
@@ -185,12 +195,13 @@ class BaselineEstimator:
             max_rows = self._config.probe.rows_of(label.domain)
             domain = self.domains[label.domain] = Domain(Window(max_rows), Diagnostics(max_rows))
         domain.num_steps_seen += is_first_of_step
-        domain.window.add(label)
+        domain.window.add(reduced(label))
         self.num_groups_consumed += 1
         pin = self._step_probes.get(label.run_id, label.step)
         if pin is not None and label.domain in pin.probes:
-            values = pin.probes[label.domain].probe.predict(label.inputs)
-            domain.diagnostics.add(ValuedGroup(label.run_id, label.step, values, label.rewards))
+            valued = pin.probes[label.domain].probe.compare(label)
+            if valued is not None:
+                domain.diagnostics.add(valued)
         return admission
 
     def remove(self, name: str, groups: Sequence[Label]) -> None:
@@ -204,7 +215,9 @@ class BaselineEstimator:
         With `num_added`, consider only the first `num_added` labels ever added to the window.
         """
         domain, probe, config = self.domains[name], self.probes.get(name), self._config.probe
-        warm = domain.num_steps_seen >= config.warmup_steps and domain.window.num_rows >= config.min_rows
+        warm = domain.num_steps_seen >= self._warmup_steps(name) and (
+            domain.window.num_rows >= config.min_rows or self.configured(name) != "probe"
+        )
         wanted = domain.window.num_added if num_added is None else num_added
         return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
 
@@ -217,11 +230,18 @@ class BaselineEstimator:
             num_groups=len(domain.window.groups),
             num_rows=domain.window.num_rows,
             num_steps_seen=domain.num_steps_seen,
-            warmup_steps=self._config.probe.warmup_steps,
+            warmup_steps=self._warmup_steps(name),
             last_fit_s=probe.fit_s if probe else 0.0,
             label_lag_s=domain.label_lag_s,
             quality=domain.diagnostics.quality(),
+            configured=self.configured(name),
+            estimator=probe.probe.estimator if probe else "",
+            errors=tuple(EstimatorError(*item) for item in probe.probe.errors.items()) if probe else (),
         )
+
+    def _warmup_steps(self, name: str) -> int:
+        """Only the probe has a warm-up: a score-weighted estimator is useful from its first label on."""
+        return self._config.probe.warmup_steps if self.configured(name) == "probe" else 1
 
     def domains_of_run(self, run_id: str) -> list[str]:
         """Return the domains whose windows contain labels of a run."""
@@ -261,27 +281,12 @@ class BaselineEstimator:
 
 
 def _check_inputs(groups: Sequence[GroupQuery], probes: Probes) -> None:
-    violations = []
-    for index, group in enumerate(groups):
-        if group.domain not in probes:
-            continue
-        probe = probes[group.domain].probe
-        if probe.width is not None and group.features.width != probe.width:
-            violations.append(
-                FieldViolation(
-                    f"groups[{index}].rollouts",
-                    f"hidden states have width {group.features.width}; the probe of domain {group.domain!r} needs "
-                    f"{probe.width}",
-                )
-            )
-        if probe.needs_rewards and group.features.rewards is None:
-            violations.append(
-                FieldViolation(
-                    f"groups[{index}].rewards",
-                    f"is unset, and the probe of domain {group.domain!r} was fitted with sibling_reward among "
-                    "probe.inputs. Send each rollout's reward, in [0, 1]",
-                )
-            )
+    violations = [
+        FieldViolation(f"groups[{index}].{field}", description)
+        for index, group in enumerate(groups)
+        if group.domain in probes
+        for field, description in probes[group.domain].probe.problems(group)
+    ]
     if violations:
         raise InvalidRequest(violations)
 
@@ -300,15 +305,10 @@ def _check_prompt_widths(prompts: Sequence[PromptFeatures], probes: Mapping[str,
         raise InvalidRequest(violations)
 
 
-def _values(groups: Sequence[GroupQuery], probes: Probes) -> dict[int, Floats]:
-    """Return the values of the groups that have a probe, by index. One prediction per domain."""
-    values: dict[int, Floats] = {}
+def _answers(groups: Sequence[GroupQuery], probes: Probes) -> dict[int, Answer]:
+    """Return the answers to the groups that have a probe, by index. One call per domain."""
+    answers: dict[int, Answer] = {}
     for name in {group.domain for group in groups} & probes.keys():
         indices = [index for index, group in enumerate(groups) if group.domain == name]
-        batch = probes[name].probe.predict(FeatureMatrix.concatenate([groups[index].features for index in indices]))
-        start = 0
-        for index in indices:
-            end = start + len(groups[index].features)
-            values[index] = batch[start:end]
-            start = end
-    return values
+        answers |= zip(indices, probes[name].probe.answer([groups[index] for index in indices]), strict=True)
+    return answers

@@ -5,7 +5,7 @@ The estimator checks widths against a domain's window, because that needs its st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,27 @@ from google.protobuf.message import DecodeError
 
 from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations, quoted
-from poise.value.probe.features import FeatureMatrix, Floats, Label
+from poise.value.probe.features import FeatureMatrix, Floats, GroupQuery, Halves, Label, TokenStatistics
 from poise_client.codec import (
     LABEL_SCHEMA_VERSION,
     CodecError,
     decode,
     decode_hidden,
+    decode_token_statistics,
     encode,
     from_tensor,
+    to_tensor,
 )
-from poise_client.types import DEFAULT_DOMAIN, EntropyStats, Features, Group, PromptFeatures, Rollout, RolloutId
+from poise_client.types import (
+    DEFAULT_DOMAIN,
+    EntropyStats,
+    Estimator,
+    Features,
+    Group,
+    PromptFeatures,
+    Rollout,
+    RolloutId,
+)
 from poise_proto.v1 import common_pb2, value_pb2
 
 MIN_SIBLINGS = 2
@@ -37,8 +48,24 @@ _HIDDEN = (-1e7, 1e7)
 _ENTROPY = (-1e-3, 25.0)
 """Bounds of an entropy, nats: up to a uniform choice among e^25 tokens; below 0 only by rounding errors."""
 
+_LOGPROB = (-80.0, 1e-3)
+"""Bounds of a log-probability: above 0 only by rounding errors."""
 
-def parse_label(payload: bytes, max_bytes: int) -> Label:
+_SUM_OF_SQUARES = (0.0, 1.001)
+"""Bounds of the sum of squared probabilities."""
+
+MAX_TOKENS = 2**22
+"""Maximum tokens per request, over all rollouts."""
+
+EstimatorOf = Callable[[str], Estimator]
+"""Returns the estimator of a domain. It decides which inputs are read."""
+
+
+def _always_probe(domain: str) -> Estimator:
+    return "probe"
+
+
+def parse_label(payload: bytes, max_bytes: int, estimator_of: EstimatorOf = _always_probe) -> Label:
     """Parse a queue entry.
 
     Raises:
@@ -51,13 +78,15 @@ def parse_label(payload: bytes, max_bytes: int) -> Label:
     except DecodeError as error:
         raise InvalidRequest.field("payload", f"is not a LabelledGroup message: {error}") from error
     wrong = Violations()
-    label = read_label(message, "group", wrong)
+    label = read_label(message, "group", wrong, estimator_of)
     wrong.raise_if_any()
     assert label is not None, "a label without violations was parsed"  # noqa: S101
     return label
 
 
-def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -> Label | None:
+def read_label(
+    message: value_pb2.LabelledGroup, path: str, wrong: Violations, estimator_of: EstimatorOf = _always_probe
+) -> Label | None:
     """Parse a labelled group. If it is invalid, return None and add all violations to `wrong`."""
     if message.schema_version != LABEL_SCHEMA_VERSION:
         # The meaning of the other fields is unknown.
@@ -68,24 +97,61 @@ def read_label(message: value_pb2.LabelledGroup, path: str, wrong: Violations) -
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
     wrong.check(
-        len(message.rollouts) in (0, 1, message.num_rollouts),  # fewer than two are rejected below
+        len(message.rollouts) in (0, 1, message.num_rollouts),  # the estimator may reject fewer than two below
         f"{path}.num_rollouts",
         f"is {message.num_rollouts}, but the message has {len(message.rollouts)} rollouts. Publish whole groups, with "
         "the number of sampled rollouts",
     )
-    siblings = _read_siblings(message.rollouts, path, wrong, at_least=MIN_SIBLINGS)
-    features = None if siblings is None else _stack([siblings])
-    if features is not None and not _are_in_bounds(features):
-        _add_out_of_bounds(features, path, wrong)
-        features = None
+    _read_prompt_id(message.prompt_id, path, wrong)
+    features, tokens = _read_inputs(message.rollouts, path, domain, estimator_of(domain), wrong)
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if features is None or rewards is None:
         return None
-    return Label(message.run_id, message.step, message.group_id, domain, features, rewards)
+    return Label(message.run_id, message.step, message.group_id, domain, features, rewards, message.prompt_id, tokens)
+
+
+def _read_prompt_id(prompt_id: str, path: str, wrong: Violations) -> None:
+    if prompt_id:
+        wrong.identifier(f"{path}.prompt_id", prompt_id)
+
+
+def _read_inputs(
+    messages: Sequence[common_pb2.RolloutFeatures], path: str, domain: str, estimator: Estimator, wrong: Violations
+) -> tuple[FeatureMatrix | None, TokenStatistics | None]:
+    """Parse what an estimator learns from. If it is invalid, return None twice and add all violations to `wrong`."""
+    if estimator == "probe":
+        siblings = _read_siblings(messages, path, wrong, at_least=MIN_SIBLINGS)
+        features = None if siblings is None else _stack([siblings])
+        if features is not None and not _are_in_bounds(features):
+            _add_out_of_bounds(features, path, wrong)
+            return None, None
+        return features, None
+    scored = _read_scored(messages, path, domain, estimator, wrong)
+    if scored is None:
+        return None, None
+    tokens = TokenStatistics.concatenate(scored.tokens)
+    if not _are_tokens_in_bounds(tokens):
+        _add_tokens_out_of_bounds(scored.tokens, path, wrong)
+        return None, None
+    return scored.features, tokens
 
 
 def label_payload(label: Label) -> bytes:
-    """Return the queue entry of a label: the inverse of `parse_label`."""
+    """Return the queue entry of a label: the inverse of `parse_label`.
+
+    Of a learnt label for a score-weighted estimator, the tokens are no longer known, so the entry lacks the rollouts.
+    """
+    if label.moments is not None:
+        return value_pb2.LabelledGroup(
+            schema_version=LABEL_SCHEMA_VERSION,
+            run_id=label.run_id,
+            step=label.step,
+            group_id=label.group_id,
+            domain=label.domain,
+            rewards=to_tensor(label.rewards),
+            num_rollouts=label.rewards.size,
+            prompt_id=label.prompt_id,
+        ).SerializeToString()
     features, ids = label.features, (label.run_id, label.step, label.group_id)
     rollouts = tuple(
         Rollout(
@@ -107,23 +173,40 @@ def label_payload(label: Label) -> bytes:
     return encode(group, value_pb2.LabelledGroup).SerializeToString()
 
 
-def read_queries(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations) -> list[FeatureMatrix | None]:
-    """Parse each group's features, and its rewards if given; None for groups with invalid features.
+def read_queries(
+    messages: Sequence[value_pb2.GroupFeatures], wrong: Violations, estimator_of: EstimatorOf = _always_probe
+) -> list[GroupQuery | None]:
+    """Parse each group, with its rewards if given; None for groups with invalid features.
 
-    Groups of one width are stacked into one matrix: checking it takes half the time of checking each group.
+    Rows of many groups are checked together: this takes half the time of checking each group.
     """
-    read: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
+    queries: list[GroupQuery | None] = [None] * len(messages)
+    stacked: dict[int, list[tuple[int, _Siblings, Floats | None]]] = {}
+    scored: list[tuple[int, _Scored, Floats | None]] = []
     for index, message in enumerate(messages):
         if wrong.is_full:
             break
-        path = f"groups[{index}]"
-        siblings, rewards = _read_siblings(message.rollouts, path, wrong), None
+        path, rewards, domain = f"groups[{index}]", None, message.domain or DEFAULT_DOMAIN
+        _read_prompt_id(message.prompt_id, path, wrong)
+        estimator = estimator_of(domain)
+        siblings = scores = None
+        if estimator == "probe":
+            siblings = _read_siblings(message.rollouts, path, wrong)
+        else:
+            scores = _read_scored(message.rollouts, path, domain, estimator, wrong)
         if message.HasField("rewards"):
             rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
         if siblings is not None:
-            read.setdefault(siblings.width, []).append((index, siblings, rewards))
-    queries: list[FeatureMatrix | None] = [None] * len(messages)
-    for groups in read.values():
+            stacked.setdefault(siblings.width, []).append((index, siblings, rewards))
+        if scores is not None:
+            scored.append((index, scores, rewards))
+
+    def add(index: int, features: FeatureMatrix, tokens: TokenStatistics | None = None) -> None:
+        message = messages[index]
+        domain = message.domain or DEFAULT_DOMAIN
+        queries[index] = GroupQuery(message.group_id, domain, features, tokens, message.prompt_id)
+
+    for groups in stacked.values():
         all_features = _stack([siblings for _, siblings, _ in groups])
         are_all_in_bounds = _are_in_bounds(all_features)
         start = 0
@@ -131,10 +214,77 @@ def read_queries(messages: Sequence[value_pb2.GroupFeatures], wrong: Violations)
             features = all_features.part(start, start + len(siblings), rewards)
             start += len(siblings)
             if are_all_in_bounds or _are_in_bounds(features):
-                queries[index] = features
+                add(index, features)
             else:
                 _add_out_of_bounds(features, f"groups[{index}]", wrong)
+    parts = [part for _, scores, _ in scored for part in scores.tokens]
+    are_all_in_bounds = not parts or _are_tokens_in_bounds(TokenStatistics.concatenate(parts))
+    for index, scores, _ in scored:
+        tokens = TokenStatistics.concatenate(scores.tokens)
+        if are_all_in_bounds or _are_tokens_in_bounds(tokens):
+            add(index, scores.features, tokens)
+        else:
+            _add_tokens_out_of_bounds(scores.tokens, f"groups[{index}]", wrong)
     return queries
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """The inputs of score-weighted estimators of one group."""
+
+    features: FeatureMatrix
+    """See `Label.features`."""
+    tokens: list[TokenStatistics]
+    """Of each rollout."""
+
+
+def _read_scored(
+    messages: Sequence[common_pb2.RolloutFeatures], path: str, domain: str, estimator: Estimator, wrong: Violations
+) -> _Scored | None:
+    """Parse token statistics and, if the estimator uses it, the prompt's hidden state.
+
+    Does not check the bounds of tokens. If something is malformed, return None and add all violations to `wrong`.
+    """
+    if not _check_num_rollouts(len(messages), path, wrong):
+        return None
+    tokens: list[TokenStatistics] = []
+    for index, message in enumerate(messages):
+        field = f"{path}.rollouts[{index}].tokens"
+        if not message.HasField("tokens"):
+            wrong.add(
+                field,
+                f"is unset, but the estimator of domain {quoted(domain)} is {estimator}. Send the log-probabilities, "
+                "entropies and sums of squared probabilities that the generation service returned",
+            )
+            continue
+        try:
+            arrays = decode_token_statistics(message.tokens, field)
+        except CodecError as error:
+            wrong.add(error.field, error.description)
+            continue
+        tokens.append(TokenStatistics(*arrays, (arrays[0].size,)))
+    prompt_hidden: Floats | None = np.zeros(0, np.float32)
+    if estimator == "score_prompt" or (estimator == "auto" and messages[0].HasField("prompt_hidden")):
+        prompt_hidden = _read_prompt_hidden(messages[0].prompt_hidden, f"{path}.rollouts[0].prompt_hidden", wrong)
+    if prompt_hidden is None or len(tokens) < len(messages):
+        return None
+    nothing = np.zeros((len(messages), 0), np.float32)
+    return _Scored(FeatureMatrix(prompt_hidden[None], nothing, nothing), tokens)
+
+
+def _read_prompt_hidden(message: common_pb2.Tensor, field: str, wrong: Violations) -> Floats | None:
+    try:
+        prompt_hidden = from_tensor(message, field=field)
+    except CodecError as error:
+        wrong.add(error.field, error.description)
+        return None
+    if not prompt_hidden.size:
+        wrong.add(field, "is empty; it must have the model's width")
+    elif not _are_within(prompt_hidden, _HIDDEN):
+        wrong.add(field, _describe_out_of_bounds(prompt_hidden, _HIDDEN))
+    else:
+        return prompt_hidden
+    return None
 
 
 def _read_rewards(message: common_pb2.Tensor, num_rollouts: int, path: str, wrong: Violations) -> Floats | None:
@@ -175,11 +325,7 @@ def _read_siblings(
     messages: Sequence[common_pb2.RolloutFeatures], path: str, wrong: Violations, *, at_least: int = 1
 ) -> _Siblings | None:
     """Parse the siblings' features. If one is malformed, return None and add all violations to `wrong`."""
-    if len(messages) < at_least:
-        wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at least {at_least} are needed")
-        return None
-    if len(messages) > MAX_SIBLINGS:
-        wrong.add(f"{path}.rollouts", f"has {len(messages)} rollouts; at most {MAX_SIBLINGS} are accepted")
+    if not _check_num_rollouts(len(messages), path, wrong, at_least):
         return None
     siblings = _Siblings([], [], [])
     for index, message in enumerate(messages):
@@ -203,6 +349,20 @@ def _read_siblings(
     return siblings
 
 
+def _check_num_rollouts(number: int, path: str, wrong: Violations, at_least: int = 1) -> bool:
+    remedy = ""
+    if number == 1 < at_least:
+        remedy = (
+            ": the probe learns from siblings. Set rollouts_per_prompt to 2 or more, or value.estimator to a "
+            "score-weighted one"
+        )
+    return wrong.check(
+        number >= at_least, f"{path}.rollouts", f"has {number} rollouts; at least {at_least} are needed{remedy}"
+    ) and wrong.check(
+        number <= MAX_SIBLINGS, f"{path}.rollouts", f"has {number} rollouts; at most {MAX_SIBLINGS} are accepted"
+    )
+
+
 def _stack(groups: Sequence[_Siblings]) -> FeatureMatrix:
     """Stack the rows of groups of one width."""
     shape = sum(map(len, groups)), groups[0].width
@@ -222,10 +382,7 @@ def read_prompt(message: value_pb2.PromptFeatures, path: str, wrong: Violations)
     except CodecError as error:
         wrong.add(error.field, error.description)
         return None
-    if not prompt.prompt_hidden.size:
-        wrong.add(f"{path}.prompt_hidden", "is empty; it must have the model's width")
-    elif not _are_within(prompt.prompt_hidden, _HIDDEN):
-        wrong.add(f"{path}.prompt_hidden", _describe_out_of_bounds(prompt.prompt_hidden, _HIDDEN))
+    _read_prompt_hidden(message.prompt_hidden, f"{path}.prompt_hidden", wrong)
     return prompt
 
 
@@ -250,9 +407,29 @@ def _are_in_bounds(features: FeatureMatrix) -> bool:
     )
 
 
-def _are_within(columns: Floats, bounds: tuple[float, float]) -> bool:
+def _are_within(columns: Floats | Halves, bounds: tuple[float, float]) -> bool:
     """Whether all numbers are within the bounds; NaN is not."""
     return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
+
+
+def _token_columns(tokens: TokenStatistics) -> tuple[tuple[str, Floats | Halves, tuple[float, float]], ...]:
+    return (
+        ("logprobs", tokens.logprobs, _LOGPROB),
+        ("entropies", tokens.entropies, _ENTROPY),
+        ("sum_squared_probs", tokens.sum_squared_probs, _SUM_OF_SQUARES),
+    )
+
+
+def _are_tokens_in_bounds(tokens: TokenStatistics) -> bool:
+    return all(_are_within(numbers, bounds) for _, numbers, bounds in _token_columns(tokens))
+
+
+def _add_tokens_out_of_bounds(rollouts: Sequence[TokenStatistics], path: str, wrong: Violations) -> None:
+    for index, tokens in enumerate(rollouts):
+        for name, numbers, bounds in _token_columns(tokens):
+            if not _are_within(numbers, bounds):
+                field = f"{path}.rollouts[{index}].tokens.{name}"
+                wrong.add(field, _describe_out_of_bounds(numbers, bounds))
 
 
 def _add_out_of_bounds(features: FeatureMatrix, path: str, wrong: Violations) -> None:
@@ -267,7 +444,7 @@ def _add_out_of_bounds(features: FeatureMatrix, path: str, wrong: Violations) ->
                 wrong.add(f"{path}.rollouts[{index}].{name}", _describe_out_of_bounds(row, bounds))
 
 
-def _describe_out_of_bounds(numbers: Floats, bounds: tuple[float, float]) -> str:
+def _describe_out_of_bounds(numbers: Floats | Halves, bounds: tuple[float, float]) -> str:
     if not np.isfinite(numbers).all():
         return "contains NaN or infinite numbers"
     worst = numbers.max() if numbers.max() > bounds[1] else numbers.min()

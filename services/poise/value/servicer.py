@@ -13,11 +13,10 @@ import grpc.aio
 from poise.errors import Draining, NotFound
 from poise.runtime.rpc.validation import Violations, quoted
 from poise.runtime.startup import Startup
-from poise.value.config import QueueConfig, ValueConfig
-from poise.value.estimator import GroupQuery
+from poise.value.config import ValueConfig
 from poise.value.label_barrier import wait_for_labels
-from poise.value.messages import read_label, read_prompt, read_queries
-from poise.value.probe.features import Label
+from poise.value.messages import EstimatorOf, read_label, read_prompt, read_queries
+from poise.value.probe.features import GroupQuery, Label
 from poise.value.updater import Updater
 from poise_client.codec import encode
 from poise_client.types import DEFAULT_DOMAIN, ProbeReport, PromptFeatures
@@ -79,7 +78,11 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
         updater = self._opened()
-        groups = await self._read_on_thread(lambda: _read_queries(request))
+        groups = await self._read_on_thread(
+            lambda: _read_queries(
+                request, lambda name: updater.estimator.estimator_of_step(request.run_id, request.step, name)
+            )
+        )
         behind = None
         if request.wait_for_labels_s and updater.estimator.would_pin(request.run_id, request.step):
             left_s = context.time_remaining()
@@ -103,7 +106,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         """See value.proto."""
         updater = self._opened()
         wrong = Violations()
-        labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config.queue, wrong))
+        labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config, wrong))
         for index, label in labels:
             rejection = updater.estimator.rejection(label.domain, label.features.width)
             if rejection is not None:
@@ -132,12 +135,14 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
                 estimator.num_duplicates,
                 depth.num_dead_letters,
                 depth.num_entries,
+                self._config.estimator,
+                self._config.estimator_by_domain,
             ),
             pb.GetProbeResponse,
         )
 
 
-def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:
+def _read_queries(request: pb.EstimateBaselinesRequest, estimator_of: EstimatorOf) -> list[GroupQuery]:
     wrong = Violations()
     wrong.identifier("run_id", request.run_id)
     wrong.check(
@@ -150,13 +155,9 @@ def _read_queries(request: pb.EstimateBaselinesRequest) -> list[GroupQuery]:
     for index, (group, domain) in enumerate(zip(request.groups, domains, strict=True)):
         wrong.identifier(f"groups[{index}].group_id", group.group_id)
         wrong.identifier(f"groups[{index}].domain", domain)
-    groups: list[GroupQuery] = []
-    widths: list[tuple[int, str, int]] = []
-    for index, features in enumerate(read_queries(request.groups, wrong)):
-        if features is not None:
-            groups.append(GroupQuery(request.groups[index].group_id, domains[index], features))
-            widths.append((index, domains[index], features.width))
-    _check_widths(widths, wrong)
+    queries = read_queries(request.groups, wrong, estimator_of)
+    groups = [query for query in queries if query is not None]
+    _check_widths([(i, query.domain, query.features.width) for i, query in enumerate(queries) if query], wrong)
     wrong.raise_if_any()
     return groups
 
@@ -170,9 +171,10 @@ def _read_prompts(request: pb.ScorePromptsRequest) -> list[PromptFeatures]:
 
 
 def _read_labels(
-    request: pb.PublishLabelsRequest, limits: QueueConfig, wrong: Violations
+    request: pb.PublishLabelsRequest, config: ValueConfig, wrong: Violations
 ) -> tuple[list[tuple[int, Label]], list[bytes]]:
     """Return the valid labels, each with its index, and the queue entry of every group."""
+    limits = config.queue
     _check_counts(request.groups, wrong)
     wrong.check(
         len(request.groups) <= limits.max_entries,
@@ -183,7 +185,7 @@ def _read_labels(
     for index, group in enumerate(request.groups):
         if wrong.is_full:
             break
-        label = read_label(group, f"groups[{index}]", wrong)
+        label = read_label(group, f"groups[{index}]", wrong, config.estimator_of)
         if label is not None:
             labels.append((index, label))
     payloads = [group.SerializeToString() for group in request.groups]

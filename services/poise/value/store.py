@@ -37,12 +37,14 @@ from poise.runtime.files.atomic import commit_file, sync_folder
 from poise.value.dedup import ConsumedRun, DedupSnapshot
 from poise.value.probe.diagnostics import ValuedGroup
 from poise.value.probe.features import FeatureMatrix, Label
-from poise.value.probe.model import FittedProbe
+from poise.value.probe.model import Fitted, FittedProbe
 from poise.value.probe.step_probes import PinnedProbes, VersionedProbe
+from poise.value.score.model import FittedScore
+from poise_client.types import Estimator
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _SETTINGS = """
 PRAGMA page_size = 16384;
@@ -58,11 +60,12 @@ _UNSAFE_SETTINGS = "PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF"
 # Steps are unsigned 64-bit numbers, which SQLite's INTEGER cannot hold: they are decimal text.
 _SCHEMA = (
     "CREATE TABLE document (name TEXT PRIMARY KEY, body TEXT, checksum BLOB)",
-    "CREATE TABLE window (domain TEXT, number INTEGER, run_id TEXT, step TEXT, group_id TEXT, prompt_hidden BLOB, "
-    "response_hidden BLOB, entropies BLOB, rewards BLOB, checksum BLOB, PRIMARY KEY (domain, number))",
+    "CREATE TABLE window (domain TEXT, number INTEGER, run_id TEXT, step TEXT, group_id TEXT, prompt_id TEXT, "
+    "prompt_hidden BLOB, response_hidden BLOB, entropies BLOB, rewards BLOB, moments BLOB, checksum BLOB, "
+    "PRIMARY KEY (domain, number))",
     "CREATE TABLE diagnostics (domain TEXT, number INTEGER, run_id TEXT, step TEXT, predictions BLOB, rewards BLOB, "
-    "checksum BLOB, PRIMARY KEY (domain, number))",
-    "CREATE TABLE probe (domain TEXT, version INTEGER, name TEXT, parameters BLOB, checksum BLOB, "
+    "weighted BLOB, checksum BLOB, PRIMARY KEY (domain, number))",
+    "CREATE TABLE probe (domain TEXT, version INTEGER, name TEXT, dtype TEXT, parameters BLOB, checksum BLOB, "
     "PRIMARY KEY (domain, version, name))",
     "CREATE TABLE consumed (run_id TEXT, step TEXT, groups BLOB, checksum BLOB, PRIMARY KEY (run_id, step))",
 )
@@ -352,7 +355,8 @@ class _StateFile:
             self._execute("DELETE FROM probe WHERE domain = ? AND version = ?", domain, version)
         for domain, version in now.keys() - before.keys():
             arrays = now[domain, version].probe.arrays()
-            self._insert("probe", ((domain, version, name, _bytes(array)) for name, array in arrays.items()))
+            rows = ((domain, version, name, array.dtype.str, _bytes(array)) for name, array in arrays.items())
+            self._insert("probe", rows)
 
     def _write_consumed(self, before: DedupSnapshot, now: DedupSnapshot) -> None:
         runs = {run.run_id: run for run in before.runs}
@@ -393,11 +397,11 @@ class _StateFile:
         with self._read_errors():
             document = self._document("state")
             arrays: dict[tuple[str, int], dict[str, Any]] = {}
-            for domain, version, name, parameters in self._rows("SELECT * FROM probe"):
-                arrays.setdefault((domain, version), {})[name] = np.frombuffer(parameters, "<f8")
+            for domain, version, name, dtype, parameters in self._rows("SELECT * FROM probe"):
+                arrays.setdefault((domain, version), {})[name] = np.frombuffer(parameters, dtype)
             probes = {
-                (domain, version): VersionedProbe(version, FittedProbe.from_arrays(arrays[domain, version]), *facts)
-                for domain, version, *facts in document.pop("probes")
+                (domain, version): VersionedProbe(version, _read_fitted(estimator, arrays[domain, version]), *facts)
+                for domain, version, estimator, *facts in document.pop("probes")
             }
             groups, valued = self._read_log("window", _read_label), self._read_log("diagnostics", _read_valued)
             steps: dict[str, dict[int, bytes]] = {}
@@ -499,7 +503,9 @@ def _document(snapshot: Snapshot, sequence: int) -> dict[str, Any]:
             ]
             for domain in snapshot.domains
         ],
-        "probes": [[*key, probe.num_added, probe.fit_s] for key, probe in _all_probes(snapshot).items()],
+        "probes": [
+            [*key, probe.probe.estimator, probe.num_added, probe.fit_s] for key, probe in _all_probes(snapshot).items()
+        ],
         "pins": [
             [
                 pin.run_id,
@@ -515,22 +521,33 @@ def _document(snapshot: Snapshot, sequence: int) -> dict[str, Any]:
 
 def _label_columns(label: Label) -> tuple[Any, ...]:
     arrays = label.features.prompt_hidden, label.features.response_hidden, label.features.entropies, label.rewards
-    return (label.run_id, str(label.step), label.group_id, *map(_bytes, arrays))
+    moments = b"" if label.moments is None else _bytes(label.moments)
+    return (label.run_id, str(label.step), label.group_id, label.prompt_id, *map(_bytes, arrays), moments)
 
 
-def _read_label(domain: str, run_id: str, step: str, group_id: str, *arrays: bytes) -> Label:
-    *features, rewards = (np.frombuffer(array, "<f4") for array in arrays)
-    matrices = (array.reshape(rewards.size, -1) for array in features)
-    return Label(run_id, int(step), group_id, domain, FeatureMatrix(*matrices), rewards)
+def _read_label(domain: str, run_id: str, step: str, group_id: str, prompt_id: str, *columns: bytes) -> Label:
+    prompt_hidden, response_hidden, entropies, rewards = (np.frombuffer(array, "<f4") for array in columns[:-1])
+    moments = np.frombuffer(columns[-1], "<f8").reshape(rewards.size, -1) if columns[-1] else None
+    features = FeatureMatrix(
+        prompt_hidden.reshape(rewards.size if moments is None else 1, -1),
+        response_hidden.reshape(rewards.size, -1),
+        entropies.reshape(rewards.size, -1),
+    )
+    return Label(run_id, int(step), group_id, domain, features, rewards, prompt_id, moments=moments)
 
 
 def _valued_columns(group: ValuedGroup) -> tuple[Any, ...]:
-    return group.run_id, str(group.step), _bytes(group.values), _bytes(group.rewards)
+    weighted = b"" if group.weighted is None else _bytes(group.weighted)
+    return group.run_id, str(group.step), _bytes(group.values), _bytes(group.rewards), weighted
 
 
-def _read_valued(_: str, run_id: str, step: str, *arrays: bytes) -> ValuedGroup:
-    values, rewards = (np.frombuffer(array, "<f4") for array in arrays)
-    return ValuedGroup(run_id, int(step), values, rewards)
+def _read_valued(_: str, run_id: str, step: str, *columns: bytes) -> ValuedGroup:
+    values, rewards, weighted = (np.frombuffer(column, "<f4") for column in columns)
+    return ValuedGroup(run_id, int(step), values, rewards, weighted.reshape(2, -1) if weighted.size else None)
+
+
+def _read_fitted(estimator: Estimator, arrays: Mapping[str, NDArray[Any]]) -> Fitted:
+    return FittedProbe.from_arrays(arrays) if estimator == "probe" else FittedScore.from_arrays(estimator, arrays)
 
 
 def _last(entries: Mapping[int, _Entry], num_added: int, num_entries: int) -> tuple[_Entry, ...]:

@@ -27,7 +27,7 @@ from poise.value.estimator import BaselineEstimator
 from poise.value.messages import label_payload, parse_label
 from poise.value.metrics import ValueMetrics
 from poise.value.probe.features import Label
-from poise.value.probe.model import FittedProbe, ProbeFitter
+from poise.value.probe.model import Fitted, Fitter
 from poise.value.probe.step_probes import VersionedProbe
 from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
 from poise.value.probe.window import Window
@@ -66,7 +66,7 @@ class Updater:
         estimator: BaselineEstimator,
         queue: LabelQueue,
         store: StateStore,
-        make_fitter: Callable[[], ProbeFitter],
+        make_fitter: Callable[[str], Fitter],
         metrics: ValueMetrics,
         fail: Callable[[str], None],
     ) -> None:
@@ -98,7 +98,7 @@ class Updater:
         self._saving = asyncio.Lock()
         self._save_problem = ""
 
-        self._fitters: dict[str, ProbeFitter] = {}
+        self._fitters: dict[str, Fitter] = {}
         self._fits: asyncio.Task[None] | None = None
         self._fits_requested = False
         self._failed_at: dict[str, int] = {}
@@ -202,7 +202,7 @@ class Updater:
     def _learn(self, delivery: Delivery) -> str | None:
         """Learn one entry; return the reason if it must be rejected."""
         try:
-            label = parse_label(delivery.payload, self._config.max_entry_bytes)
+            label = parse_label(delivery.payload, self._config.max_entry_bytes, self.estimator.configured)
         except InvalidRequest as error:
             return error.message
         except Exception:
@@ -345,7 +345,7 @@ class Updater:
             self._metrics.fit_seconds.labels(name).observe(fit_s)
             logger.info("probe of domain %r: version %d in %.2f s", name, version, fit_s)
 
-    async def _fit_in_thread(self, name: str, window: Window) -> FittedProbe | None:
+    async def _fit_in_thread(self, name: str, window: Window) -> Fitted | None:
         """Return the probe of a window; None if unfit groups were removed instead, and the domain is due again.
 
         Raises:
@@ -353,26 +353,27 @@ class Updater:
             OSError, PoiseError: unfit groups could not be dead-lettered.
         """
         if name not in self._fitters:
-            self._fitters[name] = self._make_fitter()
+            self._fitters[name] = self._make_fitter(name)
         fitter = self._fitters[name]
         groups = window.groups
+
+        def can_be_fitted(some: Sequence[Label]) -> bool:
+            try:
+                self._make_fitter(name).fit(some)
+            except FIT_ERRORS:
+                return False
+            return True
+
         try:
             return await asyncio.to_thread(fitter.fit, groups)
         except FIT_ERRORS as error:
-            unfit = await asyncio.to_thread(unfit_groups, groups, self._can_be_fitted)
+            unfit = await asyncio.to_thread(unfit_groups, groups, can_be_fitted)
             if not unfit:  # the cause was the fitter's state from earlier fits, which it has dropped
                 return await asyncio.to_thread(fitter.fit, groups)
             if 2 * len(unfit) > len(groups):
                 raise
             await self._remove_unfit(name, unfit, error)
             return None
-
-    def _can_be_fitted(self, groups: Sequence[Label]) -> bool:
-        try:
-            self._make_fitter().fit(groups)
-        except FIT_ERRORS:
-            return False
-        return True
 
     async def _remove_unfit(self, name: str, unfit: Sequence[Label], error: Exception) -> None:
         """Dead-letter learnt groups, then remove them from the window. A crash in between dead-letters them twice."""

@@ -90,7 +90,7 @@ class Harness:
         self.queue = MemoryQueue(stream, "consumer")
         metrics = ValueMetrics(self.registry)
         self.updater = Updater(
-            config.queue, self.estimator, self.queue, self.store, make_fitter, metrics, self.failures.append
+            config.queue, self.estimator, self.queue, self.store, lambda _: make_fitter(), metrics, self.failures.append
         )
 
     def fit_failures(self, domain: str = "default") -> float:

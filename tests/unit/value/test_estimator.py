@@ -15,8 +15,8 @@ from poise.algorithms.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator, GroupQuery
-from poise.value.probe.features import Label
+from poise.value.estimator import BaselineEstimator
+from poise.value.probe.features import GroupQuery, Label
 from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.step_probes import VersionedProbe
 from poise_client.types import PromptFeatures

@@ -1,12 +1,14 @@
 """Oversized requests are rejected before they are parsed, with a short message."""
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from poise.errors import Draining, InvalidRequest
 from poise.runtime.rpc.validation import MAX_NAMED, Violations
+from poise.value.estimator import BaselineEstimator
 from poise.value.messages import read_label, read_queries
 from poise.value.servicer import ValueServicer
 from poise_client.codec import CodecError, from_tensor, to_tensor
@@ -37,7 +39,7 @@ QUESTIONS = {
 @pytest.fixture
 def servicer(config):
     service = ValueServicer(config())
-    service.open(object())  # no request gets this far
+    service.open(SimpleNamespace(estimator=BaselineEstimator(config())))  # no request gets this far
     return service
 
 

@@ -13,7 +13,8 @@ from tests.unit.value.conftest import sdk_features
 
 import poise.value.servicer
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
-from poise.value.estimator import BaselineEstimator, GroupQuery
+from poise.value.estimator import BaselineEstimator
+from poise.value.probe.features import GroupQuery
 from poise.value.probe.model import FittedProbe, PromptProbe
 from poise.value.probe.step_probes import VersionedProbe
 from poise.value.servicer import MAX_GROUPS, MAX_WAIT_S, ValueServicer

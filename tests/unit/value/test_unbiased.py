@@ -18,8 +18,8 @@ from scipy import stats
 from tests.support.reference_probe import ReferenceFitter
 
 from poise.algorithms.baselines import advantages, batch_mean, mean_of_others
-from poise.value.estimator import BaselineEstimator, GroupQuery
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
+from poise.value.estimator import BaselineEstimator
+from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label
 from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import ProbeInput
 from poise.value.probe.step_probes import VersionedProbe

@@ -269,10 +269,10 @@ async def test_invalid_labels_are_dead_lettered_with_the_reason(start, stream, m
 async def test_an_unexpected_error_does_not_stop_other_entries(start, stream, make, monkeypatch, caplog) -> None:
     real = poise.value.updater.parse_label
 
-    def defective(payload: bytes, max_bytes: int):
+    def defective(payload: bytes, *options):
         if payload == b"cursed":
             raise RuntimeError("a defect")
-        return real(payload, max_bytes)
+        return real(payload, *options)
 
     monkeypatch.setattr(poise.value.updater, "parse_label", defective)
     await publish(stream, b"cursed", make.payload(0))

@@ -5,6 +5,7 @@ Shapes: n siblings of a prompt, N rows of all groups.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class ValuedGroup:
     """[n]: g_k(z_i)."""
     rewards: Floats
     """[n]"""
+    weighted: Floats | None = None
+    """[2, n]: Σ ω and Σ ω·(r − b)² over the tokens of each rollout. None of a probe's predictions."""
 
 
 class Diagnostics:
@@ -38,7 +41,7 @@ class Diagnostics:
         self._max_rows = max_rows
         self._groups: deque[ValuedGroup] = deque()
         self._rows: deque[Doubles] = deque()
-        """[n, columns of `_row`] per group, so that computing the quality is a few sums."""
+        """[n, `_COLUMNS`] per group, so that computing the quality is a few sums."""
         self._num_rows = 0
         self._quality: ProbeQuality | None = None
         self.num_added = 0
@@ -74,10 +77,10 @@ class Diagnostics:
         return self._quality
 
     def _compute(self) -> ProbeQuality:
-        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 6))
-        predicted, realised, reward, used, group_sum, group_size = rows.T  # realised is also the baseline of RLOO
-        batch_mean = self._batch_mean(group_sum, group_size, realised)
-        variance = _mean_square(reward - used)
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(_COLUMNS)))
+        predicted, realised, reward, used, group_sum, group_size, rloo, weight, weighted_square = rows.T
+        batch_mean = self._batch_mean(group_sum, group_size, rloo)
+        square, batch_mean_square = (reward - used) ** 2, (reward - batch_mean) ** 2
         return ProbeQuality(
             num_rows=self._num_rows,
             pearson=prediction_quality.pearson(predicted, realised),
@@ -85,13 +88,15 @@ class Diagnostics:
             brier_skill=prediction_quality.brier_skill(predicted, realised),
             bias=prediction_quality.bias(predicted, realised),
             share_clipped=prediction_quality.share_clipped(predicted),
-            variance_vs_none=_ratio(variance, _mean_square(reward)),
-            variance_vs_rloo=_ratio(variance, _mean_square(reward - realised)),
-            variance_vs_batch_mean=_ratio(variance, _mean_square(reward - batch_mean)),
+            variance_vs_none=_ratio(square, reward**2),
+            variance_vs_rloo=_ratio(square, (reward - rloo) ** 2),
+            variance_vs_batch_mean=_ratio(square, batch_mean_square),
             calibration=tuple(
                 CalibrationBin(one.predicted, one.realised, one.count)
                 for one in prediction_quality.calibration(predicted, realised)
             ),
+            weighted_variance_vs_none=_ratio(weighted_square, weight * reward**2),
+            weighted_variance_vs_batch_mean=_ratio(weighted_square, weight * batch_mean_square),
         )
 
     def _batch_mean(self, group_sum_n: Doubles, group_size_n: Doubles, rloo_n: Doubles) -> Doubles:
@@ -113,18 +118,40 @@ class Diagnostics:
         return means
 
 
+_COLUMNS = (
+    "value",
+    "realised",  # what the value predicts
+    "reward",
+    "baseline",
+    "sum of the group's rewards",
+    "size of the group",
+    "mean reward of the siblings",  # NaN for one rollout
+    "weight",  # Σ ω; NaN for the probe
+    "weighted square",  # Σ ω·(r − b)²
+)
+
+
 def _row(group: ValuedGroup) -> Doubles:
-    """Return [n, 6]: value, mean reward of the siblings, reward, baseline, the group's sum of rewards and size."""
+    """Return [n, `_COLUMNS`].
+
+    A probe predicts the mean reward of the siblings, and its baseline is the siblings' mean value. A score-weighted
+    estimator predicts the rollout's own reward, which its value never depends on.
+    """
     n = len(group.values)
+    nothing = np.full(n, np.nan)
     total = np.full(n, group.rewards.sum(dtype=np.float64))
+    siblings = mean_of_others(group.rewards) if n > 1 else nothing
+    if group.weighted is None:
+        realised, baseline, weight, weighted_square = siblings, mean_of_others(group.values), nothing, nothing
+    else:
+        realised, baseline, (weight, weighted_square) = group.rewards, group.values, group.weighted
     return np.column_stack(
-        [group.values, mean_of_others(group.rewards), group.rewards, mean_of_others(group.values), total, np.full(n, n)]
+        [group.values, realised, group.rewards, baseline, total, np.full(n, n), siblings, weight, weighted_square]
     ).astype(np.float64)
 
 
-def _mean_square(advantages: Doubles) -> float:
-    return float(np.mean(advantages**2)) if advantages.size else float("nan")
-
-
-def _ratio(variance: float, other: float) -> float:
-    return variance / other if other > 0 else float("nan")
+def _ratio(squares: Doubles, others: Doubles) -> float:
+    """Return mean / mean over the rows where both are defined."""
+    known = np.isfinite(squares) & np.isfinite(others)
+    other = float(np.mean(others[known])) if known.any() else 0.0
+    return float(np.mean(squares[known])) / other if other > 0 else math.nan

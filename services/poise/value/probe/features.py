@@ -1,6 +1,6 @@
-"""Features of rollouts as matrices, and labels: groups of rollouts with their rewards.
+"""What estimators see of rollouts: features as matrices, token statistics, queries, and labels.
 
-Shapes: n rows (rollouts), d the model's width.
+Shapes: n rows (rollouts), d the model's width, N tokens of all rollouts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from poise.algorithms.baselines import mean_of_others
 
 Floats = NDArray[np.float32]
+Halves = NDArray[np.float16]
 Doubles = NDArray[np.float64]
 
 NUM_ENTROPIES = 12
@@ -65,6 +66,45 @@ class FeatureMatrix:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TokenStatistics:
+    """The distributions that the response tokens of n rollouts were sampled from, one rollout after the other."""
+
+    logprobs: Floats
+    """[N]: of the sampled tokens."""
+    entropies: Halves
+    """[N], nats."""
+    sum_squared_probs: Halves
+    """[N]"""
+    lengths: tuple[int, ...]
+    """Tokens of each rollout, n numbers."""
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+        """Join the rollouts of at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        return TokenStatistics(
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.entropies for part in parts]),
+            np.concatenate([part.sum_squared_probs for part in parts]),
+            tuple(length for part in parts for length in part.lengths),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupQuery:
+    """One group whose baselines are requested."""
+
+    group_id: str
+    domain: str
+    features: FeatureMatrix
+    """With rewards if the domain's probe needs them. For a score-weighted estimator as in `Label`."""
+    tokens: TokenStatistics | None = None
+    """For score-weighted estimators."""
+    prompt_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Label:
     """One group whose rewards are known."""
 
@@ -73,8 +113,15 @@ class Label:
     group_id: str
     domain: str
     features: FeatureMatrix
+    """Of a label for score-weighted estimators, only `prompt_hidden` is used. It is [1, d], or [1, 0] if unknown."""
     rewards: Floats
-    """[n], in [0, 1], n ≥ 2."""
+    """[n], in [0, 1]. The probe needs n ≥ 2."""
+    prompt_id: str = ""
+    """Names the prompt across steps; empty if unknown."""
+    tokens: TokenStatistics | None = None
+    """For score-weighted estimators. None once the label is learnt: `moments` are all that fits need."""
+    moments: Doubles | None = None
+    """[n, columns of `score_weighted.packed_moments`]; None before the label is learnt, and for the probe."""
 
     @property
     def inputs(self) -> FeatureMatrix:

@@ -69,7 +69,7 @@ class IncrementalFitter:
         self._products: Doubles = np.zeros((0, 0))
 
     def fit(self, groups: Sequence[Label]) -> FittedProbe:
-        """See `ProbeFitter.fit`. Groups are compared by identity, so a group must not change between fits."""
+        """See `Fitter.fit`. Groups are compared by identity, so a group must not change between fits."""
         if not self._incremental:
             self._reset()
         try:

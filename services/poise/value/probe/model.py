@@ -20,11 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from poise.value.probe.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, Label
+from poise.algorithms.baselines import mean_of_others
+from poise.value.probe.diagnostics import ValuedGroup
+from poise.value.probe.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, GroupQuery, Label
+from poise_client.types import Estimator
 
 ProbeInput = Literal["prompt_hidden", "response_hidden", "entropy", "sibling_reward"]
 
@@ -37,6 +41,59 @@ _COLUMNS_AT_ONCE = 8192
 """Above 10,000 columns BLAS sums in several threads, and their number changes the last bit."""
 
 _BIAS, _PROMPT_WEIGHTS, _PROMPT_BIAS = "bias", "prompt_only_weights", "prompt_only_bias"
+
+
+class Answer(NamedTuple):
+    """The answer to one query."""
+
+    values: Floats
+    """[n]"""
+    baselines: Floats | None
+    """[n]"""
+    token_baselines: tuple[Floats, ...] | None
+    """[T] for each rollout."""
+
+
+class Fitted(Protocol):
+    """A fitted estimator of one domain. Immutable, so many steps can share it."""
+
+    @property
+    def estimator(self) -> Estimator:
+        """Its name in answers."""
+        ...
+
+    @property
+    def errors(self) -> Mapping[Estimator, float]:
+        """The weighted error of each estimator that it was compared with, and its own."""
+        ...
+
+    def problems(self, query: GroupQuery) -> list[tuple[str, str]]:
+        """Return the fields of a query that prevent an answer, with the reasons."""
+        ...
+
+    def answer(self, queries: Sequence[GroupQuery]) -> list[Answer]:
+        """Return values and baselines of queries without problems, in their order."""
+        ...
+
+    def compare(self, label: Label) -> ValuedGroup | None:
+        """Return a label's values and rewards; None if the label lacks an input."""
+        ...
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all parameters as arrays, to be stored."""
+        ...
+
+
+class Fitter(Protocol):
+    """Fits the successive estimators of one domain, in a thread."""
+
+    def fit(self, groups: Sequence[Label]) -> Fitted:
+        """Fit to at least one group of a window. May keep the groups and intermediate results for the next fit.
+
+        Raises:
+            ArithmeticError, ValueError: these numbers have no finite fit.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +111,9 @@ class PromptProbe:
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedProbe:
     """An affine map of the inputs, clipped to [0, 1]. It is immutable, so many steps can share it."""
+
+    estimator: ClassVar[Estimator] = "probe"
+    errors: ClassVar[Mapping[Estimator, float]] = {}
 
     weights: Mapping[str, Doubles]
     """One weight per column, by `ProbeInput`."""
@@ -87,9 +147,46 @@ class FittedProbe:
             values += row_products(_columns(features, name), self.weights[name])
         return np.clip(values, 0.0, 1.0).astype(np.float32)
 
-    def arrays(self) -> dict[str, Doubles]:
+    def problems(self, query: GroupQuery) -> list[tuple[str, str]]:
+        """See `Fitted`."""
+        problems = []
+        if self.width is not None and query.features.width != self.width:
+            problems.append(
+                (
+                    "rollouts",
+                    f"hidden states have width {query.features.width}; the probe of domain {query.domain!r} needs "
+                    f"{self.width}",
+                )
+            )
+        if self.needs_rewards and query.features.rewards is None:
+            problems.append(
+                (
+                    "rewards",
+                    f"is unset, and the probe of domain {query.domain!r} was fitted with sibling_reward among "
+                    "probe.inputs. Send each rollout's reward, in [0, 1]",
+                )
+            )
+        return problems
+
+    def answer(self, queries: Sequence[GroupQuery]) -> list[Answer]:
+        """See `Fitted`. One prediction for all groups."""
+        values = self.predict(FeatureMatrix.concatenate([query.features for query in queries]))
+        answers, start = [], 0
+        for query in queries:
+            own = values[start : start + len(query.features)]
+            start += len(own)
+            answers.append(Answer(own, mean_of_others(own) if len(own) > 1 else None, None))
+        return answers
+
+    def compare(self, label: Label) -> ValuedGroup | None:
+        """See `Fitted`."""
+        if label.moments is not None or label.tokens is not None:
+            return None  # the label has no hidden states: the domain had another estimator
+        return ValuedGroup(label.run_id, label.step, self.predict(label.inputs), label.rewards)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """Return all parameters as arrays, to be stored."""
-        arrays: dict[str, Doubles] = {**self.weights, _BIAS: np.array([self.bias])}
+        arrays: dict[str, NDArray[Any]] = {**self.weights, _BIAS: np.array([self.bias])}
         if self.prompt_only is not None:
             arrays[_PROMPT_WEIGHTS] = self.prompt_only.weights_d
             arrays[_PROMPT_BIAS] = np.array([self.prompt_only.bias])
@@ -104,18 +201,6 @@ class FittedProbe:
         if _PROMPT_WEIGHTS in weights:
             prompt_only = PromptProbe(weights.pop(_PROMPT_WEIGHTS), float(weights.pop(_PROMPT_BIAS)[0]))
         return FittedProbe(weights, bias, prompt_only)
-
-
-class ProbeFitter(Protocol):
-    """Fits the successive probes of one domain, in a thread."""
-
-    def fit(self, groups: Sequence[Label]) -> FittedProbe:
-        """Fit to at least one group of a window. May keep the groups and intermediate results for the next fit.
-
-        Raises:
-            ArithmeticError, ValueError: these numbers have no finite fit.
-        """
-        ...
 
 
 def _columns(features: FeatureMatrix, name: str) -> Floats:

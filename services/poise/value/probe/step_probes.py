@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from poise.errors import LabelsConsumed
-from poise.value.probe.model import FittedProbe
+from poise.value.probe.model import Fitted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,7 @@ class VersionedProbe:
 
     version: int
     """From 1, increasing in a domain."""
-    probe: FittedProbe
+    probe: Fitted
     num_added: int
     """`Window.num_added` at the fit."""
     fit_s: float

@@ -1,0 +1,1 @@
+"""Score-weighted estimators: regressions of the reward on what is known before each token is sampled."""
