@@ -126,8 +126,8 @@ class OrchestratorConfig(Settings):
     prompts_per_step: int = Field(256, ge=1, le=4096)
     """Number of prompts per step."""
     rollouts_per_prompt: int | None = Field(None, ge=1, le=256)
-    """Number of rollouts per prompt (the group size); null uses the algorithm's default: 2 for `poise`, 1 for
-    `none`, `batch_mean`, `spo` and `ppo`, 8 for the others."""
+    """Number of rollouts per prompt (the group size); null uses the algorithm's default: 2 for `poise` with
+    the probe, 1 for `poise` with other estimators, `none`, `batch_mean`, `spo` and `ppo`, 8 for the others."""
     algorithm: AlgorithmConfig = PoiseOptions()
     """The algorithm: its name, or its name as `kind` with its options. The formulas are in
     docs/reference/algorithms.md."""

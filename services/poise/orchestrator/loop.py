@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import SettingsError
 from poise.orchestrator.evaluation.evaluator import Evaluator
 from poise.orchestrator.rewards.pool import VerifierPool
-from poise.orchestrator.run_checks import UntrainedSteps, check_mismatch, check_resume
+from poise.orchestrator.run_checks import UntrainedSteps, check_estimators, check_mismatch, check_resume
 from poise.orchestrator.sampling.prefetch import Prefetcher
 from poise.orchestrator.sampling.sampler import StepSampler
 from poise.orchestrator.sampling.scored_groups import (
@@ -37,7 +37,7 @@ from poise.orchestrator.storage.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.tracing import step_span
 from poise_client.errors import LabelsConsumedError
-from poise_client.types import GroupBaselines
+from poise_client.types import Estimator, GroupBaselines
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class TrainingLoop:
         self._sampler = StepSampler(config, mixture, scorer, self._algorithm)
         self._evaluator = Evaluator(config, folder, mixture, scorer, callbacks, self._disk)
         self._clock = RunClock()
+        self._estimator: Estimator = config.algorithm.value_settings().get("estimator", "auto")
+        self._domain_estimators: Mapping[str, Estimator] = {}
         self._probe_up_to_date = True
         """Result of the last step that waited for the probe."""
 
@@ -74,13 +76,18 @@ class TrainingLoop:
         """Continue the run from `state` to its end; return whether it reached its end.
 
         Raises:
-            SettingsError: the run cannot continue on this learner (see `check_resume`), engine and learner disagree in
-                the first step, or the value service has already consumed labels of a step of this run_id.
+            SettingsError: the run cannot continue on this learner (see `check_resume`) or value service (see
+                `check_estimators`), engine and learner disagree in the first step, or the value service has already
+                consumed labels of a step of this run_id.
             RunError: too many steps in a row trained nothing.
             PoiseClientError: a service failed with a permanent error.
         """
         config, limits = self._config, self._config.limits
         learner = await self._services.learner_status()
+        if config.algorithm.needs_probe:
+            report = await self._services.probe_report()
+            check_estimators(config, report.estimator, report.domain_estimators)
+            self._domain_estimators = report.domain_estimators
         pending = self._read_pending(state.next_step)
         self._resume(self._folder.read_step_states())
         self._resume(
@@ -153,7 +160,7 @@ class TrainingLoop:
             with timer("journal"):
                 journalled = JournalledStep(
                     step=step,
-                    labels=labelled_groups(groups) if config.algorithm.needs_probe else [],
+                    labels=labelled_groups(groups, self._estimator_of) if config.algorithm.needs_probe else [],
                     batch=training_batch(config.run_id, step, groups, baselines, config.sampling.temperature),
                     metrics=metrics,
                     values={"step": step, **predictions(groups, baselines)},
@@ -190,7 +197,8 @@ class TrainingLoop:
         config = self._config
         wait_s = config.wait_for_labels_s if config.max_staleness == 0 else 0.0
         try:
-            answers = await self._services.estimate_baselines(config.run_id, step, labelled_groups(groups), wait_s)
+            labelled = labelled_groups(groups, self._estimator_of)
+            answers = await self._services.estimate_baselines(config.run_id, step, labelled, wait_s)
         except LabelsConsumedError as error:
             raise SettingsError(
                 f"the value service has already consumed labels of step {step} of run {config.run_id!r}. Set another "
@@ -199,6 +207,10 @@ class TrainingLoop:
         if wait_s:
             self._log_probe_state(step, all(answer.up_to_date for answer in answers))
         return answers
+
+    def _estimator_of(self, domain: str) -> Estimator:
+        """Return the value service's configured estimator of a domain."""
+        return self._domain_estimators.get(domain, self._estimator)
 
     def _log_probe_state(self, step: int, up_to_date: bool) -> None:
         """Log when the probe falls behind and when it catches up."""

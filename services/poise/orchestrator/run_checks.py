@@ -64,6 +64,33 @@ def check_resume(config: OrchestratorConfig, state: RunState, has_journal: bool,
         )
 
 
+def check_estimators(config: OrchestratorConfig, estimator: str, by_domain: Mapping[str, str]) -> None:
+    """Check that the value service's estimators are those that the run needs.
+
+    Args:
+        config: settings of the run.
+        estimator: the value service's `estimator`.
+        by_domain: the value service's `estimator_by_domain`.
+
+    Raises:
+        SettingsError: the value service uses another estimator than the algorithm, or a domain of the run needs two
+            rollouts of each prompt and gets one.
+    """
+    wanted = config.algorithm.value_settings().get("estimator", estimator)
+    if estimator != wanted:
+        raise SettingsError(
+            f"train.algorithm.estimator is {wanted}, but value.estimator of the value service is {estimator}. Set both "
+            "to the same. In run.yaml, set only train.algorithm.estimator"
+        )
+    domains = {task.domain or "" for task in config.tasks}
+    for domain, own in by_domain.items():
+        if own == "probe" and domain in domains and config.group_size < 2:
+            raise SettingsError(
+                f"value.estimator_by_domain.{domain} is probe, which needs 2 rollouts of each prompt, but "
+                f"train.rollouts_per_prompt is {config.group_size}. Raise it, or set another estimator"
+            )
+
+
 def check_mismatch(max_kl: float | None, metrics: StepMetrics) -> None:
     """Raise `SettingsError` if engine and learner disagree about the log-probabilities of the first step."""
     found = metrics.mismatch_kl

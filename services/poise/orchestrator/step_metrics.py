@@ -13,6 +13,7 @@ import numpy as np
 
 from poise.algorithms.baselines import batch_mean, mean_of_others
 from poise.algorithms.prediction_quality import bias, brier_skill, mean_squared_error, pearson
+from poise.algorithms.score_weighted import squared_score_norms
 from poise.orchestrator.sampling.scored_groups import ScoredGroup, StepBaselines, rewards_of
 from poise.runtime.files.atomic import without_nan
 from poise_client.types import Floats, StepResult
@@ -36,14 +37,14 @@ def sampling_metrics(
         "reward": {"mean": float(np.concatenate(rewards_of(sampled)).mean()), "by_domain": _mean_by_domain(sampled)},
         "baseline": {
             "source": baselines.source,
-            "probe_share": len(pairs["predicted"]) / sum(item.rewards.size for item in kept),
+            "probe_share": _estimated_share(kept, baselines),
+            "estimator": dict(baselines.estimators),
             "probe_version": dict(baselines.probe_versions),
             "probe_up_to_date": baselines.up_to_date,
             **_quality(pairs["predicted"], pairs["realised"]),
             "by_domain": {domain: _quality(*_of_domain(pairs, domain)) for domain in sorted(set(pairs["domain"]))},
         },
-        "advantage_variance": _advantage_variance(kept, baselines)
-        | {"by_domain": _advantage_variance_by_domain(kept, baselines)},
+        **_advantage_variances(kept, baselines),
         "zero_advantage_share": _zero_advantage_share(kept, baselines),
         "response_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths), "total": sum(lengths)},
         "staleness": {"mean": float(np.mean(ages)), "max": max(ages)},
@@ -70,14 +71,25 @@ def learner_metrics(result: StepResult) -> dict[str, Any]:
 
 
 def predictions(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, list[Any]]:
-    """Return the probe's value, the siblings' mean reward and the domain of every rollout with a probe value."""
+    """Return the value, the reward to compare it with, and the domain of every rollout with a value.
+
+    A value of the probe may depend on the rollout's own reward, and is compared with the mean reward of the siblings.
+    Values of score-weighted estimators do not, and are compared with the own reward.
+    """
     pairs: dict[str, list[Any]] = {"predicted": [], "realised": [], "domain": []}
     for index, item in enumerate(kept):
         values_n = baselines.value(index)
-        if values_n is not None:
-            pairs["predicted"] += values_n.tolist()
-            pairs["realised"] += mean_of_others(item.rewards).tolist()
-            pairs["domain"] += [item.domain] * len(values_n)
+        if values_n is None:
+            continue
+        if baselines.estimators.get(item.domain, "").startswith("score_"):
+            realised_n = item.rewards
+        elif item.rewards.size > 1:
+            realised_n = mean_of_others(item.rewards)
+        else:
+            continue
+        pairs["predicted"] += values_n.tolist()
+        pairs["realised"] += realised_n.tolist()
+        pairs["domain"] += [item.domain] * len(values_n)
     return pairs
 
 
@@ -98,52 +110,88 @@ def _quality(predicted: Sequence[float], realised: Sequence[float]) -> dict[str,
     return quality
 
 
-def _advantage_variance(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, float | None]:
-    """Return the mean of (r − b)² for the baselines used, and for other baselines on the same rewards."""
+def _advantage_variances(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> dict[str, Any]:
+    """Return `advantage_variance`, the mean of (r − b)², and `weighted_advantage_variance`, Σ ω(r − b)² / Σ ω.
+
+    Both are given for the baselines used and for other baselines on the same rewards; for all groups, and for each
+    domain with values. `batch_mean` always averages over all prompts of the step. ω is the squared score norm of a
+    token; without token statistics the weighted variances are None.
+    """
     rewards = rewards_of(kept)
     have_siblings = all(r.size > 1 for r in rewards)
-    return {
-        "used": None if baselines.uses_critic else _mean_square(rewards, baselines.baselines),
-        "none": _mean_square(rewards, [np.zeros_like(r) for r in rewards]),
-        "rloo": _mean_square(rewards, [mean_of_others(r) for r in rewards]) if have_siblings else None,
-        "batch_mean": _mean_square(rewards, batch_mean(rewards)) if have_siblings or len(rewards) > 1 else None,
-    }
-
-
-def _advantage_variance_by_domain(
-    kept: Sequence[ScoredGroup], baselines: StepBaselines
-) -> dict[str, dict[str, float | None]]:
-    """Return the same for each domain with a probe. `batch_mean` still averages over all prompts of the step."""
-    rewards = rewards_of(kept)
-    domains = sorted({item.domain for index, item in enumerate(kept) if baselines.value(index) is not None})
-    if not domains:
-        return {}
-    by_baseline = {
-        "used": baselines.baselines,
+    compared: dict[str, Sequence[Floats] | None] = {
+        "used": None if baselines.uses_critic else baselines.baselines,
         "none": [np.zeros_like(r) for r in rewards],
-        "rloo": [mean_of_others(r) for r in rewards],
-        "batch_mean": batch_mean(rewards),
+        "rloo": [mean_of_others(r) for r in rewards] if have_siblings else None,
+        "batch_mean": batch_mean(rewards) if have_siblings or len(rewards) > 1 else None,
     }
-    inside = {domain: [i for i, item in enumerate(kept) if item.domain == domain] for domain in domains}
-    return {
-        domain: {
-            name: _mean_square([rewards[i] for i in indices], [each[i] for i in indices])
-            for name, each in by_baseline.items()
+    squares = {
+        name: [(r - b) ** 2 for r, b in zip(rewards, each, strict=True)]
+        for name, each in compared.items()
+        if each is not None
+    }
+    norms = [_score_norms(item) for item in kept]
+    are_weighted = all(norms_n is not None for norms_n in norms)
+    weights = [np.array([norms_t.sum(dtype=np.float64) for norms_t in norms_n or ()]) for norms_n in norms]
+    weighted = {
+        name: [w * s for w, s in zip(weights, each, strict=True)] for name, each in squares.items() if are_weighted
+    }
+    for index, item in enumerate(kept if are_weighted else ()):
+        if (tokens := baselines.tokens(index)) is not None:
+            triples = zip(norms[index] or (), item.rewards, tokens, strict=True)
+            weighted["used"][index] = np.array(
+                [float(norms_t @ (reward - b_t) ** 2) for norms_t, reward, b_t in triples]
+            )
+
+    def plain(indices: Sequence[int]) -> dict[str, float | None]:
+        return {name: _mean([squares[name][i] for i in indices]) if name in squares else None for name in compared}
+
+    def by_weight(indices: Sequence[int]) -> dict[str, float | None]:
+        total = sum(float(weights[i].sum()) for i in indices)
+        return {
+            name: sum(float(weighted[name][i].sum()) for i in indices) / total if name in weighted and total else None
+            for name in compared
         }
-        for domain, indices in inside.items()
+
+    everything = range(len(kept))
+    domains = sorted({item.domain for index, item in enumerate(kept) if baselines.value(index) is not None})
+    inside = {domain: [i for i in everything if kept[i].domain == domain] for domain in domains}
+    return {
+        name: of(everything) | {"by_domain": {domain: of(indices) for domain, indices in inside.items()}}
+        for name, of in (("advantage_variance", plain), ("weighted_advantage_variance", by_weight))
     }
+
+
+def _score_norms(item: ScoredGroup) -> list[Floats] | None:
+    """Return ω of each rollout's tokens, [T] each; None without token statistics."""
+    rollouts = item.group.rollouts
+    if any(each.sum_squared_probs.size != each.token_ids.size for each in rollouts):
+        return None
+    return [squared_score_norms(each.logprobs, each.sum_squared_probs.astype(np.float32)) for each in rollouts]
+
+
+def _estimated_share(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> float:
+    """Return the share of rollouts in groups with values."""
+    num_estimated = sum(item.rewards.size for i, item in enumerate(kept) if baselines.value(i) is not None)
+    return num_estimated / sum(item.rewards.size for item in kept)
 
 
 def _zero_advantage_share(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> float | None:
     """Return the share of groups whose advantages are all zero; None if a critic computes advantages."""
     if baselines.uses_critic:
         return None
-    nonzero = [np.abs(baselines.advantages(i, item.rewards)).max() > _ROUNDING for i, item in enumerate(kept)]
+    nonzero = [
+        np.abs(
+            np.concatenate(baselines.token_advantages(i, item.rewards) or [baselines.advantages(i, item.rewards)])
+        ).max()
+        > _ROUNDING
+        for i, item in enumerate(kept)
+    ]
     return 1 - float(np.mean(nonzero))
 
 
-def _mean_square(rewards: Sequence[Floats], baselines: Sequence[Floats]) -> float:
-    return float(np.mean((np.concatenate(rewards) - np.concatenate(baselines)) ** 2, dtype=np.float64))
+def _mean(arrays: Sequence[Floats]) -> float:
+    return float(np.mean(np.concatenate(arrays), dtype=np.float64))
 
 
 def _mean_by_domain(groups: Sequence[ScoredGroup]) -> dict[str, float]:

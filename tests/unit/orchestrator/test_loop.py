@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.unit.orchestrator.world import Crash, World, drive, settings
 
@@ -19,6 +20,14 @@ from poise.orchestrator.errors import RunError, SettingsError
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def world_of(algorithm: str | dict[str, Any]) -> World:
+    """Return a world whose value service has the algorithm's estimator."""
+    world = World()
+    if isinstance(algorithm, dict):
+        world.estimator = algorithm.get("estimator", "probe")
+    return world
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -46,14 +55,17 @@ async def test_a_step_is_journalled_before_labels_are_published(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize("algorithm", ["poise", {"kind": "dapo", "max_draws": 3}, "spo"])
+PREFIX = {"kind": "poise", "estimator": "score_prefix"}
+
+
+@pytest.mark.parametrize("algorithm", ["poise", {"kind": "dapo", "max_draws": 3}, "spo", PREFIX])
 async def test_a_crash_anywhere_changes_no_output(tmp_path: Path, algorithm: str | dict[str, Any]) -> None:
-    undisturbed = World()
+    undisturbed = world_of(algorithm)
     assert await drive(settings(tmp_path / "undisturbed", algorithm=algorithm), undisturbed)
     assert sorted(undisturbed.batches) == [f"step-{step:08d}" for step in range(3)]
     reference = tmp_path / "undisturbed"
     for crash_at, event in enumerate(undisturbed.events):
-        world = World()
+        world = world_of(algorithm)
         world.crash_at = crash_at
         config = settings(tmp_path / str(crash_at), algorithm=algorithm)
         with pytest.raises(Crash):
@@ -70,7 +82,9 @@ async def test_a_crash_anywhere_changes_no_output(tmp_path: Path, algorithm: str
                     line.pop(clock, None)
             assert found == expected, (event, name)
         values = [
-            (folder / "values.jsonl").read_text() for folder in (config.run_dir, reference) if algorithm == "poise"
+            (folder / "values.jsonl").read_text()
+            for folder in (config.run_dir, reference)
+            if (folder / "values.jsonl").exists()
         ]
         assert len(set(values)) <= 1, event
         assert not list((config.run_dir / "journal").iterdir()), event
@@ -284,6 +298,62 @@ async def test_baselines_of_the_probe_are_subtracted(tmp_path: Path) -> None:
     assert [rollout.advantage for rollout in world.batches["step-00000001"].rollouts] == expected
     line = lines(tmp_path, "metrics.jsonl")[1]
     assert (line["baseline"]["source"], line["baseline"]["probe_version"]) == ("probe", {"digits": 1})
+
+
+async def test_token_baselines_reach_the_learner(tmp_path: Path) -> None:
+    world = world_of(PREFIX)
+    await drive(settings(tmp_path, algorithm=PREFIX, num_steps=2), world)
+    first, second = (world.batches[f"step-{step:08d}"].rollouts for step in (0, 1))
+    labels = {key: label.rollouts[0] for key, label in world.labels.items()}
+    assert [rollout.advantage for rollout in first] == [labels[0, rollout.id.group_id].reward for rollout in first]
+    for rollout in second:
+        label = labels[1, rollout.id.group_id]
+        assert rollout.advantage is None and rollout.reward is None
+        assert (rollout.advantages == np.float32(label.reward) - label.sum_squared_probs.astype(np.float32)).all()
+    bootstrap, estimated = (line["baseline"] for line in lines(tmp_path, "metrics.jsonl"))
+    assert (bootstrap["source"], bootstrap["estimator"]) == ("bootstrap", {})
+    assert (estimated["source"], estimated["estimator"]) == ("score", {"digits": "score_prefix"})
+
+
+async def test_domains_may_have_their_own_estimators(tmp_path: Path) -> None:
+    world = World()
+    world.estimator, world.domain_estimators = "score_prefix", {"b": "probe", "c": "score_mean"}
+    tasks = [{"kind": "digits", "domain": domain} for domain in "abc"]
+    config = settings(tmp_path, algorithm=PREFIX, num_steps=2, tasks=tasks, prompts_per_step=6, rollouts_per_prompt=2)
+    await drive(config, world)
+    for label in world.labels.values():
+        has_hidden = bool(label.rollouts[0].features.prompt_hidden.size)
+        has_tokens = bool(label.rollouts[0].sum_squared_probs.size)
+        assert (has_hidden, has_tokens) == ((True, False) if label.domain == "b" else (False, True))
+    domains = {key[1]: label.domain for key, label in world.labels.items() if key[0] == 1}
+    assert {*domains.values()} == {*"abc"}
+    for rollout in world.batches["step-00000001"].rollouts:
+        assert (rollout.advantages is not None) == (domains[rollout.id.group_id] == "a")
+        assert (rollout.advantage is None) == (domains[rollout.id.group_id] == "a")
+    assert lines(tmp_path, "metrics.jsonl")[1]["baseline"]["source"] == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "by_domain", "options", "message"),
+    [
+        ("probe", {}, PREFIX, "train.algorithm.estimator is score_prefix, but value.estimator .* is probe"),
+        ("auto", {}, "poise", "train.algorithm.estimator is probe, but value.estimator .* is auto"),
+        (
+            "score_prefix",
+            {"digits": "probe"},
+            PREFIX,
+            "value.estimator_by_domain.digits is probe, .*rollouts_per_prompt is 1",
+        ),
+    ],
+)
+async def test_another_estimator_is_rejected_before_the_first_step(
+    tmp_path: Path, estimator: Any, by_domain: Any, options: Any, message: str
+) -> None:
+    world = World()
+    world.estimator, world.domain_estimators = estimator, by_domain
+    with pytest.raises(SettingsError, match=message):
+        await drive(settings(tmp_path, algorithm=options), world)
+    assert not world.events
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ from poise_client.codec import dump_batch, dump_labels, load_batch, load_labels
 from poise_client.errors import LabelsConsumedError
 from poise_client.types import (
     Batch,
+    Estimator,
     Features,
     Group,
     GroupBaselines,
     LearnerStatus,
+    ProbeReport,
     Prompt,
     Rollout,
     RolloutId,
@@ -60,6 +62,9 @@ class World:
         self.labels: dict[tuple[int, str], Group] = {}
         self.asked: list[tuple[str, int, tuple[Prompt, ...], int, Sampling, int]] = []
         self.probed = True
+        self.estimator: Estimator = "probe"
+        """The value service's estimator: "probe", "score_mean" or "score_prefix"."""
+        self.domain_estimators: dict[str, Estimator] = {}
         self.wait_for_labels_s: list[float] = []
         """Longest wait of each baseline request."""
         self.behind: set[int] = set()
@@ -108,6 +113,8 @@ class World:
                     prompt_token_ids=np.array([7], np.int32),
                     token_ids=np.frombuffer(digest[:length], np.uint8).astype(np.int32),
                     logprobs=np.full(length, -1.5, np.float32),
+                    token_entropies=np.full(length, 0.5, np.float16),
+                    sum_squared_probs=np.full(length, 0.25 + digest[3] / 512, np.float16),
                     features=Features(np.full(2, digest[1], np.float32), np.zeros(2, np.float32)),
                     version_spans=(VersionSpan(0, length, self.version),),
                     finish_reason="stop",
@@ -126,8 +133,21 @@ class World:
             raise LabelsConsumedError("a baseline now would leak them")
         if not self.probed or step == 0:
             return [GroupBaselines(group.group_id, 0, None, None, up_to_date) for group in groups]
-        values = np.array([0.25, 0.75], np.float32)
-        return [GroupBaselines(group.group_id, step, values, values[::-1], up_to_date) for group in groups]
+        return [self._answer(group, step, up_to_date) for group in groups]
+
+    def _answer(self, group: Group, step: int, up_to_date: bool) -> GroupBaselines:
+        estimator = self.domain_estimators.get(group.domain, self.estimator)
+        if estimator == "probe":
+            values = np.array([0.25, 0.75], np.float32)
+            return GroupBaselines(group.group_id, step, values, values[::-1], up_to_date, "probe")
+        values = np.full(len(group.rollouts), 0.125, np.float32)
+        if estimator == "score_mean":
+            return GroupBaselines(group.group_id, step, values, values, up_to_date, estimator)
+        tokens = tuple(each.sum_squared_probs.astype(np.float32) for each in group.rollouts)
+        return GroupBaselines(group.group_id, step, values, None, up_to_date, estimator, tokens)
+
+    async def probe_report(self) -> ProbeReport:
+        return ProbeReport((), 0, 0, 0, 0, self.estimator, self.domain_estimators)
 
     async def publish_labels(self, groups: Sequence[Group]) -> int:
         for group in load_labels(dump_labels(groups)):  # without the tokens, which labels do not carry

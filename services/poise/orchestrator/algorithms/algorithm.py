@@ -75,3 +75,7 @@ class AlgorithmOptions(StrictModel):
     def learner_settings(self, max_tokens: int) -> dict[str, Any]:
         """Return the learner's settings that belong to the algorithm and differ from the defaults."""
         return {}
+
+    def value_settings(self) -> dict[str, Any]:
+        """Return the value service's settings that belong to the algorithm."""
+        return {}

@@ -13,8 +13,10 @@ from pydantic import TypeAdapter
 from poise.algorithms.baselines import BIASES
 from poise.algorithms.group_baselines import EPSILON
 from poise.orchestrator.algorithms.algorithm import AlgorithmOptions
+from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
 from poise.orchestrator.algorithms.spo import KEY_CHARS
+from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.sampling.scored_groups import ScoredGroup
 from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
@@ -166,6 +168,55 @@ async def test_controls_work_with_single_rollouts() -> None:
 def test_biased_algorithms_name_their_biases(value: Any, biases: tuple[str, ...]) -> None:
     assert options(value).biases == biases
     assert set(biases) <= BIASES.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "estimator", "bootstrap", "rollouts"),
+    [
+        ("poise", "probe", "rloo", 2),
+        ({"kind": "poise", "bootstrap": "none"}, "probe", "none", 2),
+        *[({"kind": "poise", "estimator": name}, name, "none", 1) for name in ("score_mean", "score_prompt", "auto")],
+        ({"kind": "poise", "estimator": "score_prefix", "bootstrap": "rloo"}, "score_prefix", "rloo", 2),
+    ],
+)
+def test_poise_defaults_follow_the_estimator(value: Any, estimator: str, bootstrap: str, rollouts: int) -> None:
+    chosen = options(value)
+    assert isinstance(chosen, PoiseOptions)
+    assert (chosen.bootstrap_baseline, chosen.min_rollouts, chosen.default_rollouts) == (bootstrap, rollouts, rollouts)
+    assert chosen.value_settings() == {"estimator": estimator}
+
+
+@pytest.mark.parametrize(
+    ("value", "rollouts", "prompts", "message"),
+    [
+        ("poise", 1, 8, "algorithm.estimator: probe needs at least 2"),
+        (
+            {"estimator": "score_mean", "bootstrap": "rloo"},
+            1,
+            8,
+            "algorithm.bootstrap: rloo needs at least 2, .*: none",
+        ),
+        ({"bootstrap": "batch_mean"}, 2, 1, "prompts_per_step: is 1; algorithm.bootstrap: batch_mean .*: rloo"),
+        ({"estimator": "auto", "bootstrap": "batch_mean"}, 1, 1, "batch_mean needs at least 2, .*: none"),
+        ({"kind": "batch_mean"}, 1, 1, "prompts_per_step: is 1; algorithm batch_mean needs at least 2"),
+        ("grpo", 1, 8, "rollouts_per_prompt: is 1; algorithm grpo needs at least 2"),
+    ],
+)
+def test_options_that_need_more_rollouts_are_rejected(value: Any, rollouts: int, prompts: int, message: str) -> None:
+    algorithm = value if isinstance(value, str) else {"kind": "poise"} | value
+    with pytest.raises(ValueError, match=message):
+        OrchestratorConfig(
+            run_dir=Path("run"),
+            tasks=[{"kind": "digits"}],  # type: ignore[list-item]
+            algorithm=algorithm,
+            rollouts_per_prompt=rollouts,
+            prompts_per_step=prompts,
+        )
+
+
+async def test_without_bootstrap_the_advantage_is_the_reward() -> None:
+    score = {"kind": "poise", "estimator": "score_prefix"}
+    assert await advantages_of(score, STEP) == [item.rewards.tolist() for item in STEP]
 
 
 def test_dapo_keeps_only_groups_of_unequal_rewards() -> None:

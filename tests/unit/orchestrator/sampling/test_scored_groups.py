@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poise.algorithms.group_baselines import group_mean, whitened
-from poise.orchestrator.algorithms.poise import Poise, PoiseOptions
+from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.sampling.scored_groups import (
     ScoredGroup,
     StepBaselines,
@@ -21,7 +21,7 @@ from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
 
 
-def group(name: str, rewards: list[float], version: int = 3) -> ScoredGroup:
+def group(name: str, rewards: list[float], version: int = 3, *, sum_squares: float | None = None) -> ScoredGroup:
     def rollout(index: int) -> Rollout:
         tokens = np.arange(index + 1, dtype=np.int32)
         return Rollout(
@@ -29,6 +29,7 @@ def group(name: str, rewards: list[float], version: int = 3) -> ScoredGroup:
             prompt_token_ids=np.array([1, 2], np.int32),
             token_ids=tokens,
             logprobs=-tokens.astype(np.float32),
+            sum_squared_probs=np.full(0 if sum_squares is None else index + 1, sum_squares, np.float16),
             features=Features(np.full(2, index, np.float32), np.zeros(2, np.float32)),
             version_spans=(VersionSpan(0, index + 1, version),),
             finish_reason="stop",
@@ -55,7 +56,7 @@ async def poise(
     async def estimate() -> list[GroupBaselines]:
         return [answer(name, of_group) for name, of_group in values.items()]
 
-    return await Poise(PoiseOptions(bootstrap=bootstrap)).baselines(GROUPS, estimate)
+    return await PoiseOptions(bootstrap=bootstrap).make(8).baselines(GROUPS, estimate)
 
 
 def grpo(groups: list[ScoredGroup]) -> StepBaselines:
@@ -64,7 +65,7 @@ def grpo(groups: list[ScoredGroup]) -> StepBaselines:
 
 
 def test_baseline_requests_contain_the_rewards() -> None:
-    features = labelled_groups(GROUPS)
+    features = labelled_groups(GROUPS, lambda domain: "probe")
     assert [(item.group_id, item.domain) for item in features] == [("a", "d"), ("b", "d")]
     assert [item.rewards.tolist() for item in features] == [[1.0, 0.0], [1.0, 1.0]]
 
@@ -95,6 +96,8 @@ async def test_baselines_of_the_probe_replace_the_bootstrap() -> None:
     assert metrics["advantage_variance"]["batch_mean"] == pytest.approx((0 + 1 + 0.25 + 0.25) / 4)
     variance = dict(metrics["advantage_variance"])
     assert variance.pop("by_domain") == {"d": variance}
+    nothing = dict.fromkeys(("used", "none", "rloo", "batch_mean"))  # without token statistics
+    assert metrics["weighted_advantage_variance"] == nothing | {"by_domain": {"d": nothing}}
     assert metrics["reward"] == {"mean": 0.75, "by_domain": {"d": 0.75}}
     assert metrics["response_tokens"] == {"mean": 1.5, "max": 2, "total": 6}
     assert metrics["staleness"] == {"mean": 1.0, "max": 1}
@@ -109,7 +112,7 @@ async def test_the_batch_contains_reward_minus_baseline() -> None:
 
 
 def test_labels_contain_features_and_rewards_of_whole_groups() -> None:
-    labels = labelled_groups(GROUPS)
+    labels = labelled_groups(GROUPS, lambda domain: "probe")
     assert [(label.group_id, label.domain, label.rewards.tolist()) for label in labels] == [
         ("a", "d", [1.0, 0.0]),
         ("b", "d", [1.0, 1.0]),
@@ -155,6 +158,52 @@ def test_penalties_are_added_before_the_baseline_is_subtracted() -> None:
         [0.25, -0.25],
         [0.5, -0.5],
     ]
+
+
+def by_token(*tokens: list[list[float]] | None) -> StepBaselines:
+    """Return baselines of score_prefix for groups a, b, ...; None for a group of a domain without a fitted one."""
+    arrays = [each and [np.array(b, np.float32) for b in each] for each in tokens]
+    values = [each and np.array([b.mean() for b in each], np.float32) for each in arrays]
+    own = [np.zeros(2, np.float32) if each is None else each for each in values]
+    return StepBaselines(own, "score", values, arrays, estimators={"d": "score_prefix"})
+
+
+def test_the_batch_contains_one_advantage_for_each_token() -> None:
+    batch = training_batch("run", 7, GROUPS, by_token([[0.25], [0.5, 1.0]], None), 1.0)
+    a, b, c, d = batch.rollouts
+    assert a.advantages is not None and b.advantages is not None
+    assert (a.advantages.tolist(), b.advantages.tolist()) == ([0.75], [-0.5, -1.0])
+    assert (a.advantage, b.advantage, c.advantage, d.advantage) == (None, None, 1.0, 1.0)
+    assert c.advantages is None and d.advantages is None
+
+
+def test_weighted_variances_use_squared_score_norms() -> None:
+    groups = [group("a", [1.0, 0.0], sum_squares=0.5), group("b", [1.0, 1.0], sum_squares=0.25)]
+    metrics = sampling_metrics(groups, groups, by_token([[0.25], [0.5, 1.0]], [[0.0], [0.5, 0.25]]), 4)
+    # ω is 0 for a sampled token of probability 1, so only the second token of each second rollout counts.
+    weights = np.array([1 - 2 / np.e + 0.5, 1 - 2 / np.e + 0.25])
+    found = metrics["weighted_advantage_variance"]
+    assert found["used"] == pytest.approx((weights @ [1.0, 0.75**2]) / weights.sum(), rel=1e-5)
+    assert found["none"] == pytest.approx((weights @ [0, 1]) / weights.sum(), rel=1e-5)
+    assert found["rloo"] == pytest.approx((weights @ [1, 0]) / weights.sum(), rel=1e-5)
+    assert found["batch_mean"] == pytest.approx((weights @ [1, 0.25]) / weights.sum(), rel=1e-5)
+    assert found["by_domain"] == {"d": {name: found[name] for name in ("used", "none", "rloo", "batch_mean")}}
+    assert metrics["advantage_variance"]["used"] == pytest.approx((0.75**2 + 0.75**2 + 1 + 0.625**2) / 4)
+
+
+def test_score_weighted_values_are_compared_with_own_rewards() -> None:
+    groups = [group("a", [1.0], sum_squares=0.5), group("b", [0.0], sum_squares=0.5)]
+    chosen = by_token([[0.25]], [[0.5]])
+    assert predictions(groups, chosen) == {"predicted": [0.25, 0.5], "realised": [1.0, 0.0], "domain": ["d", "d"]}
+    metrics = sampling_metrics(groups, groups, chosen, 4)
+    assert metrics["baseline"]["bias"] == pytest.approx(-0.125)
+    assert metrics["baseline"]["probe_share"] == 1
+    assert metrics["advantage_variance"]["by_domain"]["d"]["rloo"] is None
+
+
+def test_zero_advantages_are_counted_by_token() -> None:
+    metrics = sampling_metrics(GROUPS, GROUPS, by_token([[1.0], [0.0, 0.0]], [[1.0], [1.5, 0.5]]), 4)
+    assert metrics["zero_advantage_share"] == 0.5  # the advantages of b have the mean 0
 
 
 def test_single_rollouts_have_no_rloo_variance() -> None:
