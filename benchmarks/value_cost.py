@@ -33,7 +33,7 @@ from poise_proto.v1 import value_pb2 as pb
 
 HERE = Path(__file__).parent
 ESTIMATORS = ("probe", "score_mean", "score_prefix", "score_prompt", "auto")
-NUM_EARLIER, NUM_MEASURED, ROLLOUTS_A_STEP = 20, 10, 64
+NUM_EARLIER, NUM_MEASURED, ROLLOUTS_A_STEP = 20, 40, 64
 
 
 class Source:

@@ -25,7 +25,7 @@ from poise.value.dedup import groups_of
 from poise.value.store import StateStore
 from poise_client import AsyncValueClient
 from poise_client.errors import PoiseClientError
-from poise_client.types import Group
+from poise_client.types import Estimator, Group
 
 Victim = Literal["value", "valkey", "both"]
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
@@ -91,12 +91,17 @@ class Valkey:
             self._process.wait(TIMEOUT_S)
 
 
-async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
-    """Publish and kill a victim in every round; then wait until all labels are consumed, and read the state."""
+async def run_chaos(folder: Path, num_rounds: int, seed: int, estimator: Estimator = "probe") -> Outcome:
+    """Publish and kill a victim in every round; then wait until all labels are consumed, and read the state.
+
+    Score-weighted estimators get groups of one rollout.
+    """
     source, outcome = random.Random(seed), Outcome()
     valkey = Valkey(folder)
-    service = ValueService(folder, valkey.url, "queue.batch_entries=4", "probe.window_rows=100000")
-    make = Maker()
+    service = ValueService(
+        folder, valkey.url, "queue.batch_entries=4", "probe.window_rows=100000", f"estimator={estimator}"
+    )
+    make, num_rollouts = Maker(), 2 if estimator == "probe" else 1
     valkey.start()
     service.start()
     try:
@@ -104,7 +109,7 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int) -> Outcome:
             for number in range(num_rounds):
                 labels = [
                     [
-                        make.label("chaos", number, make.query(f"{message}.{i}", width=WIDTH))
+                        make.label("chaos", number, make.query(f"{message}.{i}", width=WIDTH, n=num_rollouts))
                         for i in range(GROUPS_A_MESSAGE)
                     ]
                     for message in range(MESSAGES_A_ROUND)

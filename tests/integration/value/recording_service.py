@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from poise.queue.redis_queue import RedisQueue
 from poise.runtime.cli.service_main import service_main
@@ -32,8 +33,12 @@ from poise.value.label_barrier import wait_for_labels
 from poise.value.probe.features import Label
 from poise.value.probe.incremental import IncrementalFitter
 from poise.value.probe.model import FittedProbe
+from poise.value.score.fitter import ScoreFitter
+from poise.value.score.model import FittedScore
 from poise.value.store import Snapshot, StateStore
 from poise.value.updater import Updater
+
+Fitted = TypeVar("Fitted")
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])
@@ -64,14 +69,23 @@ def spring(dies: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def recorded(fit: Callable[[Sequence[Label]], Fitted], groups: Sequence[Label]) -> Fitted:
+    with phase("fit"):
+        fitted = fit(groups)
+        while hold_file.exists():
+            time.sleep(0.01)
+    seen_by_probe[id(fitted)] = sorted({(group.run_id, group.step) for group in groups})
+    return fitted
+
+
 class RecordingFitter(IncrementalFitter):
     def fit(self, groups: Sequence[Label]) -> FittedProbe:
-        with phase("fit"):
-            probe = super().fit(groups)
-            while hold_file.exists():
-                time.sleep(0.01)
-        seen_by_probe[id(probe)] = sorted({(group.run_id, group.step) for group in groups})
-        return probe
+        return recorded(super().fit, groups)
+
+
+class RecordingScoreFitter(ScoreFitter):
+    def fit(self, groups: Sequence[Label]) -> FittedScore:
+        return recorded(super().fit, groups)
 
 
 class RecordingEstimator(BaselineEstimator):
@@ -113,7 +127,8 @@ async def recording_wait(
 
 
 if __name__ == "__main__":
-    app.IncrementalFitter, app.BaselineEstimator = RecordingFitter, RecordingEstimator
+    app.IncrementalFitter, app.ScoreFitter = RecordingFitter, RecordingScoreFitter
+    app.BaselineEstimator = RecordingEstimator
     app.RedisQueue, app.StateStore = RecordingQueue, RecordingStore
     servicer.wait_for_labels = recording_wait
     sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,11 +23,12 @@ from tests.support.ports import free_port
 
 from poise.cli import main
 from poise_client import AsyncValueClient
-from poise_client.types import EntropyStats, Features, Group
+from poise_client.types import EntropyStats, Features, Group, Rollout
 
 SCRIPT = Path(__file__).with_name("recording_service.py")
 TIMEOUT_S = 240.0
 WIDTH = 8
+NUM_TOKENS = 5
 
 PROBE = ("probe.warmup_steps=2", "probe.min_rows=4", "probe.alpha=1")
 
@@ -162,6 +164,7 @@ class Maker:
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
+        self._token_random = np.random.default_rng(1)
 
     def rollouts(self, n: int = 2, width: int = WIDTH) -> tuple[Features, ...]:
         def one() -> Features:
@@ -174,7 +177,21 @@ class Maker:
         """Return a group whose rewards depend on its features."""
         rollouts = self.rollouts(**options)
         rewards = 1 / (1 + np.exp([-rollout.prompt_hidden[0] for rollout in rollouts]))
-        return make_group(group_id, rollouts, rewards, domain=domain)
+        return self._with_tokens(make_group(group_id, rollouts, rewards, domain=domain))
+
+    def _with_tokens(self, group: Group) -> Group:
+        """Return the group with token statistics, which score-weighted estimators need."""
+
+        def one(rollout: Rollout) -> Rollout:
+            probabilities = self._token_random.uniform(0.3, 1.0, NUM_TOKENS)
+            return dataclasses.replace(
+                rollout,
+                logprobs=np.log(probabilities).astype(np.float32),
+                token_entropies=(2 - 2 * probabilities).astype(np.float16),
+                sum_squared_probs=(probabilities**2 + (1 - probabilities) ** 2).astype(np.float16),
+            )
+
+        return dataclasses.replace(group, rollouts=tuple(map(one, group.rollouts)))
 
     def label(self, run_id: str, step: int, query: Group | None = None, **options: Any) -> Group:
         return moved(query or self.query(**options), run_id, step)
