@@ -169,7 +169,8 @@ async def estimates(
             report = await client.get_probe()
     if not all(answer.up_to_date for answer in answers):
         raise click.ClickException(f"{estimator}: the value service did not fit in time")
-    click.echo(f"{estimator}: {report.probes}", err=True)
+    errors = {each.estimator: round(each.weighted_error, 4) for probe in report.probes for each in probe.errors}
+    click.echo(f"{estimator}: {[probe.estimator for probe in report.probes]} {errors}", err=True)
     return answers
 
 
