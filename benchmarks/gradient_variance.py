@@ -8,8 +8,9 @@ others. With the exact gradient c of each group, averaged over its rollouts,
     signal  ‖G‖² = ‖E c‖², from products of different groups
 
 This is E[‖g‖²(r − b)²] − ‖G‖² for one rollout a prompt and one baseline a rollout. A batch of twice the tokens has half
-the noise, so noise is multiplied by the tokens of a group. Unbiased estimators have one G, that of the estimator with
-the least noise; those that divide by a standard deviation or drop groups have their own. The result is noise / signal.
+the noise, so noise is multiplied by the tokens of a group. Unbiased estimators have one G, measured with the estimator
+of the least noise; PPO shares it, because its λ of 0.95 biases so short responses little. Algorithms that divide by a
+standard deviation or drop groups have their own. The result is noise / signal.
 
 Gradients are computed once and serve all estimators (`gradient_variance_gradients.py`), so the estimators are compared
 on the same rollouts. Intervals are 95 %, by a bootstrap over prompts; those of ratios resample both sides together.
@@ -74,7 +75,8 @@ class Method:
 
     size: int
     advantages: Advantages
-    is_unbiased: bool = True
+    has_common_signal: bool = True
+    """Whether its gradient is that of the expected reward in expectation."""
     is_sequence_mean: bool = False
     """Whether the loss divides by the length of each response."""
     drops_equal: bool = False
@@ -276,8 +278,8 @@ def all_methods(folder: Path, preset: str, rollouts: Rollouts, options: dict[str
         "spo-1": Method(1, halves(pairs, spo(rollouts.earlier, batch))),
         "rloo-2": Method(2, rloo_of(pairs)),
         "rloo-8": Method(8, rloo_of(eights)),
-        "grpo-8": Method(8, grpo(eights), is_unbiased=False, is_sequence_mean=True),
-        "dapo-8": Method(8, grpo(eights), is_unbiased=False, drops_equal=True),
+        "grpo-8": Method(8, grpo(eights), has_common_signal=False, is_sequence_mean=True),
+        "dapo-8": Method(8, grpo(eights), has_common_signal=False, drops_equal=True),
     }
     for estimator in options["estimators"]:
         if estimator == "probe":
@@ -292,7 +294,7 @@ def all_methods(folder: Path, preset: str, rollouts: Rollouts, options: dict[str
     if options["critic"]:
         ppo = Ppo(run_of(folder, preset), options["critic"], batch)
         ppo.learn(rollouts.earlier)
-        methods["ppo-1"] = Method(1, halves(pairs, ppo.advantages), is_unbiased=False)
+        methods["ppo-1"] = Method(1, halves(pairs, ppo.advantages))
     return methods
 
 
@@ -321,14 +323,14 @@ def measure(folder: Path, preset: str, stage: str, options: dict[str, Any]) -> d
         for size, of in groups.items()
     }  # the first row is the sample itself
     quietest = min(
-        (name for name, each in methods.items() if each.is_unbiased and each.size < 8),
+        (name for name, each in methods.items() if each.has_common_signal and each.size < 8),
         key=lambda name: found[name].squares_G.mean() * methods[name].size,
     )
     common = signals(found[quietest], weights[2])
     values = {}
     for name, method in methods.items():
         own_weights = weights[max(2, method.size)]
-        own_signal = common if method.is_unbiased else signals(found[name], own_weights)
+        own_signal = common if method.has_common_signal else signals(found[name], own_weights)
         values[name] = (own_signal, *ratios(found[name], own_weights, own_signal))
     results = {
         name: {
