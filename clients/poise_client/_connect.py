@@ -40,7 +40,7 @@ class AsyncServices:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel running calls and close the channels. It can be called twice, but not reopened."""
+        """Cancel running calls and close the channels for good. Safe to call twice."""
         await asyncio.gather(self.generation.close(), self.value.close(), self.learner.close())
 
     def run(self, run_id: str, *, domain: str | None = None, bootstrap: Bootstrap = "rloo") -> AsyncRun:
@@ -67,7 +67,7 @@ class Services(Blocking[AsyncServices]):
         """Client of the learner."""
 
     def close(self) -> None:
-        """Cancel running calls of all threads and close the channels. It can be called twice, but not reopened."""
+        """Cancel running calls of all threads and close the channels for good. Safe to call twice."""
         for client in (self.generation, self.value, self.learner):
             client.close()
         super().close()

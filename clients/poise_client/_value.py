@@ -32,7 +32,7 @@ class AsyncValueClient(AsyncClient):
     ) -> list[GroupBaselines]:
         """Return the baselines of a step's rollouts, in the order of `groups`.
 
-        Call it before `publish_labels` of the same step. The first call for a step fixes the probe versions of that
+        Call it before `publish_labels` of the same step. The first call for a step pins the probe versions of that
         step, so a repeated call returns the same numbers.
 
         Args:
@@ -65,7 +65,7 @@ class AsyncValueClient(AsyncClient):
     ) -> list[PromptScore]:
         """Return the predicted mean reward of prompts before any rollout, in the order of `prompts`.
 
-        Use it to choose prompts to sample. It uses the current probes and does not fix their versions for a step, so it
+        Use it to choose prompts to sample. It uses the current probes and does not pin their versions for a step, so it
         may be called at any time. Baselines come only from `estimate_baselines`.
 
         Args:

@@ -109,7 +109,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel running calls and close the channel. It can be called twice, but not reopened."""
+        """Cancel running calls and close the channel for good. Safe to call twice."""
         self._closed = True
         if self._channel is not None:
             channel, self._channel = self._channel, None

@@ -55,7 +55,7 @@ class Blocking(Generic[A]):
         self.close()
 
     def close(self) -> None:
-        """Cancel running calls of all threads and close the channel. It can be called twice, but not reopened."""
+        """Cancel running calls of all threads and close the channel for good. Safe to call twice."""
         if is_forked():  # the parent owns the loop and the channel, and the lock may be held forever
             self._closed = True
             return
@@ -160,7 +160,7 @@ class GroupStream(Iterator[Group]):
         return group
 
     def close(self) -> None:
-        """Cancel the stream and end the iteration. It can be called twice."""
+        """Cancel the stream and end the iteration. Safe to call twice."""
         if not self._closed:
             self._closed = True
             if not self._client._closed and not is_forked():

@@ -162,7 +162,7 @@ class Rollout:
     token_entropies: Halves = field(default_factory=_no_halves)
     """[T], in nats: entropies of the distribution over the full vocabulary after temperature, rounded to float16."""
     sum_squared_probs: Halves = field(default_factory=_no_halves)
-    """[T]: the sum over the vocabulary of the squared probabilities of the same distribution, rounded to float16."""
+    """[T]: Σ p² over the vocabulary, for the distribution of each token; rounded to float16."""
     first_token_s: float = 0.0
     """Time from entering the engine to the first token, in seconds."""
     total_s: float = 0.0

@@ -124,18 +124,20 @@ class ProbeQuality:
     share_clipped: float
     """Share of predictions at exactly 0 or 1."""
     variance_vs_none: float
-    """Mean squared advantage, divided by the same without a baseline."""
+    """Mean squared advantage, relative to that without a baseline."""
     variance_vs_rloo: float
-    """Mean squared advantage, divided by the same with the siblings' mean reward as baseline."""
+    """Mean squared advantage, relative to that with the siblings' mean reward as baseline."""
     variance_vs_batch_mean: float
-    """Mean squared advantage, divided by the same with the mean reward of the step's other prompts as baseline."""
+    """Mean squared advantage, relative to that with the mean reward of the step's other prompts as baseline."""
     calibration: tuple[CalibrationBin, ...]
     """Predictions in tenths of [0, 1]; empty tenths are omitted."""
     weighted_variance_vs_none: float = float("nan")
-    """Mean squared advantage, weighted by the squared score norms, divided by the same without a baseline. It predicts
-    the variance of the gradient."""
+    """Mean squared advantage, relative to that without a baseline; both weighted by the squared score norms.
+
+    It predicts the variance of the gradient.
+    """
     weighted_variance_vs_batch_mean: float = float("nan")
-    """The same, divided by that with the mean reward of the step's other prompts as baseline."""
+    """As `weighted_variance_vs_none`, but relative to the mean reward of the step's other prompts as baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ class ProbeStatus:
     last_fit_s: float
     """Duration of the last fit, in seconds."""
     label_lag_s: float
-    """Seconds from publishing to durable state of the label learnt last; NaN before the first since the start."""
+    """Seconds from publishing the newest learnt label to saving it; NaN until the process has learnt a label."""
     quality: ProbeQuality
     configured: Estimator = "probe"
     """The estimator that the configuration selects for the domain."""

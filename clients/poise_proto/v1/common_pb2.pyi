@@ -240,8 +240,8 @@ class TokenStatistics(_message.Message):
 
     @_builtins.property
     def sum_squared_probs(self) -> Global___Tensor:
-        """sum_squared_probs is float16 [T]: the sum of the squared probabilities of all tokens, at each token. The value service
-        accepts 0 to 1.001.
+        """sum_squared_probs is float16 [T]: at each token, the sum over the vocabulary of the squared probabilities. The value
+        service accepts 0 to 1.001.
         """
 
     def __init__(
@@ -276,7 +276,7 @@ class RolloutFeatures(_message.Message):
     @_builtins.property
     def prompt_hidden(self) -> Global___Tensor:
         """prompt_hidden is float32 [d]: the mean over the last prompt tokens of the residual stream after the feature layer. May be
-        unset, with response_hidden, if the domain's estimator is score_mean or score_prefix.
+        unset, together with response_hidden, if the domain's estimator is score_mean or score_prefix.
         """
 
     @_builtins.property

@@ -352,7 +352,7 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def sum_squared_probs(self) -> _common_pb2.Tensor:
-        """sum_squared_probs is float16 [T]: the sum of the squared probabilities of the same distribution at each token."""
+        """sum_squared_probs is float16 [T]: at each token, the sum over the vocabulary of the squared probabilities."""
 
     def __init__(
         self,
@@ -713,8 +713,8 @@ class WeightsManifest(_message.Message):
     version is accepted only with the same digest (see already_applied).
     """
     digest: _builtins.bytes
-    """digest identifies the whole policy, 32 bytes: SHA-256 over the tensors' sha256, ordered by name. For an adapter, its
-    base_digest, its rank as uint32 and its alpha as double follow, both little-endian.
+    """digest identifies the whole policy, 32 bytes: SHA-256 over the tensors' sha256, ordered by name. For an adapter,
+    the hashed bytes end with its base_digest, its rank as uint32 and its alpha as double, both little-endian.
     """
     keep_as_base: _builtins.bool
     """keep_as_base asks the replica to keep these weights as the base of a later delta."""

@@ -37,10 +37,12 @@ class _EstimatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Estimator.V
     ESTIMATOR_SCORE_PREFIX: _Estimator.ValueType  # 3
     """The score-weighted regression on the statistics of earlier tokens. One baseline per token."""
     ESTIMATOR_SCORE_PROMPT: _Estimator.ValueType  # 4
-    """The same regression, also on the prompt's hidden state and past rewards. One baseline per token."""
+    """The regression of ESTIMATOR_SCORE_PREFIX with more inputs: the prompt's hidden state and its past rewards. One baseline
+    per token.
+    """
     ESTIMATOR_AUTO: _Estimator.ValueType  # 5
-    """The score-weighted estimator with the smallest weighted error on earlier steps. Only in configurations: answers name the
-    chosen one.
+    """The score-weighted estimator with the smallest weighted error on earlier steps. Used only in configurations. An answer
+    names the estimator that was chosen.
     """
 
 class Estimator(_Estimator, metaclass=_EstimatorEnumTypeWrapper):
@@ -57,10 +59,12 @@ ESTIMATOR_SCORE_MEAN: Estimator.ValueType  # 2
 ESTIMATOR_SCORE_PREFIX: Estimator.ValueType  # 3
 """The score-weighted regression on the statistics of earlier tokens. One baseline per token."""
 ESTIMATOR_SCORE_PROMPT: Estimator.ValueType  # 4
-"""The same regression, also on the prompt's hidden state and past rewards. One baseline per token."""
+"""The regression of ESTIMATOR_SCORE_PREFIX with more inputs: the prompt's hidden state and its past rewards. One baseline
+per token.
+"""
 ESTIMATOR_AUTO: Estimator.ValueType  # 5
-"""The score-weighted estimator with the smallest weighted error on earlier steps. Only in configurations: answers name the
-chosen one.
+"""The score-weighted estimator with the smallest weighted error on earlier steps. Used only in configurations. An answer
+names the estimator that was chosen.
 """
 Global___Estimator: _TypeAlias = Estimator  # noqa: Y015
 
@@ -572,19 +576,19 @@ class ProbeQuality(_message.Message):
     share_clipped: _builtins.float
     """share_clipped is the share of predictions at exactly 0 or 1."""
     variance_vs_none: _builtins.float
-    """variance_vs_none is the mean squared advantage, divided by the same without a baseline."""
+    """variance_vs_none is the mean squared advantage, divided by that without a baseline."""
     variance_vs_rloo: _builtins.float
-    """variance_vs_rloo is the mean squared advantage, divided by the same with the siblings' mean reward as baseline."""
+    """variance_vs_rloo is the mean squared advantage, divided by that with the siblings' mean reward as baseline."""
     variance_vs_batch_mean: _builtins.float
-    """variance_vs_batch_mean is the mean squared advantage, divided by the same with the mean reward of the step's other
-    prompts as baseline.
+    """variance_vs_batch_mean is the mean squared advantage, divided by that with the mean reward of the step's other prompts
+    as baseline.
     """
     weighted_variance_vs_none: _builtins.float
-    """weighted_variance_vs_none is the mean squared advantage, weighted by the squared score norms, divided by the same without a
-    baseline. It predicts the variance of the gradient. NaN without token statistics.
+    """weighted_variance_vs_none is the mean squared advantage, divided by that without a baseline. Both means are weighted by
+    the squared score norms. It predicts the variance of the gradient. NaN without token statistics.
     """
     weighted_variance_vs_batch_mean: _builtins.float
-    """weighted_variance_vs_batch_mean divides by the same with the mean reward of the step's other prompts as baseline."""
+    """weighted_variance_vs_batch_mean is the weighted form of variance_vs_batch_mean."""
     @_builtins.property
     def calibration(self) -> _containers.RepeatedCompositeFieldContainer[Global___CalibrationBin]:
         """calibration groups the predictions in tenths of [0, 1]. Empty tenths are omitted."""
@@ -646,8 +650,8 @@ class ProbeStatus(_message.Message):
     last_fit_s: _builtins.float
     """last_fit_s is the duration of the last fit, in seconds."""
     label_lag_s: _builtins.float
-    """label_lag_s is the time from publishing to durable state of the label learnt last, in seconds. NaN before the first
-    label since the start of the process.
+    """label_lag_s is the time from publishing the newest learnt label to saving it, in seconds. NaN until the process has
+    learnt a label.
     """
     configured: Global___Estimator.ValueType
     """configured is the estimator that the configuration selects for the domain."""

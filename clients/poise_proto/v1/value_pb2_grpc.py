@@ -63,7 +63,7 @@ class ValueServiceServicer(object):
 
     def EstimateBaselines(self, request, context):
         """EstimateBaselines returns the baselines of rollouts, one per rollout or one per token. Call it before PublishLabels of the
-        same step. The first call for a step fixes the estimators of that step, so a repeated call returns the same numbers. It
+        same step. The first call for a step pins the estimators of that step, so a repeated call returns the same numbers. It
         fails with LABELS_CONSUMED if a label of the step already reached the estimators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,7 +72,7 @@ class ValueServiceServicer(object):
 
     def ScorePrompts(self, request, context):
         """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-        choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+        choose prompts that the policy sometimes solves. It uses the current probes and pins no version, so do not use scores
         as baselines.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

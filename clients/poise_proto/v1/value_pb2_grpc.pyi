@@ -35,12 +35,12 @@ class ValueServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ValueServiceAsyncStub: ...
     EstimateBaselines: _grpc.UnaryUnaryMultiCallable[_value_pb2.EstimateBaselinesRequest, _value_pb2.EstimateBaselinesResponse]
     """EstimateBaselines returns the baselines of rollouts, one per rollout or one per token. Call it before PublishLabels of the
-    same step. The first call for a step fixes the estimators of that step, so a repeated call returns the same numbers. It
+    same step. The first call for a step pins the estimators of that step, so a repeated call returns the same numbers. It
     fails with LABELS_CONSUMED if a label of the step already reached the estimators.
     """
     ScorePrompts: _grpc.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]
     """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-    choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+    choose prompts that the policy sometimes solves. It uses the current probes and pins no version, so do not use scores
     as baselines.
     """
     PublishLabels: _grpc.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]
@@ -57,12 +57,12 @@ class ValueServiceAsyncStub(ValueServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     EstimateBaselines: _aio.UnaryUnaryMultiCallable[_value_pb2.EstimateBaselinesRequest, _value_pb2.EstimateBaselinesResponse]  # type: ignore[assignment]
     """EstimateBaselines returns the baselines of rollouts, one per rollout or one per token. Call it before PublishLabels of the
-    same step. The first call for a step fixes the estimators of that step, so a repeated call returns the same numbers. It
+    same step. The first call for a step pins the estimators of that step, so a repeated call returns the same numbers. It
     fails with LABELS_CONSUMED if a label of the step already reached the estimators.
     """
     ScorePrompts: _aio.UnaryUnaryMultiCallable[_value_pb2.ScorePromptsRequest, _value_pb2.ScorePromptsResponse]  # type: ignore[assignment]
     """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-    choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+    choose prompts that the policy sometimes solves. It uses the current probes and pins no version, so do not use scores
     as baselines.
     """
     PublishLabels: _aio.UnaryUnaryMultiCallable[_value_pb2.PublishLabelsRequest, _value_pb2.PublishLabelsResponse]  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class ValueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_value_pb2.EstimateBaselinesResponse, _abc.Awaitable[_value_pb2.EstimateBaselinesResponse]]:
         """EstimateBaselines returns the baselines of rollouts, one per rollout or one per token. Call it before PublishLabels of the
-        same step. The first call for a step fixes the estimators of that step, so a repeated call returns the same numbers. It
+        same step. The first call for a step pins the estimators of that step, so a repeated call returns the same numbers. It
         fails with LABELS_CONSUMED if a label of the step already reached the estimators.
         """
 
@@ -93,7 +93,7 @@ class ValueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_value_pb2.ScorePromptsResponse, _abc.Awaitable[_value_pb2.ScorePromptsResponse]]:
         """ScorePrompts predicts the mean reward of prompts before any rollout, from GenerationService.EncodePrompts. Call it to
-        choose prompts that the policy sometimes solves. It uses the current probes and fixes no version, so do not use scores
+        choose prompts that the policy sometimes solves. It uses the current probes and pins no version, so do not use scores
         as baselines.
         """
 
