@@ -25,12 +25,12 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not 0 < self.initial_backoff_s <= self.max_backoff_s:
             raise ValueError(
-                "initial_backoff_s must be above 0 and at most max_backoff_s, "
-                f"not {self.initial_backoff_s} and {self.max_backoff_s}"
+                f"initial_backoff_s is {self.initial_backoff_s}; required: above 0, and at most max_backoff_s, "
+                f"{self.max_backoff_s}"
             )
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(
-                f"max_attempts must be at least 1, or None for no limit but the deadline, not {self.max_attempts}"
+                f"max_attempts is {self.max_attempts}; required: at least 1, or None to retry until the deadline"
             )
 
 

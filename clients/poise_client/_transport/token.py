@@ -81,7 +81,7 @@ class TokenFile:
 def check_token(token: str) -> None:
     """Raise `ValueError` for a string that cannot be sent as a bearer token."""
     if not _TOKEN.fullmatch(token):
-        raise ValueError("must be visible ASCII characters without blanks or line breaks, at least one")
+        raise ValueError("must be one or more printable ASCII characters, without spaces or line breaks")
 
 
 def reject_shared_file(path: Path, status: os.stat_result) -> None:

@@ -143,7 +143,7 @@ def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Weighted second moments of (1, inputs, reward): all that a regression needs to know of its samples."""
+    """Weighted second moments of (1, inputs, reward): the sufficient statistics of a regression."""
 
     matrix: Doubles
     """Σ ω·ψψᵀ with ψ = (1, φ_1..φ_p, r), [p + 2, p + 2]."""
@@ -172,7 +172,7 @@ class Moments:
         return cls(matrix, num_samples)
 
     def normalised(self) -> Self:
-        """Return the moments with weights divided by their mean, so that every step counts by its samples."""
+        """Return the moments with weights divided by their mean. A step then counts in proportion to its samples."""
         weight = self.matrix[0, 0]
         return self if weight <= 0 else type(self)(self.matrix * (self.num_samples / weight), self.num_samples)
 
@@ -206,7 +206,7 @@ class Regression:
 
 
 def ridge(moments: Moments, alpha: float | None) -> Regression:
-    """Return the weighted ridge regression of the reward on standardised inputs; a constant for alpha None.
+    """Return the weighted ridge regression of the reward on standardised inputs; a constant if `alpha` is None.
 
     Inputs without variance get no slope. Moments without weight give the constant 0.
     """
@@ -283,7 +283,7 @@ def fit_steps(matrices_S: Doubles, num_samples_S: Doubles, half_life_steps: floa
 
 
 class ScoreWeighted:
-    """One domain's score-weighted regression: learns step by step, and chooses its penalty by earlier predictions."""
+    """One domain's score-weighted regression: learns step by step, and chooses its penalty by its past errors."""
 
     def __init__(self, num_inputs: int, half_life_steps: float = HALF_LIFE_STEPS) -> None:
         self._discount = 0.5 ** (1 / half_life_steps)
@@ -292,18 +292,21 @@ class ScoreWeighted:
 
     @property
     def errors(self) -> Doubles:
-        """Discounted weighted squared errors of each step's prediction before its labels, by penalty; constant last."""
+        """Weighted squared errors over the steps, discounted: one per penalty in `ALPHAS`, then that of the constant.
+
+        Each step was predicted before its labels were learnt.
+        """
         return self._errors.copy()
 
     @property
     def regression(self) -> Regression:
-        """The baseline for the next step: of the penalty with the smallest error, the constant at a tie."""
+        """The baseline for the next step, with the penalty of the smallest error. On a tie, the constant is used."""
         penalties = (*ALPHAS, None)
         best = len(ALPHAS) - int(np.argmin(self._errors[::-1]))
         return ridge(self._moments, penalties[best])
 
     def learn(self, step: Moments) -> None:
-        """Judge the penalties on a whole step's moments, then add these."""
+        """Add the errors of all penalties on a whole step, then add the step's moments."""
         normalised = step.normalised()
         if self._moments.matrix[0, 0] > 0:
             own = [normalised.error(ridge(self._moments, alpha)) for alpha in (*ALPHAS, None)]

@@ -69,7 +69,7 @@ def check(
     engine: str | None,
     as_json: bool,
 ) -> None:
-    """Compare engine, learner and LoRA adapters with the model's own forward pass, in nats a token.
+    """Compare engine, learner and LoRA adapters with the model's own forward pass, in nats per token.
 
     FOLDER is a Hugging Face folder, a name of `poise models`, or org/name on the hub. With -c or --preset, the settings
     of that run apply, such as `dtype` and `lora`, and FOLDER is optional.
@@ -80,7 +80,7 @@ def check(
     poise models check -c run.yaml                  the run's model, engine and settings
 
     Each row shows the largest and the mean difference of the log-probabilities of the same tokens. In float32, rounding
-    causes about 1e-5. A larger difference means that a part of the model is not computed.
+    causes about 1e-5. A larger difference means that the engine or the learner omits a part of the model.
 
     The learner runs this check when it loads a model, and `train.max_mismatch_kl` limits the difference of engine and
     learner in the first step.

@@ -82,9 +82,9 @@ class GenerationConfig(ServiceConfig):
     """Become ready only after the first push. Set it for training, where replica and learner must have the same
     policy."""
     staging_dir: Path | None = None
-    """Folder that stores a push before it is applied; fastest in memory. It needs space for one model during a push;
-    with `keep_base`, for one always and two during a push. Null uses `/dev/shm` or the temporary folder: the first with
-    space for two models, else the one with more free space."""
+    """Folder that stores a push before it is applied; fastest in memory. It needs space for one model during a push.
+    With `keep_base`, it needs space for two during a push, and for one at other times. Null uses `/dev/shm` or the
+    temporary folder: the first with space for two models, else the one with more free space."""
     keep_base: bool = True
     """Keep the applied weights in `staging_dir` so that the next push can be a delta. They are kept only if the learner
     sends deltas and the next version fits beside them."""

@@ -257,8 +257,8 @@ class LearnerCore:
             return self._journal.read_batch(sequence)
         except ValueError as error:
             raise StateError(
-                f"{error}. Restore it from a backup, or delete it, all later ones and the file lineage beside the "
-                "checkpoints: the learner then resumes from the batch before it"
+                f"{error}. Restore it from a backup. Or delete it, all later batches, and the file lineage beside the "
+                "checkpoints; the learner then resumes after the previous batch"
             ) from error
 
     def _stored_answer(self, batch: Batch, content: bytes) -> Answer | None:

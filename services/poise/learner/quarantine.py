@@ -53,7 +53,7 @@ class Quarantine:
         self._folder = folder
 
     def must_reject(self, sequence: int, content: bytes, old_answer: Answer | None) -> bool:
-        """Return whether a batch has failed too often. False after training on it once: replicas served the result."""
+        """Return whether a batch has failed too often. False if it once succeeded: replicas have its result."""
         was_trained = old_answer is not None and not old_answer.is_quarantined
         return not was_trained and self._journal.num_failures(sequence, content) >= MAX_FAILURES
 

@@ -83,6 +83,6 @@ def _check_critic(what: str, had_critic: bool, config: LearnerConfig) -> None:
         return
     was, now, remedy = ("with", "without", "Set") if had_critic else ("without", "with", "Remove")
     raise StateMismatchError(
-        f"cannot resume from state_dir {config.state_dir} {now} a critic: its {what} is from training {was} one. "
+        f"cannot resume from state_dir {config.state_dir} {now} a critic: its {what} was written {was} one. "
         f"{remedy} `critic` in the learner's settings, or use a fresh state_dir to start from the model"
     )

@@ -64,10 +64,10 @@ def _common_token(services: Mapping[str, ServiceConfig]) -> tuple[Path | None, s
     names = " and ".join(protected)
     files = [auth.token_file for auth in protected.values() if auth.token_file is not None]
     if not files:
-        return None, f"{names} got a token from the environment. Write it to a file and name that in auth.token_file"
+        return None, f"{names} got a token from the environment. Write it to a file and set auth.token_file to its path"
     is_one_file = len(files) == len(protected) and len(set(files)) == 1
     if not is_one_file and len({auth.read_token() for auth in protected.values()}) > 1:
-        return None, f"{names} have different tokens, but a caller sends the same to all. Set the same token for all"
+        return None, f"{names} have different tokens, but a caller sends one token to all. Set the same token for all"
     return files[0], f"{names} require a token"
 
 

@@ -28,7 +28,7 @@ def log_ids(**ids: Any) -> Iterator[None]:
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """One object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

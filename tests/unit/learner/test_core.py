@@ -365,7 +365,7 @@ def test_adding_or_removing_the_critic_is_rejected(start, had_critic, num_batche
         core.submit(rewarded(make_batch(step)) if had_critic else make_batch(step))
     what = "checkpoint" if num_batches == 2 else "journalled batch step-00000000"
     now, was, remedy = ("without", "with", "Set") if had_critic else ("with", "without", "Remove")
-    message = f"{now} a critic: its {what} is from training {was} one. {remedy} `critic` in the learner's settings"
+    message = f"{now} a critic: its {what} was written {was} one. {remedy} `critic` in the learner's settings"
     with pytest.raises(StateError, match=message):
         start(**after)
     assert start(**before).published.digest == core.published.digest  # nothing is lost
@@ -469,7 +469,7 @@ def test_damaged_batch_is_named_with_a_remedy(start, digests):
     path = folder / "journal" / "batch-00000002.pb"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        StateError, match=r"batch-00000002\.pb is damaged.*delete it, all later ones and the file lineage"
+        StateError, match=r"batch-00000002\.pb is damaged.*delete it, all later batches, and the file lineage"
     ):
         start()
     path.unlink()

@@ -297,7 +297,7 @@ def test_token_only_in_the_environment_is_rejected(tmp_path: Path, monkeypatch: 
         "learner.replica_token_file",
         "train.endpoints.token_file",
     ]
-    assert "generation got a token from the environment. Write it to a file" in str(caught.value)
+    assert "generation got a token from the environment. Write it to a file and set" in str(caught.value)
     assert "sesame" not in str(caught.value)
 
 

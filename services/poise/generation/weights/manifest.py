@@ -202,7 +202,7 @@ def _check_tensors(manifest: Manifest, max_bytes: int) -> None:
         if total > max_bytes:
             raise InvalidRequest.field(
                 "manifest.tensors",
-                f"exceed max_update_bytes: up to {tensor.name} they have {total} bytes; allowed: {max_bytes}",
+                f"have {total} bytes up to {tensor.name}; required: at most {max_bytes} (max_update_bytes)",
                 remedy="Raise max_update_bytes of the generation service.",
             )
         _check_delta(tensor, path, is_delta=manifest.base is not None)
@@ -218,7 +218,7 @@ def _check_delta(tensor: TensorSpec, path: str, *, is_delta: bool) -> None:
         raise InvalidRequest.field(
             f"{path}.num_changed",
             f"is {tensor.num_changed}; required: at most {num_elements}"
-            + ("" if is_delta else ", because `base` is unset and the push is no delta"),
+            + ("" if is_delta else ", because `base` is unset, so the push is not a delta"),
         )
     max_bytes = max_block_bytes(tensor.num_changed, tensor.itemsize) if tensor.num_changed else 0
     if tensor.block_bytes > max_bytes:

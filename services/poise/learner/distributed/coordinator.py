@@ -127,7 +127,7 @@ class RankZeroTrainer(Trainer):
             try:
                 self._send(command, arguments)
             except RuntimeError as error:
-                raise RankLost(f"a follower takes no commands: {error}") from error
+                raise RankLost(f"a follower does not accept commands: {error}") from error
             yield
         except Exception as error:
             reason = error if self.health is None else self.health.explain(error)

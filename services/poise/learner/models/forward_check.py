@@ -1,9 +1,9 @@
 """Checks at load that the learner's forward pass gives the model's own log-probabilities.
 
 The reference is the model's own `forward`, one sequence at a time, with "eager" attention. `checked_forward` returns
-the fastest mode whose log-probabilities and gradient agree with it on a probe batch.
+the fastest mode whose log-probabilities and gradient agree with it on a test batch.
 
-Shapes: N response tokens of the probe batch, V vocabulary, d the model's width.
+Shapes: N response tokens of the test batch, V vocabulary, d the model's width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _GROUPS = ((5, (3, 7)), (12, (1, 9, 4)), (1, (6,)), (40, (20, 24)))
 _LOOK_BACK = ("sliding_window", "attention_chunk_size", "index_topk")
 """Attributes that limit how far back a layer attends."""
 _SHORT_LOOK_BACK = 16
-"""Value of these attributes during the check, so that the probe's sequences exceed it."""
+"""Value of these attributes during the check, so that the test batch's sequences exceed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
 
 @torch.no_grad()
 def probe_logprobs(forward: PackedForward) -> torch.Tensor:
-    """Return a forward pass's log-probabilities of the probe batch, [N]."""
+    """Return a forward pass's log-probabilities of the test batch, [N]."""
     model = forward.model
     logprobs_N: torch.Tensor = forward(build_row(probe_groups(model), model.device, forward.dtype), 1.0)[0]
     return logprobs_N
@@ -137,7 +137,7 @@ def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) ->
     else:
         if difference.is_rounding:
             return
-        reason = f"log-probabilities with and without new, zero adapters {difference}"
+        reason = f"new adapters, whose output is zero, change them: log-probabilities {difference}"
     raise Unusable(
         f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {reason}",
         remedy="Name other lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj].",
@@ -145,7 +145,7 @@ def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) ->
 
 
 class _Check:
-    """Compares modes with the model's own forward on the probe batch."""
+    """Compares modes with the model's own forward on the test batch."""
 
     def __init__(self, model: Any, config: LearnerConfig, named: str) -> None:
         self._model = model
@@ -210,7 +210,7 @@ class _Check:
 
 
 def probe_groups(model: Any) -> list[PromptGroup]:
-    """Return the probe batch: prompts and siblings of various lengths, of random tokens without special ones."""
+    """Return the test batch: prompts and siblings of various lengths, of random tokens without special ones."""
     config = model.config.get_text_config()
     ordinary = _ordinary_tokens(config)
     generator = np.random.default_rng(0)

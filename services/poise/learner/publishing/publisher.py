@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Updates all replicas. A slow or dead one delays the learner by `timeout_s` at most, and no other replica."""
+    """Updates all replicas. A slow or dead one delays the learner by at most `timeout_s`, and delays no others."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Publisher:
     async def publish(self, version: WeightVersion) -> None:
         """Push a version to every replica. Return once each serves it or has failed, after `timeout_s` at the latest.
 
-        A replica that exceeds this limit is behind: no later version waits for it until it has caught up.
+        A replica that exceeds this limit is behind: later versions do not wait for it until it has caught up.
         """
         pushes = self._set_version(version)
         try:

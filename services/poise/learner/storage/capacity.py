@@ -22,7 +22,7 @@ class SpaceNeed:
 
 
 def missing_space(needs: Sequence[SpaceNeed]) -> Iterator[str]:
-    """Yield a message for each folder whose file system has less free space than all folders on it need together."""
+    """Yield a message for each folder without enough space. Folders on one file system add up their needs."""
     needed: dict[int, int] = {}
     for need in needs:
         folder = _existing(need.folder)

@@ -170,7 +170,7 @@ def _log_other_runs(plan: Plan) -> None:
     planned = {run.local.dir for run in plan.runs}
     others = sorted(path.parent.name for path in plan.dir.glob("runs/*/compare.json") if path.parent not in planned)
     if others:
-        logger.warning("not in compare.yaml any more, and not in the report: %s", ", ".join(others))
+        logger.warning("the report leaves out runs that are no longer in compare.yaml: %s", ", ".join(others))
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def _problem(part: Comparison) -> str:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    lines = [f"model {facts['model']}: difference from its own float32 forward pass, in nats a token"]
+    lines = [f"model {facts['model']}: difference from its own float32 forward pass, in nats per token"]
     if facts["parts"]:
         lines.append(f"  {'':14} {'dtype':9} {'largest':>10} {'mean':>10}")
     for part in facts["parts"]:

@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.2, 10.0
 STEADY_S = 30.0
-"""A process that was ready and ran this long, s, is restarted immediately when it dies."""
+"""Seconds. A process that was ready and ran for this long is restarted immediately when it dies."""
 _MAX_RESTARTS = 6
 """Consecutive restarts before the supervisor fails. A process that was ready and ran for `STEADY_S` resets them."""
 STOP_MARGIN_S = 10.0
-"""Time to stop in addition to draining, s."""
+"""Seconds to stop, in addition to the time for draining."""
 _START_TIMEOUT_S = 120.0
-"""Time in which a starting process should respond, s. It first imports its libraries."""
+"""Seconds until a starting process should respond. It first imports its libraries."""
 _NOT_RUNNING = "is not running. Start it with `poise up`"
 _POLL_S = 0.1
 _READINESS_POLL_S = 1.0
-"""Polling interval of a process that is not ready yet, s."""
+"""Seconds between two polls of a process that is not ready yet."""
 LOG_EVERY_S = 15.0
 
 

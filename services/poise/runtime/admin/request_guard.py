@@ -86,7 +86,7 @@ class Guard:
         has_token = headers.get("authorization", "").lower().startswith("bearer ")  # URLs can make browsers send Basic
         if scope["method"] not in _READING and not (CHANGE_HEADER in headers or has_token):
             raise Forbidden(
-                f"the {scope['method']} request lacks the header {CHANGE_HEADER}, which guards against other sites",
+                f"the {scope['method']} request lacks the header {CHANGE_HEADER}, which other sites cannot send",
                 remedy="Send `X-Poise: 1`, or a bearer token.",
             )
 

@@ -165,7 +165,7 @@ class LoggingConfig(StrictModel):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
     format: Literal["text", "json"] = "text"
-    """`json` writes one object a line, for log collectors."""
+    """`json` writes one object per line, for log collectors."""
 
 
 class TracingConfig(StrictModel):

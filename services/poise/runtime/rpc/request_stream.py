@@ -76,7 +76,7 @@ class RequestStream:
             raise InvalidRequest.field(
                 "request",
                 f"arrives too slowly: the client fell more than {self._budget_s:g} s behind the minimum rate",
-                remedy=f"Send at least {MIN_BYTES_PER_S} bytes a second.",
+                remedy=f"Send at least {MIN_BYTES_PER_S} bytes per second.",
             ) from None
         finally:
             self._left_s -= time.monotonic() - started_s

@@ -107,7 +107,7 @@ def test_wrong_group_is_rejected_by_field(changes: dict[str, object], backend: s
 
 def test_push_may_fill_the_limit_but_not_exceed_it() -> None:
     read(message_of(TENSORS), max_bytes=len(DATA))
-    with pytest.raises(InvalidRequest, match=f"max_update_bytes: .*have {len(DATA)} bytes; allowed: {len(DATA) - 1}"):
+    with pytest.raises(InvalidRequest, match=f"have {len(DATA)} bytes .* at most {len(DATA) - 1} .max_update_bytes"):
         read(message_of(TENSORS), max_bytes=len(DATA) - 1)
 
 

@@ -68,7 +68,7 @@ def test_token_comes_from_environment_or_file(monkeypatch: pytest.MonkeyPatch, t
 def test_unusable_token_is_rejected(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("POISE_BAKERY_AUTH__TOKEN", token)
     [line] = problems_of({})
-    assert line.startswith("POISE_BAKERY_AUTH__TOKEN (environment): must be visible ASCII")
+    assert line.startswith("POISE_BAKERY_AUTH__TOKEN (environment): must be one or more printable ASCII")
     assert "nter" not in line
 
 
@@ -76,7 +76,7 @@ def test_unusable_token_is_rejected(monkeypatch: pytest.MonkeyPatch, token: str)
 def test_token_file_without_a_token_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = write_token(tmp_path / "token", "")
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^auth.token_file: the token in .* must be visible ASCII") as caught:
+    with pytest.raises(ConfigError, match=r"^auth.token_file: the token in .* must be one or more printable") as caught:
         AuthConfig(token_file=path).read_token()
     assert "nter" not in str(caught.value)
 
