@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import warnings
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from tests.contract.test_engines import (
     sample_all,
 )
 from tests.support.tiny_models import make_tiny_llama
+from tests.support.vllm_processes import forked_processes
 
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, LoraConfig, TorchConfig, VllmConfig
@@ -99,8 +99,7 @@ def make_engine(kind: str, folder: Path, **changes: object) -> Engine:
 )
 async def started(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Engine]:
     engine = make_engine(request.param, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of vLLM's imports
+    with forked_processes():
         await engine.start()
     yield engine
     await engine.stop()

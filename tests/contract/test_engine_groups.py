@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 import time
-import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tests.contract.test_engines import DEADLINE_S, MAX_MODEL_LEN, Reference, sample
 from tests.support.tiny_models import make_tiny_llama
+from tests.support.vllm_processes import forked_processes
 
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
@@ -52,8 +52,7 @@ async def engine(request: pytest.FixtureRequest, reference: Reference) -> AsyncI
         from poise.generation.engines.vllm.engine import VllmEngine
 
         engine = VllmEngine(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of vLLM's imports
+    with forked_processes():
         await engine.start()
     yield engine
     await engine.stop()

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import time
-import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tests.support.tiny_models import make_tiny_llama
+from tests.support.vllm_processes import forked_processes
 
 from poise.algorithms.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
 from poise.errors import InvalidRequest
@@ -155,8 +155,7 @@ def make_engine(kind: str, folder: Path) -> Engine:
 )
 async def started(request: pytest.FixtureRequest, reference: Reference) -> AsyncIterator[Engine]:
     engine = make_engine(request.param, reference.folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of vLLM's imports
+    with forked_processes():
         await engine.start()
     yield engine
     await engine.stop()

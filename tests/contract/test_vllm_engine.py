@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from tests.contract.test_engines import (
     sample_all,
 )
 from tests.support.tiny_models import make_tiny_llama, make_tiny_qwen2
+from tests.support.vllm_processes import forked_processes
 
 from poise.algorithms.features import POOL_TOKENS, response_window
 from poise.errors import BackendDown
@@ -52,9 +52,11 @@ warnings.simplefilter("ignore")
 async def serve(model):
     from poise.generation.config import GenerationConfig, VllmConfig
     from poise.generation.engines.vllm.engine import VllmEngine
+    from tests.support.vllm_processes import forked_processes
 
     engine = VllmEngine(GenerationConfig(model=model, max_num_seqs=2, vllm=VllmConfig(kv_cache_gib=0.01)))
-    await engine.start()
+    with forked_processes():
+        await engine.start()
     print("READY", flush=True)
     await asyncio.sleep(600)
 
@@ -78,9 +80,8 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
     engine = VllmEngine(
         GenerationConfig(model=str(folder), max_num_seqs=4, vllm=VllmConfig(kv_cache_gib=0.01, threads=1))
     )
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch, forked_processes():
         patch.setenv("TMPDIR", temporary)  # no other engine of this machine may hold the memory lock
-        warnings.simplefilter("ignore")
         await engine.start()
         try:
             yield engine
@@ -92,6 +93,13 @@ async def started(folder: Path) -> AsyncIterator[VllmEngine]:
 async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
     # The last test that uses it kills it, so tests must run in the order of this file.
     async with started(folder) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def qwen2(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+    # The last test that uses it kills it, too.
+    async with started(make_tiny_qwen2(tmp_path_factory.mktemp("qwen2"))) as engine:
         yield engine
 
 
@@ -298,13 +306,6 @@ async def test_weights_are_served_exactly_prepared_or_not(
     await engine.update_weights(folder / "model.safetensors", 10)
 
 
-@pytest.mark.asyncio
-async def test_biases_and_an_untied_head_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_tiny_qwen2(tmp_path / "qwen2")
-    async with started(folder) as engine:
-        await check_updates(engine, Reference(folder), tmp_path, monkeypatch, first_version=1)
-
-
 @on_engines_loop
 async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
     assert engine.is_alive()
@@ -321,26 +322,26 @@ async def test_death_of_a_process_is_noticed(engine: VllmEngine) -> None:
         await sample(engine, [65, 66], Sampling(max_tokens=4))
 
 
-@pytest.mark.asyncio
-async def test_update_ends_if_the_engine_dies(folder: Path, reference: Reference, tmp_path: Path) -> None:
-    weights = reference.write_weights(tmp_path / "new.safetensors", seed=1)
-    others = _children("VLLM::EngineCore")
-    async with started(folder) as engine:
-        (core,) = _children("VLLM::EngineCore") - others
-        core.suspend()
-        calls = [
-            asyncio.create_task(call)
-            for call in (
-                engine.prepare_weights(weights),
-                engine.load_weights(weights, 1),
-            )
-        ]
-        await asyncio.sleep(0.5)
-        assert not any(call.done() for call in calls)
-        core.kill()
-        outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), DEADLINE_S)
-        assert all(isinstance(outcome, BackendDown) for outcome in outcomes)
-        assert not engine.is_alive()
+@on_engines_loop
+async def test_biases_and_an_untied_head_are_updated(
+    qwen2: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(Path(qwen2.info.model))
+    await check_updates(qwen2, reference, tmp_path, monkeypatch, first_version=1)
+
+
+@on_engines_loop
+async def test_update_ends_if_the_engine_dies(qwen2: VllmEngine, tmp_path: Path) -> None:
+    weights = Reference(Path(qwen2.info.model)).write_weights(tmp_path / "new.safetensors", seed=1)
+    core = max(_children("VLLM::EngineCore"), key=psutil.Process.create_time)
+    core.suspend()
+    calls = [asyncio.create_task(call) for call in (qwen2.prepare_weights(weights), qwen2.load_weights(weights, 6))]
+    await asyncio.sleep(0.5)
+    assert not any(call.done() for call in calls)
+    core.kill()
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), DEADLINE_S)
+    assert all(isinstance(outcome, BackendDown) for outcome in outcomes)
+    assert not qwen2.is_alive()
 
 
 def _children(title: str) -> set[psutil.Process]:
