@@ -48,7 +48,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         self.tensors: dict[str, bytes] = {}
         self.applied: list[int] = []
         """Versions, in order."""
-        self.num_asked = self.num_pushes = 0
+        self.num_requests = self.num_pushes = 0
         self.release, self.answers = asyncio.Event(), asyncio.Event()
         """While unset, pushes or GetPolicy hang."""
         self.release.set()
@@ -82,7 +82,7 @@ class Replica(generation_pb2_grpc.GenerationServiceServicer):
         await self.start()
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
-        self.num_asked += 1
+        self.num_requests += 1
         await self.answers.wait()
         return pb.GetPolicyResponse(
             lineage_id=self.policy.lineage_id,

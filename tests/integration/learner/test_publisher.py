@@ -90,8 +90,8 @@ async def test_publishing_a_served_version_again_returns_at_once(replica, publis
     sender = publisher(one)
     await sender.publish(current)
     one.answers.clear()
-    asked = one.num_asked
-    await eventually(lambda: one.num_asked > asked)
+    before = one.num_requests
+    await eventually(lambda: one.num_requests > before)
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(current)
     assert sender.results[0].current
@@ -224,8 +224,8 @@ async def test_replica_without_a_version_is_waited_for_once(replica, publisher, 
     await sender.publish(version(1))
     assert "GetPolicy" in sender.results[0].error
     monkeypatch.setattr(module, "_GET_POLICY_TIMEOUT_S", 10 * TIMEOUT_S)
-    asked = one.num_asked
-    await eventually(lambda: one.num_asked > asked)  # it gets a request and does not answer
+    before = one.num_requests
+    await eventually(lambda: one.num_requests > before)  # it gets a request and does not answer
     wait_long(sender)
     async with asyncio.timeout(TIMEOUT_S):
         await sender.publish(version(2))
@@ -263,8 +263,8 @@ async def test_conflict_is_logged_once_until_resolved(replica, publisher, caplog
     result = sender.results[0]
     assert (result.policy_version, result.current) == (7, False)
     assert "version 3 is older than version 7" in result.error
-    asked = one.num_asked
-    await eventually(lambda: one.num_asked > asked + 3)
+    before = one.num_requests
+    await eventually(lambda: one.num_requests > before + 3)
     assert caplog.text.count("is not current") == 1
     await sender.publish(version(8))
     assert one.policy == served(version(8))

@@ -50,10 +50,16 @@ async def fail(context, code, *, reason=None, retryable=True, retry_after_s=None
 def group_message(request, group_id):
     """Return a group as from the service, with n rollouts of two tokens."""
     state = Features(np.ones(3, np.float32), np.ones(3, np.float32))
-    prompt, tokens, logprobs = np.array([1], np.int32), np.array([5, 6], np.int32), np.zeros(2, np.float32)
+    per_token = {"token_entropies": np.zeros(2, np.float16), "sum_squared_probs": np.ones(2, np.float16)}
     rollouts = tuple(
         Rollout(
-            RolloutId(request.run_id, request.step, group_id, i), prompt, tokens, logprobs, features=state, text="hi"
+            RolloutId(request.run_id, request.step, group_id, i),
+            np.array([1], np.int32),
+            np.array([5, 6], np.int32),
+            np.zeros(2, np.float32),
+            features=state,
+            text="hi",
+            **per_token,
         )
         for i in range(request.num_rollouts)
     )
@@ -172,7 +178,8 @@ class Value(Scripted, ValueServiceServicer):
         return answer or value.PublishLabelsResponse(num_queued=len(request.groups))
 
     async def GetProbe(self, request, context):
-        return await self._scripted(request, context) or value.GetProbeResponse(num_pending=4)
+        answer = await self._scripted(request, context)
+        return answer or value.GetProbeResponse(estimator=value.ESTIMATOR_PROBE, num_pending=4)
 
 
 class Learner(Scripted, LearnerServiceServicer):

@@ -49,7 +49,7 @@ async def learner(target):
         yield client
 
 
-def asked(service):
+def requested(service):
     return [[prompt.group_id for prompt in request.prompts] for request in service.requests]
 
 
@@ -72,14 +72,14 @@ async def test_a_broken_stream_resumes_with_unfinished_groups(generation, genera
     ]
     groups = await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
     assert [group.group_id for group in groups] == ["b", "d", "c", "a"]
-    assert asked(generation_service) == [list("abcd"), list("ac"), list("ac")]
+    assert requested(generation_service) == [list("abcd"), list("ac"), list("ac")]
 
 
 async def test_a_stream_that_ends_early_is_resumed(generation, generation_service):
     generation_service.script = [generation_service.stream("a", "b", "c")]
     groups = await collect(generation.stream_trajectories("run", 0, PROMPTS, num_rollouts=1))
     assert [group.group_id for group in groups] == list("abcd")
-    assert asked(generation_service) == [list("abcd"), ["d"]]
+    assert requested(generation_service) == [list("abcd"), ["d"]]
 
 
 async def test_an_error_mid_stream_has_the_indices_of_the_caller(generation, generation_service, failing, unavailable):
@@ -123,7 +123,7 @@ async def test_encoded_prompts_keep_their_order_over_retries(generation, generat
     assert [(prompt.group_id, prompt.num_prompt_tokens, prompt.policy_version) for prompt in prompts] == [
         (name, 4, 3) for name in "abcd"
     ]
-    assert asked(generation_service) == [list("abcd"), list("ac"), ["a"]]
+    assert requested(generation_service) == [list("abcd"), list("ac"), ["a"]]
     assert await generation.encode_prompts([]) == []
 
 
@@ -280,8 +280,8 @@ def labelled(group_id, width=2):
 
 async def test_many_groups_are_split_and_answered_in_order(value, value_service):
     names = [f"g{i}" for i in range(256)]
-    asked = [unlabelled(name, 2560) for name in names]
-    answers = await value.estimate_baselines("run", 5, asked, wait_for_labels_s=2.5)
+    requested = [unlabelled(name, 2560) for name in names]
+    answers = await value.estimate_baselines("run", 5, requested, wait_for_labels_s=2.5)
     assert [answer.group_id for answer in answers] == names
     assert len(value_service.requests) == 4
     for request in value_service.requests:

@@ -33,11 +33,11 @@ async def test_a_channel_from_open_channel_ignores_proxies(target, monkeypatch):
 
 
 async def test_use_proxy_sends_calls_through_the_proxy(target, monkeypatch):
-    asked = asyncio.get_running_loop().create_future()
+    request = asyncio.get_running_loop().create_future()
 
     async def refuse(reader, writer):
-        if not asked.done():
-            asked.set_result(await reader.readline())
+        if not request.done():
+            request.set_result(await reader.readline())
         writer.close()
 
     proxy = await asyncio.start_server(refuse, "127.0.0.1", 0)
@@ -45,4 +45,4 @@ async def test_use_proxy_sends_calls_through_the_proxy(target, monkeypatch):
     async with proxy, AsyncValueClient(target, use_proxy=True, retries=RetryPolicy(max_attempts=1)) as client:
         with pytest.raises(errors.UnavailableError):
             await client.get_probe(timeout_s=20)
-    assert (await asked).startswith(f"CONNECT {target} ".encode())
+    assert (await request).startswith(f"CONNECT {target} ".encode())

@@ -44,9 +44,11 @@ async def test_a_step_sends_what_the_services_need(run, value_service, learner_s
     assert await run.publish(baselines) == 2
     result = await run.train(baselines)
     assert result.policy_version == 9
-    asked, published = ([codec.decode(group, Group) for group in request.groups] for request in value_service.requests)
+    estimated, published = (
+        [codec.decode(group, Group) for group in request.groups] for request in value_service.requests
+    )
     assert [group.group_id for group in groups] == ["g0", "g1"]
-    assert [(group.group_id, group.domain, group.rewards.tolist()) for group in asked] == [
+    assert [(group.group_id, group.domain, group.rewards.tolist()) for group in estimated] == [
         ("g0", "sums", [1, 0]),
         ("g1", "sums", [0, 0]),
     ]

@@ -122,7 +122,7 @@ class StageApp(value_pb2_grpc.ValueServiceServicer, generation_pb2_grpc.Generati
                 )
             case "long-message":
                 raise errors.NotFound("长" * 5000, remedy="也" * 5000, retry_after_s=2.5)
-        return value_pb2.GetProbeResponse(num_pending=7)
+        return value_pb2.GetProbeResponse(estimator=value_pb2.ESTIMATOR_PROBE, num_pending=7)
 
     async def StreamTrajectories(self, request: generation_pb2.StreamTrajectoriesRequest, context: Any) -> Any:
         self.events.append("streaming")

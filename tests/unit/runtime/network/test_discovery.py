@@ -88,8 +88,8 @@ async def test_discovery_without_names_is_fixed():
 
 
 async def test_name_resolves_to_all_its_targets(monkeypatch):
-    async def getaddrinfo(*asked, **kind):
-        assert (asked, kind) == (("replicas", 7), {"type": socket.SOCK_STREAM})
+    async def getaddrinfo(*requested, **kind):
+        assert (requested, kind) == (("replicas", 7), {"type": socket.SOCK_STREAM})
         return [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 7)),
             (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fd00::1", 7, 0, 0)),
