@@ -12,7 +12,10 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -21,6 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "poise.generation.engines.transformers.engine",
         "poise.generation.app",
         "poise.learner.app",
+        "poise.value.app",
         "poise.runtime.cli.service_main",
         "torch.distributed.elastic.multiprocessing",
         "transformers.models.llama.modeling_llama",
@@ -31,9 +35,21 @@ _CONTEXT.set_forkserver_preload(
 class ForkedProgram:
     """A running program, with the part of `subprocess.Popen` that tests use."""
 
-    def __init__(self, program: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Run a module or a .py file as `python` does, in a session of its own, with its output appended to `log`."""
-        self._process = _CONTEXT.Process(target=_run, args=(program, list(arguments), dict(environment), str(log)))
+    def __init__(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        folder: Path = Path(),
+    ) -> None:
+        """Run a module or a .py file in `folder`, as `python` does, in its own session; append its output to `log`."""
+        log.touch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GRPC_VERBOSITY", "NONE")  # which gRPC reads as soon as it is imported
+            forkserver.ensure_running()
+        paths = str(log.resolve()), str(folder.resolve())
+        self._process = _CONTEXT.Process(target=_run, args=(program, list(arguments), dict(environment), *paths))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -64,8 +80,9 @@ class ForkedProgram:
         self._process.kill()
 
 
-def _run(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run(program: str, arguments: list[str], environment: dict[str, str], log: str, folder: str) -> None:
     os.setsid()
+    os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

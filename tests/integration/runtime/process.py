@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 import grpc
 import httpx
+from tests.support.forking import ForkedProgram
 
 STAGE = Path(__file__).with_name("stage.py")
 TIMEOUT_S = 240.0
@@ -34,7 +33,7 @@ def eventually(condition: Callable[[], Any], what: str = "") -> Any:
 class Stage:
     """One process."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedProgram
     log_file: Path
     address_file: Path
     token: str | None
@@ -91,9 +90,7 @@ def run_stage(folder: Path, *settings: str, token: str | None = None, config: st
     if token is not None:
         environment["POISE_STAGE_AUTH__TOKEN"] = token
     options = [option for setting in settings for option in ("--set", setting)]
-    with log_file.open("wb") as log:
-        command = [sys.executable, str(STAGE), "-c", str(config_file), *options]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    process = ForkedProgram(str(STAGE), ["-c", str(config_file), *options], environment, log_file)
     try:
         yield Stage(process, log_file, address_file, token)
     finally:
