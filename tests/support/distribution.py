@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import psutil
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 WORKER_BYTES = 4 * 2**30
@@ -42,9 +43,12 @@ FIRST = ("tests/contract", "tests/e2e", "tests/integration", "tests/chart", "tes
 
 
 def num_workers() -> int:
-    """Return how many workers this machine's cores and free memory can feed."""
-    by_memory = psutil.virtual_memory().available // WORKER_BYTES
-    return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+    """Return how many workers this machine's cores and free memory can feed.
+
+    There are more workers than cores, because tests wait: for timeouts, and for processes that start.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    return max(1, min(num_cores + (num_cores + 1) // 2, psutil.virtual_memory().available // WORKER_BYTES))
 
 
 def start_order(path: str) -> int:
@@ -54,7 +58,11 @@ def start_order(path: str) -> int:
 
 
 class FileScheduler(LoadScopeScheduling):  # type: ignore[misc]
-    """Give each worker whole files, or whole groups of files."""
+    """Give each worker whole files, or whole groups of files, in the order of the collection."""
+
+    def __init__(self, config: pytest.Config, log: object) -> None:
+        config.option.loadscopereorder = False  # the default starts files with many tests first, not long ones
+        super().__init__(config, log)
 
     def _split_scope(self, nodeid: str) -> str:  # the hook of pytest-xdist for this
         path = nodeid.partition("::")[0]
