@@ -106,8 +106,8 @@ _PROBE_HEADER = (
     f"{'clipped':>7} {'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
 )
 """r, brier, skill and bias compare values with the siblings' rewards. /none, /rloo and /batch are the variance of the
-advantages relative to other baselines. lag is the time from publishing a label until it is durable. A second line has
-the mean value and the mean reward of rollouts by tenths of the value."""
+advantages relative to other baselines. lag is the time from publishing a label until it is durable. A second line
+groups rollouts by tenths of the value; each tenth has its mean value and mean reward."""
 
 
 def _probe_line(probe: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) ->
     else:
         if difference.is_rounding:
             return
-        reason = f"new adapters, whose output is zero, change them: log-probabilities {difference}"
+        reason = f"new adapters, whose output is zero, change the log-probabilities, which {difference}"
     raise Unusable(
         f"lora: model {name} ({type(forward.model).__name__}) cannot take these adapters: {reason}",
         remedy="Name other lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj].",
