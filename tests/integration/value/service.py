@@ -8,8 +8,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 from click.testing import CliRunner
+from tests.support.forking import ForkedProgram
 from tests.support.groups import make_group, moved
 from tests.support.ports import free_port
 
@@ -62,14 +61,13 @@ class ValueService:
             *PROBE,
             *settings,
         ]
-        self._command = [sys.executable, str(SCRIPT), str(self.record_file), "-c", str(folder / "value.yaml")]
-        self._command += [part for option in options for part in ("--set", option)]
-        self.process: subprocess.Popen[bytes] | None = None
+        self._arguments = [str(self.record_file), "-c", str(folder / "value.yaml")]
+        self._arguments += [part for option in options for part in ("--set", option)]
+        self.process: ForkedProgram | None = None
 
     def start(self) -> None:
-        with self.log_file.open("ab") as log:
-            environment = os.environ | {"GRPC_VERBOSITY": "NONE", "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(self._command, env=environment, stdout=log, stderr=log)
+        environment = os.environ | {"GRPC_VERBOSITY": "NONE", "OMP_NUM_THREADS": "1"}
+        self.process = ForkedProgram(str(SCRIPT), self._arguments, environment, self.log_file)
 
     def kill(self) -> None:
         """Kill the process, like `kill -9`."""
