@@ -1,4 +1,4 @@
-"""A whole run killed at several points ends, version by version, in the weights of one that was never killed."""
+"""A run whose every process is killed ends, version by version, in the weights of a run that was never killed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.test_tiny_run import STALL_S, Run
+from tests.e2e.test_tiny_run import STALL_S, Run, assert_each_counted_once
 
 NUM_STEPS, PROMPTS = 8, 16
 
-VICTIMS = ("value", "train", "learner", "value", "generation")
+VICTIMS = ("value", "train", "learner", "valkey", "value", "generation")
 SETTINGS = (
     f"train.num_steps={NUM_STEPS}",
     f"train.prompts_per_step={PROMPTS}",
@@ -72,6 +72,15 @@ def test_killed_run_ends_in_the_weights_of_an_undisturbed_one(tmp_path: Path) ->
     exported = [(run.folder / "model" / "model.safetensors").read_bytes() for run in (lived, killed)]
     assert exported[0] == exported[1]
     for run in (lived, killed):
+        assert_each_counted_once(run, NUM_STEPS, PROMPTS)
+        # Each step's rollouts come from the very weights that the learner holds.
+        assert all(line["learner"]["mismatch_logprob"] < 1e-4 for line in metrics(run))
+        assert all(line["staleness"]["max"] == 0 for line in metrics(run))
         sources = [line["baseline"]["source"] for line in metrics(run)]
         assert sources == ["bootstrap"] + ["probe"] * (NUM_STEPS - 1)
         assert all(line["baseline"]["probe_up_to_date"] for line in metrics(run))
+    (probe,) = json.loads((killed.folder / "probes.json").read_text())
+    assert (probe["domain"], probe["num_steps_seen"]) == ("digits", NUM_STEPS)
+    for name in ("report.html", "rollouts.jsonl", "values.jsonl", "model/config.json", "model/model.safetensors"):
+        assert (killed.folder / name).stat().st_size > 0, name
+    assert list((killed.folder / "tensorboard").iterdir())
