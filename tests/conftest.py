@@ -46,11 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of workers for `-n auto`."""
     from tests.support.distribution import num_workers
 
-    return num_workers()
+    return num_workers(has_slow_tests=config.option.markexpr != "not slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -42,13 +42,14 @@ FIRST = ("tests/contract", "tests/e2e", "tests/integration", "tests/chart", "tes
 """Folders in the order in which they start. Long files come first, so that no worker ends long after the others."""
 
 
-def num_workers() -> int:
+def num_workers(*, has_slow_tests: bool) -> int:
     """Return how many workers this machine's cores and free memory can feed.
 
-    There are more workers than cores, because tests wait: for timeouts, and for processes that start.
+    Slow tests get more workers than cores, because they wait: for timeouts, and for processes that start.
     """
     num_cores = len(os.sched_getaffinity(0))
-    return max(1, min(num_cores + (num_cores + 1) // 2, psutil.virtual_memory().available // WORKER_BYTES))
+    by_cores = num_cores + (num_cores + 1) // 2 if has_slow_tests else num_cores
+    return max(1, min(by_cores, psutil.virtual_memory().available // WORKER_BYTES))
 
 
 def start_order(path: str) -> int:
