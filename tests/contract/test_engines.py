@@ -21,13 +21,14 @@ from tests.support.tiny_models import make_tiny_llama
 from tests.support.vllm_processes import forked_processes
 
 from poise.algorithms.features import POOL_TOKENS, ResponseSpans, Span, prompt_window
+from poise.algorithms.score_weighted import squared_score_norms
 from poise.errors import InvalidRequest
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
 from poise.generation.engine import Engine, EngineRequest
 from poise.generation.feature_pooling import build_features, mean_or_zeros, pooled_response
 from poise.generation.prompts.tokenizer import Tokenizer
 from poise.generation.sampler import Sampler
-from poise_client.types import Prompt, Rollout, RolloutId, Sampling
+from poise_client.types import Prompt, Rollout, RolloutId, Sampling, VersionSpan
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -78,6 +79,13 @@ class Reference:
         _, logprobs = self._forward(prompt, sampling, token_ids)
         return _of_tokens(logprobs, token_ids)
 
+    @torch.inference_mode()
+    def check_tokens(self, prompt: list[int], sampling: Sampling, rollout: Rollout, span: VersionSpan) -> None:
+        """Compare the statistics of a span's tokens with those of the whole sequence under the current weights."""
+        token_ids = rollout.token_ids.tolist()
+        _, logprobs = self._forward(prompt, sampling, token_ids)
+        _check_statistics(logprobs, token_ids, rollout, slice(span.start_token, span.end_token))
+
     def _forward(self, prompt: list[int], sampling: Sampling, token_ids: list[int]) -> tuple[Any, torch.Tensor]:
         outputs = self._model(torch.tensor([prompt + token_ids]), output_hidden_states=True)
         logits = outputs.logits[0, len(prompt) - 1 : -1]
@@ -88,13 +96,7 @@ class Reference:
         """Compare all numbers of a rollout with a separate forward pass."""
         token_ids = rollout.token_ids.tolist()
         outputs, logprobs = self._forward(prompt, sampling, token_ids)
-        expected = _of_tokens(logprobs, token_ids)
-        entropies = torch.special.entr(logprobs.exp()).sum(-1).numpy()
-        np.testing.assert_allclose(rollout.logprobs, expected, atol=TOLERANCE)
-        squares = logprobs.exp().square().sum(-1).numpy()
-        np.testing.assert_allclose(rollout.token_entropies, entropies, atol=TOLERANCE, rtol=HALF_ROUNDING)
-        np.testing.assert_allclose(rollout.sum_squared_probs, squares, atol=TOLERANCE, rtol=HALF_ROUNDING)
-
+        entropies = _check_statistics(logprobs, token_ids, rollout, slice(0, len(token_ids)))
         states = outputs.hidden_states[layer + 1][0].numpy()
         window, spans = self.pooled_response(token_ids)
         expected_features = build_features(
@@ -118,6 +120,24 @@ class Reference:
         states = self._model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer + 1][0].numpy()
         pooled: np.ndarray = states[-self._prompt_pool_tokens :].mean(axis=0)
         return pooled
+
+
+def _check_statistics(logprobs: torch.Tensor, token_ids: list[int], rollout: Rollout, part: slice) -> np.ndarray:
+    """Compare a part of a rollout's token statistics with exact distributions. Return all exact entropies."""
+    own = _of_tokens(logprobs, token_ids)
+    entropies: np.ndarray = torch.special.entr(logprobs.exp()).sum(-1).numpy()
+    squares = logprobs.double().exp().square().sum(-1).numpy()
+    assert rollout.logprobs.size == rollout.token_entropies.size == rollout.sum_squared_probs.size == len(token_ids)
+    for found, expected, rtol in (
+        (rollout.logprobs, own, 0.0),
+        (rollout.token_entropies, entropies, HALF_ROUNDING),
+        (rollout.sum_squared_probs, squares, HALF_ROUNDING),
+    ):
+        np.testing.assert_allclose(found[part], expected[part], atol=TOLERANCE, rtol=rtol)
+    norms = squared_score_norms(rollout.logprobs, rollout.sum_squared_probs)
+    exact_norms = 1.0 - 2.0 * np.exp(own.astype(np.float64)) + squares
+    np.testing.assert_allclose(norms[part], exact_norms[part], atol=HALF_ROUNDING / 2 + TOLERANCE, rtol=0)
+    return entropies
 
 
 def _of_tokens(logprobs: torch.Tensor, token_ids: list[int]) -> np.ndarray:
@@ -486,15 +506,10 @@ async def test_update_in_flight_shows_in_version_spans(engine: Engine, reference
         old, new = rollout.version_spans
         assert (old.policy_version, new.policy_version) == (before, after)
         assert 0 < old.end_token == new.start_token
-        assert rollout.logprobs.size == rollout.token_entropies.size == rollout.token_ids.size
-        assert rollout.sum_squared_probs.size == rollout.token_ids.size
         # Each token is sampled as if the weights of its span had computed the whole sequence.
-        token_ids = rollout.token_ids.tolist()
         for span, path in ((old, original), (new, weights)):
             reference.use(path)
-            expected = reference.logprobs([65, 66], Sampling(), token_ids)[span.start_token : span.end_token]
-            found = rollout.logprobs[span.start_token : span.end_token]
-            np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+            reference.check_tokens([65, 66], Sampling(), rollout, span)
 
 
 @pytest.fixture

@@ -340,7 +340,9 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def token_entropies(self) -> _common_pb2.Tensor:
-        """token_entropies is float16 [T]: the entropy of the same distribution at each token, in nats."""
+        """token_entropies is float16 [T]: the entropy of the same distribution at each token, in nats. Rounding changes it by at
+        most 0.05 %.
+        """
 
     @_builtins.property
     def features(self) -> _common_pb2.RolloutFeatures:
@@ -352,7 +354,9 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def sum_squared_probs(self) -> _common_pb2.Tensor:
-        """sum_squared_probs is float16 [T]: at each token, the sum over the vocabulary of the squared probabilities."""
+        """sum_squared_probs is float16 [T]: at each token, the sum over the vocabulary of the squared probabilities. Rounding
+        changes it by at most 0.05 %, or by 3e-8 below 6e-5. See TokenStatistics.
+        """
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import Unusable
-from poise.generation.config import GenerationConfig, VllmConfig
+from poise.generation.config import GenerationConfig
 from poise.generation.engine import EngineInfo
 from poise.generation.engines.vllm.lora import adapter_arguments
 from poise.generation.engines.vllm.orphans import SERVER_PID_VARIABLE
@@ -110,9 +110,14 @@ def import_vllm(config: GenerationConfig) -> None:
 def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
     """Start vLLM and return its `AsyncLLM` once the model is loaded. Blocks."""
     from vllm import AsyncEngineArgs
-    from vllm.config import WeightTransferConfig
-    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**vllm_arguments(config, facts), **_recording(config, facts)))
+
+
+def vllm_arguments(config: GenerationConfig, facts: ModelFacts) -> dict[str, Any]:
+    """Return vLLM's arguments for a model and its sampling, without recording and weight updates."""
+    from vllm.platforms import current_platform
 
     settings = config.vllm
     if current_platform.is_cpu():
@@ -125,38 +130,41 @@ def launch(config: GenerationConfig, facts: ModelFacts) -> Any:
         }
     else:
         hardware = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-    arguments = AsyncEngineArgs(
-        model=config.model,
-        dtype=facts.dtype,
-        max_model_len=facts.info.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        enforce_eager=settings.enforce_eager,
-        **_prefix_caching(settings),
-        worker_cls="poise.generation.engines.vllm.worker.PoiseWorker",
-        weight_transfer_config=WeightTransferConfig(backend="poise_file"),
-        additional_config={
+    return {
+        "model": config.model,
+        "dtype": facts.dtype,
+        "max_model_len": facts.info.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": settings.enforce_eager,
+        # With None, vLLM caches for every model that supports it.
+        "enable_prefix_caching": None if settings.prefix_caching else False,
+        "stream_interval": STREAM_INTERVAL,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        **hardware,
+    }
+
+
+def _recording(config: GenerationConfig, facts: ModelFacts) -> dict[str, Any]:
+    """Return vLLM's arguments for our worker, scheduler, weight updates and adapters."""
+    from vllm.config import WeightTransferConfig
+
+    arguments: dict[str, Any] = {
+        "worker_cls": "poise.generation.engines.vllm.worker.PoiseWorker",
+        "weight_transfer_config": WeightTransferConfig(backend="poise_file"),
+        "additional_config": {
             "poise_feature_layer": facts.info.feature_layer,
             "poise_num_slots": num_slots(config),
             "poise_response_pool_tokens": config.response_pool_tokens,
         },
-        stream_interval=STREAM_INTERVAL,
-        generation_config="vllm",
-        disable_log_stats=True,
         **adapter_arguments(config),
-        **hardware,
-    )
-    return AsyncLLM.from_engine_args(arguments)
+    }
+    if config.vllm.prefix_caching:
+        from poise.generation.engines.vllm.scheduler import PoiseScheduler  # never reads pooled tokens from the cache
 
-
-def _prefix_caching(settings: VllmConfig) -> dict[str, Any]:
-    """Return vLLM's arguments for prefix caching, with the scheduler that recomputes pooled tokens."""
-    if not settings.prefix_caching:
-        return {"enable_prefix_caching": False}
-    from poise.generation.engines.vllm.scheduler import PoiseScheduler
-
-    # With None, vLLM caches for every model that supports it.
-    return {"enable_prefix_caching": None, "scheduler_cls": PoiseScheduler}
+        arguments["scheduler_cls"] = PoiseScheduler
+    return arguments
 
 
 def _set_environment(config: GenerationConfig) -> None:

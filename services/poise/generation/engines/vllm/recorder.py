@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from poise.generation.engines.vllm.think_tokens import ENDED, NUM_STATES
+from poise.generation.engines.vllm.token_statistics import TokenStatistics
 
 RUN_ON_TOKENS = 22
 """Response states kept beyond the pooled window, because vLLM samples more tokens before it detects a stop string."""
@@ -142,19 +143,27 @@ class Recorder:
         self._num_seen_S[slots_R] = np.maximum(self._num_seen_S[slots_R], num_after_R)
         self._step = _Step(slots_R, num_after_R - self._num_prompt_S[slots_R])
 
-    def record_sampled(self, logprobs_RV: torch.Tensor, sampled_R: torch.Tensor, kept_R: NDArray[np.bool_]) -> None:
-        """Record the statistics of the sampled tokens, from the distributions before truncation."""
+    def record_sampled(self, logits_RV: torch.Tensor, sampled_R: torch.Tensor, kept_R: NDArray[np.bool_]) -> None:
+        """Record the statistics of the sampled tokens.
+
+        Args:
+            logits_RV: float32, after temperature and before truncation. Overwritten.
+            sampled_R: sampled tokens.
+            kept_R: False for requests whose token is discarded, because their prompt is not finished.
+        """
         if self._step is None:
             return
         rows = np.flatnonzero(kept_R & (self._step.slots_R != self._no_slot))
         if not rows.size:
             return
         slots, indices = self._to_device(self._step.slots_R[rows]), self._to_device(self._step.sampled_R[rows])
-        kept = self._to_device(rows)
-        self._logprobs[slots, indices] = logprobs_RV.gather(1, sampled_R.long()[:, None])[kept, 0]
-        probs_RV = logprobs_RV.exp()
-        self._entropies[slots, indices] = torch.special.entr(probs_RV).sum(-1)[kept]
-        self._sum_squared_probs[slots, indices] = torch.linalg.vecdot(probs_RV, probs_RV)[kept]
+        if rows.size < kept_R.size:
+            kept = self._to_device(rows)
+            logits_RV, sampled_R = logits_RV[kept], sampled_R[kept]
+        statistics = TokenStatistics(logits_RV)
+        self._logprobs[slots, indices] = statistics.logprobs(sampled_R)
+        self._entropies[slots, indices] = statistics.entropies()
+        self._sum_squared_probs[slots, indices] = statistics.sum_squared_probs()
 
     def collect(self, rollout_id: str, num_tokens: int, start: int, end: int) -> Record | None:
         """Return and free the record of a rollout of `num_tokens`, with states pooled over response [start, end).
@@ -192,7 +201,9 @@ class Recorder:
         moved = self._think_table_SV[self._think_state_S[slots], token_ids].long()
         self._think_state_S[slots] = moved % NUM_STATES
         ended = moved >= ENDED
-        # Pool for all slots: selecting those where the tag ended would synchronize with the device.
+        if self._device.type == "cpu" and not ended.any():
+            return
+        # On a GPU pool for all slots: selecting those where the tag ended would synchronize with the device.
         pooled = self._pool(slots, indices + 1)
         self._think_hidden_Sd[slots] = torch.where(ended[:, None], pooled, self._think_hidden_Sd[slots])
         self._think_end_S[slots] = torch.where(ended, indices + 1, self._think_end_S[slots])

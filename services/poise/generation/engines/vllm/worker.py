@@ -21,6 +21,7 @@ from poise.generation.engines.vllm.lora import add_empty_adapter
 from poise.generation.engines.vllm.orphans import end_with_server
 from poise.generation.engines.vllm.recorder import Record, Recorder
 from poise.generation.engines.vllm.think_tokens import think_close_table
+from poise.generation.engines.vllm.token_statistics import scaled_logits
 from poise.generation.engines.vllm.weight_loader import register_backend
 from poise.generation.prompts.tokenizer import Tokenizer
 from poise.generation.weights.process_group import GroupPayload, GroupReceiver
@@ -204,18 +205,11 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         def sample_and_record(logits: torch.Tensor, *args: Any) -> Any:
             runner, recorder = self.model_runner, self._recorder
             assert recorder is not None  # noqa: S101 (set by `load_model`)
-            logprobs_RV = _log_distribution(logits, runner.input_batch.sampling_metadata.temperature)
+            # A copy, because vLLM applies temperature and truncation in place.
+            logits_RV = scaled_logits(logits, runner.input_batch.sampling_metadata.temperature, _GREEDY_BELOW)
             output = sample(logits, *args)
             kept_R = ~runner.discard_request_mask.np[: logits.shape[0]].astype(bool)
-            recorder.record_sampled(logprobs_RV, output.sampled_token_ids[:, 0], kept_R)
+            recorder.record_sampled(logits_RV, output.sampled_token_ids[:, 0], kept_R)
             return output
 
         return sample_and_record
-
-
-def _log_distribution(logits_RV: torch.Tensor, temperature_R: torch.Tensor | None) -> torch.Tensor:
-    """Return the log-probabilities before any truncation. At temperature 0, those at temperature 1."""
-    if temperature_R is None:
-        return torch.log_softmax(logits_RV.float(), -1)
-    divisor = torch.where(temperature_R < _GREEDY_BELOW, 1.0, temperature_R)
-    return torch.log_softmax(logits_RV.float() / divisor[:, None], -1)
