@@ -3,8 +3,8 @@
 Two engines serve the same model with the same settings: ours, which records hidden states, log-probabilities, entropies
 and sums of squared probabilities, and plain vLLM, which does none of it. Both sample the same prompts with the same
 seeds, in pairs of turns; the engine that goes first alternates. While one engine works, the other's processes are
-suspended. CPU seconds are those of the engine's processes and of this one. Other load on the machine changes them less
-than tokens/s.
+suspended. Halfway, both restart in the opposite order. CPU seconds are those of the engine's processes and of this one.
+Other load on the machine changes them less than tokens/s.
 
 The ratio of a pair is our throughput divided by plain vLLM's. The table shows the median over pairs, with a 95 %
 interval from a bootstrap over pairs. A second table shows what each part costs by itself in a step, on one thread.
@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -192,20 +193,30 @@ def random_requests(seed: int, num_rollouts: int, num_prompt: int, max_tokens: i
 
 
 async def measure(config: GenerationConfig, pairs: int, num_prompt: int, max_tokens: int) -> list[Pair]:
-    """Return the pairs, without a first one that warms up."""
+    """Return the pairs. Each engine starts first in one half of them, because that changes its memory."""
     measured = []
-    async with plain_engine(config) as plain, our_engine(config) as ours:
-        for index in range(pairs + 1):
-            requests = random_requests(index, config.max_num_seqs, num_prompt, max_tokens)
-            results = {}
-            for engine in (ours, plain) if index % 2 else (plain, ours):
-                results[engine] = await engine.turn(requests)
-            (our_turn, our_responses), (plain_turn, plain_responses) = results[ours], results[plain]
-            num_same = sum(mine == theirs for mine, theirs in zip(our_responses, plain_responses, strict=True))
-            pair = Pair(our_turn, plain_turn, num_same)
-            if index:
-                measured.append(pair)
-                click.echo(f"pair {index}: " + ", ".join(f"{CLOCKS[c]} {pair.ratio(c):.3f}" for c in CLOCKS))
+    for start_ours_first in (False, True):
+        async with contextlib.AsyncExitStack() as stack:
+            if start_ours_first:
+                ours = await stack.enter_async_context(our_engine(config))
+                plain = await stack.enter_async_context(plain_engine(config))
+            else:
+                plain = await stack.enter_async_context(plain_engine(config))
+                ours = await stack.enter_async_context(our_engine(config))
+            for index in range(-1, math.ceil(pairs / 2)):
+                seed = len(measured)
+                requests = random_requests(seed, config.max_num_seqs, num_prompt, max_tokens)
+                results = {}
+                for engine in (ours, plain) if index % 2 else (plain, ours):
+                    results[engine] = await engine.turn(requests)
+                (our_turn, our_responses), (plain_turn, plain_responses) = results[ours], results[plain]
+                num_same = sum(mine == theirs for mine, theirs in zip(our_responses, plain_responses, strict=True))
+                pair = Pair(our_turn, plain_turn, num_same)
+                if index >= 0:  # the first pair warms up
+                    measured.append(pair)
+                    click.echo(
+                        f"pair {len(measured)}: " + ", ".join(f"{CLOCKS[c]} {pair.ratio(c):.3f}" for c in CLOCKS)
+                    )
     return measured
 
 

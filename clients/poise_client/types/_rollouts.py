@@ -163,8 +163,8 @@ class Rollout:
     """[T], in nats: entropies of the distribution over the full vocabulary after temperature. float16 rounds them by at
     most 0.05 %."""
     sum_squared_probs: Halves = field(default_factory=_no_halves)
-    """[T]: Σ p² over the vocabulary, for the distribution of each token. float16 rounds it by at most 0.00024. Score norms
-    1 − 2π + Σπ² near 0 need their range, (1 − π)² to 2(1 − π)²."""
+    """[T]: Σ p² over the vocabulary, for the distribution of each token. float16 rounds it by at most 0.00024. Clip the
+    score norm 1 − 2p + Σ p² of a token to its range, (1 − p)² to 2(1 − p)²."""
     first_token_s: float = 0.0
     """Time from entering the engine to the first token, in seconds."""
     total_s: float = 0.0
