@@ -150,8 +150,26 @@ def show(tree: Tree, noise: Mapping[str, float]) -> None:
     Console().print(table)
 
 
+def markdown(tree: Tree, axis: str = "tokens") -> str:
+    """Return a table for README.md: amounts to each level relative to the reference, and the end of the budget."""
+    levels = " | ".join(f"{axis} to {level:g}" for level in tree["levels"])
+    lines = [
+        f"| | {levels} | final reward | pass@8 | entropy | seeds |",
+        "|---" * (len(tree["levels"]) + 5) + "|",
+    ]
+    for name, run in tree["runs"].items():
+        cells = ["–" if (ratio := each["ratio"]) is None else f"{ratio:.2f}" for each in run["to_reach"][axis]]
+        final = run["final"]
+        cells.append(f"{final['mean']:.3f} ({final['low']:.3f} to {final['high']:.3f})")
+        ends = (run["final_pass_at_k"].get("pass@8"), run["final_token_entropy"])
+        cells += ["–" if each is None else f"{each['mean']:.3f}" for each in ends]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(run['seeds'])} |")
+    return "\n".join(lines)
+
+
 def keep(name: str, tree: Tree, figures: Mapping[str, Any]) -> None:
-    """Write results/NAME.json, and the curves to figures/."""
+    """Write results/NAME.json, and the curves to figures/; print the table of README.md."""
+    print(markdown(tree))
     for run in tree["runs"].values():
         for seed in run["seeds"].values():
             del seed["folder"]  # a path on this machine

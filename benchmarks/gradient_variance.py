@@ -385,6 +385,11 @@ def show(stage: str, tree: dict[str, Any]) -> None:
         cells = [f"{one[c][0]:.3g} ({one[c][1]:.3g} to {one[c][2]:.3g})" if c in one else "-" for c in columns]
         table.add_row(name, *cells)
     Console(width=180).print(table)
+    click.echo("| | / POISE-2 | / PPO | / GRPO |\n|---|---|---|---|")
+    for name, one in tree["results"].items():
+        keys = ("vs_poise-2 probe", "vs_ppo-1", "vs_grpo-8")
+        cells = [f"{one[k][0]:.2f} ({one[k][1]:.2f} to {one[k][2]:.2f})" if k in one else "–" for k in keys]
+        click.echo(f"| {name} | {' | '.join(cells)} |")
 
 
 @click.command()

@@ -137,7 +137,7 @@ def _train(folder: Path, draw: Draw, num_clean: int, num_second: int, length: in
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"{folder.name}: step {step + 1} of {num_steps}, loss {float(loss):.3f}", flush=True)
+            print(f"{folder.name}: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
     model.eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)

@@ -8,6 +8,7 @@ much. The true gradient comes from differences of the expected reward, without s
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +23,11 @@ from poise.algorithms.score_weighted import (
     ridge,
     squared_score_norms,
 )
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix
+from poise.value.app import make_fitter
+from poise.value.config import ValueConfig
+from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label, TokenStatistics
 from poise.value.probe.model import FittedProbe
+from poise.value.score.model import reduced
 
 PROMPTS, LENGTH, VOCABULARY = 2, 3, 3
 TOLERANCE = 1e-6
@@ -119,8 +123,8 @@ class Softmax:
         true = self.true_gradient()
         return float(np.abs(self.expected_gradient(baselines, prompts) - true).max() / np.abs(true).max())
 
-    def earlier_samples(self) -> list[Sample]:
-        drawn = np.random.default_rng(99).integers((PROMPTS, len(RESPONSES)), size=(40, 2))
+    def earlier_samples(self, num_samples: int = 40) -> list[Sample]:
+        drawn = np.random.default_rng(99).integers((PROMPTS, len(RESPONSES)), size=(num_samples, 2))
         return [self.sample(int(prompt), int(index)) for prompt, index in drawn]
 
 
@@ -130,6 +134,11 @@ TOGETHER = [(0, 1)]
 """A step with one rollout of each prompt."""
 SIBLINGS = [(0, 0), (1, 1)]
 """Steps with two rollouts of one prompt."""
+
+
+NO_FEATURES = FeatureMatrix(
+    np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32), np.zeros((1, NUM_ENTROPIES), np.float32)
+)
 
 
 def rewards(step: Sequence[Sample]) -> list[np.ndarray]:
@@ -202,6 +211,29 @@ def score_weighted(
     return lambda step: [regression((answered or inputs)(one)) for one in step]
 
 
+def learnt(policy: Softmax, estimator: str) -> Baselines:
+    """Return the baselines of the value service's estimator, fitted on twelve earlier steps."""
+    samples = policy.earlier_samples(600)
+    labels = [
+        Label("run", index // 50, f"g{index}", "", NO_FEATURES, np.array([one.reward], np.float32), tokens=tokens(one))
+        for index, one in enumerate(samples)
+    ]
+    config = ValueConfig(state_dir=Path("unused"), estimator=estimator)
+    fitted = make_fitter(config, "").fit([reduced(label) for label in labels])
+    assert fitted.coefficients[1:].any() == (estimator != "score_mean")
+
+    def baselines(step: Sequence[Sample]) -> list[np.ndarray]:
+        answers = fitted.answer([GroupQuery("g", "", NO_FEATURES, tokens(one)) for one in step])
+        return [answer.baselines if answer.token_baselines is None else answer.token_baselines[0] for answer in answers]
+
+    return baselines
+
+
+def tokens(one: Sample) -> TokenStatistics:
+    entropies, squares = one.entropies.astype(np.float16), one.squares.astype(np.float16)
+    return TokenStatistics(one.logprobs, entropies, squares, (LENGTH,))
+
+
 def fitted_on_the_step(policy: Softmax) -> Baselines:
     """Return score-weighted means that have learnt the step before they answer."""
     samples = policy.earlier_samples()[:4]
@@ -229,10 +261,10 @@ UNBIASED = {
     "batch_mean": (lambda policy: mean_of_other_prompts, TOGETHER),
     "rloo": (lambda policy: mean_of_siblings, SIBLINGS),
     "probe": (lambda policy: probe, SIBLINGS),
-    "score_mean": (lambda policy: score_weighted(policy, no_inputs), ALONE),
-    "score_prefix": (lambda policy: score_weighted(policy, prefix), ALONE),
-    "score_prompt": (lambda policy: score_weighted(policy, prefix_and_prompt), ALONE),
-    "score_prefix, groups of two": (lambda policy: score_weighted(policy, prefix), SIBLINGS),
+    "score_mean": (lambda policy: learnt(policy, "score_mean"), ALONE),
+    "score_prefix": (lambda policy: learnt(policy, "score_prefix"), ALONE),
+    "score_prefix, groups of two": (lambda policy: learnt(policy, "score_prefix"), SIBLINGS),
+    "prefix and prompt": (lambda policy: score_weighted(policy, prefix_and_prompt), ALONE),
 }
 
 LEAKS = {

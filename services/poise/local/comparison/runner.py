@@ -134,9 +134,11 @@ def _report(plan: Plan, console: Console | None) -> None:
     """Write the report of all runs so far; print its tables on a console."""
     file = plan.file
     runs = tuple(ComparedRun(run.name, run.seed, run.algorithm, run.local.dir, _state(run)) for run in plan.runs)
-    tables = write_comparison(
-        Comparison(file.name, file.budget.limit, file.reference_name, file.levels, runs), plan.dir
-    )
+    comparison = Comparison(file.name, file.budget.limit, file.reference_name, file.levels, runs)
+    plan.dir.mkdir(parents=True, exist_ok=True)
+    with (plan.dir / "report.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other parts write the same files
+        tables = write_comparison(comparison, plan.dir)
     if console is not None:
         _print(console, f"\n{tables}")
 
