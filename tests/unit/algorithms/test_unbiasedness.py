@@ -261,7 +261,7 @@ UNBIASED = {
     "batch_mean": (lambda policy: mean_of_other_prompts, TOGETHER),
     "rloo": (lambda policy: mean_of_siblings, SIBLINGS),
     "probe": (lambda policy: probe, SIBLINGS),
-    "score_mean": (lambda policy: learnt(policy, "score_mean"), ALONE),
+    "score_mean": (lambda policy: score_weighted(policy, no_inputs), ALONE),
     "score_prefix": (lambda policy: learnt(policy, "score_prefix"), ALONE),
     "score_prefix, groups of two": (lambda policy: learnt(policy, "score_prefix"), SIBLINGS),
     "prefix and prompt": (lambda policy: score_weighted(policy, prefix_and_prompt), ALONE),
