@@ -1,5 +1,6 @@
-"""A training loop of your own, against `poise up --preset tiny`; `poise status --preset tiny` shows the addresses.
+"""A training loop of your own, with one rollout of each prompt. `poise status --preset tiny` shows the addresses.
 
+poise up --preset tiny --set train.algorithm.estimator=score_prefix
 POISE_TOKEN_FILE=runs/tiny/services/token python docs/custom_loop.py GENERATION VALUE LEARNER [STEPS]
 """
 
@@ -13,15 +14,14 @@ from poise_client.types import Sampling
 
 def train(run: poise_client.Run, num_steps: int) -> None:
     for step in range(num_steps):
-        digits = [f"{random.Random(f'{step}/{index}').randrange(1000):03d}" for index in range(32)]
+        digits = [f"{random.Random(f'{step}/{index}').randrange(1000):03d}" for index in range(64)]
         sampling = Sampling(max_tokens=4, seed=step)
-        groups = run.sample(step, [f"max{number}=" for number in digits], num_rollouts=2, sampling=sampling)
-        rewards = [[float(r.text == max(number)) for r in group.rollouts] for group, number in zip(groups, digits)]
+        groups = run.sample(step, [f"max{number}=" for number in digits], num_rollouts=1, sampling=sampling)
+        rewards = [float(group.rollouts[0].text == max(number)) for group, number in zip(groups, digits)]
         baselines = run.baselines(groups, rewards)  # before any label of the step is published
         run.publish(baselines)
         result = run.train(baselines)
-        mean = sum(map(sum, rewards)) / 64
-        print(f"step {step}: reward {mean:.3f}, policy version {result.policy_version}", flush=True)
+        print(f"step {step}: reward {sum(rewards) / 64:.3f}, policy version {result.policy_version}", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from poise_client.types import (
     StepResult,
 )
 
-Bootstrap = Literal["rloo", "batch_mean"]
-"""Baseline until the first probe: the mean reward of the siblings, or of the step's other prompts."""
+Bootstrap = Literal["rloo", "batch_mean", "none"]
+"""Baseline until the first fit: the mean reward of the siblings, that of the step's other prompts, or 0."""
 
 
 class AsyncRun:
@@ -98,12 +98,13 @@ class AsyncRun:
     ) -> StepBaselines:
         """Return the baselines of one step's rollouts. Call it before `publish` of the same step.
 
-        Until the first fit of a domain's probe, `bootstrap` selects the baselines. A single rollout has no siblings:
-        its baseline is the mean reward of the step's other prompts.
+        The value service's `estimator` decides whether there is one baseline per rollout or per token. Until its first
+        fit for a domain, `bootstrap` selects the baselines. A single rollout has no siblings: `rloo` then gives the
+        mean reward of the step's other prompts.
 
         Args:
             groups: all groups of the step to train on, from `sample`.
-            rewards: rewards of each group, [n] each, in [0, 1].
+            rewards: rewards of each group, [n] each, in [0, 1]. For a group of one rollout, a number is enough.
             wait_for_labels_s: see `AsyncValueClient.estimate_baselines`.
             timeout_s: deadline; a minute by default.
 
@@ -129,14 +130,14 @@ class AsyncRun:
             self.run_id, step, scored, wait_for_labels_s=wait_for_labels_s, timeout_s=timeout_s
         )
         values = [np.array([rollout.reward for rollout in group.rollouts], np.float32) for group in scored]
-        chosen = [
-            self._fallback(values, index) if estimate.baselines is None else estimate.baselines
-            for index, estimate in enumerate(estimates)
-        ]
+        chosen: list[Floats | tuple[Floats, ...]] = []
+        for index, estimate in enumerate(estimates):
+            own = estimate.token_baselines if estimate.baselines is None else estimate.baselines
+            chosen.append(self._fallback(values, index) if own is None else own)
         return StepBaselines(self.run_id, step, tuple(scored), tuple(chosen), tuple(estimates))
 
     async def publish(self, baselines: StepBaselines, *, timeout_s: float | None = None) -> int:
-        """Publish the rewards of a step for the probe to learn from; return the number of groups.
+        """Publish the rewards of a step for the estimator to learn from; return the number of groups.
 
         The labels are durable on return. Repeating the call is safe.
 
@@ -156,7 +157,7 @@ class AsyncRun:
         self,
         baselines: StepBaselines,
         *,
-        advantages: Sequence[ArrayLike] | None = None,
+        advantages: Sequence[Sequence[ArrayLike] | Floats] | None = None,
         temperature: float | None = None,
         timeout_s: float | None = None,
     ) -> StepResult:
@@ -166,7 +167,8 @@ class AsyncRun:
 
         Args:
             baselines: result of `baselines` for the step.
-            advantages: your own advantages, [n] for each group; by default reward − baseline.
+            advantages: your own advantages by group: for each rollout a number, or [T], one per token. By default
+                reward − baseline.
             temperature: sampling temperature. By default that of `sample`, or 1 if another process sampled the step.
             timeout_s: deadline; 30 minutes by default.
 
@@ -207,6 +209,8 @@ class AsyncRun:
 
     def _fallback(self, rewards: Sequence[Floats], index: int) -> Floats:
         """Return the bootstrap baselines of the group at `index`, [n]."""
+        if self._bootstrap == "none":
+            return np.zeros_like(rewards[index])
         own, others = rewards[index], [group for position, group in enumerate(rewards) if position != index]
         if own.size > 1 and (self._bootstrap == "rloo" or not others):
             # Omit the rollout's own reward instead of subtracting it: no bit of the baseline may depend on it.
@@ -216,17 +220,30 @@ class AsyncRun:
         return np.full_like(own, mean)
 
 
-def _for_training(group: Group, advantages: ArrayLike, *, has_critic: bool) -> Sequence[Rollout]:
+def _for_training(group: Group, advantages: Sequence[ArrayLike] | Floats, *, has_critic: bool) -> Sequence[Rollout]:
     """Return the rollouts of a group with their advantages, or for a critic with their rewards."""
     if has_critic:
         return group.rollouts
-    values = np.asarray(advantages, np.float32)
-    if values.shape != (len(group.rollouts),):
+    if len(advantages) != len(group.rollouts):
         raise ValueError(
-            f"group {group.group_id!r} has {len(group.rollouts)} rollouts but advantages of shape {values.shape}. "
-            "Pass one advantage for each rollout."
+            f"group {group.group_id!r} has {len(group.rollouts)} rollouts but {len(advantages)} advantages. "
+            "Pass a number, or one array, for each rollout."
         )
-    return [
-        dataclasses.replace(rollout, advantage=advantage, reward=None)
-        for rollout, advantage in zip(group.rollouts, values.tolist(), strict=True)
-    ]
+    rollouts = []
+    for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+        values = np.asarray(advantage, np.float32)
+        if values.shape not in ((), rollout.token_ids.shape):
+            raise ValueError(
+                f"rollout {rollout.id.rollout_index} of group {group.group_id!r} has {rollout.token_ids.size} tokens "
+                f"but advantages of shape {values.shape}. Pass a number, or one advantage for each token."
+            )
+        is_number = values.ndim == 0
+        rollouts.append(
+            dataclasses.replace(
+                rollout,
+                advantage=float(values) if is_number else None,
+                advantages=None if is_number else values,
+                reward=None,
+            )
+        )
+    return rollouts

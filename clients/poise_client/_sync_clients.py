@@ -16,6 +16,7 @@ from poise_client._weights import WeightPush
 from poise_client.types import (
     Batch,
     EncodedPrompt,
+    Floats,
     Group,
     GroupBaselines,
     LearnerStatus,
@@ -321,12 +322,13 @@ class Run(BlockingPart[AsyncRun]):
     ) -> StepBaselines:
         """Return the baselines of one step's rollouts. Call it before `publish` of the same step.
 
-        Until the first fit of a domain's probe, `bootstrap` selects the baselines. A single rollout has no siblings:
-        its baseline is the mean reward of the step's other prompts.
+        The value service's `estimator` decides whether there is one baseline per rollout or per token. Until its first
+        fit for a domain, `bootstrap` selects the baselines. A single rollout has no siblings: `rloo` then gives the
+        mean reward of the step's other prompts.
 
         Args:
             groups: all groups of the step to train on, from `sample`.
-            rewards: rewards of each group, [n] each, in [0, 1].
+            rewards: rewards of each group, [n] each, in [0, 1]. For a group of one rollout, a number is enough.
             wait_for_labels_s: see `ValueClient.estimate_baselines`.
             timeout_s: deadline; a minute by default.
 
@@ -340,7 +342,7 @@ class Run(BlockingPart[AsyncRun]):
         )
 
     def publish(self, baselines: StepBaselines, *, timeout_s: float | None = None) -> int:
-        """Publish the rewards of a step for the probe to learn from; return the number of groups.
+        """Publish the rewards of a step for the estimator to learn from; return the number of groups.
 
         The labels are durable on return. Repeating the call is safe.
 
@@ -358,7 +360,7 @@ class Run(BlockingPart[AsyncRun]):
         self,
         baselines: StepBaselines,
         *,
-        advantages: Sequence[ArrayLike] | None = None,
+        advantages: Sequence[Sequence[ArrayLike] | Floats] | None = None,
         temperature: float | None = None,
         timeout_s: float | None = None,
     ) -> StepResult:
@@ -368,7 +370,8 @@ class Run(BlockingPart[AsyncRun]):
 
         Args:
             baselines: result of `baselines` for the step.
-            advantages: your own advantages, [n] for each group; by default reward − baseline.
+            advantages: your own advantages by group: for each rollout a number, or [T], one per token. By default
+                reward − baseline.
             temperature: sampling temperature. By default that of `sample`, or 1 if another process sampled the step.
             timeout_s: deadline; 30 minutes by default.
 

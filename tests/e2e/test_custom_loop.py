@@ -23,9 +23,8 @@ def test_the_example_trains_and_can_be_run_again(tmp_path: Path) -> None:
     settings = {
         "model": "tiny",
         "engine": "torch",
-        "value": {"probe": {"warmup_steps": 4}},
         "learner": {"threads": 1, "optimizer": {"learning_rate": 1e-3, "warmup_updates": 2}},
-        "train": {"tasks": [{"kind": "digits"}]},
+        "train": {"tasks": [{"kind": "digits"}], "algorithm": {"kind": "poise", "estimator": "score_prefix"}},
     }
     with services_up(write_run_file(tmp_path, settings)) as run:
         endpoints = run.train.endpoints

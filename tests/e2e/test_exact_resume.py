@@ -22,13 +22,16 @@ SETTINGS = (
     "dtype=float32",
     "learner.mini_batch_prompts=8",
     "learner.checkpoint_every_steps=3",
-    "train.algorithm=poise",
+    # Both kinds of estimators, each for a domain of its own.
+    "train.tasks=[{kind: digits, domain: score}, {kind: digits, domain: probe}]",
+    "train.algorithm={kind: poise, estimator: score_prefix, bootstrap: rloo}",
+    "value.estimator_by_domain={probe: probe}",
     "train.wait_for_labels_s=200",  # however slow the machine
     "value.probe.refit=fresh",
     "value.probe.warmup_steps=1",
     "value.probe.min_rows=2",
     # The window slides from the fifth step on.
-    "value.probe.window_rows=128",
+    "value.probe.window_rows=64",
     # Consuming a step takes many saves and fits: kills fall in between, and the next question comes before its end.
     "value.queue.batch_entries=1",
 )
@@ -77,7 +80,8 @@ def test_killed_run_ends_in_the_weights_of_an_undisturbed_one(tmp_path: Path) ->
         assert all(line["learner"]["mismatch_logprob"] < 1e-4 for line in metrics(run))
         assert all(line["staleness"]["max"] == 0 for line in metrics(run))
         sources = [line["baseline"]["source"] for line in metrics(run)]
-        assert sources == ["bootstrap"] + ["probe"] * (NUM_STEPS - 1)
+        assert sources == ["bootstrap"] + ["mixed"] * (NUM_STEPS - 1)
+        assert metrics(run)[-1]["baseline"]["estimator"] == {"probe": "probe", "score": "score_prefix"}
         assert all(line["baseline"]["probe_up_to_date"] for line in metrics(run))
     (probe,) = json.loads((killed.folder / "probes.json").read_text())
     assert (probe["domain"], probe["num_steps_seen"]) == ("digits", NUM_STEPS)

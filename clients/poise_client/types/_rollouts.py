@@ -212,10 +212,12 @@ class Group:
     def scored(self, rewards: ArrayLike, domain: str | None = None) -> Group:
         """Return this group with a reward for each rollout, [n], and optionally with another domain.
 
+        The reward of a single rollout may be a number.
+
         Raises:
             ValueError: the number of rewards differs from the number of rollouts.
         """
-        values = np.asarray(rewards, np.float32)
+        values = np.atleast_1d(np.asarray(rewards, np.float32))
         if values.shape != (len(self.rollouts),):
             raise ValueError(
                 f"group {self.group_id!r} has {len(self.rollouts)} rollouts but rewards of shape {values.shape}. "

@@ -149,6 +149,8 @@ class LearnerStatus:
     """The last batch trained on; empty before the first."""
     has_critic: bool = False
     """Whether a critic computes advantages. Rollouts then carry rewards and no advantages."""
+    loss_aggregation: str = ""
+    """The learner's setting `loss.aggregation`: "token_mean", "sequence_mean" or "constant"; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,9 @@ class StepBaselines:
     step: int
     groups: tuple[Group, ...]
     """The groups with their rewards."""
-    baselines: tuple[Floats, ...]
-    """[n] for each group, from the probe, or from the bootstrap if the probe has none."""
+    baselines: tuple[Floats | tuple[Floats, ...], ...]
+    """By group: [n], one per rollout; or [T] for each rollout, one per token, if the estimator answers so. From the
+    bootstrap if the estimator has none."""
     estimates: tuple[GroupBaselines, ...]
     """The answer of the value service, by group."""
 
@@ -61,14 +62,17 @@ class StepBaselines:
         return tuple(np.array([rollout.reward for rollout in group.rollouts], np.float32) for group in self.groups)
 
     @property
-    def advantages(self) -> tuple[Floats, ...]:
-        """reward − baseline, [n] for each group."""
-        return tuple(reward - baseline for reward, baseline in zip(self.rewards, self.baselines, strict=True))
+    def advantages(self) -> tuple[Floats | tuple[Floats, ...], ...]:
+        """reward − baseline, in the shapes of `baselines`."""
+        return tuple(
+            tuple(r - b for r, b in zip(rewards, own, strict=True)) if isinstance(own, tuple) else rewards - own
+            for rewards, own in zip(self.rewards, self.baselines, strict=True)
+        )
 
     @property
     def is_bootstrap(self) -> bool:
-        """Whether no baseline comes from a probe yet."""
-        return all(estimate.baselines is None for estimate in self.estimates)
+        """Whether no baseline comes from the value service yet."""
+        return all(each.baselines is None and each.token_baselines is None for each in self.estimates)
 
 
 @dataclass(frozen=True, slots=True)

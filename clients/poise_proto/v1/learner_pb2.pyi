@@ -581,6 +581,7 @@ class GetStatusResponse(_message.Message):
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     HAS_CRITIC_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    LOSS_AGGREGATION_FIELD_NUMBER: _builtins.int
     lineage_id: _builtins.str
     """lineage_id identifies one unbroken sequence of policy versions. It is created with the learner's state."""
     state: Global___LearnerState.ValueType
@@ -603,6 +604,10 @@ class GetStatusResponse(_message.Message):
     """max_staleness is the maximum age of a rollout, in versions."""
     has_critic: _builtins.bool
     """has_critic is true if a critic computes advantages. Rollouts then carry rewards and no advantages."""
+    loss_aggregation: _builtins.str
+    """loss_aggregation is the learner's setting loss.aggregation: token_mean, sequence_mean or constant. The first
+    two divide by random numbers of tokens, which biases the gradient.
+    """
     @_builtins.property
     def num_rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectionCount]:
         """num_rejected counts the rollouts rejected since the state was created."""
@@ -627,10 +632,11 @@ class GetStatusResponse(_message.Message):
         max_staleness: _builtins.int = ...,
         has_critic: _builtins.bool = ...,
         replicas: _abc.Iterable[Global___ReplicaResult] | None = ...,
+        loss_aggregation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "digest", b"digest", "has_critic", b"has_critic", "last_batch_id", b"last_batch_id", "lineage_id", b"lineage_id", "max_staleness", b"max_staleness", "model", b"model", "num_batches", b"num_batches", "num_rejected", b"num_rejected", "num_rollouts", b"num_rollouts", "policy_version", b"policy_version", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "digest", b"digest", "has_critic", b"has_critic", "last_batch_id", b"last_batch_id", "lineage_id", b"lineage_id", "loss_aggregation", b"loss_aggregation", "max_staleness", b"max_staleness", "model", b"model", "num_batches", b"num_batches", "num_rejected", b"num_rejected", "num_rollouts", b"num_rollouts", "policy_version", b"policy_version", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,8 @@ BIASES: Mapping[str, str] = {
     "standard_deviation": "advantages are divided by a standard deviation that contains the rollout's own reward",
     "dropped_groups": "groups of equal rewards are dropped",
     "gae": "gae_lambda below 1 relies on an inexact critic, and whiten_advantages divides by a standard deviation",
-    "token_mean": "the loss is divided by the number of sampled tokens, which depends on the rollouts",
+    "token_mean": "the loss is divided by the number of sampled tokens, which is random (loss.aggregation: token_mean)",
+    "sequence_mean": "each rollout's loss is divided by its random length (loss.aggregation: sequence_mean)",
 }
 """Why the expected gradient of a step differs from that of the mean reward, by name."""
 

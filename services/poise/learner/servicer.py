@@ -221,6 +221,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             digest=published.digest,
             last_batch_id=progress.last_batch_id,
             has_critic=self._config.critic is not None,
+            loss_aggregation=self._config.loss.aggregation,
         )
 
     def _starting(self) -> Starting:

@@ -19,6 +19,8 @@ from poise.local.credentials import common_credentials, missing_tokens
 from poise.local.models.catalog import locate_model
 from poise.local.run_settings import CONFIGS, PROGRAMS, SHARED, RunFile, SharedSettings, shared_by
 from poise.orchestrator.config import OrchestratorConfig
+from poise.orchestrator.errors import SettingsError
+from poise.orchestrator.run_checks import check_estimators
 from poise.runtime.config.load import merged, parse_config, parse_overrides, read_yaml
 from poise.runtime.config.settings import ConfigError, ServiceConfig
 from poise.value.config import ValueConfig
@@ -142,14 +144,24 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> LocalRun:
         programs.resolve({"train": {"endpoints": by_all.settings()}})
         endpoints = programs.train.endpoints
     train = programs.train
-    programs.resolve({"learner": train.algorithm.learner_settings(train.sampling.max_tokens)})
+    programs.resolve(
+        {
+            "learner": train.algorithm.learner_settings(train.sampling.max_tokens),
+            "value": train.algorithm.value_settings(),
+        }
+    )
     learner = programs.learner
+    if endpoints.value == here["value"]:
+        try:
+            check_estimators(train, programs.value.estimator, programs.value.estimator_by_domain)
+        except SettingsError as error:
+            raise ConfigError(f"{path}: {error}") from error
     missing = [*by_replicas.missing("learner.replica_", learner.replica_token_file, learner.replica_ca_file)]
     if not is_elsewhere:
         missing += by_all.missing("train.endpoints.", endpoints.token_file, endpoints.ca_file)
     if missing:
         raise ConfigError("\n".join(missing))
-    return LocalRun(shared, generation, value, learner, train, programs.trees, programs.overrides, socket)
+    return LocalRun(shared, generation, programs.value, learner, train, programs.trees, programs.overrides, socket)
 
 
 class _Programs:

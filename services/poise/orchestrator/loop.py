@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from poise.algorithms.baselines import BIASES
 from poise.orchestrator.budget import Usage
 from poise.orchestrator.callbacks import Callbacks, PhaseTimer, RunClock
 from poise.orchestrator.config import OrchestratorConfig
@@ -67,6 +68,7 @@ class TrainingLoop:
         self._sampler = StepSampler(config, mixture, scorer, self._algorithm)
         self._evaluator = Evaluator(config, folder, mixture, scorer, callbacks, self._disk)
         self._clock = RunClock()
+        self._biases = [*config.algorithm.biases]
         self._estimator: Estimator = config.algorithm.value_settings().get("estimator", "auto")
         self._domain_estimators: Mapping[str, Estimator] = {}
         self._probe_up_to_date = True
@@ -97,6 +99,12 @@ class TrainingLoop:
             ]
         )
         check_resume(config, state, bool(pending), learner)
+        self._biases += [name for name in BIASES if name == learner.loss_aggregation]
+        if self._biases:
+            logger.warning(
+                "the gradients of this run are biased: %s. See docs/reference/algorithms.md",
+                "; ".join(BIASES[name] for name in self._biases),
+            )
         policy_version, usage = learner.policy_version, state.usage
         untrained = UntrainedSteps(config.max_untrained_steps, self._folder.read_metrics())
         clock = self._clock = RunClock(max([state.wall_s, *(each.metrics["wall_s"] for each in pending.values())]))
@@ -146,6 +154,7 @@ class TrainingLoop:
             metrics: dict[str, Any] = {
                 "step": step,
                 "algorithm": config.algorithm.kind,
+                "biases": list(self._biases),
                 **sampling_metrics(found.sampled, groups, baselines, policy_version),
                 "steps_ahead": num_ahead,
                 "num_draws": found.num_draws,

@@ -83,7 +83,7 @@ def calibration_figure(rows: list[Row]) -> str | None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfect")
         axes.scatter(predicted[shown], realised[shown] + jitter, s=7, color=BLUE, alpha=0.22, linewidths=0)
         _draw_bins(axes, calibration(predicted, realised))
-        axes.set(xlabel="value predicted by the probe", ylabel="mean reward of the siblings")
+        axes.set(xlabel="predicted value", ylabel="realised reward")
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.06, 1.06))
         axes.set_box_aspect(0.8)
         correlation = pearson(predicted, realised)
@@ -94,8 +94,14 @@ def calibration_figure(rows: list[Row]) -> str | None:
 
 
 def variance_figure(rows: list[Row]) -> str | None:
-    """Plot the mean squared advantage of each baseline: moving mean, and mean over all steps so far."""
-    variances = {name: series(rows, "advantage_variance", name) for name in BASELINES}
+    """Plot the squared advantage of each baseline: moving mean, and mean over all steps so far.
+
+    It is weighted by squared score norms, if the run recorded that.
+    """
+    kind, label = "weighted_advantage_variance", "weighted squared advantage"
+    if np.isnan(series(rows, kind, "none")).all():
+        kind, label = "advantage_variance", "mean squared advantage"
+    variances = {name: series(rows, kind, name) for name in BASELINES}
     if all(np.isnan(values).all() for values in variances.values()):
         return None
     labels = {"used": "used", "none": "no baseline", "rloo": "RLOO", "batch_mean": "batch mean"}
@@ -113,7 +119,7 @@ def variance_figure(rows: list[Row]) -> str | None:
             ):
                 points = thinned(steps, values, _MAX_POINTS)
                 axes.plot(*points, color=colours[name], linewidth=width, label=labels[name], marker=_marker(steps))
-        moving.set(ylabel="mean squared advantage", title=_window_title(window))
+        moving.set(ylabel=label, title=_window_title(window))
         running.set(title="mean of all steps so far")
         _step_axis(moving)
         _step_axis(running)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from poise.algorithms.baselines import BIASES
 from poise.report import figures
 from poise.report.curves import Row, RunRecord, load_run, number
 from poise.report.page import render_page
@@ -23,6 +24,7 @@ _SHOWN_SETTINGS = (
     "engine",
     "dtype",
     "algorithm",
+    "estimator",
     "bootstrap",
     "seed",
     "num_steps",
@@ -87,7 +89,19 @@ def render_report(run_dir: Path) -> str:
         domains=_domains(summary["held_out"]),
         scores=_scores(summary["held_out"]),
         probes=_probes(run_dir / "probes.json"),
+        variances=_variances(summary),
+        biases=[BIASES.get(name, name) for name in summary["biases"]],
     )
+
+
+def _variances(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (weighting, steps averaged over, means) of the squared advantages that the run recorded."""
+    return [
+        (kind, label, row)
+        for kind, name in (("weighted", "weighted_advantage_variance"), ("plain", "advantage_variance"))
+        for label, steps in (("all steps", "all_steps"), ("steps with only estimated baselines", "probe_steps"))
+        if (row := summary[name][steps])["num_steps"] and row["none"] is not None
+    ]
 
 
 def _verdict(held_out: dict[str, Any] | None) -> str:
@@ -141,7 +155,8 @@ def _probes(path: Path) -> list[dict[str, Any]]:
         probes = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return []
-    return [probe for probe in probes if isinstance(probe, dict)] if isinstance(probes, list) else []
+    older = {"configured": "probe", "estimator": "probe", "errors": []}  # of runs before there were other estimators
+    return [older | probe for probe in probes if isinstance(probe, dict)] if isinstance(probes, list) else []
 
 
 def _rollouts(record: RunRecord) -> list[dict[str, Any]]:

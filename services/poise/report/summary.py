@@ -44,7 +44,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     """Return the summary of a run folder, finished or not. Unknown numbers are None, never NaN.
 
     Top level: `algorithm`, `num_steps`, `wall_s`, `policy_version`, `num_rollouts`, `num_response_tokens`,
-    `tokens_per_s`, `reward`, `held_out`, `advantage_variance`, `probe`, `staleness`, `mismatch_logprob`, `time_s`,
+    `tokens_per_s`, `reward`, `held_out`, `advantage_variance`, `weighted_advantage_variance`, `probe`, `biases`,
+    `staleness`, `mismatch_logprob`, `time_s`,
     `num_rejected`, `num_verifier_errors`, `num_skipped_rows`, `num_rejected_prompts`, `num_unreadable_lines`.
     """
     return summarise_record(load_run(run_dir))
@@ -73,7 +74,9 @@ def summarise_record(record: RunRecord) -> dict[str, Any]:
             "num_steps_averaged": min(window, len(rows)),
         },
         "held_out": _held_out(record),
-        "advantage_variance": _advantage_variance(rows),
+        "advantage_variance": _advantage_variance(rows, "advantage_variance"),
+        "weighted_advantage_variance": _advantage_variance(rows, "weighted_advantage_variance"),
+        "biases": [str(name) for name in last.get("biases") or ()],
         "probe": _probe(record.values, rows),
         "staleness": {
             "mean": nan_mean(series(rows, "staleness", "mean")),
@@ -144,20 +147,20 @@ def _evaluation_tree(evaluation: Evaluation | None) -> dict[str, Any] | None:
     }
 
 
-def _advantage_variance(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return means over all steps, and over the steps whose baselines all came from the probe."""
+def _advantage_variance(rows: Sequence[Row], kind: str) -> dict[str, Any]:
+    """Return means over all steps, and over the steps whose baselines all came from the value service."""
     probe_steps = [row for row in rows if number(row, "baseline", "probe_share") == 1]
-    return {"all_steps": _variances(rows), "probe_steps": _variances(probe_steps)}
+    return {"all_steps": _variances(rows, kind), "probe_steps": _variances(probe_steps, kind)}
 
 
-def _variances(rows: Sequence[Row]) -> dict[str, Any]:
-    means = {name: nan_mean(series(rows, "advantage_variance", name)) for name in BASELINES}
+def _variances(rows: Sequence[Row], kind: str) -> dict[str, Any]:
+    means = {name: nan_mean(series(rows, kind, name)) for name in BASELINES}
     ratios = {name: means["used"] / means[name] if means[name] > 0 else math.nan for name in BASELINES[1:]}
     return {"num_steps": len(rows), **means, "used_relative_to": ratios}
 
 
 def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None:
-    """Return the probe's quality over the second half of its steps; None if no step used the probe."""
+    """Return the quality of values over the second half of the steps with values; None if no step has any."""
     later = second_half(rows)
     predicted, realised = prediction_pairs(later)
     if not predicted.size:
@@ -172,16 +175,28 @@ def _probe(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, Any] | None
             domain: {
                 **_quality(*pairs),
                 "calibration": [asdict(one) for one in calibration(*pairs)],
-                "used_relative_to": _variance_ratios(domain, same_steps),
+                "estimator": _last_estimator(domain, metrics),
+                "used_relative_to": _variance_ratios(domain, same_steps, "advantage_variance"),
+                "weighted_relative_to": _variance_ratios(domain, same_steps, "weighted_advantage_variance"),
             }
             for domain, pairs in by_domain.items()
         },
     }
 
 
-def _variance_ratios(domain: str, rows: Sequence[Row]) -> dict[str, float]:
+def _last_estimator(domain: str, rows: Sequence[Row]) -> str | None:
+    """Return the estimator that answered last in a domain; None if no step recorded it."""
+    for row in reversed(rows):
+        baseline = row.get("baseline")
+        estimators = baseline.get("estimator") if isinstance(baseline, dict) else None
+        if isinstance(estimators, dict) and domain in estimators:
+            return str(estimators[domain])
+    return None
+
+
+def _variance_ratios(domain: str, rows: Sequence[Row], kind: str) -> dict[str, float]:
     """Return a domain's advantage variance relative to other baselines, over the steps with a probe."""
-    means = {name: nan_mean(series(rows, "advantage_variance", "by_domain", domain, name)) for name in BASELINES}
+    means = {name: nan_mean(series(rows, kind, "by_domain", domain, name)) for name in BASELINES}
     return {name: means["used"] / means[name] if means[name] > 0 else math.nan for name in BASELINES[1:]}
 
 

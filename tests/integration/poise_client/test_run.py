@@ -20,11 +20,18 @@ async def run(target):
         yield services.run("run", domain="sums")
 
 
-def answering(values, baselines):
-    """Return a script entry of the value service that answers each group from the probe."""
+def answering(values, baselines, tokens=None):
+    """Return a script entry of the value service that answers each group alike."""
 
     async def entry(request, context):
-        answer = GroupBaselines("", 7, np.float32(values), None if baselines is None else np.float32(baselines))
+        answer = GroupBaselines(
+            "",
+            7,
+            np.float32(values),
+            None if baselines is None else np.float32(baselines),
+            estimator="score_prefix" if tokens else "probe",
+            token_baselines=tokens and tuple(map(np.float32, tokens)),
+        )
         groups = [dataclasses.replace(answer, group_id=group.group_id) for group in request.groups]
         return value_pb2.EstimateBaselinesResponse(
             groups=[codec.encode(group, value_pb2.GroupBaselines) for group in groups]
@@ -84,6 +91,7 @@ async def test_cancelling_sample_cancels_it_in_the_service(run, generation_servi
         pytest.param("rloo", 2, [[1, 0], [0, 0]], [[0, 1], [0, 0]], id="siblings"),
         pytest.param("batch_mean", 2, [[1, 0], [0, 0]], [[0, 0], [0.5, 0.5]], id="other prompts"),
         pytest.param("rloo", 1, [[1], [0]], [[0], [1]], id="one rollout a prompt"),
+        pytest.param("none", 1, [1, 0], [[0], [0]], id="no baseline"),
     ],
 )
 async def test_without_a_probe_the_bootstrap_gives_baselines(target, bootstrap, num_rollouts, rewards, expected):
@@ -117,8 +125,28 @@ async def test_own_advantages_replace_those_of_the_baselines(run, learner_servic
     baselines = await run.baselines(await run.sample(0, CONTENTS), [[1, 0], [0, 0]])
     await run.train(baselines, advantages=[[0.5, -0.5], [2, -2]])
     assert [message.rollout.advantage for message in learner_service.requests[-1][1:]] == [0.5, -0.5, 2, -2]
-    with pytest.raises(ValueError, match=r"group 'g1' has 2 rollouts but advantages of shape \(1,\)"):
+    with pytest.raises(ValueError, match="group 'g1' has 2 rollouts but 1 advantages"):
         await run.train(baselines, advantages=[[0.5, -0.5], [2]])
+
+
+async def test_token_baselines_of_single_rollouts_are_trained_on(run, value_service, learner_service):
+    groups = await run.sample(0, CONTENTS, num_rollouts=1)
+    lengths = [group.rollouts[0].token_ids.size for group in groups]
+    value_service.script = [answering([0.5], None, [np.linspace(0, 1, lengths[0])])]
+    baselines = await run.baselines(groups, [1, 0])
+    assert not baselines.is_bootstrap
+    assert await run.publish(baselines) == 2
+    await run.train(baselines)
+    trained = [codec.from_tensor(message.rollout.advantages) for message in learner_service.requests[-1][1:]]
+    for advantages, reward, length in zip(trained, (1, 0), lengths, strict=True):
+        assert advantages == pytest.approx(reward - np.linspace(0, 1, length))
+    assert not any(message.rollout.HasField("advantage") for message in learner_service.requests[-1][1:])
+    own = [[2.0], [np.zeros(lengths[1] + 1)]]
+    with pytest.raises(ValueError, match=rf"rollout 0 of group 'g1' has {lengths[1]} tokens but advantages of shape"):
+        await run.train(baselines, advantages=own)
+    await run.train(baselines, advantages=[own[0], [np.ones(lengths[1])]])
+    first, second = (message.rollout for message in learner_service.requests[-1][1:])
+    assert (first.advantage, codec.from_tensor(second.advantages).tolist()) == (2, [1] * lengths[1])
 
 
 async def test_baselines_after_publishing_are_rejected(run, value_service):

@@ -194,6 +194,34 @@ def test_file_takes_precedence_over_the_algorithms_loss(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, "train.algorithm=dr_grpo").trees["learner"]["loss"]["aggregation"] == "constant"
 
 
+def test_value_service_gets_the_estimator_of_the_algorithm(tmp_path: Path) -> None:
+    score = load(tmp_path, MINIMAL, "train.algorithm={kind: poise, estimator: score_prefix}")
+    assert (score.value.estimator, score.train.group_size) == ("score_prefix", 1)
+    assert score.trees["value"]["estimator"] == "score_prefix"
+    assert load(tmp_path).value.estimator == "probe"
+    twice = with_train(algorithm={"kind": "poise", "estimator": "auto"}) | {"value": {"estimator": "auto"}}
+    assert load(tmp_path, twice).value.estimator == "auto"
+    assert load(tmp_path, with_train(algorithm="none")).train.group_size == 1
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "value", "message"),
+    [
+        ("poise", {"estimator": "auto"}, "train.algorithm.estimator is probe, but value.estimator .*is auto"),
+        (
+            {"kind": "poise", "estimator": "score_mean"},
+            {"estimator_by_domain": {"digits": "probe"}},
+            "value.estimator_by_domain.digits is probe, .*train.rollouts_per_prompt is 1",
+        ),
+    ],
+)
+def test_contradicting_estimators_are_rejected(tmp_path: Path, algorithm: Any, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, with_train(algorithm=algorithm) | {"value": value})
+    elsewhere = {"endpoints": {"value": "gpu:50052"}, "algorithm": algorithm}
+    load(tmp_path, with_train(**elsewhere) | {"value": value})  # the run checks it when it starts
+
+
 def test_options_of_a_replaced_algorithm_are_dropped(tmp_path: Path) -> None:
     values = with_train(algorithm={"kind": "poise", "bootstrap": "batch_mean"})
     assert load(tmp_path, values, "train.algorithm=dapo").train.algorithm.kind == "dapo"

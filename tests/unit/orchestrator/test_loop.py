@@ -315,6 +315,18 @@ async def test_token_baselines_reach_the_learner(tmp_path: Path) -> None:
     assert (estimated["source"], estimated["estimator"]) == ("score", {"digits": "score_prefix"})
 
 
+async def test_biases_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    await drive(settings(tmp_path / "exact", num_steps=1), world)
+    assert "biased" not in caplog.text
+    world = World()
+    world.aggregation = "token_mean"
+    await drive(settings(tmp_path / "biased", num_steps=1, algorithm="opo"), world)
+    assert "biased: the baseline contains the rollout's own reward; the loss is divided by the number" in caplog.text
+    found = [lines(tmp_path / name, "metrics.jsonl")[0]["biases"] for name in ("exact", "biased")]
+    assert found == [[], ["own_reward", "token_mean"]]
+
+
 async def test_domains_may_have_their_own_estimators(tmp_path: Path) -> None:
     world = World()
     world.estimator, world.domain_estimators = "score_prefix", {"b": "probe", "c": "score_mean"}

@@ -53,6 +53,7 @@ class World:
         self.version = 0
         self.max_staleness = 0
         self.has_critic = False
+        self.aggregation = "constant"
         self.batches: dict[str, Batch] = {}
         self.ages: dict[str, Counter[int]] = {}
         self.mismatch_kl = 0.0
@@ -181,7 +182,20 @@ class World:
 
     async def learner_status(self) -> LearnerStatus:
         return LearnerStatus(
-            "lineage", self.version, 0, "idle", 0, 0, {}, "m", self.max_staleness, (), b"", "", self.has_critic
+            "lineage",
+            self.version,
+            0,
+            "idle",
+            0,
+            0,
+            {},
+            "m",
+            self.max_staleness,
+            (),
+            b"",
+            "",
+            self.has_critic,
+            self.aggregation,
         )
 
     # Verifiers

@@ -14,6 +14,7 @@ import pytest
 
 from poise.report.html import write_report
 from poise.report.scores import score_table
+from poise.report.summary import summarise
 
 Evaluation = Callable[..., dict[str, Any]]
 
@@ -88,25 +89,53 @@ def test_quality_is_reported_for_every_domain(make_run: Callable[..., Path]) -> 
     page = write_report(make_run(6)).read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>(math|code &lt;x&gt;)</td>(.*?)</tr>", page[page.index("Brier skill") :])
     assert [(domain, re.findall(r">([^<]*)</td>", cells)) for domain, cells in rows] == [
-        ("code &lt;x&gt;", ["4", "–", "0.085", "–", "−0.250", "0.00", "–", "–", "–", "0.60→1.00, 0.90→1.00"]),
-        ("math", ["4", "–", "0.085", "–", "+0.250", "0.00", "–", "–", "–", "0.10→0.00, 0.40→0.00"]),
+        ("code &lt;x&gt;", ["probe", "4", "–", "0.085", "–", "−0.250", "0.00", "–", "–", "–", "0.60→1.00, 0.90→1.00"]),
+        ("math", ["probe", "4", "–", "0.085", "–", "+0.250", "0.00", "–", "–", "–", "0.10→0.00, 0.40→0.00"]),
     ]
+
+
+PROBE: dict[str, Any] = {
+    **{"domain": "algebra", "probe_version": 7, "num_rows": 2048, "num_groups": 1024, "num_steps_seen": 16},
+    **{"last_fit_s": 0.125, "label_lag_s": None, "quality": {"pearson": 0.625, "brier": None}},
+}
 
 
 def test_probes_at_the_end_are_shown(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(4)
-    assert "Probes at the end of the run" not in read(run_dir)[0]
-    quality = {"pearson": 0.625, "brier": None}
-    probe = {"domain": "algebra", "probe_version": 7, "num_rows": 2048, "num_groups": 1024, "num_steps_seen": 16}
-    probe |= {"last_fit_s": 0.125, "label_lag_s": None, "quality": quality}
-    (run_dir / "probes.json").write_text(json.dumps([probe]))
+    assert "Estimators at the end of the run" not in read(run_dir)[0]
+    (run_dir / "probes.json").write_text(json.dumps([PROBE]))
     _, page = read(run_dir)
-    assert "Probes at the end of the run" in page.texts["h2"]
-    row = page.texts["td"][page.texts["td"].index("algebra") :][:9]
-    assert row[:5] == ["algebra", "7", "2 048", "1 024", "16"]
-    assert row[5:] == ["0.125", "–", "0.62", "–"]
+    assert "Estimators at the end of the run" in page.texts["h2"]
+    row = page.texts["td"][page.texts["td"].index("algebra") :][:10]
+    assert row[:6] == ["algebra", "probe", "7", "2 048", "1 024", "16"]
+    assert row[6:] == ["0.125", "–", "0.62", "–"]
     (run_dir / "probes.json").write_text("[{")
-    assert "Probes at the end of the run" not in read(run_dir)[0]
+    assert "Estimators at the end of the run" not in read(run_dir)[0]
+
+
+def test_score_weighted_runs_are_explained(make_run: Callable[..., Path]) -> None:
+    run_dir = make_run(4)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    weighted = {"used": 0.01, "none": 0.08, "rloo": None, "batch_mean": 0.04}
+    for row in rows:
+        row["weighted_advantage_variance"] = weighted | {"by_domain": {"math": weighted}}
+        row["baseline"]["estimator"] = {"math": "score_prefix"}
+        row["biases"] = ["token_mean"]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    errors = [
+        {"estimator": "score_mean", "weighted_error": 0.25},
+        {"estimator": "score_prefix", "weighted_error": 0.125},
+    ]
+    probe = PROBE | {"domain": "math", "configured": "auto", "estimator": "score_prefix", "errors": errors}
+    (run_dir / "probes.json").write_text(json.dumps([probe]))
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    (math,) = re.findall(r"<tr><td>math</td><td>score_prefix</td>(.*?)</tr>", page[page.index("Brier skill") :])
+    assert re.findall(r">([^<]*)</td>", math)[6:9] == ["0.12", "–", "0.25"]
+    assert re.findall(r"<tr><td>weighted</td><td>all steps \(4\)</td>(.*?)</tr>", page)
+    assert "score_mean 0.250, score_prefix 0.125. auto chose score_prefix." in page
+    assert "The gradient is biased: the loss is divided by the number of sampled tokens" in page
+    summary = summarise(run_dir)
+    assert summary["weighted_advantage_variance"]["all_steps"]["used_relative_to"]["none"] == pytest.approx(0.125)
 
 
 def test_the_page_is_self_contained(make_run: Callable[..., Path], new_evaluation: Evaluation) -> None:
@@ -149,7 +178,7 @@ def test_short_run_without_evaluations_is_reported(make_run: Callable[..., Path]
     text, page = read(make_run(num_steps, probe=False))
     assert "Held-out reward was not evaluated." in text
     assert ("No step has finished yet." in text) == (num_steps == 0)
-    assert ("No baseline of this run came from a probe." in text) == (num_steps > 0)
+    assert ("No baseline of this run came from the value service." in text) == (num_steps > 0)
     assert page.tags.count("svg") == (0 if num_steps == 0 else 4)
     assert "nan" not in str(page.texts).lower()
 

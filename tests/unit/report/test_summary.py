@@ -73,14 +73,18 @@ def test_probe_quality_covers_the_second_half(make_run: Callable[..., Path]) -> 
                 "brier": pytest.approx(0.09),
                 "bias": pytest.approx(-0.3),
                 "calibration": [{"predicted": 0.7, "realised": 1.0, "count": 1}],
+                "estimator": None,
                 "used_relative_to": {name: pytest.approx(ratio) for name, ratio in ratios.items()},
+                "weighted_relative_to": dict.fromkeys(ratios),
             },
             "b": alone
             | {
                 "brier": pytest.approx(0.04),
                 "bias": pytest.approx(0.2),
                 "calibration": [{"predicted": 0.2, "realised": 0.0, "count": 1}],
+                "estimator": None,
                 "used_relative_to": dict.fromkeys(ratios),
+                "weighted_relative_to": dict.fromkeys(ratios),
             },
         },
     }
