@@ -12,6 +12,7 @@ Shapes: T tokens of one response, p inputs of a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -85,9 +86,9 @@ def token_columns(
         if length == 0:
             continue
         end, second = start + length, start + 1
-        np.cumsum(logprobs[start : end - 1], out=before[second:end])
+        np.add.accumulate(logprobs[start : end - 1], out=before[second:end])
         np.minimum.accumulate(logprobs[start : end - 1], out=lowest[second:end])
-        np.cumsum(entropies[start : end - 1], out=sums[second:end])
+        np.add.accumulate(entropies[start : end - 1], out=sums[second:end])
         previous[start], first[start] = 0.0, 1.0
         log_position[start:end] = log_positions[:length]
         start = end
@@ -102,7 +103,7 @@ _TOKENS_AT_ONCE = 1024
 """Few enough that BLAS uses one thread, whose sums always have the same order."""
 
 
-def packed_moments(columns_N: Doubles, weights_N: Floats, lengths: Sequence[int]) -> Doubles:
+def packed_moments(columns_N: Doubles, weights_N: Doubles, lengths: Sequence[int]) -> Doubles:
     """Return Σ ω·(1, φ)(1, φ)ᵀ of each response, its upper triangle and its number of tokens, [n, packed].
 
     Args:
@@ -251,23 +252,22 @@ class StepFit:
     error: float
     """Mean ω·(r − b)² of the newest steps, each predicted from those before it with the penalty that was best until
     then. Later steps count more. NaN before the second step with weight."""
-    constant_error: float
-    """The same of the weighted mean reward."""
 
 
-def fit_steps(matrices_S: Doubles, num_samples_S: Doubles, half_life_steps: float = HALF_LIFE_STEPS) -> StepFit:
+def fit_steps(
+    matrices_S: Doubles,
+    num_samples_S: Doubles,
+    half_life_steps: float = HALF_LIFE_STEPS,
+    penalties: Sequence[float | None] = (None, *ALPHAS),
+) -> StepFit:
     """Fit to the moment matrices of successive steps, oldest first, [S, p + 2, p + 2], like `ScoreWeighted`.
 
-    Only the newest five half lives of steps choose the penalty: errors of earlier ones would count less than 1/32.
+    Only the newest five half lives of steps choose among the penalties: earlier errors would count less than 1/32. At a
+    tie the first penalty is chosen; None is a constant.
     """
     num_steps, discount = len(matrices_S), 0.5 ** (1 / half_life_steps)
-    weights = matrices_S[:, 0, 0]
-    factors = np.divide(num_samples_S, weights, out=np.ones(num_steps), where=weights > 0)
-    normalised = matrices_S * factors[:, None, None]
-    before = np.zeros((num_steps + 1, *matrices_S.shape[1:]))
-    for step in range(num_steps):
-        before[step + 1] = discount * before[step] + normalised[step]
-    penalties = (None, *ALPHAS)  # `argmin` returns the first of equals: the constant
+    normalised = matrices_S * step_factors(matrices_S, num_samples_S)[:, None, None]
+    before = _discounted_sums(normalised, discount)
     first = max(0, num_steps - round(5 * half_life_steps))
     judged = first + np.flatnonzero(before[first:-1, 0, 0] > 0)
     errors = _errors(normalised[judged], *_ridges(before[judged], penalties))
@@ -277,9 +277,84 @@ def fit_steps(matrices_S: Doubles, num_samples_S: Doubles, half_life_steps: floa
         total = discount * total + number
         sums = discount * sums + own
     regression = ridge(Moments(before[-1], 0.0), penalties[int(np.argmin(sums))])
-    if total == 0:
-        return StepFit(regression, float("nan"), float("nan"))
-    return StepFit(regression, error / total, float(sums[0]) / total)
+    return StepFit(regression, error / total if total else math.nan)
+
+
+def step_factors(matrices_S: Doubles, num_samples_S: Doubles) -> Doubles:
+    """Return the factor of each step's weights that makes their mean 1, [S]; 1 without weight."""
+    weights = matrices_S[:, 0, 0]
+    return np.divide(num_samples_S, weights, out=np.ones(len(weights)), where=weights > 0)
+
+
+def _discounted_sums(numbers_S: Doubles, discount: float) -> Doubles:
+    """Return for each step, and for the next one, the discounted sum of those before it, [S + 1, …]."""
+    sums = np.zeros((len(numbers_S) + 1, *numbers_S.shape[1:]))
+    for step in range(len(numbers_S)):
+        sums[step + 1] = discount * sums[step] + numbers_S[step]
+    return sums
+
+
+def prompt_trackers(
+    prompts_n: NDArray[np.intp], weights_n: Doubles, rewards_n: Floats, starts_S: Sequence[int], half_life_steps: float
+) -> tuple[Doubles, Doubles]:
+    """Return how much better each prompt did in earlier steps than its domain: for each response, [n], and now, [P].
+
+    It is (Σ ωr − m·Σ ω) / (Σ ω + w), with discounted sums over the prompt's earlier responses, the domain's mean reward
+    m, and the mean weight w of one response, which shrinks it. It is 0 for a new or unknown prompt.
+
+    Args:
+        prompts_n: the prompt of each response, numbered from 0; -1 if unknown.
+        weights_n: Σ ω of each response, normalised by step.
+        rewards_n: rewards of the responses.
+        starts_S: index of the first response of each step.
+        half_life_steps: steps after which a response counts half.
+    """
+    discount = 0.5 ** (1 / half_life_steps)
+    inputs = np.zeros(len(prompts_n))
+    # Σ ω and Σ ωr of each prompt; the last entry collects unknown prompts.
+    weights, weighted = np.zeros(prompts_n.max(initial=-1) + 2), np.zeros(prompts_n.max(initial=-1) + 2)
+    number = 0.0
+
+    def now() -> Doubles:
+        total = weights.sum()
+        if total <= 0:
+            return np.zeros(len(weights))
+        trackers: Doubles = (weighted - weighted.sum() / total * weights) / (weights + total / number)
+        trackers[-1] = 0.0
+        return trackers
+
+    for start, end in zip(starts_S, [*starts_S[1:], len(prompts_n)], strict=True):
+        rows = slice(start, end)
+        inputs[rows] = now()[prompts_n[rows]]
+        weights, weighted, number = discount * weights, discount * weighted, discount * number + end - start
+        np.add.at(weights, prompts_n[rows], weights_n[rows])
+        np.add.at(weighted, prompts_n[rows], weights_n[rows] * rewards_n[rows])
+    return inputs, now()[:-1]
+
+
+def joint_moments(
+    matrices_S: Doubles, packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int], inputs_nk: Doubles
+) -> Doubles:
+    """Return each step's moment matrix of (1, φ, q, r), for inputs q that are constant within a response.
+
+    Args:
+        matrices_S: `step_moments` of (1, φ, r).
+        packed_n: `packed_moments` of the responses.
+        rewards_n: rewards of the responses.
+        starts_S: index of the first response of each step.
+        inputs_nk: q of each response.
+    """
+    size, num_inputs = 1 + len(PREFIX_INPUTS), inputs_nk.shape[1]
+    others = [*range(size), size + num_inputs]  # 1, φ and r
+    joint = np.empty((len(matrices_S), size + num_inputs + 1, size + num_inputs + 1))
+    joint[np.ix_(range(len(matrices_S)), others, others)] = matrices_S
+    weighted = np.column_stack([packed_n[:, :size], packed_n[:, 0] * rewards_n])
+    for matrix, start, end in zip(joint, starts_S, [*starts_S[1:], len(packed_n)], strict=True):
+        inputs = inputs_nk[start:end]
+        matrix[size:-1, others] = inputs.T @ weighted[start:end]
+        matrix[others, size:-1] = matrix[size:-1, others].T
+        matrix[size:-1, size:-1] = (inputs * packed_n[start:end, :1]).T @ inputs
+    return joint
 
 
 class ScoreWeighted:

@@ -180,7 +180,7 @@ def make_fitter(config: ValueConfig, domain: str) -> Fitter:
     """Return a fitter of the domain's estimator."""
     estimator, probe = config.estimator_of(domain), config.probe
     if estimator != "probe":
-        return ScoreFitter(estimator)
+        return ScoreFitter(estimator, probe.prompt_components, probe.rows_per_component)
     return IncrementalFitter(
         probe.inputs,
         probe.prompt_components,

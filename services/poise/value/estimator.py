@@ -19,9 +19,8 @@ from poise.value.dedup import Admission, ConsumedLabels
 from poise.value.probe.diagnostics import Diagnostics
 from poise.value.probe.features import GroupQuery, Label
 from poise.value.probe.model import Answer, FittedProbe, PromptProbe
-from poise.value.probe.step_probes import Probes, StepProbes, VersionedProbe
+from poise.value.probe.step_probes import PinnedProbes, Probes, StepProbes, VersionedProbe
 from poise.value.probe.window import Window
-from poise.value.score.model import reduced
 from poise.value.store import DomainSnapshot, Snapshot
 from poise_client.types import Estimator, EstimatorError, GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
 
@@ -34,6 +33,8 @@ class Domain:
     diagnostics: Diagnostics
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
+    last_version: int = 0
+    """The newest version of a fitted estimator, also if a restart with another estimator dropped it."""
     label_lag_s: float = math.nan
     """Seconds from publishing the newest learnt label to saving it."""
 
@@ -49,19 +50,31 @@ class BaselineEstimator:
         self.domains: dict[str, Domain] = {}
         """The domains by name."""
         saved_domains = saved.domains if saved else ()
-        self.probes: Probes = {domain.domain: domain.probe for domain in saved_domains if domain.probe}
+        self.probes: Probes = {
+            domain.domain: domain.probe
+            for domain in saved_domains
+            if domain.probe and self._is_selected(domain.probe.probe.estimator, domain.domain)
+        }
         """The current probe of each domain. Replaced, never changed in place: pins keep references."""
         self.num_groups_consumed = saved.num_groups_consumed if saved else 0
         self.num_duplicates = saved.num_duplicates if saved else 0
         self.newest_entry = saved.newest_entry if saved else ""
         """Id of the newest queue entry whose label is in the state."""
         for domain in saved_domains:
-            max_rows = config.probe.rows_of(domain.domain)
-            self.domains[domain.domain] = Domain(
-                Window(max_rows, domain.groups, domain.num_added),
-                Diagnostics(max_rows, domain.valued, domain.num_valued),
-                domain.num_steps_seen,
-            )
+            self._restore(domain, saved.pins if saved else ())
+
+    def _restore(self, saved: DomainSnapshot, pins: Sequence[PinnedProbes]) -> None:
+        """Add a saved domain, without labels that lack the inputs of an estimator that is now configured."""
+        name, max_rows = saved.domain, self._config.probe.rows_of(saved.domain)
+        fitted = [saved.probe, *(pin.probes.get(name) for pin in pins)]
+        self.domains[name] = Domain(
+            Window(max_rows, saved.groups, saved.num_added),
+            Diagnostics(max_rows, saved.valued, saved.num_valued),
+            saved.num_steps_seen,
+            last_version=max((each.version for each in fitted if each is not None), default=0),
+        )
+        uses_probe = self._uses_probe(name)
+        self.remove(name, [group for group in saved.groups if (group.moments is None) != uses_probe])
 
     def would_pin(self, run_id: str, step: int) -> bool:
         """Whether a request about the step would pin it now."""
@@ -164,17 +177,18 @@ class BaselineEstimator:
         consumed.
         """
         known = self.domains.get(label.domain)
-        if known is None or label.domain in self.probes or known.window.width in (None, label.features.width):
+        width = label.features.width
+        if known is None or label.domain in self.probes or _agree(width, known.window.width):
             return None
         if not known.window.vote_against_width():
-            return self._width_rejection(label.domain, known, label.features.width)
+            return self._width_rejection(label.domain, known, width)
         known.window = Window(self._config.probe.rows_of(label.domain), (), known.window.num_added)
         return None
 
     @staticmethod
     def _width_rejection(name: str, domain: Domain, width: int) -> FieldViolation | None:
         expected = domain.window.width
-        if expected is None or expected == width:
+        if _agree(width, expected):
             return None
         return FieldViolation(
             "rollouts",
@@ -195,7 +209,7 @@ class BaselineEstimator:
             max_rows = self._config.probe.rows_of(label.domain)
             domain = self.domains[label.domain] = Domain(Window(max_rows), Diagnostics(max_rows))
         domain.num_steps_seen += is_first_of_step
-        domain.window.add(reduced(label))
+        domain.window.add(label.reduced())
         self.num_groups_consumed += 1
         pin = self._step_probes.get(label.run_id, label.step)
         if pin is not None and label.domain in pin.probes:
@@ -207,7 +221,8 @@ class BaselineEstimator:
     def remove(self, name: str, groups: Sequence[Label]) -> None:
         """Remove learnt groups from a domain's window. They still count as consumed."""
         domain = self.domains[name]
-        domain.window = domain.window.without(groups)
+        if groups:
+            domain.window = domain.window.without(groups)
 
     def is_due(self, name: str, num_added: int | None = None) -> bool:
         """Whether a domain is past its warm-up and its probe has not seen all its labels.
@@ -216,7 +231,7 @@ class BaselineEstimator:
         """
         domain, probe, config = self.domains[name], self.probes.get(name), self._config.probe
         warm = domain.num_steps_seen >= self._warmup_steps(name) and (
-            domain.window.num_rows >= config.min_rows or self.configured(name) != "probe"
+            domain.window.num_rows >= (config.min_rows if self._uses_probe(name) else 1)
         )
         wanted = domain.window.num_added if num_added is None else num_added
         return (probe is not None or warm) and wanted > (probe.num_added if probe else 0)
@@ -241,7 +256,15 @@ class BaselineEstimator:
 
     def _warmup_steps(self, name: str) -> int:
         """Only the probe has a warm-up: a score-weighted estimator is useful from its first label on."""
-        return self._config.probe.warmup_steps if self.configured(name) == "probe" else 1
+        return self._config.probe.warmup_steps if self._uses_probe(name) else 1
+
+    def _uses_probe(self, name: str) -> bool:
+        return self.configured(name) == "probe"
+
+    def _is_selected(self, estimator: Estimator, name: str) -> bool:
+        """Whether a fitted estimator is of the kind that the configuration selects."""
+        selected = self.configured(name)
+        return estimator == selected or (selected == "auto" and estimator != "probe")
 
     def domains_of_run(self, run_id: str) -> list[str]:
         """Return the domains whose windows contain labels of a run."""
@@ -253,6 +276,8 @@ class BaselineEstimator:
 
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Use a probe for steps that are not pinned yet."""
+        if name in self.domains:
+            self.domains[name].last_version = probe.version
         self.probes = {**self.probes, name: probe}
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:
@@ -278,6 +303,11 @@ class BaselineEstimator:
             self.num_duplicates,
             self.newest_entry,
         )
+
+
+def _agree(width: int, other: int) -> bool:
+    """Whether labels with hidden states of these widths can have one fit. 0 means that there are none."""
+    return 0 in (width, other) or width == other
 
 
 def _check_inputs(groups: Sequence[GroupQuery], probes: Probes) -> None:

@@ -210,9 +210,11 @@ def _check_counts(groups: Sequence[pb.GroupFeatures] | Sequence[pb.LabelledGroup
 
 
 def _check_widths(widths: Sequence[tuple[int, str, int]], wrong: Violations) -> None:
-    """Check that groups of one domain within a request agree on the width. Takes (index, domain, width)."""
+    """Check that groups of one domain within a request agree on the width. Takes (index, domain, width or 0)."""
     first: dict[str, tuple[int, int]] = {}
     for index, domain, width in widths:
+        if not width:
+            continue
         first_index, expected = first.setdefault(domain, (index, width))
         wrong.check(
             width == expected,

@@ -322,15 +322,16 @@ class Updater:
 
     async def _fit(self, name: str) -> None:
         """Fit a domain's probe, save it and install it."""
-        window, before = self.estimator.domains[name].window, self.estimator.probes.get(name)
+        domain = self.estimator.domains[name]
+        window = domain.window
         num_added = window.num_added
         started_s = time.perf_counter()
         try:
             probe = await self._fit_in_thread(name, window)
             fit_s = time.perf_counter() - started_s
-            if probe is None or self.estimator.domains[name].window is not window:
+            if probe is None or domain.window is not window:
                 return  # the window was replaced during the fit: another width, or unfit groups removed
-            version = before.version + 1 if before else 1
+            version = domain.last_version + 1
             await self.save((name, VersionedProbe(version, probe, num_added, fit_s)))
         except (OSError, PoiseError) as error:
             if isinstance(error, PoiseError):  # `save` reports an OSError

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.unit.value.harness import saved_and_read
 
+from poise.algorithms.score_weighted import squared_score_norms
 from poise.errors import InvalidRequest, LabelsConsumed
 from poise.runtime.rpc.validation import Violations
 from poise.value.app import make_fitter
@@ -19,7 +20,7 @@ from poise.value.messages import parse_label, read_queries
 from poise.value.probe.features import GroupQuery, Label
 from poise.value.probe.step_probes import VersionedProbe
 from poise_client.codec import encode
-from poise_client.types import Group, GroupBaselines, Rollout, RolloutId
+from poise_client.types import Estimator, Features, Group, GroupBaselines, Rollout, RolloutId
 from poise_proto.v1 import value_pb2
 
 
@@ -29,8 +30,12 @@ class Groups:
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
 
-    def make(self, step: int, group_id: str = "g0", *, n: int = 1, length: int = 6, run_id: str = "run") -> Group:
+    def make(
+        self, step: int, group_id: str = "g0", *, n: int = 1, length: int = 6, run_id: str = "run", width: int = 0
+    ) -> Group:
         rollouts = []
+        prompt = int(self._random.integers(4))
+        hidden = (self._random.normal(size=width) + prompt).astype(np.float32)
         for index in range(n):
             size = int(self._random.integers(1, length + 1))
             probs = self._random.uniform(0.2, 1.0, size).astype(np.float32)
@@ -41,10 +46,11 @@ class Groups:
                     logprobs=np.log(probs),
                     token_entropies=(1.5 * (1 - probs)).astype(np.float16),
                     sum_squared_probs=(probs**2).astype(np.float16),
-                    reward=float(self._random.random() < probs.prod() ** 0.5),
+                    features=Features(hidden, hidden),
+                    reward=float(self._random.random() < (prompt / 3 if width else probs.prod() ** 0.5)),
                 )
             )
-        return Group(group_id, tuple(rollouts), prompt_id=f"p{self._random.integers(4)}")
+        return Group(group_id, tuple(rollouts), prompt_id=f"p{prompt}")
 
     def step(self, step: int, num_groups: int = 8, **options: object) -> list[Group]:
         return [self.make(step, f"g{i}", **options) for i in range(num_groups)]
@@ -58,6 +64,13 @@ def groups() -> Groups:
 @pytest.fixture
 def settings(tmp_path) -> ValueConfig:
     return ValueConfig(state_dir=tmp_path / "state", estimator="score_prefix")
+
+
+ESTIMATORS = ("score_mean", "score_prefix", "score_prompt", "auto")
+
+
+def with_estimator(settings: ValueConfig, estimator: Estimator, **changes: object) -> ValueConfig:
+    return settings.model_copy(update={"estimator": estimator, **changes})
 
 
 def label_of(group: Group, config: ValueConfig) -> Label:
@@ -82,19 +95,27 @@ def learn(estimator: BaselineEstimator, groups: Sequence[Group], config: ValueCo
     return [estimator.learn(label_of(group, config)) for group in groups]
 
 
+def train(settings: ValueConfig, groups: Groups, num_steps: int = 6, **options: int) -> BaselineEstimator:
+    """Return an estimator that has learnt some steps."""
+    estimator = BaselineEstimator(settings)
+    for step in range(num_steps):
+        estimator.estimate("run", step, queries_of(now := groups.step(step, **options), settings))
+        learn(estimator, now, settings)
+        refit(estimator, settings)
+    return estimator
+
+
+def bits(estimator: BaselineEstimator) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in estimator.probes["default"].probe.arrays().items()}
+
+
 def numbers(answers: Sequence[GroupBaselines]) -> list[bytes]:
     return [b"".join(array.tobytes() for array in answer.token_baselines or (answer.baselines,)) for answer in answers]
 
 
 @pytest.fixture
 def trained(groups, settings) -> BaselineEstimator:
-    """An estimator that has learnt six steps of groups of one."""
-    estimator = BaselineEstimator(settings)
-    for step in range(6):
-        estimator.estimate("run", step, queries_of(now := groups.step(step), settings))
-        learn(estimator, now, settings)
-        refit(estimator, settings)
-    return estimator
+    return train(settings, groups)
 
 
 def test_each_token_gets_a_baseline_in_range(trained, groups, settings):
@@ -143,25 +164,116 @@ def test_a_redelivered_group_changes_nothing(trained, groups, settings):
     now = groups.step(6)
     learn(trained, now, settings)
     refit(trained, settings)
-    before = trained.probes["default"].probe.arrays()
+    before = bits(trained)
     assert set(learn(trained, now, settings)) == {Admission.DUPLICATE}
     refit(trained, settings)
-    after = trained.probes["default"].probe.arrays()
-    assert {name: array.tobytes() for name, array in after.items()} == {
-        name: array.tobytes() for name, array in before.items()
-    }
+    assert bits(trained) == before
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_fit_does_not_depend_on_the_order_of_arrival(groups, settings, seed):
-    labels = [group for step in range(5) for group in groups.step(step, n=2)]
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_fit_does_not_depend_on_the_order_of_arrival(groups, settings, name):
+    settings = with_estimator(settings, name)
+    labels = [group for step in range(5) for group in groups.step(step, n=2, width=5)]
     fits = []
-    for order in (np.arange(len(labels)), np.random.default_rng(seed).permutation(len(labels))):
+    for order in (np.arange(len(labels)), *(np.random.default_rng(seed).permutation(len(labels)) for seed in (0, 1))):
         estimator = BaselineEstimator(settings)
         learn(estimator, [labels[index] for index in order], settings)
         refit(estimator, settings)
-        fits.append({name: array.tobytes() for name, array in estimator.probes["default"].probe.arrays().items()})
-    assert fits[0] == fits[1]
+        fits.append(bits(estimator))
+    assert fits[0] == fits[1] == fits[2]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_restart_answers_and_fits_with_the_same_bits(groups, settings, name):
+    settings = with_estimator(settings, name)
+    estimator = train(settings, groups, width=5)
+    now = queries_of(groups.step(6, n=2, width=5), settings)
+    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
+    assert numbers(restarted.estimate("run", 6, now)) == numbers(estimator.estimate("run", 6, now))
+    refit(restarted, settings)
+    assert bits(restarted) == bits(estimator)
+
+
+def test_the_mean_is_the_discounted_weighted_mean_reward(groups, settings):
+    settings = with_estimator(settings, "score_mean")
+    estimator = BaselineEstimator(settings)
+    sums = np.zeros(2)
+    for step in range(6):
+        now = groups.step(step)
+        rollouts = [group.rollouts[0] for group in now]
+        weights = [squared_score_norms(each.logprobs, each.sum_squared_probs).sum(dtype=float) for each in rollouts]
+        factor = sum(each.logprobs.size for each in rollouts) / sum(weights)
+        own = [(factor * weight, factor * weight * each.reward) for weight, each in zip(weights, rollouts, strict=True)]
+        sums = 0.5 ** (1 / 40) * sums + np.sum(own, axis=0)
+        learn(estimator, now, settings)
+    refit(estimator, settings)
+    (answer,) = estimator.estimate("run", 6, queries_of([groups.make(6, n=3)], settings))
+    np.testing.assert_allclose(answer.baselines, [sums[1] / sums[0]] * 3, rtol=1e-6)
+    assert (answer.token_baselines, answer.estimator) == (None, "score_mean")
+
+
+def test_auto_names_the_best_and_all_errors(groups, settings):
+    settings = with_estimator(settings, "auto")
+    status = train(settings, groups, 30, width=3).probe_status("default")
+    errors = {error.estimator: error.weighted_error for error in status.errors}
+    assert list(errors) == ["score_mean", "score_prefix", "score_prompt"]
+    assert (status.configured, status.estimator) == ("auto", min(errors, key=errors.__getitem__))
+    assert status.estimator == "score_prompt"  # rewards depend on the prompt
+    assert errors["score_prompt"] < 0.9 * errors["score_mean"]
+
+
+def test_prompts_with_earlier_rewards_get_other_baselines(groups, settings):
+    settings = with_estimator(settings, "score_prompt")
+    estimator = train(settings, groups, 30, width=3)
+    group = groups.make(30, width=3)
+    means = [
+        estimator.estimate("run", 30, queries_of([dataclasses.replace(group, prompt_id=name)], settings))[0].values[0]
+        for name in ("p0", "new", "p3")
+    ]
+    assert means[0] < means[1] < means[2]
+
+
+def test_a_domain_can_have_its_own_estimator(groups, settings):
+    settings = settings.model_copy(update={"estimator_by_domain": {"math": "score_mean"}})
+    estimator = train(settings, groups)
+    labels = [dataclasses.replace(group, domain="math") for group in groups.step(6)]
+    learn(estimator, labels, settings)
+    refit(estimator, settings, "math")
+    answers = estimator.estimate("run", 7, queries_of([groups.make(7), labels[0]], settings))
+    assert [answer.estimator for answer in answers] == ["score_prefix", "score_mean"]
+
+
+def test_a_restart_with_another_estimator_keeps_pins(trained, groups, settings):
+    now = groups.step(6)
+    first = numbers(trained.estimate("run", 6, queries_of(now, settings)))
+    probe = with_estimator(settings, "probe")
+    restarted = BaselineEstimator(probe, saved_and_read(trained.snapshot()))
+    assert restarted.estimator_of_step("run", 6, "default") == "score_prefix"
+    assert numbers(restarted.estimate("run", 6, queries_of(now, settings))) == first
+    assert restarted.probes == {}
+    assert restarted.domains["default"].window.num_rows == 0
+    assert restarted.domains["default"].last_version == 6
+    assert not restarted.is_due("default")
+
+
+def test_quality_compares_values_with_own_rewards(trained, groups, settings):
+    quality = trained.domains["default"].diagnostics.quality()
+    assert quality.num_rows == 40
+    assert 0 < quality.weighted_variance_vs_none < 2
+    assert 0 < quality.weighted_variance_vs_batch_mean < 2
+    assert np.isnan(quality.variance_vs_rloo)
+
+
+@pytest.mark.parametrize("width", [0, 7])
+def test_hidden_states_are_not_needed_and_not_kept(groups, settings, width):
+    estimator = train(settings, groups, 2, width=width)
+    assert {group.features.width for group in estimator.domains["default"].window.groups} == {0}
+
+
+def test_score_prompt_needs_the_prompts_hidden_state(groups, settings):
+    with pytest.raises(InvalidRequest, match=r"rollouts\[0\].prompt_hidden"):
+        label_of(groups.make(0), with_estimator(settings, "score_prompt"))
+    assert label_of(groups.make(0), with_estimator(settings, "auto")).features.width == 0
 
 
 def test_the_window_keeps_no_tokens(trained):

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.algorithms.baselines import mean_of_others
+from poise.algorithms.score_weighted import packed_moments, squared_score_norms, token_columns
 
 Floats = NDArray[np.float32]
 Halves = NDArray[np.float16]
@@ -22,6 +25,8 @@ NUM_ENTROPIES = 12
 
 ENTROPY_MEANS = (0, 4, 8)
 """The columns of the three means."""
+
+_TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +70,7 @@ class FeatureMatrix:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TokenStatistics:
     """The distributions that the response tokens of n rollouts were sampled from, one rollout after the other."""
 
@@ -78,6 +83,20 @@ class TokenStatistics:
     lengths: tuple[int, ...]
     """Tokens of each rollout, n numbers."""
 
+    @cached_property
+    def parts(self) -> list[TokenInputs]:
+        """The inputs of score-weighted estimators, in parts of whole rollouts that fit in the processor's cache."""
+        parts, first, start, end = [], 0, 0, 0
+        for index, length in enumerate(self.lengths, 1):
+            end += length
+            if end - start >= _TOKENS_AT_ONCE or index == len(self.lengths):
+                tokens, lengths = slice(start, end), self.lengths[first:index]
+                logprobs, squares = self.logprobs[tokens], self.sum_squared_probs[tokens]
+                columns = token_columns(logprobs, self.entropies[tokens], squares, lengths)
+                parts.append(TokenInputs(columns, squared_score_norms(logprobs, squares).astype(np.float64), lengths))
+                first, start = index, end
+        return parts
+
     @staticmethod
     def concatenate(parts: Sequence[TokenStatistics]) -> TokenStatistics:
         """Join the rollouts of at least one part."""
@@ -89,6 +108,25 @@ class TokenStatistics:
             np.concatenate([part.sum_squared_probs for part in parts]),
             tuple(length for part in parts for length in part.lengths),
         )
+
+
+class TokenInputs(NamedTuple):
+    """What score-weighted estimators compute with."""
+
+    columns: Doubles
+    """`score_weighted.token_columns`, [1 + p, N]."""
+    weights: Doubles
+    """ω of each token, [N]."""
+    lengths: tuple[int, ...]
+    """Tokens of each rollout."""
+
+    def sums(self, numbers_N: Doubles) -> Doubles:
+        """Return the sum over each rollout's tokens, [n]. It is the same to the last bit in any batch."""
+        lengths = np.array(self.lengths)
+        if not numbers_N.size:
+            return np.zeros(len(lengths))
+        starts = np.minimum(np.cumsum(lengths) - lengths, numbers_N.size - 1)
+        return np.where(lengths > 0, np.add.reduceat(numbers_N, starts), 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,3 +170,9 @@ class Label:
     def targets(self) -> Floats:
         """The probe's targets, [n]: row i holds the mean reward of the *other* rollouts."""
         return mean_of_others(self.rewards)
+
+    def reduced(self) -> Label:
+        """Return the label with moments instead of tokens: all that fits need."""
+        if self.tokens is None:
+            return self
+        return replace(self, tokens=None, moments=np.concatenate([packed_moments(*part) for part in self.tokens.parts]))

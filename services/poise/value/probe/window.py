@@ -19,11 +19,14 @@ class Window:
         self.num_added = num_added
         """Groups ever added. A probe is outdated when this number exceeds the one it was fitted at."""
         self._majority = len(self._groups)
+        self.width = next((group.features.width for group in self._groups if group.features.width), 0)
+        """Width of the hidden states; 0 while no label has one."""
         self._slide()
 
     def add(self, group: Label) -> None:
         """Append a group and drop the oldest ones that no longer fit."""
         self._groups.append(group)
+        self.width = self.width or group.features.width
         self.num_rows += len(group.features)
         self.num_added += 1
         self._majority += 1
@@ -52,8 +55,3 @@ class Window:
     def groups(self) -> tuple[Label, ...]:
         """A copy of the current groups, oldest first."""
         return tuple(self._groups)
-
-    @property
-    def width(self) -> int | None:
-        """The model's width; None while the window is empty."""
-        return self._groups[0].features.width if self._groups else None

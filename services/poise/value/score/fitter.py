@@ -1,51 +1,164 @@
 """Fits score-weighted estimators to a window of labels.
 
 A fit depends only on the labels in the window, to the last bit, not on the order in which those of a run arrived: they
-are sorted by run, step and group first. Runs are in the order of their first labels in the window.
+are sorted by run, step and group first. Runs are in the order of their first labels in the window. Every input of a
+label comes from earlier steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
-from poise.algorithms.score_weighted import fit_steps, step_moments
-from poise.value.probe.features import Label
+from poise.algorithms.score_weighted import (
+    HALF_LIFE_STEPS,
+    PREFIX_INPUTS,
+    StepFit,
+    fit_steps,
+    joint_moments,
+    prompt_trackers,
+    step_factors,
+    step_moments,
+)
+from poise.value.probe.features import Doubles, Floats, Label
+from poise.value.probe.subspace import Subspace
 from poise.value.score.model import FittedScore
 from poise_client.types import Estimator
+
+_MAX_PCA_ROWS = 512
+"""The newest prompts whose hidden states determine the principal components: more would cost more than they add."""
+
+_COMPARED: Mapping[Estimator, tuple[Estimator, ...]] = {
+    "score_mean": ("score_mean",),
+    "score_prefix": ("score_mean", "score_prefix"),
+    "score_prompt": ("score_mean", "score_prompt"),
+    "auto": ("score_mean", "score_prefix", "score_prompt"),
+}
+"""The estimators that a fit compares, from simple to complex."""
 
 
 class ScoreFitter:
     """Fits the score-weighted estimators of one domain. It keeps nothing between fits."""
 
-    def __init__(self, estimator: Estimator) -> None:
+    def __init__(self, estimator: Estimator, prompt_components: int, rows_per_component: int) -> None:
         self._estimator = estimator
+        self._prompt_components = prompt_components
+        self._rows_per_component = rows_per_component
+        self._threads = ThreadpoolController()
 
     def fit(self, groups: Sequence[Label]) -> FittedScore:
-        """See `Fitter.fit`."""
-        ordered = _ordered(groups)
+        """See `Fitter.fit`. `auto` chooses the estimator with the smallest error, the simplest one at a tie."""
+        with self._threads.limit(limits=1):  # their number could change the last bit
+            return self._fit(_Steps.of(groups))
+
+    def _fit(self, steps: _Steps) -> FittedScore:
+        fitted = {name: self._fit_one(name, steps) for name in _COMPARED[self._estimator]}
+        errors = {name: one.error for name, (one, _) in fitted.items()}
+        chosen = self._estimator
+        if chosen == "auto":
+            chosen = min(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+        fit, prompts = fitted[chosen]
+        num_coefficients = 1 + len(PREFIX_INPUTS)
+        slopes = fit.regression.slopes
+        coefficients = np.zeros(num_coefficients)
+        coefficients[0] = fit.regression.intercept
+        coefficients[1 : 1 + min(slopes.size, num_coefficients - 1)] = slopes[: num_coefficients - 1]
+        if prompts is None:
+            return FittedScore(chosen, coefficients, errors)
+        weights = prompts.directions @ slopes[num_coefficients - 1 : -1]
+        offsets = {name: float(slopes[-1] * tracker) for name, tracker in prompts.trackers.items()}
+        bias = -float(prompts.origin @ weights)
+        return FittedScore(chosen, coefficients, errors, weights, bias, offsets)
+
+    def _fit_one(self, name: Estimator, steps: _Steps) -> tuple[StepFit, _Prompts | None]:
+        if name == "score_mean":
+            return fit_steps(steps.matrices, steps.num_tokens, penalties=(None,)), None
+        if name == "score_prefix":
+            return fit_steps(steps.matrices, steps.num_tokens), None
+        prompts = self._prompts(steps)
+        matrices = joint_moments(steps.matrices, steps.packed, steps.rewards, steps.starts, prompts.inputs)
+        return fit_steps(matrices, steps.num_tokens), prompts
+
+    def _prompts(self, steps: _Steps) -> _Prompts:
+        """Return the prompt's inputs of each response: principal components of its hidden state, and its tracker."""
+        known = [index for index, group in enumerate(steps.groups) if group.features.width]
+        origin, directions = np.zeros(0), np.zeros((0, 0))
+        components = np.zeros((len(steps.groups), 0))
+        if len(known) > 1:
+            hidden = [steps.groups[index].features.prompt_hidden for index in known]
+            origin, directions = self._reduce(hidden)
+            components = np.zeros((len(steps.groups), directions.shape[1]))
+            components[known] = (np.concatenate(hidden) - origin) @ directions
+        ids = list(dict.fromkeys(group.prompt_id for group in steps.groups if group.prompt_id))
+        numbers = {prompt_id: number for number, prompt_id in enumerate(ids)} | {"": -1}
+        prompts = np.array([numbers[group.prompt_id] for group in steps.groups], np.intp)
+        sizes = [group.rewards.size for group in steps.groups]
+        trackers, now = prompt_trackers(
+            np.repeat(prompts, sizes), steps.weights, steps.rewards, steps.starts, HALF_LIFE_STEPS
+        )
+        inputs = np.column_stack([np.repeat(components, sizes, axis=0), trackers])
+        return _Prompts(inputs, origin, directions, dict(zip(ids, now.tolist(), strict=True)))
+
+    def _reduce(self, hidden: Sequence[Floats]) -> tuple[Doubles, Doubles]:
+        """Return the origin [d] and the leading principal components of hidden states, as columns, [d, k]."""
+        subspace = Subspace(self._prompt_components, self._rows_per_component)
+        coordinates = subspace.rebuild(hidden[-_MAX_PCA_ROWS:])
+        mean = coordinates.mean(axis=0)
+        centred = coordinates - mean
+        rotation = subspace.rotation(centred.T @ centred, mean, len(hidden))
+        basis = subspace.basis.astype(np.float64)
+        return subspace.origin + basis @ mean, basis @ rotation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompts:
+    """The inputs of `score_prompt` that are constant within a response."""
+
+    inputs: Doubles
+    """[n, k + 1]: components and tracker."""
+    origin: Doubles
+    """[d]"""
+    directions: Doubles
+    """[d, k]"""
+    trackers: Mapping[str, float]
+    """The tracker of each prompt now."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Steps:
+    """The labels of a window by step."""
+
+    groups: list[Label]
+    """By run, step and id."""
+    packed: Doubles
+    """[n, packed]"""
+    rewards: Floats
+    """[n]"""
+    starts: list[int]
+    """Index of the first response of each step."""
+    matrices: Doubles
+    """[S, p + 2, p + 2]"""
+    num_tokens: Doubles
+    """[S]"""
+    weights: Doubles
+    """[n]: Σ ω, normalised by step."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Label]) -> _Steps:
+        runs = {run_id: number for number, run_id in enumerate(dict.fromkeys(group.run_id for group in groups))}
+        ordered = sorted(groups, key=lambda group: (runs[group.run_id], group.step, group.group_id))
         packed = np.concatenate([group.moments for group in ordered if group.moments is not None])
         rewards = np.concatenate([group.rewards for group in ordered])
-        fit = fit_steps(*step_moments(packed, rewards, _starts(ordered)))
-        errors: dict[Estimator, float] = {"score_mean": fit.constant_error, "score_prefix": fit.error}
-        coefficients = np.array([fit.regression.intercept, *fit.regression.slopes])
-        return FittedScore(self._estimator, coefficients, errors)
-
-
-def _ordered(groups: Sequence[Label]) -> list[Label]:
-    """Return the groups by run, step and id."""
-    runs = {run_id: number for number, run_id in enumerate(dict.fromkeys(group.run_id for group in groups))}
-    return sorted(groups, key=lambda group: (runs[group.run_id], group.step, group.group_id))
-
-
-def _starts(ordered: Sequence[Label]) -> list[int]:
-    """Return the index of each step's first rollout."""
-    starts, row = [], 0
-    previous: tuple[str, int] | None = None
-    for group in ordered:
-        if previous != (group.run_id, group.step):
-            starts.append(row)
-        previous = group.run_id, group.step
-        row += group.rewards.size
-    return starts
+        starts: list[int] = []
+        row, previous = 0, ("", -1)
+        for group in ordered:
+            if previous != (previous := (group.run_id, group.step)):
+                starts.append(row)
+            row += group.rewards.size
+        matrices, num_tokens = step_moments(packed, rewards, starts)
+        factors = np.repeat(step_factors(matrices, num_tokens), np.diff([*starts, row]))
+        return cls(ordered, packed, rewards, starts, matrices, num_tokens, packed[:, 0] * factors)

@@ -1,27 +1,24 @@
 """A fitted score-weighted estimator: answers queries and is compared with labels.
 
-b_{i,t} = clip(c + β·φ_{i,t}, 0, 1). It depends on the prompt, on the tokens before t and on earlier steps, never on the
-reward or the token itself. Rollouts are computed in turn, column by column, so an answer is the same to the last bit in
-any batch and after a restart.
+b_{i,t} = clip(c + β·φ_{i,t} + γ·q_i, 0, 1), with inputs q_i of the prompt. It depends on the prompt, on the tokens
+before t and on earlier steps, never on the reward or the token itself. It is computed column by column, so an answer is
+the same to the last bit in any batch and after a restart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.algorithms.score_weighted import packed_moments, squared_score_norms, token_columns
 from poise.value.probe.diagnostics import ValuedGroup
-from poise.value.probe.features import Doubles, Floats, GroupQuery, Label, TokenStatistics
-from poise.value.probe.model import Answer
+from poise.value.probe.features import Doubles, Floats, GroupQuery, Label, TokenInputs, TokenStatistics
+from poise.value.probe.model import Answer, row_products
 from poise_client.types import Estimator
-
-_TOKENS_AT_ONCE = 16384
-"""Tokens computed at a time: few enough to stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,113 +28,124 @@ class FittedScore:
     estimator: Estimator
     """`score_mean` answers with one baseline per rollout, the others with one per token."""
     coefficients: Doubles
-    """[1 + p]: c and β. β is zero for `score_mean`."""
+    """[1 + p]: c and β."""
     errors: Mapping[Estimator, float]
     """The weighted error of each estimator that was compared."""
+    prompt_weights: Doubles = field(default_factory=lambda: np.zeros(0))
+    """[d]: of the prompt's hidden state; empty if it is not an input."""
+    prompt_bias: float = 0.0
+    """Added to the product with `prompt_weights`. Without a hidden state, both are left out."""
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    """What the earlier rewards of a prompt add to its baselines, by prompt id."""
 
     def problems(self, query: GroupQuery) -> list[tuple[str, str]]:
-        """Return the fields of a query that prevent an answer, with the reasons."""
+        """See `Fitted`."""
+        problems = []
         if query.tokens is None:
-            return [("rollouts", f"have no token statistics; the pinned estimator of the step is {self.estimator}")]
-        return []
+            problems.append(("rollouts", f"have no token statistics, which {self.estimator} of this step needs"))
+        if self.prompt_weights.size and query.features.width not in (0, self.prompt_weights.size):
+            problems.append(
+                (
+                    "rollouts",
+                    f"hidden states have width {query.features.width}; {self.estimator} of domain {query.domain!r} "
+                    f"needs {self.prompt_weights.size}",
+                )
+            )
+        return problems
 
     def answer(self, queries: Sequence[GroupQuery]) -> list[Answer]:
-        """Return values and baselines of groups."""
+        """See `Fitted`."""
+        tokens = TokenStatistics.concatenate([query.tokens for query in queries if query.tokens is not None])
+        prompts = self._of_prompts([(query.features.prompt_hidden, query.prompt_id) for query in queries])
+        baselines: list[Floats] = []
+        values: list[Floats] = []
+        rows = np.repeat(prompts, [len(query.features) for query in queries])
+        for part in tokens.parts:
+            own = self._baselines(part, rows[len(baselines) :][: len(part.lengths)])
+            values.append(_weighted_means(part, own))
+            baselines += np.split(own, np.cumsum(part.lengths)[:-1])
+        by_rollout = iter(zip(np.concatenate(values), baselines, strict=True))
         answers = []
         for query in queries:
-            assert query.tokens is not None, "problems() was not called"  # noqa: S101
-            baselines, weights = self._baselines(query.tokens)
-            values = _weighted_means(baselines, weights)
+            own_values, own_baselines = zip(*islice(by_rollout, len(query.features)), strict=True)
+            of_group = np.array(own_values, np.float32)
             if self.estimator == "score_mean":
-                answers.append(Answer(values, values, None))
+                answers.append(Answer(of_group, of_group, None))
             else:
-                answers.append(Answer(values, None, tuple(baselines)))
+                answers.append(Answer(of_group, None, own_baselines))
         return answers
 
     def compare(self, label: Label) -> ValuedGroup | None:
-        """Return the values of a label's rollouts and their weighted squared advantages; None without tokens."""
+        """See `Fitted`. Adds the weighted squared advantages."""
         if label.tokens is None:
             return None
-        baselines, weights = self._baselines(label.tokens)
-        squares = [
-            float((weight * (reward - baseline) ** 2).sum(dtype=np.float64))
-            for baseline, weight, reward in zip(baselines, weights, label.rewards, strict=True)
-        ]
-        sums = [float(weight.sum(dtype=np.float64)) for weight in weights]
-        return ValuedGroup(
-            label.run_id,
-            label.step,
-            _weighted_means(baselines, weights),
-            label.rewards,
-            np.array([sums, squares], np.float32),
-        )
+        prompt = self._of_prompts([(label.features.prompt_hidden, label.prompt_id)])
+        values, weights, squares = [], [], []
+        row = 0
+        for part in label.tokens.parts:
+            rewards = label.rewards[row : row + len(part.lengths)]
+            row += len(part.lengths)
+            baselines = self._baselines(part, np.repeat(prompt, len(part.lengths)))
+            values.append(_weighted_means(part, baselines))
+            weights.append(part.sums(part.weights))
+            squares.append(part.sums(part.weights * (np.repeat(rewards, part.lengths) - baselines) ** 2))
+        weighted = np.array([np.concatenate(weights), np.concatenate(squares)], np.float32)
+        return ValuedGroup(label.run_id, label.step, np.concatenate(values), label.rewards, weighted)
 
-    def _baselines(self, tokens: TokenStatistics) -> tuple[list[Floats], list[Floats]]:
-        """Return b and ω of each token, [T] for each rollout."""
-        baselines: list[Floats] = []
-        weights: list[Floats] = []
-        for part in _parts(tokens):
-            columns = token_columns(part.logprobs, part.entropies, part.sum_squared_probs, part.lengths)
-            values = np.full(columns.shape[1], self.coefficients[0])
-            for column, slope in zip(columns[1:], self.coefficients[1:], strict=True):
-                if slope:
-                    values += slope * column
-            clipped = np.clip(values, 0.0, 1.0).astype(np.float32)
-            ends = np.cumsum(part.lengths)[:-1]
-            baselines += np.split(clipped, ends)
-            weights += np.split(squared_score_norms(part.logprobs, part.sum_squared_probs), ends)
-        return baselines, weights
+    def _of_prompts(self, prompts: Sequence[tuple[Floats, str]]) -> Doubles:
+        """Return what hidden state and earlier rewards of each prompt add to its baselines."""
+        added = np.zeros(len(prompts))
+        for index, (hidden, prompt_id) in enumerate(prompts):
+            if self.prompt_weights.size and hidden.size == self.prompt_weights.size:
+                added[index] = row_products(hidden, self.prompt_weights)[0] + self.prompt_bias
+            added[index] += self.offsets.get(prompt_id, 0.0)
+        return added
+
+    def _baselines(self, part: TokenInputs, added_n: Doubles) -> Floats:
+        """Return the baseline of each token, [N]."""
+        values = self.coefficients[0] + np.repeat(added_n, part.lengths)
+        for column, slope in zip(part.columns[1:], self.coefficients[1:].tolist(), strict=True):
+            if slope:
+                values += slope * column
+        clipped: Floats = np.clip(values, 0.0, 1.0).astype(np.float32)
+        return clipped
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return all parameters as arrays, to be stored."""
         return {
             "coefficients": self.coefficients,
-            "errors": np.array([*self.errors.values()]),
             "compared": np.array([*self.errors], "S32"),
+            "errors": np.array([*self.errors.values()]),
+            "prompt_weights": self.prompt_weights,
+            "prompt_bias": np.array([self.prompt_bias]),
+            "prompts": np.array([*self.offsets] or [""], "S"),
+            "offsets": np.array([*self.offsets.values()] or [0.0]),
         }
 
     @staticmethod
     def from_arrays(estimator: Estimator, arrays: Mapping[str, NDArray[Any]]) -> FittedScore:
         """Rebuild an estimator from its `arrays`."""
-        names = [name.decode() for name in arrays["compared"]]
-        errors = dict(zip(names, arrays["errors"].tolist(), strict=True))
-        return FittedScore(estimator, arrays["coefficients"], errors)
 
+        def by_name(names: str, numbers: str) -> dict[Any, float]:
+            return dict(zip((name.decode() for name in arrays[names]), arrays[numbers].tolist(), strict=True))
 
-def reduced(label: Label) -> Label:
-    """Return the label with moments instead of tokens: all that fits need."""
-    if label.tokens is None:
-        return label
-    moments = [
-        packed_moments(
-            token_columns(part.logprobs, part.entropies, part.sum_squared_probs, part.lengths),
-            squared_score_norms(part.logprobs, part.sum_squared_probs),
-            part.lengths,
+        return FittedScore(
+            estimator,
+            arrays["coefficients"],
+            by_name("compared", "errors"),
+            arrays["prompt_weights"],
+            float(arrays["prompt_bias"][0]),
+            by_name("prompts", "offsets"),
         )
-        for part in _parts(label.tokens)
-    ]
-    return replace(label, tokens=None, moments=np.concatenate(moments))
 
 
-def _parts(tokens: TokenStatistics) -> list[TokenStatistics]:
-    """Return whole rollouts in parts of about `_TOKENS_AT_ONCE` tokens."""
-    parts, first, start, end = [], 0, 0, 0
-    for index, length in enumerate(tokens.lengths, 1):
-        end += length
-        if end - start >= _TOKENS_AT_ONCE or index == len(tokens.lengths):
-            arrays = tokens.logprobs[start:end], tokens.entropies[start:end], tokens.sum_squared_probs[start:end]
-            parts.append(TokenStatistics(*arrays, tokens.lengths[first:index]))
-            first, start = index, end
-    return parts
-
-
-def _weighted_means(baselines: Sequence[Floats], weights: Sequence[Floats]) -> Floats:
-    """Return Σ ωb / Σ ω of each rollout, [n]; the plain mean if no token has weight."""
-    means = np.zeros(len(baselines))
-    for index, (baseline, weight) in enumerate(zip(baselines, weights, strict=True)):
-        total = float(weight.sum(dtype=np.float64))
-        if total > 0:
-            means[index] = float((weight * baseline).sum(dtype=np.float64)) / total
-        elif baseline.size:
-            means[index] = baseline.mean(dtype=np.float64)
+def _weighted_means(part: TokenInputs, baselines_N: Floats) -> Floats:
+    """Return Σ ωb / Σ ω of each rollout, [n]; the plain mean if no token has weight, 0 without tokens."""
+    weights = part.sums(part.weights)
+    lengths = np.maximum(part.lengths, 1)
+    means = np.where(
+        weights > 0,
+        part.sums(part.weights * baselines_N) / np.where(weights > 0, weights, 1.0),
+        part.sums(baselines_N.astype(np.float64)) / lengths,
+    )
     return np.clip(means, 0.0, 1.0).astype(np.float32)
