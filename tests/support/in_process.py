@@ -101,9 +101,8 @@ class InProcess:
         for name, domain in self.estimator.domains.items():
             if self.estimator.is_due(name):
                 fitter = self._fitters.setdefault(name, make_fitter(self._value, name))
-                before = self.estimator.probes.get(name)
                 fitted = fitter.fit(domain.window.groups)
-                version = before.version + 1 if before else 1
+                version = self.estimator.next_version(name)
                 self.estimator.install(name, VersionedProbe(version, fitted, domain.window.num_added, 0.0))
 
     async def train(self, batch: Batch) -> StepMetrics:

@@ -1,1 +1,1 @@
-"""The value service: baselines from a probe that learns online from labelled rollouts."""
+"""The value service: baselines from estimators that learn online from labelled rollouts."""

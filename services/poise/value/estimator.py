@@ -33,8 +33,8 @@ class Domain:
     diagnostics: Diagnostics
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
-    last_version: int = 0
-    """The newest version of a fitted estimator, also if a restart with another estimator dropped it."""
+    restored_version: int = 0
+    """The newest version in the state that the service started from, which another estimator may have had."""
     label_lag_s: float = math.nan
     """Seconds from publishing the newest learnt label to saving it."""
 
@@ -71,7 +71,7 @@ class BaselineEstimator:
             Window(max_rows, saved.groups, saved.num_added),
             Diagnostics(max_rows, saved.valued, saved.num_valued),
             saved.num_steps_seen,
-            last_version=max((each.version for each in fitted if each is not None), default=0),
+            restored_version=max((each.version for each in fitted if each is not None), default=0),
         )
         uses_probe = self._uses_probe(name)
         self.remove(name, [group for group in saved.groups if (group.moments is None) != uses_probe])
@@ -274,10 +274,13 @@ class BaselineEstimator:
             if any(group.run_id == run_id for group in domain.window.groups)
         ]
 
+    def next_version(self, name: str) -> int:
+        """Return the version of a domain's next fitted estimator."""
+        probe = self.probes.get(name)
+        return max(self.domains[name].restored_version, probe.version if probe else 0) + 1
+
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Use a probe for steps that are not pinned yet."""
-        if name in self.domains:
-            self.domains[name].last_version = probe.version
         self.probes = {**self.probes, name: probe}
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:

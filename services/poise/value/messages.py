@@ -129,6 +129,8 @@ def _read_inputs(
     scored = _read_scored(messages, path, domain, estimator, wrong)
     if scored is None:
         return None, None
+    if not _check_num_tokens(scored.tokens, f"{path}.rollouts", wrong):
+        return None, None
     tokens = TokenStatistics.concatenate(scored.tokens)
     if not _are_tokens_in_bounds(tokens):
         _add_tokens_out_of_bounds(scored.tokens, path, wrong)
@@ -218,6 +220,8 @@ def read_queries(
             else:
                 _add_out_of_bounds(features, f"groups[{index}]", wrong)
     parts = [part for _, scores, _ in scored for part in scores.tokens]
+    if not _check_num_tokens(parts, "groups", wrong):
+        return queries
     are_all_in_bounds = not parts or _are_tokens_in_bounds(TokenStatistics.concatenate(parts))
     for index, scores, _ in scored:
         tokens = TokenStatistics.concatenate(scores.tokens)
@@ -410,6 +414,13 @@ def _are_in_bounds(features: FeatureMatrix) -> bool:
 def _are_within(columns: Floats | Halves, bounds: tuple[float, float]) -> bool:
     """Whether all numbers are within the bounds; NaN is not."""
     return bool(columns.min() >= bounds[0] and columns.max() <= bounds[1]) if columns.size else True
+
+
+def _check_num_tokens(rollouts: Sequence[TokenStatistics], field: str, wrong: Violations) -> bool:
+    number = sum(tokens.logprobs.size for tokens in rollouts)
+    return wrong.check(
+        number <= MAX_TOKENS, field, f"have {number} tokens; at most {MAX_TOKENS} are accepted. Send them in parts"
+    )
 
 
 def _token_columns(tokens: TokenStatistics) -> tuple[tuple[str, Floats | Halves, tuple[float, float]], ...]:

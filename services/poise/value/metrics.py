@@ -24,11 +24,15 @@ class ValueMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.fit_seconds = Histogram(
-            "poise_value_fit_seconds", "Time to fit a domain's probe.", ["domain"], buckets=_SECONDS, registry=registry
+            "poise_value_fit_seconds",
+            "Time to fit a domain's estimator.",
+            ["domain"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.fit_failures = Counter(
             "poise_value_fit_failures",
-            "Failed fits. The domain's current probe continues to answer.",
+            "Failed fits. The domain's current estimator continues to answer.",
             ["domain"],
             registry=registry,
         )
@@ -84,11 +88,11 @@ class StateCollector(Collector):
 
     def _by_domain(self) -> Iterator[Metric]:
         estimated = CounterMetricFamily(
-            "poise_value_estimated_rows", "Rollouts whose value a probe predicted.", labels=["domain"]
+            "poise_value_estimated_rows", "Rollouts whose value was predicted.", labels=["domain"]
         )
         rows = GaugeMetricFamily("poise_value_window_rows", "Rollouts in the sliding window.", labels=["domain"])
         version = GaugeMetricFamily(
-            "poise_value_probe_version", "Version of the current probe; 0 before the first fit.", labels=["domain"]
+            "poise_value_probe_version", "Version of the current estimator; 0 before the first fit.", labels=["domain"]
         )
         qualities = {
             name: GaugeMetricFamily(f"poise_value_{name}", text, labels=["domain"]) for name, text in _QUALITIES.items()
@@ -97,11 +101,24 @@ class StateCollector(Collector):
             field: GaugeMetricFamily(f"poise_value_calibration_{name}", text, labels=["domain", "tenth"])
             for field, (name, text) in _CALIBRATION.items()
         }
+        errors = GaugeMetricFamily(
+            "poise_value_estimator_error",
+            "Mean squared difference of reward and baseline, weighted by squared score norms, on steps predicted from "
+            "earlier ones.",
+            labels=["domain", "estimator"],
+        )
+        current = GaugeMetricFamily(
+            "poise_value_estimator", "1 for the estimator that answers now.", labels=["domain", "estimator"]
+        )
         for name, domain in self.estimator.domains.items():
             probe = self.estimator.probes.get(name)
             estimated.add_metric([name], domain.num_estimated_rows)
             rows.add_metric([name], domain.window.num_rows)
             version.add_metric([name], probe.version if probe else 0)
+            if probe is not None:
+                current.add_metric([name, probe.probe.estimator], 1)
+                for estimator, error in probe.probe.errors.items():
+                    errors.add_metric([name, estimator], error)
             quality = domain.diagnostics.quality()
             for field, family in qualities.items():
                 family.add_metric([name], getattr(quality, field))
@@ -109,18 +126,23 @@ class StateCollector(Collector):
                 tenth = str(min(int(one.predicted * 10), 9))
                 for field, family in bins.items():
                     family.add_metric([name, tenth], getattr(one, field))
-        yield from (estimated, rows, version, *qualities.values(), *bins.values())
+        yield from (estimated, rows, version, current, errors, *qualities.values(), *bins.values())
 
 
 _QUALITIES = {
-    "pearson": "Correlation of value and sibling-mean reward, over rollouts predicted before their labels were learnt.",
-    "brier": "Mean squared difference of value and sibling-mean reward, over the same rollouts.",
+    "pearson": "Correlation of value and reward, over rollouts predicted before their labels were learnt. A probe "
+    "predicts the mean reward of the siblings, a score-weighted estimator the rollout's own.",
+    "brier": "Mean squared difference of value and reward, over the same rollouts.",
     "brier_skill": "1 - brier / brier of a constant prediction of the mean. Below 0, the constant is better.",
-    "bias": "Mean of value - sibling-mean reward, over the same rollouts.",
+    "bias": "Mean of value - reward, over the same rollouts.",
     "share_clipped": "Share of values clipped to 0 or 1, over the same rollouts.",
     "variance_vs_none": "Mean squared advantage / the same without a baseline.",
     "variance_vs_rloo": "Mean squared advantage / the same with the siblings' mean reward as baseline.",
     "variance_vs_batch_mean": "Mean squared advantage / the same with the other prompts' mean reward as baseline.",
+    "weighted_variance_vs_none": "Mean squared advantage, weighted by squared score norms / the same without a "
+    "baseline. NaN for the probe.",
+    "weighted_variance_vs_batch_mean": "Mean squared advantage, weighted by squared score norms / the same with the "
+    "other prompts' mean reward as baseline. NaN for the probe.",
 }
 """Fields of `ProbeQuality`."""
 
@@ -129,7 +151,7 @@ _CALIBRATION = {
         "predicted",
         "Mean value of the rollouts whose value is in this tenth of [0, 1]; tenths count from 0.",
     ),
-    "realised": ("realised", "Mean reward of the siblings of the same rollouts."),
+    "realised": ("realised", "Mean reward of the same rollouts, of their siblings for the probe."),
     "count": ("rows", "Number of the same rollouts."),
 }
 """Name and help by field of `CalibrationBin`."""

@@ -331,7 +331,7 @@ class Updater:
             fit_s = time.perf_counter() - started_s
             if probe is None or domain.window is not window:
                 return  # the window was replaced during the fit: another width, or unfit groups removed
-            version = domain.last_version + 1
+            version = self.estimator.next_version(name)
             await self.save((name, VersionedProbe(version, probe, num_added, fit_s)))
         except (OSError, PoiseError) as error:
             if isinstance(error, PoiseError):  # `save` reports an OSError

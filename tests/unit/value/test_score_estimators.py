@@ -86,9 +86,9 @@ def queries_of(groups: Sequence[Group], config: ValueConfig) -> list[GroupQuery]
 
 
 def refit(estimator: BaselineEstimator, config: ValueConfig, name: str = "default") -> None:
-    before, window = estimator.probes.get(name), estimator.domains[name].window
+    window = estimator.domains[name].window
     fitted = make_fitter(config, name).fit(window.groups)
-    estimator.install(name, VersionedProbe(before.version + 1 if before else 1, fitted, window.num_added, 0.0))
+    estimator.install(name, VersionedProbe(estimator.next_version(name), fitted, window.num_added, 0.0))
 
 
 def learn(estimator: BaselineEstimator, groups: Sequence[Group], config: ValueConfig) -> list[Admission]:
@@ -252,7 +252,7 @@ def test_a_restart_with_another_estimator_keeps_pins(trained, groups, settings):
     assert numbers(restarted.estimate("run", 6, queries_of(now, settings))) == first
     assert restarted.probes == {}
     assert restarted.domains["default"].window.num_rows == 0
-    assert restarted.domains["default"].last_version == 6
+    assert restarted.next_version("default") == 7
     assert not restarted.is_due("default")
 
 
@@ -293,6 +293,14 @@ def test_missing_token_statistics_are_named(groups, settings):
     group = without_tokens(groups.make(0))
     for read in (lambda: queries_of([group], settings), lambda: label_of(group, settings)):
         with pytest.raises(InvalidRequest, match=r"rollouts\[0\].tokens: is unset, but the estimator .* score_prefix"):
+            read()
+
+
+def test_the_number_of_tokens_is_bounded(groups, settings, monkeypatch):
+    monkeypatch.setattr("poise.value.messages.MAX_TOKENS", 1)
+    group = groups.make(0, n=3)
+    for read in (lambda: queries_of([group], settings), lambda: label_of(group, settings)):
+        with pytest.raises(InvalidRequest, match=r"have \d+ tokens; at most 1 are accepted"):
             read()
 
 
