@@ -107,7 +107,8 @@ _PROBE_HEADER = (
 )
 """r, brier, skill and bias compare values with the siblings' rewards. /none, /rloo and /batch are the variance of the
 advantages relative to other baselines. lag is the time from publishing a label until it is durable. A second line
-groups rollouts by tenths of the value; each tenth has its mean value and mean reward."""
+groups rollouts by tenths of the value; each tenth has its mean value and mean reward. A third line names estimators
+other than the probe, and what `auto` chose between."""
 
 
 def _probe_line(probe: dict[str, Any]) -> str:
@@ -120,8 +121,18 @@ def _probe_line(probe: dict[str, Any]) -> str:
         f"{_number(quality['share_clipped']):>7} {_number(quality['variance_vs_none']):>6} "
         f"{_number(quality['variance_vs_rloo']):>6} {_number(quality['variance_vs_batch_mean']):>6} "
         f"{_number(probe['label_lag_s'], '.2f', ' s'):>8} {_number(probe['last_fit_s'], '.3f', ' s'):>8}"
-        f"{_calibration(quality['calibration'])}"
+        f"{_calibration(quality['calibration'])}{_estimator(probe)}"
     )
+
+
+def _estimator(probe: dict[str, Any]) -> str:
+    """Return a line about a domain's estimator; empty for the probe."""
+    configured, current = probe.get("configured", "probe"), probe.get("estimator")
+    if configured == "probe":
+        return ""
+    errors = ", ".join(f"{one['estimator']} {one['weighted_error']:.4f}" for one in probe.get("errors", ()))
+    chosen = f" chose {current}" if configured == "auto" and current else ""
+    return f"\n    estimator {configured}{chosen}{f'; weighted errors {errors}' if errors else ''}"
 
 
 def _calibration(bins: Sequence[Mapping[str, float]]) -> str:

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
 _HEADER = "  step  reward  mean10  baseline      r var/none stale   tok/s  s/step     left"
-"""mean10: mean reward of ten steps. r: Pearson correlation of the probe's values with the mean reward of the siblings.
-var/none: advantage variance relative to no baseline."""
+"""mean10: mean reward of ten steps. r: Pearson correlation of values and rewards. var/none: squared advantage relative
+to no baseline, weighted by squared score norms if the engine returns token statistics."""
 
 
 class ConsoleProgress:
@@ -167,7 +167,9 @@ def line_printer(console: Console, log: LoggingConfig) -> Callable[[str], None]:
 
 
 def _variance_ratio(metrics: dict[str, Any]) -> float:
-    variance = metrics["advantage_variance"]
+    variance = metrics.get("weighted_advantage_variance") or {"none": None}  # older journals have none
+    if variance["none"] is None:
+        variance = metrics["advantage_variance"]
     return (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
 
 

@@ -307,9 +307,10 @@ async def test_critic_needs_rewards_and_no_advantages(serve):
         error = await refusal_of(service, requests)
         assert isinstance(error, InvalidRequestError), what
         assert [name for name, _ in error.violations] == [field], (what, error)
-        assert "the learner has a critic: send a finite reward and advantage 0" in str(error)
+        assert "the learner has a critic: send a finite reward and no advantages" in str(error)
     await assert_untouched(service)
-    assert (await service.client.get_status()).has_critic
+    status = await service.client.get_status()
+    assert (status.has_critic, status.loss_aggregation) == (True, "token_mean")
     result = await service.client.submit_advantages(rewarded(make_batch(0)))
     assert result.policy_version == 1
     assert result.metrics.value_loss > 0

@@ -22,6 +22,7 @@ Without training (a learning rate of 1e-12), three seeds rose by 0.02 to 0.09, a
 shows an algorithm that learns nothing 98 times in 100.
 """
 ALGORITHMS = {options.model_fields["kind"].default: options().default_rollouts for options in get_args(AnyOptions)}
+ALGORITHMS["{kind: poise, estimator: score_prefix}"] = 1
 
 
 @pytest.fixture(autouse=True)

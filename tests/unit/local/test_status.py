@@ -35,6 +35,12 @@ READY: dict[str, dict[str, Any]] = {
                 "warmup_steps": 4,
                 "last_fit_s": 0.0314,
                 "label_lag_s": 0.25,
+                "configured": "auto",
+                "estimator": "score_prefix",
+                "errors": [
+                    {"estimator": "score_mean", "weighted_error": 0.25},
+                    {"estimator": "score_prefix", "weighted_error": 0.125},
+                ],
                 "quality": {
                     "pearson": 0.871,
                     "brier": 0.0625,
@@ -124,7 +130,7 @@ def test_ready_services_are_listed_with_their_facts(
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
     assert said[2].endswith("serving, 12 groups consumed, 1 of 2 domains have a probe")
-    header, math, new = (line.split() for line in (said[3], said[4], said[6]))
+    header, math, new = (line.split() for line in (said[3], said[4], said[7]))
     facts = dict(zip(header, " ".join(math).replace(" s", "s").split(), strict=True))
     assert facts == {
         "domain": "math",
@@ -143,9 +149,11 @@ def test_ready_services_are_listed_with_their_facts(
         "fit": "0.031s",
     }
     assert said[5] == "    calibration 0.12→0.25 0.75→0.50"
+    errors = "weighted errors score_mean 0.2500, score_prefix 0.1250"
+    assert said[6] == f"    estimator auto chose score_prefix; {errors}"
     assert new[4:13] == ["–"] * 9
-    assert said[7].endswith("idle, policy version 4 (01234567), 1 of 3 replicas up to date")
-    assert [" ".join(line.split()) for line in said[8:11]] == [
+    assert said[8].endswith("idle, policy version 4 (01234567), 1 of 3 replicas up to date")
+    assert [" ".join(line.split()) for line in said[9:12]] == [
         "replica host:1 serves version 4 (01234567), up to date",
         "replica host:2 serves version 3 (fedcba98), it is slow",
         "replica host:3 serves version 0, catching up",

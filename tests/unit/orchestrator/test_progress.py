@@ -49,6 +49,16 @@ def test_the_bar_shows_all_unfinished_steps() -> None:
     header, line = written.getvalue().splitlines()
     assert line.split()[header.split().index("stale")] == "1.2"
     assert line.split()[-1] == "0m12s"  # six steps of two seconds
+    assert line.split()[header.split().index("var/none")] == "0.50"
+
+
+@pytest.mark.parametrize(("none", "shown"), [(0.4, "0.25"), (None, "0.50")])
+def test_weighted_variances_are_preferred(none: float | None, shown: str) -> None:
+    written = io.StringIO()
+    progress = ConsoleProgress(Limits(10), 0, Console(file=written, width=200), LoggingConfig())
+    progress.on_step_end(numbers(0) | {"weighted_advantage_variance": {"used": 0.1, "none": none}})
+    header, line = written.getvalue().splitlines()
+    assert line.split()[header.split().index("var/none")] == shown
 
 
 def test_evaluations_without_a_terminal_print_quarters() -> None:
