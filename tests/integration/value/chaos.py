@@ -117,7 +117,7 @@ async def run_chaos(folder: Path, num_rounds: int, seed: int, estimator: Estimat
                 victim, phase = source.choice(VICTIMS), PHASES[number % len(PHASES)]
                 publishing = asyncio.create_task(_publish(client, labels, outcome))
                 delay_s = source.uniform(0, LONGEST_DELAY_S[phase])
-                outcome.hits.update(await service.ambush(phase, delay_s, victim != "valkey", LONGEST_WAIT_S))
+                outcome.hits.update(await service.interrupt(phase, delay_s, victim != "valkey", LONGEST_WAIT_S))
                 if victim != "valkey":
                     service.kill()
                 if victim != "value":

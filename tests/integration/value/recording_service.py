@@ -4,9 +4,9 @@ Usage: recording_service.py RECORD_FILE [options of poise.value]. Each fit adds 
 {"domain", "version", "seen": [[run_id, step], ...]}. Of two lines with the same version the later one is valid: the
 process of the earlier one died before the probe was saved.
 
-A test can ambush it: RECORD_FILE.ambush contains {"phase", "delay_s", "dies"}. That long after the phase next begins,
-the current phases are written to RECORD_FILE.sprung, and the process dies if `dies` is set. While RECORD_FILE.hold
-exists, fits do not end.
+A test can look into a phase, or kill the process in it: RECORD_FILE.order contains {"phase", "delay_s", "dies"}. That
+long after the phase next begins, the current phases are written to RECORD_FILE.phases, and the process dies if `dies`
+is set. While RECORD_FILE.hold exists, fits do not end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Fitted = TypeVar("Fitted")
 
 seen_by_probe: dict[int, list[tuple[str, int]]] = {}
 record_file = Path(sys.argv[1])
-ambush_file, sprung_file, hold_file = (record_file.with_suffix(f".{name}") for name in ("ambush", "sprung", "hold"))
+order_file, phases_file, hold_file = (record_file.with_suffix(f".{name}") for name in ("order", "phases", "hold"))
 current_phases = Counter[str]()
 consuming = ExitStack()
 
@@ -50,21 +50,21 @@ consuming = ExitStack()
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     current_phases[name] += 1
-    if ambush_file.exists():
-        ambush = json.loads(ambush_file.read_text())
-        if ambush["phase"] == name:
-            ambush_file.unlink()
-            threading.Timer(ambush["delay_s"], spring, [ambush["dies"]]).start()
+    if order_file.exists():
+        order = json.loads(order_file.read_text())
+        if order["phase"] == name:
+            order_file.unlink()
+            threading.Timer(order["delay_s"], write_phases, [order["dies"]]).start()
     try:
         yield
     finally:
         current_phases[name] -= 1
 
 
-def spring(dies: bool) -> None:
-    partial = sprung_file.with_suffix(".part")
+def write_phases(dies: bool) -> None:
+    partial = phases_file.with_suffix(".part")
     partial.write_text(json.dumps(sorted(+current_phases)))
-    partial.replace(sprung_file)
+    partial.replace(phases_file)
     if dies:
         os.kill(os.getpid(), signal.SIGKILL)
 

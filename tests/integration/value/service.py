@@ -75,18 +75,18 @@ class ValueService:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(TIMEOUT_S)
 
-    async def ambush(self, phase: str, delay_s: float, dies: bool, wait_s: float) -> list[str]:
+    async def interrupt(self, phase: str, delay_s: float, dies: bool, wait_s: float) -> list[str]:
         """Wait until `delay_s` after the next start of `phase`; kill the service if `dies`. Return the phases then."""
-        ambush, sprung = (self.record_file.with_suffix(f".{name}") for name in ("ambush", "sprung"))
-        sprung.unlink(missing_ok=True)
-        partial = ambush.with_suffix(".part")
+        order, phases = (self.record_file.with_suffix(f".{name}") for name in ("order", "phases"))
+        phases.unlink(missing_ok=True)
+        partial = order.with_suffix(".part")
         partial.write_text(json.dumps({"phase": phase, "delay_s": delay_s, "dies": dies}))
-        partial.replace(ambush)
+        partial.replace(order)
         deadline = time.monotonic() + wait_s
-        while not sprung.exists() and time.monotonic() < deadline:
+        while not phases.exists() and time.monotonic() < deadline:
             await asyncio.sleep(0.001)
-        ambush.unlink(missing_ok=True)
-        return (json.loads(sprung.read_text()) or ["idle"]) if sprung.exists() else ["idle"]
+        order.unlink(missing_ok=True)
+        return (json.loads(phases.read_text()) or ["idle"]) if phases.exists() else ["idle"]
 
     @contextlib.contextmanager
     def blocked_fits(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ async def test_a_request_waiting_during_kill_9_gets_such_a_probe(shared, client,
     query = make.query("a", "settles.killed")
     with shared.blocked_fits():
         await client.publish_labels(labels(make, "settles.killed"))
-        waiting = asyncio.create_task(shared.ambush("wait_for_labels", 0, dies=False, wait_s=TIMEOUT_S))
+        waiting = asyncio.create_task(shared.interrupt("wait_for_labels", 0, dies=False, wait_s=TIMEOUT_S))
         asking = asyncio.create_task(
             client.estimate_baselines("asks.killed", 0, [query], wait_for_labels_s=TIMEOUT_S, timeout_s=2 * TIMEOUT_S)
         )
