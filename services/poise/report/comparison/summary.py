@@ -113,6 +113,9 @@ def _run_tree(seeds: Sequence[_Seed], means: Mapping[str, MeanCurve | None], lev
         "tokens": _spread_over(measured, lambda record: number(record.metrics[-1], "tokens")),
         "wall_s": _spread_over(measured, lambda record: number(record.metrics[-1], "wall_s")),
         "mean_squared_advantage": _spread_over(measured, lambda record: _mean(record, "advantage_variance", "used")),
+        "weighted_squared_advantage": _spread_over(
+            measured, lambda record: _mean(record, "weighted_advantage_variance", "used")
+        ),
         "gradient_variance": _spread_over(measured, _gradient_variance),
         "gradient_variance_at_equal_tokens": _spread_over(measured, _variance_at_equal_tokens),
         "zero_advantage_share": _spread_over(measured, lambda record: _mean(record, "zero_advantage_share")),
@@ -198,7 +201,12 @@ def _add_ratios(tree: dict[str, Any], reference: Mapping[str, Any]) -> None:
                 for seed, value in reach["by_seed"].items()
                 if seed in reference["seeds"]
             }
-    for name in ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens"):
+    for name in (
+        "mean_squared_advantage",
+        "weighted_squared_advantage",
+        "gradient_variance",
+        "gradient_variance_at_equal_tokens",
+    ):
         own, other = tree[name], reference[name]
         if own is not None:
             own["ratio"] = ratio(own["mean"], other and other["mean"])

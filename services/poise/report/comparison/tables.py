@@ -92,14 +92,15 @@ def _by_seed(reach: Tree, format_value: Any) -> str:
 
 
 def _gradients(tree: Tree) -> Table:
-    names = ("mean_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens")
+    names = ("weighted_squared_advantage", "gradient_variance", "gradient_variance_at_equal_tokens")
     rows = [
         [name, *(_measured(run[one]) for one in names), _mean(run["zero_advantage_share"], _percent)]
         for name, run in tree["runs"].items()
     ]
-    head = ["run", "mean squared advantage", "gradient variance", "variance × tokens", "groups with zero advantage"]
+    head = ["run", "weighted squared advantage", "gradient variance", "variance × tokens", "groups with zero advantage"]
     note = (
-        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. Gradient variance is per mini-batch. "
+        f"Means over all steps and seeds; × is the ratio to {tree['reference']}. The squared advantage is "
+        "weighted by squared score norms. Gradient variance is per mini-batch. "
         "Variance × tokens multiplies it by the tokens per step, to compare steps of different sizes."
     )
     return Table("Advantages and gradients", note, head, rows)

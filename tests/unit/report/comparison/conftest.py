@@ -17,7 +17,8 @@ def step_row(step: int, tokens: int, *, used: float, variance: float, zero_share
         "step": step,
         "tokens": tokens * (step + 1),
         "wall_s": 2.0 * (step + 1),
-        "advantage_variance": {"used": used},
+        "advantage_variance": {"used": 2 * used},
+        "weighted_advantage_variance": {"used": used},
         "learner": {"gradient_variance": variance},
         "time_s": {"generate": 1.5, "train": 0.5, "total": 2.0},
     }

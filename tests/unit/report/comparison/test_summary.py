@@ -109,6 +109,8 @@ def test_gradient_variance_is_scaled_by_tokens(make_run: Make, compare: Compare)
     at_equal = grpo["gradient_variance_at_equal_tokens"]
     assert (at_equal["mean"], at_equal["ratio"]) == pytest.approx((120, 2.0))
     assert grpo["mean_squared_advantage"]["ratio"] == pytest.approx(1.5)
+    assert grpo["weighted_squared_advantage"]["mean"] == pytest.approx(0.3)
+    assert grpo["weighted_squared_advantage"]["ratio"] == pytest.approx(1.5)
 
 
 def test_missing_sections_are_left_out(make_run: Make, compare: Compare) -> None:
