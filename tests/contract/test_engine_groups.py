@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from tests.contract.test_engines import DEADLINE_S, MAX_MODEL_LEN, Reference, sample
 from tests.support.tiny_models import make_tiny_llama
-from tests.support.vllm_processes import forked_processes
 
 from poise.errors import BackendDown
 from poise.generation.config import GenerationConfig, TorchConfig, VllmConfig
@@ -52,8 +52,9 @@ async def engine(request: pytest.FixtureRequest, reference: Reference) -> AsyncI
         from poise.generation.engines.vllm.engine import VllmEngine
 
         engine = VllmEngine(config)
-    with forked_processes():
-        await engine.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of vLLM's imports
+        await engine.start()  # vLLM spawns its processes: forks would inherit this process's gloo groups
     yield engine
     await engine.stop()
 
