@@ -19,10 +19,10 @@ GROUPS = {
     **dict.fromkeys(
         (
             "tests/contract/test_engine_adapters.py",
-            "tests/contract/test_engine_groups.py",
             "tests/contract/test_engines.py",
             "tests/contract/test_vllm_engine.py",
             "tests/contract/test_vllm_weight_loader.py",
+            "tests/contract/test_weights_over_groups.py",
             "tests/e2e/test_vllm_run.py",
         ),
         "vllm",  # one engine at a time: each takes 3 GiB

@@ -2,6 +2,9 @@
 
 On a CPU, vLLM spawns them, and each then imports vllm and torch again, for eight seconds of CPU. A fork of the test's
 process has them already. `tests/e2e/test_vllm_run.py` spawns them, as in production.
+
+A process whose threads hold gloo's groups must not fork: the child crashes when it frees them. So
+`tests/contract/test_weights_over_groups.py` spawns, and its name puts it behind all files that fork.
 """
 
 from __future__ import annotations

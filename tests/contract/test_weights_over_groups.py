@@ -54,7 +54,7 @@ async def engine(request: pytest.FixtureRequest, reference: Reference) -> AsyncI
         engine = VllmEngine(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of vLLM's imports
-        await engine.start()  # vLLM spawns its processes: forks would inherit this process's gloo groups
+        await engine.start()  # vLLM spawns its processes, see tests/support/vllm_processes.py
     yield engine
     await engine.stop()
 
