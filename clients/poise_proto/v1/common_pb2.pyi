@@ -236,7 +236,7 @@ class TokenStatistics(_message.Message):
     SUM_SQUARED_PROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> Global___Tensor:
-        """logprobs is float32 [T]: the log-probability of each token. The value service accepts -80 to 0."""
+        """logprobs is float32 [T]: the log-probability of each token. The value service accepts -80 to 0.001."""
 
     @_builtins.property
     def entropies(self) -> Global___Tensor:

@@ -12,9 +12,15 @@ from poise.algorithms.score_weighted import (
     PREFIX_INPUTS,
     Moments,
     ScoreWeighted,
+    fit_steps,
+    joint_moments,
+    packed_moments,
     prefix_inputs,
+    prompt_trackers,
     ridge,
     squared_score_norms,
+    step_moments,
+    token_columns,
 )
 
 
@@ -218,3 +224,109 @@ def test_a_leak_biases_the_gradient(leak):
     true = policy.gradient(lambda *_: np.zeros(3))
     biased = policy.gradient(leaky(leak, policy))
     assert np.abs(biased - true).max() > 0.01 * np.abs(true).max()
+
+
+# Fits to the tokens of whole steps.
+
+LENGTHS = (5, 1, 1500, 8, 3, 0, 40, 2)
+STARTS = [0, 3, 4]
+"""Steps of three, one and four responses."""
+
+
+def responses(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return columns, weights and rewards of the tokens of `LENGTHS`."""
+    random = np.random.default_rng(seed)
+    probs = random.uniform(0.3, 1.0, sum(LENGTHS)).astype(np.float32)
+    logprobs, squares = np.log(probs), (probs**2).astype(np.float16)
+    columns = token_columns(logprobs, (1 - probs).astype(np.float16), squares, LENGTHS)
+    rewards = random.integers(0, 2, len(LENGTHS)).astype(np.float32)
+    return columns, squared_score_norms(logprobs, squares).astype(np.float64), rewards
+
+
+def test_columns_of_many_responses_are_those_of_each():
+    columns, _, _ = responses()
+    random = np.random.default_rng(0)
+    probs = random.uniform(0.3, 1.0, sum(LENGTHS)).astype(np.float32)
+    arrays = np.log(probs), (1 - probs).astype(np.float16), (probs**2).astype(np.float16)
+    ends = np.cumsum(LENGTHS)[:-1]
+    alone = [prefix_inputs(*parts) for parts in zip(*(np.split(array, ends) for array in arrays), strict=True)]
+    np.testing.assert_array_equal(np.concatenate(alone).T, columns[1:])
+
+
+def test_moments_of_steps_are_sums_over_their_tokens():
+    columns, weights, rewards = responses()
+    matrices, num_tokens = step_moments(packed_moments(columns, weights, LENGTHS), rewards, STARTS)
+    token_rewards = np.repeat(rewards, LENGTHS)
+    tokens = np.cumsum([0, *LENGTHS])
+    for matrix, number, start, end in zip(matrices, num_tokens, STARTS, [*STARTS[1:], len(LENGTHS)], strict=True):
+        part = slice(tokens[start], tokens[end])
+        expected = Moments.of(columns[1:, part].T, token_rewards[part], weights[part])
+        np.testing.assert_allclose(matrix, expected.matrix, rtol=1e-9, atol=1e-9)
+        assert number == expected.num_samples
+
+
+def test_joint_moments_are_those_of_all_inputs():
+    columns, weights, rewards = responses()
+    prompts = np.random.default_rng(1).normal(size=(len(LENGTHS), 2))
+    packed = packed_moments(columns, weights, LENGTHS)
+    matrices, _ = step_moments(packed, rewards, STARTS)
+    joint = joint_moments(matrices, packed, rewards, STARTS, prompts)
+    inputs = np.column_stack([columns[1:].T, np.repeat(prompts, LENGTHS, axis=0)])
+    expected = Moments.of(inputs, np.repeat(rewards, LENGTHS).astype(np.float64), weights)
+    np.testing.assert_allclose(joint.sum(axis=0), expected.matrix, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 1000.0])
+def test_a_fit_to_steps_is_scikit_learns(alpha):
+    """Tokens weighted by ω over its mean in the step, and by the step's age."""
+    random = np.random.default_rng(3)
+    steps = [samples(seed, 300) for seed in range(4)]
+    parts = [Moments.of(*step) for step in steps]
+    numbers = np.array([part.num_samples for part in parts])
+    fit = fit_steps(np.stack([part.matrix for part in parts]), numbers, 10, penalties=(alpha,))
+    inputs, rewards = (np.concatenate(arrays) for arrays in list(zip(*steps, strict=True))[:2])
+    weights = np.concatenate(
+        [weights / weights.mean() * 0.5 ** ((3 - age) / 10) for age, (_, _, weights) in enumerate(steps)]
+    )
+    means = np.average(inputs, axis=0, weights=weights)
+    scales = np.sqrt(np.average((inputs - means) ** 2, axis=0, weights=weights))
+    reference = Ridge(alpha=alpha).fit((inputs - means) / scales, rewards, sample_weight=weights)
+    new = random.normal(size=(20, 3))
+    expected = np.clip(reference.predict((new - means) / scales), 0, 1)
+    np.testing.assert_allclose(fit.regression(new), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_to_steps_is_that_of_learning_them_in_turn():
+    parts = [Moments.of(*samples(seed, 50)) for seed in range(30)]
+    one_by_one = ScoreWeighted(3)
+    for part in parts:
+        one_by_one.learn(part)
+    fit = fit_steps(np.stack([part.matrix for part in parts]), np.full(30, 50.0))
+    expected = one_by_one.regression
+    np.testing.assert_allclose(
+        [fit.regression.intercept, *fit.regression.slopes], [expected.intercept, *expected.slopes]
+    )
+    errors, age = one_by_one.errors, 0.5 ** (1 / 40)
+    assert fit.error >= errors.min() / sum(50 * age**step for step in range(29)) * (1 - 1e-9)
+
+
+def test_a_tracker_uses_earlier_steps_only():
+    prompts, weights = np.array([0, 1, -1, 0, 1, 0, -1, 2]), np.ones(8)
+    rewards = floats(1, 0, 1, 1, 0, 1, 0, 1)
+    inputs, now = prompt_trackers(prompts, weights, rewards, STARTS, 40.0)
+    assert inputs[:3].tolist() == [0, 0, 0]  # the first step
+    assert inputs[3] > 0 > inputs[4]
+    assert inputs[6] == inputs[7] == 0  # unknown and new
+    assert now[0] > 0 > now[1]
+    for row in range(8):
+        changed = rewards.copy()
+        changed[row:] = 1 - changed[row:]
+        step = max(start for start in STARTS if start <= row)
+        again, _ = prompt_trackers(prompts, weights, changed, STARTS, 40.0)
+        np.testing.assert_array_equal(again[: row + 1][step:], inputs[: row + 1][step:])
+
+
+def test_a_tracker_is_shrunk_by_one_response():
+    _, now = prompt_trackers(np.array([0, 1]), np.array([2.0, 4.0]), floats(1, 0), [0], 40.0)
+    mean, shrinkage = 2 / 6, 3.0
+    np.testing.assert_allclose(now, [(2 - mean * 2) / (2 + shrinkage), (0 - mean * 4) / (4 + shrinkage)])

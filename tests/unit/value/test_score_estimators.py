@@ -222,6 +222,19 @@ def test_auto_names_the_best_and_all_errors(groups, settings):
     assert errors["score_prompt"] < 0.9 * errors["score_mean"]
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_one_step_gives_a_constant_and_no_errors(groups, settings, name):
+    settings = with_estimator(settings, name)
+    estimator = train(settings, groups, 1, width=3)
+    status = estimator.probe_status("default")
+    assert (status.probe_version, status.errors) == (1, ())
+    assert status.estimator == ("score_mean" if name == "auto" else name)
+    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
+    queries = queries_of(groups.step(1, 3, width=3), settings)
+    answers = restarted.estimate("run", 1, queries)
+    assert len(set(np.concatenate([answer.values for answer in answers]).tolist())) == 1
+
+
 def test_prompts_with_earlier_rewards_get_other_baselines(groups, settings):
     settings = with_estimator(settings, "score_prompt")
     estimator = train(settings, groups, 30, width=3)

@@ -25,11 +25,11 @@ from poise.algorithms.score_weighted import (
     step_moments,
 )
 from poise.value.probe.features import Doubles, Floats, Label
-from poise.value.probe.subspace import Subspace
+from poise.value.probe.subspace import NEGLIGIBLE_VARIANCE, affordable_components
 from poise.value.score.model import FittedScore
 from poise_client.types import Estimator
 
-_MAX_PCA_ROWS = 512
+_MAX_PCA_ROWS = 256
 """The newest prompts whose hidden states determine the principal components: more would cost more than they add."""
 
 _COMPARED: Mapping[Estimator, tuple[Estimator, ...]] = {
@@ -57,10 +57,10 @@ class ScoreFitter:
 
     def _fit(self, steps: _Steps) -> FittedScore:
         fitted = {name: self._fit_one(name, steps) for name in _COMPARED[self._estimator]}
-        errors = {name: one.error for name, (one, _) in fitted.items()}
+        errors = {name: one.error for name, (one, _) in fitted.items() if not math.isnan(one.error)}
         chosen = self._estimator
         if chosen == "auto":
-            chosen = min(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+            chosen = min(errors, key=errors.__getitem__, default="score_mean")
         fit, prompts = fitted[chosen]
         num_coefficients = 1 + len(PREFIX_INPUTS)
         slopes = fit.regression.slopes
@@ -92,7 +92,9 @@ class ScoreFitter:
             hidden = [steps.groups[index].features.prompt_hidden for index in known]
             origin, directions = self._reduce(hidden)
             components = np.zeros((len(steps.groups), directions.shape[1]))
-            components[known] = (np.concatenate(hidden) - origin) @ directions
+            # Single precision suffices near the origin.
+            centred = np.concatenate(hidden) - origin.astype(np.float32)
+            components[known] = centred @ directions.astype(np.float32)
         ids = list(dict.fromkeys(group.prompt_id for group in steps.groups if group.prompt_id))
         numbers = {prompt_id: number for number, prompt_id in enumerate(ids)} | {"": -1}
         prompts = np.array([numbers[group.prompt_id] for group in steps.groups], np.intp)
@@ -105,13 +107,15 @@ class ScoreFitter:
 
     def _reduce(self, hidden: Sequence[Floats]) -> tuple[Doubles, Doubles]:
         """Return the origin [d] and the leading principal components of hidden states, as columns, [d, k]."""
-        subspace = Subspace(self._prompt_components, self._rows_per_component)
-        coordinates = subspace.rebuild(hidden[-_MAX_PCA_ROWS:])
-        mean = coordinates.mean(axis=0)
-        centred = coordinates - mean
-        rotation = subspace.rotation(centred.T @ centred, mean, len(hidden))
-        basis = subspace.basis.astype(np.float64)
-        return subspace.origin + basis @ mean, basis @ rotation
+        newest = np.concatenate(hidden[-_MAX_PCA_ROWS:]).astype(np.float64)
+        origin = newest.mean(axis=0)
+        newest -= origin
+        variances, vectors = np.linalg.eigh(newest @ newest.T)  # few rows: cheaper than the covariance of d columns
+        leading = variances[::-1][
+            : affordable_components(self._prompt_components, len(hidden), self._rows_per_component)
+        ]
+        num_kept = int((leading > NEGLIGIBLE_VARIANCE * max(variances[-1], 0.0)).sum())
+        return origin, newest.T @ vectors[:, ::-1][:, :num_kept] / np.sqrt(leading[:num_kept])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

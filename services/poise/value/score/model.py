@@ -30,7 +30,7 @@ class FittedScore:
     coefficients: Doubles
     """[1 + p]: c and β."""
     errors: Mapping[Estimator, float]
-    """The weighted error of each estimator that was compared."""
+    """The weighted error of each estimator that was compared; empty before two steps."""
     prompt_weights: Doubles = field(default_factory=lambda: np.zeros(0))
     """[d]: of the prompt's hidden state; empty if it is not an input."""
     prompt_bias: float = 0.0
@@ -115,7 +115,7 @@ class FittedScore:
         return {
             "coefficients": self.coefficients,
             "compared": np.array([*self.errors], "S32"),
-            "errors": np.array([*self.errors.values()]),
+            "errors": np.array([*self.errors.values()], float),
             "prompt_weights": self.prompt_weights,
             "prompt_bias": np.array([self.prompt_bias]),
             "prompts": np.array([*self.offsets] or [""], "S"),
