@@ -42,7 +42,7 @@ Draw = Callable[[Random, bool], tuple[str, str]]
 
 def make_lists_model(folder: Path, data: Path) -> None:
     """Train the model, and write its problems."""
-    _train(folder, _draw_list, num_clean=1000, num_second=100, length=4 + 2 * LIST_DIGITS + 1)
+    _train(folder, _draw_list, num_clean=500, num_second=100, length=4 + 2 * LIST_DIGITS + 1)
     random = Random(1)
     with data.open("w") as file:
         for _ in range(NUM_PROMPTS):
