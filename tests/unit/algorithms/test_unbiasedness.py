@@ -27,7 +27,6 @@ from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
 from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label, TokenStatistics
 from poise.value.probe.model import FittedProbe
-from poise.value.score.model import reduced
 
 PROMPTS, LENGTH, VOCABULARY = 2, 3, 3
 TOLERANCE = 1e-6
@@ -136,9 +135,10 @@ SIBLINGS = [(0, 0), (1, 1)]
 """Steps with two rollouts of one prompt."""
 
 
-NO_FEATURES = FeatureMatrix(
-    np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32), np.zeros((1, NUM_ENTROPIES), np.float32)
-)
+def prompt_features(one: Sample) -> FeatureMatrix:
+    """The prompt's hidden state, which tells the prompts apart."""
+    prompt_hidden = np.array([[one.prompt, 1.0, 0.5 * one.prompt]], np.float32)
+    return FeatureMatrix(prompt_hidden, np.zeros((1, 0), np.float32), np.zeros((1, NUM_ENTROPIES), np.float32))
 
 
 def rewards(step: Sequence[Sample]) -> list[np.ndarray]:
@@ -192,10 +192,6 @@ def prefix(one: Sample) -> np.ndarray:
     return one.inputs
 
 
-def prefix_and_prompt(one: Sample) -> np.ndarray:
-    return np.column_stack([one.inputs, np.full(LENGTH, one.prompt), np.full(LENGTH, 0.3 - one.prompt)])
-
-
 def late(one: Sample) -> np.ndarray:
     """Each token's inputs as they are one token later, when they depend on the token."""
     inputs = np.concatenate([one.inputs[1:], one.inputs[-1:]])
@@ -213,17 +209,21 @@ def score_weighted(
 
 def learnt(policy: Softmax, estimator: str) -> Baselines:
     """Return the baselines of the value service's estimator, fitted on twelve earlier steps."""
-    samples = policy.earlier_samples(600)
-    labels = [
-        Label("run", index // 50, f"g{index}", "", NO_FEATURES, np.array([one.reward], np.float32), tokens=tokens(one))
-        for index, one in enumerate(samples)
-    ]
+
+    def label(index: int, one: Sample) -> Label:
+        reward, name = np.array([one.reward], np.float32), f"g{index}"
+        features, prompt_id = prompt_features(one), f"prompt {one.prompt}"
+        return Label("run", index // 50, name, "", features, reward, prompt_id, tokens(one)).reduced()
+
+    def query(one: Sample) -> GroupQuery:
+        return GroupQuery("g", "", prompt_features(one), tokens(one), f"prompt {one.prompt}")
+
     config = ValueConfig(state_dir=Path("unused"), estimator=estimator)
-    fitted = make_fitter(config, "").fit([reduced(label) for label in labels])
+    fitted = make_fitter(config, "").fit([label(*each) for each in enumerate(policy.earlier_samples(600))])
     assert fitted.coefficients[1:].any() == (estimator != "score_mean")
 
     def baselines(step: Sequence[Sample]) -> list[np.ndarray]:
-        answers = fitted.answer([GroupQuery("g", "", NO_FEATURES, tokens(one)) for one in step])
+        answers = fitted.answer([query(one) for one in step])
         return [answer.baselines if answer.token_baselines is None else answer.token_baselines[0] for answer in answers]
 
     return baselines
@@ -261,10 +261,10 @@ UNBIASED = {
     "batch_mean": (lambda policy: mean_of_other_prompts, TOGETHER),
     "rloo": (lambda policy: mean_of_siblings, SIBLINGS),
     "probe": (lambda policy: probe, SIBLINGS),
-    "score_mean": (lambda policy: score_weighted(policy, no_inputs), ALONE),
+    "score_mean": (lambda policy: learnt(policy, "score_mean"), ALONE),
     "score_prefix": (lambda policy: learnt(policy, "score_prefix"), ALONE),
     "score_prefix, groups of two": (lambda policy: learnt(policy, "score_prefix"), SIBLINGS),
-    "prefix and prompt": (lambda policy: score_weighted(policy, prefix_and_prompt), ALONE),
+    "score_prompt": (lambda policy: learnt(policy, "score_prompt"), ALONE),
 }
 
 LEAKS = {
