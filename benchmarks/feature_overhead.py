@@ -8,7 +8,8 @@ Other load on the machine changes them less than tokens/s.
 
 The ratio of a pair is our throughput divided by plain vLLM's. The table shows the geometric mean of the medians in both
 orders of start, with a 95 % interval from a bootstrap over pairs, because the engine that starts second can be faster.
-A second table shows what each part costs by itself in a step, on one thread. Prints both and writes results/feature_overhead.json.
+A second table shows what each part costs by itself in a step, on one thread. Prints both and writes
+results/feature_overhead.json.
 """
 
 from __future__ import annotations
