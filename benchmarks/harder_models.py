@@ -1,7 +1,7 @@
 """Small models and data for `compare_harder.py`. Everything follows from a seed.
 
 - `lists`: a model of about a million parameters that has learnt to copy, shift and swap lists of 16 digits imperfectly,
-  so that responses of 17 tokens are right in a tenth to a half of the cases.
+  so that responses of 17 tokens are exact in a fifth to two thirds of the cases.
 - `wrong`: the tiny preset's skills with confidently wrong answers: the model first learns the answer of another skill
   nine times out of ten, and the correct one rarely.
 - `words.jsonl`: lists of numbers for SmolLM2 to repeat, reverse and sort.
