@@ -42,8 +42,8 @@ PREFIX_INPUTS = (
 )
 """Columns of `prefix_inputs`."""
 
-ALPHAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""Ridge penalties that a regression chooses from; a constant is always a candidate."""
+ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Ridge penalties that a regression chooses from, in responses; a constant is always a candidate."""
 
 
 def squared_score_norms(logprobs_t: FloatsOrHalves, sum_squares_t: FloatsOrHalves) -> Floats:
@@ -104,27 +104,27 @@ _TOKENS_AT_ONCE = 1024
 
 
 def packed_moments(columns_N: Doubles, weights_N: Doubles, lengths: Sequence[int]) -> Doubles:
-    """Return Σ ω·(1, φ)(1, φ)ᵀ of each response, its upper triangle and its number of tokens, [n, packed].
+    """Return the upper triangle of Σ ω·(1, φ)(1, φ)ᵀ of each response, [n, packed].
 
     Args:
         columns_N: `token_columns` of all tokens.
         weights_N: ω of all tokens.
         lengths: tokens of each response.
     """
-    packed = np.empty((len(lengths), _UPPER[0].size + 1))
+    packed = np.empty((len(lengths), _UPPER[0].size))
     start = 0
     for row, length in zip(packed, lengths, strict=True):
         end, matrix = start + length, np.zeros((columns_N.shape[0], columns_N.shape[0]))
         for first in range(start, end, _TOKENS_AT_ONCE):
             part = slice(first, min(first + _TOKENS_AT_ONCE, end))
             matrix += (columns_N[:, part] * weights_N[part]) @ columns_N[:, part].T
-        row[:-1], row[-1] = matrix[_UPPER], length
+        row[:] = matrix[_UPPER]
         start = end
     return packed
 
 
-def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) -> tuple[Doubles, Doubles]:
-    """Return each step's moment matrix of (1, φ, r), [S, p + 2, p + 2], and its number of tokens, [S].
+def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) -> Doubles:
+    """Return each step's moment matrix of (1, φ, r), [S, p + 2, p + 2].
 
     Args:
         packed_n: `packed_moments` of responses, those of a step next to each other.
@@ -137,9 +137,9 @@ def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) 
     sums = np.add.reduceat(np.hstack([packed_n, weighted, weighted[:, :1] * rewards]), starts_S, axis=0)
     matrices = np.empty((len(starts_S), size + 1, size + 1))
     matrices[:, _UPPER[0], _UPPER[1]] = matrices[:, _UPPER[1], _UPPER[0]] = sums[:, : _UPPER[0].size]
-    matrices[:, :size, -1] = matrices[:, -1, :size] = sums[:, _UPPER[0].size + 1 : -1]
+    matrices[:, :size, -1] = matrices[:, -1, :size] = sums[:, _UPPER[0].size : -1]
     matrices[:, -1, -1] = sums[:, -1]
-    return matrices, sums[:, _UPPER[0].size]
+    return matrices
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,7 +281,10 @@ def fit_steps(
 
 
 def step_factors(matrices_S: Doubles, num_samples_S: Doubles) -> Doubles:
-    """Return the factor of each step's weights that makes their mean 1, [S]; 1 without weight."""
+    """Return the factor of each step's weights that makes their sum its number of samples, [S]; 1 without weight.
+
+    Tokens of a response share its reward, so the samples are the responses: then penalties do not depend on lengths.
+    """
     weights = matrices_S[:, 0, 0]
     return np.divide(num_samples_S, weights, out=np.ones(len(weights)), where=weights > 0)
 

@@ -202,7 +202,7 @@ def test_the_mean_is_the_discounted_weighted_mean_reward(groups, settings):
         now = groups.step(step)
         rollouts = [group.rollouts[0] for group in now]
         weights = [squared_score_norms(each.logprobs, each.sum_squared_probs).sum(dtype=float) for each in rollouts]
-        factor = sum(each.logprobs.size for each in rollouts) / sum(weights)
+        factor = len(rollouts) / sum(weights)
         own = [(factor * weight, factor * weight * each.reward) for weight, each in zip(weights, rollouts, strict=True)]
         sums = 0.5 ** (1 / 40) * sums + np.sum(own, axis=0)
         learn(estimator, now, settings)

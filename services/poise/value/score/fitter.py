@@ -76,12 +76,12 @@ class ScoreFitter:
 
     def _fit_one(self, name: Estimator, steps: _Steps) -> tuple[StepFit, _Prompts | None]:
         if name == "score_mean":
-            return fit_steps(steps.matrices, steps.num_tokens, penalties=(None,)), None
+            return fit_steps(steps.matrices, steps.num_responses, penalties=(None,)), None
         if name == "score_prefix":
-            return fit_steps(steps.matrices, steps.num_tokens), None
+            return fit_steps(steps.matrices, steps.num_responses), None
         prompts = self._prompts(steps)
         matrices = joint_moments(steps.matrices, steps.packed, steps.rewards, steps.starts, prompts.inputs)
-        return fit_steps(matrices, steps.num_tokens), prompts
+        return fit_steps(matrices, steps.num_responses), prompts
 
     def _prompts(self, steps: _Steps) -> _Prompts:
         """Return the prompt's inputs of each response: principal components of its hidden state, and its tracker."""
@@ -146,8 +146,8 @@ class _Steps:
     """Index of the first response of each step."""
     matrices: Doubles
     """[S, p + 2, p + 2]"""
-    num_tokens: Doubles
-    """[S]"""
+    num_responses: Doubles
+    """[S]. Steps count by responses, not tokens: those of a response share its reward."""
     weights: Doubles
     """[n]: Σ ω, normalised by step."""
 
@@ -163,6 +163,8 @@ class _Steps:
             if previous != (previous := (group.run_id, group.step)):
                 starts.append(row)
             row += group.rewards.size
-        matrices, num_tokens = step_moments(packed, rewards, starts)
-        factors = np.repeat(step_factors(matrices, num_tokens), np.diff([*starts, row]))
-        return cls(ordered, packed, rewards, starts, matrices, num_tokens, packed[:, 0] * factors)
+        sizes = np.diff([*starts, row])
+        num_responses = sizes.astype(np.float64)
+        matrices = step_moments(packed, rewards, starts)
+        factors = np.repeat(step_factors(matrices, num_responses), sizes)
+        return cls(ordered, packed, rewards, starts, matrices, num_responses, packed[:, 0] * factors)
