@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from poise.value.dedup import Admission, ConsumedLabels
 from poise.value.probe.diagnostics import Diagnostics
 from poise.value.probe.features import GroupQuery, Label
 from poise.value.probe.model import Answer, FittedProbe, PromptProbe
-from poise.value.probe.step_probes import PinnedProbes, Probes, StepProbes, VersionedProbe
+from poise.value.probe.step_probes import Probes, StepProbes, VersionedProbe
 from poise.value.probe.window import Window
 from poise.value.store import DomainSnapshot, Snapshot
 from poise_client.types import Estimator, EstimatorError, GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
@@ -33,8 +33,8 @@ class Domain:
     diagnostics: Diagnostics
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
-    restored_version: int = 0
-    """The newest version in the state that the service started from, which another estimator may have had."""
+    newest_version: int = 0
+    """The newest version of a fitted estimator, also if the domain has another estimator now."""
     label_lag_s: float = math.nan
     """Seconds from publishing the newest learnt label to saving it."""
 
@@ -61,17 +61,16 @@ class BaselineEstimator:
         self.newest_entry = saved.newest_entry if saved else ""
         """Id of the newest queue entry whose label is in the state."""
         for domain in saved_domains:
-            self._restore(domain, saved.pins if saved else ())
+            self._restore(domain)
 
-    def _restore(self, saved: DomainSnapshot, pins: Sequence[PinnedProbes]) -> None:
+    def _restore(self, saved: DomainSnapshot) -> None:
         """Add a saved domain, without labels that lack the inputs of an estimator that is now configured."""
         name, max_rows = saved.domain, self._config.probe.rows_of(saved.domain)
-        fitted = [saved.probe, *(pin.probes.get(name) for pin in pins)]
         self.domains[name] = Domain(
             Window(max_rows, saved.groups, saved.num_added),
             Diagnostics(max_rows, saved.valued, saved.num_valued),
             saved.num_steps_seen,
-            restored_version=max((each.version for each in fitted if each is not None), default=0),
+            newest_version=saved.newest_version,
         )
         uses_probe = self._uses_probe(name)
         self.remove(name, [group for group in saved.groups if (group.moments is None) != uses_probe])
@@ -153,11 +152,18 @@ class BaselineEstimator:
         """Return the configured estimator of a domain."""
         return self._config.estimator_of(domain)
 
-    def estimator_of_step(self, run_id: str, step: int, domain: str) -> Estimator:
-        """Return the estimator that a step is pinned to, which a restart with other settings keeps."""
+    def estimators_of_step(self, run_id: str, step: int) -> Callable[[str], Estimator]:
+        """Return which estimator a step uses by domain: the pinned one, which a restart with other settings keeps.
+
+        The returned function may be called in another thread.
+        """
         pin = self._step_probes.get(run_id, step)
-        fitted = pin.probes.get(domain) if pin else None
-        return fitted.probe.estimator if fitted else self.configured(domain)
+        pinned = pin.probes if pin else {}
+
+        def estimator_of(domain: str) -> Estimator:
+            return pinned[domain].probe.estimator if domain in pinned else self.configured(domain)
+
+        return estimator_of
 
     def rejection(self, domain: str, width: int) -> FieldViolation | None:
         """Return why a label cannot be learnt; None if it can, or if only `width_vote` decides."""
@@ -276,16 +282,17 @@ class BaselineEstimator:
 
     def next_version(self, name: str) -> int:
         """Return the version of a domain's next fitted estimator."""
-        probe = self.probes.get(name)
-        return max(self.domains[name].restored_version, probe.version if probe else 0) + 1
+        return self.domains[name].newest_version + 1
 
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Use a probe for steps that are not pinned yet."""
         self.probes = {**self.probes, name: probe}
+        self.domains[name].newest_version = probe.version
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:
         """Return the current state. A `fitted` probe replaces the current one of its domain."""
-        probes = {**self.probes, **dict([fitted] if fitted else [])}
+        new = dict([fitted] if fitted else [])
+        probes = {**self.probes, **new}
         return Snapshot(
             self.instance_id,
             tuple(
@@ -297,6 +304,7 @@ class BaselineEstimator:
                     probes.get(name),
                     domain.diagnostics.groups,
                     domain.diagnostics.num_added,
+                    new[name].version if name in new else domain.newest_version,
                 )
                 for name, domain in self.domains.items()
             ),

@@ -36,9 +36,6 @@ from poise_client.types import (
 )
 from poise_proto.v1 import common_pb2, value_pb2
 
-MIN_SIBLINGS = 2
-"""A label needs at least two rollouts: the target is the mean reward of the others."""
-
 MAX_SIBLINGS = 1024
 """Maximum rollouts per group."""
 
@@ -93,21 +90,27 @@ def read_label(
         wrong.add(f"{path}.schema_version", f"is {message.schema_version}; must be {LABEL_SCHEMA_VERSION}")
         return None
     domain = message.domain or DEFAULT_DOMAIN
+    estimator = estimator_of(domain)
     wrong.identifier(f"{path}.run_id", message.run_id)
     wrong.identifier(f"{path}.group_id", message.group_id)
     wrong.identifier(f"{path}.domain", domain)
     wrong.check(
-        len(message.rollouts) in (0, 1, message.num_rollouts),  # the estimator may reject fewer than two below
+        len(message.rollouts) in (message.num_rollouts, *range(_min_rollouts(estimator))),  # too few: rejected below
         f"{path}.num_rollouts",
         f"is {message.num_rollouts}, but the message has {len(message.rollouts)} rollouts. Publish whole groups, with "
         "the number of sampled rollouts",
     )
     _read_prompt_id(message.prompt_id, path, wrong)
-    features, tokens = _read_inputs(message.rollouts, path, domain, estimator_of(domain), wrong)
+    features, tokens = _read_inputs(message.rollouts, path, domain, estimator, wrong)
     rewards = _read_rewards(message.rewards, len(message.rollouts), path, wrong)
     if features is None or rewards is None:
         return None
     return Label(message.run_id, message.step, message.group_id, domain, features, rewards, message.prompt_id, tokens)
+
+
+def _min_rollouts(estimator: Estimator) -> int:
+    """Return the least number of rollouts in a label. The probe's target is the mean reward of the others."""
+    return 2 if estimator == "probe" else 1
 
 
 def _read_prompt_id(prompt_id: str, path: str, wrong: Violations) -> None:
@@ -120,7 +123,7 @@ def _read_inputs(
 ) -> tuple[FeatureMatrix | None, TokenStatistics | None]:
     """Parse what an estimator learns from. If it is invalid, return None twice and add all violations to `wrong`."""
     if estimator == "probe":
-        siblings = _read_siblings(messages, path, wrong, at_least=MIN_SIBLINGS)
+        siblings = _read_siblings(messages, path, wrong, at_least=_min_rollouts(estimator))
         features = None if siblings is None else _stack([siblings])
         if features is not None and not _are_in_bounds(features):
             _add_out_of_bounds(features, path, wrong)
@@ -268,7 +271,7 @@ def _read_scored(
             continue
         tokens.append(TokenStatistics(*arrays, (arrays[0].size,)))
     prompt_hidden: Floats | None = np.zeros(0, np.float32)
-    if estimator == "score_prompt" or (estimator == "auto" and messages[0].HasField("prompt_hidden")):
+    if estimator in ("score_prompt", "auto"):
         prompt_hidden = _read_prompt_hidden(messages[0].prompt_hidden, f"{path}.rollouts[0].prompt_hidden", wrong)
     if prompt_hidden is None or len(tokens) < len(messages):
         return None

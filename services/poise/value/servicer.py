@@ -78,11 +78,8 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
         updater = self._opened()
-        groups = await self._read_on_thread(
-            lambda: _read_queries(
-                request, lambda name: updater.estimator.estimator_of_step(request.run_id, request.step, name)
-            )
-        )
+        estimator_of = updater.estimator.estimators_of_step(request.run_id, request.step)
+        groups = await self._read_on_thread(lambda: _read_queries(request, estimator_of))
         behind = None
         if request.wait_for_labels_s and updater.estimator.would_pin(request.run_id, request.step):
             left_s = context.time_remaining()

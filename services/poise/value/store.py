@@ -94,6 +94,8 @@ class DomainSnapshot:
     """`Diagnostics.groups`."""
     num_valued: int = 0
     """Groups ever added to the diagnostics."""
+    newest_version: int = 0
+    """The newest version of a fitted estimator, also if the domain has another estimator now."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -419,8 +421,18 @@ class _StateFile:
                     None if version is None else probes[name, version],
                     _last(valued.get(name, {}), num_valued, num_kept),
                     num_valued,
+                    newest_version,
                 )
-                for name, num_added, num_groups, num_steps_seen, version, num_valued, num_kept in document["domains"]
+                for (
+                    name,
+                    num_added,
+                    num_groups,
+                    num_steps_seen,
+                    version,
+                    num_valued,
+                    num_kept,
+                    newest_version,
+                ) in document["domains"]
             ]
             self._saved = Snapshot(
                 domains=tuple(domains),
@@ -500,6 +512,7 @@ def _document(snapshot: Snapshot, sequence: int) -> dict[str, Any]:
                 domain.probe and domain.probe.version,
                 domain.num_valued,
                 len(domain.valued),
+                domain.newest_version,
             ]
             for domain in snapshot.domains
         ],

@@ -261,12 +261,19 @@ def test_a_restart_with_another_estimator_keeps_pins(trained, groups, settings):
     first = numbers(trained.estimate("run", 6, queries_of(now, settings)))
     probe = with_estimator(settings, "probe")
     restarted = BaselineEstimator(probe, saved_and_read(trained.snapshot()))
-    assert restarted.estimator_of_step("run", 6, "default") == "score_prefix"
+    assert restarted.estimators_of_step("run", 6)("default") == "score_prefix"
     assert numbers(restarted.estimate("run", 6, queries_of(now, settings))) == first
     assert restarted.probes == {}
     assert restarted.domains["default"].window.num_rows == 0
-    assert restarted.next_version("default") == 7
     assert not restarted.is_due("default")
+
+
+def test_versions_grow_through_restarts_with_other_estimators(trained, settings):
+    first = trained.next_version("default")
+    settings = with_estimator(settings, "probe", pinned_steps=1)
+    for _ in range(2):  # the second restart reads a state without a fitted estimator
+        trained = BaselineEstimator(settings, saved_and_read(trained.snapshot()))
+    assert trained.next_version("default") == first
 
 
 def test_quality_compares_values_with_own_rewards(trained, groups, settings):
@@ -283,10 +290,28 @@ def test_hidden_states_are_not_needed_and_not_kept(groups, settings, width):
     assert {group.features.width for group in estimator.domains["default"].window.groups} == {0}
 
 
-def test_score_prompt_needs_the_prompts_hidden_state(groups, settings):
-    with pytest.raises(InvalidRequest, match=r"rollouts\[0\].prompt_hidden"):
-        label_of(groups.make(0), with_estimator(settings, "score_prompt"))
-    assert label_of(groups.make(0), with_estimator(settings, "auto")).features.width == 0
+@pytest.mark.parametrize("name", ["score_prompt", "auto"])
+def test_the_prompts_hidden_state_is_required(groups, settings, name):
+    settings = with_estimator(settings, name)
+    for read in (lambda: label_of(groups.make(0), settings), lambda: queries_of([groups.make(0)], settings)):
+        with pytest.raises(InvalidRequest, match=r"rollouts\[0\].prompt_hidden"):
+            read()
+
+
+def test_quality_skips_labels_without_the_pinned_inputs(groups, settings):
+    estimator = train(with_estimator(settings, "score_prompt"), groups, width=5)
+    now = groups.step(6, width=5)
+    estimator.estimate("run", 6, queries_of(now, with_estimator(settings, "score_prompt")))
+    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
+    before = restarted.domains["default"].diagnostics.num_added
+    learn(restarted, now, settings)  # score_prefix keeps no hidden states
+    assert restarted.domains["default"].diagnostics.num_added == before
+
+
+def test_one_rollout_of_a_larger_group_is_rejected(groups, settings):
+    group = dataclasses.replace(groups.make(0), num_rollouts=8)
+    with pytest.raises(InvalidRequest, match="num_rollouts: is 8, but the message has 1 rollouts"):
+        label_of(group, settings)
 
 
 def test_the_window_keeps_no_tokens(trained):

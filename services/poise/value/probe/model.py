@@ -180,8 +180,8 @@ class FittedProbe:
 
     def compare(self, label: Label) -> ValuedGroup | None:
         """See `Fitted`."""
-        if label.moments is not None or label.tokens is not None:
-            return None  # the label has no hidden states: the domain had another estimator
+        if label.tokens is not None or self.width not in (None, label.features.width):
+            return None  # the domain has another estimator, or another model
         return ValuedGroup(label.run_id, label.step, self.predict(label.inputs), label.rewards)
 
     def arrays(self) -> dict[str, NDArray[Any]]:

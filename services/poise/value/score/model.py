@@ -34,7 +34,7 @@ class FittedScore:
     prompt_weights: Doubles = field(default_factory=lambda: np.zeros(0))
     """[d]: of the prompt's hidden state; empty if it is not an input."""
     prompt_bias: float = 0.0
-    """Added to the product with `prompt_weights`. Without a hidden state, both are left out."""
+    """Added to the product with `prompt_weights`."""
     offsets: Mapping[str, float] = field(default_factory=dict)
     """What the earlier rewards of a prompt add to its baselines, by prompt id."""
 
@@ -43,7 +43,7 @@ class FittedScore:
         problems = []
         if query.tokens is None:
             problems.append(("rollouts", f"have no token statistics, which {self.estimator} of this step needs"))
-        if self.prompt_weights.size and query.features.width not in (0, self.prompt_weights.size):
+        if not self._fits(query.features.width):
             problems.append(
                 (
                     "rollouts",
@@ -77,7 +77,7 @@ class FittedScore:
 
     def compare(self, label: Label) -> ValuedGroup | None:
         """See `Fitted`. Adds the weighted squared advantages."""
-        if label.tokens is None:
+        if label.tokens is None or not self._fits(label.features.width):
             return None
         prompt = self._of_prompts([(label.features.prompt_hidden, label.prompt_id)])
         values, weights, squares = [], [], []
@@ -92,11 +92,15 @@ class FittedScore:
         weighted = np.array([np.concatenate(weights), np.concatenate(squares)], np.float32)
         return ValuedGroup(label.run_id, label.step, np.concatenate(values), label.rewards, weighted)
 
+    def _fits(self, width: int) -> bool:
+        """Whether hidden states of this width can be inputs."""
+        return self.prompt_weights.size in (0, width)
+
     def _of_prompts(self, prompts: Sequence[tuple[Floats, str]]) -> Doubles:
         """Return what hidden state and earlier rewards of each prompt add to its baselines."""
         added = np.zeros(len(prompts))
         for index, (hidden, prompt_id) in enumerate(prompts):
-            if self.prompt_weights.size and hidden.size == self.prompt_weights.size:
+            if self.prompt_weights.size:
                 added[index] = row_products(hidden, self.prompt_weights)[0] + self.prompt_bias
             added[index] += self.offsets.get(prompt_id, 0.0)
         return added
