@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ PREFIX_INPUTS = (
     "entropy_sum",
     "surprise",
 )
-"""Columns of `prefix_inputs`."""
+"""The inputs φ of a token, known before it is sampled: rows 1 to p of `token_columns`."""
 
 ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Ridge penalties that a regression chooses from, in responses; a constant is always a candidate."""
@@ -59,11 +58,6 @@ def squared_score_norms(logprobs_t: FloatsOrHalves, sum_squares_t: FloatsOrHalve
     others = -np.expm1(logprobs_t.astype(np.float64))  # 1 − π(y_t)
     norms = 2.0 * others - 1.0 + sum_squares_t.astype(np.float64)
     return np.clip(norms, others**2, 2.0 * others**2).astype(np.float32)
-
-
-def prefix_inputs(logprobs_t: Floats, entropies_t: Floats, sum_squares_t: Floats) -> Doubles:
-    """Return what is known of each token of one response before it is sampled, [T, p]. Columns are `PREFIX_INPUTS`."""
-    return token_columns(logprobs_t, entropies_t, sum_squares_t, [logprobs_t.size])[1:].T
 
 
 def token_columns(
@@ -142,81 +136,15 @@ def step_moments(packed_n: Doubles, rewards_n: Floats, starts_S: Sequence[int]) 
     return matrices
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """Weighted second moments of (1, inputs, reward): the sufficient statistics of a regression."""
-
-    matrix: Doubles
-    """Σ ω·ψψᵀ with ψ = (1, φ_1..φ_p, r), [p + 2, p + 2]."""
-    num_samples: float
-    """How many samples were added."""
-
-    @classmethod
-    def empty(cls, num_inputs: int) -> Self:
-        """Return the moments of no samples."""
-        return cls(np.zeros((num_inputs + 2, num_inputs + 2)), 0.0)
-
-    @classmethod
-    def of(cls, inputs: Doubles, rewards: Doubles | float, weights: Floats) -> Self:
-        """Return the moments of samples: inputs [N, p], rewards [N] or one for all, weights ω ≥ 0 [N]."""
-        samples = np.empty((inputs.shape[0], inputs.shape[1] + 2))
-        samples[:, 0], samples[:, 1:-1], samples[:, -1] = 1.0, inputs, rewards
-        return cls((samples * weights.astype(np.float64)[:, None]).T @ samples, float(inputs.shape[0]))
-
-    @classmethod
-    def total(cls, parts: Sequence[Self]) -> Self:
-        """Return the sum of one or more moments, added in the given order."""
-        matrix, num_samples = parts[0].matrix.copy(), parts[0].num_samples
-        for part in parts[1:]:
-            matrix += part.matrix
-            num_samples += part.num_samples
-        return cls(matrix, num_samples)
-
-    def normalised(self) -> Self:
-        """Return the moments with weights divided by their mean. A step then counts in proportion to its samples."""
-        weight = self.matrix[0, 0]
-        return self if weight <= 0 else type(self)(self.matrix * (self.num_samples / weight), self.num_samples)
-
-    def discounted(self, other: Self, factor: float) -> Self:
-        """Return `factor` times these moments, plus the other's."""
-        return type(self)(factor * self.matrix + other.matrix, factor * self.num_samples + other.num_samples)
-
-    @property
-    def mean_reward(self) -> float:
-        """Σ ωr / Σ ω; NaN where nothing has weight."""
-        weight = self.matrix[0, 0]
-        return float(self.matrix[0, -1] / weight) if weight > 0 else float("nan")
-
-    def error(self, regression: Regression) -> float:
-        """Return Σ ω·(r − b)² of an unclipped regression."""
-        intercepts, slopes = np.array([[regression.intercept]]), regression.slopes[None, None]
-        return float(_errors(self.matrix[None], intercepts, slopes)[0, 0])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Regression:
-    """A linear baseline, clipped to the range of rewards."""
-
-    intercept: float
-    slopes: Doubles
-    """[p]."""
-
-    def __call__(self, inputs: Doubles) -> Floats:
-        """Return clip(c + β·φ, 0, 1) for inputs [N, p], [N]."""
-        return np.clip(self.intercept + inputs @ self.slopes, 0.0, 1.0).astype(np.float32)
-
-
-def ridge(moments: Moments, alpha: float | None) -> Regression:
-    """Return the weighted ridge regression of the reward on standardised inputs; a constant if `alpha` is None.
-
-    Inputs without variance get no slope. Moments without weight give the constant 0.
-    """
-    intercepts, slopes = _ridges(moments.matrix[None], [alpha])
-    return Regression(float(intercepts[0, 0]), slopes[0, 0])
-
-
 def _ridges(matrices_S: Doubles, alphas: Sequence[float | None]) -> tuple[Doubles, Doubles]:
-    """Return intercepts [S, A] and slopes [S, A, p] of the regressions on S moment matrices with A penalties."""
+    """Return intercepts [S, A] and slopes [S, A, p] of weighted ridge regressions of the reward on standardised inputs.
+
+    A penalty of None gives a constant. Inputs without variance get no slope. Moments without weight give 0.
+
+    Args:
+        matrices_S: moment matrices of (1, φ, r), [S, p + 2, p + 2].
+        alphas: the A penalties.
+    """
     num_inputs = matrices_S.shape[1] - 2
     weights = matrices_S[:, 0, 0]
     moments = matrices_S / np.where(weights > 0, weights, 1.0)[:, None, None]
@@ -247,8 +175,10 @@ def _errors(matrices_S: Doubles, intercepts_SA: Doubles, slopes_SAp: Doubles) ->
 class StepFit:
     """A regression fitted on successive steps, with the errors that it would have made on them."""
 
-    regression: Regression
-    """The baseline of the next step."""
+    intercept: float
+    """c of the baseline c + β·φ of the next step."""
+    slopes: Doubles
+    """β, [p]."""
     error: float
     """Mean ω·(r − b)² of the newest steps, each predicted from those before it with the penalty that was best until
     then. Later steps count more. NaN before the second step with weight."""
@@ -260,10 +190,12 @@ def fit_steps(
     half_life_steps: float = HALF_LIFE_STEPS,
     penalties: Sequence[float | None] = (None, *ALPHAS),
 ) -> StepFit:
-    """Fit to the moment matrices of successive steps, oldest first, [S, p + 2, p + 2], like `ScoreWeighted`.
+    """Fit to the moment matrices of successive steps, oldest first, [S, p + 2, p + 2].
 
-    Only the newest five half lives of steps choose among the penalties: earlier errors would count less than 1/32. At a
-    tie the first penalty is chosen; None is a constant.
+    Weights are scaled by step, see `step_factors`, and halve every `half_life_steps`. Each step is predicted from the
+    steps before it, with every penalty. The penalty with the smallest discounted error is used for the next step; at a
+    tie it is the first one. None is a constant. Only the newest five half lives of steps are predicted: earlier errors
+    would count less than 1/32.
     """
     num_steps, discount = len(matrices_S), 0.5 ** (1 / half_life_steps)
     normalised = matrices_S * step_factors(matrices_S, num_samples_S)[:, None, None]
@@ -272,12 +204,12 @@ def fit_steps(
     judged = first + np.flatnonzero(before[first:-1, 0, 0] > 0)
     errors = _errors(normalised[judged], *_ridges(before[judged], penalties))
     sums, error, total = np.zeros(len(penalties)), 0.0, 0.0
-    for number, own in zip(num_samples_S[judged].tolist(), errors, strict=True):
+    for weight, own in zip(normalised[judged, 0, 0].tolist(), errors, strict=True):
         error = discount * error + float(own[np.argmin(sums)])
-        total = discount * total + number
+        total = discount * total + weight
         sums = discount * sums + own
-    regression = ridge(Moments(before[-1], 0.0), penalties[int(np.argmin(sums))])
-    return StepFit(regression, error / total if total else math.nan)
+    intercepts, slopes = _ridges(before[-1:], [penalties[int(np.argmin(sums))]])
+    return StepFit(float(intercepts[0, 0]), slopes[0, 0], error / total if total else math.nan)
 
 
 def step_factors(matrices_S: Doubles, num_samples_S: Doubles) -> Doubles:
@@ -358,35 +290,3 @@ def joint_moments(
         matrix[others, size:-1] = matrix[size:-1, others].T
         matrix[size:-1, size:-1] = (inputs * packed_n[start:end, :1]).T @ inputs
     return joint
-
-
-class ScoreWeighted:
-    """One domain's score-weighted regression: learns step by step, and chooses its penalty by its past errors."""
-
-    def __init__(self, num_inputs: int, half_life_steps: float = HALF_LIFE_STEPS) -> None:
-        self._discount = 0.5 ** (1 / half_life_steps)
-        self._moments = Moments.empty(num_inputs)
-        self._errors = np.zeros(len(ALPHAS) + 1)
-
-    @property
-    def errors(self) -> Doubles:
-        """Weighted squared errors over the steps, discounted: one per penalty in `ALPHAS`, then that of the constant.
-
-        Each step was predicted before its labels were learnt.
-        """
-        return self._errors.copy()
-
-    @property
-    def regression(self) -> Regression:
-        """The baseline for the next step, with the penalty of the smallest error. On a tie, the constant is used."""
-        penalties = (*ALPHAS, None)
-        best = len(ALPHAS) - int(np.argmin(self._errors[::-1]))
-        return ridge(self._moments, penalties[best])
-
-    def learn(self, step: Moments) -> None:
-        """Add the errors of all penalties on a whole step, then add the step's moments."""
-        normalised = step.normalised()
-        if self._moments.matrix[0, 0] > 0:
-            own = [normalised.error(ridge(self._moments, alpha)) for alpha in (*ALPHAS, None)]
-            self._errors = self._discount * self._errors + np.array(own)
-        self._moments = self._moments.discounted(normalised, self._discount)

@@ -1,23 +1,21 @@
-"""Score-weighted baselines against scikit-learn, and their bias on a policy whose gradient is known."""
+"""Score-weighted regressions against scikit-learn, and their inputs against the written formulas."""
 
-import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
-from sklearn.preprocessing import StandardScaler
+from tests.support import reference_regression
+from tests.support.reference_regression import Step, prefix_inputs
 
 from poise.algorithms.score_weighted import (
     ALPHAS,
     PREFIX_INPUTS,
-    Moments,
-    ScoreWeighted,
+    StepFit,
     fit_steps,
     joint_moments,
     packed_moments,
-    prefix_inputs,
     prompt_trackers,
-    ridge,
     squared_score_norms,
     step_moments,
     token_columns,
@@ -28,11 +26,12 @@ def floats(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-def samples(seed: int = 0, size: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def step(seed: int = 0, size: int = 400) -> Step:
+    """Return a step of responses of two tokens."""
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(size, 3)) * (1.0, 5.0, 0.1) + (0.0, 2.0, -1.0)
     rewards = (random.random(size) < 1 / (1 + np.exp(-inputs[:, 0]))).astype(np.float64)
-    return inputs, rewards, random.exponential(size=size).astype(np.float32)
+    return Step(inputs, rewards, random.exponential(size=size).astype(np.float32), size // 2)
 
 
 def test_norm_is_that_of_the_logit_gradient():
@@ -92,141 +91,66 @@ def test_inputs_do_not_see_their_own_token(token):
     np.testing.assert_array_equal(before[: token + 1], after[: token + 1])
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_ridge_is_scikit_learns(alpha):
-    inputs, rewards, weights = samples()
-    scaler = StandardScaler().fit(inputs, sample_weight=weights)
-    expected = Ridge(alpha).fit(scaler.transform(inputs), rewards, sample_weight=weights)
-    own = ridge(Moments.of(inputs, rewards, weights), alpha)
-    predicted = expected.predict(scaler.transform(inputs))
-    np.testing.assert_allclose(own(inputs), np.clip(predicted, 0, 1), atol=1e-6)
+def fit_to(steps: Sequence[Step], half_life_steps: float = 40, **options: Any) -> StepFit:
+    matrices, numbers = np.stack([step.moments for step in steps]), np.array([step.num_responses for step in steps])
+    return fit_steps(matrices, numbers.astype(np.float64), half_life_steps, **options)
 
 
-def test_constant_is_the_weighted_mean():
-    inputs, rewards, weights = samples()
-    moments = Moments.of(inputs, rewards, weights)
-    assert moments.mean_reward == pytest.approx(np.average(rewards, weights=weights))
-    assert ridge(moments, None)(inputs) == pytest.approx(np.average(rewards, weights=weights))
+@pytest.mark.parametrize("alpha", [None, *ALPHAS, 1000.0])
+def test_a_fit_is_scikit_learns(alpha):
+    """Weights sum to the number of responses in each step, and halve with age."""
+    steps = [step(seed, 300) for seed in range(4)]
+    expected = reference_regression.fit(steps, alpha, 10)
+    fit = fit_to(steps, 10, penalties=(alpha,))
+    np.testing.assert_allclose([fit.intercept, *fit.slopes], [expected.intercept, *expected.slopes], rtol=1e-6)
+
+
+def test_a_fit_predicts_each_step_from_those_before():
+    steps = [step(seed, 50) for seed in range(30)]
+    penalties, discount = (None, *ALPHAS), 0.5 ** (1 / 40)
+    sums, error, total = np.zeros(len(penalties)), 0.0, 0.0
+    for number in range(1, len(steps)):
+        own = [reference_regression.fit(steps[:number], alpha).error(steps[number]) for alpha in penalties]
+        error, total = discount * error + own[np.argmin(sums)], discount * total + 25
+        sums = discount * sums + own
+    expected = reference_regression.fit(steps, penalties[np.argmin(sums)])
+    fit = fit_to(steps)
+    np.testing.assert_allclose([fit.intercept, *fit.slopes], [expected.intercept, *expected.slopes], rtol=1e-6)
+    assert fit.error == pytest.approx(error / total)
+
+
+def test_noise_gets_a_larger_penalty():
+    informative = [step(seed, 100) for seed in range(10)]
+    noise = [
+        each._replace(rewards=np.random.default_rng(seed).permutation(each.rewards))
+        for seed, each in enumerate(informative)
+    ]
+    assert abs(fit_to(informative).slopes[0]) > 5 * abs(fit_to(noise).slopes[0])
 
 
 def test_an_input_without_variance_gets_no_slope():
-    inputs, rewards, weights = samples()
+    inputs, *others = step()
     inputs[:, 1] = 7.0
-    regression = ridge(Moments.of(inputs, rewards, weights), 3.0)
-    assert regression.slopes[1] == 0.0
-    assert np.isfinite(regression(inputs)).all()
+    fit = fit_to([Step(inputs, *others)], penalties=(3.0,))
+    assert fit.slopes[1] == 0.0
+    assert np.isfinite([fit.intercept, *fit.slopes]).all()
 
 
 def test_without_weight_the_baseline_is_zero():
-    inputs, rewards, weights = samples()
-    moments = Moments.of(inputs, rewards, np.zeros_like(weights))
-    assert ridge(moments, 3.0)(inputs).max() == 0.0
-    assert np.isnan(moments.mean_reward)
-
-
-def test_error_is_the_weighted_squared_error():
-    inputs, rewards, weights = samples()
-    moments, regression = Moments.of(inputs, rewards, weights), ridge(Moments.of(*samples(5)), 30.0)
-    unclipped = regression.intercept + inputs @ regression.slopes
-    assert moments.error(regression) == pytest.approx(float(weights @ (rewards - unclipped) ** 2))
-
-
-def test_penalty_is_chosen_by_earlier_predictions():
-    informative, noise = ScoreWeighted(3), ScoreWeighted(3)
-    for step in range(10):
-        inputs, rewards, weights = samples(step, 100)
-        informative.learn(Moments.of(inputs, rewards, weights))
-        noise.learn(Moments.of(inputs, np.random.default_rng(step).permutation(rewards), weights))
-    assert informative.errors.argmin() < noise.errors.argmin()
-    assert abs(informative.regression.slopes[0]) > 5 * abs(noise.regression.slopes[0])
+    nothing = step()._replace(weights=np.zeros(400, np.float32))
+    fit = fit_to([nothing, nothing])
+    assert (fit.intercept, fit.slopes.any()) == (0.0, False)
+    assert np.isnan(fit.error)
 
 
 def test_a_step_counts_half_after_the_half_life():
-    learner = ScoreWeighted(1, half_life_steps=2)
-    ones = np.ones((10, 1))
-    learner.learn(Moments.of(ones, np.ones(10), np.full(10, 5, np.float32)))
-    learner.learn(Moments.of(ones[:0], np.ones(0), np.ones(0, np.float32)))
-    learner.learn(Moments.of(ones, np.zeros(10), np.full(10, 1, np.float32)))
-    assert learner.regression(ones)[0] == pytest.approx(1 / 3)
+    ones, no_rows = np.ones((10, 1)), Step(np.ones((0, 1)), np.ones(0), np.ones(0, np.float32), 0)
+    first = Step(ones, np.ones(10), np.full(10, 5, np.float32), 10)
+    last = Step(ones, np.zeros(10), np.full(10, 1, np.float32), 10)
+    assert fit_to([first, no_rows, last], 2).intercept == pytest.approx(1 / 3)
 
 
-class Softmax:
-    """A policy over three steps of four tokens whose logits depend on the last token; rewards are a fixed table."""
-
-    def __init__(self, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        logits = random.normal(size=(3, 5, 4))
-        self.policy = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        self.rewards = random.random((4, 4, 4)).round()
-        self.responses = np.array(list(itertools.product(range(4), repeat=3)))
-
-    def distributions(self, response: np.ndarray) -> np.ndarray:
-        return np.stack([self.policy[t, response[t - 1] if t else 4] for t in range(3)])
-
-    def gradient(self, baseline) -> np.ndarray:
-        """Return the exact expectation of Σ_t (r − b_t)·∇log π(y_t), over all responses."""
-        total = np.zeros_like(self.policy)
-        for response in self.responses:
-            policy = self.distributions(response)
-            probabilities = policy[np.arange(3), response]
-            reward = self.rewards[tuple(response)]
-            logprobs = np.log(probabilities).astype(np.float32)
-            entropies = -(policy * np.log(policy)).sum(1).astype(np.float32)
-            squares = (policy**2).sum(1).astype(np.float32)
-            advantages = reward - baseline(logprobs, entropies, squares, reward)
-            for t in range(3):
-                score = np.eye(4)[response[t]] - policy[t]
-                total[t, response[t - 1] if t else 4] += probabilities.prod() * advantages[t] * score
-        return total
-
-
-def leaky(kind: str, policy: Softmax):
-    """Return a baseline that uses earlier knowledge only (`none`), or one with a leak."""
-    inputs, rewards, weights = [], [], []
-    for response in policy.responses[::3]:
-        p = policy.distributions(response)
-        logprobs = np.log(p[np.arange(3), response]).astype(np.float32)
-        entropies, squares = -(p * np.log(p)).sum(1).astype(np.float32), (p**2).sum(1).astype(np.float32)
-        inputs.append(prefix_inputs(logprobs, entropies, squares))
-        rewards += [policy.rewards[tuple(response)]] * 3
-        weights.append(squared_score_norms(logprobs, squares))
-    earlier = Moments.of(np.concatenate(inputs), np.array(rewards), np.concatenate(weights))
-
-    def baseline(logprobs, entropies, squares, reward):
-        own = prefix_inputs(logprobs, entropies, squares)
-        match kind:
-            case "none":
-                return ridge(earlier, 3.0)(own)
-            case "own reward":
-                return np.full(3, 0.5 * reward)
-            case "a token late":
-                late = np.concatenate([own[1:], own[-1:]])
-                late[-1, PREFIX_INPUTS.index("previous_logprob")] = logprobs[-1]
-                return ridge(earlier, 3.0)(late)
-            case "fit on the step":
-                seen = Moments.of(own, reward, squared_score_norms(logprobs, squares))
-                return ridge(Moments.total([earlier, Moments(20 * seen.matrix, 20 * seen.num_samples)]), 3.0)(own)
-
-    return baseline
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_gradient_stays_unbiased(seed):
-    policy = Softmax(seed)
-    true = policy.gradient(lambda *_: np.zeros(3))
-    estimated = policy.gradient(leaky("none", policy))
-    np.testing.assert_allclose(estimated, true, atol=1e-7)
-
-
-@pytest.mark.parametrize("leak", ["own reward", "a token late", "fit on the step"])
-def test_a_leak_biases_the_gradient(leak):
-    policy = Softmax(0)
-    true = policy.gradient(lambda *_: np.zeros(3))
-    biased = policy.gradient(leaky(leak, policy))
-    assert np.abs(biased - true).max() > 0.01 * np.abs(true).max()
-
-
-# Fits to the tokens of whole steps.
+# Moments of the tokens of whole steps.
 
 LENGTHS = (5, 1, 1500, 8, 3, 0, 40, 2)
 STARTS = [0, 3, 4]
@@ -260,8 +184,8 @@ def test_moments_of_steps_are_sums_over_their_tokens():
     tokens = np.cumsum([0, *LENGTHS])
     for matrix, start, end in zip(matrices, STARTS, [*STARTS[1:], len(LENGTHS)], strict=True):
         part = slice(tokens[start], tokens[end])
-        expected = Moments.of(columns[1:, part].T, token_rewards[part], weights[part])
-        np.testing.assert_allclose(matrix, expected.matrix, rtol=1e-9, atol=1e-9)
+        expected = Step(columns[1:, part].T, token_rewards[part], weights[part], end - start)
+        np.testing.assert_allclose(matrix, expected.moments, rtol=1e-9, atol=1e-9)
 
 
 def test_joint_moments_are_those_of_all_inputs():
@@ -271,42 +195,8 @@ def test_joint_moments_are_those_of_all_inputs():
     matrices = step_moments(packed, rewards, STARTS)
     joint = joint_moments(matrices, packed, rewards, STARTS, prompts)
     inputs = np.column_stack([columns[1:].T, np.repeat(prompts, LENGTHS, axis=0)])
-    expected = Moments.of(inputs, np.repeat(rewards, LENGTHS).astype(np.float64), weights)
-    np.testing.assert_allclose(joint.sum(axis=0), expected.matrix, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("alpha", [3.0, 1000.0])
-def test_a_fit_to_steps_is_scikit_learns(alpha):
-    """Tokens weighted by ω over its mean in the step, and by the step's age."""
-    random = np.random.default_rng(3)
-    steps = [samples(seed, 300) for seed in range(4)]
-    parts = [Moments.of(*step) for step in steps]
-    numbers = np.array([part.num_samples for part in parts])
-    fit = fit_steps(np.stack([part.matrix for part in parts]), numbers, 10, penalties=(alpha,))
-    inputs, rewards = (np.concatenate(arrays) for arrays in list(zip(*steps, strict=True))[:2])
-    weights = np.concatenate(
-        [weights / weights.mean() * 0.5 ** ((3 - age) / 10) for age, (_, _, weights) in enumerate(steps)]
-    )
-    means = np.average(inputs, axis=0, weights=weights)
-    scales = np.sqrt(np.average((inputs - means) ** 2, axis=0, weights=weights))
-    reference = Ridge(alpha=alpha).fit((inputs - means) / scales, rewards, sample_weight=weights)
-    new = random.normal(size=(20, 3))
-    expected = np.clip(reference.predict((new - means) / scales), 0, 1)
-    np.testing.assert_allclose(fit.regression(new), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_fit_to_steps_is_that_of_learning_them_in_turn():
-    parts = [Moments.of(*samples(seed, 50)) for seed in range(30)]
-    one_by_one = ScoreWeighted(3)
-    for part in parts:
-        one_by_one.learn(part)
-    fit = fit_steps(np.stack([part.matrix for part in parts]), np.full(30, 50.0))
-    expected = one_by_one.regression
-    np.testing.assert_allclose(
-        [fit.regression.intercept, *fit.regression.slopes], [expected.intercept, *expected.slopes]
-    )
-    errors, age = one_by_one.errors, 0.5 ** (1 / 40)
-    assert fit.error >= errors.min() / sum(50 * age**step for step in range(29)) * (1 - 1e-9)
+    expected = Step(inputs, np.repeat(rewards, LENGTHS), weights, len(LENGTHS))
+    np.testing.assert_allclose(joint.sum(axis=0), expected.moments, rtol=1e-9, atol=1e-9)
 
 
 def test_a_tracker_uses_earlier_steps_only():

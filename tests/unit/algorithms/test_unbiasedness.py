@@ -12,17 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support import reference_regression
+from tests.support.reference_regression import prefix_inputs
 
 from poise.algorithms.baselines import batch_mean, mean_of_others
 from poise.algorithms.group_baselines import group_mean, rloo
-from poise.algorithms.score_weighted import (
-    PREFIX_INPUTS,
-    Moments,
-    ScoreWeighted,
-    prefix_inputs,
-    ridge,
-    squared_score_norms,
-)
+from poise.algorithms.score_weighted import PREFIX_INPUTS, squared_score_norms
 from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
 from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label, TokenStatistics
@@ -180,16 +175,13 @@ def probe(step: Sequence[Sample]) -> list[np.ndarray]:
     return list(mean_of_others(PROBE.predict(features(step))))
 
 
-def moments(samples: Sequence[Sample], inputs: Callable[[Sample], np.ndarray]) -> Moments:
-    return Moments.total([Moments.of(inputs(one), one.reward, one.weights) for one in samples])
-
-
-def no_inputs(one: Sample) -> np.ndarray:
-    return np.zeros((LENGTH, 0))
-
-
-def prefix(one: Sample) -> np.ndarray:
-    return one.inputs
+def tokens_of(samples: Sequence[Sample]) -> reference_regression.Step:
+    return reference_regression.Step(
+        np.concatenate([one.inputs for one in samples]),
+        np.repeat([one.reward for one in samples], LENGTH),
+        np.concatenate([one.weights for one in samples]),
+        len(samples),
+    )
 
 
 def late(one: Sample) -> np.ndarray:
@@ -199,12 +191,10 @@ def late(one: Sample) -> np.ndarray:
     return inputs
 
 
-def score_weighted(
-    policy: Softmax, inputs: Callable[[Sample], np.ndarray], answered: Callable[[Sample], np.ndarray] | None = None
-) -> Baselines:
-    """Return score-weighted baselines fitted on earlier steps, with other inputs in the answer if given."""
-    regression = ridge(moments(policy.earlier_samples(), inputs), 3.0)
-    return lambda step: [regression((answered or inputs)(one)) for one in step]
+def a_token_late(policy: Softmax) -> Baselines:
+    """Return score-weighted baselines fitted on earlier steps, whose inputs contain the token itself."""
+    regression = reference_regression.fit([tokens_of(policy.earlier_samples())], 3.0)
+    return lambda step: [np.clip(regression.predict(late(one)), 0, 1) for one in step]
 
 
 def learnt(policy: Softmax, estimator: str) -> Baselines:
@@ -239,10 +229,8 @@ def fitted_on_the_step(policy: Softmax) -> Baselines:
     samples = policy.earlier_samples()[:4]
 
     def baselines(step: Sequence[Sample]) -> list[np.ndarray]:
-        learner = ScoreWeighted(0)
-        learner.learn(moments(samples, no_inputs))
-        learner.learn(moments(step, no_inputs))
-        return [learner.regression(no_inputs(one)) for one in step]
+        mean = reference_regression.fit([tokens_of(samples), tokens_of(step)], None)
+        return [mean.predict(one.inputs) for one in step]
 
     return baselines
 
@@ -270,7 +258,7 @@ UNBIASED = {
 LEAKS = {
     "own reward": (lambda policy: own_reward, SIBLINGS),
     "own features": (lambda policy: probe_with_own_features, SIBLINGS),
-    "a token late": (lambda policy: score_weighted(policy, prefix, late), ALONE),
+    "a token late": (a_token_late, ALONE),
     "fitted on the step": (fitted_on_the_step, ALONE),
 }
 

@@ -62,15 +62,14 @@ class ScoreFitter:
         if chosen == "auto":
             chosen = min(errors, key=errors.__getitem__, default="score_mean")
         fit, prompts = fitted[chosen]
-        num_coefficients = 1 + len(PREFIX_INPUTS)
-        slopes = fit.regression.slopes
-        coefficients = np.zeros(num_coefficients)
-        coefficients[0] = fit.regression.intercept
-        coefficients[1 : 1 + min(slopes.size, num_coefficients - 1)] = slopes[: num_coefficients - 1]
+        if not np.isfinite([fit.intercept, *fit.slopes]).all():
+            raise ArithmeticError("the fit gave parameters that are not finite")
+        of_tokens, of_prompts = np.split(fit.slopes, [len(PREFIX_INPUTS)])
+        coefficients = np.array([fit.intercept, *of_tokens])
         if prompts is None:
             return FittedScore(chosen, coefficients, errors)
-        weights = prompts.directions @ slopes[num_coefficients - 1 : -1]
-        offsets = {name: float(slopes[-1] * tracker) for name, tracker in prompts.trackers.items()}
+        weights = prompts.directions @ of_prompts[:-1]
+        offsets = {name: float(of_prompts[-1] * tracker) for name, tracker in prompts.trackers.items()}
         bias = -float(prompts.origin @ weights)
         return FittedScore(chosen, coefficients, errors, weights, bias, offsets)
 
