@@ -111,7 +111,7 @@ async def _sample(client: AsyncGenerationClient, timeout_s: float) -> Group:
 
 
 def compare(address: str, policy: Policy, status: LearnerStatus) -> None:
-    """Raise `CheckFailed` for a replica with weights that are not the learner's. A replica may be behind."""
+    """Raise `CheckFailed` if a replica has weights that the learner did not push. An older version is allowed."""
     if policy.lineage_id != status.lineage_id:
         raise CheckFailed(
             f"generation {address} serves weights that this learner did not push; add it to learner.replicas"

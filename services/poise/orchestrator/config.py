@@ -80,7 +80,7 @@ class EvaluationConfig(StrictModel):
     top_p: float = Field(1.0, gt=0, le=1)
     """Probability mass of nucleus sampling."""
     pass_threshold: float = Field(1.0, gt=0, le=1)
-    """A rollout passes, for pass@k, if its reward is at least this."""
+    """Minimum reward of a passing rollout in pass@k."""
     every_steps: int = Field(0, ge=0)
     """Interval between evaluations, in steps; 0 evaluates only before and after training."""
     every_tokens: int = Field(0, ge=0)

@@ -73,7 +73,7 @@ class TensorBoardLog:
 
 
 class _RetryingFile:
-    """A file that keeps records in memory while the disk fails. It contains complete flushes only."""
+    """A file that keeps records in memory while the disk fails. A failed flush leaves no partial record."""
 
     def __init__(self, path: Path) -> None:
         """Create the file. Raises `OSError`."""

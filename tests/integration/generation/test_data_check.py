@@ -90,7 +90,7 @@ async def test_bad_rows_are_named_with_their_error(picky: Running, rows: Path) -
     with pytest.raises(TaskError) as caught:
         await check(settings(picky, rows))
     long, template, beyond, summary = str(caught.value).splitlines()
-    assert long.startswith(f"{rows}:3: prompt: has 200 tokens; with 8 response tokens that exceeds max_model_len")
+    assert long.startswith(f"{rows}:3: prompt: has 200 tokens; 200 + 8 response tokens exceed max_model_len")
     assert template.startswith(f"{rows}:5: chat: is rejected by the model's chat template: one turn only")
     assert beyond.startswith(f"{rows}:8: text: has token ")
     assert summary == f"{rows}: 3 of 40 rows are invalid. Fix them, or set on_bad_row: skip to leave them out."

@@ -31,7 +31,7 @@ MAX_CACHED = 64
 LOG_EVERY_S = 5.0
 
 Count = tuple[int, str]
-"""Number of tokens of a prompt, and the reason if generation rejects it at any length; empty if not."""
+"""Number of tokens of a prompt, and why generation rejects it regardless of its length; empty if it does not."""
 
 
 async def check_data(
@@ -85,7 +85,7 @@ def _bad_rows(
     for problem, (num_tokens, what) in zip(problems, counts, strict=True):
         if not what and num_tokens + room > max_model_len:
             what = (
-                f"prompt: has {num_tokens} tokens; with {room} response tokens that exceeds max_model_len = "
+                f"prompt: has {num_tokens} tokens; {num_tokens} + {room} response tokens exceed max_model_len = "
                 f"{max_model_len}. Shorten it, lower sampling.max_tokens, or raise the generation service's "
                 "max_model_len"
             )

@@ -35,13 +35,13 @@ class Mixture:
         self._seed = seed
         self._first_draw = 0
         self._num_drawn = [[0] * len(tasks)]
-        """Number of problems drawn from each task before `_first_draw`, before the draw after it, and so on."""
+        """Entry i: the number of problems drawn from each task before draw `_first_draw` + i."""
 
     def problems(self, draw: int, n: int) -> list[Problem]:
         """Return the `n` problems of a draw; they are distinct if the tasks have enough problems.
 
-        Each problem of a file appears once an epoch. Earlier draws that were not requested count as `n` problems each,
-        unless `resume` set the positions.
+        Each problem of a file appears once per epoch. A skipped earlier draw counts as `n` problems, unless `resume`
+        set the positions.
 
         Raises:
             TaskError: a task has no problems for training.

@@ -21,7 +21,8 @@ NUM_LEVELS = 5
 _LEVEL_PLACES = 3
 
 _T_975 = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
-"""97.5 % quantile of Student's t by degrees of freedom. From ten on, the Cornish-Fisher series is as accurate."""
+"""97.5 % quantile of Student's t by degrees of freedom. From ten on, a Cornish-Fisher series is equally
+accurate."""
 
 
 @dataclass(frozen=True, slots=True)

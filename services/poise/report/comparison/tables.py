@@ -74,8 +74,9 @@ def _to_reach(tree: Tree, axis: str, format_value: Any) -> Table:
     if not tree["levels"]:
         return Table(title, "No reward level above the start is reached by all runs.", ["run"], rows)
     note = (
-        f"Interpolated on the mean curve, which ends with its shortest seed. × is the ratio to {tree['reference']}; "
-        "lower is better. In brackets: minimum and maximum over seeds, and the number of seeds that reached the level."
+        "Interpolated on the mean curve, which ends where the shortest seed ends. × is the ratio to "
+        f"{tree['reference']}; lower is better. In brackets: minimum and maximum over seeds, and the number of seeds "
+        "that reached the level."
     )
     return Table(title, note, ["run", *map(decimal, tree["levels"])], rows)
 

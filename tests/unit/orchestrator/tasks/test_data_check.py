@@ -88,7 +88,7 @@ async def test_invalid_rows_stop_the_run_by_file_and_line(tmp_path: Path, task: 
     own, held_out = task["path"], task["eval_path"]
     rows = [*(f"{own}:{i}" for i in (3, 7, 12)), str(own), f"{held_out}:2", str(held_out)]
     assert [line.split(": ")[0] for line in said] == rows
-    assert "prompt: has 30 tokens; with 4 response tokens that exceeds max_model_len = 32. Shorten it" in said[0]
+    assert "prompt: has 30 tokens; 30 + 4 response tokens exceed max_model_len = 32. Shorten it" in said[0]
     assert said[1] == f"{own}:7: chat: the model's chat template refuses it: no"
     assert said[3] == f"{own}: 3 of 20 rows are invalid. Fix them, or set on_bad_row: skip to leave them out."
     assert said[5].startswith(f"{held_out}: 1 of 4 rows is invalid.")

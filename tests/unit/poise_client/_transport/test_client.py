@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.groups import make_group
 
@@ -17,6 +17,7 @@ def sized(num_bytes):
     return common_pb2.Tensor(data=bytes(num_bytes))
 
 
+@settings(deadline=None)  # large allocations take long on a busy machine
 @given(st.lists(st.integers(0, MAX_REQUEST_BYTES + 1000), max_size=12))
 def test_requests_keep_order_and_stay_below_the_limit(sizes):
     messages = [sized(size) for size in sizes]

@@ -95,7 +95,7 @@ def _same_numbers(left: Number, right: Number) -> bool:
 
 
 def _is_share_of_one(left: Number, right: Number) -> bool:
-    """Return whether one is a percentage of at most 1. 0.5% does not equal 0.5, although 50% may equal 50."""
+    """Return whether one is a percentage or per mille of at most 1. 0.5% does not equal 0.5, but 50% may equal 50."""
     share = next((number for number in (left, right) if number.unit in (PERCENT, PERMILLE)), None)
     return share is not None and bool(0 < abs(share.value) <= 1)
 
