@@ -16,6 +16,7 @@ from tests.chart.rendering import CHART, NAMESPACE, VALUES, Manifest, Release, m
 
 from poise.generation.config import GenerationConfig
 from poise.learner.config import LearnerConfig
+from poise.orchestrator.algorithms.poise import PoiseOptions
 from poise.orchestrator.check import CheckConfig
 from poise.orchestrator.config import OrchestratorConfig
 from poise.runtime.config.load import parse_config
@@ -152,12 +153,38 @@ def test_no_secret_leaks_into_other_manifests(release: Release) -> None:
         ({"valkey": {"externalSecret": "redis"}}, "set valkey.enabled: false"),
         ({"tls": {"enabled": True}}, "tls.issuer.name"),
         ({"train": {"dataClaim": "a", "dataConfigMap": "b"}}, "keep one"),
+        ({"value": {"config": {"estimator": "score_mean"}}}, "names no estimator: set only train.config.algorithm"),
+        (
+            {
+                "train": {"config": {"algorithm": {"estimator": "score_prefix"}}},
+                "value": {"config": {"estimator": "score_mean"}},
+            },
+            "value.config.estimator is score_mean, but train.config.algorithm has estimator score_prefix",
+        ),
     ],
     ids=str,
 )
 def test_wrong_values_are_rejected_by_name(changes: Manifest, complaint: str) -> None:
     with pytest.raises(helm_python.HelmError, match=complaint):
         render(merged(values_of("laptop"), changes))
+
+
+def test_value_service_gets_the_estimator_of_the_algorithm() -> None:
+    def estimators(algorithm: Any, value: Manifest, *, enabled: bool = True) -> tuple[Any, Any]:
+        values = values_of("cluster")
+        values["train"]["enabled"] = enabled
+        values["train"]["config"]["algorithm"] = algorithm
+        values["value"]["config"] = value
+        release = render(values)
+        config = parse_config(OrchestratorConfig, release.config("train")) if enabled else None
+        return release.config("value").get("estimator"), config and config.group_size
+
+    assert estimators({"kind": "poise", "estimator": "score_prefix"}, {}) == ("score_prefix", 1)
+    assert estimators({"kind": "poise", "estimator": "auto"}, {"estimator": "auto"}) == ("auto", 1)
+    assert estimators("poise", {}) == (None, 2)
+    assert PoiseOptions().estimator == ValueConfig.model_fields["estimator"].default
+    assert estimators("spo", {"estimator": "score_mean"}) == ("score_mean", 1)
+    assert estimators({}, {"estimator": "score_mean"}, enabled=False) == ("score_mean", None)
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -44,6 +44,12 @@
 {{- if and $values.train.enabled (gt (int $values.train.config.max_staleness) (int $values.learner.config.max_staleness)) -}}
 {{- fail "train.config.max_staleness is above learner.config.max_staleness, so rollouts would be rejected: raise the learner's or lower the loop's" -}}
 {{- end -}}
+{{- $algorithm := $values.train.config.algorithm | default "poise" -}}
+{{- if not (kindIs "map" $algorithm) }}{{ $algorithm = dict "kind" $algorithm }}{{ end -}}
+{{- $estimator := include "poise.estimator" . -}}
+{{- if and $values.train.enabled (eq ($algorithm.kind | default "poise") "poise") $values.value.config.estimator (ne $estimator $values.value.config.estimator) -}}
+{{- fail (printf "value.config.estimator is %s, but train.config.algorithm %s: set only train.config.algorithm, such as {kind: poise, estimator: %s}" $values.value.config.estimator (ternary (printf "has estimator %s" $estimator) "names no estimator" (ne $estimator "")) $values.value.config.estimator) -}}
+{{- end -}}
 {{- if and $values.monitoring.podMonitor $values.networkPolicy.enabled (not $values.networkPolicy.monitors) -}}
 {{- fail "monitoring.podMonitor is set, but the network policies admit no Prometheus: name it in networkPolicy.monitors" -}}
 {{- end -}}

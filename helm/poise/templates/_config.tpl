@@ -48,9 +48,19 @@ tracing:
 {{- dig "push" "transport" "grpc" .Values.learner.config -}}
 {{- end }}
 
+{{/* The estimator of the training job's algorithm; empty if it names none. */}}
+{{- define "poise.estimator" -}}
+{{- $algorithm := .Values.train.config.algorithm -}}
+{{- if and .Values.train.enabled (kindIs "map" $algorithm) -}}
+{{- if eq ($algorithm.kind | default "poise") "poise" -}}{{- $algorithm.estimator | default "" -}}{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "poise.valueConfig" -}}
 {{- $common := include "poise.serviceConfig" (dict "root" . "role" "value") | fromYaml -}}
-{{- mergeOverwrite (deepCopy .Values.value.config) $common (dict "state_dir" "/state") | toYaml -}}
+{{- $own := dict "state_dir" "/state" -}}
+{{- with include "poise.estimator" . }}{{ $_ := set $own "estimator" . }}{{ end -}}
+{{- mergeOverwrite (deepCopy .Values.value.config) $common $own | toYaml -}}
 {{- end }}
 
 {{- define "poise.learnerConfig" -}}
