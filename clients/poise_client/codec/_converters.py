@@ -52,10 +52,10 @@ _BACKENDS = generation_pb2.ProcessGroupBackend.DESCRIPTOR
 
 
 def _encode_features(features: Features, kind: type[Any], path: str) -> common_pb2.RolloutFeatures:
-    has_hidden = features.prompt_hidden.size or features.response_hidden.size
+    prompt_hidden, response_hidden = features.prompt_hidden, features.response_hidden
     return common_pb2.RolloutFeatures(
-        prompt_hidden=vector(features.prompt_hidden, join(path, "prompt_hidden")) if has_hidden else None,
-        response_hidden=vector(features.response_hidden, join(path, "response_hidden")) if has_hidden else None,
+        prompt_hidden=vector(prompt_hidden, join(path, "prompt_hidden")) if prompt_hidden.size else None,
+        response_hidden=vector(response_hidden, join(path, "response_hidden")) if response_hidden.size else None,
         output_entropy=_encode_entropy(features.output_entropy),
         reasoning_entropy=_encode_entropy(features.reasoning_entropy),
         answer_entropy=_encode_entropy(features.answer_entropy),
@@ -90,10 +90,11 @@ def decode_token_statistics(message: common_pb2.TokenStatistics, path: str) -> t
 
 
 def _decode_features(message: common_pb2.RolloutFeatures, path: str) -> Features:
-    if message.HasField("prompt_hidden") or message.HasField("response_hidden"):
+    prompt_hidden = response_hidden = Features().prompt_hidden
+    if message.HasField("response_hidden"):
         prompt_hidden, response_hidden = decode_hidden(message, path)
-    else:
-        prompt_hidden = response_hidden = Features().prompt_hidden
+    elif message.HasField("prompt_hidden"):
+        prompt_hidden = from_tensor(message.prompt_hidden, field=join(path, "prompt_hidden"))
     return Features(
         prompt_hidden,
         response_hidden,

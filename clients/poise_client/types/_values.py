@@ -6,12 +6,12 @@ Shapes: n rollouts of a group, T tokens of a response, d the model's width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from poise_client.types._rollouts import Floats, Group
+from poise_client.types._rollouts import _NO_HALVES, Features, Floats, Group
 
 Estimator = Literal["probe", "score_mean", "score_prefix", "score_prompt", "auto"]
 """A way to compute baselines: the paper's probe, or a score-weighted mean or regression. "auto" chooses one of the
@@ -199,3 +199,14 @@ class ProbeReport:
     """The configured estimator of domains without one of their own."""
     domain_estimators: Mapping[str, Estimator] = field(default_factory=dict)
     """The configured estimators of individual domains."""
+
+    def needed_inputs(self, group: Group) -> Group:
+        """Return the group with only the hidden states and token statistics that the estimator of its domain uses."""
+        estimator = self.domain_estimators.get(group.domain, self.estimator)
+        if estimator == "probe":
+            rollouts = [replace(each, sum_squared_probs=_NO_HALVES) for each in group.rollouts]
+        elif estimator in ("score_mean", "score_prefix"):
+            rollouts = [replace(each, features=Features()) for each in group.rollouts]
+        else:  # they use the prompt's hidden state, not the response's
+            rollouts = [replace(each, features=Features(each.features.prompt_hidden)) for each in group.rollouts]
+        return replace(group, rollouts=tuple(rollouts))

@@ -280,13 +280,13 @@ class RolloutFeatures(_message.Message):
     @_builtins.property
     def prompt_hidden(self) -> Global___Tensor:
         """prompt_hidden is float32 [d]: the mean over the last prompt tokens of the residual stream after the feature layer. May be
-        unset, together with response_hidden, if the domain's estimator is score_mean or score_prefix.
+        unset if the domain's estimator is score_mean or score_prefix.
         """
 
     @_builtins.property
     def response_hidden(self) -> Global___Tensor:
         """response_hidden is float32 [d]: the same mean over the pooled response tokens that went through the model. Zeros if
-        none did.
+        none did. Only the estimator probe needs it.
         """
 
     @_builtins.property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ from poise.orchestrator.storage.step_journal import JournalledStep
 from poise.orchestrator.tasks.mixture import Mixture
 from poise.runtime.tracing import step_span
 from poise_client.errors import LabelsConsumedError
-from poise_client.types import Estimator, GroupBaselines
+from poise_client.types import GroupBaselines, ProbeReport
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class TrainingLoop:
         self._config = config
         self._folder = folder
         self._services = services
+        self._mixture = mixture
         self._callbacks = callbacks
         self._stopping = stopping
         self._disk = DiskRetry(stopping, folder.check_open)
@@ -69,8 +70,8 @@ class TrainingLoop:
         self._evaluator = Evaluator(config, folder, mixture, scorer, callbacks, self._disk)
         self._clock = RunClock()
         self._biases = [*config.algorithm.biases]
-        self._estimator: Estimator = config.algorithm.value_settings().get("estimator", "auto")
-        self._domain_estimators: Mapping[str, Estimator] = {}
+        self._probe_report = ProbeReport((), 0, 0, 0, 0, **config.algorithm.value_settings())
+        """The value service's answer; until `run` requests it, the estimator that the algorithm expects."""
         self._probe_up_to_date = True
         """Result of the last step that waited for the probe."""
 
@@ -87,9 +88,9 @@ class TrainingLoop:
         config, limits = self._config, self._config.limits
         learner = await self._services.learner_status()
         if config.algorithm.needs_probe:
-            report = await self._services.probe_report()
-            check_estimators(config, report.estimator, report.domain_estimators)
-            self._domain_estimators = report.domain_estimators
+            report = self._probe_report = await self._services.probe_report()
+            row_domains = {problem.domain for file in self._mixture.files for problem in file.problems}
+            check_estimators(config, report.estimator, report.domain_estimators, row_domains)
         pending = self._read_pending(state.next_step)
         self._resume(self._folder.read_step_states())
         self._resume(
@@ -99,12 +100,7 @@ class TrainingLoop:
             ]
         )
         check_resume(config, state, bool(pending), learner)
-        self._biases += [name for name in BIASES if name == learner.loss_aggregation]
-        if self._biases:
-            logger.warning(
-                "the gradients of this run are biased: %s. See docs/reference/algorithms.md",
-                "; ".join(BIASES[name] for name in self._biases),
-            )
+        self._log_biases(learner.loss_aggregation)
         policy_version, usage = learner.policy_version, state.usage
         untrained = UntrainedSteps(config.max_untrained_steps, self._folder.read_metrics())
         clock = self._clock = RunClock(max([state.wall_s, *(each.metrics["wall_s"] for each in pending.values())]))
@@ -169,7 +165,7 @@ class TrainingLoop:
             with timer("journal"):
                 journalled = JournalledStep(
                     step=step,
-                    labels=labelled_groups(groups, self._estimator_of) if config.algorithm.needs_probe else [],
+                    labels=labelled_groups(groups, self._probe_report) if config.algorithm.needs_probe else [],
                     batch=training_batch(config.run_id, step, groups, baselines, config.sampling.temperature),
                     metrics=metrics,
                     values={"step": step, **predictions(groups, baselines)},
@@ -206,7 +202,7 @@ class TrainingLoop:
         config = self._config
         wait_s = config.wait_for_labels_s if config.max_staleness == 0 else 0.0
         try:
-            labelled = labelled_groups(groups, self._estimator_of)
+            labelled = labelled_groups(groups, self._probe_report)
             answers = await self._services.estimate_baselines(config.run_id, step, labelled, wait_s)
         except LabelsConsumedError as error:
             raise SettingsError(
@@ -217,9 +213,14 @@ class TrainingLoop:
             self._log_probe_state(step, all(answer.up_to_date for answer in answers))
         return answers
 
-    def _estimator_of(self, domain: str) -> Estimator:
-        """Return the value service's configured estimator of a domain."""
-        return self._domain_estimators.get(domain, self._estimator)
+    def _log_biases(self, loss_aggregation: str) -> None:
+        """Log and keep the biases of the gradient: a warning for those of the algorithm. The default loss has one."""
+        of_algorithm, of_loss = self._biases, [name for name in BIASES if name == loss_aggregation]
+        for level, names in ((logging.WARNING, of_algorithm), (logging.INFO, of_loss)):
+            if names:
+                reasons = "; ".join(BIASES[name] for name in names)
+                logger.log(level, "the gradient is biased: %s. See docs/reference/algorithms.md", reasons)
+        self._biases = of_algorithm + of_loss
 
     def _log_probe_state(self, step: int, up_to_date: bool) -> None:
         """Log when the probe falls behind and when it catches up."""

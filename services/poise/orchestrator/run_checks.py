@@ -9,6 +9,7 @@ from typing import Any
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.errors import RunError, SettingsError
 from poise.orchestrator.storage.run_folder import RunState
+from poise.orchestrator.tasks.config import GymTask
 from poise_client.types import LearnerStatus, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -64,25 +65,31 @@ def check_resume(config: OrchestratorConfig, state: RunState, has_journal: bool,
         )
 
 
-def check_estimators(config: OrchestratorConfig, estimator: str, by_domain: Mapping[str, str]) -> None:
+def check_estimators(
+    config: OrchestratorConfig, estimator: str, by_domain: Mapping[str, str], row_domains: Iterable[str] = ()
+) -> None:
     """Check that the value service's estimators are those that the run needs.
 
     Args:
         config: settings of the run.
         estimator: the value service's `estimator`.
         by_domain: the value service's `estimator_by_domain`.
+        row_domains: domains in the data files, which a task does not name.
 
     Raises:
         SettingsError: the value service uses another estimator than the algorithm, or a domain of the run needs two
             rollouts of each prompt and gets one.
     """
+    if not config.algorithm.needs_probe:
+        return
     wanted = config.algorithm.value_settings().get("estimator", estimator)
     if estimator != wanted:
         raise SettingsError(
             f"train.algorithm.estimator is {wanted}, but value.estimator of the value service is {estimator}. Set both "
             "to the same. In run.yaml, set only train.algorithm.estimator"
         )
-    domains = {task.domain or "" for task in config.tasks}
+    domains = {task.domain or task.name if isinstance(task, GymTask) else task.domain for task in config.tasks}
+    domains.update(row_domains)
     for domain, own in by_domain.items():
         if own == "probe" and domain in domains and config.group_size < 2:
             raise SettingsError(
@@ -135,7 +142,7 @@ class UntrainedSteps:
     """Counts the steps of a run that trained nothing, and ends the run if there are too many in a row."""
 
     def __init__(self, limit: int, metrics: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Allow fewer than `limit` in a row. `metrics` are those of the finished steps."""
+        """End the run after `limit` such steps in a row. `metrics` are those of the finished steps."""
         self._limit = limit
         self._num_in_a_row = 0
         self._has_trained = False
@@ -153,15 +160,15 @@ class UntrainedSteps:
         if self._num_in_a_row >= self._limit:
             raise RunError(
                 f"the last {self._num_in_a_row} steps trained nothing; train.max_untrained_steps is {self._limit}. "
-                f"{self._why}. Then run the same command to resume, or raise train.max_untrained_steps"
+                f"{self._why}. Fix this, then run the same command to resume, or raise train.max_untrained_steps"
             )
 
     def check_end(self) -> None:
         """Raise `RunError` if no step of the run trained anything."""
         if self._num_in_a_row and not self._has_trained:
             raise RunError(
-                f"none of the run's {self._num_in_a_row} steps trained anything. {self._why}. Then start a new run, "
-                "or raise train.num_steps to resume this one"
+                f"none of the run's {self._num_in_a_row} steps trained anything. {self._why}. Fix this, then start a "
+                "new run, or raise train.num_steps to resume this one"
             )
 
     def _count(self, metrics: Mapping[str, Any]) -> None:

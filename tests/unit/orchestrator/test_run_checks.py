@@ -13,8 +13,8 @@ from tests.unit.orchestrator.world import World, drive, settings
 
 from poise.orchestrator import job
 from poise.orchestrator.config import OrchestratorConfig
-from poise.orchestrator.errors import RunError
-from poise.orchestrator.run_checks import UntrainedSteps, untrained_reason
+from poise.orchestrator.errors import RunError, SettingsError
+from poise.orchestrator.run_checks import UntrainedSteps, check_estimators, untrained_reason
 from poise_client.types import Batch, StepMetrics, StepResult
 
 NOT_EVALUATED = {"num_prompts": 0}
@@ -24,6 +24,23 @@ NOT_EVALUATED = {"num_prompts": 0}
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip fsync: tests crash the process, not the machine."""
     monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def check_probe_in(tmp_path: Path, domain: str, *row_domains: str, **changes: Any) -> None:
+    """Check a run with one rollout of each prompt against a value service with a probe in `domain` only."""
+    algorithm = {"kind": "poise", "estimator": "score_prefix"}
+    config = settings(tmp_path, **({"algorithm": algorithm, "rollouts_per_prompt": 1} | changes))
+    check_estimators(config, "score_prefix", {domain: "probe"}, row_domains)
+
+
+def test_probes_of_the_runs_domains_need_two_rollouts(tmp_path: Path) -> None:
+    gym = {"tasks": [{"kind": "gym", "name": "spell_backward"}]}
+    for domain, row_domains, changes in (("digits", (), {}), ("math", ("math",), {}), ("spell_backward", (), gym)):
+        with pytest.raises(SettingsError, match=f"estimator_by_domain.{domain} is probe, which needs 2 rollouts"):
+            check_probe_in(tmp_path, domain, *row_domains, **changes)
+        check_probe_in(tmp_path, domain, *row_domains, **changes | {"rollouts_per_prompt": 2})
+        check_probe_in(tmp_path, domain, *row_domains, **changes | {"algorithm": "spo"})
+    check_probe_in(tmp_path, "math")
 
 
 class Rejecting(World):

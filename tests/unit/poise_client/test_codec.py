@@ -392,7 +392,6 @@ HALVES = codec.to_tensor([1.0, 2.0, 3.0], "float16")
 CASES = [
     # a valid message, its type, the broken field, its value (None clears it)
     (whole_features, types.Features, "prompt_hidden", None),
-    (whole_features, types.Features, "response_hidden", None),
     (whole_features, types.Features, "response_hidden", codec.to_tensor([1.0], "float32")),
     (whole_rollout, types.Rollout, "token_ids", None),
     (whole_rollout, types.Rollout, "token_ids", codec.to_tensor([1, 2], "int64")),
@@ -442,6 +441,29 @@ def test_a_broken_message_is_rejected_by_the_field(whole, kind, field, broken):
     with pytest.raises(CodecError) as caught:
         codec.decode(message, kind, "x[1]")
     assert caught.value.field == f"x[1].{field}"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "hidden", "has_tokens"),
+    [
+        ("probe", (True, True), False),
+        ("score_mean", (False, False), True),
+        ("score_prefix", (False, False), True),
+        ("score_prompt", (True, False), True),
+        ("auto", (True, False), True),
+    ],
+)
+def test_only_inputs_of_the_estimator_are_sent(estimator, hidden, has_tokens):
+    states = types.Features(np.ones(3, np.float32), np.ones(3, np.float32))
+    tokens = {"logprobs": np.zeros(2, np.float32), "token_entropies": np.zeros(2, np.float16)}
+    tokens["sum_squared_probs"] = np.ones(2, np.float16)
+    sampled = types.Group("a", (types.Rollout(types.RolloutId("run", 0, "a", 0), features=states, **tokens),), "math")
+    report = types.ProbeReport((), 0, 0, 0, 0, "score_mean", {"math": estimator})
+    (message,) = codec.encode(report.needed_inputs(sampled), value_pb2.GroupFeatures).rollouts
+    assert (message.HasField("prompt_hidden"), message.HasField("response_hidden")) == hidden
+    assert message.HasField("tokens") == has_tokens
+    read = codec.decode(message, types.Features)
+    assert (bool(read.prompt_hidden.size), bool(read.response_hidden.size)) == hidden
 
 
 def test_the_path_names_the_invalid_sibling():

@@ -6,7 +6,7 @@ Shapes: n rollouts of one prompt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from poise.algorithms.baselines import advantages
 from poise.orchestrator.tasks.problem import Problem
-from poise_client.types import Batch, Estimator, Features, Floats, Group, Rollout
+from poise_client.types import Batch, Floats, Group, ProbeReport, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +95,12 @@ def lengths_of(groups: Sequence[ScoredGroup]) -> list[Floats]:
     return [np.array([r.token_ids.size for r in item.group.rollouts], np.float32) for item in groups]
 
 
-def labelled_groups(groups: Sequence[ScoredGroup], estimator_of: Callable[[str], Estimator]) -> list[Group]:
+def labelled_groups(groups: Sequence[ScoredGroup], report: ProbeReport) -> list[Group]:
     """Return the groups with rewards and domains, as the value service estimates baselines and learns from them.
 
-    They contain only what `estimator_of` their domain uses: hidden states, statistics of the tokens, or both.
+    They contain only the inputs of the estimators in the service's `report`.
     """
-    labelled = []
-    for item in groups:
-        group, estimator = item.group.scored(item.rewards, item.domain), estimator_of(item.domain)
-        if estimator == "probe":
-            group = _replaced(group, sum_squared_probs=Rollout(group.rollouts[0].id).sum_squared_probs)
-        elif estimator in ("score_mean", "score_prefix"):
-            group = _replaced(group, features=Features())
-        labelled.append(group)
-    return labelled
-
-
-def _replaced(group: Group, **fields: Any) -> Group:
-    """Return the group with fields of all rollouts replaced."""
-    return dataclasses.replace(group, rollouts=tuple(dataclasses.replace(each, **fields) for each in group.rollouts))
+    return [report.needed_inputs(item.group.scored(item.rewards, item.domain)) for item in groups]
 
 
 def training_batch(

@@ -18,7 +18,7 @@ from poise.orchestrator.sampling.scored_groups import (
 )
 from poise.orchestrator.step_metrics import predictions, sampling_metrics
 from poise.orchestrator.tasks.problem import Problem
-from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
+from poise_client.types import Features, Group, GroupBaselines, ProbeReport, Rollout, RolloutId, VersionSpan
 
 
 def group(name: str, rewards: list[float], version: int = 3, *, sum_squares: float | None = None) -> ScoredGroup:
@@ -42,6 +42,7 @@ def group(name: str, rewards: list[float], version: int = 3, *, sum_squares: flo
 
 
 GROUPS = [group("a", [1.0, 0.0]), group("b", [1.0, 1.0])]
+PROBE = ProbeReport((), 0, 0, 0, 0, "probe")
 
 
 def answer(name: str, values: list[float] | None) -> GroupBaselines:
@@ -65,7 +66,7 @@ def grpo(groups: list[ScoredGroup]) -> StepBaselines:
 
 
 def test_baseline_requests_contain_the_rewards() -> None:
-    features = labelled_groups(GROUPS, lambda domain: "probe")
+    features = labelled_groups(GROUPS, PROBE)
     assert [(item.group_id, item.domain) for item in features] == [("a", "d"), ("b", "d")]
     assert [item.rewards.tolist() for item in features] == [[1.0, 0.0], [1.0, 1.0]]
 
@@ -112,7 +113,7 @@ async def test_the_batch_contains_reward_minus_baseline() -> None:
 
 
 def test_labels_contain_features_and_rewards_of_whole_groups() -> None:
-    labels = labelled_groups(GROUPS, lambda domain: "probe")
+    labels = labelled_groups(GROUPS, PROBE)
     assert [(label.group_id, label.domain, label.rewards.tolist()) for label in labels] == [
         ("a", "d", [1.0, 0.0]),
         ("b", "d", [1.0, 1.0]),
