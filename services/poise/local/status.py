@@ -98,17 +98,18 @@ def _line(name: str, facts: dict[str, Any]) -> str:
 
 def _count(probes: list[dict[str, Any]]) -> str:
     fitted = sum(probe["probe_version"] > 0 for probe in probes)
-    return f"{fitted} of {len(probes)} domains have a probe"
+    return f"{fitted} of {len(probes)} domains have a fitted estimator"
 
 
 _PROBE_HEADER = (
     f"  {'domain':20} {'version':>7} {'rows':>6} {'steps':>7} {'r':>6} {'brier':>6} {'skill':>6} {'bias':>7} "
     f"{'clipped':>7} {'/none':>6} {'/rloo':>6} {'/batch':>6} {'lag':>8} {'fit':>8}"
 )
-"""r, brier, skill and bias compare values with the siblings' rewards. /none, /rloo and /batch are the variance of the
-advantages relative to other baselines. lag is the time from publishing a label until it is durable. A second line
-groups rollouts by tenths of the value; each tenth has its mean value and mean reward. A third line names estimators
-other than the probe, and what `auto` chose between."""
+"""r, brier, skill and bias compare a probe's values with the siblings' rewards, others' with the rollout's own. /none,
+/rloo and /batch are the mean squared advantage relative to other baselines; for score-weighted estimators, weighted by
+squared score norms. lag is the time from publishing a label until it is durable. A second line groups rollouts by
+tenths of the value; each tenth has its mean value and mean reward. A third line names an estimator other than the
+probe, and the errors of those that were compared."""
 
 
 def _probe_line(probe: dict[str, Any]) -> str:
@@ -118,11 +119,19 @@ def _probe_line(probe: dict[str, Any]) -> str:
         f"  {probe['domain']:20} {probe['probe_version']:>7} {probe['num_rows']:>6} {steps:>7} "
         f"{_number(quality['pearson']):>6} {_number(quality['brier'], '.3f'):>6} "
         f"{_number(quality['brier_skill']):>6} {_number(quality['bias'], '+.3f'):>7} "
-        f"{_number(quality['share_clipped']):>7} {_number(quality['variance_vs_none']):>6} "
-        f"{_number(quality['variance_vs_rloo']):>6} {_number(quality['variance_vs_batch_mean']):>6} "
+        f"{_number(quality['share_clipped']):>7} {_variance_ratios(quality)} "
         f"{_number(probe['label_lag_s'], '.2f', ' s'):>8} {_number(probe['last_fit_s'], '.3f', ' s'):>8}"
         f"{_calibration(quality['calibration'])}{_estimator(probe)}"
     )
+
+
+def _variance_ratios(quality: Mapping[str, Any]) -> str:
+    """Return the cells /none, /rloo and /batch: weighted if the estimator is score-weighted, which has no /rloo."""
+    if (weighted := quality.get("weighted_variance_vs_none")) is not None:
+        ratios = (weighted, None, quality["weighted_variance_vs_batch_mean"])
+    else:
+        ratios = (quality["variance_vs_none"], quality["variance_vs_rloo"], quality["variance_vs_batch_mean"])
+    return " ".join(f"{_number(ratio):>6}" for ratio in ratios)
 
 
 def _estimator(probe: dict[str, Any]) -> str:

@@ -170,7 +170,8 @@ def _variance_ratio(metrics: dict[str, Any]) -> float:
     variance = metrics.get("weighted_advantage_variance") or {"none": None}  # older journals have none
     if variance["none"] is None:
         variance = metrics["advantage_variance"]
-    return (variance["used"] or float("nan")) / variance["none"] if variance["none"] else float("nan")
+    is_known = variance["used"] is not None and variance["none"]
+    return float(variance["used"] / variance["none"]) if is_known else float("nan")
 
 
 def format_duration(seconds: float) -> str:

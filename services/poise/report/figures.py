@@ -100,7 +100,7 @@ def variance_figure(rows: list[Row]) -> str | None:
     """
     kind, label = "weighted_advantage_variance", "weighted squared advantage"
     if np.isnan(series(rows, kind, "none")).all():
-        kind, label = "advantage_variance", "mean squared advantage"
+        kind, label = "advantage_variance", "squared advantage"
     variances = {name: series(rows, kind, name) for name in BASELINES}
     if all(np.isnan(values).all() for values in variances.values()):
         return None
@@ -125,7 +125,7 @@ def variance_figure(rows: list[Row]) -> str | None:
         _step_axis(running)
         extend_to_zero(moving)
         draw_legend(running)
-        return to_svg(figure, "Advantage variance by step")
+        return to_svg(figure, "Squared advantage by step")
 
 
 def time_figure(rows: list[Row]) -> str | None:

@@ -54,6 +54,8 @@ READY: dict[str, dict[str, Any]] = {
                     "variance_vs_none": 0.3,
                     "variance_vs_rloo": 0.4,
                     "variance_vs_batch_mean": 0.5,
+                    "weighted_variance_vs_none": 0.2,
+                    "weighted_variance_vs_batch_mean": 0.6,
                 },
             },
             {
@@ -129,7 +131,7 @@ def test_ready_services_are_listed_with_their_facts(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"run mine: step 0 of 500, folder {run.dir}"
     assert said[1].endswith("ready, policy version 4, 3 rollouts running")
-    assert said[2].endswith("serving, 12 groups consumed, 1 of 2 domains have a probe")
+    assert said[2].endswith("serving, 12 groups consumed, 1 of 2 domains have a fitted estimator")
     header, math, new = (line.split() for line in (said[3], said[4], said[7]))
     facts = dict(zip(header, " ".join(math).replace(" s", "s").split(), strict=True))
     assert facts == {
@@ -142,9 +144,9 @@ def test_ready_services_are_listed_with_their_facts(
         "skill": "-0.50",
         "bias": "+0.012",
         "clipped": "0.00",
-        "/none": "0.30",
-        "/rloo": "0.40",
-        "/batch": "0.50",
+        "/none": "0.20",
+        "/rloo": "–",
+        "/batch": "0.60",
         "lag": "0.25s",
         "fit": "0.031s",
     }
