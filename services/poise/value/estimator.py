@@ -287,7 +287,8 @@ class BaselineEstimator:
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Use a probe for steps that are not pinned yet."""
         self.probes = {**self.probes, name: probe}
-        self.domains[name].newest_version = probe.version
+        if name in self.domains:
+            self.domains[name].newest_version = probe.version
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:
         """Return the current state. A `fitted` probe replaces the current one of its domain."""
