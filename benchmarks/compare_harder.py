@@ -1,4 +1,4 @@
-"""Who wins with long responses, and from a policy that starts confidently wrong? Does diversity suffer?
+"""Compare algorithms with long responses, and from a policy that starts confidently wrong: reward and diversity.
 
 Three cases, each a comparison of the same algorithms:
 

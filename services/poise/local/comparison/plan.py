@@ -6,7 +6,7 @@ A run that has started keeps its settings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,10 @@ def make_plan(file: CompareFile, source: Path) -> Plan:
         ConfigError: names the problems of all runs.
     """
     base = _base_path(file.base, source)
+    try:
+        _reject_reserved(file.set, _NOT_IN_COMMON_SET, "cannot be set here")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     problems: dict[str, None] = {}
     runs = []
     for seed, name in file.schedule:
@@ -154,11 +158,15 @@ def _base_path(base: str, source: Path) -> Path:
     return path
 
 
+def _reject_reserved(settings: Iterable[str], reserved: Iterable[str], problem: str) -> None:
+    for path in settings:
+        for name in reserved:
+            if _within(path, name) or _within(name, path):
+                raise ConfigError(f"set: {path}: {problem}: {_NOT_IN_SET[name]}")
+
+
 def _plan_run(file: CompareFile, base: Path, name: str, entry: RunEntry, seed: int) -> PlannedRun:
-    for reserved, remedy in _NOT_IN_SET.items():
-        for path in (*entry.set, *(file.set if reserved in _NOT_IN_COMMON_SET else ())):
-            if _within(path, reserved) or _within(reserved, path):
-                raise ConfigError(f"set: {path}: cannot differ between runs: {remedy}")
+    _reject_reserved(entry.set, _NOT_IN_SET, "cannot differ between runs")
     label = f"{name}-seed{seed}"
     folder = file.folder / "runs" / label
     defaults = {path: value for path, value in COMMON_DEFAULTS.items() if not _contains(read_yaml(base), path)}
