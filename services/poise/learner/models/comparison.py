@@ -22,7 +22,7 @@ from poise.learner.models.forward_check import (
     MEAN_NATS,
     MEAN_NATS_BFLOAT16,
     Difference,
-    probe_groups,
+    random_groups,
     reference_logprobs,
     use_attention,
 )
@@ -92,7 +92,7 @@ def compare(config: LearnerConfig, samples: Sequence[EngineSample], engine_dtype
     """
     model = load_model(config).to(config.device)
     rollouts = next((sample.rollouts for sample in samples if sample.rollouts), None)
-    groups = probe_groups(model) if rollouts is None else group_by_prompt(rollouts)
+    groups = random_groups(model) if rollouts is None else group_by_prompt(rollouts)
     return [
         *(_engine(model, sample, engine_dtype) for sample in samples),
         _learner(config, model, groups),

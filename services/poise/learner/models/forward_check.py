@@ -117,10 +117,10 @@ def checked_forward(model: Any, config: LearnerConfig) -> PackedForward:
 
 
 @torch.no_grad()
-def probe_logprobs(forward: PackedForward) -> torch.Tensor:
+def logprobs_of_random_groups(forward: PackedForward) -> torch.Tensor:
     """Return a forward pass's log-probabilities of the test batch, [N]."""
     model = forward.model
-    logprobs_N: torch.Tensor = forward(build_row(probe_groups(model), model.device, forward.dtype), 1.0)[0]
+    logprobs_N: torch.Tensor = forward(build_row(random_groups(model), model.device, forward.dtype), 1.0)[0]
     return logprobs_N
 
 
@@ -131,7 +131,7 @@ def check_adapters(forward: PackedForward, before_N: torch.Tensor, name: str) ->
         Unusable: they do, or the model's code fails with them.
     """
     try:
-        difference = Difference.between(probe_logprobs(forward), before_N)
+        difference = Difference.between(logprobs_of_random_groups(forward), before_N)
     except Exception as error:  # architectures fail in ways of their own
         reason = f"the forward pass fails with them: {type(error).__name__}: {error}"
     else:
@@ -151,7 +151,7 @@ class _Check:
         self._model = model
         self._chunk_tokens = config.logprob_chunk_tokens
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self._groups = probe_groups(model)
+        self._groups = random_groups(model)
         use_attention(model, "eager")
         try:
             own_N = reference_logprobs(model, self._groups)
@@ -209,7 +209,7 @@ class _Check:
         return gradient_Vd
 
 
-def probe_groups(model: Any) -> list[PromptGroup]:
+def random_groups(model: Any) -> list[PromptGroup]:
     """Return the test batch: prompts and siblings of various lengths, of random tokens without special ones."""
     config = model.config.get_text_config()
     ordinary = _ordinary_tokens(config)

@@ -21,7 +21,7 @@ from poise.learner.distributed.process_group import World
 from poise.learner.models import lora
 from poise.learner.models.backbone import load_model
 from poise.learner.models.forward import PackedForward
-from poise.learner.models.forward_check import check_adapters, checked_forward, probe_logprobs
+from poise.learner.models.forward_check import check_adapters, checked_forward, logprobs_of_random_groups
 from poise.runtime.models.decoder import decoder_layers
 from poise.runtime.models.generation_config import repaired
 from poise_client.types import WeightArray
@@ -47,7 +47,7 @@ class Policy:
         self.logprobs = checked_forward(self.model, config)
         """The forward pass of a packed row."""
         if config.lora is not None:
-            without_N = probe_logprobs(self.logprobs)
+            without_N = logprobs_of_random_groups(self.logprobs)
             lora.inject(self.model, config.lora, config.model)
             check_adapters(self.logprobs, without_N, config.model)
         if world.is_sharded:

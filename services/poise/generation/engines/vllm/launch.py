@@ -26,7 +26,7 @@ SUPPORTED_VERSION = "0.32."
 """The worker uses vLLM's internals. With another version, it could silently record wrong values."""
 
 STREAM_INTERVAL = 2**30
-"""Tokens between two outputs of a request. So many that vLLM sends only the first token and the end."""
+"""Tokens between two outputs of a request. Large enough that vLLM sends only the first token and the final output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ModelFacts:
 
 
 def num_slots(config: GenerationConfig) -> int:
-    """Return the maximum number of rollouts in vLLM: those running, and as many that wait or are being collected."""
+    """Return the maximum rollouts in vLLM: the running ones, plus the same number waiting or being collected."""
     return 2 * config.max_num_seqs
 
 

@@ -1,8 +1,8 @@
 """Ends vLLM's processes when the server dies, even by SIGKILL.
 
-vLLM's worker is a child of its engine core, which is a child of the server. PR_SET_PDEATHSIG would follow the thread
-that started the engine, not the server's process. So each worker watches its ancestors through pidfds, which, unlike
-process ids, are never reused, and kills the remaining ones.
+vLLM's worker is a child of its engine core, which is a child of the server. PR_SET_PDEATHSIG fires when
+the starting thread ends, not when the server's process ends. So each worker watches its ancestors through pidfds, which
+are never reused, unlike process ids. If one ends, the worker kills the others.
 """
 
 from __future__ import annotations

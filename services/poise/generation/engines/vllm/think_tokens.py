@@ -1,7 +1,7 @@
 """A state machine that finds the ends of `</think>` in a stream of token ids.
 
 During sampling, the worker pools the tokens before the last `</think>`. It then has token ids on a GPU, but no text. So
-a table gives, for the characters matched so far and the next token, the characters matched after it.
+a table maps (characters matched so far, next token) to the characters matched afterwards.
 `algorithms.features.locate_spans` finds the same ends in text.
 
 Shapes: S states (characters of the tag matched so far), V vocabulary.

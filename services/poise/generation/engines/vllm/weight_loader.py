@@ -85,8 +85,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
     def prepare(self, path: str) -> tuple[int, str]:
         """Start preparing the weights in a file on a thread, if that is possible here.
 
-        Returns `NO_OBSTACLE` if preparation started. On a GPU it does nothing and returns the same. Otherwise it
-        returns a log level and the reason.
+        Returns `NO_OBSTACLE` if preparation started. On a GPU it does nothing and also returns `NO_OBSTACLE`.
+        Otherwise it returns a log level and the reason.
         """
         if self.thread is not None:
             self.thread.join()
@@ -136,7 +136,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         """See vLLM."""
 
     def _obstacle(self) -> tuple[int, str]:
-        """Return what `prepare` returns. If there is no obstacle, the memory lock is held afterwards."""
+        """Return why weights cannot be prepared here, or `NO_OBSTACLE`; then this process holds the memory lock."""
         if self.parallel_config.world_size > 1:
             return logging.INFO, "the model is split over several processes"
         if kinds := unknown_layers(self.model):
@@ -150,8 +150,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         free = free_memory_bytes()
         if free < needed:
             return logging.WARNING, (
-                f"preparing needs {needed / 1e6:.0f} MB of memory, but {free / 1e6:.0f} MB are free; free memory, or "
-                "raise the container's memory limit"
+                f"preparing needs {needed / 1e6:.0f} MB of memory, but only {free / 1e6:.0f} MB are available; release "
+                "memory, or raise the container's limit"
             )
         return NO_OBSTACLE
 

@@ -98,7 +98,7 @@ class PoiseWorker(BaseWorker):  # type: ignore[misc]
         return [self._recorder.collect(*rollout) for rollout in wanted]
 
     def poise_add_empty_adapter(self) -> None:
-        """Serve an adapter of zeros until the first push, which can then replace the adapter of running rollouts."""
+        """Serve an adapter of zeros, so that the first push can replace it in running rollouts."""
         add_empty_adapter(self.model_runner.lora_manager)
 
     def poise_process_group_backend(self) -> str:
