@@ -72,8 +72,8 @@ import itertools, os, sys
 from poise.runtime.cli.service_main import service_main
 from poise.value import app
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator
-from poise.value.probe.incremental import IncrementalFitter
+from poise.value.state import ValueState
+from poise.value.estimators.probe.incremental import IncrementalFitter
 from poise.value.updater import Updater
 
 flag = sys.argv[1]
@@ -91,8 +91,8 @@ class Restless(Updater):
             self.request_fits()
         return path
 
-is_due = BaselineEstimator.is_due
-BaselineEstimator.is_due = lambda self, name: os.path.exists(flag) or is_due(self, name)
+is_due = ValueState.is_due
+ValueState.is_due = lambda self, name: os.path.exists(flag) or is_due(self, name)
 app.IncrementalFitter, app.Updater = Fitter, Restless
 sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))
 """

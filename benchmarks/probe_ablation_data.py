@@ -37,7 +37,7 @@ from poise.orchestrator.tasks import primer
 from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.files.atomic import write_file
 from poise.runtime.files.cache import cache_dir
-from poise.value.probe.features import FeatureMatrix, Label
+from poise.value.estimators.features import FeatureMatrix, Label
 from poise_client.types import Features, Message, Rollout, RolloutId, Sampling
 
 MODEL = "smollm2-135m-instruct"

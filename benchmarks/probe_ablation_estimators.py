@@ -22,9 +22,9 @@ from poise.algorithms.spo_tracker import BetaTracker
 from poise.local.models.catalog import make_model
 from poise.runtime.files.atomic import write_file
 from poise.value.config import ProbeConfig
-from poise.value.probe.features import FeatureMatrix, Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import FittedProbe, ProbeInput
+from poise.value.estimators.features import FeatureMatrix, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.probe.model import FittedProbe, ProbeInput
 
 PAPER: tuple[ProbeInput, ...] = ("prompt_hidden", "response_hidden", "entropy")
 REFERENCE = "probe: the paper's three"

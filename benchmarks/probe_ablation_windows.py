@@ -23,7 +23,7 @@ from probe_ablation_metrics import Doubles, other_half, row_sums
 from probe_ablation_report import Report, gap_text, report
 from rich.table import Table
 
-from poise.value.probe.features import Label
+from poise.value.estimators.features import Label
 
 WINDOWS = (64, 128, 256, 768)
 """Rows a domain."""

@@ -35,8 +35,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController, threadpool_info
 
-from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix, Floats, Label
-from poise.value.probe.incremental import IncrementalFitter
+from poise.value.estimators.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix, Floats, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -144,7 +144,7 @@ def measure(
 
 
 def kept_bytes(width: int, num_rows: int) -> int:
-    """Return the bytes that a fitter keeps between fits; see poise.value.probe.incremental."""
+    """Return the bytes that a fitter keeps between fits; see poise.value.estimators.probe.incremental."""
     columns = sum(width if width <= 128 else k + 48 for k in COMPONENTS)
     return (8 * num_rows + 16 * width) * columns
 

@@ -21,8 +21,8 @@ from poise.runtime.network.auth import BearerAuth
 from poise.runtime.rpc.interceptors import ServiceInterceptor
 from poise.value.app import build as build_value
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator
 from poise.value.metrics import StateCollector
+from poise.value.state import ValueState
 
 TARGET = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
 
@@ -43,7 +43,7 @@ def registries() -> dict[str, CollectorRegistry]:
         "value": build_value(value_config).registry,
         "learner": build_learner(LearnerConfig(model="model", state_dir=nowhere)).registry,
     }
-    found["value"].register(StateCollector(BaselineEstimator(value_config), lambda: QueueDepth(0, 0)))
+    found["value"].register(StateCollector(ValueState(value_config), lambda: QueueDepth(0, 0)))
     for name, registry in found.items():
         ServiceInterceptor(name, BearerAuth(None), registry, 1)
     return found

@@ -29,10 +29,10 @@ from poise.orchestrator.tasks.problem import Problem
 from poise.runtime.rpc.validation import Violations
 from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.interface import Fitter
+from poise.value.estimators.step_probes import VersionedProbe
 from poise.value.messages import parse_label, read_queries
-from poise.value.probe.model import Fitter
-from poise.value.probe.step_probes import VersionedProbe
+from poise.value.state import ValueState
 from poise_client.codec import encode
 from poise_client.types import (
     Batch,
@@ -55,7 +55,7 @@ class InProcess:
         self._sampler = Sampler(self._engine, generation)
         self._trainer = Trainer(run.learner)
         self._value: ValueConfig = run.value
-        self.estimator = BaselineEstimator(run.value)
+        self.state = ValueState(run.value)
         self._fitters: dict[str, Fitter] = {}
         self.version = 0
 
@@ -91,19 +91,19 @@ class InProcess:
         messages = [encode(group, value_pb2.GroupFeatures) for group in groups]
         asked = [query for query in read_queries(messages, wrong, self._value.estimator_of) if query is not None]
         wrong.raise_if_any()
-        return self.estimator.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
+        return self.state.estimate(run_id, step, asked, behind=frozenset())  # `learn` refits at once
 
     def learn(self, labels: Sequence[Group]) -> None:
         """Learn labels as the value service does, and refit at once."""
         for label in labels:
             payload = encode(label, value_pb2.LabelledGroup).SerializeToString()
-            self.estimator.learn(parse_label(payload, len(payload), self._value.estimator_of))
-        for name, domain in self.estimator.domains.items():
-            if self.estimator.is_due(name):
+            self.state.learn(parse_label(payload, len(payload), self._value.estimator_of))
+        for name, domain in self.state.domains.items():
+            if self.state.is_due(name):
                 fitter = self._fitters.setdefault(name, make_fitter(self._value, name))
                 fitted = fitter.fit(domain.window.groups)
-                version = self.estimator.next_version(name)
-                self.estimator.install(name, VersionedProbe(version, fitted, domain.window.num_added, 0.0))
+                version = self.state.next_version(name)
+                self.state.install(name, VersionedProbe(version, fitted, domain.window.num_added, 0.0))
 
     async def train(self, batch: Batch) -> StepMetrics:
         """Train on a batch and serve what comes of it."""

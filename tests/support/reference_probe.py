@@ -10,9 +10,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from poise.value.probe.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, Label
-from poise.value.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
-from poise.value.probe.subspace import NEGLIGIBLE_VARIANCE, affordable_components
+from poise.value.estimators.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, Label
+from poise.value.estimators.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
+from poise.value.estimators.probe.subspace import NEGLIGIBLE_VARIANCE, affordable_components
 
 
 def training_data(groups: Iterable[Label]) -> tuple[FeatureMatrix, Floats]:

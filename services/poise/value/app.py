@@ -20,12 +20,12 @@ from poise.runtime.service import Readiness, ServiceApp
 from poise.runtime.startup import Startup
 from poise.value.config import QueueConfig, ValueConfig
 from poise.value.dead_letters import dead_letter_routes
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.interface import Fitter
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.score.fitter import ScoreFitter
 from poise.value.metrics import StateCollector, ValueMetrics
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import Fitter
-from poise.value.score.fitter import ScoreFitter
 from poise.value.servicer import ValueServicer
+from poise.value.state import ValueState
 from poise.value.store import StateStore
 from poise.value.updater import Updater
 from poise_proto.v1 import value_pb2, value_pb2_grpc
@@ -72,13 +72,13 @@ class ValueApp(ServiceApp):
     async def start(self) -> None:
         """Restore the state and start to consume. If the queue is down, requests are answered, and labels wait."""
         saved = await asyncio.to_thread(self._store.open)
-        estimator = BaselineEstimator(self.config, saved)
-        queue = self._make_queue(estimator.instance_id)
-        updater = Updater(self.config.queue, estimator, queue, self._store, self._make_fitter, self._metrics, self.fail)
+        state = ValueState(self.config, saved)
+        queue = self._make_queue(state.instance_id)
+        updater = Updater(self.config.queue, state, queue, self._store, self._make_fitter, self._metrics, self.fail)
         if saved is None:
             await updater.save()  # the consumer's name must survive a crash
-        queue.expect_at_least(estimator.newest_entry)
-        self.registry.register(StateCollector(estimator, lambda: updater.depth))
+        queue.expect_at_least(state.newest_entry)
+        self.registry.register(StateCollector(state, lambda: updater.depth))
         self._task = asyncio.create_task(updater.run(), name="value-updater")
         self._updater = updater
         self._servicer.open(updater)
@@ -115,14 +115,14 @@ class ValueApp(ServiceApp):
         """See `ServiceApp`."""
         if self._updater is None:
             return {"state": "starting"}
-        updater, estimator, depth = self._updater, self._updater.estimator, self._updater.depth
-        probes = (estimator.probe_status(name) for name in sorted(estimator.domains))
+        updater, state, depth = self._updater, self._updater.state, self._updater.depth
+        probes = (state.probe_status(name) for name in sorted(state.domains))
         return {
             "state": "draining" if self._draining else "paused" if updater.paused else "serving",
             "problem": updater.problem,
-            "instance_id": estimator.instance_id,
-            "num_groups_consumed": estimator.num_groups_consumed,
-            "num_duplicates": estimator.num_duplicates,
+            "instance_id": state.instance_id,
+            "num_groups_consumed": state.num_groups_consumed,
+            "num_duplicates": state.num_duplicates,
             "num_dead_letters": depth.num_dead_letters,
             "num_pending": depth.num_entries,
             "num_queue_losses": depth.num_losses,
@@ -148,7 +148,7 @@ class ValueApp(ServiceApp):
             raise BackendDown(
                 f"the state cannot be saved: {error}", remedy="Check that state_dir is writable and has free space."
             ) from error
-        return {"path": str(path), "num_groups_consumed": updater.estimator.num_groups_consumed}
+        return {"path": str(path), "num_groups_consumed": updater.state.num_groups_consumed}
 
     def admin_routes(self) -> APIRouter:
         """See `dead_letters`."""

@@ -12,7 +12,7 @@ from pydantic_settings import SettingsConfigDict
 
 from poise.queue.redis_scripts import dead_letter_key
 from poise.runtime.config.settings import AdminConfig, GrpcConfig, ServiceConfig, StrictModel
-from poise.value.probe.model import ProbeInput
+from poise.value.estimators.probe.model import ProbeInput
 from poise_client.types import Estimator
 
 
@@ -125,7 +125,7 @@ class ProbeConfig(StrictModel):
     """Maximum PCA components of response_hidden."""
     rows_per_component: int = Field(64, ge=1)
     """Rows of the window per PCA component. A hidden state gets at most rows / rows_per_component components, but at
-    least four. While a window fills, more would fit noise. The paper uses 1."""
+    least four. In a small window, more components would fit noise. The paper uses 1."""
     alpha: float = Field(100.0, gt=0)
     """Ridge penalty on standardised inputs."""
     refit: Literal["incremental", "fresh"] = "incremental"
@@ -181,7 +181,7 @@ class ValueConfig(ServiceConfig):
     horizon_steps: int = Field(1024, ge=1)
     """Most recent steps of a run whose consumed ids are kept. Labels of older steps go to the dead letters."""
     pinned_steps: int = Field(16, ge=1)
-    """Steps of a run whose pinned probes are kept for repeated requests. The least recently requested is dropped."""
+    """Maximum steps per run with pinned estimators. The least recently requested step is dropped first."""
     max_runs: int = Field(64, ge=1)
     """Most recently used runs whose consumed ids and pinned probes are kept. Of an older run only the last step is
     kept, and labels up to that step are rejected."""

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Mapping
 
 from poise.errors import BackendDown
-from poise.value.estimator import BaselineEstimator
+from poise.value.state import ValueState
 from poise.value.updater import Updater
 
 
@@ -24,19 +24,19 @@ async def wait_for_labels(
 
     Waits for fits of the requested domains and of all domains with labels of the run, because a later request of the
     same step may need those. Does not wait for domains of other runs. Returns when all these domains are fitted, when
-    no fit of the rest will follow, or after `limit_s`. While the queue is unreachable, it keeps waiting.
+    no further fit will start, or after `limit_s`. While the queue is unreachable, it keeps waiting.
     """
-    estimator = updater.estimator
+    state = updater.state
     published: dict[str, int] | None = None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
             if not await _wait_until_learnt(updater):
                 return None
             # Later labels do not count: those of other runs could delay this request forever.
-            published = {name: domain.window.num_added for name, domain in estimator.domains.items()}
-            own = {*domains, *estimator.domains_of_run(run_id)}
+            published = {name: domain.window.num_added for name, domain in state.domains.items()}
+            own = {*domains, *state.domains_of_run(run_id)}
             await _wait_until_fitted(updater, {name: number for name, number in published.items() if name in own})
-    return None if published is None else _behind(estimator, published)
+    return None if published is None else _behind(state, published)
 
 
 async def _wait_until_learnt(updater: Updater) -> bool:
@@ -60,11 +60,11 @@ async def _wait_until_fitted(updater: Updater, published: Mapping[str, int]) -> 
     """Wait until every domain is fitted, except those for which no fit will follow."""
     while True:
         change = updater.next_change()
-        if all(updater.will_not_fit(name) for name in _behind(updater.estimator, published)):
+        if all(updater.will_not_fit(name) for name in _behind(updater.state, published)):
             return
         await change.wait()
 
 
-def _behind(estimator: BaselineEstimator, published: Mapping[str, int]) -> frozenset[str]:
+def _behind(state: ValueState, published: Mapping[str, int]) -> frozenset[str]:
     """Return the domains whose probes have not seen the first `published[domain]` groups of their windows."""
-    return frozenset(name for name, num_added in published.items() if estimator.is_due(name, num_added))
+    return frozenset(name for name, num_added in published.items() if state.is_due(name, num_added))

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations, quoted
-from poise.value.probe.features import FeatureMatrix, Floats, GroupQuery, Halves, Label, TokenStatistics
+from poise.value.estimators.features import FeatureMatrix, Floats, GroupQuery, Halves, Label, TokenStatistics
 from poise_client.codec import (
     LABEL_SCHEMA_VERSION,
     CodecError,

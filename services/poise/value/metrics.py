@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from poise.queue.interface import QueueDepth
-from poise.value.estimator import BaselineEstimator
+from poise.value.state import ValueState
 
 _LAG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -55,7 +55,7 @@ class ValueMetrics:
 class StateCollector(Collector):
     """Metrics that are read from the state at scrape time."""
 
-    estimator: BaselineEstimator
+    state: ValueState
     depth: Callable[[], QueueDepth]
 
     def collect(self) -> Iterator[Metric]:
@@ -63,12 +63,12 @@ class StateCollector(Collector):
         yield CounterMetricFamily(
             "poise_value_groups_consumed",
             "Labelled groups learnt since the state was created, without duplicates.",
-            self.estimator.num_groups_consumed,
+            self.state.num_groups_consumed,
         )
         yield CounterMetricFamily(
             "poise_value_group_duplicates",
             "Labelled groups that were delivered again and ignored.",
-            self.estimator.num_duplicates,
+            self.state.num_duplicates,
         )
         depth = self.depth()
         yield CounterMetricFamily(
@@ -78,7 +78,7 @@ class StateCollector(Collector):
         )
         yield CounterMetricFamily(
             "poise_value_queue_losses",
-            "How often published labels were found missing from the queue, since the process started.",
+            "Times that published labels were missing from the queue since the process started.",
             depth.num_losses,
         )
         yield GaugeMetricFamily(
@@ -110,8 +110,8 @@ class StateCollector(Collector):
         current = GaugeMetricFamily(
             "poise_value_estimator", "1 for the estimator that answers now.", labels=["domain", "estimator"]
         )
-        for name, domain in self.estimator.domains.items():
-            probe = self.estimator.probes.get(name)
+        for name, domain in self.state.domains.items():
+            probe = self.state.probes.get(name)
             estimated.add_metric([name], domain.num_estimated_rows)
             rows.add_metric([name], domain.window.num_rows)
             version.add_metric([name], probe.version if probe else 0)
@@ -132,17 +132,18 @@ class StateCollector(Collector):
 _QUALITIES = {
     "pearson": "Correlation of value and reward, over rollouts predicted before their labels were learnt. A probe "
     "predicts the mean reward of the siblings, a score-weighted estimator the rollout's own.",
-    "brier": "Mean squared difference of value and reward, over the same rollouts.",
+    "brier": "Mean squared difference of value and reward, over rollouts predicted before their labels were learnt.",
     "brier_skill": "1 - brier / brier of a constant prediction of the mean. Below 0, the constant is better.",
-    "bias": "Mean of value - reward, over the same rollouts.",
-    "share_clipped": "Share of values clipped to 0 or 1, over the same rollouts.",
-    "variance_vs_none": "Mean squared advantage / the same without a baseline.",
-    "variance_vs_rloo": "Mean squared advantage / the same with the siblings' mean reward as baseline.",
-    "variance_vs_batch_mean": "Mean squared advantage / the same with the other prompts' mean reward as baseline.",
-    "weighted_variance_vs_none": "Mean squared advantage, weighted by squared score norms / the same without a "
-    "baseline. NaN for the probe.",
-    "weighted_variance_vs_batch_mean": "Mean squared advantage, weighted by squared score norms / the same with the "
-    "other prompts' mean reward as baseline. NaN for the probe.",
+    "bias": "Mean of value - reward, over rollouts predicted before their labels were learnt.",
+    "share_clipped": "Share of values clipped to 0 or 1, over rollouts predicted before their labels were learnt.",
+    "variance_vs_none": "Mean squared advantage relative to that without a baseline.",
+    "variance_vs_rloo": "Mean squared advantage relative to that with the siblings' mean reward as baseline.",
+    "variance_vs_batch_mean": "Mean squared advantage relative to that with the other prompts' mean reward as "
+    "baseline.",
+    "weighted_variance_vs_none": "Mean squared advantage relative to that without a baseline, both weighted by squared "
+    "score norms. NaN for the probe.",
+    "weighted_variance_vs_batch_mean": "Mean squared advantage relative to that with the other prompts' mean reward as "
+    "baseline, both weighted by squared score norms. NaN for the probe.",
 }
 """Fields of `ProbeQuality`."""
 
@@ -151,7 +152,10 @@ _CALIBRATION = {
         "predicted",
         "Mean value of the rollouts whose value is in this tenth of [0, 1]; tenths count from 0.",
     ),
-    "realised": ("realised", "Mean reward of the same rollouts, of their siblings for the probe."),
-    "count": ("rows", "Number of the same rollouts."),
+    "realised": (
+        "realised",
+        "Mean reward of the rollouts whose value is in this tenth; for the probe, of their siblings.",
+    ),
+    "count": ("rows", "Number of rollouts whose value is in this tenth."),
 }
 """Name and help by field of `CalibrationBin`."""

@@ -14,9 +14,9 @@ from poise.errors import Draining, NotFound
 from poise.runtime.rpc.validation import Violations, quoted
 from poise.runtime.startup import Startup
 from poise.value.config import ValueConfig
+from poise.value.estimators.features import GroupQuery, Label
 from poise.value.label_barrier import wait_for_labels
 from poise.value.messages import EstimatorOf, read_label, read_prompt, read_queries
-from poise.value.probe.features import GroupQuery, Label
 from poise.value.updater import Updater
 from poise_client.codec import encode
 from poise_client.types import DEFAULT_DOMAIN, ProbeReport, PromptFeatures
@@ -78,23 +78,23 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     ) -> pb.EstimateBaselinesResponse:
         """See value.proto."""
         updater = self._opened()
-        estimator_of = updater.estimator.estimators_of_step(request.run_id, request.step)
+        estimator_of = updater.state.estimators_of_step(request.run_id, request.step)
         groups = await self._read_on_thread(lambda: _read_queries(request, estimator_of))
         behind = None
-        if request.wait_for_labels_s and updater.estimator.would_pin(request.run_id, request.step):
+        if request.wait_for_labels_s and updater.state.would_pin(request.run_id, request.step):
             left_s = context.time_remaining()
             limit_s = min(request.wait_for_labels_s, math.inf if left_s is None else _SHARE_OF_DEADLINE * left_s)
             behind = await wait_for_labels(updater, request.run_id, [group.domain for group in groups], limit_s)
             self._opened()
-        answers = updater.estimator.estimate(request.run_id, request.step, groups, behind=behind)
+        answers = updater.state.estimate(request.run_id, request.step, groups, behind=behind)
         return pb.EstimateBaselinesResponse(groups=[encode(answer, pb.GroupBaselines) for answer in answers])
 
     async def ScorePrompts(  # noqa: N802
         self, request: pb.ScorePromptsRequest, context: Context
     ) -> pb.ScorePromptsResponse:
         """See value.proto."""
-        estimator = self._opened().estimator
-        scores = estimator.score(await self._read_on_thread(lambda: _read_prompts(request)))
+        state = self._opened().state
+        scores = state.score(await self._read_on_thread(lambda: _read_prompts(request)))
         return pb.ScorePromptsResponse(prompts=[encode(score, pb.PromptScore) for score in scores])
 
     async def PublishLabels(  # noqa: N802
@@ -105,7 +105,7 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
         wrong = Violations()
         labels, payloads = await self._read_on_thread(lambda: _read_labels(request, self._config, wrong))
         for index, label in labels:
-            rejection = updater.estimator.rejection(label.domain, label.features.width)
+            rejection = updater.state.rejection(label.domain, label.features.width)
             if rejection is not None:
                 wrong.add(f"groups[{index}].{rejection.field}", rejection.description)
         _check_widths([(index, label.domain, label.features.width) for index, label in labels], wrong)
@@ -116,20 +116,20 @@ class ValueServicer(value_pb2_grpc.ValueServiceServicer):
     async def GetProbe(self, request: pb.GetProbeRequest, context: Context) -> pb.GetProbeResponse:  # noqa: N802
         """See value.proto."""
         updater = self._opened()
-        estimator = updater.estimator
-        if request.domain and request.domain not in estimator.domains:
-            known = ", ".join(sorted(estimator.domains)) or "none yet"
+        state = updater.state
+        if request.domain and request.domain not in state.domains:
+            known = ", ".join(sorted(state.domains)) or "none yet"
             raise NotFound(
                 f"no label of domain {quoted(request.domain)} was learnt; domains with labels: {known}",
                 remedy="Leave domain empty to get all.",
             )
         depth = await updater.queue.depth()
-        names = [request.domain] if request.domain else sorted(estimator.domains)
+        names = [request.domain] if request.domain else sorted(state.domains)
         return encode(
             ProbeReport(
-                tuple(estimator.probe_status(name) for name in names),
-                estimator.num_groups_consumed,
-                estimator.num_duplicates,
+                tuple(state.probe_status(name) for name in names),
+                state.num_groups_consumed,
+                state.num_duplicates,
                 depth.num_dead_letters,
                 depth.num_entries,
                 self._config.estimator,

@@ -5,9 +5,9 @@
     <state_dir>/state-1.sqlite3    the state of the last odd save
     <state_dir>/damaged-1/         files that could not be read, kept for inspection
 
-Windows, probes, pinned steps and consumed ids are saved together, in one transaction: a probe without the ids of its
-labels could be pinned for a step whose labels it has seen. A save updates the older file and
-writes only the difference. If one file is damaged, the other has the state of the previous save.
+Windows, fitted estimators, pinned steps and consumed ids are saved together, in one transaction. Otherwise a restored
+estimator could answer for a step whose labels it has learnt. A save updates the older file and writes only the
+difference. If one file is damaged, the other has the state of the previous save.
 
 Every row carries a checksum, because SQLite detects damage only in the structure of a file, not in its values. The
 rollback journal (TRUNCATE) is faster here than WAL, which writes every row twice, and keeps the state in one file.
@@ -35,11 +35,12 @@ from numpy.typing import NDArray
 from poise.errors import Misconfigured
 from poise.runtime.files.atomic import commit_file, sync_folder
 from poise.value.dedup import ConsumedRun, DedupSnapshot
-from poise.value.probe.diagnostics import ValuedGroup
-from poise.value.probe.features import FeatureMatrix, Label
-from poise.value.probe.model import Fitted, FittedProbe
-from poise.value.probe.step_probes import PinnedProbes, VersionedProbe
-from poise.value.score.model import FittedScore
+from poise.value.estimators.diagnostics import ValuedGroup
+from poise.value.estimators.features import FeatureMatrix, Label
+from poise.value.estimators.interface import Fitted
+from poise.value.estimators.probe.model import FittedProbe
+from poise.value.estimators.score.model import FittedScore
+from poise.value.estimators.step_probes import PinnedProbes, VersionedProbe
 from poise_client.types import Estimator
 
 logger = logging.getLogger(__name__)

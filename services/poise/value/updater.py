@@ -1,4 +1,4 @@
-"""The update loop: consumes labels, learns them, saves the state, acknowledges them, and fits the probes.
+"""The update loop: consumes labels, learns them, saves the state, acknowledges them, and fits estimators.
 
 A label is acknowledged only after it is saved. If the service dies in between, the label is delivered again and
 recognised as a duplicate. A label that cannot be learnt goes to the dead letters and never blocks the others.
@@ -23,14 +23,14 @@ from poise.queue.interface import Delivery, LabelQueue, QueueDepth, newer_entry
 from poise.runtime.repeat_log import RepeatLog
 from poise.value.config import QueueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.features import Label
+from poise.value.estimators.interface import Fitted, Fitter
+from poise.value.estimators.step_probes import VersionedProbe
+from poise.value.estimators.unfit_groups import FIT_ERRORS, unfit_groups
+from poise.value.estimators.window import Window
 from poise.value.messages import label_payload, parse_label
 from poise.value.metrics import ValueMetrics
-from poise.value.probe.features import Label
-from poise.value.probe.model import Fitted, Fitter
-from poise.value.probe.step_probes import VersionedProbe
-from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
-from poise.value.probe.window import Window
+from poise.value.state import ValueState
 from poise.value.store import StateLostError, StateStore
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Updater:
     def __init__(
         self,
         config: QueueConfig,
-        estimator: BaselineEstimator,
+        state: ValueState,
         queue: LabelQueue,
         store: StateStore,
         make_fitter: Callable[[str], Fitter],
@@ -71,7 +71,7 @@ class Updater:
         fail: Callable[[str], None],
     ) -> None:
         """Prepare the loop. `fail` ends the service; it is called if another process takes over the state folder."""
-        self.estimator = estimator
+        self.state = state
         self.queue = queue
         self.depth = QueueDepth(0, 0)
         """The queue's last known sizes."""
@@ -202,17 +202,17 @@ class Updater:
     def _learn(self, delivery: Delivery) -> str | None:
         """Learn one entry; return the reason if it must be rejected."""
         try:
-            label = parse_label(delivery.payload, self._config.max_entry_bytes, self.estimator.configured)
+            label = parse_label(delivery.payload, self._config.max_entry_bytes, self.state.configured)
         except InvalidRequest as error:
             return error.message
         except Exception:
             # This entry triggers a bug every time. It must not block later entries.
             logger.exception("label entry %s cannot be read", delivery.entry_id)
             return "reading it raised an unexpected error; the log has the traceback"
-        rejection = self.estimator.rejection(label.domain, label.features.width) or self.estimator.width_vote(label)
+        rejection = self.state.rejection(label.domain, label.features.width) or self.state.width_vote(label)
         if rejection is not None:
             return f"group.{rejection.field}: {rejection.description}"
-        admission = self.estimator.learn(label)
+        admission = self.state.learn(label)
         if admission is Admission.TOO_OLD:
             return f"step {label.step} of run {label.run_id!r} is older than the deduplication horizon"
         if admission is Admission.NEW:
@@ -228,7 +228,7 @@ class Updater:
         """
         if self._learnt:
             for entry_id in self._learnt:
-                self.estimator.newest_entry = newer_entry(self.estimator.newest_entry, entry_id)
+                self.state.newest_entry = newer_entry(self.state.newest_entry, entry_id)
             # Also if all are duplicates: this process may have learnt them and failed to save them.
             await self.save()
             self._record_lag()
@@ -249,7 +249,7 @@ class Updater:
         now_s = time.time()
         for domain, published_s in self._new:
             lag_s = max(0.0, now_s - published_s)  # the queue's clock may be ahead of ours
-            self.estimator.domains[domain].label_lag_s = lag_s
+            self.state.domains[domain].label_lag_s = lag_s
             self._metrics.label_lag.labels(domain).observe(lag_s)
         self._new = []
 
@@ -272,7 +272,7 @@ class Updater:
         if depth.num_losses > before.num_losses:
             logger.error("%s; training continues without them", depth.last_loss)
             self._lost_s = time.monotonic()
-            self.estimator.newest_entry = ""  # it belonged to the lost stream
+            self.state.newest_entry = ""  # it belonged to the lost stream
 
     # Save.
 
@@ -283,7 +283,7 @@ class Updater:
             OSError: it could not be written. The domain's current probe continues to answer.
         """
         async with self._saving:
-            snapshot = self.estimator.snapshot(fitted)
+            snapshot = self.state.snapshot(fitted)
             started_s = time.perf_counter()
             try:
                 path = await asyncio.to_thread(self._store.save, snapshot)
@@ -297,7 +297,7 @@ class Updater:
             self._save_problem = ""
             self._metrics.state_write_seconds.observe(time.perf_counter() - started_s)
             if fitted is not None:
-                self.estimator.install(*fitted)
+                self.state.install(*fitted)
             return path
 
     # Fit.
@@ -310,19 +310,19 @@ class Updater:
 
     def will_not_fit(self, name: str) -> bool:
         """Whether no fit of a domain's current labels will follow: a fit of them failed, or the service stops."""
-        return self._stopping.is_set() or self.estimator.domains[name].window.num_added <= self._failed_at.get(name, 0)
+        return self._stopping.is_set() or self.state.domains[name].window.num_added <= self._failed_at.get(name, 0)
 
     async def _fit_all_due(self) -> None:
         while self._fits_requested:
             self._fits_requested = False
-            for name in sorted(self.estimator.domains):
-                if self.estimator.is_due(name) and not self.will_not_fit(name):
+            for name in sorted(self.state.domains):
+                if self.state.is_due(name) and not self.will_not_fit(name):
                     await self._fit(name)
                     self._notify()
 
     async def _fit(self, name: str) -> None:
         """Fit a domain's probe, save it and install it."""
-        domain = self.estimator.domains[name]
+        domain = self.state.domains[name]
         window = domain.window
         num_added = window.num_added
         started_s = time.perf_counter()
@@ -331,15 +331,15 @@ class Updater:
             fit_s = time.perf_counter() - started_s
             if probe is None or domain.window is not window:
                 return  # the window was replaced during the fit: another width, or unfit groups removed
-            version = self.estimator.next_version(name)
+            version = self.state.next_version(name)
             await self.save((name, VersionedProbe(version, probe, num_added, fit_s)))
         except (OSError, PoiseError) as error:
             if isinstance(error, PoiseError):  # `save` reports an OSError
-                self._repeats.log(logging.ERROR, f"groups that cannot be fitted could not be dead-lettered: {error}")
+                self._repeats.log(logging.ERROR, f"cannot write unfit groups to the dead letters: {error}")
             asyncio.get_running_loop().call_later(FIT_RETRY_S, self.request_fits)
         except Exception as error:
             # A failed fit must not end the service: the current probe answers, and the next labels may help.
-            self._repeats.log(logging.ERROR, f"the probe of domain {name!r} could not be fitted: {error!r}", error)
+            self._repeats.log(logging.ERROR, f"the estimator of domain {name!r} could not be fitted: {error!r}", error)
             self._metrics.fit_failures.labels(name).inc()
             self._failed_at[name] = num_added
         else:
@@ -380,8 +380,8 @@ class Updater:
         """Dead-letter learnt groups, then remove them from the window. A crash in between dead-letters them twice."""
         for group in unfit:
             delivery = Delivery(_NO_ENTRY, label_payload(group), time.time())
-            await self.queue.dead_letter(delivery, f"was learnt, but no probe can be fitted with it: {error}")
-        self.estimator.remove(name, unfit)
+            await self.queue.dead_letter(delivery, f"was learnt, but no estimator can be fitted with it: {error}")
+        self.state.remove(name, unfit)
         await self.save()
         self._repeats.log(
             logging.WARNING,

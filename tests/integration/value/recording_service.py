@@ -28,13 +28,13 @@ from poise.runtime.cli.service_main import service_main
 from poise.value import app, servicer
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.features import Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.probe.model import FittedProbe
+from poise.value.estimators.score.fitter import ScoreFitter
+from poise.value.estimators.score.model import FittedScore
 from poise.value.label_barrier import wait_for_labels
-from poise.value.probe.features import Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import FittedProbe
-from poise.value.score.fitter import ScoreFitter
-from poise.value.score.model import FittedScore
+from poise.value.state import ValueState
 from poise.value.store import Snapshot, StateStore
 from poise.value.updater import Updater
 
@@ -88,7 +88,7 @@ class RecordingScoreFitter(ScoreFitter):
         return recorded(super().fit, groups)
 
 
-class RecordingEstimator(BaselineEstimator):
+class RecordingEstimator(ValueState):
     """The phase "consume" lasts from the first label of a batch until the queue has acknowledged all of them."""
 
     def learn(self, label: Label) -> Admission:
@@ -128,7 +128,7 @@ async def recording_wait(
 
 if __name__ == "__main__":
     app.IncrementalFitter, app.ScoreFitter = RecordingFitter, RecordingScoreFitter
-    app.BaselineEstimator = RecordingEstimator
+    app.ValueState = RecordingEstimator
     app.RedisQueue, app.StateStore = RecordingQueue, RecordingStore
     servicer.wait_for_labels = recording_wait
     sys.exit(service_main("value", ValueConfig, app.build, sys.argv[2:]))

@@ -20,8 +20,8 @@ from poise.algorithms.group_baselines import group_mean, rloo
 from poise.algorithms.score_weighted import PREFIX_INPUTS, squared_score_norms
 from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label, TokenStatistics
-from poise.value.probe.model import FittedProbe
+from poise.value.estimators.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label, TokenStatistics
+from poise.value.estimators.probe.model import FittedProbe
 
 PROMPTS, LENGTH, VOCABULARY = 2, 3, 3
 TOLERANCE = 1e-6

@@ -10,7 +10,7 @@ import pytest
 from tests.support.groups import make_group
 
 from poise.value.config import ValueConfig
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label
+from poise.value.estimators.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label
 from poise_client.codec import encode
 from poise_client.types import EntropyStats, Features
 from poise_proto.v1 import value_pb2

@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry
 from tests.support.memory_queue import MemoryQueue, MemoryStream
 
 from poise.value.config import ValueConfig
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.features import Label
+from poise.value.estimators.probe.model import FittedProbe
 from poise.value.metrics import ValueMetrics
-from poise.value.probe.features import Label
-from poise.value.probe.model import FittedProbe
+from poise.value.state import ValueState
 from poise.value.store import Snapshot, StateStore
 from poise.value.updater import Updater
 
@@ -84,13 +84,13 @@ class Harness:
     ) -> None:
         self.config = config
         self.store = StateStore(Path(config.state_dir))
-        self.estimator = BaselineEstimator(config, self.store.open())
+        self.state = ValueState(config, self.store.open())
         self.failures: list[str] = []
         self.registry = CollectorRegistry()
         self.queue = MemoryQueue(stream, "consumer")
         metrics = ValueMetrics(self.registry)
         self.updater = Updater(
-            config.queue, self.estimator, self.queue, self.store, lambda _: make_fitter(), metrics, self.failures.append
+            config.queue, self.state, self.queue, self.store, lambda _: make_fitter(), metrics, self.failures.append
         )
 
     def fit_failures(self, domain: str = "default") -> float:

@@ -58,7 +58,7 @@ async def test_it_ends_when_the_probe_is_fitted_on_all_labels(start, stream, mak
     assert not waiting.done()
     async with harness.running():
         assert await waiting == UP_TO_DATE
-        assert harness.estimator.probes["default"].num_added == 7
+        assert harness.state.probes["default"].num_added == 7
         assert not stream.unread
         assert not stream.pending
 
@@ -78,7 +78,7 @@ async def test_it_waits_for_labels_that_are_not_saved(start, stream, make, monke
         waiting = wait(harness)
         await until(begun.is_set)
         await run_other_tasks()
-        assert harness.estimator.num_groups_consumed == 1
+        assert harness.state.num_groups_consumed == 1
         assert not waiting.done()
         go.set()
         assert await waiting == UP_TO_DATE
@@ -99,13 +99,13 @@ async def test_it_waits_for_the_current_fit_and_the_next(start, stream, make) ->
         assert not waiting.done()
         fitter.go.release()
         assert await waiting == UP_TO_DATE
-        assert harness.estimator.probes["default"].num_added == 3
+        assert harness.state.probes["default"].num_added == 3
 
 
 async def test_the_wait_ends_with_the_fit(start, make) -> None:
     harness = start()
     for step in range(2):
-        harness.estimator.learn(make.label(step))
+        harness.state.learn(make.label(step))
     async with harness.running():
         assert await asyncio.wait_for(wait(harness), TIMEOUT_S / 2) == UP_TO_DATE
 
@@ -155,7 +155,7 @@ async def test_a_domain_in_its_warm_up_is_up_to_date(start, stream, make) -> Non
     await publish(stream, make, 0, 1)
     async with harness.running():
         assert await wait(harness) == UP_TO_DATE
-        assert not harness.estimator.probes
+        assert not harness.state.probes
 
 
 async def test_the_time_limit_ends_the_wait(start, stream, make) -> None:
@@ -181,7 +181,7 @@ async def test_it_ends_when_consumption_halts(start, stream, make, halt) -> None
 async def test_it_ends_when_fitting_stops(start, make) -> None:
     harness = start()
     for step in range(2):
-        harness.estimator.learn(make.label(step))
+        harness.state.learn(make.label(step))
     with harness.opened():
         waiting = wait(harness)
         await run_other_tasks()
@@ -208,7 +208,7 @@ async def test_a_failed_domain_does_not_end_the_wait_for_others(start, make) -> 
     harness = start(lambda: next(fitters))
     for step in range(2):
         for domain in ("fails", "holds"):
-            harness.estimator.learn(make.label(step, group_id=domain, domain=domain))
+            harness.state.learn(make.label(step, group_id=domain, domain=domain))
     async with harness.running():
         waiting = wait(harness, "fails", "holds")
         await until(lambda: held.num_begun == 1)
@@ -216,7 +216,7 @@ async def test_a_failed_domain_does_not_end_the_wait_for_others(start, make) -> 
         assert not waiting.done()
         held.go.release()
         assert await waiting == {"fails"}
-        assert harness.estimator.probes["holds"].num_added == 2
+        assert harness.state.probes["holds"].num_added == 2
 
 
 async def test_it_does_not_wait_for_domains_of_other_runs(start, make) -> None:
@@ -226,7 +226,7 @@ async def test_it_does_not_wait_for_domains_of_other_runs(start, make) -> None:
     harness = start(lambda: next(fitters))
     for step in range(2):
         for domain in ("a.mine", "b.fails", "c.holds", "d.waits"):
-            harness.estimator.learn(make.label(step, group_id=domain, domain=domain))
+            harness.state.learn(make.label(step, group_id=domain, domain=domain))
     async with harness.running():
         await until(lambda: held.num_begun == 1)
         for requested in ("a.mine", "never.seen"):
@@ -269,7 +269,7 @@ async def test_it_waits_for_a_queue_that_is_unreachable(start, stream, make, mon
     assert not waiting.done()
     async with harness.running():
         assert await waiting == UP_TO_DATE
-        assert harness.estimator.probes["default"].num_added == 2
+        assert harness.state.probes["default"].num_added == 2
 
 
 async def test_the_time_limit_holds_while_the_queue_is_unreachable(start, monkeypatch) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from poise.errors import Draining, InvalidRequest
 from poise.runtime.rpc.validation import MAX_NAMED, Violations
-from poise.value.estimator import BaselineEstimator
 from poise.value.messages import read_label, read_queries
 from poise.value.servicer import ValueServicer
+from poise.value.state import ValueState
 from poise_client.codec import CodecError, from_tensor, to_tensor
 from poise_proto.v1 import common_pb2
 from poise_proto.v1 import value_pb2 as pb
@@ -39,7 +39,7 @@ QUESTIONS = {
 @pytest.fixture
 def servicer(config):
     service = ValueServicer(config())
-    service.open(SimpleNamespace(estimator=BaselineEstimator(config())))  # no request gets this far
+    service.open(SimpleNamespace(state=ValueState(config())))  # no request gets this far
     return service
 
 

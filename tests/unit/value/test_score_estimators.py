@@ -15,10 +15,10 @@ from poise.runtime.rpc.validation import Violations
 from poise.value.app import make_fitter
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator
+from poise.value.estimators.features import GroupQuery, Label
+from poise.value.estimators.step_probes import VersionedProbe
 from poise.value.messages import parse_label, read_queries
-from poise.value.probe.features import GroupQuery, Label
-from poise.value.probe.step_probes import VersionedProbe
+from poise.value.state import ValueState
 from poise_client.codec import encode
 from poise_client.types import Estimator, Features, Group, GroupBaselines, Rollout, RolloutId
 from poise_proto.v1 import value_pb2
@@ -85,28 +85,28 @@ def queries_of(groups: Sequence[Group], config: ValueConfig) -> list[GroupQuery]
     return [query for query in queries if query is not None]
 
 
-def refit(estimator: BaselineEstimator, config: ValueConfig, name: str = "default") -> None:
-    window = estimator.domains[name].window
+def refit(state: ValueState, config: ValueConfig, name: str = "default") -> None:
+    window = state.domains[name].window
     fitted = make_fitter(config, name).fit(window.groups)
-    estimator.install(name, VersionedProbe(estimator.next_version(name), fitted, window.num_added, 0.0))
+    state.install(name, VersionedProbe(state.next_version(name), fitted, window.num_added, 0.0))
 
 
-def learn(estimator: BaselineEstimator, groups: Sequence[Group], config: ValueConfig) -> list[Admission]:
-    return [estimator.learn(label_of(group, config)) for group in groups]
+def learn(state: ValueState, groups: Sequence[Group], config: ValueConfig) -> list[Admission]:
+    return [state.learn(label_of(group, config)) for group in groups]
 
 
-def train(settings: ValueConfig, groups: Groups, num_steps: int = 6, **options: int) -> BaselineEstimator:
-    """Return an estimator that has learnt some steps."""
-    estimator = BaselineEstimator(settings)
+def train(settings: ValueConfig, groups: Groups, num_steps: int = 6, **options: int) -> ValueState:
+    """Return a state that has learnt some steps."""
+    state = ValueState(settings)
     for step in range(num_steps):
-        estimator.estimate("run", step, queries_of(now := groups.step(step, **options), settings))
-        learn(estimator, now, settings)
-        refit(estimator, settings)
-    return estimator
+        state.estimate("run", step, queries_of(now := groups.step(step, **options), settings))
+        learn(state, now, settings)
+        refit(state, settings)
+    return state
 
 
-def bits(estimator: BaselineEstimator) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in estimator.probes["default"].probe.arrays().items()}
+def bits(state: ValueState) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in state.probes["default"].probe.arrays().items()}
 
 
 def numbers(answers: Sequence[GroupBaselines]) -> list[bytes]:
@@ -114,7 +114,7 @@ def numbers(answers: Sequence[GroupBaselines]) -> list[bytes]:
 
 
 @pytest.fixture
-def trained(groups, settings) -> BaselineEstimator:
+def trained(groups, settings) -> ValueState:
     return train(settings, groups)
 
 
@@ -130,7 +130,7 @@ def test_each_token_gets_a_baseline_in_range(trained, groups, settings):
 
 
 def test_before_the_first_label_there_is_no_answer(groups, settings):
-    (answer,) = BaselineEstimator(settings).estimate("run", 0, queries_of([groups.make(0)], settings))
+    (answer,) = ValueState(settings).estimate("run", 0, queries_of([groups.make(0)], settings))
     assert (answer.values, answer.token_baselines, answer.estimator) == (None, None, "")
 
 
@@ -155,7 +155,7 @@ def test_a_pinned_answer_survives_labels_and_a_restart(trained, groups, settings
     first = numbers(trained.estimate("run", 6, queries_of(now, settings)))
     learn(trained, now, settings)
     refit(trained, settings)
-    restarted = BaselineEstimator(settings, saved_and_read(trained.snapshot()))
+    restarted = ValueState(settings, saved_and_read(trained.snapshot()))
     assert numbers(restarted.estimate("run", 6, queries_of(now, settings))) == first
     assert restarted.estimate("run", 7, queries_of(now, settings))[0].probe_version == 7
 
@@ -176,27 +176,27 @@ def test_a_fit_does_not_depend_on_the_order_of_arrival(groups, settings, name):
     labels = [group for step in range(5) for group in groups.step(step, n=2, width=5)]
     fits = []
     for order in (np.arange(len(labels)), *(np.random.default_rng(seed).permutation(len(labels)) for seed in (0, 1))):
-        estimator = BaselineEstimator(settings)
-        learn(estimator, [labels[index] for index in order], settings)
-        refit(estimator, settings)
-        fits.append(bits(estimator))
+        state = ValueState(settings)
+        learn(state, [labels[index] for index in order], settings)
+        refit(state, settings)
+        fits.append(bits(state))
     assert fits[0] == fits[1] == fits[2]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_restart_answers_and_fits_with_the_same_bits(groups, settings, name):
     settings = with_estimator(settings, name)
-    estimator = train(settings, groups, width=5)
+    state = train(settings, groups, width=5)
     now = queries_of(groups.step(6, n=2, width=5), settings)
-    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
-    assert numbers(restarted.estimate("run", 6, now)) == numbers(estimator.estimate("run", 6, now))
+    restarted = ValueState(settings, saved_and_read(state.snapshot()))
+    assert numbers(restarted.estimate("run", 6, now)) == numbers(state.estimate("run", 6, now))
     refit(restarted, settings)
-    assert bits(restarted) == bits(estimator)
+    assert bits(restarted) == bits(state)
 
 
 def test_the_mean_is_the_discounted_weighted_mean_reward(groups, settings):
     settings = with_estimator(settings, "score_mean")
-    estimator = BaselineEstimator(settings)
+    state = ValueState(settings)
     sums = np.zeros(2)
     for step in range(6):
         now = groups.step(step)
@@ -205,9 +205,9 @@ def test_the_mean_is_the_discounted_weighted_mean_reward(groups, settings):
         factor = len(rollouts) / sum(weights)
         own = [(factor * weight, factor * weight * each.reward) for weight, each in zip(weights, rollouts, strict=True)]
         sums = 0.5 ** (1 / 40) * sums + np.sum(own, axis=0)
-        learn(estimator, now, settings)
-    refit(estimator, settings)
-    (answer,) = estimator.estimate("run", 6, queries_of([groups.make(6, n=3)], settings))
+        learn(state, now, settings)
+    refit(state, settings)
+    (answer,) = state.estimate("run", 6, queries_of([groups.make(6, n=3)], settings))
     np.testing.assert_allclose(answer.baselines, [sums[1] / sums[0]] * 3, rtol=1e-6)
     assert (answer.token_baselines, answer.estimator) == (None, "score_mean")
 
@@ -225,11 +225,11 @@ def test_auto_names_the_best_and_all_errors(groups, settings):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_one_step_gives_a_constant_and_no_errors(groups, settings, name):
     settings = with_estimator(settings, name)
-    estimator = train(settings, groups, 1, width=3)
-    status = estimator.probe_status("default")
+    state = train(settings, groups, 1, width=3)
+    status = state.probe_status("default")
     assert (status.probe_version, status.errors) == (1, ())
     assert status.estimator == ("score_mean" if name == "auto" else name)
-    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
+    restarted = ValueState(settings, saved_and_read(state.snapshot()))
     queries = queries_of(groups.step(1, 3, width=3), settings)
     answers = restarted.estimate("run", 1, queries)
     assert len(set(np.concatenate([answer.values for answer in answers]).tolist())) == 1
@@ -237,10 +237,10 @@ def test_one_step_gives_a_constant_and_no_errors(groups, settings, name):
 
 def test_prompts_with_earlier_rewards_get_other_baselines(groups, settings):
     settings = with_estimator(settings, "score_prompt")
-    estimator = train(settings, groups, 30, width=3)
+    state = train(settings, groups, 30, width=3)
     group = groups.make(30, width=3)
     means = [
-        estimator.estimate("run", 30, queries_of([dataclasses.replace(group, prompt_id=name)], settings))[0].values[0]
+        state.estimate("run", 30, queries_of([dataclasses.replace(group, prompt_id=name)], settings))[0].values[0]
         for name in ("p0", "new", "p3")
     ]
     assert means[0] < means[1] < means[2]
@@ -248,11 +248,11 @@ def test_prompts_with_earlier_rewards_get_other_baselines(groups, settings):
 
 def test_a_domain_can_have_its_own_estimator(groups, settings):
     settings = settings.model_copy(update={"estimator_by_domain": {"math": "score_mean"}})
-    estimator = train(settings, groups)
+    state = train(settings, groups)
     labels = [dataclasses.replace(group, domain="math") for group in groups.step(6)]
-    learn(estimator, labels, settings)
-    refit(estimator, settings, "math")
-    answers = estimator.estimate("run", 7, queries_of([groups.make(7), labels[0]], settings))
+    learn(state, labels, settings)
+    refit(state, settings, "math")
+    answers = state.estimate("run", 7, queries_of([groups.make(7), labels[0]], settings))
     assert [answer.estimator for answer in answers] == ["score_prefix", "score_mean"]
 
 
@@ -260,7 +260,7 @@ def test_a_restart_with_another_estimator_keeps_pins(trained, groups, settings):
     now = groups.step(6)
     first = numbers(trained.estimate("run", 6, queries_of(now, settings)))
     probe = with_estimator(settings, "probe")
-    restarted = BaselineEstimator(probe, saved_and_read(trained.snapshot()))
+    restarted = ValueState(probe, saved_and_read(trained.snapshot()))
     assert restarted.estimators_of_step("run", 6)("default") == "score_prefix"
     assert numbers(restarted.estimate("run", 6, queries_of(now, settings))) == first
     assert restarted.probes == {}
@@ -272,7 +272,7 @@ def test_versions_grow_through_restarts_with_other_estimators(trained, settings)
     first = trained.next_version("default")
     settings = with_estimator(settings, "probe", pinned_steps=1)
     for _ in range(2):  # the second restart reads a state without a fitted estimator
-        trained = BaselineEstimator(settings, saved_and_read(trained.snapshot()))
+        trained = ValueState(settings, saved_and_read(trained.snapshot()))
     assert trained.next_version("default") == first
 
 
@@ -286,8 +286,8 @@ def test_quality_compares_values_with_own_rewards(trained, groups, settings):
 
 @pytest.mark.parametrize("width", [0, 7])
 def test_hidden_states_are_not_needed_and_not_kept(groups, settings, width):
-    estimator = train(settings, groups, 2, width=width)
-    assert {group.features.width for group in estimator.domains["default"].window.groups} == {0}
+    state = train(settings, groups, 2, width=width)
+    assert {group.features.width for group in state.domains["default"].window.groups} == {0}
 
 
 @pytest.mark.parametrize("name", ["score_prompt", "auto"])
@@ -299,10 +299,10 @@ def test_the_prompts_hidden_state_is_required(groups, settings, name):
 
 
 def test_quality_skips_labels_without_the_pinned_inputs(groups, settings):
-    estimator = train(with_estimator(settings, "score_prompt"), groups, width=5)
+    state = train(with_estimator(settings, "score_prompt"), groups, width=5)
     now = groups.step(6, width=5)
-    estimator.estimate("run", 6, queries_of(now, with_estimator(settings, "score_prompt")))
-    restarted = BaselineEstimator(settings, saved_and_read(estimator.snapshot()))
+    state.estimate("run", 6, queries_of(now, with_estimator(settings, "score_prompt")))
+    restarted = ValueState(settings, saved_and_read(state.snapshot()))
     before = restarted.domains["default"].diagnostics.num_added
     learn(restarted, now, settings)  # score_prefix keeps no hidden states
     assert restarted.domains["default"].diagnostics.num_added == before

@@ -13,11 +13,11 @@ from tests.unit.value.conftest import sdk_features
 
 import poise.value.servicer
 from poise.errors import BackendDown, Draining, InvalidRequest, LabelsConsumed, NotFound, QueueFull
-from poise.value.estimator import BaselineEstimator
-from poise.value.probe.features import GroupQuery
-from poise.value.probe.model import FittedProbe, PromptProbe
-from poise.value.probe.step_probes import VersionedProbe
+from poise.value.estimators.features import GroupQuery
+from poise.value.estimators.probe.model import FittedProbe, PromptProbe
+from poise.value.estimators.step_probes import VersionedProbe
 from poise.value.servicer import MAX_GROUPS, MAX_WAIT_S, ValueServicer
+from poise.value.state import ValueState
 from poise_client.codec import decode, encode, to_tensor
 from poise_client.types import GroupBaselines, ProbeReport, PromptFeatures, PromptScore
 from poise_proto.v1 import value_pb2 as pb
@@ -62,11 +62,11 @@ class Service:
     def __init__(self, config, make) -> None:
         self.make = make
         self.config = config
-        self.estimator = BaselineEstimator(config)
+        self.state = ValueState(config)
         self.stream = MemoryStream(max_entries=config.queue.max_entries)
         self.servicer = ValueServicer(config)
         self.barrier = Barrier()
-        self.servicer.open(SimpleNamespace(estimator=self.estimator, queue=MemoryQueue(self.stream, "publisher")))
+        self.servicer.open(SimpleNamespace(state=self.state, queue=MemoryQueue(self.stream, "publisher")))
 
     def group(self, group_id: str = "g0", **options) -> pb.GroupFeatures:
         rewards = options.pop("rewards", None)
@@ -106,7 +106,7 @@ class Service:
             weights = {"sibling_reward": np.full(1, reward_weight)}
         prompt_only = None if reward_weight is not None else PromptProbe(np.full(width, -0.1), 0.7)
         probe = FittedProbe(weights, 0.5, prompt_only)
-        self.estimator.install(domain, VersionedProbe(1, probe, 0, 0.0))
+        self.state.install(domain, VersionedProbe(1, probe, 0, 0.0))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_all_invalid_fields_of_a_request_are_named(service) -> None:
 
 async def test_a_rejected_request_pins_nothing(service) -> None:
     await fields_of(service.estimate(service.group("a b")))
-    service.estimator.learn(service.make.label(0))
+    service.state.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group())
 
@@ -202,7 +202,7 @@ async def test_rewards_reach_a_probe_that_needs_them(service) -> None:
 
 async def test_each_group_is_answered_from_its_own_features(service) -> None:
     probe = FittedProbe({"response_hidden": np.arange(9) / 100, "entropy": np.float64([1, 2, 3]) / 100}, 0.5)
-    service.estimator.install("wide", VersionedProbe(1, probe, 0, 0.0))
+    service.state.install("wide", VersionedProbe(1, probe, 0, 0.0))
     service.install("rewarded", reward_weight=0.25)
     queries = [
         service.make.query(f"g{i}", domain=domain, n=n, width=9 if domain == "wide" else 6)
@@ -271,14 +271,14 @@ async def test_a_pinned_step_is_answered_without_waiting(service) -> None:
 
 
 async def test_a_step_with_consumed_labels_is_rejected_without_wait(service) -> None:
-    service.estimator.learn(service.make.label(0))
+    service.state.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
     assert service.barrier.limits_s == []
 
 
 async def test_labels_of_the_step_during_the_wait_reject_the_request(service) -> None:
-    service.barrier.action = lambda: service.estimator.learn(service.make.label(0))
+    service.barrier.action = lambda: service.state.learn(service.make.label(0))
     with pytest.raises(LabelsConsumed):
         await service.estimate(service.group(), wait_for_labels_s=30)
 
@@ -293,7 +293,7 @@ async def test_a_request_that_waits_during_shutdown_pins_nothing(service) -> Non
     service.barrier.action = service.servicer.close
     with pytest.raises(Draining):
         await service.estimate(service.group(), wait_for_labels_s=30)
-    assert service.estimator.would_pin("run", 0)
+    assert service.state.would_pin("run", 0)
 
 
 @pytest.mark.parametrize("wait_for_labels_s", [-0.1, float("nan"), float("inf"), MAX_WAIT_S + 1])
@@ -354,7 +354,7 @@ async def test_labels_are_queued_unchanged_in_order(service) -> None:
 
 
 async def test_all_invalid_fields_of_labels_are_named(service) -> None:
-    service.estimator.learn(service.make.label(0, domain="known", width=9))
+    service.state.learn(service.make.label(0, domain="known", width=9))
     service.install("known", width=9)
     labels = [
         service.label(),
@@ -376,7 +376,7 @@ async def test_all_invalid_fields_of_labels_are_named(service) -> None:
 
 async def test_a_domain_over_the_limit_is_rejected_by_name(config, make) -> None:
     service = Service(config(probe={"max_domains": 1}), make)
-    service.estimator.learn(make.label(0, domain="one"))
+    service.state.learn(make.label(0, domain="one"))
     assert await fields_of(service.publish(service.label(domain="two"))) == ["groups[0].domain"]
 
 
@@ -406,9 +406,9 @@ async def test_a_full_queue_accepts_all_of_a_request_or_nothing(config, make) ->
 
 async def test_the_report_counts_consumed_and_queued_groups(service) -> None:
     for step in range(2):
-        service.estimator.learn(service.make.label(step, domain="math"))
-    service.estimator.learn(service.make.label(1, domain="math"))
-    service.estimator.learn(service.make.label(0, "x", domain="code", n=3))
+        service.state.learn(service.make.label(step, domain="math"))
+    service.state.learn(service.make.label(1, domain="math"))
+    service.state.learn(service.make.label(0, "x", domain="code", n=3))
     service.install("math")
     await service.publish(service.label(5))
     report = await service.probe()
@@ -422,7 +422,7 @@ async def test_the_report_counts_consumed_and_queued_groups(service) -> None:
 
 async def test_get_probe_of_one_domain_or_an_unknown_one(service) -> None:
     for domain in ("math", "code"):
-        service.estimator.learn(service.make.label(0, domain, domain=domain))
+        service.state.learn(service.make.label(0, domain, domain=domain))
     assert [each.domain for each in (await service.probe("code")).probes] == ["code"]
     with pytest.raises(NotFound, match=r"'chess'.*domains with labels: code, math"):
         await service.probe("chess")

@@ -20,9 +20,9 @@ import pytest
 from tests.unit.value.harness import full_disk, saved_and_read
 
 from poise.value.dedup import ConsumedRun, DedupSnapshot
-from poise.value.probe.diagnostics import ValuedGroup
-from poise.value.probe.model import FittedProbe, PromptProbe
-from poise.value.probe.step_probes import PinnedProbes, VersionedProbe
+from poise.value.estimators.diagnostics import ValuedGroup
+from poise.value.estimators.probe.model import FittedProbe, PromptProbe
+from poise.value.estimators.step_probes import PinnedProbes, VersionedProbe
 from poise.value.store import DomainSnapshot, Snapshot, StateError, StateLostError, StateMismatchError, StateStore
 
 EMPTY = Snapshot("instance", (), DedupSnapshot(), (), 0, 0)

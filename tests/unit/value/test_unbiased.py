@@ -18,11 +18,11 @@ from scipy import stats
 from tests.support.reference_probe import ReferenceFitter
 
 from poise.algorithms.baselines import advantages, batch_mean, mean_of_others
-from poise.value.estimator import BaselineEstimator
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import ProbeInput
-from poise.value.probe.step_probes import VersionedProbe
+from poise.value.estimators.features import NUM_ENTROPIES, FeatureMatrix, GroupQuery, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.probe.model import ProbeInput
+from poise.value.estimators.step_probes import VersionedProbe
+from poise.value.state import ValueState
 
 NUM_PROMPTS, NUM_ANSWERS, WIDTH, NUM_GROUPS = 4, 5, 8, 100_000
 SIBLINGS = 2
@@ -157,17 +157,17 @@ class Served:
     """Return values and baselines of the first groups, [G, n], from a service that learnt its own labels."""
 
     def __init__(self, config, world: World, groups: Rollouts, inputs: tuple[ProbeInput, ...]) -> None:
-        estimator = BaselineEstimator(config(probe={"inputs": inputs, "window_rows": 4000}))
+        state = ValueState(config(probe={"inputs": inputs, "window_rows": 4000}))
         earlier = world.sample(2000)
         for number, rows in enumerate(earlier.groups()):
             label = replace(rows, rewards=None)
-            estimator.learn(Label("past", number, "g", "default", label, rows.rewards))
+            state.learn(Label("past", number, "g", "default", label, rows.rewards))
         fitter = IncrementalFitter(inputs, 4, 8, 1.0)
-        window = estimator.domains["default"].window
-        estimator.install("default", VersionedProbe(1, fitter.fit(window.groups), window.num_added, 0.0))
+        window = state.domains["default"].window
+        state.install("default", VersionedProbe(1, fitter.fit(window.groups), window.num_added, 0.0))
         self.groups = groups.first(NUM_QUERIED)
         requested = [GroupQuery("g", "default", rows) for rows in self.groups.groups()]
-        answers = estimator.estimate("run", 0, requested)
+        answers = state.estimate("run", 0, requested)
         self.values = np.stack([answer.values for answer in answers])
         self.baselines = np.stack([answer.baselines for answer in answers])
 

@@ -15,7 +15,7 @@ from tests.unit.value.harness import Harness, until
 import poise.value.updater
 from poise.errors import BackendDown, QueueFull
 from poise.queue.interface import QueueDepth
-from poise.value.estimator import BaselineEstimator
+from poise.value.state import ValueState
 from poise.value.updater import Updater
 
 NUM_LABELS = 10
@@ -51,7 +51,7 @@ def consumed(harness: Harness) -> Counter[tuple[str, int, str]]:
     """Return the number of copies of each label in the window."""
     return Counter(
         (group.run_id, group.step, group.group_id)
-        for domain in harness.estimator.domains.values()
+        for domain in harness.state.domains.values()
         for group in domain.window.groups
     )
 
@@ -78,7 +78,7 @@ async def test_labels_are_acknowledged_only_after_saving(start, stream, make, mo
 
         monkeypatch.setattr(owner, method, note)
 
-    for owner, method in ((BaselineEstimator, "learn"), (Updater, "save"), (MemoryQueue, "ack")):
+    for owner, method in ((ValueState, "learn"), (Updater, "save"), (MemoryQueue, "ack")):
         noted(owner, method)
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
@@ -97,7 +97,7 @@ CRASHES: list[tuple[type, str, str]] = [
     (owner, method, when)
     for owner, method in (
         (MemoryQueue, "read"),
-        (BaselineEstimator, "learn"),
+        (ValueState, "learn"),
         (Updater, "save"),
         (MemoryQueue, "ack"),
         (MemoryQueue, "dead_letter"),
@@ -155,7 +155,7 @@ async def test_a_crash_anywhere_learns_each_label_once(
         await harness.run_until(lambda: empty(stream))
         good = [step for step in range(NUM_LABELS + 2) if step not in poison]
         assert consumed(harness) == Counter({("run", step, "g0"): 1 for step in good})
-        assert harness.estimator.num_groups_consumed == len(good)
+        assert harness.state.num_groups_consumed == len(good)
     assert len(stream.dead) == stream.num_dead_letters == len(poison)
 
 
@@ -173,7 +173,7 @@ async def test_repeated_crashes_still_learn_each_label_once(start, stream, make,
         await harness.run_until(lambda: empty(stream))
         assert consumed(harness) == Counter({("run", step, "g0"): 1 for step in range(NUM_LABELS)})
         # Lives 1 and 3 died with two labels durable and not acknowledged.
-        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (NUM_LABELS, 4)
+        assert (harness.state.num_groups_consumed, harness.state.num_duplicates) == (NUM_LABELS, 4)
 
 
 # Temporary failures.
@@ -195,7 +195,7 @@ async def test_a_full_disk_keeps_labels_in_the_queue(start, stream, make, monkey
         await harness.run_until(lambda: problems.add(harness.updater.problem) or empty(stream))
         assert "the state cannot be saved: [Errno 28] No space left on device" in problems
         assert harness.updater.problem == ""
-        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (NUM_LABELS, 0)
+        assert (harness.state.num_groups_consumed, harness.state.num_duplicates) == (NUM_LABELS, 0)
 
 
 @pytest.mark.parametrize("method", ["read", "ack", "dead_letter", "depth"])
@@ -301,7 +301,7 @@ async def test_a_group_published_twice_is_learnt_once(start, stream, make) -> No
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
         assert consumed(harness) == Counter({("run", 0, "g0"): 1})
-        assert (harness.estimator.num_groups_consumed, harness.estimator.num_duplicates) == (1, 2)
+        assert (harness.state.num_groups_consumed, harness.state.num_duplicates) == (1, 2)
 
 
 async def test_a_full_queue_rejects_labels_until_some_are_consumed(start, stream, make) -> None:
@@ -368,7 +368,7 @@ async def test_requests_are_answered_between_labels_of_a_batch(start, stream, ma
     """A batch takes as long as a refit, so requests must not wait for all of it."""
     await publish(stream, *[make.payload(step) for step in range(4)])
     order: list[str] = []
-    learn = BaselineEstimator.learn
+    learn = ValueState.learn
 
     def noted(self, label):
         order.append("label")
@@ -380,7 +380,7 @@ async def test_requests_are_answered_between_labels_of_a_batch(start, stream, ma
                 order.append("query")
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(BaselineEstimator, "learn", noted)
+    monkeypatch.setattr(ValueState, "learn", noted)
     asking = asyncio.create_task(queries())
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
@@ -451,4 +451,4 @@ async def test_the_newest_learnt_entry_survives_a_restart(start, stream, make) -
     with start().opened() as harness:
         await harness.run_until(lambda: empty(stream))
     with start().opened() as harness:
-        assert harness.estimator.newest_entry == "12-0"
+        assert harness.state.newest_entry == "12-0"

@@ -24,9 +24,9 @@ from tests.unit.value.harness import (
 
 import poise.value.updater
 from poise.errors import BackendDown
+from poise.value.estimators.probe.model import FittedProbe
+from poise.value.estimators.step_probes import VersionedProbe
 from poise.value.messages import parse_label
-from poise.value.probe.model import FittedProbe
-from poise.value.probe.step_probes import VersionedProbe
 from poise.value.servicer import ValueServicer
 from poise_proto.v1 import value_pb2
 
@@ -43,7 +43,7 @@ def quick(monkeypatch) -> None:
 
 def learn(harness: Harness, make, *steps: int, **options) -> None:
     for step in steps:
-        harness.estimator.learn(make.label(step, **options))
+        harness.state.learn(make.label(step, **options))
 
 
 def learn_and_fit(harness: Harness, make, *steps: int, **options) -> None:
@@ -52,7 +52,7 @@ def learn_and_fit(harness: Harness, make, *steps: int, **options) -> None:
 
 
 def version(harness: Harness, domain: str = "default") -> int:
-    probe = harness.estimator.probes.get(domain)
+    probe = harness.state.probes.get(domain)
     return probe.version if probe else 0
 
 
@@ -62,8 +62,8 @@ async def test_only_a_due_domain_is_fitted(start, make) -> None:
         learn(harness, make, 0, group_id="x", domain="code")
         await harness.run_until(lambda: version(harness, "math") == 1)
         assert version(harness, "code") == 0
-        expected = MeanFitter().fit(harness.estimator.domains["math"].window.groups)
-        assert harness.estimator.probes["math"].probe.bias == expected.bias
+        expected = MeanFitter().fit(harness.state.domains["math"].window.groups)
+        assert harness.state.probes["math"].probe.bias == expected.bias
 
 
 async def test_a_restored_state_that_is_due_is_fitted_immediately(start, make) -> None:
@@ -83,10 +83,10 @@ async def test_labels_that_arrive_during_a_fit_are_in_the_next_one(start, make) 
         learn_and_fit(harness, make, 3, 4)
         fitter.go.release()
         await until(lambda: version(harness) == 1)
-        assert harness.estimator.probes["default"].num_added == 2
+        assert harness.state.probes["default"].num_added == 2
         fitter.go.release()
         await until(lambda: version(harness) == 2)
-        assert not harness.estimator.is_due("default")
+        assert not harness.state.is_due("default")
     assert fitter.sizes == [2, 5]
 
 
@@ -97,8 +97,8 @@ async def test_a_fit_is_dropped_if_its_window_was_emptied(start, make) -> None:
         await until(lambda: fitter.num_begun == 1)
         for step in range(2, 6):
             label = make.label(step)
-            if harness.estimator.width_vote(label) is None:
-                harness.estimator.learn(label)
+            if harness.state.width_vote(label) is None:
+                harness.state.learn(label)
         harness.updater.request_fits()
         fitter.go.release()
         await until(lambda: fitter.num_begun == 2)
@@ -116,11 +116,11 @@ async def test_a_step_pinned_during_a_fit_keeps_the_old_probe(start, make) -> No
         await until(lambda: version(harness) == 1)
         learn_and_fit(harness, make, 2)
         await until(lambda: fitter.num_begun == 2)
-        assert harness.estimator.estimate("run", 9, [make.query()])[0].probe_version == 1
+        assert harness.state.estimate("run", 9, [make.query()])[0].probe_version == 1
         fitter.go.release()
         await until(lambda: version(harness) == 2)
-        assert harness.estimator.estimate("run", 9, [make.query()])[0].probe_version == 1
-        assert harness.estimator.estimate("run", 10, [make.query()])[0].probe_version == 2
+        assert harness.state.estimate("run", 9, [make.query()])[0].probe_version == 1
+        assert harness.state.estimate("run", 10, [make.query()])[0].probe_version == 2
 
 
 async def test_a_domain_keeps_its_own_fitter(start, make) -> None:
@@ -142,7 +142,7 @@ async def test_a_failed_fit_keeps_the_probe_and_waits_for_labels(start, make, ca
     fitter = FailingFitter(1)
     caplog.set_level(logging.ERROR)
     async with start(lambda: fitter).running() as harness:
-        harness.estimator.install("default", VersionedProbe(4, FittedProbe({}, 0.5), 0, 0.0))
+        harness.state.install("default", VersionedProbe(4, FittedProbe({}, 0.5), 0, 0.0))
         learn_and_fit(harness, make, 0, 1)
         await until(lambda: fitter.num_fits == 1)
         for _ in range(5):  # the same rows would fail again
@@ -247,7 +247,7 @@ async def test_a_version_names_one_probe_even_after_a_crash(start, make) -> None
     with start().opened() as harness:
         learn(harness, make, 0, 1)
         await harness.run_until(lambda: version(harness) == 1)
-        (answer,) = harness.estimator.estimate("run", 9, [make.query("q")])
+        (answer,) = harness.state.estimate("run", 9, [make.query("q")])
     with start().opened() as harness:  # nothing was saved after the answer
         learn(harness, make, 2)
         assert version(harness) == answer.probe_version == 1
@@ -296,10 +296,10 @@ async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, 
     with start(lambda: PickyFitter(["bad"])).opened() as harness:
         learn(harness, make, 0, 1, 2)
         learn(harness, make, 3, group_id="bad")
-        bad = harness.estimator.domains["default"].window.groups[-1]
+        bad = harness.state.domains["default"].window.groups[-1]
         await harness.run_until(lambda: version(harness) == 1)
         (letter,) = await harness.queue.dead_letters(max_entries=9)
-        assert "no probe can be fitted with it" in letter.reason
+        assert "no estimator can be fitted with it" in letter.reason
         again = parse_label(letter.payload, 2**20)
         assert (again.step, again.group_id) == (3, "bad")
         np.testing.assert_array_equal(again.features.prompt_hidden, bad.features.prompt_hidden)
@@ -308,10 +308,10 @@ async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, 
     with start(
         lambda: PickyFitter(["bad"])
     ).opened() as harness:  # it was removed permanently and cannot be learnt again
-        groups = harness.estimator.domains["default"].window.groups
+        groups = harness.state.domains["default"].window.groups
         assert [group.step for group in groups] == [0, 1, 2]
         learn(harness, make, 3, group_id="bad")
-        assert harness.estimator.num_duplicates == 1
+        assert harness.state.num_duplicates == 1
         learn(harness, make, 4)
         await harness.run_until(lambda: version(harness) == 2)
 
@@ -330,7 +330,7 @@ async def test_a_group_stays_until_it_is_dead_lettered(start, make, monkeypatch)
         with monkeypatch.context() as broken:
             broken.setattr(harness.queue, "dead_letter", down)
             await harness.run_until(lambda: num_tries == 1)
-        assert len(harness.estimator.domains["default"].window.groups) == 4
+        assert len(harness.state.domains["default"].window.groups) == 4
 
 
 async def test_a_fit_that_always_fails_removes_no_label(start, make) -> None:
@@ -339,5 +339,5 @@ async def test_a_fit_that_always_fails_removes_no_label(start, make) -> None:
         for step, name in enumerate(names):
             learn(harness, make, step, group_id=name)
         await harness.run_until(lambda: harness.updater.will_not_fit("default"))
-        assert len(harness.estimator.domains["default"].window.groups) == 6
+        assert len(harness.state.domains["default"].window.groups) == 6
         assert await harness.queue.dead_letters(max_entries=9) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from poise.value.probe.features import Label
+from poise.value.estimators.features import Label
 
 FIT_ERRORS = (ArithmeticError, ValueError)
 """Errors that a fit raises because of its input values, including `numpy.linalg.LinAlgError`."""

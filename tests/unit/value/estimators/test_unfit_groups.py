@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tests.unit.value.harness import PickyFitter
 
-from poise.value.probe.features import FeatureMatrix, Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.unfit_groups import FIT_ERRORS, unfit_groups
+from poise.value.estimators.features import FeatureMatrix, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.unfit_groups import FIT_ERRORS, unfit_groups
 
 
 def fits(fitter):

@@ -15,7 +15,7 @@ import numpy as np
 from poise.algorithms import prediction_quality
 from poise.algorithms.baselines import mean_of_others
 from poise.algorithms.prediction_quality import Doubles
-from poise.value.probe.features import Floats
+from poise.value.estimators.features import Floats
 from poise_client.types import CalibrationBin, ProbeQuality
 
 

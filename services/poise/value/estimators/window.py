@@ -1,11 +1,11 @@
-"""The sliding window of labels that one domain's probe is fitted on."""
+"""The sliding window of labels that one domain's estimator is fitted on."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from poise.value.probe.features import Label
+from poise.value.estimators.features import Label
 
 
 class Window:
@@ -37,7 +37,7 @@ class Window:
             self.num_rows -= len(self._groups.popleft().features)
 
     def without(self, unwanted: Collection[Label]) -> Window:
-        """Return a window of the other groups. It renumbers them, because the store identifies groups by number."""
+        """Return a window of the other groups. Groups get new numbers, because the store finds groups by number."""
         unwanted_ids = {id(group) for group in unwanted}
         kept = [group for group in self._groups if id(group) not in unwanted_ids]
         return Window(self._max_rows, kept, self.num_added + len(kept))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from poise.value.probe.features import Doubles, Floats
+from poise.value.estimators.features import Doubles, Floats
 
 NEGLIGIBLE_VARIANCE = 1e-10
 """Components with less than this share of the first one's variance are dropped: standardising would amplify noise."""
@@ -71,8 +71,8 @@ class Subspace:
         self._rotation: Doubles = np.zeros((0, 0))
         self._mean: Doubles = np.zeros(0)
         self.residual = 0.0
-        """Mean squared sine between the components and their images under the covariance. 0 if they are the rows' true
-        components and not only the best ones within the basis."""
+        """Mean squared sine between the components and their images under the covariance. 0 if the basis contains
+        the true components."""
         self._residual_rebuilt = 0.0
         self._outside = self._outside_rebuilt = 0.0
 
@@ -114,7 +114,7 @@ class Subspace:
     def rotation(self, scatter: Doubles, mean: Doubles, num_rows: int) -> Doubles:
         """Return the components within the span by falling variance, as columns in basis coordinates, [l, k].
 
-        k is the affordable number of components without those of negligible variance; 0 if nothing varies.
+        k is the number of affordable components whose variance is not negligible.
         `scatter` [l, l] is the sum of squares of the rows' coordinates about their `mean` [l].
 
         Raises:

@@ -24,9 +24,9 @@ from poise.algorithms.score_weighted import (
     step_factors,
     step_moments,
 )
-from poise.value.probe.features import Doubles, Floats, Label
-from poise.value.probe.subspace import NEGLIGIBLE_VARIANCE, affordable_components
-from poise.value.score.model import FittedScore
+from poise.value.estimators.features import Doubles, Floats, Label
+from poise.value.estimators.probe.subspace import NEGLIGIBLE_VARIANCE, affordable_components
+from poise.value.estimators.score.model import FittedScore
 from poise_client.types import Estimator
 
 _MAX_PCA_ROWS = 256

@@ -11,9 +11,9 @@ from tests.support.reference_probe import ReferenceFitter, training_data
 from tests.unit.value.harness import saved_and_read
 
 from poise.value.dedup import DedupSnapshot
-from poise.value.probe.features import NUM_ENTROPIES, FeatureMatrix, Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.model import FittedProbe
+from poise.value.estimators.features import NUM_ENTROPIES, FeatureMatrix, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.probe.model import FittedProbe
 from poise.value.store import DomainSnapshot, Snapshot
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")

@@ -12,8 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from tests.support.reference_probe import ReferenceFitter
 from threadpoolctl import threadpool_limits
 
-from poise.value.probe.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix
-from poise.value.probe.model import FittedProbe, row_products
+from poise.value.estimators.features import ENTROPY_MEANS, NUM_ENTROPIES, FeatureMatrix
+from poise.value.estimators.probe.model import FittedProbe, row_products
 
 ALL_INPUTS = ("prompt_hidden", "response_hidden", "entropy")
 

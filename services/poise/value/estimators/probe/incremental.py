@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from poise.value.probe.features import ENTROPY_MEANS, Doubles, Floats, Label
-from poise.value.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
-from poise.value.probe.subspace import Subspace
+from poise.value.estimators.features import ENTROPY_MEANS, Doubles, Floats, Label
+from poise.value.estimators.probe.model import HIDDEN_INPUTS, FittedProbe, ProbeInput, PromptProbe
+from poise.value.estimators.probe.subspace import Subspace
 
 _SCALAR_COLUMNS = {"entropy": len(ENTROPY_MEANS), "sibling_reward": 1}
 

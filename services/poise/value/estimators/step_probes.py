@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from poise.errors import LabelsConsumed
-from poise.value.probe.model import Fitted
+from poise.value.estimators.interface import Fitted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +72,7 @@ class StepProbes:
         pin = self.get(run_id, step)
         if pin is None and labels_consumed:
             raise LabelsConsumed(
-                f"labels of step {step} of run {run_id!r} have reached the probe, or may have: "
-                "a baseline now would leak them",
+                f"labels of step {step} of run {run_id!r} may have reached the probe, so a baseline would leak them",
                 remedy="Keep the first answer, or use RLOO for this step. A new run needs a new run_id.",
             )
         return self._use(pin or PinnedProbes(run_id, step, current, behind))

@@ -1,4 +1,4 @@
-"""The estimator: the order invariant, values and baselines, prompt scores, learning, and diagnostics."""
+"""The state: the order invariant, values and baselines, prompt scores, learning, and diagnostics."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from poise.algorithms.baselines import mean_of_others
 from poise.errors import InvalidRequest, LabelsConsumed
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission
-from poise.value.estimator import BaselineEstimator
-from poise.value.probe.features import GroupQuery, Label
-from poise.value.probe.incremental import IncrementalFitter
-from poise.value.probe.step_probes import VersionedProbe
+from poise.value.estimators.features import GroupQuery, Label
+from poise.value.estimators.probe.incremental import IncrementalFitter
+from poise.value.estimators.step_probes import VersionedProbe
+from poise.value.state import ValueState
 from poise_client.types import PromptFeatures
 
 Build = Callable[..., ValueConfig]
 FITTER = ReferenceFitter(("prompt_hidden", "response_hidden", "entropy"), 4, 4, 1.0)
 
 
-def refit(estimator: BaselineEstimator, name: str = "default") -> VersionedProbe:
-    before, window = estimator.probes.get(name), estimator.domains[name].window
+def refit(state: ValueState, name: str = "default") -> VersionedProbe:
+    before, window = state.probes.get(name), state.domains[name].window
     probe = FITTER.fit(*training_data(window.groups))
     fitted = VersionedProbe(before.version + 1 if before else 1, probe, window.num_added, 0.1)
-    estimator.install(name, fitted)
+    state.install(name, fitted)
     return fitted
 
 
 @pytest.fixture
-def fitted(config: Build, make) -> BaselineEstimator:
-    """An estimator with a probe fitted on steps 0 to 9 of another run."""
-    estimator = BaselineEstimator(config())
+def fitted(config: Build, make) -> ValueState:
+    """A state with a probe fitted on steps 0 to 9 of another run."""
+    state = ValueState(config())
     for step in range(10):
-        estimator.learn(make.label(step, run_id="past"))
-    refit(estimator)
-    return estimator
+        state.learn(make.label(step, run_id="past"))
+    refit(state)
+    return state
 
 
-def restart(estimator: BaselineEstimator, config: ValueConfig) -> BaselineEstimator:
-    return BaselineEstimator(config, saved_and_read(estimator.snapshot()))
+def restart(state: ValueState, config: ValueConfig) -> ValueState:
+    return ValueState(config, saved_and_read(state.snapshot()))
 
 
 def numbers(answers) -> list[bytes | None]:
@@ -88,7 +88,7 @@ def test_a_label_blocks_its_step_in_every_domain(fitted, make) -> None:
 
 def test_a_rejected_request_computes_nothing(fitted, make, monkeypatch) -> None:
     fitted.learn(make.label(3))
-    monkeypatch.setattr("poise.value.probe.model.FittedProbe.predict", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("poise.value.estimators.probe.model.FittedProbe.predict", lambda *_: pytest.fail("computed"))
     with pytest.raises(LabelsConsumed):
         fitted.estimate("run", 3, [make.query()])
 
@@ -176,23 +176,23 @@ def test_a_step_older_than_the_horizon_is_rejected(fitted, config, make) -> None
 
 
 def test_a_dropped_pin_is_renewed_only_without_labels(config, make) -> None:
-    estimator = BaselineEstimator(config(pinned_steps=2))
+    state = ValueState(config(pinned_steps=2))
     for step in range(4):
-        estimator.learn(make.label(step, run_id="past"))
-    refit(estimator)
+        state.learn(make.label(step, run_id="past"))
+    refit(state)
     for step in range(4):
-        estimator.estimate("run", step, [make.query()])
-    estimator.learn(make.label(0))
+        state.estimate("run", step, [make.query()])
+    state.learn(make.label(0))
     with pytest.raises(LabelsConsumed):
-        estimator.estimate("run", 0, [make.query()])
-    assert estimator.estimate("run", 1, [make.query()])[0].values is not None
+        state.estimate("run", 0, [make.query()])
+    assert state.estimate("run", 1, [make.query()])[0].values is not None
 
 
 def test_a_dead_lettered_label_does_not_block_its_step(config, make) -> None:
-    estimator = BaselineEstimator(config(horizon_steps=1))
-    estimator.learn(make.label(7))
-    assert estimator.learn(make.label(5)) is Admission.TOO_OLD
-    assert estimator.estimate("run", 8, [make.query()])[0].values is None
+    state = ValueState(config(horizon_steps=1))
+    state.learn(make.label(7))
+    assert state.learn(make.label(5)) is Admission.TOO_OLD
+    assert state.estimate("run", 8, [make.query()])[0].values is None
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -200,7 +200,7 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
     """Random requests, labels, starts and ends of fits, and restarts, checked against what each probe has seen."""
     random = np.random.default_rng(seed)
     settings = config(pinned_steps=3, horizon_steps=6, max_runs=2)
-    estimator = BaselineEstimator(settings)
+    state = ValueState(settings)
     seen_by_version: dict[tuple[str, int], set[tuple[str, int]]] = {}
     versions: dict[str, int] = {}
     begun: list[tuple[str, tuple[Label, ...], int]] = []
@@ -215,17 +215,17 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
         match random.choice(["ask", "learn", "begin fit", "end fit", "restart"], p=[0.4, 0.3, 0.14, 0.14, 0.02]):
             case "ask":
                 try:
-                    (answer,) = estimator.estimate(run, step, [queries[domain]])
+                    (answer,) = state.estimate(run, step, [queries[domain]])
                 except LabelsConsumed:
                     num_refusals += 1
                     continue
                 num_answers += answer.values is not None
                 assert (run, step) not in seen_by_version.get((domain, answer.probe_version), set())
             case "learn":
-                estimator.learn(make.label(step, f"g{turn}", run_id=run, domain=domain))
+                state.learn(make.label(step, f"g{turn}", run_id=run, domain=domain))
             case "begin fit":
-                if domain in estimator.domains:
-                    window = estimator.domains[domain].window
+                if domain in state.domains:
+                    window = state.domains[domain].window
                     begun.append((domain, window.groups, window.num_added))
             case "end fit":
                 if begun:
@@ -233,9 +233,9 @@ def test_no_interleaving_leaks_a_label_of_the_step(config, make, seed) -> None:
                     versions[name] = versions.get(name, 0) + 1
                     probe = FITTER.fit(*training_data(groups))
                     seen_by_version[name, versions[name]] = {(group.run_id, group.step) for group in groups}
-                    estimator.install(name, VersionedProbe(versions[name], probe, num_added, 0.0))
+                    state.install(name, VersionedProbe(versions[name], probe, num_added, 0.0))
             case "restart":
-                estimator = restart(estimator, settings)
+                state = restart(state, settings)
                 begun.clear()
     assert num_answers > 10
     assert num_refusals > 10
@@ -272,7 +272,7 @@ def test_each_domain_is_answered_by_its_own_probe_in_order(fitted, make) -> None
 
 
 def test_each_domain_is_predicted_once(fitted, make, monkeypatch) -> None:
-    from poise.value.probe.model import FittedProbe
+    from poise.value.estimators.probe.model import FittedProbe
 
     sizes = []
     predict = FittedProbe.predict
@@ -294,17 +294,17 @@ def with_rewards(query: GroupQuery, rewards: np.ndarray) -> GroupQuery:
 
 
 @pytest.fixture
-def rewarded(config: Build, make) -> BaselineEstimator:
-    """An estimator whose probe needs rewards; the probe of domain "plain" does not."""
-    estimator = BaselineEstimator(config())
+def rewarded(config: Build, make) -> ValueState:
+    """A state whose probe needs rewards; the probe of domain "plain" does not."""
+    state = ValueState(config())
     for step in range(10):
-        estimator.learn(make.label(step, run_id="past", n=3))
-        estimator.learn(make.label(step, "p", run_id="past", domain="plain"))
+        state.learn(make.label(step, run_id="past", n=3))
+        state.learn(make.label(step, "p", run_id="past", domain="plain"))
     fitter = IncrementalFitter(("prompt_hidden", "response_hidden", "entropy", "sibling_reward"), 4, 4, 1.0)
-    probe = fitter.fit(estimator.domains["default"].window.groups)
-    estimator.install("default", VersionedProbe(1, probe, 10, 0.0))
-    refit(estimator, "plain")
-    return estimator
+    probe = fitter.fit(state.domains["default"].window.groups)
+    state.install("default", VersionedProbe(1, probe, 10, 0.0))
+    refit(state, "plain")
+    return state
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
@@ -383,14 +383,14 @@ def test_each_prompt_is_scored_by_its_domains_probe_in_order(fitted, make) -> No
 
 def test_scores_tell_easy_prompts_from_hard_ones(config, make) -> None:
     """Rewards depend on the first number of the prompt's state, which siblings share."""
-    estimator = BaselineEstimator(config())
+    state = ValueState(config())
     for step in range(100):
         rows = make.features(2)
         shared = replace(rows, prompt_hidden=np.repeat(rows.prompt_hidden[:1], 2, axis=0))
-        estimator.learn(make.label(step, run_id="past", features=shared))
-    refit(estimator)
+        state.learn(make.label(step, run_id="past", features=shared))
+    refit(state)
     easy, hard = (replace(prompt(make), prompt_hidden=np.float32([x, 0, 0, 0, 0, 0])) for x in (2, -2))
-    values = [score.value for score in estimator.score([easy, hard])]
+    values = [score.value for score in state.score([easy, hard])]
     assert values[0] > 0.75 > 0.25 > values[1]
 
 
@@ -436,23 +436,23 @@ def test_a_probe_fitted_without_prompts_gives_no_score_yet(fitted, make) -> None
 
 
 def test_a_label_is_learnt_once_despite_redelivery_and_restart(config, make) -> None:
-    estimator, label = BaselineEstimator(config()), make.label(0)
-    assert estimator.learn(label) is Admission.NEW
-    assert estimator.learn(label) is Admission.DUPLICATE
-    restarted = restart(estimator, config())
+    state, label = ValueState(config()), make.label(0)
+    assert state.learn(label) is Admission.NEW
+    assert state.learn(label) is Admission.DUPLICATE
+    restarted = restart(state, config())
     assert restarted.learn(label) is Admission.DUPLICATE
     assert (restarted.num_groups_consumed, restarted.num_duplicates) == (1, 2)
     assert restarted.domains["default"].window.num_rows == 2
 
 
 def test_the_first_fit_waits_for_distinct_steps_and_rows(config, make) -> None:
-    estimator = BaselineEstimator(config(probe={"warmup_steps": 3, "min_rows": 10}))
+    state = ValueState(config(probe={"warmup_steps": 3, "min_rows": 10}))
     due = []
     for step, group in [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (2, "a")]:
-        estimator.learn(make.label(step, group))
-        due.append(estimator.is_due("default"))
+        state.learn(make.label(step, group))
+        due.append(state.is_due("default"))
     assert due == [False] * 5 + [True]
-    few_rows = BaselineEstimator(config(probe={"warmup_steps": 1, "min_rows": 4}))
+    few_rows = ValueState(config(probe={"warmup_steps": 1, "min_rows": 4}))
     few_rows.learn(make.label(0))
     assert not few_rows.is_due("default")
     few_rows.learn(make.label(0, "b"))
@@ -460,19 +460,19 @@ def test_the_first_fit_waits_for_distinct_steps_and_rows(config, make) -> None:
 
 
 def test_the_same_step_of_two_runs_are_two_steps(config, make) -> None:
-    estimator = BaselineEstimator(config())
-    estimator.learn(make.label(0, run_id="one"))
-    estimator.learn(make.label(0, run_id="two"))
-    assert estimator.domains["default"].num_steps_seen == 2
+    state = ValueState(config())
+    state.learn(make.label(0, run_id="one"))
+    state.learn(make.label(0, run_id="two"))
+    assert state.domains["default"].num_steps_seen == 2
 
 
 def test_domains_warm_up_apart(config, make) -> None:
-    estimator = BaselineEstimator(config())
+    state = ValueState(config())
     for step in range(2):
-        estimator.learn(make.label(step, domain="math"))
-    estimator.learn(make.label(0, "x", domain="code"))
-    assert estimator.is_due("math")
-    assert not estimator.is_due("code")
+        state.learn(make.label(step, domain="math"))
+    state.learn(make.label(0, "x", domain="code"))
+    assert state.is_due("math")
+    assert not state.is_due("code")
 
 
 def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make) -> None:
@@ -484,29 +484,29 @@ def test_a_fitted_domain_is_due_again_only_after_new_labels(fitted, config, make
     assert not restart(fitted, config()).is_due("default")
 
 
-def taken(estimator: BaselineEstimator, label: Label) -> bool:
+def taken(state: ValueState, label: Label) -> bool:
     """Learn a label as the updater does; return whether it was accepted."""
-    rejection = estimator.rejection(label.domain, label.features.width) or estimator.width_vote(label)
+    rejection = state.rejection(label.domain, label.features.width) or state.width_vote(label)
     if rejection is None:
-        estimator.learn(label)
+        state.learn(label)
     return rejection is None
 
 
 def test_a_first_label_of_the_wrong_width_is_outvoted(config: Build, make) -> None:
-    estimator = BaselineEstimator(config())
-    assert taken(estimator, make.label(0, "wrong", width=9))
-    assert taken(estimator, make.label(0))
-    window = estimator.domains["default"].window
+    state = ValueState(config())
+    assert taken(state, make.label(0, "wrong", width=9))
+    assert taken(state, make.label(0))
+    window = state.domains["default"].window
     assert (window.width, [group.group_id for group in window.groups], window.num_added) == (6, ["g0"], 2)
-    assert estimator.learn(make.label(0, "wrong", width=9)) is Admission.DUPLICATE  # it was learnt, once
+    assert state.learn(make.label(0, "wrong", width=9)) is Admission.DUPLICATE  # it was learnt, once
 
 
 def test_the_width_of_the_majority_wins(config: Build, make) -> None:
-    estimator = BaselineEstimator(config())
+    state = ValueState(config())
     widths = [9, 9, 6, 6, 6, 6, 6, 9, 6, 9, 6]
-    accepted = [taken(estimator, make.label(step, width=width)) for step, width in enumerate(widths)]
+    accepted = [taken(state, make.label(step, width=width)) for step, width in enumerate(widths)]
     assert accepted == [True, True, False, True, True, True, True, False, True, False, True]
-    window = estimator.domains["default"].window
+    window = state.domains["default"].window
     assert {group.features.width for group in window.groups} == {6}
     assert window.num_rows == 2 * 6
 
@@ -526,22 +526,22 @@ def test_labels_of_another_width_are_rejected_per_domain(fitted) -> None:
 
 
 def test_the_number_of_domains_is_bounded(config, make) -> None:
-    estimator = BaselineEstimator(config(probe={"max_domains": 1}))
-    estimator.learn(make.label(0, domain="one"))
-    assert estimator.rejection("one", 6) is None
-    rejection = estimator.rejection("two", 6)
+    state = ValueState(config(probe={"max_domains": 1}))
+    state.learn(make.label(0, domain="one"))
+    assert state.rejection("one", 6) is None
+    rejection = state.rejection("two", 6)
     assert rejection.field == "domain"
     assert "max_domains = 1" in rejection.description
 
 
 def test_each_domain_has_its_own_window_size(config, make) -> None:
     probe = {"window_rows": 4, "window_rows_by_domain": {"math": 8}}
-    estimator = BaselineEstimator(config(probe=probe))
+    state = ValueState(config(probe=probe))
     for step in range(10):
-        estimator.learn(make.label(step, "a", domain="math"))
-        estimator.learn(make.label(step, "b"))
-    assert estimator.domains["math"].window.num_rows == 8
-    assert estimator.domains["default"].window.num_rows == 4
+        state.learn(make.label(step, "a", domain="math"))
+        state.learn(make.label(step, "b"))
+    assert state.domains["math"].window.num_rows == 8
+    assert state.domains["default"].window.num_rows == 4
 
 
 # Diagnostics.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from poise.value.probe.subspace import Subspace, affordable_components
+from poise.value.estimators.probe.subspace import Subspace, affordable_components
 
 WIDTH, WANTED = 300, 6
 

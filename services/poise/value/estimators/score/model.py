@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.value.probe.diagnostics import ValuedGroup
-from poise.value.probe.features import Doubles, Floats, GroupQuery, Label, TokenInputs, TokenStatistics
-from poise.value.probe.model import Answer, row_products
+from poise.value.estimators.diagnostics import ValuedGroup
+from poise.value.estimators.features import Doubles, Floats, GroupQuery, Label, TokenInputs, TokenStatistics
+from poise.value.estimators.interface import Answer
+from poise.value.estimators.probe.model import row_products
 from poise_client.types import Estimator
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from poise.algorithms.baselines import batch_mean, mean_of_others
-from poise.value.probe.diagnostics import Diagnostics, ValuedGroup
+from poise.value.estimators.diagnostics import Diagnostics, ValuedGroup
 
 
 def group(values: list[float], rewards: list[float], step: int = 0, run_id: str = "run") -> ValuedGroup:

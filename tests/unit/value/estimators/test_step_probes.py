@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from poise.errors import LabelsConsumed
-from poise.value.probe.model import FittedProbe
-from poise.value.probe.step_probes import StepProbes, VersionedProbe
+from poise.value.estimators.probe.model import FittedProbe
+from poise.value.estimators.step_probes import StepProbes, VersionedProbe
 
 
 def probes(version: int) -> dict[str, VersionedProbe]:

@@ -1,4 +1,4 @@
-"""The state of the value service: windows, probes and consumed ids. Answers requests and learns labels.
+"""The state of the value service: windows, fitted estimators and consumed ids. Answers requests and learns labels.
 
 Every method runs on the event loop without yielding. So a request never sees a label whose id is not yet recorded as
 consumed. This module has no I/O and no threads.
@@ -16,11 +16,12 @@ import numpy as np
 from poise.errors import FieldViolation, InvalidRequest
 from poise.value.config import ValueConfig
 from poise.value.dedup import Admission, ConsumedLabels
-from poise.value.probe.diagnostics import Diagnostics
-from poise.value.probe.features import GroupQuery, Label
-from poise.value.probe.model import Answer, FittedProbe, PromptProbe
-from poise.value.probe.step_probes import Probes, StepProbes, VersionedProbe
-from poise.value.probe.window import Window
+from poise.value.estimators.diagnostics import Diagnostics
+from poise.value.estimators.features import GroupQuery, Label
+from poise.value.estimators.interface import Answer
+from poise.value.estimators.probe.model import FittedProbe, PromptProbe
+from poise.value.estimators.step_probes import Probes, StepProbes, VersionedProbe
+from poise.value.estimators.window import Window
 from poise.value.store import DomainSnapshot, Snapshot
 from poise_client.types import Estimator, EstimatorError, GroupBaselines, ProbeStatus, PromptFeatures, PromptScore
 
@@ -33,14 +34,14 @@ class Domain:
     diagnostics: Diagnostics
     num_steps_seen: int = 0
     num_estimated_rows: int = 0
-    newest_version: int = 0
-    """The newest version of a fitted estimator, also if the domain has another estimator now."""
+    restored_version: int = 0
+    """The newest version at the start of the process, also if the domain has another estimator now."""
     label_lag_s: float = math.nan
     """Seconds from publishing the newest learnt label to saving it."""
 
 
-class BaselineEstimator:
-    """Windows, consumed ids, probes and pinned steps of all domains, kept consistent."""
+class ValueState:
+    """Windows, consumed ids, fitted estimators and pinned steps of all domains, kept consistent."""
 
     def __init__(self, config: ValueConfig, saved: Snapshot | None = None) -> None:
         self._config = config
@@ -70,7 +71,7 @@ class BaselineEstimator:
             Window(max_rows, saved.groups, saved.num_added),
             Diagnostics(max_rows, saved.valued, saved.num_valued),
             saved.num_steps_seen,
-            newest_version=saved.newest_version,
+            restored_version=saved.newest_version,
         )
         uses_probe = self._uses_probe(name)
         self.remove(name, [group for group in saved.groups if (group.moments is None) != uses_probe])
@@ -84,8 +85,8 @@ class BaselineEstimator:
     ) -> list[GroupBaselines]:
         """Return the baselines of groups of one step, from the probes pinned for it, in the order of the request.
 
-        If this request pins the step, `behind` is pinned too: the domains whose probes have not seen every label
-        published before the request; None if unknown.
+        If this request pins the step, it also stores `behind`: the domains whose estimators lack a published label, or
+        None if unknown.
 
         Raises:
             LabelsConsumed: the step is not pinned and its labels were consumed, or may have been.
@@ -122,7 +123,7 @@ class BaselineEstimator:
     def score(self, prompts: Sequence[PromptFeatures]) -> list[PromptScore]:
         """Return the expected rewards of prompts, from the current probes, in the order of the request.
 
-        Nothing is pinned: the choice of prompts may depend on any label, and scores are never baselines.
+        Pins no estimator. Scores may depend on any label, because they are never baselines.
 
         Raises:
             InvalidRequest: `prompt_hidden` is not among the probe's inputs, or states do not have the probe's width.
@@ -176,7 +177,7 @@ class BaselineEstimator:
         return self._width_rejection(domain, known, width) if domain in self.probes else None
 
     def width_vote(self, label: Label) -> FieldViolation | None:
-        """Vote on the width of a domain that has no probe yet; return why the label is rejected; None if it is not.
+        """Count a label's width. Return why the label is rejected, or None. Only a domain without a fit votes.
 
         The first label of a domain may have the wrong width, so a label of another width is rejected but counts
         against the window. Once such labels are the majority, the window is emptied. Dropped labels still count as
@@ -282,18 +283,18 @@ class BaselineEstimator:
 
     def next_version(self, name: str) -> int:
         """Return the version of a domain's next fitted estimator."""
-        return self.domains[name].newest_version + 1
+        return self._newest_version(name, self.probes) + 1
+
+    def _newest_version(self, name: str, probes: Probes) -> int:
+        return max(self.domains[name].restored_version, probes[name].version if name in probes else 0)
 
     def install(self, name: str, probe: VersionedProbe) -> None:
         """Use a probe for steps that are not pinned yet."""
         self.probes = {**self.probes, name: probe}
-        if name in self.domains:
-            self.domains[name].newest_version = probe.version
 
     def snapshot(self, fitted: tuple[str, VersionedProbe] | None = None) -> Snapshot:
         """Return the current state. A `fitted` probe replaces the current one of its domain."""
-        new = dict([fitted] if fitted else [])
-        probes = {**self.probes, **new}
+        probes = {**self.probes, **dict([fitted] if fitted else [])}
         return Snapshot(
             self.instance_id,
             tuple(
@@ -305,7 +306,7 @@ class BaselineEstimator:
                     probes.get(name),
                     domain.diagnostics.groups,
                     domain.diagnostics.num_added,
-                    new[name].version if name in new else domain.newest_version,
+                    self._newest_version(name, probes),
                 )
                 for name, domain in self.domains.items()
             ),

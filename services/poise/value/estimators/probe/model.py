@@ -1,4 +1,4 @@
-"""The probe g_k: predicts from the features of a rollout the mean reward of its siblings.
+"""The probe g_k: predicts the mean reward of a rollout's siblings from its features.
 
 PCA of each hidden state, joined with the scalars (entropy means and, if chosen, the reward), standardised, then ridge
 regression. Every stage is affine, so a fitted probe is stored as one affine map: one weight per input column and a
@@ -20,14 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.algorithms.baselines import mean_of_others
-from poise.value.probe.diagnostics import ValuedGroup
-from poise.value.probe.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, GroupQuery, Label
+from poise.value.estimators.diagnostics import ValuedGroup
+from poise.value.estimators.features import ENTROPY_MEANS, Doubles, FeatureMatrix, Floats, GroupQuery, Label
+from poise.value.estimators.interface import Answer
 from poise_client.types import Estimator
 
 ProbeInput = Literal["prompt_hidden", "response_hidden", "entropy", "sibling_reward"]
@@ -41,59 +42,6 @@ _COLUMNS_AT_ONCE = 8192
 """Above 10,000 columns BLAS sums in several threads, and their number changes the last bit."""
 
 _BIAS, _PROMPT_WEIGHTS, _PROMPT_BIAS = "bias", "prompt_only_weights", "prompt_only_bias"
-
-
-class Answer(NamedTuple):
-    """The answer to one query."""
-
-    values: Floats
-    """[n]"""
-    baselines: Floats | None
-    """[n]"""
-    token_baselines: tuple[Floats, ...] | None
-    """[T] for each rollout."""
-
-
-class Fitted(Protocol):
-    """A fitted estimator of one domain. Immutable, so many steps can share it."""
-
-    @property
-    def estimator(self) -> Estimator:
-        """Its name in answers."""
-        ...
-
-    @property
-    def errors(self) -> Mapping[Estimator, float]:
-        """The weighted error of each estimator that it was compared with, and its own."""
-        ...
-
-    def problems(self, query: GroupQuery) -> list[tuple[str, str]]:
-        """Return the fields of a query that prevent an answer, with the reasons."""
-        ...
-
-    def answer(self, queries: Sequence[GroupQuery]) -> list[Answer]:
-        """Return values and baselines of queries without problems, in their order."""
-        ...
-
-    def compare(self, label: Label) -> ValuedGroup | None:
-        """Return a label's values and rewards; None if the label lacks an input."""
-        ...
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return all parameters as arrays, to be stored."""
-        ...
-
-
-class Fitter(Protocol):
-    """Fits the successive estimators of one domain, in a thread."""
-
-    def fit(self, groups: Sequence[Label]) -> Fitted:
-        """Fit to at least one group of a window. May keep the groups and intermediate results for the next fit.
-
-        Raises:
-            ArithmeticError, ValueError: these numbers have no finite fit.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

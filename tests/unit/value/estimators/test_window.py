@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from poise.value.probe.window import Window
+from poise.value.estimators.window import Window
 
 
 def test_the_oldest_groups_leave_whole(make) -> None:
