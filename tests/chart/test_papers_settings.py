@@ -48,7 +48,8 @@ def test_probe_settings_are_the_papers(source: str) -> None:
     assert (probe.prompt_components, probe.response_components, probe.rows_per_component) == (32, 64, 1)
     assert (probe.alpha, probe.warmup_steps) == (100, 16)
     assert [probe.rows_of(task.domain) for task in train.tasks if task.domain] == [4096]
-    assert (train.prompts_per_step, train.group_size, train.algorithm.bootstrap) == (256, 2, "rloo")
+    assert (train.prompts_per_step, train.group_size) == (256, 2)
+    assert (train.algorithm.estimator, train.algorithm.bootstrap_baseline) == ("probe", "rloo")
     assert (train.sampling.temperature, train.sampling.top_p, train.max_staleness) == (1.0, 1.0, 0)
 
 

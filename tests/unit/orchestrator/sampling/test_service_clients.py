@@ -235,7 +235,8 @@ async def test_wait_until_up_needs_all_services(make: Make, caplog: pytest.LogCa
     generation, value = Script("a:1", [], [DOWN, policy()]), Script("value:1", [DOWN, "report"])
     learner = Script("learner:1", [DOWN, "status"])
     await make([generation], value, learner).wait_until_up(with_value=True)
-    waited_for = [record.getMessage().split(":")[0] for record in caplog.records]
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    waited_for = [record.getMessage().split(":")[0] for record in warnings]
     assert waited_for == ["waiting for learner at learner", "waiting for generation at a", "waiting for value at value"]
 
 
