@@ -338,8 +338,9 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
             elif advantages is None:
                 wrong.add(f"{path}.advantage", "is unset, and so is advantages; set exactly one of the two")
             else:
-                are_allowed = bool((np.abs(advantages) <= MAX_ADVANTAGE).all())  # False for NaN
-                wrong.check(are_allowed, f"{path}.advantages", f"has values outside the allowed range; {required}")
+                not_allowed = advantages[~(np.abs(advantages) <= MAX_ADVANTAGE)]  # also NaN
+                if not_allowed.size:
+                    wrong.add(f"{path}.advantages", f"contains {not_allowed[0]:g}; {required}")
             wrong.check(
                 reward is None,
                 f"{path}.reward",

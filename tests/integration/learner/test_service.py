@@ -173,6 +173,16 @@ def tensor(name: str, values: Any, dtype: Any = "int32") -> Callable[[list[pb.Su
     return broken(lambda rollout: getattr(rollout, name).CopyFrom(to_tensor(np.array(values), dtype)))
 
 
+def advantages(values: list[Any], dtype: Any = "float32") -> Callable[[list[pb.SubmitAdvantagesRequest]], None]:
+    """Sends one advantage per token instead of one per rollout."""
+
+    def change(rollout: pb.TrainingRollout) -> None:
+        rollout.ClearField("advantage")
+        rollout.advantages.CopyFrom(to_tensor(np.array(values), dtype))
+
+    return broken(change)
+
+
 def spans(*ends: tuple[int, int]) -> Callable[[list[pb.SubmitAdvantagesRequest]], None]:
     """Spans of a response of six tokens."""
 
@@ -237,6 +247,17 @@ WRONG: dict[str, tuple[Callable[[list[pb.SubmitAdvantagesRequest]], Any], str]] 
             "rollouts[1].advantage",
         )
         for number in (1e30, -1e30, 1.1e4, -3e38)
+    },
+    "no advantage": (broken(lambda r: r.ClearField("advantage")), "rollouts[1].advantage"),
+    "advantage and advantages": (tensor("advantages", [0.5] * 6, "float32"), "rollouts[1].advantages"),
+    "advantages too few": (advantages([0.5] * 5), "rollouts[1].advantages"),
+    "advantages too many": (advantages([0.5] * 7), "rollouts[1].advantages"),
+    "no advantages in a tensor": (advantages([]), "rollouts[1].advantages"),
+    "advantages of integers": (advantages([1] * 6, "int32"), "rollouts[1].advantages"),
+    "advantages of two axes": (advantages([[0.5] * 6]), "rollouts[1].advantages"),
+    **{
+        f"advantages {number:g}": (advantages([0.5] * 5 + [number]), "rollouts[1].advantages")
+        for number in (float("nan"), float("inf"), -float("inf"), 1.1e4, -3e38)
     },
     **{
         f"logprob {number:g}": (
