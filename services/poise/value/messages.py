@@ -58,11 +58,7 @@ EstimatorOf = Callable[[str], Estimator]
 """Returns the estimator of a domain. It decides which inputs are read."""
 
 
-def _always_probe(domain: str) -> Estimator:
-    return "probe"
-
-
-def parse_label(payload: bytes, max_bytes: int, estimator_of: EstimatorOf = _always_probe) -> Label:
+def parse_label(payload: bytes, max_bytes: int, estimator_of: EstimatorOf) -> Label:
     """Parse a queue entry.
 
     Raises:
@@ -82,7 +78,7 @@ def parse_label(payload: bytes, max_bytes: int, estimator_of: EstimatorOf = _alw
 
 
 def read_label(
-    message: value_pb2.LabelledGroup, path: str, wrong: Violations, estimator_of: EstimatorOf = _always_probe
+    message: value_pb2.LabelledGroup, path: str, wrong: Violations, estimator_of: EstimatorOf
 ) -> Label | None:
     """Parse a labelled group. If it is invalid, return None and add all violations to `wrong`."""
     if message.schema_version != LABEL_SCHEMA_VERSION:
@@ -179,7 +175,7 @@ def label_payload(label: Label) -> bytes:
 
 
 def read_queries(
-    messages: Sequence[value_pb2.GroupFeatures], wrong: Violations, estimator_of: EstimatorOf = _always_probe
+    messages: Sequence[value_pb2.GroupFeatures], wrong: Violations, estimator_of: EstimatorOf
 ) -> list[GroupQuery | None]:
     """Parse each group, with its rewards if given; None for groups with invalid features.
 

@@ -21,8 +21,14 @@ from poise.value.metrics import ValueMetrics
 from poise.value.state import ValueState
 from poise.value.store import Snapshot, StateStore
 from poise.value.updater import Updater
+from poise_client.types import Estimator
 
 TIMEOUT_S = 30.0
+
+
+def always_probe(domain: str) -> Estimator:
+    """Return the estimator of every domain."""
+    return "probe"
 
 
 class MeanFitter:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from tests.unit.value.harness import always_probe
 
 from poise.errors import InvalidRequest
 from poise.runtime.rpc.validation import Violations
@@ -33,13 +34,13 @@ def keep_rollouts(message: LabelledGroup, number: int) -> None:
 
 def violations(payload: bytes, max_bytes: int = 1 << 20) -> list[tuple[str, str]]:
     with pytest.raises(InvalidRequest) as caught:
-        parse_label(payload, max_bytes)
+        parse_label(payload, max_bytes, always_probe)
     return [(each.field, each.description) for each in caught.value.violations]
 
 
 def test_a_valid_label_is_read_to_the_last_bit(make) -> None:
     label = make.label(2**64 - 1, "a.b_c:d/e-F", run_id="run", domain="math", n=3)
-    read = parse_label(make.message(label).SerializeToString(), 1 << 20)
+    read = parse_label(make.message(label).SerializeToString(), 1 << 20, always_probe)
     assert (read.run_id, read.step, read.group_id, read.domain) == ("run", 2**64 - 1, "a.b_c:d/e-F", "math")
     for name in ("prompt_hidden", "response_hidden", "entropies"):
         np.testing.assert_array_equal(getattr(read.features, name), getattr(label.features, name))
@@ -47,14 +48,14 @@ def test_a_valid_label_is_read_to_the_last_bit(make) -> None:
 
 
 def test_an_empty_domain_is_the_default_one(make) -> None:
-    assert parse_label(make.payload(0, domain=""), 1 << 20).domain == "default"
+    assert parse_label(make.payload(0, domain=""), 1 << 20, always_probe).domain == "default"
 
 
 def test_the_limits_themselves_are_accepted(make) -> None:
     message = make.message(make.label(0, "g" * 128))
     put(message.rewards, vector(0.0, 1.0))
     payload = message.SerializeToString()
-    assert parse_label(payload, len(payload)).rewards.tolist() == [0, 1]
+    assert parse_label(payload, len(payload), always_probe).rewards.tolist() == [0, 1]
 
 
 FIELDS: dict[str, tuple[Change, str]] = {
@@ -195,7 +196,7 @@ def test_a_flipped_bit_gives_a_label_or_invalid_request(make) -> None:
         flipped = bytearray(payload)
         flipped[random.integers(len(payload))] ^= 1 << int(random.integers(8))
         try:
-            parse_label(bytes(flipped), 1 << 20)
+            parse_label(bytes(flipped), 1 << 20, always_probe)
         except InvalidRequest:
             num_refused += 1
     assert 500 < num_refused < 2000
@@ -217,16 +218,16 @@ def test_numbers_that_cannot_be_fitted_are_named(make, field, number):
     getattr(label.features, field)[1, 0] = number
     name = "output_entropy.mean" if field == "entropies" else field
     with pytest.raises(InvalidRequest, match=rf"rollouts\[1\].{name}: contains .*; allowed: "):
-        parse_label(make.message(label).SerializeToString(), 2**20)
+        parse_label(make.message(label).SerializeToString(), 2**20, always_probe)
     query = GroupFeatures(group_id="g", rollouts=make.message(label).rollouts)
     wrong = Violations()
-    assert read_queries([query], wrong) == [None]
+    assert read_queries([query], wrong, always_probe) == [None]
     assert wrong
 
 
 def test_a_label_survives_serialisation(make):
     label = make.label(3, "g7", n=3)
-    again = parse_label(label_payload(label), 2**20)
+    again = parse_label(label_payload(label), 2**20, always_probe)
     assert (again.run_id, again.step, again.group_id, again.domain) == ("run", 3, "g7", "default")
     np.testing.assert_array_equal(again.features.entropies, label.features.entropies)
     np.testing.assert_array_equal(again.rewards, label.rewards)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tests.unit.value.harness import always_probe
 
 from poise.errors import Draining, InvalidRequest
 from poise.runtime.rpc.validation import MAX_NAMED, Violations
@@ -75,7 +76,7 @@ async def test_a_request_parsed_while_the_service_closes_is_rejected(servicer):
 def test_a_label_has_a_bounded_number_of_rollouts(count):
     wrong = Violations()
     label = pb.LabelledGroup(schema_version=2, run_id="r", group_id="g", num_rollouts=count, rollouts=[EMPTY] * count)
-    assert read_label(label, "group", wrong) is None
+    assert read_label(label, "group", wrong, always_probe) is None
     assert f"has {count} rollouts" in str(wrong.error())
 
 
@@ -85,7 +86,7 @@ def test_a_long_list_of_widths_is_shortened():
         for state in (to_tensor(np.zeros(width, np.float32)) for width in range(1, 500))
     ]
     wrong = Violations()
-    read_queries([group(rollouts=rollouts)], wrong)
+    read_queries([group(rollouts=rollouts)], wrong, always_probe)
     assert len(str(wrong.error())) < 400
 
 

@@ -18,6 +18,7 @@ from tests.unit.value.harness import (
     Harness,
     MeanFitter,
     PickyFitter,
+    always_probe,
     full_disk,
     until,
 )
@@ -300,7 +301,7 @@ async def test_an_unfit_group_is_dead_lettered_and_the_rest_fitted(start, make, 
         await harness.run_until(lambda: version(harness) == 1)
         (letter,) = await harness.queue.dead_letters(max_entries=9)
         assert "no estimator can be fitted with it" in letter.reason
-        again = parse_label(letter.payload, 2**20)
+        again = parse_label(letter.payload, 2**20, always_probe)
         assert (again.step, again.group_id) == (3, "bad")
         np.testing.assert_array_equal(again.features.prompt_hidden, bad.features.prompt_hidden)
         np.testing.assert_array_equal(again.features.entropies, bad.features.entropies)
