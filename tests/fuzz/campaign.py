@@ -58,6 +58,7 @@ class Campaign:
     problems: list[Problem] = field(default_factory=list)
     num_inputs: int = 0
     _warm_bytes: dict[str, int] = field(default_factory=dict)
+    _last_bytes: dict[str, int] = field(default_factory=dict)
     _instances: dict[str, int] = field(default_factory=dict)
 
     async def round(self, inputs: Sequence[Input], *, in_flight: int = IN_FLIGHT) -> None:
@@ -129,7 +130,9 @@ class Campaign:
             return
         now_bytes = self.target.memory_bytes()
         self._warm_bytes = self._warm_bytes or now_bytes
-        for name, held in now_bytes.items():
+        least_bytes = {name: min(held, self._last_bytes.get(name, held)) for name, held in now_bytes.items()}
+        self._last_bytes = now_bytes
+        for name, held in least_bytes.items():  # of two looks: work in progress needs memory too
             if held > self._warm_bytes[name] + MEMORY_BYTES:
                 grown = (held - self._warm_bytes[name]) // 2**20
                 self.problems.append(Problem(f"{name} has grown by {grown} MiB over {self.num_inputs} inputs"))
