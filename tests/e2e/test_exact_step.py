@@ -58,6 +58,8 @@ def reward(response: str, index: int) -> float:
 class Outside:
     """What a run has around it: its problems, their verifier, and a watcher that looks away."""
 
+    files = ()
+
     def problems(self, draw: int, num_prompts: int) -> list[Problem]:
         return [
             Problem("default", f"{'abcdefgh'[i % 8] * (1 + i % 5)} {draw} {i * 7}", str(i), "exact")

@@ -151,7 +151,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # t
         if free < needed:
             return logging.WARNING, (
                 f"preparing needs {needed / 1e6:.0f} MB of memory, but only {free / 1e6:.0f} MB are available; release "
-                "memory, or raise the container's limit"
+                "memory, or raise the container's memory limit"
             )
         return NO_OBSTACLE
 
