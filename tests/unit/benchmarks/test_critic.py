@@ -20,12 +20,12 @@ def prompts(*lengths: int) -> list[np.ndarray]:
 
 def test_padding_does_not_change_a_prompts_value(folder: str) -> None:
     critic = Critic(folder, 0.3)
-    torch.nn.init.normal_(critic.head.weight)
-    asked = prompts(3, 17, 9)
+    torch.nn.init.normal_(critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    batch = prompts(3, 17, 9)
     with torch.no_grad():
-        alone = [float(torch.sigmoid(critic([prompt])[0])) for prompt in asked]
-    np.testing.assert_allclose(critic.values(asked), alone, rtol=1e-4)
-    assert np.ptp(alone) > 0.01
+        single = [float(torch.sigmoid(critic([prompt])[0])) for prompt in batch]
+    np.testing.assert_allclose(critic.values(batch), single, rtol=1e-4)
+    assert np.ptp(single) > 0.01
 
 
 def test_critic_starts_at_the_mean_reward(folder: str) -> None:
