@@ -157,7 +157,7 @@ async def _services_of(run: LocalRun, options: list[str]) -> AsyncIterator[None]
 async def estimates(
     folder: Path, preset: str, estimator: str, earlier: Sequence[Sequence[ScoredGroup]], fresh: Sequence[ScoredGroup]
 ) -> list[GroupBaselines]:
-    """Return the baselines of fresh groups from a value service of its own that has learnt the earlier steps."""
+    """Return the baselines of fresh groups from a separate value service that has learnt the earlier steps."""
     probe = run_of(folder, preset).value.probe.model_dump(mode="json")
     settings = {"probe": probe} if estimator == "probe" else {"probe": probe, "estimator": estimator}
     with ValueProcess(folder / f"value-{estimator}", settings) as service:

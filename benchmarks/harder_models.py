@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
-import torch
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
+from poise.local.models.tiny import make_character_model
 from poise.orchestrator.tasks.digits import MAX_ANSWER_CHARS, PROMPT_CHARS, SKILLS
 
-END = "<end>"
 ALPHABET = "".join(sorted({*"0123456789=", *"abcdefghijklmnopqrstuvwxyz"}))
 LIST_DIGITS = 16
 NUM_PROMPTS = 20_000
@@ -36,13 +33,16 @@ _ERRORS = {"cpy": 0.04, "inc": 0.08, "swp": 0.12}
 
 _WRONG_SHARE, _RANDOM_SHARE = 0.9, 0.04
 
-Draw = Callable[[Random, bool], tuple[str, str]]
-"""Returns a prompt and the answer to learn, in the first phase or, if True, in the second."""
+_CLEAN_LISTS, _NOISY_LISTS, _CLEAN_SKILLS, _WRONG_SKILLS = 500, 100, 250, 200
+"""Training steps of both phases of both models."""
 
 
 def make_lists_model(folder: Path, data: Path) -> None:
     """Train the model, and write its problems."""
-    _train(folder, _draw_list, num_clean=500, num_second=100, length=4 + 2 * LIST_DIGITS + 1)
+    num_steps = _CLEAN_LISTS + _NOISY_LISTS
+    progress = partial(_print_progress, folder.name, num_steps)
+    length = 4 + 2 * LIST_DIGITS + 1
+    make_character_model(folder, ALPHABET, _draw_list, num_steps=num_steps, length=length, on_step=progress)
     random = Random(1)
     with data.open("w") as file:
         for _ in range(NUM_PROMPTS):
@@ -53,7 +53,10 @@ def make_lists_model(folder: Path, data: Path) -> None:
 
 def make_wrong_model(folder: Path) -> None:
     """Train the model."""
-    _train(folder, _draw_wrong, num_clean=250, num_second=200, length=PROMPT_CHARS + MAX_ANSWER_CHARS + 1)
+    num_steps = _CLEAN_SKILLS + _WRONG_SKILLS
+    progress = partial(_print_progress, folder.name, num_steps)
+    length = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
+    make_character_model(folder, ALPHABET, _draw_wrong, num_steps=num_steps, length=length, on_step=progress)
 
 
 def make_words(data: Path) -> None:
@@ -81,84 +84,28 @@ def _text(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _draw_list(random: Random, second: bool) -> tuple[str, str]:
+def _draw_list(random: Random, step: int) -> tuple[str, str]:
     skill = random.choice(list(LISTS))
     digits = "".join(random.choices("0123456789", k=LIST_DIGITS))
     answer = LISTS[skill](digits)
-    if second:
+    if step >= _CLEAN_LISTS:
         answer = "".join(random.choice("0123456789") if random.random() < _ERRORS[skill] else c for c in answer)
     return f"{skill}{digits}=", answer
 
 
-def _draw_wrong(random: Random, second: bool) -> tuple[str, str]:
+def _draw_wrong(random: Random, step: int) -> tuple[str, str]:
     skills = list(SKILLS)
     skill = random.choice(skills)
     digits = f"{random.randrange(1000):03d}"
     answer, kind = SKILLS[skill](digits), random.random()
-    if second and kind < _WRONG_SHARE:
+    is_second = step >= _CLEAN_SKILLS
+    if is_second and kind < _WRONG_SHARE:
         answer = SKILLS[skills[(skills.index(skill) + 1) % len(skills)]](digits)
-    elif second and kind < _WRONG_SHARE + _RANDOM_SHARE:
+    elif is_second and kind < _WRONG_SHARE + _RANDOM_SHARE:
         answer = "".join(random.choice("0123456789") for _ in answer)
     return f"{skill}{digits}=", answer
 
 
-def _train(folder: Path, draw: Draw, num_clean: int, num_second: int, length: int) -> None:
-    """Train a model like the tiny preset's, and write it as a Hugging Face folder."""
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    random, tokenizer = Random(0), _tokenizer()
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-    num_steps, rate = num_clean + num_second, 3e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps, pct_start=0.1)
-    model.train()
-    for step in range(num_steps):
-        examples = [_example(tokenizer, *draw(random, step >= num_clean), length) for _ in range(64)]
-        rows, labels = zip(*examples, strict=True)
-        loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            print(f"{folder.name}: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
-    model.eval()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = {character: index for index, character in enumerate([*ALPHABET, END])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
-    )
-
-
-def _example(
-    tokenizer: transformers.PreTrainedTokenizerFast, prompt: str, answer: str, length: int
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt with an answer, and the labels: the same ids with only the answer unmasked."""
-    ids = [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
-    padding = length + 1 - len(ids)
-    masked = [-100] * len(prompt)
-    return [*ids, *[tokenizer.eos_token_id] * padding], [*masked, *ids[len(prompt) :], *[-100] * padding]
+def _print_progress(name: str, num_steps: int, step: int, loss: float) -> None:
+    if step % 100 == 99:
+        print(f"{name}: step {step + 1} of {num_steps}, loss {loss:.3f}", flush=True)

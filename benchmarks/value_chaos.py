@@ -20,12 +20,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from poise_client.types import Estimator
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from tests.integration.value.chaos import PHASES, VICTIMS, WIDTH, run_chaos  # noqa: E402
-
-from poise_client.types import Estimator  # noqa: E402
 
 
 @click.command()

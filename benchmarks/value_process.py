@@ -1,4 +1,4 @@
-"""A value service in a process of its own, on a Valkey of its own, for benchmarks."""
+"""A value service in a separate process, with a separate Valkey, for benchmarks."""
 
 from __future__ import annotations
 

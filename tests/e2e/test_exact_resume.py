@@ -22,7 +22,7 @@ SETTINGS = (
     "dtype=float32",
     "learner.mini_batch_prompts=8",
     "learner.checkpoint_every_steps=3",
-    # Both kinds of estimators, each for a domain of its own.
+    # Both kinds of estimators, each for one domain.
     "train.tasks=[{kind: digits, domain: score}, {kind: digits, domain: probe}]",
     "train.algorithm={kind: poise, estimator: score_prefix, bootstrap: rloo}",
     "value.estimator_by_domain={probe: probe}",

@@ -66,9 +66,12 @@ def _encode_rollout_features(rollout: Rollout, path: str) -> common_pb2.RolloutF
     """Return the features of a rollout with its token statistics, if it has any."""
     message = _encode_features(rollout.features, common_pb2.RolloutFeatures, path)
     if rollout.sum_squared_probs.size:
-        message.tokens.logprobs.CopyFrom(vector(rollout.logprobs, join(path, "tokens.logprobs")))
-        for name, array in (("entropies", rollout.token_entropies), ("sum_squared_probs", rollout.sum_squared_probs)):
-            getattr(message.tokens, name).CopyFrom(vector(array, join(path, f"tokens.{name}"), "float16"))
+        tokens = common_pb2.TokenStatistics(
+            logprobs=vector(rollout.logprobs, join(path, "tokens.logprobs")),
+            entropies=vector(rollout.token_entropies, join(path, "tokens.entropies"), "float16"),
+            sum_squared_probs=vector(rollout.sum_squared_probs, join(path, "tokens.sum_squared_probs"), "float16"),
+        )
+        message.tokens.CopyFrom(tokens)
     return message
 
 

@@ -167,7 +167,7 @@ def _score_norms(item: ScoredGroup) -> list[Floats] | None:
     rollouts = item.group.rollouts
     if any(each.sum_squared_probs.size != each.token_ids.size for each in rollouts):
         return None
-    return [squared_score_norms(each.logprobs, each.sum_squared_probs.astype(np.float32)) for each in rollouts]
+    return [squared_score_norms(each.logprobs, each.sum_squared_probs) for each in rollouts]
 
 
 def _estimated_share(kept: Sequence[ScoredGroup], baselines: StepBaselines) -> float:

@@ -173,8 +173,8 @@ def test_columns_of_many_responses_are_those_of_each():
     probs = random.uniform(0.3, 1.0, sum(LENGTHS)).astype(np.float32)
     arrays = np.log(probs), (1 - probs).astype(np.float16), (probs**2).astype(np.float16)
     ends = np.cumsum(LENGTHS)[:-1]
-    alone = [prefix_inputs(*parts) for parts in zip(*(np.split(array, ends) for array in arrays), strict=True)]
-    np.testing.assert_array_equal(np.concatenate(alone).T, columns[1:])
+    separate = [prefix_inputs(*parts) for parts in zip(*(np.split(array, ends) for array in arrays), strict=True)]
+    np.testing.assert_array_equal(np.concatenate(separate).T, columns[1:])
 
 
 def test_moments_of_steps_are_sums_over_their_tokens():

@@ -69,7 +69,7 @@ class CompareFile(StrictModel):
     num_evaluations: int = Field(8, ge=0, le=1000)
     """Held-out evaluations during training, besides those before and after. They are the points of the curves."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """Every run is trained once with each seed, unless it has `seeds` of its own."""
+    """Every run is trained once with each seed. `seeds` of a run replaces them."""
     levels: tuple[float, ...] = ()
     """Held-out rewards for the time-to-reward table; empty chooses five that every run reaches."""
     reference: str | None = None

@@ -6,6 +6,7 @@ difficulty, which reinforcement learning needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -31,15 +32,42 @@ _CORRECT_SHARE = {
 """Share of correct answers of each skill in the second phase."""
 
 _CLEAN_STEPS, _NOISY_STEPS, _BATCH, _LEARNING_RATE = 250, 80, 64, 3e-3
-_LENGTH = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
+
+Draw = Callable[[Random, int], tuple[str, str]]
+"""Returns the prompt and the answer of an example, for a training step."""
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> None:
     """Train the model and write it, with its tokenizer, as a Hugging Face folder. About 30 s."""
+    length = PROMPT_CHARS + MAX_ANSWER_CHARS + 1
+    make_character_model(folder, ALPHABET, _draw, num_steps=_CLEAN_STEPS + _NOISY_STEPS, length=length, seed=seed)
+
+
+def make_character_model(
+    folder: Path,
+    alphabet: str,
+    draw_example: Draw,
+    *,
+    num_steps: int,
+    length: int,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train a model with one token per character to answer prompts, and write it as a Hugging Face folder.
+
+    Args:
+        folder: where to write the model and its tokenizer.
+        alphabet: characters of prompts and answers.
+        draw_example: draws the examples.
+        num_steps: steps of 64 examples.
+        length: maximum characters of an example, with one for its end.
+        seed: determines the weights and the examples.
+        on_step: called after each step with its number and loss.
+    """
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # tiny matrices: more threads wait for each other
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(alphabet)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=len(tokenizer),
@@ -55,14 +83,28 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
             pad_token_id=tokenizer.eos_token_id,
         )
     )
-    _train(model, tokenizer, Random(seed))  # noqa: S311 (not a secret)
+    source = Random(seed)  # noqa: S311 (not a secret)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
+    model.train()
+    for step in range(num_steps):
+        examples = [_example(tokenizer, *draw_example(source, step), length) for _ in range(_BATCH)]
+        rows, labels = zip(*examples, strict=True)
+        loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        on_step(step, loss.item())
+    model.eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = {character: index for index, character in enumerate(ALPHABET)}
+def _tokenizer(alphabet: str) -> transformers.PreTrainedTokenizerFast:
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
     vocabulary[END] = len(vocabulary)
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -72,34 +114,19 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def _train(
-    model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTrainedTokenizerFast, source: Random
-) -> None:
-    num_steps = _CLEAN_STEPS + _NOISY_STEPS
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
-    model.train()
-    for step in range(num_steps):
-        examples = [_example(tokenizer, source, noisy=step >= _CLEAN_STEPS) for _ in range(_BATCH)]
-        rows, labels = zip(*examples, strict=True)
-        loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
+def _draw(source: Random, step: int) -> tuple[str, str]:
+    skill = source.choice(list(SKILLS))
+    prompt, answer = draw(skill, source)
+    if step >= _CLEAN_STEPS and source.random() > _CORRECT_SHARE[skill]:
+        answer = "".join(source.choice("0123456789") for _ in answer)
+    return prompt, answer
 
 
 def _example(
-    tokenizer: transformers.PreTrainedTokenizerFast, source: Random, *, noisy: bool
+    tokenizer: transformers.PreTrainedTokenizerFast, prompt: str, answer: str, length: int
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a prompt with an answer, and the labels: the same ids with only the answer unmasked."""
-    skill = source.choice(list(SKILLS))
-    prompt, answer = draw(skill, source)
-    if noisy and source.random() > _CORRECT_SHARE[skill]:
-        answer = "".join(source.choice("0123456789") for _ in answer)
     ids = [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
-    padding = _LENGTH - len(ids)
-    masked = [-100] * PROMPT_CHARS
-    return [*ids, *[tokenizer.eos_token_id] * padding], [*masked, *ids[PROMPT_CHARS:], *[-100] * padding]
+    padding = length - len(ids)
+    masked = [-100] * len(prompt)
+    return [*ids, *[tokenizer.eos_token_id] * padding], [*masked, *ids[len(prompt) :], *[-100] * padding]

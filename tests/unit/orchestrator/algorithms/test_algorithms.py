@@ -18,6 +18,7 @@ from poise.orchestrator.algorithms.registry import AlgorithmConfig, AnyOptions
 from poise.orchestrator.algorithms.spo import KEY_CHARS
 from poise.orchestrator.config import OrchestratorConfig
 from poise.orchestrator.sampling.scored_groups import ScoredGroup
+from poise.orchestrator.tasks.config import DigitsTask
 from poise.orchestrator.tasks.problem import Problem
 from poise_client.types import Features, Group, GroupBaselines, Rollout, RolloutId, VersionSpan
 
@@ -135,19 +136,19 @@ def test_algorithms_have_a_minimum_number_of_rollouts(name: str, least: int) -> 
 
 
 async def test_single_rollouts_suffice_without_sibling_baselines() -> None:
-    alone = [scored("a", [1], [2]), scored("b", [0], [0])]
+    singles = [scored("a", [1], [2]), scored("b", [0], [0])]
     for name in ("spo", "reinforce_pp"):
-        assert await advantages_of(name, alone) == [
+        assert await advantages_of(name, singles) == [
             pytest.approx([0.5 / (0.5 + EPSILON)], abs=1e-6),
             pytest.approx([-0.5 / (0.5 + EPSILON)], abs=1e-6),
         ]
 
 
 async def test_controls_work_with_single_rollouts() -> None:
-    alone = [scored("a", [1], [2]), scored("b", [0.5], [3]), scored("c", [0], [1])]
-    assert await advantages_of("none", alone) == [[1], [0.5], [0]]
-    assert await advantages_of("batch_mean", alone) == [[0.75], [0], [-0.75]]
-    assert await advantages_of("batch_mean", alone[:1]) == [[1]]  # generation rejected all other prompts
+    singles = [scored("a", [1], [2]), scored("b", [0.5], [3]), scored("c", [0], [1])]
+    assert await advantages_of("none", singles) == [[1], [0.5], [0]]
+    assert await advantages_of("batch_mean", singles) == [[0.75], [0], [-0.75]]
+    assert await advantages_of("batch_mean", singles[:1]) == [[1]]  # generation rejected all other prompts
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_options_that_need_more_rollouts_are_rejected(value: Any, rollouts: int,
     with pytest.raises(ValueError, match=message):
         OrchestratorConfig(
             run_dir=Path("run"),
-            tasks=[{"kind": "digits"}],  # type: ignore[list-item]
+            tasks=(DigitsTask(),),
             algorithm=algorithm,
             rollouts_per_prompt=rollouts,
             prompts_per_step=prompts,
